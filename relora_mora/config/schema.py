@@ -1,0 +1,181 @@
+"""The typed settings of a run. Units stand in the names; every default is what a user of the paper's method wants.
+
+``Strict`` refuses unknown keys and wrong types. What involves more than one setting is in ``checks``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MethodName = Literal["full", "lora", "mora", "relora", "remora"]
+DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelConfig(Strict):
+    """The LLaMA model. ``config`` is a transformers ``LlamaConfig`` JSON file, ``overrides`` replaces keys of it."""
+
+    config: str = Field(description="a LlamaConfig JSON file, relative to this file or the current folder")
+    overrides: dict[str, Any] = Field({}, description="keys of the LlamaConfig to replace, e.g. {hidden_size: 256}")
+    init_from: str | None = Field(None, description="warm start: a Hugging Face LLaMA folder, or a checkpoint or run folder of any method")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation of transformers")
+    activation_checkpointing: bool = Field(False, description="recompute each decoder layer in backward instead of keeping its activations")
+
+
+class TokenizerConfig(Strict):
+    path: str = Field(description="a folder that holds tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder")
+
+
+class DataConfig(Strict):
+    """Sources are ``allenai/c4`` (or ``hub:REPO/PATTERN``), http(s) urls, local paths and globs; see docs/data.md."""
+
+    train: str | list[str] = Field(description="source or sources of training text")
+    validation: str | list[str] = Field(description="source or sources of held-out text")
+    revision: str = Field("main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint")
+    sequence_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens the model sees per sequence")
+    lanes: Positive | None = Field(
+        None, description="independent streams; null: the largest power of two <= 64 that divides train.batch_size"
+    )
+    workers: NotNegative = Field(1, description="tokenizing worker processes per rank; 0: in the training process")
+    prefetch_batches: Positive = Field(4, description="global batches each worker prepares ahead")
+    shuffle_documents: Positive = Field(1024, description="documents per shuffled block of a lane; 1: in the order of the shard")
+    seed: NotNegative = Field(0, description="seed of shard order and document order")
+    document_mask: bool = Field(False, description="attention does not cross document borders inside a sequence")
+    max_line_bytes: Positive = Field(16 * 1024 * 1024, description="a longer line of a shard is counted as bad and skipped")
+    max_bad_fraction: Fraction = Field(0.01, description="stop when more than this fraction of a shard's lines is bad")
+    timeout_seconds: Annotated[float, Field(gt=0)] = Field(600.0, description="give up on a source that has failed for this long")
+
+
+class MethodConfig(Strict):
+    """What is trained. ``full`` trains every weight; the others freeze the decoder's linears and train adapters."""
+
+    name: MethodName = Field("remora", description="full, lora, mora, relora (LoRA with merges), remora (MoRA with merges)")
+    rank: Positive = Field(128, description="LoRA's rank r; MoRA's square has as many parameters: R = floor(sqrt((in + out) r))")
+    square_size: Positive | None = Field(None, description="R of every layer; null: from rank")
+    square_multiple: Positive = Field(1, description="round R down to a multiple (8, 16, 32 suit matrix units)")
+    operators: list[Literal[1, 2, 3, 4, 6]] = Field(
+        [1, 2], min_length=1, description="mora types: mora uses the first, remora cycles through all"
+    )
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="LoRA's scale is alpha / r; null: alpha = r"
+    )
+    target_modules: list[str] = Field(list(DECODER_LINEARS), min_length=1, description="linear layers of the decoder that get an adapter")
+    train_embeddings: bool = Field(True, description="train the input embeddings")
+    train_norms: bool = Field(True, description="train the norms")
+    train_head: bool = Field(True, description="train the output head")
+    form: Literal["auto", "merged", "decoupled"] = Field("auto", description="how an adapter layer computes: see docs/method.md")
+    merge_every: Positive = Field(2000, description="steps between merges (relora, remora)")
+    reset: Literal["full", "magnitude", "random", "none"] = Field("full", description="what a merge does to the adapters' optimizer state")
+    reset_ratio: Fraction = Field(0.9, description="fraction of the state that magnitude and random set to zero")
+
+
+class OptimConfig(Strict):
+    """AdamW with one peak rate for linears or their adapters and one for embeddings, norms and head."""
+
+    lr: Rate = Field(5e-4, description="peak rate of the decoder's linears (full) or adapters (others)")
+    lr_other: Rate | None = Field(None, description="peak rate of embeddings, norms and head; null: the same as lr")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW's betas")
+    eps: Rate = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        0.0, description="decoupled weight decay of everything but the norms"
+    )
+    clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="clip the global gradient norm; 0: off")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine", description="shape of the rate after warmup; merges restart it"
+    )
+    warmup_steps: NotNegative = Field(1000, description="steps of linear warmup at the start")
+    restart_warmup_steps: NotNegative = Field(50, description="steps of linear warmup after a merge; 0: no restarts")
+    decay_steps: Positive | None = Field(None, description="wsd: steps of the final decay; null: a tenth of the run")
+    min_ratio: Fraction = Field(0.1, description="the rate ends at this fraction of its peak")
+    rewarm: Literal["all", "linears"] = Field("all", description="which parameter groups restart their rate after a merge")
+
+
+class TrainConfig(Strict):
+    run_dir: str = Field(description="folder of this run: config, metrics, TensorBoard, checkpoints")
+    steps: Positive = Field(10000, description="optimizer steps of the whole run")
+    batch_size: Positive = Field(1024, description="sequences per optimizer step over all ranks")
+    micro_batch_size: Positive = Field(16, description="sequences per forward on one rank")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware does it fast, else fp32")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="DeepSpeed ZeRO stage")
+    seed: NotNegative = Field(0, description="seed of initial weights and LoRA's draws")
+    resume: str = Field(
+        "auto", description="auto: from the newest good checkpoint of run_dir; never: refuse a used run_dir; or a checkpoint folder"
+    )
+    allow_changes: list[str] = Field([], description="settings that may differ from the checkpoint's, e.g. [optim.lr]")
+    max_bad_steps: Positive = Field(3, description="stop after this many steps in a row with a non-finite loss or gradient")
+    deepspeed: dict[str, Any] = Field({}, description="further DeepSpeed settings; what is derived from ours is refused")
+
+
+class EvalConfig(Strict):
+    every_steps: NotNegative = Field(1000, description="steps between evaluations; 0: only at the start and the end")
+    max_tokens: Positive | None = Field(10_000_000, description="predicted tokens of held-out text to score; null: all")
+    micro_batch_size: Positive | None = Field(None, description="sequences per forward on one rank; null: train.micro_batch_size")
+    at_start: bool = Field(True, description="evaluate before the first step")
+
+
+class CheckpointConfig(Strict):
+    every_steps: NotNegative = Field(1000, description="steps between checkpoints; 0: only at the end")
+    keep_last: Positive = Field(2, description="newest checkpoints to keep")
+    keep_every_steps: NotNegative = Field(0, description="also keep every checkpoint whose step is a multiple of this; 0: none")
+
+
+class LogConfig(Strict):
+    every_steps: Positive = Field(10, description="steps between lines of metrics.jsonl and TensorBoard")
+    tensorboard: bool = Field(True, description="write TensorBoard events")
+    progress: bool = Field(True, description="show a progress bar on the first rank")
+    peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="peak of one device in TFLOP/s, for utilisation; null: known or measured at the start"
+    )
+
+
+class Config(Strict):
+    """One run. Layered: defaults < YAML file < ``--section.key=value``."""
+
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    method: MethodConfig = MethodConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def merges(self) -> bool:
+        return self.method.name in ("relora", "remora")
+
+    @property
+    def uses_squares(self) -> bool:
+        return self.method.name in ("mora", "remora")
+
+    @property
+    def uses_adapters(self) -> bool:
+        return self.method.name != "full"
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that the model sees per optimizer step, over all ranks."""
+        return self.train.batch_size * self.data.sequence_length
+
+    @property
+    def lanes(self) -> int:
+        """Given, or the largest power of two <= 64 that divides the global batch."""
+        if self.data.lanes is not None:
+            return self.data.lanes
+        batch = self.train.batch_size
+        return min(64, batch & -batch)
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per optimizer step on one rank."""
+        return self.train.batch_size // (self.train.micro_batch_size * world_size)

@@ -1,0 +1,264 @@
+"""The parameter-free operators of MoRA: one definition each, from which forward, merge and gradient follow.
+
+MoRA (arXiv 2405.12130, eq. 6-9) adds ``D(M C(x))`` to a linear layer: ``C`` compresses the input from ``in`` to ``R``
+features, ``M`` [R, R] is trained, ``D`` decompresses from ``R`` to ``out``. Both are linear, so the layer's weight
+changes by ``delta = D M C`` [out, in]. Every type here is written as the two linear maps and their transposes; nothing
+else knows how features are grouped.
+
+Shapes: ``in`` and ``out`` are the layer's features, ``R`` the size of the square matrix, ``P`` a width padded to whole
+groups, ``B`` blocks of ``R`` features (type 6), ``...`` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+MORA_TYPES = (1, 2, 3, 4, 6)
+ROPE_BASE = 10000.0
+
+
+def square_size(in_features: int, out_features: int, rank: int) -> int:
+    """``R = floor(sqrt((in + out) * rank))``: the largest square with at most LoRA's number of parameters.
+
+    MoRA (arXiv 2405.12130, section 3.2) floors; the released code rounds and so can exceed the budget.
+    """
+    if min(in_features, out_features, rank) < 1:
+        raise ValueError(f"square_size needs positive sizes, got in_features={in_features}, out_features={out_features}, rank={rank}")
+    return math.isqrt((in_features + out_features) * rank)
+
+
+class Grouping(ABC):
+    """A map from ``features`` to ``slots``; ``sum`` adds the features of each slot, ``copy`` is its transpose."""
+
+    def __init__(self, features: int, slots: int) -> None:
+        self.features, self.slots = features, slots
+
+    @abstractmethod
+    def sum(self, x: Tensor) -> Tensor:
+        """x [..., features] -> [..., slots]"""
+
+    @abstractmethod
+    def copy(self, y: Tensor) -> Tensor:
+        """y [..., slots] -> [..., features]"""
+
+
+class Interleaved(Grouping):
+    """Feature i belongs to slot i mod slots; the last group may be incomplete."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        whole = self.features // self.slots * self.slots
+        rest = x[..., whole:]
+        if whole == 0:
+            return torch.nn.functional.pad(rest, (0, self.slots - rest.shape[-1]))
+        total = x[..., :whole].unflatten(-1, (-1, self.slots)).sum(-2)
+        if whole == self.features:
+            return total
+        return total + torch.nn.functional.pad(rest, (0, self.slots - rest.shape[-1]))
+
+    def copy(self, y: Tensor) -> Tensor:
+        return _tile(y, self.features)
+
+
+class WrappedInterleaved(Interleaved):
+    """As :class:`Interleaved`, but the last group is filled up with the first features, which so count twice."""
+
+    def __init__(self, features: int, slots: int) -> None:
+        super().__init__(features, slots)
+        self.padded = -(-features // slots) * slots
+
+    def sum(self, x: Tensor) -> Tensor:
+        return _tile(x, self.padded).unflatten(-1, (-1, self.slots)).sum(-2)
+
+    def copy(self, y: Tensor) -> Tensor:
+        return _fold(_tile(y, self.padded), self.features)
+
+
+class Contiguous(Grouping):
+    """Neighbours share a slot: the first ``features mod slots`` slots take one feature more than the others."""
+
+    def __init__(self, features: int, slots: int) -> None:
+        super().__init__(features, slots)
+        self.per_slot, self.longer_slots = divmod(features, slots)
+
+    def sum(self, x: Tensor) -> Tensor:
+        head = self.longer_slots * (self.per_slot + 1)
+        parts = []
+        if self.longer_slots:
+            parts.append(x[..., :head].unflatten(-1, (self.longer_slots, self.per_slot + 1)).sum(-1))
+        shorter = self.slots - self.longer_slots
+        if self.per_slot:
+            parts.append(x[..., head:].unflatten(-1, (shorter, self.per_slot)).sum(-1))
+        elif shorter:
+            parts.append(x.new_zeros(*x.shape[:-1], shorter))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def copy(self, y: Tensor) -> Tensor:
+        longer, shorter = y[..., : self.longer_slots], y[..., self.longer_slots :]
+        parts = [longer.unsqueeze(-1).expand(*longer.shape, self.per_slot + 1).flatten(-2)]
+        parts.append(shorter.unsqueeze(-1).expand(*shorter.shape, self.per_slot).flatten(-2))
+        return torch.cat(parts, -1)
+
+
+def _tile(x: Tensor, width: int) -> Tensor:
+    """x [..., n] -> [..., width]: repeated from the start, cut to width."""
+    n = x.shape[-1]
+    if width <= n:
+        return x[..., :width]
+    times, rest = divmod(width, n)
+    return torch.cat([x] * times + ([x[..., :rest]] if rest else []), -1)
+
+
+def _fold(x: Tensor, width: int) -> Tensor:
+    """x [..., n] -> [..., width]: the transpose of :func:`_tile`, what lies beyond width is added from the start."""
+    n = x.shape[-1]
+    if n <= width:
+        return torch.nn.functional.pad(x, (0, width - n))
+    folded = x[..., :width].clone()
+    for start in range(width, n, width):
+        piece = x[..., start : start + width]
+        folded[..., : piece.shape[-1]] += piece
+    return folded
+
+
+class Operator(ABC):
+    """``C`` and ``D`` of one layer. ``compress`` and ``decompress`` apply them, ``*_transposed`` their transposes.
+
+    For every x [..., in] and M [R, R]: ``decompress(compress(x) @ M.T) == x @ delta(M).T``.
+    """
+
+    def __init__(self, mora_type: int, in_features: int, out_features: int, size: int) -> None:
+        self.mora_type, self.in_features, self.out_features, self.square_size = (
+            mora_type,
+            in_features,
+            out_features,
+            size,
+        )
+
+    @abstractmethod
+    def compress(self, x: Tensor) -> Tensor:
+        """C: x [..., in] -> [..., R] (type 6: [..., B, R])"""
+
+    @abstractmethod
+    def decompress(self, y: Tensor) -> Tensor:
+        """D: y [..., R] (type 6: [..., B, R]) -> [..., out]"""
+
+    @abstractmethod
+    def decompress_transposed(self, dy: Tensor) -> Tensor:
+        """D^T: dy [..., out] -> [..., R] (type 6: [..., B, R])"""
+
+    @abstractmethod
+    def delta(self, M: Tensor) -> Tensor:
+        """D M C: M [R, R] -> [out, in], what a merge adds to the weight"""
+
+    def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
+        """dM [R, R] = (D^T dy)^T (C x), from compressed = ``compress(x)`` and dy [..., out]."""
+        reduced = self.decompress_transposed(dy)
+        return reduced.reshape(-1, self.square_size).T @ compressed.reshape(-1, self.square_size)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(type {self.mora_type}, {self.in_features} -> {self.square_size} -> {self.out_features})"
+
+
+class GroupingOperator(Operator):
+    """Types 1-4: a grouping of the inputs is summed, a grouping of the outputs copied."""
+
+    def __init__(
+        self, mora_type: int, in_features: int, out_features: int, size: int, inputs: type[Grouping], outputs: type[Grouping]
+    ) -> None:
+        super().__init__(mora_type, in_features, out_features, size)
+        self.inputs, self.outputs = inputs(in_features, size), outputs(out_features, size)
+
+    def compress(self, x: Tensor) -> Tensor:
+        return self.inputs.sum(x)
+
+    def decompress(self, y: Tensor) -> Tensor:
+        return self.outputs.copy(y)
+
+    def decompress_transposed(self, dy: Tensor) -> Tensor:
+        return self.outputs.sum(dy)
+
+    def delta(self, M: Tensor) -> Tensor:
+        return self.outputs.copy(self.inputs.copy(M).mT).mT
+
+
+class RotaryOperator(Operator):
+    """Type 6: the (wrapped) input is cut into blocks of R, block j is rotated by RoPE position j, M maps each block.
+
+    The mapped blocks are concatenated, tiled where ``out`` is longer and cut to ``out``. Angles are float32 as torch
+    computes them, then cast to the dtype of x, as the released code (kongds/MoRA) does.
+    """
+
+    def __init__(self, mora_type: int, in_features: int, out_features: int, size: int) -> None:
+        if size % 2:
+            raise ValueError(
+                f"mora_type 6 rotates pairs of features, so the square matrix needs an even size, got {size}; "
+                "set method.square_multiple to an even number or give an even method.square_size"
+            )
+        super().__init__(mora_type, in_features, out_features, size)
+        self.blocks = -(-in_features // size)
+
+    def _angles(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, R] of block j and feature i, halves paired"""
+        return _rope_table(self.blocks, self.square_size, like.dtype, like.device)
+
+    def compress(self, x: Tensor) -> Tensor:
+        blocks = _tile(x, self.blocks * self.square_size).unflatten(-1, (self.blocks, self.square_size))
+        cos, sin = self._angles(x)
+        left, right = blocks.chunk(2, -1)
+        return blocks * cos + torch.cat([-right, left], -1) * sin
+
+    def decompress(self, y: Tensor) -> Tensor:
+        return _tile(y.flatten(-2), self.out_features)
+
+    def decompress_transposed(self, dy: Tensor) -> Tensor:
+        return _fold(dy, self.blocks * self.square_size).unflatten(-1, (self.blocks, self.square_size))
+
+    def delta(self, M: Tensor) -> Tensor:
+        cos, sin = (table.unsqueeze(-2) for table in self._angles(M))  # [B, 1, R]
+        # M Rot_j: the transpose of the rotation acts on the rows of M
+        left, right = (M * sin).chunk(2, -1)
+        rotated = M * cos + torch.cat([right, -left], -1)  # [B, R, R]
+        columns = self.blocks * self.square_size
+        rows = min(columns, self.out_features)
+        used = -(-rows // self.square_size)
+        diagonal = M.new_zeros(used * self.square_size, columns)
+        for j in range(used):
+            span = slice(j * self.square_size, (j + 1) * self.square_size)
+            diagonal[span, span] = rotated[j]
+        return _tile(_fold(diagonal, self.in_features).mT, self.out_features).mT
+
+
+@lru_cache(maxsize=256)
+def _rope_table(positions: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    inverse = 1.0 / (ROPE_BASE ** (torch.arange(0, size, 2).float() / size))
+    angles = torch.outer(torch.arange(positions).float(), inverse)
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+_GROUPINGS: dict[int, tuple[type[Grouping], type[Grouping]]] = {
+    1: (WrappedInterleaved, Interleaved),
+    2: (Contiguous, Contiguous),
+    3: (Contiguous, Interleaved),
+    4: (WrappedInterleaved, Contiguous),
+}
+
+
+@lru_cache(maxsize=1024)
+def make_operator(mora_type: int, in_features: int, out_features: int, square_size: int) -> Operator:
+    """The operator of the released code's ``mora_type`` (kongds/MoRA, peft ``lora/layer.py``) for one layer's shape.
+
+    Raises ValueError for an unknown type, a size that is not positive, and an odd size of type 6.
+    """
+    if min(in_features, out_features, square_size) < 1:
+        raise ValueError(f"an operator needs positive sizes, got {in_features} -> {square_size} -> {out_features}")
+    if mora_type == 6:
+        return RotaryOperator(mora_type, in_features, out_features, square_size)
+    if mora_type not in _GROUPINGS:
+        raise ValueError(f"mora_type must be one of {', '.join(map(str, MORA_TYPES))}, got {mora_type}")
+    return GroupingOperator(mora_type, in_features, out_features, square_size, *_GROUPINGS[mora_type])

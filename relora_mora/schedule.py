@@ -1,0 +1,109 @@
+"""One clock: learning rate, merges and operators as pure functions of ``step``, the number of optimizer steps done.
+
+Nothing here has state, so a resume at any step sees what an uninterrupted run sees. The step about to be made is
+evaluated at ``step + 1``; what happens at the end of step ``s`` is evaluated at ``s``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def lr_multiplier(
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    restart_every: int,
+    restart_warmup_steps: int,
+    min_ratio: float,
+    offset: int = 0,
+) -> float:
+    """Cosine with restarts, as a multiple of the peak rate (Guitaricet/relora, ``training_utils.py``).
+
+    Linear warmup over ``warmup_steps``, then a cosine from 1 to ``min_ratio`` at ``total_steps``. After every
+    ``restart_every`` steps a line rises from zero and meets the cosine ``restart_warmup_steps`` later; it is zero where
+    the restart begins. ``offset`` shifts the cosine and the restarts (ReLoRA's ``adjust_step``), not the warmup, and a
+    restart counts only where the unshifted step has reached ``restart_every``. ``restart_every=0``: no restarts.
+    """
+
+    def cosine(at: int) -> float:
+        progress = (at - warmup_steps) / max(1, total_steps - warmup_steps)
+        return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    shifted = step + offset
+    if restart_every and step >= restart_every and shifted % restart_every < restart_warmup_steps:
+        since = shifted % restart_every
+        return since / restart_warmup_steps * cosine(shifted - since + restart_warmup_steps)
+    return cosine(shifted)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Everything about a run that follows from ``step``.
+
+    ``merge_every`` 0 means that the method never merges; ``operators`` is the cycle of mora types, empty for other
+    methods. ``decay_steps`` belongs to ``wsd`` only: the length of its linear decay at the end.
+    """
+
+    kind: str  # cosine | linear | wsd | constant
+    total_steps: int
+    warmup_steps: int
+    min_ratio: float
+    decay_steps: int = 0
+    merge_every: int = 0
+    restart_warmup_steps: int = 0
+    operators: Sequence[int] = ()
+
+    def envelope(self, step: int) -> float:
+        """The multiplier of step ``step`` without restarts."""
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        if self.kind == "cosine":
+            return lr_multiplier(
+                step,
+                total_steps=self.total_steps,
+                warmup_steps=self.warmup_steps,
+                restart_every=0,
+                restart_warmup_steps=0,
+                min_ratio=self.min_ratio,
+            )
+        if self.kind == "constant":
+            return 1.0
+        decay = self.decay_steps if self.kind == "wsd" else self.total_steps - self.warmup_steps
+        left = (self.total_steps - step) / max(1, decay)
+        return self.min_ratio + (1 - self.min_ratio) * min(1.0, max(0.0, left))
+
+    def rate(self, step: int, *, rewarm: bool = True) -> float:
+        """The multiplier of the peak rate with which step number ``step`` (the first is 1) is made.
+
+        The step that ends a cycle takes the envelope, the n-th after a merge n / restart_warmup_steps of the value that
+        the envelope has where the restart warmup ends: no batch is spent at rate zero.
+        """
+        since = self.steps_since_merge(step - 1) + 1 if step > 0 else 0
+        if not rewarm or not self.merges_done(step - 1) or since >= self.restart_warmup_steps:
+            return self.envelope(step)
+        end = step - since + self.restart_warmup_steps
+        return since / self.restart_warmup_steps * self.envelope(min(end, self.total_steps))
+
+    def merge_after(self, step: int) -> bool:
+        """Is there a merge at the end of step ``step``? None after the last step: the export merges."""
+        return bool(self.merge_every) and 0 < step < self.total_steps and step % self.merge_every == 0
+
+    def merges_done(self, step: int) -> int:
+        """Merges done when ``step`` steps, and what is due at the end of the last of them, are done."""
+        if not self.merge_every or step <= 0:
+            return 0
+        return min(step, self.total_steps - 1) // self.merge_every
+
+    def steps_since_merge(self, step: int) -> int:
+        """Steps made since the last merge (since the start, before the first)."""
+        return step - self.merges_done(step) * self.merge_every
+
+    def operator(self, step: int) -> int | None:
+        """The mora type in use when ``step`` steps are done, their merge included; None without operators."""
+        return self.operators[self.merges_done(step) % len(self.operators)] if self.operators else None

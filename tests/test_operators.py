@@ -1,0 +1,92 @@
+"""Operators against the released numbers and against explicit matrices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relora_mora.operators import MORA_TYPES, make_operator, square_size
+from tests.helpers import SHARED, needs_shared
+
+SHAPES = [(7, 5, 3), (8, 8, 4), (5, 9, 12), (3, 4, 8), (16, 6, 6), (6, 16, 6), (10, 10, 10), (13, 29, 4), (1, 1, 2), (31, 7, 14)]
+
+
+def _operators() -> list[tuple[int, int, int, int]]:
+    return [(t, *shape) for t in MORA_TYPES for shape in SHAPES if t != 6 or shape[2] % 2 == 0]
+
+
+def _columns(linear, width: int) -> torch.Tensor:
+    """The matrix of a linear map, from its values on the unit vectors."""
+    return torch.stack([linear(unit).flatten() for unit in torch.eye(width, dtype=torch.float64)], -1)
+
+
+@needs_shared
+def test_agrees_with_the_released_code():
+    golden = np.load(SHARED / "golden" / "mora_operators.npz")
+    cases = sorted({key.split("/")[0] for key in golden.files})
+    assert {int(golden[f"{case}/type"]) for case in cases} == set(MORA_TYPES)
+    for case in cases:
+        field = {name: golden[f"{case}/{name}"] for name in ("type", "in_features", "out_features", "r_hat", "M", "x", "y", "delta")}
+        op = make_operator(*(int(field[name]) for name in ("type", "in_features", "out_features", "r_hat")))
+        M, x = torch.from_numpy(field["M"]), torch.from_numpy(field["x"])
+        assert (op.decompress(op.compress(x) @ M.T) - torch.from_numpy(field["y"])).abs().max() <= 1e-12, case
+        assert (op.delta(M) - torch.from_numpy(field["delta"])).abs().max() <= 1e-12, case
+
+
+@pytest.mark.parametrize("mora_type,inputs,outputs,size", _operators())
+def test_forward_is_the_product_with_delta(mora_type, inputs, outputs, size):
+    torch.manual_seed(0)
+    op = make_operator(mora_type, inputs, outputs, size)
+    M = torch.randn(size, size, dtype=torch.float64)
+    x = torch.randn(2, 3, inputs, dtype=torch.float64)
+    assert op.delta(M).shape == (outputs, inputs)
+    torch.testing.assert_close(op.decompress(op.compress(x) @ M.T), x @ op.delta(M).T, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mora_type,inputs,outputs,size", _operators())
+def test_gradient_and_transpose_follow_from_explicit_matrices(mora_type, inputs, outputs, size):
+    torch.manual_seed(1)
+    op = make_operator(mora_type, inputs, outputs, size)
+    M = torch.randn(size, size, dtype=torch.float64, requires_grad=True)
+    x, dy = torch.randn(4, inputs, dtype=torch.float64), torch.randn(4, outputs, dtype=torch.float64)
+    C = _columns(op.compress, inputs)  # [B * R, in], B = 1 for the groupings
+    D_transposed = _columns(op.decompress_transposed, outputs)
+    blocks = C.shape[0] // size
+    explicit = D_transposed.T @ torch.block_diag(*[M] * blocks) @ C
+    torch.testing.assert_close(op.delta(M), explicit, rtol=0, atol=1e-12)
+    (expected,) = torch.autograd.grad((x @ explicit.T * dy).sum(), M)
+    torch.testing.assert_close(op.square_gradient(op.compress(x), dy), expected, rtol=0, atol=1e-12)
+    shape = op.compress(x[0]).shape
+    D = _columns(lambda unit: op.decompress(unit.reshape(shape)), blocks * size)
+    assert torch.equal(D, D_transposed.T)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 512))
+def test_the_square_never_exceeds_loras_budget(inputs, outputs, rank):
+    size = square_size(inputs, outputs, rank)
+    assert size**2 <= rank * (inputs + outputs) < (size + 1) ** 2
+
+
+def test_what_cannot_be_built_is_refused():
+    with pytest.raises(ValueError, match="even size, got 5"):
+        make_operator(6, 8, 8, 5)
+    with pytest.raises(ValueError, match="one of 1, 2, 3, 4, 6, got 5"):
+        make_operator(5, 8, 8, 4)
+    with pytest.raises(ValueError, match="positive"):
+        make_operator(1, 8, 8, 0)
+    with pytest.raises(ValueError, match="positive"):
+        square_size(8, 0, 4)
+
+
+def test_contiguous_longer_slots_come_first():
+    op = make_operator(2, 7, 5, 3)
+    assert op.compress(torch.arange(7.0)).tolist() == [0 + 1 + 2, 3 + 4, 5 + 6]
+    assert op.decompress(torch.tensor([1.0, 2.0, 3.0])).tolist() == [1, 1, 2, 2, 3]
+
+
+def test_wrapped_features_count_twice():
+    op = make_operator(1, 4, 4, 3)
+    assert op.compress(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [1 + 4, 2 + 1, 3 + 2]

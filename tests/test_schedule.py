@@ -1,0 +1,91 @@
+"""The clock against the released numbers and by tables around every boundary."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from relora_mora.schedule import Schedule, lr_multiplier
+from tests.helpers import SHARED, needs_shared
+
+REMORA = Schedule(
+    kind="cosine", total_steps=100, warmup_steps=10, min_ratio=0.1, merge_every=20, restart_warmup_steps=5, operators=(1, 2, 3)
+)
+
+
+@needs_shared
+def test_agrees_with_the_released_code():
+    settings = json.loads((SHARED / "golden" / "cosine_restarts.json").read_text())
+    assert len(settings) >= 2
+    for setting in settings:
+        for step, expected in setting["points"]:
+            got = lr_multiplier(
+                step,
+                total_steps=setting["num_training_steps"],
+                warmup_steps=setting["warmup_steps"],
+                restart_every=setting["restart_every"],
+                restart_warmup_steps=setting["restart_warmup_steps"],
+                min_ratio=setting["min_lr_ratio"],
+                offset=setting["adjust_step"],
+            )
+            assert got == pytest.approx(expected, rel=0, abs=1e-15), (setting, step)
+
+
+@pytest.mark.parametrize(
+    "step,merge,done,since,operator",
+    [
+        (0, False, 0, 0, 1),
+        (1, False, 0, 1, 1),
+        (19, False, 0, 19, 1),
+        (20, True, 1, 0, 2),
+        (21, False, 1, 1, 2),
+        (39, False, 1, 19, 2),
+        (40, True, 2, 0, 3),
+        (60, True, 3, 0, 1),
+        (80, True, 4, 0, 2),
+        (99, False, 4, 19, 2),
+        (100, False, 4, 20, 2),
+    ],
+)
+def test_events_around_every_boundary(step, merge, done, since, operator):
+    assert REMORA.merge_after(step) is merge
+    assert REMORA.merges_done(step) == done
+    assert REMORA.steps_since_merge(step) == since
+    assert REMORA.operator(step) == operator
+
+
+def test_rates_around_a_merge():
+    assert REMORA.rate(1) == 0.1 and REMORA.rate(10) == 1.0
+    top = REMORA.envelope(25)
+    # the step that ends the cycle still belongs to it; the released table has zero there
+    assert REMORA.rate(20) == REMORA.envelope(20) > 0.9
+    for n in range(1, 6):
+        assert REMORA.rate(20 + n) == pytest.approx(n / 5 * top, rel=1e-15)
+    assert REMORA.rate(26) == REMORA.envelope(26)
+    assert REMORA.rate(21, rewarm=False) == REMORA.envelope(21)
+    assert REMORA.rate(100) == pytest.approx(0.1)
+    assert all(REMORA.rate(step) > 0 for step in range(1, 101))
+
+
+def test_agrees_with_lr_multiplier_wherever_that_is_not_zero():
+    for step in range(1, 100):
+        table = lr_multiplier(step, total_steps=100, warmup_steps=10, restart_every=20, restart_warmup_steps=5, min_ratio=0.1)
+        if table:
+            assert REMORA.rate(step) == pytest.approx(table, rel=1e-14), step
+
+
+def test_envelopes():
+    linear = Schedule(kind="linear", total_steps=110, warmup_steps=10, min_ratio=0.0)
+    assert [linear.rate(s) for s in (5, 10, 60, 110)] == [0.5, 1.0, 0.5, 0.0]
+    wsd = Schedule(kind="wsd", total_steps=100, warmup_steps=10, min_ratio=0.0, decay_steps=20)
+    assert [wsd.rate(s) for s in (1, 10, 80, 90, 100)] == [0.1, 1.0, 1.0, 0.5, 0.0]
+    constant = Schedule(kind="constant", total_steps=100, warmup_steps=0, min_ratio=0.0)
+    assert {constant.rate(s) for s in range(1, 101)} == {1.0}
+
+
+def test_without_merges_nothing_restarts():
+    plain = Schedule(kind="cosine", total_steps=100, warmup_steps=10, min_ratio=0.1)
+    assert not any(plain.merge_after(step) for step in range(101))
+    assert plain.operator(50) is None
+    assert plain.steps_since_merge(50) == 50
