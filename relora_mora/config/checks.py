@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from relora_mora.config.schema import Config, DECODER_LINEARS
+from relora_mora.config.schema import DECODER_LINEARS, Config
 
 DERIVED_DEEPSPEED_KEYS = {
     "train_batch_size": "train.batch_size",
