@@ -1,0 +1,162 @@
+"""The LLaMA model: read from a transformers ``LlamaConfig``, built with a seed, wrapped with its training loss.
+
+The wrapper computes the loss from hidden states in chunks of tokens, so that float32 logits [tokens, vocabulary] never
+exist as a whole. Shapes: ``B`` sequences, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary, ``N = B * T``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from relora_mora.config import Config, ConfigError, ModelConfig
+
+IGNORE = -100
+CHUNK_ELEMENTS = 32 * 1024 * 1024  # float32 logits held at once: 128 MiB
+
+
+def read_model_config(settings: ModelConfig) -> LlamaConfig:
+    """The ``LlamaConfig`` of a JSON file with the overrides applied.
+
+    Raises :class:`ConfigError` with every fault: unreadable file, not JSON, keys that LlamaConfig does not have, values
+    that it refuses or that do not fit together.
+    """
+    path = Path(settings.config)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            [f"model.config: cannot read it ({error.strerror}); give a file such as configs/model/llama_130m.json"], str(path)
+        ) from error
+    except ValueError as error:
+        raise ConfigError([f"model.config: not JSON ({error})"], str(path)) from error
+    if not isinstance(values, dict):
+        raise ConfigError([f"model.config: holds a {type(values).__name__}, expected the keys of a LlamaConfig"], str(path))
+    values |= settings.overrides
+    known = set(LlamaConfig().to_dict()) | {"_name_or_path", "torch_dtype", "rope_theta", "max_sequence_length", "transformers_version"}
+    found = [f"model: {key} is no key of a LlamaConfig" for key in values if key not in known]
+    if values.get("model_type", "llama") != "llama":
+        found.append(f"model: model_type is {values['model_type']!r}, expected llama")
+    try:
+        model_config = LlamaConfig(**{key: value for key, value in values.items() if key != "model_type"})
+    except Exception as error:
+        raise ConfigError([*found, f"model: LlamaConfig refuses it: {' '.join(str(error).split())}"], str(path)) from error
+    heads = model_config.num_attention_heads
+    if heads < 1 or model_config.hidden_size % heads:
+        found.append(f"model: hidden_size {model_config.hidden_size} is no multiple of num_attention_heads {heads}")
+    if found:
+        raise ConfigError(found, str(path))
+    model_config.use_cache = False
+    return model_config
+
+
+def check_length(model_config: LlamaConfig, config: Config) -> None:
+    """Raises :class:`ConfigError` when the sequences are longer than the model's positions."""
+    if config.data.sequence_length > model_config.max_position_embeddings:
+        raise ConfigError(
+            [
+                f"data.sequence_length: {config.data.sequence_length} is more than the model's max_position_embeddings "
+                f"({model_config.max_position_embeddings}); shorten it or set model.overrides.max_position_embeddings"
+            ],
+            config.model.config,
+        )
+
+
+def build_model(model_config: LlamaConfig, *, seed: int, attention: str = "sdpa") -> LlamaForCausalLM:
+    """A float32 model on the CPU with initial weights that depend on the seed only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM._from_config(model_config, attn_implementation=attention, dtype=torch.float32)
+
+
+class LossModel(nn.Module):
+    """A causal LM together with its loss, the mean nats per predicted token."""
+
+    def __init__(self, lm: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.lm = lm
+        lm.lm_head = LossHead(lm.lm_head)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """input_ids [B, T] and labels [B, T] (already shifted, -100 is not scored) -> mean nats per predicted token."""
+        mask = None if document_ids is None else document_mask(document_ids)
+        hidden = self.lm.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return self.lm.lm_head(hidden, labels)
+
+
+class LossHead(nn.Module):
+    """The output head; with labels it returns their mean negative log-likelihood in place of logits."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        assert linear.bias is None, "LLaMA's head has no bias"
+        self.weight: Tensor = linear.weight  # [V, H], the same tensor where embeddings are tied
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """hidden [..., H] -> logits [..., V], or with labels [...] a float32 scalar"""
+        if labels is None:
+            return F.linear(hidden, self.weight)
+        return chunked_cross_entropy(hidden, self.weight, labels)
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int | None = None) -> Tensor:
+    """Mean cross-entropy of ``softmax(hidden @ weight.T)`` over the labels that are not -100, a float32 scalar.
+
+    hidden [..., H], weight [V, H], labels [...]. The gradients are computed in forward, chunk by chunk (as in Liger
+    kernels, arXiv 2410.10989, section 3.2): one logits product in all, and of size [N, V] nothing is ever kept. With no
+    label to score the result is 0.
+    """
+    chunk = chunk_tokens or max(128, CHUNK_ELEMENTS // weight.shape[0])
+    return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), chunk)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        """hidden [N, H], weight [V, H], labels [N]"""
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        scored = (labels != IGNORE).sum().clamp(min=1)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        for start in range(0, len(hidden), chunk):
+            piece, target = hidden[start : start + chunk], labels[start : start + chunk]
+            logits = F.linear(piece, weight).float()
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            keep = (target != IGNORE).unsqueeze(-1)
+            index = target.clamp(min=0).unsqueeze(-1)
+            total += ((log_sum - logits.gather(-1, index)) * keep).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            probabilities = logits.sub_(log_sum).exp_()
+            probabilities.scatter_add_(-1, index, torch.full_like(log_sum, -1.0))
+            d_logits = probabilities.mul_(keep / scored).to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[start : start + chunk] = d_logits @ weight
+            if d_weight is not None:
+                d_weight += d_logits.T @ piece
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        return total / scored
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = grads[0]
+        return (
+            None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype),
+            None if d_weight is None else d_weight * scale.to(d_weight.dtype),
+            None,
+            None,
+        )
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """document_ids [B, T] -> boolean mask [B, 1, T, T]: causal, and only within a document."""
+    same = document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)
+    return same.tril().unsqueeze(1)

@@ -1,0 +1,123 @@
+"""Parameter groups and AdamW: which parameters train, at which rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from relora_mora.adapters import adapter_layers
+from relora_mora.config import Config
+from relora_mora.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """One group of AdamW: parameter names and their peak rate. ``adapters`` is reset by a merge."""
+
+    name: str  # adapters | linears | embeddings | norms
+    parameters: tuple[str, ...]
+    peak_lr: float
+    weight_decay: float
+    rewarms: bool
+
+
+def set_trainable(model: LlamaForCausalLM, config: Config) -> None:
+    """Marks what trains: adapters or linears, and embeddings, norms and head as the settings say."""
+    adapters = {f"{name}.weight" for name, _ in adapter_layers(model)}
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for name, parameter in model.named_parameters():
+        kind = _kind(name)
+        train = {
+            "linears": name not in adapters,
+            "embeddings": config.method.train_embeddings or (tied and config.method.train_head),
+            "head": config.method.train_head,
+            "norms": config.method.train_norms,
+        }[kind]
+        parameter.requires_grad_(train)
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[ParameterGroup]:
+    """The groups of trainable parameters, in a fixed order; empty ones are left out.
+
+    Linears of the decoder that have no adapter train in full, at ``optim.lr_other`` when the others have adapters.
+    """
+    optim = config.optim
+    other = optim.lr if optim.lr_other is None else optim.lr_other
+    adapters = {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
+    members: dict[str, list[str]] = {"adapters": [], "linears": [], "embeddings": [], "norms": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "adapters" if name in adapters else {"head": "embeddings"}.get(_kind(name), _kind(name))
+            members[kind].append(name)
+    main = "adapters" if adapters else "linears"
+    return [
+        ParameterGroup(
+            name=kind,
+            parameters=tuple(names),
+            peak_lr=optim.lr if kind == main else other,
+            weight_decay=0.0 if kind == "norms" else optim.weight_decay,
+            rewarms=optim.rewarm == "all" or kind == main,
+        )
+        for kind, names in members.items()
+        if names
+    ]
+
+
+def build_optimizer(model: nn.Module, groups: list[ParameterGroup], config: Config) -> torch.optim.AdamW:
+    """AdamW over the groups, built at rate 0: the trainer sets each group's rate before every step."""
+    parameters = dict(model.named_parameters())
+    return torch.optim.AdamW(
+        [
+            {"params": [parameters[name] for name in group.parameters], "weight_decay": group.weight_decay, "name": group.name}
+            for group in groups
+        ],
+        lr=0.0,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        fused=True,
+    )
+
+
+def group_rates(schedule: Schedule, groups: list[ParameterGroup], step: int) -> list[float]:
+    """The rate of each group for step number ``step`` (the first is 1)."""
+    return [group.peak_lr * schedule.rate(step, rewarm=group.rewarms) for group in groups]
+
+
+def make_schedule(config: Config) -> Schedule:
+    """The run's clock."""
+    optim, steps = config.optim, config.train.steps
+    return Schedule(
+        kind=optim.schedule,
+        total_steps=steps,
+        warmup_steps=optim.warmup_steps,
+        min_ratio=optim.min_ratio,
+        decay_steps=optim.decay_steps or max(1, steps // 10),
+        merge_every=config.method.merge_every if config.merges else 0,
+        restart_warmup_steps=optim.restart_warmup_steps if config.merges else 0,
+        operators=tuple(config.method.operators[: None if config.merges else 1]) if config.uses_squares else (),
+    )
+
+
+def _kind(name: str) -> str:
+    """embeddings, head, norms or linears, by the names of transformers' LLaMA"""
+    if "embed_tokens" in name:
+        return "embeddings"
+    if name.startswith("lm_head"):
+        return "head"
+    if "norm" in name or name.endswith(".bias"):
+        return "norms"
+    return "linears"
+
+
+def describe_trainable(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters: total (adapters not counted), trainable, adapters."""
+    adapters = {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {
+        "total": sum(size for name, size in sizes.items() if name not in adapters),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "adapters": sum(sizes[name] for name in adapters),
+    }

@@ -1,0 +1,354 @@
+"""Everything that touches DeepSpeed's insides: one view of masters and optimizer state for ZeRO 0, 1, 2 and 3.
+
+DeepSpeed keeps the float32 masters of the trainable parameters in flat tensors that differ by stage and precision, and
+Adam's state hangs at those. :class:`Shard` describes what one rank owns of one parameter as a piece of such a tensor;
+resets, merges and checkpoints are written against shards only. Where the flat tensors live (DeepSpeed 0.19):
+
+=========  ======================================================================================
+stage      masters
+=========  ======================================================================================
+0, fp32    the parameters themselves
+0, bf16    ``FP16_UnfusedOptimizer.fp32_groups[group][i]``
+1, bf16    ``BF16_Optimizer.fp32_groups_flat_partition[group]`` (gradients accumulate in float32)
+1, 2       ``DeepSpeedZeroOptimizer.single_partition_of_fp32_groups[group]``
+3          ``DeepSpeedZeroOptimizer_Stage3.fp32_partitioned_groups_flat[subgroup]``
+=========  ======================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from relora_mora.config import Config
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def init_distributed(timeout_seconds: float = 1800.0) -> tuple[int, int]:
+    """Joins the process group and returns (rank, world size). One process needs no launcher.
+
+    DeepSpeed's shared-memory collective for CPUs is switched off: training does not use it, and it compiles with g++.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls collectives by names that torch renames; it says so at every single call
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
+    if not dist.is_initialized():
+        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            os.environ.setdefault(key, value)
+        with _quiet():
+            deepspeed.init_distributed(
+                dist_backend=get_accelerator().communication_backend_name() if torch.cuda.is_available() else "gloo",
+                timeout=datetime.timedelta(seconds=timeout_seconds),
+                auto_mpi_discovery=False,
+                verbose=False,
+            )
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def deepspeed_settings(config: Config, *, bf16: bool, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from ours; ``train.deepspeed`` adds what we have no setting for."""
+    zero: dict[str, Any] = {"stage": config.train.zero_stage}
+    settings: dict[str, Any] = {
+        "train_batch_size": config.train.batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_clipping": config.optim.clip,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": zero,
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
+    }
+    if bf16 and config.train.zero_stage > 0:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    for key, value in config.train.deepspeed.items():
+        if isinstance(value, dict) and isinstance(settings.get(key), dict):
+            settings[key] = {**value, **settings[key]}
+        else:
+            settings.setdefault(key, value)
+    return settings
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What this rank owns of one parameter: ``flat[offset : offset + numel]`` is ``parameter.view(-1)[start : start + numel]``."""
+
+    name: str
+    start: int
+    numel: int
+    flat: Tensor
+    offset: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The piece of ``flat`` (the master, or a moment of the same layout) that belongs to this shard."""
+        return flat.view(-1).narrow(0, self.offset, self.numel)
+
+
+class ZeroEngine:
+    """A DeepSpeed engine with its masters, optimizer state and frozen weights made visible.
+
+    ``lm`` is the causal LM inside ``module`` and gives the parameter names. The float32 values of the trainable
+    parameters before DeepSpeed casts them become the masters exactly.
+    """
+
+    def __init__(self, module: nn.Module, lm: nn.Module, optimizer: torch.optim.Optimizer, config: Config, *, bf16: bool) -> None:
+        self.lm, self.bf16, self.stage = lm, bf16, config.train.zero_stage
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.parameters: dict[str, nn.Parameter] = dict(lm.named_parameters())
+        self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        self.group_names = [group["name"] for group in optimizer.param_groups]
+        self.members = [[self._name_of(p) for p in group["params"]] for group in optimizer.param_groups]
+        initial = {name: p.data.clone() if not bf16 else p.data for name, p in self.parameters.items() if p.requires_grad}
+        self.clip = config.optim.clip
+        with _quiet():
+            self.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=deepspeed_settings(config, bf16=bf16, world_size=self.world_size)
+            )
+        self.device = self.engine.device
+        self.shards = list(self._shards())
+        self.clear_state()
+        self.write_masters(initial)
+
+    def _name_of(self, parameter: Tensor) -> str:
+        return next(name for name, other in self.parameters.items() if other is parameter)
+
+    # ---- masters ----------------------------------------------------------------------------------------------
+
+    @property
+    def adam(self) -> torch.optim.Optimizer:
+        """The torch optimizer whose state hangs at the flat masters."""
+        optimizer = self.engine.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def _shards(self) -> Iterator[Shard]:
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            yield from self._stage3_shards(optimizer)
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+            for names, flat, offsets in zip(
+                self.members, optimizer.single_partition_of_fp32_groups, optimizer.round_robin_bit16_offsets, strict=True
+            ):
+                yield from self._flat_shards(names, flat, offsets)
+        elif isinstance(optimizer, BF16_Optimizer):
+            for names, flat in zip(self.members, optimizer.fp32_groups_flat_partition, strict=True):
+                yield from self._flat_shards(names, flat, _running(self.shapes[name].numel() for name in names))
+        elif isinstance(optimizer, FP16_UnfusedOptimizer):
+            for names, masters in zip(self.members, optimizer.fp32_groups, strict=True):
+                for name, master in zip(names, masters, strict=True):
+                    yield Shard(name, 0, master.numel(), master, 0)
+        else:
+            for names in self.members:
+                for name in names:
+                    yield Shard(name, 0, self.shapes[name].numel(), self.parameters[name], 0)
+
+    def _flat_shards(self, names: list[str], flat: Tensor, offsets: Iterable[int]) -> Iterator[Shard]:
+        """Parameters laid end to end and cut into equal partitions, one per rank."""
+        begin = self.rank * flat.numel()
+        end = begin + flat.numel()
+        for name, at in zip(names, offsets, strict=True):
+            left, right = max(begin, at), min(end, at + self.shapes[name].numel())
+            if left < right:
+                yield Shard(name, left - at, right - left, flat, left - begin)
+
+    def _stage3_shards(self, optimizer: Any) -> Iterator[Shard]:
+        """Every parameter is cut into equal partitions, one per rank; a subgroup lays its ranks' partitions end to end."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+            offset = 0
+            for parameter in parameters:
+                part = parameter.partition_numel()
+                name = names[id(parameter)]
+                start = self.rank * part
+                owned = max(0, min(part, self.shapes[name].numel() - start))
+                if owned:
+                    yield Shard(name, start, owned, flat, offset)
+                offset += part
+
+    def flats(self, group: str | None = None) -> list[Tensor]:
+        """The flat masters of one parameter group (default: of all), each once."""
+        names = None if group is None else set(self.members[self.group_names.index(group)])
+        found = {id(shard.flat): shard.flat for shard in self.shards if names is None or shard.name in names}
+        return list(found.values())
+
+    def state_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """Adam's ``exp_avg``, ``exp_avg_sq`` and ``step`` of a flat master, made with zeros where Adam has not made them."""
+        state = self.adam.state[flat]
+        for key in MOMENTS:
+            if key not in state:
+                state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        return state
+
+    @torch.no_grad()
+    def clear_state(self, group: str | None = None) -> None:
+        """Forgets the optimizer state of a parameter group: both moments and the step count.
+
+        Also called at the start: DeepSpeed's wrapper for stage 0 in bf16 has then made one step with zero gradients.
+        """
+        for flat in self.flats(group):
+            for value in self.state_of(flat).values():
+                value.zero_()
+
+    def group_steps(self) -> dict[str, int]:
+        """Adam's step count of each group on this rank (-1 where the rank owns nothing of the group)."""
+        counts = {}
+        for group in self.group_names:
+            flats = self.flats(group)
+            counts[group] = int(self.state_of(flats[0])["step"].item()) if flats else -1
+        return counts
+
+    @torch.no_grad()
+    def write_masters(self, values: Mapping[str, Tensor]) -> None:
+        """Sets masters of whole parameters (float32, given on every rank) and everything that is derived from them."""
+        for shard in self.shards:
+            if shard.name in values:
+                shard.of(shard.flat).copy_(values[shard.name].reshape(-1)[shard.start : shard.start + shard.numel])
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Makes the parameters what the masters say, wherever they stand."""
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+                optimizer.fp16_partitioned_groups_flat[index].copy_(flat)
+                optimizer._unflatten_partitioned_parameters(index)
+            persistent = optimizer.persistent_parameters
+            if persistent:  # small parameters stay gathered and would keep their old values
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
+            optimizer.update_lp_params()
+        elif isinstance(optimizer, FP16_UnfusedOptimizer):
+            for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for parameter, master in zip(parameters, masters, strict=True):
+                    parameter.data.copy_(master)
+
+    @torch.no_grad()
+    def gather(self, name: str, key: str | None = None, to: int | None = None) -> Tensor:
+        """The whole float32 master of a parameter, or its moment ``key``, on every rank (``to``: valid on that rank only).
+
+        A collective: all ranks call it with the same arguments.
+        """
+        whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
+        for shard in self.shards:
+            if shard.name == name:
+                source = shard.flat if key is None else self.state_of(shard.flat)[key]
+                whole[shard.start : shard.start + shard.numel] = shard.of(source)
+        if self.world_size > 1 and self.stage > 0:
+            if to is None:
+                dist.all_reduce(whole)
+            else:
+                dist.reduce(whole, dst=to)  # every element has one owner: adding zeros keeps its bits
+        return whole.view(self.shapes[name])
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sums over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def sum_over_ranks(self, value: float) -> float:
+        """A number's sum over the ranks, exact for whole numbers up to 2^53."""
+        return float(self.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device)))
+
+    # ---- frozen weights ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
+        """Sets a frozen weight from the owner's float32 value on all ranks; a collective."""
+        parameter = self.parameters[name]
+        if self.stage == 3:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner):
+                if self.rank == owner:
+                    assert value is not None
+                    parameter.data.copy_(value)
+            return
+        if self.rank == owner:
+            assert value is not None
+            parameter.data.copy_(value)
+        if self.world_size > 1:
+            dist.broadcast(parameter.data, src=owner)
+
+    @contextlib.contextmanager
+    def gathered(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        """Whole parameters to read, on every rank; a collective on stage 3."""
+        chosen = {name: self.parameters[name] for name in names}
+        with deepspeed.zero.GatheredParameters(list(chosen.values()), enabled=self.stage == 3):
+            yield {name: parameter.data for name, parameter in chosen.items()}
+
+    # ---- steps ------------------------------------------------------------------------------------------------
+
+    def accumulate(self, loss: Tensor, *, last: bool) -> None:
+        """Backward of one micro-batch; ``last`` of the step leaves the averaged gradients for :meth:`step`."""
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()  # counts the micro-batch
+
+    def step(self, rates: list[float]) -> tuple[float, bool]:
+        """One optimizer step at a rate per group; returns (global gradient norm before clipping, was it applied).
+
+        A step with a non-finite gradient is skipped on all ranks, on every stage: DeepSpeed's stage 0 in float32 would
+        make it, so there the check is ours.
+        """
+        for group, rate in zip(self.adam.param_groups, rates, strict=True):
+            group["lr"] = rate
+        guard = self.stage == 0 and not self.bf16
+        norm = self._plain_norm() if guard else None
+        if norm is not None and not torch.isfinite(norm):
+            for parameter in self.engine.module.parameters():
+                parameter.grad = None  # AdamW makes no step without gradients
+            self.engine.step()
+            return float(norm), False
+        self.engine.step()
+        reported = norm if norm is not None else self.engine.get_global_grad_norm()
+        value = float(reported) if reported is not None else float("nan")
+        return value, bool(self.engine.was_step_applied()) and value == value and abs(value) != float("inf")
+
+    def _plain_norm(self) -> Tensor:
+        """The gradient norm, the same on all ranks: at stage 0 gradients are averaged when backward returns."""
+        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+
+
+def _running(sizes: Iterable[int]) -> Iterator[int]:
+    total = 0
+    for size in sizes:
+        yield total
+        total += size
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed writes its set-up with print; its warnings still come through the logger."""
+    if os.environ.get("DEEPSPEED_LOG_LEVEL"):
+        yield
+        return
+    with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink):
+        yield
