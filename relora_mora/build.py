@@ -1,0 +1,278 @@
+"""From settings to everything a run consists of: checks first, then the parts in the order in which they depend on each other."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from relora_mora.adapters import inject
+from relora_mora.checkpoint import CheckpointError, CheckpointReader, changed_settings, list_checkpoints, newest_whole, verify
+from relora_mora.config import Config, ConfigError, dump, unused_settings
+from relora_mora.cycle import Base, Cycle
+from relora_mora.data import fingerprint, resolve_shards
+from relora_mora.export import find_checkpoint, merged_weights
+from relora_mora.hardware import fast_bf16
+from relora_mora.metrics import log
+from relora_mora.model import LossModel, build_model, check_length, read_model_config
+from relora_mora.optim import ParameterGroup, build_optimizer, describe_trainable, make_schedule, parameter_groups, set_trainable
+from relora_mora.schedule import Schedule
+from relora_mora.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from relora_mora.zero import ZeroEngine
+
+# settings that change how a run is done and not what comes out of it: they may differ at a resume
+FREE_SETTINGS = {
+    "model.config",  # the model's own settings are compared instead
+    "model.overrides",
+    "model.init_from",
+    "model.activation_checkpointing",
+    "tokenizer.path",  # compared by fingerprint
+    "data.train",  # compared by fingerprint
+    "data.validation",
+    "data.workers",
+    "data.prefetch_batches",
+    "data.timeout_seconds",
+    "train.run_dir",
+    "train.micro_batch_size",
+    "train.zero_stage",
+    "train.resume",
+    "train.allow_changes",
+    "train.max_bad_steps",
+    "train.deepspeed",
+}
+FREE_SECTIONS = {"eval", "checkpoint", "log"}
+
+
+@dataclass
+class Checked:
+    """What can be known to be right before anything expensive: model and tokenizer fit, the data is there."""
+
+    config: Config
+    model_config: LlamaConfig
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_fingerprint: str
+    data_fingerprint: str
+    bf16: bool
+
+
+@dataclass
+class Run:
+    """The parts of a run, and where it stands."""
+
+    checked: Checked
+    engine: ZeroEngine
+    base: Base
+    cycle: Cycle
+    groups: list[ParameterGroup]
+    schedule: Schedule
+    step: int
+    data_state: dict[str, Any] | None
+    counters: dict[str, Any]
+    resumed_from: CheckpointReader | None
+
+    @property
+    def config(self) -> Config:
+        return self.checked.config
+
+
+def check(config: Config) -> Checked:
+    """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
+    model_config = read_model_config(config.model)
+    check_length(model_config, config)
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    remark = check_vocabulary(tokenizer, model_config.vocab_size)
+    if remark:
+        log.info(remark)
+    resolve_shards(config.data.validation, config.data.revision, split="validation")
+    tokens = tokenizer_fingerprint(config.tokenizer.path)
+    data = fingerprint(config.data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, split="train")
+    if config.model.init_from is not None and not Path(config.model.init_from).exists():
+        raise ConfigError(
+            [f"model.init_from: {config.model.init_from} does not exist; give a Hugging Face LLaMA folder or a run"], "the settings"
+        )
+    bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
+    for name in unused_settings(config):
+        log.info("method %s does not use %s", config.method.name, name)
+    return Checked(config, model_config, tokenizer, tokens, data, bf16)
+
+
+def initial_model(checked: Checked) -> LlamaForCausalLM:
+    """The float32 model to begin with: drawn from the seed, or ``model.init_from``; the same on every rank."""
+    config = checked.config
+    lm = build_model(checked.model_config, seed=config.train.seed, attention=config.model.attention)
+    if config.model.init_from is not None:
+        weights = _foreign_weights(Path(config.model.init_from))
+        shapes = {name: tuple(p.shape) for name, p in lm.named_parameters()}
+        wrong = [name for name, shape in shapes.items() if name not in weights or tuple(weights[name].shape) != shape]
+        if wrong:
+            found = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "nothing"
+            raise ConfigError(
+                [
+                    f"model.init_from: {config.model.init_from} does not fit model.config: {len(wrong)} weights differ, e.g. {wrong[0]} "
+                    f"is {found} there and {shapes[wrong[0]]} here; use its model configuration"
+                ],
+                "the settings",
+            )
+        lm.load_state_dict(weights, strict=False)
+    if config.model.activation_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return lm
+
+
+def _foreign_weights(path: Path) -> dict[str, Tensor]:
+    if (path / "config.json").exists():
+        return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True, trust_remote_code=False).state_dict()
+    return merged_weights(CheckpointReader(find_checkpoint(path)))
+
+
+def build(checked: Checked) -> Run:
+    """Model, adapters, engine, base and cycle, at step 0 or where a checkpoint left off; a collective."""
+    config = checked.config
+    lm = initial_model(checked)
+    if config.uses_adapters:
+        injection = inject(lm, config.method, seed=config.train.seed)
+        kinds = ", ".join(f"{len(names)} {kind}" for kind, names in injection.by_kind.items())
+        log.info("%s adapters on %d layers: %s", config.method.name, injection.layers, kinds)
+    set_trainable(lm, config)
+    groups = parameter_groups(lm, config)
+    if not groups:
+        raise ConfigError(["method: nothing is trained; set method.train_embeddings, train_norms or train_head"], "the settings")
+    log.info("parameters: %s", ", ".join(f"{count:,} {kind}" for kind, count in describe_trainable(lm).items()))
+    frozen = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    base = Base(frozen, rank, world)
+    base.take(frozen)
+    engine = ZeroEngine(LossModel(lm), lm, build_optimizer(lm, groups, config), config, bf16=checked.bf16)
+    run = Run(
+        checked, engine, base, Cycle(engine, base, config), groups, make_schedule(config), 0, None, {"tokens": 0, "skipped_steps": 0}, None
+    )
+    _resume(run)
+    return run
+
+
+def _resume(run: Run) -> None:
+    folder = Path(run.config.train.run_dir) / "checkpoints"
+    wanted = run.config.train.resume
+    if wanted == "never":
+        if list_checkpoints(folder):
+            raise CheckpointError(f"{folder}: holds checkpoints, and train.resume=never; use another train.run_dir, or train.resume=auto")
+        return
+    if wanted == "auto":
+        chosen, skipped = newest_whole(folder, run.engine)
+        for reason in skipped:
+            log.warning("passed over %s", reason)
+        if chosen is None:
+            if skipped:
+                raise CheckpointError(f"{folder}: none of {len(skipped)} checkpoints is whole; move them away to start anew")
+            return
+    else:
+        chosen = find_checkpoint(Path(wanted)) if run.engine.rank == 0 or not verify(Path(wanted)) else Path(wanted)
+    reader = CheckpointReader(chosen)
+    _check_same_run(run, reader)
+    reader.restore(run.engine, run.base)
+    manifest = reader.manifest
+    run.step, run.data_state, run.counters, run.resumed_from = manifest.step, manifest.data_state, dict(manifest.counters), reader
+    run.cycle.set_operator(run.schedule.operator(run.step))
+    if run.cycle.operator() != manifest.operator:
+        raise CheckpointError(
+            f"{chosen}: was made with operator {manifest.operator}, the settings say {run.cycle.operator()} after step {run.step}"
+        )
+    log.info("resumed from %s at step %d", chosen, run.step)
+
+
+def _check_same_run(run: Run, reader: CheckpointReader) -> None:
+    """Raises :class:`CheckpointError` with all differences that would change the result and are not allowed."""
+    manifest, config = reader.manifest, run.config
+    now = config.model_dump(mode="json")
+    allowed = FREE_SETTINGS | set(config.train.allow_changes)
+    changed = [name for name in changed_settings(manifest.config, now) if name.split(".")[0] not in FREE_SECTIONS and name not in allowed]
+    faults = [
+        f"{name}: {_value(manifest.config, name)!r} in the checkpoint, {_value(now, name)!r} now; to allow it: --train.allow_changes=[{name}]"
+        for name in changed
+    ]
+    saved, model = manifest.model_config, plain_model_config(run.checked.model_config)
+    for key in sorted(set(saved) | set(model)):
+        if saved.get(key) != model.get(key):
+            faults.append(f"model: {key} is {saved.get(key)!r} in the checkpoint, {model.get(key)!r} now")
+    if manifest.tokenizer_fingerprint != run.checked.tokenizer_fingerprint and "tokenizer" not in allowed:
+        faults.append(f"tokenizer: {config.tokenizer.path} gives other tokens; to allow it: --train.allow_changes=[tokenizer]")
+    elif (
+        manifest.data_fingerprint != run.checked.data_fingerprint
+        and "data" not in allowed
+        and not any(n.startswith("data.") for n in changed)
+    ):
+        faults.append("data: other sources, or files that have changed; to allow it: --train.allow_changes=[data]")
+    if manifest.bf16 != run.checked.bf16 and "train.precision" not in allowed and "train.precision" not in changed:
+        faults.append("train.precision: auto means another precision on this machine; to allow it: --train.allow_changes=[train.precision]")
+    if manifest.step > config.train.steps:
+        faults.append(f"train.steps: the checkpoint is at step {manifest.step} already")
+    if faults:
+        raise CheckpointError("\n".join([f"{reader.folder}: made with other settings:", *(f"  - {fault}" for fault in faults)]))
+
+
+def _value(tree: dict[str, Any], name: str) -> Any:
+    section, _, key = name.partition(".")
+    return tree.get(section, {}).get(key)
+
+
+def plain_model_config(model_config: LlamaConfig) -> dict[str, Any]:
+    """The model's settings without what transformers adds about itself."""
+    values = json.loads(model_config.to_json_string(use_diff=False))
+    return {key: value for key, value in values.items() if key not in ("transformers_version", "_name_or_path", "architectures", "dtype")}
+
+
+def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
+    """What makes a run folder explain itself: settings, command, versions, commit, model, tokenizer. First rank only."""
+    folder = Path(checked.config.train.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump(checked.config), encoding="utf-8")
+    (folder / "model.json").write_text(json.dumps(plain_model_config(checked.model_config), indent=2) + "\n", encoding="utf-8")
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        work = folder / "tokenizer.tmp"
+        shutil.rmtree(work, ignore_errors=True)
+        save_tokenizer(checked.config.tokenizer.path, work)
+        work.rename(tokenizer)
+    with (folder / "starts.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(_start_record(checked, world_size, step)) + "\n")
+    return folder
+
+
+def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any]:
+    packages = ("relora_mora", "torch", "deepspeed", "transformers", "datasets", "safetensors")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": step,
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "world_size": world_size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "bf16": checked.bf16,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this package runs from, ``+`` when it has uncommitted changes; None outside one."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if dirty else "")

@@ -1,0 +1,88 @@
+"""From a checkpoint of any method to a plain LLaMA: adapters merged in float32, nothing of this project left in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from relora_mora.adapters import adapter_layers, inject
+from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, newest_whole, verify
+from relora_mora.config import validate
+from relora_mora.model import build_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user means: a checkpoint folder, or the newest whole one of a run or ``checkpoints/`` folder.
+
+    Raises :class:`CheckpointError` when there is none or when it is damaged.
+    """
+    for folder in (path, path / "checkpoints"):
+        if list_checkpoints(folder):
+            found, skipped = newest_whole(folder)
+            if found is None:
+                raise CheckpointError(f"{folder}: no checkpoint in it is whole: {'; '.join(skipped)}")
+            return found
+    problem = verify(path)
+    if problem is not None:
+        raise CheckpointError(problem if problem.startswith(str(path)) else f"{path}: {problem}; use an older checkpoint")
+    return path
+
+
+def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
+    """Every weight of the plain model in float32, ``W + delta`` where there is an adapter."""
+    manifest = reader.manifest
+    config = validate(manifest.config, str(reader.folder))
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(LlamaConfig(**manifest.model_config))
+        if config.uses_adapters:
+            inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator)
+    adapters = dict(adapter_layers(skeleton))
+    own = {f"{name}.{key}" for name, layer in adapters.items() for key in layer.adapter_names}
+    weights = {name: reader.weight(name) for name in [*manifest.parameters, *manifest.frozen] if name not in own}
+    for name, layer in adapters.items():
+        weights[f"{name}.weight"] += layer.delta_of(*(reader.weight(f"{name}.{key}") for key in layer.adapter_names))
+    return weights
+
+
+def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """The plain model of a checkpoint."""
+    reader = CheckpointReader(find_checkpoint(path))
+    model = build_model(LlamaConfig(**reader.manifest.model_config), seed=0)
+    weights = {name: value.to(dtype) for name, value in merged_weights(reader).items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
+        missing = [name for name in missing if name != "lm_head.weight"]
+    if missing or unexpected:
+        raise CheckpointError(f"{path}: does not hold the model it names (missing {missing[:3]}, unknown {unexpected[:3]})")
+    model.config.dtype = dtype
+    return model.eval()
+
+
+def export(path: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns the checkpoint that was exported.
+
+    Raises :class:`CheckpointError` for what is no checkpoint and FileExistsError for a folder that is not empty. The
+    folder appears whole.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out}: exists and is not empty; give a new folder, or remove it")
+    checkpoint = find_checkpoint(path)
+    model = merged_model(checkpoint, dtype)
+    work = out.with_name(out.name + ".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    model.config.use_cache = True
+    model.save_pretrained(work)
+    for source in sorted((checkpoint / "tokenizer").iterdir()):
+        shutil.copy2(source, work / source.name)
+    if out.exists():
+        out.rmdir()
+    work.rename(out)
+    return checkpoint

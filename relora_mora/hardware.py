@@ -1,0 +1,60 @@
+"""What the machine can do: precision that is fast, peak rate of a device, memory in use."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+
+import torch
+
+# dense bf16 peak in TFLOP/s, from the vendors' data sheets
+KNOWN_PEAKS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10G": 70.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+    "V100": 125.0,
+    "T4": 65.0,
+}
+_PROBE_SIZE = 1024
+_PROBES = 5
+
+
+def fast_bf16() -> bool:
+    """Does this hardware multiply bf16 matrices faster than float32 ones (CUDA from Ampere on, CPUs with AMX or AVX512-BF16)?"""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability()[0] >= 8
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def peak_flops(*, bf16: bool) -> tuple[float, str]:
+    """FLOP/s of one device and where the number comes from: a data sheet, or a measured matrix product on this rank's threads."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        for key, tflops in KNOWN_PEAKS.items():
+            if bf16 and key in name:
+                return tflops * 1e12, f"data sheet of {key}"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(_PROBE_SIZE, _PROBE_SIZE, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    a @ a
+    seconds = []
+    for _ in range(_PROBES):
+        begin = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * _PROBE_SIZE**3 / statistics.median(seconds), f"measured on a {_PROBE_SIZE} x {_PROBE_SIZE} product"
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has had: allocated on the device with CUDA, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

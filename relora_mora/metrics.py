@@ -1,0 +1,106 @@
+"""Metrics of a run: one JSON object a line, the same numbers for TensorBoard, a progress bar. First rank only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+log = logging.getLogger("relora_mora")
+
+
+def setup_logging(rank: int) -> None:
+    """Progress of the run on stderr, from the first rank; other ranks show warnings."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s", "%H:%M:%S")
+    )
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.propagate = False
+
+
+class Metrics:
+    """Writes ``metrics.jsonl`` and ``tensorboard/`` of a run folder.
+
+    After a resume at ``step`` what an earlier process logged beyond it is dropped from the file and hidden in
+    TensorBoard: those steps are made again.
+    """
+
+    def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._keep_until(step)
+        self._stream = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10) if tensorboard else None
+        if step == 0 and self._board is not None:
+            self._board.add_text("run/config", "    " + (folder / "config.yaml").read_text(encoding="utf-8").replace("\n", "\n    "), 0)
+
+    def _keep_until(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step and step > 0:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                log.warning("metrics.jsonl: dropped a damaged line")
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line. Numbers also go to TensorBoard under the same tags."""
+        self._stream.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._stream.flush()
+        if self._board is not None:
+            for tag, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self._board.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        self._stream.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Progress:
+    """Loss, perplexity, tokens/s and the time left: a bar on a terminal, a plain line at each :meth:`show` elsewhere."""
+
+    def __init__(self, *, total: int, done: int, show: bool) -> None:
+        self._plain = show and not sys.stderr.isatty()
+        self._begin, self._first = time.monotonic(), done
+        self._bar = tqdm(
+            total=total, initial=done, disable=not show or self._plain, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.1
+        )
+        self.done, self.total = done, total
+
+    def update(self) -> None:
+        self.done += 1
+        self._bar.update()
+
+    def show(self, **values: str) -> None:
+        """What stands behind the bar, or one plain line."""
+        if self._plain:
+            each = (time.monotonic() - self._begin) / max(1, self.done - self._first)
+            left = tqdm.format_interval(each * (self.total - self.done))
+            log.info("step %d/%d: %s, %s left", self.done, self.total, ", ".join(f"{key} {value}" for key, value in values.items()), left)
+        else:
+            self._bar.set_postfix(values, refresh=False)
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        if self._bar.disable:
+            log.info(message)
+        else:
+            self._bar.clear()
+            log.info(message)
+            self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()
