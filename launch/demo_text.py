@@ -1,0 +1,249 @@
+"""Writes real English text found on this machine in C4's on-disk format, for `make demo`; no network.
+
+    python launch/demo_text.py --out=runs/demo/data
+
+The text is the language reference in ``pydoc_data.topics`` and the docstrings of the standard library and of the installed
+packages, read with ``ast`` (nothing is imported). What is written depends on the installed files alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from relora_mora.cli import run
+
+MARKER = "demo_text.json"
+TIMESTAMP = "1970-01-01T00:00:00Z"  # docstrings were never crawled; a constant keeps the files the same
+TRAIN_SHARDS = 8
+VALIDATION_FRACTION = 0.02
+MIN_CHARACTERS = 200
+_MAX_FILE_BYTES = 1_000_000  # longer modules are generated tables
+_SKIPPED_FOLDERS = {"tests", "test", "testing", "idlelib", "lib2to3", "site-packages", "__pycache__"}
+_COMMON_WORD = re.compile(
+    r"\b(?:an?|and|are|as|at|be|by|can|for|from|has|if|in|into|is|it|not|of|on|or|that|the|this|to|when|which|will|with)\b", re.IGNORECASE
+)
+_WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
+_NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+Document = dict[str, str]  # text, timestamp, url
+
+
+class DemoTextError(ValueError):
+    """The text cannot be written: what was found, what to do."""
+
+
+def main(out: str = "runs/demo/data", max_bytes: int = 40_000_000, processes: int | None = None) -> None:
+    """Writes English text found on this machine as json.gz shards: OUT/train (8) and OUT/validation (1).
+
+    Args:
+        out: the folder to write; a complete one is left as it is
+        max_bytes: of text, UTF-8; where there is more, a sample of the documents is kept
+        processes: that read source files; default: one per core, at most 8
+    """
+    target = Path(out)
+    if max_bytes < 1 or (processes is not None and processes < 1):
+        raise DemoTextError(f"--max_bytes={max_bytes} --processes={processes}: give at least 1")
+    done = finished(target, max_bytes)
+    if done is not None:
+        print(f"{target}: already there, {_summary(done)}")
+        return
+    started = time.monotonic()
+    paths = sysconfig.get_paths()
+    roots = sorted({Path(paths[name]).resolve() for name in ("stdlib", "purelib", "platlib")})
+    documents = [*python_reference(), *docstrings(roots, processes or min(8, _cores()))]
+    counts = write(documents, target, max_bytes)
+    print(f"{target}: {_summary(counts)}, {time.monotonic() - started:.1f} s")
+
+
+def finished(out: Path, max_bytes: int) -> dict[str, Any] | None:
+    """What the marker says, where every shard has its size. Raises DemoTextError for a folder with anything else in it."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        counts: dict[str, Any] = json.loads((out / MARKER).read_text(encoding="utf-8"))
+        complete = all((out / name).stat().st_size == size for name, size in counts["shards"].items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        complete = False
+    if not complete:
+        raise DemoTextError(f"{out}: holds something else than a complete demo text; remove it, or choose another --out")
+    if counts["max_bytes"] != max_bytes:
+        raise DemoTextError(
+            f"{out}: was written with --max_bytes={counts['max_bytes']}, not {max_bytes}; remove it, or choose another --out"
+        )
+    return counts
+
+
+def python_reference() -> Iterator[Document]:
+    """The language reference that comes with Python, a document per topic."""
+    from pydoc_data.topics import topics
+
+    for name, text in topics.items():
+        cleaned = prose(text)
+        if is_english(cleaned):
+            yield _document(cleaned, f"python://pydoc_data/topics#{name}")
+
+
+def docstrings(roots: Sequence[Path], processes: int = 1) -> list[Document]:
+    """Cleaned docstrings of all modules below the roots, long enough and English, in the order of roots and paths."""
+    files = [(root, file) for root in roots for file in _source_files(root)]
+    if processes == 1:
+        found: Iterable[list[Document]] = map(_file_docstrings, files)
+        return [document for documents in found for document in documents]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return [document for documents in pool.imap(_file_docstrings, files, chunksize=64) for document in documents]
+
+
+def prose(text: str) -> str:
+    """A docstring without doctests (with their output) and fenced code; at most one blank line in a row."""
+    kept: list[str] = []
+    fenced = example = False
+    for line in text.expandtabs().splitlines():
+        stripped = line.strip()
+        if stripped.startswith("```"):
+            fenced = not fenced
+            continue
+        example = bool(stripped) and (example or stripped.startswith((">>>", "In [")))  # and its output, up to a blank line
+        if fenced or example or (not stripped and (not kept or not kept[-1])):
+            continue
+        kept.append(line.rstrip())
+    return "\n".join(kept).strip()
+
+
+def is_english(text: str) -> bool:
+    """Long enough, mostly letters, with English function words: neither tables nor lists of names nor signatures."""
+    if len(text) < MIN_CHARACTERS:
+        return False
+    words = _WORD.findall(text)
+    letters = sum(map(len, words))
+    common = len(_COMMON_WORD.findall(text))
+    marks = len(text) - text.count(" ") - text.count("\n")
+    return letters >= 0.75 * marks and common >= 0.15 * len(words)
+
+
+def write(documents: Iterable[Document], out: Path, max_bytes: int) -> dict[str, Any]:
+    """Writes the folder whole; returns the counts of its marker.
+
+    Exact duplicates are dropped. The files, and with them all their docstrings, are shared out between the two sides by a
+    hash of their name; documents are dealt to the shards in the order of a hash of their text. So the order given does not matter.
+    """
+    unique: dict[bytes, Document] = {}
+    for document in documents:
+        key = _digest(document["text"])
+        unique[key] = min(unique.get(key, document), document, key=lambda copy: copy["url"])
+    sides: dict[str, list[Document]] = {"train": [], "validation": []}
+    total = 0
+    for _, document in sorted(unique.items()):
+        size = len(document["text"].encode())
+        if total + size <= max_bytes:
+            total += size
+            sides["validation" if _held_out(document) else "train"].append(document)
+    if not all(sides.values()):
+        raise DemoTextError(
+            f"found {len(sides['train'])} training and {len(sides['validation'])} validation documents within --max_bytes={max_bytes}; "
+            "install the package with its dependencies first, or raise --max_bytes"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+        complete = Path(folder, "complete")
+        counts = _write_sides(sides, complete) | {"max_bytes": max_bytes}
+        (complete / MARKER).write_text(json.dumps(counts, indent=1), encoding="utf-8")
+        complete.rename(out)  # replaces an empty folder
+    return counts
+
+
+def _write_sides(sides: dict[str, list[Document]], folder: Path) -> dict[str, Any]:
+    counts: dict[str, Any] = {"shards": {}}
+    for side, documents in sides.items():
+        shards = TRAIN_SHARDS if side == "train" else 1
+        counts[side] = {"documents": len(documents), "bytes": sum(len(document["text"].encode()) for document in documents)}
+        (folder / side).mkdir(parents=True)
+        for shard in range(shards):
+            name = f"{side}/demo-{side}.{shard:05}-of-{shards:05}.json.gz"
+            content = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents[shard::shards])
+            (folder / name).write_bytes(gzip.compress(content.encode(), compresslevel=6, mtime=0))
+            counts["shards"][name] = (folder / name).stat().st_size
+    return counts
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
+        for name in sorted(names):
+            if name.endswith(".py") and not name.startswith("test_"):
+                yield Path(folder, name)
+
+
+def _file_docstrings(task: tuple[Path, Path]) -> list[Document]:
+    root, file = task
+    try:
+        source = file.read_bytes()
+        if len(source) > _MAX_FILE_BYTES or not _holds_long_string(source):
+            return []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+        found = [(name, prose(text)) for name, text in _docstrings_below(tree, "")]
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):  # not this Python's language, or not readable
+        return []
+    url = f"python://{file.relative_to(root).as_posix()}"
+    return [_document(text, f"{url}#{name}") for name, text in found if is_english(text)]
+
+
+def _holds_long_string(source: bytes) -> bool:
+    """Whether a parse can be worth its time: what stands between triple quotes is long enough somewhere."""
+    return any(len(inside) >= MIN_CHARACTERS for quotes in (b'"""', b"'''") for inside in source.split(quotes)[1::2])
+
+
+def _docstrings_below(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        text = ast.get_docstring(node)
+        if text:
+            yield name, text
+    for inner in ast.iter_child_nodes(node):
+        if isinstance(inner, ast.stmt):
+            named = f"{name}.{inner.name}".lstrip(".") if isinstance(inner, _NAMED) else name
+            yield from _docstrings_below(inner, named)
+
+
+def _document(text: str, url: str) -> Document:
+    return {"text": text.encode("utf-8", "replace").decode(), "timestamp": TIMESTAMP, "url": url}
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _held_out(document: Document) -> bool:
+    """Decided for a whole file; a topic of the language reference counts as one."""
+    url = document["url"]
+    file = url if "pydoc_data/topics" in url else url.partition("#")[0]
+    return int.from_bytes(_digest(file)[:8]) < VALIDATION_FRACTION * 2**64
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _summary(counts: dict[str, Any]) -> str:
+    train, validation = counts["train"], counts["validation"]
+    return (
+        f"{train['documents']:,} training documents ({train['bytes'] / 1e6:.1f} MB) "
+        f"and {validation['documents']:,} validation documents ({validation['bytes'] / 1e6:.1f} MB)"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,285 @@
+"""The tokenizer: loaded exactly, never parsing text for special tokens.
+
+A ``tokenizer.model`` of sentencepiece can be wrapped for transformers in several ways, most of them subtly wrong: as a
+``LlamaTokenizer`` it loses a leading space and takes a crawled ``</s>`` for the end of a document. What is right here is a
+folder that holds nothing but the model, loaded with ``split_special_tokens=True``; every load compares its ids with
+sentencepiece's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from transformers import PreTrainedTokenizerBase
+
+MODEL_FILE = "tokenizer.model"
+_EXPECTED = "expected a folder with tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder"
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+
+# Where conversions of a sentencepiece model go wrong: spaces at either end, the names of special and byte tokens, bytes
+# that no piece holds, whitespace that a normalizer would fold.
+HARD_TEXTS = (
+    "",
+    " ",
+    "  leading spaces",
+    "trailing spaces  ",
+    "long" + " " * 50 + "run" + " " * 7,
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<0x0A>",
+    "a</s>b <s> </s><unk> <0x0A><0xFF>",
+    " </s> ",
+    "\0",
+    "NUL\0inside\0",
+    "CR LF\r\nnext\r\n\r\nend\r",
+    "\n\nnewlines\n \n",
+    "\ttabs\t\tand \t spaces\t",
+    "emoji 🙂👩‍👩‍👧‍👦🏳️‍🌈 é e\u0301 ﬁ ｆｕｌｌ ½ №",
+    "\u00a0\u200b\u2028\ufeff no-break, zero width, line separator",
+    "日本語 русский العربية हिन्दी 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \u2585 \ufffd",
+    "0123456789 3.14159 1,000,000",
+    "The quick brown fox, it's said, \"jumps\" over 13 lazy dogs — doesn't it?",
+)
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be used: what was given, what was expected, the remedy."""
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder with ``tokenizer.model``, a ``.model`` file, or a Hugging Face tokenizer folder.
+
+    Where a folder holds both ``tokenizer.model`` and a ``tokenizer.json`` with the same vocabulary, the model decides;
+    with another vocabulary (added tokens) ``tokenizer.json`` does. Text is never parsed for special tokens. Silent, from
+    the disk alone. Sets ``TOKENIZERS_PARALLELISM=false`` unless it is set: here worker processes are the parallelism.
+
+    Raises :class:`TokenizerError` when there is none, it has no end-of-document token, it would find that token in text,
+    or its ids differ from sentencepiece's.
+    """
+    path = Path(path)
+    _check_exists(path)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    model = _sentencepiece_file(path)
+    with _quiet_transformers():
+        tokenizer = _from_folder(path) if model is None else _from_model(model, path)
+    if tokenizer.eos_token_id is None:
+        raise TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {_eos_remedy(model)}")
+    text, eos = str(tokenizer.eos_token), int(tokenizer.eos_token_id)
+    if eos in encode(tokenizer, [f"a {text} b"])[0]:
+        raise TokenizerError(
+            f"{path}: this tokenizer reads the text {text!r} as the end of a document (id {eos}), so crawled text could end one; "
+            "mark that token as special in tokenizer.json, or train a tokenizer with tokenizer/train.py"
+        )
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, without any special token: none is added and none is found in the text.
+
+    Lone surrogates, which no UTF-8 text can hold, count as U+FFFD.
+    """
+    texts = [_utf8(text) for text in texts]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"] if texts else []
+    backend.encode_special_tokens = True  # lost when a tokenizer is pickled, as for a worker process
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id plus one: rows that a model's embedding needs. ``len(tokenizer)`` misses gaps in the ids."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size_of_model: int) -> str | None:
+    """Raises :class:`TokenizerError` when ids do not fit the model; returns a remark when much of the model is unused."""
+    size = vocabulary_size(tokenizer)
+    name = tokenizer.name_or_path or "the tokenizer"
+    if size > vocab_size_of_model:
+        raise TokenizerError(
+            f"{name}: {size} token ids, but the model has only {vocab_size_of_model} (vocab_size); "
+            f"set --model.overrides='{{vocab_size: {size}}}', or use a smaller tokenizer"
+        )
+    if vocab_size_of_model - size >= max(1024, size // 20):
+        unused = vocab_size_of_model - size
+        return f"the model has {vocab_size_of_model} embeddings, {unused} of them never used: {name} has only {size} token ids"
+    return None
+
+
+def tokenizer_fingerprint(path: str | Path) -> str:
+    """16 hex digits over what decides the ids, the same for a folder and for the ``tokenizer.model`` in it."""
+    path = Path(path)
+    _check_exists(path)
+    model = _sentencepiece_file(path)
+    if model is not None:
+        return xxhash.xxh64(model.read_bytes()).hexdigest()
+    content: Any = _read_json(path / "tokenizer.json")
+    if content is None:
+        content = sorted(load_tokenizer(path).get_vocab().items())
+    else:  # what follows changes no id of a text
+        content = {key: value for key, value in content.items() if key not in ("truncation", "padding", "post_processor", "decoder")}
+    return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | Path) -> None:
+    """Writes a folder whose ids plain ``AutoTokenizer.from_pretrained(out)`` reproduces; ``tokenizer.model`` is kept beside.
+
+    ``tokenizer`` is a path as for :func:`load_tokenizer`, or what it returned. ``out`` may already hold a model with its
+    ``config.json``. Raises :class:`TokenizerError` when the written folder gives other ids.
+    """
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    out = Path(out)
+    model = _sentencepiece_file(Path(tokenizer.name_or_path)) if Path(tokenizer.name_or_path).exists() else None
+    out.mkdir(parents=True, exist_ok=True)
+    with _quiet_transformers():
+        tokenizer.save_pretrained(str(out))
+        if model is not None and model.resolve() != (out / MODEL_FILE).resolve():
+            shutil.copyfile(model, out / MODEL_FILE)
+        saved = _auto(out)
+    written = [saved.encode(text, add_special_tokens=False) for text in HARD_TEXTS]
+    if written != encode(tokenizer, HARD_TEXTS) or saved.eos_token_id != tokenizer.eos_token_id:
+        raise TokenizerError(f"{out}: the saved tokenizer gives other ids than {tokenizer.name_or_path}; report this with the tokenizer")
+
+
+def open_sentencepiece(path: str | Path) -> SentencePieceProcessor:
+    """sentencepiece's own tokenizer of a ``.model`` file; raises :class:`TokenizerError` when it is none."""
+    processor = _processor(Path(path))
+    if processor is None:
+        raise TokenizerError(f"{path}: this is not a sentencepiece model; {_EXPECTED}")
+    return processor
+
+
+def _check_exists(path: Path) -> None:
+    if path.is_dir():
+        if not any((path / name).is_file() for name in (MODEL_FILE, *_VOCABULARY_FILES)):
+            raise TokenizerError(f"{path}: no tokenizer in this folder; {_EXPECTED}; tokenizer/train.py trains one")
+    elif not path.exists():
+        raise TokenizerError(
+            f"{path}: not found; {_EXPECTED}; tokenizer/train.py trains one, `hf download REPO --local-dir DIR` fetches one"
+        )
+    elif path.suffix != ".model":
+        raise TokenizerError(f"{path}: a file of another kind; {_EXPECTED}")
+
+
+def _sentencepiece_file(path: Path) -> Path | None:
+    """The sentencepiece model that decides the ids; None: the Hugging Face files of the folder do."""
+    if path.is_file():
+        open_sentencepiece(path)
+        return path
+    model = path / MODEL_FILE
+    if not model.is_file():
+        return None
+    described = _read_json(path / "tokenizer.json")
+    processor = _processor(model) if described is not None else open_sentencepiece(model)
+    if processor is None:  # a tiktoken file of that name, as with Llama 3
+        return None
+    if described is None or _names(described) == {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}:
+        return model
+    return None
+
+
+def _names(described: dict[str, Any]) -> dict[str, int]:
+    """Token -> id of a ``tokenizer.json``."""
+    vocab = described.get("model", {}).get("vocab", {})
+    names = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    return names | {token["content"]: token["id"] for token in described.get("added_tokens", [])}
+
+
+def _processor(model: Path) -> SentencePieceProcessor | None:
+    from sentencepiece import SentencePieceProcessor
+
+    content = model.read_bytes()
+    if not content:  # sentencepiece takes it for a model without pieces
+        return None
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(content)
+    except RuntimeError:
+        return None
+    return processor
+
+
+def _from_model(model: Path, given: Path) -> PreTrainedTokenizerBase:
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:  # alone: other files of its folder would change the class
+        shutil.copyfile(model, Path(folder, MODEL_FILE))
+        tokenizer = _auto(Path(folder), split_special_tokens=True)
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(given)
+    if getattr(tokenizer, "vocab_file", None):
+        tokenizer.vocab_file = str(model)
+    reference = open_sentencepiece(model)
+    for text, ids in zip(HARD_TEXTS, encode(tokenizer, HARD_TEXTS), strict=True):
+        if ids != reference.encode(text):
+            raise TokenizerError(
+                f"{model}: transformers converts this model to other ids than sentencepiece's, e.g. for {text!r}; "
+                "update transformers, or train a tokenizer with tokenizer/train.py"
+            )
+    return tokenizer
+
+
+def _from_folder(path: Path) -> PreTrainedTokenizerBase:
+    tokenizer = _auto(path, split_special_tokens=True)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # settings of whoever saved it; documents are neither cut nor padded
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
+
+
+def _auto(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **settings)
+    except Exception as error:  # transformers raises nearly any kind of error here
+        raise TokenizerError(f"{folder}: transformers cannot load this tokenizer ({' '.join(str(error).split())}); {_EXPECTED}") from error
+    for internal in ("is_local", "local_files_only"):  # of this call; would be written into tokenizer_config.json
+        tokenizer.init_kwargs.pop(internal, None)
+    return tokenizer
+
+
+def _eos_remedy(model: Path | None) -> str:
+    if model is not None:
+        return "train the sentencepiece model with an eos_id, as tokenizer/train.py does"
+    return "name one as eos_token in tokenizer_config.json"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{path}: not JSON ({error}); fetch or save the tokenizer again") from error
+
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,352 @@
+"""The tokenizer is exact: sentencepiece's ids on every way in and out, and nothing in a text is a special token."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from relora_mora import tokenizer as tokenizers_of_runs
+from relora_mora.tokenizer import (
+    HARD_TEXTS,
+    MODEL_FILE,
+    TokenizerError,
+    check_vocabulary,
+    encode,
+    load_tokenizer,
+    open_sentencepiece,
+    save_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+from tests.helpers import ROOT, SHARED, needs_shared
+
+
+def _script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_tokenizer", ROOT / "tokenizer" / "train.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+training = _script()
+EOS = 2
+
+
+def _own_text() -> list[str]:
+    """Enough text for a small vocabulary wherever the tests run: the project's own sources."""
+    return [path.read_text(encoding="utf-8") for folder in ("relora_mora", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained tokenizer of 1,000 ids, as tokenizer/train.py writes it."""
+    out = tmp_path_factory.mktemp("tokenizer") / "trained"
+    documents = _own_text()
+    training.write(training.train(documents, vocab_size=1000, character_coverage=0.9995), out, documents)
+    return out
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    found: list[str] = []
+    for shard in sorted((SHARED / "data/c4like/train").glob("*.json.gz")):
+        with gzip.open(shard, "rt", encoding="utf-8") as lines:
+            found += [json.loads(line)["text"] for line in lines]
+    return sorted(found, key=len)[:10_000]  # the shorter half, whole: the test takes seconds
+
+
+def _plain(folder: Path, texts: list[str]) -> list[list[int]]:
+    """Ids as a user of the exported folder gets them, with nothing said about special tokens."""
+    return AutoTokenizer.from_pretrained(str(folder))(texts)["input_ids"]
+
+
+@needs_shared
+def test_ten_thousand_documents_are_exact(documents: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "trained"
+    bytes_per_token = training.write(training.train(documents[::5], vocab_size=8192), out, documents[-100:])
+    assert 3 < bytes_per_token < 6
+    reference = open_sentencepiece(out / MODEL_FILE).encode(documents)
+    tokenizer = load_tokenizer(out)
+    assert len(documents) == 10_000
+    assert encode(tokenizer, documents) == reference
+    assert not any(EOS in ids or 0 in ids or 1 in ids for ids in reference)
+    decoded = tokenizer.batch_decode(reference)
+    assert [text.replace("\u2581", " ") for text in documents] == decoded
+    exported = tmp_path / "exported"
+    save_tokenizer(tokenizer, exported)
+    assert _plain(exported, documents[::10]) == reference[::10]
+
+
+def test_hard_texts_are_exact_on_every_way(folder: Path, tmp_path: Path) -> None:
+    texts = [*HARD_TEXTS, *(text + other for text in HARD_TEXTS for other in HARD_TEXTS), "".join(HARD_TEXTS)]
+    reference = open_sentencepiece(folder / MODEL_FILE).encode(texts)
+    LlamaConfig().save_pretrained(str(tmp_path / "export"))  # its model_type must not decide the tokenizer's class
+    save_tokenizer(folder, tmp_path / "export")
+    for path in (folder, folder / MODEL_FILE, tmp_path / "export"):
+        assert encode(load_tokenizer(path), texts) == reference
+    for path in (folder, tmp_path / "export"):
+        assert _plain(path, texts) == reference
+        assert AutoTokenizer.from_pretrained(str(path)).batch_decode(reference) == texts
+    assert (tmp_path / "export" / MODEL_FILE).read_bytes() == (folder / MODEL_FILE).read_bytes()
+
+
+def test_random_texts_are_exact(folder: Path) -> None:
+    draw = random.Random(0)
+    alphabet = [*"ab  \n\t<>/s0x", "</s>", "<s>", "\r\n", "é", "🙂", "the", " self", "    ", "\0", "▅", "\u2581"]
+    texts = ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(3000)]
+    tokenizer = load_tokenizer(folder)
+    ids = encode(tokenizer, texts)
+    assert ids == open_sentencepiece(folder / MODEL_FILE).encode(texts)
+    assert tokenizer.batch_decode(ids) == [text.replace("\u2581", " ") for text in texts]
+
+
+def test_parts_of_a_text_decode_to_its_parts(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    ids = encode(tokenizer, ["return the value of  the setting"])[0]
+    assert all(tokenizer.decode(ids[:cut]) + tokenizer.decode(ids[cut:]) == "return the value of  the setting" for cut in range(len(ids)))
+
+
+def test_no_text_ends_a_document(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    for loaded in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):  # as it reaches a worker process
+        ids = encode(loaded, ["</s>", "a</s>", "<s> </s> <unk>"])
+        assert all(special not in found for found in ids for special in (0, 1, 2))
+    assert encode(tokenizer, []) == []
+
+
+def test_llama_class_would_not_be_exact(folder: Path, tmp_path: Path) -> None:
+    """The reason for loading the model alone: the class that config.json suggests loses a space and parses ``</s>``."""
+    shutil.copy(folder / MODEL_FILE, tmp_path / MODEL_FILE)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    reference = open_sentencepiece(folder / MODEL_FILE).encode(["  leading", "a</s>"])
+    assert AutoTokenizer.from_pretrained(str(tmp_path))(["  leading", "a</s>"], add_special_tokens=False)["input_ids"] != reference
+    assert encode(load_tokenizer(tmp_path), ["  leading", "a</s>"]) == reference
+
+
+def test_lone_surrogates_count_as_replacement_characters(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert encode(tokenizer, ["x\ud800y", "\ud83d\ude42"]) == encode(tokenizer, ["x\ufffdy", "🙂"])
+
+
+def test_fingerprint_follows_the_vocabulary(folder: Path, tmp_path: Path) -> None:
+    save_tokenizer(folder, tmp_path / "export")
+    fingerprints = {tokenizer_fingerprint(path) for path in (folder, folder / MODEL_FILE, tmp_path / "export")}
+    assert len(fingerprints) == 1
+    other = tmp_path / "other"
+    training.write(training.train(_own_text(), vocab_size=999, character_coverage=0.9995), other, ["x"])
+    assert tokenizer_fingerprint(other) not in fingerprints
+
+
+def _hugging_face(folder: Path, out: Path, **changes: Any) -> Path:
+    """A Hugging Face folder without tokenizer.model, with added tokens, truncation and padding left on."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>", "pad_token": "<|pad|>"})
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=4)
+    tokenizer.save_pretrained(str(out))
+    description = json.loads((out / "tokenizer.json").read_text())
+    description.update(changes)
+    (out / "tokenizer.json").write_text(json.dumps(description))
+    return out
+
+
+def test_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
+    path = _hugging_face(folder, tmp_path / "hf")
+    tokenizer = load_tokenizer(path)
+    text = "a longer text </s> with <|end|> and <|pad|> in it"
+    assert tokenizer.eos_token_id == 1000
+    assert encode(tokenizer, [text]) == open_sentencepiece(folder / MODEL_FILE).encode([text])
+    assert vocabulary_size(tokenizer) == 1002
+    uncut = _hugging_face(folder, tmp_path / "uncut", truncation=None, padding=None)
+    assert tokenizer_fingerprint(path) == tokenizer_fingerprint(uncut) != tokenizer_fingerprint(folder)
+    shutil.copy(folder / MODEL_FILE, path / MODEL_FILE)  # without the added tokens: tokenizer.json decides
+    assert load_tokenizer(path).eos_token_id == 1000
+    save_tokenizer(path, tmp_path / "export")
+    assert _plain(tmp_path / "export", [text]) == encode(tokenizer, [text])
+
+
+def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "end": 2, "?": 3}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="end").save_pretrained(str(tmp_path / "words"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="no end-of-document token"):
+        load_tokenizer(tmp_path)
+    json_file = tmp_path / "words" / "tokenizer.json"
+    description = json.loads(json_file.read_text())
+    description["added_tokens"][0]["special"] = False
+    json_file.write_text(json.dumps(description))
+    with pytest.raises(TokenizerError, match=r"reads the text 'end' as the end of a document \(id 2\)"):
+        load_tokenizer(tmp_path / "words")
+
+
+def test_a_conversion_with_other_ids_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tokenizers_of_runs._auto
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        tokenizer = real(*args, **kwargs)
+        tokenizer.backend_tokenizer.normalizer = None
+        return tokenizer
+
+    monkeypatch.setattr(tokenizers_of_runs, "_auto", broken)
+    with pytest.raises(TokenizerError, match="other ids than sentencepiece's"):
+        load_tokenizer(folder)
+
+
+def test_what_is_no_tokenizer_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("words.txt", "noise.model", "nothing.model"):
+        (tmp_path / name).write_bytes(b"" if name == "nothing.model" else b"no model")
+    for name, message in {
+        "missing": "not found",
+        "empty": "no tokenizer in this folder",
+        "words.txt": "a file of another kind",
+        "noise.model": "not a sentencepiece model",
+        "nothing.model": "not a sentencepiece model",
+    }.items():
+        for function in (load_tokenizer, tokenizer_fingerprint):
+            with pytest.raises(TokenizerError, match=message) as caught:
+                function(tmp_path / name)
+            assert name in str(caught.value)
+            assert "expected a folder with tokenizer.model" in str(caught.value)
+
+
+def test_a_model_without_an_end_is_refused(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_own_text()[0].splitlines()), model_prefix=str(tmp_path / "x"), vocab_size=320, model_type="bpe",
+        byte_fallback=True, eos_id=-1, normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(TokenizerError, match="no end-of-document token"):
+        load_tokenizer(tmp_path / "x.model")
+
+
+def test_vocabulary_against_the_model(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert vocabulary_size(tokenizer) == 1000
+    assert check_vocabulary(tokenizer, 1000) is None
+    assert check_vocabulary(tokenizer, 1024) is None
+    assert "31000 of them never used" in (check_vocabulary(tokenizer, 32000) or "")
+    with pytest.raises(TokenizerError, match=r"1000 token ids, but the model has only 999.*vocab_size: 1000"):
+        check_vocabulary(tokenizer, 999)
+
+
+def test_loading_is_silent_and_offline(folder: Path) -> None:
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from relora_mora.tokenizer import encode, load_tokenizer\n"
+        f"tokenizer = load_tokenizer({str(folder)!r})\n"
+        "assert encode(tokenizer, ['x' * 100_000, 'y'])[1]\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY")}
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- training ---
+
+
+def test_lines_are_fed_whole_or_cut_before_a_space() -> None:
+    line = "word " * 3000
+    fed = list(training.sentences(["a\nb\r\n\n c\0d\u2581e\u2585f", line, "x" * 3000]))
+    assert fed[:7] == ["a", "b\r", " c", "d", "e", "f", fed[6]]
+    assert "".join(fed[6:-3]) == line
+    assert "".join(fed[-3:]) == "x" * 3000
+    assert max(len(sentence.encode()) for sentence in fed) <= training.SENTENCE_BYTES
+    assert all(sentence.startswith(" word") for sentence in fed[7:-4])
+
+
+def test_long_documents_are_trained_on() -> None:
+    """Fed as they are, both would be dropped without a word and the vocabulary would be empty."""
+    documents = [("unmistakable\nevidence\n" * 500), "unmistakable evidence " * 500]
+    assert all(len(text) > training.SENTENCE_BYTES for text in documents)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=training.train(documents, vocab_size=310))
+    assert pieces.encode("unmistakable evidence", out_type=str) == ["unmistakable", "▁evidence"]
+
+
+def test_sample_is_bounded_seeded_and_uniform() -> None:
+    def texts() -> Iterator[str]:
+        yield from (f"{number:04}" for number in range(1000))
+
+    all_of_it, read = training.sample(texts(), max_bytes=4000, seed=0)
+    assert (all_of_it, read) == (list(texts()), 1000)
+    first, read = training.sample(texts(), max_bytes=401, seed=0)
+    assert (len(first), read) == (100, 1000)
+    assert first == sorted(first)
+    assert first == training.sample(texts(), max_bytes=401, seed=0)[0] != training.sample(texts(), max_bytes=401, seed=1)[0]
+    counts = [0] * 10
+    for seed in range(50):
+        for text in training.sample(texts(), max_bytes=400, seed=seed)[0]:
+            counts[int(text) // 100] += 1
+    assert all(400 < count < 600 for count in counts), counts  # 500 expected in each tenth; 100 is more than 4 deviations
+    assert training.sample(iter(["x" * 50, "é" * 5, "y"]), max_bytes=11, seed=0)[0] == ["é" * 5, "y"]
+    assert training.sample(iter([]), max_bytes=1, seed=0) == ([], 0)
+
+
+def test_training_is_the_same_whatever_the_threads() -> None:
+    def pieces(threads: int) -> list[tuple[str, float]]:
+        model = sentencepiece.SentencePieceProcessor(
+            model_proto=training.train(_own_text(), vocab_size=900, character_coverage=0.9995, threads=threads)
+        )
+        return [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
+
+    assert pieces(1) == pieces(3)
+
+
+def test_vocabulary_that_does_not_fit_the_text_is_explained() -> None:
+    with pytest.raises(TokenizerError, match=r"--vocab_size=1000: this text has only (\d+) different pieces") as caught:
+        training.train(["hello world, hello"], vocab_size=1000)
+    most = int(str(caught.value).split("only ")[1].split()[0])
+    assert len(sentencepiece.SentencePieceProcessor(model_proto=training.train(["hello world, hello"], vocab_size=most))) == most
+    with pytest.raises(TokenizerError, match=r"--vocab_size=262: the characters .* are \d+ pieces"):
+        training.train(["hello world, hello"], vocab_size=262)
+    with pytest.raises(TokenizerError, match="no line of this text"):
+        training.train(["\n\n", ""], vocab_size=300)
+
+
+def test_training_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with gzip.open(tmp_path / "text.json.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in _own_text())
+    out = tmp_path / "new" / "tokenizer"
+    wanted = {"data": str(tmp_path / "*.json.gz"), "out": str(out), "vocab_size": 700, "character_coverage": 0.999}
+    training.main(**wanted)
+    assert "700 token ids" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    assert [path.name for path in out.parent.iterdir()] == ["tokenizer"]
+    assert vocabulary_size(load_tokenizer(out)) == 700
+    with pytest.raises(TokenizerError, match="something is there already"):
+        training.main(**wanted)
+    for change, message in [
+        ({"vocab_size": 259}, "are 259; give a larger one"),
+        ({"max_bytes": 0}, "at least one byte"),
+        ({"max_bytes": 5}, r"none of its \d+ documents fits"),
+        ({"character_coverage": 1.5}, "between 0.9 and 1"),
+        ({"threads": 0}, "at least 1"),
+        ({"data": " "}, "no source"),
+    ]:
+        with pytest.raises(TokenizerError, match=message):
+            training.main(**(wanted | {"out": str(tmp_path / "other")} | change))
+    training.main(
+        **(wanted | {"out": str(tmp_path / "other"), "data": f"[{tmp_path}/text.json.gz]", "max_documents": 3, "vocab_size": 420})
+    )
+    assert "training on 3 of the 3 documents read" in capsys.readouterr().out

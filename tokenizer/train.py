@@ -1,0 +1,222 @@
+"""Trains a sentencepiece BPE tokenizer with byte fallback on any source that the trainer can read.
+
+    python tokenizer/train.py --data='data/train/*.json.gz' --out=tokenizers/mine --vocab_size=32000
+
+Writes a folder that ``AutoTokenizer.from_pretrained`` loads with exactly sentencepiece's ids. See tokenizer/README.md.
+"""
+
+from __future__ import annotations
+
+import heapq
+import io
+import os
+import random
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import yaml
+
+from relora_mora.cli import run
+from relora_mora.config import DataConfig, parse_yaml
+from relora_mora.data import iter_texts
+from relora_mora.tokenizer import HARD_TEXTS, MODEL_FILE, TokenizerError, encode, load_tokenizer, open_sentencepiece, save_tokenizer
+
+# sentencepiece silently drops a longer "sentence": two thirds of a web corpus if whole documents are fed
+SENTENCE_BYTES = 4192
+# ... and every sentence with one of these: its marks for a space and for the unknown, and NUL
+_CUT = re.compile("[\n\0\u2581\u2585]")
+_LINE_CHARACTERS = SENTENCE_BYTES // 4  # UTF-8 takes at most 4 bytes
+_CHECKED_DOCUMENTS = 1000
+_META_PIECES = 3 + 256  # unk, bos, eos, bytes
+
+SETTINGS: dict[str, Any] = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": -1,
+    # together: decode(encode(text)) == text, and the ids of a text's parts decode to its parts
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    "max_sentence_length": SENTENCE_BYTES,
+    "input_sentence_size": 0,  # all that is fed: the sample is drawn here, by document
+    "minloglevel": 2,
+}
+
+
+def main(
+    data: str,
+    out: str,
+    vocab_size: int = 32000,
+    seed: int = 0,
+    max_documents: int = 1_000_000,
+    max_bytes: int = 256 * 1024 * 1024,
+    character_coverage: float = 0.99995,
+    threads: int | None = None,
+    revision: str = "main",
+) -> None:
+    """Trains a sentencepiece BPE tokenizer with byte fallback and writes a folder that transformers loads.
+
+    Args:
+        data: a source of text as in data.train of a run (path, glob, url, hub:OWNER/NAME/PATTERN, allenai/c4), or a YAML list of them
+        out: the folder to write; it must not hold a tokenizer yet
+        vocab_size: token ids, with unk, bos, eos (0, 1, 2) and the 256 bytes
+        seed: of the sample of documents
+        max_documents: read at most so many documents, from the first shard on; 0: all
+        max_bytes: train on a random sample of at most so many bytes of the documents read; all of it is held in memory
+        character_coverage: fraction of the characters of the text that get a piece of their own; the rest is spelled in bytes
+        threads: threads of the training (the result does not depend on it); default: one per core, at most 16
+        revision: of sources on the hub
+    """
+    started = time.monotonic()
+    target = Path(out)
+    _check_settings(target, vocab_size, max_documents, max_bytes, character_coverage, threads)
+    sources = _sources(data)
+    config = DataConfig(train=sources, validation=sources, revision=revision)
+    texts = iter_texts(sources, split="train", config=config)
+    documents, read = sample(texts if max_documents == 0 else islice(texts, max_documents), max_bytes=max_bytes, seed=seed)
+    if not documents:
+        what = "no text in it" if not read else f"none of its {read:,} documents fits into --max_bytes={max_bytes}"
+        raise TokenizerError(f"{data}: {what}; give a source with text to train on")
+    sampled = sum(len(text.encode()) for text in documents)
+    print(f"training on {len(documents):,} of the {read:,} documents read, {sampled / 1e6:,.1f} MB", flush=True)
+    model = train(documents, vocab_size=vocab_size, character_coverage=character_coverage, threads=threads)
+    bytes_per_token = write(model, target, documents[:: len(documents) // _CHECKED_DOCUMENTS + 1])
+    print(
+        f"wrote {target}: {vocab_size:,} token ids, {bytes_per_token:.2f} bytes per token, {time.monotonic() - started:.1f} s\n"
+        f"use it with --tokenizer.path={target} and a model whose vocab_size is at least {vocab_size}"
+    )
+
+
+def sample(texts: Iterable[str], *, max_bytes: int, seed: int) -> tuple[list[str], int]:
+    """A uniform random sample of at most ``max_bytes`` of UTF-8 in the order read, and how many texts there were.
+
+    Each document draws a number, those with the smallest are kept: one pass, no more memory than the sample. A document
+    that alone exceeds the limit is left out.
+    """
+    draw, total, read = random.Random(seed), 0, 0
+    kept: list[tuple[float, int, int, str]] = []  # a heap, the largest number drawn first: (-number, place, bytes, text)
+    for read, text in enumerate(texts, start=1):
+        size = len(text.encode())
+        key = draw.random()
+        if size > max_bytes or (total + size > max_bytes and kept and key > -kept[0][0]):
+            continue
+        heapq.heappush(kept, (-key, read, size, text))
+        total += size
+        while total > max_bytes:
+            total -= heapq.heappop(kept)[2]
+    return [text for _, _, _, text in sorted(kept, key=lambda item: item[1])], read
+
+
+def sentences(documents: Iterable[str]) -> Iterator[str]:
+    """The lines of the documents, without what makes sentencepiece drop a line; long lines are cut before a space."""
+    for document in documents:
+        for line in _CUT.split(document):
+            begin = 0
+            while len(line) - begin > _LINE_CHARACTERS:
+                space = line.rfind(" ", begin + 1, begin + _LINE_CHARACTERS)
+                end = space if space > 0 else begin + _LINE_CHARACTERS
+                yield line[begin:end]
+                begin = end
+            if begin < len(line):
+                yield line[begin:]
+
+
+def train(documents: Iterable[str], *, vocab_size: int, character_coverage: float = 0.99995, threads: int | None = None) -> bytes:
+    """The content of a ``tokenizer.model``. Raises TokenizerError when the text and ``vocab_size`` do not fit together."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences(documents),
+            model_writer=model,
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            num_threads=threads or min(16, os.cpu_count() or 1),
+            **SETTINGS,
+        )
+    except (RuntimeError, OSError) as error:
+        raise TokenizerError(_explain(str(error), vocab_size)) from error
+    return model.getvalue()
+
+
+def write(model: bytes, out: Path, documents: list[str]) -> float:
+    """Checks the model on the documents and on hard texts, then writes the folder whole; returns UTF-8 bytes per token."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+        file = Path(folder, MODEL_FILE)
+        file.write_bytes(model)
+        tokenizer, reference = load_tokenizer(file), open_sentencepiece(file)
+        ids = encode(tokenizer, [*documents, *HARD_TEXTS])
+        for text, found in zip([*documents, *HARD_TEXTS], ids, strict=True):
+            exact = text.replace("\u2581", " ")  # sentencepiece's mark for a space, the one character that is lost
+            if found != reference.encode(text) or tokenizer.decode(found) != exact:
+                raise TokenizerError(
+                    f"{out}: the trained tokenizer is not exact for the text {text[:80]!r}; update sentencepiece and transformers"
+                )
+        complete = Path(folder, "complete")
+        save_tokenizer(tokenizer, complete)
+        complete.chmod(0o755)
+        complete.rename(out)  # replaces an empty folder
+    return sum(len(text.encode()) for text in documents) / max(1, sum(len(found) for found in ids[: len(documents)]))
+
+
+def _check_settings(out: Path, vocab_size: int, max_documents: int, max_bytes: int, character_coverage: float, threads: int | None) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise TokenizerError(f"{out}: something is there already; remove it or choose another --out")
+    if vocab_size <= _META_PIECES:
+        raise TokenizerError(
+            f"--vocab_size={vocab_size}: unk, bos, eos and the 256 bytes alone are {_META_PIECES}; give a larger one, e.g. 32000"
+        )
+    if max_documents < 0 or max_bytes < 1:
+        raise TokenizerError(
+            f"--max_documents={max_documents} --max_bytes={max_bytes}: give at least one byte, and documents >= 0 (0: all)"
+        )
+    if not 0.9 <= character_coverage <= 1:
+        raise TokenizerError(f"--character_coverage={character_coverage}: give a fraction between 0.9 and 1, e.g. 0.9995")
+    if threads is not None and threads < 1:
+        raise TokenizerError(f"--threads={threads}: give at least 1, or leave it out")
+
+
+def _sources(data: str) -> str | list[str]:
+    """A YAML list of sources, or one source as typed (a glob may begin with a bracket too)."""
+    if not data.strip():
+        raise TokenizerError("--data: no source; give a path, a glob, a url, hub:OWNER/NAME/PATTERN or allenai/c4")
+    if data.startswith("["):
+        try:
+            given = parse_yaml(data)
+        except yaml.YAMLError:
+            return data
+        if isinstance(given, list) and given and all(isinstance(source, str) and source.strip() for source in given):
+            return given
+    return data
+
+
+def _explain(message: str, vocab_size: int) -> str:
+    """sentencepiece's message for a vocabulary that does not fit the text, with the remedy."""
+    if high := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
+        return (
+            f"--vocab_size={vocab_size}: this text has only {high[1]} different pieces; "
+            f"give more text (--max_bytes, --max_documents, --data), or --vocab_size={high[1]} at most"
+        )
+    if low := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"--vocab_size={vocab_size}: the characters of this text and the bytes alone are {low[1]} pieces; "
+            "give a larger one, or a lower --character_coverage such as 0.9995 (rarer characters are then spelled in bytes)"
+        )
+    if "sentences_.empty()" in message:
+        return "no line of this text can be used to train a tokenizer; give a source with text"
+    return f"sentencepiece cannot train on this text: {message}"
+
+
+if __name__ == "__main__":
+    run(main)
