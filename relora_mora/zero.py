@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -68,17 +69,25 @@ def init_distributed(timeout_seconds: float = 1800.0) -> tuple[int, int]:
             )
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _processes_on_host()))
     return dist.get_rank(), dist.get_world_size()
+
+
+def _processes_on_host() -> int:
+    """As torchrun, DeepSpeed's launcher and Slurm tell it."""
+    return max(int(os.environ.get(key, "1").partition("(")[0]) for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE"))
 
 
 def deepspeed_settings(config: Config, *, bf16: bool, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration, derived from ours; ``train.deepspeed`` adds what we have no setting for."""
     zero: dict[str, Any] = {"stage": config.train.zero_stage}
+    plain = config.train.zero_stage == 0 and not bf16  # no optimizer of DeepSpeed's around ours
     settings: dict[str, Any] = {
         "train_batch_size": config.train.batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
-        "gradient_clipping": config.optim.clip,
+        "gradient_clipping": 0.0 if plain else config.optim.clip,  # plain: see ZeroEngine.step
         "bf16": {"enabled": bf16},
         "zero_optimization": zero,
         "steps_per_print": 2**62,
@@ -314,27 +323,31 @@ class ZeroEngine:
     def step(self, rates: list[float]) -> tuple[float, bool]:
         """One optimizer step at a rate per group; returns (global gradient norm before clipping, was it applied).
 
-        A step with a non-finite gradient is skipped on all ranks, on every stage: DeepSpeed's stage 0 in float32 would
-        make it, so there the check is ours.
+        A step with a non-finite gradient is skipped on all ranks, on every stage. At stage 0 in float32 DeepSpeed would
+        make it, so there norm, check and clipping are ours.
         """
         for group, rate in zip(self.adam.param_groups, rates, strict=True):
             group["lr"] = rate
-        guard = self.stage == 0 and not self.bf16
-        norm = self._plain_norm() if guard else None
-        if norm is not None and not torch.isfinite(norm):
-            for parameter in self.engine.module.parameters():
-                parameter.grad = None  # AdamW makes no step without gradients
+        if self.stage == 0 and not self.bf16:
+            norm, applied = self._clip_plain()
             self.engine.step()
-            return float(norm), False
+            return norm, applied
         self.engine.step()
-        reported = norm if norm is not None else self.engine.get_global_grad_norm()
-        value = float(reported) if reported is not None else float("nan")
-        return value, bool(self.engine.was_step_applied()) and value == value and abs(value) != float("inf")
+        reported = self.engine.get_global_grad_norm()
+        norm = float("nan") if reported is None else float(reported)
+        return norm, bool(self.engine.was_step_applied()) and math.isfinite(norm)
 
-    def _plain_norm(self) -> Tensor:
-        """The gradient norm, the same on all ranks: at stage 0 gradients are averaged when backward returns."""
-        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+    def _clip_plain(self) -> tuple[float, bool]:
+        """Norm of the gradients, which backward has averaged over the ranks, then clips them; not finite: drops them."""
+        owners = [p for p in self.engine.module.parameters() if p.grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in owners])))
+        if not math.isfinite(norm):
+            for parameter in owners:
+                parameter.grad = None  # AdamW makes no step without a gradient
+        elif self.clip and (scale := self.clip / (norm + 1e-6)) < 1:
+            for parameter in owners:
+                parameter.grad *= scale
+        return norm, math.isfinite(norm)
 
 
 def _running(sizes: Iterable[int]) -> Iterator[int]:
