@@ -1,0 +1,24 @@
+"""Text to token blocks: exact, elastic, streaming. See docs/data.md."""
+
+from relora_mora.data.evalset import UNSCORED, EvalSet, load_eval_set
+from relora_mora.data.fingerprint import fingerprint
+from relora_mora.data.sources import Shard, SourceError, pin_revision, resolve_shards
+from relora_mora.data.stream import Batch, TrainStream, counts_of, document_ids, merge_states
+from relora_mora.data.texts import iter_texts
+
+__all__ = [
+    "UNSCORED",
+    "Batch",
+    "EvalSet",
+    "Shard",
+    "SourceError",
+    "TrainStream",
+    "counts_of",
+    "document_ids",
+    "fingerprint",
+    "iter_texts",
+    "load_eval_set",
+    "merge_states",
+    "pin_revision",
+    "resolve_shards",
+]

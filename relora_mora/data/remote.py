@@ -1,0 +1,210 @@
+"""The bytes of a file on an http(s) server, identical to those of a server without faults.
+
+The reader knows its position. Whatever happens to a connection, it asks again from there (Range), below the
+decompressor, which never notices. Each new answer must overlap what was read before; the end of the file is believed
+only when a second answer agrees, so a wrong Content-Length cannot cut a shard short.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import re
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+import requests
+import urllib3
+
+from relora_mora.data.retry import TransientError, retry_after_seconds, retrying
+from relora_mora.data.sources import Shard, SourceError
+
+CONNECT_SECONDS = 20.0
+STALL_SECONDS = 30.0  # without a byte; shorter where data.timeout_seconds is
+IDLE_SECONDS = 20.0  # a connection that we left alone for so long is reopened rather than found dead
+OVERLAP_BYTES = 64
+PIECE_BYTES = 1 << 13
+ENDS_IN_DOUBT = 6
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_BROKEN = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)  # requests' exceptions are OSErrors
+_WRONG_URL = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema)
+
+
+@dataclass
+class _Ends:
+    """How many answers running ended at the same position."""
+
+    needed: int = 2
+    position: int = -1
+    answers: int = 0
+
+    def confirmed(self, position: int) -> bool:
+        self.answers = self.answers + 1 if position == self.position else 1
+        self.position = position
+        return self.answers >= self.needed
+
+
+class RemoteBytes:
+    """``read(n)`` gives n bytes, fewer only at the end of the file. Raises SourceError when the source has failed for good."""
+
+    def __init__(self, shard: Shard, timeout_seconds: float) -> None:
+        self.shard, self.timeout_seconds = shard, timeout_seconds
+        self.position = 0
+        self._tail = b""  # the last bytes read, which the next answer must repeat
+        self._response: requests.Response | None = None
+        self._validator: str | None = None
+        self._size: int | None = None
+        self._ends = _Ends()
+        self._finished = self._doubted = False
+        self._last_read = 0.0
+
+    def __enter__(self) -> RemoteBytes:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+
+    def read(self, size: int) -> bytes:
+        parts: list[bytes] = []
+        missing = 0 if self._finished else size
+        while missing:
+            # small pieces: what came before a fault counts, and the clock of a failing source starts anew with each
+            ask = functools.partial(self._attempt, min(missing, PIECE_BYTES))
+            part = retrying(ask, f"{self.shard.name} at byte {self.position}", self.timeout_seconds)
+            if not part:
+                self._finished = True
+                break
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
+
+    def doubt_end(self) -> bool:
+        """The decompressor misses something after the end: ask more often whether it is the end. False when that was done already."""
+        if self._doubted:
+            return False
+        self._doubted, self._finished = True, False
+        self._ends.needed = ENDS_IN_DOUBT
+        return True
+
+    def _attempt(self, size: int) -> bytes:
+        """Some bytes from the current position on; none at the confirmed end."""
+        if self._response is not None and time.monotonic() - self._last_read > IDLE_SECONDS:
+            self.close()
+        while True:
+            if self._response is None:
+                self._open()
+            data = self._receive(size)
+            self._last_read = time.monotonic()
+            if data:
+                self.position += len(data)
+                self._tail = (self._tail + data)[-OVERLAP_BYTES:]
+                return data
+            self.close()
+            if self._size is not None and self.position < self._size:
+                raise TransientError(f"the body ended {self._size - self.position} bytes early")
+            if self._ends.confirmed(self.position):
+                return b""
+
+    def _receive(self, size: int) -> bytes:
+        assert self._response is not None
+        try:
+            return bytes(self._response.raw.read(size, decode_content=False))
+        except _BROKEN as error:
+            self.close()
+            raise TransientError(f"the body broke off ({type(error).__name__})") from error
+
+    def _open(self) -> None:
+        """A new answer whose next byte is the one at the current position."""
+        start = self.position - len(self._tail)
+        response = self._request(start)
+        self._response = response
+        try:
+            if response.status_code == 200:
+                self._skip(start)
+            repeated = b""
+            while len(repeated) < len(self._tail):
+                piece = self._receive(len(self._tail) - len(repeated))
+                if not piece:
+                    raise TransientError("the answer is shorter than what was read before")
+                repeated += piece
+            if repeated != self._tail:
+                raise TransientError("the answer differs from what was read before")
+        except TransientError:
+            self.close()
+            raise
+
+    def _skip(self, size: int) -> None:
+        # the server ignores Range: read over what we have
+        while size:
+            piece = self._receive(min(size, 1 << 16))
+            if not piece:
+                raise TransientError("the answer is shorter than what was read before")
+            size -= len(piece)
+
+    def _request(self, start: int) -> requests.Response:
+        headers = {"Accept-Encoding": "identity"}
+        if self.shard.hub:
+            from huggingface_hub.utils import build_hf_headers
+
+            headers |= build_hf_headers()  # with the token, where there is one; requests drops it on a redirect to another host
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        stall = min(STALL_SECONDS, max(1.0, self.timeout_seconds / 4))
+        try:
+            response = requests.get(self.shard.location, headers=headers, stream=True, timeout=(min(CONNECT_SECONDS, stall), stall))
+        except _WRONG_URL as error:
+            raise SourceError(f"{self.shard.name} is no url that can be read ({type(error).__name__}); check it") from error
+        except requests.exceptions.TooManyRedirects as error:
+            raise SourceError(f"{self.shard.name} redirects without an end; check the url") from error
+        except _BROKEN as error:  # only the kind: the message may hold the whole url
+            raise TransientError(f"no connection ({type(error).__name__})") from error
+        try:
+            self._check(response, start)
+        except (SourceError, TransientError):
+            response.close()
+            raise
+        return response
+
+    def _check(self, response: requests.Response, start: int) -> None:
+        status = response.status_code
+        if status in (408, 425, 429) or status >= 500:
+            raise TransientError(f"status {status}", retry_after_seconds(response.headers))
+        if status in (401, 403):
+            hint = "accept the dataset's terms and log in (hf auth login, or HF_TOKEN)" if self.shard.hub else "check who may read it"
+            raise SourceError(f"{self.shard.name}: access denied (status {status}); {hint}")
+        if status == 416:
+            raise SourceError(
+                f"{self.shard.name} became shorter than {start} bytes while it was read; start with data that does not change"
+            )
+        if status not in (200, 206):
+            raise SourceError(f"{self.shard.name}: the server answered status {status}; check the address")
+        self._same_file(response)
+        if status == 206:
+            match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            if match is None or int(match[1]) != start:
+                raise TransientError("the server answered another range than asked for")
+            size = match[3]
+        else:
+            size = response.headers.get("Content-Length", "")
+        # of two sizes for the same file one is wrong: the newest counts, and the end is confirmed by one more answer
+        self._size = int(size) if size.isdigit() else None
+
+    def _same_file(self, response: requests.Response) -> None:
+        # the hub redirects: the file's own ETag stands in the redirect, and the storage behind it may give another one
+        linked = [answer.headers["X-Linked-Etag"] for answer in response.history if "X-Linked-Etag" in answer.headers]
+        validator = linked[0] if linked else response.headers.get("ETag") or response.headers.get("Last-Modified")
+        if validator is None:
+            return
+        validator = validator.removeprefix("W/")
+        if self._validator is not None and validator != self._validator:
+            raise SourceError(
+                f"{self.shard.name} changed while it was read (its ETag is another one); start with data that does not change"
+            )
+        self._validator = validator

@@ -1,0 +1,84 @@
+"""One way of asking again: jittered exponential back-off, Retry-After honoured, a set time after which a source is given up."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TypeVar
+
+import tenacity
+
+from relora_mora.data.sources import SourceError
+
+log = logging.getLogger(__name__)
+
+FIRST_WAIT_SECONDS = 0.25
+LONGEST_WAIT_SECONDS = 30.0
+
+
+class TransientError(Exception):
+    """A fault that may pass. ``retry_after_seconds`` is what the server asked for, 0 if nothing."""
+
+    def __init__(self, reason: str, retry_after_seconds: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after_seconds = retry_after_seconds
+
+
+@dataclass
+class RetryCount:
+    """How often this process asked again, over all its sources."""
+
+    retries: int = 0
+
+
+RETRIES = RetryCount()
+T = TypeVar("T")
+
+
+def retry_after_seconds(headers: Mapping[str, str]) -> float:
+    """The Retry-After header, given as seconds or as a date; 0 where there is none or it cannot be read."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        when = parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+
+
+def retrying(ask: Callable[[], T], what: str, timeout_seconds: float, *, sleep: Callable[[float], None] = time.sleep) -> T:
+    """``ask()`` until it does not raise TransientError; SourceError when it has failed for ``timeout_seconds``."""
+    jitter = random.Random()  # its own, so that asking again leaves the process's generator alone
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        bound = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** min(16, state.attempt_number))
+        asked = error.retry_after_seconds if isinstance(error, TransientError) else 0.0
+        remaining = timeout_seconds - (state.seconds_since_start or 0.0)
+        return max(0.0, min(max(jitter.uniform(bound / 4, bound), asked), remaining))
+
+    def note(state: tenacity.RetryCallState) -> None:
+        RETRIES.retries += 1
+        log.info("%s: %s; asking again in %.1f s", what, state.outcome and state.outcome.exception(), state.upcoming_sleep)
+
+    retry = tenacity.Retrying(
+        sleep=sleep,
+        wait=wait,
+        stop=tenacity.stop_after_delay(timeout_seconds),
+        retry=tenacity.retry_if_exception_type(TransientError),
+        before_sleep=note,
+    )
+    try:
+        return retry(ask)
+    except tenacity.RetryError as error:
+        last = error.last_attempt
+        raise SourceError(
+            f"{what}: gave up after {timeout_seconds:g} s and {last.attempt_number} attempts (the last one: {last.exception()}); "
+            "check the network and the source, or raise data.timeout_seconds"
+        ) from None

@@ -1,0 +1,223 @@
+"""Where text comes from: source patterns become an ordered list of shards, without listing any remote folder."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from relora_mora.config import DataConfig
+
+Split = Literal["train", "validation"]
+
+C4 = "allenai/c4"
+C4_PATTERNS = {
+    "train": "hub:allenai/c4/en/c4-train.{00000..01023}-of-01024.json.gz",
+    "validation": "hub:allenai/c4/en/c4-validation.{00000..00007}-of-00008.json.gz",
+}
+SUFFIXES = (".json", ".jsonl", ".gz", ".zst")
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_MAX_SHARDS = 1_000_000
+
+
+class SourceError(ValueError):
+    """A source of text cannot be used: what was given, what is wrong with it, what to do."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of ``{"text"}`` lines. ``name`` is the same on every machine and holds no secret; ``location`` is a path or url."""
+
+    name: str
+    location: str
+    size: int | None = None  # bytes, local files only
+    hub: bool = False  # requests carry the hub's token, where there is one
+
+    @property
+    def is_remote(self) -> bool:
+        return self.location.startswith(("http://", "https://"))
+
+
+def resolve_shards(
+    sources: str | list[str], revision: str = "main", *, split: Split = "train", timeout_seconds: float = 600.0
+) -> list[Shard]:
+    """The shards of all sources, in the order given; those of a local glob are sorted by path.
+
+    A source is ``allenai/c4`` (config ``en``, the files of ``split``), ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local
+    path or a local glob. ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources are
+    addressed at the commit that ``revision`` is now. Raises SourceError for what names no file.
+    """
+    given = [sources] if isinstance(sources, str) else list(sources)
+    if not given:
+        raise SourceError(f"the {split} data has no source; give a path, a glob, a url, hub:OWNER/NAME/PATTERN or {C4}")
+    commits = _Commits(revision, timeout_seconds)
+    shards = [shard for source in given for shard in _resolve(source, split, commits)]
+    if len(shards) > _MAX_SHARDS:
+        raise SourceError(f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources")
+    return shards
+
+
+def pin_revision(config: DataConfig) -> DataConfig:
+    """The same settings with ``revision`` replaced by the commit that it is now.
+
+    One rank calls it and hands the result to the others, so that a push to the hub meanwhile cannot split the ranks.
+    Unchanged where no source is on the hub, or where two hub repositories share the revision's name.
+    """
+    sources = [s for group in (config.train, config.validation) for s in ([group] if isinstance(group, str) else group)]
+    repos = {_hub_parts(_hub_source(source, "train"))[0] for source in sources if _is_hub(source)}
+    if len(repos) != 1:
+        return config
+    return config.model_copy(update={"revision": _Commits(config.revision, config.timeout_seconds)[repos.pop()]})
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """``a{00..02}`` is a00, a01, a02; several ranges give every combination, the last one changing fastest."""
+    pieces = _BRACES.split(pattern)  # text, first, last, text, first, last, text
+    ranges = []
+    for first, last in zip(pieces[1::3], pieces[2::3], strict=True):
+        if int(last) < int(first):
+            raise SourceError(f"{pattern}: the range {{{first}..{last}}} counts down; write {{{last}..{first}}}")
+        if int(last) - int(first) >= _MAX_SHARDS:
+            raise SourceError(f"{pattern}: the range {{{first}..{last}}} names more than {_MAX_SHARDS:,} shards; shorten it")
+        ranges.append([str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)])
+    texts = pieces[0::3]
+    return [
+        texts[0] + "".join(number + text for number, text in zip(numbers, texts[1:], strict=True)) for numbers in itertools.product(*ranges)
+    ]
+
+
+class _Commits:
+    """The commit of each hub repository at ``revision``, asked for once."""
+
+    def __init__(self, revision: str, timeout_seconds: float) -> None:
+        self.revision, self.timeout_seconds = revision, timeout_seconds
+        self.known: dict[str, str] = {}
+
+    def __getitem__(self, repo: str) -> str:
+        if repo not in self.known:
+            is_commit = _COMMIT.fullmatch(self.revision) is not None
+            self.known[repo] = self.revision if is_commit else _ask_for_commit(repo, self.revision, self.timeout_seconds)
+        return self.known[repo]
+
+
+def _resolve(source: str, split: Split, commits: _Commits) -> Iterator[Shard]:
+    if _is_hub(source):
+        yield from _hub_shards(_hub_source(source, split), commits)
+    elif source.startswith(("http://", "https://")):
+        for url in expand_braces(source):
+            yield Shard(public_url(url), url)
+            _check_suffix(unquote(urlsplit(url).path), source, may_be_missing=True)
+    elif "://" in source:
+        raise SourceError(
+            f"{source.split('://')[0]}:// is no kind of source; give a path, a glob, an http(s) url or hub:OWNER/NAME/PATTERN"
+        )
+    else:
+        yield from _local_shards(source)
+
+
+def _is_hub(source: str) -> bool:
+    return source == C4 or source.startswith("hub:")
+
+
+def _hub_source(source: str, split: str) -> str:
+    return C4_PATTERNS[split] if source == C4 else source
+
+
+def _hub_parts(source: str) -> tuple[str, str]:
+    owner, _, rest = source.removeprefix("hub:").partition("/")
+    name, _, pattern = rest.partition("/")
+    if not (owner and name and pattern) or any(part in ("", ".", "..") for part in pattern.split("/")):
+        raise SourceError(f"{source}: expected hub:OWNER/NAME/PATTERN, e.g. {C4_PATTERNS['validation']}")
+    return f"{owner}/{name}", pattern
+
+
+def _hub_endpoint() -> str:
+    # read now and not when huggingface_hub was imported, so that a mirror can be named at any time before
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+
+def _hub_shards(source: str, commits: _Commits) -> Iterator[Shard]:
+    from huggingface_hub import constants, hf_hub_url
+
+    repo, pattern = _hub_parts(source)
+    if any(sign in pattern for sign in "*?["):
+        raise SourceError(f"{source}: a hub pattern is not listed, so * and ? cannot be used; write a range such as {{00000..00007}}")
+    paths = expand_braces(pattern)
+    _check_suffix(paths[0], source)
+    commit = commits[repo]
+    for path in paths:
+        url = hf_hub_url(repo, path, repo_type="dataset", revision=commit)
+        yield Shard(f"hub:{repo}@{commit}/{path}", _hub_endpoint() + url.removeprefix(constants.ENDPOINT), hub=True)
+
+
+def _ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+    from relora_mora.data.retry import TransientError, retry_after_seconds, retrying
+
+    def ask() -> str:
+        try:
+            info: Any = HfApi(endpoint=_hub_endpoint()).dataset_info(repo, revision=revision, timeout=30.0, expand=["sha"])
+        except OfflineModeIsEnabled as error:
+            raise SourceError(f"hub:{repo} needs the hub, but HF_HUB_OFFLINE is set; unset it or give the files by path") from error
+        except RepositoryNotFoundError as error:
+            raise SourceError(f"hub:{repo} is no dataset on {_hub_endpoint()}, or not one that your token may see") from error
+        except RevisionNotFoundError as error:
+            raise SourceError(f"data.revision: hub:{repo} has no revision {revision!r}; use main, a tag or a commit") from error
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status in (408, 429) or status >= 500:
+                raise TransientError(f"status {status}", retry_after_seconds(error.response.headers)) from error
+            raise SourceError(
+                f"hub:{repo}: {_hub_endpoint()} answered status {status}; check the name, the revision and the token"
+            ) from error
+        except (OSError, ValueError) as error:  # an answer that is no JSON is a ValueError
+            raise TransientError(type(error).__name__) from error
+        except Exception as error:
+            # the hub's client raises its own transport's errors, whose type differs between its versions
+            if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3"):
+                raise TransientError(type(error).__name__) from error
+            raise
+        if not info.sha:
+            raise SourceError(f"hub:{repo}: {_hub_endpoint()} names no commit for {revision!r}; set data.revision to a commit")
+        return str(info.sha)
+
+    return retrying(ask, f"hub:{repo} (revision {revision})", timeout_seconds)
+
+
+def _local_shards(source: str) -> Iterator[Shard]:
+    pattern = str(Path(source).expanduser())
+    if Path(pattern).is_file():
+        paths = [pattern]
+    elif Path(pattern).is_dir():
+        raise SourceError(f"{source} is a folder; give its files, e.g. {source.rstrip('/')}/*.json.gz")
+    else:
+        # Path.glob takes no absolute pattern
+        found = (path for one in expand_braces(pattern) for path in glob.glob(one, recursive=True))  # noqa: PTH207
+        paths = sorted({path for path in found if Path(path).is_file()})
+    if not paths:
+        hint = f"; a dataset on the hub is hub:{source}/PATTERN" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
+        raise SourceError(f"no file matches {source} (from {Path.cwd()}); check the path{hint}")
+    for path in paths:
+        _check_suffix(path, source)
+        yield Shard(Path(path).name, str(Path(path).absolute()), size=Path(path).stat().st_size)
+
+
+def _check_suffix(path: str, source: str, *, may_be_missing: bool = False) -> None:
+    suffix = PurePosixPath(path).suffix
+    if suffix not in SUFFIXES and not (may_be_missing and not suffix):
+        raise SourceError(f'{source}: {PurePosixPath(path).name} is no shard of {{"text"}} lines; expected one of {", ".join(SUFFIXES)}')
+
+
+def public_url(url: str) -> str:
+    """The url without user, password, query and fragment, any of which may be a secret."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -1,0 +1,138 @@
+"""A file server on loopback that misbehaves on a schedule, and stands in for the datasets hub."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "c0ffee0000000000000000000000000000c0ffee"
+FAULTS = ("refuse", "429", "503", "stall", "reset", "short", "long", "cut_range")
+
+
+class FaultyServer(ThreadingHTTPServer):
+    """Serves ``folder``. ``fault(n)`` names what goes wrong with request number n, or None.
+
+    refuse: closed without an answer; 429 and 503: with Retry-After; stall: half a body, then nothing; reset: half a body, then
+    RST; short, long: a wrong Content-Length; cut_range: an answer to another range than asked for.
+    """
+
+    daemon_threads = True
+
+    def __init__(
+        self, folder: Path, fault: Callable[[int], str | None] = lambda n: None, *, ranges: bool = True, etag: bool = True
+    ) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.fault, self.ranges, self.etag = folder, fault, ranges, etag
+        self.requests: list[tuple[str, dict[str, str]]] = []
+        self.faults: list[str] = []
+        self.stall_seconds = 3.0
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def paths(self) -> list[str]:
+        # newer clients of the hub also ask once for something of their own
+        return [path.partition("?")[0] for path, _ in self.requests if not path.startswith("/api/agent")]
+
+    def next_fault(self, path: str, headers: dict[str, str]) -> str | None:
+        with self._lock:
+            self.requests.append((path, headers))
+            fault = self.fault(len(self.requests) - 1)
+            if fault:
+                self.faults.append(fault)
+            return fault
+
+    def handle_error(self, request, client_address):  # a client that leaves early is no error here
+        pass
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FaultyServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        fault = self.server.next_fault(self.path, {name.lower(): value for name, value in self.headers.items()})
+        path = self.path.partition("?")[0]
+        if fault == "refuse":
+            self._reset()
+        elif fault in ("429", "503"):
+            self._answer(int(fault), b"busy", {"Retry-After": "0" if fault == "503" else "1"})
+        elif match := re.fullmatch(r"/api/datasets/(.+/.+)/revision/(.+)", path):
+            known = match[2] in ("main", COMMIT)
+            body = json.dumps({"id": match[1], "sha": COMMIT} if known else {"error": "Invalid rev id"}).encode()
+            self._answer(200 if known else 404, body, {} if known else {"X-Error-Code": "RevisionNotFound"})
+        elif match := re.fullmatch(rf"/datasets/.+/.+/resolve/{COMMIT}/(.+)", path):
+            self._answer(302, b"", {"Location": f"/blobs/{match[1]}", "X-Linked-Etag": '"linked"', "X-Repo-Commit": COMMIT})
+        else:
+            self._file(self.server.folder / path.removeprefix("/blobs").lstrip("/"), fault)
+
+    def _file(self, path: Path, fault: str | None) -> None:
+        if not path.is_file():
+            self._answer(404, b"no such file", {})
+            return
+        body = path.read_bytes()
+        headers = {"ETag": f'"{len(body)}"'} if self.server.etag else {}
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        status, start = 200, 0
+        if wanted and self.server.ranges:
+            status, start = 206, int(wanted[1])
+            if start >= len(body):
+                self._answer(416, b"", {"Content-Range": f"bytes */{len(body)}"})
+                return
+            if fault == "cut_range":
+                start //= 2
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        self._answer(status, body[start:], headers, fault)
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str], fault: str | None = None) -> None:
+        length = len(body)
+        if fault == "short":
+            length = length * 2 // 3
+        elif fault == "long":
+            length += 1000
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(length)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if fault in ("reset", "stall"):
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            if fault == "stall":
+                time.sleep(self.server.stall_seconds)
+            self._reset()
+            return
+        self.wfile.write(body)
+        if fault:
+            self.close_connection = True
+
+    def _reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
+
+
+@contextmanager
+def serving(folder: Path, fault: Callable[[int], str | None] = lambda n: None, **settings: bool) -> Iterator[FaultyServer]:
+    server = FaultyServer(folder, fault, **settings)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

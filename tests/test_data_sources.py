@@ -1,0 +1,103 @@
+"""Source patterns become shards, or one clear error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from relora_mora.data import fingerprint, resolve_shards
+from relora_mora.data.sources import SourceError, expand_braces
+from tests.data_tools import data_config, write_shard, write_shards
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_importing_the_package_is_light():
+    code = "import relora_mora.data, sys; print([m for m in ('torch', 'deepspeed', 'transformers', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "pattern,expected",
+    [
+        ("a.json", ["a.json"]),
+        ("a{0..2}.json", ["a0.json", "a1.json", "a2.json"]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("{0..1}x{8..9}", ["0x8", "0x9", "1x8", "1x9"]),
+    ],
+)
+def test_braces(pattern, expected):
+    assert expand_braces(pattern) == expected
+
+
+def test_c4_is_addressed_without_asking_anyone_when_a_commit_is_given():
+    train = resolve_shards("allenai/c4", COMMIT, split="train")
+    assert len(train) == 1024
+    assert train[1023].name == f"hub:allenai/c4@{COMMIT}/en/c4-train.01023-of-01024.json.gz"
+    assert train[1023].location.endswith(f"/datasets/allenai/c4/resolve/{COMMIT}/en/c4-train.01023-of-01024.json.gz")
+    validation = resolve_shards("allenai/c4", COMMIT, split="validation")
+    assert [shard.name.rpartition("/")[2] for shard in validation] == [f"c4-validation.{n:05d}-of-00008.json.gz" for n in range(8)]
+    assert all(shard.hub for shard in [*train, *validation])
+
+
+def test_hub_patterns(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example.org/")
+    shards = resolve_shards("hub:some/set/data/{0..1}.jsonl", COMMIT)
+    assert [shard.location for shard in shards] == [
+        f"https://mirror.example.org/datasets/some/set/resolve/{COMMIT}/data/{n}.jsonl" for n in (0, 1)
+    ]
+    assert "mirror" not in shards[0].name
+
+
+def test_local_globs_are_sorted_and_sources_keep_their_order(tmp_path):
+    for name in ("b.json", "a.json.gz", "c.jsonl", "d.jsonl.zst"):
+        write_shard(tmp_path / "x" / name, ["text"])
+    write_shard(tmp_path / "y" / "0.json", ["text"])
+    shards = resolve_shards([f"{tmp_path}/x/*", f"{tmp_path}/y/0.json"])
+    assert [shard.name for shard in shards] == ["a.json.gz", "b.json", "c.jsonl", "d.jsonl.zst", "0.json"]
+    assert shards[0].size == (tmp_path / "x" / "a.json.gz").stat().st_size
+
+
+def test_urls_show_no_secret():
+    (shard,) = resolve_shards("https://user:secret@example.org/x/a.json.gz?token=secret")
+    assert shard.name == "https://example.org/x/a.json.gz"
+    assert "secret" in shard.location
+
+
+@pytest.mark.parametrize(
+    "source,message",
+    [
+        ("nowhere/*.json", "no file matches nowhere"),
+        ("some/dataset", "hub:some/dataset/PATTERN"),
+        (".", "is a folder"),
+        ("ftp://example.org/a.json", "no kind of source"),
+        ("hub:allenai/c4", "expected hub:OWNER/NAME/PATTERN"),
+        ("hub:a/b/../../x.json", "expected hub:OWNER/NAME/PATTERN"),
+        ("hub:a/b/*.json", "cannot be used"),
+        ("https://example.org/{5..2}.json", "counts down"),
+        ("https://example.org/a.parquet", "expected one of .json"),
+        (__file__, "expected one of .json"),
+        ([], "no source"),
+    ],
+)
+def test_what_names_no_shard_is_refused(source, message):
+    with pytest.raises(SourceError, match=message.replace(".", r"\.")):
+        resolve_shards(source, COMMIT)
+
+
+def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
+    write_shards(tmp_path / "here", 2, 5)
+    write_shards(tmp_path / "there", 2, 5)
+    config = data_config(tmp_path / "here" / "*.gz")
+
+    def of(config=config, tokenizer="t", lanes=4):
+        return fingerprint(config, tokenizer_fingerprint=tokenizer, batch_lanes=lanes)
+
+    same = [of(), of(data_config(tmp_path / "there" / "*.gz")), of(config.model_copy(update={"workers": 3, "prefetch_batches": 9}))]
+    assert len(set(same)) == 1
+    changed = [config.model_copy(update={key: value}) for key, value in {"seed": 1, "sequence_length": 33, "shuffle_documents": 9}.items()]
+    write_shard(tmp_path / "there" / "part-00001.json.gz", ["another size"])
+    others = [*map(of, changed), of(tokenizer="u"), of(lanes=2), of(data_config(tmp_path / "there" / "*.gz"))]
+    assert len({same[0], *others}) == 1 + len(others)
