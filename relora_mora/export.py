@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from relora_mora.adapters import adapter_layers, inject
-from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, newest_whole, verify
-from relora_mora.config import validate
+from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, newest_whole, read_manifest, verify
+from relora_mora.config import DataConfig, validate
 from relora_mora.model import build_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by default
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -63,6 +65,40 @@ def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCaus
         raise CheckpointError(f"{path}: does not hold the model it names (missing {missing[:3]}, unknown {unexpected[:3]})")
     model.config.dtype = dtype
     return model.eval()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM to score text with, and what goes with it."""
+
+    model: PreTrainedModel
+    tokenizer: Path
+    sequence_length: int
+    description: str
+
+    def data_settings(self, data: str, sequence_length: int) -> DataConfig:
+        """Settings under which ``data`` is read."""
+        return DataConfig(train=data, validation=data, sequence_length=sequence_length)
+
+
+def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
+    """A checkpoint or run folder of this trainer, or a Hugging Face folder; nothing is fetched and no code of it is run.
+
+    Raises :class:`CheckpointError` for anything else.
+    """
+    if (path / "config.json").is_file():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise CheckpointError(
+                f"{path}: transformers cannot load it as a causal language model: {' '.join(str(error).split())}"
+            ) from error
+        length = min(HF_LENGTH, int(getattr(model.config, "max_position_embeddings", HF_LENGTH)))
+        return LoadedModel(model, path, length, f"{path} ({type(model).__name__})")
+    checkpoint = find_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    length = validate(manifest.config, str(checkpoint)).data.sequence_length
+    return LoadedModel(merged_model(checkpoint, dtype), checkpoint / "tokenizer", length, f"{checkpoint} (step {manifest.step})")
 
 
 def export(path: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:

@@ -1,0 +1,67 @@
+"""Held-out loss of a checkpoint, an export or any Hugging Face causal LM; the last line of the output is a JSON object."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from relora_mora.cli import run
+
+
+def main(
+    model: str,
+    *,
+    data: str,
+    tokenizer: str | None = None,
+    sequence_length: int | None = None,
+    max_tokens: int | None = None,
+    micro_batch_size: int = 8,
+    precision: str = "float32",
+) -> None:
+    """Scores text with a model.
+
+    Args:
+        model: a checkpoint or run folder of this trainer, or the folder of any Hugging Face causal language model
+        data: source of the text, as data.validation takes it: a path, a glob, a url, allenai/c4
+        tokenizer: folder or .model file; default: the model's own
+        sequence_length: tokens the model sees at once; default: as trained, or the model's maximum up to 2048
+        max_tokens: predicted tokens to score, in whole documents; default: all
+        micro_batch_size: sequences per forward
+        precision: float32, bfloat16 or float16
+    """
+    import torch
+
+    from relora_mora.data import load_eval_set
+    from relora_mora.evaluate import causal_lm_loss, evaluate
+    from relora_mora.export import DTYPES, load_any_model
+    from relora_mora.tokenizer import check_vocabulary, load_tokenizer
+
+    if precision not in DTYPES:
+        raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
+    if micro_batch_size < 1 or (sequence_length is not None and sequence_length < 2) or (max_tokens is not None and max_tokens < 1):
+        raise ValueError("--micro_batch_size and --max_tokens must be at least 1, --sequence_length at least 2")
+    loaded = load_any_model(Path(model), DTYPES[precision])
+    length = sequence_length or loaded.sequence_length
+    tokenizer_path = tokenizer or str(loaded.tokenizer)
+    check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.vocab_size)
+    eval_set = load_eval_set(
+        data,
+        config=loaded.data_settings(data, length),
+        tokenizer_path=tokenizer_path,
+        sequence_length=length,
+        max_tokens=max_tokens,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lm = loaded.model.to(device).eval()
+    print(
+        f"{loaded.description}: {eval_set.predicted:,} tokens of {eval_set.documents:,} documents in sequences of {length}", file=sys.stderr
+    )
+    result = evaluate(causal_lm_loss(lm), eval_set, micro_batch_size=micro_batch_size, device=device)
+    print(json.dumps(result.as_dict()))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1" if not os.environ.get("HF_ENDPOINT") else "0")
+    run(main)

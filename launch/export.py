@@ -1,0 +1,27 @@
+"""Writes the plain LLaMA of a checkpoint, adapters merged: a folder that AutoModelForCausalLM and AutoTokenizer load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from relora_mora.cli import run
+
+
+def main(checkpoint: str, out: str, *, dtype: str = "float32") -> None:
+    """Exports a checkpoint.
+
+    Args:
+        checkpoint: a checkpoint folder, or a run folder (its newest whole checkpoint)
+        out: the folder to write; it must be new or empty
+        dtype: float32, bfloat16 or float16
+    """
+    from relora_mora.export import DTYPES, export
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: got {dtype}, expected one of {', '.join(DTYPES)}")
+    exported = export(Path(checkpoint), Path(out), DTYPES[dtype])
+    print(f"exported {exported} to {out} ({dtype})")
+
+
+if __name__ == "__main__":
+    run(main)
