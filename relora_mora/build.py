@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from relora_mora.adapters import inject
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, changed_settings, list_checkpoints, newest_whole, verify
-from relora_mora.config import Config, ConfigError, dump, unused_settings
+from relora_mora.config import Config, ConfigError, DataConfig, dump, parse_yaml, unused_settings
 from relora_mora.cycle import Base, Cycle
 from relora_mora.data import fingerprint, resolve_shards
 from relora_mora.export import find_checkpoint, merged_weights
@@ -86,6 +87,19 @@ class Run:
     @property
     def config(self) -> Config:
         return self.checked.config
+
+
+def pinned_before(config: Config) -> DataConfig:
+    """The data settings with the revision that an earlier start of this run resolved: a resume reads what it has read so far."""
+    try:
+        before = parse_yaml((Path(config.train.run_dir) / "config.yaml").read_text(encoding="utf-8"))["data"]
+        same = before["train"] == config.data.train and before["validation"] == config.data.validation
+        revision = before["revision"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return config.data
+    if same and config.data.revision == DataConfig.model_fields["revision"].default and isinstance(revision, str):
+        return config.data.model_copy(update={"revision": revision})
+    return config.data
 
 
 def check(config: Config) -> Checked:
@@ -252,7 +266,7 @@ def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
 
 
 def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any]:
-    packages = ("relora_mora", "torch", "deepspeed", "transformers", "datasets", "safetensors")
+    packages = ("relora_mora", "torch", "deepspeed", "transformers", "safetensors")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,

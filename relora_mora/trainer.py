@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relora_mora.build import Checked, Run, build, check, plain_model_config, write_run_folder
+from relora_mora.build import Checked, Run, build, check, pinned_before, plain_model_config, write_run_folder
 from relora_mora.checkpoint import CheckpointWriter, Manifest
 from relora_mora.config import Config
 from relora_mora.cycle import MergeRecord
-from relora_mora.data import Batch, EvalSet, TrainStream, load_eval_set, merge_states
+from relora_mora.data import Batch, EvalSet, TrainStream, load_eval_set, merge_states, pin_revision
 from relora_mora.evaluate import EvalResult, evaluate
 from relora_mora.flops import flops_per_token
 from relora_mora.hardware import peak_flops, peak_memory_bytes
 from relora_mora.metrics import Metrics, Progress, log, setup_logging
 from relora_mora.optim import group_rates
-from relora_mora.zero import init_distributed
+from relora_mora.zero import from_first_rank, init_distributed
 
 
 class TrainingError(RuntimeError):
@@ -33,7 +33,8 @@ def pretrain(config: Config) -> None:
     """Checks the settings, builds the run, trains it to its end. One call per rank."""
     rank, world_size = init_distributed()
     setup_logging(rank)
-    checked = check(config)
+    data = from_first_rank(lambda: pin_revision(pinned_before(config)))  # one commit for all ranks and the whole run
+    checked = check(config.model_copy(update={"data": data}))
     run = build(checked)
     trainer = Trainer(checked, run, rank, world_size)
     try:
@@ -79,6 +80,7 @@ class Trainer:
             state=run.data_state,
         )
         self.data_state: dict[str, Any] = {}
+        self.data_counts: dict[str, int] = {}
         self.writer = CheckpointWriter(
             self.folder / "checkpoints",
             run.engine,
@@ -116,6 +118,9 @@ class Trainer:
         begin = time.perf_counter()
         batch = next(self.data)
         self.interval.data_seconds += time.perf_counter() - begin
+        self.data_counts = batch.counts
+        for note in batch.notes:
+            log.warning("data: %s", note)
         return batch
 
     def train_step(self, batch: Batch) -> None:
@@ -238,6 +243,7 @@ class Trainer:
         achieved = tokens_per_second * self.flops / self.world_size
         perplexity = math.exp(min(loss, 700.0))
         rates = group_rates(self.schedule, self.run.groups, self.step)
+        counts = self.data_totals()
         self.write(
             {
                 "train/loss": loss,
@@ -252,6 +258,7 @@ class Trainer:
                 "perf/tflops_per_device": achieved / 1e12,
                 "perf/mfu": achieved / self.peak,
                 "perf/peak_memory_gib": peak_memory_bytes() / 2**30,
+                **{f"data/{name}": value for name, value in counts.items()},
             }
         )
         self.progress.show(loss=f"{loss:.3f}", ppl=f"{perplexity:.1f}", tok_s=f"{tokens_per_second:,.0f}")
@@ -267,6 +274,14 @@ class Trainer:
         if self.engine.sum_over_ranks(failed is not None):
             raise TrainingError(failed or "the last checkpoint failed on another rank")
         self.progress.say(f"done: {self.step} steps, {self.tokens:,} tokens, {self.folder / 'checkpoints'}")
+
+    def data_totals(self) -> dict[str, int]:
+        """What all ranks have read; a collective. ``retries`` counts since this process started, the rest since step 0."""
+        names = ("documents", "bad", "retries")
+        totals = torch.tensor([self.data_counts[name] for name in names], dtype=torch.float64, device=self.device)
+        return {"epoch": self.data_counts["epoch"]} | {
+            name: int(total) for name, total in zip(names, self.engine.all_reduce(totals).tolist(), strict=True)
+        }
 
     # ---- helpers ----------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,22 @@ def init_distributed(timeout_seconds: float = 1800.0) -> tuple[int, int]:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _processes_on_host()))
     return dist.get_rank(), dist.get_world_size()
+
+
+def from_first_rank(make: Callable[[], Any]) -> Any:
+    """What ``make`` returns on the first rank, on every rank; its ValueError or OSError is raised on every rank. A collective."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [(True, make())]
+        except (ValueError, OSError) as error:
+            answer = [(False, error)]
+    if dist.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(answer, src=0)
+    good, value = answer[0]
+    if not good:
+        raise value
+    return value
 
 
 def _processes_on_host() -> int:

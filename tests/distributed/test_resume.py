@@ -1,0 +1,136 @@
+"""A resumed run is bit-equal to one that was never stopped: before, at and after a merge, on every stage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import metrics, run_config, tensors, train, write_inputs
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def _sections(stage: int, bf16: bool, method: str = "remora") -> dict:
+    return {"train": {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32"}, "method": {"name": method}}
+
+
+def _equal(a: Path, b: Path) -> list[str]:
+    """Keys of tensors that differ in any bit."""
+    first, second = tensors(a), tensors(b)
+    assert set(first) == set(second) and first
+    return [key for key in first if not torch.equal(first[key], second[key])]
+
+
+CASES = [(stage, bf16) for stage in (0, 1, 2, 3) for bf16 in (False, True)]
+
+
+@pytest.mark.parametrize("stage,bf16", CASES)
+def test_a_resume_before_at_and_after_a_merge_is_bit_equal(pools, inputs, tokenizer_path, tmp_path, stage, bf16):
+    pool = pools(2)
+    never = tmp_path / "never"
+    pool(train, run_config(inputs, tokenizer_path, never, 2, **_sections(stage, bf16)))
+    for stop in (3, 4, 5):
+        run_dir = tmp_path / f"stop{stop}"
+        config = run_config(inputs, tokenizer_path, run_dir, 2, **_sections(stage, bf16))
+        pool(train, config, stop_after=stop)
+        assert not (run_dir / "checkpoints" / "step-00000010").exists()
+        pool(train, config)
+        assert _equal(never / "checkpoints" / "step-00000010", run_dir / "checkpoints" / "step-00000010") == []
+        losses = [[line["train/loss"] for line in metrics(folder) if "train/loss" in line] for folder in (never, run_dir)]
+        assert losses[0] == losses[1] and len(losses[0]) == 10
+        evals = [[(line["step"], line["eval/loss"]) for line in metrics(folder) if "eval/loss" in line] for folder in (never, run_dir)]
+        assert evals[0] == evals[1] and [step for step, _ in evals[0]] == [0, 5, 10]
+        shutil.rmtree(run_dir)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "mora", "relora"])
+def test_every_method_resumes_bit_equal(pools, inputs, tokenizer_path, tmp_path, method):
+    pool = pools(2)
+    folders = [tmp_path / "never", tmp_path / "stopped"]
+    for folder in folders:
+        config = run_config(inputs, tokenizer_path, folder, 2, **_sections(2, True, method))
+        if folder.name == "stopped":
+            pool(train, config, stop_after=4)
+        pool(train, config)
+    assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
+
+
+@pytest.mark.parametrize(
+    "before,after",
+    [((1, 0), (2, 2)), ((2, 3), (1, 1)), ((2, 2), (2, 3)), ((2, 1), (1, 0))],
+)
+def test_a_run_moves_to_other_ranks_and_stages(pools, inputs, tokenizer_path, tmp_path, before, after):
+    losses = []
+    for place in (before, after):
+        world, stage = before
+        folder = tmp_path / f"{place}"
+        pools(world)(train, run_config(inputs, tokenizer_path, folder, world, **_sections(stage, False)), stop_after=5)
+        world, stage = place
+        pools(world)(train, run_config(inputs, tokenizer_path, folder, world, **_sections(stage, False)))
+        losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
+    assert len(losses[0]) == 10
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_base_files_are_shared_between_merges(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 2, **_sections(2, False))
+    pools(2)(train, config, stop_after=6)
+    pools(2)(train, config)
+    for rank in range(2):
+        inode = {
+            s: (folder / "checkpoints" / f"step-{s:08d}" / f"base-0000{rank}-of-00002.safetensors").stat().st_ino for s in range(1, 11)
+        }
+        assert len({inode[step] for step in (1, 2, 3)}) == 1
+        assert len({inode[step] for step in (4, 5, 6, 7)}) == 1  # the resume after 6 goes on sharing
+        assert len({inode[step] for step in (8, 9, 10)}) == 1
+        assert len(set(inode.values())) == 3
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step-00000010"
+    assert not list((folder / "checkpoints").glob("*.tmp"))
+
+
+def refused(config) -> str:
+    from relora_mora.checkpoint import CheckpointError
+    from relora_mora.trainer import pretrain
+
+    with pytest.raises(CheckpointError) as caught:
+        pretrain(config)
+    return str(caught.value)
+
+
+def test_another_config_is_refused_with_all_differences(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
+    changed = run_config(inputs, tokenizer_path, folder, optim={"lr": 1e-3}, method={"merge_every": 5}, data={"seed": 7})
+    (message,) = pools(1)(refused, changed)
+    for name in ("optim.lr: 0.02 in the checkpoint, 0.001 now", "method.merge_every", "data.seed"):
+        assert name in message
+    allowed = run_config(inputs, tokenizer_path, folder, optim={"lr": 1e-3}, train={"allow_changes": ["optim.lr"], "steps": 10})
+    pools(1)(train, allowed)
+    assert metrics(folder)[-1]["step"] == 10
+    (message,) = pools(1)(refused, run_config(inputs, tokenizer_path, folder, train={"resume": "never"}))
+    assert "train.resume=never" in message
+
+
+def test_a_damaged_checkpoint_is_passed_over(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 2)
+    pools(2)(train, config, stop_after=6)
+    checkpoints = folder / "checkpoints"
+    state = checkpoints / "step-00000006" / "state-00001-of-00002.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-5] ^= 1
+    state.write_bytes(bytes(content))
+    (checkpoints / "step-00000005" / "manifest.json").write_text("")
+    pools(2)(train, config)
+    assert [line["step"] for line in metrics(folder) if "train/loss" in line] == list(range(1, 11))
+    starts = (folder / "starts.jsonl").read_text().splitlines()
+    assert '"step": 4,' in starts[-1]
