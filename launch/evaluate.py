@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -63,5 +62,4 @@ def main(
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if not os.environ.get("HF_ENDPOINT") else "0")
     run(main)

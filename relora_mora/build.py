@@ -199,12 +199,28 @@ def _resume(run: Run) -> None:
     reader.restore(run.engine, run.base)
     manifest = reader.manifest
     run.step, run.data_state, run.counters, run.resumed_from = manifest.step, manifest.data_state, dict(manifest.counters), reader
-    run.cycle.set_operator(run.schedule.operator(run.step))
-    if run.cycle.operator() != manifest.operator:
-        raise CheckpointError(
-            f"{chosen}: was made with operator {manifest.operator}, the settings say {run.cycle.operator()} after step {run.step}"
-        )
     log.info("resumed from %s at step %d", chosen, run.step)
+    run.cycle.set_operator(manifest.operator)
+    _catch_up(run, reader)
+
+
+def _catch_up(run: Run, reader: CheckpointReader) -> None:
+    """The last step of a run does not merge; a longer run makes up for it here. Raises where merges and settings disagree."""
+    manifest = reader.manifest
+    due, operator = run.schedule.merges_done(run.step), run.schedule.operator(run.step)
+    if due == manifest.merges_done + 1 and run.schedule.merge_after(run.step):
+        run.cycle.merge(run.step, due, operator)
+        log.info("step %d: merged, which the shorter run had left to its export", run.step)
+    elif due != manifest.merges_done:
+        raise CheckpointError(
+            f"{reader.folder}: has merged {manifest.merges_done} times, with these settings a run at step {run.step} has merged {due} times; "
+            "resume with the method.merge_every it was made with"
+        )
+    elif operator != manifest.operator:
+        raise CheckpointError(
+            f"{reader.folder}: was made with operator {manifest.operator}, the settings say {operator} after step {run.step}; "
+            "resume with the method.operators it was made with"
+        )
 
 
 def _check_same_run(run: Run, reader: CheckpointReader) -> None:

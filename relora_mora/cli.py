@@ -123,7 +123,7 @@ def _is_user_error(error: ValueError | OSError, main: Callable[..., Any]) -> boo
 
 def _show(error: Exception) -> None:
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if isinstance(error, ConfigError) and rank != "0":
+    if getattr(error, "same_on_all_ranks", False) and rank != "0":
         return  # every rank finds the same; the first one says it
     prefix = f"[rank {rank}] " if rank != "0" else ""
     print(f"{prefix}{error}", file=sys.stderr)  # noqa: T201

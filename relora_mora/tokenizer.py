@@ -57,6 +57,8 @@ HARD_TEXTS = (
 class TokenizerError(ValueError):
     """A tokenizer that cannot be used: what was given, what was expected, the remedy."""
 
+    same_on_all_ranks = True
+
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder with ``tokenizer.model``, a ``.model`` file, or a Hugging Face tokenizer folder.

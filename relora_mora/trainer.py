@@ -67,8 +67,8 @@ class Trainer:
         self.peak = self._peak()
         self.interval = Interval(self.device)
         self.bad_steps = 0
-        self.evaluated: int | None = None
-        self.saved: int | None = run.step if run.resumed_from else None
+        # a step is evaluated before it is saved: what was resumed has both
+        self.evaluated = self.saved = run.step if run.resumed_from else None
         self.eval_set: EvalSet | None = None
         self.data = TrainStream(
             config.data,

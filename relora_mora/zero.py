@@ -22,6 +22,7 @@ import datetime
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ def from_first_rank(make: Callable[[], Any]) -> Any:
 
 def _processes_on_host() -> int:
     """As torchrun, DeepSpeed's launcher and Slurm tell it."""
-    return max(int(os.environ.get(key, "1").partition("(")[0]) for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE"))
+    told = [os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE")]
+    return max([1, *(int(number) for value in told for number in re.findall(r"\d+", value)[:1])])  # Slurm: 8(x2),4
 
 
 def deepspeed_settings(config: Config, *, bf16: bool, world_size: int) -> dict[str, Any]:

@@ -35,6 +35,8 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: what was found, what was expected, what to do."""
 
+    same_on_all_ranks = True
+
 
 @dataclass(frozen=True)
 class FileEntry:

@@ -61,6 +61,13 @@ class CheckpointWriter:
         self._base_free.set()
         self._base_at: tuple[int, Path] | None = None  # (merges done, file) of the newest base file of this rank
         folder.mkdir(parents=True, exist_ok=True)
+        umask = os.umask(0)
+        os.umask(umask)
+        self._mode = 0o666 & ~umask
+        if engine.rank == 0:  # a done-file left by a killed run must not be taken for one of this run
+            for path in folder.glob("step-*.tmp"):
+                shutil.rmtree(path, ignore_errors=True)
+        engine.sum_over_ranks(0)  # nobody writes before that is done
 
     def adopt_base(self, folder: Path, manifest: Manifest) -> None:
         """After a resume: the base files of the checkpoint are this run's, if they were written by as many ranks."""
@@ -138,12 +145,16 @@ class CheckpointWriter:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _link(source, target)
                 names.append(target)
+        for path in names:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        for folder in {path.parent for path in names}:
+            sync_folder(folder)
         return {str(path.relative_to(work)): file_entry(path) for path in names}
 
     def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> Path:
         save_file(tensors, path)
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        path.chmod(self._mode)  # safetensors makes files that only their owner reads
         return path
 
     def _write_base(self, path: Path, merges_done: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from relora_mora.config.schema import DECODER_LINEARS, Config
 
@@ -37,6 +38,16 @@ _ONLY = {
 }
 
 
+class Fault(NamedTuple):
+    """``settings``: every setting that the judgement rests on, the one to change first. ``text``: what to tell the user."""
+
+    settings: tuple[str, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.settings[0]}: {self.text}"
+
+
 def unused_settings(config: Config) -> list[str]:
     """Settings that were given but belong to other methods, so that the trainer can say that it does not use them."""
     unused = []
@@ -47,83 +58,138 @@ def unused_settings(config: Config) -> list[str]:
     return unused
 
 
-def faults(config: Config, world_size: int | None) -> Iterator[str]:
+def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     """Each combination that cannot work: what was given, what was expected, the remedy. world_size None: unknown."""
-    yield from _method_faults(config)
+    yield from _target_faults(config)
+    yield from _square_faults(config)
+    yield from _merge_faults(config)
     yield from _schedule_faults(config)
     yield from _batch_faults(config, world_size)
     yield from _deepspeed_faults(config)
 
 
-def _method_faults(config: Config) -> Iterator[str]:
-    method = config.method
-    unknown = [name for name in method.target_modules if name not in DECODER_LINEARS]
+def _target_faults(config: Config) -> Iterator[Fault]:
+    names = config.method.target_modules
+    unknown = [name for name in names if name not in DECODER_LINEARS]
     if unknown and config.uses_adapters:
-        yield f"method.target_modules: {', '.join(unknown)} is not a linear of the decoder; use some of {', '.join(DECODER_LINEARS)}"
-    if len(set(method.target_modules)) < len(method.target_modules):
-        yield "method.target_modules: a name stands there twice; name each once"
-    if config.uses_squares and method.square_size is not None:
-        if method.square_size % method.square_multiple:
-            yield (
-                f"method.square_size: {method.square_size} is no multiple of method.square_multiple {method.square_multiple}; "
-                "drop one of them"
-            )
-        if 6 in method.operators and method.square_size % 2:
-            yield f"method.square_size: operator 6 needs an even size, got {method.square_size}; take {method.square_size - 1 or 2}"
-    elif config.uses_squares and 6 in method.operators and method.square_multiple % 2:
-        yield (
-            f"method.square_multiple: operator 6 needs an even R, and with a multiple of {method.square_multiple} it may be odd; "
-            f"set method.square_multiple={2 * method.square_multiple}"
+        yield Fault(
+            ("method.target_modules", "method.name"),
+            f"{', '.join(unknown)} is not a linear of the decoder; use some of {', '.join(DECODER_LINEARS)}",
         )
-    if config.merges and method.name == "remora" and len(method.operators) > 1:
-        cycle = method.operators
-        if any(a == b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
-            yield f"method.operators: the cycle {cycle} repeats an operator across a merge, which cannot raise the rank; alternate them"
-    if method.reset in ("magnitude", "random") and method.reset_ratio == 0 and config.merges:
-        yield f"method.reset_ratio: 0 with method.reset={method.reset} resets nothing; use method.reset=none"
+    if len(set(names)) < len(names):
+        yield Fault(("method.target_modules",), "a name stands there twice; name each once")
 
 
-def _schedule_faults(config: Config) -> Iterator[str]:
+def _square_faults(config: Config) -> Iterator[Fault]:
+    method = config.method
+    size, multiple = method.square_size, method.square_multiple
+    if not config.uses_squares:
+        return
+    operators = method.operators if config.merges else method.operators[:1]
+    if size is None:
+        if 6 in operators and multiple % 2:
+            yield Fault(
+                ("method.square_multiple", "method.operators", "method.name", "method.square_size"),
+                f"operator 6 needs an even R, and with a multiple of {multiple} it may be odd; set method.square_multiple={2 * multiple}",
+            )
+        return
+    if size % multiple:
+        yield Fault(
+            ("method.square_size", "method.square_multiple", "method.name"),
+            f"{size} is no multiple of method.square_multiple {multiple}; drop one of them",
+        )
+    if 6 in operators and size % 2:
+        yield Fault(
+            ("method.square_size", "method.operators", "method.name"),
+            f"operator 6 needs an even size, got {size}; take {size - 1 or 2}",
+        )
+
+
+def _merge_faults(config: Config) -> Iterator[Fault]:
+    if not config.merges:
+        return
+    method, optim, every, steps = config.method, config.optim, config.method.merge_every, config.train.steps
+    cycle = method.operators
+    if method.name == "remora" and any(a == b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
+        yield Fault(
+            ("method.operators", "method.name"),
+            f"the cycle {cycle} repeats an operator across a merge, which cannot raise the rank; alternate two or more",
+        )
+    if method.reset in ("magnitude", "random") and method.reset_ratio == 0:
+        yield Fault(
+            ("method.reset_ratio", "method.reset", "method.name"),
+            f"0 with method.reset={method.reset} resets nothing; use method.reset=none",
+        )
+    if every < optim.warmup_steps:
+        yield Fault(
+            ("method.merge_every", "optim.warmup_steps", "method.name"),
+            f"the first merge (step {every}) comes before the warmup ends (step {optim.warmup_steps}); raise it",
+        )
+    if every < optim.restart_warmup_steps:
+        yield Fault(
+            ("method.merge_every", "optim.restart_warmup_steps", "method.name"),
+            f"{every} steps between merges are fewer than optim.restart_warmup_steps ({optim.restart_warmup_steps}); "
+            "raise it or lower those",
+        )
+    if every >= steps:
+        yield Fault(
+            ("method.merge_every", "train.steps", "method.name"),
+            f"{every} means no merge in a run of {steps} steps; lower it, or use method.name={method.name.removeprefix('re')}",
+        )
+
+
+def _schedule_faults(config: Config) -> Iterator[Fault]:
     optim, steps = config.optim, config.train.steps
     if optim.warmup_steps >= steps:
-        yield f"optim.warmup_steps: {optim.warmup_steps} warmup steps leave nothing of a run of {steps} steps; lower it or raise train.steps"
-    if config.merges:
-        every = config.method.merge_every
-        if every < optim.warmup_steps:
-            yield f"method.merge_every: the first merge (step {every}) comes before the warmup ends (step {optim.warmup_steps}); raise it"
-        if every < optim.restart_warmup_steps:
-            yield (
-                f"method.merge_every: {every} steps between merges are fewer than optim.restart_warmup_steps "
-                f"({optim.restart_warmup_steps}); raise it or lower those"
-            )
-        if every >= steps:
-            yield f"method.merge_every: {every} means no merge in a run of {steps} steps; lower it, or use method.name={config.method.name[2:]}"
-    if optim.decay_steps is not None and optim.schedule != "wsd":
-        yield f"optim.decay_steps: only the schedule wsd has it, got {optim.schedule}; drop it or set optim.schedule=wsd"
-    if optim.decay_steps is not None and optim.warmup_steps + optim.decay_steps > steps:
-        yield f"optim.decay_steps: warmup and decay together are longer than the run of {steps} steps; shorten them"
+        yield Fault(
+            ("optim.warmup_steps", "train.steps"),
+            f"{optim.warmup_steps} warmup steps leave nothing of a run of {steps} steps; lower it or raise train.steps",
+        )
+    if optim.decay_steps is None:
+        return
+    if optim.schedule != "wsd":
+        yield Fault(
+            ("optim.decay_steps", "optim.schedule"),
+            f"only the schedule wsd has it, got {optim.schedule}; drop it or set optim.schedule=wsd",
+        )
+    elif optim.warmup_steps + optim.decay_steps > steps:
+        yield Fault(
+            ("optim.decay_steps", "optim.warmup_steps", "train.steps", "optim.schedule"),
+            f"{optim.decay_steps} steps of decay and {optim.warmup_steps} of warmup are longer than the run of {steps} steps; shorten them",
+        )
 
 
-def _batch_faults(config: Config, world_size: int | None) -> Iterator[str]:
+def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     batch, micro, lanes = config.train.batch_size, config.train.micro_batch_size, config.lanes
     if batch % lanes:
-        yield f"data.lanes: every global batch takes as many sequences from each lane, but train.batch_size {batch} / {lanes} lanes is no whole number; use a divisor of {batch}"
+        yield Fault(
+            ("data.lanes", "train.batch_size"),
+            f"every global batch takes as many sequences from each lane, but train.batch_size {batch} / {lanes} lanes "
+            f"is no whole number; use a divisor of {batch}",
+        )
     if batch % micro:
-        yield f"train.micro_batch_size: {micro} does not divide train.batch_size {batch}; use a divisor"
+        yield Fault(
+            ("train.micro_batch_size", "train.batch_size"),
+            f"{micro} does not divide train.batch_size {batch}; use a divisor",
+        )
     if world_size is None:
         return
     if batch % (micro * world_size) and not batch % micro:
-        yield (
-            f"train.batch_size: {batch} is no multiple of train.micro_batch_size {micro} x {world_size} ranks; "
-            f"use a multiple of {micro * world_size}, or smaller micro-batches"
+        yield Fault(
+            ("train.batch_size", "train.micro_batch_size"),
+            f"{batch} is no multiple of train.micro_batch_size {micro} x {world_size} ranks; "
+            f"use a multiple of {micro * world_size}, or smaller micro-batches",
         )
     if lanes % world_size:
-        yield f"data.lanes: {lanes} lanes cannot be shared evenly by {world_size} ranks; use a multiple of {world_size} that divides train.batch_size"
+        yield Fault(
+            ("data.lanes", "train.batch_size"),
+            f"{lanes} lanes cannot be shared evenly by {world_size} ranks; use a multiple of {world_size} that divides train.batch_size",
+        )
 
 
-def _deepspeed_faults(config: Config) -> Iterator[str]:
+def _deepspeed_faults(config: Config) -> Iterator[Fault]:
     for key, value in config.train.deepspeed.items():
         names = [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else []
         for name in [key, *names]:
             if name in DERIVED_DEEPSPEED_KEYS:
-                yield f"train.deepspeed: {name} is derived from {DERIVED_DEEPSPEED_KEYS[name]}; set that instead"
+                yield Fault(("train.deepspeed",), f"{name} is derived from {DERIVED_DEEPSPEED_KEYS[name]}; set that instead")

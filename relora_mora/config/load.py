@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from relora_mora.config.checks import faults
+from relora_mora.config.explain import doubtful, explain, judgeable
 from relora_mora.config.schema import Config
 
 
 class ConfigError(ValueError):
     """Settings that cannot be used. ``faults`` lists every one, each with its remedy."""
+
+    same_on_all_ranks = True  # the first rank says it for all
 
     def __init__(self, faults: list[str], source: str) -> None:
         self.faults = faults
@@ -51,25 +53,48 @@ _Loader.add_implicit_resolver(
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value).replace("_", "")))
 _Loader.add_constructor(
     "tag:yaml.org,2002:float",
-    lambda loader, node: float(
-        str(node.value)
-        .replace("_", "")
-        .replace(".inf", "inf")
-        .replace(".Inf", "inf")
-        .replace(".INF", "inf")
-        .replace(".nan", "nan")
-        .replace(".NaN", "nan")
-        .replace(".NAN", "nan")
-    ),
+    lambda loader, node: float(str(node.value).lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan")),
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes each text that YAML 1.1 or 1.2 would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # PyYAML folds these line ends of Unicode into spaces, except between double quotes, where it escapes them
+    style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def parse_yaml(text: str) -> Any:
-    """YAML text as plain values; raises yaml.YAMLError, also for numbers and dates that Python refuses."""
+    """YAML text as plain values; raises yaml.YAMLError, also for what is no plain value (dates, sets, loops of aliases)."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except (ValueError, RecursionError) as error:
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        _refuse_other_than_plain(value)
+    except (ValueError, TypeError, RecursionError) as error:
         raise yaml.YAMLError(str(error)) from error
+    return value
+
+
+def _refuse_other_than_plain(value: Any) -> None:
+    if isinstance(value, dict):
+        for inner in value.values():
+            _refuse_other_than_plain(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_other_than_plain(inner)
+    elif not (value is None or isinstance(value, str | int | float | bool)):
+        raise ValueError(f"a {type(value).__name__} is no setting; use texts, numbers, true, false, null, lists and names")
 
 
 def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, world_size: int | None = None) -> Config:
@@ -103,13 +128,17 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, wo
 def validate(tree: Mapping[str, Any], source: str, found: list[str] | None = None, world_size: int | None = None) -> Config:
     """The settings of a parsed tree; raises :class:`ConfigError` with the faults ``found`` before and all others."""
     found = list(found or [])
-    config = None
+    unknown: set[str] = set()
+    config: Config | None
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        found.extend(_explain(error))
-    if config is not None:
-        found.extend(faults(config, world_size))
+        found.extend(explain(error))
+        unknown, config = doubtful(error), judgeable(tree, error)
+    for fault in faults(config, world_size) if config is not None else ():
+        # a fault that rests on a setting which is itself wrong would be about a default that nobody asked for
+        if not unknown.intersection({*fault.settings, *(name.split(".")[0] for name in fault.settings)}):
+            found.append(str(fault))
     if found or config is None:
         raise ConfigError(found, source)
     return config
@@ -117,7 +146,7 @@ def validate(tree: Mapping[str, Any], source: str, found: list[str] | None = Non
 
 def dump(config: Config) -> str:
     """The settings as YAML that :func:`load_config` reads back to the same settings."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _as_tree(value: Any) -> dict[str, Any]:
@@ -149,50 +178,9 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
     return None
 
 
-def _explain(error: ValidationError) -> list[str]:
-    lines: list[str] = []
-    for item in error.errors():
-        location = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{location}: unknown{_suggestion(item['loc'])}")
-        elif item["type"] == "missing":
-            lines.append(f"{location}: must be given{_description(item['loc'])}")
-        else:
-            given = repr(item["input"])
-            shown = given if len(given) < 80 else given[:77] + "..."
-            lines.append(f"{location}: got {shown}; {item['msg'][0].lower() + item['msg'][1:]}{_description(item['loc'])}")
-    return lines
-
-
-def _fields_at(location: tuple[int | str, ...]) -> dict[str, Any]:
-    model: type[BaseModel] = Config
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return {}
-        model = field.annotation
-    return dict(model.model_fields)
-
-
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    known = _fields_at(location)
-    near = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}" if known else ""
-
-
-def _description(location: tuple[int | str, ...]) -> str:
-    for length in (2, 1):
-        if len(location) >= length:
-            field = _fields_at(location[:length]).get(str(location[length - 1]))
-            if field is not None and field.description:
-                return f" ({field.description})"
-    return ""
-
-
 def _resolve_paths(config: Config, beside: Path) -> Config:
     def resolve(value: str) -> str:
-        other = beside / value
-        return str(other) if not Path(value).exists() and other.exists() else value
+        return str(beside / value) if not _exists(Path(value)) and _exists(beside / value) else value
 
     return config.model_copy(
         update={
@@ -200,3 +188,10 @@ def _resolve_paths(config: Config, beside: Path) -> Config:
             "tokenizer": config.tokenizer.model_copy(update={"path": resolve(config.tokenizer.path)}),
         }
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or that no file can have
+        return False

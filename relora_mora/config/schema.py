@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 MethodName = Literal["full", "lora", "mora", "relora", "remora"]
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
@@ -25,23 +27,23 @@ class Strict(BaseModel):
 class ModelConfig(Strict):
     """The LLaMA model. ``config`` is a transformers ``LlamaConfig`` JSON file, ``overrides`` replaces keys of it."""
 
-    config: str = Field(description="a LlamaConfig JSON file, relative to this file or the current folder")
+    config: Text = Field(description="a LlamaConfig JSON file, relative to this file or the current folder")
     overrides: dict[str, Any] = Field({}, description="keys of the LlamaConfig to replace, e.g. {hidden_size: 256}")
-    init_from: str | None = Field(None, description="warm start: a Hugging Face LLaMA folder, or a checkpoint or run folder of any method")
+    init_from: Text | None = Field(None, description="warm start: a Hugging Face LLaMA folder, or a checkpoint or run folder of any method")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation of transformers")
     activation_checkpointing: bool = Field(False, description="recompute each decoder layer in backward instead of keeping its activations")
 
 
 class TokenizerConfig(Strict):
-    path: str = Field(description="a folder that holds tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder")
+    path: Text = Field(description="a folder that holds tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder")
 
 
 class DataConfig(Strict):
     """Sources are ``allenai/c4`` (or ``hub:REPO/PATTERN``), http(s) urls, local paths and globs; see docs/data.md."""
 
-    train: str | list[str] = Field(description="source or sources of training text")
-    validation: str | list[str] = Field(description="source or sources of held-out text")
-    revision: str = Field("main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint")
+    train: Text | Annotated[list[Text], Field(min_length=1)] = Field(description="source or sources of training text")
+    validation: Text | Annotated[list[Text], Field(min_length=1)] = Field(description="source or sources of held-out text")
+    revision: Text = Field("main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint")
     sequence_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens the model sees per sequence")
     lanes: Positive | None = Field(
         None, description="independent streams; null: the largest power of two <= 64 that divides train.batch_size"
@@ -53,7 +55,9 @@ class DataConfig(Strict):
     document_mask: bool = Field(False, description="attention does not cross document borders inside a sequence")
     max_line_bytes: Positive = Field(16 * 1024 * 1024, description="a longer line of a shard is counted as bad and skipped")
     max_bad_fraction: Fraction = Field(0.01, description="stop when more than this fraction of a shard's lines is bad")
-    timeout_seconds: Annotated[float, Field(gt=0)] = Field(600.0, description="give up on a source that has failed for this long")
+    timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        600.0, description="give up on a source that has failed for this long"
+    )
 
 
 class MethodConfig(Strict):
@@ -84,7 +88,7 @@ class OptimConfig(Strict):
 
     lr: Rate = Field(5e-4, description="peak rate of the decoder's linears (full) or adapters (others)")
     lr_other: Rate | None = Field(None, description="peak rate of embeddings, norms and head; null: the same as lr")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW's betas")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False, description="AdamW's betas")
     eps: Rate = Field(1e-8, description="AdamW's epsilon")
     weight_decay: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
         0.0, description="decoupled weight decay of everything but the norms"
@@ -101,14 +105,14 @@ class OptimConfig(Strict):
 
 
 class TrainConfig(Strict):
-    run_dir: str = Field(description="folder of this run: config, metrics, TensorBoard, checkpoints")
+    run_dir: Text = Field(description="folder of this run: config, metrics, TensorBoard, checkpoints")
     steps: Positive = Field(10000, description="optimizer steps of the whole run")
     batch_size: Positive = Field(1024, description="sequences per optimizer step over all ranks")
     micro_batch_size: Positive = Field(16, description="sequences per forward on one rank")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware does it fast, else fp32")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="DeepSpeed ZeRO stage")
     seed: NotNegative = Field(0, description="seed of initial weights and LoRA's draws")
-    resume: str = Field(
+    resume: Text = Field(
         "auto", description="auto: from the newest good checkpoint of run_dir; never: refuse a used run_dir; or a checkpoint folder"
     )
     allow_changes: list[str] = Field([], description="settings that may differ from the checkpoint's, e.g. [optim.lr]")

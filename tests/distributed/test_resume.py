@@ -134,3 +134,15 @@ def test_a_damaged_checkpoint_is_passed_over(pools, inputs, tokenizer_path, tmp_
     assert [line["step"] for line in metrics(folder) if "train/loss" in line] == list(range(1, 11))
     starts = (folder / "starts.jsonl").read_text().splitlines()
     assert '"step": 4,' in starts[-1]
+
+
+@pytest.mark.parametrize("method", ["remora", "relora"])
+def test_a_longer_run_makes_up_for_the_merge_that_the_last_step_left_out(pools, inputs, tokenizer_path, tmp_path, method):
+    long, short = tmp_path / "long", tmp_path / "short"
+    constant = {"schedule": "constant"}  # else another train.steps changes the rates
+    settings = {"method": {"name": method}, "optim": constant}
+    pools(2)(train, run_config(inputs, tokenizer_path, long, 2, **settings))
+    pools(2)(train, run_config(inputs, tokenizer_path, short, 2, train={"steps": 8}, **settings))
+    assert [line["step"] for line in metrics(short) if "merge/layers" in line] == [4]
+    pools(2)(train, run_config(inputs, tokenizer_path, short, 2, train={"allow_changes": ["train.steps"]}, **settings))
+    assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in (long, short))) == []

@@ -1,0 +1,52 @@
+# The trainer on top of an image that brings Python >= 3.11 with pip, and PyTorch >= 2.9 (which is kept; without one it is installed).
+#   docker build -t relora_mora .
+# pip's settings are the builder's: --build-arg PIP_INDEX_URL=..., or --secret id=pip.conf,src=FILE. Nothing of them stays in the image.
+ARG BASE_IMAGE=pytorch/pytorch:2.9.0-cuda12.8-cudnn9-runtime
+
+FROM ${BASE_IMAGE} AS build
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_TRUSTED_HOST
+WORKDIR /build
+
+# --without-pip: the base image's pip installs into the environment, which needs none of its own
+RUN python3 -m venv --system-site-packages --without-pip /opt/venv
+
+# dependencies first: this layer changes only with setup.cfg
+COPY setup.cfg ./
+RUN python3 -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); print(p['options']['install_requires'])" > requirements.txt
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    python3 -m pip --python /opt/venv/bin/python install -r requirements.txt
+
+COPY pyproject.toml README.md LICENSE ./
+COPY relora_mora relora_mora
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    python3 -m pip --python /opt/venv/bin/python install --no-deps .
+
+
+FROM ${BASE_IMAGE}
+RUN useradd --no-log-init --uid 10001 --user-group --no-create-home trainer \
+    && mkdir -p /app/runs \
+    && chown trainer:trainer /app/runs
+WORKDIR /app
+
+COPY --from=build /opt/venv /opt/venv
+COPY launch launch
+COPY configs configs
+COPY tokenizer tokenizer
+
+# HOME and USER also for `docker run --user`, whose id has no entry in /etc/passwd; HEALTH_MINUTES: see below
+ENV PATH=/opt/venv/bin:${PATH} \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    USER=trainer \
+    HEALTH_MINUTES=30
+USER 10001:10001
+
+# healthy: a run below runs/ has written a line of metrics in the last HEALTH_MINUTES minutes
+HEALTHCHECK --interval=1m --timeout=10s --start-period=30m --retries=3 \
+    CMD ["sh", "-c", "test -n \"$(find /app/runs -name metrics.jsonl -mmin -${HEALTH_MINUTES} -print -quit)\""]
+
+# one process; for all GPUs of the machine: --entrypoint python IMAGE -m torch.distributed.run --nproc_per_node=gpu launch/pretrain.py CONFIG
+ENTRYPOINT ["python", "launch/pretrain.py"]
+CMD ["--help"]

@@ -1,0 +1,102 @@
+"""What pydantic finds wrong with a tree of settings, said to a user; and what of the tree can still be judged."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from relora_mora.config.schema import Config
+
+Location = tuple[int | str, ...]
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One line for each setting that is wrong: what was given, what was expected, what the setting means."""
+    messages: dict[str, list[ErrorDetails]] = {}
+    for item in error.errors():
+        messages.setdefault(_setting(item["loc"]), []).append(item)
+    return [f"{setting}: {_explain(items)}" for setting, items in messages.items()]
+
+
+def doubtful(error: ValidationError) -> set[str]:
+    """Settings whose value is unknown because it is wrong, missing or, most likely, misspelt: nothing can be said of them.
+
+    A whole section is named without a dot.
+    """
+    names = set()
+    for item in error.errors():
+        location = item["loc"][:2]
+        if item["type"] == "extra_forbidden":
+            near = _nearest(location)
+            location = (*location[:-1], near) if near else location
+        names.add(".".join(map(str, location)))
+    return names
+
+
+def judgeable(tree: Mapping[str, Any], error: ValidationError) -> Config | None:
+    """The settings with each faulty one at its default (a placeholder where it has none), so that the others can be judged."""
+    pruned: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    for item in error.errors():
+        section, *rest = item["loc"]
+        inside = pruned.get(str(section))
+        if rest and isinstance(inside, dict):
+            inside.pop(str(rest[0]), None)
+        else:
+            pruned.pop(str(section), None)
+    for section, field in Config.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type) and issubclass(model, BaseModel)
+        inside = pruned.setdefault(section, {})
+        if isinstance(inside, dict):
+            inside.update({key: "?" for key, inner in model.model_fields.items() if inner.is_required() and key not in inside})
+    try:
+        return Config.model_validate(pruned)
+    except ValidationError:
+        return None
+
+
+def _explain(items: list[ErrorDetails]) -> str:
+    location, kind, given = items[0]["loc"], items[0]["type"], items[0]["input"]
+    if kind == "extra_forbidden":
+        near, known = _nearest(location), _fields_at(location)
+        return "unknown" + (f"; did you mean {near}?" if near else f"; known here: {', '.join(known)}" if known else "")
+    if kind == "missing":
+        return f"must be given{_description(location)}"
+    shown = repr(given)
+    shown = shown if len(shown) < 80 else shown[:77] + "..."
+    wanted = " or ".join(dict.fromkeys(item["msg"][:1].lower() + item["msg"][1:] for item in items))
+    return f"got {shown}; {wanted}{_description(location)}"
+
+
+def _setting(location: Location) -> str:
+    """The dotted name; the tags that pydantic adds below a setting for the members of a union are no part of it."""
+    below = [part for part in location[2:] if isinstance(part, int)]
+    return ".".join(str(part) for part in [*location[:2], *below])
+
+
+def _fields_at(location: Location) -> dict[str, Any]:
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return {}
+        model = field.annotation
+    return dict(model.model_fields)
+
+
+def _nearest(location: Location) -> str | None:
+    near = difflib.get_close_matches(str(location[-1]), _fields_at(location), n=1)
+    return near[0] if near else None
+
+
+def _description(location: Location) -> str:
+    for length in (2, 1):
+        if len(location) >= length:
+            field = _fields_at(location[:length]).get(str(location[length - 1]))
+            if field is not None and field.description:
+                return f" ({field.description})"
+    return ""

@@ -1,0 +1,87 @@
+"""The settings as a Markdown page: ``python -m relora_mora.config.table > docs/settings.md``."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from relora_mora.config.schema import Config
+
+_HEAD = """\
+# Settings
+
+Written by `python -m relora_mora.config.table > docs/settings.md` from `relora_mora/config/schema.py`; do not edit it here.
+
+A run reads its defaults, then its YAML file, then `--section.key=value` from the command line; the later wins. The value of
+a flag is YAML too: `--optim.lr=4e-4`, `--method.operators='[1, 2, 3, 4]'`, `--data.lanes=null`. An unknown name, a wrong type
+or a combination that cannot work ends the run before anything is loaded, with every fault listed at once.
+`python launch/plan.py CONFIG` tells what a run needs.
+"""
+
+_SIGNS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+
+
+def settings_page() -> str:
+    """The whole page, a table for each section."""
+    parts = [_HEAD]
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type) and issubclass(section, BaseModel)
+        parts.append(_section(name, section))
+    return "\n".join(parts)
+
+
+def _section(name: str, section: type[BaseModel]) -> str:
+    rows = [f"## {name}", ""]
+    if section.__doc__ and section.__dict__.get("__doc__"):
+        rows += [" ".join(section.__doc__.replace("``", "`").split()), ""]
+    rows += ["| setting | values | default | what it does |", "|---|---|---|---|"]
+    for key, field in section.model_fields.items():
+        cells = [f"`{name}.{key}`", _values(field.annotation, field.metadata), _default(field), field.description or ""]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "must be given"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    if isinstance(value, list) and len(value) > 6:
+        return "all"
+    if isinstance(value, float):
+        return f"`{value:g}`"
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return f"`{text.removesuffix('...' + chr(10)).strip()}`"
+
+
+def _values(annotation: Any, metadata: list[Any]) -> str:
+    """What a setting may be, in words: the type, its limits or its choices."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        extra = [item for part in arguments[1:] for item in (part.metadata if isinstance(part, FieldInfo) else [part])]
+        return _values(arguments[0], [*extra, *metadata])
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else _values(part, metadata) for part in arguments)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin is list:
+        return f"list of {_values(arguments[0], [])}"
+    if origin is tuple:
+        return f"list of {len(arguments)}: {_values(arguments[0], [])}"
+    if origin is dict:
+        return "names and values"
+    kind = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}[annotation]
+    limits = [
+        f"{sign} {value:g}" for item in metadata for attribute, sign in _SIGNS if (value := getattr(item, attribute, None)) is not None
+    ]
+    return " ".join([kind, ", ".join(limits)]).strip()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(settings_page())

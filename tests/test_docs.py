@@ -1,0 +1,228 @@
+"""The documents name only what exists: links, files, settings, tags, options."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from relora_mora.config import Config
+from tests.helpers import ROOT
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tokenizer/*.md")])
+# files whose comments are instructions to a user, too
+INSTRUCTIONS = [*DOCUMENTS, ROOT / "Dockerfile", ROOT / "compose.yaml", *ROOT.glob("launch/slurm/*"), *ROOT.glob("launch/hostfile*")]
+SECTIONS = Config.model_fields
+SCRIPTS = ("launch/evaluate.py", "launch/export.py", "launch/plan.py", "tokenizer/train.py")
+# DOCUMENTS is no test by itself: a glob that matches nothing would make all of them pass
+REQUIRED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/checkpoints.md", "docs/data.md", "docs/method.md", "docs/settings.md")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def syntax(path: str) -> list[ast.stmt]:
+    """The top level of a source file: importing the trainer would take longer than all tests here."""
+    return ast.parse((ROOT / path).read_text()).body
+
+
+def literal(path: str, variable: str) -> Any:
+    values = [node.value for node in syntax(path) if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == variable]
+    return ast.literal_eval(values[0])
+
+
+def options(script: str) -> set[str]:
+    """Names of the parameters of a script's ``main``."""
+    [main] = [node for node in syntax(script) if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    return {argument.arg for argument in [*main.args.args, *main.args.kwonlyargs]}
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of the headings as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def is_setting(dotted: str) -> bool:
+    """``section.key`` of the schema, or a key below one that takes names and values."""
+    section, key, *below = dotted.split(".")
+    model = SECTIONS[section].annotation if section in SECTIONS else None
+    if not (isinstance(model, type) and issubclass(model, BaseModel)) or key not in model.model_fields:
+        return False
+    return not below or "dict" in str(model.model_fields[key].annotation)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Command lines in fenced blocks, with their continuation lines, as words."""
+    for block in re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield line.removeprefix("$ ").split("  #")[0].split()
+
+
+def test_the_documents_are_there() -> None:
+    assert {name(path) for path in DOCUMENTS} >= set(REQUIRED)
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_every_relative_link_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = path.parent / file if file else path
+        assert linked.exists(), f"{name(path)}: {target}"
+        assert not anchor or anchor in anchors(linked.read_text()), f"{name(path)}: {target}"
+
+
+@pytest.mark.parametrize("path", INSTRUCTIONS, ids=name)
+def test_every_file_of_the_repository_that_is_named_exists(path: Path) -> None:
+    pattern = r"(?<![\w./-])(?:launch|configs|tokenizer|docs|tests|relora_mora)/[\w./-]*\.(?:py|ya?ml|json|md|sbatch|example)\b"
+    for found in re.findall(pattern, path.read_text()):
+        assert (ROOT / found).is_file(), f"{name(path)}: {found}"
+
+
+@pytest.mark.parametrize("path", INSTRUCTIONS, ids=name)
+def test_every_setting_that_is_named_exists(path: Path) -> None:
+    text = path.read_text()
+    flags = re.findall(r"--([a-z_]+\.[\w.]+\w)(?==)", text)
+    quoted = re.findall(rf"`((?:{'|'.join(SECTIONS)})\.[a-z_.]+)(?:=[^`]*)?`", text)
+    files = (".json", ".yaml", ".py", ".md", ".model")
+    for dotted in [*flags, *quoted]:
+        deliberate = dotted in ("section.key", "method.merge_evry") or dotted.endswith(files)
+        assert deliberate or is_setting(dotted), f"{name(path)}: {dotted}"
+
+
+def test_a_wrong_setting_would_be_found() -> None:
+    assert is_setting("train.steps") and is_setting("model.overrides.vocab_size")
+    assert not is_setting("train.stepps") and not is_setting("trian.steps") and not is_setting("train.steps.more")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_commands_use_options_that_their_script_takes(path: Path) -> None:
+    for words in commands(path.read_text()):
+        for script in SCRIPTS:
+            if script not in words or words[0] != "python":
+                continue
+            takes = options(script)
+            for word in words[words.index(script) + 1 :]:
+                option = re.match(r"--([\w.]+)", word)
+                assert option is None or "." in option[1] or option[1] in takes, f"{name(path)}: {script} has no {word}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_every_make_target_that_is_named_exists(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", path.read_text(), re.MULTILINE))
+    assert targets and {target for pair in named for target in pair if target} <= targets
+
+
+def test_the_readme_shows_the_message_that_the_program_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    from relora_mora.config import ConfigError, load_config
+
+    monkeypatch.chdir(ROOT)
+    shown = re.search(r"^\$ python launch/pretrain\.py (\S+) (.+)\n((?:.+\n)+?)```", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert shown is not None
+    overrides = dict(word.removeprefix("--").split("=", 1) for word in shown[2].split())
+    with pytest.raises(ConfigError) as raised:
+        load_config(shown[1], overrides, world_size=1)
+    assert str(raised.value) == shown[3].rstrip("\n")
+
+
+def test_metrics_that_are_described_are_written_and_the_other_way_round() -> None:
+    sources = "".join((ROOT / "relora_mora" / file).read_text() for file in ("trainer.py", "evaluate.py"))
+    written = set(re.findall(r'"((?:train|perf|merge|checkpoint)/[a-z_]+)', sources)) - {"train/lr_"}
+    table = (ROOT / "README.md").read_text().partition("| tag |")[2].partition("\n\n")[0]
+    described = set(re.findall(r"`((?:train|perf|merge|checkpoint)/[a-z_]+)", table))
+    assert described - {"train/lr_embeddings", "train/lr_norms"} == written
+
+
+def test_the_documents_say_what_may_change_at_a_resume() -> None:
+    text = (ROOT / "docs" / "checkpoints.md").read_text()
+    table = text.partition("| may differ |")[2].partition("\n\n")[0]
+    first_column = "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
+    named = set(re.findall(r"`([a-z_]+\.[a-z_]+)`", first_column))
+    assert named == literal("relora_mora/build.py", "FREE_SETTINGS")
+    assert all(f"`{section}`" in first_column for section in literal("relora_mora/build.py", "FREE_SECTIONS"))
+
+
+def test_the_documents_describe_every_field_of_a_manifest() -> None:
+    table = (ROOT / "docs" / "checkpoints.md").read_text().partition("`manifest.json` |")[2].partition("\n\n")[0]
+    [manifest] = [node for node in syntax("relora_mora/checkpoint/layout.py") if isinstance(node, ast.ClassDef) and node.name == "Manifest"]
+    fields = {ast.unparse(node.target) for node in manifest.body if isinstance(node, ast.AnnAssign)}
+    assert "step" in fields and set(re.findall(r"`(\w+)`", table)) >= {*fields, "format", "version"}
+
+
+def test_no_tracked_text_names_a_path_of_somebodys_machine() -> None:
+    home = re.compile(r"(?<![\w.])/(?:home|root|Users|work|mnt|scratch)/(?!\.cache/pip)[\w.-]+")
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "*.md", "*.yaml", "*.sbatch", "Dockerfile", "launch"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.split()
+    files = [ROOT / file for file in listed] or INSTRUCTIONS  # outside a checkout
+    found = [f"{name(file)}: {match}" for file in files if file.is_file() for match in home.findall(file.read_text())]
+    assert not found
+
+
+def test_the_hostfile_has_the_form_that_deepspeed_reads() -> None:
+    lines = [line for line in (ROOT / "launch" / "hostfile.example").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines and all(re.fullmatch(r"\S+ slots=\d+", line) for line in lines)
+    assert len({line.split()[0] for line in lines}) == len(lines)
+
+
+def test_tensorboard_of_the_compose_file_is_reachable_from_this_machine_only() -> None:
+    import yaml
+
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert ports and all(str(port).startswith("127.0.0.1:") for port in ports)
+
+
+def test_the_image_copies_only_what_the_build_is_given() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    allowed = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    sources = {source for line in copied for source in line.split()}
+    assert "*" in ignored and sources == allowed and all((ROOT / source).exists() for source in sources)
+
+
+FAKE_SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do echo "option $1"; shift; done
+for rank in 0 1 2 3; do SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) SLURM_NTASKS=4 "$@"; done
+"""
+
+
+def test_the_slurm_script_gives_every_task_its_place(tmp_path: Path) -> None:
+    fakes = {
+        "srun": FAKE_SRUN,
+        "scontrol": "#!/bin/bash\nprintf 'first\\nsecond\\n'\n",
+        "fake_python": '#!/bin/bash\necho "task $RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS:" "$@"\n',
+    }
+    for file, text in fakes.items():
+        (tmp_path / file).write_text(text)
+        (tmp_path / file).chmod(0o755)
+    job = {"JOB_ID": "123456", "JOB_NODELIST": "n[1-2]", "JOB_NUM_NODES": "2", "CPUS_PER_TASK": "8", "SUBMIT_DIR": str(tmp_path)}
+    environment = {f"SLURM_{key}": value for key, value in job.items()} | {"SLURM_ARRAY_TASK_ID": "7"}
+    environment |= {"PATH": f"{tmp_path}:/usr/local/bin:/usr/bin:/bin", "PYTHON": "fake_python"}
+    script = str(ROOT / "launch" / "slurm" / "pretrain.sbatch")
+    arguments = ["some.yaml", "--train.seed=$SLURM_ARRAY_TASK_ID", "--method.operators=[1, 2]"]
+    done = subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True, check=True)
+    tasks = [line for line in done.stdout.splitlines() if line.startswith("task")]
+    called = "launch/pretrain.py some.yaml --train.seed=7 --method.operators=[1, 2]"
+    assert tasks == [f"task {rank} {rank % 2} 4 first 23456 8: {called}" for rank in range(4)]
+    assert "option --kill-on-bad-exit=1" in done.stdout
+    assert (tmp_path / "runs" / "slurm" / "123456").is_dir()
+
+
+def test_without_arguments_the_slurm_script_runs_a_shipped_config() -> None:
+    config = re.search(r"^CONFIG=(\S+)", (ROOT / "launch" / "slurm" / "pretrain.sbatch").read_text(), re.MULTILINE)
+    assert config is not None and (ROOT / config[1]).is_file()
