@@ -156,7 +156,9 @@ def test_what_every_rank_finds_is_said_once(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setenv("RANK", "3")
     assert _fail_with(ConfigError(["fault"], "c")) == 2
     assert capsys.readouterr().err == ""
-    assert _fail_with(TokenizerError("only here")) == 2
+    assert _fail_with(TokenizerError("the same everywhere")) == 2
+    assert capsys.readouterr().err == ""
+    assert _fail_with(OSError("only here")) == 2
     assert capsys.readouterr().err == "[rank 3] only here\n"
 
 

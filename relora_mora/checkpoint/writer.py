@@ -158,9 +158,7 @@ class CheckpointWriter:
         return path
 
     def _write_base(self, path: Path, merges_done: int) -> Path:
-        if self._base_at is not None and self._base_at[0] == merges_done and self._base_at[1].exists():
-            _link(self._base_at[1], path)
-        else:
+        if not (self._base_at is not None and self._base_at[0] == merges_done and _link_committed(self._base_at[1], path)):
             self._write_tensors(path, {f"base|{name}|0": self.base.weights[name] for name in self.base.owned})
         self._base_at = merges_done, path.parent.with_suffix("") / path.name
         return path
@@ -213,10 +211,24 @@ class CheckpointWriter:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def _link_committed(source: Path, target: Path) -> bool:
+    """Links a file of a checkpoint that rank 0 may be about to rename from its ``.tmp`` folder; False when it is gone."""
+    waiting = source.parent.with_name(source.parent.name + ".tmp") / source.name
+    for place in (source, waiting, source):
+        try:
+            _link(place, target)
+        except FileNotFoundError:
+            continue
+        return True
+    return False
+
+
 def _link(source: Path, target: Path) -> None:
     """A hard link, or a copy where the file system has none."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
+    except FileNotFoundError:
+        raise
     except OSError:
         shutil.copy2(source, target)
