@@ -47,9 +47,6 @@ def read_model_config(settings: ModelConfig) -> LlamaConfig:
         model_config = LlamaConfig(**{key: value for key, value in values.items() if key != "model_type"})
     except Exception as error:
         raise ConfigError([*found, f"model: LlamaConfig refuses it: {' '.join(str(error).split())}"], str(path)) from error
-    heads = model_config.num_attention_heads
-    if heads < 1 or model_config.hidden_size % heads:
-        found.append(f"model: hidden_size {model_config.hidden_size} is no multiple of num_attention_heads {heads}")
     if found:
         raise ConfigError(found, str(path))
     model_config.use_cache = False
