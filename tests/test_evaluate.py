@@ -1,0 +1,69 @@
+"""Held-out loss: any causal LM of transformers, any batch size, and bits per byte by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from relora_mora.data import load_eval_set
+from relora_mora.evaluate import causal_lm_loss, evaluate
+from relora_mora.tokenizer import load_tokenizer, save_tokenizer
+from tests.data_tools import data_config, write_shard
+from tests.helpers import ROOT
+
+TEXTS = ["the rank of a merge", "größer als the matrix", "🙂 one more of the same"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_shard(tmp_path / "text.json.gz", TEXTS)
+
+
+def _gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=64)).eval()
+
+
+def test_every_token_counts_once_whatever_the_batch(source, tokenizer_path):
+    lm = _gpt2()
+    tokens = sum(len(load_tokenizer(tokenizer_path)(text, add_special_tokens=False).input_ids) + 1 for text in TEXTS)
+    results = []
+    for length, micro in ((8, 1), (8, 3), (8, 100)):
+        data = load_eval_set(
+            str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=length, max_tokens=None
+        )
+        results.append(evaluate(causal_lm_loss(lm), data, micro_batch_size=micro, device=torch.device("cpu")))
+    assert {result.tokens for result in results} == {tokens}
+    assert all(result.loss == pytest.approx(results[0].loss, rel=1e-6) for result in results)
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert results[0].bits_per_byte == pytest.approx(results[0].loss * tokens / math.log(2) / size)
+    assert results[0].perplexity == pytest.approx(math.exp(results[0].loss))
+
+
+def test_a_uniform_model_has_the_entropy_of_its_vocabulary(source, tokenizer_path):
+    data = load_eval_set(str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=16, max_tokens=None)
+    lm = _gpt2()
+    with torch.no_grad():
+        lm.lm_head.weight.zero_()
+    assert evaluate(causal_lm_loss(lm), data, micro_batch_size=2, device=torch.device("cpu")).loss == pytest.approx(math.log(320), rel=1e-6)
+
+
+def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer_path, tmp_path):
+    folder = tmp_path / "gpt2"
+    _gpt2().save_pretrained(folder)
+    save_tokenizer(tokenizer_path, folder)
+    command = [sys.executable, str(ROOT / "launch" / "evaluate.py")]
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"}
+    done = subprocess.run([*command, str(folder), f"--data={source}"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert set(values) == {"loss", "perplexity", "bits_per_byte", "tokens"} and abs(values["loss"] - math.log(320)) < 0.2
+    done = subprocess.run([*command, str(tmp_path), f"--data={source}"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2 and "no checkpoint" in done.stderr and "Traceback" not in done.stderr
