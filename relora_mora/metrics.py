@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 log = logging.getLogger("relora_mora")
 
+ONLY_IN_FILE = {"merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens"}
+
 
 def setup_logging(rank: int) -> None:
     """Progress of the run on stderr, from the first rank; other ranks show warnings."""
@@ -55,12 +57,12 @@ class Metrics:
         self.path.write_text("".join(kept), encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line. Numbers also go to TensorBoard under the same tags."""
+        """One line. Numbers also go to TensorBoard under the same tags, but for what is the same at every merge."""
         self._stream.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         self._stream.flush()
         if self._board is not None:
             for tag, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
+                if isinstance(value, int | float) and tag not in ONLY_IN_FILE:
                     self._board.add_scalar(tag, value, step)
 
     def close(self) -> None:

@@ -230,7 +230,7 @@ class Trainer:
         )
         stall = self.writer.save(manifest, self.data_state, self.folder / "tokenizer")
         self.saved = self.step
-        self.write({"checkpoint/stall_seconds": stall})
+        self.write({"perf/checkpoint_stall_seconds": stall})
 
     def log(self) -> None:
         """One line of metrics over the steps since the last; a collective."""
@@ -258,7 +258,10 @@ class Trainer:
                 "perf/tflops_per_device": achieved / 1e12,
                 "perf/mfu": achieved / self.peak,
                 "perf/peak_memory_gib": peak_memory_bytes() / 2**30,
-                **{f"data/{name}": value for name, value in counts.items()},
+                "train/epoch": counts["epoch"],
+                "train/documents": counts["documents"],
+                "perf/data_bad_lines": counts["bad"],
+                "perf/data_retries": counts["retries"],
             }
         )
         self.progress.show(loss=f"{loss:.3f}", ppl=f"{perplexity:.1f}", tok_s=f"{tokens_per_second:,.0f}")

@@ -1,0 +1,45 @@
+"""metrics.jsonl and TensorBoard say the same, and a resume leaves no step twice."""
+
+from __future__ import annotations
+
+import json
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from relora_mora.metrics import Metrics
+
+
+def _lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _board(folder, tag):
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, round(event.value, 4)) for event in events.Scalars(tag)]
+
+
+def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
+    (tmp_path / "config.yaml").write_text("train: {}\n")
+    first = Metrics(tmp_path, step=0, tensorboard=True)
+    for step in range(1, 7):
+        first.write(step, {"train/loss": float(step), "merge/layers": 3})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 7, "tra')  # a line that a kill cut off
+    second = Metrics(tmp_path, step=4, tensorboard=True)
+    for step in (5, 6):
+        second.write(step, {"train/loss": 10.0 * step})
+    second.close()
+    assert [(line["step"], line["train/loss"]) for line in _lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60)]
+    assert all("time" in line for line in _lines(tmp_path))
+    assert _board(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60)]
+
+
+def test_a_new_start_begins_an_empty_file(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "train/loss": 1.0}\n')
+    metrics = Metrics(tmp_path, step=0, tensorboard=False)
+    metrics.write(1, {"train/loss": 2.0})
+    metrics.close()
+    assert [line["train/loss"] for line in _lines(tmp_path)] == [2.0]
+    assert not (tmp_path / "tensorboard").exists()
