@@ -88,10 +88,10 @@ def count_parameters(model: LlamaForCausalLM) -> Parameters:
     return Parameters(total=everything - adapters, trainable=trainable, adapters=adapters, frozen=everything - trainable)
 
 
-def peak_memory(model_config: LlamaConfig, config: Config, stage: int, world_size: int, *, bf16: bool, on_cpu: bool) -> Memory:
+def peak_memory(model_config: LlamaConfig, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
     """Memory of one device at the moment of a step that needs most: the loss, the first layers of backward, or the step."""
     model = meta_model(model_config, config)
-    state = state_memory(model, config, stage, world_size, bf16=bf16, on_cpu=on_cpu)
+    state = state_memory(model, config, stage, world_size, bf16=bf16)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
     before = gradients.between_micro_batches if config.accumulation_steps(world_size) > 1 else gradients.between_steps
     live = replace(state, gradients=before, gathered=max(state.gathered, gathered_memory(model, config, stage, world_size, bf16=bf16)))
@@ -107,13 +107,12 @@ def peak_memory(model_config: LlamaConfig, config: Config, stage: int, world_siz
     return max(moments, key=lambda memory: memory.device)
 
 
-def state_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size: int, *, bf16: bool, on_cpu: bool) -> Memory:
+def state_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
     """What stays between steps, gradients apart."""
     counts, width = count_parameters(model), 2 if bf16 else 4
     part = counts.trainable / (world_size if stage else 1)
     bucket = _zero_setting(config, "reduce_bucket_size", REDUCE_BUCKET_SIZE) if stage >= 2 or (stage == 1 and not bf16) else 0
-    if on_cpu:
-        bucket = min(bucket, counts.trainable)  # pages that are never written take no memory
+    bucket = min(bucket, counts.trainable)  # as zero.deepspeed_settings sets it; a larger one is never filled
     small = _zero_setting(config, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
     return Memory(

@@ -80,7 +80,7 @@ def make_plan(
     memory = {}
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
-        memory[name] = {stage: peak_memory(model_config, other, stage, world_size, bf16=bf16, on_cpu=on_cpu) for stage in STAGES}
+        memory[name] = {stage: peak_memory(model_config, other, stage, world_size, bf16=bf16) for stage in STAGES}
     if config.log.peak_tflops is not None:
         peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
     speed, assumption = _speed(flops, world_size, peak, tokens_per_second, utilisation)

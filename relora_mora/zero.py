@@ -47,6 +47,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from relora_mora.config import Config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+REDUCE_BUCKET_SIZE = 500_000_000  # elements, DeepSpeed's default
 
 
 def init_distributed(timeout_seconds: float = 1800.0) -> tuple[int, int]:
@@ -97,9 +98,13 @@ def _processes_on_host() -> int:
     return max([1, *(int(number) for value in told for number in re.findall(r"\d+", value)[:1])])  # Slurm: 8(x2),4
 
 
-def deepspeed_settings(config: Config, *, bf16: bool, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours; ``train.deepspeed`` adds what we have no setting for."""
-    zero: dict[str, Any] = {"stage": config.train.zero_stage}
+def deepspeed_settings(config: Config, *, bf16: bool, world_size: int, trainable: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from ours; ``train.deepspeed`` adds what we have no setting for.
+
+    DeepSpeed allocates a whole bucket for reductions; one as large as the ``trainable`` parameters holds all gradients.
+    """
+    given = config.train.deepspeed.get("zero_optimization", {})
+    zero: dict[str, Any] = {"reduce_bucket_size": min(REDUCE_BUCKET_SIZE, trainable), **given, "stage": config.train.zero_stage}
     plain = config.train.zero_stage == 0 and not bf16  # no optimizer of DeepSpeed's around ours
     settings: dict[str, Any] = {
         "train_batch_size": config.train.batch_size,
@@ -114,10 +119,7 @@ def deepspeed_settings(config: Config, *, bf16: bool, world_size: int) -> dict[s
     if bf16 and config.train.zero_stage > 0:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     for key, value in config.train.deepspeed.items():
-        if isinstance(value, dict) and isinstance(settings.get(key), dict):
-            settings[key] = {**value, **settings[key]}
-        else:
-            settings.setdefault(key, value)
+        settings.setdefault(key, value)
     return settings
 
 
@@ -152,10 +154,10 @@ class ZeroEngine:
         self.members = [[self._name_of(p) for p in group["params"]] for group in optimizer.param_groups]
         initial = {name: p.data.clone() if not bf16 else p.data for name, p in self.parameters.items() if p.requires_grad}
         self.clip = config.optim.clip
+        trainable = sum(self.shapes[name].numel() for names in self.members for name in names)
+        settings = deepspeed_settings(config, bf16=bf16, world_size=self.world_size, trainable=trainable)
         with _quiet():
-            self.engine, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=deepspeed_settings(config, bf16=bf16, world_size=self.world_size)
-            )
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.device = self.engine.device
         self.shards = list(self._shards())
         self.clear_state()

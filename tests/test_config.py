@@ -245,6 +245,7 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     ({"method": {"square_size": 101, "operators": [1, 6]}}, None, "method.square_size: operator 6 needs an even size, got 101; take 100"),
     ({"method": {"operators": [1, 6]}}, None, "method.square_multiple: operator 6 needs an even R"),
     ({"method": {"name": "mora", "operators": [6], "square_multiple": 3}}, None, "set method.square_multiple=6"),
+    ({"train": {"deepspeed": {"zero_optimization": 3}}}, None, "train.deepspeed: zero_optimization is 3, expected its keys"),
     ({"method": {"operators": [1]}}, None, "method.operators: the cycle [1] repeats an operator"),
     ({"method": {"operators": [1, 1]}}, None, "method.operators: the cycle [1, 1] repeats an operator"),
     ({"method": {"operators": [1, 2, 1]}}, None, "method.operators: the cycle [1, 2, 1] repeats an operator"),

@@ -133,9 +133,7 @@ def test_parameters_are_those_of_the_real_model(name: str) -> None:
 def test_more_ranks_and_higher_stages_never_need_more_state() -> None:
     config = make_config({"name": "remora"})
     for bf16 in (True, False):
-        sizes = {
-            (stage, ranks): peak_memory(MODEL, config, stage, ranks, bf16=bf16, on_cpu=True) for stage in (1, 2, 3) for ranks in (1, 2, 4)
-        }
+        sizes = {(stage, ranks): peak_memory(MODEL, config, stage, ranks, bf16=bf16) for stage in (1, 2, 3) for ranks in (1, 2, 4)}
         for stage in (1, 2, 3):
             states = [sizes[stage, ranks].masters + sizes[stage, ranks].optimizer for ranks in (1, 2, 4)]
             assert states == [states[0], states[0] / 2, states[0] / 4]
@@ -145,5 +143,5 @@ def test_more_ranks_and_higher_stages_never_need_more_state() -> None:
 def test_accumulation_keeps_gradients_through_the_loss() -> None:
     once = make_config({"name": "full"})
     twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
-    gradients = [peak_memory(MODEL, config, 0, 1, bf16=True, on_cpu=True).gradients for config in (once, twice)]
+    gradients = [peak_memory(MODEL, config, 0, 1, bf16=True).gradients for config in (once, twice)]
     assert gradients[0] == 0 < gradients[1]

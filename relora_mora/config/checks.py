@@ -188,6 +188,9 @@ def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
 
 
 def _deepspeed_faults(config: Config) -> Iterator[Fault]:
+    zero = config.train.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        yield Fault(("train.deepspeed",), f"zero_optimization is {zero!r}, expected its keys, e.g. {{overlap_comm: true}}")
     for key, value in config.train.deepspeed.items():
         names = [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else []
         for name in [key, *names]:

@@ -122,13 +122,14 @@ def test_a_merge_from_all_sides(pools, world, stage, bf16, method, threshold):
         assert seen["bits"] == ranks[0]["bits"] and seen["losses"] == ranks[0]["losses"]
 
 
-def losses(world_size: int, stage: int, bf16: bool = False, steps: int = 7) -> list[float]:
+def losses(world_size: int, stage: int, bf16: bool = False, clip: float = 1.0) -> list[float]:
+    """Losses of seven steps, a merge after the fourth; with a small ``clip`` the gradient norms as well."""
     from tests.tiny import build_rig, tiny_config
 
-    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}), bf16=bf16)
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, optim={"clip": clip}), bf16=bf16)
     out = []
-    for step in range(1, steps + 1):
-        out.append(rig.step(step)[0])
+    for step in range(1, 8):
+        out.extend(rig.step(step)[: 2 if clip < 1 else 1])
         if rig.schedule.merge_after(step):
             rig.merge(step)
     return out
@@ -139,6 +140,13 @@ def test_stages_agree_around_a_merge(pools, world):
     plain = pools(world)(losses, world, 0)[0]
     for stage in (1, 2, 3):
         assert pools(world)(losses, world, stage)[0] == pytest.approx(plain, rel=1e-6), stage
+
+
+def test_stages_clip_alike(pools):
+    free, plain = pools(2)(losses, 2, 0)[0], pools(2)(losses, 2, 0, clip=0.05)[0]
+    assert min(plain[1::2]) > 0.05 and abs(plain[2] - free[1]) > 0  # the norms are those before clipping, and it changed something
+    for stage in (1, 2, 3):
+        assert pools(2)(losses, 2, stage, clip=0.05)[0] == pytest.approx(plain, rel=2e-5), stage
 
 
 def test_stages_agree_in_bf16(pools):

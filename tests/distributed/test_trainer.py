@@ -119,6 +119,15 @@ def test_activation_checkpointing_does_not_change_the_result(pools, inputs, toke
     assert losses[0] == losses[1]
 
 
+def test_documents_can_be_kept_apart(pools, inputs, tokenizer_path, tmp_path):
+    losses = []
+    for on in (False, True):
+        folder = tmp_path / f"{on}"
+        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, data={"document_mask": on}), stop_after=2)
+        losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
+    assert len(losses[1]) == 2 and losses[0][0] != losses[1][0] and losses[0] == pytest.approx(losses[1], abs=0.3)
+
+
 def test_retention_keeps_the_last_and_the_multiples(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, checkpoint={"keep_last": 2, "keep_every_steps": 4}))
