@@ -35,7 +35,12 @@ def main() -> int:
         _run("2/5 tokenizer: sentencepiece BPE with 8,192 pieces", tokenizer)
     else:
         _say("2/5 tokenizer: is there already")
-    _run(f"3/5 pretraining with ReMoRA, DeepSpeed ZeRO-2: {CONFIG}", [*_launcher(), "launch/pretrain.py", CONFIG])
+    launcher = _launcher()
+    ranks = int(launcher[-1].partition("=")[2])
+    _run(
+        f"3/5 pretraining with ReMoRA, DeepSpeed ZeRO-2: {CONFIG}",
+        [*launcher, "launch/pretrain.py", CONFIG, f"--train.micro_batch_size={min(8, 16 // ranks)}"],
+    )
     if not (DEMO / "export" / "config.json").exists():
         _run("4/5 export: adapters merged, a plain LLaMA", [sys.executable, "launch/export.py", str(DEMO / "run"), str(DEMO / "export")])
     else:
@@ -51,8 +56,9 @@ def _launcher() -> list[str]:
     import torch
 
     deepspeed = [str(Path(sys.executable).parent / "deepspeed")]
-    if torch.cuda.is_available():
-        return deepspeed
+    if torch.cuda.is_available():  # as many accelerators as divide the 16 sequences of a step
+        ranks = 1 << (min(torch.cuda.device_count(), 16).bit_length() - 1)
+        return [*deepspeed, f"--num_gpus={ranks}"]
     cores = len(os.sched_getaffinity(0))
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, cores // 2))}
     return [*deepspeed, "--num_gpus=2"]
@@ -74,7 +80,9 @@ def _run(title: str, command: list[str]) -> None:
 def _generate() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "export")
     model = AutoModelForCausalLM.from_pretrained(DEMO / "export")
     torch.manual_seed(0)

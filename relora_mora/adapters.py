@@ -99,7 +99,7 @@ class MoRALinear(AdapterLinear):
         return torch.linalg.svdvals(self.operator.delta(*parameters))[: self.square_size * getattr(self.operator, "blocks", 1)]
 
     def _merged(self, x: Tensor) -> Tensor:
-        return _MergedMoRA.apply(x, self.weight, self.mora_M, self.operator)
+        return _MergedMoRA.apply(x, self.weight, self.mora_M, self.operator, torch.is_grad_enabled())
 
     def _decoupled(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + self.operator.decompress(F.linear(self.operator.compress(x), self.mora_M))
@@ -112,19 +112,19 @@ class _MergedMoRA(torch.autograd.Function):
     """``x (W + D M C)^T`` that keeps ``C x`` [..., R] for backward and not x: W is frozen, so only dM needs the input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, M: Tensor, operator: Operator) -> Tensor:
-        needs_square = ctx.needs_input_grad[2]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, M: Tensor, operator: Operator, training: bool) -> Tensor:
+        needs_square = training and ctx.needs_input_grad[2]
         ctx.save_for_backward(operator.compress(x) if needs_square else None, weight, M)
         ctx.operator = operator
         return F.linear(x, weight + operator.delta(M))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         compressed, weight, M = ctx.saved_tensors
         dy, operator = grads[0], ctx.operator
         dx = dy @ (weight + operator.delta(M)) if ctx.needs_input_grad[0] else None
         dM = operator.square_gradient(compressed, dy) if compressed is not None else None
-        return dx, None, dM, None
+        return dx, None, dM, None, None
 
 
 class LoRALinear(AdapterLinear):

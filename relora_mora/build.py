@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from relora_mora.adapters import inject
-from relora_mora.checkpoint import CheckpointError, CheckpointReader, changed_settings, list_checkpoints, newest_whole, verify
+from relora_mora.checkpoint import CheckpointError, CheckpointReader, changed_settings, list_checkpoints, newest_whole
 from relora_mora.config import Config, ConfigError, DataConfig, dump, parse_yaml, unused_settings
 from relora_mora.cycle import Base, Cycle
 from relora_mora.data import fingerprint, resolve_shards
@@ -32,7 +32,7 @@ from relora_mora.model import LossModel, build_model, check_length, read_model_c
 from relora_mora.optim import ParameterGroup, build_optimizer, describe_trainable, make_schedule, parameter_groups, set_trainable
 from relora_mora.schedule import Schedule
 from relora_mora.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer, tokenizer_fingerprint
-from relora_mora.zero import ZeroEngine
+from relora_mora.zero import ZeroEngine, from_first_rank
 
 # settings that change how a run is done and not what comes out of it: they may differ at a resume
 FREE_SETTINGS = {
@@ -140,6 +140,15 @@ def initial_model(checked: Checked) -> LlamaForCausalLM:
                 ],
                 "the settings",
             )
+        if lm.config.tie_word_embeddings and not torch.equal(
+            weights["model.embed_tokens.weight"], weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+        ):
+            raise ConfigError(
+                [
+                    f"model.init_from: {config.model.init_from} has an output head of its own, but model.config ties it to the embeddings; set model.overrides.tie_word_embeddings=false"
+                ],
+                "the settings",
+            )
         lm.load_state_dict(weights, strict=False)
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -193,15 +202,27 @@ def _resume(run: Run) -> None:
                 raise CheckpointError(f"{folder}: none of {len(skipped)} checkpoints is whole; move them away to start anew")
             return
     else:
-        chosen = find_checkpoint(Path(wanted)) if run.engine.rank == 0 or not verify(Path(wanted)) else Path(wanted)
+        chosen = from_first_rank(lambda: find_checkpoint(Path(wanted)))
     reader = CheckpointReader(chosen)
     _check_same_run(run, reader)
     reader.restore(run.engine, run.base)
     manifest = reader.manifest
     run.step, run.data_state, run.counters, run.resumed_from = manifest.step, manifest.data_state, dict(manifest.counters), reader
     log.info("resumed from %s at step %d", chosen, run.step)
+    if run.engine.rank == 0 and chosen.parent.resolve() == folder.resolve():
+        _abandon_later(folder, run.step)
     run.cycle.set_operator(manifest.operator)
     _catch_up(run, reader)
+
+
+def _abandon_later(folder: Path, step: int) -> None:
+    """After going back, checkpoints of later steps belong to another history: the next resume must not take them."""
+    for later in list_checkpoints(folder):
+        if int(later.name[5:]) > step:
+            target = later.with_name(f"abandoned-{later.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            later.rename(target)
+            log.warning("%s is later than the step resumed from: renamed to %s", later.name, target.name)
 
 
 def _catch_up(run: Run, reader: CheckpointReader) -> None:

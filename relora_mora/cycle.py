@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from relora_mora.zero import MOMENTS, ZeroEngine
 
 
 class MergeError(RuntimeError):
-    """A merge that cannot be right; nothing has been written to the base."""
+    """A merge that cannot be right, or was not; the message says whether the base was written."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class MergeRecord:
     operator_before: int | None
     operator_after: int | None
     seconds: float
-    extra: dict[str, float] = field(default_factory=dict)
 
 
 class Base:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from relora_mora.data import EvalSet
-from relora_mora.model import CHUNK_ELEMENTS, IGNORE
+from relora_mora.model import CHUNK_ELEMENTS, IGNORE, chunked_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ def evaluate(
 
 
 def causal_lm_loss(lm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """``mean_loss`` of any causal language model of transformers, its float32 logits taken in chunks."""
+    """``mean_loss`` of any causal language model of transformers; a LLaMA's logits are never whole, others' in float32 in chunks."""
+    if isinstance(lm, LlamaForCausalLM):
+        head = lm.get_output_embeddings().weight
+        return lambda input_ids, labels: chunked_cross_entropy(lm.model(input_ids, use_cache=False).last_hidden_state, head, labels)
 
     def mean_loss(input_ids: Tensor, labels: Tensor) -> Tensor:
         logits = lm(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)  # [N, V]

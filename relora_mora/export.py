@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from relora_mora.adapters import adapter_layers, inject
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, newest_whole, read_manifest, verify
@@ -16,6 +17,8 @@ from relora_mora.config import DataConfig, validate
 from relora_mora.model import build_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+transformers_logging.disable_progress_bar()  # a bar for each file says nothing here
+
 HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by default
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -54,11 +55,14 @@ class Metrics:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 log.warning("metrics.jsonl: dropped a damaged line")
-        self.path.write_text("".join(kept), encoding="utf-8")
+        beside = self.path.with_name(self.path.name + ".tmp")
+        beside.write_text("".join(kept), encoding="utf-8")
+        beside.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line. Numbers also go to TensorBoard under the same tags, but for what is the same at every merge."""
-        self._stream.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        finite = {tag: None if isinstance(value, float) and not math.isfinite(value) else value for tag, value in values.items()}
+        self._stream.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n")
         self._stream.flush()
         if self._board is not None:
             for tag, value in values.items():

@@ -82,9 +82,17 @@ class LossModel(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """input_ids [B, T] and labels [B, T] (already shifted, -100 is not scored) -> mean nats per predicted token."""
-        mask = None if document_ids is None else document_mask(document_ids)
+        mask = None if document_ids is None else self._attention_mask(document_ids)
         hidden = self.lm.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
         return self.lm.lm_head(hidden, labels)
+
+    def _attention_mask(self, document_ids: Tensor) -> Tensor:
+        """As transformers' attention takes it: sdpa a boolean mask, eager one that it adds to the scores."""
+        mask = document_mask(document_ids)
+        if self.lm.config._attn_implementation == "sdpa":
+            return mask
+        dtype = self.lm.model.norm.weight.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 class LossHead(nn.Module):
@@ -110,14 +118,16 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_
     label to score the result is 0.
     """
     chunk = chunk_tokens or max(128, CHUNK_ELEMENTS // weight.shape[0])
-    return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), chunk)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    # inside forward grad is always off and parameters always ask for theirs: whether anybody wants one is known here
+    return _ChunkedCrossEntropy.apply(flat, weight, labels.reshape(-1), chunk, torch.is_grad_enabled())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, training: bool) -> Tensor:
         """hidden [N, H], weight [V, H], labels [N]"""
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
         scored = (labels != IGNORE).sum().clamp(min=1)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -142,12 +152,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total / scored
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         scale = grads[0]
         return (
             None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype),
             None if d_weight is None else d_weight * scale.to(d_weight.dtype),
+            None,
             None,
             None,
         )

@@ -68,7 +68,8 @@ class Trainer:
         self.interval = Interval(self.device)
         self.bad_steps = 0
         # a step is evaluated before it is saved: what was resumed has both
-        self.evaluated = self.saved = run.step if run.resumed_from else None
+        own = run.resumed_from is not None and run.resumed_from.folder.parent.resolve() == (self.folder / "checkpoints").resolve()
+        self.evaluated = self.saved = run.step if own else None
         self.eval_set: EvalSet | None = None
         self.data = TrainStream(
             config.data,
@@ -90,7 +91,7 @@ class Trainer:
             merge_states=merge_states,
             report=log.error,
         )
-        if run.resumed_from is not None:
+        if own and run.resumed_from is not None:
             self.writer.adopt_base(run.resumed_from.folder, run.resumed_from.manifest)
 
     # ---- the loop ---------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ class Trainer:
             self.train_step(batch)
             if self.schedule.merge_after(self.step):
                 self.merge()
-            if self.is_due(self.config.eval.every_steps):
+            if self.is_due(self.config.eval.every_steps) or self.step == self.config.train.steps:
                 self.evaluate()
             if self.is_due(self.config.checkpoint.every_steps):
                 self.save()
@@ -128,18 +129,21 @@ class Trainer:
         begin = time.perf_counter()
         torch.manual_seed(self.config.train.seed + self.step)  # dropout, where a model has it, follows from the step
         micro_batches = list(self.micro_batches(batch))
+        losses = torch.zeros_like(self.interval.loss)
         self.engine.engine.train()
         for index, (input_ids, labels, document_ids) in enumerate(micro_batches):
             loss = self.engine.engine(input_ids, labels, document_ids)
-            self.interval.loss += loss.detach()
+            losses += loss.detach()
             self.engine.accumulate(loss, last=index == len(micro_batches) - 1)
         norm, applied = self.engine.step(group_rates(self.schedule, self.run.groups, self.step + 1))
         self.step += 1
         self.tokens += self.config.tokens_per_step
         self.data_state = batch.state
-        self.interval.micro_batches += len(micro_batches)
+        if applied:
+            self.interval.loss += losses
+            self.interval.micro_batches += len(micro_batches)
+            self.interval.grad_norm = norm
         self.interval.steps += 1
-        self.interval.grad_norm = norm
         self.interval.seconds += time.perf_counter() - begin
         self.progress.update()
         self.count_bad(norm, applied)
@@ -161,7 +165,6 @@ class Trainer:
             return
         self.bad_steps += 1
         self.skipped += 1
-        self.interval = Interval(self.device)
         log.warning("step %d skipped on all ranks: the gradient is not finite (norm %s)", self.step, norm)
         self.write({"train/skipped_steps": self.skipped})
         if self.bad_steps >= self.config.train.max_bad_steps:
@@ -235,7 +238,7 @@ class Trainer:
     def log(self) -> None:
         """One line of metrics over the steps since the last; a collective."""
         interval, self.interval = self.interval, Interval(self.device)
-        if not interval.steps:
+        if not interval.micro_batches:
             return
         loss = float(self.engine.all_reduce(interval.loss / interval.micro_batches)) / self.world_size
         elapsed = interval.seconds + interval.data_seconds

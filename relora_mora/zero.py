@@ -179,10 +179,14 @@ class ZeroEngine:
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
             yield from self._stage3_shards(optimizer)
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-            for names, flat, offsets in zip(
-                self.members, optimizer.single_partition_of_fp32_groups, optimizer.round_robin_bit16_offsets, strict=True
-            ):
-                yield from self._flat_shards(names, flat, offsets)
+            groups = zip(
+                optimizer.round_robin_bit16_groups,
+                optimizer.single_partition_of_fp32_groups,
+                optimizer.round_robin_bit16_offsets,
+                strict=True,
+            )
+            for parameters, flat, offsets in groups:  # in the order of the flat tensor, which DeepSpeed may change
+                yield from self._flat_shards([self._name_of(p) for p in parameters], flat, offsets)
         elif isinstance(optimizer, BF16_Optimizer):
             for names, flat in zip(self.members, optimizer.fp32_groups_flat_partition, strict=True):
                 yield from self._flat_shards(names, flat, _running(self.shapes[name].numel() for name in names))

@@ -125,7 +125,7 @@ def same(a: Any, b: Any) -> bool:
 @many
 @given(text=st.text(max_size=20) | st.sampled_from(["4e-4", "1e5", "08", "1_000", "yes", "2026-11-24", "~", "-.inf", "null", "0o7", "="]))
 def test_texts_survive_a_dump(text: str) -> None:
-    config = validate(tree(data={"train": f"x{text}"}, train={"run_dir": text or "r", "allow_changes": [text]}), "the test")
+    config = validate(tree(data={"train": f"x{text}", "validation": [text or "v"]}, train={"run_dir": text or "r"}), "the test")
     again = validate(parse_yaml(dump(config)), "its own dump")
     assert again == config
 
@@ -246,6 +246,14 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     ({"method": {"operators": [1, 6]}}, None, "method.square_multiple: operator 6 needs an even R"),
     ({"method": {"name": "mora", "operators": [6], "square_multiple": 3}}, None, "set method.square_multiple=6"),
     ({"train": {"deepspeed": {"zero_optimization": 3}}}, None, "train.deepspeed: zero_optimization is 3, expected its keys"),
+    (
+        {"train": {"deepspeed": {"zero_optimization": {"offload_optimizer": {}}}}},
+        None,
+        "zero_optimization.offload_optimizer: not supported here",
+    ),
+    ({"train": {"deepspeed": {"torch_autocast": {"enabled": True}}}}, None, "torch_autocast: not supported here"),
+    ({"train": {"allow_changes": ["optim.lrr"]}}, None, "train.allow_changes: optim.lrr: no such setting"),
+    ({"data": {"document_mask": True}, "model": {"attention": "flash_attention_2"}}, None, "flash_attention_2 takes no mask"),
     ({"method": {"operators": [1]}}, None, "method.operators: the cycle [1] repeats an operator"),
     ({"method": {"operators": [1, 1]}}, None, "method.operators: the cycle [1, 1] repeats an operator"),
     ({"method": {"operators": [1, 2, 1]}}, None, "method.operators: the cycle [1, 2, 1] repeats an operator"),

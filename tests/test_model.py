@@ -54,6 +54,17 @@ def test_the_wrapped_model_has_transformers_loss_and_gradients(tied):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_evaluation_computes_no_gradients():
+    """Parameters ask for a gradient under no_grad too; the head must not answer."""
+    weight = torch.randn(11, 6, requires_grad=True)
+    hidden, labels = torch.randn(4, 6), torch.randint(0, 11, (4,))
+    kept: list[torch.Tensor] = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        quiet = chunked_cross_entropy(hidden, weight, labels)
+    assert not quiet.requires_grad and kept == []
+    assert quiet.item() == pytest.approx(chunked_cross_entropy(hidden, weight, labels).item(), rel=1e-6)
+
+
 def test_initial_weights_follow_from_the_seed_and_leave_the_generator_alone():
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
@@ -64,8 +75,9 @@ def test_initial_weights_follow_from_the_seed_and_leave_the_generator_alone():
     assert all(same) and not any(other)
 
 
-def test_masked_attention_sees_one_document_only():
-    model = LossModel(build_model(tiny_llama(), seed=0))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masked_attention_sees_one_document_only(attention):
+    model = LossModel(build_model(tiny_llama(), seed=0, attention=attention))
     ids = batch(0)[0][:1]
     documents = torch.zeros_like(ids, dtype=torch.int32)
     documents[:, 6:] = 1
@@ -74,6 +86,11 @@ def test_masked_attention_sees_one_document_only():
     labels = ids.clone()
     labels[:, :6] = -100  # what is scored stands in the second document
     masked = [model(x, labels, documents).item() for x in (ids, other)]
+    later = ids.clone()
+    later[:, 12:] = (later[:, 12:] + 1) % 64  # nor what comes after
+    early = labels.clone()
+    early[:, 12:] = -100
+    assert model(ids, early, documents).item() == pytest.approx(model(later, early, documents).item(), abs=1e-6)
     plain = [model(x, labels).item() for x in (ids, other)]
     assert masked[0] == pytest.approx(masked[1], abs=1e-6) and abs(plain[0] - plain[1]) > 1e-4
     assert document_mask(torch.tensor([[0, 0, 1]])).tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from relora_mora.checkpoint.layout import KINDS, CheckpointError, Manifest, damage, list_checkpoints, read_manifest
 from relora_mora.cycle import Base
-from relora_mora.zero import MOMENTS, ZeroEngine
+from relora_mora.zero import MOMENTS, ZeroEngine, from_first_rank
 
 
 class CheckpointReader:
@@ -70,6 +70,17 @@ class CheckpointReader:
                 f"{self.folder}: its trainable parameters are not this run's ({', '.join(different) or 'other shapes'}); "
                 "resume with the settings it was made with"
             )
+        problem: CheckpointError | None = None
+        try:
+            self._read_own(engine, base)
+        except CheckpointError as error:
+            problem = error
+        if engine.sum_over_ranks(problem is not None):  # nobody goes on alone
+            raise problem or CheckpointError(f"{self.folder}: another rank could not read its part; use an older checkpoint")
+        engine.refresh()
+        base.push(engine)
+
+    def _read_own(self, engine: ZeroEngine, base: Base) -> None:
         groups = {name: group for group, names in zip(engine.group_names, engine.members, strict=True) for name in names}
         for shard in engine.shards:
             state = engine.state_of(shard.flat)
@@ -77,10 +88,8 @@ class CheckpointReader:
                 target = shard.of(state[kind] if kind in MOMENTS else shard.flat.data)
                 target.copy_(self.piece(kind, shard.name, shard.start, shard.numel))
             state["step"].fill_(float(self.manifest.group_steps[groups[shard.name]]))
-        engine.refresh()
         for name in base.owned:
             base.weights[name] = self.weight(name)
-        base.push(engine)
 
 
 def verify(folder: Path, engine: ZeroEngine | None = None) -> str | None:
@@ -99,7 +108,7 @@ def verify(folder: Path, engine: ZeroEngine | None = None) -> str | None:
 def newest_whole(folder: Path, engine: ZeroEngine | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint below ``folder`` that verifies, and why newer ones were passed over; a collective."""
     skipped: list[str] = []
-    for candidate in list_checkpoints(folder):
+    for candidate in list_checkpoints(folder) if engine is None else from_first_rank(lambda: list_checkpoints(folder)):
         problem = verify(candidate, engine)
         if problem is None:
             return candidate, skipped

@@ -22,6 +22,23 @@ DERIVED_DEEPSPEED_KEYS = {
     "activation_checkpointing": "model.activation_checkpointing",
 }
 
+# what has been tried with the view of masters and state in zero.py; offloading, quantized weights and the like have not
+DEEPSPEED_KEYS = {"zero_optimization", "communication_data_type", "comms_logger", "flops_profiler", "prescale_gradients"}
+DEEPSPEED_ZERO_KEYS = {
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "contiguous_gradients",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "sub_group_size",
+}
+
 _ONLY = {
     "method.rank": ("lora", "mora", "relora", "remora"),
     "method.square_size": ("mora", "remora"),
@@ -66,6 +83,7 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from _schedule_faults(config)
     yield from _batch_faults(config, world_size)
     yield from _deepspeed_faults(config)
+    yield from _other_faults(config)
 
 
 def _target_faults(config: Config) -> Iterator[Fault]:
@@ -191,8 +209,33 @@ def _deepspeed_faults(config: Config) -> Iterator[Fault]:
     zero = config.train.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
         yield Fault(("train.deepspeed",), f"zero_optimization is {zero!r}, expected its keys, e.g. {{overlap_comm: true}}")
+        zero = {}
+    known = [*DEEPSPEED_KEYS, *DERIVED_DEEPSPEED_KEYS]
+    unknown = [key for key in config.train.deepspeed if key not in known]
+    unknown += [f"zero_optimization.{key}" for key in zero if key not in DEEPSPEED_ZERO_KEYS and f"zero_optimization.{key}" not in known]
+    if unknown:
+        yield Fault(
+            ("train.deepspeed",),
+            f"{', '.join(unknown)}: not supported here; use some of {', '.join(sorted(DEEPSPEED_KEYS))} and, in zero_optimization, "
+            f"{', '.join(sorted(DEEPSPEED_ZERO_KEYS))}",
+        )
     for key, value in config.train.deepspeed.items():
         names = [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else []
         for name in [key, *names]:
             if name in DERIVED_DEEPSPEED_KEYS:
                 yield Fault(("train.deepspeed",), f"{name} is derived from {DERIVED_DEEPSPEED_KEYS[name]}; set that instead")
+
+
+def _other_faults(config: Config) -> Iterator[Fault]:
+    if config.data.document_mask and config.model.attention == "flash_attention_2":
+        yield Fault(
+            ("data.document_mask", "model.attention"),
+            "flash_attention_2 takes no mask between documents; use model.attention=sdpa",
+        )
+    sections = {name: getattr(config, name) for name in Config.model_fields}
+    known = {f"{name}.{key}" for name, section in sections.items() for key in type(section).model_fields} | {"tokenizer", "data"}
+    unknown = [name for name in config.train.allow_changes if name not in known]
+    if unknown:
+        yield Fault(
+            ("train.allow_changes",), f"{', '.join(unknown)}: no such setting; names have the form optim.lr, or are tokenizer or data"
+        )

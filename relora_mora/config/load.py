@@ -20,8 +20,11 @@ class ConfigError(ValueError):
 
     same_on_all_ranks = True  # the first rank says it for all
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str], str]]:
+        return type(self), (self.faults, self.source)  # it travels between ranks
+
     def __init__(self, faults: list[str], source: str) -> None:
-        self.faults = faults
+        self.faults, self.source = faults, source
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         super().__init__("\n".join([f"{count} in {source}:", *(f"  - {fault}" for fault in faults)]))
 

@@ -61,10 +61,12 @@ def scenario(world_size: int, stage: int, bf16: bool, method: str, threshold: in
     before = _frozen_bits(rig)
     seen["frozen_before_merge_unchanged"] = before == start
     seen["moved"] = all(value.abs().sum() > 0 for value in _adapters(rig).values())
-    logits, others = rig.logits(), _state(rig, "embeddings")
+    logits, others = rig.logits(), _state(rig, "embeddings") + _state(rig, "norms")
     record = rig.merge(MERGE_AT)
     seen["record"] = record
-    seen["others_untouched"] = all(torch.equal(a[key], b[key]) for a, b in zip(others, _state(rig, "embeddings"), strict=True) for key in a)
+    seen["others_untouched"] = all(
+        torch.equal(a[key], b[key]) for a, b in zip(others, _state(rig, "embeddings") + _state(rig, "norms"), strict=True) for key in a
+    )
     merged = rig.logits()
     seen["logits_differ"] = float((merged - logits).abs().max())
     seen["logits_scale"] = float(logits.abs().max())
@@ -140,6 +142,53 @@ def test_stages_agree_around_a_merge(pools, world):
     plain = pools(world)(losses, world, 0)[0]
     for stage in (1, 2, 3):
         assert pools(world)(losses, world, stage)[0] == pytest.approx(plain, rel=1e-6), stage
+
+
+def other_settings(world_size: int, stage: int, settings: dict[str, Any]) -> list[float]:
+    from tests.tiny import build_rig, tiny_config
+
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage, "deepspeed": {"zero_optimization": settings}}))
+    out = []
+    for step in range(1, 8):
+        out.append(rig.step(step)[0])
+        if rig.schedule.merge_after(step):
+            rig.merge(step)
+    return out
+
+
+@pytest.mark.parametrize(
+    "stage,settings",
+    [
+        (2, {"round_robin_gradients": True}),
+        (1, {"round_robin_gradients": True}),
+        (2, {"overlap_comm": True, "reduce_bucket_size": 1000}),
+        (2, {"contiguous_gradients": False}),
+        (3, {"sub_group_size": 1000, "reduce_bucket_size": 1000}),
+    ],
+)
+def test_deepspeeds_own_settings_change_nothing(pools, stage, settings):
+    assert pools(2)(other_settings, 2, stage, settings)[0] == pytest.approx(pools(2)(losses, 2, 0)[0], rel=1e-6)
+
+
+def tied_or_frozen(world_size: int, stage: int, tied: bool) -> list[float]:
+    from tests.tiny import build_rig, tiny_config, tiny_llama
+
+    method = {} if tied else {"train_embeddings": False, "train_norms": False}
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method=method), llama=tiny_llama(tie_word_embeddings=tied))
+    assert (sum("embed" in name for names in rig.engine.members for name in names) == 1) == tied
+    out = []
+    for step in range(1, 8):
+        out.append(rig.step(step)[0])
+        if rig.schedule.merge_after(step):
+            rig.merge(step)
+    return out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_frozen_embeddings_on_every_stage(pools, tied):
+    plain = pools(2)(tied_or_frozen, 2, 0, tied)[0]
+    for stage in (1, 2, 3):
+        assert pools(2)(tied_or_frozen, 2, stage, tied)[0] == pytest.approx(plain, rel=1e-6), stage
 
 
 def test_stages_clip_alike(pools):

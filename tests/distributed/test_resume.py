@@ -120,6 +120,63 @@ def test_another_config_is_refused_with_all_differences(pools, inputs, tokenizer
     assert "train.resume=never" in message
 
 
+def _eval_steps(folder: Path) -> list[int]:
+    return [line["step"] for line in metrics(folder) if "eval/loss" in line]
+
+
+def test_a_run_goes_back_and_does_not_return_to_what_it_left(pools, inputs, tokenizer_path, tmp_path):
+    pool, folder = pools(2), tmp_path / "run"
+    plain = run_config(inputs, tokenizer_path, folder, 2)
+    pool(train, plain)
+    finished = tmp_path / "finished"
+    shutil.copytree(folder / "checkpoints" / "step-00000010", finished)
+    back = run_config(inputs, tokenizer_path, folder, 2, train={"resume": str(folder / "checkpoints" / "step-00000006")})
+    pool(train, back, stop_after=8)
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"step-00000008", "abandoned-step-00000009", "abandoned-step-00000010"} <= names and "step-00000010" not in names
+    pool(train, plain)
+    assert _equal(finished, folder / "checkpoints" / "step-00000010") == []
+    assert _eval_steps(folder) == [0, 5, 10]
+
+
+@pytest.mark.parametrize("give", ["run", "checkpoint"])
+def test_a_run_begins_in_a_new_folder_where_another_one_is(pools, inputs, tokenizer_path, tmp_path, give):
+    first, second = tmp_path / "first", tmp_path / "second"
+    pools(2)(train, run_config(inputs, tokenizer_path, first, 2), stop_after=5)
+    origin = first if give == "run" else first / "checkpoints" / "step-00000005"
+    pools(2)(train, run_config(inputs, tokenizer_path, second, 2, train={"resume": str(origin)}))
+    assert [line["step"] for line in metrics(second) if "train/loss" in line] == [6, 7, 8, 9, 10]
+    assert sorted(path.name for path in (second / "checkpoints").iterdir())[-1] == "step-00000010"
+    # a finished run, into yet another folder: there is nothing to train, but the folder is complete
+    third = tmp_path / "third"
+    pools(2)(train, run_config(inputs, tokenizer_path, third, 2, train={"resume": str(second)}))
+    assert _eval_steps(third) == [10] and (third / "checkpoints" / "step-00000010").exists()
+
+
+@pytest.mark.parametrize("what", ["missing", "damaged"])
+def test_a_checkpoint_that_cannot_be_resumed_ends_all_ranks(pools, inputs, tokenizer_path, tmp_path, what):
+    folder = tmp_path / "run"
+    given = folder / "checkpoints" / "step-00000002"
+    if what == "damaged":
+        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2), stop_after=2)
+        (given / "state-00001-of-00002.safetensors").write_bytes(b"")
+    messages = pools(2)(refused, run_config(inputs, tokenizer_path, folder, 2, train={"resume": str(given)}))
+    assert all(("0 bytes, expected" if what == "damaged" else "no checkpoint") in message for message in messages)
+
+
+def test_the_last_checkpoint_comes_after_the_last_evaluation(pools, inputs, tokenizer_path, tmp_path):
+    """A kill right after it must not lose the evaluation."""
+    folder = tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 1, eval={"every_steps": 0})
+    pools(1)(train, config)
+    lines = [
+        ("eval" if "eval/loss" in line else "save")
+        for line in metrics(folder)
+        if "eval/loss" in line or "perf/checkpoint_stall_seconds" in line
+    ]
+    assert lines[-2:] == ["eval", "save"] and _eval_steps(folder) == [0, 10]
+
+
 def test_a_damaged_checkpoint_is_passed_over(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2)
