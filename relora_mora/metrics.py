@@ -19,9 +19,16 @@ log = logging.getLogger("relora_mora")
 ONLY_IN_FILE = {"merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens"}
 
 
+class _AboveTheBar(logging.Handler):
+    """Writes lines to stderr without tearing a progress bar that is drawn there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def setup_logging(rank: int) -> None:
     """Progress of the run on stderr, from the first rank; other ranks show warnings."""
-    handler = logging.StreamHandler()
+    handler = _AboveTheBar()
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s", "%H:%M:%S")
     )
@@ -98,15 +105,6 @@ class Progress:
             log.info("step %d/%d: %s, %s left", self.done, self.total, ", ".join(f"{key} {value}" for key, value in values.items()), left)
         else:
             self._bar.set_postfix(values, refresh=False)
-
-    def say(self, message: str) -> None:
-        """A line above the bar."""
-        if self._bar.disable:
-            log.info(message)
-        else:
-            self._bar.clear()
-            log.info(message)
-            self._bar.refresh()
 
     def close(self) -> None:
         self._bar.close()

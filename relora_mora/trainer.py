@@ -179,7 +179,7 @@ class Trainer:
         record = self.run.cycle.merge(self.step, done, operator)
         self.write(merge_metrics(record))
         switched = f", operator {record.operator_before} -> {record.operator_after}" if record.operator_after is not None else ""
-        self.progress.say(f"step {self.step}: merged {record.layers} layers in {record.seconds:.2f} s{switched}")
+        log.info(f"step {self.step}: merged {record.layers} layers in {record.seconds:.2f} s{switched}")
 
     def evaluate(self) -> EvalResult:
         """Held-out loss; every token of the evaluation set once."""
@@ -205,7 +205,7 @@ class Trainer:
         self.evaluated = self.step
         seconds = time.perf_counter() - begin
         self.write({f"eval/{name}": value for name, value in result.as_dict().items()} | {"eval/seconds": seconds})
-        self.progress.say(
+        log.info(
             f"step {self.step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
             f"{result.bits_per_byte:.4f} bits per byte ({result.tokens:,} tokens, {seconds:.1f} s)"
         )
@@ -279,7 +279,7 @@ class Trainer:
         failed = self.writer.last_failure
         if self.engine.sum_over_ranks(failed is not None):
             raise TrainingError(failed or "the last checkpoint failed on another rank")
-        self.progress.say(f"done: {self.step} steps, {self.tokens:,} tokens, {self.folder / 'checkpoints'}")
+        log.info(f"done: {self.step} steps, {self.tokens:,} tokens, {self.folder / 'checkpoints'}")
 
     def data_totals(self) -> dict[str, int]:
         """What all ranks have read; a collective. ``retries`` counts since this process started, the rest since step 0."""
