@@ -112,7 +112,7 @@ def state_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size
     counts, width = count_parameters(model), 2 if bf16 else 4
     part = counts.trainable / (world_size if stage else 1)
     bucket = _zero_setting(config, "reduce_bucket_size", REDUCE_BUCKET_SIZE) if stage >= 2 or (stage == 1 and not bf16) else 0
-    bucket = min(bucket, counts.trainable)  # as zero.deepspeed_settings sets it; a larger one is never filled
+    bucket = min(bucket, counts.trainable)  # as zero/settings.py sets it; a larger one is never filled
     small = _zero_setting(config, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
     return Memory(

@@ -22,7 +22,7 @@ DERIVED_DEEPSPEED_KEYS = {
     "activation_checkpointing": "model.activation_checkpointing",
 }
 
-# what has been tried with the view of masters and state in zero.py; offloading, quantized weights and the like have not
+# what has been tried with the view of masters and state in zero/engine.py; offloading, quantized weights and the like have not
 DEEPSPEED_KEYS = {"zero_optimization", "communication_data_type", "comms_logger", "flops_profiler", "prescale_gradients"}
 DEEPSPEED_ZERO_KEYS = {
     "allgather_bucket_size",

@@ -1,4 +1,4 @@
-"""Everything that touches DeepSpeed's insides: one view of masters and optimizer state for ZeRO 0, 1, 2 and 3.
+"""One view of masters and optimizer state for ZeRO 0, 1, 2 and 3.
 
 DeepSpeed keeps the float32 masters of the trainable parameters in flat tensors that differ by stage and precision, and
 Adam's state hangs at those. :class:`Shard` describes what one rank owns of one parameter as a piece of such a tensor;
@@ -18,109 +18,25 @@ stage      masters
 from __future__ import annotations
 
 import contextlib
-import datetime
-import logging
 import math
-import os
-import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import deepspeed
-import deepspeed.ops
+import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
 
 from relora_mora.config import Config
+from relora_mora.zero.processes import quiet
+from relora_mora.zero.settings import deepspeed_settings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-REDUCE_BUCKET_SIZE = 500_000_000  # elements, DeepSpeed's default
-
-
-def init_distributed(timeout_seconds: float = 1800.0) -> tuple[int, int]:
-    """Joins the process group and returns (rank, world size). One process needs no launcher.
-
-    DeepSpeed's shared-memory collective for CPUs is switched off: training does not use it, and it compiles with g++.
-    """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed calls collectives by names that torch renames; it says so at every single call
-    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
-    if not dist.is_initialized():
-        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-            os.environ.setdefault(key, value)
-        with _quiet():
-            deepspeed.init_distributed(
-                dist_backend=get_accelerator().communication_backend_name() if torch.cuda.is_available() else "gloo",
-                timeout=datetime.timedelta(seconds=timeout_seconds),
-                auto_mpi_discovery=False,
-                verbose=False,
-            )
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _processes_on_host()))
-    return dist.get_rank(), dist.get_world_size()
-
-
-def from_first_rank(make: Callable[[], Any]) -> Any:
-    """What ``make`` returns on the first rank, on every rank; its ValueError or OSError is raised on every rank. A collective."""
-    answer: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [(True, make())]
-        except (ValueError, OSError) as error:
-            answer = [(False, error)]
-    if dist.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(answer, src=0)
-    good, value = answer[0]
-    if not good:
-        raise value
-    return value
-
-
-def _processes_on_host() -> int:
-    """As torchrun, DeepSpeed's launcher and Slurm tell it."""
-    told = [os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE")]
-    return max([1, *(int(number) for value in told for number in re.findall(r"\d+", value)[:1])])  # Slurm: 8(x2),4
-
-
-def deepspeed_settings(config: Config, *, bf16: bool, world_size: int, trainable: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours; ``train.deepspeed`` adds what we have no setting for.
-
-    DeepSpeed allocates a whole bucket for reductions; one as large as the ``trainable`` parameters holds all gradients.
-    """
-    given = config.train.deepspeed.get("zero_optimization", {})
-    zero: dict[str, Any] = {"reduce_bucket_size": min(REDUCE_BUCKET_SIZE, trainable), **given, "stage": config.train.zero_stage}
-    plain = config.train.zero_stage == 0 and not bf16  # no optimizer of DeepSpeed's around ours
-    settings: dict[str, Any] = {
-        "train_batch_size": config.train.batch_size,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation_steps(world_size),
-        "gradient_clipping": 0.0 if plain else config.optim.clip,  # plain: see ZeroEngine.step
-        "bf16": {"enabled": bf16},
-        "zero_optimization": zero,
-        "steps_per_print": 2**62,
-        "wall_clock_breakdown": False,
-    }
-    if bf16 and config.train.zero_stage > 0:
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    for key, value in config.train.deepspeed.items():
-        settings.setdefault(key, value)
-    return settings
 
 
 @dataclass(frozen=True)
@@ -156,7 +72,7 @@ class ZeroEngine:
         self.clip = config.optim.clip
         trainable = sum(self.shapes[name].numel() for names in self.members for name in names)
         settings = deepspeed_settings(config, bf16=bf16, world_size=self.world_size, trainable=trainable)
-        with _quiet():
+        with quiet():
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.device = self.engine.device
         self.shards = list(self._shards())
@@ -379,13 +295,3 @@ def _running(sizes: Iterable[int]) -> Iterator[int]:
     for size in sizes:
         yield total
         total += size
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed writes its set-up with print; its warnings still come through the logger."""
-    if os.environ.get("DEEPSPEED_LOG_LEVEL"):
-        yield
-        return
-    with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink):
-        yield
