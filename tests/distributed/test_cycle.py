@@ -124,17 +124,21 @@ def test_a_merge_from_all_sides(pools, world, stage, bf16, method, threshold):
         assert seen["bits"] == ranks[0]["bits"] and seen["losses"] == ranks[0]["losses"]
 
 
-def losses(world_size: int, stage: int, bf16: bool = False, clip: float = 1.0) -> list[float]:
-    """Losses of seven steps, a merge after the fourth; with a small ``clip`` the gradient norms as well."""
-    from tests.tiny import build_rig, tiny_config
-
-    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, optim={"clip": clip}), bf16=bf16)
-    out = []
+def _seven_steps(rig: Any, values: int = 1) -> list[float]:
+    """Losses of seven steps, a merge after the fourth; with two ``values`` the gradient norms as well."""
+    out: list[float] = []
     for step in range(1, 8):
-        out.extend(rig.step(step)[: 2 if clip < 1 else 1])
+        out.extend(rig.step(step)[:values])
         if rig.schedule.merge_after(step):
             rig.merge(step)
     return out
+
+
+def losses(world_size: int, stage: int, bf16: bool = False, clip: float = 1.0) -> list[float]:
+    from tests.tiny import build_rig, tiny_config
+
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, optim={"clip": clip}), bf16=bf16)
+    return _seven_steps(rig, values=2 if clip < 1 else 1)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -148,12 +152,7 @@ def other_settings(world_size: int, stage: int, settings: dict[str, Any]) -> lis
     from tests.tiny import build_rig, tiny_config
 
     rig = build_rig(tiny_config(world_size, train={"zero_stage": stage, "deepspeed": {"zero_optimization": settings}}))
-    out = []
-    for step in range(1, 8):
-        out.append(rig.step(step)[0])
-        if rig.schedule.merge_after(step):
-            rig.merge(step)
-    return out
+    return _seven_steps(rig)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +175,7 @@ def tied_or_frozen(world_size: int, stage: int, tied: bool) -> list[float]:
     method = {} if tied else {"train_embeddings": False, "train_norms": False}
     rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method=method), llama=tiny_llama(tie_word_embeddings=tied))
     assert (sum("embed" in name for names in rig.engine.members for name in names) == 1) == tied
-    out = []
-    for step in range(1, 8):
-        out.append(rig.step(step)[0])
-        if rig.schedule.merge_after(step):
-            rig.merge(step)
-    return out
+    return _seven_steps(rig)
 
 
 @pytest.mark.parametrize("tied", [True, False])
