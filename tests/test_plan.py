@@ -10,7 +10,7 @@ import pytest
 from relora_mora.config import load_config
 from relora_mora.flops import flops_per_token
 from relora_mora.model import read_model_config
-from relora_mora.plan import METHODS, PROCESS_BYTES, STAGES, Plan, duration, make_plan, render
+from relora_mora.plan import FRAGMENTATION, METHODS, PROCESS_BYTES, STAGES, Plan, duration, make_plan, render
 from tests.helpers import ROOT
 
 CONFIG = ROOT / "configs" / "run" / "tiny_remora.yaml"
@@ -79,7 +79,7 @@ def test_text_names_every_part() -> None:
     assert re.search(r"^ *2\* ", text, re.MULTILINE), "the stage in the settings is marked"
     assert all(method in text for method in METHODS)
     memory = plan.memory["remora"][2]
-    assert plan.resident == PROCESS_BYTES + memory.device + memory.host_base
+    assert plan.resident == FRAGMENTATION * (PROCESS_BYTES + memory.device + memory.host_base)
     assert f"resident memory of a rank: {plan.resident / 2**30:.3g} GiB" in text
 
 
