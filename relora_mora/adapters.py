@@ -198,6 +198,11 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
             yield name, module
 
 
+def adapter_parameters(model: nn.Module) -> set[str]:
+    """The names of all adapters' trainable parameters."""
+    return {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
+
+
 @dataclass(frozen=True)
 class Injection:
     """What :func:`inject` replaced: layer names by kind of projection, and the number of adapter parameters."""
@@ -233,7 +238,7 @@ def inject(model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int 
     if unmatched:
         present = sorted({name.rpartition(".")[2] for name, _ in decoder_linears(model)})
         raise ValueError(f"method.target_modules: no linear of the decoder is named {', '.join(unmatched)}; it has {', '.join(present)}")
-    count = sum(p.numel() for _, layer in adapter_layers(model) for key, p in layer.named_parameters() if key in layer.adapter_names)
+    count = sum(model.get_parameter(name).numel() for name in adapter_parameters(model))
     return Injection({kind: tuple(names) for kind, names in by_kind.items()}, count)
 
 

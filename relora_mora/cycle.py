@@ -152,11 +152,7 @@ class Cycle:
         for layer_name, layer in self.layers.items():
             generator = layer_generator(self.config.train.seed, layer_name, merges_done)
             for key, parameter in zip(layer.adapter_names, self.parameters[layer_name], strict=True):
-                value = layer.fresh(key, generator).reshape(-1)
-                for shard in self.engine.shards:
-                    if shard.name == parameter:
-                        shard.of(shard.flat).copy_(value[shard.start : shard.start + shard.numel])
-                        owned += shard.numel
+                owned += self.engine.scatter(parameter, layer.fresh(key, generator))
         return owned if self.engine.stage == 0 else int(self.engine.sum_over_ranks(owned))
 
     def _reset_state(self, merges_done: int) -> None:
@@ -181,9 +177,7 @@ class Cycle:
         else:
             chosen = torch.randperm(moment.numel(), generator=generator)[:drop].to(moment.device)
         moment[chosen] = 0.0
-        for shard in self.engine.shards:
-            if shard.name == parameter:
-                shard.of(self.engine.state_of(shard.flat)[key]).copy_(moment[shard.start : shard.start + shard.numel])
+        self.engine.scatter(parameter, moment, key)
 
     def _check_counts(self, step: int, layers: int, zeroed: int) -> None:
         expected = sum(self.engine.shapes[name].numel() for names in self.parameters.values() for name in names)

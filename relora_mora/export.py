@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from relora_mora.adapters import adapter_layers, inject
+from relora_mora.adapters import adapter_layers, adapter_parameters, inject
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, newest_whole, read_manifest, verify
 from relora_mora.config import DataConfig, validate
 from relora_mora.model import build_model
@@ -48,7 +48,7 @@ def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
         if config.uses_adapters:
             inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator)
     adapters = dict(adapter_layers(skeleton))
-    own = {f"{name}.{key}" for name, layer in adapters.items() for key in layer.adapter_names}
+    own = adapter_parameters(skeleton)
     weights = {name: reader.weight(name) for name in [*manifest.parameters, *manifest.frozen] if name not in own}
     for name, layer in adapters.items():
         weights[f"{name}.weight"] += layer.delta_of(*(reader.weight(f"{name}.{key}") for key in layer.adapter_names))
@@ -56,8 +56,8 @@ def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
 
 
 def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """The plain model of a checkpoint."""
-    reader = CheckpointReader(find_checkpoint(path))
+    """The plain model of a checkpoint folder, which :func:`find_checkpoint` has verified."""
+    reader = CheckpointReader(path)
     model = build_model(LlamaConfig(**reader.manifest.model_config), seed=0)
     weights = {name: value.to(dtype) for name, value in merged_weights(reader).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from relora_mora.adapters import adapter_layers
+from relora_mora.adapters import adapter_layers, adapter_parameters
 from relora_mora.config import Config
 from relora_mora.schedule import Schedule
 
@@ -46,7 +46,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[ParameterGroup]:
     """
     optim = config.optim
     other = optim.lr if optim.lr_other is None else optim.lr_other
-    adapters = {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
+    adapters = adapter_parameters(model)
     members: dict[str, list[str]] = {"adapters": [], "linears": [], "embeddings": [], "norms": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -114,7 +114,7 @@ def _kind(name: str) -> str:
 
 def describe_trainable(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters: total (adapters not counted), trainable, adapters."""
-    adapters = {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
+    adapters = adapter_parameters(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return {
         "total": sum(size for name, size in sizes.items() if name not in adapters),

@@ -311,7 +311,9 @@ def test_combination_that_cannot_work(sections_given: dict[str, dict[str, Any]],
     ids=str,
 )
 def test_combination_at_the_border_that_works(sections_given: dict[str, dict[str, Any]]) -> None:
-    validate(tree(**sections_given), "the test", world_size=2)
+    config = validate(tree(**sections_given), "the test", world_size=2)
+    given = {(section, key): value for section, settings in sections_given.items() for key, value in settings.items()}
+    assert {place: getattr(getattr(config, place[0]), place[1]) for place in given} == given
 
 
 @pytest.mark.parametrize(

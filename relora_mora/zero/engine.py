@@ -76,6 +76,9 @@ class ZeroEngine:
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.device = self.engine.device
         self.shards = list(self._shards())
+        self.shards_of: dict[str, list[Shard]] = {}
+        for shard in self.shards:
+            self.shards_of.setdefault(shard.name, []).append(shard)
         self.clear_state()
         self.write_masters(initial)
 
@@ -175,10 +178,20 @@ class ZeroEngine:
     @torch.no_grad()
     def write_masters(self, values: Mapping[str, Tensor]) -> None:
         """Sets masters of whole parameters (float32, given on every rank) and everything that is derived from them."""
-        for shard in self.shards:
-            if shard.name in values:
-                shard.of(shard.flat).copy_(values[shard.name].reshape(-1)[shard.start : shard.start + shard.numel])
+        for name, value in values.items():
+            self.scatter(name, value)
         self.refresh()
+
+    @torch.no_grad()
+    def scatter(self, name: str, value: Tensor, key: str | None = None) -> int:
+        """Puts this rank's part of a whole value into the master of a parameter, or into its moment ``key``.
+
+        Returns the elements written. The parameters follow with :meth:`refresh`.
+        """
+        for shard in self.shards_of.get(name, ()):
+            target = shard.flat if key is None else self.state_of(shard.flat)[key]
+            shard.of(target).copy_(value.reshape(-1)[shard.start : shard.start + shard.numel])
+        return sum(shard.numel for shard in self.shards_of.get(name, ()))
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -206,10 +219,9 @@ class ZeroEngine:
         A collective: all ranks call it with the same arguments.
         """
         whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
-        for shard in self.shards:
-            if shard.name == name:
-                source = shard.flat if key is None else self.state_of(shard.flat)[key]
-                whole[shard.start : shard.start + shard.numel] = shard.of(source)
+        for shard in self.shards_of.get(name, ()):
+            source = shard.flat if key is None else self.state_of(shard.flat)[key]
+            whole[shard.start : shard.start + shard.numel] = shard.of(source)
         if self.world_size > 1 and self.stage > 0:
             if to is None:
                 dist.all_reduce(whole)
