@@ -12,13 +12,16 @@ WORKDIR /build
 # --without-pip: the base image's pip installs into the environment, which needs none of its own
 RUN python3 -m venv --system-site-packages --without-pip /opt/venv
 
+# the kernels are compiled here; the final image has no compiler
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
 # dependencies first: this layer changes only with setup.cfg
 COPY setup.cfg ./
 RUN python3 -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); print(p['options']['install_requires'])" > requirements.txt
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m pip --python /opt/venv/bin/python install -r requirements.txt
 
-COPY pyproject.toml README.md LICENSE ./
+COPY setup.py pyproject.toml README.md LICENSE ./
 COPY relora_mora relora_mora
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m pip --python /opt/venv/bin/python install --no-deps .

@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-elastic lint types checks format env dev clean
+.PHONY: demo test test-fast test-elastic test-kill lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
 
 test: $(VENV)/.installed-dev  ## all tests, under 15 minutes on two cores
 	$(BIN)/python -m pytest
+
+test-elastic: $(VENV)/.installed-dev  ## every move between 1, 2, 4 ranks and ZeRO 0-3, three methods
+	$(BIN)/python -m pytest -m elastic
+
+KILLS ?= 100
+test-kill: $(VENV)/.installed-dev  ## KILLS=100 kills at random moments; KILL_SEED=n makes a sequence again
+	KILLS=$(KILLS) $(BIN)/python -m pytest -s -m kills
 
 test-fast: $(VENV)/.installed-dev  ## unit tests only
 	$(BIN)/python -m pytest -m "not distributed"
@@ -35,7 +42,7 @@ $(VENV)/bin/python:
 	@echo "creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: setup.cfg pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c | $(VENV)/bin/python
 	@echo "installing relora_mora and its dependencies into $(VENV) (minutes, the first time)"
 	@$(BIN)/python -m pip install --quiet --editable .
 	@touch $@

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from relora_mora.cli import run
-from relora_mora.config import load_config
+
+MAX_LANES = 65_536  # a plan is made for each
 
 
 def main(config: str, *, lanes: int | None = None, tokens: int = 1_000_000, rounds: int = 3, **overrides: str) -> None:
@@ -18,10 +19,13 @@ def main(config: str, *, lanes: int | None = None, tokens: int = 1_000_000, roun
         rounds: rounds of pipeline and tokenizer in turns; the fastest of each counts
         overrides: settings as --section.key=value
     """
+    from relora_mora.config import load_config
     from relora_mora.data.bench import pipeline_throughput
 
-    if tokens < 1 or rounds < 1 or (lanes is not None and lanes < 1):
-        raise ValueError("--lanes, --tokens and --rounds must be at least 1")
+    if tokens < 1 or rounds < 1:
+        raise ValueError(f"--tokens={tokens} --rounds={rounds}: give at least 1")
+    if lanes is not None and not 1 <= lanes <= MAX_LANES:
+        raise ValueError(f"--lanes: got {lanes}, expected 1 to {MAX_LANES:,}")
     settings = load_config(config, overrides)
     print(json.dumps(pipeline_throughput(settings.data, settings.tokenizer.path, lanes=lanes, tokens=tokens, rounds=rounds)))
 

@@ -12,24 +12,26 @@ import ast
 import gzip
 import hashlib
 import json
-import multiprocessing
+import multiprocessing.pool
+import multiprocessing.resource_tracker
 import os
 import re
+import signal
 import sysconfig
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from relora_mora.cli import run
+from relora_mora.cli import new_folder, run
 
 MARKER = "demo_text.json"
 TIMESTAMP = "1970-01-01T00:00:00Z"  # docstrings were never crawled; a constant keeps the files the same
 TRAIN_SHARDS = 8
 VALIDATION_FRACTION = 0.02
 MIN_CHARACTERS = 200
+MOST_PROCESSES = 256
 _MAX_FILE_BYTES = 1_000_000  # longer modules are generated tables
 _SKIPPED_FOLDERS = {"tests", "test", "testing", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 _COMMON_WORD = re.compile(
@@ -54,8 +56,10 @@ def main(out: str = "runs/demo/data", max_bytes: int = 40_000_000, processes: in
         processes: that read source files; default: one per core, at most 8
     """
     target = Path(out)
-    if max_bytes < 1 or (processes is not None and processes < 1):
-        raise DemoTextError(f"--max_bytes={max_bytes} --processes={processes}: give at least 1")
+    if max_bytes < 1:
+        raise DemoTextError(f"--max_bytes={max_bytes}: give at least 1")
+    if processes is not None and not 1 <= processes <= MOST_PROCESSES:
+        raise DemoTextError(f"--processes={processes}: give at least 1 and at most {MOST_PROCESSES}, or leave it out")
     done = finished(target, max_bytes)
     if done is not None:
         print(f"{target}: already there, {_summary(done)}")
@@ -63,14 +67,15 @@ def main(out: str = "runs/demo/data", max_bytes: int = 40_000_000, processes: in
     started = time.monotonic()
     paths = sysconfig.get_paths()
     roots = sorted({Path(paths[name]).resolve() for name in ("stdlib", "purelib", "platlib")})
-    documents = [*python_reference(), *docstrings(roots, processes or min(8, _cores()))]
-    counts = write(documents, target, max_bytes)
+    with new_folder(target) as folder:
+        documents = [*python_reference(), *docstrings(roots, processes or min(8, _cores()))]
+        counts = write(documents, folder, max_bytes)
     print(f"{target}: {_summary(counts)}, {time.monotonic() - started:.1f} s")
 
 
 def finished(out: Path, max_bytes: int) -> dict[str, Any] | None:
     """What the marker says, where every shard has its size. Raises DemoTextError for a folder with anything else in it."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
         counts: dict[str, Any] = json.loads((out / MARKER).read_text(encoding="utf-8"))
@@ -102,8 +107,18 @@ def docstrings(roots: Sequence[Path], processes: int = 1) -> list[Document]:
     if processes == 1:
         found: Iterable[list[Document]] = map(_file_docstrings, files)
         return [document for documents in found for document in documents]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    with _pool(processes) as pool:
         return [document for documents in pool.imap(_file_docstrings, files, chunksize=64) for document in documents]
+
+
+def _pool(processes: int) -> multiprocessing.pool.Pool:
+    """Its processes do not hear of Ctrl-C, which is for the one that ends them: they inherit what is blocked here."""
+    multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal when it starts
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return multiprocessing.get_context("spawn").Pool(processes)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def prose(text: str) -> str:
@@ -134,7 +149,7 @@ def is_english(text: str) -> bool:
 
 
 def write(documents: Iterable[Document], out: Path, max_bytes: int) -> dict[str, Any]:
-    """Writes the folder whole; returns the counts of its marker.
+    """Writes into a folder, the marker last; returns the counts of the marker.
 
     Exact duplicates are dropped. The files, and with them all their docstrings, are shared out between the two sides by a
     hash of their name; documents are dealt to the shards in the order of a hash of their text. So the order given does not matter.
@@ -155,12 +170,8 @@ def write(documents: Iterable[Document], out: Path, max_bytes: int) -> dict[str,
             f"found {len(sides['train'])} training and {len(sides['validation'])} validation documents within --max_bytes={max_bytes}; "
             "install the package with its dependencies first, or raise --max_bytes"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-        complete = Path(folder, "complete")
-        counts = _write_sides(sides, complete) | {"max_bytes": max_bytes}
-        (complete / MARKER).write_text(json.dumps(counts, indent=1), encoding="utf-8")
-        complete.rename(out)  # replaces an empty folder
+    counts = _write_sides(sides, out) | {"max_bytes": max_bytes}
+    (out / MARKER).write_text(json.dumps(counts, indent=1), encoding="utf-8")
     return counts
 
 

@@ -30,7 +30,14 @@ def main(
         micro_batch_size: sequences per forward
         precision: float32, bfloat16 or float16
     """
-    import torch
+    for name, value, least in (
+        ("micro_batch_size", micro_batch_size, 1),
+        ("sequence_length", sequence_length, 2),
+        ("max_tokens", max_tokens, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"--{name}: got {value}, expected at least {least}")
+    import torch  # takes seconds: numbers are checked before
 
     from relora_mora.data import load_eval_set
     from relora_mora.evaluate import causal_lm_loss, evaluate
@@ -39,10 +46,11 @@ def main(
 
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
-    if micro_batch_size < 1 or (sequence_length is not None and sequence_length < 2) or (max_tokens is not None and max_tokens < 1):
-        raise ValueError("--micro_batch_size and --max_tokens must be at least 1, --sequence_length at least 2")
     loaded = load_any_model(Path(model), DTYPES[precision])
     length = sequence_length or loaded.sequence_length
+    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(f"--sequence_length: got {length}, but {model} has {positions} positions; give at most {positions}")
     tokenizer_path = tokenizer or str(loaded.tokenizer)
     check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.vocab_size)
     eval_set = load_eval_set(
@@ -57,7 +65,13 @@ def main(
     print(
         f"{loaded.description}: {eval_set.predicted:,} tokens of {eval_set.documents:,} documents in sequences of {length}", file=sys.stderr
     )
-    result = evaluate(causal_lm_loss(lm), eval_set, micro_batch_size=micro_batch_size, device=device)
+    rows = min(micro_batch_size, -(-eval_set.predicted // length))
+    try:
+        result = evaluate(causal_lm_loss(lm), eval_set, micro_batch_size=rows, device=device)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise ValueError(f"--micro_batch_size: {rows} sequences of {length} tokens need more memory than there is; lower it") from error
+        raise
     print(json.dumps(result.as_dict()))
 
 

@@ -6,14 +6,9 @@ python launch/plan.py CONFIG.yaml [--section.key=value ...] [--world_size=8] [--
 from __future__ import annotations
 
 import json as json_module
-
-import torch
+import math
 
 from relora_mora.cli import run
-from relora_mora.config import load_config
-from relora_mora.hardware import KNOWN_PEAKS, fast_bf16, peak_flops
-from relora_mora.model import check_length, read_model_config
-from relora_mora.plan import make_plan, render
 
 STAND_IN = "A100"  # for plans of CUDA runs made on a machine without CUDA
 
@@ -38,8 +33,18 @@ def main(
         json: print one JSON object with everything, sizes in bytes.
         overrides: --section.key=value, as for training.
     """
+    from relora_mora.config import load_config
+
     if world_size < 1:
         raise ValueError(f"--world_size: got {world_size}, expected at least 1")
+    if tokens_per_second is not None and not math.isfinite(tokens_per_second):
+        raise ValueError(f"--tokens_per_second: got {tokens_per_second}, expected a finite rate")
+    import torch  # takes seconds: arguments are checked before
+
+    from relora_mora.hardware import KNOWN_PEAKS, fast_bf16, peak_flops
+    from relora_mora.model import check_length, read_model_config
+    from relora_mora.plan import make_plan, render
+
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = device or here
     if device not in ("cuda", "cpu"):

@@ -7,26 +7,34 @@ import sys
 
 from relora_mora.cli import run
 from relora_mora.config import load_config
+from relora_mora.guard import FAILED, LOST, Guard
 
 
 def main(config: str, **overrides: str) -> int:
     """Pretrains a model.
 
+    Exit codes: 0 done, 1 training cannot go on, 2 a mistake in settings or data, 69 another rank or the launcher is
+    gone, 75 stopped by a signal with everything saved. After 69 and 75 the same command goes on. docs/reliability.md.
+
     Args:
         config: a YAML file such as configs/run/tiny_remora.yaml
         overrides: settings as --section.key=value, e.g. --train.steps=100; docs/settings.md lists them
     """
+    guard = Guard()  # before anything that takes time
     settings = load_config(config, overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     from relora_mora.cycle import MergeError
     from relora_mora.trainer import TrainingError, pretrain  # takes seconds to import: settings are checked before
+    from relora_mora.zero import JoinError
 
     try:
-        pretrain(settings)
+        return pretrain(settings, guard)
     except (MergeError, TrainingError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"the run ended: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return FAILED
+    except JoinError as error:
+        print(f"the run ended: {error}", file=sys.stderr)
+        return LOST
 
 
 if __name__ == "__main__":

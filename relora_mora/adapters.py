@@ -13,7 +13,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from relora_mora.operators import Operator, make_operator, square_size
 
 class AdapterLinear(nn.Module):
     """A linear layer whose weight is frozen and gets a trainable ``delta`` [out, in]."""
+
+    # tokens (in + out) / (in out) from which on the merged form takes less time, as measured (docs/method.md)
+    break_even: ClassVar[float]
 
     def __init__(self, linear: nn.Linear, form: str) -> None:
         super().__init__()
@@ -62,9 +65,9 @@ class AdapterLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def uses_merged_form(self, tokens: int) -> bool:
-        """``auto`` builds ``W + delta`` where its [out, in] elements are fewer than the tokens' [tokens, in + out]."""
+        """``auto`` builds ``W + delta`` where its [out, in] elements are few beside the tokens' [tokens, in + out]."""
         if self.form == "auto":
-            return tokens * (self.in_features + self.out_features) >= self.in_features * self.out_features
+            return tokens * (self.in_features + self.out_features) >= self.break_even * self.in_features * self.out_features
         return self.form == "merged"
 
     def extra_repr(self) -> str:
@@ -73,6 +76,8 @@ class AdapterLinear(nn.Module):
 
 class MoRALinear(AdapterLinear):
     """``W + D M C`` with M [R, R]; the operator in use is switched between cycles."""
+
+    break_even = 0.25
 
     def __init__(self, linear: nn.Linear, size: int, mora_type: int, form: str = "auto") -> None:
         super().__init__(linear, form)
@@ -114,21 +119,39 @@ class _MergedMoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, M: Tensor, operator: Operator, training: bool) -> Tensor:
         needs_square = training and ctx.needs_input_grad[2]
-        ctx.save_for_backward(operator.compress(x) if needs_square else None, weight, M)
+        ctx.save_for_backward(_compress_once(x, operator) if needs_square else None, weight, M)
         ctx.operator = operator
-        return F.linear(x, weight + operator.delta(M))
+        return F.linear(x, operator.add_delta(weight, M))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         compressed, weight, M = ctx.saved_tensors
         dy, operator = grads[0], ctx.operator
-        dx = dy @ (weight + operator.delta(M)) if ctx.needs_input_grad[0] else None
+        dx = dy @ operator.add_delta(weight, M) if ctx.needs_input_grad[0] else None
         dM = operator.square_gradient(compressed, dy) if compressed is not None else None
         return dx, None, dM, None, None
 
 
+def _compress_once(x: Tensor, operator: Operator) -> Tensor:
+    """``C x``, made once for layers that see the same input and have the same C: q, k and v; gate and up.
+
+    It is an attribute of the storage of x, so it goes when x goes. The storage and not x, because ZeRO-3 hands each layer
+    an alias of its own. What has no grad_fn may be a buffer that is filled again without autograd's notice.
+    """
+    if torch.compiler.is_compiling() or x.grad_fn is None:
+        return operator.compress(x)
+    storage: Any = x.untyped_storage()
+    key = (operator.input_map, x._version, x.storage_offset(), x.shape, x.stride(), x.dtype)
+    held = getattr(storage, "_compressed", None)
+    if held is None or held[0] != key:
+        held = storage._compressed = key, operator.compress(x)
+    return held[1]
+
+
 class LoRALinear(AdapterLinear):
     """``W + scale B A`` with A [r, in] and B [out, r]."""
+
+    break_even = 1.5
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float | None, generator: torch.Generator, form: str = "auto") -> None:
         super().__init__(linear, form)

@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from relora_mora import kernels
 from relora_mora.adapters import inject
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, changed_settings, list_checkpoints, newest_whole
 from relora_mora.config import Config, ConfigError, DataConfig, dump, parse_yaml, unused_settings
@@ -27,6 +28,7 @@ from relora_mora.cycle import Base, Cycle
 from relora_mora.data import fingerprint, resolve_shards
 from relora_mora.export import find_checkpoint, merged_weights
 from relora_mora.hardware import fast_bf16
+from relora_mora.health import read_rollbacks
 from relora_mora.metrics import log
 from relora_mora.model import LossModel, build_model, check_length, read_model_config
 from relora_mora.optim import ParameterGroup, build_optimizer, describe_trainable, make_schedule, parameter_groups, set_trainable
@@ -52,6 +54,8 @@ FREE_SETTINGS = {
     "train.resume",
     "train.allow_changes",
     "train.max_bad_steps",
+    "train.max_rollbacks",
+    "train.peer_timeout_seconds",
     "train.deepspeed",
 }
 FREE_SECTIONS = {"eval", "checkpoint", "log"}
@@ -168,7 +172,7 @@ def build(checked: Checked) -> Run:
     if config.uses_adapters:
         injection = inject(lm, config.method, seed=config.train.seed)
         kinds = ", ".join(f"{len(names)} {kind}" for kind, names in injection.by_kind.items())
-        log.info("%s adapters on %d layers: %s", config.method.name, injection.layers, kinds)
+        log.info("%s adapters on %d layers: %s; %s", config.method.name, injection.layers, kinds, kernels.describe())
     set_trainable(lm, config)
     groups = parameter_groups(lm, config)
     if not groups:
@@ -179,9 +183,7 @@ def build(checked: Checked) -> Run:
     base = Base(frozen, rank, world)
     base.take(frozen)
     engine = ZeroEngine(LossModel(lm), lm, build_optimizer(lm, groups, config), config, bf16=checked.bf16)
-    run = Run(
-        checked, engine, base, Cycle(engine, base, config), groups, make_schedule(config), 0, None, {"tokens": 0, "skipped_steps": 0}, None
-    )
+    run = Run(checked, engine, base, Cycle(engine, base, config), groups, make_schedule(config), 0, None, {}, None)
     _resume(run)
     return run
 
@@ -205,14 +207,26 @@ def _resume(run: Run) -> None:
         chosen = from_first_rank(lambda: find_checkpoint(Path(wanted)))
     reader = CheckpointReader(chosen)
     _check_same_run(run, reader)
-    reader.restore(run.engine, run.base)
-    manifest = reader.manifest
-    run.step, run.data_state, run.counters, run.resumed_from = manifest.step, manifest.data_state, dict(manifest.counters), reader
+    restore(run, reader)
     log.info("resumed from %s at step %d", chosen, run.step)
-    if run.engine.rank == 0 and chosen.parent.resolve() == folder.resolve():
-        _abandon_later(folder, run.step)
-    run.cycle.set_operator(manifest.operator)
     _catch_up(run, reader)
+
+
+def restore(run: Run, reader: CheckpointReader) -> None:
+    """Puts a run where a checkpoint of it stands; a collective."""
+    manifest, folder = reader.manifest, Path(run.config.train.run_dir)
+    reader.restore(run.engine, run.base)
+    run.step, run.data_state, run.counters, run.resumed_from = manifest.step, manifest.data_state, dict(manifest.counters), reader
+    run.cycle.set_operator(manifest.operator)
+    if reader.folder.parent.resolve() != (folder / "checkpoints").resolve():
+        return
+    if run.engine.rank == 0:
+        _abandon_later(folder / "checkpoints", run.step)
+    count = run.counters.get("rollbacks", 0)
+    later = from_first_rank(lambda: read_rollbacks(folder))[count:]
+    if later and later[0].step == run.step:  # rolled back to here before: the data goes on where that left it
+        run.data_state = later[0].data_state
+        run.counters["rollbacks"] = count + 1
 
 
 def _abandon_later(folder: Path, step: int) -> None:

@@ -52,14 +52,18 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     all_sum: Callable[[Tensor], Tensor] = lambda values: values,
-) -> EvalResult:
+    stop: Callable[[], bool] = lambda: False,
+) -> EvalResult | None:
     """Scores every token of ``data`` once, whatever the number of ranks.
 
     ``mean_loss(input_ids [b, T], labels [b, T])`` gives the mean nats of the labels that are not -100; ``all_sum`` sums
-    over the ranks. All ranks score as many batches, some of them empty: ZeRO-3 gathers weights in each.
+    over the ranks. All ranks score as many batches, some of them empty: ZeRO-3 gathers weights in each. ``stop`` is asked
+    before each, with the same answer on all ranks; when it is true the result is None.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for input_ids, labels in data.batches(rank, world_size, micro_batch_size):
+        if stop():
+            return None
         count = (labels != IGNORE).sum()
         loss = mean_loss(input_ids.to(device), labels.to(device))
         totals[0] += loss.double() * count.to(device)

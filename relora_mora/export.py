@@ -5,16 +5,20 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from relora_mora.adapters import adapter_layers, adapter_parameters, inject
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, newest_whole, read_manifest, verify
+from relora_mora.cli import new_folder
 from relora_mora.config import DataConfig, validate
 from relora_mora.model import build_model
+from relora_mora.tokenizer import quiet_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 transformers_logging.disable_progress_bar()  # a bar for each file says nothing here
@@ -33,6 +37,9 @@ def find_checkpoint(path: Path) -> Path:
             if found is None:
                 raise CheckpointError(f"{folder}: no checkpoint in it is whole: {'; '.join(skipped)}")
             return found
+    if not path.is_dir():
+        what = "is no folder" if path.exists() else "not found"
+        raise CheckpointError(f"{path}: {what}; give a run folder, or a checkpoint such as RUN/checkpoints/step-00001000")
     problem = verify(path)
     if problem is not None:
         raise CheckpointError(problem if problem.startswith(str(path)) else f"{path}: {problem}; use an older checkpoint")
@@ -84,18 +91,43 @@ class LoadedModel:
         return DataConfig(train=data, validation=data, sequence_length=sequence_length)
 
 
+def load_foreign(path: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """The model in a Hugging Face folder. Raises :class:`CheckpointError` also where a weight is missing or has another shape:
+    transformers would draw it at random."""
+    try:
+        with quiet_transformers():
+            model, info = kind.from_pretrained(
+                path, dtype=dtype, local_files_only=True, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+    except Exception as error:  # of nearly any kind
+        said = " ".join(str(error).split())
+        file = _damaged_file(path) or path
+        raise CheckpointError(f"{file}: transformers cannot load it as a causal language model: {said}") from error
+    wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if wrong:
+        raise CheckpointError(
+            f"{path}: {len(wrong)} weights are missing in its files or have another shape, e.g. {wrong[0]}; fetch it again"
+        )
+    return model
+
+
+def _damaged_file(folder: Path) -> Path | None:
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return file
+    return None
+
+
 def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     """A checkpoint or run folder of this trainer, or a Hugging Face folder; nothing is fetched and no code of it is run.
 
     Raises :class:`CheckpointError` for anything else.
     """
     if (path / "config.json").is_file():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
-        except Exception as error:
-            raise CheckpointError(
-                f"{path}: transformers cannot load it as a causal language model: {' '.join(str(error).split())}"
-            ) from error
+        model = load_foreign(path, dtype)
         length = min(HF_LENGTH, int(getattr(model.config, "max_position_embeddings", HF_LENGTH)))
         return LoadedModel(model, path, length, f"{path} ({type(model).__name__})")
     checkpoint = find_checkpoint(path)
@@ -110,18 +142,11 @@ def export(path: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
     Raises :class:`CheckpointError` for what is no checkpoint and FileExistsError for a folder that is not empty. The
     folder appears whole.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: exists and is not empty; give a new folder, or remove it")
-    checkpoint = find_checkpoint(path)
-    model = merged_model(checkpoint, dtype)
-    work = out.with_name(out.name + ".tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    model.config.use_cache = True
-    model.save_pretrained(work)
-    for source in sorted((checkpoint / "tokenizer").iterdir()):
-        shutil.copy2(source, work / source.name)
-    if out.exists():
-        out.rmdir()
-    work.rename(out)
+    with new_folder(out) as work:
+        checkpoint = find_checkpoint(path)
+        model = merged_model(checkpoint, dtype)
+        model.config.use_cache = True
+        model.save_pretrained(work)
+        for source in sorted((checkpoint / "tokenizer").iterdir()):
+            shutil.copy2(source, work / source.name)
     return checkpoint

@@ -197,7 +197,8 @@ def _linear_inputs(model: LlamaForCausalLM, config: Config) -> float:
         prefix, _, kind = name.rpartition(".")
         source = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}.get(kind, kind)
         if isinstance(layer, MoRALinear):
-            kept[prefix, kind] = layer.square_size * _blocks(layer, config)
+            shared = source if layer.uses_merged_form(_tokens(config)) else kind  # layers of one input and one R make C x once
+            kept[prefix, f"{shared} C x of {layer.square_size}"] = layer.square_size * _blocks(layer, config)
         elif isinstance(layer, LoRALinear) or (isinstance(layer, nn.Linear) and layer.weight.requires_grad):
             if source != "o_proj":
                 kept[prefix, source] = layer.in_features

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -23,7 +25,8 @@ class _AboveTheBar(logging.Handler):
     """Writes lines to stderr without tearing a progress bar that is drawn there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # the launcher that read the pipe may be gone
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def setup_logging(rank: int) -> None:
@@ -41,16 +44,28 @@ class Metrics:
     """Writes ``metrics.jsonl`` and ``tensorboard/`` of a run folder.
 
     After a resume at ``step`` what an earlier process logged beyond it is dropped from the file and hidden in
-    TensorBoard: those steps are made again.
+    TensorBoard: those steps are made again. A line that cannot be written (full disk) is lost, with a warning; training
+    goes on.
     """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
-        self.path = folder / "metrics.jsonl"
-        self._keep_until(step)
-        self._stream = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10) if tensorboard else None
+        self.path, self._folder, self._tensorboard = folder / "metrics.jsonl", folder, tensorboard
+        self._losing = False
+        self._open(step)
         if step == 0 and self._board is not None:
             self._board.add_text("run/config", "    " + (folder / "config.yaml").read_text(encoding="utf-8").replace("\n", "\n    "), 0)
+
+    def _open(self, step: int) -> None:
+        self._keep_until(step)
+        self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._board: SummaryWriter | None = None
+        if self._tensorboard:
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
+
+    def go_back(self, step: int) -> None:
+        """Drops what was logged beyond ``step``: the run goes on from there."""
+        self.close()
+        self._open(step)
 
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
@@ -69,17 +84,24 @@ class Metrics:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line. Numbers also go to TensorBoard under the same tags, but for what is the same at every merge."""
         finite = {tag: None if isinstance(value, float) and not math.isfinite(value) else value for tag, value in values.items()}
-        self._stream.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n")
-        self._stream.flush()
-        if self._board is not None:
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n"
+        try:
+            os.write(self._handle, line.encode())
             for tag, value in values.items():
-                if isinstance(value, int | float) and tag not in ONLY_IN_FILE:
+                if self._board is not None and isinstance(value, int | float) and tag not in ONLY_IN_FILE:
                     self._board.add_scalar(tag, value, step)
+        except OSError as error:
+            if not self._losing:
+                log.error("metrics cannot be written (%s): lines are lost until that is mended; training goes on", error.strerror or error)
+            self._losing = True
+        else:
+            self._losing = False
 
     def close(self) -> None:
-        self._stream.close()
+        os.close(self._handle)
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
 
 
 class Progress:
@@ -92,6 +114,10 @@ class Progress:
             total=total, initial=done, disable=not show or self._plain, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.1
         )
         self.done, self.total = done, total
+
+    def go_back(self, done: int) -> None:
+        self.done = self._bar.n = self._first = done
+        self._begin = time.monotonic()
 
     def update(self) -> None:
         self.done += 1

@@ -3,7 +3,8 @@
 MoRA (arXiv 2405.12130, eq. 6-9) adds ``D(M C(x))`` to a linear layer: ``C`` compresses the input from ``in`` to ``R``
 features, ``M`` [R, R] is trained, ``D`` decompresses from ``R`` to ``out``. Both are linear, so the layer's weight
 changes by ``delta = D M C`` [out, in]. Every type here is written as the two linear maps and their transposes; nothing
-else knows how features are grouped.
+else knows what they are. Types 1-4 are a pair of groupings (``kernels/grouping.py``), whose sums and copies have
+compiled kernels.
 
 Shapes: ``in`` and ``out`` are the layer's features, ``R`` the size of the square matrix, ``P`` a width padded to whole
 groups, ``B`` blocks of ``R`` features (type 6), ``...`` any leading dimensions.
@@ -13,10 +14,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from relora_mora.kernels import Grouping, contiguous, expand_add, group_sum, interleaved, wrapped_interleaved
 
 MORA_TYPES = (1, 2, 3, 4, 6)
 ROPE_BASE = 10000.0
@@ -30,78 +34,6 @@ def square_size(in_features: int, out_features: int, rank: int) -> int:
     if min(in_features, out_features, rank) < 1:
         raise ValueError(f"square_size needs positive sizes, got in_features={in_features}, out_features={out_features}, rank={rank}")
     return math.isqrt((in_features + out_features) * rank)
-
-
-class Grouping(ABC):
-    """A map from ``features`` to ``slots``; ``sum`` adds the features of each slot, ``copy`` is its transpose."""
-
-    def __init__(self, features: int, slots: int) -> None:
-        self.features, self.slots = features, slots
-
-    @abstractmethod
-    def sum(self, x: Tensor) -> Tensor:
-        """x [..., features] -> [..., slots]"""
-
-    @abstractmethod
-    def copy(self, y: Tensor) -> Tensor:
-        """y [..., slots] -> [..., features]"""
-
-
-class Interleaved(Grouping):
-    """Feature i belongs to slot i mod slots; the last group may be incomplete."""
-
-    def sum(self, x: Tensor) -> Tensor:
-        whole = self.features // self.slots * self.slots
-        rest = x[..., whole:]
-        if whole == 0:
-            return torch.nn.functional.pad(rest, (0, self.slots - rest.shape[-1]))
-        total = x[..., :whole].unflatten(-1, (-1, self.slots)).sum(-2)
-        if whole == self.features:
-            return total
-        return total + torch.nn.functional.pad(rest, (0, self.slots - rest.shape[-1]))
-
-    def copy(self, y: Tensor) -> Tensor:
-        return _tile(y, self.features)
-
-
-class WrappedInterleaved(Interleaved):
-    """As :class:`Interleaved`, but the last group is filled up with the first features, which so count twice."""
-
-    def __init__(self, features: int, slots: int) -> None:
-        super().__init__(features, slots)
-        self.padded = -(-features // slots) * slots
-
-    def sum(self, x: Tensor) -> Tensor:
-        return _tile(x, self.padded).unflatten(-1, (-1, self.slots)).sum(-2)
-
-    def copy(self, y: Tensor) -> Tensor:
-        return _fold(_tile(y, self.padded), self.features)
-
-
-class Contiguous(Grouping):
-    """Neighbours share a slot: the first ``features mod slots`` slots take one feature more than the others."""
-
-    def __init__(self, features: int, slots: int) -> None:
-        super().__init__(features, slots)
-        self.per_slot, self.longer_slots = divmod(features, slots)
-
-    def sum(self, x: Tensor) -> Tensor:
-        head = self.longer_slots * (self.per_slot + 1)
-        parts = []
-        if self.longer_slots:
-            parts.append(x[..., :head].unflatten(-1, (self.longer_slots, self.per_slot + 1)).sum(-1))
-        shorter = self.slots - self.longer_slots
-        if self.per_slot:
-            parts.append(x[..., head:].unflatten(-1, (shorter, self.per_slot)).sum(-1))
-        elif shorter:
-            parts.append(x.new_zeros(*x.shape[:-1], shorter))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    def copy(self, y: Tensor) -> Tensor:
-        longer, shorter = y[..., : self.longer_slots], y[..., self.longer_slots :]
-        parts = [longer.unsqueeze(-1).expand(*longer.shape, self.per_slot + 1).flatten(-2)]
-        parts.append(shorter.unsqueeze(-1).expand(*shorter.shape, self.per_slot).flatten(-2))
-        return torch.cat(parts, -1)
 
 
 def _tile(x: Tensor, width: int) -> Tensor:
@@ -139,6 +71,11 @@ class Operator(ABC):
             size,
         )
 
+    @property
+    @abstractmethod
+    def input_map(self) -> Hashable:
+        """Equal for two operators exactly when their ``compress`` is the same map."""
+
     @abstractmethod
     def compress(self, x: Tensor) -> Tensor:
         """C: x [..., in] -> [..., R] (type 6: [..., B, R])"""
@@ -155,6 +92,10 @@ class Operator(ABC):
     def delta(self, M: Tensor) -> Tensor:
         """D M C: M [R, R] -> [out, in], what a merge adds to the weight"""
 
+    @abstractmethod
+    def add_delta(self, weight: Tensor, M: Tensor) -> Tensor:
+        """weight + delta(M) [out, in], a new tensor; not differentiable"""
+
     def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
         """dM [R, R] = (D^T dy)^T (C x), from compressed = ``compress(x)`` and dy [..., out]."""
         reduced = self.decompress_transposed(dy)
@@ -167,23 +108,28 @@ class Operator(ABC):
 class GroupingOperator(Operator):
     """Types 1-4: a grouping of the inputs is summed, a grouping of the outputs copied."""
 
-    def __init__(
-        self, mora_type: int, in_features: int, out_features: int, size: int, inputs: type[Grouping], outputs: type[Grouping]
-    ) -> None:
-        super().__init__(mora_type, in_features, out_features, size)
-        self.inputs, self.outputs = inputs(in_features, size), outputs(out_features, size)
+    def __init__(self, mora_type: int, inputs: Grouping, outputs: Grouping) -> None:
+        super().__init__(mora_type, inputs.features, outputs.features, inputs.slots)
+        self.inputs, self.outputs = inputs, outputs
+
+    @property
+    def input_map(self) -> Hashable:
+        return self.inputs
 
     def compress(self, x: Tensor) -> Tensor:
-        return self.inputs.sum(x)
+        return group_sum(x, self.inputs)
 
     def decompress(self, y: Tensor) -> Tensor:
         return self.outputs.copy(y)
 
     def decompress_transposed(self, dy: Tensor) -> Tensor:
-        return self.outputs.sum(dy)
+        return group_sum(dy, self.outputs)
 
     def delta(self, M: Tensor) -> Tensor:
         return self.outputs.copy(self.inputs.copy(M).mT).mT
+
+    def add_delta(self, weight: Tensor, M: Tensor) -> Tensor:
+        return expand_add(weight, M, self.inputs, self.outputs)
 
 
 class RotaryOperator(Operator):
@@ -202,6 +148,10 @@ class RotaryOperator(Operator):
         super().__init__(mora_type, in_features, out_features, size)
         self.blocks = -(-in_features // size)
 
+    @property
+    def input_map(self) -> Hashable:
+        return "rotary", self.in_features, self.square_size
+
     def _angles(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, R] of block j and feature i, halves paired"""
         return _rope_table(self.blocks, self.square_size, like.dtype, like.device)
@@ -219,18 +169,28 @@ class RotaryOperator(Operator):
         return _fold(dy, self.blocks * self.square_size).unflatten(-1, (self.blocks, self.square_size))
 
     def delta(self, M: Tensor) -> Tensor:
+        return self._add_blocks(M.new_zeros(self.out_features, self.in_features), M)
+
+    def add_delta(self, weight: Tensor, M: Tensor) -> Tensor:
+        return self._add_blocks(weight.clone(), M)
+
+    def _add_blocks(self, total: Tensor, M: Tensor) -> Tensor:
+        """Adds ``M Rot_j`` to total [out, in], in place, wherever block j of the inputs meets its outputs."""
         cos, sin = (table.unsqueeze(-2) for table in self._angles(M))  # [B, 1, R]
-        # M Rot_j: the transpose of the rotation acts on the rows of M
+        # the transpose of the rotation acts on the rows of M
         left, right = (M * sin).chunk(2, -1)
         rotated = M * cos + torch.cat([right, -left], -1)  # [B, R, R]
-        columns = self.blocks * self.square_size
-        rows = min(columns, self.out_features)
-        used = -(-rows // self.square_size)
-        diagonal = M.new_zeros(used * self.square_size, columns)
-        for j in range(used):
-            span = slice(j * self.square_size, (j + 1) * self.square_size)
-            diagonal[span, span] = rotated[j]
-        return _tile(_fold(diagonal, self.in_features).mT, self.out_features).mT
+        size = self.square_size
+        for row in range(0, self.out_features, size):
+            j = row // size % self.blocks
+            block = rotated[j, : self.out_features - row]
+            column = j * size
+            while column < (j + 1) * size:
+                feature = column % self.in_features  # columns beyond the last feature wrap
+                width = min(self.in_features - feature, (j + 1) * size - column)
+                total[row : row + size, feature : feature + width] += block[:, column - j * size :][:, :width]
+                column += width
+        return total
 
 
 @lru_cache(maxsize=256)
@@ -241,11 +201,11 @@ def _rope_table(positions: int, size: int, dtype: torch.dtype, device: torch.dev
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-_GROUPINGS: dict[int, tuple[type[Grouping], type[Grouping]]] = {
-    1: (WrappedInterleaved, Interleaved),
-    2: (Contiguous, Contiguous),
-    3: (Contiguous, Interleaved),
-    4: (WrappedInterleaved, Contiguous),
+_GROUPINGS: dict[int, tuple[Callable[[int, int], Grouping], Callable[[int, int], Grouping]]] = {
+    1: (wrapped_interleaved, interleaved),
+    2: (contiguous, contiguous),
+    3: (contiguous, interleaved),
+    4: (wrapped_interleaved, contiguous),
 }
 
 
@@ -261,4 +221,5 @@ def make_operator(mora_type: int, in_features: int, out_features: int, square_si
         return RotaryOperator(mora_type, in_features, out_features, square_size)
     if mora_type not in _GROUPINGS:
         raise ValueError(f"mora_type must be one of {', '.join(map(str, MORA_TYPES))}, got {mora_type}")
-    return GroupingOperator(mora_type, in_features, out_features, square_size, *_GROUPINGS[mora_type])
+    inputs, outputs = _GROUPINGS[mora_type]
+    return GroupingOperator(mora_type, inputs(in_features, square_size), outputs(out_features, square_size))

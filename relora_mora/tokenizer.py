@@ -74,7 +74,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     _check_exists(path)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     model = _sentencepiece_file(path)
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer = _from_folder(path) if model is None else _from_model(model, path)
     if tokenizer.eos_token_id is None:
         raise TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {_eos_remedy(model)}")
@@ -146,7 +146,7 @@ def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | P
     out = Path(out)
     model = _sentencepiece_file(Path(tokenizer.name_or_path)) if Path(tokenizer.name_or_path).exists() else None
     out.mkdir(parents=True, exist_ok=True)
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer.save_pretrained(str(out))
         if model is not None and model.resolve() != (out / MODEL_FILE).resolve():
             shutil.copyfile(model, out / MODEL_FILE)
@@ -188,16 +188,21 @@ def _sentencepiece_file(path: Path) -> Path | None:
     processor = _processor(model) if described is not None else open_sentencepiece(model)
     if processor is None:  # a tiktoken file of that name, as with Llama 3
         return None
-    if described is None or _names(described) == {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}:
+    if described is None or _names(described, path) == {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}:
         return model
     return None
 
 
-def _names(described: dict[str, Any]) -> dict[str, int]:
+def _names(described: dict[str, Any], folder: Path) -> dict[str, int]:
     """Token -> id of a ``tokenizer.json``."""
-    vocab = described.get("model", {}).get("vocab", {})
-    names = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
-    return names | {token["content"]: token["id"] for token in described.get("added_tokens", [])}
+    try:
+        vocab = described["model"]["vocab"]
+        names = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+        return names | {token["content"]: token["id"] for token in described.get("added_tokens", [])}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TokenizerError(
+            f"{folder / 'tokenizer.json'}: damaged, its vocabulary cannot be read; fetch or save the tokenizer again"
+        ) from error
 
 
 def _processor(model: Path) -> SentencePieceProcessor | None:
@@ -262,9 +267,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not JSON ({error}); fetch or save the tokenizer again") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path}: holds a {type(content).__name__}, expected an object; fetch or save the tokenizer again")
+    return content
 
 
 def _utf8(text: str) -> str:
@@ -276,7 +284,8 @@ def _utf8(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """Nothing but errors from transformers' logger."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -71,3 +71,13 @@ def data_config(source: Any, **settings: Any) -> DataConfig:
 def make_lane(config: DataConfig, lanes: int, lane: int, state: Any = None, shards: list[Shard] | None = None) -> Lane:
     shards = shards or resolve_shards(config.train)
     return Lane(plan_lanes(lanes, len(shards))[lane], shards, config, encode, EOS, state)
+
+
+def epoch_tokens(lane: Lane) -> list[int]:
+    """All tokens of a lane until its second epoch has begun."""
+    tokens = [EOS]
+    while lane.state()["epoch"] == 0:
+        block = lane.next_block()
+        assert block[0] == tokens[-1]  # the last token of a block is the first of the next
+        tokens += block[1:].tolist()
+    return tokens

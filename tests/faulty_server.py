@@ -14,26 +14,28 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "c0ffee0000000000000000000000000000c0ffee"
-FAULTS = ("refuse", "429", "503", "stall", "reset", "short", "long", "cut_range")
+FAULTS = ("refuse", "429", "503", "stall", "reset", "truncate", "no_length", "short", "long", "cut_range")
 
 
 class FaultyServer(ThreadingHTTPServer):
     """Serves ``folder``. ``fault(n)`` names what goes wrong with request number n, or None.
 
-    refuse: closed without an answer; 429 and 503: with Retry-After; stall: half a body, then nothing; reset: half a body, then
-    RST; short, long: a wrong Content-Length; cut_range: an answer to another range than asked for.
+    refuse: closed without an answer; 429 and 503: with Retry-After; stall: half a body, then nothing; reset, few: half a body or
+    3,000 bytes of it, then RST; truncate: half a body, then FIN; no_length: the same without Content-Length; short, long: a wrong
+    Content-Length; cut_range: an answer to another range than asked for. No fault that passes: corrupt, a changed byte.
     """
 
     daemon_threads = True
 
     def __init__(
-        self, folder: Path, fault: Callable[[int], str | None] = lambda n: None, *, ranges: bool = True, etag: bool = True
+        self, folder: Path, fault: Callable[[int], str | None] = lambda n: None, *, ranges: bool = True, etag: bool = True, port: int = 0
     ) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", port), _Handler)
         self.folder, self.fault, self.ranges, self.etag = folder, fault, ranges, etag
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.faults: list[str] = []
         self.stall_seconds = 3.0
+        self.retry_after = {"429": "1", "503": "0"}
         self._lock = threading.Lock()
 
     @property
@@ -49,6 +51,8 @@ class FaultyServer(ThreadingHTTPServer):
         with self._lock:
             self.requests.append((path, headers))
             fault = self.fault(len(self.requests) - 1)
+            if fault == "cut_range" and not (self.ranges and "range" in headers):
+                return None  # nothing to cut
             if fault:
                 self.faults.append(fault)
             return fault
@@ -60,6 +64,7 @@ class FaultyServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: FaultyServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a small body waits 40 ms behind its headers
 
     def log_message(self, *args):
         pass
@@ -70,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "refuse":
             self._reset()
         elif fault in ("429", "503"):
-            self._answer(int(fault), b"busy", {"Retry-After": "0" if fault == "503" else "1"})
+            self._answer(int(fault), b"busy", {"Retry-After": self.server.retry_after[fault]})
         elif match := re.fullmatch(r"/api/datasets/(.+/.+)/revision/(.+)", path):
             known = match[2] in ("main", COMMIT)
             body = json.dumps({"id": match[1], "sha": COMMIT} if known else {"error": "Invalid rev id"}).encode()
@@ -104,18 +109,22 @@ class _Handler(BaseHTTPRequestHandler):
             length = length * 2 // 3
         elif fault == "long":
             length += 1000
+        elif fault == "corrupt":
+            body = body[: length // 2] + bytes([body[length // 2] ^ 255]) + body[length // 2 + 1 :]
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(length)}.items():
-            self.send_header(name, value)
+            if fault != "no_length" or name != "Content-Length":
+                self.send_header(name, value)
         self.end_headers()
-        if fault in ("reset", "stall"):
-            self.wfile.write(body[: len(body) // 2])
-            self.wfile.flush()
-            if fault == "stall":
-                time.sleep(self.server.stall_seconds)
-            self._reset()
-            return
+        if fault in ("reset", "stall", "few", "truncate", "no_length"):
+            body = body[: 3000 if fault == "few" else length // 2]
         self.wfile.write(body)
+        if fault == "stall":
+            self.wfile.flush()
+            time.sleep(self.server.stall_seconds)
+        if fault in ("reset", "stall") or (fault == "few" and len(body) == 3000):
+            self.wfile.flush()
+            self._reset()
         if fault:
             self.close_connection = True
 
@@ -126,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path, fault: Callable[[int], str | None] = lambda n: None, **settings: bool) -> Iterator[FaultyServer]:
+def serving(folder: Path, fault: Callable[[int], str | None] = lambda n: None, **settings: int) -> Iterator[FaultyServer]:
     server = FaultyServer(folder, fault, **settings)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()

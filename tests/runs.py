@@ -57,6 +57,8 @@ def run_config(inputs: Path, tokenizer: str, run_dir: Path, world_size: int = 1,
 class Stopped(Exception):
     """The run was cut off, as by a kill."""
 
+    same_on_all_ranks = True
+
 
 def train(config: Config, stop_after: int | None = None) -> None:
     """Runs the trainer in this process (all ranks call it); with ``stop_after`` it is cut off after the save of that step."""

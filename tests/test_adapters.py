@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from relora_mora.adapters import AdapterLinear, LoRALinear, MoRALinear, adapter_layers, inject, layer_generator, layer_square_size
 from relora_mora.config import MethodConfig
@@ -75,10 +77,70 @@ def test_the_merged_form_keeps_the_compressed_input_only():
     assert len(kept) == 3
 
 
-def test_auto_builds_the_weight_where_tokens_outweigh_it():
-    layer, _ = _layers("1", 64, 48, 8, torch.float32)
+def _pair(kinds: str) -> nn.ModuleList:
+    return nn.ModuleList(_layers(kind, 12, 20, 6, torch.float64)[0] for kind in kinds)
+
+
+def _use(norm: nn.Module, pair: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    x = norm(x)
+    return pair[0](x) * pair[1](x)
+
+
+@pytest.mark.parametrize("run", ["plain", "recomputed", "recomputed, reentrant", "compiled"])
+@pytest.mark.parametrize("kinds", ["11", "12", "24", "66"])
+def test_layers_that_see_one_input_get_the_right_gradients(kinds, run):
+    """Under every way to run them, over two micro-batches and a switch of operators."""
+    norm, pair = nn.RMSNorm(12, dtype=torch.float64), _pair(kinds)
+    reference = copy.deepcopy(pair)
+    for layer in reference:
+        layer.form = "decoupled"
+    use = torch.compile(_use, backend="eager", fullgraph=True) if run == "compiled" else _use
+    results = []
+    for layers, call in ((reference, _use), (pair, use)):
+        for switched in (False, True):
+            if switched:
+                layers[0].set_operator(3)
+            for seed in (0, 1):
+                x = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+                if layers is pair and run.startswith("recomputed"):
+                    y = checkpoint(call, norm, layers, x, use_reentrant="reentrant" in run)
+                else:
+                    y = call(norm, layers, x)
+                y.sum().backward()
+                results.append(x.grad)
+        results += [layer.mora_M.grad for layer in layers]
+    half = len(results) // 2
+    for a, b in zip(results[half:], results[:half], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_the_compressed_input_is_made_once_and_goes_with_the_input(monkeypatch):
+    layers, calls = _pair("11"), []
+    compress = type(layers[0].operator).compress
+    monkeypatch.setattr(type(layers[0].operator), "compress", lambda op, x: calls.append(weakref.ref(y := compress(op, x))) or y)
+    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True) * 1
+    alias = x.view_as(x)  # ZeRO-3 gives each layer an alias
+    outputs = [layers[0](x), layers[1](alias)]
+    assert len(calls) == 1
+    with torch.no_grad():
+        x.add_(1)
+    outputs.append(layers[0](x))
+    assert len(calls) == 2  # another value, the same memory
+    layers[1].set_operator(2)
+    outputs.append(layers[1](x))
+    assert len(calls) == 3
+    with torch.no_grad():
+        layers[0](x)
+    assert len(calls) == 3 and calls[0]() is not None
+    del outputs, x, alias
+    assert [call() for call in calls] == [None] * 3
+
+
+@pytest.mark.parametrize("kind,tokens", [("1", 7), ("lora", 42)])
+def test_auto_builds_the_weight_where_tokens_outweigh_it(kind, tokens):
+    layer, _ = _layers(kind, 64, 48, 8, torch.float32)
     layer.form = "auto"
-    assert layer.uses_merged_form(64) and not layer.uses_merged_form(8)
+    assert layer.uses_merged_form(tokens) and not layer.uses_merged_form(tokens - 1)
 
 
 @pytest.mark.parametrize("method", ["lora", "mora", "relora", "remora"])

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from relora_mora.cli import run
 from relora_mora.config import ConfigError
@@ -139,6 +146,40 @@ def test_mistakes_of_the_user_are_one_message(error: Exception, capsys: pytest.C
     assert captured.out == ""
 
 
+def test_errors_of_the_system_name_the_file_and_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, message in {
+        OSError(
+            errno.ENOSPC, "No space left on device", "runs/out"
+        ): "runs/out: No space left on device; free some space, or choose a place on another disk",
+        OSError(errno.EIO, "Input/output error", b"a"): "a: Input/output error",
+        OSError(errno.ENOSPC, "Full", "source", None, "copy"): "copy: Full; free some space, or choose a place on another disk",
+        OSError(errno.ENAMETOOLONG, "Too long"): "Too long; give a shorter one",
+    }.items():
+        assert _fail_with(error) == 2
+        assert capsys.readouterr().err == f"{message}\n"
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    argv=st.lists(
+        st.text(max_size=8)
+        | st.text(alphabet="-=. abhelp", max_size=10)
+        | st.sampled_from(
+            ["c", "--data=d", "--tokens=3", "--data", "-d", "--", "-", "--=", "--.", "--tokens", "--notokens", "-h=3", "--help="]
+        ),
+        max_size=5,
+    )
+)
+def test_any_arguments_start_the_command_or_are_refused(argv: list[str]) -> None:
+    """Never another exception, and nothing starts with arguments that are not of their types."""
+    called = Called()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
+        code = called.evaluate(argv)
+    assert code in (0, 2) and bool(called.calls) <= (code == 0) and (code == 0) == (not error.getvalue())
+    for path, data, tokens in called.calls:
+        assert isinstance(path, str) and isinstance(data, str) and type(tokens) is int and path and data
+
+
 def test_faults_of_the_program_keep_their_traceback() -> None:
     def of_a_library() -> None:
         json.loads("{")
@@ -160,6 +201,64 @@ def test_what_every_rank_finds_is_said_once(monkeypatch: pytest.MonkeyPatch, cap
     assert capsys.readouterr().err == ""
     assert _fail_with(OSError("only here")) == 2
     assert capsys.readouterr().err == "[rank 3] only here\n"
+
+
+def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def hidden() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:  # as libraries do
+            raise RuntimeError("INTERNAL") from error
+
+    for function in (main, hidden):
+        with pytest.raises(SystemExit) as stop:
+            run(function, [])
+        assert (stop.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "try:\n        time.sleep(60)\n    except KeyboardInterrupt:\n        time.sleep(60)",  # as imports do
+        "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",  # as libraries do that compute for minutes
+    ],
+)
+def test_ctrl_c_ends_what_does_not_hear_of_it(tmp_path: Path, code: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import hashlib, time\nfrom pathlib import Path\nimport relora_mora.cli.interrupt\nfrom relora_mora.cli import new_folder, run\n"
+        "relora_mora.cli.interrupt.GRACE_SECONDS = 0.5\n"
+        f"def main() -> None:\n  with new_folder(Path({str(tmp_path / 'out' / 'new')!r})):\n    {code}\nrun(main)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir()):
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=10)
+    assert (process.returncode, error) == (130, "interrupted\n")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_handler_of_the_command_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    heard: list[int] = []
+
+    def main() -> int:
+        signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+        signal.raise_signal(signal.SIGINT)
+        return 75
+
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(main, [])
+        assert (stop.value.code, heard, capsys.readouterr().err) == (75, [signal.SIGINT], "")
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_as_a_program(tmp_path: Path) -> None:

@@ -2,135 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from relora_mora.config import Config, ConfigError, dump, load_config, parse_yaml, unused_settings, validate
+from relora_mora.config import ConfigError, load_config, parse_yaml, unused_settings, validate
 from relora_mora.config.checks import DERIVED_DEEPSPEED_KEYS
 from relora_mora.config.table import settings_page
+from tests.config_tools import SETTINGS, faults_of, same, tree
 from tests.helpers import ROOT
-
-# THOROUGH=1 tries more
-EXAMPLES = 2000 if os.environ.get("THOROUGH") else 300
-many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-
-SECTIONS = {name: list(field.annotation.model_fields) for name, field in Config.model_fields.items()}  # type: ignore[union-attr]
-SETTINGS = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys]
-
-
-def tree(**sections: dict[str, Any]) -> dict[str, Any]:
-    """The least that a run must say, with changes."""
-    base: dict[str, dict[str, Any]] = {
-        "model": {"config": "m.json"},
-        "tokenizer": {"path": "t"},
-        "data": {"train": "a", "validation": "b"},
-        "train": {"run_dir": "r"},
-    }
-    for name, values in sections.items():
-        base[name] = {**base.get(name, {}), **values}
-    return base
-
-
-def faults_of(given_tree: dict[str, Any], world_size: int | None = None) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        validate(given_tree, "the test", world_size=world_size)
-    return error.value.faults
-
-
-# ---- any input: settings, or a list of faults ---------------------------------------------------------------------
-
-words = st.text(max_size=12)
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.sampled_from([10**30, 2**63, -(10**400), 10**400])
-    | st.floats()
-    | words
-    | st.sampled_from(["4e-4", "remora", "bf16", "-", "\0", "x" * 5000, "~", "1_0", ".inf", "2026-11-24", "yes", "0x10", "=", "<<"])
-)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=3), max_leaves=6)
-plausible = (
-    st.integers(0, 4096) | st.floats(0, 1) | st.sampled_from(["full", "mora", "remora", "wsd", "magnitude", [1, 2], [6], ["q_proj"]])
-)
-sections = st.dictionaries(st.sampled_from(SETTINGS), values | plausible, max_size=8)
-broken = st.dictionaries(st.sampled_from([*SECTIONS, "trian", "", "data.train"]) | words, values, max_size=3)
-
-
-def check_outcome(act: Any) -> Config | None:
-    """Runs it: the settings, or None after checking that the refusal lists its faults."""
-    try:
-        config = act()
-    except ConfigError as error:
-        assert error.faults
-        assert all(isinstance(fault, str) and fault.strip() for fault in error.faults)
-        assert str(error).count("\n") >= len(error.faults)
-        return None
-    assert isinstance(config, Config)
-    return config
-
-
-@many
-@given(changes=sections, wrong=broken, world_size=st.none() | st.integers(1, 9), complete=st.booleans())
-def test_any_tree_gives_settings_or_faults(changes: dict[str, Any], wrong: dict[str, Any], world_size: int | None, complete: bool) -> None:
-    given_tree = tree() if complete else {}
-    for name, value in changes.items():
-        section, key = name.split(".")
-        given_tree.setdefault(section, {})[key] = value
-    given_tree |= wrong
-    config = check_outcome(lambda: validate(given_tree, "the test", world_size=world_size))
-    if config is not None:
-        again = validate(parse_yaml(dump(config)), "its own dump", world_size=world_size)
-        assert same(again.model_dump(), config.model_dump())
-
-
-@many
-@given(text=st.text() | st.text(alphabet="ab:-[]{}&*!|>'\"#%@,?~ \n\t01.e") | values.map(lambda value: yaml.safe_dump(value)))
-def test_any_file_gives_settings_or_faults(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    check_outcome(lambda: load_config(path))
-
-
-@many
-@given(
-    overrides=st.dictionaries(
-        st.sampled_from(SETTINGS) | words | st.tuples(st.sampled_from(SETTINGS), words).map(".".join),
-        st.text(max_size=20) | (values | plausible).map(lambda value: yaml.safe_dump(value)),
-        max_size=6,
-    )
-)
-def test_any_override_gives_settings_or_faults(tmp_path: Path, overrides: dict[str, str]) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree()))
-    check_outcome(lambda: load_config(path, overrides))
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal, and nan equals nan."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and (a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b)))
-
-
-@many
-@given(text=st.text(max_size=20) | st.sampled_from(["4e-4", "1e5", "08", "1_000", "yes", "2026-11-24", "~", "-.inf", "null", "0o7", "="]))
-def test_texts_survive_a_dump(text: str) -> None:
-    config = validate(tree(data={"train": f"x{text}", "validation": [text or "v"]}, train={"run_dir": text or "r"}), "the test")
-    again = validate(parse_yaml(dump(config)), "its own dump")
-    assert again == config
-
-
-# ---- single rules -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

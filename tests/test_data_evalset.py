@@ -69,6 +69,14 @@ def test_every_token_is_scored_once_on_any_number_of_ranks(path, tokenizer_path,
     assert scored == Counter(tuple(block) for block in blocks)
 
 
+def test_less_text_than_one_batch(tmp_path, tokenizer_path):
+    held_out = _load(write_shard(tmp_path / "a.json", ["rank"]), tokenizer_path)
+    batches = [list(held_out.batches(rank, 3, 4)) for rank in range(3)]
+    assert [len(of_rank) for of_rank in batches] == [1, 1, 1] and 0 < held_out.predicted < 16
+    scored = [int((labels != UNSCORED).sum()) for ((_, labels),) in batches]
+    assert scored == [held_out.predicted, 0, 0]
+
+
 def test_no_text_is_refused(tmp_path, tokenizer_path):
     with pytest.raises(SourceError, match="holds no text"):
         _load(write_shard(tmp_path / "a.json", [""]), tokenizer_path)

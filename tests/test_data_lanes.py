@@ -13,17 +13,7 @@ from hypothesis import strategies as st
 
 from relora_mora.data.lanes import plan_lanes, seeded_order
 from relora_mora.data.sources import SourceError
-from tests.data_tools import EOS, data_config, documents_in, line, make_lane, write_shard, write_shards
-
-
-def _epoch_tokens(lane):
-    """All tokens of a lane until its second epoch has begun."""
-    tokens = [EOS]
-    while lane.state()["epoch"] == 0:
-        block = lane.next_block()
-        assert block[0] == tokens[-1]  # the last token of a block is the first of the next
-        tokens += block[1:].tolist()
-    return tokens
+from tests.data_tools import EOS, data_config, documents_in, epoch_tokens, line, make_lane, write_shard, write_shards
 
 
 @given(st.integers(1, 70), st.integers(1, 150))
@@ -49,7 +39,7 @@ def test_an_epoch_holds_every_document_once(tmp_path, lanes, shards, shuffle):
     found = []
     for number in range(lanes):
         lane = make_lane(config, lanes, number)
-        texts = documents_in(_epoch_tokens(lane))
+        texts = documents_in(epoch_tokens(lane))
         share = sum(len(range(plan.phase, 41, plan.stride)) for plan in [lane.plan] for _ in plan.shards)
         assert lane.state()["documents"] >= share
         found += texts[:share]
@@ -134,74 +124,6 @@ def test_one_document_only(tmp_path):
     assert documents_in(tokens) == ["alone"] * 7
     with pytest.raises(SourceError, match=r"lane 1 found no text in a\.json\.gz: there are fewer documents than lanes; .*data\.lanes"):
         make_lane(data_config(path), 2, 1).next_block()
-
-
-def test_empty_shards_are_passed_over_and_counted(tmp_path):
-    write_shard(tmp_path / "a.json.gz", [])
-    (tmp_path / "b.json.gz").write_bytes(b"")
-    write_shard(tmp_path / "c.json", ["text"])
-    lane = make_lane(data_config([f"{tmp_path}/{name}" for name in ("a.json.gz", "b.json.gz", "c.json")]), 1, 0)
-    for _ in range(10):
-        lane.next_block()
-    state = lane.state()
-    assert state["epoch"] >= 2 and 0 <= state["skipped"]["empty_shard"] - 2 * state["epoch"] <= 2
-    assert set(lane.notes) == {"a.json.gz is empty; skipped", "b.json.gz is empty; skipped"}
-    with pytest.raises(SourceError, match="found no text"):
-        make_lane(data_config(tmp_path / "*.gz"), 1, 0).next_block()
-
-
-def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path):
-    bad = [b"rubbish", b"{}", b'{"text": 3}', b'{"text": "\xff"}', b'{"text": "' + b"x" * 2000 + b'"}', b"\0", line(""), b""]
-    good = [f"text {n}" for n in range(20)]
-    path = write_shard(tmp_path / "a.jsonl", [entry for n, text in enumerate(good) for entry in (text, *bad[n : n + 1])])
-    lane = make_lane(data_config(path, max_line_bytes=1000, max_bad_fraction=0.5, sequence_length=8, shuffle_documents=1), 1, 0)
-    tokens = _epoch_tokens(lane)
-    assert documents_in(tokens)[:20] == good
-    kinds = ("not_json", "no_text", "text_not_string", "invalid_utf8", "too_long", "raw_nul", "empty_text", "blank_line")
-    assert lane.state()["skipped"] == dict.fromkeys(kinds, 1)
-    assert lane.notes[0] == "a.jsonl: line 2 is not JSON; skipped"
-
-
-@pytest.mark.parametrize("lanes", [1, 4])
-def test_the_fraction_of_bad_lines_is_the_shards_whatever_the_lanes(tmp_path, lanes):
-    texts = [f"text {n}" for n in range(200)]
-    path = write_shard(tmp_path / "a.json", [*texts[:100], b"bad", b"bad", *texts[100:]])
-    allowed = data_config(path, max_bad_fraction=0.01)
-    for number in range(lanes):
-        _epoch_tokens(make_lane(allowed, lanes, number))
-        with pytest.raises(SourceError, match=r"a\.json: 2 of 202 lines are bad, .*; line 102 is not JSON\. Repair"):
-            _epoch_tokens(make_lane(data_config(path, max_bad_fraction=0.009), lanes, number))
-
-
-def test_the_stop_comes_after_the_same_blocks_also_when_resumed(tmp_path):
-    path = write_shard(tmp_path / "a.json", [*[f"text {n}" for n in range(1200)], *[b"bad"] * 30])
-    config = data_config(path, max_bad_fraction=0.01)
-
-    def blocks_until_stop(state=None):
-        lane, blocks, states = make_lane(config, 1, 0, state), [], []
-        with pytest.raises(SourceError, match=r"of 12\d\d lines are bad"):
-            while True:
-                states.append(lane.state())
-                blocks.append(lane.next_block().tolist())
-        with pytest.raises(SourceError):  # and again
-            lane.next_block()
-        return blocks, states
-
-    blocks, states = blocks_until_stop()
-    assert len(blocks) > 200
-    for at in (100, len(blocks) - 1):
-        assert blocks_until_stop(states[at])[0] == blocks[at:]
-
-
-def test_a_truncated_shard_goes_on_in_the_next(tmp_path):
-    written = write_shards(tmp_path, 2, 2000)
-    first = tmp_path / "part-00000.json.gz"
-    first.write_bytes(first.read_bytes()[:-3000])
-    lane = make_lane(data_config(tmp_path / "*.gz", shuffle_documents=64), 1, 0)
-    found = documents_in(_epoch_tokens(lane))
-    assert set(written[1]) <= set(found)
-    assert 1500 < len(set(written[0]) & set(found)) < 2000
-    assert lane.state()["skipped"] == {"truncated": 1}
 
 
 def test_states_that_do_not_fit_are_refused(tmp_path):

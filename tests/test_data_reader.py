@@ -120,24 +120,6 @@ def test_only_bad_lines_are_surely_bad(entry):
         assert kind in BAD
 
 
-def test_too_many_bad_lines_are_a_clear_stop(tmp_path):
-    texts = some_texts(99)
-    path = write_shard(tmp_path / "a.json", [*texts[:50], b"rubbish", *texts[50:]])
-    assert list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=0.01))) == texts
-    with pytest.raises(SourceError, match=r"a\.json: 1 of 51 lines are bad, .*line 51 is not JSON"):
-        list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=0.0)))
-    write_shard(path, [*texts[:40], b"rubbish", b'{"text": 1}', *texts[40:]])
-    with pytest.raises(SourceError, match=r'2 of 101 lines are bad, .*line 42 has a "text" that is no string'):
-        list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=0.01)))
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
-def test_a_page_instead_of_a_shard(tmp_path, name):
-    (tmp_path / name).write_bytes(b"<!DOCTYPE html>\n<html>\n<body>Log in</body>\n</html>\n")
-    with pytest.raises(SourceError, match=r"4 of 4 lines are bad, .*line 4 is HTML"):
-        list(iter_texts(str(tmp_path / name), split="train", config=data_config(tmp_path / name)))
-
-
 def test_an_unreadable_file(tmp_path):
     with pytest.raises(SourceError, match=r"gone\.json cannot be read \(No such file"):
         ShardLines(Shard("gone.json", str(tmp_path / "gone.json")), max_line_bytes=9, timeout_seconds=1.0)

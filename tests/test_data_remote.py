@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import random
+import re
+import threading
 import time
 from email.utils import formatdate
 
 import pytest
 
-from relora_mora.data import iter_texts, pin_revision, resolve_shards, retry
+from relora_mora.data import iter_texts, pin_revision, remote, resolve_shards, retry
 from relora_mora.data.remote import RemoteBytes
-from relora_mora.data.retry import RETRIES, TransientError, retry_after_seconds, retrying
+from relora_mora.data.retry import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, RETRIES, TransientError, retry_after_seconds, retrying
 from relora_mora.data.sources import Shard, SourceError
 from tests.data_tools import data_config, documents_in, make_lane, some_texts, write_shard, write_shards
 from tests.faulty_server import COMMIT, FAULTS, serving
@@ -51,15 +54,44 @@ def test_no_fault(tmp_path, shard, ranges, etag):
 
 # the two that wait for a second or more: once is enough
 @pytest.mark.parametrize(
-    "fault,ranges", [(fault, ranges) for fault in FAULTS for ranges in (True, False) if ranges or fault not in WAITING]
+    "fault,ranges", [(fault, ranges) for fault in FAULTS for ranges in (True, False) if ranges or fault not in (*WAITING, "cut_range")]
 )
 def test_each_fault_once_at_the_start_and_once_later(tmp_path, shard, fault, ranges):
-    before = RETRIES.retries
-    at = {"cut_range": (1, 2), "short": (0, 2)}.get(fault, (0, 1))
+    before, began = RETRIES.retries, time.monotonic()
+    at = {"cut_range": (1, 2), "short": (0, 2), "no_length": (0, 2)}.get(fault, (0, 1))
     with serving(tmp_path, lambda n: "reset" if fault == "cut_range" and n == 0 else fault if n in at else None, ranges=ranges) as server:
-        assert _read(server, timeout_seconds=4.0) == shard.read_bytes()
+        assert _read(server, timeout_seconds=4.0 if fault == "stall" else 60.0) == shard.read_bytes()
         assert server.faults.count(fault) == 2
-    assert RETRIES.retries > before or fault == "short" or (fault == "cut_range" and not ranges)
+    assert RETRIES.retries - before == 2 + (fault == "cut_range")  # each counted, and the reset before
+    if fault == "429":
+        assert time.monotonic() - began > 2  # Retry-After: 1, twice
+
+
+def test_a_connection_that_never_gets_far_is_read_in_smaller_pieces(tmp_path, shard):
+    body = shard.read_bytes()[:60_000]
+    shard.write_bytes(body)
+    with serving(tmp_path, lambda n: "few") as server:
+        assert _read(server) == body
+        assert len(server.requests) > 60_000 / 3000
+
+
+def test_a_server_that_comes_up_late(tmp_path, shard):
+    with serving(tmp_path) as server:
+        port = server.server_address[1]
+    late = threading.Event()
+
+    def serve():
+        with serving(tmp_path, port=port):
+            late.wait(10)
+
+    timer, before = threading.Timer(0.3, serve), RETRIES.retries
+    timer.start()
+    try:
+        assert _read(server) == shard.read_bytes()  # connections are refused at first
+    finally:
+        late.set()
+        timer.join()
+    assert RETRIES.retries - before > 3
 
 
 @pytest.mark.parametrize("suffix", [".json.gz", ".jsonl.zst"])
@@ -71,17 +103,22 @@ def test_a_compressed_shard_that_misses_its_end_doubts_agreeing_answers(tmp_path
         assert list(iter_texts(config.train, split="train", config=config)) == texts
 
 
-def test_faults_at_random_leave_the_stream_of_tokens_as_it_is(tmp_path):
-    write_shards(tmp_path, 12, 100)
-    clean = make_lane(data_config(tmp_path / "*.gz"), 1, 0)
-    expected = [clean.next_block().tolist() for _ in range(4000)]  # more than an epoch
-    rng = random.Random(0)
-    faults = [fault for fault in FAULTS if fault not in WAITING]
-    with serving(tmp_path, lambda n: rng.choice(faults) if rng.random() < 0.3 else None) as server:
-        lane = make_lane(data_config(f"{server.url}/part-{{00000..00011}}.json.gz"), 1, 0)
-        assert [lane.next_block().tolist() for _ in range(4000)] == expected
-        assert len(server.faults) >= 8
-    assert lane.state()["epoch"] >= 1
+def test_faults_at_a_tenth_of_the_requests_leave_the_stream_of_tokens_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "STALL_SECONDS", 0.2)
+    names = [f"{n}{suffix}" for n in range(20) for suffix in (".json", ".json.gz", ".jsonl.zst")]
+    for seed, name in enumerate(names):
+        write_shard(tmp_path / name, some_texts(12, seed=seed))
+    blocks = 6000  # more than an epoch
+    clean = make_lane(data_config([f"{tmp_path}/{name}" for name in names]), 1, 0)
+    expected = [clean.next_block().tolist() for _ in range(blocks)]
+    rng, kinds, before = random.Random(0), itertools.cycle(FAULTS), RETRIES.retries
+    with serving(tmp_path, lambda n: next(kinds) if rng.random() < 0.1 else None) as server:
+        server.stall_seconds, server.retry_after["429"] = 0.5, "0"
+        lane = make_lane(data_config([f"{server.url}/{name}" for name in names]), 1, 0)
+        assert [lane.next_block().tolist() for _ in range(blocks)] == expected
+        assert 0.05 < len(server.faults) / len(server.requests) < 0.15 and set(server.faults) == set(FAULTS)
+        assert RETRIES.retries - before >= len(server.faults) - 1  # the last one may not be met yet
+    assert lane.state()["epoch"] >= 1 and not lane.state()["skipped"]
 
 
 def test_a_server_that_stays_away(tmp_path, shard):
@@ -130,6 +167,47 @@ def test_a_truncated_and_a_corrupt_shard_over_http(tmp_path):
     assert texts == [str(n) for n in range(len(texts))] and 10_000 < len(texts) < 20_000
 
 
+@pytest.mark.parametrize("suffix", [".json.gz", ".jsonl.zst"])
+def test_damage_does_not_pass_and_is_not_asked_for_again(tmp_path, suffix):
+    path = write_shard(tmp_path / f"a{suffix}", [f"{random.Random(n).random()} {text}" for n, text in enumerate(some_texts(12_000))])
+    before, settings = RETRIES.retries, {"sequence_length": 4096, "max_bad_fraction": 0.5}
+    with serving(tmp_path, lambda n: "corrupt" if n == 0 else None) as server:
+        lane = make_lane(data_config(f"{server.url}/a{suffix}", **settings), 1, 0)
+        while lane.state()["epoch"] < 1:
+            lane.next_block()
+    assert RETRIES.retries == before and lane.state()["skipped"]["corrupt"] == 1
+    damage = rf"http\S+/a{suffix}: line \d+ is where the compressed shard is damaged; what follows is lost; skipped"
+    assert any(re.fullmatch(damage, note) for note in lane.notes)
+    body = path.read_bytes()  # the same bytes on a disk: the same decision
+    path.write_bytes(body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 255]) + body[len(body) // 2 + 1 :])
+    local = make_lane(data_config(path, **settings), 1, 0)
+    while local.state()["epoch"] < 1:
+        local.next_block()
+    assert local.state() == lane.state()
+
+
+def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):
+    monkeypatch.undo()  # of the short waits
+
+    def waits_of(failures):
+        waits, left = [], iter(range(failures))
+        before, state = RETRIES.retries, random.getstate()
+
+        def ask():
+            if next(left, None) is not None:
+                raise TransientError("busy")
+
+        retrying(ask, "a", 1e6, sleep=waits.append)
+        assert RETRIES.retries - before == failures and random.getstate() == state
+        return waits
+
+    waits, others = waits_of(12), waits_of(12)
+    for attempt, wait in enumerate(waits, 1):
+        bound = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt)
+        assert bound / 4 <= wait <= bound
+    assert not set(waits) & set(others)
+
+
 def test_retry_after_is_honoured_and_read():
     waits = []
     answers = iter([TransientError("busy", 7.0), TransientError("busy"), TransientError("busy", 1e9)])
@@ -144,7 +222,7 @@ def test_retry_after_is_honoured_and_read():
     assert waits[0] == 7.0 and waits[1] < 1 and 99 < waits[2] <= 100
     assert retry_after_seconds({"Retry-After": "12"}) == 12
     assert 50 < retry_after_seconds({"Retry-After": formatdate(time.time() + 60, usegmt=True)}) <= 61
-    assert retry_after_seconds({}) == retry_after_seconds({"Retry-After": "soon"}) == 0
+    assert retry_after_seconds({}) == retry_after_seconds({"Retry-After": "soon"}) == retry_after_seconds({"Retry-After": "\xb2"}) == 0
 
 
 class TestHub:

@@ -137,7 +137,10 @@ def test_the_readme_shows_the_message_that_the_program_gives(monkeypatch: pytest
 
 
 def test_metrics_that_are_described_are_written_and_the_other_way_round() -> None:
-    sources = "".join((ROOT / "relora_mora" / file).read_text() for file in ("trainer.py", "evaluate.py"))
+    sources = "".join(
+        (ROOT / "relora_mora" / file).read_text()
+        for file in ("trainer/trainer.py", "trainer/report.py", "trainer/rollback.py", "evaluate.py")
+    )
     written = set(re.findall(r'"((?:train|perf|merge|checkpoint)/[a-z_]+)', sources)) - {"train/lr_"}
     table = (ROOT / "README.md").read_text().partition("| tag |")[2].partition("\n\n")[0]
     described = set(re.findall(r"`((?:train|perf|merge|checkpoint)/[a-z_]+)", table))

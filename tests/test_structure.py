@@ -11,6 +11,8 @@ PACKAGE = ROOT / "relora_mora"
 ORDER = [
     "config",
     "cli",
+    "guard",
+    "kernels",
     "operators",
     "schedule",
     "tokenizer",
@@ -23,6 +25,7 @@ ORDER = [
     "plan",
     "hardware",
     "metrics",
+    "health",
     "zero",
     "cycle",
     "checkpoint",
@@ -30,6 +33,7 @@ ORDER = [
     "export",
     "build",
     "trainer",
+    "benchmark",
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import os
 import pickle
@@ -11,9 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,31 +30,17 @@ from relora_mora.tokenizer import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from tests.helpers import ROOT, SHARED, needs_shared
+from tests.helpers import SHARED, needs_shared
+from tests.tokenizer_tools import own_text, training
 
-
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_tokenizer", ROOT / "tokenizer" / "train.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-training = _script()
 EOS = 2
-
-
-def _own_text() -> list[str]:
-    """Enough text for a small vocabulary wherever the tests run: the project's own sources."""
-    return [path.read_text(encoding="utf-8") for folder in ("relora_mora", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained tokenizer of 1,000 ids, as tokenizer/train.py writes it."""
     out = tmp_path_factory.mktemp("tokenizer") / "trained"
-    documents = _own_text()
+    documents = own_text()
     training.write(training.train(documents, vocab_size=1000, character_coverage=0.9995), out, documents)
     return out
 
@@ -150,7 +133,7 @@ def test_fingerprint_follows_the_vocabulary(folder: Path, tmp_path: Path) -> Non
     fingerprints = {tokenizer_fingerprint(path) for path in (folder, folder / MODEL_FILE, tmp_path / "export")}
     assert len(fingerprints) == 1
     other = tmp_path / "other"
-    training.write(training.train(_own_text(), vocab_size=999, character_coverage=0.9995), other, ["x"])
+    training.write(training.train(own_text(), vocab_size=999, character_coverage=0.9995), other, ["x"])
     assert tokenizer_fingerprint(other) not in fingerprints
 
 
@@ -230,9 +213,22 @@ def test_what_is_no_tokenizer_is_explained(tmp_path: Path) -> None:
             assert "expected a folder with tokenizer.model" in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [b"[]", b"{", bytes(range(256)), b"{}", b'{"model": {"vocab": 3}}'])
+def test_a_damaged_tokenizer_json_is_named(folder: Path, tmp_path: Path, content: bytes) -> None:
+    alone, beside = tmp_path / "alone", shutil.copytree(folder, tmp_path / "beside")
+    alone.mkdir()
+    is_object = content.endswith(b"}")  # of which the fingerprint alone asks nothing
+    for path, functions in ((alone, [load_tokenizer]), (beside, [load_tokenizer, tokenizer_fingerprint])):
+        (path / "tokenizer.json").write_bytes(content)
+        for function in functions if is_object else (load_tokenizer, tokenizer_fingerprint):
+            with pytest.raises(TokenizerError) as caught:
+                function(path)
+            assert str(path) in str(caught.value)
+
+
 def test_a_model_without_an_end_is_refused(tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_own_text()[0].splitlines()), model_prefix=str(tmp_path / "x"), vocab_size=320, model_type="bpe",
+        sentence_iterator=iter(own_text()[0].splitlines()), model_prefix=str(tmp_path / "x"), vocab_size=320, model_type="bpe",
         byte_fallback=True, eos_id=-1, normalization_rule_name="identity", minloglevel=2,
     )  # fmt: skip
     with pytest.raises(TokenizerError, match="no end-of-document token"):
@@ -261,92 +257,3 @@ def test_loading_is_silent_and_offline(folder: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY")}
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-# --- training ---
-
-
-def test_lines_are_fed_whole_or_cut_before_a_space() -> None:
-    line = "word " * 3000
-    fed = list(training.sentences(["a\nb\r\n\n c\0d\u2581e\u2585f", line, "x" * 3000]))
-    assert fed[:7] == ["a", "b\r", " c", "d", "e", "f", fed[6]]
-    assert "".join(fed[6:-3]) == line
-    assert "".join(fed[-3:]) == "x" * 3000
-    assert max(len(sentence.encode()) for sentence in fed) <= training.SENTENCE_BYTES
-    assert all(sentence.startswith(" word") for sentence in fed[7:-4])
-
-
-def test_long_documents_are_trained_on() -> None:
-    """Fed as they are, both would be dropped without a word and the vocabulary would be empty."""
-    documents = [("unmistakable\nevidence\n" * 500), "unmistakable evidence " * 500]
-    assert all(len(text) > training.SENTENCE_BYTES for text in documents)
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=training.train(documents, vocab_size=310))
-    assert pieces.encode("unmistakable evidence", out_type=str) == ["unmistakable", "▁evidence"]
-
-
-def test_sample_is_bounded_seeded_and_uniform() -> None:
-    def texts() -> Iterator[str]:
-        yield from (f"{number:04}" for number in range(1000))
-
-    all_of_it, read = training.sample(texts(), max_bytes=4000, seed=0)
-    assert (all_of_it, read) == (list(texts()), 1000)
-    first, read = training.sample(texts(), max_bytes=401, seed=0)
-    assert (len(first), read) == (100, 1000)
-    assert first == sorted(first)
-    assert first == training.sample(texts(), max_bytes=401, seed=0)[0] != training.sample(texts(), max_bytes=401, seed=1)[0]
-    counts = [0] * 10
-    for seed in range(50):
-        for text in training.sample(texts(), max_bytes=400, seed=seed)[0]:
-            counts[int(text) // 100] += 1
-    assert all(400 < count < 600 for count in counts), counts  # 500 expected in each tenth; 100 is more than 4 deviations
-    assert training.sample(iter(["x" * 50, "é" * 5, "y"]), max_bytes=11, seed=0)[0] == ["é" * 5, "y"]
-    assert training.sample(iter([]), max_bytes=1, seed=0) == ([], 0)
-
-
-def test_training_is_the_same_whatever_the_threads() -> None:
-    def pieces(threads: int) -> list[tuple[str, float]]:
-        model = sentencepiece.SentencePieceProcessor(
-            model_proto=training.train(_own_text(), vocab_size=900, character_coverage=0.9995, threads=threads)
-        )
-        return [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
-
-    assert pieces(1) == pieces(3)
-
-
-def test_vocabulary_that_does_not_fit_the_text_is_explained() -> None:
-    with pytest.raises(TokenizerError, match=r"--vocab_size=1000: this text has only (\d+) different pieces") as caught:
-        training.train(["hello world, hello"], vocab_size=1000)
-    most = int(str(caught.value).split("only ")[1].split()[0])
-    assert len(sentencepiece.SentencePieceProcessor(model_proto=training.train(["hello world, hello"], vocab_size=most))) == most
-    with pytest.raises(TokenizerError, match=r"--vocab_size=262: the characters .* are \d+ pieces"):
-        training.train(["hello world, hello"], vocab_size=262)
-    with pytest.raises(TokenizerError, match="no line of this text"):
-        training.train(["\n\n", ""], vocab_size=300)
-
-
-def test_training_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with gzip.open(tmp_path / "text.json.gz", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in _own_text())
-    out = tmp_path / "new" / "tokenizer"
-    wanted = {"data": str(tmp_path / "*.json.gz"), "out": str(out), "vocab_size": 700, "character_coverage": 0.999}
-    training.main(**wanted)
-    assert "700 token ids" in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
-    assert [path.name for path in out.parent.iterdir()] == ["tokenizer"]
-    assert vocabulary_size(load_tokenizer(out)) == 700
-    with pytest.raises(TokenizerError, match="something is there already"):
-        training.main(**wanted)
-    for change, message in [
-        ({"vocab_size": 259}, "are 259; give a larger one"),
-        ({"max_bytes": 0}, "at least one byte"),
-        ({"max_bytes": 5}, r"none of its \d+ documents fits"),
-        ({"character_coverage": 1.5}, "between 0.9 and 1"),
-        ({"threads": 0}, "at least 1"),
-        ({"data": " "}, "no source"),
-    ]:
-        with pytest.raises(TokenizerError, match=message):
-            training.main(**(wanted | {"out": str(tmp_path / "other")} | change))
-    training.main(
-        **(wanted | {"out": str(tmp_path / "other"), "data": f"[{tmp_path}/text.json.gz]", "max_documents": 3, "vocab_size": 420})
-    )
-    assert "training on 3 of the 3 documents read" in capsys.readouterr().out

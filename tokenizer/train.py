@@ -12,19 +12,14 @@ import io
 import os
 import random
 import re
-import tempfile
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-import yaml
-
-from relora_mora.cli import run
-from relora_mora.config import DataConfig, parse_yaml
-from relora_mora.data import iter_texts
+from relora_mora.cli import new_folder, run
 from relora_mora.tokenizer import HARD_TEXTS, MODEL_FILE, TokenizerError, encode, load_tokenizer, open_sentencepiece, save_tokenizer
 
 # sentencepiece silently drops a longer "sentence": two thirds of a web corpus if whole documents are fed
@@ -34,6 +29,8 @@ _CUT = re.compile("[\n\0\u2581\u2585]")
 _LINE_CHARACTERS = SENTENCE_BYTES // 4  # UTF-8 takes at most 4 bytes
 _CHECKED_DOCUMENTS = 1000
 _META_PIECES = 3 + 256  # unk, bos, eos, bytes
+_MOST_PIECES = 10_000_000
+_MOST_THREADS = 512
 
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
@@ -78,23 +75,27 @@ def main(
         threads: threads of the training (the result does not depend on it); default: one per core, at most 16
         revision: of sources on the hub
     """
+    from relora_mora.config import DataConfig
+    from relora_mora.data import iter_texts
+
     started = time.monotonic()
-    target = Path(out)
-    _check_settings(target, vocab_size, max_documents, max_bytes, character_coverage, threads)
+    _check_settings(vocab_size, max_documents, max_bytes, character_coverage, threads)
     sources = _sources(data)
     config = DataConfig(train=sources, validation=sources, revision=revision)
-    texts = iter_texts(sources, split="train", config=config)
-    documents, read = sample(texts if max_documents == 0 else islice(texts, max_documents), max_bytes=max_bytes, seed=seed)
-    if not documents:
-        what = "no text in it" if not read else f"none of its {read:,} documents fits into --max_bytes={max_bytes}"
-        raise TokenizerError(f"{data}: {what}; give a source with text to train on")
-    sampled = sum(len(text.encode()) for text in documents)
-    print(f"training on {len(documents):,} of the {read:,} documents read, {sampled / 1e6:,.1f} MB", flush=True)
-    model = train(documents, vocab_size=vocab_size, character_coverage=character_coverage, threads=threads)
-    bytes_per_token = write(model, target, documents[:: len(documents) // _CHECKED_DOCUMENTS + 1])
+    with new_folder(Path(out)) as folder:
+        texts = iter_texts(sources, split="train", config=config)
+        limit = min(max_documents, sys.maxsize) or None
+        documents, read = sample(islice(texts, limit), max_bytes=max_bytes, seed=seed)
+        if not documents:
+            what = "no text in it" if not read else f"none of its {read:,} documents fits into --max_bytes={max_bytes}"
+            raise TokenizerError(f"{data}: {what}; give a source with text to train on")
+        sampled = sum(len(text.encode()) for text in documents)
+        print(f"training on {len(documents):,} of the {read:,} documents read, {sampled / 1e6:,.1f} MB", flush=True)
+        model = train(documents, vocab_size=vocab_size, character_coverage=character_coverage, threads=threads)
+        bytes_per_token = write(model, folder, documents[:: len(documents) // _CHECKED_DOCUMENTS + 1])
     print(
-        f"wrote {target}: {vocab_size:,} token ids, {bytes_per_token:.2f} bytes per token, {time.monotonic() - started:.1f} s\n"
-        f"use it with --tokenizer.path={target} and a model whose vocab_size is at least {vocab_size}"
+        f"wrote {out}: {vocab_size:,} token ids, {bytes_per_token:.2f} bytes per token, {time.monotonic() - started:.1f} s\n"
+        f"use it with --tokenizer.path={out} and a model whose vocab_size is at least {vocab_size}"
     )
 
 
@@ -134,6 +135,8 @@ def sentences(documents: Iterable[str]) -> Iterator[str]:
 
 def train(documents: Iterable[str], *, vocab_size: int, character_coverage: float = 0.99995, threads: int | None = None) -> bytes:
     """The content of a ``tokenizer.model``. Raises TokenizerError when the text and ``vocab_size`` do not fit together."""
+    import sentencepiece
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -144,35 +147,29 @@ def train(documents: Iterable[str], *, vocab_size: int, character_coverage: floa
             num_threads=threads or min(16, os.cpu_count() or 1),
             **SETTINGS,
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise TokenizerError(_explain(str(error), vocab_size)) from error
     return model.getvalue()
 
 
 def write(model: bytes, out: Path, documents: list[str]) -> float:
-    """Checks the model on the documents and on hard texts, then writes the folder whole; returns UTF-8 bytes per token."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-        file = Path(folder, MODEL_FILE)
-        file.write_bytes(model)
-        tokenizer, reference = load_tokenizer(file), open_sentencepiece(file)
-        ids = encode(tokenizer, [*documents, *HARD_TEXTS])
-        for text, found in zip([*documents, *HARD_TEXTS], ids, strict=True):
-            exact = text.replace("\u2581", " ")  # sentencepiece's mark for a space, the one character that is lost
-            if found != reference.encode(text) or tokenizer.decode(found) != exact:
-                raise TokenizerError(
-                    f"{out}: the trained tokenizer is not exact for the text {text[:80]!r}; update sentencepiece and transformers"
-                )
-        complete = Path(folder, "complete")
-        save_tokenizer(tokenizer, complete)
-        complete.chmod(0o755)
-        complete.rename(out)  # replaces an empty folder
+    """Writes the folder, having checked the model on the documents and on hard texts; returns UTF-8 bytes per token."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / MODEL_FILE
+    file.write_bytes(model)
+    tokenizer, reference = load_tokenizer(file), open_sentencepiece(file)
+    ids = encode(tokenizer, [*documents, *HARD_TEXTS])
+    for text, found in zip([*documents, *HARD_TEXTS], ids, strict=True):
+        exact = text.replace("\u2581", " ")  # sentencepiece's mark for a space, the one character that is lost
+        if found != reference.encode(text) or tokenizer.decode(found) != exact:
+            raise TokenizerError(f"the trained tokenizer is not exact for the text {text[:80]!r}; update sentencepiece and transformers")
+    save_tokenizer(tokenizer, out)
     return sum(len(text.encode()) for text in documents) / max(1, sum(len(found) for found in ids[: len(documents)]))
 
 
-def _check_settings(out: Path, vocab_size: int, max_documents: int, max_bytes: int, character_coverage: float, threads: int | None) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise TokenizerError(f"{out}: something is there already; remove it or choose another --out")
+def _check_settings(vocab_size: int, max_documents: int, max_bytes: int, character_coverage: float, threads: int | None) -> None:
+    if vocab_size > _MOST_PIECES:
+        raise TokenizerError(f"--vocab_size={vocab_size}: give at most {_MOST_PIECES}, e.g. 32000")
     if vocab_size <= _META_PIECES:
         raise TokenizerError(
             f"--vocab_size={vocab_size}: unk, bos, eos and the 256 bytes alone are {_META_PIECES}; give a larger one, e.g. 32000"
@@ -183,8 +180,8 @@ def _check_settings(out: Path, vocab_size: int, max_documents: int, max_bytes: i
         )
     if not 0.9 <= character_coverage <= 1:
         raise TokenizerError(f"--character_coverage={character_coverage}: give a fraction between 0.9 and 1, e.g. 0.9995")
-    if threads is not None and threads < 1:
-        raise TokenizerError(f"--threads={threads}: give at least 1, or leave it out")
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise TokenizerError(f"--threads={threads}: give at least 1 and at most {_MOST_THREADS}, or leave it out")
 
 
 def _sources(data: str) -> str | list[str]:
@@ -192,6 +189,10 @@ def _sources(data: str) -> str | list[str]:
     if not data.strip():
         raise TokenizerError("--data: no source; give a path, a glob, a url, hub:OWNER/NAME/PATTERN or allenai/c4")
     if data.startswith("["):
+        import yaml
+
+        from relora_mora.config import parse_yaml
+
         try:
             given = parse_yaml(data)
         except yaml.YAMLError:

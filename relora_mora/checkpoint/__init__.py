@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, written in the background, readable on any world size and ZeRO stage."""
 
-from relora_mora.checkpoint.layout import CheckpointError, Manifest, list_checkpoints, read_manifest
+from relora_mora.checkpoint.layout import CheckpointError, Manifest, read_manifest
+from relora_mora.checkpoint.places import list_checkpoints
 from relora_mora.checkpoint.reader import CheckpointReader, changed_settings, newest_whole, verify
 from relora_mora.checkpoint.writer import CheckpointWriter
 

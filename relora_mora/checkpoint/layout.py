@@ -13,23 +13,29 @@
 A tensor of a state file is a piece of one parameter: its key is ``kind|name|start`` with the kind master, exp_avg or
 exp_avg_sq, the parameter's name, and the place of the first element in the flattened parameter. A reader puts pieces
 together for any world size and ZeRO stage. Base files are shared between checkpoints by hard links until a merge
-changes the base. A folder without a manifest, or with a name that ends in ``.tmp``, is no checkpoint. Nothing is pickled.
+changes the base. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import xxhash
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
 FORMAT, VERSION = "relora_mora checkpoint", 1
 MANIFEST, LATEST = "manifest.json", "latest"
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]  # also exact as a float
 
 
 class CheckpointError(ValueError):
@@ -38,80 +44,98 @@ class CheckpointError(ValueError):
     same_on_all_ranks = True
 
 
+def _inside(name: str) -> str:
+    if not name.isprintable() or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError("not a path inside the checkpoint")
+    return name
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """One file of a checkpoint, as the manifest lists it."""
 
-    bytes: int
-    xxh3_128: str
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    bytes: Count
+    xxh3_128: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Everything of a checkpoint that is no tensor."""
 
-    step: int
-    merges_done: int
-    operator: int | None
-    world_size: int
-    zero_stage: int
-    bf16: bool
-    group_steps: dict[str, int]  # Adam's step count per parameter group
-    parameters: dict[str, list[int]]  # trainable parameters and their shapes
-    frozen: dict[str, list[int]]  # frozen parameters and their shapes
-    config: dict[str, Any]
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    step: Count
+    merges_done: Count
+    operator: Count | None
+    world_size: Annotated[Count, Field(ge=1)]
+    zero_stage: Count
+    bf16: StrictBool
+    group_steps: dict[str, Count]  # Adam's step count per parameter group
+    parameters: dict[str, list[Count]]  # trainable parameters and their shapes
+    frozen: dict[str, list[Count]]  # frozen parameters and their shapes
+    config: dict[str, dict[str, Any]]
     model_config: dict[str, Any]
     tokenizer_fingerprint: str
     data_fingerprint: str
     data_state: dict[str, Any]
     counters: dict[str, Any]  # what the run has counted so far: tokens, skipped steps, ...
-    files: dict[str, FileEntry]
+    files: dict[Annotated[str, AfterValidator(_inside)], FileEntry]
 
     def dump(self) -> str:
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
+        """As JSON, with the checksum of its content: every other file has one in here."""
+        values = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
+        return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
+
+    def numel(self, name: str) -> int:
+        """Elements of a trainable or frozen parameter."""
+        return math.prod(self.parameters[name] if name in self.parameters else self.frozen[name])
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def content_checksum(values: dict[str, Any]) -> str:
+    """xxh3-128 of JSON values without regard to spaces and the order of keys."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads a manifest; raises :class:`CheckpointError` where there is none, or one of another format or version."""
+    """Reads a manifest; raises :class:`CheckpointError` where there is none, a damaged one, or one of another format or version."""
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        regular = stat.S_ISREG(path.stat().st_mode)
+        content = path.read_bytes() if regular else b""
     except OSError as error:
         raise CheckpointError(
             f"{folder}: no checkpoint ({MANIFEST}: {error.strerror}); give a folder such as RUN/checkpoints/step-00001000"
         ) from error
-    except ValueError as error:
+    if not regular:
+        raise CheckpointError(f"{path}: damaged, it is not a file; use an older checkpoint")
+    try:
+        values = json.loads(content)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: not the manifest of a {FORMAT}; give a folder such as RUN/checkpoints/step-00001000")
+        whole = values.pop("checksum", None) == content_checksum(values)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged, it is not JSON ({error}); use an older checkpoint") from error
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{path}: not the manifest of a {FORMAT}; give a folder such as RUN/checkpoints/step-00001000")
+    if not whole:
+        raise CheckpointError(f"{path}: damaged, its checksum is not that of its content; use an older checkpoint")
+    return _checked(path, values)
+
+
+def _checked(path: Path, values: dict[str, Any]) -> Manifest:
     version = values.pop("version", None)
     if version != VERSION:
         raise CheckpointError(f"{path}: format version {version}, this program reads version {VERSION}; use the release that wrote it")
+    del values["format"]
     try:
-        values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
-        return Manifest(**values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: damaged, its fields are not those of version {VERSION} ({error}); use an older checkpoint"
-        ) from error
-
-
-def step_folder(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint folder's name, None for other names."""
-    name = folder.name
-    return int(name[5:]) if name.startswith("step-") and name[5:].isdigit() else None
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders below ``checkpoints/`` that are named like checkpoints, newest first; whether they are whole is not checked."""
-    if not folder.is_dir():
-        return []
-    found = [(step, path) for path in folder.iterdir() if path.is_dir() and (step := step_of(path)) is not None]
-    return [path for _, path in sorted(found, reverse=True)]
+        return _MANIFEST.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{path}: damaged, {where}: {first['msg']}; use an older checkpoint") from error
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -126,17 +150,22 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
-    """What is wrong with the named files of a checkpoint: the first that is missing, too short or altered."""
+    """What is wrong with the named files of a checkpoint: the first that is missing, no file, outside, too short or altered."""
+    root = folder.resolve()
     for name in names:
-        expected = manifest.files[name]
+        path, expected = folder / name, manifest.files[name]
         try:
-            found = file_entry(folder / name)
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                return f"{name}: not a file"
+            if not path.resolve().is_relative_to(root):
+                return f"{name}: a link that leads out of the checkpoint"
+            if status.st_size != expected.bytes:
+                return f"{name}: {status.st_size} bytes, expected {expected.bytes}"
+            if file_entry(path) != expected:
+                return f"{name}: its checksum is not the one in {MANIFEST}"
         except OSError as error:
             return f"{name}: {error.strerror}"
-        if found.bytes != expected.bytes:
-            return f"{name}: {found.bytes} bytes, expected {expected.bytes}"
-        if found != expected:
-            return f"{name}: its checksum is not the one in {MANIFEST}"
     return None
 
 
@@ -152,9 +181,14 @@ def sync_folder(folder: Path) -> None:
 def write_synced(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)

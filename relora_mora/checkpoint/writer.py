@@ -1,44 +1,52 @@
 """Writes checkpoints in the background, whole or not at all.
 
 Training stands still only while the state is copied to host memory. Then every rank's thread writes its own files below
-``step-N.tmp`` and, last, a done-file with their sizes and checksums; rank 0's thread waits for all done-files, writes
-the manifest and renames the folder. No collective is used, so a slow disk cannot mix with the collectives of training.
+``step-N.JOB-ATTEMPT.tmp`` and tells rank 0 their sizes and checksums, or why it failed. Rank 0's thread waits for all ranks,
+writes the manifest and renames the folder; after a failure it removes it. No collective is used, so a slow disk cannot
+mix with the collectives of training.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from relora_mora.checkpoint.layout import (
-    LATEST,
-    MANIFEST,
-    FileEntry,
-    Manifest,
-    file_entry,
+from relora_mora.checkpoint.board import Board
+from relora_mora.checkpoint.layout import LATEST, MANIFEST, FileEntry, Manifest, write_synced
+from relora_mora.checkpoint.part import Part
+from relora_mora.checkpoint.places import (
+    NEW,
+    TEMPORARY,
+    discard,
     list_checkpoints,
+    list_new,
+    put_in_place,
+    remove,
     step_folder,
-    sync_folder,
-    write_synced,
+    step_of,
 )
+from relora_mora.checkpoint.reader import verify
 from relora_mora.cycle import Base
-from relora_mora.zero import MOMENTS, ZeroEngine
+from relora_mora.zero import ZeroEngine, from_first_rank
 
-POLL_SECONDS = 0.05
+NAMED_RANKS = 3  # of those that failed
 
 
 class CheckpointWriter:
-    """One per rank. ``keep_last`` newest checkpoints stay, and those whose step is a multiple of ``keep_every_steps``."""
+    """One per rank, made by all ranks together. ``keep_last`` newest checkpoints stay, and those whose step is a multiple of
+    ``keep_every_steps``.
+
+    ``report`` gets a line for each save that failed, on rank 0. ``last_failure`` is None where the last save went well; on
+    other ranks than the first it knows only of this rank's part.
+    """
 
     def __init__(
         self,
@@ -52,44 +60,32 @@ class CheckpointWriter:
         report: Callable[[str], None],
         timeout_seconds: float = 1800.0,
     ) -> None:
-        self.folder, self.engine, self.base = folder, engine, base
+        self.folder, self.rank, self.world_size = folder, engine.rank, engine.world_size
         self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
         self.merge_states, self.report, self.timeout_seconds = merge_states, report, timeout_seconds
         self.last_failure: str | None = None
+        self._part = Part(engine, base)
         self._thread: threading.Thread | None = None
         self._base_free = threading.Event()  # set while no write of the base is going on
         self._base_free.set()
-        self._base_at: tuple[int, Path] | None = None  # (merges done, file) of the newest base file of this rank
-        folder.mkdir(parents=True, exist_ok=True)
-        umask = os.umask(0)
-        os.umask(umask)
-        self._mode = 0o666 & ~umask
-        if engine.rank == 0:  # a done-file left by a killed run must not be taken for one of this run
-            for path in folder.glob("step-*.tmp"):
-                shutil.rmtree(path, ignore_errors=True)
-        engine.sum_over_ranks(0)  # nobody writes before that is done
+        self._attempt = 0
+        self._given_up: list[Path] = []  # folders of failed saves: a slow rank may still have written into one
+        self._job = from_first_rank(lambda: _prepared(folder))  # nobody writes before that is done
+        self._board = Board(self._job)
 
     def adopt_base(self, folder: Path, manifest: Manifest) -> None:
-        """After a resume: the base files of the checkpoint are this run's, if they were written by as many ranks."""
-        if manifest.world_size == self.engine.world_size:
-            self._base_at = manifest.merges_done, folder / self._base_name
-
-    @property
-    def _base_name(self) -> str:
-        return f"base-{self.engine.rank:05d}-of-{self.engine.world_size:05d}.safetensors"
-
-    @property
-    def _state_name(self) -> str:
-        return f"state-{self.engine.rank:05d}-of-{self.engine.world_size:05d}.safetensors"
+        """After a resume or a return to a checkpoint of this run: base files written from now on can be shared with it."""
+        self._part.adopt_base(folder, manifest)
 
     def save(self, manifest: Manifest, data_state: dict[str, Any], tokenizer: Path) -> float:
         """Starts a checkpoint of the present state and returns the seconds that training stood still for it.
 
-        ``manifest`` comes without files and data state; ``data_state`` is this rank's.
+        ``manifest`` comes without files and data state; ``data_state`` is this rank's. All ranks save the same steps.
         """
         begin = time.perf_counter()
         self.wait()
-        tensors = self._snapshot()
+        tensors = self._part.snapshot()
+        self._attempt += 1
         self._base_free.clear()
         self._thread = threading.Thread(target=self._run, args=(manifest, data_state, tensors, tokenizer), daemon=True, name="checkpoint")
         self._thread.start()
@@ -105,130 +101,98 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
 
-    def _snapshot(self) -> dict[str, Tensor]:
-        """This rank's pieces, copied to the host. At stage 0 every rank has everything, so each copies a share."""
-        engine, tensors = self.engine, {}
-        for index, shard in enumerate(engine.shards):
-            if engine.stage == 0 and index % engine.world_size != engine.rank:
-                continue
-            state = engine.state_of(shard.flat)
-            for kind, flat in [("master", shard.flat), *((kind, state[kind]) for kind in MOMENTS)]:
-                tensors[f"{kind}|{shard.name}|{shard.start}"] = shard.of(flat.detach()).to("cpu", copy=True)
-        return tensors
+    # ---- of the thread ----------------------------------------------------------------------------------------
 
     def _run(self, manifest: Manifest, data_state: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Path) -> None:
         final = self.folder / step_folder(manifest.step)
-        work = final.with_name(final.name + ".tmp")
+        # a rank of an earlier start, whose launcher was killed, may still be writing: not into this folder
+        work = final.with_name(f"{final.name}.{self._job[:8]}-{self._attempt}{TEMPORARY}")
+        message: dict[str, Any]
+        failure: str | None
         try:
-            try:
-                files = self._write_files(work, manifest, tensors, tokenizer)
-            finally:
-                self._base_free.set()
-            done = {"files": {name: asdict(entry) for name, entry in files.items()}, "data_state": data_state}
-            write_synced(work / f"done-{self.engine.rank:05d}.json", json.dumps(done))
-            if self.engine.rank == 0:
-                self._commit(work, final, manifest)
-            self.last_failure = None
+            files = self._part.write(work, final, manifest.merges_done, tensors, tokenizer)
+            message = {"files": {name: asdict(entry) for name, entry in files.items()}, "data_state": data_state}
         except Exception as error:
-            self.last_failure = f"checkpoint of step {manifest.step} failed on rank {self.engine.rank}: {error}"
-            self.report(self.last_failure)
-            self._say_failed(work)
-
-    def _write_files(self, work: Path, manifest: Manifest, tensors: dict[str, Tensor], tokenizer: Path) -> dict[str, FileEntry]:
-        work.mkdir(parents=True, exist_ok=True)
-        names = [self._write_tensors(work / self._state_name, tensors)] if tensors else []
-        if self.base.owned:
-            names.append(self._write_base(work / self._base_name, manifest.merges_done))
-        if self.engine.rank == 0:
-            for source in sorted(path for path in tokenizer.rglob("*") if path.is_file()):
-                target = work / "tokenizer" / source.relative_to(tokenizer)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _link(source, target)
-                names.append(target)
-        for path in names:
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-        for folder in {path.parent for path in names}:
-            sync_folder(folder)
-        return {str(path.relative_to(work)): file_entry(path) for path in names}
-
-    def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> Path:
-        save_file(tensors, path)
-        path.chmod(self._mode)  # safetensors makes files that only their owner reads
-        return path
-
-    def _write_base(self, path: Path, merges_done: int) -> Path:
-        if not (self._base_at is not None and self._base_at[0] == merges_done and _link_committed(self._base_at[1], path)):
-            self._write_tensors(path, {f"base|{name}|0": self.base.weights[name] for name in self.base.owned})
-        self._base_at = merges_done, path.parent.with_suffix("") / path.name
-        return path
-
-    def _commit(self, work: Path, final: Path, manifest: Manifest) -> None:
-        dones = [self._await_done(work, rank) for rank in range(self.engine.world_size)]
-        files = {name: FileEntry(**entry) for done in dones for name, entry in done["files"].items()}
-        state = self.merge_states([done["data_state"] for done in dones])
-        for rank in range(self.engine.world_size):
-            (work / f"done-{rank:05d}.json").unlink()
-        write_synced(work / MANIFEST, replace(manifest, files=files, data_state=state).dump())
-        if final.exists():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(final)
-        work.replace(final)
-        sync_folder(self.folder)
-        write_synced(self.folder / LATEST, final.name + "\n")
-        self._retire(manifest.step)
-
-    def _await_done(self, work: Path, rank: int) -> dict[str, Any]:
-        deadline = time.monotonic() + self.timeout_seconds
-        path = work / f"done-{rank:05d}.json"
-        while not path.exists():
-            if (work / f"failed-{rank:05d}").exists():
-                raise OSError(f"rank {rank} could not write its part")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"rank {rank} did not finish its part in {self.timeout_seconds:.0f} s")
-            time.sleep(POLL_SECONDS)
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def _say_failed(self, work: Path) -> None:
-        """Frees the disk, as far as that goes; rank 0 removes the folder when it gives up."""
+            message = {"failure": _reason(error)}
+        finally:
+            self._base_free.set()
+        failure = message.get("failure")
         try:
-            if self.engine.rank == 0:
-                shutil.rmtree(work, ignore_errors=True)
+            self._board.tell(work.name, self.rank, message)
+            if self.rank == 0:
+                failure = self._conclude(work, final, manifest)
+        except torch.distributed.DistError as error:  # the store is gone, and the job with it
+            failure = _reason(error)
+        self.last_failure = None if failure is None else f"the checkpoint of step {manifest.step} failed ({failure})"
+
+    def _conclude(self, work: Path, final: Path, manifest: Manifest) -> str | None:
+        """Makes the parts of all ranks a checkpoint, or removes them and returns why. Nobody writes any more, but a rank out of time."""
+        deadline = time.monotonic() + self.timeout_seconds
+        late = {"failure": f"did not finish its part in {self.timeout_seconds:.0f} s"}
+        parts = [self._board.hear(work.name, rank, deadline) or late for rank in range(self.world_size)]
+        failed = [f"rank {rank}: {part['failure']}" for rank, part in enumerate(parts) if "failure" in part]
+        if not failed:
+            try:
+                self._commit(work, final, manifest, parts)
+            except Exception as error:
+                failed = [f"rank 0: {_reason(error)}"]
             else:
-                (work / f"failed-{self.engine.rank:05d}").touch()
-        except OSError as error:
-            self.report(f"cannot tell rank 0 of the failed checkpoint ({error.strerror}); it gives up after {self.timeout_seconds:.0f} s")
+                self._tidy_up(manifest.step)
+                return None
+        self._given_up.append(work)
+        remove(work)
+        failure = "; ".join(failed[:NAMED_RANKS]) + (f"; and {len(failed) - NAMED_RANKS} more" if len(failed) > NAMED_RANKS else "")
+        self.report(f"the checkpoint of step {manifest.step} failed ({failure}); earlier checkpoints are as they were")
+        return failure
+
+    def _commit(self, work: Path, final: Path, manifest: Manifest, parts: list[dict[str, Any]]) -> None:
+        files = {name: FileEntry(**entry) for part in parts for name, entry in part["files"].items()}
+        state = self.merge_states([part["data_state"] for part in parts])
+        write_synced(work / MANIFEST, replace(manifest, files=files, data_state=state).dump())
+        new = final.with_name(final.name + NEW)
+        if new.exists():  # a save of this step that was whole, but could not get its name
+            put_in_place(new)
+        work.rename(new)
+        put_in_place(new)
+
+    def _tidy_up(self, step: int) -> None:
+        """What a resume does not need: it must not spoil a save."""
+        for update in (lambda: write_synced(self.folder / LATEST, step_folder(step) + "\n"), lambda: self._retire(step)):
+            try:
+                update()
+            except OSError as error:
+                self.report(f"the checkpoint of step {step} is whole, but what is beside it could not be updated ({_reason(error)})")
 
     def _retire(self, newest: int) -> None:
-        """Removes what retention does not keep, and what earlier runs left half done."""
-        whole = [path for path in list_checkpoints(self.folder) if (path / MANIFEST).exists()]
-        for path in whole[self.keep_last :]:
-            step = int(path.name[5:])
-            if step != newest and not (self.keep_every_steps and step % self.keep_every_steps == 0):
-                (path / MANIFEST).unlink()  # from here on it is no checkpoint, whenever the removal is cut short
-                shutil.rmtree(path, ignore_errors=True)
-        for path in self.folder.glob("step-*.tmp"):
-            if int(path.name[5:-4]) < newest:
-                shutil.rmtree(path, ignore_errors=True)
+        """Removes what retention does not keep; checkpoints of later steps are of another history."""
+        steps = {step: path for path in list_checkpoints(self.folder) if (step := step_of(path)) is not None and step <= newest}
+        whole = [(step, path) for step, path in steps.items() if (path / MANIFEST).exists()]
+        for step, path in whole[self.keep_last :]:
+            if not (self.keep_every_steps and step % self.keep_every_steps == 0):
+                discard(path)
+        while self._given_up:
+            remove(self._given_up.pop())
 
 
-def _link_committed(source: Path, target: Path) -> bool:
-    """Links a file of a checkpoint that rank 0 may be about to rename from its ``.tmp`` folder; False when it is gone."""
-    waiting = source.parent.with_name(source.parent.name + ".tmp") / source.name
-    for place in (source, waiting, source):
-        try:
-            _link(place, target)
-        except FileNotFoundError:
-            continue
-        return True
-    return False
+def tidy(folder: Path) -> None:
+    """Finishes or removes what a killed run left half done below ``checkpoints/``."""
+    for new in list_new(folder):
+        if verify(new) is None or not new.with_suffix("").exists():
+            put_in_place(new)
+        else:
+            remove(new)
+    for path in folder.glob(f"step-*{TEMPORARY}"):
+        remove(path)
 
 
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copy2(source, target)
+def _prepared(folder: Path) -> str:
+    """Makes the folder ready, and a name for the writer that uses it now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tidy(folder)
+    return uuid.uuid4().hex
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from relora_mora.config.schema import DECODER_LINEARS, Config
+from relora_mora.config.secrets import secrets_in
 
 DERIVED_DEEPSPEED_KEYS = {
     "train_batch_size": "train.batch_size",
@@ -73,6 +74,12 @@ def unused_settings(config: Config) -> list[str]:
         if config.method.name not in methods and key in getattr(config, section).model_fields_set:
             unused.append(name)
     return unused
+
+
+def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:
+    """Tokens and passwords anywhere in the settings, which go to config.yaml, to logs and into checkpoints."""
+    for name, text in secrets_in(tree):
+        yield Fault((name,), text)
 
 
 def faults(config: Config, world_size: int | None) -> Iterator[Fault]:

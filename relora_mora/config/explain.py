@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from relora_mora.config.schema import Config
+from relora_mora.config.secrets import redact
 
 Location = tuple[int | str, ...]
 
@@ -66,7 +67,7 @@ def _explain(items: list[ErrorDetails]) -> str:
         return "unknown" + (f"; did you mean {near}?" if near else f"; known here: {', '.join(known)}" if known else "")
     if kind == "missing":
         return f"must be given{_description(location)}"
-    shown = repr(given)
+    shown = redact(repr(given))  # before it is cut: a piece of a token would not be found
     shown = shown if len(shown) < 80 else shown[:77] + "..."
     wanted = " or ".join(dict.fromkeys(item["msg"][:1].lower() + item["msg"][1:] for item in items))
     return f"got {shown}; {wanted}{_description(location)}"

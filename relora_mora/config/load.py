@@ -10,13 +10,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from relora_mora.config.checks import faults
+from relora_mora.config.checks import faults, secret_faults
 from relora_mora.config.explain import doubtful, explain, judgeable
 from relora_mora.config.schema import Config
+from relora_mora.config.secrets import redact
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be used. ``faults`` lists every one, each with its remedy."""
+    """Settings that cannot be used. ``faults`` lists every one, each with its remedy; none repeats a token or password."""
 
     same_on_all_ranks = True  # the first rank says it for all
 
@@ -24,9 +25,9 @@ class ConfigError(ValueError):
         return type(self), (self.faults, self.source)  # it travels between ranks
 
     def __init__(self, faults: list[str], source: str) -> None:
-        self.faults, self.source = faults, source
+        self.faults, self.source = [redact(fault) for fault in faults], redact(source)
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        super().__init__("\n".join([f"{count} in {source}:", *(f"  - {fault}" for fault in faults)]))
+        super().__init__("\n".join([f"{count} in {self.source}:", *(f"  - {fault}" for fault in self.faults)]))
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,6 +78,7 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(tuple, _Dumper.represent_list)
 
 
 def parse_yaml(text: str) -> Any:
@@ -87,6 +89,15 @@ def parse_yaml(text: str) -> Any:
     except (ValueError, TypeError, RecursionError) as error:
         raise yaml.YAMLError(str(error)) from error
     return value
+
+
+def explain_yaml(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What is wrong and where; without the line of the file that PyYAML quotes, which may be cut through a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    said = " ".join(part for part in (error.context, error.problem) if part)
+    mark = error.problem_mark or error.context_mark
+    return said if mark is None else f"{said} (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def _refuse_other_than_plain(value: Any) -> None:
@@ -114,7 +125,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, wo
     except OSError as error:
         found.append(f"cannot read it ({error.strerror}); give the path of a YAML file such as configs/run/tiny_remora.yaml")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        found.append(f"it is not YAML: {' '.join(str(error).split())}")
+        found.append(f"it is not YAML: {explain_yaml(error)}")
     except ValueError as error:
         found.append(str(error))
     if found:
@@ -130,7 +141,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, wo
 
 def validate(tree: Mapping[str, Any], source: str, found: list[str] | None = None, world_size: int | None = None) -> Config:
     """The settings of a parsed tree; raises :class:`ConfigError` with the faults ``found`` before and all others."""
-    found = list(found or [])
+    found = [*(found or []), *map(str, secret_faults(tree))]
     unknown: set[str] = set()
     config: Config | None
     try:
@@ -149,7 +160,7 @@ def validate(tree: Mapping[str, Any], source: str, found: list[str] | None = Non
 
 def dump(config: Config) -> str:
     """The settings as YAML that :func:`load_config` reads back to the same settings."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _as_tree(value: Any) -> dict[str, Any]:
@@ -168,7 +179,7 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
     try:
         value = parse_yaml(text) if isinstance(text, str) else text
     except yaml.YAMLError as error:
-        return f"--{name}={text}: not YAML: {' '.join(str(error).split())}"
+        return f"--{name}={text}: not YAML: {explain_yaml(error)}"
     node = tree
     for key in [section, *keys[:-1]]:
         inner = node.setdefault(key, {})

@@ -116,7 +116,16 @@ class TrainConfig(Strict):
         "auto", description="auto: from the newest good checkpoint of run_dir; never: refuse a used run_dir; or a checkpoint folder"
     )
     allow_changes: list[str] = Field([], description="settings that may differ from the checkpoint's, e.g. [optim.lr]")
-    max_bad_steps: Positive = Field(3, description="stop after this many steps in a row with a non-finite loss or gradient")
+    max_bad_steps: Positive = Field(3, description="roll back after this many steps in a row with a non-finite loss or gradient")
+    max_rollbacks: NotNegative = Field(1, description="returns to the last good checkpoint, skipping the data since, before the run stops")
+    on_spike: Literal["flag", "rollback"] = Field("flag", description="what a loss spike does besides being flagged")
+    spike_window: Annotated[int, Field(ge=8)] = Field(128, description="steps whose losses a new one is compared with")
+    spike_deviations: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        6.0, description="a loss this many standard deviations above the window's mean is a spike"
+    )
+    peer_timeout_seconds: Annotated[float, Field(ge=5, allow_inf_nan=False)] = Field(
+        300.0, description="end the run when a rank is gone or has done nothing for this long"
+    )
     deepspeed: dict[str, Any] = Field({}, description="further DeepSpeed settings; what is derived from ours is refused")
 
 

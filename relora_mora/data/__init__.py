@@ -2,18 +2,22 @@
 
 from relora_mora.data.evalset import UNSCORED, EvalSet, load_eval_set
 from relora_mora.data.fingerprint import fingerprint
+from relora_mora.data.positions import describe_position
 from relora_mora.data.sources import Shard, SourceError, pin_revision, resolve_shards
-from relora_mora.data.stream import Batch, TrainStream, counts_of, document_ids, merge_states
-from relora_mora.data.texts import iter_texts
+from relora_mora.data.stream import Batch, TrainStream, WorkerError, counts_of, document_ids, merge_states
+from relora_mora.data.texts import KINDS, iter_texts
 
 __all__ = [
+    "KINDS",
     "UNSCORED",
     "Batch",
     "EvalSet",
     "Shard",
     "SourceError",
     "TrainStream",
+    "WorkerError",
     "counts_of",
+    "describe_position",
     "document_ids",
     "fingerprint",
     "iter_texts",

@@ -53,6 +53,17 @@ class LanePlan:
     stride: int
     phase: int
 
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The numbers of its shards in the order of an epoch."""
+        return [self.shards[at] for at in seeded_order(len(self.shards), seed, self.lane, epoch)]
+
+    def read(self, state: Mapping[str, Any]) -> tuple[Cursor, int]:
+        """(cursor, offset in tokens) of this lane's saved state. Raises SourceError for one that cannot be its own."""
+        cursor, offset = read_state(state)
+        if cursor.place >= len(self.shards):
+            raise SourceError(f"lane {self.lane}: the saved position is beyond its {len(self.shards)} shards; resume with the same sources")
+        return cursor, offset
+
 
 def plan_lanes(lanes: int, shards: int) -> list[LanePlan]:
     """Every row of every shard belongs to exactly one lane.
@@ -93,11 +104,7 @@ class Lane:
     notes: list[str] = field(default_factory=list)  # skipped lines to tell about; the owner empties it
 
     def __post_init__(self) -> None:
-        self._cursor, self._offset = read_state(self.restored) if self.restored else (Cursor(), 0)
-        if self._cursor.place >= len(self.plan.shards):
-            raise SourceError(
-                f"lane {self.plan.lane}: the saved position is beyond its {len(self.plan.shards)} shards; resume with the same sources"
-            )
+        self._cursor, self._offset = self.plan.read(self.restored) if self.restored else (Cursor(), 0)
         self._source = self._documents(self._cursor)
         self._pending: deque[_Document] = deque()
         self._error: SourceError | None = None
@@ -165,10 +172,10 @@ class Lane:
     def _documents(self, cursor: Cursor) -> Documents[None]:
         """All documents from the cursor on, endlessly, one epoch after the other."""
         while True:
-            order = seeded_order(len(self.plan.shards), self.config.seed, self.plan.lane, cursor.epoch)
+            order = self.plan.order(self.config.seed, cursor.epoch)
             began_at = cursor
             for place in range(cursor.place, len(order)):
-                cursor = yield from self._shard_documents(cursor, self.plan.shards[order[place]])
+                cursor = yield from self._shard_documents(cursor, order[place])
                 cursor = cursor._replace(place=place + 1, block=0, item=0, bad=0)
             at_start = began_at[:4] == (began_at.epoch, 0, 0, 0)
             if at_start and cursor.documents == began_at.documents:

@@ -17,7 +17,7 @@ from types import TracebackType
 import requests
 import urllib3
 
-from relora_mora.data.retry import TransientError, retry_after_seconds, retrying
+from relora_mora.data.retry import RETRIES, TransientError, retry_after_seconds, retrying
 from relora_mora.data.sources import Shard, SourceError
 
 CONNECT_SECONDS = 20.0
@@ -59,6 +59,7 @@ class RemoteBytes:
         self._ends = _Ends()
         self._finished = self._doubted = False
         self._last_read = 0.0
+        self._piece = PIECE_BYTES
 
     def __enter__(self) -> RemoteBytes:
         return self
@@ -76,7 +77,7 @@ class RemoteBytes:
         missing = 0 if self._finished else size
         while missing:
             # small pieces: what came before a fault counts, and the clock of a failing source starts anew with each
-            ask = functools.partial(self._attempt, min(missing, PIECE_BYTES))
+            ask = functools.partial(self._attempt, missing)
             part = retrying(ask, f"{self.shard.name} at byte {self.position}", self.timeout_seconds)
             if not part:
                 self._finished = True
@@ -100,9 +101,12 @@ class RemoteBytes:
         while True:
             if self._response is None:
                 self._open()
-            data = self._receive(size)
+            data = self._receive(min(size, self._piece))
             self._last_read = time.monotonic()
             if data:
+                if self._ends.answers and self._ends.position == self.position:
+                    RETRIES.retries += 1  # the answer before ended here: it was cut short, and this is the second try
+                self._piece = PIECE_BYTES
                 self.position += len(data)
                 self._tail = (self._tail + data)[-OVERLAP_BYTES:]
                 return data
@@ -118,6 +122,7 @@ class RemoteBytes:
             return bytes(self._response.raw.read(size, decode_content=False))
         except _BROKEN as error:
             self.close()
+            self._piece = max(1, self._piece // 2)  # a piece that broke off is lost as a whole
             raise TransientError(f"the body broke off ({type(error).__name__})") from error
 
     def _open(self) -> None:
@@ -194,7 +199,7 @@ class RemoteBytes:
         else:
             size = response.headers.get("Content-Length", "")
         # of two sizes for the same file one is wrong: the newest counts, and the end is confirmed by one more answer
-        self._size = int(size) if size.isdigit() else None
+        self._size = int(size) if size.isdecimal() else None
 
     def _same_file(self, response: requests.Response) -> None:
         # the hub redirects: the file's own ETag stands in the redirect, and the storage behind it may give another one

@@ -43,7 +43,7 @@ T = TypeVar("T")
 def retry_after_seconds(headers: Mapping[str, str]) -> float:
     """The Retry-After header, given as seconds or as a date; 0 where there is none or it cannot be read."""
     value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
+    if value.isdecimal():
         return float(value)
     try:
         when = parsedate_to_datetime(value)

@@ -12,11 +12,18 @@ import numpy as np
 
 from relora_mora.config import DataConfig
 from relora_mora.data.lanes import Lane, Tokens, plan_lanes, read_state
+from relora_mora.data.positions import describe_position
 from relora_mora.data.retry import RETRIES
 from relora_mora.data.sources import Shard, SourceError, resolve_shards
+from relora_mora.data.texts import BAD, KINDS
 
 if TYPE_CHECKING:
     import torch
+
+
+class WorkerError(RuntimeError):
+    """A data worker was killed, or failed for another reason than the user's input."""
+
 
 LaneStates = dict[str, dict[str, Any]]  # by the lane's number, as text because JSON knows no other keys
 
@@ -33,7 +40,7 @@ class Batch:
     labels: torch.Tensor  # int64 [n, T]
     document_ids: torch.Tensor | None  # int32 [n, T], with data.document_mask
     state: LaneStates
-    counts: dict[str, int]  # see counts_of
+    counts: dict[str, int]  # see counts_of; and retries, of its workers and this process since the stream was built
     notes: list[str]  # skipped lines met on the way, a few per shard: for the log
 
 
@@ -56,12 +63,14 @@ class Part:
 
     blocks: Tokens  # [lanes * blocks_per_lane, T + 1]
     states: LaneStates
-    retries: int  # so far, in this process
+    retries: int  # so far, of all that this process reads
     notes: list[str] = field(default_factory=list)
 
 
 class Producer:
     """Reads, tokenizes and packs the lanes of a task, in this process."""
+
+    is_dead = False
 
     def __init__(self, task: Task) -> None:
         from relora_mora.tokenizer import encode, load_tokenizer
@@ -69,7 +78,6 @@ class Producer:
         tokenizer = load_tokenizer(task.tokenizer_path)
         plans = plan_lanes(task.lanes_of_all, len(task.shards))
         self.task = task
-        self._retries_before = RETRIES.retries
         self.lanes = [
             Lane(
                 plans[lane],
@@ -89,7 +97,7 @@ class Producer:
         for lane in self.lanes:
             lane.notes.clear()
         states = {str(lane.plan.lane): lane.state() for lane in self.lanes}
-        return Part(blocks, states, RETRIES.retries - self._retries_before, notes)
+        return Part(blocks, states, RETRIES.retries, notes)
 
     def ready(self, timeout_seconds: float) -> bool:
         return True
@@ -129,9 +137,11 @@ class TrainStream:
             shards = resolve_shards(config.train, config.revision, split="train", timeout_seconds=config.timeout_seconds)
         states = _checked(state, lanes)
         self.config = config
+        self._shards, self._lanes_of_all = shards, lanes
         self._lanes = list(range(rank, lanes, world_size))
+        self._retries_before = RETRIES.retries
         self._blocks_per_lane = batch_size // lanes
-        workers = min(config.workers, len(self._lanes))
+        workers = self._workers = min(config.workers, len(self._lanes))
         shares = [self._lanes[number::workers] for number in range(workers)] if workers else [self._lanes]
         tasks = [
             Task(config, shards, tokenizer_path, share, lanes, self._blocks_per_lane, {str(n): states[str(n)] for n in share if states})
@@ -157,13 +167,22 @@ class TrainStream:
         return self
 
     def __next__(self) -> Batch:
+        for producer in self._producers:
+            while producer.is_dead:  # told at once, though another one may wait for the network; ends with its error
+                producer.produce()
         parts: list[Part] = [producer.produce() for producer in self._producers]
         return self._batch(parts)
 
     def ready(self, timeout_seconds: float) -> bool:
         """Wait at most so long for the next batch; whether ``next()`` would give it (or its error) at once. Without workers always true."""
         end = time.monotonic() + timeout_seconds
+        if any(producer.is_dead for producer in self._producers):
+            return True
         return all(producer.ready(max(0.0, end - time.monotonic())) for producer in self._producers)
+
+    def describe(self, state: Mapping[str, Mapping[str, Any]], since: Mapping[str, Mapping[str, Any]] | None = None) -> list[str]:
+        """Where the lanes of a ``Batch.state`` are, in words; with the ``since`` state before it, the data between them."""
+        return describe_position(state, lanes=self._lanes_of_all, shards=self._shards, config=self.config, since=since)
 
     def __enter__(self) -> TrainStream:
         return self
@@ -185,12 +204,13 @@ class TrainStream:
         flat = blocks.reshape(-1, length + 1)
         states = merge_states([part.states for part in parts])
         ids = torch.from_numpy(document_ids(flat[:, :-1], self._eos)) if self.config.document_mask else None
+        retries = RETRIES.retries - self._retries_before + (sum(part.retries for part in parts) if self._workers else 0)
         return Batch(
             input_ids=torch.from_numpy(flat[:, :-1].copy()),
             labels=torch.from_numpy(flat[:, 1:].copy()),
             document_ids=ids,
             state={str(lane): states[str(lane)] for lane in self._lanes},
-            counts={**counts_of(states), "retries": sum(part.retries for part in parts)},
+            counts={**counts_of(states), "retries": retries},
             notes=[note for part in parts for note in part.notes],
         )
 
@@ -218,19 +238,14 @@ def merge_states(states: Iterable[Mapping[str, Mapping[str, Any]]]) -> LaneState
 def counts_of(states: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Totals over some lanes since the start of the run; they add up over ranks, but ``epoch``, which is the least advanced lane's.
 
-    ``documents``, ``epoch``, ``bad`` (all bad lines) and ``skipped/<kind>`` for each kind of line that was met.
+    ``documents``, ``epoch``, ``bad`` (all bad lines) and ``skipped/<kind>`` for every kind of ``KINDS``, in that order, met or not.
     """
-    from relora_mora.data.texts import BAD
-
-    skipped: dict[str, int] = {}
-    for state in states.values():
-        for kind, count in state["skipped"].items():
-            skipped[kind] = skipped.get(kind, 0) + count
+    skipped = {kind: sum(state["skipped"].get(kind, 0) for state in states.values()) for kind in KINDS}
     return {
         "documents": sum(state["documents"] for state in states.values()),
         "epoch": min(state["epoch"] for state in states.values()),
-        "bad": sum(count for kind, count in skipped.items() if kind in BAD),
-        **{f"skipped/{kind}": count for kind, count in sorted(skipped.items())},
+        "bad": sum(skipped[kind] for kind in BAD),
+        **{f"skipped/{kind}": count for kind, count in skipped.items()},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from relora_mora.config import DataConfig
@@ -31,7 +32,7 @@ KINDS = (*BAD, *HARMLESS)
 # before this many lines a fraction says little; at the end of a shard it is exact whatever the number of lines
 JUDGED_FROM_LINES = 1000
 Entry = tuple[str, None] | tuple[None, str]  # a text, or the kind of line that is none
-_NOTES_PER_SHARD = 3
+_NOTES_PER_KIND = 3  # of a shard
 _BLANK = " \t\r\n\v\f"  # what bytes.strip strips
 
 
@@ -103,14 +104,14 @@ class Judge:
 
     def __init__(self, shard: Shard, max_bad_fraction: float, note: Callable[[str], None], bad: int = 0) -> None:
         self.shard, self.max_bad_fraction, self.bad = shard, max_bad_fraction, bad
-        self._note, self._noted, self._last = note, 0, ""
+        self._note, self._noted, self._last = note, Counter[str](), ""
 
     def count(self, row: int, kind: str) -> None:
         """The line ``row`` (from 0) is bad, of ``kind``. Raises SourceError when so many are bad already that reading on makes no sense."""
         self.bad += 1
         self._last = f"line {row + 1} {BAD[kind]}"
-        if self._noted < _NOTES_PER_SHARD:
-            self._noted += 1
+        self._noted[kind] += 1
+        if self._noted[kind] <= _NOTES_PER_KIND:
             self._note(f"{self.shard.name}: {self._last}; skipped")
         self._check(row + 1, max(row + 1, JUDGED_FROM_LINES))
 

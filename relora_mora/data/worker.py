@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.data.sources import SourceError
-from relora_mora.data.stream import Part, Producer, Task
+from relora_mora.data.stream import Part, Producer, Task, WorkerError
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
@@ -37,7 +37,7 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 class Worker:
     """The parent's end. ``produce()`` gives and raises what ``Producer.produce()`` would, in the same order.
 
-    A worker that was killed, or failed for another reason than the user's input, is a RuntimeError.
+    A worker that was killed, or failed for another reason than the user's input, is a WorkerError.
     """
 
     def __init__(self, task: Task) -> None:
@@ -62,6 +62,10 @@ class Worker:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def is_dead(self) -> bool:
+        return self._process.poll() is not None
 
     def start(self) -> None:
         """Hand over the task. Apart from the constructor, so that several workers can come up at once."""
@@ -94,10 +98,12 @@ class Worker:
         if hasattr(self, "_process"):
             self.close()
 
-    def _death(self) -> RuntimeError:
+    def _death(self) -> WorkerError:
         code = self._process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        return RuntimeError(f"data worker {self.pid} {how}; if memory ran out, lower data.workers, data.lanes or data.shuffle_documents")
+        return WorkerError(
+            f"data worker {self.pid} {how}; if memory ran out, lower data.workers, data.lanes, data.shuffle_documents or data.max_line_bytes"
+        )
 
 
 def main(descriptor: int, parent: int) -> None:
@@ -129,8 +135,8 @@ def main(descriptor: int, parent: int) -> None:
     threading.Event().wait()  # the last message must get through; the parent ends this process
 
 
-def _failed() -> RuntimeError:
-    return RuntimeError(f"a data worker failed:\n{traceback.format_exc()}")
+def _failed() -> WorkerError:
+    return WorkerError(f"a data worker failed:\n{traceback.format_exc()}")
 
 
 def _send_all(connection: Connection, ready: queue.Queue[Any]) -> None:

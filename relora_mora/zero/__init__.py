@@ -1,6 +1,27 @@
 """Everything that touches DeepSpeed: joining the processes, its settings, and a view into its engine's insides."""
 
-from relora_mora.zero.processes import from_first_rank, init_distributed  # isort: skip - tells DeepSpeed the accelerator, before it is imported
+from relora_mora.zero.processes import (  # isort: skip - tells DeepSpeed the accelerator, before it is imported
+    JoinError,
+    device_of_rank,
+    from_first_rank,
+    gather_from_ranks,
+    init_distributed,
+    lost_peer,
+    store_address,
+    sum_over_hosts,
+)
 from relora_mora.zero.engine import MOMENTS, Shard, ZeroEngine
 
-__all__ = ["MOMENTS", "Shard", "ZeroEngine", "from_first_rank", "init_distributed"]
+__all__ = [
+    "MOMENTS",
+    "JoinError",
+    "Shard",
+    "ZeroEngine",
+    "device_of_rank",
+    "from_first_rank",
+    "gather_from_ranks",
+    "init_distributed",
+    "lost_peer",
+    "store_address",
+    "sum_over_hosts",
+]

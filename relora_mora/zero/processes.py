@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import logging
 import os
 import re
+import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +25,20 @@ import deepspeed.ops
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
+PORT_SECONDS = 20.0  # a run that was killed a moment ago may still hold the port
+CONTROL_SECONDS = 24 * 3600.0  # a backstop: guard.Watch knows how long each wait may take
 
-def init_distributed(timeout_seconds: float = 1800.0) -> tuple[int, int]:
+
+class JoinError(RuntimeError):
+    """The ranks did not come together; the message says where this one looked for them."""
+
+
+def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
     """Joins the process group and returns (rank, world size). One process needs no launcher.
 
-    DeepSpeed's shared-memory collective for CPUs is switched off: training does not use it, and it compiles with g++.
+    ``timeout_seconds`` is how long to wait for the other ranks. Raises :class:`JoinError` when they do not come, or when
+    another program holds the port. DeepSpeed's shared-memory collective for CPUs is switched off: training does not use
+    it, and it compiles with g++.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls collectives by names that torch renames; it says so at every single call
@@ -35,18 +47,94 @@ def init_distributed(timeout_seconds: float = 1800.0) -> tuple[int, int]:
     if not dist.is_initialized():
         for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             os.environ.setdefault(key, value)
-        with quiet():
-            deepspeed.init_distributed(
-                dist_backend=get_accelerator().communication_backend_name() if torch.cuda.is_available() else "gloo",
-                timeout=datetime.timedelta(seconds=timeout_seconds),
-                auto_mpi_discovery=False,
-                verbose=False,
-            )
+        _join(timeout_seconds)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _processes_on_host()))
     return dist.get_rank(), dist.get_world_size()
+
+
+def device_of_rank() -> torch.device:
+    """The device that DeepSpeed puts this rank's model on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _join(timeout_seconds: float) -> None:
+    rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    address, port = store_address()
+    if rank == "0" and port and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        _await_port(port)
+    backend = get_accelerator().communication_backend_name() if torch.cuda.is_available() else "gloo"
+    # a collective may wait for longer than the ranks for each other at the start: guard.Watch is to name the rank first
+    patience = datetime.timedelta(seconds=2 * timeout_seconds + 60)
+    try:
+        store, *_ = next(torch.distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_seconds)))
+        torch.distributed.init_process_group(backend, store=store, rank=int(rank), world_size=int(world_size), timeout=patience)
+        with quiet():
+            deepspeed.init_distributed(dist_backend=backend, timeout=patience, auto_mpi_discovery=False, verbose=False)
+        if world_size != "1":
+            control_group()
+    except torch.distributed.DistError as error:
+        first = str(error).partition("\n")[0]
+        raise JoinError(
+            f"rank {rank} of {world_size} did not meet the others at {address}:{port} within {timeout_seconds:.0f} s ({first}); "
+            "check that all ranks were started, and that hosts and firewalls let them reach MASTER_ADDR and MASTER_PORT"
+        ) from error
+
+
+def _await_port(port: int) -> None:
+    deadline = time.monotonic() + PORT_SECONDS
+    while True:
+        with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise JoinError(
+                        f"port {port} (MASTER_PORT) is in use on this host ({error.strerror}): another job runs here; "
+                        "end it, or choose another port (deepspeed --master_port, torchrun --master-port)"
+                    ) from error
+            else:
+                return
+        time.sleep(0.5)
+
+
+def store_address() -> tuple[str, int]:
+    """Host and port of the key-value store that the ranks met at."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+@functools.cache
+def control_group() -> Any:
+    """All ranks over gloo, beside the group that training uses: for numbers that are needed on the hosts."""
+    return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(seconds=CONTROL_SECONDS))
+
+
+def sum_over_hosts(values: list[float]) -> list[float]:
+    """Sums float64 numbers over the ranks without waiting for a device; a collective."""
+    if dist.get_world_size() == 1:
+        return values
+    numbers = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(numbers, group=control_group())
+    return numbers.tolist()
+
+
+def gather_from_ranks(value: Any) -> list[Any]:
+    """What each rank gave, on every rank; a collective. For small things."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    torch.distributed.all_gather_object(values, value, group=control_group())
+    return values
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an exception says that a collective lost another rank, as gloo and NCCL say it."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo/transport", "Connection closed by peer", "NCCL"))
+    )
 
 
 def from_first_rank(make: Callable[[], Any]) -> Any:
@@ -58,9 +146,10 @@ def from_first_rank(make: Callable[[], Any]) -> Any:
         except (ValueError, OSError) as error:
             answer = [(False, error)]
     if dist.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(answer, src=0)
+        torch.distributed.broadcast_object_list(answer, src=0, group=control_group())
     good, value = answer[0]
     if not good:
+        value.same_on_all_ranks = True  # the first rank says it for all
         raise value
     return value
 

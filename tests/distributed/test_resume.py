@@ -63,23 +63,6 @@ def test_every_method_resumes_bit_equal(pools, inputs, tokenizer_path, tmp_path,
     assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
 
 
-@pytest.mark.parametrize(
-    "before,after",
-    [((1, 0), (2, 2)), ((2, 3), (1, 1)), ((2, 2), (2, 3)), ((2, 1), (1, 0))],
-)
-def test_a_run_moves_to_other_ranks_and_stages(pools, inputs, tokenizer_path, tmp_path, before, after):
-    losses = []
-    for place in (before, after):
-        world, stage = before
-        folder = tmp_path / f"{place}"
-        pools(world)(train, run_config(inputs, tokenizer_path, folder, world, **_sections(stage, False)), stop_after=5)
-        world, stage = place
-        pools(world)(train, run_config(inputs, tokenizer_path, folder, world, **_sections(stage, False)))
-        losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
-    assert len(losses[0]) == 10
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
 def test_base_files_are_shared_between_merges(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2, **_sections(2, False))
@@ -161,7 +144,7 @@ def test_a_checkpoint_that_cannot_be_resumed_ends_all_ranks(pools, inputs, token
         pools(2)(train, run_config(inputs, tokenizer_path, folder, 2), stop_after=2)
         (given / "state-00001-of-00002.safetensors").write_bytes(b"")
     messages = pools(2)(refused, run_config(inputs, tokenizer_path, folder, 2, train={"resume": str(given)}))
-    assert all(("0 bytes, expected" if what == "damaged" else "no checkpoint") in message for message in messages)
+    assert all(("0 bytes, expected" if what == "damaged" else "not found; give a run folder") in message for message in messages)
 
 
 def test_the_last_checkpoint_comes_after_the_last_evaluation(pools, inputs, tokenizer_path, tmp_path):
@@ -175,22 +158,6 @@ def test_the_last_checkpoint_comes_after_the_last_evaluation(pools, inputs, toke
         if "eval/loss" in line or "perf/checkpoint_stall_seconds" in line
     ]
     assert lines[-2:] == ["eval", "save"] and _eval_steps(folder) == [0, 10]
-
-
-def test_a_damaged_checkpoint_is_passed_over(pools, inputs, tokenizer_path, tmp_path):
-    folder = tmp_path / "run"
-    config = run_config(inputs, tokenizer_path, folder, 2)
-    pools(2)(train, config, stop_after=6)
-    checkpoints = folder / "checkpoints"
-    state = checkpoints / "step-00000006" / "state-00001-of-00002.safetensors"
-    content = bytearray(state.read_bytes())
-    content[-5] ^= 1
-    state.write_bytes(bytes(content))
-    (checkpoints / "step-00000005" / "manifest.json").write_text("")
-    pools(2)(train, config)
-    assert [line["step"] for line in metrics(folder) if "train/loss" in line] == list(range(1, 11))
-    starts = (folder / "starts.jsonl").read_text().splitlines()
-    assert '"step": 4,' in starts[-1]
 
 
 @pytest.mark.parametrize("method", ["remora", "relora"])

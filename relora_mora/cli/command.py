@@ -1,8 +1,9 @@
-"""Command lines of launch/ and tokenizer/: fire reads the arguments, but nothing starts before all of them are good."""
+"""Calls a command: fire reads its arguments, but nothing starts before all of them are good."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import io
@@ -14,15 +15,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import fire
-import yaml
-from fire import decorators, helptext, trace
-from pydantic import TypeAdapter, ValidationError
-
-from relora_mora.config import ConfigError, parse_yaml
+from relora_mora.cli.folder import place_of
+from relora_mora.cli.interrupt import INTERRUPTED, Interrupts, say
 
 USER_ERROR = 2
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parent.parent
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose a place on another disk",
+    errno.EDQUOT: "free some space, or choose a place on another disk",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "check its permissions, or choose another place",
+    errno.EPERM: "check its permissions, or choose another place",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of this path is no folder; check the path",
+    errno.EISDIR: "a file was expected; check the path",
+    errno.ELOOP: "check the links of this path",
+    errno.ENAMETOOLONG: "give a shorter one",
+    errno.EPIPE: "the program that reads the output has ended",
+}
 
 
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
@@ -32,27 +42,46 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     annotated as something else than text, such as ``int | None``, is read as YAML and checked against its type. Stray
     arguments and unknown flags end the program before ``main`` starts. ``--local_rank``, which DeepSpeed's launcher adds,
     is dropped unless ``main`` takes it: LOCAL_RANK in the environment says the same. Mistakes of the user (the package's
-    ValueErrors, OSError) are shown as one message without a traceback; the exit code is 2.
+    ValueErrors, OSError) are shown as one message without a traceback or a secret; the exit code is 2. After Ctrl-C it is 130.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    name = Path(sys.argv[0]).name
+    with Interrupts() as interrupts:
+        try:
+            code = _call(main, given, Path(sys.argv[0]).name)
+            _flush_output()
+        except (Exception, KeyboardInterrupt) as error:
+            if interrupts.received or isinstance(error, KeyboardInterrupt):  # libraries make other errors of it
+                say()
+                code = INTERRUPTED
+            elif _is_user_error(error, main):
+                _show(error)
+                code = USER_ERROR
+            else:
+                raise
+            with contextlib.suppress(OSError):
+                _flush_output()
+    raise SystemExit(code)
+
+
+def _call(main: Callable[..., Any], given: list[str], name: str) -> int:
     if {"-h", "--help"} & set(given):
+        from fire import helptext, trace
+
         print(helptext.HelpText(main, trace=trace.FireTrace(main, name=name)))  # noqa: T201
-        raise SystemExit(0)
-    try:
-        args, kwargs = _parse(main, _without_local_rank(main, given), name)
-        result = main(*args, **kwargs)
-    except (ValueError, OSError) as error:
-        if not _is_user_error(error, main):
-            raise
-        _show(error)
-        raise SystemExit(USER_ERROR) from None
-    raise SystemExit(result if isinstance(result, int) else 0)
+        return 0
+    args, kwargs = _parse(main, _without_local_rank(main, given), name)
+    result = main(*args, **kwargs)
+    return result if isinstance(result, int) else 0
 
 
 def _parse(main: Callable[..., Any], argv: list[str], name: str) -> tuple[list[Any], dict[str, Any]]:
+    from relora_mora.config import ConfigError
+    from relora_mora.config.secrets import secret_in
+
     signature, hints = inspect.signature(main), typing.get_type_hints(main)
     faults = [f"{argument}: stray; see {name} --help" for argument in argv if argument in ("-", "--")]  # fire's own separators
+    faults += [f"{argument.partition('=')[0]}: {secret}" for argument in argv if (secret := secret_in(argument))]
+    faults += [f"{argument!a}: is not UTF-8; check the terminal's locale" for argument in argv if not _is_utf8(argument)]
     flags = [argument.split("=")[0] for argument in argv if argument.startswith("--") and "=" in argument]
     faults += [f"{flag}: given twice; give it once" for flag in sorted({flag for flag in flags if flags.count(flag) > 1})]
     if faults:
@@ -69,6 +98,11 @@ def _parse(main: Callable[..., Any], argv: list[str], name: str) -> tuple[list[A
 
 
 def _fire(main: Callable[..., Any], signature: inspect.Signature, argv: list[str], name: str) -> tuple[list[Any], dict[str, Any]]:
+    import fire
+    from fire import decorators
+
+    from relora_mora.config import ConfigError
+
     found: list[tuple[list[Any], dict[str, Any]]] = []
 
     @functools.wraps(main)
@@ -92,8 +126,16 @@ def _fire(main: Callable[..., Any], signature: inspect.Signature, argv: list[str
 
 def _typed(name: str, value: Any, expected: Any, faults: list[str]) -> Any:
     """``value`` as the annotated type; text stays as typed, and so does a default."""
+    if value == "":
+        faults.append(f"--{name}: is empty; give a value, see --help")
+        return None
     if not isinstance(value, str) or expected is str or str in typing.get_args(expected):
         return value
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    from relora_mora.config import parse_yaml
+
     try:
         return TypeAdapter(expected).validate_python(parse_yaml(value), strict=True)
     except (yaml.YAMLError, ValidationError):
@@ -112,8 +154,10 @@ def _without_local_rank(main: Callable[..., Any], argv: list[str]) -> list[str]:
     return kept
 
 
-def _is_user_error(error: ValueError | OSError, main: Callable[..., Any]) -> bool:
+def _is_user_error(error: Exception, main: Callable[..., Any]) -> bool:
     """Not a ValueError from inside a library: that one is a fault of the program and needs its traceback."""
+    if not isinstance(error, ValueError | OSError):
+        return False
     if isinstance(error, OSError) or type(error).__module__.startswith("relora_mora."):
         return True
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
@@ -121,9 +165,33 @@ def _is_user_error(error: ValueError | OSError, main: Callable[..., Any]) -> boo
     return ours and not isinstance(error, UnicodeError)
 
 
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _flush_output() -> None:
+    """So that a full disk or a closed pipe is a message, and not a remark of the interpreter that hides the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter writes the rest at its end
+        raise
+
+
 def _show(error: Exception) -> None:
+    from relora_mora.config.secrets import redact
+
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if getattr(error, "same_on_all_ranks", False) and rank != "0":
         return  # every rank finds the same; the first one says it
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        place = place_of(error)
+        place = "" if place is None else f"{place}: "
+        text = "; ".join([f"{place}{error.strerror}", *filter(None, [_REMEDIES.get(error.errno)])])
     prefix = f"[rank {rank}] " if rank != "0" else ""
-    print(f"{prefix}{error}", file=sys.stderr)  # noqa: T201
+    print(f"{prefix}{redact(text)}", file=sys.stderr)  # noqa: T201

@@ -1,0 +1,86 @@
+"""Training steps of several methods side by side: ``python launch/benchmark.py configs/model/llama_130m.json``, also under a launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from relora_mora.cli import run
+from relora_mora.config import ConfigError, ModelConfig
+
+DEFAULT = "full,remora,remora_decoupled,relora"
+
+
+def main(
+    model: str,
+    methods: str = DEFAULT,
+    tokens: int = 4096,
+    sequence_length: int = 512,
+    accumulation: int = 1,
+    zero_stage: int = 1,
+    rank: int = 128,
+    square_multiple: int = 1,
+    precision: str = "auto",
+    layers: int | None = None,
+    vocab_size: int | None = None,
+    repeats: int = 7,
+    warmup: int = 2,
+) -> None:
+    """Measures whole optimizer steps, in turns, and prints a table and, last, a line of JSON.
+
+    Args:
+        model: a LlamaConfig JSON file
+        methods: separated by commas, the first is what ratios refer to: full, remora, remora_merged, remora_decoupled, relora, ..., plain,
+            plain_chunked, peft_lora, galore, apollo
+        tokens: tokens of a micro-batch on one rank
+        sequence_length: tokens of a sequence
+        accumulation: micro-batches of a step
+        zero_stage: DeepSpeed ZeRO stage of this trainer's methods
+        rank: LoRA's r, and what MoRA's square is made of
+        square_multiple: R is rounded down to a multiple of it
+        precision: bf16, fp32, or auto: bf16 where the hardware does it fast
+        layers: decoder layers, if not those of the model
+        vocab_size: if not that of the model
+        repeats: measured steps of each method
+        warmup: steps before
+    """
+    faults = [f"--{name}: {value}, expected at least 1" for name, value in _sizes(locals()).items() if value < 1]
+    if tokens % sequence_length:
+        faults.append(f"--tokens: {tokens} is no multiple of --sequence_length {sequence_length}")
+    if precision not in ("auto", "bf16", "fp32"):
+        faults.append(f"--precision: {precision}, expected auto, bf16 or fp32")
+    if zero_stage not in range(4):
+        faults.append(f"--zero_stage: {zero_stage}, expected 0 to 3")
+    if faults:
+        raise ConfigError(faults, "the command line")
+    overrides = {"num_hidden_layers": layers, "vocab_size": vocab_size}
+    settings = ModelConfig(config=model, overrides={key: value for key, value in overrides.items() if value is not None})
+    from relora_mora.benchmark import Setting
+    from relora_mora.benchmark import run as measure
+    from relora_mora.benchmark.contenders import chosen
+    from relora_mora.benchmark.report import as_json, limits, table
+    from relora_mora.hardware import fast_bf16
+    from relora_mora.model import read_model_config
+    from relora_mora.zero import device_of_rank, init_distributed
+
+    names = chosen([name for name in methods.split(",") if name], int(os.environ.get("WORLD_SIZE", "1")))
+    model_config = read_model_config(settings)
+    model_config.max_position_embeddings = max(model_config.max_position_embeddings, sequence_length)
+    my_rank, world_size = init_distributed()
+    bf16 = fast_bf16() if precision == "auto" else precision == "bf16"
+    setting = Setting(model_config, tokens, sequence_length, accumulation, zero_stage, rank, square_multiple, bf16, device_of_rank())
+    results = measure(names, setting, repeats=repeats, warmup=warmup)
+    if my_rank == 0:
+        machine = limits(setting)
+        print(table(results, setting, world_size, machine))
+        print(json.dumps(as_json(results, setting, world_size, machine, command=sys.argv[1:])))
+
+
+def _sizes(given: dict[str, object]) -> dict[str, int]:
+    names = ("tokens", "sequence_length", "accumulation", "rank", "square_multiple", "layers", "vocab_size", "repeats", "warmup")
+    return {name: value for name in names if isinstance(value := given[name], int)}
+
+
+if __name__ == "__main__":
+    run(main)

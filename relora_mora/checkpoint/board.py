@@ -1,0 +1,37 @@
+"""What the ranks tell each other about a checkpoint from their background threads: no collective, and no file."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import torch
+
+POLL_SECONDS = 0.05
+
+
+class Board:
+    """Messages in the job's key-value store, which also gets through where a disk is full or cannot be written.
+
+    ``job`` sets the messages of one writer apart from those of others; it is the same on all ranks.
+    """
+
+    def __init__(self, job: str) -> None:
+        everyone = torch.distributed.group.WORLD
+        assert everyone is not None, "the processes of a run are joined before it is built"
+        self._store = torch.distributed.PrefixStore(f"checkpoint/{job}", everyone.get_group_store())
+
+    def tell(self, about: str, rank: int, message: dict[str, Any]) -> None:
+        self._store.set(f"{about}/{rank}", json.dumps(message))
+
+    def hear(self, about: str, rank: int, deadline: float) -> dict[str, Any] | None:
+        """The message of a rank, which is then gone; None when it does not come before ``deadline`` (of ``time.monotonic``)."""
+        key = f"{about}/{rank}"
+        while not self._store.check([key]):  # a wait in the store would keep its connection from the main thread
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(POLL_SECONDS)
+        message = json.loads(self._store.get(key))
+        self._store.delete_key(key)
+        return message

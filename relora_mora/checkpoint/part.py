@@ -1,0 +1,131 @@
+"""The files that one rank writes of a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from relora_mora.checkpoint.layout import FileEntry, Manifest, file_entry, sync_folder
+from relora_mora.checkpoint.places import NEW
+from relora_mora.cycle import Base
+from relora_mora.zero import MOMENTS, ZeroEngine
+
+PLACES_KEPT = 12
+
+
+@dataclass
+class _Shared:
+    """The newest base file of this rank: after which merge, what is in it, and where it may stand, the likeliest first."""
+
+    merges_done: int
+    entry: FileEntry
+    places: list[Path]
+
+
+class Part:
+    """What ``engine``'s rank owns: its pieces of the masters and moments, its frozen weights; the first rank adds the tokenizer."""
+
+    def __init__(self, engine: ZeroEngine, base: Base) -> None:
+        self.engine, self.base = engine, base
+        of = f"{engine.rank:05d}-of-{engine.world_size:05d}.safetensors"
+        self.state_name, self.base_name = f"state-{of}", f"base-{of}"
+        self._shared: _Shared | None = None
+        umask = os.umask(0)
+        os.umask(umask)
+        self._mode = 0o666 & ~umask
+
+    def adopt_base(self, folder: Path, manifest: Manifest) -> None:
+        """The base is what this checkpoint says: its file can be shared, if it holds what this rank owns."""
+        same = manifest.world_size == self.engine.world_size and list(manifest.frozen) == list(self.base.owner)
+        entry = manifest.files.get(self.base_name) if same else None
+        self._shared = None if entry is None else _Shared(manifest.merges_done, entry, [folder / self.base_name])
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """This rank's pieces, copied to the host. At stage 0 every rank has everything, so each copies a share."""
+        engine, tensors = self.engine, {}
+        for index, shard in enumerate(engine.shards):
+            if engine.stage == 0 and index % engine.world_size != engine.rank:
+                continue
+            state = engine.state_of(shard.flat)
+            for kind, flat in [("master", shard.flat), *((kind, state[kind]) for kind in MOMENTS)]:
+                tensors[f"{kind}|{shard.name}|{shard.start}"] = shard.of(flat.detach()).to("cpu", copy=True)
+        return tensors
+
+    def write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor], tokenizer: Path) -> dict[str, FileEntry]:
+        """Writes the files into ``work``, which will become ``final``; returns them by name, on the disk for good.
+
+        Where that fails their space is free again before the error is raised.
+        """
+        try:
+            return self._write(work, final, merges_done, tensors, tokenizer)
+        except Exception:
+            for name in (self.state_name, self.base_name):
+                with contextlib.suppress(OSError):
+                    (work / name).unlink(missing_ok=True)
+            raise
+
+    def _write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor], tokenizer: Path) -> dict[str, FileEntry]:
+        work.mkdir(parents=True, exist_ok=True)
+        files: dict[str, FileEntry] = {}
+        if tensors:
+            files[self.state_name] = self._write_tensors(work / self.state_name, tensors)
+        if self.base.owned:
+            files[self.base_name] = self._write_base(work, final, merges_done)
+        if self.engine.rank == 0:
+            for source in sorted(path for path in tokenizer.rglob("*") if path.is_file()):
+                target = work / "tokenizer" / source.relative_to(tokenizer)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _link(source, target)
+                files[str(target.relative_to(work))] = file_entry(target)
+        for name in files:
+            with (work / name).open("rb") as stream:
+                os.fsync(stream.fileno())
+        for folder in {(work / name).parent for name in files}:
+            sync_folder(folder)
+        return files
+
+    def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> FileEntry:
+        save_file(tensors, path)
+        path.chmod(self._mode)  # safetensors makes files that only their owner reads
+        return file_entry(path)
+
+    def _write_base(self, work: Path, final: Path, merges_done: int) -> FileEntry:
+        path = work / self.base_name
+        shared = self._shared if self._shared is not None and self._shared.merges_done == merges_done else None
+        if shared is None or not _link_any(shared.places, path) or file_entry(path) != shared.entry:
+            path.unlink(missing_ok=True)
+            entry = self._write_tensors(path, {f"base|{name}|0": self.base.weights[name] for name in self.base.owned})
+        else:
+            entry = shared.entry
+        # until the first rank has made it a checkpoint, or if it never does, the file stands elsewhere
+        places = [folder / self.base_name for folder in (final, final.with_name(final.name + NEW), work, final)]
+        self._shared = _Shared(merges_done, entry, [*places, *(shared.places if shared is not None else [])][:PLACES_KEPT])
+        return entry
+
+
+def _link_any(sources: list[Path], target: Path) -> bool:
+    """Links the first of these files that is there; False when none is."""
+    for source in sources:
+        try:
+            _link(source, target)
+        except FileNotFoundError:
+            continue
+        return True
+    return False
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)

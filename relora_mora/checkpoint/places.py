@@ -1,0 +1,71 @@
+"""Names of checkpoint folders, and renames that a kill can cut short anywhere without losing a checkpoint.
+
+``step-N`` is the checkpoint of step N. A folder whose name ends in ``.tmp`` is none: it is being written or removed. One
+that ends in ``.new`` is whole and about to take the place of ``step-N``; where a kill came in between, it still counts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from relora_mora.checkpoint.layout import sync_folder
+
+NEW, TEMPORARY = ".new", ".tmp"
+
+
+def step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint folder's name, None for other names."""
+    match = re.fullmatch(r"step-([0-9]{8,15})", folder.name)
+    return int(match[1]) if match and folder.name == step_folder(int(match[1])) else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Folders below ``checkpoints/`` that are named like checkpoints, newest first; whether they are whole is not checked."""
+    if not folder.is_dir():
+        return []
+    found = [(step, path) for path in folder.iterdir() if path.is_dir() and (step := step_of(path)) is not None]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def list_new(folder: Path) -> list[Path]:
+    """Whole checkpoints that were about to take the place of the folder of their step, newest first."""
+    return sorted(
+        (path for path in folder.glob(f"step-*{NEW}") if path.is_dir() and step_of(path.with_suffix("")) is not None), reverse=True
+    )
+
+
+def put_in_place(new: Path) -> None:
+    """Gives a whole checkpoint ``step-N.new`` the name ``step-N``. What had that name goes only after that."""
+    final = new.with_suffix("")
+    aside = _set_aside(final)
+    new.rename(final)
+    sync_folder(final.parent)
+    remove(aside)
+
+
+def discard(checkpoint: Path) -> None:
+    """Removes a checkpoint; however this is cut short, nothing is left that looks like one."""
+    remove(_set_aside(checkpoint))
+
+
+def _set_aside(path: Path) -> Path:
+    aside = path.with_name(f"{path.name}.old{TEMPORARY}")
+    remove(aside)
+    if os.path.lexists(path):
+        path.rename(aside)
+    return aside
+
+
+def remove(path: Path) -> None:
+    """Removes a folder, a file or a link (never what it leads to), as far as that goes."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        path.unlink()

@@ -1,0 +1,10 @@
+"""Command lines of launch/ and tokenizer/: arguments, messages, exit codes, Ctrl-C, and folders that appear whole.
+
+What takes time to import is imported inside functions, here and in the commands, so that Ctrl-C is answered from the start on.
+"""
+
+from relora_mora.cli.command import run
+from relora_mora.cli.folder import new_folder
+from relora_mora.cli.interrupt import INTERRUPTED
+
+__all__ = ["INTERRUPTED", "new_folder", "run"]

@@ -1,0 +1,78 @@
+"""Ctrl-C ends a command at once, also where Python's KeyboardInterrupt does not arrive."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+
+INTERRUPTED = 130  # as shells say it for a program that Ctrl-C ended
+GRACE_SECONDS = 3.0
+_to_remove: set[str] = set()
+
+
+class Interrupts:
+    """While a command runs: SIGINT raises KeyboardInterrupt; where that has not ended the command in time, the process ends.
+
+    Python runs its handler between bytecodes of the main thread. A library may compute for minutes before the next one, an
+    import may swallow the exception. Its C handler however writes to a pipe at once, and a thread reads that. Where the
+    command sets a handler of its own, as the trainer does, this one is out of the way.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._ended = threading.Event()
+        self._writer: int | None = None
+
+    def __enter__(self) -> Interrupts:
+        ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if ours:
+            reader, self._writer = os.pipe()
+            os.set_blocking(self._writer, False)
+            signal.signal(signal.SIGINT, self._handle)
+            signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+            threading.Thread(target=self._read, args=(reader,), daemon=True, name="interrupts").start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        if self._writer is None:
+            return
+        if signal.getsignal(signal.SIGINT) == self._handle:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.set_wakeup_fd(-1)
+        os.close(self._writer)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        raise KeyboardInterrupt
+
+    def _read(self, reader: int) -> None:
+        while numbers := os.read(reader, 64):
+            if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) == self._handle and not self._ended.wait(GRACE_SECONDS):
+                say()
+                for folder in _to_remove:
+                    shutil.rmtree(folder, ignore_errors=True)
+                os._exit(INTERRUPTED)
+        os.close(reader)
+
+
+def say() -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.write("interrupted\n")
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def at_hard_exit_remove(folder: str) -> Iterator[None]:
+    """The folder also goes where the process ends without leaving the block."""
+    _to_remove.add(folder)
+    try:
+        yield
+    finally:
+        _to_remove.discard(folder)

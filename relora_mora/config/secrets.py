@@ -1,0 +1,44 @@
+"""Tokens and passwords have no place in settings, which are saved and logged: they are found here, and hidden in messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+HIDDEN = "***"
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+# what stands before the @ of scheme://user:password@host, also where the password holds a / that should have been %2F
+_CREDENTIALS = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d+[/?#])\S*)@")
+_QUERY = re.compile(r"(https?://[^\s?#]*[?#])\S*[^\s:;,.)\]'\"]")
+
+
+def redact(text: str) -> str:
+    """The text without tokens, without user and password of urls, and without their queries, which may be signatures."""
+    return _QUERY.sub(rf"\1{HIDDEN}", _CREDENTIALS.sub(f"{HIDDEN}@", _TOKEN.sub(HIDDEN, text)))
+
+
+def secret_in(text: str) -> str | None:
+    """What is secret in a text and where it belongs instead; None when there is nothing."""
+    if _TOKEN.search(text):
+        return "it holds what looks like a token of the Hugging Face hub; use `hf auth login` or HF_TOKEN instead"
+    if _CREDENTIALS.search(text):
+        return "it holds the user or password of a url; put them into ~/.netrc, which is read for http(s) sources"
+    return None
+
+
+def secrets_in(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, what is secret there) for every text and every key of a tree of settings."""
+    if isinstance(value, str):
+        found = secret_in(value)
+        if found:
+            yield name, found
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            below = f"{name}.{key}" if name else str(key)
+            if isinstance(key, str) and (found := secret_in(key)):
+                yield below, found
+            yield from secrets_in(inner, below)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from secrets_in(inner, f"{name}.{index}")

@@ -1,0 +1,48 @@
+"""Where lanes stand, in words: for a person who looks for the text of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from relora_mora.config import DataConfig
+from relora_mora.data.lanes import Cursor, LanePlan, plan_lanes
+from relora_mora.data.sources import Shard
+
+
+def describe_position(
+    state: Mapping[str, Mapping[str, Any]],
+    *,
+    lanes: int,
+    shards: Sequence[Shard],
+    config: DataConfig,
+    since: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[str]:
+    """A sentence per lane of a ``Batch.state``: epoch, shard, and how many of which lines (counted from 1) are behind it.
+
+    Documents are shuffled, so the lines are those of a whole block; the last block of a shard may have fewer than are named.
+    ``since`` is an earlier state, that before a batch for instance: the sentence then names the data between both. A lane
+    that it lacks stood at its start. Raises SourceError for a position that its lane cannot have.
+    """
+    plans = plan_lanes(lanes, len(shards))
+    sentences = []
+    for lane in sorted(map(int, state)):
+        here = _place(plans[lane], *plans[lane].read(state[str(lane)]), shards, config)
+        if since is None:
+            sentences.append(f"lane {lane}: {here}")
+        else:
+            before = plans[lane].read(since[str(lane)]) if str(lane) in since else (Cursor(), 0)
+            sentences.append(f"lane {lane}: from {_place(plans[lane], *before, shards, config)} to {here}")
+    return sentences
+
+
+def _place(plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard], config: DataConfig) -> str:
+    shard = shards[plan.order(config.seed, cursor.epoch)[cursor.place]]
+    first = cursor.block * config.shuffle_documents * plan.stride + plan.phase + 1
+    last = first + (config.shuffle_documents - 1) * plan.stride
+    if last == first:
+        lines = f"{'behind' if cursor.item else 'before'} line {first}"
+    else:
+        steps = f" in steps of {plan.stride}" if plan.stride > 1 else ""
+        lines = f"behind {cursor.item} of lines {first} to {last}{steps} (shuffled)"
+    return f"epoch {cursor.epoch}, {shard.name}, {lines}" + (f" and {offset} tokens of the next document" if offset else "")

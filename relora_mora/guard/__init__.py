@@ -1,0 +1,11 @@
+"""Ends that are no accident: signals, launchers, lost ranks, and one trainer per run folder.
+
+``watch`` needs torch and is imported when there are ranks to watch; the rest is light, so that a process can be guarded
+before its slow imports.
+"""
+
+from relora_mora.guard.exits import FAILED, FINISHED, LOST, REQUEUE, USER_ERROR, record_end
+from relora_mora.guard.guard import Guard
+from relora_mora.guard.lock import LockError, RunLock
+
+__all__ = ["FAILED", "FINISHED", "LOST", "REQUEUE", "USER_ERROR", "Guard", "LockError", "RunLock", "record_end"]

@@ -1,0 +1,35 @@
+"""How a run ends: exit codes, and a line about it in the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+FINISHED, FAILED, USER_ERROR = 0, 1, 2
+LOST = 69  # EX_UNAVAILABLE of sysexits.h: a rank, a launcher or the network is gone; the same command goes on from the last checkpoint
+REQUEUE = 75  # EX_TEMPFAIL: stopped on request with everything saved; the same command goes on from there
+
+ENDS = "ends.jsonl"
+
+
+def record_end(folder: Path, *, code: int, reason: str, rank: int, step: int | None) -> None:
+    """Appends a line to ``ends.jsonl`` of the run folder; where that cannot be written, the reason is on stderr only."""
+    entry = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "code": code,
+        "reason": reason,
+        "step": step,
+        "rank": rank,
+        "host": socket.gethostname(),
+    }
+    with contextlib.suppress(OSError):
+        handle = os.open(folder / ENDS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(handle, (json.dumps(entry) + "\n").encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)

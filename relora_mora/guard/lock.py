@@ -1,0 +1,151 @@
+"""One trainer per run folder.
+
+``RUN/lock`` is held by the first rank with ``flock``, which the kernel gives up with the process, however that ends. The
+file also says who holds it, and the holder touches it every few seconds: on file systems where flock does not reach other
+hosts, a holder elsewhere is alive as long as the time of the file moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LOCK = "lock"
+TOUCH_SECONDS = 5.0
+STALE_SECONDS = 4 * TOUCH_SECONDS  # a holder on another host that has not touched the file for so long is gone
+WAIT_SECONDS = 30.0  # ranks whose launcher was killed need up to ten seconds to end
+
+
+class LockError(ValueError):
+    """Another trainer holds the run folder."""
+
+    same_on_all_ranks = True
+
+
+class RunLock:
+    """Held from :meth:`acquire` to :meth:`release` or the end of the process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self._handle: int | None = None
+
+    def acquire(self, wait_seconds: float = WAIT_SECONDS) -> str | None:
+        """Takes the lock, waiting for another holder to end.
+
+        Returns None, or who held it last where that one ended without releasing it. Raises :class:`LockError` when it
+        is still held after ``wait_seconds``, OSError when the folder cannot be written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._flock(handle, time.monotonic() + wait_seconds)
+            before = self._content(handle)
+            if before and before.get("host_id") != host_id() and not before.get("released"):
+                self._await_silence(handle, before)
+            self._write(handle, released=False)
+        except BaseException:
+            os.close(handle)
+            raise
+        self._handle = handle
+        return None if not before or before.get("released") else _who(before)
+
+    def touch(self) -> None:
+        """Shows other hosts that the holder lives; call it every ``TOUCH_SECONDS``."""
+        if self._handle is not None:
+            with contextlib.suppress(OSError):
+                os.utime(self._handle)
+
+    def release(self) -> None:
+        if self._handle is not None:
+            with contextlib.suppress(OSError):
+                self._write(self._handle, released=True)
+            os.close(self._handle)
+            self._handle = None
+
+    def _flock(self, handle: int, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise self._held(self._content(handle)) from None
+                time.sleep(0.2)
+            except OSError:  # a file system without flock: what the file says has to do
+                self._await_same_host(handle, deadline)
+                return
+            else:
+                return
+
+    def _await_same_host(self, handle: int, deadline: float) -> None:
+        while (content := self._content(handle)) and not content.get("released") and _runs_here(content):
+            if time.monotonic() > deadline:
+                raise self._held(content)
+            time.sleep(0.2)
+
+    def _await_silence(self, handle: int, content: dict[str, Any]) -> None:
+        """Raises when the holder on another host touches the file within the time in which a living one must."""
+        touched, deadline = os.fstat(handle).st_mtime_ns, time.monotonic() + STALE_SECONDS
+        if time.time() - touched / 1e9 > 10 * STALE_SECONDS:
+            return  # long ago, by any clock
+        while time.monotonic() < deadline:
+            if os.fstat(handle).st_mtime_ns != touched:
+                raise self._held(content)
+            time.sleep(0.2)
+
+    def _held(self, content: dict[str, Any]) -> LockError:
+        return LockError(
+            f"{self.path.parent}: another trainer works on this run ({_who(content)}); wait for its end, stop it, or use another train.run_dir"
+        )
+
+    @staticmethod
+    def _content(handle: int) -> dict[str, Any]:
+        try:
+            content = json.loads(os.pread(handle, 1 << 16, 0))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    @staticmethod
+    def _write(handle: int, *, released: bool) -> None:
+        content = {
+            "host": socket.gethostname(),
+            "host_id": host_id(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "released": released,
+        }
+        data = (json.dumps(content) + "\n").encode()
+        os.pwrite(handle, data, 0)
+        os.ftruncate(handle, len(data))
+        os.fsync(handle)
+
+
+@functools.cache
+def host_id() -> str:
+    """This host since its boot; a name alone may be given to another machine."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()}/{boot}"
+
+
+def _runs_here(content: dict[str, Any]) -> bool:
+    try:
+        return content.get("host_id") == host_id() and psutil.Process(content["pid"]).create_time() == content["started"]
+    except (KeyError, TypeError, ValueError, psutil.Error):
+        return False
+
+
+def _who(content: dict[str, Any]) -> str:
+    return f"host {content.get('host', 'unknown')}, pid {content.get('pid', 'unknown')}, since {content.get('since', 'unknown')}"

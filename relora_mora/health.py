@@ -1,0 +1,75 @@
+"""Numbers that have gone wrong: bad steps in a row, loss spikes, and what a run remembers of its rollbacks.
+
+All of it is part of the state of a run: a resumed run judges the next step as the run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from relora_mora.config import TrainConfig
+
+ROLLBACKS = "rollbacks.json"
+
+
+@dataclass
+class Health:
+    """What the last steps looked like. ``losses`` are those of the last ``spike_window`` good steps, oldest first."""
+
+    losses: list[float] = field(default_factory=list)
+    bad_steps: int = 0  # in a row, up to the present one
+
+    def bad(self) -> int:
+        """A step was not made; returns how many in a row."""
+        self.bad_steps += 1
+        return self.bad_steps
+
+    def good(self) -> None:
+        self.bad_steps = 0
+
+    def spike(self, loss: float, config: TrainConfig) -> float | None:
+        """How many standard deviations a loss lies above the window's mean, when they are too many; else it joins the window.
+
+        A quarter of the window must be there before anything is judged.
+        """
+        if len(self.losses) >= max(2, config.spike_window // 4):
+            mean = statistics.fmean(self.losses)
+            deviation = max(statistics.stdev(self.losses, mean), 1e-6 * abs(mean))
+            height = (loss - mean) / deviation
+            if height > config.spike_deviations:
+                return height
+        if math.isfinite(loss):
+            self.losses = [*self.losses, loss][-config.spike_window :]
+        return None
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """The run went back from ``at`` to the checkpoint of ``step``, and on with the data behind ``at``."""
+
+    step: int
+    at: int
+    reason: str
+    data_state: dict[str, Any]  # of all lanes
+
+
+def read_rollbacks(folder: Path) -> list[Rollback]:
+    """The rollbacks of a run, oldest first. Raises ValueError when the file is not what :func:`write_rollbacks` wrote."""
+    path = folder / ROLLBACKS
+    if not path.exists():
+        return []
+    try:
+        return [Rollback(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); it says which data to skip: restore it, or move it away to read that data again"
+        ) from error
+
+
+def dump_rollbacks(rollbacks: list[Rollback]) -> str:
+    return json.dumps([asdict(rollback) for rollback in rollbacks], indent=1) + "\n"

@@ -1,0 +1,149 @@
+"""kernels.c, compiled when the package was installed and called through ctypes, which releases the interpreter's lock.
+
+The library shares the OpenMP threads of torch (see kernels.c), so torch must have been loaded before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relora_mora.kernels.grouping import Grouping
+
+SOURCE = Path(__file__).with_name("kernels.c")
+LIBRARY = Path(__file__).with_name("_kernels.so")
+
+_TYPES = {torch.bfloat16: 0, torch.float32: 1}
+BEST = 2  # of the instruction sets plain, avx2, avx512
+_GRAIN = 32768  # elements that are worth a thread
+_enabled = True
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("feature", "slot", "slots", "repeats", "neighbours")]
+
+
+class _SumJob(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "features", "slots", "x_stride", "y_stride")),
+        ("pieces", ctypes.POINTER(_Piece)),
+        ("n_pieces", ctypes.c_int64),
+    ]
+
+
+class _AddJob(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "square", "result")),
+        *((name, ctypes.c_int64) for name in ("inputs", "slots", "weight_stride", "square_stride")),
+        *((name, ctypes.POINTER(_Piece)) for name in ("in_pieces", "out_pieces")),
+        *((name, ctypes.c_int64) for name in ("n_in", "n_out")),
+    ]
+
+
+@functools.cache
+def load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if not LIBRARY.exists():
+        return "not compiled when the package was installed; install gcc and install the package again"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        library.remora_source.restype = ctypes.c_uint32
+        if library.remora_source() != zlib.crc32(SOURCE.read_bytes()):
+            return "compiled from another version of kernels.c; install the package again"
+    except (OSError, AttributeError) as error:
+        return f"cannot be loaded ({error}); install the package again"
+    library.remora_use.argtypes, library.remora_use.restype = [ctypes.c_int], ctypes.c_char_p
+    arguments: list[Any] = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64]
+    library.remora_sum.argtypes = library.remora_add.argtypes = arguments
+    library.remora_sum.restype = library.remora_add.restype = None
+    return library
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Everything inside is computed by torch."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the library can work on these: plain CPU tensors of one type, of which autograd keeps no record.
+
+    Not while torch.compile traces, which can look into torch operations only.
+    """
+    if not _enabled or torch.compiler.is_compiling() or isinstance(load(), str):
+        return False
+    dtype, grad = tensors[0].dtype, torch.is_grad_enabled()
+    return dtype in _TYPES and all(
+        type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.dtype == dtype and not (grad and t.requires_grad)
+        for t in tensors
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _pieces(grouping: Grouping) -> ctypes.Array[_Piece]:
+    return (_Piece * len(grouping.pieces))(*(_Piece(*piece) for piece in grouping.pieces))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., n] as [rows, n] with neighbours in memory, a view where possible"""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _threads(elements: int) -> int:
+    return max(1, min(torch.get_num_threads(), elements // _GRAIN))
+
+
+def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
+    """x [..., features] -> [..., slots]"""
+    library = load()
+    assert isinstance(library, ctypes.CDLL)
+    rows, pieces = _rows(x), _pieces(grouping)
+    y = torch.empty(rows.shape[0], grouping.slots, dtype=x.dtype)
+    threads = _threads(rows.numel())
+    scratch = torch.empty(threads, grouping.slots + 16)
+    job = _SumJob(
+        rows.data_ptr(), y.data_ptr(), rows.shape[0], rows.shape[1], grouping.slots, rows.stride(0), y.stride(0), pieces, len(pieces)
+    )
+    library.remora_sum(_TYPES[x.dtype], ctypes.byref(job), threads, scratch.data_ptr(), scratch.shape[1])
+    return y.view(*x.shape[:-1], grouping.slots)
+
+
+def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping) -> Tensor:
+    """weight [out, in] + D square C [out, in]; ``outputs.once`` must hold"""
+    library = load()
+    assert isinstance(library, ctypes.CDLL) and outputs.once
+    weight, square = _rows(weight), _rows(square)
+    result = torch.empty(weight.shape, dtype=weight.dtype)
+    in_pieces, out_pieces = _pieces(inputs), _pieces(outputs)
+    threads = _threads(weight.numel())
+    scratch = torch.empty(threads, inputs.slots + inputs.features + 16)
+    job = _AddJob(
+        weight.data_ptr(),
+        square.data_ptr(),
+        result.data_ptr(),
+        inputs.features,
+        inputs.slots,
+        weight.stride(0),
+        square.stride(0),
+        in_pieces,
+        out_pieces,
+        len(in_pieces),
+        len(out_pieces),
+    )
+    library.remora_add(_TYPES[weight.dtype], ctypes.byref(job), threads, scratch.data_ptr(), scratch.shape[1])
+    return result

@@ -1,0 +1,81 @@
+"""One call per rank: joins the ranks, checks the settings, builds the run, trains it to its end, and says how it ended."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from relora_mora.build import build, check, pinned_before, write_run_folder
+from relora_mora.config import Config
+from relora_mora.data import pin_revision
+from relora_mora.guard import FAILED, USER_ERROR, Guard, RunLock
+from relora_mora.guard.watch import Watch
+from relora_mora.metrics import log, setup_logging
+from relora_mora.trainer.trainer import LONG_SECONDS, Trainer
+from relora_mora.zero import from_first_rank, gather_from_ranks, init_distributed, lost_peer, store_address
+
+
+def pretrain(config: Config, guard: Guard | None = None) -> int:
+    """Trains a run to its end and returns the exit code: 0, or ``guard.REQUEUE`` when a signal stopped it.
+
+    Raises the package's ValueErrors for mistakes of the user, OSError for a run folder that cannot be used,
+    :class:`TrainingError` and :class:`MergeError` when training cannot go on. When another rank is lost the process ends
+    here with ``guard.LOST``. ``guard`` is the process's own where it was made before the imports.
+    """
+    with guard or Guard(signals=False) as guard:
+        try:
+            code = _pretrain(config, guard)
+            guard.stop_watching()
+            gather_from_ranks(None)  # the first rank holds the store that the others look at
+        except Exception as error:
+            if lost_peer(error):
+                guard.lost_peer(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            mistake = isinstance(error, ValueError | OSError)
+            text = " ".join(str(error).split()) or type(error).__name__
+            guard.leave(USER_ERROR if mistake else FAILED, text, same_on_all_ranks=getattr(error, "same_on_all_ranks", False))
+            raise
+        return code
+
+
+def _pretrain(config: Config, guard: Guard) -> int:
+    os.umask(os.umask(0o077) | 0o002)  # nothing of a run is writable for everybody
+    rank, world_size = init_distributed(config.train.peer_timeout_seconds)
+    setup_logging(rank)
+    folder = Path(config.train.run_dir)
+    job = from_first_rank(lambda: os.urandom(8).hex())
+    if world_size > 1:
+        _watch(guard, config, rank, world_size, job)
+    data = from_first_rank(lambda: pin_revision(pinned_before(config)))  # one commit for all ranks and the whole run
+    checked = check(config.model_copy(update={"data": data}))
+    from_first_rank(lambda: _lock(guard, folder))
+    guard.did("building the model", within=LONG_SECONDS)
+    run = build(checked)
+    from_first_rank(lambda: write_run_folder(checked, world_size, run.step))
+    trainer = Trainer(checked, run, rank, world_size, guard)
+    try:
+        return trainer.fit()
+    finally:
+        trainer.close()
+
+
+def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -> None:
+    watch = Watch(
+        rank,
+        world_size,
+        config.train.peer_timeout_seconds,
+        address=store_address(),
+        job=job,
+        end=guard.end,
+        stacks=Path(config.train.run_dir) / f"stacks-of-rank-{rank}.txt",
+    )
+    gather_from_ranks(None)  # every rank has made its first beat
+    guard.watch_peers(watch, Path(config.train.run_dir))
+    guard.did("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
+
+
+def _lock(guard: Guard, folder: Path) -> None:
+    lock = RunLock(folder)
+    before = lock.acquire()
+    guard.hold(lock)
+    if before is not None:
+        log.warning("the trainer before this one (%s) ended without saying why: it was killed, or its machine was", before)

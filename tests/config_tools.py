@@ -1,0 +1,41 @@
+"""Trees of settings for the tests of the config package."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from relora_mora.config import Config, ConfigError, validate
+
+SECTIONS = {name: list(field.annotation.model_fields) for name, field in Config.model_fields.items()}  # type: ignore[union-attr]
+SETTINGS = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys]
+
+
+def tree(**sections: dict[str, Any]) -> dict[str, Any]:
+    """The least that a run must say, with changes."""
+    base: dict[str, dict[str, Any]] = {
+        "model": {"config": "m.json"},
+        "tokenizer": {"path": "t"},
+        "data": {"train": "a", "validation": "b"},
+        "train": {"run_dir": "r"},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return base
+
+
+def faults_of(given_tree: dict[str, Any], world_size: int | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        validate(given_tree, "the test", world_size=world_size)
+    return error.value.faults
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal, and nan equals nan."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b)))

@@ -1,0 +1,168 @@
+"""A run that is killed again and again, and restarted by the same command, ends as one that never was.
+
+KILLS is the number of kills (``make test-kill``: 100), KILL_SEED makes a sequence again; the seed is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from relora_mora.checkpoint import verify
+from relora_mora.config import Config
+from tests.helpers import ROOT
+from tests.jobs import Job, write_config
+from tests.runs import run_config, tensors, write_inputs
+
+pytestmark = pytest.mark.kills
+
+KILLS = int(os.environ.get("KILLS", "2"))
+SEED = int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(10**6))
+PHASES = ("launch", "start", "step", "evaluate", "merge", "save", "commit", "retire")
+TARGETS = ("all ranks", "rank 0", "rank 1", "launch.py", "deepspeed")
+STEPS = 60
+
+
+def _config(inputs: Path, tokenizer: str, run_dir: Path, stage: int) -> Config:
+    return run_config(
+        inputs,
+        tokenizer,
+        run_dir,
+        2,
+        train={"steps": STEPS, "precision": "bf16", "zero_stage": stage, "peer_timeout_seconds": 30.0},
+        method={"merge_every": 3},
+        checkpoint={"every_steps": 2, "keep_last": 2},
+        eval={"every_steps": 4, "max_tokens": 300},
+        data={"workers": 1},
+    )
+
+
+class Loop:
+    """One run folder, killed until it has had its share of kills."""
+
+    def __init__(self, inputs: Path, tokenizer: str, folder: Path, stage: int, rng: random.Random) -> None:
+        self.rng, self.run_dir = rng, folder / "run"
+        self.config = write_config(_config(inputs, tokenizer, self.run_dir, stage), folder / "run.yaml")
+        self.phases = folder / "phases.txt"
+        os.environ["VICTIM_PHASES"] = str(self.phases)
+        self.kills: Counter[str] = Counter()
+        self.jobs: list[Job] = []
+        self.port = 0
+
+    def start(self) -> Job:
+        self.phases.write_text("")
+        job = Job(self.config, script=ROOT / "tests" / "kills" / "victim.py", port=self.port or None)
+        self.port = job.port  # the same command
+        self.jobs.append(job)
+        return job
+
+    def kill_once(self) -> bool:
+        """Starts the job and kills some of it at a random moment; False when it came to its end before."""
+        rng, job = self.rng, self.start()
+        phase, target = rng.choice(PHASES), rng.choice(TARGETS)
+        count, delay = rng.randint(1, 6), rng.expovariate(1 / 0.02)
+        if phase == "launch":
+            delay = rng.uniform(0, 8)
+            phase_seen = True
+        else:
+            phase_seen = self._await(job, phase, count)
+        time.sleep(delay)
+        if not phase_seen or job.process.poll() is not None:
+            assert job.wait(60) == 0, job.output
+            return False
+        self._kill(job, target)
+        waits = rng.random() < 0.7
+        if waits or target in ("all ranks", "rank 0", "rank 1"):
+            job.wait_for_nobody(45 if target.startswith("rank") else 12)
+        # else the next start meets what is left of this one, and waits for it
+        self.kills[f"{phase}: {target}"] += 1
+        return True
+
+    def _await(self, job: Job, phase: str, count: int) -> bool:
+        deadline = time.monotonic() + 120
+        while self.phases.read_text().split().count(phase) < count:
+            job.processes()
+            if job.process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, f"no {phase} in 120 s\n{job.output}"
+            time.sleep(0.002)
+        return True
+
+    def _kill(self, job: Job, target: str) -> None:
+        found: list[psutil.Process] = [psutil.Process(job.process.pid)]
+        if target == "launch.py":
+            found = [p for p in job.processes() if "deepspeed.launcher.launch" in " ".join(p.cmdline())] or found
+        elif target != "deepspeed":
+            ranks = [p for p in job.processes() if "RANK" in _environment(p) and "victim.py" in " ".join(p.cmdline())]
+            ranks = [p for p in ranks if "deepspeed.launcher.launch" not in p.cmdline()]
+            wanted = {"all ranks": ("0", "1"), "rank 0": ("0",), "rank 1": ("1",)}[target]
+            found = [p for p in ranks if _environment(p)["RANK"] in wanted] or found
+        for process in found:
+            process.send_signal(signal.SIGKILL)
+
+    def finish(self) -> None:
+        job = self.start()
+        assert job.wait(240) == 0, job.output
+        for started in self.jobs:
+            started.wait_for_nobody(10)
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+@pytest.mark.parametrize("stage,share", [(2, 0.7), (3, 0.3)])
+def test_a_run_that_is_killed_ends_as_one_that_was_not(tokenizer_path, tmp_path, stage, share):
+    rng = random.Random(f"{SEED}/{stage}")
+    shared_memory = set(os.listdir("/dev/shm"))  # noqa: PTH208
+    inputs = write_inputs(tmp_path / "inputs")
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    Loop(inputs, tokenizer_path, reference, stage, rng).finish()
+    wanted = max(1, round(KILLS * share))
+    kills: Counter[str] = Counter()
+    rounds = 0
+    print(f"\nKILL_SEED={SEED}, ZeRO-{stage}: {wanted} kills")
+    while kills.total() < wanted:
+        folder = tmp_path / f"round{rounds}"
+        folder.mkdir()
+        loop = Loop(inputs, tokenizer_path, folder, stage, rng)
+        while kills.total() + loop.kills.total() < wanted and loop.kill_once():
+            pass
+        loop.finish()
+        kills += loop.kills
+        rounds += 1
+        _compare(reference / "run", loop.run_dir)
+    for what, count in sorted(kills.items()):
+        print(f"  {count:3d} x {what}")
+    print(f"{kills.total()} kills in {rounds} runs, all ended bit-equal")
+    assert set(os.listdir("/dev/shm")) <= shared_memory  # noqa: PTH208
+
+
+def _compare(reference: Path, run_dir: Path) -> None:
+    last = f"step-{STEPS:08d}"
+    first, second = (tensors(folder / "checkpoints" / last) for folder in (reference, run_dir))
+    assert set(first) == set(second) and len(first) > 50
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == ["latest", f"step-{STEPS - 2:08d}", last]
+    assert all(verify(run_dir / "checkpoints" / name) is None for name in names[1:])
+    losses = [_losses(folder) for folder in (reference, run_dir)]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+
+
+def _losses(run_dir: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]

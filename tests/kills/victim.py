@@ -1,0 +1,54 @@
+"""launch/pretrain.py that says in a file what it is doing, and takes its time where it matters, so that a kill can be aimed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch.pretrain import main
+from relora_mora.cli import run
+
+PHASES = Path(os.environ["VICTIM_PHASES"])
+
+
+def say(phase: str) -> None:
+    with PHASES.open("a") as stream:
+        stream.write(f"{phase}\n")
+
+
+def announced(owner: Any, name: str, phase: str, seconds: float = 0.0) -> None:
+    """``owner.name`` says the phase when it begins, and waits in it on every rank."""
+    whole: Callable[..., Any] = getattr(owner, name)
+
+    @functools.wraps(whole)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        say(phase)
+        time.sleep(seconds)
+        return whole(*args, **kwargs)
+
+    setattr(owner, name, method)
+
+
+@functools.wraps(main)
+def victim(*args: Any, **kwargs: Any) -> int:
+    from relora_mora.checkpoint import CheckpointWriter
+    from relora_mora.checkpoint.part import Part
+    from relora_mora.cycle import Cycle
+    from relora_mora.trainer import Trainer
+
+    say("start")
+    announced(Trainer, "train_step", "step")
+    announced(Trainer, "evaluate", "evaluate")
+    announced(Cycle, "_reset_masters", "merge", 0.02)  # the base is written, the adapters are not yet reset
+    announced(Part, "write", "save", 0.02)
+    announced(CheckpointWriter, "_commit", "commit", 0.02)
+    announced(CheckpointWriter, "_tidy_up", "retire", 0.02)
+    return main(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    run(victim)

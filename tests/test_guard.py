@@ -1,0 +1,163 @@
+"""Signals, launchers, the lock of a run folder, and how ends are recorded; each in small processes without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from relora_mora.guard import LockError, RunLock, record_end
+from relora_mora.guard.launchers import is_launcher
+from relora_mora.guard.lock import STALE_SECONDS
+
+BUSY = """
+import hashlib, sys
+from relora_mora.guard import Guard
+guard = Guard()
+if sys.argv[1] == "training":
+    guard.training()
+print("up", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # one long call, as a collective is: Python's own handlers do not run in it
+"""
+
+
+@pytest.fixture
+def busy():
+    started = []
+
+    def start(phase: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen([sys.executable, "-c", BUSY, phase], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout and process.stdout.readline() == "up\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def _ends_within(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=seconds)
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_ends_the_process(busy, number):
+    process = busy("start")
+    process.send_signal(number)
+    assert _ends_within(process, 5) == (75, f"the run ended: {number.name} to rank 0 before the first step: nothing to save\n")
+
+
+def test_while_training_the_first_signal_waits_and_a_second_leaves_at_once(busy):
+    process = busy("training")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)  # passed on by a launcher: the same request
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.3)
+    process.send_signal(signal.SIGTERM)
+    code, errors = _ends_within(process, 2)
+    assert code == 143 and "left without saving" in errors
+
+
+def test_after_the_end_is_decided_signals_change_nothing():
+    code = 'import os, signal; from relora_mora.guard import Guard; Guard().close(); os.kill(os.getpid(), signal.SIGTERM); print("end")'
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout == "end\n"
+
+
+@pytest.mark.parametrize(
+    "command,launches",
+    [
+        (["/venv/bin/python", "/venv/bin/deepspeed", "--num_gpus=2", "launch/pretrain.py"], True),
+        (["/venv/bin/python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x", "launch/pretrain.py"], True),
+        (["/venv/bin/python3.11", "/venv/bin/torchrun", "--nproc_per_node=2", "launch/pretrain.py"], True),
+        (["python", "-m", "torch.distributed.run", "launch/pretrain.py"], True),
+        (["python", "/x/site-packages/torch/distributed/run.py", "launch/pretrain.py"], True),
+        (["bash", "-c", "deepspeed launch/pretrain.py"], False),
+        (["python", "-m", "pytest", "deepspeed"], False),
+        (["python", "my_queue.py", "deepspeed"], False),
+        (["-bash"], False),
+        ([], False),
+    ],
+)
+def test_launchers_are_known_by_their_command_line(command, launches):
+    assert is_launcher(command) is launches
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from relora_mora.guard import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+sys.stdin.readline()
+lock.release()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_held_lock_is_refused_and_names_its_holder(holder, tmp_path):
+    with pytest.raises(LockError, match=rf"pid {holder.pid}.*use another train\.run_dir"):
+        RunLock(tmp_path).acquire(wait_seconds=0.5)
+
+
+def test_a_lock_is_free_when_its_holder_was_killed(holder, tmp_path):
+    holder.kill()
+    lock = RunLock(tmp_path)
+    before = lock.acquire(wait_seconds=5)
+    assert before is not None and f"pid {holder.pid}" in before
+    lock.release()
+    assert RunLock(tmp_path).acquire(wait_seconds=0.5) is None  # released: nobody is missing
+
+
+def test_a_lock_waits_for_its_holder_to_end(holder, tmp_path):
+    assert holder.stdin
+    holder.stdin.write("\n")
+    holder.stdin.flush()
+    assert RunLock(tmp_path).acquire(wait_seconds=5) is None
+
+
+def _held_elsewhere(folder: Path) -> Path:
+    path = folder / "lock"
+    path.write_text(json.dumps({"host": "other", "host_id": "other/boot", "pid": 1, "started": 1.0, "since": "then", "released": False}))
+    return path
+
+
+def test_a_holder_on_another_host_is_alive_while_it_touches_the_file(tmp_path, monkeypatch):
+    path = _held_elsewhere(tmp_path)
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.utime(path))
+    with pytest.raises(LockError, match="host other, pid 1"):
+        RunLock(tmp_path).acquire()
+
+
+def test_a_holder_on_another_host_that_touches_nothing_is_gone(tmp_path, monkeypatch):
+    _held_elsewhere(tmp_path)
+    now, slept = time.monotonic(), []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now + sum(slept))
+    assert "host other" in str(RunLock(tmp_path).acquire())
+    assert sum(slept) > STALE_SECONDS - 0.5
+
+
+def test_ends_are_appended_and_a_folder_that_cannot_be_written_is_no_fault(tmp_path):
+    record_end(tmp_path, code=75, reason="SIGTERM to rank 1", rank=0, step=7)
+    record_end(tmp_path, code=0, reason="done", rank=0, step=9)
+    lines = [json.loads(line) for line in (tmp_path / "ends.jsonl").read_text().splitlines()]
+    assert [(line["code"], line["reason"], line["step"]) for line in lines] == [(75, "SIGTERM to rank 1", 7), (0, "done", 9)]
+    record_end(tmp_path / "nowhere", code=1, reason="x", rank=0, step=None)
+    assert not (tmp_path / "nowhere").exists()
