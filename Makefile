@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-elastic test-kill lint types checks format env dev clean
+.PHONY: demo test test-fast test-elastic test-stops test-kill lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
@@ -18,8 +18,11 @@ KILLS ?= 100
 test-kill: $(VENV)/.installed-dev  ## KILLS=100 kills at random moments; KILL_SEED=n makes a sequence again
 	KILLS=$(KILLS) $(BIN)/python -m pytest -s -m kills
 
+test-stops: $(VENV)/.installed-dev  ## every signal, launcher and lost rank
+	$(BIN)/python -m pytest -m stops
+
 test-fast: $(VENV)/.installed-dev  ## unit tests only
-	$(BIN)/python -m pytest -m "not distributed"
+	$(BIN)/python -m pytest -m "not distributed and not elastic and not stops and not kills"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

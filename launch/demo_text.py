@@ -9,6 +9,7 @@ packages, read with ``ast`` (nothing is imported). What is written depends on th
 from __future__ import annotations
 
 import ast
+import contextlib
 import gzip
 import hashlib
 import json
@@ -111,12 +112,15 @@ def docstrings(roots: Sequence[Path], processes: int = 1) -> list[Document]:
         return [document for documents in pool.imap(_file_docstrings, files, chunksize=64) for document in documents]
 
 
-def _pool(processes: int) -> multiprocessing.pool.Pool:
+@contextlib.contextmanager
+def _pool(processes: int) -> Iterator[multiprocessing.pool.Pool]:
     """Its processes do not hear of Ctrl-C, which is for the one that ends them: they inherit what is blocked here."""
     multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal when it starts
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return multiprocessing.get_context("spawn").Pool(processes)
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            yield pool
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 

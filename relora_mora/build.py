@@ -26,7 +26,7 @@ from relora_mora.checkpoint import CheckpointError, CheckpointReader, changed_se
 from relora_mora.config import Config, ConfigError, DataConfig, dump, parse_yaml, unused_settings
 from relora_mora.cycle import Base, Cycle
 from relora_mora.data import fingerprint, resolve_shards
-from relora_mora.export import find_checkpoint, merged_weights
+from relora_mora.export import find_checkpoint, load_foreign, merged_weights
 from relora_mora.hardware import fast_bf16
 from relora_mora.health import read_rollbacks
 from relora_mora.metrics import log
@@ -161,7 +161,7 @@ def initial_model(checked: Checked) -> LlamaForCausalLM:
 
 def _foreign_weights(path: Path) -> dict[str, Tensor]:
     if (path / "config.json").exists():
-        return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True, trust_remote_code=False).state_dict()
+        return load_foreign(path, torch.float32, LlamaForCausalLM).state_dict()
     return merged_weights(CheckpointReader(find_checkpoint(path)))
 
 
@@ -197,7 +197,7 @@ def _resume(run: Run) -> None:
         return
     if wanted == "auto":
         chosen, skipped = newest_whole(folder, run.engine)
-        for reason in skipped:
+        for reason in skipped if run.engine.rank == 0 else ():  # all ranks know the same
             log.warning("passed over %s", reason)
         if chosen is None:
             if skipped:
@@ -218,10 +218,10 @@ def restore(run: Run, reader: CheckpointReader) -> None:
     reader.restore(run.engine, run.base)
     run.step, run.data_state, run.counters, run.resumed_from = manifest.step, manifest.data_state, dict(manifest.counters), reader
     run.cycle.set_operator(manifest.operator)
-    if reader.folder.parent.resolve() != (folder / "checkpoints").resolve():
-        return
     if run.engine.rank == 0:
         _abandon_later(folder / "checkpoints", run.step)
+    if reader.folder.parent.resolve() != (folder / "checkpoints").resolve():
+        return
     count = run.counters.get("rollbacks", 0)
     later = from_first_rank(lambda: read_rollbacks(folder))[count:]
     if later and later[0].step == run.step:  # rolled back to here before: the data goes on where that left it

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ class Cycle:
         self.engine, self.base, self.config = engine, base, config
         self.layers: dict[str, AdapterLinear] = dict(adapter_layers(engine.lm))
         self.parameters = {name: [f"{name}.{key}" for key in layer.adapter_names] for name, layer in self.layers.items()}
+        self.elements = sum(engine.shapes[name].numel() for names in self.parameters.values() for name in names)
         by_kind: dict[str, list[str]] = {}
         for name in self.layers:
             by_kind.setdefault(name.rpartition(".")[2], []).append(name)
@@ -90,12 +92,12 @@ class Cycle:
     def merge(self, step: int, merges_done: int, next_operator: int | None) -> MergeRecord:
         """One merge event at the end of ``step``; a collective. ``merges_done`` counts this one.
 
-        Raises :class:`MergeError` on all ranks, before anything is written, when an adapter is not finite, and after the
-        merge when it did not reach every layer and element.
+        Raises :class:`MergeError` on all ranks: before anything is written when an adapter is not finite or the layers and
+        elements that the ranks hold are not those of the settings, and after the merge when it did not reach all of them.
         """
         begin = time.perf_counter()
         before = self.operator()
-        self._check_finite(step)
+        self._check_adapters(step)
         squares, ranks = self._merge_layers()
         zeroed = self._reset_masters(merges_done)
         self._reset_state(merges_done)
@@ -106,8 +108,17 @@ class Cycle:
         effective = {name.rpartition(".")[2]: rank for name, rank in ranks.items()}
         return MergeRecord(step, len(squares), zeroed, delta_norm, effective, before, self.operator(), time.perf_counter() - begin)
 
-    def _check_finite(self, step: int) -> None:
+    def _check_adapters(self, step: int) -> None:
         names = {name for parameters in self.parameters.values() for name in parameters}
+        lm: Any = self.engine.lm
+        layers = len(self.config.method.target_modules) * lm.config.num_hidden_layers
+        held = sum(shard.numel for shard in self.engine.shards if shard.name in names)
+        held = held if self.engine.stage == 0 else int(self.engine.sum_over_ranks(held))
+        if len(self.layers) != layers or held != self.elements:
+            raise MergeError(
+                f"step {step}: there are {len(self.layers)} layers to merge, expected {layers}, and the ranks hold {held} adapter elements, "
+                f"expected {self.elements}; nothing was merged, go back to an earlier checkpoint"
+            )
         bad = sorted({s.name for s in self.engine.shards if s.name in names and not torch.isfinite(s.of(s.flat)).all()})
         if self.engine.sum_over_ranks(len(bad)):
             where = ", ".join(bad[:3]) or "another rank's part"
@@ -180,10 +191,9 @@ class Cycle:
         self.engine.scatter(parameter, moment, key)
 
     def _check_counts(self, step: int, layers: int, zeroed: int) -> None:
-        expected = sum(self.engine.shapes[name].numel() for names in self.parameters.values() for name in names)
-        if layers != len(self.layers) or zeroed != expected:
+        if layers != len(self.layers) or zeroed != self.elements:
             raise MergeError(
-                f"step {step}: merged {layers} of {len(self.layers)} layers and reset {zeroed} of {expected} adapter elements; "
+                f"step {step}: merged {layers} of {len(self.layers)} layers and reset {zeroed} of {self.elements} adapter elements; "
                 "this run cannot be trusted from here, go back to an earlier checkpoint"
             )
 

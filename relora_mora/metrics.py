@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -86,7 +87,7 @@ class Metrics:
         finite = {tag: None if isinstance(value, float) and not math.isfinite(value) else value for tag, value in values.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n"
         try:
-            os.write(self._handle, line.encode())
+            self._append(line.encode())
             for tag, value in values.items():
                 if self._board is not None and isinstance(value, int | float) and tag not in ONLY_IN_FILE:
                     self._board.add_scalar(tag, value, step)
@@ -96,6 +97,14 @@ class Metrics:
             self._losing = True
         else:
             self._losing = False
+
+    def _append(self, line: bytes) -> None:
+        """The whole line or nothing of it: a disk that fills up takes a part."""
+        before = os.fstat(self._handle).st_size
+        written = os.write(self._handle, line)
+        if written < len(line):
+            os.ftruncate(self._handle, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         os.close(self._handle)

@@ -14,10 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
 
 from relora_mora.config import Config, ConfigError, ModelConfig
 
 IGNORE = -100
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 CHUNK_ELEMENTS = 32 * 1024 * 1024  # float32 logits held at once: 128 MiB
 
 
@@ -41,12 +52,20 @@ def read_model_config(settings: ModelConfig) -> LlamaConfig:
     values |= settings.overrides
     known = set(LlamaConfig().to_dict()) | {"_name_or_path", "torch_dtype", "rope_theta", "max_sequence_length", "transformers_version"}
     found = [f"model: {key} is no key of a LlamaConfig" for key in values if key not in known]
+    found += [
+        f"model: {key} is {values[key]}, expected at least 1" for key in _SIZES if isinstance(values.get(key), int) and values[key] < 1
+    ]
     if values.get("model_type", "llama") != "llama":
         found.append(f"model: model_type is {values['model_type']!r}, expected llama")
     try:
         model_config = LlamaConfig(**{key: value for key, value in values.items() if key != "model_type"})
     except Exception as error:
         raise ConfigError([*found, f"model: LlamaConfig refuses it: {' '.join(str(error).split())}"], str(path)) from error
+    heads, shared = model_config.num_attention_heads, model_config.num_key_value_heads or model_config.num_attention_heads
+    if heads % shared:
+        found.append(f"model: num_key_value_heads is {shared}, expected a divisor of num_attention_heads {heads}")
+    if model_config.hidden_act not in ACT2FN:
+        found.append(f"model: hidden_act is {model_config.hidden_act!r}, expected an activation of transformers such as silu")
     if found:
         raise ConfigError(found, str(path))
     model_config.use_cache = False

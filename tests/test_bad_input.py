@@ -145,6 +145,10 @@ def test_files_that_are_no_settings(inputs: Path, script: str, name: str, messag
         ("model.config={}/rubbish", "model.config: not JSON"),
         ("model.overrides.hidden_size=many", "LlamaConfig refuses it"),
         ("model.overrides.num_attention_heads=7", "LlamaConfig refuses it"),
+        ("model.overrides.vocab_size=0", "vocab_size is 0, expected at least 1"),
+        ("model.overrides.head_dim=0", "head_dim is 0, expected at least 1"),
+        ("model.overrides.num_key_value_heads=3", "num_key_value_heads is 3, expected a divisor of num_attention_heads 2"),
+        ("model.overrides.hidden_act=nix", "hidden_act is 'nix', expected an activation of transformers"),
         ("data.sequence_length=65", "more than the model's max_position_embeddings (64)"),
     ],
 )
@@ -161,6 +165,7 @@ def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
         ("loop", "no file matches"),
         ("rubbish", "expected one of .json"),
         ("folder/*.json", "no file matches"),
+        ("https://[x/a.json", "no url that can be read"),
         ("rubbish.json", "lines are bad, more than data.max_bad_fraction"),
         ("damaged.json.gz", "lines are bad, more than data.max_bad_fraction"),
         ("empty.json", "empty.json"),
@@ -168,7 +173,7 @@ def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
 )
 @pytest.mark.parametrize("script", [BENCHMARK, TRAIN])
 def test_sources_that_hold_no_text(inputs: Path, tmp_path: Path, script: str, name: str, message: str) -> None:
-    source = inputs / name
+    source = name if "://" in name else inputs / name
     if script == BENCHMARK:
         answer = call(script, inputs / "run.yaml", f"--data.train={source}", "--tokens=100")
     else:

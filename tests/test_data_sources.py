@@ -64,6 +64,10 @@ def test_urls_show_no_secret():
     (shard,) = resolve_shards("https://user:secret@example.org/x/a.json.gz?token=secret")
     assert shard.name == "https://example.org/x/a.json.gz"
     assert "secret" in shard.location
+    for wrong in ("https://user:secret@example.org/a.txt", "https://example.org/{3..1}.json?token=secret"):
+        with pytest.raises(SourceError) as caught:
+            resolve_shards(wrong)
+        assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,7 @@ def test_urls_show_no_secret():
         ("hub:a/b/*.json", "cannot be used"),
         ("https://example.org/{5..2}.json", "counts down"),
         ("https://example.org/a.parquet", "expected one of .json"),
+        ("https://[x/a.json", "no url that can be read"),
         (__file__, "expected one of .json"),
         ([], "no source"),
     ],

@@ -115,6 +115,9 @@ def read_manifest(folder: Path) -> Manifest:
         values = json.loads(content)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise CheckpointError(f"{path}: not the manifest of a {FORMAT}; give a folder such as RUN/checkpoints/step-00001000")
+        version = values.get("version")
+        if version != VERSION:  # first: another version may have another checksum
+            raise CheckpointError(f"{path}: format version {version}, this program reads version {VERSION}; use the release that wrote it")
         whole = values.pop("checksum", None) == content_checksum(values)
     except CheckpointError:
         raise
@@ -126,10 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _checked(path: Path, values: dict[str, Any]) -> Manifest:
-    version = values.pop("version", None)
-    if version != VERSION:
-        raise CheckpointError(f"{path}: format version {version}, this program reads version {VERSION}; use the release that wrote it")
-    del values["format"]
+    del values["format"], values["version"]
     try:
         return _MANIFEST.validate_python(values)
     except ValidationError as error:

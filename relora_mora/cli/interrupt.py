@@ -53,6 +53,7 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _read(self, reader: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # so that the main thread can block it for a while
         while numbers := os.read(reader, 64):
             if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) == self._handle and not self._ended.wait(GRACE_SECONDS):
                 say()

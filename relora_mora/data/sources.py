@@ -13,6 +13,7 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from relora_mora.config import DataConfig
+from relora_mora.config.secrets import redact
 
 Split = Literal["train", "validation"]
 
@@ -28,7 +29,10 @@ _MAX_SHARDS = 1_000_000
 
 
 class SourceError(ValueError):
-    """A source of text cannot be used: what was given, what is wrong with it, what to do."""
+    """A source of text cannot be used: what was given, what is wrong with it, what to do. Holds no secret: it is logged and saved."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,12 @@ def _resolve(source: str, split: Split, commits: _Commits) -> Iterator[Shard]:
         yield from _hub_shards(_hub_source(source, split), commits)
     elif source.startswith(("http://", "https://")):
         for url in expand_braces(source):
-            yield Shard(public_url(url), url)
-            _check_suffix(unquote(urlsplit(url).path), source, may_be_missing=True)
+            try:
+                name, path = public_url(url), unquote(urlsplit(url).path)
+            except ValueError as error:
+                raise SourceError(f"{url}: no url that can be read ({error}); check it") from error
+            _check_suffix(path, source, may_be_missing=True)
+            yield Shard(name, url)
     elif "://" in source:
         raise SourceError(
             f"{source.split('://')[0]}:// is no kind of source; give a path, a glob, an http(s) url or hub:OWNER/NAME/PATTERN"

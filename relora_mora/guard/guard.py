@@ -140,13 +140,16 @@ class Guard:
         self._exit(REQUEUE)
 
     def _look_around(self) -> None:
-        """Launchers and lock, until the guard is closed."""
+        """Launchers, lock, and whether the watch itself is stuck, until the guard is closed."""
         touched, deadline = 0.0, None
         while not self._closed.wait(LAUNCHER_POLL_SECONDS):
             now = time.monotonic()
             if self._lock is not None and now - touched > TOUCH_SECONDS:
                 self._lock.touch()
                 touched = now
+            verdict = self._watch.unanswered() if self._watch is not None else None
+            if verdict is not None:
+                self.end(verdict)
             gone = self._launchers.gone() if self._launchers is not None else None
             if gone is not None and deadline is None:
                 deadline = now + LAUNCHER_SECONDS

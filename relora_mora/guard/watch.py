@@ -84,6 +84,7 @@ class Watch:
         self._seen: dict[int, _Seen] = {}
         self._beat = 0
         self._lock = threading.Lock()
+        self._asked_at: float | None = None  # while the store has not answered
         self._closed, self._suspicious = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
         self.beat()
@@ -121,17 +122,26 @@ class Watch:
             self._thread.join(2 * STORE_SECONDS)
         faulthandler.cancel_dump_traceback_later()
 
+    def unanswered(self) -> Verdict | None:
+        """For another thread: the store has not answered for too long. Its client waits without an end when the first rank is stopped."""
+        asked_at = self._asked_at
+        if asked_at is None or self._closed.is_set() or time.monotonic() - asked_at <= self.timeout_seconds:
+            return None
+        return self._gone(0, f"nothing heard for {time.monotonic() - asked_at:.0f} s")
+
     # ---- of the thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):
             # the thread needs the interpreter: where a C call keeps it, this timer of C ends the process
             faulthandler.dump_traceback_later(1.5 * max(self.timeout_seconds, self._action[3]) + 10, exit=True)
+            self._asked_at = time.monotonic()
             try:
                 self.beat()
                 verdict = self._verdict()
             except DistError:
                 verdict = None if self._closed.is_set() else self._store_lost()
+            self._asked_at = None
             if verdict is not None:
                 self._obey(verdict)
 

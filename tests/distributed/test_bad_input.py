@@ -88,9 +88,10 @@ def test_what_is_no_checkpoint(refuses, tmp_path):
 
 
 def test_another_format_version(refuses, checkpoint):
-    change_manifest(checkpoint, version=2)
+    path = checkpoint / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     refuses(checkpoint, f"{checkpoint}/manifest.json: format version 2, this program reads version 1; use the release that wrote it")
-    change_manifest(checkpoint, version=1, format="another checkpoint")
+    change_manifest(checkpoint, format="another checkpoint")
     refuses(checkpoint, f"{checkpoint}/manifest.json: not the manifest of a relora_mora checkpoint")
 
 

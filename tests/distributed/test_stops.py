@@ -13,6 +13,7 @@ from tests.jobs import Job, checkpoints, ends, last_step, write_config
 from tests.runs import run_config, tensors, write_inputs
 
 pytestmark = pytest.mark.distributed
+also = pytest.mark.stops  # further cases, of make test-stops
 STEPS = 100_000
 
 
@@ -47,12 +48,12 @@ def _saved_step(run_dir: Path) -> int:
     "number,target,launcher",
     [
         (signal.SIGTERM, "rank 1", "deepspeed"),
-        (signal.SIGINT, "rank 0", "torchrun"),
-        (signal.SIGUSR1, "rank 1", "torchrun"),
-        (signal.SIGTERM, "launch.py", "deepspeed"),
+        pytest.param(signal.SIGINT, "rank 0", "torchrun", marks=also),
+        pytest.param(signal.SIGUSR1, "rank 1", "torchrun", marks=also),
+        pytest.param(signal.SIGTERM, "launch.py", "deepspeed", marks=also),
         (signal.SIGINT, "launch.py", "deepspeed"),
-        (signal.SIGTERM, "launcher", "deepspeed"),
-        (signal.SIGTERM, "launcher", "torchrun"),
+        pytest.param(signal.SIGTERM, "launcher", "deepspeed", marks=also),
+        pytest.param(signal.SIGTERM, "launcher", "torchrun", marks=also),
     ],
 )
 def test_a_signal_saves_and_ends_all_ranks(config, number, target, launcher):
@@ -89,8 +90,10 @@ def test_a_signal_during_the_start_ends_it(config):
     job.wait_for_nobody(10)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("how", ["killed", "hangs"])
+@pytest.mark.parametrize(
+    "how,lost",
+    [("killed", 1), pytest.param("killed", 0, marks=also), pytest.param("hangs", 1, marks=also), pytest.param("hangs", 0, marks=also)],
+)
 def test_a_lost_rank_ends_the_job_and_is_named(config, lost, how):
     run_dir = config.parent / "run"
     job = Job(config)
@@ -111,7 +114,7 @@ def test_a_lost_rank_ends_the_job_and_is_named(config, lost, how):
     assert again.wait(20) == 75
 
 
-@pytest.mark.parametrize("target", ["launch.py", "launcher"])
+@pytest.mark.parametrize("target", ["launch.py", pytest.param("launcher", marks=also)])
 def test_ranks_end_with_their_launcher_and_the_same_command_waits_for_them(config, target):
     run_dir = config.parent / "run"
     job = Job(config)
@@ -129,6 +132,7 @@ def test_ranks_end_with_their_launcher_and_the_same_command_waits_for_them(confi
     assert len((run_dir / "starts.jsonl").read_text().splitlines()) == 2
 
 
+@also
 def test_two_trainers_never_share_a_run_folder(config):
     run_dir = config.parent / "run"
     first = Job(config)
