@@ -70,7 +70,7 @@ class Job:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=ROOT,
-                env=kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+                env=kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                 start_new_session=True,
             )
         self.tree: dict[int, psutil.Process] = {}
