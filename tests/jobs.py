@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,14 @@ from tests.helpers import ROOT
 
 BIN = Path(sys.executable).parent
 _OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def lives(process: psutil.Process) -> bool:
+    """Runs, and is no zombie; it may go at any moment."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def free_port() -> int:
@@ -83,8 +92,7 @@ class Job:
     def processes(self) -> list[psutil.Process]:
         """Everything this job has started and that was seen alive, also what has lost its parent since."""
         try:
-            top = psutil.Process(self.process.pid)
-            self.tree |= {child.pid: child for child in [top, *top.children(recursive=True)]}
+            self.tree.setdefault(self.process.pid, psutil.Process(self.process.pid))
         except psutil.NoSuchProcess:
             pass
         for process in list(self.tree.values()):
@@ -92,7 +100,7 @@ class Job:
                 self.tree |= {child.pid: child for child in process.children(recursive=True)}
             except psutil.NoSuchProcess:
                 continue
-        return [process for process in self.tree.values() if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in self.tree.values() if lives(process)]
 
     def rank(self, number: int) -> psutil.Process:
         for process in self.processes():
@@ -106,7 +114,11 @@ class Job:
         raise AssertionError(f"rank {number} does not run\n{self.output}")
 
     def launch_py(self) -> psutil.Process:
-        return next(process for process in self.processes() if "deepspeed.launcher.launch" in process.cmdline())
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "deepspeed.launcher.launch" in process.cmdline():
+                    return process
+        raise AssertionError(f"launch.py does not run\n{self.output}")
 
     def wait_until(self, true: Callable[[], Any], seconds: float = 120) -> Any:
         deadline = time.monotonic() + seconds

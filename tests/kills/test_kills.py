@@ -5,6 +5,7 @@ KILLS is the number of kills (``make test-kill``: 100), KILL_SEED makes a sequen
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -98,16 +99,17 @@ class Loop:
         return True
 
     def _kill(self, job: Job, target: str) -> None:
-        found: list[psutil.Process] = [psutil.Process(job.process.pid)]
+        found = [process for process in job.processes() if process.pid == job.process.pid]
         if target == "launch.py":
-            found = [p for p in job.processes() if "deepspeed.launcher.launch" in " ".join(p.cmdline())] or found
+            found = [p for p in job.processes() if "deepspeed.launcher.launch" in _command(p)] or found
         elif target != "deepspeed":
-            ranks = [p for p in job.processes() if "RANK" in _environment(p) and "victim.py" in " ".join(p.cmdline())]
-            ranks = [p for p in ranks if "deepspeed.launcher.launch" not in p.cmdline()]
+            ranks = [p for p in job.processes() if "RANK" in _environment(p) and "victim.py" in " ".join(_command(p))]
+            ranks = [p for p in ranks if "deepspeed.launcher.launch" not in _command(p)]
             wanted = {"all ranks": ("0", "1"), "rank 0": ("0",), "rank 1": ("1",)}[target]
             found = [p for p in ranks if _environment(p)["RANK"] in wanted] or found
         for process in found:
-            process.send_signal(signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it came to its end in this moment
+                process.send_signal(signal.SIGKILL)
 
     def finish(self) -> None:
         job = self.start()
@@ -121,6 +123,13 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return process.environ()
     except psutil.Error:
         return {}
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 @pytest.mark.parametrize("stage,share", [(2, 0.7), (3, 0.3)])
