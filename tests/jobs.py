@@ -91,10 +91,8 @@ class Job:
 
     def processes(self) -> list[psutil.Process]:
         """Everything this job has started and that was seen alive, also what has lost its parent since."""
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             self.tree.setdefault(self.process.pid, psutil.Process(self.process.pid))
-        except psutil.NoSuchProcess:
-            pass
         for process in list(self.tree.values()):
             try:
                 self.tree |= {child.pid: child for child in process.children(recursive=True)}
