@@ -65,7 +65,7 @@ class Contender(Protocol):
 
 
 class Ours:
-    """A method of this trainer, on DeepSpeed. ``form`` and ``compile`` as in the settings."""
+    """A method of this trainer, on DeepSpeed. ``form`` as in the settings."""
 
     def __init__(self, setting: Setting, method: str, form: str = "auto") -> None:
         from torch import distributed as dist

@@ -7,7 +7,7 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,7 @@ def run(names: list[str], setting: Setting, *, repeats: int, warmup: int, merges
     built: dict[str, Contender] = {}
     results = {name: Result(name) for name in names}
     for name in names:
-        before = _storages()
+        before = live_tensors()  # kept, so that nothing new gets an address of theirs
         built[name] = CONTENDERS[name](setting)
         result = results[name]
         for _ in range(max(0, warmup - 1)):
@@ -160,19 +160,25 @@ def kept_for_backward(contender: Contender) -> Iterator[Counter]:
         handle.remove()
 
 
-def _storages() -> dict[int, int]:
+def live_tensors() -> list[Tensor]:
+    """Every tensor that exists; a gradient that nobody has looked at has no Python object yet."""
     gc.collect()
     found = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
-    found += [t.grad for t in found if t.is_leaf and t.grad is not None]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+    return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
 
 
-def _held(contender: Contender, before: dict[int, int]) -> dict[str, int]:
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each storage, by address."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def _held(contender: Contender, before: list[Tensor]) -> dict[str, int]:
     """Bytes that the contender keeps between steps, by part; ``other`` is gradients and buffers."""
-    after = {address: size for address, size in _storages().items() if address not in before}
+    known = storages(before)
+    after = {address: size for address, size in storages(live_tensors()).items() if address not in known}
     parts: dict[str, int] = {}
     for name, tensors in contender.parts().items():
-        addresses = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        addresses = storages(tensors)
         parts[name] = sum(addresses.values())
         for address in addresses:
             after.pop(address, None)

@@ -31,6 +31,8 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
+from relora_mora.cli.folder import sync
+
 FORMAT, VERSION = "relora_mora checkpoint", 1
 MANIFEST, LATEST = "manifest.json", "latest"
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -169,15 +171,6 @@ def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None
     return None
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames and new names in a folder last over a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_synced(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
@@ -191,4 +184,4 @@ def write_synced(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)

@@ -11,8 +11,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relora_mora.checkpoint.layout import FileEntry, Manifest, file_entry, sync_folder
+from relora_mora.checkpoint.layout import FileEntry, Manifest, file_entry
 from relora_mora.checkpoint.places import NEW
+from relora_mora.cli.folder import sync
 from relora_mora.cycle import Base
 from relora_mora.zero import MOMENTS, ZeroEngine
 
@@ -83,11 +84,9 @@ class Part:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _link(source, target)
                 files[str(target.relative_to(work))] = file_entry(target)
-        for name in files:
-            with (work / name).open("rb") as stream:
-                os.fsync(stream.fileno())
-        for folder in {(work / name).parent for name in files}:
-            sync_folder(folder)
+        written = [work / name for name in files]
+        for path in [*written, *{path.parent for path in written}]:
+            sync(path)
         return files
 
     def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> FileEntry:

@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from relora_mora.checkpoint.layout import sync_folder
+from relora_mora.cli.folder import sync
 
 NEW, TEMPORARY = ".new", ".tmp"
 
@@ -46,7 +46,7 @@ def put_in_place(new: Path) -> None:
     final = new.with_suffix("")
     aside = _set_aside(final)
     new.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
     remove(aside)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,10 +166,16 @@ def _damage_of_content(folder: Path) -> str | None:
     return None
 
 
-def newest_whole(folder: Path, engine: ZeroEngine | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint below ``folder`` that verifies, and why newer ones were passed over; a collective."""
+def newest_whole(
+    folder: Path, engine: ZeroEngine | None = None, suits: Callable[[Path], bool] = lambda path: True
+) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint below ``folder`` that verifies, of those that suit, and why newer ones of them were passed over; a collective."""
+
+    def candidates() -> list[Path]:
+        return [path for path in _candidates(folder) if suits(path)]
+
     skipped: list[str] = []
-    for candidate in _candidates(folder) if engine is None else from_first_rank(lambda: _candidates(folder)):
+    for candidate in candidates() if engine is None else from_first_rank(candidates):
         problem = verify(candidate, engine)
         if problem is None:
             return candidate, skipped

@@ -36,14 +36,14 @@ def new_folder(out: Path) -> Iterator[Path]:
             work.mkdir()  # the holder is for its owner alone, this one is as the umask says
             yield work
             for path in work.rglob("*"):
-                _sync(path)  # some file systems notice only now that they are full
+                sync(path)  # some file systems notice only now that they are full
             work.rename(target)
         except Exception as error:
             number = _fault_of_disk(error, Path(holder))
             if number is None:
                 raise
             raise OSError(number, os.strerror(number), str(out)) from error
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _holder(out: Path, target: Path) -> tempfile.TemporaryDirectory[str]:
@@ -71,7 +71,8 @@ def _fault_of_disk(error: Exception, folder: Path) -> int | None:
     return int(found[1]) if found and int(found[1]) in _OF_WRITING else None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Makes what a file holds, or renames and new names in a folder, last over a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -20,6 +20,7 @@ from relora_mora.guard.signals import StopSignals
 if TYPE_CHECKING:
     from relora_mora.guard.watch import Verdict, Watch
 
+LONG_SECONDS = 1800.0  # for `did`: what building a model, a merge or the write of a checkpoint may take
 LAUNCHER_SECONDS = 8.0  # to save and end after the launcher has gone
 LAUNCHER_POLL_SECONDS = 0.5
 STACKS_SECONDS = 1.5  # for a rank that hangs to write where
@@ -83,7 +84,7 @@ class Guard:
         """This rank ends with an error. The others need to hear of it, unless they end with the same one."""
         if self.rank == 0 or not same_on_all_ranks:
             self.record(code, reason)
-        if self._watch is not None and self._watch.world_size > 1 and not same_on_all_ranks:
+        if self._watch is not None and not same_on_all_ranks:
             self._watch.leave(code, f"rank {self.rank} ended: {reason}")
             if self.rank == 0:
                 time.sleep(LINGER_SECONDS)

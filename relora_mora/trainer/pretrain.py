@@ -8,10 +8,10 @@ from pathlib import Path
 from relora_mora.build import build, check, pinned_before, write_run_folder
 from relora_mora.config import Config
 from relora_mora.data import pin_revision
-from relora_mora.guard import FAILED, USER_ERROR, Guard, RunLock
+from relora_mora.guard import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
 from relora_mora.guard.watch import Watch
 from relora_mora.metrics import log, setup_logging
-from relora_mora.trainer.trainer import LONG_SECONDS, Trainer
+from relora_mora.trainer.trainer import Trainer
 from relora_mora.zero import from_first_rank, gather_from_ranks, init_distributed, lost_peer, store_address
 
 

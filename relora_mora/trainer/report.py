@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from relora_mora.config import Config
 from relora_mora.cycle import MergeRecord
 from relora_mora.data import KINDS
+from relora_mora.hardware import peak_flops
+from relora_mora.metrics import log
 from relora_mora.zero import sum_over_hosts
 
 _COUNTED = ("documents", "bad", "retries", *(f"skipped/{kind}" for kind in KINDS))
@@ -35,6 +38,15 @@ class Interval:
             "perf/tflops_per_device": achieved / 1e12,
             "perf/mfu": achieved / peak,
         }
+
+
+def peak_of_device(config: Config, *, bf16: bool) -> float:
+    """FLOP/s of one device: a setting, known or measured."""
+    if config.log.peak_tflops is not None:
+        return config.log.peak_tflops * 1e12
+    peak, source = peak_flops(bf16=bf16)
+    log.info("peak of one device: %.3g TFLOP/s (%s)", peak / 1e12, source)
+    return peak
 
 
 def loss_metrics(loss: float) -> dict[str, float]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from relora_mora.build import restore
-from relora_mora.checkpoint import CheckpointReader, list_checkpoints, read_manifest, verify
+from relora_mora.checkpoint import CheckpointReader, newest_whole, read_manifest
 from relora_mora.checkpoint.layout import write_synced
 from relora_mora.data import merge_states
+from relora_mora.guard import LONG_SECONDS
 from relora_mora.health import ROLLBACKS, Rollback, dump_rollbacks, read_rollbacks
 from relora_mora.metrics import log
 from relora_mora.trainer.errors import TrainingError
-from relora_mora.zero import from_first_rank, gather_from_ranks
+from relora_mora.zero import gather_from_ranks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +31,7 @@ def roll_back(trainer: Trainer, why: str) -> None:
     there is no such checkpoint.
     """
     config = trainer.config.train
-    trainer.guard.did(f"step {trainer.step}: rollback", within=1800.0)
+    trainer.guard.did(f"step {trainer.step}: rollback", within=LONG_SECONDS)
     if trainer.rollbacks >= config.max_rollbacks:
         raise TrainingError(
             f"{why}; the run was rolled back {trainer.rollbacks} times before (train.max_rollbacks), so the data is not the cause: "
@@ -38,12 +39,7 @@ def roll_back(trainer: Trainer, why: str) -> None:
         )
     trainer.writer.wait()
     gather_from_ranks(None)  # the newest checkpoint is whole when the first rank has waited
-    folder = trainer.folder / "checkpoints"
-    chosen: Path | None = None
-    for candidate in from_first_rank(lambda: [path for path in list_checkpoints(folder) if _is_good(path, trainer.step)]):
-        if verify(candidate, trainer.engine) is None:
-            chosen = candidate
-            break
+    chosen, _ = newest_whole(trainer.folder / "checkpoints", trainer.engine, lambda path: _is_good(path, trainer.step))
     if chosen is None:
         raise TrainingError(
             f"{why}; there is no checkpoint of before it to go back to: lower optim.lr, or set checkpoint.every_steps to fewer steps"

@@ -17,18 +17,17 @@ from relora_mora.checkpoint import CheckpointWriter, Manifest
 from relora_mora.data import Batch, EvalSet, TrainStream, load_eval_set, merge_states
 from relora_mora.evaluate import evaluate
 from relora_mora.flops import flops_per_token
-from relora_mora.guard import FINISHED, REQUEUE, Guard
-from relora_mora.hardware import peak_flops, peak_memory_bytes
+from relora_mora.guard import LONG_SECONDS, Guard
+from relora_mora.hardware import peak_memory_bytes
 from relora_mora.health import Health
 from relora_mora.metrics import Metrics, Progress, log
 from relora_mora.optim import group_rates
-from relora_mora.trainer.errors import DataError, TrainingError
-from relora_mora.trainer.report import Interval, data_metrics, loss_metrics, merge_metrics
+from relora_mora.trainer.ends import end_for_data, finish, stop
+from relora_mora.trainer.report import Interval, data_metrics, loss_metrics, merge_metrics, peak_of_device
 from relora_mora.trainer.rollback import roll_back
 from relora_mora.zero import gather_from_ranks, sum_over_hosts
 
 POLL_SECONDS = 1.0  # a rank that waits for data looks so often whether the others want to stop
-LONG_SECONDS = 1800.0  # what a merge or the write of a checkpoint may take
 
 
 class Meeting(NamedTuple):
@@ -48,7 +47,7 @@ class Trainer:
         self.metrics = Metrics(self.folder, step=run.step, tensorboard=config.log.tensorboard) if rank == 0 else None
         self.progress = Progress(total=config.train.steps, done=run.step, show=rank == 0 and config.log.progress)
         self.flops = flops_per_token(checked.model_config, config).total
-        self.peak = self._peak()
+        self.peak = peak_of_device(config, bf16=checked.bf16)
         self.eval_set: EvalSet | None = None
         self.data = TrainStream(
             config.data,
@@ -96,11 +95,11 @@ class Trainer:
         """Trains to the end, or until some rank is asked to stop; returns the exit code."""
         self.guard.training()
         if self.evaluation_is_missing() and not self.evaluate():
-            return self.stop()
+            return stop(self)
         while self.step < self.config.train.steps:
             batch = self.next_batch()
             if batch is None:
-                return self.stop()
+                return stop(self)
             self.train_step(batch)
             if self.trouble:
                 roll_back(self, self.trouble)
@@ -108,12 +107,12 @@ class Trainer:
             if self.schedule.merge_after(self.step):
                 self.merge()
             if (self.is_due(self.config.eval.every_steps) or self.step == self.config.train.steps) and not self.evaluate():
-                return self.stop()
+                return stop(self)
             if self.is_due(self.config.checkpoint.every_steps):
                 self.save()
             if self.is_due(self.config.log.every_steps) or self.step == self.config.train.steps:
                 self.log()
-        return self.finish()
+        return finish(self)
 
     def is_due(self, every_steps: int) -> bool:
         return every_steps > 0 and self.step % every_steps == 0
@@ -138,7 +137,7 @@ class Trainer:
                     failure = error
             meeting = self.meet(ready=batch is not None, failed=failure is not None)
             if meeting.failed:
-                self.end_for_data(failure)
+                end_for_data(self, failure)
             if meeting.stop:
                 return None
             if meeting.all_ready and batch is not None:
@@ -335,62 +334,11 @@ class Trainer:
         shown = {"loss": f"{loss:.3f}", "ppl": f"{math.exp(min(loss, 700.0)):.1f}", "tok_s": f"{speed['perf/tokens_per_second']:,.0f}"}
         self.progress.show(**shown)
 
-    # ---- ends -------------------------------------------------------------------------------------------------
-
-    def finish(self) -> int:
-        """Evaluates and saves the end of the run, unless that has just been done."""
-        if self.evaluated != self.step and not self.evaluate():
-            return self.stop()
-        self.save_and_wait()
-        log.info(f"done: {self.step} steps, {self.tokens:,} tokens, {self.folder / 'checkpoints'}")
-        self.record_end(FINISHED, "done")
-        return FINISHED
-
-    def stop(self) -> int:
-        """Some rank was asked to stop: all save and end."""
-        reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(self.guard.stop_reason))))
-        log.info(f"stopping after step {self.step} ({reason})")
-        self.save_and_wait()
-        log.info(f"saved; the same command goes on from here (exit code {REQUEUE})")
-        self.record_end(REQUEUE, reason)
-        return REQUEUE
-
-    def end_for_data(self, failure: Exception | None) -> None:
-        """The data of some rank has failed: all save, and end with the same error."""
-        given = None if failure is None else (isinstance(failure, ValueError), str(failure))
-        failures = [answer for answer in gather_from_ranks(given) if answer is not None]
-        self.save_and_wait()
-        text = "\n".join(dict.fromkeys(text for _, text in failures))
-        saved = f"\nwhat was trained up to step {self.step} is saved" if self.step else ""
-        raise (DataError if all(by_user for by_user, _ in failures) else TrainingError)(text + saved) from failure
-
-    def save_and_wait(self) -> None:
-        """Returns when the newest checkpoint is whole; raises :class:`TrainingError` on all ranks when it could not be written."""
-        if self.step > 0 and self.saved != self.step:
-            self.save()
-        self.guard.did(f"step {self.step}: waiting for the checkpoint", within=LONG_SECONDS)
-        self.writer.wait()
-        failures = [failure for failure in gather_from_ranks(self.writer.last_failure) if failure]
-        if failures:
-            raise TrainingError(failures[0])
-
     # ---- helpers ----------------------------------------------------------------------------------------------
-
-    def record_end(self, code: int, reason: str) -> None:
-        if self.rank == 0:
-            self.guard.record(code, reason)
 
     def write(self, values: dict[str, Any]) -> None:
         if self.metrics is not None:
             self.metrics.write(self.step, values)
-
-    def _peak(self) -> float:
-        """FLOP/s of one device: a setting, known or measured."""
-        if self.config.log.peak_tflops is not None:
-            return self.config.log.peak_tflops * 1e12
-        peak, source = peak_flops(bf16=self.checked.bf16)
-        log.info("peak of one device: %.3g TFLOP/s (%s)", peak / 1e12, source)
-        return peak
 
     def close(self) -> None:
         with contextlib.suppress(Exception):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from relora_mora.checkpoint import list_checkpoints, verify
+from tests.commands import disk
 from tests.runs import run_config, tensors, train, write_inputs
 
 pytestmark = pytest.mark.distributed
@@ -109,13 +110,9 @@ def test_a_run_ends_with_an_error_when_its_last_checkpoint_failed(pools, inputs,
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """RUN/checkpoints on a file system of 1 MiB, which holds about three checkpoints."""
-    place = tmp_path / "run" / "checkpoints"
-    place.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
+    (tmp_path / "run").mkdir()
+    with disk(tmp_path / "run" / "checkpoints", "size=1m") as place:
+        yield place
 
 
 def test_a_full_disk_is_survived_and_used_again_when_there_is_space(pools, inputs, tokenizer_path, small_disk):

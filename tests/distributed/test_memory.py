@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
-from torch import Tensor
 from transformers import LlamaConfig
 
+from relora_mora.benchmark.measure import live_tensors, storages
 from relora_mora.config import Config
 from relora_mora.flops import meta_model
 from relora_mora.memory import count_parameters, gathered_memory, gradient_memory, state_memory
@@ -28,30 +26,18 @@ def _config(method: str, stage: int, world_size: int, micro_batch_size: int) -> 
     )
 
 
-def _tensors() -> list[Tensor]:
-    """Every tensor that exists; a gradient that nobody has looked at has no Python object yet."""
-    gc.collect()
-    found = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
-    return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
-
-
-def _storages(tensors: list[Tensor]) -> dict[int, int]:
-    """Bytes of each storage, by address."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
-
-
 def measure(method: str, stage: int, bf16: bool, micro_batch_size: int) -> dict[str, int]:
     """Runs on every rank: bytes held after a step, between its micro-batches and when the last backward is done."""
     from torch import distributed as dist
 
-    others = _tensors()  # kept, so that nothing new gets an address of theirs
+    others = live_tensors()  # kept, so that nothing new gets an address of theirs
     rig = build_rig(_config(method, stage, dist.get_world_size(), micro_batch_size), bf16=bf16, llama=_llama())
     rig.initial.clear()
     others += rig.base.weights.values()
 
     def held() -> int:
-        known = _storages(others)
-        return sum(size for address, size in _storages(_tensors()).items() if address not in known)
+        known = storages(others)
+        return sum(size for address, size in storages(live_tensors()).items() if address not in known)
 
     for step in (1, 2):
         rig.step(step)

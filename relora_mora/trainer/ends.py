@@ -1,0 +1,59 @@
+"""The ends that the trainer comes to by itself: done, asked to stop, out of data. Each leaves everything saved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+from relora_mora.guard import FINISHED, LONG_SECONDS, REQUEUE
+from relora_mora.metrics import log
+from relora_mora.trainer.errors import DataError, TrainingError
+from relora_mora.zero import gather_from_ranks
+
+if TYPE_CHECKING:
+    from relora_mora.trainer.trainer import Trainer
+
+
+def finish(trainer: Trainer) -> int:
+    """Evaluates and saves the end of the run, unless that has just been done; returns the exit code."""
+    if trainer.evaluated != trainer.step and not trainer.evaluate():
+        return stop(trainer)
+    _save_and_wait(trainer)
+    log.info(f"done: {trainer.step} steps, {trainer.tokens:,} tokens, {trainer.folder / 'checkpoints'}")
+    _record(trainer, FINISHED, "done")
+    return FINISHED
+
+
+def stop(trainer: Trainer) -> int:
+    """Some rank was asked to stop: all save; returns the exit code."""
+    reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(trainer.guard.stop_reason))))
+    log.info(f"stopping after step {trainer.step} ({reason})")
+    _save_and_wait(trainer)
+    log.info(f"saved; the same command goes on from here (exit code {REQUEUE})")
+    _record(trainer, REQUEUE, reason)
+    return REQUEUE
+
+
+def end_for_data(trainer: Trainer, failure: Exception | None) -> NoReturn:
+    """The data of some rank has failed: all save, and end with the same error."""
+    given = None if failure is None else (isinstance(failure, ValueError), str(failure))
+    failures = [answer for answer in gather_from_ranks(given) if answer is not None]
+    _save_and_wait(trainer)
+    text = "\n".join(dict.fromkeys(text for _, text in failures))
+    saved = f"\nwhat was trained up to step {trainer.step} is saved" if trainer.step else ""
+    raise (DataError if all(by_user for by_user, _ in failures) else TrainingError)(text + saved) from failure
+
+
+def _save_and_wait(trainer: Trainer) -> None:
+    """Returns when the newest checkpoint is whole; raises :class:`TrainingError` on all ranks when it could not be written."""
+    if trainer.step > 0 and trainer.saved != trainer.step:
+        trainer.save()
+    trainer.guard.did(f"step {trainer.step}: waiting for the checkpoint", within=LONG_SECONDS)
+    trainer.writer.wait()
+    failures = [failure for failure in gather_from_ranks(trainer.writer.last_failure) if failure]
+    if failures:
+        raise TrainingError(failures[0])
+
+
+def _record(trainer: Trainer, code: int, reason: str) -> None:
+    if trainer.rank == 0:
+        trainer.guard.record(code, reason)
