@@ -106,12 +106,13 @@ class Trainer:
                 continue
             if self.schedule.merge_after(self.step):
                 self.merge()
+            # before what a signal may cut short, and before the checkpoint that a resume begins at: else this line would be lost
+            if self.is_due(self.config.log.every_steps) or self.step == self.config.train.steps:
+                self.log()
             if (self.is_due(self.config.eval.every_steps) or self.step == self.config.train.steps) and not self.evaluate():
                 return stop(self)
             if self.is_due(self.config.checkpoint.every_steps):
                 self.save()
-            if self.is_due(self.config.log.every_steps) or self.step == self.config.train.steps:
-                self.log()
         return finish(self)
 
     def is_due(self, every_steps: int) -> bool:

@@ -147,17 +147,15 @@ def test_a_checkpoint_that_cannot_be_resumed_ends_all_ranks(pools, inputs, token
     assert all(("0 bytes, expected" if what == "damaged" else "not found; give a run folder") in message for message in messages)
 
 
-def test_the_last_checkpoint_comes_after_the_last_evaluation(pools, inputs, tokenizer_path, tmp_path):
-    """A kill right after it must not lose the evaluation."""
+def test_a_checkpoint_comes_after_the_evaluation_and_the_line_of_metrics_of_its_step(pools, inputs, tokenizer_path, tmp_path):
+    """A kill right after it must not lose them."""
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 1, eval={"every_steps": 0})
     pools(1)(train, config)
-    lines = [
-        ("eval" if "eval/loss" in line else "save")
-        for line in metrics(folder)
-        if "eval/loss" in line or "perf/checkpoint_stall_seconds" in line
-    ]
-    assert lines[-2:] == ["eval", "save"] and _eval_steps(folder) == [0, 10]
+    tags = {"train/loss": "loss", "eval/loss": "eval", "perf/checkpoint_stall_seconds": "save"}
+    lines = [kind for line in metrics(folder) for tag, kind in tags.items() if tag in line]
+    assert lines[-3:] == ["loss", "eval", "save"] and _eval_steps(folder) == [0, 10]
+    assert lines.count("loss") == 10
 
 
 @pytest.mark.parametrize("method", ["remora", "relora"])
