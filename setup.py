@@ -36,6 +36,7 @@ setup(
             define_macros=[("SOURCE_CRC", f"{zlib.crc32(Path(SOURCE).read_bytes())}u")],
             # compiled for OpenMP and not linked with it: see kernels.c
             extra_compile_args=["-O3", "-g0", "-fopenmp"],
+            libraries=["m"],
         )
     ],
     cmdclass={"build_ext": BuildKernels},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from relora_mora.data import EvalSet
-from relora_mora.model import CHUNK_ELEMENTS, IGNORE, chunked_cross_entropy
+from relora_mora.model import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def causal_lm_loss(lm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     def mean_loss(input_ids: Tensor, labels: Tensor) -> Tensor:
         logits = lm(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)  # [N, V]
         target = labels.flatten()
-        rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+        rows = loss_chunk(logits.shape[0], logits.shape[1], bytes_per_logit(logits.dtype, in_place=False))
         pieces = zip(logits.split(rows), target.split(rows), strict=True)
         total = torch.stack([F.cross_entropy(piece.float(), want, ignore_index=IGNORE, reduction="sum") for piece, want in pieces]).sum()
         return total / (target != IGNORE).sum().clamp(min=1)

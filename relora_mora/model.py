@@ -7,6 +7,7 @@ exist as a whole. Shapes: ``B`` sequences, ``T`` tokens, ``H`` hidden size, ``V`
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 
 from relora_mora.config import Config, ConfigError, ModelConfig
+from relora_mora.kernels import cross_entropy_, takes_logits
 
 IGNORE = -100
 _SIZES = (
@@ -29,7 +31,7 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-CHUNK_ELEMENTS = 32 * 1024 * 1024  # float32 logits held at once: 128 MiB
+CHUNK_BYTES = 192 * 2**20  # of logits that exist at once
 
 
 def read_model_config(settings: ModelConfig) -> LlamaConfig:
@@ -134,53 +136,53 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_
 
     hidden [..., H], weight [V, H], labels [...]. The gradients are computed in forward, chunk by chunk (as in Liger
     kernels, arXiv 2410.10989, section 3.2): one logits product in all, and of size [N, V] nothing is ever kept. With no
-    label to score the result is 0.
+    label to score the result is 0. Raises IndexError for a label that is not in the vocabulary.
     """
-    chunk = chunk_tokens or max(128, CHUNK_ELEMENTS // weight.shape[0])
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     # inside forward grad is always off and parameters always ask for theirs: whether anybody wants one is known here
-    return _ChunkedCrossEntropy.apply(flat, weight, labels.reshape(-1), chunk, torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(flat, weight, labels, chunk_tokens, torch.is_grad_enabled())
+
+
+def loss_chunk(tokens: int, vocabulary: int, bytes_per_logit: int) -> int:
+    """Tokens whose logits exist at once: equal parts of all, of at most ``CHUNK_BYTES``, but not less than 128."""
+    parts = max(1, math.ceil(tokens * vocabulary * bytes_per_logit / CHUNK_BYTES))
+    return max(128, math.ceil(tokens / parts))
+
+
+def bytes_per_logit(dtype: torch.dtype, *, in_place: bool) -> int:
+    """Where the loss does not work in place, logits that are not float32 have a copy in float32."""
+    return dtype.itemsize + (0 if in_place or dtype is torch.float32 else 4)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, training: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, training: bool) -> Tensor:
         """hidden [N, H], weight [V, H], labels [N]"""
         needs_hidden, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
-        scored = (labels != IGNORE).sum().clamp(min=1)
+        scale, gradient = 1.0 / (labels != IGNORE).sum().clamp(min=1), needs_hidden or needs_weight
+        chunk = chunk or loss_chunk(len(hidden), len(weight), bytes_per_logit(hidden.dtype, in_place=takes_logits(hidden)))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        d_weight: Tensor | None = None
         for start in range(0, len(hidden), chunk):
             piece, target = hidden[start : start + chunk], labels[start : start + chunk]
-            logits = F.linear(piece, weight).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            keep = (target != IGNORE).unsqueeze(-1)
-            index = target.clamp(min=0).unsqueeze(-1)
-            total += ((log_sum - logits.gather(-1, index)) * keep).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            probabilities = logits.sub_(log_sum).exp_()
-            probabilities.scatter_add_(-1, index, torch.full_like(log_sum, -1.0))
-            d_logits = probabilities.mul_(keep / scored).to(hidden.dtype)
-            if d_hidden is not None:
+            loss, d_logits = cross_entropy_(F.linear(piece, weight), target, ignore=IGNORE, scale=scale, gradient=gradient)
+            total += loss
+            if d_hidden is not None and d_logits is not None:
                 d_hidden[start : start + chunk] = d_logits @ weight
-            if d_weight is not None:
-                d_weight += d_logits.T @ piece
+            if needs_weight and d_logits is not None:
+                part = d_logits.T @ piece
+                d_weight = part if d_weight is None else d_weight.float() + part  # the parts add up in float32
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
-        return total / scored
+        return total * scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        d_hidden, d_weight = ctx.saved_tensors
         scale = grads[0]
-        return (
-            None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype),
-            None if d_weight is None else d_weight * scale.to(d_weight.dtype),
-            None,
-            None,
-            None,
-        )
+        if scale.device.type == "cpu" and scale == 1:  # elsewhere to look at it would wait for the device
+            return *ctx.saved_tensors, None, None, None
+        d_hidden, d_weight = (None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors)
+        return d_hidden, d_weight, None, None, None
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

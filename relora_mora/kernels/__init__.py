@@ -1,4 +1,4 @@
-"""Sums and copies along groupings, in one pass over memory each.
+"""Sums and copies along groupings, and cross-entropy over logits, in one pass over memory each.
 
 On CPUs in float32 and bfloat16 by kernels.c, where it was compiled; everywhere else, and while autograd records or
 torch.compile traces, by torch. Same results up to rounding: the compiled kernels add up bfloat16 in float32 and round
@@ -21,11 +21,13 @@ __all__ = [
     "Piece",
     "available",
     "contiguous",
+    "cross_entropy_",
     "describe",
     "disabled",
     "expand_add",
     "group_sum",
     "interleaved",
+    "takes_logits",
     "wrapped_interleaved",
 ]
 
@@ -64,6 +66,34 @@ def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Groupi
                 end = max(end, across.columns.stop)
                 _add_piece(source, square[down.places, across.places], result, down, across)
     return result
+
+
+def takes_logits(logits: Tensor) -> bool:
+    """Whether :func:`cross_entropy_` works on such logits in place, without a copy in float32."""
+    return compiled.takes(logits)
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore: int, scale: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The sum of the negative log-likelihoods of labels [N] under logits [N, V], a float32 scalar, and its gradient [N, V] times ``scale``.
+
+    Labels that are ``ignore`` (a negative number) are not scored. Overwrites the logits; the gradient (None unless asked
+    for) has their dtype. All arithmetic is in float32.
+    """
+    if compiled.takes(logits):
+        if int(labels.max()) >= logits.shape[1] or bool(((labels < 0) & (labels != ignore)).any()):
+            raise IndexError(f"labels go from {int(labels.min())} to {int(labels.max())}, the vocabulary has {logits.shape[1]}")
+        losses = compiled.cross_entropy(logits, labels, float(scale), gradient=gradient)
+        return losses.sum(), logits if gradient else None
+    wide = logits.float()
+    log_sum = wide.logsumexp(-1, keepdim=True)
+    keep = (labels != ignore).unsqueeze(-1)
+    index = labels.clamp(min=0).unsqueeze(-1)
+    loss = ((log_sum - wide.gather(-1, index)) * keep).sum()
+    if not gradient:
+        return loss, None
+    probabilities = wide.sub_(log_sum).exp_()
+    probabilities.scatter_add_(-1, index, torch.full_like(log_sum, -1.0))
+    return loss, probabilities.mul_(keep * scale).to(logits.dtype)
 
 
 def _add_piece(source: Tensor, square: Tensor, result: Tensor, down: Piece, across: Piece) -> None:

@@ -49,6 +49,15 @@ class _AddJob(ctypes.Structure):
     ]
 
 
+class _LossJob(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("logits", "labels", "losses")),
+        *((name, ctypes.c_int64) for name in ("vocabulary", "stride")),
+        ("scale", ctypes.c_float),
+        ("gradient", ctypes.c_int),
+    ]
+
+
 @functools.cache
 def load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
@@ -64,7 +73,8 @@ def load() -> ctypes.CDLL | str:
     library.remora_use.argtypes, library.remora_use.restype = [ctypes.c_int], ctypes.c_char_p
     arguments: list[Any] = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64]
     library.remora_sum.argtypes = library.remora_add.argtypes = arguments
-    library.remora_sum.restype = library.remora_add.restype = None
+    library.remora_loss.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    library.remora_sum.restype = library.remora_add.restype = library.remora_loss.restype = None
     return library
 
 
@@ -147,3 +157,13 @@ def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Groupi
     )
     library.remora_add(_TYPES[weight.dtype], ctypes.byref(job), threads, scratch.data_ptr(), scratch.shape[1])
     return result
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, scale: float, *, gradient: bool) -> Tensor:
+    """logits [N, V], labels [N] -> losses [N], float32; with ``gradient`` the logits become their gradients times ``scale``"""
+    library = load()
+    assert isinstance(library, ctypes.CDLL) and logits.stride(1) == 1
+    labels, losses = labels.contiguous(), torch.empty(len(logits))
+    job = _LossJob(logits.data_ptr(), labels.data_ptr(), losses.data_ptr(), logits.shape[1], logits.stride(0), scale, int(gradient))
+    library.remora_loss(_TYPES[logits.dtype], ctypes.byref(job), len(logits), _threads(logits.numel()))
+    return losses

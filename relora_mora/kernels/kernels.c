@@ -1,4 +1,5 @@
-/* Sums and copies along groupings (see grouping.py), for CPUs: each one pass over its matrices.
+/* Sums and copies along groupings (see grouping.py), and the loss of a language model's head, for CPUs: each one pass over its
+   matrices.
 
    The rows of a matrix are shared among threads, and a row is always worked on in the same order, so the bits of a result do
    not depend on the number of threads. bfloat16 adds up in float32 and is rounded once, to nearest even.
@@ -9,6 +10,7 @@
 
 #ifndef ROW
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -36,6 +38,16 @@ typedef struct {
     int64_t n_in, n_out;
 } add_job;
 
+typedef struct {
+    void *logits;          /* [rows, vocabulary]; overwritten by their gradients, when there is a gradient to make */
+    const int64_t *labels; /* [rows]; negative: not scored */
+    float *losses;         /* [rows] */
+    int64_t vocabulary, stride;
+    float scale; /* of the gradients */
+    int gradient;
+} loss_job;
+
+typedef void loss_rows(const loss_job *, int64_t begin, int64_t end);
 typedef void sum_rows(const sum_job *, int64_t begin, int64_t end, float *scratch);
 typedef void add_rows(const add_job *, int64_t begin, int64_t end, float *scratch);
 
@@ -100,10 +112,11 @@ static const struct isa {
     const char *name;
     sum_rows *sum[2];
     add_rows *add[2];
-} plain = {"plain", {sum_bf16_plain, sum_f32_plain}, {add_bf16_plain, add_f32_plain}}
+    loss_rows *loss[2];
+} plain = {"plain", {sum_bf16_plain, sum_f32_plain}, {add_bf16_plain, add_f32_plain}, {loss_bf16_plain, loss_f32_plain}}
 #if defined(__x86_64__) && defined(__GNUC__)
-, avx2 = {"avx2", {sum_bf16_avx2, sum_f32_avx2}, {add_bf16_avx2, add_f32_avx2}}
-, avx512 = {"avx512", {sum_bf16_avx512, sum_f32_avx512}, {add_bf16_avx512, add_f32_avx512}}
+, avx2 = {"avx2", {sum_bf16_avx2, sum_f32_avx2}, {add_bf16_avx2, add_f32_avx2}, {loss_bf16_avx2, loss_f32_avx2}}
+, avx512 = {"avx512", {sum_bf16_avx512, sum_f32_avx512}, {add_bf16_avx512, add_f32_avx512}, {loss_bf16_avx512, loss_f32_avx512}}
 #endif
 ;
 
@@ -149,6 +162,17 @@ void remora_add(int type, const add_job *job, int threads, float *scratch, int64
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; t++)
         rows(job, job->slots * t / threads, job->slots * (t + 1) / threads, scratch + t * width);
+}
+
+/* losses [rows] = log sum exp(logits) - logits[label], and then logits = scale (softmax(logits) - one at the label) */
+void remora_loss(int type, const loss_job *job, int64_t n, int threads) {
+    loss_rows *const rows = best()->loss[type];
+    if (threads == 1) {
+        rows(job, 0, n);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++) rows(job, n * t / threads, n * (t + 1) / threads);
 }
 
 #elif !defined(TYPE)
@@ -222,6 +246,8 @@ static void ROW(sum)(const sum_job *job, int64_t begin, int64_t end, float *rest
 
 typedef float ROW(vector) __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ROW(indices) __attribute__((vector_size(4 * LANES)));
+typedef uint32_t ROW(words) __attribute__((vector_size(4 * LANES)));
+typedef element ROW(elements) __attribute__((vector_size(sizeof(element) * LANES), aligned(sizeof(element))));
 
 static void ROW(copy_neighbours)(const float *restrict row, float *restrict wide, int64_t slots, int64_t repeats) {
     const int64_t whole = slots / LANES * LANES;
@@ -263,6 +289,84 @@ static void ROW(add)(const add_job *job, int64_t begin, int64_t end, float *rest
                 for (int64_t f = 0; f < job->inputs; f++) result[f] = NARROW(WIDEN(weight[f]) + wide[f]);
             }
         }
+    }
+}
+
+/* as widen and narrow, LANES at once */
+static inline ROW(vector) ROW(load)(const element *x) {
+    const ROW(elements) some = *(const ROW(elements) *)x;
+    if (sizeof *x == 2) return (ROW(vector))(__builtin_convertvector(some, ROW(words)) << 16);
+    return __builtin_convertvector(some, ROW(vector));
+}
+
+static inline void ROW(store)(element *x, ROW(vector) f) {
+    const ROW(words) bits = (ROW(words))f;
+    if (sizeof *x == 2)
+        *(ROW(elements) *)x = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, ROW(elements));
+    else
+        *(ROW(elements) *)x = __builtin_convertvector(f, ROW(elements));
+}
+
+/* exp of x <= 0 to 2 units in the last place, with the polynomial of expf in Cephes (netlib); less than 2^-126 becomes 0, NaN stays */
+static inline ROW(vector) ROW(exponential)(ROW(vector) x) {
+    const ROW(vector) zero = {0}, lowest = zero - 87.33654f, magic = zero + 12582912.0f; /* 1.5 * 2^23 rounds to whole numbers */
+    const ROW(indices) small = x < lowest;
+    x = (ROW(vector))(((ROW(indices))lowest & small) | ((ROW(indices))x & ~small));
+    const ROW(vector) shifted = x * 1.44269504088896341f + magic, whole = shifted - magic;
+    const ROW(vector) r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    ROW(vector) p = zero + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const ROW(words) power = ((ROW(words))shifted + 127u) << 23; /* the low bits of shifted hold the whole number */
+    return (ROW(vector))((ROW(indices))(p * (ROW(vector))power) & ~small);
+}
+
+/* the last, incomplete vector of a row, filled up with a value */
+static inline ROW(vector) ROW(load_last)(const element *x, int64_t n, float fill) {
+    float wide[LANES];
+    for (int64_t l = 0; l < LANES; l++) wide[l] = l < n ? WIDEN(x[l]) : fill;
+    return *(ROW(vector) *)wide;
+}
+
+static void ROW(loss)(const loss_job *job, int64_t begin, int64_t end) {
+    const int64_t n = job->vocabulary, whole = n / LANES * LANES;
+    const ROW(vector) zero = {0};
+    for (int64_t r = begin; r < end; r++) {
+        element *restrict x = (element *)job->logits + r * job->stride;
+        const int64_t label = job->labels[r];
+        if (label < 0) {
+            job->losses[r] = 0;
+            if (job->gradient) memset(x, 0, n * sizeof *x);
+            continue;
+        }
+        ROW(vector) most = zero - INFINITY, sums = zero;
+        for (int64_t i = 0; i < n; i += LANES) {
+            const ROW(vector) some = i < whole ? ROW(load)(x + i) : ROW(load_last)(x + i, n - i, -INFINITY);
+            const ROW(indices) more = some > most;
+            most = (ROW(vector))(((ROW(indices))some & more) | ((ROW(indices))most & ~more));
+        }
+        float highest = -INFINITY, sum = 0;
+        for (int l = 0; l < LANES; l++) highest = most[l] > highest ? most[l] : highest;
+        for (int64_t i = 0; i < whole; i += LANES) sums += ROW(exponential)(ROW(load)(x + i) - highest);
+        for (int l = 0; l < LANES; l++) sum += sums[l];
+        if (whole < n) {
+            const ROW(vector) last = ROW(exponential)(ROW(load_last)(x + whole, n - whole, -INFINITY) - highest);
+            for (int64_t i = whole; i < n; i++) sum += last[i - whole];
+        }
+        const float scale = job->scale / sum, given = WIDEN(x[label]);
+        job->losses[r] = logf(sum) + highest - given;
+        if (!job->gradient) continue;
+        for (int64_t i = 0; i < whole; i += LANES) ROW(store)(x + i, ROW(exponential)(ROW(load)(x + i) - highest) * scale);
+        if (whole < n) {
+            const ROW(vector) last = ROW(exponential)(ROW(load_last)(x + whole, n - whole, -INFINITY) - highest) * scale;
+            for (int64_t i = whole; i < n; i++) x[i] = NARROW(last[i - whole]);
+        }
+        float chosen[LANES] = {given - highest};
+        x[label] = NARROW((ROW(exponential)(*(ROW(vector) *)chosen)[0] / sum - 1.0f) * job->scale);
     }
 }
 

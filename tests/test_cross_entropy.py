@@ -1,0 +1,101 @@
+"""The compiled loss against float64: values, gradients, what is not finite, and the same bits for any number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from relora_mora import kernels
+from relora_mora.kernels import compiled, cross_entropy_
+from relora_mora.model import CHUNK_BYTES, loss_chunk
+from tests.test_kernels import compiled_only
+
+SCALE = torch.tensor(0.25)
+
+
+def _reference(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = logits.double().requires_grad_()
+    loss = F.cross_entropy(wide, labels, ignore_index=-100, reduction="sum")
+    return loss.detach(), torch.autograd.grad(loss * 0.25, wide)[0]
+
+
+def _case(rows: int, vocabulary: int, dtype: torch.dtype, spread: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows * vocabulary)
+    logits = (spread * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    labels[::5] = -100
+    return logits, labels
+
+
+@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("vocabulary", [1, 5, 16, 31, 500, 32100])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
+def test_loss_and_gradient_are_those_of_float64(vocabulary, dtype, tolerance, spread, library, monkeypatch):
+    monkeypatch.setattr(compiled, "_enabled", library)
+    logits, labels = _case(13, vocabulary, dtype, spread)
+    expected, gradient = _reference(logits, labels)
+    loss, _ = cross_entropy_(logits.clone(), labels, ignore=-100, scale=SCALE, gradient=False)
+    again, found = cross_entropy_(logits, labels, ignore=-100, scale=SCALE, gradient=True)
+    assert torch.equal(loss, again) and found.dtype == dtype
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-5)
+    # torch's way takes exp of a difference to log sum exp, which is rounded: at 200 by 1e-5
+    torch.testing.assert_close(found.double(), gradient, rtol=tolerance if library else tolerance + 2e-5, atol=1e-7)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_threads_change_no_bit_and_instruction_sets_only_the_rounding(dtype):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads, instructions in ((1, 2), (2, 2), (5, 2), (1, 1), (1, 0)):
+            torch.set_num_threads(threads)
+            compiled.load().remora_use(instructions)
+            logits, labels = _case(301, 777, dtype)
+            results.append(cross_entropy_(logits, labels, ignore=-100, scale=SCALE, gradient=True))
+    finally:
+        torch.set_num_threads(before)
+        compiled.load().remora_use(compiled.BEST)
+    for index, (loss, gradient) in enumerate(results):
+        if index < 3:
+            assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-6 if dtype is torch.float32 else 2**-7, atol=1e-9)
+
+
+@compiled_only
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("place", [0, 17, 20])
+def test_a_logit_that_is_not_finite_is_seen(bad, dtype, place):
+    logits = torch.zeros(1, 21, dtype=dtype)
+    logits[0, place] = bad
+    if bad == float("-inf"):  # a token that is ruled out: nothing wrong, unless it is the label
+        loss, gradient = cross_entropy_(logits.clone(), torch.tensor([3]), ignore=-100, scale=SCALE, gradient=True)
+        assert loss.item() == pytest.approx(torch.tensor(20.0).log().item(), rel=1e-6) and gradient[0, place] == 0
+        assert cross_entropy_(logits, torch.tensor([place]), ignore=-100, scale=SCALE, gradient=True)[0] == float("inf")
+        return
+    loss, gradient = cross_entropy_(logits, torch.tensor([3]), ignore=-100, scale=SCALE, gradient=True)
+    assert not loss.isfinite() and not gradient.isfinite().any()
+
+
+@compiled_only
+@pytest.mark.parametrize("label", [21, -1, 2**40])
+def test_a_label_outside_the_vocabulary_is_refused(label):
+    with pytest.raises(IndexError, match="the vocabulary has 21"):
+        cross_entropy_(torch.zeros(2, 21), torch.tensor([3, label]), ignore=-100, scale=SCALE, gradient=True)
+
+
+def test_chunks_are_equal_parts_below_the_limit():
+    for tokens, vocabulary, width in ((4096, 32100, 2), (4096, 32100, 6), (100, 50, 4), (32768, 250_000, 6)):
+        chunk = loss_chunk(tokens, vocabulary, width)
+        assert chunk == 128 or chunk * vocabulary * width <= CHUNK_BYTES + vocabulary * width
+        parts = -(-tokens // chunk)
+        assert chunk == 128 or tokens - (parts - 1) * chunk > chunk - parts  # the last one is about as long as the others
+    assert loss_chunk(100, 50, 4) == 128 and loss_chunk(4096, 32100, 2) == 2048
+
+
+def test_in_place_is_for_plain_cpu_tensors_only():
+    assert kernels.takes_logits(torch.zeros(2, 2)) == kernels.available()
+    assert not kernels.takes_logits(torch.zeros(2, 2).double()) and not kernels.takes_logits(torch.empty(2, 2, device="meta"))
