@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import os
 import signal
@@ -88,6 +90,60 @@ def test_after_the_end_is_decided_signals_change_nothing():
 )
 def test_launchers_are_known_by_their_command_line(command, launches):
     assert is_launcher(command) is launches
+
+
+LOOK = """
+import os, sys, time
+from pathlib import Path
+from relora_mora.guard.launchers import Launchers
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.02)
+Path(sys.argv[2]).write_text(str(Launchers().gone()))
+"""
+# the name of a launcher, whose child outlives it
+LAUNCH = """
+import subprocess, sys, time
+subprocess.Popen(COMMAND)
+time.sleep(60 if sys.argv[1] == "stay" else 0)
+"""
+LOCAL, HOSTS = (base64.urlsafe_b64encode(json.dumps({host: [0]}).encode()).decode() for host in ("localhost", "10.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    "chain,gone",
+    [
+        ([["deepspeed", "stay"]], False),
+        ([["deepspeed", "leave"]], True),
+        ([["deepspeed", "leave"], ["deepspeed", "stay", f"--world_info={LOCAL}"]], True),
+        ([["deepspeed", "stay"], ["deepspeed", "stay", f"--world_info={LOCAL}"]], False),
+        ([["shell", "leave"], ["deepspeed", "stay", f"--world_info={HOSTS}"]], False),  # pdsh has started it
+        ([["shell", "leave"]], None),
+    ],
+)
+def test_a_launcher_that_is_gone_already_is_missed(chain, gone, tmp_path):
+    """``gone`` None: there was no launcher."""
+    look, ready, answer = (tmp_path / name for name in ("look.py", "ready", "answer"))
+    look.write_text(LOOK)
+    command = [sys.executable, str(look), str(ready), str(answer), *(["--local_rank=0"] if gone is not None else [])]
+    for name, behaviour, *more in reversed(chain):
+        launcher = tmp_path / f"{name}-{behaviour}-{len(more)}" / name
+        launcher.parent.mkdir(exist_ok=True)
+        launcher.write_text(LAUNCH.replace("COMMAND", repr(command)))
+        command = [sys.executable, str(launcher), behaviour, *more]
+    first = subprocess.Popen(command, start_new_session=True)
+    try:
+        if chain[0][1] == "leave":
+            first.wait(20)
+        ready.touch()
+        deadline = time.monotonic() + 20
+        while not (answer.exists() and answer.read_text()):
+            assert time.monotonic() < deadline, "no answer in 20 s"
+            time.sleep(0.02)
+        assert (answer.read_text() != "None") is bool(gone)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
 
 
 HOLD = """
