@@ -24,6 +24,7 @@ ORDER = [
     "memory",
     "plan",
     "hardware",
+    "allocator",
     "metrics",
     "health",
     "zero",

@@ -25,6 +25,8 @@ import deepspeed.ops
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
+from relora_mora.allocator import keep_freed_memory
+
 PORT_SECONDS = 20.0  # a run that was killed a moment ago may still hold the port
 CONTROL_SECONDS = 24 * 3600.0  # a backstop: guard.Watch knows how long each wait may take
 
@@ -37,7 +39,7 @@ def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
     """Joins the process group and returns (rank, world size). One process needs no launcher.
 
     ``timeout_seconds`` is how long to wait for the other ranks. Raises :class:`JoinError` when they do not come, or when
-    another program holds the port. DeepSpeed's shared-memory collective for CPUs is switched off: training does not use
+    another program holds the port. On a CPU freed memory stays with the process. DeepSpeed's shared-memory collective for CPUs is switched off: training does not use
     it, and it compiles with g++.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -50,6 +52,8 @@ def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
         _join(timeout_seconds)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        else:
+            keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _processes_on_host()))
     return dist.get_rank(), dist.get_world_size()
