@@ -72,6 +72,23 @@ def test_the_login_of_a_url_is_refused(setting: str, source: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "query,names",
+    [
+        ("X-Amz-Algorithm=AWS4&X-Amz-Credential=AK%2F1&X-Amz-Signature=Sign4ture", "X-Amz-Credential"),
+        ("X-Goog-Signature=Sign4ture", "X-Goog-Signature"),
+        ("sv=2024&se=2026&sig=Sign4ture", "sig"),
+        ("AWSAccessKeyId=AK1&Expires=1&Signature=Sign4ture", "AWSAccessKeyId"),
+        ("a=1&access_token=Sign4ture", "access_token"),
+        ("apikey=Sign4ture", "apikey"),
+    ],
+)
+def test_a_signed_url_is_refused(query: str, names: str) -> None:
+    found = faults_of(tree(data={"train": f"https://example.org/a.json.gz?{query}"}))
+    assert len(found) == 1 and f"a secret in its query ({names})" in found[0] and "Sign4ture" not in found[0]
+    assert secret_in("https://example.org/a.json?signatures=1&tokens=5&design=2") is None
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "https://example.org/a@v1.json",

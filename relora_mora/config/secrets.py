@@ -11,6 +11,12 @@ _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 # what stands before the @ of scheme://user:password@host, also where the password holds a / that should have been %2F
 _CREDENTIALS = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d+[/?#])\S*)@")
 _QUERY = re.compile(r"(https?://[^\s?#]*[?#])\S*[^\s:;,.)\]'\"]")
+# what signs a url of S3, GCS, Azure and CloudFront, and keys that others put into queries
+_SIGNATURE = re.compile(
+    r"https?://[^\s?#]*\?(?:\S*?&)??((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|sig|AWSAccessKeyId|Key-Pair-Id"
+    r"|(?:access_?|auth_?)?token|api_?key|password|secret))=",
+    re.IGNORECASE,
+)
 
 
 def redact(text: str) -> str:
@@ -24,6 +30,11 @@ def secret_in(text: str) -> str | None:
         return "it holds what looks like a token of the Hugging Face hub; use `hf auth login` or HF_TOKEN instead"
     if _CREDENTIALS.search(text):
         return "it holds the user or password of a url; put them into ~/.netrc, which is read for http(s) sources"
+    if signature := _SIGNATURE.search(text):
+        return (
+            f"it holds a url with a secret in its query ({signature[1]}), which would be saved with the run; give the plain url, with the "
+            "login in ~/.netrc, or download the files"
+        )
     return None
 
 
