@@ -136,6 +136,7 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     ({"train": {"deepspeed": {"torch_autocast": {"enabled": True}}}}, None, "torch_autocast: not supported here"),
     ({"train": {"allow_changes": ["optim.lrr"]}}, None, "train.allow_changes: optim.lrr: no such setting"),
     ({"data": {"document_mask": True}, "model": {"attention": "flash_attention_2"}}, None, "flash_attention_2 takes no mask"),
+    ({"model": {"compile": True}, "train": {"zero_stage": 3}}, None, "use train.zero_stage=2, or leave it false"),
     ({"method": {"operators": [1]}}, None, "method.operators: the cycle [1] repeats an operator"),
     ({"method": {"operators": [1, 1]}}, None, "method.operators: the cycle [1, 1] repeats an operator"),
     ({"method": {"operators": [1, 2, 1]}}, None, "method.operators: the cycle [1, 2, 1] repeats an operator"),

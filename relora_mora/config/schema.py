@@ -32,6 +32,7 @@ class ModelConfig(Strict):
     init_from: Text | None = Field(None, description="warm start: a Hugging Face LLaMA folder, or a checkpoint or run folder of any method")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation of transformers")
     activation_checkpointing: bool = Field(False, description="recompute each decoder layer in backward instead of keeping its activations")
+    compile: bool = Field(False, description="torch.compile for the decoder layers, on ZeRO 0-2; see docs/performance.md")
 
 
 class TokenizerConfig(Strict):
