@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 log = logging.getLogger("relora_mora")
+shared_log = log.getChild("shared")  # for what all ranks know alike: the first one says it
 
 ONLY_IN_FILE = {"merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens"}
 
@@ -39,6 +40,7 @@ def setup_logging(rank: int) -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
+    shared_log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 
 class Metrics:

@@ -6,7 +6,7 @@ import json
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from relora_mora.metrics import Metrics
+from relora_mora.metrics import Metrics, log, setup_logging, shared_log
 
 
 def _lines(folder):
@@ -43,3 +43,13 @@ def test_a_new_start_begins_an_empty_file(tmp_path):
     metrics.close()
     assert [line["train/loss"] for line in _lines(tmp_path)] == [2.0]
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_what_all_ranks_know_is_said_by_the_first(capsys):
+    for rank, shown in ((0, True), (1, False)):
+        setup_logging(rank)
+        shared_log.warning("skipped")
+        log.warning("a bad line in my shard")
+        errors = capsys.readouterr().err
+        assert ("skipped" in errors) is shown and "a bad line in my shard" in errors
+    setup_logging(0)

@@ -14,7 +14,7 @@ from relora_mora.checkpoint.layout import write_synced
 from relora_mora.data import merge_states
 from relora_mora.guard import LONG_SECONDS
 from relora_mora.health import ROLLBACKS, Rollback, dump_rollbacks, read_rollbacks
-from relora_mora.metrics import log
+from relora_mora.metrics import shared_log
 from relora_mora.trainer.errors import TrainingError
 from relora_mora.zero import gather_from_ranks
 
@@ -57,7 +57,7 @@ def roll_back(trainer: Trainer, why: str) -> None:
     trainer.progress.go_back(step)
     if trainer.metrics is not None:
         trainer.metrics.go_back(step)
-    log.warning("%s: back to step %d; the data of steps %d to %d is skipped", why, step, step + 1, at)
+    shared_log.warning("%s: back to step %d; the data of steps %d to %d is skipped", why, step, step + 1, at)
     trainer.write({"train/rollbacks": rollbacks + 1, "train/rolled_back_from": at})
 
 

@@ -20,7 +20,7 @@ from relora_mora.flops import flops_per_token
 from relora_mora.guard import LONG_SECONDS, Guard
 from relora_mora.hardware import peak_memory_bytes
 from relora_mora.health import Health
-from relora_mora.metrics import Metrics, Progress, log
+from relora_mora.metrics import Metrics, Progress, log, shared_log
 from relora_mora.optim import group_rates
 from relora_mora.trainer.ends import end_for_data, finish, stop
 from relora_mora.trainer.report import Interval, data_metrics, loss_metrics, merge_metrics, peak_of_device
@@ -206,7 +206,7 @@ class Trainer:
         row = self.health.bad()
         named = gather_from_ranks(None if finite else f"rank {self.rank}: {'; '.join(places)}")
         where = [place for place in named if place] or [f"global batch {self.step}"]
-        log.warning("step %d skipped on all ranks: the gradient is not finite (norm %s); its data: %s", self.step, norm, " | ".join(where))
+        shared_log.warning("step %d skipped on all ranks: gradient not finite (norm %s); its data: %s", self.step, norm, " | ".join(where))
         self.write({"train/skipped_steps": self.skipped, "train/skipped_data": where})
         if row >= self.config.train.max_bad_steps:
             self.trouble = f"the gradient was not finite for {row} steps in a row (train.max_bad_steps), the last is step {self.step}"
@@ -216,7 +216,7 @@ class Trainer:
         height = self.health.spike(loss, self.config.train)
         if height is None:
             return
-        log.warning("step %d: loss spike, %.4f is %.1f standard deviations above the mean of the steps before", self.step, loss, height)
+        shared_log.warning("step %d: loss spike, %.4f is %.1f standard deviations above the mean before", self.step, loss, height)
         self.write({"train/loss_spike": height, "train/spike_loss": loss})
         if self.config.train.on_spike == "rollback":
             self.trouble = f"the loss of step {self.step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
