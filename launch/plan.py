@@ -1,6 +1,7 @@
-"""What a run needs, before it is started: parameters, memory, arithmetic, tokens, time.
+"""What a run needs, before it is started: parameters, memory, arithmetic, network, tokens, time.
 
-python launch/plan.py CONFIG.yaml [--section.key=value ...] [--world_size=8] [--device=cuda] [--tokens_per_second=51000] [--json]
+python launch/plan.py CONFIG.yaml [--section.key=value ...] [--nodes=4 --gpus_per_node=8] [--device=h100] [--link_gbits=3200]
+    [--world_size=8] [--utilisation=0.4] [--tokens_per_second=51000] [--json]
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import math
 
 from relora_mora.cli import run
 
-STAND_IN = "A100"  # for plans of CUDA runs made on a machine without CUDA
-
 
 def main(
     config: str,
-    world_size: int = 1,
+    world_size: int | None = None,
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
     device: str | None = None,
+    link_gbits: float | None = None,
     tokens_per_second: float | None = None,
     utilisation: float | None = None,
     json: bool = False,
@@ -26,42 +28,48 @@ def main(
 
     Args:
         config: YAML file of the run.
-        world_size: number of devices.
-        device: cuda or cpu; default: what this machine has.
+        world_size: number of devices, all in one host; or nodes and gpus_per_node.
+        nodes: number of hosts.
+        gpus_per_node: devices of each host.
+        device: what they are, such as h100, a100-80gb or cpu; cuda stands for a100-80gb; default: what this machine has.
+        link_gbits: network of one host in Gbit/s, all its cards together; default: that of the vendor's host with this device.
         tokens_per_second: a measured rate over all devices, from which the time follows.
-        utilisation: fraction of the devices' peak that is reached, where no rate was measured.
+        utilisation: fraction of the devices' peak that is reached while they compute, where no rate was measured.
         json: print one JSON object with everything, sizes in bytes.
         overrides: --section.key=value, as for training.
     """
     from relora_mora.config import load_config
 
-    if world_size < 1:
-        raise ValueError(f"--world_size: got {world_size}, expected at least 1")
-    if tokens_per_second is not None and not math.isfinite(tokens_per_second):
-        raise ValueError(f"--tokens_per_second: got {tokens_per_second}, expected a finite rate")
-    import torch  # takes seconds: arguments are checked before
-
-    from relora_mora.hardware import KNOWN_PEAKS, fast_bf16, peak_flops
+    for name, count in (("world_size", world_size), ("nodes", nodes), ("gpus_per_node", gpus_per_node)):
+        if count is not None and count < 1:
+            raise ValueError(f"--{name}: got {count}, expected at least 1")
+    for name, rate in (("tokens_per_second", tokens_per_second), ("link_gbits", link_gbits)):
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise ValueError(f"--{name}: got {rate}, expected a finite rate above 0")
+    if world_size is not None and (nodes is not None or gpus_per_node is not None):
+        raise ValueError("--world_size: given beside --nodes or --gpus_per_node; give it alone, for one host, or those two")
+    if nodes is not None and nodes > 1 and gpus_per_node is None:
+        raise ValueError(f"--gpus_per_node: not given with --nodes={nodes}; say how many devices each host has, e.g. --gpus_per_node=8")
+    from relora_mora.hardware import device_here, fast_bf16, peak_flops  # takes seconds: arguments are checked before
     from relora_mora.model import check_length, read_model_config
-    from relora_mora.plan import make_plan, render
+    from relora_mora.plan import Cluster, make_plan, named_device, render
 
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    device = device or here
-    if device not in ("cuda", "cpu"):
-        raise ValueError(f"--device: got {device!r}, expected cuda or cpu")
-    settings = load_config(config, overrides, world_size=world_size)
+    here = device_here()
+    chosen = here if device is None else named_device(device)
+    on_cpu = chosen.name == "cpu"
+    cluster = Cluster(nodes or 1, gpus_per_node or world_size or 1, chosen, link_gbits)
+    settings = load_config(config, overrides, world_size=cluster.world_size)
     model_config = read_model_config(settings.model)
     check_length(model_config, settings)
-    auto = device == "cuda" if device != here else fast_bf16()
+    auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"
-    peak = peak_flops(bf16=bf16) if device == here else (KNOWN_PEAKS[STAND_IN] * 1e12, f"an {STAND_IN}'s in bf16")
     plan = make_plan(
         model_config,
         settings,
-        world_size=world_size,
+        cluster=cluster,
         bf16=bf16,
-        on_cpu=device == "cpu",
-        peak=peak,
+        on_cpu=on_cpu,
+        peak=peak_flops(bf16=bf16) if on_cpu or chosen == here else (chosen.tflops * 1e12, f"bf16, {chosen.source}"),
         tokens_per_second=tokens_per_second,
         utilisation=utilisation,
     )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
 import json
 import os
-import platform
 import shutil
-import socket
-import subprocess
-import sys
-import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +19,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from relora_mora import kernels
 from relora_mora.adapters import inject
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, changed_settings, list_checkpoints, newest_whole
-from relora_mora.config import Config, ConfigError, DataConfig, dump, parse_yaml, unused_settings
+from relora_mora.checkpoint.places import list_new
+from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings
 from relora_mora.cycle import Base, Cycle
 from relora_mora.data import fingerprint, resolve_shards
 from relora_mora.export import find_checkpoint, load_foreign, merged_weights
 from relora_mora.hardware import fast_bf16
 from relora_mora.health import read_rollbacks
 from relora_mora.metrics import log
-from relora_mora.model import LossModel, build_model, check_length, read_model_config
+from relora_mora.model import LossModel, check_compiler, check_length, empty_model, initial_value, put_values, read_model_config
 from relora_mora.optim import ParameterGroup, build_optimizer, describe_trainable, make_schedule, parameter_groups, set_trainable
 from relora_mora.schedule import Schedule
-from relora_mora.tokenizer import check_vocabulary, load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from relora_mora.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from relora_mora.zero import ZeroEngine, from_first_rank
 
 # settings that change how a run is done and not what comes out of it: they may differ at a resume
@@ -42,6 +39,7 @@ FREE_SETTINGS = {
     "model.overrides",
     "model.init_from",
     "model.activation_checkpointing",
+    "model.compile",
     "tokenizer.path",  # compared by fingerprint
     "data.train",  # compared by fingerprint
     "data.validation",
@@ -110,6 +108,7 @@ def check(config: Config) -> Checked:
     """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
     model_config = read_model_config(config.model)
     check_length(model_config, config)
+    check_compiler(config)
     tokenizer = load_tokenizer(config.tokenizer.path)
     remark = check_vocabulary(tokenizer, model_config.vocab_size)
     if remark:
@@ -127,50 +126,19 @@ def check(config: Config) -> Checked:
     return Checked(config, model_config, tokenizer, tokens, data, bf16)
 
 
-def initial_model(checked: Checked) -> LlamaForCausalLM:
-    """The float32 model to begin with: drawn from the seed, or ``model.init_from``; the same on every rank."""
+def build(checked: Checked, done: Callable[[str], None] = lambda part: None) -> Run:
+    """Model, adapters, engine, base and cycle, at step 0 or where a checkpoint left off; a collective.
+
+    ``done`` hears which part is finished: model, engine, resume.
+    """
     config = checked.config
-    lm = build_model(checked.model_config, seed=config.train.seed, attention=config.model.attention)
-    if config.model.init_from is not None:
-        weights = _foreign_weights(Path(config.model.init_from))
-        shapes = {name: tuple(p.shape) for name, p in lm.named_parameters()}
-        wrong = [name for name, shape in shapes.items() if name not in weights or tuple(weights[name].shape) != shape]
-        if wrong:
-            found = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "nothing"
-            raise ConfigError(
-                [
-                    f"model.init_from: {config.model.init_from} does not fit model.config: {len(wrong)} weights differ, e.g. {wrong[0]} "
-                    f"is {found} there and {shapes[wrong[0]]} here; use its model configuration"
-                ],
-                "the settings",
-            )
-        if lm.config.tie_word_embeddings and not torch.equal(
-            weights["model.embed_tokens.weight"], weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-        ):
-            raise ConfigError(
-                [
-                    f"model.init_from: {config.model.init_from} has an output head of its own, but model.config ties it to the embeddings; set model.overrides.tie_word_embeddings=false"
-                ],
-                "the settings",
-            )
-        lm.load_state_dict(weights, strict=False)
+    resumes = from_first_rank(lambda: _finds_checkpoint(config))
+    lm = empty_model(checked.model_config, attention=config.model.attention)
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return lm
-
-
-def _foreign_weights(path: Path) -> dict[str, Tensor]:
-    if (path / "config.json").exists():
-        return load_foreign(path, torch.float32, LlamaForCausalLM).state_dict()
-    return merged_weights(CheckpointReader(find_checkpoint(path)))
-
-
-def build(checked: Checked) -> Run:
-    """Model, adapters, engine, base and cycle, at step 0 or where a checkpoint left off; a collective."""
-    config = checked.config
-    lm = initial_model(checked)
     if config.uses_adapters:
-        injection = inject(lm, config.method, seed=config.train.seed)
+        with torch.device("meta") if resumes else contextlib.nullcontext():
+            injection = inject(lm, config.method, seed=config.train.seed)
         kinds = ", ".join(f"{len(names)} {kind}" for kind, names in injection.by_kind.items())
         log.info("%s adapters on %d layers: %s; %s", config.method.name, injection.layers, kinds, kernels.describe())
     set_trainable(lm, config)
@@ -178,14 +146,102 @@ def build(checked: Checked) -> Run:
     if not groups:
         raise ConfigError(["method: nothing is trained; set method.train_embeddings, train_norms or train_head"], "the settings")
     log.info("parameters: %s", ", ".join(f"{count:,} {kind}" for kind, count in describe_trainable(lm).items()))
-    frozen = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    base = Base(frozen, rank, world)
-    base.take(frozen)
-    engine = ZeroEngine(LossModel(lm), lm, build_optimizer(lm, groups, config), config, bf16=checked.bf16)
+    frozen = [name for name, p in lm.named_parameters() if not p.requires_grad]
+    base = Base(frozen, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    # drawn and read while shapes are known; at ZeRO-3 a parameter shows none later
+    maker, made = ({}, {}) if resumes else _initial_values(lm, base, checked)
+    dtype = torch.bfloat16 if checked.bf16 else torch.float32
+    # zeros take no memory until they are written to: DeepSpeed places, casts and partitions them
+    put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
+    done("model")
+    engine = ZeroEngine(LossModel(lm, compiled=config.model.compile), lm, build_optimizer(lm, groups, config), config, bf16=checked.bf16)
     run = Run(checked, engine, base, Cycle(engine, base, config), groups, make_schedule(config), 0, None, {}, None)
+    done("engine")
+    if not resumes:
+        _write_initial_values(engine, base, maker, made)
+        done("model")
     _resume(run)
+    assert resumes == (run.resumed_from is not None), "a run without a checkpoint begins with initial values"
+    if resumes:
+        done("resume")
     return run
+
+
+def _initial_values(lm: LlamaForCausalLM, base: Base, checked: Checked) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Which rank makes which parameter of the plain model, and what this rank has made of them, in float32; a collective.
+
+    The ranks draw at the same time, a part each; ``model.init_from`` is read by the first rank.
+    """
+    shapes = {name: p.shape for name, p in lm.named_parameters() if p.is_meta}
+    made: dict[str, Tensor] = {}
+    if checked.config.model.init_from is not None:
+        from_first_rank(lambda: made.update(_foreign_weights(checked.config, lm, shapes)))
+        return dict.fromkeys(shapes, 0), made
+    maker, load = dict(base.owner), [0] * int(os.environ["WORLD_SIZE"])
+    for name, shape in sorted(shapes.items(), key=lambda item: item[0] not in base.owner):  # what trains goes to who has least
+        load[maker.setdefault(name, load.index(min(load)))] += shape.numel()
+    return maker, {name: initial_value(lm, name, checked.config.train.seed) for name in shapes if maker[name] == base.rank}
+
+
+def _write_initial_values(engine: ZeroEngine, base: Base, maker: Mapping[str, int], made: dict[str, Tensor]) -> None:
+    """Puts initial values where they belong, one parameter after the other; a collective.
+
+    What is frozen goes to the base of its owner, and from there to all in the precision that they compute with; of what trains
+    each rank takes the part of the float32 master that it owns.
+    """
+    for name, rank in maker.items():
+        owner, value = base.owner.get(name), made.pop(name, None)
+        if engine.world_size > 1 and owner != rank:
+            sent = torch.empty(engine.shapes[name], dtype=torch.float32, device=engine.device)
+            if value is not None:
+                sent.copy_(value)
+            torch.distributed.broadcast(sent, src=rank)
+            value = sent
+        if owner is None:
+            assert value is not None
+            engine.scatter(name, value)
+        elif owner == engine.rank:
+            assert value is not None
+            base.weights[name] = value.cpu()
+    base.push(engine)
+    engine.refresh()
+
+
+def _foreign_weights(config: Config, lm: LlamaForCausalLM, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The float32 weights of ``model.init_from`` by the names of ours; raises :class:`ConfigError` where they do not fit."""
+    path = Path(str(config.model.init_from))
+    if (path / "config.json").exists():
+        weights = load_foreign(path, torch.float32, LlamaForCausalLM).state_dict()
+    else:
+        weights = merged_weights(CheckpointReader(find_checkpoint(path)))
+    wrong = [name for name, shape in shapes.items() if name not in weights or weights[name].shape != shape]
+    if wrong:
+        found = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "nothing"
+        raise ConfigError(
+            [
+                f"model.init_from: {path} does not fit model.config: {len(wrong)} weights differ, e.g. {wrong[0]} "
+                f"is {found} there and {tuple(shapes[wrong[0]])} here; use its model configuration"
+            ],
+            "the settings",
+        )
+    embedding = weights["model.embed_tokens.weight"]
+    if lm.config.tie_word_embeddings and not torch.equal(embedding, weights.get("lm_head.weight", embedding)):
+        raise ConfigError(
+            [
+                f"model.init_from: {path} has an output head of its own, but model.config ties it to the embeddings; "
+                "set model.overrides.tie_word_embeddings=false"
+            ],
+            "the settings",
+        )
+    return {name: weights[name] for name in shapes}
+
+
+def _finds_checkpoint(config: Config) -> bool:
+    """Whether :func:`_resume` will put a checkpoint in place of initial values, or end the run."""
+    folder = Path(config.train.run_dir) / "checkpoints"
+    if config.train.resume == "auto":
+        return bool(list_checkpoints(folder) or list_new(folder))
+    return config.train.resume != "never"
 
 
 def _resume(run: Run) -> None:
@@ -297,47 +353,3 @@ def plain_model_config(model_config: LlamaConfig) -> dict[str, Any]:
     """The model's settings without what transformers adds about itself."""
     values = json.loads(model_config.to_json_string(use_diff=False))
     return {key: value for key, value in values.items() if key not in ("transformers_version", "_name_or_path", "architectures", "dtype")}
-
-
-def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
-    """What makes a run folder explain itself: settings, command, versions, commit, model, tokenizer. First rank only."""
-    folder = Path(checked.config.train.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump(checked.config), encoding="utf-8")
-    (folder / "model.json").write_text(json.dumps(plain_model_config(checked.model_config), indent=2) + "\n", encoding="utf-8")
-    tokenizer = folder / "tokenizer"
-    if not tokenizer.exists():
-        work = folder / "tokenizer.tmp"
-        shutil.rmtree(work, ignore_errors=True)
-        save_tokenizer(checked.config.tokenizer.path, work)
-        work.rename(tokenizer)
-    with (folder / "starts.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(_start_record(checked, world_size, step)) + "\n")
-    return folder
-
-
-def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any]:
-    packages = ("relora_mora", "torch", "deepspeed", "transformers", "safetensors")
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "step": step,
-        "command": sys.argv,
-        "host": socket.gethostname(),
-        "world_size": world_size,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
-        "bf16": checked.bf16,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": _git_commit(),
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout this package runs from, ``+`` when it has uncommitted changes; None outside one."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if dirty else "")

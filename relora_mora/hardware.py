@@ -8,17 +8,8 @@ import time
 
 import torch
 
-# dense bf16 peak in TFLOP/s, from the vendors' data sheets
-KNOWN_PEAKS = {
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "A10G": 70.0,
-    "RTX 4090": 165.0,
-    "RTX 3090": 71.0,
-}
+from relora_mora.plan.devices import CPU, Device, device_of_name
+
 _PROBES = 5
 
 
@@ -30,13 +21,20 @@ def fast_bf16() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
+def device_here() -> Device:
+    """What this machine computes with; of an unknown card only the memory is known."""
+    if not torch.cuda.is_available():
+        return CPU
+    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    return device_of_name(name) or Device(name, name, 0, memory / 1e9, 0, 0, 0, "this machine", "")
+
+
 def peak_flops(*, bf16: bool) -> tuple[float, str]:
     """FLOP/s of one device and where the number comes from: a data sheet, or a measured matrix product on this rank's threads."""
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        for key, tflops in KNOWN_PEAKS.items():
-            if bf16 and key in name:
-                return tflops * 1e12, f"data sheet of {key}"
+        device = device_of_name(torch.cuda.get_device_name())
+        if bf16 and device is not None:
+            return device.tflops * 1e12, device.source
     on_cuda = torch.cuda.is_available()
     size = 8192 if on_cuda else 1024  # enough work that starting it does not count
     a = torch.randn(size, size, device="cuda" if on_cuda else "cpu", dtype=torch.bfloat16 if bf16 else torch.float32)

@@ -34,13 +34,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.adapters import AdapterLinear, LoRALinear, MoRALinear, adapter_layers, decoder_linears
 from relora_mora.config import Config
 from relora_mora.flops import attention_widths, meta_model
-from relora_mora.model import CHUNK_ELEMENTS
+from relora_mora.model import bytes_per_logit, loss_chunk
 from relora_mora.operators import make_operator
 
 # DeepSpeed's defaults
@@ -111,9 +112,9 @@ def state_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size
     """What stays between steps, gradients apart."""
     counts, width = count_parameters(model), 2 if bf16 else 4
     part = counts.trainable / (world_size if stage else 1)
-    bucket = _zero_setting(config, "reduce_bucket_size", REDUCE_BUCKET_SIZE) if stage >= 2 or (stage == 1 and not bf16) else 0
+    bucket = zero_setting(config, "reduce_bucket_size", REDUCE_BUCKET_SIZE) if stage >= 2 or (stage == 1 and not bf16) else 0
     bucket = min(bucket, counts.trainable)  # as zero/settings.py sets it; a larger one is never filled
-    small = _zero_setting(config, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+    small = zero_setting(config, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
     return Memory(
         moment="between steps",
@@ -129,7 +130,8 @@ def state_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size
     )
 
 
-def _zero_setting(config: Config, name: str, default: int) -> int:
+def zero_setting(config: Config, name: str, default: int) -> int:
+    """A number of DeepSpeed's ``zero_optimization``, as ``train.deepspeed`` sets it."""
     value = config.train.deepspeed.get("zero_optimization", {}).get(name, default)
     return int(value) if isinstance(value, int | float) else default
 
@@ -139,7 +141,7 @@ def gathered_memory(model: LlamaForCausalLM, config: Config, stage: int, world_s
     if stage < 3 or world_size == 1:
         return 0
     every = sum(parameter.numel() for parameter in model.parameters())
-    return (2 if bf16 else 4) * min(every, _zero_setting(config, "stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+    return (2 if bf16 else 4) * min(every, zero_setting(config, "stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
 
 
 def _host_base(model: LlamaForCausalLM, world_size: int) -> float:
@@ -220,10 +222,11 @@ def _tokens(config: Config) -> int:
 def scratch_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) -> tuple[float, float]:
     """Bytes that come and go: (at the loss, in backward)."""
     width, tokens, vocabulary = 2 if bf16 else 4, _tokens(config), model.config.vocab_size
-    chunk = min(tokens, max(128, CHUNK_ELEMENTS // vocabulary))
+    logit = bytes_per_logit(torch.bfloat16 if bf16 else torch.float32, in_place=False)
+    chunk = min(tokens, loss_chunk(tokens, vocabulary, logit))
     head = model.get_output_embeddings().weight
     trains = head.numel() if head.requires_grad else 0
-    at_loss = chunk * vocabulary * (6 if bf16 else 4) + (4 + width) * trains
+    at_loss = chunk * vocabulary * logit + (4 + width) * trains
     built = 0.0
     for _, layer in decoder_linears(model):
         if isinstance(layer, AdapterLinear) and layer.uses_merged_form(tokens):

@@ -6,8 +6,13 @@ exist as a whole. Shapes: ``B`` sequences, ``T`` tokens, ``H`` hidden size, ``V`
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from relora_mora.config import Config, ConfigError, ModelConfig
 from relora_mora.kernels import cross_entropy_, takes_logits
@@ -31,6 +37,7 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+RECOMPILE_LIMIT = 64  # each operator of a cycle, training and evaluation, and the short batch at the end have a program of their own
 CHUNK_BYTES = 192 * 2**20  # of logits that exist at once
 
 
@@ -86,20 +93,74 @@ def check_length(model_config: LlamaConfig, config: Config) -> None:
         )
 
 
+def check_compiler(config: Config) -> None:
+    """Raises :class:`ConfigError` when torch.compile would find no C++ compiler for a CPU."""
+    if config.model.compile and not torch.cuda.is_available() and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ConfigError(
+            [
+                "model.compile: torch.compile needs a C++ compiler on a CPU, and there is no g++; install it, name one in CXX, or leave it false"
+            ],
+            "the settings",
+        )
+
+
 def build_model(model_config: LlamaConfig, *, seed: int, attention: str = "sdpa") -> LlamaForCausalLM:
     """A float32 model on the CPU with initial weights that depend on the seed only."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM._from_config(model_config, attn_implementation=attention, dtype=torch.float32)
+    lm = empty_model(model_config, attention=attention)
+    put_values(lm, {name: initial_value(lm, name, seed) for name, _ in lm.named_parameters()})
+    return lm
+
+
+def empty_model(model_config: LlamaConfig, *, attention: str = "sdpa") -> LlamaForCausalLM:
+    """The model with float32 parameters on the meta device, which hold nothing; :func:`put_values` gives them their values."""
+    with torch.device("meta"):
+        lm = LlamaForCausalLM._from_config(model_config, attn_implementation=attention, dtype=torch.float32)
+    lm.model.rotary_emb = LlamaRotaryEmbedding(config=model_config)  # the only buffers, which are no drawn values
+    return lm
+
+
+@torch.no_grad()
+def initial_value(lm: LlamaForCausalLM, name: str, seed: int) -> Tensor:
+    """The float32 value that a parameter of the plain model begins with; distributed as transformers initializes it.
+
+    It follows from seed, name and shape alone: the same on every rank and world size, in whatever order they are drawn.
+    """
+    module, shape = lm.get_submodule(name.rpartition(".")[0]), lm.get_parameter(name).shape
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)  # a norm's
+    digest = hashlib.sha256(f"{seed}/initial/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    value = torch.empty(shape).normal_(0.0, lm.config.initializer_range or 0.02, generator=generator)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        value[module.padding_idx] = 0.0
+    return value
+
+
+def put_values(lm: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Puts tensors, of any device and dtype, in the place of the parameters of these names; tied ones stay tied."""
+    new = {id(old): nn.Parameter(values[name], old.requires_grad) for name, old in lm.named_parameters() if name in values}
+    for module in lm.modules():
+        for key, old in module._parameters.items():
+            if id(old) in new:
+                module._parameters[key] = new[id(old)]
 
 
 class LossModel(nn.Module):
-    """A causal LM together with its loss, the mean nats per predicted token."""
+    """A causal LM together with its loss, the mean nats per predicted token.
 
-    def __init__(self, lm: LlamaForCausalLM) -> None:
+    ``compiled`` has torch.compile make one program of each decoder layer; head and loss have kernels of their own.
+    """
+
+    def __init__(self, lm: LlamaForCausalLM, *, compiled: bool = False) -> None:
         super().__init__()
         self.lm = lm
         lm.lm_head = LossHead(lm.lm_head)
+        if compiled:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+            for layer in lm.model.layers:
+                layer.compile()
 
     def forward(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """input_ids [B, T] and labels [B, T] (already shifted, -100 is not scored) -> mean nats per predicted token."""
@@ -136,11 +197,27 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_
 
     hidden [..., H], weight [V, H], labels [...]. The gradients are computed in forward, chunk by chunk (as in Liger
     kernels, arXiv 2410.10989, section 3.2): one logits product in all, and of size [N, V] nothing is ever kept. With no
-    label to score the result is 0. Raises IndexError for a label that is not in the vocabulary.
+    label to score the result is 0. Raises IndexError for a label that is not in the vocabulary. On CUDA liger-kernel's own
+    kernels do the same where the package is installed (then a wrong label is not found out).
     """
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if chunk_tokens is None and (fused := fused_loss(hidden.device.type)) is not None:
+        return fused(flat, weight, labels, ignore_index=IGNORE, accum_dtype=torch.float32).float()
     # inside forward grad is always off and parameters always ask for theirs: whether anybody wants one is known here
     return _ChunkedCrossEntropy.apply(flat, weight, labels, chunk_tokens, torch.is_grad_enabled())
+
+
+@functools.cache
+def fused_loss(device: str) -> Callable[..., Tensor] | None:
+    """liger-kernel's cross-entropy of a linear layer for tensors on such a device, None where there is none."""
+    if device != "cuda":
+        return None
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError:
+        return None
+    function: Callable[..., Tensor] = liger_fused_linear_cross_entropy
+    return function
 
 
 def loss_chunk(tokens: int, vocabulary: int, bytes_per_logit: int) -> int:

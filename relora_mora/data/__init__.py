@@ -3,7 +3,7 @@
 from relora_mora.data.evalset import UNSCORED, EvalSet, load_eval_set
 from relora_mora.data.fingerprint import fingerprint
 from relora_mora.data.positions import describe_position
-from relora_mora.data.sources import Shard, SourceError, pin_revision, resolve_shards
+from relora_mora.data.sources import Shard, SourceError, hub_commits, pin_revision, remember_commits, resolve_shards
 from relora_mora.data.stream import Batch, TrainStream, WorkerError, counts_of, document_ids, merge_states
 from relora_mora.data.texts import KINDS, iter_texts
 
@@ -20,9 +20,11 @@ __all__ = [
     "describe_position",
     "document_ids",
     "fingerprint",
+    "hub_commits",
     "iter_texts",
     "load_eval_set",
     "merge_states",
     "pin_revision",
+    "remember_commits",
     "resolve_shards",
 ]

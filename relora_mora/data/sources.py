@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -26,6 +26,7 @@ SUFFIXES = (".json", ".jsonl", ".gz", ".zst")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_SHARDS = 1_000_000
+_remembered: dict[tuple[str, str], str] = {}
 
 
 class SourceError(ValueError):
@@ -68,17 +69,28 @@ def resolve_shards(
     return shards
 
 
-def pin_revision(config: DataConfig) -> DataConfig:
+def hub_commits(config: DataConfig) -> dict[str, str]:
+    """The commit that ``revision`` is now, of each hub repository of the settings; asks the hub once for each."""
+    sources = [s for group in (config.train, config.validation) for s in ([group] if isinstance(group, str) else group)]
+    repos = {_hub_parts(_hub_source(source, "train"))[0] for source in sources if _is_hub(source)}
+    commits = _Commits(config.revision, config.timeout_seconds)
+    return {repo: commits[repo] for repo in sorted(repos)}
+
+
+def pin_revision(config: DataConfig, commits: Mapping[str, str] | None = None) -> DataConfig:
     """The same settings with ``revision`` replaced by the commit that it is now.
 
     One rank calls it and hands the result to the others, so that a push to the hub meanwhile cannot split the ranks.
     Unchanged where no source is on the hub, or where two hub repositories share the revision's name.
     """
-    sources = [s for group in (config.train, config.validation) for s in ([group] if isinstance(group, str) else group)]
-    repos = {_hub_parts(_hub_source(source, "train"))[0] for source in sources if _is_hub(source)}
-    if len(repos) != 1:
-        return config
-    return config.model_copy(update={"revision": _Commits(config.revision, config.timeout_seconds)[repos.pop()]})
+    found = hub_commits(config) if commits is None else commits
+    return config.model_copy(update={"revision": next(iter(found.values()))}) if len(found) == 1 else config
+
+
+def remember_commits(revision: str, commits: Mapping[str, str]) -> None:
+    """From now on this process takes these for what ``revision`` is, by repository, and asks the hub no more."""
+    _remembered.clear()
+    _remembered.update({(repo, revision): commit for repo, commit in commits.items()})
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -106,8 +118,8 @@ class _Commits:
 
     def __getitem__(self, repo: str) -> str:
         if repo not in self.known:
-            is_commit = _COMMIT.fullmatch(self.revision) is not None
-            self.known[repo] = self.revision if is_commit else _ask_for_commit(repo, self.revision, self.timeout_seconds)
+            known = self.revision if _COMMIT.fullmatch(self.revision) else _remembered.get((repo, self.revision))
+            self.known[repo] = known or _ask_for_commit(repo, self.revision, self.timeout_seconds)
         return self.known[repo]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from relora_mora.build import build, check, pinned_before, write_run_folder
-from relora_mora.config import Config
-from relora_mora.data import pin_revision
+from relora_mora.build import build, check, pinned_before
+from relora_mora.config import Config, DataConfig
+from relora_mora.data import hub_commits, pin_revision, remember_commits
 from relora_mora.guard import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
 from relora_mora.guard.watch import Watch
 from relora_mora.metrics import log, setup_logging
-from relora_mora.trainer.trainer import Trainer
+from relora_mora.trainer.folder import write_run_folder
+from relora_mora.trainer.startup import StartedTrainer, Startup
 from relora_mora.zero import from_first_rank, gather_from_ranks, init_distributed, lost_peer, store_address
 
 
@@ -38,24 +39,37 @@ def pretrain(config: Config, guard: Guard | None = None) -> int:
 
 
 def _pretrain(config: Config, guard: Guard) -> int:
+    startup = Startup()
+    startup.done("imports")
     os.umask(os.umask(0o077) | 0o002)  # nothing of a run is writable for everybody
     rank, world_size = init_distributed(config.train.peer_timeout_seconds)
     setup_logging(rank)
+    startup.done("rendezvous")
     folder = Path(config.train.run_dir)
     job = from_first_rank(lambda: os.urandom(8).hex())
     if world_size > 1:
         _watch(guard, config, rank, world_size, job)
-    data = from_first_rank(lambda: pin_revision(pinned_before(config)))  # one commit for all ranks and the whole run
+    data, commits = from_first_rank(lambda: _pinned(config))
+    remember_commits(data.revision, commits)
     checked = check(config.model_copy(update={"data": data}))
     from_first_rank(lambda: _lock(guard, folder))
     guard.did("building the model", within=LONG_SECONDS)
-    run = build(checked)
+    startup.done("checks")
+    run = build(checked, startup.done)
     from_first_rank(lambda: write_run_folder(checked, world_size, run.step))
-    trainer = Trainer(checked, run, rank, world_size, guard)
+    trainer = StartedTrainer(checked, run, rank, world_size, guard)
+    trainer.startup = startup
     try:
         return trainer.fit()
     finally:
         trainer.close()
+
+
+def _pinned(config: Config) -> tuple[DataConfig, dict[str, str]]:
+    """The data settings with one commit for all ranks and the whole run, and the commits by repository: only one rank asks the hub."""
+    data = pinned_before(config)
+    commits = hub_commits(data)
+    return pin_revision(data, commits), commits
 
 
 def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -> None:

@@ -1,0 +1,77 @@
+"""The time of a step on a cluster, by a stated model.
+
+A step takes compute + optimizer + what the network takes and is not hidden:
+
+compute    FLOPs of the arithmetic / (ranks x peak x utilisation)
+optimizer  AdamW in float32 reads 16 and writes 12 bytes for each parameter that a rank owns, and writes the weight: at the
+           device's memory bandwidth
+network    bytes that a device sends in a ring (``network.py``) / bandwidth, where the slowest part of the ring decides: from
+           device to device within a host, and from host to host, where a ring's bytes leave each host once. Latency is not counted
+hidden     DeepSpeed sends while it computes at stage 3, and at stage 2 with ``overlap_comm: true``: at stage 3 all of it behind
+           compute, at stage 2 the gradients behind backward, two thirds of compute. Elsewhere it computes, then sends
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from relora_mora.config import Config
+from relora_mora.plan.devices import Device
+from relora_mora.plan.network import Traffic
+
+BACKWARD_SHARE = 2 / 3
+ADAM_BYTES = 28  # reads master, both moments, gradient; writes master, both moments
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hosts with equal devices. ``link_gbits`` is one host's network, all its cards together; None: as the device's data sheet host."""
+
+    nodes: int
+    devices_per_node: int
+    device: Device
+    link_gbits: float | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.devices_per_node
+
+    @property
+    def node_gbits(self) -> float:
+        """Network of one host in Gbit/s, 0 where it is not known."""
+        return self.device.node_gbits * self.devices_per_node if self.link_gbits is None else self.link_gbits
+
+    def seconds_to_send(self, size: float) -> float:
+        """For bytes that each device of a ring sends; 0 where no bandwidth is known."""
+        rates = [self.device.peer_gbytes_per_s * 1e9] if self.devices_per_node > 1 else []
+        rates += [self.node_gbits * 1e9 / 8] if self.nodes > 1 else []
+        return max([0.0, *(size / rate for rate in rates if rate)])
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step, by part; ``hidden`` is the part of ``network`` that passes while the devices compute."""
+
+    compute: float
+    optimizer: float
+    network: float
+    hidden: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.optimizer + self.network - self.hidden
+
+
+def step_time(cluster: Cluster, config: Config, stage: int, moved: Traffic, *, compute: float, trainable: int, bf16: bool) -> StepTime:
+    """Seconds of a step whose arithmetic takes ``compute``."""
+    owned = trainable / (cluster.world_size if stage else 1)
+    bandwidth = cluster.device.memory_gbytes_per_s * 1e9
+    gradients, weights = cluster.seconds_to_send(moved.sent_gradients), cluster.seconds_to_send(moved.sent_weights)
+    overlap = config.train.deepspeed.get("zero_optimization", {}).get("overlap_comm")
+    hidden = 0.0
+    if stage == 3 and overlap is not False:
+        hidden = min(gradients + weights, compute)
+    elif stage == 2 and overlap is True:
+        hidden = min(gradients, BACKWARD_SHARE * compute)
+    optimizer = owned * (ADAM_BYTES + (2 if bf16 else 4)) / bandwidth if bandwidth else 0.0
+    return StepTime(compute, optimizer, gradients + weights, hidden)

@@ -1,0 +1,98 @@
+"""What the ranks send each other in one optimizer step, from shapes: formulas, nothing is sent.
+
+Symbols: T trainable and F frozen parameters, P = T + F, N ranks, a micro-batches of a step, b bytes of a gradient on its way
+(2 in bf16, 4 in fp32; ``communication_data_type`` in ``train.deepspeed`` goes first), w bytes of a weight.
+
+After the sources of DeepSpeed 0.19, and counted in two-rank steps by a test:
+
+=====  ======================================================================================================================
+stage  tensors given to collectives in one step
+=====  ======================================================================================================================
+0      all-reduce b T, once: gradients accumulate on each rank
+1      all-reduce b T, once (in bf16 from sums in float32); after the step all-gather w T
+2      all-reduce b T at every micro-batch: a rank keeps only its part of the sum; after the step all-gather w T
+3      reduce-scatter b T at every micro-batch. All-gather w P at every micro-batch, in forward; in backward at most P - D / 2 again,
+       where D is ``stage3_max_reuse_distance``: the last layers are kept, their next use is near. Parameters of at most
+       ``stage3_param_persistence_threshold`` elements once a step
+=====  ======================================================================================================================
+
+Frozen weights have no gradient: below stage 3 a step moves adapters, embeddings, norms and head only. In a ring of N ranks a
+device sends 2 (N - 1) / N of what is all-reduced and (N - 1) / N of what is gathered or reduce-scattered. Where the ring goes
+through hosts in order, each host sends as much to the next one as each of its devices to its neighbour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import LlamaForCausalLM
+
+from relora_mora.adapters import adapter_layers
+from relora_mora.config import Config
+from relora_mora.memory import PERSISTENCE_THRESHOLD, count_parameters, zero_setting
+
+MAX_REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default
+_WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of the tensors that one rank gives to collectives in a step; a merge's apart.
+
+    ``reduced`` are gradients; ``gathered`` the weights that training waits for: after the step, or in forward and
+    backward at stage 3. ``merge`` is one merge event: adapters to the owners of the base, new weights back.
+    """
+
+    ranks: int
+    all_reduced: float
+    reduce_scattered: float
+    gathered: float
+    merge: float
+
+    @property
+    def given(self) -> float:
+        return self.all_reduced + self.reduce_scattered + self.gathered
+
+    @property
+    def sent_gradients(self) -> float:
+        """Bytes that a device sends in a step for its gradients, in a ring."""
+        return (2 * self.all_reduced + self.reduce_scattered) * (self.ranks - 1) / self.ranks
+
+    @property
+    def sent_weights(self) -> float:
+        return self.gathered * (self.ranks - 1) / self.ranks
+
+    @property
+    def sent(self) -> float:
+        return self.sent_gradients + self.sent_weights
+
+    @property
+    def sent_in_merge(self) -> float:
+        return self.merge * (self.ranks - 1) / self.ranks
+
+
+def traffic(model: LlamaForCausalLM, config: Config, stage: int, ranks: int, *, bf16: bool) -> Traffic:
+    """What one step moves; ``model`` may be on the meta device."""
+    counts = count_parameters(model)
+    width = 2 if bf16 else 4
+    gradients = _WIDTHS.get(str(config.train.deepspeed.get("communication_data_type")), width) * counts.trainable
+    micro_batches = config.accumulation_steps(ranks)
+    merge = _merge(model, stage, width) if config.merges and ranks > 1 else 0
+    if stage < 3:
+        times = micro_batches if stage == 2 else 1
+        return Traffic(ranks, gradients * times, 0, width * counts.trainable if stage else 0, merge)
+    every = counts.trainable + counts.frozen
+    small = zero_setting(config, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+    persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
+    again = max(0, every - zero_setting(config, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE) / 2)
+    gathered = width * (micro_batches * (every - persistent + again) + persistent)
+    return Traffic(ranks, 0, gradients * micro_batches, gathered, merge)
+
+
+def _merge(model: LlamaForCausalLM, stage: int, width: int) -> float:
+    """Adapters are reduced to the owners in float32, new weights broadcast (at stage 3 gathered before), masters written back."""
+    counts = count_parameters(model)
+    weights = width * sum(layer.weight.numel() for _, layer in adapter_layers(model))
+    if stage == 0:
+        return weights
+    return 4 * counts.adapters + (2 * weights if stage == 3 else weights + width * counts.trainable)

@@ -1,0 +1,147 @@
+"""A run's plan, from its settings and the cluster it is to run on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import LlamaConfig
+
+from relora_mora.config import Config
+from relora_mora.flops import Flops, flops_per_token, meta_model
+from relora_mora.memory import Memory, Parameters, count_parameters, peak_memory
+from relora_mora.plan.cluster import Cluster, StepTime, step_time
+from relora_mora.plan.network import Traffic, traffic
+
+METHODS = ("full", "lora", "mora", "relora", "remora")
+STAGES = (0, 1, 2, 3)
+ASSUMED_UTILISATION = 0.4
+USABLE = 0.9  # of a device's memory: the rest is for the CUDA context, NCCL's buffers and fragmentation
+PROCESS_BYTES = 0.45 * 2**30  # resident in a rank's process on a CPU next to its tensors: Python, torch, DeepSpeed, tokenizer (measured)
+FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny runs (measured on two cores)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about one run. ``memory`` and ``network``, [method][stage], compare the methods at the same settings; ``steps``,
+    [stage], is the time of a step of this run."""
+
+    parameters: Parameters
+    flops: Flops
+    memory: dict[str, dict[int, Memory]]
+    network: dict[str, dict[int, Traffic]]
+    steps: dict[int, StepTime]
+    method: str
+    zero_stage: int
+    cluster: Cluster
+    bf16: bool
+    on_cpu: bool
+    merge_every: int
+    tokens_per_step: int
+    tokens: int
+    tokens_per_second: float
+    assumption: str
+
+    @property
+    def world_size(self) -> int:
+        return self.cluster.world_size
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps, without evaluations, checkpoints and merges."""
+        return self.tokens / self.tokens_per_second
+
+    @property
+    def resident(self) -> float | None:
+        """Bytes of a rank's process where the device is a CPU, None elsewhere; a tenth is added for malloc's fragmentation."""
+        chosen = self.memory[self.method][self.zero_stage]
+        return FRAGMENTATION * (PROCESS_BYTES + chosen.device + chosen.host_base) if self.on_cpu else None
+
+    def fits(self, stage: int, method: str | None = None) -> bool | None:
+        """Whether a device holds what a rank needs; None where its memory is not known."""
+        available = self.cluster.device.memory_gb * 1e9
+        return self.memory[method or self.method][stage].device <= USABLE * available if available else None
+
+    def as_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["flops"] |= {"total": self.flops.total, "performed": self.flops.performed}
+        values["memory"] = {
+            method: {
+                str(stage): {**asdict(memory), "device": memory.device, "fits": self.fits(stage, method)}
+                for stage, memory in stages.items()
+            }
+            for method, stages in self.memory.items()
+        }
+        values["network"] = {
+            method: {
+                str(stage): {**asdict(moved), "sent": moved.sent, "sent_in_merge": moved.sent_in_merge} for stage, moved in stages.items()
+            }
+            for method, stages in self.network.items()
+        }
+        values["steps"] = {str(stage): {**asdict(time), "total": time.total} for stage, time in self.steps.items()}
+        return {**values, "world_size": self.world_size, "seconds": self.seconds, "resident": self.resident}
+
+
+def make_plan(
+    model_config: LlamaConfig,
+    config: Config,
+    *,
+    cluster: Cluster,
+    bf16: bool,
+    on_cpu: bool,
+    peak: tuple[float, str],
+    tokens_per_second: float | None = None,
+    utilisation: float | None = None,
+) -> Plan:
+    """What the run needs on a cluster.
+
+    ``peak`` is the FLOP/s of one device and where the number comes from; ``log.peak_tflops`` goes first.
+    ``tokens_per_second`` is a measured rate over all devices; without it the time follows from the arithmetic, the peak,
+    ``utilisation``, memory and network. Raises ValueError for a utilisation that is not between 0 and 1 and for a rate that
+    is not positive.
+    """
+    if utilisation is not None and not 0 < utilisation <= 1:
+        raise ValueError(f"utilisation must be above 0 and at most 1, got {utilisation:g}")
+    if tokens_per_second is not None and not tokens_per_second > 0:
+        raise ValueError(f"tokens_per_second must be positive, got {tokens_per_second:g}")
+    ranks, own = cluster.world_size, config.method.name
+    flops, counts = flops_per_token(model_config, config), count_parameters(meta_model(model_config, config))
+    memory: dict[str, dict[int, Memory]] = {}
+    network: dict[str, dict[int, Traffic]] = {}
+    for name in METHODS:
+        other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
+        model = meta_model(model_config, other)
+        memory[name] = {stage: peak_memory(model_config, other, stage, ranks, bf16=bf16) for stage in STAGES}
+        network[name] = {stage: traffic(model, other, stage, ranks, bf16=bf16) for stage in STAGES}
+    if config.log.peak_tflops is not None:
+        peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
+    used = ASSUMED_UTILISATION if utilisation is None else utilisation
+    compute = flops.performed * config.tokens_per_step / (ranks * peak[0] * used)
+    steps = {
+        stage: step_time(cluster, config, stage, network[own][stage], compute=compute, trainable=counts.trainable, bf16=bf16)
+        for stage in STAGES
+    }
+    device = f"{peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
+    if tokens_per_second is None:
+        speed = config.tokens_per_step / steps[config.train.zero_stage].total
+        assumption = f"{'assuming' if utilisation is None else 'at'} {used:.0%} of {device}"
+    else:
+        speed = tokens_per_second
+        assumption = f"the measured rate, which is {speed * flops.total / (ranks * peak[0]):.1%} of {device}"
+    return Plan(
+        parameters=counts,
+        flops=flops,
+        memory=memory,
+        network=network,
+        steps=steps,
+        method=own,
+        zero_stage=config.train.zero_stage,
+        cluster=cluster,
+        bf16=bf16,
+        on_cpu=on_cpu,
+        merge_every=config.method.merge_every if config.merges else 0,
+        tokens_per_step=config.tokens_per_step,
+        tokens=config.tokens_per_step * config.train.steps,
+        tokens_per_second=speed,
+        assumption=assumption,
+    )
