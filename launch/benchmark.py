@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 
@@ -26,13 +27,15 @@ def main(
     vocab_size: int | None = None,
     repeats: int = 7,
     warmup: int = 2,
-) -> None:
-    """Measures whole optimizer steps, in turns, and prints a table and, last, a line of JSON.
+) -> int:
+    """Measures whole optimizer steps, in turns, and prints tables and, last, a line of JSON.
+
+    Ends with 1 where a loss is not finite: the figures of such steps mean nothing.
 
     Args:
         model: a LlamaConfig JSON file
-        methods: separated by commas, the first is what ratios refer to: full, remora, remora_merged, remora_decoupled, relora, ..., plain,
-            plain_chunked, peft_lora, galore, apollo
+        methods: separated by commas, the first is what ratios refer to: full, remora, remora_merged, remora_decoupled,
+            remora_released, relora, relora_merged, relora_decoupled, plain, plain_chunked, peft_lora, galore, apollo
         tokens: tokens of a micro-batch on one rank
         sequence_length: tokens of a sequence
         accumulation: micro-batches of a step
@@ -59,7 +62,7 @@ def main(
     from relora_mora.benchmark import Setting
     from relora_mora.benchmark import run as measure
     from relora_mora.benchmark.contenders import chosen
-    from relora_mora.benchmark.report import as_json, limits, table
+    from relora_mora.benchmark.report import as_json, limits, tables
     from relora_mora.hardware import fast_bf16
     from relora_mora.model import read_model_config
     from relora_mora.zero import device_of_rank, init_distributed
@@ -73,8 +76,12 @@ def main(
     results = measure(names, setting, repeats=repeats, warmup=warmup)
     if my_rank == 0:
         machine = limits(setting)
-        print(table(results, setting, world_size, machine))
+        print(tables(results, setting, world_size, machine))
         print(json.dumps(as_json(results, setting, world_size, machine, command=sys.argv[1:])))
+    lost = [result.name for result in results if not math.isfinite(result.loss)]
+    if lost:
+        print(f"the loss is not finite: {', '.join(lost)}; try --precision=fp32", file=sys.stderr)
+    return int(bool(lost))
 
 
 def _sizes(given: dict[str, object]) -> dict[str, int]:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from relora_mora.data import EvalSet
+from relora_mora.config import Config
+from relora_mora.data import EvalSet, load_eval_set
 from relora_mora.model import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
 
 
@@ -40,6 +41,18 @@ class EvalResult:
 
     def as_dict(self) -> dict[str, float | int]:
         return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte, "tokens": self.tokens}
+
+
+def held_out(config: Config) -> EvalSet:
+    """The evaluation set of a run. Raises the errors of :func:`load_eval_set`."""
+    data = config.data
+    return load_eval_set(
+        data.validation,
+        config=data,
+        tokenizer_path=config.tokenizer.path,
+        sequence_length=data.sequence_length,
+        max_tokens=config.eval.max_tokens,
+    )
 
 
 @torch.no_grad()

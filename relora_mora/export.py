@@ -17,7 +17,7 @@ from relora_mora.adapters import adapter_layers, adapter_parameters, inject
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, newest_whole, read_manifest, verify
 from relora_mora.cli import new_folder
 from relora_mora.config import DataConfig, validate
-from relora_mora.model import build_model
+from relora_mora.model import empty_model, put_values
 from relora_mora.tokenizer import quiet_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,14 +65,13 @@ def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
 def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """The plain model of a checkpoint folder, which :func:`find_checkpoint` has verified."""
     reader = CheckpointReader(path)
-    model = build_model(LlamaConfig(**reader.manifest.model_config), seed=0)
+    model = empty_model(LlamaConfig(**reader.manifest.model_config))
     weights = {name: value.to(dtype) for name, value in merged_weights(reader).items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-    if model.config.tie_word_embeddings:
-        model.tie_weights()
-        missing = [name for name in missing if name != "lm_head.weight"]
-    if missing or unexpected:
-        raise CheckpointError(f"{path}: does not hold the model it names (missing {missing[:3]}, unknown {unexpected[:3]})")
+    unknown = sorted(set(weights) - set(dict(model.named_parameters())))
+    put_values(model, weights)
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing or unknown:
+        raise CheckpointError(f"{path}: does not hold the model it names (missing {missing[:3]}, unknown {unknown[:3]})")
     model.config.dtype = dtype
     return model.eval()
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from relora_mora.adapters import decoder_linears, inject
+from relora_mora.benchmark.released import RELEASED_TYPE, use_released_layers
 from relora_mora.config import DECODER_LINEARS, Config, ConfigError, validate
 from relora_mora.cycle import Base, Cycle
 from relora_mora.model import LossModel, build_model
@@ -56,16 +57,20 @@ class Contender(Protocol):
     """One method, ready to make optimizer steps."""
 
     model: nn.Module
+    trainable: int  # parameters, on all ranks together
 
     def step(self) -> float:
         """One optimizer step; returns the loss of its last micro-batch."""
 
     def parts(self) -> dict[str, list[Tensor]]:
-        """The tensors that stay between steps: weights, optimizer; ``host`` for what is not on the device."""
+        """The tensors that stay between steps: weights, optimizer; ``host`` for what is not on the device.
+
+        At ZeRO stage 3 with several ranks the weights are what is gathered between steps; DeepSpeed's partitions are not listed.
+        """
 
 
 class Ours:
-    """A method of this trainer, on DeepSpeed. ``form`` as in the settings."""
+    """A method of this trainer, on DeepSpeed. ``form`` as in the settings, or ``released``: see :mod:`relora_mora.benchmark.released`."""
 
     def __init__(self, setting: Setting, method: str, form: str = "auto") -> None:
         from torch import distributed as dist
@@ -74,7 +79,10 @@ class Ours:
         lm = build_model(setting.model_config, seed=setting.seed)
         if config.uses_adapters:
             inject(lm, config.method, seed=setting.seed)
+        if form == "released":
+            use_released_layers(lm)
         set_trainable(lm, config)
+        self.trainable = _trainable(lm)
         groups = parameter_groups(lm, config)
         frozen = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
         self.base = Base(frozen, dist.get_rank(), dist.get_world_size())
@@ -119,7 +127,9 @@ def ours_config(setting: Setting, method: str, form: str, world_size: int) -> Co
         },
     }
     if method != "full":
-        tree["method"] |= {"rank": setting.rank, "form": form}
+        tree["method"] |= {"rank": setting.rank, "form": "decoupled" if form == "released" else form}
+    if form == "released":
+        tree["method"]["operators"] = [RELEASED_TYPE]  # it is measured between two merges
     if method in ("mora", "remora"):
         tree["method"]["square_multiple"] = setting.square_multiple
     return validate(tree, "the benchmark", world_size=world_size)
@@ -133,6 +143,7 @@ class Plain:
         lm: Any = build_model(setting.model_config, seed=setting.seed)
         lm = lm.to(device=setting.device, dtype=dtype)
         self.model, self.optimizer = prepare(lm)
+        self.trainable = _trainable(self.model)
         self.loss = None if own_loss else LossModel(lm)
         self.batches, self.accumulation = setting.batches(), setting.accumulation
 
@@ -153,6 +164,10 @@ class Plain:
     def parts(self) -> dict[str, list[Tensor]]:
         states = [value for state in self.optimizer.state.values() for value in _tensors_in(state)]
         return {"weights": [p.data for p in self.model.parameters()], "optimizer": states}
+
+
+def _trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _tensors_in(thing: Any) -> Iterator[Tensor]:
@@ -219,6 +234,7 @@ CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
     "remora": lambda setting: Ours(setting, "remora"),
     "remora_merged": lambda setting: Ours(setting, "remora", "merged"),
     "remora_decoupled": lambda setting: Ours(setting, "remora", "decoupled"),
+    "remora_released": lambda setting: Ours(setting, "mora", "released"),
     "relora": lambda setting: Ours(setting, "relora"),
     "relora_merged": lambda setting: Ours(setting, "relora", "merged"),
     "relora_decoupled": lambda setting: Ours(setting, "relora", "decoupled"),

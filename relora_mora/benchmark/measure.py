@@ -1,13 +1,12 @@
-"""Interleaved steps, tensors that stay, what is kept for backward, and bytes that collectives move."""
+"""Interleaved steps, and for each method one step under observation."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,36 +14,44 @@ import torch
 from torch import Tensor
 
 from relora_mora.benchmark.contenders import CONTENDERS, Contender, Ours, Setting
+from relora_mora.benchmark.watch import Watch
 from relora_mora.flops import flops_per_token
 from relora_mora.zero import sum_over_hosts
-
-# what DeepSpeed and torch call; a payload is the largest tensor among the arguments
-_COLLECTIVES = (
-    "all_reduce",
-    "reduce",
-    "broadcast",
-    "all_gather",
-    "all_gather_into_tensor",
-    "_all_gather_base",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "_reduce_scatter_base",
-    "all_to_all_single",
-)
 
 
 @dataclass
 class Result:
-    """One contender. Seconds of each measured step; bytes by part; ``loss`` shows that it trains."""
+    """One contender. Seconds of each measured step; ``loss`` shows that it trains.
+
+    Bytes on one rank, the first where they differ. ``bytes_held`` by part between steps: weights, optimizer, gradients, and
+    ``host`` for what is not on the device. The others are those of :class:`relora_mora.benchmark.watch.Watch`.
+    """
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    trainable: int = 0
     bytes_held: dict[str, int] = field(default_factory=dict)
-    bytes_kept_for_backward: int = 0
-    bytes_communicated: int = 0
+    bytes_at_peak: dict[str, int] = field(default_factory=dict)
+    bytes_kept: int = 0
+    bytes_kept_by_layer: int = 0
+    bytes_kept_by_linears: int = 0
+    bytes_sent: dict[str, int] = field(default_factory=dict)
     flops_per_step: float = 0.0
     merge_seconds: float | None = None
     loss: float = float("nan")
+
+    @property
+    def held(self) -> int:
+        """On the device."""
+        return sum(size for part, size in self.bytes_held.items() if part != "host")
+
+    @property
+    def peak(self) -> int:
+        return sum(self.bytes_at_peak.values())
+
+    @property
+    def sent(self) -> int:
+        return sum(self.bytes_sent.values())
 
     @property
     def median(self) -> float:
@@ -62,7 +69,7 @@ class Result:
 def run(names: list[str], setting: Setting, *, repeats: int, warmup: int, merges: bool = True) -> list[Result]:
     """Builds every contender, then makes ``repeats`` rounds of one step each, in turns; a collective.
 
-    Times are of the slowest rank. What is kept for backward is counted in a step of its own, bytes in the last warmup step.
+    Times are of the slowest rank. Bytes are those of a step between warmup and rounds.
     """
     built: dict[str, Contender] = {}
     results = {name: Result(name) for name in names}
@@ -70,16 +77,9 @@ def run(names: list[str], setting: Setting, *, repeats: int, warmup: int, merges
         before = live_tensors()  # kept, so that nothing new gets an address of theirs
         built[name] = CONTENDERS[name](setting)
         result = results[name]
-        for _ in range(max(0, warmup - 1)):
-            built[name].step()
-        with counted_bytes() as count:
+        for _ in range(warmup):
             result.loss = built[name].step()
-        result.bytes_communicated = count.bytes
-        result.bytes_held = _held(built[name], before)
-        with kept_for_backward(built[name]) as kept:
-            built[name].step()
-        result.bytes_kept_for_backward = kept.bytes
-        result.flops_per_step = _flops(built[name], setting)
+        _observe(result, built[name], before, setting)
     for _ in range(repeats):
         for name in names:
             results[name].seconds.append(_timed(built[name].step, setting.device))
@@ -103,63 +103,6 @@ def _timed(act: Any, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-@dataclass
-class Counter:
-    bytes: int = 0
-
-
-@contextlib.contextmanager
-def counted_bytes() -> Iterator[Counter]:
-    """Bytes of the tensors that this rank hands to collectives over devices, each counted once per call."""
-    count, before = Counter(), {name: getattr(torch.distributed, name) for name in _COLLECTIVES if hasattr(torch.distributed, name)}
-
-    def counting(name: str) -> Any:
-        whole = before[name]
-
-        @functools.wraps(whole)
-        def collective(*args: Any, **kwargs: Any) -> Any:
-            count.bytes += max((_nbytes(value) for value in [*args, *kwargs.values()]), default=0)
-            return whole(*args, **kwargs)
-
-        return collective
-
-    for name in before:
-        setattr(torch.distributed, name, counting(name))
-    try:
-        yield count
-    finally:
-        for name, whole in before.items():
-            setattr(torch.distributed, name, whole)
-
-
-def _nbytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return sum(map(_nbytes, value)) if isinstance(value, list | tuple) else 0
-
-
-@contextlib.contextmanager
-def kept_for_backward(contender: Contender) -> Iterator[Counter]:
-    """Bytes of what autograd keeps between forward and backward, parameters apart, each storage once; the most of any micro-batch."""
-    count = Counter()
-    own = {p.untyped_storage().data_ptr() for p in contender.model.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-            count.bytes = max(count.bytes, sum(seen.values()))
-        return tensor
-
-    handle = contender.model.register_forward_pre_hook(lambda *_: seen.clear())
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield count
-    finally:
-        handle.remove()
-
-
 def live_tensors() -> list[Tensor]:
     """Every tensor that exists; a gradient that nobody has looked at has no Python object yet."""
     gc.collect()
@@ -172,17 +115,25 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-def _held(contender: Contender, before: list[Tensor]) -> dict[str, int]:
-    """Bytes that the contender keeps between steps, by part; ``other`` is gradients and buffers."""
-    known = storages(before)
-    after = {address: size for address, size in storages(live_tensors()).items() if address not in known}
-    parts: dict[str, int] = {}
-    for name, tensors in contender.parts().items():
-        addresses = storages(tensors)
-        parts[name] = sum(addresses.values())
-        for address in addresses:
-            after.pop(address, None)
-    parts["other"] = sum(after.values())
+def _observe(result: Result, contender: Contender, before: list[Tensor], setting: Setting) -> None:
+    """Makes a step and notes its bytes."""
+    held = _held(contender, before, setting.device)
+    result.bytes_held = {part: sum(storages(tensors).values()) for part, tensors in held.items()}
+    watch = Watch(contender.model, held, setting.device, torch.distributed.get_world_size())
+    held.clear()  # or nothing of it could go in the step
+    with watch:
+        contender.step()
+    result.trainable, result.flops_per_step = contender.trainable, _flops(contender, setting)
+    result.bytes_at_peak, result.bytes_sent = watch.peak, watch.sent
+    result.bytes_kept, result.bytes_kept_by_layer, result.bytes_kept_by_linears = watch.kept, watch.layer_kept, watch.linears_kept
+
+
+def _held(contender: Contender, before: list[Tensor], device: torch.device) -> dict[str, list[Tensor]]:
+    """What the contender keeps between steps, by part; ``gradients`` is everything on the device beside weights and optimizer."""
+    parts = contender.parts()
+    known = storages(before) | storages(tensor for tensors in parts.values() for tensor in tensors)
+    others = (tensor for tensor in live_tensors() if tensor.untyped_storage().data_ptr() not in known)
+    parts["gradients"] = [tensor for tensor in others if tensor.device.type == device.type]
     return parts
 
 

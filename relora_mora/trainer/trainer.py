@@ -14,8 +14,8 @@ from torch import Tensor
 
 from relora_mora.build import Checked, Run, plain_model_config
 from relora_mora.checkpoint import CheckpointWriter, Manifest
-from relora_mora.data import Batch, EvalSet, TrainStream, load_eval_set, merge_states
-from relora_mora.evaluate import evaluate
+from relora_mora.data import Batch, EvalSet, TrainStream, merge_states
+from relora_mora.evaluate import evaluate, held_out
 from relora_mora.flops import flops_per_token
 from relora_mora.guard import LONG_SECONDS, Guard
 from relora_mora.hardware import peak_memory_bytes
@@ -25,7 +25,7 @@ from relora_mora.optim import group_rates
 from relora_mora.trainer.ends import end_for_data, finish, stop
 from relora_mora.trainer.report import Interval, data_metrics, loss_metrics, merge_metrics, peak_of_device
 from relora_mora.trainer.rollback import roll_back
-from relora_mora.zero import gather_from_ranks, sum_over_hosts
+from relora_mora.zero import from_first_rank, gather_from_ranks, sum_over_hosts
 
 POLL_SECONDS = 1.0  # a rank that waits for data looks so often whether the others want to stop
 
@@ -237,13 +237,7 @@ class Trainer:
         begin = time.perf_counter()
         if self.eval_set is None:
             self.guard.did("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
-            self.eval_set = load_eval_set(
-                self.config.data.validation,
-                config=self.config.data,
-                tokenizer_path=self.config.tokenizer.path,
-                sequence_length=self.config.data.sequence_length,
-                max_tokens=self.config.eval.max_tokens,
-            )
+            self.eval_set = from_first_rank(lambda: held_out(self.config))  # one rank downloads and tokenizes
         self.engine.engine.eval()
         result = evaluate(
             self.engine.engine,

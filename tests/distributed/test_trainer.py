@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -97,6 +99,19 @@ def test_a_warm_start_begins_with_the_weights_of_the_other_run(pools, finished, 
         train, run_config(inputs, tokenizer_path, folder, 2, model={"init_from": str(given)}), stop_after=2
     )  # resumes: no second start
     assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [0]
+
+
+def reads_of_validation(config: Any) -> int:
+    """How often this rank reads the held-out text in a whole run."""
+    from relora_mora.trainer import trainer
+
+    with mock.patch.object(trainer, "held_out", wraps=trainer.held_out) as read:
+        train(config)
+    return read.call_count
+
+
+def test_one_rank_reads_the_held_out_text(pools, inputs, tokenizer_path, tmp_path):
+    assert pools(2)(reads_of_validation, run_config(inputs, tokenizer_path, tmp_path / "run", 2)) == [1, 0]
 
 
 def test_micro_batches_do_not_change_the_result(pools, inputs, tokenizer_path, tmp_path):
