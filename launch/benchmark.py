@@ -27,6 +27,7 @@ def main(
     vocab_size: int | None = None,
     repeats: int = 7,
     warmup: int = 2,
+    profile: bool = False,
 ) -> int:
     """Measures whole optimizer steps, in turns, and prints tables and, last, a line of JSON.
 
@@ -35,7 +36,8 @@ def main(
     Args:
         model: a LlamaConfig JSON file
         methods: separated by commas, the first is what ratios refer to: full, remora, remora_merged, remora_decoupled,
-            remora_released, relora, relora_merged, relora_decoupled, plain, plain_chunked, peft_lora, galore, apollo
+            remora_released, remora_r32 (R a multiple of 32), full_compiled, remora_compiled, relora, relora_merged, relora_decoupled,
+            plain, plain_chunked, peft_lora, galore, apollo
         tokens: tokens of a micro-batch on one rank
         sequence_length: tokens of a sequence
         accumulation: micro-batches of a step
@@ -47,6 +49,7 @@ def main(
         vocab_size: if not that of the model
         repeats: measured steps of each method
         warmup: steps before
+        profile: prints which operations a step of each method spends its time in
     """
     faults = [f"--{name}: {value}, expected at least 1" for name, value in _sizes(locals()).items() if value < 1]
     if tokens % sequence_length:
@@ -73,7 +76,8 @@ def main(
     my_rank, world_size = init_distributed()
     bf16 = fast_bf16() if precision == "auto" else precision == "bf16"
     setting = Setting(model_config, tokens, sequence_length, accumulation, zero_stage, rank, square_multiple, bf16, device_of_rank())
-    results = measure(names, setting, repeats=repeats, warmup=warmup)
+    show = None if not profile else print if my_rank == 0 else lambda text: None
+    results = measure(names, setting, repeats=repeats, warmup=warmup, show=show)
     if my_rank == 0:
         machine = limits(setting)
         print(tables(results, setting, world_size, machine))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -72,10 +72,10 @@ class Contender(Protocol):
 class Ours:
     """A method of this trainer, on DeepSpeed. ``form`` as in the settings, or ``released``: see :mod:`relora_mora.benchmark.released`."""
 
-    def __init__(self, setting: Setting, method: str, form: str = "auto") -> None:
+    def __init__(self, setting: Setting, method: str, form: str = "auto", *, compiled: bool = False) -> None:
         from torch import distributed as dist
 
-        config = ours_config(setting, method, form, dist.get_world_size())
+        config = ours_config(setting, method, form, dist.get_world_size(), compiled=compiled)
         lm = build_model(setting.model_config, seed=setting.seed)
         if config.uses_adapters:
             inject(lm, config.method, seed=setting.seed)
@@ -87,7 +87,7 @@ class Ours:
         frozen = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
         self.base = Base(frozen, dist.get_rank(), dist.get_world_size())
         self.base.take(frozen)
-        self.engine = ZeroEngine(LossModel(lm), lm, build_optimizer(lm, groups, config), config, bf16=setting.bf16)
+        self.engine = ZeroEngine(LossModel(lm, compiled=compiled), lm, build_optimizer(lm, groups, config), config, bf16=setting.bf16)
         self.model: nn.Module = lm
         self.cycle = Cycle(self.engine, self.base, config)
         self.config, self.batches, self.rates = config, setting.batches(), [RATE] * len(groups)
@@ -110,11 +110,11 @@ class Ours:
         }
 
 
-def ours_config(setting: Setting, method: str, form: str, world_size: int) -> Config:
+def ours_config(setting: Setting, method: str, form: str, world_size: int, *, compiled: bool = False) -> Config:
     sequences = setting.tokens // setting.sequence_length
     batch = sequences * setting.accumulation * world_size
     tree: dict[str, dict[str, Any]] = {
-        "model": {"config": "unused"},
+        "model": {"config": "unused", "compile": compiled},
         "tokenizer": {"path": "unused"},
         "data": {"train": "unused", "validation": "unused", "sequence_length": setting.sequence_length, "lanes": world_size},
         "method": {"name": method},
@@ -235,6 +235,9 @@ CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
     "remora_merged": lambda setting: Ours(setting, "remora", "merged"),
     "remora_decoupled": lambda setting: Ours(setting, "remora", "decoupled"),
     "remora_released": lambda setting: Ours(setting, "mora", "released"),
+    "remora_r32": lambda setting: Ours(replace(setting, square_multiple=32), "remora"),
+    "full_compiled": lambda setting: Ours(setting, "full", compiled=True),
+    "remora_compiled": lambda setting: Ours(setting, "remora", compiled=True),
     "relora": lambda setting: Ours(setting, "relora"),
     "relora_merged": lambda setting: Ours(setting, "relora", "merged"),
     "relora_decoupled": lambda setting: Ours(setting, "relora", "decoupled"),

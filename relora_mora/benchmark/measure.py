@@ -6,12 +6,13 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from relora_mora.benchmark.contenders import CONTENDERS, Contender, Ours, Setting
 from relora_mora.benchmark.watch import Watch
@@ -66,10 +67,13 @@ class Result:
         return (high - low) / 2 / self.median
 
 
-def run(names: list[str], setting: Setting, *, repeats: int, warmup: int, merges: bool = True) -> list[Result]:
+def run(
+    names: list[str], setting: Setting, *, repeats: int, warmup: int, merges: bool = True, show: Callable[[str], None] | None = None
+) -> list[Result]:
     """Builds every contender, then makes ``repeats`` rounds of one step each, in turns; a collective.
 
-    Times are of the slowest rank. Bytes are those of a step between warmup and rounds.
+    Times are of the slowest rank. Bytes are those of a step between warmup and rounds. ``show`` gets a profile of one more
+    step of each, from torch's profiler.
     """
     built: dict[str, Contender] = {}
     results = {name: Result(name) for name in names}
@@ -83,6 +87,9 @@ def run(names: list[str], setting: Setting, *, repeats: int, warmup: int, merges
     for _ in range(repeats):
         for name in names:
             results[name].seconds.append(_timed(built[name].step, setting.device))
+    if show is not None:
+        for name in names:
+            show(f"{name}\n{_profile(built[name], setting.device)}")
     for name in names:
         contender = built[name]
         if merges and isinstance(contender, Ours) and contender.config.merges:
@@ -103,10 +110,19 @@ def _timed(act: Any, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def _profile(contender: Contender, device: torch.device) -> str:
+    """The operations that take most of a step by themselves, with their shares"""
+    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        contender.step()
+    table: str = profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=20, max_name_column_width=60)
+    return table
+
+
 def live_tensors() -> list[Tensor]:
     """Every tensor that exists; a gradient that nobody has looked at has no Python object yet."""
     gc.collect()
-    found = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
+    found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]  # not what torch.compile traced with
     return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
 
 
@@ -121,7 +137,7 @@ def _observe(result: Result, contender: Contender, before: list[Tensor], setting
     result.bytes_held = {part: sum(storages(tensors).values()) for part, tensors in held.items()}
     watch = Watch(contender.model, held, setting.device, torch.distributed.get_world_size())
     held.clear()  # or nothing of it could go in the step
-    with watch:
+    with torch.compiler.set_stance("force_eager"), watch:  # compiled layers hide their tensors: bytes are those of the plain ones
         contender.step()
     result.trainable, result.flops_per_step = contender.trainable, _flops(contender, setting)
     result.bytes_at_peak, result.bytes_sent = watch.peak, watch.sent
