@@ -6,15 +6,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from relora_mora import kernels
 from relora_mora.adapters import inject
@@ -23,11 +22,12 @@ from relora_mora.checkpoint.places import list_new
 from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings
 from relora_mora.cycle import Base, Cycle
 from relora_mora.data import fingerprint, resolve_shards
-from relora_mora.export import find_checkpoint, load_foreign, merged_weights
+from relora_mora.export import find_checkpoint
 from relora_mora.hardware import fast_bf16
 from relora_mora.health import read_rollbacks
+from relora_mora.initial import initial_values, write_initial_values
 from relora_mora.metrics import log
-from relora_mora.model import LossModel, check_compiler, check_length, empty_model, initial_value, put_values, read_model_config
+from relora_mora.model import LossModel, check_compiler, check_length, empty_model, put_values, read_model_config
 from relora_mora.optim import ParameterGroup, build_optimizer, describe_trainable, make_schedule, parameter_groups, set_trainable
 from relora_mora.schedule import Schedule
 from relora_mora.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
@@ -149,7 +149,7 @@ def build(checked: Checked, done: Callable[[str], None] = lambda part: None) -> 
     frozen = [name for name, p in lm.named_parameters() if not p.requires_grad]
     base = Base(frozen, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     # drawn and read while shapes are known; at ZeRO-3 a parameter shows none later
-    maker, made = ({}, {}) if resumes else _initial_values(lm, base, checked)
+    maker, made = ({}, {}) if resumes else initial_values(lm, base, config)
     dtype = torch.bfloat16 if checked.bf16 else torch.float32
     # zeros take no memory until they are written to: DeepSpeed places, casts and partitions them
     put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
@@ -158,82 +158,13 @@ def build(checked: Checked, done: Callable[[str], None] = lambda part: None) -> 
     run = Run(checked, engine, base, Cycle(engine, base, config), groups, make_schedule(config), 0, None, {}, None)
     done("engine")
     if not resumes:
-        _write_initial_values(engine, base, maker, made)
+        write_initial_values(engine, base, maker, made)
         done("model")
     _resume(run)
     assert resumes == (run.resumed_from is not None), "a run without a checkpoint begins with initial values"
     if resumes:
         done("resume")
     return run
-
-
-def _initial_values(lm: LlamaForCausalLM, base: Base, checked: Checked) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Which rank makes which parameter of the plain model, and what this rank has made of them, in float32; a collective.
-
-    The ranks draw at the same time, a part each; ``model.init_from`` is read by the first rank.
-    """
-    shapes = {name: p.shape for name, p in lm.named_parameters() if p.is_meta}
-    made: dict[str, Tensor] = {}
-    if checked.config.model.init_from is not None:
-        from_first_rank(lambda: made.update(_foreign_weights(checked.config, lm, shapes)))
-        return dict.fromkeys(shapes, 0), made
-    maker, load = dict(base.owner), [0] * int(os.environ["WORLD_SIZE"])
-    for name, shape in sorted(shapes.items(), key=lambda item: item[0] not in base.owner):  # what trains goes to who has least
-        load[maker.setdefault(name, load.index(min(load)))] += shape.numel()
-    return maker, {name: initial_value(lm, name, checked.config.train.seed) for name in shapes if maker[name] == base.rank}
-
-
-def _write_initial_values(engine: ZeroEngine, base: Base, maker: Mapping[str, int], made: dict[str, Tensor]) -> None:
-    """Puts initial values where they belong, one parameter after the other; a collective.
-
-    What is frozen goes to the base of its owner, and from there to all in the precision that they compute with; of what trains
-    each rank takes the part of the float32 master that it owns.
-    """
-    for name, rank in maker.items():
-        owner, value = base.owner.get(name), made.pop(name, None)
-        if engine.world_size > 1 and owner != rank:
-            sent = torch.empty(engine.shapes[name], dtype=torch.float32, device=engine.device)
-            if value is not None:
-                sent.copy_(value)
-            torch.distributed.broadcast(sent, src=rank)
-            value = sent
-        if owner is None:
-            assert value is not None
-            engine.scatter(name, value)
-        elif owner == engine.rank:
-            assert value is not None
-            base.weights[name] = value.cpu()
-    base.push(engine)
-    engine.refresh()
-
-
-def _foreign_weights(config: Config, lm: LlamaForCausalLM, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The float32 weights of ``model.init_from`` by the names of ours; raises :class:`ConfigError` where they do not fit."""
-    path = Path(str(config.model.init_from))
-    if (path / "config.json").exists():
-        weights = load_foreign(path, torch.float32, LlamaForCausalLM).state_dict()
-    else:
-        weights = merged_weights(CheckpointReader(find_checkpoint(path)))
-    wrong = [name for name, shape in shapes.items() if name not in weights or weights[name].shape != shape]
-    if wrong:
-        found = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "nothing"
-        raise ConfigError(
-            [
-                f"model.init_from: {path} does not fit model.config: {len(wrong)} weights differ, e.g. {wrong[0]} "
-                f"is {found} there and {tuple(shapes[wrong[0]])} here; use its model configuration"
-            ],
-            "the settings",
-        )
-    embedding = weights["model.embed_tokens.weight"]
-    if lm.config.tie_word_embeddings and not torch.equal(embedding, weights.get("lm_head.weight", embedding)):
-        raise ConfigError(
-            [
-                f"model.init_from: {path} has an output head of its own, but model.config ties it to the embeddings; "
-                "set model.overrides.tie_word_embeddings=false"
-            ],
-            "the settings",
-        )
-    return {name: weights[name] for name in shapes}
 
 
 def _finds_checkpoint(config: Config) -> bool:

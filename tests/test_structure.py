@@ -32,6 +32,7 @@ ORDER = [
     "checkpoint",
     "evaluate",
     "export",
+    "initial",
     "build",
     "trainer",
     "benchmark",

@@ -24,15 +24,15 @@ def inputs(tmp_path_factory) -> Path:
 
 def started(config) -> dict[str, Any]:
     """Runs on every rank: builds the run; what was drawn or read here, the base, the masters and the weights."""
-    import relora_mora.build as module
+    from relora_mora import build, initial
 
     drawn: list[str] = []
     read: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        value, foreign = module.initial_value, module._foreign_weights
-        patch.setattr(module, "initial_value", lambda lm, name, seed: drawn.append(name) or value(lm, name, seed))
-        patch.setattr(module, "_foreign_weights", lambda config, lm, shapes: read.extend(shapes) or foreign(config, lm, shapes))
-        run = module.build(module.check(config))
+        value, foreign = initial.initial_value, initial._foreign_weights
+        patch.setattr(initial, "initial_value", lambda lm, name, seed: drawn.append(name) or value(lm, name, seed))
+        patch.setattr(initial, "_foreign_weights", lambda config, lm, shapes: read.extend(shapes) or foreign(config, lm, shapes))
+        run = build.build(build.check(config))
     engine = run.engine
     masters = {name: engine.gather(name) for names in engine.members for name in names}
     with engine.gathered(engine.parameters) as weights:
