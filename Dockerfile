@@ -1,5 +1,6 @@
 # The trainer on top of an image that brings Python >= 3.11 with pip, and PyTorch >= 2.9 (which is kept; without one it is installed).
 #   docker build -t relora_mora .
+#   buildah bud --format docker -t relora_mora .     (the OCI format has no health checks)
 # pip's settings are the builder's: --build-arg PIP_INDEX_URL=..., or --secret id=pip.conf,src=FILE. Nothing of them stays in the image.
 ARG BASE_IMAGE=pytorch/pytorch:2.9.0-cuda12.8-cudnn9-runtime
 
@@ -12,7 +13,9 @@ WORKDIR /build
 # --without-pip: the base image's pip installs into the environment, which needs none of its own
 RUN python3 -m venv --system-site-packages --without-pip /opt/venv
 
-# the kernels are compiled here; the final image has no compiler
+# The kernels are compiled here; a compiler in the final image can only be one of the base image.
+# Which version there is depends on the base image's distribution, and nothing of it is kept.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 
 # dependencies first: this layer changes only with setup.cfg
@@ -25,6 +28,9 @@ COPY setup.py pyproject.toml README.md LICENSE ./
 COPY relora_mora relora_mora
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m pip --python /opt/venv/bin/python install --no-deps .
+
+# without a compiler the package installs as well, only slower; -P: the installed package, not the sources in this folder
+RUN /opt/venv/bin/python -P -c "from relora_mora.kernels import available, describe; assert available(), describe()"
 
 
 FROM ${BASE_IMAGE}
@@ -48,7 +54,7 @@ USER 10001:10001
 
 # healthy: a run below runs/ has written a line of metrics in the last HEALTH_MINUTES minutes
 HEALTHCHECK --interval=1m --timeout=10s --start-period=30m --retries=3 \
-    CMD ["sh", "-c", "test -n \"$(find /app/runs -name metrics.jsonl -mmin -${HEALTH_MINUTES} -print -quit)\""]
+    CMD ["sh", "-c", "test -n \"$(find runs -name checkpoints -prune -o -name metrics.jsonl -mmin -${HEALTH_MINUTES} -print -quit)\""]
 
 # one process; for all GPUs of the machine: --entrypoint python IMAGE -m torch.distributed.run --nproc_per_node=gpu launch/pretrain.py CONFIG
 ENTRYPOINT ["python", "launch/pretrain.py"]

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-elastic test-stops test-kill lint types checks format env dev clean
+.PHONY: demo test test-fast test-elastic test-stops test-kill test-cluster test-image bench-cluster bench-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
@@ -21,8 +21,24 @@ test-kill: $(VENV)/.installed-dev  ## KILLS=100 kills at random moments; KILL_SE
 test-stops: $(VENV)/.installed-dev  ## every signal, launcher and lost rank
 	$(BIN)/python -m pytest -m stops
 
+test-cluster: $(VENV)/.installed-dev  ## two hosts with ssh, and Slurm, in namespaces of this machine (root)
+	$(BIN)/python -m pytest -m cluster -rs
+
+test-image: $(VENV)/.installed-dev  ## the image built and run for real, with buildah and debootstrap (root, minutes)
+	$(BIN)/python -m pytest -s -rs tests/containers/image.py
+
+bench-cluster: $(VENV)/.installed-dev  ## step times of two hosts over slow links (root)
+	$(BIN)/python -m tests.cluster.slow_links
+
+bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether they run, not how fast
+	$(BIN)/python launch/benchmark.py configs/model/llama_tiny.json --methods=full,remora,remora_released,relora,plain --tokens=1024 \
+	  --sequence_length=256 --rank=32 --repeats=3 --warmup=1
+	DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 --master-port=29717 launch/benchmark.py \
+	  configs/model/llama_tiny.json --methods=full,remora --tokens=1024 --sequence_length=256 --rank=32 --zero_stage=2 --repeats=3 --warmup=1
+	$(BIN)/python launch/benchmark_trainer.py configs/run/tiny_remora.yaml --steps=10 --rounds=1
+
 test-fast: $(VENV)/.installed-dev  ## unit tests only
-	$(BIN)/python -m pytest -m "not distributed and not elastic and not stops and not kills"
+	$(BIN)/python -m pytest -m "not distributed and not elastic and not stops and not kills and not cluster"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -1,0 +1,45 @@
+#!/bin/bash
+# The ranks of one pod, joined to those of the other pods: bash launch/k8s/ranks.sh CONFIG [--section.key=value ...]
+# Kubernetes says which pod this is (JOB_COMPLETION_INDEX); PODS, RANKS_PER_POD, MASTER_ADDR and MASTER_PORT come from job.yaml.
+#
+# Why not torchrun: it ends with 1 whatever its ranks end with, and with 1 when it is signalled itself, but job.yaml decides by the
+# code whether a pod is started again. Here the ranks' codes come through.
+
+set -uo pipefail
+
+for name in JOB_COMPLETION_INDEX PODS RANKS_PER_POD MASTER_ADDR MASTER_PORT; do
+    if [[ -z ${!name:-} ]]; then
+        echo "ranks.sh: $name is not set; see launch/k8s/job.yaml" >&2
+        exit 2
+    fi
+done
+export WORLD_SIZE=$((PODS * RANKS_PER_POD)) LOCAL_WORLD_SIZE=$RANKS_PER_POD
+
+ranks=()
+# the ranks save, tell those of the other pods, and all end with 75
+trap '((${#ranks[@]})) && kill -TERM "${ranks[@]}" 2>/dev/null' TERM INT
+
+for ((local_rank = 0; local_rank < RANKS_PER_POD; local_rank++)); do
+    RANK=$((JOB_COMPLETION_INDEX * RANKS_PER_POD + local_rank)) LOCAL_RANK=$local_rank \
+        "${PYTHON:-python}" launch/pretrain.py "$@" &
+    ranks+=($!)
+done
+
+end_of() { # the exit code of a rank; a signal that is passed on ends a `wait`, too
+    wait "$1"
+    while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+    wait "$1"
+}
+
+# The ranks watch each other: when one has failed, the others end within their bound. They end with 69 or 75, so another code is the cause.
+code=0 cause=
+for rank in "${ranks[@]}"; do
+    end_of "$rank"
+    status=$?
+    case $status in
+        0) ;;
+        69 | 75) code=$status ;;
+        *) cause=${cause:-$status} ;;
+    esac
+done
+exit "${cause:-$code}"

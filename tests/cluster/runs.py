@@ -1,0 +1,113 @@
+"""Runs on the two hosts: one configuration that every launcher trains, and what it ended with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.cluster.hosts import Host, wait_until
+from tests.helpers import ROOT
+from tests.jobs import BIN, last_step, write_config
+from tests.runs import metrics, run_config, tensors
+
+STEPS, MERGES, SAVE_EVERY = 75, [30, 60], 10
+PRETRAIN, FOLLOWER = "launch/pretrain.py", "tests/cluster/follower.py"
+# what a user of CPUs sets, and where follower.py finds this checkout; everything else is as a login gives it
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def write_run(folder: Path, inputs: Path, tokenizer: str, stage: int = 2, **train: Any) -> Path:
+    """The run's YAML file; it trains in ``folder / "run"``."""
+    config = run_config(
+        inputs,
+        tokenizer,
+        folder / "run",
+        2,
+        method={"merge_every": MERGES[0]},
+        train={"steps": STEPS, "zero_stage": stage, **train},
+        data={"workers": 1},
+        eval={"at_start": False, "every_steps": 50, "max_tokens": 300},
+        checkpoint={"every_steps": SAVE_EVERY, "keep_last": 2},
+    )
+    return write_config(config, folder / "run.yaml")
+
+
+class Command:
+    """A command of a user on one of the hosts, in the checkout, with its output in a file."""
+
+    def __init__(self, host: Host, log: Path, *command: str, **environment: str) -> None:
+        self.host, self.log = host, log
+        kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                host.inside("env", f"--chdir={ROOT}", *command),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=kept | ENVIRONMENT | environment,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code, when it ends in time."""
+        wait_until(lambda: self.process.poll() is not None, seconds, lambda: f"still running\n{self.output}")
+        return self.process.returncode
+
+    def wait_for_step(self, run_dir: Path, step: int, seconds: float = 120) -> None:
+        def reached() -> bool:
+            assert self.process.poll() is None, f"ended with {self.process.returncode}\n{self.output}"
+            return last_step(run_dir) >= step
+
+        wait_until(reached, seconds, lambda: f"no step {step}\n{self.output}")
+
+
+def deepspeed(host: Host, config: Path, *arguments: str, **environment: str) -> Command:
+    """The ``deepspeed`` command; ``--hostfile=...`` is among the arguments, and the script and its own come last."""
+    return Command(host, config.parent / "deepspeed.log", str(BIN / "deepspeed"), *arguments, **environment)
+
+
+def on_one_host(host: Host, config: Path, ranks: int) -> Command:
+    """With torchrun; what the ranks train on is written to ``followed`` beside the configuration."""
+    launcher = [str(BIN / "torchrun"), "--master_port=29501", f"--nproc_per_node={ranks}"]
+    return Command(host, config.parent / "one_host.log", *launcher, FOLLOWER, str(config), FOLLOWED=str(config.parent / "followed"))
+
+
+def torchrun(host: Host, config: Path) -> Command:
+    """What each host of a job of two starts."""
+    rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=node1:29500", "--rdzv_id=remora"]
+    return Command(host, config.parent / f"torchrun.{host.name}.log", str(BIN / "torchrun"), *rendezvous, PRETRAIN, str(config))
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = [line for line in metrics(run_dir) if "train/loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["train/loss"] for line in lines]
+
+
+def followed(prefix: Path) -> dict[int, list[str]]:
+    """What follower.py wrote for FOLLOWED=prefix: the global batch of each step, as sorted hashes of its sequences."""
+    batches: dict[int, list[str]] = {}
+    for path in sorted(prefix.parent.glob(f"{prefix.name}.*-of-*")):
+        for line in path.read_text().splitlines():
+            step, hashes = json.loads(line)
+            batches.setdefault(step, []).extend(hashes)
+    return {step: sorted(hashes) for step, hashes in sorted(batches.items())}
+
+
+def same_end(first: Path, second: Path) -> bool:
+    """Two whole runs: equal losses, merges, and bits of weights and optimizer."""
+    for run_dir in (first, second):
+        assert [line["step"] for line in metrics(run_dir) if "merge/layers" in line] == MERGES
+        assert len(losses(run_dir)) == STEPS
+    kept = [tensors(run_dir / "checkpoints" / f"step-{STEPS:08d}") for run_dir in (first, second)]
+    assert set(kept[0]) == set(kept[1]) and len(kept[0]) > 50
+    return losses(first) == losses(second) and all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])

@@ -1,0 +1,80 @@
+"""Step times of two hosts over slow links: ``make bench-cluster``, as root. Prints the table of docs/clusters.md.
+
+Both hosts are on this machine and share its cores, so the time without a limit is that of arithmetic on one core a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.hosts import Pair, why_not
+from tests.cluster.runs import Command
+
+METHODS = ("full", "relora", "remora")
+RATES = {"none": 5, "1gbit": 5, "100mbit": 3}  # steps of each method
+BITS = {"1gbit": 1e9, "100mbit": 1e8}
+PLAN: dict[str, Any] = {
+    "model": "configs/model/llama_130m.json",
+    "overrides": {"num_hidden_layers": 4, "vocab_size": 8192},
+    "sequences": 2,
+    "length": 256,
+    "rank": 128,
+    "methods": METHODS,
+    "rates": RATES,
+}
+
+
+def measure(pair: Pair, folder: Path, stage: int) -> dict[str, Any]:
+    ranks = []
+    for number, host in enumerate(pair):
+        place = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+        given = json.dumps(PLAN | {"stage": stage})
+        log = folder / f"zero{stage}.{host.name}.log"
+        ranks.append(Command(host, log, sys.executable, "-m", "tests.cluster.link_steps", given, **place))
+    for rank in ranks:
+        if rank.wait(480) != 0:
+            raise SystemExit(rank.output)
+    found: dict[str, Any] = json.loads(ranks[0].output.splitlines()[-1])
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| ZeRO | link | method | step, s (fastest to slowest) | ratio | MB sent by a rank | transfer not hidden |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        free = {row["method"]: statistics.median(row["seconds"]) for row in result["rows"] if row["rate"] == "none"}
+        full: dict[str, float] = {}
+        for row in result["rows"]:
+            rate, seconds, sent = row["rate"], statistics.median(row["seconds"]), statistics.median(row["sent"])
+            full.setdefault(rate, seconds)
+            exposed = f"{(seconds - free[row['method']]) / (8 * sent / BITS[rate]):.0%}" if rate in BITS else ""
+            cells = [
+                *(str(result["stage"]), "no limit" if rate == "none" else f"{rate} ({row['way']})", row["method"]),
+                *(f"{seconds:.2f} ({min(row['seconds']):.2f} to {max(row['seconds']):.2f})", f"{seconds / full[rate]:.2f}"),
+                *(f"{sent / 1e6:.1f}", exposed),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    trained = ", ".join(f"{row['method']} {row['trainable']:,}" for row in results[0]["rows"] if row["rate"] == "none")
+    return "\n".join([*lines, "", f"Trained parameters: {trained}; {'bf16' if results[0]['bf16'] else 'fp32'}."])
+
+
+def main() -> None:
+    if reason := why_not("tc"):
+        raise SystemExit(f"two hosts on one machine: {reason}")
+    with tempfile.TemporaryDirectory() as name:
+        pair = Pair(Path(name))
+        try:
+            print(table([measure(pair, Path(name), stage) for stage in (1, 2)]))
+        finally:
+            pair.close()
+
+
+if __name__ == "__main__":
+    main()

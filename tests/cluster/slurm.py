@@ -1,0 +1,111 @@
+"""A Slurm cluster on the two hosts: slurmctld and munged on the first, slurmd and munged on both."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from tests.cluster.hosts import NAMES, Host, Pair, wait_until
+from tests.cluster.runs import ENVIRONMENT
+
+NEEDED = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged")
+NODE_LOST_SECONDS = 10  # SlurmdTimeout: 300 where nobody changes it
+_CONF = """ClusterName=test
+SlurmctldHost={names[0]}
+SlurmUser=root
+AuthType=auth/munge
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SlurmdTimeout={lost}
+ReturnToService=2
+KillWait=20
+MinJobAge=3600
+NodeName={names[0]} NodeAddr=10.77.0.1 CPUs=4 RealMemory=8000
+NodeName={names[1]} NodeAddr=10.77.0.2 CPUs=4 RealMemory=8000
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+"""
+
+
+class Slurm:
+    """Started on the two hosts; jobs are submitted on the first, from ``checkout``."""
+
+    def __init__(self, pair: Pair, folder: Path, checkout: Path) -> None:
+        self.head: Host = pair.hosts[0]
+        self.folder, self.checkout = folder, checkout
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), **ENVIRONMENT}
+        (folder / "state").mkdir()
+        (folder / "slurm.conf").write_text(_CONF.format(names=NAMES, folder=folder, lost=NODE_LOST_SECONDS))
+        (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        key = folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        for host in pair:
+            host.run("mkdir", "-p", "/run/munge")
+            # its own log folder would have to belong to root; --force: a temporary folder may be open to others
+            host.run("munged", "--force", f"--key-file={key}", f"--log-file={folder / host.name}.munged.log", "--seed-file=/run/munge/seed")
+        self.run("slurmctld")
+        for host in pair:
+            host.run("env", *self._variables(), "slurmd", "-N", host.name)
+        wait_until(lambda: self.states() == ["idle", "idle"], 30, lambda: f"nodes: {self.states()}")
+
+    def _variables(self) -> list[str]:
+        return [f"{key}={value}" for key, value in self.environment.items()]
+
+    def run(self, *command: str) -> str:
+        """A command on the head node."""
+        return self.head.run("env", f"--chdir={self.checkout}", *self._variables(), *command)
+
+    def states(self) -> list[str]:
+        return [line.strip().rstrip("*") for line in self.run("sinfo", "--noheader", "--Node", "--format=%T").splitlines()]
+
+    def submit(self, *arguments: str) -> str:
+        """The id of a new job."""
+        return self.run("sbatch", "--parsable", *arguments).strip()
+
+    def field(self, job: str, name: str) -> str:
+        """JobState, Restarts, ExitCode, ... of a job."""
+        words = self.run("scontrol", "show", "job", "--oneliner", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)[name]
+
+    def start_again(self, job: str, restarts: int) -> None:
+        """Waits until a job is back in the queue, where it would stay for two minutes, and has it start now."""
+
+        def waits() -> bool:
+            return (self.field(job, "Restarts"), self.field(job, "JobState")) == (str(restarts), "PENDING")
+
+        wait_until(waits, 60, lambda: self.logs(job))
+        time.sleep(2)  # a node refuses a job that it has ended in the same second
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def wait_for_the_end(self, job: str, seconds: float = 90) -> None:
+        """Until a job has ended well."""
+
+        def completed() -> bool:
+            state = self.field(job, "JobState")
+            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "COMPLETED"), f"{job} is {state}\n{self.logs(job)}"
+            return state == "COMPLETED"
+
+        wait_until(completed, seconds, lambda: self.logs(job))
+
+    def logs(self, job: str = "") -> str:
+        """The ends of the daemons' logs, and of those of a job."""
+        paths = [*self.folder.glob("*.log"), *self.checkout.glob("*.log"), *(self.checkout / "runs" / "slurm").glob("*/*.log")]
+        wanted = [path for path in sorted(paths) if path.parent == self.folder or not job or job.split("_")[0] in str(path)]
+        return "\n".join(f"== {path}\n{path.read_text(errors='replace')[-3000:]}" for path in wanted)
+
+    def cancel_all(self) -> None:
+        """Leaves no job in the queue."""
+        self.run("scancel", "--full", "--me")
+        wait_until(lambda: not self.run("squeue", "--noheader"), 60, lambda: self.run("squeue"))

@@ -1,0 +1,40 @@
+"""A host that is cut off in the middle of a run, as by a pulled cable: no reset, no signal, only silence."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.cluster.runs import FOLLOWER, SAVE_EVERY, STEPS, deepspeed, followed, losses, on_one_host
+from tests.jobs import ends, last_step
+
+pytestmark = pytest.mark.cluster
+ALLOWED = 10.0  # train.peer_timeout_seconds
+
+
+def test_a_cut_link_ends_the_job_on_both_hosts_and_one_of_them_goes_on_alone(pair, make, reference, tmp_path):
+    config = make(2, peer_timeout_seconds=ALLOWED)
+    run_dir = config.parent / "run"
+    (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
+    (tmp_path / ".deepspeed_env").write_text(f"DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nFOLLOWED={config.parent / 'before'}\n")
+    first, second = pair
+    user = {"HOME": str(tmp_path), "PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"}
+    job = deepspeed(first, config, f"--hostfile={tmp_path / 'hostfile'}", FOLLOWER, str(config), **user)
+    job.wait_for_step(run_dir, 35)  # after a merge
+    second.link("down")
+    begin = time.monotonic()
+    pair.wait_for_nobody(3 * ALLOWED + 15)
+    assert job.wait(1) != 0
+    print(f"ended {time.monotonic() - begin:.1f} s after the cut")
+    found = {end["host"]: (end["code"], end["reason"].partition(" (")[0]) for end in ends(run_dir)}
+    assert found == {"node1": (69, "rank 1 is gone"), "node2": (69, "rank 0 is gone")}  # for each it is the other
+    before, trained = followed(config.parent / "before"), last_step(run_dir)
+    assert 35 <= trained < STEPS
+    again = on_one_host(first, config, ranks=1)  # the link stays down
+    assert again.wait() == 0, again.output
+    after, expected = followed(config.parent / "followed"), followed(reference(2) / "followed")
+    assert list(expected) == list(range(1, STEPS + 1)) and list(after) == list(range(trained // SAVE_EVERY * SAVE_EVERY + 1, STEPS + 1))
+    assert after == {step: expected[step] for step in after}
+    assert all(before[step] == expected[step] for step in range(1, trained + 1))
+    assert losses(run_dir) == pytest.approx(losses(reference(2) / "run"), rel=1e-5)

@@ -1,0 +1,140 @@
+"""The image, built and run for real: `make test-image`. Not collected by name: it takes minutes, root, and gigabytes of disk.
+
+IMAGE_FOLDER keeps the images there and takes them from there the next time; BASE_IMAGE names a base image to pull instead of
+the Debian that is made on the spot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from relora_mora.config import dump, load_config
+from tests.containers.buildah import CANARY, IMAGE, Buildah, Container, need_disk, pip_settings, skip_reason
+from tests.helpers import ROOT
+from tests.runs import run_config, write_inputs
+
+pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=skip_reason() or "")
+UID = 10001
+
+
+@pytest.fixture(scope="module")
+def buildah() -> Iterator[Buildah]:
+    """With the image built."""
+    kept = os.environ.get("IMAGE_FOLDER")
+    folder = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="relora-mora-image-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    need_disk(folder)
+    buildah = Buildah(folder)
+    if buildah("inspect", "--type=image", IMAGE, check=False).returncode:
+        buildah.build(os.environ.get("BASE_IMAGE") or buildah.make_base())
+    yield buildah
+    if not kept:
+        buildah("rm", "--all")
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def container(buildah: Buildah, tmp_path: Path) -> Iterator[Container]:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    os.chown(runs, UID, UID)
+    name = buildah("from", IMAGE).stdout.split()[-1]
+    yield Container(buildah, name, runs)
+    buildah("rm", name)
+
+
+@pytest.fixture
+def root_folder(buildah: Buildah, container: Container) -> Iterator[Path]:
+    """The container's files."""
+    yield Path(buildah("mount", container.name).stdout.strip())
+    buildah("umount", container.name)
+
+
+def test_the_entrypoint_is_the_trainer(container: Container) -> None:
+    config = container.buildah.config(IMAGE)
+    done = container.run(*config["Entrypoint"], *config["Cmd"])
+    assert "Pretrains a model" in done.stdout and "CONFIG" in done.stdout
+    assert container.run(*config["Entrypoint"], "missing.yaml", check=False).returncode == 2
+
+
+def test_the_user_is_not_root_and_the_kernels_are_compiled(container: Container) -> None:
+    assert container.run("id", "-u").stdout.strip() == str(UID)
+    said = container.run("python", "-c", "from relora_mora.kernels import describe; print(describe())").stdout
+    assert said.startswith("compiled, ")
+    where = container.run("python", "-c", "import relora_mora; print(relora_mora.__file__)").stdout
+    assert where.startswith("/opt/venv/")
+
+
+@pytest.mark.skipif("BASE_IMAGE" in os.environ, reason="the base image may bring a compiler")
+@pytest.mark.parametrize("tool", ["gcc", "cc", "g++", "make", "ld"])
+def test_there_are_no_build_tools(container: Container, tool: str) -> None:
+    assert container.run("which", "python").returncode == 0
+    assert container.run("which", tool, check=False).returncode == 1
+
+
+def test_nothing_of_pips_settings_is_left(buildah: Buildah, root_folder: Path) -> None:
+    inspected = buildah("inspect", "--type=image", IMAGE).stdout
+    values = {CANARY, *(value for value in pip_settings().values() if "/" in value and not value.startswith("/etc/ssl/"))}
+    assert not [value for value in values if value in inspected]
+    found = subprocess.run(
+        [
+            "grep",
+            "-rlIF",
+            *(f"-e{value}" for value in values),
+            *(root_folder / place for place in ("app", "etc", "opt", "root", "tmp", "home")),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 1, found.stdout  # 1: nothing found, 2: could not look
+    assert not (root_folder / "etc" / "pip.conf").exists() and not list((root_folder / "root").glob(".cache/*"))
+
+
+def test_it_trains_as_its_user_and_the_health_check_says_so(container: Container, root_folder: Path, tokenizer_path: str) -> None:
+    config = container.buildah.config(IMAGE)
+    kind, *health = config["Healthcheck"]["Test"]
+    assert kind == "CMD"
+    inputs = write_inputs(container.runs / "inputs")
+    shutil.copytree(tokenizer_path, container.runs / "tokenizer")
+    settings = run_config(inputs, "runs/tokenizer", container.runs / "tiny", log={"tensorboard": True})
+    (container.runs / "tiny.yaml").write_text(dump(settings).replace(f"{container.runs}/", "runs/"))
+    for path in container.runs.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    assert container.run(*health, check=False).returncode == 1
+    done = container.run(*config["Entrypoint"], "runs/tiny.yaml")
+    assert "compiled" in done.stdout and "done: 10 steps" in done.stdout, done.stdout
+    lines = [json.loads(line) for line in (container.runs / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 11))
+    assert {path.stat().st_uid for path in (container.runs / "tiny").rglob("*")} == {UID}
+    assert container.run(*health).returncode == 0
+    # with a read-only file system it works as well: nothing was written elsewhere
+    written = [path for path in _owned(root_folder) if not path.is_relative_to(root_folder / "tmp")]
+    assert not [path for path in written if path != root_folder / "app" / "runs"]
+
+
+def _owned(folder: Path) -> list[Path]:
+    found = subprocess.run(["find", folder, "-xdev", "-uid", str(UID)], capture_output=True, text=True, check=True)
+    return [Path(line) for line in found.stdout.splitlines()]
+
+
+def test_the_demo_runs_in_it(container: Container) -> None:
+    """Text, tokenizer, DeepSpeed's launcher with two ranks, three merges, export, and the export used."""
+    done = container.run("python", "launch/demo.py")
+    print(done.stdout)
+    run = container.runs / "demo" / "run"
+    settings = load_config(ROOT / "configs" / "run" / "demo.yaml", world_size=2)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in lines) == settings.train.steps
+    assert len([line for line in lines if "merge/layers" in line]) == 3
+    perplexities = [line["eval/perplexity"] for line in lines if "eval/perplexity" in line]
+    assert perplexities == sorted(perplexities, reverse=True) and perplexities[-1] < perplexities[0] / 10
+    assert (container.runs / "demo" / "export" / "config.json").is_file()

@@ -1,0 +1,239 @@
+"""The files for Kubernetes: schemas, what belongs together in them, and the Job's own command as two pods on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from relora_mora.config import load_config
+from relora_mora.guard import FAILED, LOST, REQUEUE, USER_ERROR
+from tests.helpers import ROOT
+from tests.jobs import ends, free_port, last_step, write_config
+from tests.runs import run_config, write_inputs
+
+FOLDER = ROOT / "launch" / "k8s"
+OBJECTS = {f"{path.name}: {body['kind']}": body for path in sorted(FOLDER.glob("*.yaml")) for body in yaml.safe_load_all(path.read_text())}
+VERSIONS = ("1.31", kubernetes_validate.latest_version())
+SERVICE, JOB = OBJECTS["job.yaml: Service"], OBJECTS["job.yaml: Job"]
+POD = JOB["spec"]["template"]["spec"]
+TRAINER = POD["containers"][0]
+ENVIRONMENT = {entry["name"]: entry["value"] for entry in TRAINER["env"] if "value" in entry}
+# stands for the trainer: says where it is, ends as the test wants
+FAKE = """#!/bin/bash
+trap 'trap "" TERM; echo "rank $RANK saves"; sleep 1; exit 75' TERM
+echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK of $LOCAL_WORLD_SIZE, store $MASTER_ADDR:$MASTER_PORT:" "$@"
+for ((n = 0; n < ${WAITS:-0}; n++)); do sleep 0.1; done
+exit "$(cut -d' ' -f$((RANK + 1)) <<<"$CODES")"
+"""
+
+
+def check(body: dict[str, Any], version: str) -> None:
+    kubernetes_validate.validate(body, version, strict=True)
+
+
+def bodies(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping below."""
+    if isinstance(tree, dict):
+        yield tree
+    for child in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from bodies(child)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", OBJECTS)
+def test_the_files_follow_the_schema(name: str, version: str) -> None:
+    check(OBJECTS[name], version)
+
+
+def test_a_misspelt_field_would_be_found_wherever_it_stands() -> None:
+    """In every mapping of the Job whose keys are given by the schema (labels and the like have keys of their own)."""
+    changed = copy.deepcopy(JOB)
+    free = [place["requests"] for place in bodies(changed) if "requests" in place] + [p["limits"] for p in bodies(changed) if "limits" in p]
+    places = [place for place in bodies(changed) if place and not any(place is one for one in free)]
+    assert len(places) > 30
+    for place in places:
+        place["mispelt"] = "x"
+        with pytest.raises(kubernetes_validate.ValidationError, match="mispelt"):
+            check(changed, VERSIONS[0])
+        del place["mispelt"]
+    check(changed, VERSIONS[0])
+
+
+def test_the_numbers_and_names_agree() -> None:
+    spec, name = JOB["spec"], JOB["metadata"]["name"]
+    assert spec["completions"] == spec["parallelism"] == int(ENVIRONMENT["PODS"])
+    assert TRAINER["resources"]["limits"]["nvidia.com/gpu"] == int(ENVIRONMENT["RANKS_PER_POD"])
+    service = SERVICE["metadata"]["name"]
+    assert ENVIRONMENT["MASTER_ADDR"] == f"{name}-0.{service}" and POD["subdomain"] == service
+    assert [port["port"] for port in SERVICE["spec"]["ports"]] == [int(ENVIRONMENT["MASTER_PORT"])]
+    assert SERVICE["spec"]["clusterIP"] == "None" and SERVICE["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    claim = OBJECTS["volume.yaml: PersistentVolumeClaim"]["metadata"]["name"]
+    assert {body["claimName"] for body in bodies(list(OBJECTS.values())) if "claimName" in body} == {claim}
+    images = {container["image"] for body in bodies(list(OBJECTS.values())) for container in body.get("containers", [])}
+    assert len(images) == 1
+
+
+def test_the_shipped_config_suits_the_shipped_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config, *settings = TRAINER["args"]
+    overrides = dict(setting.removeprefix("--").split("=", 1) for setting in settings)
+    load_config(config, overrides, world_size=int(ENVIRONMENT["PODS"]) * int(ENVIRONMENT["RANKS_PER_POD"]))
+
+
+def action_after(code: int) -> str:
+    """What the Job does after a pod that ended with a code and was not evicted."""
+    for rule in JOB["spec"]["podFailurePolicy"]["rules"]:
+        if code in rule.get("onExitCodes", {}).get("values", ()):
+            return str(rule["action"])
+    return "Count"
+
+
+def test_exit_codes_decide_whether_a_pod_is_started_again() -> None:
+    assert {code: action_after(code) for code in (REQUEUE, LOST, 128 + signal.SIGTERM)} == dict.fromkeys((75, 69, 143), "Ignore")
+    assert {code: action_after(code) for code in (FAILED, USER_ERROR)} == dict.fromkeys((1, 2), "FailJob")
+    assert action_after(128 + signal.SIGKILL) == "Count" and JOB["spec"]["backoffLimit"] > 0
+    rules = JOB["spec"]["podFailurePolicy"]["rules"]
+    assert rules[0]["action"] == "Ignore" and rules[0]["onPodConditions"][0]["type"] == "DisruptionTarget"
+    for rule in rules[1:]:  # what the API demands beyond the schema
+        values = rule["onExitCodes"]["values"]
+        assert values == sorted(set(values)) and rule["onExitCodes"]["containerName"] == TRAINER["name"]
+    assert POD["restartPolicy"] == "Never" and POD["terminationGracePeriodSeconds"] >= 120
+
+
+@pytest.mark.parametrize("pod", [POD, OBJECTS["tensorboard.yaml: Pod"]["spec"]], ids=["trainer", "tensorboard"])
+def test_pods_run_as_the_user_of_the_image_and_may_do_nothing_else(pod: dict[str, Any]) -> None:
+    assert f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['fsGroup']}\n" in (ROOT / "Dockerfile").read_text()
+    assert pod["securityContext"]["runAsNonRoot"] is True and pod["automountServiceAccountToken"] is False
+    (container,) = pod["containers"]
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert mounted >= {"/app/runs", "/tmp"} and {mount["name"] for mount in container["volumeMounts"]} == {
+        v["name"] for v in pod["volumes"]
+    }
+
+
+def test_tensorboard_listens_inside_of_its_pod_only() -> None:
+    (container,) = OBJECTS["tensorboard.yaml: Pod"]["spec"]["containers"]
+    assert "--host=localhost" in container["args"] and "ports" not in container
+
+
+def pod(index: int, *arguments: str, python: Path | str = sys.executable, **environment: str) -> subprocess.Popen[str]:
+    """The command of the trainer's container with its variables, some of them replaced, as Kubernetes starts it in a pod."""
+    variables = ENVIRONMENT | {"JOB_COMPLETION_INDEX": str(index), "PYTHON": str(python), "PATH": os.environ["PATH"]} | environment
+    command = [*TRAINER["command"], *(arguments or TRAINER["args"])]
+    return subprocess.Popen(command, env=variables, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+
+
+@contextlib.contextmanager
+def pods(*arguments: str, **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two pods with a rank each that find each other on this machine; nothing of them is left."""
+    changed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANKS_PER_POD": "1", "DS_ACCELERATOR": "cpu"}
+    started = [
+        pod(index, *arguments, **changed, OMP_NUM_THREADS="1", HOME=os.environ.get("HOME", "/"), **environment) for index in range(2)
+    ]
+    try:
+        yield started
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def codes_of(started: list[subprocess.Popen[str]]) -> list[int]:
+    said = [process.communicate(timeout=120)[0] for process in started]
+    print(*said, sep="\n")
+    return [process.returncode for process in started]
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    (tmp_path / "fake_python").write_text(FAKE)
+    (tmp_path / "fake_python").chmod(0o755)
+    return tmp_path / "fake_python"
+
+
+def test_every_rank_of_a_pod_is_told_its_place(fake: Path) -> None:
+    process = pod(1, python=fake, CODES=" ".join(["0"] * 16))
+    said = sorted(process.communicate(timeout=20)[0].splitlines(), key=lambda line: int(line.split()[1]))
+    called = f"launch/pretrain.py {TRAINER['args'][0]}"
+    assert said == [
+        f"rank {8 + n} of 16, local {n} of 8, store relora-mora-0.relora-mora:29500: {called}"
+        for n in range(int(ENVIRONMENT["RANKS_PER_POD"]))
+    ]
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "codes,code", [("0 0", 0), ("0 69", 69), ("69 137", 137), ("1 69", 1), ("75 75", 75), ("2 2", 2), ("69 139", 139), ("75 1", 1)]
+)
+def test_the_code_of_a_pod_is_that_of_the_rank_that_is_to_blame(fake: Path, codes: str, code: int) -> None:
+    process = pod(0, python=fake, RANKS_PER_POD="2", CODES=codes)
+    process.communicate(timeout=20)
+    assert process.returncode == code
+
+
+def test_sigterm_to_a_pod_reaches_all_its_ranks(fake: Path) -> None:
+    process = pod(0, python=fake, RANKS_PER_POD="3", CODES="0 0 0", WAITS="300")
+    assert process.stdout is not None
+    for _ in range(3):
+        process.stdout.readline()
+    process.terminate()  # the first process of the pod alone, as kubelet does
+    saving = [process.stdout.readline() for _ in range(3)]
+    process.terminate()  # once more does not end the pod before its ranks
+    process.communicate(timeout=20)
+    assert sorted(saving) == [f"rank {n} saves\n" for n in range(3)] and process.returncode == 75
+
+
+def test_a_pod_without_its_variables_says_what_is_missing() -> None:
+    process = pod(0, MASTER_ADDR="")
+    assert process.communicate(timeout=20)[0] == "ranks.sh: MASTER_ADDR is not set; see launch/k8s/job.yaml\n" and process.returncode == 2
+
+
+def test_a_wrong_setting_fails_the_job_at_once() -> None:
+    with pods(TRAINER["args"][0], "--train.stepps=3") as started:
+        assert [action_after(code) for code in codes_of(started)] == ["FailJob", "FailJob"]
+
+
+@pytest.mark.distributed
+@pytest.mark.stops  # of make test-stops
+def test_a_pod_that_is_alone_is_started_again_until_the_others_come(tokenizer_path: str, tmp_path: Path) -> None:
+    settings = run_config(write_inputs(tmp_path), tokenizer_path, tmp_path / "run", 2, train={"peer_timeout_seconds": 5.0})
+    with pods(str(write_config(settings, tmp_path / "run.yaml"))) as started:
+        os.killpg(started[0].pid, signal.SIGKILL)
+        said = started[1].communicate(timeout=120)[0]
+    assert "rank 1 of 2 did not meet the others" in said and action_after(started[1].returncode) == "Ignore"
+
+
+@pytest.mark.distributed
+def test_a_drained_pod_is_saved_and_the_same_pods_go_on_to_the_end(tokenizer_path: str, tmp_path: Path) -> None:
+    inputs, run_dir = write_inputs(tmp_path / "inputs"), tmp_path / "run"
+    settings = run_config(inputs, tokenizer_path, run_dir, 2, train={"steps": 100_000}, checkpoint={"every_steps": 20, "keep_last": 2})
+    config = str(write_config(settings, tmp_path / "run.yaml"))
+    with pods(config) as started:
+        while last_step(run_dir) < 5:
+            assert all(process.poll() is None for process in started), codes_of(started)
+            time.sleep(0.1)
+        started[1].terminate()
+        assert codes_of(started) == [75, 75]
+    (end,) = ends(run_dir)
+    assert "SIGTERM to rank 1" in end["reason"] and action_after(end["code"]) == "Ignore"
+    with pods(config, f"--train.steps={end['step'] + 4}", "--train.allow_changes=[train.steps]") as started:
+        assert codes_of(started) == [0, 0]
+    assert last_step(run_dir) == end["step"] + 4
