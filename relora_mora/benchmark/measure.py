@@ -122,8 +122,17 @@ def _profile(contender: Contender, device: torch.device) -> str:
 def live_tensors() -> list[Tensor]:
     """Every tensor that exists; a gradient that nobody has looked at has no Python object yet."""
     gc.collect()
-    found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]  # not what torch.compile traced with
+    found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and _has_memory(thing)]
     return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """False for what torch.compile traced with, which may stay behind."""
+    try:
+        tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
