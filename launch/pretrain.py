@@ -7,7 +7,7 @@ import sys
 
 from relora_mora.cli import run
 from relora_mora.config import load_config
-from relora_mora.guard import FAILED, LOST, Guard
+from relora_mora.guard import FAILED, LOST, Guard, leave_process
 
 
 def main(config: str, **overrides: str) -> int:
@@ -38,4 +38,7 @@ def main(config: str, **overrides: str) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        run(main)
+    except SystemExit as end:
+        leave_process(end.code if isinstance(end.code, int) else FAILED)  # run() always gives a number

@@ -4,8 +4,20 @@
 before its slow imports.
 """
 
-from relora_mora.guard.exits import FAILED, FINISHED, LOST, REQUEUE, USER_ERROR, record_end
+from relora_mora.guard.exits import FAILED, FINISHED, LOST, REQUEUE, USER_ERROR, leave_process, record_end
 from relora_mora.guard.guard import LONG_SECONDS, Guard
 from relora_mora.guard.lock import LockError, RunLock
 
-__all__ = ["FAILED", "FINISHED", "LONG_SECONDS", "LOST", "REQUEUE", "USER_ERROR", "Guard", "LockError", "RunLock", "record_end"]
+__all__ = [
+    "FAILED",
+    "FINISHED",
+    "LONG_SECONDS",
+    "LOST",
+    "REQUEUE",
+    "USER_ERROR",
+    "Guard",
+    "LockError",
+    "RunLock",
+    "leave_process",
+    "record_end",
+]

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from relora_mora.guard.exits import LOST, REQUEUE, record_end
+from relora_mora.guard.exits import LOST, REQUEUE, leave_process, record_end
 from relora_mora.guard.launchers import Launchers
 from relora_mora.guard.lock import TOUCH_SECONDS, RunLock, host_id
 from relora_mora.guard.signals import StopSignals
@@ -119,7 +119,7 @@ class Guard:
             time.sleep(STACKS_SECONDS)
             with contextlib.suppress(OSError):  # a launcher would wait half a minute for a process that does not answer
                 os.kill(verdict.pid, signal.SIGKILL)
-        self._exit(verdict.code)
+        leave_process(verdict.code)
 
     def _first_signal(self, number: signal.Signals) -> None:
         self._ask_to_stop(f"{number.name} to rank {self.rank}")
@@ -128,7 +128,7 @@ class Guard:
         reason = f"a second signal ({number.name}) to rank {self.rank}: left without saving"
         self._say(reason)
         self.record(128 + number, reason)
-        self._exit(128 + number)
+        leave_process(128 + number)
 
     def _ask_to_stop(self, reason: str) -> None:
         self.stop_reason = reason
@@ -138,7 +138,7 @@ class Guard:
         self.record(REQUEUE, reason)
         if self._watch is not None:
             self._watch.leave(REQUEUE, reason)
-        self._exit(REQUEUE)
+        leave_process(REQUEUE)
 
     def _look_around(self) -> None:
         """Launchers, lock, and whether the watch itself is stuck, until the guard is closed."""
@@ -157,16 +157,10 @@ class Guard:
                 self._ask_to_stop(f"the launcher of rank {self.rank} is gone ({gone})")
             if deadline is not None and now > deadline:
                 self.record(LOST, f"{self.stop_reason}; it could not be saved in {LAUNCHER_SECONDS:.0f} s")
-                self._exit(LOST)
+                leave_process(LOST)
 
     def _say(self, text: str) -> None:
         prefix = f"[rank {self.rank}] " if self.rank else ""
         with contextlib.suppress(OSError, ValueError):  # the launcher's pipe may be closed
             sys.stderr.write(f"{prefix}the run ended: {text}\n")
             sys.stderr.flush()
-
-    def _exit(self, code: int) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
