@@ -35,7 +35,6 @@ bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether t
 	  --sequence_length=256 --rank=32 --repeats=3 --warmup=1
 	DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 --master-port=29717 launch/benchmark.py \
 	  configs/model/llama_tiny.json --methods=full,remora --tokens=1024 --sequence_length=256 --rank=32 --zero_stage=2 --repeats=3 --warmup=1
-	$(BIN)/python launch/benchmark_trainer.py configs/run/tiny_remora.yaml --steps=10 --rounds=1
 
 test-fast: $(VENV)/.installed-dev  ## unit tests only
 	$(BIN)/python -m pytest -m "not distributed and not elastic and not stops and not kills and not cluster"
