@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from relora_mora.adapters import inject
 from relora_mora.build import Checked, build
@@ -15,6 +14,7 @@ from relora_mora.config import Config
 from relora_mora.data import Batch, TrainStream
 from relora_mora.model import LossModel, build_model
 from relora_mora.optim import group_rates, make_schedule, parameter_groups, set_trainable
+from relora_mora.trainer.trainer import micro_batches
 from relora_mora.zero import device_of_rank
 
 
@@ -96,14 +96,6 @@ class TorchLoop:
             for parameter, master in self.pairs:
                 parameter.copy_(master)
         return float(loss.detach())
-
-
-def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """input_ids, labels [micro, T] and document_ids where attention is masked, on the device"""
-    for start in range(0, len(batch.input_ids), size):
-        piece = slice(start, start + size)
-        documents = None if batch.document_ids is None else batch.document_ids[piece].to(device)
-        yield batch.input_ids[piece].to(device), batch.labels[piece].to(device), documents
 
 
 def seconds_of(loop: Loop, batches: Sequence[Batch], *, skip: int) -> float:

@@ -164,14 +164,14 @@ class Trainer:
         """One optimizer step on this rank's share of a global batch."""
         begin = time.perf_counter()
         torch.manual_seed(self.config.train.seed + self.step)  # dropout, where a model has it, follows from the step
-        micro_batches = list(self.micro_batches(batch))
+        pieces = list(micro_batches(batch, self.config.train.micro_batch_size, self.device))
         losses = torch.zeros_like(self.interval.loss)
         self.engine.engine.train()
-        for index, (input_ids, labels, document_ids) in enumerate(micro_batches):
-            self.guard.did(f"step {self.step + 1}: micro-batch {index + 1} of {len(micro_batches)}")
+        for index, (input_ids, labels, document_ids) in enumerate(pieces):
+            self.guard.did(f"step {self.step + 1}: micro-batch {index + 1} of {len(pieces)}")
             loss = self.engine.engine(input_ids, labels, document_ids)
             losses += loss.detach()
-            self.engine.accumulate(loss, last=index == len(micro_batches) - 1)
+            self.engine.accumulate(loss, last=index == len(pieces) - 1)
         self.guard.did(f"step {self.step + 1}: optimizer")
         norm, applied = self.engine.step(group_rates(self.schedule, self.run.groups, self.step + 1))
         self.step += 1
@@ -182,21 +182,13 @@ class Trainer:
         if applied:
             self.health.good()
             self.interval.loss += losses
-            self.interval.micro_batches += len(micro_batches)
+            self.interval.micro_batches += len(pieces)
             self.interval.grad_norm = norm
-            self.pending_loss = float(losses) / len(micro_batches)
+            self.pending_loss = float(losses) / len(pieces)
         else:
             self.count_bad(norm, self.data.describe(batch.state, since=before), finite=bool(torch.isfinite(losses)))
         self.interval.seconds += time.perf_counter() - begin
         self.progress.update()
-
-    def micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """input_ids and labels [micro, T] (document_ids as well where attention is masked), on the device"""
-        size = self.config.train.micro_batch_size
-        for start in range(0, len(batch.input_ids), size):
-            piece = slice(start, start + size)
-            documents = None if batch.document_ids is None else batch.document_ids[piece].to(self.device)
-            yield batch.input_ids[piece].to(self.device), batch.labels[piece].to(self.device), documents
 
     # ---- numbers gone wrong -----------------------------------------------------------------------------------
 
@@ -342,3 +334,11 @@ class Trainer:
         self.writer.wait()
         if self.metrics is not None:
             self.metrics.close()
+
+
+def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """input_ids and labels [micro, T] (document_ids as well where attention is masked), on the device"""
+    for start in range(0, len(batch.input_ids), size):
+        piece = slice(start, start + size)
+        documents = None if batch.document_ids is None else batch.document_ids[piece].to(device)
+        yield batch.input_ids[piece].to(device), batch.labels[piece].to(device), documents

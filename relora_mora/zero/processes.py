@@ -39,8 +39,8 @@ def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
     """Joins the process group and returns (rank, world size). One process needs no launcher.
 
     ``timeout_seconds`` is how long to wait for the other ranks. Raises :class:`JoinError` when they do not come, or when
-    another program holds the port. On a CPU freed memory stays with the process. DeepSpeed's shared-memory collective for CPUs is switched off: training does not use
-    it, and it compiles with g++.
+    another program holds the port. On a CPU freed memory stays with the process, and DeepSpeed's shared-memory collective is
+    switched off: training does not use it, and it compiles with g++.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls collectives by names that torch renames; it says so at every single call
