@@ -17,14 +17,15 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from relora_mora import kernels
 from relora_mora.adapters import inject
-from relora_mora.checkpoint import CheckpointError, CheckpointReader, changed_settings, list_checkpoints, newest_whole
-from relora_mora.checkpoint.places import list_new
+from relora_mora.checkpoint import CheckpointError, CheckpointReader, Manifest, changed_settings, list_checkpoints, newest_whole
+from relora_mora.checkpoint.layout import write_synced
+from relora_mora.checkpoint.places import list_new, step_of
 from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings
 from relora_mora.cycle import Base, Cycle
-from relora_mora.data import fingerprint, resolve_shards
+from relora_mora.data import fingerprint, order_fingerprint, resolve_shards, start_states
 from relora_mora.export import find_checkpoint
 from relora_mora.hardware import fast_bf16
-from relora_mora.health import read_rollbacks
+from relora_mora.health import ROLLBACKS, dump_rollbacks, read_rollbacks
 from relora_mora.initial import initial_values, write_initial_values
 from relora_mora.metrics import log
 from relora_mora.model import LossModel, check_compiler, check_length, empty_model, put_values, read_model_config
@@ -43,6 +44,7 @@ FREE_SETTINGS = {
     "tokenizer.path",  # compared by fingerprint
     "data.train",  # compared by fingerprint
     "data.validation",
+    "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
     "data.workers",
     "data.prefetch_batches",
     "data.timeout_seconds",
@@ -68,6 +70,7 @@ class Checked:
     tokenizer: PreTrainedTokenizerBase
     tokenizer_fingerprint: str
     data_fingerprint: str
+    data_order: str
     bf16: bool
 
 
@@ -97,7 +100,7 @@ def pinned_before(config: Config) -> DataConfig:
         before = parse_yaml((Path(config.train.run_dir) / "config.yaml").read_text(encoding="utf-8"))["data"]
         same = before["train"] == config.data.train and before["validation"] == config.data.validation
         revision = before["revision"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError):
         return config.data
     if same and config.data.revision == DataConfig.model_fields["revision"].default and isinstance(revision, str):
         return config.data.model_copy(update={"revision": revision})
@@ -116,6 +119,7 @@ def check(config: Config) -> Checked:
     resolve_shards(config.data.validation, config.data.revision, split="validation")
     tokens = tokenizer_fingerprint(config.tokenizer.path)
     data = fingerprint(config.data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, split="train")
+    order = order_fingerprint(config.data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes)
     if config.model.init_from is not None and not Path(config.model.init_from).exists():
         raise ConfigError(
             [f"model.init_from: {config.model.init_from} does not exist; give a Hugging Face LLaMA folder or a run"], "the settings"
@@ -123,7 +127,7 @@ def check(config: Config) -> Checked:
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     for name in unused_settings(config):
         log.info("method %s does not use %s", config.method.name, name)
-    return Checked(config, model_config, tokenizer, tokens, data, bf16)
+    return Checked(config, model_config, tokenizer, tokens, data, order, bf16)
 
 
 def build(checked: Checked, done: Callable[[str], None] = lambda part: None) -> Run:
@@ -194,13 +198,20 @@ def _resume(run: Run) -> None:
         chosen = from_first_rank(lambda: find_checkpoint(Path(wanted)))
     reader = CheckpointReader(chosen)
     _check_same_run(run, reader)
-    restore(run, reader)
+    restore(run, reader, forget_rollbacks=wanted != "auto")
     log.info("resumed from %s at step %d", chosen, run.step)
+    if reader.manifest.data_order != run.checked.data_order:
+        run.data_state = start_states(run.config.lanes)
+        if run.engine.rank == 0:
+            log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
     _catch_up(run, reader)
 
 
-def restore(run: Run, reader: CheckpointReader) -> None:
-    """Puts a run where a checkpoint of it stands; a collective."""
+def restore(run: Run, reader: CheckpointReader, *, forget_rollbacks: bool = False) -> None:
+    """Puts a run where a checkpoint of it stands; a collective.
+
+    Where the run was rolled back to there before, its data goes on where that left it, unless that shall be forgotten.
+    """
     manifest, folder = reader.manifest, Path(run.config.train.run_dir)
     reader.restore(run.engine, run.base)
     run.step, run.data_state, run.counters, run.resumed_from = manifest.step, manifest.data_state, dict(manifest.counters), reader
@@ -210,17 +221,21 @@ def restore(run: Run, reader: CheckpointReader) -> None:
     if reader.folder.parent.resolve() != (folder / "checkpoints").resolve():
         return
     count = run.counters.get("rollbacks", 0)
-    later = from_first_rank(lambda: read_rollbacks(folder))[count:]
-    if later and later[0].step == run.step:  # rolled back to here before: the data goes on where that left it
-        run.data_state = later[0].data_state
-        run.counters["rollbacks"] = count + 1
+    rollbacks = from_first_rank(lambda: read_rollbacks(folder))
+    if forget_rollbacks:
+        if len(rollbacks) > count:
+            from_first_rank(lambda: write_synced(folder / ROLLBACKS, dump_rollbacks(rollbacks[:count])))
+        return
+    for number, rollback in enumerate(rollbacks[count:], count + 1):
+        if rollback.step == run.step:  # the last one to here is how the run went on
+            run.data_state, run.counters["rollbacks"] = rollback.data_state, number
 
 
 def _abandon_later(folder: Path, step: int) -> None:
     """After going back, checkpoints of later steps belong to another history: the next resume must not take them."""
-    for later in list_checkpoints(folder):
-        if int(later.name[5:]) > step:
-            target = later.with_name(f"abandoned-{later.name}")
+    for later in [*list_checkpoints(folder), *list_new(folder)]:
+        if (step_of(later.with_suffix("")) or 0) > step:
+            target = later.with_name(f"abandoned-{later.with_suffix('').name}")
             shutil.rmtree(target, ignore_errors=True)
             later.rename(target)
             log.warning("%s is later than the step resumed from: renamed to %s", later.name, target.name)
@@ -259,20 +274,24 @@ def _check_same_run(run: Run, reader: CheckpointReader) -> None:
     for key in sorted(set(saved) | set(model)):
         if saved.get(key) != model.get(key):
             faults.append(f"model: {key} is {saved.get(key)!r} in the checkpoint, {model.get(key)!r} now")
-    if manifest.tokenizer_fingerprint != run.checked.tokenizer_fingerprint and "tokenizer" not in allowed:
-        faults.append(f"tokenizer: {config.tokenizer.path} gives other tokens; to allow it: --train.allow_changes=[tokenizer]")
-    elif (
-        manifest.data_fingerprint != run.checked.data_fingerprint
-        and "data" not in allowed
-        and not any(n.startswith("data.") for n in changed)
-    ):
+    if manifest.tokenizer_fingerprint != run.checked.tokenizer_fingerprint:  # and the data's contains it
+        if "tokenizer" not in allowed:
+            faults.append(f"tokenizer: {config.tokenizer.path} gives other tokens; to allow it: --train.allow_changes=[tokenizer]")
+    elif manifest.data_fingerprint != run.checked.data_fingerprint and "data" not in allowed and not _data_settings_differ(manifest, now):
         faults.append("data: other sources, or files that have changed; to allow it: --train.allow_changes=[data]")
     if manifest.bf16 != run.checked.bf16 and "train.precision" not in allowed and "train.precision" not in changed:
         faults.append("train.precision: auto means another precision on this machine; to allow it: --train.allow_changes=[train.precision]")
+    if manifest.step > 0 and not manifest.data_state:
+        faults.append("data: the checkpoint does not say where in the data it stands")
     if manifest.step > config.train.steps:
         faults.append(f"train.steps: the checkpoint is at step {manifest.step} already")
     if faults:
         raise CheckpointError("\n".join([f"{reader.folder}: made with other settings:", *(f"  - {fault}" for fault in faults)]))
+
+
+def _data_settings_differ(manifest: Manifest, now: dict[str, Any]) -> bool:
+    """Whether a setting explains another fingerprint of the data: then that one is refused or allowed."""
+    return any(name.startswith("data.") and name not in FREE_SETTINGS for name in changed_settings(manifest.config, now))
 
 
 def _value(tree: dict[str, Any], name: str) -> Any:

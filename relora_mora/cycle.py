@@ -7,6 +7,7 @@ same bits, and the base after many merges is what float32 arithmetic makes of th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -93,12 +94,18 @@ class Cycle:
         """One merge event at the end of ``step``; a collective. ``merges_done`` counts this one.
 
         Raises :class:`MergeError` on all ranks: before anything is written when an adapter is not finite or the layers and
-        elements that the ranks hold are not those of the settings, and after the merge when it did not reach all of them.
+        elements that the ranks hold are not those of the settings, and after the merge, before anything of it is saved, when a
+        product of finite adapters was not finite, or when it did not reach all of them.
         """
         begin = time.perf_counter()
         before = self.operator()
         self._check_adapters(step)
         squares, ranks = self._merge_layers()
+        if spoiled := [name for name, square in squares.items() if not math.isfinite(square)]:
+            raise MergeError(
+                f"step {step}: the delta of {', '.join(spoiled[:3])} is too large for float32; the merge is spoiled and was saved nowhere, "
+                "go back to an earlier checkpoint"
+            )
         zeroed = self._reset_masters(merges_done)
         self._reset_state(merges_done)
         self.set_operator(next_operator)

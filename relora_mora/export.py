@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from relora_mora.adapters import adapter_layers, adapter_parameters, inject
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, newest_whole, read_manifest, verify
+from relora_mora.checkpoint.places import list_new
 from relora_mora.cli import new_folder
 from relora_mora.config import DataConfig, validate
 from relora_mora.model import empty_model, put_values
@@ -32,7 +33,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises :class:`CheckpointError` when there is none or when it is damaged.
     """
     for folder in (path, path / "checkpoints"):
-        if list_checkpoints(folder):
+        if list_checkpoints(folder) or list_new(folder):
             found, skipped = newest_whole(folder)
             if found is None:
                 raise CheckpointError(f"{folder}: no checkpoint in it is whole: {'; '.join(skipped)}")

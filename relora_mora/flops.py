@@ -57,12 +57,16 @@ def meta_model(model_config: LlamaConfig, config: Config) -> LlamaForCausalLM:
 
 
 def flops_per_token(model_config: LlamaConfig, config: Config) -> Flops:
-    """FLOPs of one token in training with these settings; nothing is allocated.
+    """FLOPs of one token in training with these settings; nothing is allocated."""
+    return flops_of(meta_model(model_config, config), model_config, config)
+
+
+def flops_of(model: LlamaForCausalLM, model_config: LlamaConfig, config: Config) -> Flops:
+    """FLOPs of one token for a model with its adapters and its trainable parameters marked.
 
     The cost of type 6's blocks is averaged over the cycle of operators; LoRA's product ``B A``, made once for each use of
     a layer, is shared by the tokens of a micro-batch.
     """
-    model = meta_model(model_config, config)
     tokens = config.train.micro_batch_size * config.data.sequence_length
     linears = adapters = forward = 0.0
     for _, layer in decoder_linears(model):

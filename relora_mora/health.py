@@ -23,14 +23,16 @@ class Health:
 
     losses: list[float] = field(default_factory=list)
     bad_steps: int = 0  # in a row, up to the present one
+    bad_data: list[str] = field(default_factory=list)  # theirs, in words
 
-    def bad(self) -> int:
+    def bad(self, data: list[str]) -> int:
         """A step was not made; returns how many in a row."""
         self.bad_steps += 1
+        self.bad_data = [*self.bad_data, *data]
         return self.bad_steps
 
     def good(self) -> None:
-        self.bad_steps = 0
+        self.bad_steps, self.bad_data = 0, []
 
     def spike(self, loss: float, config: TrainConfig) -> float | None:
         """How many standard deviations a loss lies above the window's mean, when they are too many; else it joins the window.

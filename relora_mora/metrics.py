@@ -54,6 +54,8 @@ class Metrics:
     def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
         self.path, self._folder, self._tensorboard = folder / "metrics.jsonl", folder, tensorboard
         self._losing = False
+        self._handle: int | None = None
+        self._board: SummaryWriter | None = None
         self._open(step)
         if step == 0 and self._board is not None:
             self._board.add_text("run/config", "    " + (folder / "config.yaml").read_text(encoding="utf-8").replace("\n", "\n    "), 0)
@@ -61,7 +63,6 @@ class Metrics:
     def _open(self, step: int) -> None:
         self._keep_until(step)
         self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        self._board: SummaryWriter | None = None
         if self._tensorboard:
             self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
@@ -102,6 +103,7 @@ class Metrics:
 
     def _append(self, line: bytes) -> None:
         """The whole line or nothing of it: a disk that fills up takes a part."""
+        assert self._handle is not None, "closed"
         before = os.fstat(self._handle).st_size
         written = os.write(self._handle, line)
         if written < len(line):
@@ -109,10 +111,12 @@ class Metrics:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
-        os.close(self._handle)
-        if self._board is not None:
+        handle, board, self._handle, self._board = self._handle, self._board, None, None
+        if handle is not None:
+            os.close(handle)
+        if board is not None:
             with contextlib.suppress(OSError):
-                self._board.close()
+                board.close()
 
 
 class Progress:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.jobs import kill_all
+from tests.tokenizer_tools import train_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -18,21 +19,7 @@ def no_job_outlives_its_test() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a small sentencepiece model (byte fallback, 300 pieces), trained on the spot."""
-    from sentencepiece import SentencePieceTrainer
-
     folder = tmp_path_factory.mktemp("tokenizer")
     text = ["the rank of a merge", "matrix over the rank", "größer als the matrix", "one more of the same", "0123456789 - abcdefghij"]
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(text * 20),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.vocab").unlink()
+    train_tokenizer(folder, text)
     return str(folder)

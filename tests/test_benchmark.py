@@ -36,10 +36,12 @@ MODEL = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-METHODS = ("full", "remora", "remora_decoupled", "remora_released", "relora", "plain")
+METHODS = ("full", "frozen", "remora", "remora_decoupled", "remora_released", "relora", "plain")
 FIELDS = {
     "step_seconds",
     "spread",
+    "processor_seconds",
+    "page_faults",
     "tokens_per_second",
     "ratio",
     "utilisation",
@@ -128,7 +130,12 @@ def test_every_field_is_there_and_the_first_is_the_reference(found: dict[str, An
     assert list(found) == list(METHODS)
     for name, values in found.items():
         assert set(values) == FIELDS, name
-        assert values["step_seconds"] > 0 and 5 < values["loss"] < 8 and values["bytes_sent"] == {}
+        assert (
+            min(values["step_seconds"], values["processor_seconds"]) > 0
+            and values["page_faults"] >= 0
+            and 5 < values["loss"] < 8
+            and values["bytes_sent"] == {}
+        )
         assert set(values["bytes_at_peak"]) == set(PARTS)
         assert printed.count(f"\n{name} ") == 3, "a line in each of the three tables"
     ratios = {key: value for key, value in found["full"].items() if key.endswith("ratio") and key != "bytes_sent_ratio"}
@@ -139,7 +146,7 @@ def test_every_field_is_there_and_the_first_is_the_reference(found: dict[str, An
 def test_the_state_is_18_bytes_for_what_trains_and_2_for_what_is_frozen(found: dict[str, Any]) -> None:
     """ZeRO-1 in bf16: weight 2, master 4, moments 8, sum of gradients 4."""
     frozen = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * WIDE)
-    for name in ("full", "remora", "remora_released", "relora"):
+    for name in ("full", "frozen", "remora", "remora_released", "relora"):
         values, frozen_here = found[name], 0 if name == "full" else frozen
         held = {part: size for part, size in values["bytes_held"].items() if part != "host"}
         assert sum(held.values()) == pytest.approx(18 * values["trainable_parameters"] + 2 * frozen_here, rel=0.02), name
@@ -162,6 +169,13 @@ def test_merged_remora_keeps_the_compressed_inputs_only_and_each_once(found: dic
     assert linears["remora"] == 2 * TOKENS * (2 * narrow + 2 * wide)
     assert linears["remora_decoupled"] == 2 * TOKENS * (4 * narrow + 3 * wide)  # every linear has its own
     assert found["remora"]["bytes_kept_for_backward"] < found["full"]["bytes_kept_for_backward"]
+
+
+def test_frozen_linears_train_in_no_way_and_keep_no_input(found: dict[str, Any]) -> None:
+    full, frozen, remora = (found[name] for name in ("full", "frozen", "remora"))
+    linears = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * WIDE)
+    assert frozen["trainable_parameters"] == full["trainable_parameters"] - linears < remora["trainable_parameters"]
+    assert frozen["bytes_kept_by_its_linears"] == 0
 
 
 def test_the_released_operations_are_the_same_function(one: Pool) -> None:

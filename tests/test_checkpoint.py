@@ -67,6 +67,7 @@ def _checkpoint(folder: Path, step: int, seed: int = 0) -> Path:
         model_config={"hidden_size": 4},
         tokenizer_fingerprint="t",
         data_fingerprint="größe",
+        data_order="",
         data_state={"0": {"row": 3}},
         counters={"tokens": 1},
         files={name: file_entry(folder / name) for name in FILES[:-1]},

@@ -55,9 +55,9 @@ def test_a_saved_health_judges_as_the_one_it_was_saved_from():
 
 def test_bad_steps_count_in_a_row():
     health = Health()
-    assert [health.bad(), health.bad()] == [1, 2]
+    assert [health.bad(["a"]), health.bad(["b", "c"])] == [1, 2] and health.bad_data == ["a", "b", "c"]
     health.good()
-    assert health.bad() == 1
+    assert health.bad(["d"]) == 1 and health.bad_data == ["d"]
 
 
 def test_rollbacks_come_back_and_a_damaged_file_is_no_empty_one(tmp_path):

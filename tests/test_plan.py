@@ -158,6 +158,10 @@ def test_remora_moves_what_it_trains_below_stage_3() -> None:
     assert plan.network["mora"][2].merge == plan.network["full"][2].merge == 0
     wide = plan_of(**{"train.deepspeed": "{communication_data_type: fp32}"})
     assert wide.network["remora"][2].all_reduced == 2 * plan.network["remora"][2].all_reduced
+    narrow = plan_of(**{"train.deepspeed": "{zero_optimization: {use_multi_rank_bucket_allreduce: false}}"})
+    for stage, before in plan.network["remora"].items():
+        after = narrow.network["remora"][stage]
+        assert after.given == before.given and (after.sent < before.sent) == (stage == 2), stage
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tests.commands import TRAIN, module_of
 from tests.helpers import ROOT
 
 training = module_of(TRAIN)
+
+
+def train_tokenizer(folder: Path, text: list[str]) -> None:
+    """Puts a sentencepiece model with byte fallback and 300 pieces into a folder."""
+    from sentencepiece import SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 20),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
 
 
 def own_text() -> list[str]:

@@ -20,6 +20,7 @@ from relora_mora.adapters import decoder_linears, inject
 from relora_mora.benchmark.released import RELEASED_TYPE, use_released_layers
 from relora_mora.config import DECODER_LINEARS, Config, ConfigError, validate
 from relora_mora.cycle import Base, Cycle
+from relora_mora.flops import flops_of
 from relora_mora.model import LossModel, build_model
 from relora_mora.optim import build_optimizer, parameter_groups, set_trainable
 from relora_mora.zero import ZeroEngine
@@ -70,9 +71,12 @@ class Contender(Protocol):
 
 
 class Ours:
-    """A method of this trainer, on DeepSpeed. ``form`` as in the settings, or ``released``: see :mod:`relora_mora.benchmark.released`."""
+    """A method of this trainer, on DeepSpeed. ``form`` as in the settings, or ``released``: see :mod:`relora_mora.benchmark.released`.
 
-    def __init__(self, setting: Setting, method: str, form: str = "auto", *, compiled: bool = False) -> None:
+    ``frozen``: the linears of the decoder train neither themselves nor with adapters. No adapter method can be faster than that.
+    """
+
+    def __init__(self, setting: Setting, method: str, form: str = "auto", *, compiled: bool = False, frozen: bool = False) -> None:
         from torch import distributed as dist
 
         config = ours_config(setting, method, form, dist.get_world_size(), compiled=compiled)
@@ -82,11 +86,15 @@ class Ours:
         if form == "released":
             use_released_layers(lm)
         set_trainable(lm, config)
+        if frozen:
+            for _, linear in decoder_linears(lm):
+                linear.requires_grad_(False)
         self.trainable = _trainable(lm)
+        self.flops = flops_of(lm, setting.model_config, config).total
         groups = parameter_groups(lm, config)
-        frozen = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
-        self.base = Base(frozen, dist.get_rank(), dist.get_world_size())
-        self.base.take(frozen)
+        fixed = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
+        self.base = Base(fixed, dist.get_rank(), dist.get_world_size())
+        self.base.take(fixed)
         self.engine = ZeroEngine(LossModel(lm, compiled=compiled), lm, build_optimizer(lm, groups, config), config, bf16=setting.bf16)
         self.model: nn.Module = lm
         self.cycle = Cycle(self.engine, self.base, config)
@@ -231,6 +239,7 @@ def _apollo(setting: Setting) -> Contender:
 
 CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
     "full": lambda setting: Ours(setting, "full"),
+    "frozen": lambda setting: Ours(setting, "full", frozen=True),
     "remora": lambda setting: Ours(setting, "remora"),
     "remora_merged": lambda setting: Ours(setting, "remora", "merged"),
     "remora_decoupled": lambda setting: Ours(setting, "remora", "decoupled"),
@@ -258,7 +267,7 @@ def chosen(names: list[str], world_size: int) -> list[str]:
             found.append(f"--methods: {name} is none; use some of {', '.join(CONTENDERS)}")
         elif name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
             found.append(f"--methods: {name} needs {PACKAGES[name]}; pip install -e '.[bench]', or leave it out")
-        elif world_size > 1 and not name.startswith(("full", "remora", "relora")):
+        elif world_size > 1 and not name.startswith(("full", "frozen", "remora", "relora")):
             found.append(f"--methods: {name} runs on one process only, this is a job of {world_size}; leave it out")
     if found:
         raise ConfigError(found, "the command line")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -16,13 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from relora_mora.benchmark.contenders import CONTENDERS, Contender, Ours, Setting
 from relora_mora.benchmark.watch import Watch
-from relora_mora.flops import flops_per_token
 from relora_mora.zero import sum_over_hosts
 
 
 @dataclass
 class Result:
-    """One contender. Seconds of each measured step; ``loss`` shows that it trains.
+    """One contender. Seconds of each measured step, and what this process spent in it: seconds of processor time on all threads,
+    page faults; ``loss`` shows that it trains.
 
     Bytes on one rank, the first where they differ. ``bytes_held`` by part between steps: weights, optimizer, gradients, and
     ``host`` for what is not on the device. The others are those of :class:`relora_mora.benchmark.watch.Watch`.
@@ -30,6 +31,8 @@ class Result:
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
+    page_faults: list[int] = field(default_factory=list)
     trainable: int = 0
     bytes_held: dict[str, int] = field(default_factory=dict)
     bytes_at_peak: dict[str, int] = field(default_factory=dict)
@@ -86,7 +89,11 @@ def run(
         _observe(result, built[name], before, setting)
     for _ in range(repeats):
         for name in names:
-            results[name].seconds.append(_timed(built[name].step, setting.device))
+            result, before_step = results[name], resource.getrusage(resource.RUSAGE_SELF)
+            result.seconds.append(_timed(built[name].step, setting.device))
+            after_step = resource.getrusage(resource.RUSAGE_SELF)
+            result.processor_seconds.append(_processor_seconds(after_step) - _processor_seconds(before_step))
+            result.page_faults.append(after_step.ru_minflt - before_step.ru_minflt)
     if show is not None:
         for name in names:
             show(f"{name}\n{_profile(built[name], setting.device)}")
@@ -97,6 +104,10 @@ def run(
             operator = None if not contender.config.uses_squares else cycle[1]
             results[name].merge_seconds = _timed(functools.partial(contender.cycle.merge, 1, 1, operator), setting.device)
     return list(results.values())
+
+
+def _processor_seconds(usage: resource.struct_rusage) -> float:
+    return usage.ru_utime + usage.ru_stime
 
 
 def _timed(act: Any, device: torch.device) -> float:
@@ -164,6 +175,4 @@ def _held(contender: Contender, before: list[Tensor], device: torch.device) -> d
 
 def _flops(contender: Contender, setting: Setting) -> float:
     """Arithmetic of one step on one rank; unknown (0) for peers."""
-    if not isinstance(contender, Ours):
-        return 0.0
-    return flops_per_token(setting.model_config, contender.config).total * setting.tokens * setting.accumulation
+    return contender.flops * setting.tokens * setting.accumulation if isinstance(contender, Ours) else 0.0

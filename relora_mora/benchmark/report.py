@@ -49,6 +49,8 @@ def as_json(results: list[Result], setting: Setting, world_size: int, machine: d
             result.name: {
                 "step_seconds": result.median,
                 "spread": result.spread,
+                "processor_seconds": statistics.median(result.processor_seconds),
+                "page_faults": statistics.median(result.page_faults),
                 "tokens_per_second": tokens / result.median,
                 "ratio": result.median / first.median,
                 "utilisation": result.flops_per_step / result.median / (machine["matrix_product_tflops"] * 1e12) or None,
@@ -88,12 +90,13 @@ def tables(results: list[Result], setting: Setting, world_size: int, machine: di
 
 def _times(results: list[Result], setting: Setting, world_size: int, machine: dict[str, float]) -> Iterator[str]:
     first = results[0]
-    yield f"{'method':18}{'step s':>9}{'+-':>7}{'ratio':>7}{'tok/s':>9}{'use':>6}{'merge':>7}"
+    yield f"{'method':18}{'step s':>9}{'+-':>7}{'ratio':>7}{'cpu s':>9}{'faults':>9}{'tok/s':>9}{'use':>6}{'merge':>7}"
     for result in results:
         use = result.flops_per_step / result.median / (machine["matrix_product_tflops"] * 1e12)
         merge = f"{result.merge_seconds / result.median:.2f}x" if result.merge_seconds is not None else ""
         yield (
             f"{result.name:18}{result.median:9.3f}{result.spread:7.1%}{result.median / first.median:7.3f}"
+            f"{statistics.median(result.processor_seconds):9.2f}{statistics.median(result.page_faults):9,.0f}"
             f"{setting.tokens * setting.accumulation * world_size / result.median:9,.0f}{f'{use:.0%}' if use else '':>6}{merge:>7}"
         )
 

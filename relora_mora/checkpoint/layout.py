@@ -79,6 +79,7 @@ class Manifest:
     model_config: dict[str, Any]
     tokenizer_fingerprint: str
     data_fingerprint: str
+    data_order: str  # fingerprint of what gives the places in data_state their meaning
     data_state: dict[str, Any]
     counters: dict[str, Any]  # what the run has counted so far: tokens, skipped steps, ...
     files: dict[Annotated[str, AfterValidator(_inside)], FileEntry]
@@ -87,6 +88,11 @@ class Manifest:
         """As JSON, with the checksum of its content: every other file has one in here."""
         values = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
         return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether a run can go back to it: not made within a row of steps with bad numbers, or after a loss spike."""
+        return not (self.counters.get("bad_steps") or self.counters.get("trouble"))
 
     def numel(self, name: str) -> int:
         """Elements of a trainable or frozen parameter."""

@@ -8,6 +8,7 @@ mix with the collectives of training.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
@@ -16,11 +17,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from relora_mora.checkpoint.board import Board
-from relora_mora.checkpoint.layout import LATEST, MANIFEST, FileEntry, Manifest, write_synced
+from relora_mora.checkpoint.layout import LATEST, MANIFEST, CheckpointError, FileEntry, Manifest, read_manifest, write_synced
 from relora_mora.checkpoint.part import Part
 from relora_mora.checkpoint.places import (
     NEW,
@@ -38,11 +38,12 @@ from relora_mora.cycle import Base
 from relora_mora.zero import ZeroEngine, from_first_rank
 
 NAMED_RANKS = 3  # of those that failed
+APPEAR_SECONDS = 10.0  # for a file that another host wrote to be seen on this one
 
 
 class CheckpointWriter:
-    """One per rank, made by all ranks together. ``keep_last`` newest checkpoints stay, and those whose step is a multiple of
-    ``keep_every_steps``.
+    """One per rank, made by all ranks together. ``keep_last`` newest checkpoints stay, those whose step is a multiple of
+    ``keep_every_steps``, and the newest one that a run can go back to.
 
     ``report`` gets a line for each save that failed, on rank 0. ``last_failure`` is None where the last save went well; on
     other ranks than the first it knows only of this rank's part.
@@ -121,7 +122,7 @@ class CheckpointWriter:
             self._board.tell(work.name, self.rank, message)
             if self.rank == 0:
                 failure = self._conclude(work, final, manifest)
-        except torch.distributed.DistError as error:  # the store is gone, and the job with it
+        except Exception as error:  # the store is gone, and the job with it
             failure = _reason(error)
         self.last_failure = None if failure is None else f"the checkpoint of step {manifest.step} failed ({failure})"
 
@@ -147,6 +148,10 @@ class CheckpointWriter:
 
     def _commit(self, work: Path, final: Path, manifest: Manifest, parts: list[dict[str, Any]]) -> None:
         files = {name: FileEntry(**entry) for part in parts for name, entry in part["files"].items()}
+        deadline = time.monotonic() + APPEAR_SECONDS
+        for rank, part in enumerate(parts):
+            for name in part["files"]:
+                _await_file(work / name, files[name].bytes, rank, deadline)
         state = self.merge_states([part["data_state"] for part in parts])
         write_synced(work / MANIFEST, replace(manifest, files=files, data_state=state).dump())
         new = final.with_name(final.name + NEW)
@@ -167,11 +172,30 @@ class CheckpointWriter:
         """Removes what retention does not keep; checkpoints of later steps are of another history."""
         steps = {step: path for path in list_checkpoints(self.folder) if (step := step_of(path)) is not None and step <= newest}
         whole = [(step, path) for step, path in steps.items() if (path / MANIFEST).exists()]
-        for step, path in whole[self.keep_last :]:
-            if not (self.keep_every_steps and step % self.keep_every_steps == 0):
+        kept = {path for step, path in whole if self.keep_every_steps and step % self.keep_every_steps == 0}
+        kept |= {path for _, path in [*whole[: self.keep_last], *_first_good(whole)]}
+        for _, path in whole:
+            if path not in kept:
                 discard(path)
         while self._given_up:
             remove(self._given_up.pop())
+
+
+def _await_file(path: Path, size: int, rank: int, deadline: float) -> None:
+    """Returns when a rank's file is there for this rank, too. Raises OSError when it does not come."""
+    while not path.is_file() or path.stat().st_size != size:
+        if time.monotonic() > deadline:
+            raise OSError(f"{path.name}, which rank {rank} has written, is not seen by rank 0: do all hosts share the run folder?")
+        time.sleep(0.1)
+
+
+def _first_good(whole: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
+    """The first of these checkpoints that a run can go back to, if there is one."""
+    for step, path in whole:
+        with contextlib.suppress(CheckpointError):
+            if read_manifest(path).is_good:
+                return [(step, path)]
+    return []
 
 
 def tidy(folder: Path) -> None:

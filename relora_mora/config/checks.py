@@ -38,6 +38,7 @@ DEEPSPEED_ZERO_KEYS = {
     "stage3_param_persistence_threshold",
     "stage3_prefetch_bucket_size",
     "sub_group_size",
+    "use_multi_rank_bucket_allreduce",
 }
 
 _ONLY = {

@@ -1,7 +1,8 @@
 """Text to token blocks: exact, elastic, streaming. See docs/data.md."""
 
 from relora_mora.data.evalset import UNSCORED, EvalSet, load_eval_set
-from relora_mora.data.fingerprint import fingerprint
+from relora_mora.data.fingerprint import fingerprint, order_fingerprint
+from relora_mora.data.lanes import start_states
 from relora_mora.data.positions import describe_position
 from relora_mora.data.sources import Shard, SourceError, hub_commits, pin_revision, remember_commits, resolve_shards
 from relora_mora.data.stream import Batch, TrainStream, WorkerError, counts_of, document_ids, merge_states
@@ -24,7 +25,9 @@ __all__ = [
     "iter_texts",
     "load_eval_set",
     "merge_states",
+    "order_fingerprint",
     "pin_revision",
     "remember_commits",
     "resolve_shards",
+    "start_states",
 ]

@@ -139,9 +139,7 @@ class Lane:
 
     def state(self) -> dict[str, Any]:
         """A few numbers, JSON-able: all that ``restored`` needs."""
-        cursor = self._cursor._asdict()
-        cursor["skipped"] = {kind: count for kind, count in zip(KINDS, self._cursor.skipped, strict=True) if count}
-        return {**cursor, "offset": self._offset}
+        return _state_of(self._cursor, self._offset)
 
     def close(self) -> None:
         self._source.close()
@@ -240,6 +238,16 @@ def _skipped(cursor: Cursor, kind: str) -> Cursor:
     at = KINDS.index(kind)
     counts = cursor.skipped
     return cursor._replace(skipped=(*counts[:at], counts[at] + 1, *counts[at + 1 :]))
+
+
+def _state_of(cursor: Cursor, offset: int) -> dict[str, Any]:
+    skipped = {kind: count for kind, count in zip(KINDS, cursor.skipped, strict=True) if count}
+    return {**cursor._asdict(), "skipped": skipped, "offset": offset}
+
+
+def start_states(lanes: int) -> dict[str, dict[str, Any]]:
+    """The states of all lanes before their first block."""
+    return {str(lane): _state_of(Cursor(), 0) for lane in range(lanes)}
 
 
 def read_state(state: Mapping[str, Any]) -> tuple[Cursor, int]:

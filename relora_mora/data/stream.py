@@ -102,6 +102,9 @@ class Producer:
     def ready(self, timeout_seconds: float) -> bool:
         return True
 
+    def idle_seconds(self) -> float:
+        return 0.0
+
     def close(self) -> None:
         for lane in self.lanes:
             lane.close()
@@ -179,6 +182,20 @@ class TrainStream:
         if any(producer.is_dead for producer in self._producers):
             return True
         return all(producer.ready(max(0.0, end - time.monotonic())) for producer in self._producers)
+
+    def hung(self, seconds: float) -> WorkerError | None:
+        """A worker that owes a part and has used no processor time for so long: stopped, or in a read that never returns."""
+        for producer in self._producers:
+            if (idle := producer.idle_seconds()) > seconds:
+                return WorkerError(
+                    f"data worker {producer.pid} hangs: it has done nothing for {idle:.0f} s (data.timeout_seconds and a minute); was it "
+                    "stopped, or does a network file system not answer?"
+                )
+        return None
+
+    def own_part(self, state: Mapping[str, Mapping[str, Any]]) -> LaneStates:
+        """Of the merged states of all ranks, those of this rank's lanes."""
+        return {str(lane): dict(state[str(lane)]) for lane in self._lanes if str(lane) in state}
 
     def describe(self, state: Mapping[str, Mapping[str, Any]], since: Mapping[str, Mapping[str, Any]] | None = None) -> list[str]:
         """Where the lanes of a ``Batch.state`` are, in words; with the ``since`` state before it, the data between them."""

@@ -14,10 +14,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from relora_mora.data.sources import SourceError
 from relora_mora.data.stream import Part, Producer, Task, WorkerError
@@ -58,6 +61,7 @@ class Worker:
             theirs.close()
         self._task: Task | None = task
         self._failure: Exception | None = None
+        self._used, self._since = -1.0, 0.0
 
     @property
     def pid(self) -> int:
@@ -82,12 +86,24 @@ class Worker:
             except (EOFError, OSError):
                 answer = self._death()
             if isinstance(answer, Part):
+                self._used = -1.0
                 return answer
             self._failure = answer
         raise self._failure
 
     def ready(self, timeout_seconds: float) -> bool:
         return self._failure is not None or self._connection.poll(timeout_seconds)
+
+    def idle_seconds(self) -> float:
+        """For how long the process has used no processor time, seen from call to call, while nothing of it waits to be read."""
+        try:
+            used = sum(psutil.Process(self.pid).cpu_times()[:2])
+        except psutil.Error:  # gone: see is_dead
+            return 0.0
+        now = time.monotonic()
+        if used != self._used or self.ready(0.0):
+            self._used, self._since = used, now
+        return now - self._since
 
     def close(self) -> None:
         self._process.kill()

@@ -94,6 +94,13 @@ class Guard:
         if self._watch is not None:
             self.end(self._watch.lost_peer(error))
 
+    def lost_device(self, error: str) -> None:
+        """The accelerator of this rank has failed. Ends the process and the others with the code after which a job starts again."""
+        reason = f"the device of rank {self.rank} failed ({error})"
+        self._say(reason)
+        self.leave(LOST, reason, same_on_all_ranks=False)
+        leave_process(LOST)
+
     def stop_watching(self) -> None:
         """The work is done: that other ranks end is no fault any more."""
         if self._watch is not None:
@@ -114,7 +121,8 @@ class Guard:
         """Ends the process now, whatever its main thread waits for. The first rank that is left tells the user."""
         if self.rank == (1 if verdict.rank == 0 else 0):
             self._say(verdict.reason)
-            self.record(verdict.code, verdict.reason)
+            if not verdict.left:  # else that rank has recorded it
+                self.record(verdict.code, verdict.reason)
         if verdict.rank != self.rank and not verdict.left and verdict.host == host_id():
             time.sleep(STACKS_SECONDS)
             with contextlib.suppress(OSError):  # a launcher would wait half a minute for a process that does not answer

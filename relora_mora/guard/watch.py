@@ -8,6 +8,7 @@ that has done the least is the cause, and of those that have done as little the 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import json
@@ -22,13 +23,14 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-from relora_mora.guard.exits import LOST
+from relora_mora.guard.exits import FAILED, LOST
 from relora_mora.guard.lock import host_id
 
 BEAT_SECONDS = 1.0
 STORE_SECONDS = 15.0  # an answer of the store may take so long, then its host is gone
 LEAVE_SECONDS = 5.0  # for a main thread to end by itself when another rank has left
 SUSPECT_SECONDS = 4.0  # to find out whose beats stopped, when a collective has failed
+STACKS_SECONDS = 1.0  # for a rank that hangs to write where
 
 
 @dataclass(frozen=True)
@@ -141,19 +143,26 @@ class Watch:
                 verdict = self._verdict()
             except DistError:
                 verdict = None if self._closed.is_set() else self._store_lost()
+            except Exception as error:  # nobody would watch this rank any more
+                verdict = self._tell(Verdict(self.rank, FAILED, f"rank {self.rank} cannot watch the others ({error!r})", left=False))
             self._asked_at = None
             if verdict is not None:
                 self._obey(verdict)
 
     def _obey(self, verdict: Verdict) -> None:
         if verdict.rank == self.rank and not verdict.left:
-            with self.stacks.open("w") as stream:
-                faulthandler.dump_traceback(stream, all_threads=True)
+            writer = threading.Thread(target=self._write_stacks, daemon=True)  # what hangs may be the disk of the run folder
+            writer.start()
+            writer.join(STACKS_SECONDS)
         grace = time.monotonic() + (LEAVE_SECONDS if verdict.left else 0.0)
         while time.monotonic() < grace:
             if self._closed.wait(0.1):
                 return
         self.end(verdict)
+
+    def _write_stacks(self) -> None:
+        with contextlib.suppress(OSError), self.stacks.open("w") as stream:
+            faulthandler.dump_traceback(stream, all_threads=True)
 
     def beat(self) -> None:
         what, done, since, within = self._action

@@ -10,14 +10,15 @@ stage  tensors given to collectives in one step
 =====  ======================================================================================================================
 0      all-reduce b T, once: gradients accumulate on each rank
 1      all-reduce b T, once (in bf16 from sums in float32); after the step all-gather w T
-2      all-reduce b T at every micro-batch: a rank keeps only its part of the sum; after the step all-gather w T
+2      all-reduce b T at every micro-batch, of which a rank keeps only its part; after the step all-gather w T. With
+       ``use_multi_rank_bucket_allreduce: false`` reduce each part to its rank (and at stage 1 in fp32)
 3      reduce-scatter b T at every micro-batch. All-gather w P at every micro-batch, in forward; in backward at most P - D / 2 again,
        where D is ``stage3_max_reuse_distance``: the last layers are kept, their next use is near. Parameters of at most
        ``stage3_param_persistence_threshold`` elements once a step
 =====  ======================================================================================================================
 
 Frozen weights have no gradient: below stage 3 a step moves adapters, embeddings, norms and head only. In a ring of N ranks a
-device sends 2 (N - 1) / N of what is all-reduced and (N - 1) / N of what is gathered or reduce-scattered. Where the ring goes
+device sends 2 (N - 1) / N of what is all-reduced and (N - 1) / N of what is gathered, reduced or reduce-scattered. Where the ring goes
 through hosts in order, each host sends as much to the next one as each of its devices to its neighbour.
 """
 
@@ -39,24 +40,24 @@ _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
 class Traffic:
     """Bytes of the tensors that one rank gives to collectives in a step; a merge's apart.
 
-    ``reduced`` are gradients; ``gathered`` the weights that training waits for: after the step, or in forward and
-    backward at stage 3. ``merge`` is one merge event: adapters to the owners of the base, new weights back.
+    ``all_reduced`` are gradients whose sum every rank gets, ``reduced`` those whose sum only its owner gets; ``gathered`` the weights that
+    training waits for: after the step, or in forward and backward at stage 3. ``merge`` is one merge event: adapters to the owners of the base, new weights back.
     """
 
     ranks: int
     all_reduced: float
-    reduce_scattered: float
+    reduced: float
     gathered: float
     merge: float
 
     @property
     def given(self) -> float:
-        return self.all_reduced + self.reduce_scattered + self.gathered
+        return self.all_reduced + self.reduced + self.gathered
 
     @property
     def sent_gradients(self) -> float:
         """Bytes that a device sends in a step for its gradients, in a ring."""
-        return (2 * self.all_reduced + self.reduce_scattered) * (self.ranks - 1) / self.ranks
+        return (2 * self.all_reduced + self.reduced) * (self.ranks - 1) / self.ranks
 
     @property
     def sent_weights(self) -> float:
@@ -79,8 +80,11 @@ def traffic(model: LlamaForCausalLM, config: Config, stage: int, ranks: int, *, 
     micro_batches = config.accumulation_steps(ranks)
     merge = _merge(model, stage, width) if config.merges and ranks > 1 else 0
     if stage < 3:
-        times = micro_batches if stage == 2 else 1
-        return Traffic(ranks, gradients * times, 0, width * counts.trainable if stage else 0, merge)
+        gradients *= micro_batches if stage == 2 else 1
+        honours = stage == 2 or (stage == 1 and not bf16)  # BF16_Optimizer has its own way
+        to_owners = honours and not zero_setting(config, "use_multi_rank_bucket_allreduce", True)
+        everywhere, to_one = (0.0, gradients) if to_owners else (gradients, 0.0)
+        return Traffic(ranks, everywhere, to_one, width * counts.trainable if stage else 0, merge)
     every = counts.trainable + counts.frozen
     small = zero_setting(config, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)

@@ -83,13 +83,13 @@ def _network(plan: Plan) -> list[str]:
         traffic = moved[stage]
         # a ring's bytes leave each host once
         per_host = traffic.sent if cluster.nodes > 1 else 0
-        given = (traffic.all_reduced, traffic.reduce_scattered, traffic.gathered)
+        given = (traffic.all_reduced, traffic.reduced, traffic.gathered)
         row = [_stage(plan, stage), *map(_gb, given), _gb(traffic.sent), _gb(per_host), _gb(plan.network["full"][stage].sent)]
         parts = (step.compute, step.optimizer, step.network, step.hidden, step.total)
         rows.append(
             [*row, *(f"{seconds:.3g}" if seconds else "-" for seconds in parts), duration(plan.tokens / plan.tokens_per_step * step.total)]
         )
-    columns = ["stage", "all-reduced", "reduce-scattered", "gathered", "a device sends", "a host sends", "full: a device"]
+    columns = ["stage", "all-reduced", "reduced", "gathered", "a device sends", "a host sends", "full: a device"]
     columns += ["compute s", "optimizer s", "network s", "hidden s", "step s", "all steps"]
     own = moved[plan.zero_stage]
     merges = (

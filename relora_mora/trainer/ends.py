@@ -17,6 +17,8 @@ def finish(trainer: Trainer) -> int:
     """Evaluates and saves the end of the run, unless that has just been done; returns the exit code."""
     if trainer.evaluated != trainer.step and not trainer.evaluate():
         return stop(trainer)
+    trainer.meet()
+    trainer.trouble = None  # a spike of the last step is flagged; there is no step to make in its place
     _save_and_wait(trainer)
     log.info(f"done: {trainer.step} steps, {trainer.tokens:,} tokens, {trainer.folder / 'checkpoints'}")
     _record(trainer, FINISHED, "done")
@@ -46,7 +48,7 @@ def end_for_data(trainer: Trainer, failure: Exception | None) -> NoReturn:
 def _save_and_wait(trainer: Trainer) -> None:
     """Returns when the newest checkpoint is whole; raises :class:`TrainingError` on all ranks when it could not be written."""
     if trainer.step > 0 and trainer.saved != trainer.step:
-        trainer.save()
+        trainer.save(at_the_end=True)
     trainer.guard.did(f"step {trainer.step}: waiting for the checkpoint", within=LONG_SECONDS)
     trainer.writer.wait()
     failures = [failure for failure in gather_from_ranks(trainer.writer.last_failure) if failure]

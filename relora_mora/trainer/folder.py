@@ -16,25 +16,35 @@ from typing import Any
 import torch
 
 from relora_mora.build import Checked, plain_model_config
+from relora_mora.checkpoint.layout import write_synced
 from relora_mora.config import dump
-from relora_mora.tokenizer import save_tokenizer
+from relora_mora.tokenizer import save_tokenizer, tokenizer_fingerprint
 
 
 def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
     """What makes a run folder explain itself: settings, command, versions, commit, model, tokenizer. First rank only."""
     folder = Path(checked.config.train.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump(checked.config), encoding="utf-8")
-    (folder / "model.json").write_text(json.dumps(plain_model_config(checked.model_config), indent=2) + "\n", encoding="utf-8")
+    write_synced(folder / "config.yaml", dump(checked.config))  # a resume looks there for the revision of the data
+    write_synced(folder / "model.json", json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
     tokenizer = folder / "tokenizer"
-    if not tokenizer.exists():
+    if not _is_tokenizer(tokenizer, checked.tokenizer_fingerprint):
         work = folder / "tokenizer.tmp"
         shutil.rmtree(work, ignore_errors=True)
         save_tokenizer(checked.config.tokenizer.path, work)
+        shutil.rmtree(tokenizer, ignore_errors=True)
         work.rename(tokenizer)
     with (folder / "starts.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(_start_record(checked, world_size, step)) + "\n")
     return folder
+
+
+def _is_tokenizer(folder: Path, fingerprint: str) -> bool:
+    """Whether a folder has the run's tokenizer: an earlier start may have had another one."""
+    try:
+        return tokenizer_fingerprint(folder) == fingerprint
+    except (ValueError, OSError):
+        return False
 
 
 def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any]:

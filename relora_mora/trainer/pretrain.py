@@ -9,11 +9,21 @@ from relora_mora.build import build, check, pinned_before
 from relora_mora.config import Config, DataConfig
 from relora_mora.data import hub_commits, pin_revision, remember_commits
 from relora_mora.guard import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
+from relora_mora.guard.lock import LOCK
 from relora_mora.guard.watch import Watch
 from relora_mora.metrics import log, setup_logging
+from relora_mora.trainer.agreement import check_agreement, check_shared
 from relora_mora.trainer.folder import write_run_folder
 from relora_mora.trainer.startup import StartedTrainer, Startup
-from relora_mora.zero import from_first_rank, gather_from_ranks, init_distributed, lost_peer, store_address
+from relora_mora.zero import (
+    from_first_rank,
+    gather_from_ranks,
+    init_distributed,
+    lost_device,
+    lost_peer,
+    part_company,
+    store_address,
+)
 
 
 def pretrain(config: Config, guard: Guard | None = None) -> int:
@@ -26,15 +36,15 @@ def pretrain(config: Config, guard: Guard | None = None) -> int:
     with guard or Guard(signals=False) as guard:
         try:
             code = _pretrain(config, guard)
-            guard.stop_watching()
-            gather_from_ranks(None)  # the first rank holds the store that the others look at
         except Exception as error:
-            if lost_peer(error):
-                guard.lost_peer(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            _end_if_lost(guard, error)
             mistake = isinstance(error, ValueError | OSError)
             text = " ".join(str(error).split()) or type(error).__name__
             guard.leave(USER_ERROR if mistake else FAILED, text, same_on_all_ranks=getattr(error, "same_on_all_ranks", False))
             raise
+        # the ranks have agreed on how this ends, and all of it is written: whoever is lost from here on changes nothing
+        guard.stop_watching()
+        part_company()  # the first rank holds the store that the others look at
         return code
 
 
@@ -52,7 +62,9 @@ def _pretrain(config: Config, guard: Guard) -> int:
     data, commits = from_first_rank(lambda: _pinned(config))
     remember_commits(data.revision, commits)
     checked = check(config.model_copy(update={"data": data}))
-    from_first_rank(lambda: _lock(guard, folder))
+    check_agreement(checked)
+    lock = from_first_rank(lambda: _lock(guard, folder))
+    check_shared(folder / LOCK, lock)
     guard.did("building the model", within=LONG_SECONDS)
     startup.done("checks")
     run = build(checked, startup.done)
@@ -61,8 +73,20 @@ def _pretrain(config: Config, guard: Guard) -> int:
     trainer.startup = startup
     try:
         return trainer.fit()
+    except Exception as error:
+        _end_if_lost(guard, error)  # before close() waits for a checkpoint that the lost rank has no part in any more
+        raise
     finally:
         trainer.close()
+
+
+def _end_if_lost(guard: Guard, error: Exception) -> None:
+    """Ends the process where the error says that another rank is gone, or this rank's device."""
+    first_line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if lost_peer(error):
+        guard.lost_peer(first_line)
+    if lost_device(error):
+        guard.lost_device(first_line)
 
 
 def _pinned(config: Config) -> tuple[DataConfig, dict[str, str]]:
@@ -87,9 +111,11 @@ def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -
     guard.did("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
 
 
-def _lock(guard: Guard, folder: Path) -> None:
+def _lock(guard: Guard, folder: Path) -> str:
+    """Takes the lock of the run folder and returns what stands in it."""
     lock = RunLock(folder)
     before = lock.acquire()
     guard.hold(lock)
     if before is not None:
         log.warning("the trainer before this one (%s) ended without saying why: it was killed, or its machine was", before)
+    return lock.path.read_text(encoding="utf-8")

@@ -21,10 +21,19 @@ _COUNTED = ("documents", "bad", "retries", *(f"skipped/{kind}" for kind in KINDS
 class Interval:
     """What has been counted since the last line of metrics."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.micro_batches = self.steps = 0
-        self.seconds = self.data_seconds = self.grad_norm = 0.0
+    def __init__(self, device: torch.device, before: Mapping[str, Any] | None = None) -> None:
+        """``before`` is the :meth:`state` of a run that was stopped between two lines."""
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)  # of this rank, summed over the steps that were made
+        self.good_steps, self.grad_norm = 0, 0.0
+        self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0  # of this process, skipped ones too
+        if before is not None:
+            self.loss += before["loss"]
+            self.good_steps, self.grad_norm = before["good_steps"], before["grad_norm"]
+
+    def state(self, world_size: int) -> dict[str, Any]:
+        """For any number of ranks; a collective."""
+        [loss] = sum_over_hosts([float(self.loss)])
+        return {"loss": loss / world_size, "good_steps": self.good_steps, "grad_norm": self.grad_norm}
 
     def speed(self, *, tokens_per_step: int, flops_per_token: float, world_size: int, peak: float) -> dict[str, float]:
         """``peak`` is that of one device, in FLOP/s."""

@@ -39,12 +39,12 @@ def roll_back(trainer: Trainer, why: str) -> None:
         )
     trainer.writer.wait()
     gather_from_ranks(None)  # the newest checkpoint is whole when the first rank has waited
-    chosen, _ = newest_whole(trainer.folder / "checkpoints", trainer.engine, lambda path: _is_good(path, trainer.step))
+    chosen, _ = newest_whole(trainer.folder / "checkpoints", trainer.engine, lambda path: _suits(path, trainer.step))
     if chosen is None:
         raise TrainingError(
             f"{why}; there is no checkpoint of before it to go back to: lower optim.lr, or set checkpoint.every_steps to fewer steps"
         )
-    at, rollbacks = trainer.step, trainer.rollbacks
+    at, rollbacks, bad_data = trainer.step, trainer.rollbacks, trainer.health.bad_data
     state = merge_states(gather_from_ranks(trainer.data_state))
     reader = CheckpointReader(chosen)
     step = reader.manifest.step
@@ -58,13 +58,14 @@ def roll_back(trainer: Trainer, why: str) -> None:
     if trainer.metrics is not None:
         trainer.metrics.go_back(step)
     shared_log.warning("%s: back to step %d; the data of steps %d to %d is skipped", why, step, step + 1, at)
-    trainer.write({"train/rollbacks": rollbacks + 1, "train/rolled_back_from": at})
+    skipped = {"train/skipped_data": bad_data} if bad_data else {}  # the lines that named it are those of steps that never were
+    trainer.write({"train/rollbacks": rollbacks + 1, "train/rolled_back_from": at, **skipped})
 
 
-def _is_good(folder: Path, step: int) -> bool:
-    """Whether a checkpoint was made before a step, and not within a row of bad steps."""
+def _suits(folder: Path, step: int) -> bool:
+    """Whether a checkpoint was made before a step, and nothing was wrong then."""
     try:
         manifest = read_manifest(folder)
     except ValueError:
         return False
-    return manifest.step < step and not manifest.counters.get("bad_steps", 0)
+    return manifest.step < step and manifest.is_good

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from relora_mora.trainer.report import Interval, data_metrics, loss_metrics, mer
 from relora_mora.trainer.rollback import roll_back
 from relora_mora.zero import from_first_rank, gather_from_ranks, sum_over_hosts
 
+WORKER_SECONDS = 60.0  # that a data worker may do nothing, beyond data.timeout_seconds
 POLL_SECONDS = 1.0  # a rank that waits for data looks so often whether the others want to stop
 
 
@@ -58,7 +60,6 @@ class Trainer:
             world_size=world_size,
             state=run.data_state,
         )
-        self.data_state: dict[str, Any] = {}
         self.data_counts: dict[str, int] = {}
         self.writer = CheckpointWriter(
             self.folder / "checkpoints",
@@ -77,10 +78,11 @@ class Trainer:
         counters = run.counters
         self.tokens, self.skipped = counters.get("tokens", 0), counters.get("skipped_steps", 0)
         self.rollbacks = counters.get("rollbacks", 0)
-        self.health = Health(losses=list(counters.get("losses", [])), bad_steps=counters.get("bad_steps", 0))
-        self.interval = Interval(self.device)
+        self.data_state: dict[str, Any] = self.data.own_part(run.data_state or {})
+        self.health = Health(**{key: counters[key] for key in ("losses", "bad_steps", "bad_data") if key in counters})
+        self.interval = Interval(self.device, counters.get("interval"))
         self.pending_loss: float | None = None
-        self.trouble: str | None = None
+        self.trouble: str | None = counters.get("trouble")
         reader = run.resumed_from
         own = reader is not None and reader.folder.parent.resolve() == (self.folder / "checkpoints").resolve()
         # a step is evaluated before it is saved: what was resumed has both, unless a signal cut the evaluation short
@@ -128,7 +130,8 @@ class Trainer:
         """The next batch when every rank has its own; None when the ranks stop."""
         begin = time.perf_counter()
         batch, failure = None, None
-        within = self.config.data.timeout_seconds + (60.0 if self.config.data.workers else LONG_SECONDS)
+        patience = self.config.data.timeout_seconds + WORKER_SECONDS
+        within = patience if self.config.data.workers else self.config.data.timeout_seconds + LONG_SECONDS
         while True:
             self.guard.did(f"step {self.step + 1}: waiting for data", within=within)
             if batch is None and failure is None and self.data.ready(POLL_SECONDS):
@@ -136,6 +139,8 @@ class Trainer:
                     batch = next(self.data)
                 except (ValueError, RuntimeError) as error:  # a source that cannot be read, a data worker that was killed
                     failure = error
+            if batch is None and failure is None:
+                failure = self.data.hung(patience)
             meeting = self.meet(ready=batch is not None, failed=failure is not None)
             if meeting.failed:
                 end_for_data(self, failure)
@@ -147,7 +152,7 @@ class Trainer:
         self.data_counts = batch.counts
         for note in batch.notes:
             log.warning("data: %s", note)
-        if self.trouble:  # what the last step did to the loss is known only now
+        if self.trouble:  # what the last step did to the loss is known only now, and may have stood in the checkpoint
             roll_back(self, self.trouble)
         return batch
 
@@ -171,6 +176,8 @@ class Trainer:
             self.guard.did(f"step {self.step + 1}: micro-batch {index + 1} of {len(pieces)}")
             loss = self.engine.engine(input_ids, labels, document_ids)
             losses += loss.detach()
+            # a loss that is not finite may have a gradient that is: then that shall not be, so that no rank steps
+            loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
             self.engine.accumulate(loss, last=index == len(pieces) - 1)
         self.guard.did(f"step {self.step + 1}: optimizer")
         norm, applied = self.engine.step(group_rates(self.schedule, self.run.groups, self.step + 1))
@@ -181,8 +188,8 @@ class Trainer:
         self.interval.steps += 1
         if applied:
             self.health.good()
-            self.interval.loss += losses
-            self.interval.micro_batches += len(pieces)
+            self.interval.loss += losses / len(pieces)
+            self.interval.good_steps += 1
             self.interval.grad_norm = norm
             self.pending_loss = float(losses) / len(pieces)
         else:
@@ -195,9 +202,9 @@ class Trainer:
     def count_bad(self, norm: float, places: list[str], *, finite: bool) -> None:
         """Reports a step that no rank made, and the data of the ranks whose loss was not finite; too many in a row are trouble."""
         self.skipped += 1
-        row = self.health.bad()
         named = gather_from_ranks(None if finite else f"rank {self.rank}: {'; '.join(places)}")
         where = [place for place in named if place] or [f"global batch {self.step}"]
+        row = self.health.bad(where)
         shared_log.warning("step %d skipped on all ranks: gradient not finite (norm %s); its data: %s", self.step, norm, " | ".join(where))
         self.write({"train/skipped_steps": self.skipped, "train/skipped_data": where})
         if row >= self.config.train.max_bad_steps:
@@ -256,10 +263,13 @@ class Trainer:
         self.guard.did(f"step {self.step}: evaluation")
         return self.meet().stop
 
-    def save(self) -> None:
-        """A checkpoint of this step; the write goes on in the background."""
+    def save(self, *, at_the_end: bool = False) -> None:
+        """A checkpoint of this step; the write goes on in the background.
+
+        None where the run is about to go back, unless this process ends before it does: then the checkpoint says so.
+        """
         self.meet()  # the last loss belongs to the state
-        if self.trouble:
+        if self.trouble and not at_the_end:
             return
         self.guard.did(f"step {self.step}: checkpoint", within=LONG_SECONDS)
         manifest = Manifest(
@@ -276,6 +286,7 @@ class Trainer:
             model_config=plain_model_config(self.checked.model_config),
             tokenizer_fingerprint=self.checked.tokenizer_fingerprint,
             data_fingerprint=self.checked.data_fingerprint,
+            data_order=self.checked.data_order,
             data_state={},
             counters=self.counters(),
             files={},
@@ -285,13 +296,14 @@ class Trainer:
         self.write({"perf/checkpoint_stall_seconds": stall})
 
     def counters(self) -> dict[str, Any]:
-        """What :meth:`begin_at` takes up again."""
-        due = self.is_due(self.config.eval.every_steps)
+        """What :meth:`begin_at` takes up again; a collective."""
+        due = self.is_due(self.config.eval.every_steps) or self.step == self.config.train.steps
         return {
             "tokens": self.tokens,
             "skipped_steps": self.skipped,
-            "bad_steps": self.health.bad_steps,
-            "losses": self.health.losses,
+            **asdict(self.health),
+            "trouble": self.trouble,
+            "interval": self.interval.state(self.world_size),
             "rollbacks": self.rollbacks,
             "evaluated": self.evaluated == self.step or not due,
         }
@@ -299,9 +311,9 @@ class Trainer:
     def log(self) -> None:
         """One line of metrics over the steps since the last; a collective."""
         interval, self.interval = self.interval, Interval(self.device)
-        if not interval.micro_batches:
+        if not interval.good_steps:
             return
-        loss = float(self.engine.all_reduce(interval.loss / interval.micro_batches)) / self.world_size
+        loss = float(self.engine.all_reduce(interval.loss / interval.good_steps)) / self.world_size
         rates = group_rates(self.schedule, self.run.groups, self.step)
         speed = interval.speed(
             tokens_per_step=self.config.tokens_per_step, flops_per_token=self.flops, world_size=self.world_size, peak=self.peak

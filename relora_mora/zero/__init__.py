@@ -6,7 +6,9 @@ from relora_mora.zero.processes import (  # isort: skip - tells DeepSpeed the ac
     from_first_rank,
     gather_from_ranks,
     init_distributed,
+    lost_device,
     lost_peer,
+    part_company,
     store_address,
     sum_over_hosts,
 )
@@ -21,7 +23,9 @@ __all__ = [
     "from_first_rank",
     "gather_from_ranks",
     "init_distributed",
+    "lost_device",
     "lost_peer",
+    "part_company",
     "store_address",
     "sum_over_hosts",
 ]

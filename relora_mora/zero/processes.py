@@ -28,6 +28,7 @@ from deepspeed.accelerator import get_accelerator
 from relora_mora.allocator import keep_freed_memory
 
 PORT_SECONDS = 20.0  # a run that was killed a moment ago may still hold the port
+PART_SECONDS = 30.0  # for the other ranks to end a run that is done
 CONTROL_SECONDS = 24 * 3600.0  # a backstop: guard.Watch knows how long each wait may take
 
 
@@ -139,6 +140,18 @@ def lost_peer(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo/transport", "Connection closed by peer", "NCCL"))
     )
+
+
+def lost_device(error: BaseException) -> bool:
+    """Whether an exception says that the accelerator of this process cannot go on. Memory that ran out is another thing."""
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "uncorrectable ECC error" in str(error)
+
+
+def part_company(seconds: float = PART_SECONDS) -> None:
+    """Waits until all ranks have come here, so that none of them finds the store of the first one gone; not for one that is lost."""
+    if dist.get_world_size() > 1:
+        with contextlib.suppress(RuntimeError):
+            torch.distributed.monitored_barrier(control_group(), timeout=datetime.timedelta(seconds=seconds))
 
 
 def from_first_rank(make: Callable[[], Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,10 +138,12 @@ def test_a_folder_that_cannot_be_written_is_survived(pools, inputs, tokenizer_pa
 def saves_of_a_rig(folder: Path, what: str) -> list[str]:
     """Three saves of the same state by a writer alone; the second one may be troubled."""
     from relora_mora.checkpoint import CheckpointWriter, Manifest, part
+    from relora_mora.checkpoint import writer as module
     from tests.tiny import build_rig, tiny_config
 
     rig = build_rig(tiny_config(2))
     rank, lines, whole_write = rig.engine.rank, [], part.Part.write
+    module.APPEAR_SECONDS = 0.5
     tokenizer = folder.with_name("tokenizer")
     writer = CheckpointWriter(
         folder, rig.engine, rig.base, keep_last=5, keep_every_steps=0, merge_states=lambda _: {}, report=lines.append, timeout_seconds=1.0
@@ -150,16 +153,27 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         time.sleep(3.0)
         return whole_write(self, *args)
 
+    def elsewhere(self: Any, work: Path, *args: Any) -> Any:
+        """As on a host whose folder of that name is not the first rank's."""
+        return whole_write(self, folder.with_name("of-another-host") / work.name, *args)
+
     for step in (1, 2, 3):
         if step == 2 and what == "late":
             part.Part.write = late if rank == 1 else whole_write
+        elif step == 2 and what == "elsewhere":
+            part.Part.write = elsewhere if rank == 1 else whole_write
         elif step == 2 and what == "damaged" and rank == 0:
             base = folder / "step-00000001" / "base-00000-of-00002.safetensors"
             base.write_bytes(base.read_bytes()[:-1] + b"\xff")
         shapes = {name: list(shape) for name, shape in rig.engine.shapes.items()}
         values: dict[str, Any] = {"step": step, "merges_done": 0, "operator": 1, "world_size": 2, "zero_stage": 2, "bf16": False}
         values |= {"group_steps": {}, "config": {}, "model_config": {}, "data_state": {}, "counters": {}, "files": {}}
-        values |= {"tokenizer_fingerprint": "", "data_fingerprint": "", "frozen": {name: shapes.pop(name) for name in rig.base.owner}}
+        values |= {
+            "tokenizer_fingerprint": "",
+            "data_fingerprint": "",
+            "data_order": "",
+            "frozen": {name: shapes.pop(name) for name in rig.base.owner},
+        }
         writer.save(Manifest(**values, parameters=shapes), {}, tokenizer)
         writer.wait()
         part.Part.write = whole_write
@@ -172,6 +186,13 @@ def test_a_rank_that_is_late_is_given_up_and_what_it_writes_then_goes(pools, tmp
     assert len(first) == 1 and "step 2 failed (rank 1: did not finish its part in 1 s)" in first[0] and second == []
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001", "step-00000003"]
     assert verify(tmp_path / "checkpoints" / "step-00000003") is None
+
+
+def test_a_checkpoint_whose_files_lie_elsewhere_is_none(pools, tmp_path):
+    first, second = pools(2)(saves_of_a_rig, tmp_path / "checkpoints", "elsewhere")
+    assert len(first) == 1 and second == []
+    assert "step 2 failed" in first[0] and "state-00001-of-00002.safetensors, which rank 1 has written, is not seen by rank 0" in first[0]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001", "step-00000003"]
 
 
 def test_a_base_file_that_was_damaged_on_the_disk_is_not_shared(pools, tmp_path):
@@ -198,6 +219,51 @@ def test_what_is_in_the_way_is_replaced_and_not_followed(pools, tmp_path):
         assert verify(path) is None and not path.is_symlink() and not (path / "mine").exists()
     assert (elsewhere / "mine").read_text() == "mine" and len(list(elsewhere.iterdir())) == 1
     assert {path.name for path in folder.iterdir()} == {"latest", *(f"step-0000000{step}" for step in (1, 2, 3))}
+
+
+def slow_to_write(config: Any, what: str) -> bool:
+    """Trains with a write of step 3 that takes its time; whether training went on meanwhile.
+
+    ``save``: the write waits for the fifth step. ``base``: it waits before it reads the base, and the merge after step 4 must not come first.
+    """
+    from relora_mora.checkpoint.part import Part
+    from relora_mora.trainer import Trainer, pretrain
+
+    whole, write_base, train_step, fifth = Part.write, Part._write_base, Trainer.train_step, threading.Event()
+    met: list[bool] = []
+
+    def write(self: Any, work: Path, *args: Any) -> Any:
+        if what == "save" and "step-00000003" in work.name:
+            met.append(fifth.wait(20))
+        return whole(self, work, *args)
+
+    def slow_base(self: Any, work: Path, *args: Any) -> Any:
+        if what == "base" and "step-00000003" in work.name:
+            met.append(not fifth.wait(1.0))
+        return write_base(self, work, *args)
+
+    def step(self: Trainer, batch: Any) -> None:
+        train_step(self, batch)
+        if self.step == 5:
+            fifth.set()
+
+    Part.write, Part._write_base, Trainer.train_step = write, slow_base, step  # type: ignore[method-assign]
+    try:
+        pretrain(config)
+    finally:
+        Part.write, Part._write_base, Trainer.train_step = whole, write_base, train_step  # type: ignore[method-assign]
+    return met == [True]
+
+
+@pytest.mark.parametrize("what", ["save", "base"])
+def test_training_goes_on_beside_a_write_but_no_merge_overtakes_it(pools, inputs, tokenizer_path, tmp_path, what):
+    quick, slow = tmp_path / "quick", tmp_path / "slow"
+    settings: dict[str, Any] = {"checkpoint": {"every_steps": 3}, "method": {"merge_every": 5 if what == "save" else 4}}
+    pools(2)(followed, run_config(inputs, tokenizer_path, quick, 2, **settings))
+    assert pools(2)(slow_to_write, run_config(inputs, tokenizer_path, slow, 2, **settings), what) == [True, True]
+    for step in (3, 6, 9, 10):
+        expected, found = (tensors(folder / "checkpoints" / f"step-{step:08d}") for folder in (quick, slow))
+        assert set(expected) == set(found) and all(torch.equal(expected[key], found[key]) for key in expected)
 
 
 def test_a_part_that_fails_frees_its_space(tmp_path, monkeypatch):

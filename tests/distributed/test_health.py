@@ -22,11 +22,17 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def faulty(
-    config: Any, factors: dict[int, float], rank: int = 1, *, drop: tuple[int, ...] = (), stop_at: tuple[int, int] | None = None
+    config: Any,
+    factors: dict[int, float],
+    rank: int = 1,
+    *,
+    added: dict[int, float] | None = None,
+    drop: tuple[int, ...] = (),
+    stop_at: tuple[int, int] | None = None,
 ) -> str:
     """Trains on every rank, with the loss of ``rank`` multiplied at some global batches (numbered from 1, in the order of the stream).
 
-    ``drop`` leaves batches out of the stream; ``stop_at`` (rollbacks, step) cuts the run off as a kill would. Returns the error's text.
+    What is ``added`` to the loss changes no gradient. ``drop`` leaves batches out of the stream; ``stop_at`` (rollbacks, step) cuts the run off as a kill would. Returns the error's text.
     """
     from relora_mora.model import LossModel
     from relora_mora.trainer import Trainer, TrainingError, pretrain
@@ -55,7 +61,9 @@ def faulty(
 
     def poisoned(self: LossModel, *batch: Any) -> torch.Tensor:
         loss = forward(self, *batch)
-        return loss * factors.get(seen["number"], 1.0) if self.training and int(os.environ["RANK"]) == rank else loss
+        if not self.training or int(os.environ["RANK"]) != rank:
+            return loss
+        return loss * factors.get(seen["number"], 1.0) + (added or {}).get(seen["number"], 0.0)
 
     Trainer.next_batch, LossModel.forward = numbered, poisoned  # type: ignore[method-assign]
     try:
@@ -71,11 +79,12 @@ def faulty(
 NAN = {4: float("nan"), 5: float("nan")}
 
 
+@pytest.mark.parametrize("what", ["factors", "added"])  # a loss and its gradient, a loss alone
 @pytest.mark.parametrize("stage,precision", [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "fp32")])
-def test_one_rank_with_nan_skips_the_step_on_all_and_is_named(pools, inputs, tokenizer_path, tmp_path, stage, precision):
+def test_one_rank_with_nan_skips_the_step_on_all_and_is_named(pools, inputs, tokenizer_path, tmp_path, stage, precision, what):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2, train={"zero_stage": stage, "precision": precision, "max_bad_steps": 3})
-    assert pools(2)(faulty, config, {4: float("nan")}) == ["", ""]
+    assert pools(2)(faulty, config, **{"factors": {}, what: {4: float("nan")}}) == ["", ""]
     before, after = (tensors(folder / "checkpoints" / f"step-{step:08d}") for step in (3, 4))
     masters = [key for key in before if key.startswith("master|")]
     merged = {key for key in masters if "mora_M" in key}  # the merge after step 4 is made all the same
@@ -105,7 +114,9 @@ def test_bad_steps_in_a_row_roll_back_and_skip_their_data(pools, inputs, tokeniz
     assert _same(rolled, reference)
     (entry,) = json.loads((rolled / "rollbacks.json").read_text())
     assert (entry["step"], entry["at"]) == (3, 5) and "2 steps in a row" in entry["reason"]
-    assert [(line["step"], line["train/rolled_back_from"]) for line in metrics(rolled) if "train/rollbacks" in line] == [(3, 5)]
+    (line,) = [line for line in metrics(rolled) if "train/rollbacks" in line]
+    assert (line["step"], line["train/rolled_back_from"]) == (3, 5)
+    assert [place[:14] for place in line["train/skipped_data"]] == ["rank 1: lane 1"] * 2
     assert [line["step"] for line in metrics(rolled) if "train/loss" in line] == list(range(1, 11))
     # a kill after the rollback and before the next checkpoint: the data is skipped all the same
     pools(2)(faulty, _settings(killed, inputs, tokenizer_path), NAN, stop_at=(1, 5))

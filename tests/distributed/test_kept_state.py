@@ -1,0 +1,339 @@
+"""Between a stop and a resume nothing is lost: place in the data, what was about to happen, what there is to go back to."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.test_health import NAN, _same, _settings, faulty, spiked
+from tests.distributed.test_resume import _equal
+from tests.runs import metrics, run_config, train, write_inputs
+from tests.tokenizer_tools import train_tokenizer
+
+pytestmark = pytest.mark.distributed
+SPIKES = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": "rollback"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("other")
+    train_tokenizer(folder, ["another text", "with other words", "of which some are long"])
+    return str(folder)
+
+
+def stopped(config: Any, *, where: str = "start", number: int = 0) -> int:
+    """Trains on every rank until rank 1 is asked to stop: at the start, in the last evaluation, or after global batch ``number``,
+    whose loss is a spike. Returns the exit code, as a signal would give it."""
+    from relora_mora.guard import Guard
+    from relora_mora.trainer import Trainer, pretrain
+
+    guard, train_step, stop_evaluation = Guard(signals=False), Trainer.train_step, Trainer.stop_evaluation
+
+    def ask(self: Trainer) -> None:
+        if self.rank == 1:
+            guard.stop_reason = "the test"
+
+    def after_the_spike(self: Trainer, batch: Any) -> None:
+        train_step(self, batch)
+        if self.step == number:
+            ask(self)
+            self.pending_loss += 1000.0 if self.rank == 1 else 0.0
+
+    def in_the_last_evaluation(self: Trainer) -> bool:
+        if self.step == self.config.train.steps:
+            ask(self)
+        return stop_evaluation(self)
+
+    if where == "start":
+        guard.stop_reason = "the test"
+    elif where == "spike":
+        Trainer.train_step = after_the_spike  # type: ignore[method-assign]
+    else:
+        Trainer.stop_evaluation = in_the_last_evaluation  # type: ignore[method-assign]
+    try:
+        return pretrain(config, guard)
+    finally:
+        Trainer.train_step, Trainer.stop_evaluation = train_step, stop_evaluation  # type: ignore[method-assign]
+
+
+def _manifest(run_dir: Path, step: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+    return found
+
+
+def test_a_run_taken_over_and_stopped_before_its_first_step_keeps_its_place_in_the_data(pools, inputs, tokenizer_path, tmp_path):
+    never, first, second = (tmp_path / name for name in ("never", "first", "second"))
+    pools(2)(train, run_config(inputs, tokenizer_path, never, 2))
+    pools(2)(train, run_config(inputs, tokenizer_path, first, 2), stop_after=5)
+    taken = run_config(inputs, tokenizer_path, second, 2, train={"resume": str(first)})
+    assert pools(2)(stopped, taken) == [75, 75]
+    assert _manifest(second, 5)["data_state"] == _manifest(first, 5)["data_state"]
+    pools(2)(train, run_config(inputs, tokenizer_path, second, 2))
+    assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in (never, second))) == []
+
+
+def test_a_checkpoint_without_a_place_in_the_data_is_refused(pools, inputs, tokenizer_path, tmp_path):
+    from relora_mora.checkpoint.layout import content_checksum
+
+    config = run_config(inputs, tokenizer_path, tmp_path / "run")
+    pools(1)(train, config, stop_after=2)
+    for step in (1, 2):
+        values = _manifest(tmp_path / "run", step) | {"data_state": {}}
+        del values["checksum"]
+        path = tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "manifest.json"
+        path.write_text(json.dumps(values | {"checksum": content_checksum(values)}))
+    (message,) = pools(1)(_refused, config)
+    assert "does not say where in the data it stands" in message
+
+
+def test_a_spike_of_the_last_step_is_flagged_and_the_run_is_saved(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    assert pools(2)(spiked, _settings(folder, inputs, tokenizer_path, **SPIKES), 10) == ["", ""]
+    assert [line["step"] for line in metrics(folder) if "train/loss_spike" in line] == [10]
+    assert _manifest(folder, 10)["step"] == 10 and not (folder / "rollbacks.json").exists()
+
+
+def test_a_stop_right_after_a_spike_changes_nothing_of_the_rollback(pools, inputs, tokenizer_path, tmp_path):
+    reference, folder = tmp_path / "reference", tmp_path / "run"
+    pools(2)(faulty, _settings(reference, inputs, tokenizer_path, **SPIKES), {}, drop=(7, 8))
+    config = _settings(folder, inputs, tokenizer_path, **SPIKES)
+    assert pools(2)(stopped, config, where="spike", number=8) == [75, 75]
+    assert "standard deviations" in _manifest(folder, 8)["counters"]["trouble"]
+    assert pools(2)(faulty, config, {}) == ["", ""]
+    assert _same(folder, reference)
+    (entry,) = json.loads((folder / "rollbacks.json").read_text())
+    assert (entry["step"], entry["at"]) == (6, 8)
+
+
+def test_a_last_evaluation_that_was_stopped_is_made_at_the_resume(pools, inputs, tokenizer_path, tmp_path):
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, eval={"every_steps": 0, "at_start": False})
+    assert pools(2)(stopped, config, where="evaluation") == [75, 75]
+    assert not [line for line in metrics(tmp_path / "run") if "eval/loss" in line]
+    pools(2)(train, config)
+    assert [line["step"] for line in metrics(tmp_path / "run") if "eval/loss" in line] == [10]
+
+
+def test_a_line_of_metrics_over_several_steps_is_the_same_after_a_stop(pools, inputs, tokenizer_path, tmp_path):
+    found = []
+    for stop in (None, 3, 7):
+        config = run_config(inputs, tokenizer_path, tmp_path / f"run{stop}", 2, log={"every_steps": 5})
+        if stop:
+            pools(2)(train, config, stop_after=stop)
+        pools(2)(train, config)
+        lines = [line for line in metrics(tmp_path / f"run{stop}") if "train/loss" in line]
+        found.append([(line["step"], line["train/loss"], line["train/grad_norm"]) for line in lines])
+    assert [line[0] for line in found[0]] == [5, 10]
+    for lines in found[1:]:
+        assert lines == [pytest.approx(line, rel=1e-12) for line in found[0]]
+
+
+def test_the_checkpoint_to_go_back_to_outlives_the_bad_steps(pools, inputs, tokenizer_path, tmp_path):
+    """Step 6 is the first of a row and is saved: retention would keep only it."""
+    config = _settings(tmp_path / "run", inputs, tokenizer_path)
+    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep_last": 1})})
+    assert pools(2)(faulty, config, {6: float("nan"), 7: float("nan")}) == ["", ""]
+    (entry,) = json.loads((tmp_path / "run" / "rollbacks.json").read_text())
+    assert (entry["step"], entry["at"]) == (3, 7)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")) == ["step-00000010"]
+
+
+def test_two_rollbacks_to_the_same_step_are_both_remembered(pools, inputs, tokenizer_path, tmp_path):
+    bad = {number: float("nan") for number in (4, 5, 6, 7)}
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
+    pools(2)(faulty, _settings(reference, inputs, tokenizer_path), {}, drop=(4, 5, 6, 7))
+    config = _settings(killed, inputs, tokenizer_path, max_rollbacks=2)
+    pools(2)(faulty, config, bad, stop_at=(2, 5))
+    assert [entry["step"] for entry in json.loads((killed / "rollbacks.json").read_text())] == [3, 3]
+    assert pools(2)(faulty, config, bad) == ["", ""]
+    assert _same(killed, reference)
+    assert not [line for line in metrics(killed) if "train/skipped_steps" in line], "nothing bad was read again"
+
+
+def test_who_goes_back_by_name_starts_another_history(pools, inputs, tokenizer_path, tmp_path):
+    """Rollbacks after that checkpoint are forgotten, and a checkpoint that was about to get its name is abandoned."""
+    clean, folder = tmp_path / "clean", tmp_path / "run"
+    pools(2)(faulty, _settings(clean, inputs, tokenizer_path), {})
+    pools(2)(faulty, _settings(folder, inputs, tokenizer_path), NAN)
+    third = folder / "checkpoints" / "step-00000003"
+    shutil.copytree(folder / "checkpoints" / "step-00000009", folder / "checkpoints" / "step-00000009.new")
+    again = _settings(folder, inputs, tokenizer_path, resume=str(third))
+    assert pools(2)(stopped, again) == [75, 75]
+    assert json.loads((folder / "rollbacks.json").read_text()) == []
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert "abandoned-step-00000009" in names and not names & {"step-00000009", "step-00000009.new", "step-00000010"}
+    assert pools(2)(faulty, _settings(folder, inputs, tokenizer_path), {}) == ["", ""]
+    assert _same(folder, clean)
+
+
+# ---- another tokenizer, other data ------------------------------------------------------------------------------
+
+
+def _refused(config: Any) -> str:
+    from relora_mora.checkpoint import CheckpointError
+    from relora_mora.trainer import pretrain
+
+    with pytest.raises(CheckpointError) as caught:
+        pretrain(config)
+    return str(caught.value)
+
+
+def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(pools, inputs, tokenizer_path, other_tokenizer, tmp_path):
+    from relora_mora.tokenizer import tokenizer_fingerprint
+
+    folder = tmp_path / "run"
+    pools(1)(train, run_config(inputs, other_tokenizer, folder), stop_after=0)  # the wrong one, noticed before the first checkpoint
+    assert tokenizer_fingerprint(folder / "tokenizer") == tokenizer_fingerprint(other_tokenizer)
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
+    expected = tokenizer_fingerprint(tokenizer_path)
+    for place in (folder, folder / "checkpoints" / "step-00000002"):
+        assert tokenizer_fingerprint(place / "tokenizer") == expected
+    assert _manifest(folder, 2)["tokenizer_fingerprint"] == expected
+    (message,) = pools(1)(_refused, run_config(inputs, other_tokenizer, folder))
+    assert "tokenizer" in message and "--train.allow_changes=[tokenizer]" in message and "allow_changes=[data]" not in message
+    pools(1)(train, run_config(inputs, other_tokenizer, folder, train={"allow_changes": ["tokenizer"]}), stop_after=3)
+    assert tokenizer_fingerprint(folder / "checkpoints" / "step-00000003" / "tokenizer") == tokenizer_fingerprint(other_tokenizer)
+
+
+def test_other_data_is_refused_and_when_allowed_read_from_its_beginning(pools, inputs, tokenizer_path, tmp_path):
+    other, folder, fresh = write_inputs(tmp_path / "other"), tmp_path / "run", tmp_path / "fresh"
+    for path in sorted((other / "train").iterdir())[1:]:
+        path.unlink()  # a smaller source: old places may not exist in it
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=6)
+    (message,) = pools(1)(_refused, run_config(other, tokenizer_path, folder))
+    assert "data: other sources" in message and "--train.allow_changes=[data]" in message
+    pools(1)(train, run_config(other, tokenizer_path, folder, train={"allow_changes": ["data"]}), stop_after=8)
+    pools(1)(train, run_config(other, tokenizer_path, fresh), stop_after=2)
+    assert _manifest(folder, 8)["data_state"] == _manifest(fresh, 2)["data_state"]
+    pools(1)(train, run_config(other, tokenizer_path, folder))  # no change any more
+    assert _manifest(folder, 10)["step"] == 10
+
+
+def test_another_setting_of_the_data_needs_one_permission(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
+    changed = {"seed": 5, "max_bad_fraction": 0.5}
+    (message,) = pools(1)(_refused, run_config(inputs, tokenizer_path, folder, data=changed))
+    assert "data.seed: " in message and message.count("to allow it") == 1
+    pools(1)(train, run_config(inputs, tokenizer_path, folder, data=changed, train={"allow_changes": ["data.seed"]}), stop_after=3)
+
+
+def test_a_shard_that_was_mended_is_read_on_from_the_same_line(pools, inputs, tokenizer_path, tmp_path):
+    mended, folder, never = tmp_path / "mended", tmp_path / "run", tmp_path / "never"
+    shutil.copytree(inputs, mended)
+    pools(1)(train, run_config(mended, tokenizer_path, never))
+    pools(1)(train, run_config(mended, tokenizer_path, folder), stop_after=4)
+    for path in (mended / "train").iterdir():
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=1))  # the same lines, another size
+    (message,) = pools(1)(_refused, run_config(mended, tokenizer_path, folder))
+    assert "files that have changed" in message
+    pools(1)(train, run_config(mended, tokenizer_path, folder, train={"allow_changes": ["data"]}))
+    assert _equal(*(run / "checkpoints" / "step-00000010" for run in (never, folder))) == []
+
+
+@pytest.mark.parametrize(
+    "what,change,says",
+    [
+        ("model", {"model": {"overrides": {"rms_norm_eps": 1e-3}}}, "model: rms_norm_eps is"),
+        ("operators", {"method": {"operators": [2, 1]}}, "method.operators: [1, 2] in the checkpoint, [2, 1] now"),
+        ("precision", {"train": {"precision": "bf16"}}, "train.precision: 'fp32' in the checkpoint, 'bf16' now"),
+        ("sequence", {"data": {"sequence_length": 16}}, "data.sequence_length: 32 in the checkpoint, 16 now"),
+        ("method", {"method": {"name": "mora", "merge_every": 2000}}, "method.name: 'remora' in the checkpoint, 'mora' now"),
+    ],
+)
+def test_what_would_change_the_result_is_refused(pools, inputs, tokenizer_path, tmp_path, what, change, says):
+    pools(1)(train, run_config(inputs, tokenizer_path, tmp_path / "run"), stop_after=1)
+    (message,) = pools(1)(_refused, run_config(inputs, tokenizer_path, tmp_path / "run", **change))
+    assert says in message, message
+
+
+# ---- hanging workers, hosts that differ -------------------------------------------------------------------------
+
+
+def with_a_stopped_worker(config: Any) -> str:
+    """Rank 1 stops its data worker after step 3, as a debugger or a disk that does not answer would. Returns the error's text."""
+    from relora_mora.trainer import Trainer, TrainingError, pretrain, trainer
+
+    train_step, before = Trainer.train_step, trainer.WORKER_SECONDS
+
+    def step(self: Trainer, batch: Any) -> None:
+        train_step(self, batch)
+        if self.step == 3 and self.rank == 1:
+            os.kill(self.data._producers[0].pid, signal.SIGSTOP)
+
+    Trainer.train_step, trainer.WORKER_SECONDS = step, 0.0  # type: ignore[method-assign]
+    try:
+        pretrain(config)
+    except TrainingError as error:
+        return str(error)
+    finally:
+        Trainer.train_step, trainer.WORKER_SECONDS = train_step, before  # type: ignore[method-assign]
+    return ""
+
+
+def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    data = {"workers": 1, "timeout_seconds": 3.0, "prefetch_batches": 1}
+    settings = {"data": data, "train": {"steps": 200}, "checkpoint": {"every_steps": 0}, "eval": {"every_steps": 0, "at_start": False}}
+    first, second = pools(2)(with_a_stopped_worker, run_config(inputs, tokenizer_path, folder, 2, **settings))
+    assert first == second and "data worker " in first and " hangs: it has done nothing for " in first
+    step = metrics(folder)[-1]["step"]
+    assert step >= 3 and _manifest(folder, step)["step"] == step
+
+
+def of_two_hosts(config: Any, other: Any, *, other_files: bool = False) -> str:
+    """Runs on every rank; the second one has other settings, or finds other files at the same paths."""
+    from relora_mora import build
+    from relora_mora.config import ConfigError
+    from relora_mora.trainer import pretrain
+
+    second, fingerprint = os.environ["RANK"] == "1", build.fingerprint
+    if second and other_files:
+        build.fingerprint = lambda *args, **kwargs: "another"
+    try:
+        with pytest.raises(ConfigError) as caught:
+            pretrain(other if second else config)
+    finally:
+        build.fingerprint = fingerprint
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["settings", "text", "tokenizer"])
+def test_ranks_that_were_given_different_things_do_not_train(pools, inputs, tokenizer_path, other_tokenizer, tmp_path, what):
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
+    optim = {"lr": 1e-3} if what == "settings" else {}
+    different = run_config(inputs, other_tokenizer if what == "tokenizer" else tokenizer_path, tmp_path / "run", 2, optim=optim)
+    first, second = pools(2)(of_two_hosts, config, different, other_files=what == "text")
+    expected = {"settings": "optim.lr", "text": "the training data", "tokenizer": "the tokenizer"}[what]
+    assert first == second and "rank 1 (" in first and expected in first and "start all ranks with the same command" in first
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def on_folders_of_their_own(config: Any) -> str:
+    """As ``of_two_hosts``, with a run folder that rank 1 does not share."""
+    from relora_mora.trainer import agreement
+
+    content, before = agreement._content, agreement.APPEAR_SECONDS
+    if os.environ["RANK"] == "1":
+        agreement._content = lambda file: None
+    agreement.APPEAR_SECONDS = 0.5
+    try:
+        return of_two_hosts(config, config)
+    finally:
+        agreement._content, agreement.APPEAR_SECONDS = content, before
+
+
+def test_a_run_folder_that_the_hosts_do_not_share_is_refused(pools, inputs, tokenizer_path, tmp_path):
+    first, second = pools(2)(on_folders_of_their_own, run_config(inputs, tokenizer_path, tmp_path / "run", 2))
+    assert first == second and "train.run_dir: " in first and "put it on a file system that all hosts share" in first

@@ -1,0 +1,56 @@
+"""launch/pretrain.py whose rank 1 is lost at a moment that no signal can be aimed at; VICTIM names it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import time
+from typing import Any, NoReturn
+
+import torch
+
+from launch.pretrain import main
+from relora_mora.cli import run
+from relora_mora.guard import leave_process
+
+
+def killed(*args: Any, **kwargs: Any) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("alive")
+
+
+def killed_later(*args: Any, **kwargs: Any) -> NoReturn:
+    time.sleep(2.0)  # until the other rank has written its part and waits
+    killed()
+
+
+@functools.wraps(main)
+def victim(*args: Any, **kwargs: Any) -> int:
+    from relora_mora.checkpoint.part import Part
+    from relora_mora.trainer import Trainer
+
+    train_step = Trainer.train_step
+
+    def without_device(self: Trainer, batch: Any) -> None:
+        if self.step == 3:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+        train_step(self, batch)
+
+    if os.environ["RANK"] == "1":
+        match os.environ["VICTIM"]:
+            case "at the end":
+                sys.modules["relora_mora.trainer.pretrain"].part_company = killed  # type: ignore[attr-defined]
+            case "in a save":
+                Part.write = killed_later  # type: ignore[method-assign]
+            case "device":
+                Trainer.train_step = without_device  # type: ignore[method-assign]
+    return main(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    try:
+        run(victim)
+    except SystemExit as end:
+        leave_process(end.code)  # type: ignore[arg-type]
