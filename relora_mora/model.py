@@ -94,11 +94,16 @@ def check_length(model_config: LlamaConfig, config: Config) -> None:
 
 
 def check_compiler(config: Config) -> None:
-    """Raises :class:`ConfigError` when torch.compile would find no C++ compiler for a CPU."""
-    if config.model.compile and not torch.cuda.is_available() and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+    """Raises :class:`ConfigError` when torch.compile would find no compiler: C++ on a CPU, C on a GPU, for Triton's launchers."""
+    if torch.cuda.is_available():
+        language, variable, names = "C", "CC", ("gcc", "clang")
+    else:
+        language, variable, names = "C++", "CXX", ("g++", "clang++")
+    if config.model.compile and not any(map(shutil.which, (os.environ.get(variable, names[0]), names[1]))):
         raise ConfigError(
             [
-                "model.compile: torch.compile needs a C++ compiler on a CPU, and there is no g++; install it, name one in CXX, or leave it false"
+                f"model.compile: torch.compile needs a {language} compiler here, and there is no {names[0]}; install it, name one in {variable}, "
+                "or leave it false"
             ],
             "the settings",
         )

@@ -23,3 +23,11 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     text = ["the rank of a merge", "matrix over the rank", "größer als the matrix", "one more of the same", "0123456789 - abcdefghij"]
     train_tokenizer(folder, text)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As large, trained on other text."""
+    folder = tmp_path_factory.mktemp("other_tokenizer")
+    train_tokenizer(folder, ["another text", "with other words", "of which some are long"])
+    return str(folder)

@@ -11,7 +11,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from relora_mora.config import Config, ConfigError, dump, load_config, parse_yaml, validate
+from relora_mora.optim import make_schedule
+from relora_mora.plan import Cluster, make_plan, render
+from relora_mora.plan.devices import CPU
 from tests.config_tools import SECTIONS, SETTINGS, same, tree
+from tests.tiny import tiny_llama
 
 many = settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -86,6 +90,53 @@ def test_any_override_gives_settings_or_faults(tmp_path: Path, overrides: dict[s
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree()))
     check_outcome(lambda: load_config(path, overrides))
+
+
+# settings that mostly go together, so that many of them make a run
+likely = st.fixed_dictionaries(
+    {},
+    optional={
+        "method.name": st.sampled_from(["full", "lora", "mora", "relora", "remora"]),
+        "method.rank": st.integers(1, 64),
+        "method.operators": st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=3),
+        "method.square_multiple": st.sampled_from([1, 2, 32, 64]),
+        "method.square_size": st.none() | st.integers(1, 80),
+        "method.merge_every": st.integers(1, 300),
+        "method.form": st.sampled_from(["auto", "merged", "decoupled"]),
+        "method.train_embeddings": st.booleans(),
+        "method.target_modules": st.lists(st.sampled_from(["q_proj", "o_proj", "up_proj", "x_proj"]), min_size=1, max_size=2, unique=True),
+        "optim.schedule": st.sampled_from(["cosine", "linear", "wsd", "constant"]),
+        "optim.warmup_steps": st.integers(0, 50),
+        "optim.restart_warmup_steps": st.integers(0, 50),
+        "train.steps": st.integers(1, 500),
+        "train.batch_size": st.sampled_from([8, 16, 24]),
+        "train.micro_batch_size": st.sampled_from([1, 2, 4]),
+        "train.zero_stage": st.integers(0, 3),
+        "train.deepspeed": st.sampled_from([{}, {"zero_optimization": {"overlap_comm": True}}]),
+        "model.activation_checkpointing": st.booleans(),
+    },
+)
+
+
+@settings(many, max_examples=40)
+@given(changes=likely)
+def test_settings_that_are_taken_make_a_plan_or_a_message(changes: dict[str, Any]) -> None:
+    given_tree = tree()
+    for name, value in changes.items():
+        section, key = name.split(".")
+        given_tree.setdefault(section, {})[key] = value
+    config = check_outcome(lambda: validate(given_tree, "the test", world_size=2))
+    if config is None:
+        return
+    schedule = make_schedule(config)
+    assert [schedule.rate(step, rewarm=True) >= 0 for step in (1, config.train.steps)] == [True, True]
+    try:
+        plan = make_plan(tiny_llama(), config, cluster=Cluster(1, 2, CPU), bf16=True, on_cpu=True, peak=(1e12, "the test"))
+    except ValueError as error:
+        assert type(error).__module__.startswith("relora_mora.") or "method." in str(error), error
+        assert "; " in str(error), "a remedy"
+    else:
+        assert plan.parameters.trainable > 0 and render(plan)
 
 
 awkward = st.sampled_from(["4e-4", "1e5", "08", "1_000", "yes", "2026-11-24", "~", "-.inf", "null", "0o7", "="])

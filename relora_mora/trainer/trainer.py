@@ -6,15 +6,14 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from relora_mora.build import Checked, Run, plain_model_config
-from relora_mora.checkpoint import CheckpointWriter, Manifest
+from relora_mora.build import Checked, Run
+from relora_mora.checkpoint import CheckpointWriter
 from relora_mora.data import Batch, EvalSet, TrainStream, merge_states
 from relora_mora.evaluate import evaluate, held_out
 from relora_mora.flops import flops_per_token
@@ -26,6 +25,7 @@ from relora_mora.optim import group_rates
 from relora_mora.trainer.ends import end_for_data, finish, stop
 from relora_mora.trainer.report import Interval, data_metrics, loss_metrics, merge_metrics, peak_of_device
 from relora_mora.trainer.rollback import roll_back
+from relora_mora.trainer.state import manifest_of
 from relora_mora.zero import from_first_rank, gather_from_ranks, sum_over_hosts
 
 WORKER_SECONDS = 60.0  # that a data worker may do nothing, beyond data.timeout_seconds
@@ -272,41 +272,9 @@ class Trainer:
         if self.trouble and not at_the_end:
             return
         self.guard.did(f"step {self.step}: checkpoint", within=LONG_SECONDS)
-        manifest = Manifest(
-            step=self.step,
-            merges_done=self.schedule.merges_done(self.step),
-            operator=self.run.cycle.operator(),
-            world_size=self.world_size,
-            zero_stage=self.config.train.zero_stage,
-            bf16=self.checked.bf16,
-            group_steps=self.engine.group_steps(),
-            parameters={name: list(self.engine.shapes[name]) for names in self.engine.members for name in names},
-            frozen={name: list(self.engine.shapes[name]) for name in self.run.base.owner},
-            config=self.config.model_dump(mode="json"),
-            model_config=plain_model_config(self.checked.model_config),
-            tokenizer_fingerprint=self.checked.tokenizer_fingerprint,
-            data_fingerprint=self.checked.data_fingerprint,
-            data_order=self.checked.data_order,
-            data_state={},
-            counters=self.counters(),
-            files={},
-        )
-        stall = self.writer.save(manifest, self.data_state, self.folder / "tokenizer")
+        stall = self.writer.save(manifest_of(self), self.data_state, self.folder / "tokenizer")
         self.saved = self.step
         self.write({"perf/checkpoint_stall_seconds": stall})
-
-    def counters(self) -> dict[str, Any]:
-        """What :meth:`begin_at` takes up again; a collective."""
-        due = self.is_due(self.config.eval.every_steps) or self.step == self.config.train.steps
-        return {
-            "tokens": self.tokens,
-            "skipped_steps": self.skipped,
-            **asdict(self.health),
-            "trouble": self.trouble,
-            "interval": self.interval.state(self.world_size),
-            "rollbacks": self.rollbacks,
-            "evaluated": self.evaluated == self.step or not due,
-        }
 
     def log(self) -> None:
         """One line of metrics over the steps since the last; a collective."""

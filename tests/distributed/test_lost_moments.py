@@ -15,7 +15,7 @@ from tests.helpers import ROOT
 from tests.jobs import ends, free_port, write_config
 from tests.runs import run_config, write_inputs
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.stops]
 
 
 def both_ranks(config: Path, what: str) -> tuple[list[int], float, str]:

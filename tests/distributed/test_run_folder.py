@@ -36,6 +36,7 @@ def test_a_read_only_run_folder_is_refused_before_the_model_is_built(inputs, tok
     assert job.output.count("Read-only file system") == 1
 
 
+@pytest.mark.stops
 def test_a_disk_that_is_full_for_a_while_costs_lines_and_checkpoints_only(inputs, tokenizer_path, tmp_path):
     with disk(tmp_path / "disk", "size=32m") as folder:
         run_dir, ballast = folder / "run", folder / "ballast"

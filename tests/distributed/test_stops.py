@@ -51,7 +51,7 @@ def _saved_step(run_dir: Path) -> int:
         pytest.param(signal.SIGINT, "rank 0", "torchrun", marks=also),
         pytest.param(signal.SIGUSR1, "rank 1", "torchrun", marks=also),
         pytest.param(signal.SIGTERM, "launch.py", "deepspeed", marks=also),
-        (signal.SIGINT, "launch.py", "deepspeed"),
+        pytest.param(signal.SIGINT, "launch.py", "deepspeed", marks=also),
         pytest.param(signal.SIGTERM, "launcher", "deepspeed", marks=also),
         pytest.param(signal.SIGTERM, "launcher", "torchrun", marks=also),
     ],
@@ -114,7 +114,8 @@ def test_a_lost_rank_ends_the_job_and_is_named(config, lost, how):
     assert again.wait(20) == 75
 
 
-@pytest.mark.parametrize("target", ["launch.py", pytest.param("launcher", marks=also)])
+@also
+@pytest.mark.parametrize("target", ["launch.py", "launcher"])
 def test_ranks_end_with_their_launcher_and_the_same_command_waits_for_them(config, target):
     run_dir = config.parent / "run"
     job = Job(config)
