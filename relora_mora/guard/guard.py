@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from relora_mora.guard.exits import LOST, REQUEUE, leave_process, record_end
 from relora_mora.guard.launchers import Launchers
@@ -94,11 +94,11 @@ class Guard:
         if self._watch is not None:
             self.end(self._watch.lost_peer(error))
 
-    def lost_device(self, error: str) -> None:
-        """The accelerator of this rank has failed. Ends the process and the others with the code after which a job starts again."""
-        reason = f"the device of rank {self.rank} failed ({error})"
-        self._say(reason)
-        self.leave(LOST, reason, same_on_all_ranks=False)
+    def lost(self, reason: str, *, same_on_all_ranks: bool) -> NoReturn:
+        """Something of this machine has failed. Ends the process and the others with the code after which a job starts again."""
+        if self.rank == 0 or not same_on_all_ranks:
+            self._say(reason)
+        self.leave(LOST, reason, same_on_all_ranks=same_on_all_ranks)
         leave_process(LOST)
 
     def stop_watching(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -24,6 +25,18 @@ from relora_mora.zero import (
     part_company,
     store_address,
 )
+
+# of a network file system that goes and comes again; no mistake of the user
+LOST_DISK = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EREMOTEIO,
+}
 
 
 def pretrain(config: Config, guard: Guard | None = None) -> int:
@@ -81,12 +94,15 @@ def _pretrain(config: Config, guard: Guard) -> int:
 
 
 def _end_if_lost(guard: Guard, error: Exception) -> None:
-    """Ends the process where the error says that another rank is gone, or this rank's device."""
+    """Ends the process where the error says that another rank is gone, or this rank's device, or a network file system."""
     first_line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    same = getattr(error, "same_on_all_ranks", False)
     if lost_peer(error):
         guard.lost_peer(first_line)
     if lost_device(error):
-        guard.lost_device(first_line)
+        guard.lost(f"the device of rank {guard.rank} failed ({first_line})", same_on_all_ranks=same)
+    if isinstance(error, OSError) and error.errno in LOST_DISK:
+        guard.lost(f"a disk or network failed rank {guard.rank} ({error.strerror}: {error.filename})", same_on_all_ranks=same)
 
 
 def _pinned(config: Config) -> tuple[DataConfig, dict[str, str]]:

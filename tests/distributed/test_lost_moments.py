@@ -58,8 +58,15 @@ def test_a_rank_that_is_lost_in_a_save_ends_the_other_at_once(config):
     assert seconds < 25 and "rank 1 is gone" in output
 
 
-def test_a_device_that_fails_ends_the_job_with_the_code_that_starts_it_again(config):
-    codes, _, output = both_ranks(config, "device")
+@pytest.mark.parametrize(
+    "what,reason",
+    [
+        ("device", "the device of rank 1 failed (AcceleratorError: CUDA error: unspecified"),
+        ("disk", "a disk or network failed rank 1 (Stale file handle: metrics.jsonl)"),
+    ],
+)
+def test_a_machine_that_fails_ends_the_job_with_the_code_that_starts_it_again(config, what, reason):
+    codes, _, output = both_ranks(config, what)
     assert codes == [69, 69], output
     [end] = ends(config.parent / "run")
-    assert end["code"] == 69 and "the device of rank 1 failed (AcceleratorError: CUDA error: unspecified" in end["reason"]
+    assert end["code"] == 69 and reason in end["reason"]

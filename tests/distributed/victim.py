@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -33,10 +35,13 @@ def victim(*args: Any, **kwargs: Any) -> int:
 
     train_step = Trainer.train_step
 
-    def without_device(self: Trainer, batch: Any) -> None:
-        if self.step == 3:
-            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
-        train_step(self, batch)
+    def without(error: Exception) -> Callable[[Trainer, Any], None]:
+        def step(self: Trainer, batch: Any) -> None:
+            if self.step == 3:
+                raise error
+            train_step(self, batch)
+
+        return step
 
     if os.environ["RANK"] == "1":
         match os.environ["VICTIM"]:
@@ -45,7 +50,9 @@ def victim(*args: Any, **kwargs: Any) -> int:
             case "in a save":
                 Part.write = killed_later  # type: ignore[method-assign]
             case "device":
-                Trainer.train_step = without_device  # type: ignore[method-assign]
+                Trainer.train_step = without(torch.AcceleratorError("CUDA error: unspecified launch failure"))  # type: ignore[method-assign]
+            case "disk":
+                Trainer.train_step = without(OSError(errno.ESTALE, "Stale file handle", "metrics.jsonl"))  # type: ignore[method-assign]
     return main(*args, **kwargs)
 
 
