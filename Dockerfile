@@ -44,8 +44,10 @@ COPY launch launch
 COPY configs configs
 COPY tokenizer tokenizer
 
+# PYTHONNOUSERSITE: apptainer mounts the user's home, and packages in its ~/.local would come before the image's
 # HOME and USER also for `docker run --user`, whose id has no entry in /etc/passwd; HEALTH_MINUTES: see below
 ENV PATH=/opt/venv/bin:${PATH} \
+    PYTHONNOUSERSITE=1 \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
     USER=trainer \
@@ -56,6 +58,6 @@ USER 10001:10001
 HEALTHCHECK --interval=1m --timeout=10s --start-period=30m --retries=3 \
     CMD ["sh", "-c", "test -n \"$(find runs -name checkpoints -prune -o -name metrics.jsonl -mmin -${HEALTH_MINUTES} -print -quit)\""]
 
-# one process; for all GPUs of the machine: --entrypoint python IMAGE -m torch.distributed.run --nproc_per_node=gpu launch/pretrain.py CONFIG
+# one process; for several GPUs: compose.yaml
 ENTRYPOINT ["python", "launch/pretrain.py"]
 CMD ["--help"]

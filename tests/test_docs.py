@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,9 +67,14 @@ def is_setting(dotted: str) -> bool:
     return not below or "dict" in str(model.model_fields[key].annotation)
 
 
+def blocks(text: str) -> list[str]:
+    """What stands in fenced blocks of commands."""
+    return [block for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if language in ("", "bash")]
+
+
 def commands(text: str) -> Iterator[list[str]]:
     """Command lines in fenced blocks, with their continuation lines, as words."""
-    for block in re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for block in blocks(text):
         for line in block.replace("\\\n", " ").splitlines():
             yield line.removeprefix("$ ").split("  #")[0].split()
 
@@ -197,6 +203,19 @@ def test_tensorboard_of_the_compose_file_is_reachable_from_this_machine_only() -
     assert ports and all(str(port).startswith("127.0.0.1:") for port in ports)
 
 
+@pytest.mark.parametrize("path", [path for path in INSTRUCTIONS if "kubectl exec" in path.read_text()], ids=name)
+def test_a_pod_is_waited_for_before_it_is_used(path: Path) -> None:
+    text = path.read_text()
+    assert 0 < text.find("kubectl wait --for=condition=Ready") < text.find("kubectl exec")
+
+
+def test_a_job_is_gone_before_it_is_started_again() -> None:
+    """The old pods hold the run folder: the ranks of a new Job would end with 2, and it with them."""
+    for path in (ROOT / "launch" / "k8s" / "job.yaml", ROOT / "docs" / "clusters.md"):
+        again = "kubectl delete job relora-mora --ignore-not-found --cascade=foreground --wait"
+        assert again in path.read_text() and "kubectl replace" not in path.read_text(), name(path)
+
+
 def test_the_image_copies_only_what_the_build_is_given() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     allowed = {line.removeprefix("!") for line in ignored if line.startswith("!")}
@@ -205,34 +224,76 @@ def test_the_image_copies_only_what_the_build_is_given() -> None:
     assert "*" in ignored and sources == allowed and all((ROOT / source).exists() for source in sources)
 
 
-FAKE_SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do echo "option $1"; shift; done
-for rank in 0 1 2 3; do SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) SLURM_NTASKS=4 "$@"; done
-"""
+def launches(path: Path) -> Iterator[str]:
+    """Command lines that train one of the shipped configs: of code blocks, of code within a line, and of comments."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+        found = [*blocks(text), *(code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", prose))]
+    else:
+        found = ["\n".join(re.findall(r"^#   +(.+)$", text, re.MULTILINE))]
+    starts_one = re.compile(r"(?=.*configs/run/\S+\.yaml).*(?:launch/pretrain\.py|pretrain\.sbatch|docker (?:run|compose))")
+    for block in found:
+        for line in re.sub(r"\\\n *", "", block).splitlines():
+            command = re.split(r" {2,}#|; done", line)[0].strip()
+            if starts_one.match(command):
+                yield command
 
 
-def test_the_slurm_script_gives_every_task_its_place(tmp_path: Path) -> None:
-    fakes = {
-        "srun": FAKE_SRUN,
-        "scontrol": "#!/bin/bash\nprintf 'first\\nsecond\\n'\n",
-        "fake_python": '#!/bin/bash\necho "task $RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS:" "$@"\n',
-    }
-    for file, text in fakes.items():
-        (tmp_path / file).write_text(text)
-        (tmp_path / file).chmod(0o755)
-    job = {"JOB_ID": "123456", "JOB_NODELIST": "n[1-2]", "JOB_NUM_NODES": "2", "CPUS_PER_TASK": "8", "SUBMIT_DIR": str(tmp_path)}
-    environment = {f"SLURM_{key}": value for key, value in job.items()} | {"SLURM_ARRAY_TASK_ID": "7"}
-    environment |= {"PATH": f"{tmp_path}:/usr/local/bin:/usr/bin:/bin", "PYTHON": "fake_python"}
-    script = str(ROOT / "launch" / "slurm" / "pretrain.sbatch")
-    arguments = ["some.yaml", "--train.seed=$SLURM_ARRAY_TASK_ID", "--method.operators=[1, 2]"]
-    done = subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True, check=True)
-    tasks = [line for line in done.stdout.splitlines() if line.startswith("task")]
-    called = "launch/pretrain.py some.yaml --train.seed=7 --method.operators=[1, 2]"
-    assert tasks == [f"task {rank} {rank % 2} 4 first 23456 8: {called}" for rank in range(4)]
-    assert "option --kill-on-bad-exit=0" in done.stdout  # else the first end hides the code of the others
-    assert (tmp_path / "runs" / "slurm" / "123456").is_dir()
+def ranks_of(command: str) -> int | None:
+    """How many ranks a command line starts; None where it takes all GPUs there are."""
+    given = {option: int(number) for option, number in re.findall(r"(?:--|\b)([\w-]+)[= ](\d+)\b", command)}
+    if "sbatch" in command:
+        text = (ROOT / "launch" / "slurm" / "pretrain.sbatch").read_text()
+        shipped = {option: int(number) for option, number in re.findall(r"^#SBATCH --([a-z-]+)=(\d+)$", text, re.MULTILINE)}
+        job = shipped | given
+        assert job["gpus-per-node"] in (0, job["ntasks-per-node"]), command
+        return job["nodes"] * job["ntasks-per-node"]
+    if "--hostfile" in command:
+        hosts = (ROOT / "launch" / "hostfile.example").read_text()
+        return sum(int(slots) for slots in re.findall(r"^\S+ slots=(\d+)", hosts, re.MULTILINE))
+    if "deepspeed" in command:
+        return given.get("num_gpus")
+    if "torchrun" in command:
+        return given.get("nnodes", 1) * given["nproc_per_node"]
+    if "docker compose" in command and "trainer-cpu" not in command:
+        return given.get("GPUS", 1)
+    return 1
 
 
-def test_without_arguments_the_slurm_script_runs_a_shipped_config() -> None:
-    config = re.search(r"^CONFIG=(\S+)", (ROOT / "launch" / "slurm" / "pretrain.sbatch").read_text(), re.MULTILINE)
-    assert config is not None and (ROOT / config[1]).is_file()
+LAUNCHES = sorted(
+    {(name(path), command) for path in [*INSTRUCTIONS, *ROOT.glob("configs/run/*.yaml")] for command in launches(path)}
+    - {("README.md", command) for command in launches(ROOT / "README.md") if "merge_evry" in command}
+)
+
+
+def test_launches_of_every_kind_are_found() -> None:
+    kinds = ("sbatch", "DS_ACCELERATOR=cpu sbatch", "torchrun", "deepspeed --num", "deepspeed --host", "python", "GPUS=", "docker run")
+    assert all(any(command.startswith(kind) for _, command in LAUNCHES) for kind in kinds)
+    where = {path for path, _ in LAUNCHES}
+    assert where >= {"README.md", "docs/clusters.md", "docs/experiments.md", "launch/slurm/pretrain.sbatch", "compose.yaml"}
+    found = {command: ranks_of(command) for _, command in LAUNCHES}
+    assert {1, 2, 4, 8, 32} <= set(found.values()) and None not in found.values(), "say how many"
+
+
+@pytest.mark.parametrize("path,command", LAUNCHES)
+def test_the_config_of_a_launch_suits_its_number_of_ranks(path: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from relora_mora.config import load_config
+
+    monkeypatch.chdir(ROOT)
+    [config] = re.findall(r"configs/run/\S+?\.yaml", command)
+    words = shlex.split(command.replace('CONFIG="', "").replace('" docker', " docker").replace("$SLURM_ARRAY_TASK_ID", "1"))
+    overrides = dict(word.removeprefix("--").split("=", 1) for word in words if re.match(r"--[a-z_]+\.", word))
+    for each in ROOT.glob(re.sub(r"\$\w+", "*", config)):
+        load_config(each, overrides, world_size=ranks_of(command))
+
+
+def test_a_launch_that_would_be_refused_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in (
+        "sbatch --nodes=1 --gpus-per-node=4 --ntasks-per-node=4 launch/slurm/pretrain.sbatch configs/run/tiny_remora.yaml",
+        "sbatch --array=0-2 launch/slurm/pretrain.sbatch configs/run/tiny_remora.yaml --train.seed='$SLURM_ARRAY_TASK_ID'",
+        "torchrun --nnodes=2 --nproc_per_node=2 launch/pretrain.py configs/run/tiny_remora.yaml",
+        "GPUS=4 CONFIG=configs/run/tiny_remora.yaml docker compose up",
+    ):
+        with pytest.raises(ValueError, match="ranks"):
+            test_the_config_of_a_launch_suits_its_number_of_ranks("", command, monkeypatch)

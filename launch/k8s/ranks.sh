@@ -1,11 +1,20 @@
 #!/bin/bash
 # The ranks of one pod, joined to those of the other pods: bash launch/k8s/ranks.sh CONFIG [--section.key=value ...]
-# Kubernetes says which pod this is (JOB_COMPLETION_INDEX); PODS, RANKS_PER_POD, MASTER_ADDR and MASTER_PORT come from job.yaml.
+# Kubernetes says which pod this is (JOB_COMPLETION_INDEX); PODS, RANKS_PER_POD, MASTER_ADDR and MASTER_PORT come from job.yaml. The
+# trainer of compose.yaml is the only pod.
 #
 # Why not torchrun: it ends with 1 whatever its ranks end with, and with 1 when it is signalled itself, but job.yaml decides by the
-# code whether a pod is started again. Here the ranks' codes come through.
+# code whether a pod is started again. Here the ranks' codes come through. And 30 seconds after SIGTERM it kills them, saved or not.
 
 set -uo pipefail
+
+ranks=() stopping=
+pass_on() {
+    stopping=yes
+    ((${#ranks[@]} == 0)) || kill -TERM "${ranks[@]}" 2>/dev/null
+}
+# the ranks save, tell those of the other pods, and all end with 75; from the start on, because to process 1 nothing happens by itself
+trap pass_on TERM INT
 
 for name in JOB_COMPLETION_INDEX PODS RANKS_PER_POD MASTER_ADDR MASTER_PORT; do
     if [[ -z ${!name:-} ]]; then
@@ -15,15 +24,13 @@ for name in JOB_COMPLETION_INDEX PODS RANKS_PER_POD MASTER_ADDR MASTER_PORT; do
 done
 export WORLD_SIZE=$((PODS * RANKS_PER_POD)) LOCAL_WORLD_SIZE=$RANKS_PER_POD
 
-ranks=()
-# the ranks save, tell those of the other pods, and all end with 75
-trap '((${#ranks[@]})) && kill -TERM "${ranks[@]}" 2>/dev/null' TERM INT
-
 for ((local_rank = 0; local_rank < RANKS_PER_POD; local_rank++)); do
+    [[ -z $stopping ]] || break
     RANK=$((JOB_COMPLETION_INDEX * RANKS_PER_POD + local_rank)) LOCAL_RANK=$local_rank \
         "${PYTHON:-python}" launch/pretrain.py "$@" &
     ranks+=($!)
 done
+[[ -z $stopping ]] || pass_on # the signal may have come when the last one had been started and was not in the list
 
 end_of() { # the exit code of a rank; a signal that is passed on ends a `wait`, too
     wait "$1"
@@ -33,6 +40,7 @@ end_of() { # the exit code of a rank; a signal that is passed on ends a `wait`, 
 
 # The ranks watch each other: when one has failed, the others end within their bound. They end with 69 or 75, so another code is the cause.
 code=0 cause=
+((${#ranks[@]})) || code=143 # signalled before there was one
 for rank in "${ranks[@]}"; do
     end_of "$rank"
     status=$?

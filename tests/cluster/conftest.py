@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Pair, why_not
+from tests.cluster.hosts import Pair, skip, why_not
 from tests.cluster.runs import on_one_host, write_run
 from tests.runs import write_inputs
 
@@ -15,7 +15,7 @@ Make = Callable[..., Path]
 @pytest.fixture(scope="session")
 def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     if reason := why_not():
-        pytest.skip(f"two hosts on one machine: {reason}")
+        skip(f"two hosts on one machine: {reason}")
     pair = Pair(tmp_path_factory.mktemp("hosts"))
     yield pair
     pair.close()

@@ -16,9 +16,10 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
+import pytest
 
 from tests.jobs import lives
 
@@ -61,6 +62,13 @@ def why_not(*commands: str) -> str | None:
         return f"not installed: {', '.join(missing)} (.ci/run installs the packages)"
     tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
     return None if tried.returncode == 0 else f"no namespaces here: {tried.stderr.strip()}"
+
+
+def skip(reason: str) -> NoReturn:
+    """Skips the test; with NEED_CLUSTER=1 it fails instead, so that a machine that is to run these tests cannot leave all of them out."""
+    if os.environ.get("NEED_CLUSTER") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 class Host:
@@ -169,9 +177,14 @@ class Pair:
     def trainers(self) -> list[psutil.Process]:
         return [process for host in self.hosts for process in host.trainers()]
 
-    def wait_for_nobody(self, seconds: float) -> None:
-        """Until no launcher, rank or data worker lives on either host."""
-        wait_until(lambda: not self.trainers(), seconds, lambda: f"left: {[_command(process) for process in self.trainers()]}")
+    def wait_for_nobody(self, seconds: float, but: str | None = None) -> None:
+        """Until no launcher, rank or data worker lives on either host, but processes of this name."""
+
+        def left() -> list[list[str]]:
+            commands = [_command(process) for process in self.trainers()]
+            return [command for command in commands if command and command[0] != but]
+
+        wait_until(lambda: not left(), seconds, lambda: f"left: {left()}")
 
     def clear(self) -> None:
         """After a test: the link is up, and nothing of a job runs."""

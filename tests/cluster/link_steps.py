@@ -39,7 +39,7 @@ def shape(rate: str) -> str:
     raise SystemExit("tc can neither netem nor tbf on this kernel")
 
 
-def build(method: str, plan: dict[str, Any]) -> Rig:
+def build(plan: dict[str, Any], method: str, deepspeed: dict[str, Any] | None = None, overrides: dict[str, Any] | None = None) -> Rig:
     config = tiny_config(
         2,
         method={"name": method, **({} if method == "full" else {"rank": plan["rank"]})},
@@ -49,9 +49,11 @@ def build(method: str, plan: dict[str, Any]) -> Rig:
             "micro_batch_size": plan["sequences"],
             "precision": "auto",
             "zero_stage": plan["stage"],
+            "deepspeed": deepspeed or {},
         },
     )
-    return build_rig(config, bf16=fast_bf16(), llama=read_model_config(ModelConfig(config=plan["model"], overrides=plan["overrides"])))
+    model = ModelConfig(config=plan["model"], overrides=plan["overrides"] | (overrides or {}))
+    return build_rig(config, bf16=fast_bf16(), llama=read_model_config(model))
 
 
 def step(rig: Rig, ids: Tensor, labels: Tensor) -> None:
@@ -62,7 +64,7 @@ def step(rig: Rig, ids: Tensor, labels: Tensor) -> None:
 def main(given: str) -> None:
     plan = json.loads(given)
     rank, _ = init_distributed()
-    built = {name: build(name, plan) for name in plan["methods"]}
+    built = {name: build(plan, **changes) for name, changes in plan["variants"].items()}
     vocabulary = next(iter(built.values())).engine.lm.config.vocab_size
     tokens = torch.randint(0, vocabulary, (plan["sequences"], plan["length"] + 1), generator=torch.Generator().manual_seed(rank))
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -84,7 +86,7 @@ def main(given: str) -> None:
                 sent[name].append(int(SENT.read_text()) - bytes_before)
         for name, rig in built.items():
             trainable = sum(p.numel() for p in rig.engine.lm.parameters() if p.requires_grad)
-            rows.append({"method": name, "rate": rate, "way": way, "seconds": seconds[name], "sent": sent[name], "trainable": trainable})
+            rows.append({"variant": name, "rate": rate, "way": way, "seconds": seconds[name], "sent": sent[name], "trainable": trainable})
     shape("none")
     if rank == 0:
         print(json.dumps({"bf16": fast_bf16(), "stage": plan["stage"], "rows": rows}))

@@ -87,6 +87,11 @@ def torchrun(host: Host, config: Path) -> Command:
     return Command(host, config.parent / f"torchrun.{host.name}.log", str(BIN / "torchrun"), *rendezvous, PRETRAIN, str(config))
 
 
+def starts(run_dir: Path) -> list[int]:
+    """The step that each start of a run began at."""
+    return [json.loads(line)["step"] for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+
+
 def losses(run_dir: Path) -> list[float]:
     lines = [line for line in metrics(run_dir) if "train/loss" in line]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))

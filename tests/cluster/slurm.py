@@ -32,8 +32,8 @@ SlurmdTimeout={lost}
 ReturnToService=2
 KillWait=20
 MinJobAge=3600
-NodeName={names[0]} NodeAddr=10.77.0.1 CPUs=4 RealMemory=8000
-NodeName={names[1]} NodeAddr=10.77.0.2 CPUs=4 RealMemory=8000
+NodeName={names[0]} NodeAddr=10.77.0.1 CPUs=4 RealMemory=8000 Feature={names[0]}
+NodeName={names[1]} NodeAddr=10.77.0.2 CPUs=4 RealMemory=8000 Feature={names[1]}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
 
@@ -70,22 +70,24 @@ class Slurm:
     def states(self) -> list[str]:
         return [line.strip().rstrip("*") for line in self.run("sinfo", "--noheader", "--Node", "--format=%T").splitlines()]
 
-    def submit(self, *arguments: str) -> str:
+    def submit(self, *arguments: str, **environment: str) -> str:
         """The id of a new job."""
-        return self.run("sbatch", "--parsable", *arguments).strip()
+        return self.run("env", *(f"{key}={value}" for key, value in environment.items()), "sbatch", "--parsable", *arguments).strip()
 
     def field(self, job: str, name: str) -> str:
         """JobState, Restarts, ExitCode, ... of a job."""
         words = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)[name]
 
-    def start_again(self, job: str, restarts: int) -> None:
+    def start_again(self, job: str, restarts: int, seconds: float = 60) -> None:
         """Waits until a job is back in the queue, where it would stay for two minutes, and has it start now."""
 
         def waits() -> bool:
-            return (self.field(job, "Restarts"), self.field(job, "JobState")) == (str(restarts), "PENDING")
+            state = self.field(job, "JobState")
+            assert state not in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"), f"{job} is {state}\n{self.logs(job)}"
+            return (self.field(job, "Restarts"), state) == (str(restarts), "PENDING")
 
-        wait_until(waits, 60, lambda: self.logs(job))
+        wait_until(waits, seconds, lambda: self.logs(job))
         time.sleep(2)  # a node refuses a job that it has ended in the same second
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 

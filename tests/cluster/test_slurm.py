@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Pair, wait_until, why_not
-from tests.cluster.runs import SAVE_EVERY, STEPS, losses, same_end
+from tests.cluster.hosts import Pair, skip, wait_until, why_not
+from tests.cluster.runs import SAVE_EVERY, STEPS, losses, same_end, starts
 from tests.cluster.slurm import NEEDED, Slurm
 from tests.helpers import ROOT
 from tests.jobs import ends, last_step
@@ -24,7 +24,7 @@ CPU_NODES = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
 @pytest.fixture(scope="module")
 def cluster(two_hosts: Pair, tmp_path_factory: pytest.TempPathFactory) -> Slurm:
     if reason := why_not(*NEEDED):
-        pytest.skip(f"Slurm: {reason}")
+        skip(f"Slurm: {reason}")
     checkout = tmp_path_factory.mktemp("checkout")  # so that logs do not go to the real one
     (checkout / "launch").symlink_to(ROOT / "launch")
     (checkout / ".venv").symlink_to(sys.prefix)
@@ -51,7 +51,7 @@ def test_a_job_finishes_with_a_log_per_rank(slurm, make, reference):
     slurm.wait_for_the_end(job)
     assert same_end(reference(2) / "run", config.parent / "run")
     logs = slurm.checkout / "runs" / "slurm" / job
-    assert sorted(path.name for path in logs.iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert sorted(path.name for path in logs.iterdir()) == ["progress", "rank-0.log", "rank-1.log", "srun.log"]
     assert f"done: {STEPS} steps" in (logs / "rank-0.log").read_text()
     assert f"job {job} (start 1): 2 nodes (node[1-2])" in (slurm.checkout / f"slurm-relora_mora-{job}.log").read_text()
 
@@ -65,12 +65,13 @@ def test_a_job_that_is_preempted_goes_on_and_ends_bit_equal(slurm, pair, make, r
     slurm.run("scancel", "--signal=USR1", job)
     slurm.start_again(job, 1)
     assert ends(run_dir)[-1]["code"] == 75 and "SIGUSR1" in ends(run_dir)[-1]["reason"]
-    saved = ends(run_dir)[-1]["step"]
-    assert 10 <= saved < 30 and saved % SAVE_EVERY
+    saved = [ends(run_dir)[-1]["step"]]
+    assert 10 <= saved[0] < 30 and saved[0] % SAVE_EVERY
     wait_for_step(slurm, job, run_dir, 30)
     slurm.run("scontrol", "requeue", job)
     slurm.start_again(job, 2)
     assert ends(run_dir)[-1]["code"] == 75 and "SIGTERM" in ends(run_dir)[-1]["reason"]
+    saved.append(ends(run_dir)[-1]["step"])
     wait_for_step(slurm, job, run_dir, 50)
     pair.hosts[1].rank(1).send_signal(signal.SIGKILL)
     slurm.start_again(job, 3)
@@ -79,6 +80,43 @@ def test_a_job_that_is_preempted_goes_on_and_ends_bit_equal(slurm, pair, make, r
     assert same_end(reference(2) / "run", run_dir)
     log = (slurm.checkout / f"slurm-relora_mora-{job}.log").read_text()
     assert re.findall(r"\(start (\d)\)", log) == ["1", "2", "3", "4"]
+    began = starts(run_dir)  # what an older checkpoint would begin anew comes out the same
+    assert began[:3] == [0, *saved] and 40 <= began[3] < STEPS and began[3] % SAVE_EVERY == 0
+
+
+@pytest.mark.parametrize("end,state", [("exit 2", "FAILED"), ("exit 69", "PENDING"), ("kill -BUS $$", "PENDING")])
+def test_what_one_rank_ended_with_is_not_hidden_by_the_kill_of_another(slurm, make, tmp_path, end, state):
+    """srun's own code is 137 each time, and its words about each task are what the job decides by."""
+    config = make(2)
+    trainer = tmp_path / "python"
+    trainer.write_text(f"""#!/bin/bash
+if [[ $1 == -P ]]; then exec .venv/bin/python "$@"; fi
+if [[ $RANK == 0 ]]; then {end}; fi
+kill -KILL $$
+""")
+    trainer.chmod(0o755)
+    job = slurm.submit("--nodes=2", *CPU_NODES, SCRIPT, str(config), PYTHON=str(trainer))
+    wait_until(lambda: slurm.field(job, "Restarts") == "1" or slurm.field(job, "JobState") == "FAILED", 60, lambda: slurm.logs(job))
+    wait_until(lambda: slurm.field(job, "JobState") == state, 60, lambda: slurm.logs(job))
+    log = (slurm.checkout / f"slurm-relora_mora-{job}.log").read_text()
+    assert "task 1: Killed" in log
+    assert slurm.field(job, "ExitCode") == "2:0" if state == "FAILED" else "code 137, step 0 is saved: into the queue again" in log
+
+
+def test_a_job_that_comes_near_its_time_limit_saves_and_goes_on(slurm, make):
+    """By Slurm's own signal, which the shipped line asks for: five minutes before the limit, here two after the start, or up to one more early.
+
+    Where it does not come the job is killed after seven minutes; this test waits for four.
+    """
+    config = make(2, steps=100_000)
+    run_dir = config.parent / "run"
+    job = slurm.submit("--nodes=2", "--time=7", *CPU_NODES, SCRIPT, str(config))
+    slurm.start_again(job, 1, seconds=240)
+    [end] = ends(run_dir)
+    assert end["code"] == 75 and "SIGUSR1" in end["reason"] and end["step"] > 0
+    wait_for_step(slurm, job, run_dir, end["step"] + 5)
+    assert len(losses(run_dir)) >= end["step"] + 5, "every step once"
+    assert starts(run_dir) == [0, end["step"]]
 
 
 def test_an_array_trains_a_seed_per_task_and_requeues_each_by_itself(slurm, make):
@@ -99,13 +137,16 @@ def test_an_array_trains_a_seed_per_task_and_requeues_each_by_itself(slurm, make
     assert losses(runs / "seed-1") != losses(runs / "seed-2")
 
 
-def test_a_job_that_lost_a_node_goes_on_when_the_node_is_back(slurm, pair, make, reference):
+@pytest.mark.parametrize("batch_node", ["node1", "node2"])
+def test_a_job_that_lost_a_node_goes_on_when_the_node_is_back(slurm, pair, make, reference, batch_node):
+    """node2, which has a rank only, or the batch script and srun as well: then Slurm has to requeue the job, and to end what is left there."""
     config = make(2, peer_timeout_seconds=10.0)
     run_dir = config.parent / "run"
-    job = slurm.submit("--nodes=2", *CPU_NODES, SCRIPT, str(config))
+    job = slurm.submit("--nodes=2", "--constraint=node1|node2", f"--batch={batch_node}", *CPU_NODES, SCRIPT, str(config))
     wait_for_step(slurm, job, run_dir, 35)
+    assert slurm.field(job, "BatchHost") == batch_node
     pair.hosts[1].link("down")
-    pair.wait_for_nobody(60)
+    pair.wait_for_nobody(60, but="srun")  # which cannot hear how the rank on the other side ended
     assert {end["code"] for end in ends(run_dir)} == {69} and last_step(run_dir) < STEPS
     pair.hosts[1].link("up")
     wait_until(lambda: slurm.states() == ["idle", "idle"], 60, slurm.states)

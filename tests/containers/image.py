@@ -71,6 +71,7 @@ def test_the_user_is_not_root_and_the_kernels_are_compiled(container: Container)
     assert said.startswith("compiled, ")
     where = container.run("python", "-c", "import relora_mora; print(relora_mora.__file__)").stdout
     assert where.startswith("/opt/venv/")
+    assert container.run("python", "-c", "import site; print(site.ENABLE_USER_SITE)").stdout.strip() == "False"
 
 
 @pytest.mark.skipif("BASE_IMAGE" in os.environ, reason="the base image may bring a compiler")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import time
 from pathlib import Path
@@ -54,6 +55,40 @@ def test_services_run_as_a_user_without_privileges(name: str) -> None:
     service = SERVICES[name]
     assert service["user"] == "${TRAINER_UID:-10001}:${TRAINER_GID:-10001}"
     assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_packages_in_the_home_of_a_user_do_not_come_before_those_of_the_image() -> None:
+    """apptainer mounts the home, and the image's environment of Python sees site-packages outside of it."""
+    final = (ROOT / "Dockerfile").read_text().rpartition("\nFROM ")[2]
+    assert "--system-site-packages" in (ROOT / "Dockerfile").read_text()
+    assert re.search(r"^ENV (?:.*\\\n)*.*\bPYTHONNOUSERSITE=1\b", final, re.MULTILINE)
+
+
+def as_compose_says(text: str, **variables: str) -> str:
+    """``${NAME:-default}`` replaced."""
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: variables.get(found[1]) or found[2], text)
+
+
+@pytest.mark.parametrize(
+    "given,ranks,called",
+    [
+        ({}, 1, "configs/run/tiny_remora.yaml"),
+        ({"GPUS": "2", "CONFIG": "configs/run/demo.yaml --train.seed=2"}, 2, "configs/run/demo.yaml --train.seed=2"),
+    ],
+)
+def test_the_trainer_of_the_compose_file_starts_a_rank_on_each_gpu(tmp_path: Path, given: dict[str, str], ranks: int, called: str) -> None:
+    """And ends with their code: its process is no launcher that would kill them half a minute after SIGTERM."""
+    service = SERVICES["trainer"]
+    (tmp_path / "python").write_text('#!/bin/bash\necho "rank $RANK of $WORLD_SIZE:" "$@"\nexit 75\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {name: as_compose_says(value, **given) for name, value in service["environment"].items()}
+    command = [*service["entrypoint"], *shlex.split(as_compose_says(service["command"], **given))]
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(command, env=environment | path, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    assert sorted(done.stdout.splitlines()) == [f"rank {n} of {ranks}: launch/pretrain.py {called}" for n in range(ranks)]
+    assert done.returncode == 75 and service["stop_grace_period"] == "5m"
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert as_compose_says(device["count"], **given) == str(ranks)
 
 
 def test_the_health_check_sees_a_run_that_writes_metrics_and_no_other(tmp_path: Path) -> None:

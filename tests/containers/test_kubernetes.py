@@ -112,6 +112,16 @@ def test_exit_codes_decide_whether_a_pod_is_started_again() -> None:
     assert POD["restartPolicy"] == "Never" and POD["terminationGracePeriodSeconds"] >= 120
 
 
+def test_the_job_is_complete_with_the_first_pod_that_ends_well() -> None:
+    """A rank ends with 0 behind a barrier after the last save. A pod that is lost then is made again, waits for peers that will not come,
+    ends with 69, and so on: of the codes above none ends that."""
+    assert JOB["spec"]["successPolicy"] == {"rules": [{"succeededCount": 1}]}
+    wrong = copy.deepcopy(JOB)
+    wrong["spec"]["successPolicy"]["rules"][0]["succeedCount"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError, match="succeedCount"):
+        check(wrong, "1.31")
+
+
 @pytest.mark.parametrize("pod", [POD, OBJECTS["tensorboard.yaml: Pod"]["spec"]], ids=["trainer", "tensorboard"])
 def test_pods_run_as_the_user_of_the_image_and_may_do_nothing_else(pod: dict[str, Any]) -> None:
     assert f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['fsGroup']}\n" in (ROOT / "Dockerfile").read_text()
@@ -199,6 +209,29 @@ def test_sigterm_to_a_pod_reaches_all_its_ranks(fake: Path) -> None:
     process.terminate()  # once more does not end the pod before its ranks
     process.communicate(timeout=20)
     assert sorted(saving) == [f"rank {n} saves\n" for n in range(3)] and process.returncode == 75
+
+
+def test_sigterm_while_the_ranks_are_started_ends_those_that_come_later_too(fake: Path) -> None:
+    process = pod(0, python=fake, RANKS_PER_POD="300", CODES=" ".join(["0"] * 300), WAITS="600")
+    assert process.stdout is not None
+    process.stdout.readline()  # of some 300
+    process.terminate()
+    said = process.communicate(timeout=30)[0]
+    assert process.returncode in (75, 143) and action_after(process.returncode) == "Ignore"
+    assert said.count(" of 300,") < 299, "it came too late to show anything"
+
+
+def test_sigterm_before_the_first_rank_does_not_look_like_the_end_of_the_run(fake: Path, tmp_path: Path) -> None:
+    """A loop before the first one stands for a slow start."""
+    text = (FOLDER / "ranks.sh").read_text()
+    begin = "for ((local_rank = 0;"
+    assert text.count(begin) == 1
+    (tmp_path / "ranks.sh").write_text(text.replace(begin, f"echo ready; while [[ -z $stopping ]]; do sleep 0.1; done; {begin}"))
+    environment = ENVIRONMENT | {"JOB_COMPLETION_INDEX": "0", "PYTHON": str(fake), "PATH": os.environ["PATH"], "CODES": "0"}
+    process = subprocess.Popen(["bash", tmp_path / "ranks.sh"], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.terminate()
+    assert process.communicate(timeout=20)[0] == "" and action_after(process.returncode) == "Ignore"
 
 
 def test_a_pod_without_its_variables_says_what_is_missing() -> None:

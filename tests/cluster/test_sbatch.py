@@ -1,0 +1,230 @@
+"""launch/slurm/pretrain.sbatch with fakes in the place of Slurm and of the trainer: what it decides. test_slurm.py runs it for real."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+SCRIPT = ROOT / "launch" / "slurm" / "pretrain.sbatch"
+CONFIG = "configs/run/tiny_remora.yaml"
+RUN = (CONFIG, "--train.run_dir=run")
+# a task per code in CODES; its messages and its own code are those of Slurm's
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do echo "option $1"; shift; done
+rank=0 highest=0
+for code in $CODES; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) CODE=$code "$@" &
+    echo "task $rank is process $!"
+    wait $!
+    if [[ $code -gt 128 ]]; then
+        echo "srun: error: node1: task $rank: Killed" >&2
+    elif [[ $code -gt 0 ]]; then
+        echo "srun: error: node1: task $rank: Exited with exit code $code" >&2
+    fi
+    if [[ $code -gt $highest ]]; then highest=$code; fi
+    rank=$((rank + 1))
+done
+exit "$highest"
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == requeue ]]; then
+    echo "requeued $2"
+    exit "${REQUEUE_CODE:-0}"
+fi
+printf 'first\\nsecond\\n'
+"""
+TRAINER = f"""#!/bin/bash
+if [[ $1 == -P ]]; then exec {sys.executable} "$@"; fi
+echo "process $$ is task $RANK $LOCAL_RANK of $WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT with $OMP_NUM_THREADS cores:" "$@"
+if [[ -n $SAVES ]]; then
+    mkdir -p run/checkpoints
+    printf 'step-%08d' "$SAVES" >run/checkpoints/latest
+fi
+exit "$CODE"
+"""
+APPTAINER = """#!/bin/bash
+printf '%s\\n' "$@" >"apptainer-$$"
+while [[ $1 != *.sif ]]; do shift; done
+shift
+"$@"
+"""
+
+
+@dataclass
+class Slurm:
+    """A cluster without Slurm: ``start`` is one start of the job on it."""
+
+    folder: Path
+    restarts: int = 0
+
+    def start(self, *arguments: str, codes: str = "0 0", saves: int | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+        """With the arguments of RUN where there are none; ``saves`` is the step that the trainer saves."""
+        variables = {
+            "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_USER": "user",
+            "SLURM_CPUS_PER_TASK": "8",
+            "SLURM_NTASKS": str(len(codes.split())),
+            "SLURM_NTASKS_PER_NODE": "1",
+            "SLURM_SUBMIT_DIR": str(self.folder),
+            "SLURM_SUBMIT_HOST": "login1",
+            "PATH": f"{self.folder / 'bin'}:/usr/local/bin:/usr/bin:/bin",
+            "PYTHON": "python",
+            "PYTHONPATH": str(ROOT),
+            "CODES": codes,
+            "SAVES": "" if saves is None else str(saves),
+        }
+        if self.restarts:
+            variables["SLURM_RESTART_COUNT"] = str(self.restarts)
+        self.restarts += 1
+        done = subprocess.run(
+            ["bash", SCRIPT, *(arguments or RUN)], env=variables | environment, capture_output=True, text=True, check=False
+        )
+        print(done.stdout, done.stderr)
+        return done
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Slurm:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "bin").mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "python": TRAINER, "apptainer": APPTAINER}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return Slurm(tmp_path)
+
+
+def test_every_task_is_told_its_place_and_is_the_trainer_itself(slurm: Slurm) -> None:
+    called = f"launch/pretrain.py {CONFIG} --method.operators=[1, 2] --train.micro_batch_size=4"
+    done = slurm.start(CONFIG, "--method.operators=[1, 2]", "--train.micro_batch_size=4", codes="0 0 0 0")
+    assert done.returncode == 0
+    process = dict(re.findall(r"^task (\d) is process (\d+)$", done.stdout, re.MULTILINE))
+    tasks = [line for line in done.stdout.splitlines() if line.startswith("process")]
+    # signals that Slurm sends to a task go to the trainer
+    assert tasks == [f"process {process[str(n)]} is task {n} {n % 2} of 4 at first:23456 with 8 cores: {called}" for n in range(4)]
+    assert "option --kill-on-bad-exit=0" in done.stdout  # else the first end hides the code of the others
+    assert {path.name for path in (slurm.folder / "runs" / "slurm" / "123456").iterdir()} == {"progress", "srun.log"}
+
+
+@pytest.mark.parametrize(
+    "codes,code,requeued",
+    [
+        ("0 0", 0, False),
+        ("75 75", 75, True),
+        ("69 69", 69, True),
+        ("69 75", 75, True),
+        ("69 137", 137, True),
+        ("134 69", 134, True),
+        ("69 135", 135, True),
+        ("139 69", 139, True),
+        ("143 75", 143, False),
+        ("1 69", 1, False),
+        ("2 2", 2, False),
+        ("2 137", 2, False),
+        ("137 2", 2, False),
+        ("127 69", 127, False),
+    ],
+)
+def test_the_end_that_is_to_blame_decides(slurm: Slurm, codes: str, code: int, requeued: bool) -> None:
+    done = slurm.start(codes=codes)
+    assert done.returncode == code and ("requeued 123456" in done.stdout) == requeued
+    assert ("Exited with exit code" in done.stderr) == any(0 < int(each) < 128 for each in codes.split())  # Slurm's words are shown
+
+
+@pytest.mark.parametrize("codes", ["75 75", "69 137"])
+def test_starts_that_save_nothing_new_are_counted(slurm: Slurm, codes: str) -> None:
+    ends = [slurm.start(codes=codes, saves=3 if start == 0 else None) for start in range(6)]
+    assert ["requeued" in end.stdout for end in ends] == [True] * 5 + [False]
+    assert "5 starts in a row have saved nothing after step 3" in ends[-1].stdout and ends[-1].returncode == int(codes.split()[-1])
+
+
+def test_a_job_that_gets_on_is_requeued_for_ever_and_may_stumble_on_the_way(slurm: Slurm) -> None:
+    for start in range(22):
+        assert "requeued" in slurm.start(codes="75 75", saves=None if start % 5 else start + 1).stdout, start
+
+
+def test_a_start_that_slurm_ended_itself_counts_when_it_got_on(slurm: Slurm) -> None:
+    for _ in range(4):
+        assert "requeued" in slurm.start(codes="69 69").stdout
+    latest = slurm.folder / "run" / "checkpoints" / "latest"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step-00000010")
+    assert "requeued" in slurm.start(codes="69 69").stdout
+
+
+def test_another_job_with_the_same_logs_begins_to_count_anew(slurm: Slurm) -> None:
+    for _ in range(4):
+        slurm.start(codes="69 69")
+    slurm.restarts = 0
+    assert "requeued" in slurm.start(codes="69 69").stdout
+
+
+def test_a_job_that_cannot_be_requeued_says_so_and_keeps_the_code(slurm: Slurm) -> None:
+    done = slurm.start(codes="75 75", REQUEUE_CODE="1")
+    assert done.returncode == 75 and "could not be put into the queue again" in done.stdout
+
+
+def test_another_start_takes_another_port(slurm: Slurm) -> None:
+    ports = {re.findall(r"at first:(\d+)", slurm.start().stdout)[0] for _ in range(5)}
+    assert len(ports) == 5 and all(20000 <= int(port) < 32000 for port in ports)
+
+
+@pytest.mark.parametrize(
+    "setting,codes,said", [("--train.stepps=3", "0 0", "did you mean steps?"), ("--train.seed=3", "0 0 0 0", "4 ranks")]
+)
+def test_a_mistake_in_the_settings_is_told_once_and_starts_nothing(slurm: Slurm, setting: str, codes: str, said: str) -> None:
+    done = slurm.start(CONFIG, setting, codes=codes)
+    assert done.returncode == 2 and done.stderr.count(said) == 1 and "option" not in done.stdout
+
+
+@pytest.mark.parametrize("gpus,tasks,fits", [("8", "4", False), ("1", "8", False), ("4", "4", True), ("0", "1", True), ("", "1", True)])
+def test_tasks_and_gpus_of_a_node_must_be_as_many(slurm: Slurm, gpus: str, tasks: str, fits: bool) -> None:
+    done = slurm.start(SLURM_GPUS_ON_NODE=gpus, SLURM_NTASKS_PER_NODE=tasks)
+    assert done.returncode == (0 if fits else 2) and ("option" in done.stdout) == fits
+    assert fits or f"{tasks} tasks and {gpus} GPUs on a node" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["$SLURM_ARRAY_TASK_ID", "${SLURM_ARRAY_TASK_ID}"])
+def test_each_task_of_an_array_puts_its_number_in(slurm: Slurm, name: str) -> None:
+    arguments = [CONFIG, f"--train.seed={name}", f"--train.run_dir=runs/{name}-{name}"]
+    done = slurm.start(*arguments, codes="75 75", SLURM_ARRAY_JOB_ID="123450", SLURM_ARRAY_TASK_ID="7")
+    assert f"launch/pretrain.py {CONFIG} --train.seed=7 --train.run_dir=runs/7-7" in done.stdout
+    assert "requeued 123450_7" in done.stdout
+
+
+def test_an_array_of_one_and_the_same_run_is_refused(slurm: Slurm) -> None:
+    done = slurm.start(CONFIG, SLURM_ARRAY_JOB_ID="123450", SLURM_ARRAY_TASK_ID="7")
+    assert done.returncode == 2 and "option" not in done.stdout
+    assert "all tasks of the array would train the same run" in done.stderr
+
+
+def test_the_log_says_how_to_see_tensorboard(slurm: Slurm) -> None:
+    [line] = [line for line in slurm.start().stdout.splitlines() if "TensorBoard" in line]
+    tensorboard = "python -m tensorboard.main --logdir run --host localhost --port 6006"
+    assert line.endswith(f'ssh -t -L 6006:localhost:6006 user@login1 "cd {slurm.folder} && {tensorboard}"')
+
+
+def test_in_a_container_the_image_runs_the_trainer_and_sees_the_checkout(slurm: Slurm) -> None:
+    done = slurm.start(CONTAINER_IMAGE="image.sif", PYTHON="/none")
+    place = ["exec", "--nv", "--bind", str(slurm.folder), "--pwd", str(slurm.folder), "image.sif", "python"]
+    called = [path.read_text().splitlines() for path in slurm.folder.glob("apptainer-*")]
+    assert all(words[: len(place)] == place for words in called) and done.returncode == 0
+    rest = sorted(words[len(place)] for words in called)
+    assert rest == ["-P", "launch/pretrain.py", "launch/pretrain.py"]  # the settings, and two ranks
+    assert done.stdout.count("launch/pretrain.py configs/run/tiny_remora.yaml --train.run_dir=run") == 2
+
+
+def test_without_arguments_it_trains_a_shipped_config_on_the_shipped_number_of_gpus(slurm: Slurm) -> None:
+    text = SCRIPT.read_text()
+    shipped = {name: int(number) for name, number in re.findall(r"^#SBATCH --([a-z-]+)=(\d+)$", text, re.MULTILINE)}
+    assert shipped["ntasks-per-node"] == shipped["gpus-per-node"]
+    done = slurm.start("--train.seed=2", SLURM_NTASKS=str(shipped["nodes"] * shipped["ntasks-per-node"]))
+    assert done.returncode == 0 and "launch/pretrain.py configs/run/paper_" in done.stdout
