@@ -1,4 +1,5 @@
-"""One part of a step by itself, in each of the ways that were tried: ``loss`` (head and cross-entropy) or ``attention``; one JSON line.
+"""One part of a step by itself: ``loss`` (head and cross-entropy) and ``attention`` in each of the ways that were tried, or the matrix
+``products`` of the linears and of MoRA's gradient; one JSON line.
 
 python launch/benchmark_parts.py loss configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
 """
@@ -10,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +19,14 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from relora_mora import kernels
+from relora_mora.adapters import layer_square_size
 from relora_mora.cli import run
-from relora_mora.config import ModelConfig
+from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.flops import attention_widths
 from relora_mora.model import chunked_cross_entropy, read_model_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-Ways = dict[str, Callable[[], object]]
+Ways = dict[str, tuple[Callable[[], object], float]]  # what is done, and its FLOPs where they are known
 
 
 def main(
@@ -36,12 +39,12 @@ def main(
     threads: int | None = None,
     repetitions: int = 7,
 ) -> None:
-    """Prints milliseconds of forward and backward of each way, its ratio to the first, and the same as one line of JSON.
+    """Prints milliseconds of each way (loss, attention: forward and backward), its ratio to the first, and the same as one line of JSON.
 
     The ways take turns, and the median of each counts.
 
     Args:
-        part: loss or attention
+        part: loss, attention or products
         model: a model's JSON file such as configs/model/llama_130m.json
         tokens: of a micro-batch
         sequence_length: tokens of a sequence
@@ -50,7 +53,7 @@ def main(
         repetitions: turns of each way, after one that does not count
     """
     if part not in PARTS:
-        raise ValueError(f"got {part}, expected {' or '.join(PARTS)}, and then a model's JSON file")
+        raise ValueError(f"got {part}, expected {', '.join(PARTS)}, and then a model's JSON file")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype}, expected {' or '.join(DTYPES)}")
     sizes = {"tokens": tokens, "sequence_length": sequence_length, "threads": threads or 1, "repetitions": repetitions}
@@ -64,16 +67,17 @@ def main(
     ways = PARTS[part](read_model_config(ModelConfig(config=model)), tokens, sequence_length, DTYPES[dtype])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repetitions + 1):
-        for name, way in ways.items():
+        for name, (act, _) in ways.items():
             begin = time.perf_counter()
-            way()
+            act()
             if turn:
                 seconds[name].append(time.perf_counter() - begin)
     milliseconds = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
     first = next(iter(milliseconds.values()))
     print(f"{part}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads; kernels: {kernels.describe()}")
     for name, value in milliseconds.items():
-        print(f"{name:42}{value:10.1f} ms {value / first:8.3f}")
+        rate = f"{ways[name][1] / value / 1e9:8.3f} TFLOP/s" if ways[name][1] else ""
+        print(f"{name:42}{value:10.1f} ms {value / first:8.3f}{rate}")
     print(json.dumps({"part": part, "milliseconds": milliseconds, "ratio": {name: value / first for name, value in milliseconds.items()}}))
 
 
@@ -100,10 +104,10 @@ def loss_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torc
         torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight).float(), labels), (hidden, weight))
 
     return {
-        "the three products alone": products,
-        "in parts, compiled kernel (the default)": ours,
-        "in parts, torch operations": ours_in_torch,
-        "whole logits in float32, as transformers": whole,
+        "the three products alone": (products, 6.0 * hidden.numel() * model.vocab_size),
+        "in parts, compiled kernel (the default)": (ours, 0.0),
+        "in parts, torch operations": (ours_in_torch, 0.0),
+        "whole logits in float32, as transformers": (whole, 0.0),
     }
 
 
@@ -147,15 +151,38 @@ def attention_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype:
         return F.softmax(scores, -1) @ v[..., :end, :]
 
     return {
-        "the products of the unmasked half": products,
-        "torch (what the model uses)": backward(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
-        "torch, for blocks of 256 queries": backward(blocks(256, of_torch)),
-        "written out, for blocks of 128 queries": backward(blocks(128, written_out)),
-        "written out, all queries at once": backward(blocks(sequence_length, written_out)),
+        "the products of the unmasked half": (products, 7.0 * q.numel() * sequence_length),
+        "torch (what the model uses)": (backward(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)), 0.0),
+        "torch, for blocks of 256 queries": (backward(blocks(256, of_torch)), 0.0),
+        "written out, for blocks of 128 queries": (backward(blocks(128, written_out)), 0.0),
+        "written out, all queries at once": (backward(blocks(sequence_length, written_out)), 0.0),
     }
 
 
-PARTS: dict[str, Callable[[LlamaConfig, int, int, torch.dtype], Ways]] = {"loss": loss_ways, "attention": attention_ways}
+def product_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torch.dtype) -> Ways:
+    """The products of each shape of a linear, of its gradients, and of the gradient of its square matrix, (D^T dy)^T (C x)."""
+    generator, method = torch.Generator().manual_seed(0), MethodConfig()
+    ways: Ways = {}
+    queries, _ = attention_widths(model)
+    for inputs, outputs in sorted({(model.hidden_size, queries), (model.hidden_size, model.intermediate_size)}):
+        size = layer_square_size(method, inputs, outputs)
+        sizes = ((tokens, inputs), (outputs, inputs), (tokens, outputs), (tokens, size), (tokens, size))
+        x, weight, dy, compressed, reduced = (torch.randn(shape, generator=generator).to(dtype) for shape in sizes)
+        flops, shape = 2.0 * tokens * inputs * outputs, f"{inputs} -> {outputs}"
+        ways |= {
+            f"{shape}: x W^T": (partial(torch.matmul, x, weight.T), flops),
+            f"{shape}: dy W": (partial(torch.matmul, dy, weight), flops),
+            f"{shape}: dW, where it trains": (partial(torch.matmul, dy.T, x), flops),
+            f"{shape}: dM, R = {size}": (partial(torch.matmul, reduced.T, compressed), 2.0 * tokens * size**2),
+        }
+    return ways
+
+
+PARTS: dict[str, Callable[[LlamaConfig, int, int, torch.dtype], Ways]] = {
+    "loss": loss_ways,
+    "attention": attention_ways,
+    "products": product_ways,
+}
 
 
 if __name__ == "__main__":

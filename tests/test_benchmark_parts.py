@@ -29,8 +29,8 @@ def test_the_ways_of_a_part_have_the_same_gradients(model: str, part: str, monke
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: gradients.append(grad(*args, **kwargs)))
     ways = module_of(SCRIPT).PARTS[part](read_model_config(ModelConfig(config=model)), 1024, 512, torch.float32)
-    for way in ways.values():
-        way()
+    for act, _ in ways.values():
+        act()
     assert len(gradients) == len(ways) - 1, "the products alone have none"
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
@@ -39,17 +39,19 @@ def test_the_ways_of_a_part_have_the_same_gradients(model: str, part: str, monke
 
 
 def test_the_output_ends_with_a_line_of_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    module_of(SCRIPT).main("loss", model, tokens=64, sequence_length=32, repetitions=1)
-    *table, last = capsys.readouterr().out.splitlines()
-    found = json.loads(last)
-    assert found["part"] == "loss" and len(found["milliseconds"]) == len(table) - 1 == 4
-    assert all(value > 0 for value in found["milliseconds"].values())
+    for part, ways in (("loss", 4), ("products", 8)):
+        module_of(SCRIPT).main(part, model, tokens=64, sequence_length=32, repetitions=1)
+        *table, last = capsys.readouterr().out.splitlines()
+        found = json.loads(last)
+        assert found["part"] == part and len(found["milliseconds"]) == len(table) - 1 == ways
+        assert all(value > 0 for value in found["milliseconds"].values())
+        assert sum("TFLOP/s" in line for line in table) == (1 if part == "loss" else ways)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sum", "MODEL"], "got sum, expected loss or attention"),
+        (["sum", "MODEL"], "got sum, expected loss, attention, products"),
         (["loss", "none.json"], "none.json"),
         (["loss", "MODEL", "--tokens=100"], "--tokens: 100 is no multiple of --sequence_length 512"),
         (["loss", "MODEL", "--dtype=fp16"], "--dtype: got fp16"),

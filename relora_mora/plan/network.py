@@ -18,8 +18,9 @@ stage  tensors given to collectives in one step
 =====  ======================================================================================================================
 
 Frozen weights have no gradient: below stage 3 a step moves adapters, embeddings, norms and head only. In a ring of N ranks a
-device sends 2 (N - 1) / N of what is all-reduced and (N - 1) / N of what is gathered, reduced or reduce-scattered. Where the ring goes
-through hosts in order, each host sends as much to the next one as each of its devices to its neighbour.
+device sends 2 (N - 1) / N of what is all-reduced and (N - 1) / N of what is gathered, reduced or reduce-scattered; gloo's reduce is no
+ring, and sends more than its all-reduce (docs/clusters.md). Where the ring goes through hosts in order, each host sends as much to the
+next one as each of its devices to its neighbour.
 """
 
 from __future__ import annotations
