@@ -118,8 +118,9 @@ def check(config: Config) -> Checked:
         log.info(remark)
     resolve_shards(config.data.validation, config.data.revision, split="validation")
     tokens = tokenizer_fingerprint(config.tokenizer.path)
-    data = fingerprint(config.data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, split="train")
-    order = order_fingerprint(config.data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes)
+    shards = resolve_shards(config.data.train, config.data.revision, split="train", timeout_seconds=config.data.timeout_seconds)
+    data = fingerprint(config.data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, split="train", shards=shards)
+    order = order_fingerprint(config.data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards)
     if config.model.init_from is not None and not Path(config.model.init_from).exists():
         raise ConfigError(
             [f"model.init_from: {config.model.init_from} does not exist; give a Hugging Face LLaMA folder or a run"], "the settings"

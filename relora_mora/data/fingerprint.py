@@ -34,12 +34,11 @@ def fingerprint(
     return _digest(content)
 
 
-def order_fingerprint(config: DataConfig, *, tokenizer_fingerprint: str, batch_lanes: int) -> str:
+def order_fingerprint(config: DataConfig, *, tokenizer_fingerprint: str, batch_lanes: int, shards: Sequence[Shard]) -> str:
     """32 hex digits over what gives a saved place in the training data its meaning: which document and token comes there.
 
-    Not over the sizes of shards: one that was repaired or has grown is read on from the same line. Raises SourceError.
+    Not over the sizes of shards: one that was repaired or has grown is read on from the same line.
     """
-    shards = resolve_shards(config.train, config.revision, split="train", timeout_seconds=config.timeout_seconds)
     return _digest(_order(config, tokenizer_fingerprint, batch_lanes, shards))
 
 
