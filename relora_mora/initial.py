@@ -46,7 +46,7 @@ def write_initial_values(engine: ZeroEngine, base: Base, maker: Mapping[str, int
             sent = torch.empty(engine.shapes[name], dtype=torch.float32, device=engine.device)
             if value is not None:
                 sent.copy_(value)
-            torch.distributed.broadcast(sent, src=rank)
+            engine.broadcast(sent, rank)
             value = sent
         if owner is None:
             assert value is not None

@@ -68,6 +68,40 @@ def test_while_training_the_first_signal_waits_and_a_second_leaves_at_once(busy)
     assert code == 143 and "left without saving" in errors
 
 
+SILENCED = """
+import os, sys
+from pathlib import Path
+from relora_mora.guard import Guard, RunLock
+guard = Guard()
+folder = Path(sys.argv[1])
+lock = RunLock(folder)
+lock.acquire()
+guard.hold(lock)
+os.mkfifo(folder / "ends.jsonl")  # to open it takes for ever, as a disk does that is not there any more
+if sys.argv[2] == "training":
+    guard.training()
+print("up", flush=True)
+while True:
+    sys.stderr.write("x" * 2**16)  # a pipe does not hold much, and nobody reads
+"""
+
+
+@pytest.mark.parametrize("phase,signals,code", [("start", 1, 75), ("training", 2, 143)])
+def test_a_full_pipe_and_a_disk_that_does_not_answer_keep_nobody(phase, signals, code, tmp_path):
+    command = [sys.executable, "-c", SILENCED, str(tmp_path), phase]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "up\n"
+            for number in range(signals):
+                time.sleep(1.1 * number)  # sooner it would be the same request
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == code
+        finally:
+            process.kill()
+
+
 def test_after_the_end_is_decided_signals_change_nothing():
     code = 'import os, signal; from relora_mora.guard import Guard; Guard().close(); os.kill(os.getpid(), signal.SIGTERM); print("end")'
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout == "end\n"

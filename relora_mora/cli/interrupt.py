@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
+from relora_mora.cli.bounded import bounded
+
 INTERRUPTED = 130  # as shells say it for a program that Ctrl-C ended
 GRACE_SECONDS = 3.0
 _to_remove: set[str] = set()
@@ -56,11 +58,15 @@ class Interrupts:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # so that the main thread can block it for a while
         while numbers := os.read(reader, 64):
             if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) == self._handle and not self._ended.wait(GRACE_SECONDS):
-                say()
-                for folder in _to_remove:
-                    shutil.rmtree(folder, ignore_errors=True)
+                bounded(GRACE_SECONDS, say)
+                bounded(GRACE_SECONDS, _remove_all)
                 os._exit(INTERRUPTED)
         os.close(reader)
+
+
+def _remove_all() -> None:
+    for folder in _to_remove:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def say() -> None:

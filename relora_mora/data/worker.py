@@ -7,6 +7,7 @@ job to stop: the trainer still needs batches to finish its step; it is killed on
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import queue
@@ -27,6 +28,7 @@ from relora_mora.data.stream import Part, Producer, Task, WorkerError
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
+KILL_SECONDS = 5.0  # for a killed process to be gone
 # one thread each: the workers are the parallelism. transformers need not say that it misses torch
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -107,7 +109,8 @@ class Worker:
 
     def close(self) -> None:
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it cannot die inside a read of a disk that does not answer
+            self._process.wait(KILL_SECONDS)
         self._connection.close()
 
     def __del__(self) -> None:

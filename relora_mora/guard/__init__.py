@@ -4,7 +4,7 @@
 before its slow imports.
 """
 
-from relora_mora.guard.exits import FAILED, FINISHED, LOST, REQUEUE, USER_ERROR, leave_process, record_end
+from relora_mora.guard.exits import FAILED, FINISHED, LOST, REQUEUE, USER_ERROR, leave_now, leave_process, record_end
 from relora_mora.guard.guard import LONG_SECONDS, Guard
 from relora_mora.guard.lock import LockError, RunLock
 
@@ -18,6 +18,7 @@ __all__ = [
     "Guard",
     "LockError",
     "RunLock",
+    "leave_now",
     "leave_process",
     "record_end",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
-from relora_mora.guard.exits import LOST, REQUEUE, leave_process, record_end
+from relora_mora.cli.bounded import bounded
+from relora_mora.guard.exits import LAST_SECONDS, LOST, REQUEUE, leave_now, record_end
 from relora_mora.guard.launchers import Launchers
-from relora_mora.guard.lock import TOUCH_SECONDS, RunLock, host_id
+from relora_mora.guard.lock import RunLock, host_id
 from relora_mora.guard.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ class Guard:
         if self.rank == 0 or not same_on_all_ranks:
             self._say(reason)
         self.leave(LOST, reason, same_on_all_ranks=same_on_all_ranks)
-        leave_process(LOST)
+        leave_now(LOST)
 
     def stop_watching(self) -> None:
         """The work is done: that other ranks end is no fault any more."""
@@ -119,43 +121,47 @@ class Guard:
 
     def end(self, verdict: Verdict) -> None:
         """Ends the process now, whatever its main thread waits for. The first rank that is left tells the user."""
-        if self.rank == (1 if verdict.rank == 0 else 0):
-            self._say(verdict.reason)
-            if not verdict.left:  # else that rank has recorded it
-                self.record(verdict.code, verdict.reason)
+        bounded(LAST_SECONDS, lambda: self._tell_end(verdict))
         if verdict.rank != self.rank and not verdict.left and verdict.host == host_id():
             time.sleep(STACKS_SECONDS)
             with contextlib.suppress(OSError):  # a launcher would wait half a minute for a process that does not answer
                 os.kill(verdict.pid, signal.SIGKILL)
-        leave_process(verdict.code)
+        leave_now(verdict.code)
+
+    def _tell_end(self, verdict: Verdict) -> None:
+        if self.rank != (1 if verdict.rank == 0 else 0):
+            return
+        self._say(verdict.reason)
+        if not verdict.left:  # else that rank has recorded it
+            self.record(verdict.code, verdict.reason)
 
     def _first_signal(self, number: signal.Signals) -> None:
         self._ask_to_stop(f"{number.name} to rank {self.rank}")
 
     def _second_signal(self, number: signal.Signals) -> None:
         reason = f"a second signal ({number.name}) to rank {self.rank}: left without saving"
-        self._say(reason)
-        self.record(128 + number, reason)
-        leave_process(128 + number)
+        leave_now(128 + number, lambda: self._say(reason), lambda: self.record(128 + number, reason))
 
     def _ask_to_stop(self, reason: str) -> None:
         self.stop_reason = reason
         if self._training:
             return
-        self._say(f"{reason} before the first step: nothing to save")
-        self.record(REQUEUE, reason)
+        leave_now(
+            REQUEUE,
+            lambda: self._say(f"{reason} before the first step: nothing to save"),
+            lambda: self.record(REQUEUE, reason),
+            lambda: self._tell_peers(REQUEUE, reason),
+        )
+
+    def _tell_peers(self, code: int, reason: str) -> None:
         if self._watch is not None:
-            self._watch.leave(REQUEUE, reason)
-        leave_process(REQUEUE)
+            self._watch.leave(code, reason)
 
     def _look_around(self) -> None:
-        """Launchers, lock, and whether the watch itself is stuck, until the guard is closed."""
-        touched, deadline = 0.0, None
+        """Launchers, and whether the watch itself is stuck, until the guard is closed."""
+        deadline = None
         while not self._closed.wait(LAUNCHER_POLL_SECONDS):
             now = time.monotonic()
-            if self._lock is not None and now - touched > TOUCH_SECONDS:
-                self._lock.touch()
-                touched = now
             verdict = self._watch.unanswered() if self._watch is not None else None
             if verdict is not None:
                 self.end(verdict)
@@ -164,8 +170,8 @@ class Guard:
                 deadline = now + LAUNCHER_SECONDS
                 self._ask_to_stop(f"the launcher of rank {self.rank} is gone ({gone})")
             if deadline is not None and now > deadline:
-                self.record(LOST, f"{self.stop_reason}; it could not be saved in {LAUNCHER_SECONDS:.0f} s")
-                leave_process(LOST)
+                reason = f"{self.stop_reason}; it could not be saved in {LAUNCHER_SECONDS:.0f} s"
+                leave_now(LOST, functools.partial(self.record, LOST, reason))
 
     def _say(self, text: str) -> None:
         prefix = f"[rank {self.rank}] " if self.rank else ""

@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class RunLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
         self._handle: int | None = None
+        self._released = threading.Event()
 
     def acquire(self, wait_seconds: float = WAIT_SECONDS) -> str | None:
         """Takes the lock, waiting for another holder to end.
@@ -56,15 +58,18 @@ class RunLock:
             os.close(handle)
             raise
         self._handle = handle
+        # in a thread that does nothing else: a network file system may keep it waiting
+        threading.Thread(target=self._touch, daemon=True, name="lock").start()
         return None if not before or before.get("released") else _who(before)
 
-    def touch(self) -> None:
-        """Shows other hosts that the holder lives; call it every ``TOUCH_SECONDS``."""
-        if self._handle is not None:
+    def _touch(self) -> None:
+        """Shows other hosts that the holder lives."""
+        while not self._released.wait(TOUCH_SECONDS):
             with contextlib.suppress(OSError):
-                os.utime(self._handle)
+                os.utime(self.path)
 
     def release(self) -> None:
+        self._released.set()
         if self._handle is not None:
             with contextlib.suppress(OSError):
                 self._write(self._handle, released=True)

@@ -8,12 +8,10 @@ that has done the least is the cause, and of those that have done as little the 
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import faulthandler
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +21,8 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
+from relora_mora.cli.bounded import bounded
+from relora_mora.guard.collective import in_collective
 from relora_mora.guard.exits import FAILED, LOST
 from relora_mora.guard.lock import host_id
 
@@ -151,9 +151,7 @@ class Watch:
 
     def _obey(self, verdict: Verdict) -> None:
         if verdict.rank == self.rank and not verdict.left:
-            writer = threading.Thread(target=self._write_stacks, daemon=True)  # what hangs may be the disk of the run folder
-            writer.start()
-            writer.join(STACKS_SECONDS)
+            bounded(STACKS_SECONDS, self._write_stacks)  # what hangs may be the disk of the run folder
         grace = time.monotonic() + (LEAVE_SECONDS if verdict.left else 0.0)
         while time.monotonic() < grace:
             if self._closed.wait(0.1):
@@ -161,7 +159,7 @@ class Watch:
         self.end(verdict)
 
     def _write_stacks(self) -> None:
-        with contextlib.suppress(OSError), self.stacks.open("w") as stream:
+        with self.stacks.open("w") as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
 
     def beat(self) -> None:
@@ -174,7 +172,7 @@ class Watch:
                 "done": done,
                 "age": time.monotonic() - since,
                 "within": within,
-                "waits": _in_collective(),
+                "waits": in_collective(),
                 "host": host_id(),
                 "pid": os.getpid(),
             }
@@ -240,11 +238,3 @@ class Watch:
                 return Verdict(**json.loads(first))
         except DistError:
             return verdict
-
-
-def _in_collective() -> bool:
-    """Whether a thread of this process is inside a call of torch.distributed, as far as Python sees."""
-    for frame in sys._current_frames().values():
-        if any(place in frame.f_code.co_filename for place in ("torch/distributed/", "deepspeed/comm/")):
-            return True
-    return False

@@ -235,6 +235,11 @@ class ZeroEngine:
             dist.all_reduce(values)
         return values
 
+    def broadcast(self, value: Tensor, src: int) -> None:
+        """Gives every rank the value of rank ``src``, in place; a collective."""
+        if self.world_size > 1:
+            dist.broadcast(value, src=src)
+
     def sum_over_ranks(self, value: float) -> float:
         """A number's sum over the ranks, exact for whole numbers up to 2^53."""
         return float(self.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device)))
@@ -254,8 +259,7 @@ class ZeroEngine:
         if self.rank == owner:
             assert value is not None
             parameter.data.copy_(value)
-        if self.world_size > 1:
-            dist.broadcast(parameter.data, src=owner)
+        self.broadcast(parameter.data, owner)
 
     @contextlib.contextmanager
     def gathered(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:

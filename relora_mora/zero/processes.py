@@ -26,9 +26,26 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from relora_mora.allocator import keep_freed_memory
+from relora_mora.guard.collective import collective
 
 PORT_SECONDS = 20.0  # a run that was killed a moment ago may still hold the port
 PART_SECONDS = 30.0  # for the other ranks to end a run that is done
+COLLECTIVES = (  # methods of DeepSpeed's backend
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+)
 CONTROL_SECONDS = 24 * 3600.0  # a backstop: guard.Watch knows how long each wait may take
 
 
@@ -78,6 +95,7 @@ def _join(timeout_seconds: float) -> None:
         torch.distributed.init_process_group(backend, store=store, rank=int(rank), world_size=int(world_size), timeout=patience)
         with quiet():
             deepspeed.init_distributed(dist_backend=backend, timeout=patience, auto_mpi_discovery=False, verbose=False)
+        _flag_collectives(deepspeed.comm.comm.cdb)
         if world_size != "1":
             control_group()
     except torch.distributed.DistError as error:
@@ -86,6 +104,36 @@ def _join(timeout_seconds: float) -> None:
             f"rank {rank} of {world_size} did not meet the others at {address}:{port} within {timeout_seconds:.0f} s ({first}); "
             "check that all ranks were started, and that hosts and firewalls let them reach MASTER_ADDR and MASTER_PORT"
         ) from error
+
+
+class _FlaggedWork:
+    """The handle of a collective that was started without waiting for it; its ``wait`` is flagged."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, *args: Any) -> Any:
+        with collective():
+            return self._work.wait(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+def _flag_collectives(backend: Any) -> None:
+    """DeepSpeed makes all its collectives through the methods of one object; each is flagged while it waits."""
+
+    def flagged(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with collective():
+                work = method(*args, **kwargs)
+            return _FlaggedWork(work) if hasattr(work, "wait") else work
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(backend, name, flagged(getattr(backend, name)))
 
 
 def _await_port(port: int) -> None:
@@ -122,7 +170,8 @@ def sum_over_hosts(values: list[float]) -> list[float]:
     if dist.get_world_size() == 1:
         return values
     numbers = torch.tensor(values, dtype=torch.float64)
-    torch.distributed.all_reduce(numbers, group=control_group())
+    with collective():
+        torch.distributed.all_reduce(numbers, group=control_group())
     return numbers.tolist()
 
 
@@ -131,7 +180,8 @@ def gather_from_ranks(value: Any) -> list[Any]:
     if dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    torch.distributed.all_gather_object(values, value, group=control_group())
+    with collective():
+        torch.distributed.all_gather_object(values, value, group=control_group())
     return values
 
 
@@ -150,7 +200,7 @@ def lost_device(error: BaseException) -> bool:
 def part_company(seconds: float = PART_SECONDS) -> None:
     """Waits until all ranks have come here, so that none of them finds the store of the first one gone; not for one that is lost."""
     if dist.get_world_size() > 1:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError), collective():
             torch.distributed.monitored_barrier(control_group(), timeout=datetime.timedelta(seconds=seconds))
 
 
@@ -163,7 +213,8 @@ def from_first_rank(make: Callable[[], Any]) -> Any:
         except (ValueError, OSError) as error:
             answer = [(False, error)]
     if dist.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(answer, src=0, group=control_group())
+        with collective():
+            torch.distributed.broadcast_object_list(answer, src=0, group=control_group())
     good, value = answer[0]
     if not good:
         value.same_on_all_ranks = True  # the first rank says it for all

@@ -12,7 +12,7 @@ class Pools:
         self.by_size: dict[int, Pool] = {}
 
     def __call__(self, world_size: int) -> Pool:
-        if world_size not in self.by_size:
+        if world_size not in self.by_size or self.by_size[world_size].is_broken:
             self.by_size[world_size] = Pool(world_size)
         return self.by_size[world_size]
 

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
+import signal
 import socket
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-TIMEOUT_SECONDS = 300
+import psutil
+
+IDLE_SECONDS = 45.0  # longer than anything that a test waits for without using a processor
+LONGEST_SECONDS = 300.0
+POLL_SECONDS = 0.5
+BUSY_FRACTION = 0.2  # of a processor, by all ranks together: what watches a rank that hangs uses less
+STACKS_SIGNAL = signal.SIGUSR2
+
+
+class PoolError(RuntimeError):
+    """The workers cannot be used any more: one has died, or all of them hang. Says where each of them stood."""
 
 
 def _free_port() -> int:
@@ -19,7 +34,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: Path) -> None:
+    faulthandler.register(STACKS_SIGNAL, file=stacks.open("w"), all_threads=True)  # of C: it needs no lock of the interpreter
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -47,15 +63,24 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
 
 class Pool:
-    """``pool(function, *args)`` runs a module-level function on every rank and returns the list of results."""
+    """``pool(function, *args)`` runs a module-level function on every rank and returns the list of results.
 
-    def __init__(self, world_size: int) -> None:
+    Workers that have used no processor for ``idle_seconds`` hang. Then, and when one has died, the others are ended and
+    :class:`PoolError` says where they stood; ``is_broken`` is true from then on.
+    """
+
+    def __init__(self, world_size: int, idle_seconds: float = IDLE_SECONDS) -> None:
         context = mp.get_context("spawn")
         port = _free_port()
         pipes = [context.Pipe() for _ in range(world_size)]
+        self.idle_seconds = idle_seconds
+        self.is_broken = False
         self.pipes = [ours for ours, _ in pipes]
+        self._folder = tempfile.TemporaryDirectory(prefix="pool-")
+        self._stacks = [Path(self._folder.name, f"rank-{rank}") for rank in range(world_size)]
         self.processes = [
-            context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True) for rank, (_, theirs) in enumerate(pipes)
+            context.Process(target=_serve, args=(rank, world_size, port, theirs, self._stacks[rank]), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
             process.start()
@@ -63,21 +88,63 @@ class Pool:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(TIMEOUT_SECONDS):
-                raise TimeoutError(f"rank {rank} gave no answer to {function.__name__}{args} in {TIMEOUT_SECONDS} s")
-            answers.append(pipe.recv())
+        self._await_answers(f"{function.__name__}{args}")
+        try:
+            answers = [pipe.recv() for pipe in self.pipes]
+        except EOFError:
+            raise self._broken(f"a rank ended in {function.__name__}{args}") from None
         failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
         if failed:
             raise AssertionError("\n".join(failed))
         return [value for _, value in answers]
 
-    def close(self) -> None:
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
+    def _await_answers(self, what: str) -> None:
+        begin = busy_at = time.monotonic()
+        used = self._processor_seconds()
+        while True:
+            answered = all(pipe.poll(POLL_SECONDS / len(self.pipes)) for pipe in self.pipes)  # or closed
+            dead = [rank for rank, process in enumerate(self.processes) if not process.is_alive()]
+            if dead:
+                raise self._broken(f"rank {dead[0]} ended with code {self.processes[dead[0]].exitcode} in {what}")
+            if answered:
+                return
+            now = time.monotonic()
+            now_used = self._processor_seconds()
+            if now_used - used > BUSY_FRACTION * (now - busy_at):
+                used = now_used
+                busy_at = now
+            if now - busy_at > self.idle_seconds or now - begin > LONGEST_SECONDS:
+                raise self._broken(f"no answer to {what} in {now - begin:.0f} s, and no work done for {now - busy_at:.0f} s")
+
+    def _processor_seconds(self) -> float:
+        total = 0.0
+        for process in self.processes:
+            try:
+                total += sum(psutil.Process(process.pid).cpu_times()[:2])
+            except psutil.Error:  # gone: its answer or its end is seen elsewhere
+                continue
+        return total
+
+    def _broken(self, reason: str) -> PoolError:
+        self.is_broken = True
+        for process, stacks in zip(self.processes, self._stacks, strict=True):
             if process.is_alive():
+                os.kill(process.pid, STACKS_SIGNAL)
+                deadline = time.monotonic() + 5
+                while not stacks.stat().st_size and time.monotonic() < deadline:
+                    time.sleep(0.05)
+        time.sleep(0.2)  # for the last of them to be whole
+        told = [f"rank {rank}:\n{stacks.read_text()}" for rank, stacks in enumerate(self._stacks) if stacks.exists()]
+        self.close(patience_seconds=0)
+        return PoolError("\n".join([reason, *told]))
+
+    def close(self, patience_seconds: float = 10) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if process.is_alive() and not self.is_broken:
                 pipe.send(None)
         for process in self.processes:
-            process.join(10)
+            process.join(patience_seconds)
             if process.is_alive():
                 process.kill()
+                process.join()
+        self._folder.cleanup()
