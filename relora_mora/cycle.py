@@ -181,21 +181,23 @@ class Cycle:
         elif method.reset != "none":
             for layer_name, parameters in self.parameters.items():
                 for parameter in parameters:
-                    for key in MOMENTS:
-                        self._prune(parameter, key, layer_generator(self.config.train.seed, f"{layer_name}/{parameter}/{key}", merges_done))
+                    self._prune(parameter, layer_generator(self.config.train.seed, f"{layer_name}/{parameter}/exp_avg", merges_done))
 
-    def _prune(self, parameter: str, key: str, generator: torch.Generator) -> None:
-        """Sets ``reset_ratio`` of one moment to zero: the smallest magnitudes, or a random choice."""
-        moment = self.engine.gather(parameter, key).reshape(-1)
-        drop = round(self.config.method.reset_ratio * moment.numel())
-        if drop == 0:
-            return
+    def _prune(self, parameter: str, generator: torch.Generator) -> None:
+        """Sets ``reset_ratio`` of a parameter's moments to zero: where exp_avg is smallest in magnitude, or at random places.
+
+        Both moments at the same places: an element with exp_avg and no exp_avg_sq would be moved by exp_avg / eps.
+        """
+        moments = {key: self.engine.gather(parameter, key).reshape(-1) for key in MOMENTS}
+        size = moments["exp_avg"].numel()
+        drop = round(self.config.method.reset_ratio * size)
         if self.config.method.reset == "magnitude":
-            chosen = moment.abs().topk(drop, largest=False).indices
+            chosen = moments["exp_avg"].abs().topk(drop, largest=False).indices
         else:
-            chosen = torch.randperm(moment.numel(), generator=generator)[:drop].to(moment.device)
-        moment[chosen] = 0.0
-        self.engine.scatter(parameter, moment, key)
+            chosen = torch.randperm(size, generator=generator)[:drop].to(self.engine.device)
+        for key, moment in moments.items():
+            moment[chosen] = 0.0
+            self.engine.scatter(parameter, moment, key)
 
     def _check_counts(self, step: int, layers: int, zeroed: int) -> None:
         if layers != len(self.layers) or zeroed != self.elements:

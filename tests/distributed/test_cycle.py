@@ -231,14 +231,19 @@ def reset_mode(world_size: int, stage: int, mode: str) -> dict[str, Any]:
         "before": before,
         "after": {name: rig.engine.gather(name, "exp_avg") for name in names},
         "masters": {name: float(rig.engine.gather(name).abs().max()) for name in names},
+        "pruned_alike": all(torch.equal(rig.engine.gather(name, "exp_avg") == 0, rig.engine.gather(name, "exp_avg_sq") == 0) for name in names),
         "steps": rig.engine.group_steps()["adapters"],
     }
 
 
-@pytest.mark.parametrize("mode", ["full", "magnitude", "random", "none"])
+RESETS = ("full", "magnitude", "random", "none")
+
+
+@pytest.mark.parametrize("mode", RESETS)
 def test_reset_modes(pools, mode):
     seen = pools(2)(reset_mode, 2, 2, mode)[0]
     assert all(value == 0 for value in seen["masters"].values())
+    assert seen["pruned_alike"]
     assert seen["steps"] == (0 if mode == "full" else MERGE_AT)
     for name, before in seen["before"].items():
         after = seen["after"][name]
@@ -249,6 +254,33 @@ def test_reset_modes(pools, mode):
         assert share == pytest.approx(expected, abs=1 / before.numel() + (0.05 if mode == "random" else 0))
         if mode == "magnitude":
             assert before[kept].abs().min() >= before[~kept].abs().max()
+
+
+def largest_moves(world_size: int, stage: int, method: str) -> dict[str, float]:
+    """The largest move of an adapter's element in the first step after each kind of reset, as a multiple of the rate."""
+    from relora_mora.optim import group_rates
+    from tests.tiny import build_rig, tiny_config
+
+    moves = {}
+    for mode in RESETS:
+        settings = {"name": method, "reset": mode, "reset_ratio": 0.75}
+        rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method=settings))
+        for step in range(1, MERGE_AT + 1):
+            rig.step(step)
+        rig.merge(MERGE_AT)
+        fresh = _adapters(rig)
+        rig.step(MERGE_AT + 1)
+        rate = group_rates(rig.schedule, rig.groups, MERGE_AT + 1)[0]
+        moves[mode] = max(float((value - fresh[name]).abs().max()) for name, value in _adapters(rig).items()) / rate
+    return moves
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("method", ["relora", "remora"])
+def test_the_first_step_after_any_reset_moves_no_element_by_more_than_twice_the_rate(pools, stage, method):
+    """Adam's step of matching moments is below (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) = 1.17 rates, 1.5 with four steps' bias corrections."""
+    for move in pools(2)(largest_moves, 2, stage, method)[0].values():
+        assert 0.1 < move < 2.0
 
 
 def lora_draws(world_size: int, stage: int) -> dict[str, str]:
