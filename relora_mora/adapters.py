@@ -8,7 +8,6 @@ several passes over them; ``decoupled`` is the textbook form, kept as the readab
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from relora_mora.config import MethodConfig
 from relora_mora.operators import Operator, make_operator, square_size
+from relora_mora.seeds import derived_seed
 
 
 class AdapterLinear(nn.Module):
@@ -210,8 +210,7 @@ class _MergedLoRA(torch.autograd.Function):
 
 def layer_generator(seed: int, layer: str, merges_done: int) -> torch.Generator:
     """The source of a layer's draws: the same on every rank, world size and resume."""
-    digest = hashlib.sha256(f"{seed}/{layer}/{merges_done}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(derived_seed(seed, layer, merges_done))
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:

@@ -15,6 +15,7 @@ ORDER = [
     "kernels",
     "operators",
     "schedule",
+    "seeds",
     "tokenizer",
     "data",
     "adapters",

@@ -22,6 +22,7 @@ from relora_mora.hardware import peak_memory_bytes
 from relora_mora.health import Health
 from relora_mora.metrics import Metrics, Progress, log, shared_log
 from relora_mora.optim import group_rates
+from relora_mora.seeds import derived_seed
 from relora_mora.trainer.ends import end_for_data, finish, stop
 from relora_mora.trainer.report import Interval, data_metrics, loss_metrics, merge_metrics, peak_of_device
 from relora_mora.trainer.rollback import roll_back
@@ -168,12 +169,12 @@ class Trainer:
     def train_step(self, batch: Batch) -> None:
         """One optimizer step on this rank's share of a global batch."""
         begin = time.perf_counter()
-        torch.manual_seed(self.config.train.seed + self.step)  # dropout, where a model has it, follows from the step
         pieces = list(micro_batches(batch, self.config.train.micro_batch_size, self.device))
         losses = torch.zeros_like(self.interval.loss)
         self.engine.engine.train()
         for index, (input_ids, labels, document_ids) in enumerate(pieces):
             self.guard.did(f"step {self.step + 1}: micro-batch {index + 1} of {len(pieces)}")
+            torch.manual_seed(derived_seed(self.config.train.seed, "dropout", self.step, self.rank, index))
             loss = self.engine.engine(input_ids, labels, document_ids)
             losses += loss.detach()
             # a loss that is not finite may have a gradient that is: then that shall not be, so that no rank steps

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -61,6 +63,39 @@ def test_every_method_resumes_bit_equal(pools, inputs, tokenizer_path, tmp_path,
             pool(train, config, stop_after=4)
         pool(train, config)
     assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
+
+
+def seeds_of_forwards(config: Any) -> list[int]:
+    """The seed that this rank draws with in each forward of training, in order."""
+    from relora_mora.model import LossModel
+
+    seeds = []
+    whole_forward = LossModel.forward
+
+    def forward(self: LossModel, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.training:
+            seeds.append(torch.initial_seed())
+        return whole_forward(self, *args, **kwargs)
+
+    with mock.patch.object(LossModel, "forward", forward):
+        train(config)
+    return seeds
+
+
+def test_dropout_draws_anew_for_every_step_rank_and_micro_batch_and_resumes_bit_equal(pools, inputs, tokenizer_path, tmp_path):
+    folders = {name: tmp_path / name for name in ("never", "stopped", "without")}
+    configs = {name: run_config(inputs, tokenizer_path, folder, 2, **_sections(2, False)) for name, folder in folders.items()}
+    dropout = {"model": {"overrides": {"attention_dropout": 0.2}}}
+    for name in ("never", "stopped"):
+        configs[name] = run_config(inputs, tokenizer_path, folders[name], 2, **_sections(2, False), **dropout)
+    seeds = pools(2)(seeds_of_forwards, configs["never"])
+    assert [len(of_rank) for of_rank in seeds] == [20, 20]  # two micro-batches in each of ten steps
+    assert len({*seeds[0], *seeds[1]}) == 40
+    pools(2)(train, configs["stopped"], stop_after=4)
+    assert pools(2)(seeds_of_forwards, configs["stopped"]) == [of_rank[8:] for of_rank in seeds]
+    assert _equal(*(folders[name] / "checkpoints" / "step-00000010" for name in ("never", "stopped"))) == []
+    pools(2)(train, configs["without"])
+    assert _equal(*(folders[name] / "checkpoints" / "step-00000010" for name in ("never", "without"))) != []
 
 
 def test_base_files_are_shared_between_merges(pools, inputs, tokenizer_path, tmp_path):
