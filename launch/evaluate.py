@@ -18,6 +18,7 @@ def main(
     max_tokens: int | None = None,
     micro_batch_size: int = 8,
     precision: str = "float32",
+    document_mask: bool | None = None,
 ) -> None:
     """Scores text with a model.
 
@@ -29,6 +30,7 @@ def main(
         max_tokens: predicted tokens to score, in whole documents; default: all
         micro_batch_size: sequences per forward
         precision: float32, bfloat16 or float16
+        document_mask: score each document alone, as data.document_mask trains; default: as trained, false for a foreign model
     """
     for name, value, least in (
         ("micro_batch_size", micro_batch_size, 1),
@@ -47,7 +49,8 @@ def main(
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
     loaded = load_any_model(Path(model), DTYPES[precision])
-    length = sequence_length or loaded.sequence_length
+    settings = loaded.data_settings(data, sequence_length, document_mask)
+    length = settings.sequence_length
     positions = getattr(loaded.model.config, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(f"--sequence_length: got {length}, but {model} has {positions} positions; give at most {positions}")
@@ -55,15 +58,17 @@ def main(
     check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.vocab_size)
     eval_set = load_eval_set(
         data,
-        config=loaded.data_settings(data, length),
+        config=settings,
         tokenizer_path=tokenizer_path,
         sequence_length=length,
         max_tokens=max_tokens,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm = loaded.model.to(device).eval()
+    alone = ", each document alone" if settings.document_mask else ""
     print(
-        f"{loaded.description}: {eval_set.predicted:,} tokens of {eval_set.documents:,} documents in sequences of {length}", file=sys.stderr
+        f"{loaded.description}: {eval_set.predicted:,} tokens of {eval_set.documents:,} documents in sequences of {length}{alone}",
+        file=sys.stderr,
     )
     rows = min(micro_batch_size, -(-eval_set.predicted // length))
     try:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
 from relora_mora.config import Config
 from relora_mora.data import EvalSet, load_eval_set
 from relora_mora.model import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
+
+MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def held_out(config: Config) -> EvalSet:
 
 @torch.no_grad()
 def evaluate(
-    mean_loss: Callable[[Tensor, Tensor], Tensor],
+    mean_loss: MeanLoss,
     data: EvalSet,
     *,
     micro_batch_size: int,
@@ -69,16 +72,16 @@ def evaluate(
 ) -> EvalResult | None:
     """Scores every token of ``data`` once, whatever the number of ranks.
 
-    ``mean_loss(input_ids [b, T], labels [b, T])`` gives the mean nats of the labels that are not -100; ``all_sum`` sums
-    over the ranks. All ranks score as many batches, some of them empty: ZeRO-3 gathers weights in each. ``stop`` is asked
+    ``mean_loss(input_ids [b, T], labels [b, T], document_ids [b, T] or None)`` gives the mean nats of the labels that are not -100,
+    where there are document_ids each document alone; ``all_sum`` sums over the ranks. All ranks score as many batches, some of them empty: ZeRO-3 gathers weights in each. ``stop`` is asked
     before each, with the same answer on all ranks; when it is true the result is None.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for input_ids, labels in data.batches(rank, world_size, micro_batch_size):
+    for input_ids, labels, documents in data.batches(rank, world_size, micro_batch_size):
         if stop():
             return None
         count = (labels != IGNORE).sum()
-        loss = mean_loss(input_ids.to(device), labels.to(device))
+        loss = mean_loss(input_ids.to(device), labels.to(device), None if documents is None else documents.to(device))
         totals[0] += loss.double() * count.to(device)
         totals[1] += count.to(device)
     nats, tokens = all_sum(totals).tolist()
@@ -86,8 +89,43 @@ def evaluate(
     return EvalResult(nats, data.predicted, data.utf8_bytes)
 
 
-def causal_lm_loss(lm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """``mean_loss`` of any causal language model of transformers; a LLaMA's logits are never whole, others' in float32 in chunks."""
+def causal_lm_loss(lm: nn.Module) -> MeanLoss:
+    """``mean_loss`` of any causal language model of transformers; documents that are to be scored alone get rows of their own,
+    since not every model takes a mask between them."""
+    of_rows = _loss_of_rows(lm)
+
+    def mean_loss(input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        if document_ids is None:
+            return of_rows(input_ids, labels)
+        total = torch.zeros((), dtype=torch.float64, device=labels.device)
+        for rows, targets in rows_of_documents(input_ids, labels, document_ids):
+            total += of_rows(rows, targets).double() * (targets != IGNORE).sum()
+        return total / (labels != IGNORE).sum().clamp(min=1)
+
+    return mean_loss
+
+
+def rows_of_documents(input_ids: Tensor, labels: Tensor, document_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The documents inside sequences [B, T], each at the start of a row of its own: (input_ids, labels), both [rows, longest].
+
+    Rows are filled up at their end, where a causal model does not look and nothing is scored. Each batch of rows has at most as many tokens
+    as the sequences; the longest documents come first.
+    """
+    pieces: list[tuple[Tensor, Tensor]] = []
+    for row, ids in enumerate(document_ids):
+        lengths = ids.unique_consecutive(return_counts=True)[1].tolist()
+        pieces += zip(input_ids[row].split(lengths), labels[row].split(lengths), strict=True)
+    pieces = [piece for piece in pieces if (piece[1] != IGNORE).any()]
+    pieces.sort(key=lambda piece: len(piece[0]), reverse=True)
+    while pieces:
+        count = input_ids.numel() // len(pieces[0][0])
+        inputs, targets = zip(*pieces[:count], strict=True)
+        pieces = pieces[count:]
+        yield pad_sequence(list(inputs), batch_first=True), pad_sequence(list(targets), batch_first=True, padding_value=IGNORE)
+
+
+def _loss_of_rows(lm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mean nats of labels [b, T]; a LLaMA's logits are never whole, others' in float32 in chunks."""
     if isinstance(lm, LlamaForCausalLM):
         head = lm.get_output_embeddings().weight
         return lambda input_ids, labels: chunked_cross_entropy(lm.model(input_ids, use_cache=False).last_hidden_state, head, labels)

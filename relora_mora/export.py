@@ -79,16 +79,23 @@ def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCaus
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal LM to score text with, and what goes with it."""
+    """A causal LM to score text with, and what goes with it; ``data``: how the text is read that it was trained on."""
 
     model: PreTrainedModel
     tokenizer: Path
-    sequence_length: int
+    data: DataConfig
     description: str
 
-    def data_settings(self, data: str, sequence_length: int) -> DataConfig:
-        """Settings under which ``data`` is read."""
-        return DataConfig(train=data, validation=data, sequence_length=sequence_length)
+    def data_settings(self, source: str, sequence_length: int | None, document_mask: bool | None) -> DataConfig:
+        """Settings under which the held-out text of ``source`` is read: those of training, but for what is given.
+
+        Text of another source is not looked for at the commit of the run's own.
+        """
+        own = source in ([self.data.validation] if isinstance(self.data.validation, str) else self.data.validation)
+        given = {"validation": source, "sequence_length": sequence_length, "document_mask": document_mask}
+        if not own:
+            given["revision"] = DataConfig.model_fields["revision"].default
+        return self.data.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
 def load_foreign(path: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
@@ -129,11 +136,12 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     if (path / "config.json").is_file():
         model = load_foreign(path, dtype)
         length = min(HF_LENGTH, int(getattr(model.config, "max_position_embeddings", HF_LENGTH)))
-        return LoadedModel(model, path, length, f"{path} ({type(model).__name__})")
+        plain = DataConfig(train="none", validation="none", sequence_length=length)
+        return LoadedModel(model, path, plain, f"{path} ({type(model).__name__})")
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
-    length = validate(manifest.config, str(checkpoint)).data.sequence_length
-    return LoadedModel(merged_model(checkpoint, dtype), checkpoint / "tokenizer", length, f"{checkpoint} (step {manifest.step})")
+    data = validate(manifest.config, str(checkpoint)).data
+    return LoadedModel(merged_model(checkpoint, dtype), checkpoint / "tokenizer", data, f"{checkpoint} (step {manifest.step})")
 
 
 def export(path: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:

@@ -184,9 +184,12 @@ def activation_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) ->
     if config.model.attention == "eager":
         layer += heads * length * (6 if bf16 else 4)  # softmax in float32, and its rounded copy
     layer += width * _linear_inputs(model, config)
+    mask = width * length if config.data.document_mask else 0  # one for all layers
     layers = model_config.num_hidden_layers
     kept = layers * (width * hidden if config.model.activation_checkpointing else layer)
-    return tokens * (kept + normed + 2 * width * hidden), tokens * layer  # the final norm, the head's input and its gradient
+    return tokens * (kept + normed + 2 * width * hidden + mask), tokens * (
+        layer + mask
+    )  # the final norm, the head's input and its gradient
 
 
 def _linear_inputs(model: LlamaForCausalLM, config: Config) -> float:

@@ -168,18 +168,16 @@ class LossModel(nn.Module):
                 layer.compile()
 
     def forward(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """input_ids [B, T] and labels [B, T] (already shifted, -100 is not scored) -> mean nats per predicted token."""
-        mask = None if document_ids is None else self._attention_mask(document_ids)
-        hidden = self.lm.model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return self.lm.lm_head(hidden, labels)
+        """input_ids [B, T] and labels [B, T] (already shifted, -100 is not scored) -> mean nats per predicted token.
 
-    def _attention_mask(self, document_ids: Tensor) -> Tensor:
-        """As transformers' attention takes it: sdpa a boolean mask, eager one that it adds to the scores."""
-        mask = document_mask(document_ids)
-        if self.lm.config._attn_implementation == "sdpa":
-            return mask
-        dtype = self.lm.model.norm.weight.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        With document_ids [B, T] every document sees what it sees where it is scored alone: itself, from position 0 on.
+        """
+        separate: dict[str, Tensor] = {}
+        if document_ids is not None:
+            separate["attention_mask"] = document_mask(document_ids, self.lm.model.norm.weight.dtype)
+            separate["position_ids"] = document_positions(document_ids)
+        hidden = self.lm.model(input_ids=input_ids, use_cache=False, **separate).last_hidden_state
+        return self.lm.lm_head(hidden, labels)
 
 
 class LossHead(nn.Module):
@@ -267,7 +265,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """document_ids [B, T] -> boolean mask [B, 1, T, T]: causal, and only within a document."""
+def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """document_ids [B, T] -> mask [B, 1, T, T] to add to scores: causal, and only within a document.
+
+    Not boolean: sdpa would make this one of it in each layer, and keep each for backward.
+    """
     same = document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)
-    return same.tril().unsqueeze(1)
+    mask = torch.zeros(same.shape, dtype=dtype, device=same.device)
+    return mask.masked_fill_(~same.tril(), -math.inf).unsqueeze(1)
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """document_ids [B, T], which never decrease -> int64 [B, T]: the place of each token in its document."""
+    place = torch.arange(document_ids.shape[-1], device=document_ids.device).expand(document_ids.shape)
+    begins = document_ids.diff(dim=-1, prepend=document_ids[:, :1]) != 0
+    return place - (place * begins).cummax(dim=-1).values

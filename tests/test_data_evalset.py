@@ -56,7 +56,8 @@ def test_every_token_is_scored_once_on_any_number_of_ranks(path, tokenizer_path,
     for rank in range(world_size):
         batches = list(held_out.batches(rank, world_size, micro_batch_size))
         counts.append(len(batches))
-        for inputs, labels in batches:
+        for inputs, labels, documents in batches:
+            assert documents is None
             assert inputs.shape == labels.shape == (micro_batch_size, 16) and inputs.dtype == labels.dtype == torch.int64
             for row, targets in zip(inputs.tolist(), labels.tolist(), strict=True):
                 known = [(token, target) for token, target in zip(row, targets, strict=True) if target != UNSCORED]
@@ -69,11 +70,24 @@ def test_every_token_is_scored_once_on_any_number_of_ranks(path, tokenizer_path,
     assert scored == Counter(tuple(block) for block in blocks)
 
 
+def test_documents_are_numbered_as_in_training(path, tokenizer_path):
+    held_out = load_eval_set(
+        str(path), config=data_config(path, document_mask=True), tokenizer_path=tokenizer_path, sequence_length=16, max_tokens=500
+    )
+    seen = 0
+    for inputs, _, documents in held_out.batches(0, 1, 4):
+        assert documents is not None and documents.shape == inputs.shape
+        for row, numbers in zip(inputs.tolist(), documents.tolist(), strict=True):
+            assert numbers == [row[: at + 1].count(held_out.eos) for at in range(16)]
+            seen = max(seen, numbers[-1])
+    assert seen > 1
+
+
 def test_less_text_than_one_batch(tmp_path, tokenizer_path):
     held_out = _load(write_shard(tmp_path / "a.json", ["rank"]), tokenizer_path)
     batches = [list(held_out.batches(rank, 3, 4)) for rank in range(3)]
     assert [len(of_rank) for of_rank in batches] == [1, 1, 1] and 0 < held_out.predicted < 16
-    scored = [int((labels != UNSCORED).sum()) for ((_, labels),) in batches]
+    scored = [int((labels != UNSCORED).sum()) for ((_, labels, _),) in batches]
     assert scored == [held_out.predicted, 0, 0]
 
 

@@ -10,13 +10,15 @@ import sys
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from relora_mora.data import load_eval_set
-from relora_mora.evaluate import causal_lm_loss, evaluate
+from relora_mora.evaluate import causal_lm_loss, evaluate, rows_of_documents
+from relora_mora.model import LossModel, build_model
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
 from tests.data_tools import data_config, write_shard
 from tests.helpers import ROOT
+from tests.tiny import tiny_llama
 
 TEXTS = ["the rank of a merge", "größer als the matrix", "🙂 one more of the same"]
 
@@ -45,6 +47,64 @@ def test_every_token_counts_once_whatever_the_batch(source, tokenizer_path):
     size = sum(len(text.encode()) for text in TEXTS)
     assert results[0].bits_per_byte == pytest.approx(results[0].loss * tokens / math.log(2) / size)
     assert results[0].perplexity == pytest.approx(math.exp(results[0].loss))
+
+
+def _llama() -> LlamaForCausalLM:
+    return build_model(tiny_llama(vocab_size=320), seed=3).eval()
+
+
+def _loss_of_documents(lm, texts: list[str], tokenizer, length: int) -> float:
+    """Each document alone, cut where a sequence of the packed text ends; by plain transformers, one forward for each piece."""
+    nats = tokens = place = 0
+    for text in texts:
+        ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        begin = 0
+        while begin < len(ids) - 1:
+            end = min(len(ids) - 1, begin + length - place % length)
+            logits = lm(torch.tensor([ids[begin:end]])).logits[0].double()
+            nats -= logits.log_softmax(-1).gather(1, torch.tensor(ids[begin + 1 : end + 1])[:, None]).sum().item()
+            place += end - begin
+            tokens += end - begin
+            begin = end
+    return nats / tokens
+
+
+@pytest.mark.parametrize("make", [_gpt2, _llama])
+@pytest.mark.parametrize("length,micro", [(8, 3), (64, 1)])
+def test_with_a_document_mask_each_document_is_scored_alone(source, tokenizer_path, make, length, micro):
+    lm = make()
+    data = load_eval_set(
+        str(source),
+        config=data_config(source, document_mask=True),
+        tokenizer_path=tokenizer_path,
+        sequence_length=length,
+        max_tokens=None,
+    )
+    expected = _loss_of_documents(lm, TEXTS, load_tokenizer(tokenizer_path), length)
+    loss = evaluate(causal_lm_loss(lm), data, micro_batch_size=micro, device=torch.device("cpu")).loss
+    assert loss == pytest.approx(expected, abs=1e-6)
+    if isinstance(lm, LlamaForCausalLM):  # what a run evaluates with
+        of_run = evaluate(LossModel(lm), data, micro_batch_size=micro, device=torch.device("cpu")).loss
+        assert of_run == pytest.approx(expected, abs=1e-6)
+    together = load_eval_set(
+        str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=length, max_tokens=None
+    )
+    assert abs(evaluate(causal_lm_loss(make()), together, micro_batch_size=micro, device=torch.device("cpu")).loss - expected) > 1e-5
+
+
+def test_rows_of_documents_hold_every_scored_label_once_and_no_more_tokens_than_the_sequences():
+    ids = torch.arange(1, 25).reshape(2, 12)
+    labels = ids + 100
+    labels[1, 8:] = -100
+    documents = torch.tensor([[1] * 7 + [2] + [3] * 4, [5] * 8 + [6] * 4], dtype=torch.int32)
+    seen = []
+    for rows, targets in rows_of_documents(ids, labels, documents):
+        assert rows.shape == targets.shape and rows.numel() <= ids.numel()
+        for row, target in zip(rows, targets, strict=True):
+            scored = target != -100
+            assert torch.equal(row[scored] + 100, target[scored]) and bool(scored[: scored.sum()].all())
+            seen.append(row[scored].tolist())
+    assert sorted(seen) == [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11, 12], [13, 14, 15, 16, 17, 18, 19, 20]]
 
 
 def test_a_uniform_model_has_the_entropy_of_its_vocabulary(source, tokenizer_path):

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from relora_mora.config import ConfigError, ModelConfig
-from relora_mora.model import LossModel, build_model, check_length, chunked_cross_entropy, document_mask, read_model_config
+from relora_mora.model import (
+    LossModel,
+    build_model,
+    check_length,
+    chunked_cross_entropy,
+    document_mask,
+    document_positions,
+    read_model_config,
+)
 from tests.tiny import batch, tiny_config, tiny_llama
 
 
@@ -93,7 +102,35 @@ def test_masked_attention_sees_one_document_only(attention):
     assert model(ids, early, documents).item() == pytest.approx(model(later, early, documents).item(), abs=1e-6)
     plain = [model(x, labels).item() for x in (ids, other)]
     assert masked[0] == pytest.approx(masked[1], abs=1e-6) and abs(plain[0] - plain[1]) > 1e-4
-    assert document_mask(torch.tensor([[0, 0, 1]])).tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]
+    no = -math.inf
+    assert document_mask(torch.tensor([[0, 0, 1]]), torch.float32).tolist() == [[[[0.0, no, no], [0.0, 0.0, no], [no, no, 0.0]]]]
+
+
+def test_positions_begin_anew_with_each_document():
+    ids = torch.tensor([[1, 1, 1, 2, 3, 3], [0, 0, 0, 0, 0, 0], [4, 5, 6, 7, 8, 9]], dtype=torch.int32)
+    assert document_positions(ids).tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_document_in_a_sequence_has_the_loss_that_it_has_alone(attention):
+    """Also where the rotary frequencies depend on how many positions are in use."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "factor": 4.0,
+        "short_factor": [1.0] * 6,
+        "long_factor": [4.0] * 6,
+        "original_max_position_embeddings": 10,
+    }
+    model = LossModel(build_model(tiny_llama(rope_parameters=rope), seed=1, attention=attention))
+    ids, labels = (tensor[:1] for tensor in batch(0))
+    documents = torch.tensor([[1] * 3 + [2] * 9 + [3] * 4], dtype=torch.int32)
+    for document in (slice(0, 3), slice(3, 12), slice(12, 16)):
+        inside = torch.full_like(labels, -100)
+        inside[:, document] = labels[:, document]
+        together = model(ids, inside, documents).item()
+        assert together == pytest.approx(model(ids[:, document], labels[:, document]).item(), abs=1e-6)
+        assert abs(model(ids, inside).item() - together) > 1e-5
 
 
 def test_model_settings_report_every_fault(tmp_path):

@@ -11,10 +11,14 @@ import numpy as np
 from relora_mora.config import DataConfig
 from relora_mora.data.lanes import Tokens
 from relora_mora.data.sources import SourceError
+from relora_mora.data.stream import document_ids
 from relora_mora.data.texts import iter_texts
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
+
+    EvalBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 UNSCORED = -100  # cross entropy's ignore_index
 _DOCUMENTS_PER_CALL = 64
@@ -32,13 +36,15 @@ class EvalSet:
     documents: int
     sequence_length: int
     eos: int
+    document_mask: bool = False
 
     @property
     def predicted(self) -> int:
         return len(self.tokens) - 1
 
-    def batches(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(input_ids, labels), int64 [micro_batch_size, sequence_length], labels shifted already and -100 where nothing is scored.
+    def batches(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[EvalBatch]:
+        """(input_ids, labels, document_ids), each [micro_batch_size, sequence_length]; labels are shifted already and -100 where
+        nothing is scored; document_ids are those of training, or None without ``document_mask``.
 
         Every rank gets the same number of batches (collectives need that), the last ones filled up with unscored
         sequences; over all ranks each token is scored once, those of the short last block too.
@@ -55,7 +61,8 @@ class EvalSet:
                 piece = self.tokens[block * length : (block + 1) * length + 1]
                 inputs[row, : len(piece) - 1] = piece[:-1]
                 labels[row, : len(piece) - 1] = piece[1:]
-            yield torch.from_numpy(inputs), torch.from_numpy(labels)
+            documents = torch.from_numpy(document_ids(inputs, self.eos)) if self.document_mask else None
+            yield torch.from_numpy(inputs), torch.from_numpy(labels), documents
 
 
 def load_eval_set(
@@ -63,24 +70,32 @@ def load_eval_set(
 ) -> EvalSet:
     """The first documents of the sources' validation split that have at most ``max_tokens`` tokens together; None: all of them.
 
+    Of ``config`` count the revision, what limits lines, and ``document_mask``.
     The first document is taken whatever its length. Raises SourceError when there is no text.
     """
-    from relora_mora.tokenizer import encode, load_tokenizer
+    from relora_mora.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
     eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
     pieces: list[Tokens] = [np.array([eos], np.int32)]
     predicted = utf8_bytes = 0
-    for texts in _groups(iter_texts(sources, split="validation", config=config)):
-        for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
-            if max_tokens is not None and len(pieces) > 1 and predicted + len(ids) + 1 > max_tokens:
-                return EvalSet(np.concatenate(pieces), utf8_bytes, len(pieces) - 1, sequence_length, eos)
-            pieces.append(np.array([*ids, eos], np.int32))
-            predicted += len(ids) + 1
-            utf8_bytes += len(text.encode())
+    for text, ids in _encoded(iter_texts(sources, split="validation", config=config), tokenizer):
+        if max_tokens is not None and len(pieces) > 1 and predicted + len(ids) + 1 > max_tokens:
+            break
+        pieces.append(np.array([*ids, eos], np.int32))
+        predicted += len(ids) + 1
+        utf8_bytes += len(text.encode())
     if len(pieces) == 1:
         raise SourceError(f"the validation data {sources} holds no text; give a source with at least one document")
-    return EvalSet(np.concatenate(pieces), utf8_bytes, len(pieces) - 1, sequence_length, eos)
+    return EvalSet(np.concatenate(pieces), utf8_bytes, len(pieces) - 1, sequence_length, eos, config.document_mask)
+
+
+def _encoded(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
+    """Each text with its ids, encoded many at a time."""
+    from relora_mora.tokenizer import encode
+
+    for group in _groups(texts):
+        yield from zip(group, encode(tokenizer, group), strict=True)
 
 
 def _groups(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -231,7 +231,9 @@ def reset_mode(world_size: int, stage: int, mode: str) -> dict[str, Any]:
         "before": before,
         "after": {name: rig.engine.gather(name, "exp_avg") for name in names},
         "masters": {name: float(rig.engine.gather(name).abs().max()) for name in names},
-        "pruned_alike": all(torch.equal(rig.engine.gather(name, "exp_avg") == 0, rig.engine.gather(name, "exp_avg_sq") == 0) for name in names),
+        "pruned_alike": all(
+            torch.equal(rig.engine.gather(name, "exp_avg") == 0, rig.engine.gather(name, "exp_avg_sq") == 0) for name in names
+        ),
         "steps": rig.engine.group_steps()["adapters"],
     }
 
