@@ -121,6 +121,23 @@ def test_activations_and_peak(method: dict[str, Any], model: dict[str, Any], bf1
     assert tracker.most == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+def test_a_document_mask_is_kept_once_for_all_layers(bf16: bool) -> None:
+    kept, planned = [], []
+    for masked in (False, True):
+        config = make_config({"name": "full"})
+        config = config.model_copy(update={"data": config.data.model_copy(update={"document_mask": masked, "sequence_length": 256})})
+        trained = build(config, bf16)
+        ids = torch.randint(0, MODEL.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
+        documents = torch.arange(256).div(50, rounding_mode="floor").expand(4, 256) if masked else None
+        with LiveTensors() as tracker:
+            loss = trained(ids, ids, documents)
+            kept.append(tracker.now)
+        del loss
+        planned.append(activation_memory(trained.lm, config, bf16=bf16)[0])
+    assert kept[1] - kept[0] == pytest.approx(planned[1] - planned[0], rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["full", "lora", "remora"])
 def test_parameters_are_those_of_the_real_model(name: str) -> None:
     config = make_config({"name": name, "target_modules": ["q_proj", "up_proj"], "train_head": False})
