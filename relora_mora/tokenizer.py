@@ -135,6 +135,15 @@ def tokenizer_fingerprint(path: str | Path) -> str:
     return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def is_tokenizer(path: str | Path, fingerprint: str) -> bool:
+    """Whether there is a tokenizer at a path that can be loaded and has this fingerprint."""
+    try:
+        load_tokenizer(path)
+        return tokenizer_fingerprint(path) == fingerprint
+    except (ValueError, OSError):
+        return False
+
+
 def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | Path) -> None:
     """Writes a folder whose ids plain ``AutoTokenizer.from_pretrained(out)`` reproduces; ``tokenizer.model`` is kept beside.
 
@@ -249,11 +258,11 @@ def _auto(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **settings)
     except Exception as error:  # transformers raises nearly any kind of error here
         raise TokenizerError(f"{folder}: transformers cannot load this tokenizer ({' '.join(str(error).split())}); {_EXPECTED}") from error
-    for internal in ("is_local", "local_files_only"):  # of this call; would be written into tokenizer_config.json
-        tokenizer.init_kwargs.pop(internal, None)
+    for key in ("is_local", "local_files_only", "auto_map"):  # would be written into tokenizer_config.json: of this call, names of code
+        tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
