@@ -14,19 +14,22 @@ from relora_mora.metrics import log
 from relora_mora.tokenizer import is_tokenizer
 
 SUFFIXES = (".jinja", ".json", ".model", ".spm", ".txt")  # of data: no code, and no weights
+MAX_BYTES = 2**28  # of a file: several times the largest vocabularies
 
 
 def read_tokenizer(folder: Path) -> dict[str, bytes]:
     """Content of the files of a tokenizer's folder by their names in it, such as ``tokenizer.json``.
 
-    What is no data of a tokenizer (see ``SUFFIXES``), no regular file, a link or in a linked folder is left out. Raises
-    OSError for a file that cannot be read.
+    What is no data of a tokenizer (see ``SUFFIXES`` and ``MAX_BYTES``), no regular file, a link or in a linked folder is
+    left out. Raises OSError for a file that cannot be read.
     """
     found: dict[str, bytes] = {}
     for parent, _, names in os.walk(folder):
         for path in (Path(parent, name) for name in names):
             name = path.relative_to(folder).as_posix()
-            if path.suffix in SUFFIXES and name.isprintable() and stat.S_ISREG(path.lstat().st_mode):
+            status = path.lstat()
+            data = path.suffix in SUFFIXES and stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES
+            if data and name.isprintable():  # a manifest lists no other names
                 found[name] = path.read_bytes()
     return dict(sorted(found.items()))
 

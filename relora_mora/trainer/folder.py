@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 
 from relora_mora.build import Checked, plain_model_config
 from relora_mora.checkpoint.layout import write_synced
+from relora_mora.checkpoint.places import remove
 from relora_mora.config import dump
 from relora_mora.tokenizer import is_tokenizer, save_tokenizer
 
@@ -30,9 +30,9 @@ def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
     tokenizer = folder / "tokenizer"
     if not is_tokenizer(tokenizer, checked.tokenizer_fingerprint):  # an earlier start may have had another one
         work = folder / "tokenizer.tmp"
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
         save_tokenizer(checked.config.tokenizer.path, work)
-        shutil.rmtree(tokenizer, ignore_errors=True)
+        remove(tokenizer)
         work.rename(tokenizer)
     with (folder / "starts.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(_start_record(checked, world_size, step)) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from relora_mora.checkpoint import Manifest, damaged_tokenizer, list_checkpoints, read_manifest, verify
+from relora_mora.tokenizer import is_tokenizer, tokenizer_fingerprint
 from tests.runs import metrics, run_config, tensors, train, write_inputs
 
 pytestmark = pytest.mark.distributed
@@ -128,6 +130,21 @@ def test_nothing_that_is_done_to_the_tokenizer_of_a_run_reaches_its_checkpoints(
     assert all(problem is None for problem in (verify(path) for path in list_checkpoints(checkpoints)))
     folder, manifest = _newest(folder)
     assert manifest.step == 3 and sorted(path.name for path in (folder / "tokenizer").iterdir()) == names
+
+
+def test_a_run_puts_its_tokenizer_where_something_else_is(pools, tokenizer_path, other_tokenizer, tmp_path):
+    """A file, and a link to the tokenizer of somebody else, which stays as it is."""
+    inputs, folder = write_inputs(tmp_path), tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder)
+    theirs = sorted(path.name for path in Path(other_tokenizer).iterdir())
+    pools(1)(train, config, stop_after=0)
+    for step, place in enumerate((lambda path: path.write_text("a file"), lambda path: path.symlink_to(other_tokenizer)), 1):
+        shutil.rmtree(folder / "tokenizer")
+        place(folder / "tokenizer")
+        pools(1)(train, config, stop_after=step)
+        assert is_tokenizer(folder / "tokenizer", tokenizer_fingerprint(tokenizer_path))
+        assert damaged_tokenizer(*_newest(folder)) is None and not (folder / "tokenizer").is_symlink()
+    assert sorted(path.name for path in Path(other_tokenizer).iterdir()) == theirs
 
 
 def _newest(run_dir: Path) -> tuple[Path, Manifest]:
