@@ -148,19 +148,23 @@ def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | P
     """Writes a folder whose ids plain ``AutoTokenizer.from_pretrained(out)`` reproduces; ``tokenizer.model`` is kept beside.
 
     ``tokenizer`` is a path as for :func:`load_tokenizer`, or what it returned. ``out`` may already hold a model with its
-    ``config.json``. Raises :class:`TokenizerError` when the written folder gives other ids.
+    ``config.json``. Raises :class:`TokenizerError` when transformers refuses to write it, or the folder gives other ids.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     out = Path(out)
     model = _sentencepiece_file(Path(tokenizer.name_or_path)) if Path(tokenizer.name_or_path).exists() else None
     out.mkdir(parents=True, exist_ok=True)
-    with quiet_transformers():
-        tokenizer.save_pretrained(str(out))
-        if model is not None and model.resolve() != (out / MODEL_FILE).resolve():
-            shutil.copyfile(model, out / MODEL_FILE)
-        saved = _auto(out)
-    written = [saved.encode(text, add_special_tokens=False) for text in HARD_TEXTS]
+    try:
+        with quiet_transformers():
+            tokenizer.save_pretrained(str(out))
+            if model is not None and model.resolve() != (out / MODEL_FILE).resolve():
+                shutil.copyfile(model, out / MODEL_FILE)
+            saved = _auto(out)
+        written = [saved.encode(text, add_special_tokens=False) for text in HARD_TEXTS]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of values of another kind; those of a disk are others
+        said = " ".join(str(error).split())
+        raise TokenizerError(f"{tokenizer.name_or_path}: transformers cannot save it ({said}); mend its tokenizer_config.json") from error
     if written != encode(tokenizer, HARD_TEXTS) or saved.eos_token_id != tokenizer.eos_token_id:
         raise TokenizerError(f"{out}: the saved tokenizer gives other ids than {tokenizer.name_or_path}; report this with the tokenizer")
 

@@ -8,6 +8,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,7 @@ def test_what_a_manifest_lists_does_not_replace_the_model(checkpoint: Path, clea
     names = [f"tokenizer/{name}" for name in ("model.safetensors", "config.json", "generation_config.json", "evil.py")]
     for name in names:
         (checkpoint / name).write_text('{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "llama"}')
-    listed = {name: {"bytes": (checkpoint / name).stat().st_size, "xxh3_128": file_entry(checkpoint / name).xxh3_128} for name in names}
-    change_manifest(checkpoint, lambda values: values["files"].update(listed))
+    change_manifest(checkpoint, lambda values: values["files"].update({name: asdict(file_entry(checkpoint / name)) for name in names}))
     export(checkpoint, tmp_path / "out")
     assert contents(tmp_path / "out") == clean
 
@@ -206,8 +206,7 @@ def test_no_name_of_code_gets_into_an_export(checkpoint: Path, clean: dict[str, 
 
     def change(values: dict[str, Any]) -> None:
         values["model_config"] |= code | {"quantization_config": {"quant_method": "evil"}, "attn_implementation": "evil/kernels"}
-        entry = file_entry(path)
-        values["files"]["tokenizer/tokenizer_config.json"] = {"bytes": entry.bytes, "xxh3_128": entry.xxh3_128}
+        values["files"]["tokenizer/tokenizer_config.json"] = asdict(file_entry(path))
 
     change_manifest(checkpoint, change)
     export(checkpoint, tmp_path / "out")
@@ -226,6 +225,14 @@ def test_no_name_of_code_gets_into_an_export(checkpoint: Path, clean: dict[str, 
 def test_a_manifest_with_another_model_is_one_message(checkpoint: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
     change_manifest(checkpoint, lambda values: values.update(change))
     refused(call(EXPORT, checkpoint, tmp_path / "out"), str(checkpoint), says)
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_named_by_its_place(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
+    change_manifest(checkpoint, lambda values: values["files"].update({f"tokenizer/{path.name}": asdict(file_entry(path))}))
+    refused(call(EXPORT, checkpoint, tmp_path / "out"), f"{checkpoint / 'tokenizer'}: transformers cannot save it")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- a damaged tokenizer ------------------------------------------------------------------------------------------

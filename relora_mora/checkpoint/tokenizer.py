@@ -11,7 +11,7 @@ from pathlib import Path
 
 from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, Manifest, damage, read_manifest
 from relora_mora.metrics import log
-from relora_mora.tokenizer import is_tokenizer
+from relora_mora.tokenizer import TokenizerError, is_tokenizer
 
 SUFFIXES = (".jinja", ".json", ".model", ".spm", ".txt")  # of data: no code, and no weights
 MAX_BYTES = 2**28  # of a file: several times the largest vocabularies
@@ -52,27 +52,29 @@ def tokenizer_of(checkpoint: Path) -> Iterator[Path]:
     """A folder, for as long as the block lasts, with nothing but the tokenizer that a checkpoint was made with.
 
     Where the checkpoint's own files are damaged it is the run's, with a warning, if that one has the fingerprint in the
-    manifest. Raises :class:`CheckpointError` where neither does.
+    manifest. Raises :class:`CheckpointError` where neither does; a :class:`TokenizerError` of the block names that folder.
     """
     manifest = read_manifest(checkpoint)
     of_run = Path(os.path.abspath(checkpoint)).parent.parent / TOKENIZER  # noqa: PTH100 - the checkpoint may be a link
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:
-        copy = Path(temporary, TOKENIZER)
+        place, copy = checkpoint / TOKENIZER, Path(temporary, "of-checkpoint")
         problem = damaged_tokenizer(checkpoint, manifest)
         if problem is None:
-            files = read_tokenizer(checkpoint / TOKENIZER)
-            listed = {name: files[name] for name in files if f"{TOKENIZER}/{name}" in manifest.files}
-            if _is_copied(listed, copy, manifest):
-                yield copy
-                return
-            problem = f"{TOKENIZER}: not the tokenizer it was made with"
-        if not _is_copied(read_tokenizer(of_run), copy.with_name("of-run"), manifest):
-            raise CheckpointError(
-                f"{checkpoint}: {problem}, and {of_run} is not the tokenizer it was made with; copy that one there "
-                f"(tokenizer.path was {manifest.config.get('tokenizer', {}).get('path')}), or use another checkpoint"
-            )
-        log.warning("%s: %s; the tokenizer in %s takes its place", checkpoint, problem, of_run)
-        yield copy.with_name("of-run")
+            listed = {name: text for name, text in read_tokenizer(place).items() if f"{TOKENIZER}/{name}" in manifest.files}
+            if not _is_copied(listed, copy, manifest):
+                problem = f"{TOKENIZER}: not the tokenizer it was made with"
+        if problem is not None:
+            place, copy = of_run, Path(temporary, "of-run")
+            if not _is_copied(read_tokenizer(of_run), copy, manifest):
+                raise CheckpointError(
+                    f"{checkpoint}: {problem}, and {of_run} is not the tokenizer it was made with; copy that one there "
+                    f"(tokenizer.path was {manifest.config.get('tokenizer', {}).get('path')}), or use another checkpoint"
+                )
+            log.warning("%s: %s; the tokenizer in %s takes its place", checkpoint, problem, of_run)
+        try:
+            yield copy
+        except TokenizerError as error:
+            raise TokenizerError(str(error).replace(str(copy), str(place))) from error
 
 
 def _is_copied(files: Mapping[str, bytes], folder: Path, manifest: Manifest) -> bool:
