@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -54,15 +55,15 @@ def main(
     positions = getattr(loaded.model.config, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(f"--sequence_length: got {length}, but {model} has {positions} positions; give at most {positions}")
-    tokenizer_path = tokenizer or str(loaded.tokenizer)
-    check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.vocab_size)
-    eval_set = load_eval_set(
-        data,
-        config=settings,
-        tokenizer_path=tokenizer_path,
-        sequence_length=length,
-        max_tokens=max_tokens,
-    )
+    with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
+        check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.vocab_size)
+        eval_set = load_eval_set(
+            data,
+            config=settings,
+            tokenizer_path=str(tokenizer_path),
+            sequence_length=length,
+            max_tokens=max_tokens,
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm = loaded.model.to(device).eval()
     alone = ", each document alone" if settings.document_mask else ""

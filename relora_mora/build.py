@@ -17,7 +17,15 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from relora_mora import kernels
 from relora_mora.adapters import inject
-from relora_mora.checkpoint import CheckpointError, CheckpointReader, Manifest, changed_settings, list_checkpoints, newest_whole
+from relora_mora.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    Manifest,
+    changed_settings,
+    damaged_tokenizer,
+    list_checkpoints,
+    newest_whole,
+)
 from relora_mora.checkpoint.layout import write_synced
 from relora_mora.checkpoint.places import list_new, step_of
 from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings
@@ -199,6 +207,9 @@ def _resume(run: Run) -> None:
         chosen = from_first_rank(lambda: find_checkpoint(Path(wanted)))
     reader = CheckpointReader(chosen)
     _check_same_run(run, reader)
+    problem = damaged_tokenizer(chosen, reader.manifest) if run.engine.rank == 0 else None
+    if problem is not None:
+        log.warning("%s: %s; its tensors are whole, and the run goes on with tokenizer.path", chosen, problem)
     restore(run, reader, forget_rollbacks=wanted != "auto")
     log.info("resumed from %s at step %d", chosen, run.step)
     if reader.manifest.data_order != run.checked.data_order:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,20 +10,29 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from relora_mora.adapters import adapter_layers, adapter_parameters, inject
-from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, newest_whole, read_manifest, verify
+from relora_mora.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    list_checkpoints,
+    newest_whole,
+    read_manifest,
+    tokenizer_of,
+    verify,
+)
 from relora_mora.checkpoint.places import list_new
 from relora_mora.cli import new_folder
 from relora_mora.config import DataConfig, validate
 from relora_mora.model import empty_model, put_values
-from relora_mora.tokenizer import quiet_transformers
+from relora_mora.tokenizer import load_tokenizer, quiet_transformers, save_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 transformers_logging.disable_progress_bar()  # a bar for each file says nothing here
 
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by default
 
 
@@ -48,13 +57,24 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
-    """Every weight of the plain model in float32, ``W + delta`` where there is an adapter."""
+    """Every weight of the plain model in float32, ``W + delta`` where there is an adapter.
+
+    Raises :class:`CheckpointError` where the checkpoint holds other tensors than the model it names.
+    """
     manifest = reader.manifest
     config = validate(manifest.config, str(reader.folder))
-    with torch.device("meta"):
-        skeleton = LlamaForCausalLM(LlamaConfig(**manifest.model_config))
-        if config.uses_adapters:
+    skeleton = _empty_model(reader)
+    if config.uses_adapters:
+        with torch.device("meta"):
             inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator)
+    expected = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    found = manifest.parameters | manifest.frozen
+    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{reader.folder}: does not hold the model it names: {wrong[0]} is {found.get(wrong[0], 'nothing')} there, "
+            f"expected {expected.get(wrong[0], 'nothing')}; use another checkpoint"
+        )
     adapters = dict(adapter_layers(skeleton))
     own = adapter_parameters(skeleton)
     weights = {name: reader.weight(name) for name in [*manifest.parameters, *manifest.frozen] if name not in own}
@@ -66,23 +86,36 @@ def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
 def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """The plain model of a checkpoint folder, which :func:`find_checkpoint` has verified."""
     reader = CheckpointReader(path)
-    model = empty_model(LlamaConfig(**reader.manifest.model_config))
-    weights = {name: value.to(dtype) for name, value in merged_weights(reader).items()}
-    unknown = sorted(set(weights) - set(dict(model.named_parameters())))
-    put_values(model, weights)
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing or unknown:
-        raise CheckpointError(f"{path}: does not hold the model it names (missing {missing[:3]}, unknown {unknown[:3]})")
+    model = _empty_model(reader)
+    put_values(model, {name: value.to(dtype) for name, value in merged_weights(reader).items()})
     model.config.dtype = dtype
     return model.eval()
 
 
+def _empty_model(reader: CheckpointReader) -> LlamaForCausalLM:
+    """The model that a checkpoint names. Of its settings only LLaMA's own count: no names of code, no foreign keys.
+
+    Raises :class:`CheckpointError` where there is no such model.
+    """
+    settings = {key: value for key, value in reader.manifest.model_config.items() if key in LlamaConfig.__annotations__}
+    try:
+        return empty_model(LlamaConfig(**settings))
+    except Exception as error:  # of nearly any kind
+        said = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{reader.folder}: transformers makes no model of its model_config: {said}; use another checkpoint"
+        ) from error
+
+
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal LM to score text with, and what goes with it; ``data``: how the text is read that it was trained on."""
+    """A causal LM to score text with, and what goes with it.
+
+    The folder of the ``tokenizer`` is there within a ``with``; ``data`` says how the text was read that the model was trained on.
+    """
 
     model: PreTrainedModel
-    tokenizer: Path
+    tokenizer: AbstractContextManager[Path]
     data: DataConfig
     description: str
 
@@ -137,24 +170,28 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
         model = load_foreign(path, dtype)
         length = min(HF_LENGTH, int(getattr(model.config, "max_position_embeddings", HF_LENGTH)))
         plain = DataConfig(train="none", validation="none", sequence_length=length)
-        return LoadedModel(model, path, plain, f"{path} ({type(model).__name__})")
+        return LoadedModel(model, nullcontext(path), plain, f"{path} ({type(model).__name__})")
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     data = validate(manifest.config, str(checkpoint)).data
-    return LoadedModel(merged_model(checkpoint, dtype), checkpoint / "tokenizer", data, f"{checkpoint} (step {manifest.step})")
+    return LoadedModel(merged_model(checkpoint, dtype), tokenizer_of(checkpoint), data, f"{checkpoint} (step {manifest.step})")
 
 
 def export(path: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns the checkpoint that was exported.
 
-    Raises :class:`CheckpointError` for what is no checkpoint and FileExistsError for a folder that is not empty. The
-    folder appears whole.
+    Special tokens and their ids are the tokenizer's. No file of the checkpoint is copied: model and tokenizer are written
+    anew. Raises :class:`CheckpointError` for what is no checkpoint and FileExistsError for a folder that is not empty.
+    The folder appears whole.
     """
     with new_folder(out) as work:
         checkpoint = find_checkpoint(path)
-        model = merged_model(checkpoint, dtype)
-        model.config.use_cache = True
-        model.save_pretrained(work)
-        for source in sorted((checkpoint / "tokenizer").iterdir()):
-            shutil.copy2(source, work / source.name)
+        with tokenizer_of(checkpoint) as folder:
+            tokenizer = load_tokenizer(folder)
+            special = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
+            model = merged_model(checkpoint, dtype)
+            model.config.update({**special, "use_cache": True})
+            model.generation_config = GenerationConfig(**special)
+            model.save_pretrained(work)
+            save_tokenizer(tokenizer, work)
     return checkpoint

@@ -135,23 +135,36 @@ def tokenizer_fingerprint(path: str | Path) -> str:
     return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def is_tokenizer(path: str | Path, fingerprint: str) -> bool:
+    """Whether there is a tokenizer at a path that can be loaded and has this fingerprint."""
+    try:
+        load_tokenizer(path)
+        return tokenizer_fingerprint(path) == fingerprint
+    except (ValueError, OSError):
+        return False
+
+
 def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | Path) -> None:
     """Writes a folder whose ids plain ``AutoTokenizer.from_pretrained(out)`` reproduces; ``tokenizer.model`` is kept beside.
 
     ``tokenizer`` is a path as for :func:`load_tokenizer`, or what it returned. ``out`` may already hold a model with its
-    ``config.json``. Raises :class:`TokenizerError` when the written folder gives other ids.
+    ``config.json``. Raises :class:`TokenizerError` when transformers refuses to write it, or the folder gives other ids.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     out = Path(out)
     model = _sentencepiece_file(Path(tokenizer.name_or_path)) if Path(tokenizer.name_or_path).exists() else None
     out.mkdir(parents=True, exist_ok=True)
-    with quiet_transformers():
-        tokenizer.save_pretrained(str(out))
-        if model is not None and model.resolve() != (out / MODEL_FILE).resolve():
-            shutil.copyfile(model, out / MODEL_FILE)
-        saved = _auto(out)
-    written = [saved.encode(text, add_special_tokens=False) for text in HARD_TEXTS]
+    try:
+        with quiet_transformers():
+            tokenizer.save_pretrained(str(out))
+            if model is not None and model.resolve() != (out / MODEL_FILE).resolve():
+                shutil.copyfile(model, out / MODEL_FILE)
+            saved = _auto(out)
+        written = [saved.encode(text, add_special_tokens=False) for text in HARD_TEXTS]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of values of another kind; those of a disk are others
+        said = " ".join(str(error).split())
+        raise TokenizerError(f"{tokenizer.name_or_path}: transformers cannot save it ({said}); mend its tokenizer_config.json") from error
     if written != encode(tokenizer, HARD_TEXTS) or saved.eos_token_id != tokenizer.eos_token_id:
         raise TokenizerError(f"{out}: the saved tokenizer gives other ids than {tokenizer.name_or_path}; report this with the tokenizer")
 
@@ -249,11 +262,11 @@ def _auto(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **settings)
     except Exception as error:  # transformers raises nearly any kind of error here
         raise TokenizerError(f"{folder}: transformers cannot load this tokenizer ({' '.join(str(error).split())}); {_EXPECTED}") from error
-    for internal in ("is_local", "local_files_only"):  # of this call; would be written into tokenizer_config.json
-        tokenizer.init_kwargs.pop(internal, None)
+    for key in ("is_local", "local_files_only", "auto_map"):  # would be written into tokenizer_config.json: of this call, names of code
+        tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 

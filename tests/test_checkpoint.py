@@ -20,6 +20,7 @@ from relora_mora.checkpoint import (
     CheckpointReader,
     Manifest,
     changed_settings,
+    damaged_tokenizer,
     list_checkpoints,
     newest_whole,
     read_manifest,
@@ -27,6 +28,7 @@ from relora_mora.checkpoint import (
 )
 from relora_mora.checkpoint.layout import content_checksum, file_entry, write_synced
 from relora_mora.checkpoint.places import discard, put_in_place
+from relora_mora.checkpoint.tokenizer import read_tokenizer
 from relora_mora.checkpoint.writer import tidy
 
 STATE = "state-00001-of-00002.safetensors"
@@ -39,6 +41,7 @@ FILES = (
     "tokenizer/tokenizer_config.json",
     "manifest.json",
 )
+TOKENIZER = FILES[4:6]
 
 
 def _checkpoint(folder: Path, step: int, seed: int = 0) -> Path:
@@ -132,13 +135,52 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [name for name in FILES if name not in TOKENIZER])
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(folder, file, way):
     damage, of_manifest, of_others = WAYS[way]
     damage(folder / "step-00000015" / file)
     line = _passed_over(folder)
     assert file in line
     assert any(text in line for text in (of_manifest if file == "manifest.json" else of_others).split("|")), line
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("file", TOKENIZER)
+def test_a_damaged_tokenizer_is_named_and_does_not_cost_the_tensors(folder, file, way):
+    damage, _, says = WAYS[way]
+    newest = folder / "step-00000015"
+    damage(newest / file)
+    assert newest_whole(folder) == (newest, [])
+    line = damaged_tokenizer(newest, read_manifest(newest))
+    assert line is not None and line.startswith(f"{file}: ") and says in line
+    assert damaged_tokenizer(folder / "step-00000010", read_manifest(folder / "step-00000010")) is None
+
+
+def test_weights_below_the_tokenizer_are_none_of_the_checkpoint(folder):
+    """As where a file was put into the run's tokenizer folder."""
+    newest = folder / "step-00000015"
+    save_file({"x": torch.zeros(1)}, newest / "tokenizer" / "model.safetensors")
+    _rewrite(newest, lambda values: values["files"].update({"tokenizer/model.safetensors": {"bytes": 0, "xxh3_128": "0" * 32}}))
+    assert newest_whole(folder) == (newest, [])
+
+
+def test_what_is_read_of_a_tokenizer_folder(tmp_path):
+    """Data in files of its own: no code, weights, links, pipes, or names that no manifest may list."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.json").write_text("secret")
+    folder = tmp_path / "tokenizer"
+    (folder / "sub").mkdir(parents=True)
+    kept = ("a tokenizer größe.json", "sub/template.jinja", "tokenizer.json", "tokenizer.model", "vocab.txt")
+    for name in (*kept, "evil.py", "model.safetensors", "pytorch_model.bin", "x.json~", "a\nb.json", b"\xff.json", "sub/evil.so"):
+        (folder / os.fsdecode(name)).write_text("content")
+    (folder / "link.json").symlink_to("tokenizer.json")
+    (folder / "secret.json").symlink_to(tmp_path / "outside" / "secret.json")
+    (folder / "linked").symlink_to(tmp_path / "outside")
+    os.mkfifo(folder / "pipe.json")
+    with (folder / "corpus.txt").open("wb") as stream:
+        stream.truncate(2**40)  # takes no space
+    assert list(read_tokenizer(folder).items()) == [(name, b"content") for name in kept]
+    assert read_tokenizer(tmp_path / "none") == {}
 
 
 def test_every_bit_of_a_manifest_is_guarded(folder):
@@ -216,13 +258,27 @@ def test_json_that_is_no_manifest_is_refused(folder, content):
     assert _passed_over(folder).startswith("manifest.json: ")
 
 
-@pytest.mark.parametrize("link", [STATE, "tokenizer"])
-def test_links_do_not_lead_out_of_a_checkpoint(folder, link):
-    given = folder / "step-00000015" / link
-    given.rename(folder / "elsewhere")
-    given.symlink_to(folder / "elsewhere")
-    line = _passed_over(folder)
-    assert link in line and "a link that leads out of the checkpoint" in line
+@pytest.mark.parametrize("place", ["..", "."])
+@pytest.mark.parametrize("link", [STATE, "manifest.json", "tokenizer", "tokenizer/tokenizer.model"])
+def test_a_link_is_no_file_of_a_checkpoint(folder, link, place):
+    newest = folder / "step-00000015"
+    given = newest / link
+    elsewhere = newest / place / "elsewhere"
+    given.rename(elsewhere)
+    given.symlink_to(elsewhere.resolve())
+    if link.startswith("tokenizer"):
+        line = damaged_tokenizer(newest, read_manifest(newest))
+        assert line is not None and line.startswith(link) and "a link, expected a file of the checkpoint's own" in line
+    else:
+        line = _passed_over(folder)
+        assert link in line and ("a link" in line or "not a file of its own" in line)
+
+
+def test_a_checkpoint_folder_may_be_a_link(folder):
+    (folder / "another disk").mkdir()
+    (folder / "step-00000015").rename(folder / "another disk" / "step-00000015")
+    (folder / "step-00000015").symlink_to(folder / "another disk" / "step-00000015")
+    assert newest_whole(folder) == (folder / "step-00000015", [])
 
 
 def _pieces(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:

@@ -165,6 +165,35 @@ def test_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
     assert _plain(tmp_path / "export", [text]) == encode(tokenizer, [text])
 
 
+def test_code_of_a_tokenizer_is_neither_run_nor_saved(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
+    path, mark = _hugging_face(folder, tmp_path / "hf"), tmp_path / "it was run"
+    (path / "foreign_code.py").write_text(f"open({str(mark)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    code = {"auto_map": {"AutoTokenizer": [None, "foreign_code.Own"]}, "trust_remote_code": True}
+    (path / "tokenizer_config.json").write_text(json.dumps(config | code))
+    save_tokenizer(path, tmp_path / "out")
+    assert not [file.name for file in (tmp_path / "out").iterdir() if file.suffix == ".py" or "foreign_code" in file.read_text()]
+    (path / "tokenizer_config.json").write_text(json.dumps(config | code | {"tokenizer_class": "Own"}))
+    with pytest.raises(TokenizerError, match="custom code"):
+        load_tokenizer(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"chat_template": [{"name": "../../x", "template": ""}]}, {"chat_template": [{"name": 3, "template": 4}]}, {"model_max_length": "x"}],
+)
+def test_a_tokenizer_that_cannot_be_saved_is_named(folder: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    path = _hugging_face(folder, tmp_path / "hf")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | wrong))
+    with pytest.raises(TokenizerError, match="mend its tokenizer_config") as caught:
+        save_tokenizer(path, tmp_path / "out")
+    assert str(caught.value).startswith(f"{path}: ")
+    assert sorted(name.name for name in tmp_path.iterdir()) == ["hf", "out"]
+
+
 def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -8,7 +8,7 @@
         manifest.json                          written last: step, settings, data state, every file with size and checksum
         state-00000-of-00002.safetensors       what rank 0 owned of the masters and moments, float32
         base-00000-of-00002.safetensors        the frozen weights that rank 0 owned, float32
-        tokenizer/...                          what AutoTokenizer loads
+        tokenizer/...                          what AutoTokenizer loads; where it is damaged the tensors still count
 
 A tensor of a state file is a piece of one parameter: its key is ``kind|name|start`` with the kind master, exp_avg or
 exp_avg_sq, the parameter's name, and the place of the first element in the flattened parameter. A reader puts pieces
@@ -34,7 +34,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter,
 from relora_mora.cli.folder import sync
 
 FORMAT, VERSION = "relora_mora checkpoint", 1
-MANIFEST, LATEST = "manifest.json", "latest"
+MANIFEST, LATEST, TOKENIZER = "manifest.json", "latest", "tokenizer"
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]  # also exact as a float
@@ -90,6 +90,15 @@ class Manifest:
         return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
 
     @property
+    def tokenizer_files(self) -> list[str]:
+        return [name for name in self.files if name.startswith(f"{TOKENIZER}/")]
+
+    @property
+    def tensor_files(self) -> list[str]:
+        """What a checkpoint cannot be used without: all files but those of the tokenizer."""
+        return [name for name in self.files if not name.startswith(f"{TOKENIZER}/")]
+
+    @property
     def is_good(self) -> bool:
         """Whether a run can go back to it: not made within a row of steps with bad numbers, or after a loss spike."""
         return not (self.counters.get("bad_steps") or self.counters.get("trouble"))
@@ -111,14 +120,14 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads a manifest; raises :class:`CheckpointError` where there is none, a damaged one, or one of another format or version."""
     path = folder / MANIFEST
     try:
-        regular = stat.S_ISREG(path.stat().st_mode)
+        regular = stat.S_ISREG(path.lstat().st_mode)
         content = path.read_bytes() if regular else b""
     except OSError as error:
         raise CheckpointError(
             f"{folder}: no checkpoint ({MANIFEST}: {error.strerror}); give a folder such as RUN/checkpoints/step-00001000"
         ) from error
     if not regular:
-        raise CheckpointError(f"{path}: damaged, it is not a file; use an older checkpoint")
+        raise CheckpointError(f"{path}: damaged, it is not a file of its own; use an older checkpoint")
     try:
         values = json.loads(content)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -158,7 +167,7 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
-    """What is wrong with the named files of a checkpoint: the first that is missing, no file, outside, too short or altered."""
+    """What is wrong with the named files of a checkpoint: the first that is missing, no file, a link, too short or altered."""
     root = folder.resolve()
     for name in names:
         path, expected = folder / name, manifest.files[name]
@@ -166,8 +175,8 @@ def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
                 return f"{name}: not a file"
-            if not path.resolve().is_relative_to(root):
-                return f"{name}: a link that leads out of the checkpoint"
+            if path.resolve() != root / name:
+                return f"{name}: a link, expected a file of the checkpoint's own"
             if status.st_size != expected.bytes:
                 return f"{name}: {status.st_size} bytes, expected {expected.bytes}"
             if file_entry(path) != expected:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relora_mora.checkpoint.layout import FileEntry, Manifest, file_entry
+from relora_mora.checkpoint.layout import TOKENIZER, FileEntry, Manifest, file_entry
 from relora_mora.checkpoint.places import NEW
-from relora_mora.cli.folder import sync
+from relora_mora.checkpoint.tokenizer import write_tokenizer
+from relora_mora.cli.folder import ordinary_mode, sync
 from relora_mora.cycle import Base
 from relora_mora.zero import MOMENTS, ZeroEngine
 
@@ -30,16 +32,17 @@ class _Shared:
 
 
 class Part:
-    """What ``engine``'s rank owns: its pieces of the masters and moments, its frozen weights; the first rank adds the tokenizer."""
+    """What ``engine``'s rank owns: its pieces of the masters and moments, its frozen weights; the first rank adds the tokenizer.
 
-    def __init__(self, engine: ZeroEngine, base: Base) -> None:
-        self.engine, self.base = engine, base
+    ``tokenizer`` has the content of its files by their names, as :func:`read_tokenizer` gives it.
+    """
+
+    def __init__(self, engine: ZeroEngine, base: Base, tokenizer: Mapping[str, bytes]) -> None:
+        self.engine, self.base, self.tokenizer = engine, base, tokenizer
         of = f"{engine.rank:05d}-of-{engine.world_size:05d}.safetensors"
         self.state_name, self.base_name = f"state-{of}", f"base-{of}"
         self._shared: _Shared | None = None
-        umask = os.umask(0)
-        os.umask(umask)
-        self._mode = 0o666 & ~umask
+        self._mode = ordinary_mode()
 
     def adopt_base(self, folder: Path, manifest: Manifest) -> None:
         """The base is what this checkpoint says: its file can be shared, if it holds what this rank owns."""
@@ -58,20 +61,20 @@ class Part:
                 tensors[f"{kind}|{shard.name}|{shard.start}"] = shard.of(flat.detach()).to("cpu", copy=True)
         return tensors
 
-    def write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor], tokenizer: Path) -> dict[str, FileEntry]:
+    def write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
         """Writes the files into ``work``, which will become ``final``; returns them by name, on the disk for good.
 
         Where that fails their space is free again before the error is raised.
         """
         try:
-            return self._write(work, final, merges_done, tensors, tokenizer)
+            return self._write(work, final, merges_done, tensors)
         except Exception:
             for name in (self.state_name, self.base_name):
                 with contextlib.suppress(OSError):
                     (work / name).unlink(missing_ok=True)
             raise
 
-    def _write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor], tokenizer: Path) -> dict[str, FileEntry]:
+    def _write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
         work.mkdir(parents=True, exist_ok=True)
         files: dict[str, FileEntry] = {}
         if tensors:
@@ -79,11 +82,9 @@ class Part:
         if self.base.owned:
             files[self.base_name] = self._write_base(work, final, merges_done)
         if self.engine.rank == 0:
-            for source in sorted(path for path in tokenizer.rglob("*") if path.is_file()):
-                target = work / "tokenizer" / source.relative_to(tokenizer)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _link(source, target)
-                files[str(target.relative_to(work))] = file_entry(target)
+            write_tokenizer(self.tokenizer, work / TOKENIZER)
+            for name in self.tokenizer:
+                files[f"{TOKENIZER}/{name}"] = file_entry(work / TOKENIZER / name)
         written = [work / name for name in files]
         for path in [*written, *{path.parent for path in written}]:
             sync(path)

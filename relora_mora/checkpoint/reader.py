@@ -39,7 +39,7 @@ class CheckpointReader:
         self._files: dict[str, Any] = {}
         self._pieces: dict[tuple[str, str], list[_Piece]] = {(kind, name): [] for name in self.manifest.parameters for kind in KINDS}
         self._pieces |= {("base", name): [] for name in self.manifest.frozen}
-        for file in self.manifest.files:
+        for file in self.manifest.tensor_files:
             if file.endswith(".safetensors"):
                 self._index(file)
         for (kind, name), pieces in self._pieces.items():
@@ -138,7 +138,10 @@ class CheckpointReader:
 
 
 def verify(folder: Path, engine: ZeroEngine | None = None) -> str | None:
-    """What is wrong with a checkpoint, None when it is whole. With an engine the ranks share the reading; a collective."""
+    """What is wrong with a checkpoint, None when it is whole. With an engine the ranks share the reading; a collective.
+
+    Damage of the tokenizer beside the tensors does not count: see :func:`damaged_tokenizer`.
+    """
     rank, world = (0, 1) if engine is None else (engine.rank, engine.world_size)
     problem = _damage_of_files(folder, rank, world)
     problems = [problem] if engine is None else gather_from_ranks(problem)
@@ -155,7 +158,7 @@ def _damage_of_files(folder: Path, rank: int, world: int) -> str | None:
         return str(error)
     if step_of(folder) not in (None, manifest.step):
         return f"{MANIFEST}: is that of step {manifest.step}"
-    return damage(folder, manifest, list(manifest.files)[rank::world])
+    return damage(folder, manifest, manifest.tensor_files[rank::world])
 
 
 def _damage_of_content(folder: Path) -> str | None:

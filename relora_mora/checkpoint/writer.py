@@ -34,6 +34,7 @@ from relora_mora.checkpoint.places import (
     step_of,
 )
 from relora_mora.checkpoint.reader import verify
+from relora_mora.checkpoint.tokenizer import read_tokenizer
 from relora_mora.cycle import Base
 from relora_mora.zero import ZeroEngine, from_first_rank
 
@@ -46,7 +47,8 @@ class CheckpointWriter:
     ``keep_every_steps``, and the newest one that a run can go back to.
 
     ``report`` gets a line for each save that failed, on rank 0. ``last_failure`` is None where the last save went well; on
-    other ranks than the first it knows only of this rank's part.
+    other ranks than the first it knows only of this rank's part. The files of the folder ``tokenizer`` are read here and
+    written into every checkpoint, whatever becomes of the folder.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class CheckpointWriter:
         engine: ZeroEngine,
         base: Base,
         *,
+        tokenizer: Path,
         keep_last: int,
         keep_every_steps: int,
         merge_states: Callable[[list[dict[str, Any]]], dict[str, Any]],
@@ -65,7 +68,9 @@ class CheckpointWriter:
         self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
         self.merge_states, self.report, self.timeout_seconds = merge_states, report, timeout_seconds
         self.last_failure: str | None = None
-        self._part = Part(engine, base)
+        files: dict[str, bytes] = {}
+        from_first_rank(lambda: files.update(read_tokenizer(tokenizer)))
+        self._part = Part(engine, base, files)
         self._thread: threading.Thread | None = None
         self._base_free = threading.Event()  # set while no write of the base is going on
         self._base_free.set()
@@ -78,7 +83,7 @@ class CheckpointWriter:
         """After a resume or a return to a checkpoint of this run: base files written from now on can be shared with it."""
         self._part.adopt_base(folder, manifest)
 
-    def save(self, manifest: Manifest, data_state: dict[str, Any], tokenizer: Path) -> float:
+    def save(self, manifest: Manifest, data_state: dict[str, Any]) -> float:
         """Starts a checkpoint of the present state and returns the seconds that training stood still for it.
 
         ``manifest`` comes without files and data state; ``data_state`` is this rank's. All ranks save the same steps.
@@ -88,7 +93,7 @@ class CheckpointWriter:
         tensors = self._part.snapshot()
         self._attempt += 1
         self._base_free.clear()
-        self._thread = threading.Thread(target=self._run, args=(manifest, data_state, tensors, tokenizer), daemon=True, name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(manifest, data_state, tensors), daemon=True, name="checkpoint")
         self._thread.start()
         return time.perf_counter() - begin
 
@@ -104,14 +109,14 @@ class CheckpointWriter:
 
     # ---- of the thread ----------------------------------------------------------------------------------------
 
-    def _run(self, manifest: Manifest, data_state: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Path) -> None:
+    def _run(self, manifest: Manifest, data_state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         final = self.folder / step_folder(manifest.step)
         # a rank of an earlier start, whose launcher was killed, may still be writing: not into this folder
         work = final.with_name(f"{final.name}.{self._job[:8]}-{self._attempt}{TEMPORARY}")
         message: dict[str, Any]
         failure: str | None
         try:
-            files = self._part.write(work, final, manifest.merges_done, tensors, tokenizer)
+            files = self._part.write(work, final, manifest.merges_done, tensors)
             message = {"files": {name: asdict(entry) for name, entry in files.items()}, "data_state": data_state}
         except Exception as error:
             message = {"failure": _reason(error)}

@@ -35,7 +35,10 @@ def new_folder(out: Path) -> Iterator[Path]:
             work = Path(holder, "new")
             work.mkdir()  # the holder is for its owner alone, this one is as the umask says
             yield work
+            mode = ordinary_mode()
             for path in work.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)  # safetensors makes files that only their owner reads
                 sync(path)  # some file systems notice only now that they are full
             work.rename(target)
         except Exception as error:
@@ -69,6 +72,13 @@ def _fault_of_disk(error: Exception, folder: Path) -> int | None:
         return error.errno if inside or (place is None and error.errno in _OF_WRITING) else None
     found = None if isinstance(error, ValueError) else _OF_RUST.search(str(error))
     return int(found[1]) if found and int(found[1]) in _OF_WRITING else None
+
+
+def ordinary_mode() -> int:
+    """The mode that the umask gives a new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def sync(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,8 +16,9 @@ import torch
 
 from relora_mora.build import Checked, plain_model_config
 from relora_mora.checkpoint.layout import write_synced
+from relora_mora.checkpoint.places import remove
 from relora_mora.config import dump
-from relora_mora.tokenizer import save_tokenizer, tokenizer_fingerprint
+from relora_mora.tokenizer import is_tokenizer, save_tokenizer
 
 
 def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
@@ -28,23 +28,15 @@ def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
     write_synced(folder / "config.yaml", dump(checked.config))  # a resume looks there for the revision of the data
     write_synced(folder / "model.json", json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
     tokenizer = folder / "tokenizer"
-    if not _is_tokenizer(tokenizer, checked.tokenizer_fingerprint):
+    if not is_tokenizer(tokenizer, checked.tokenizer_fingerprint):  # an earlier start may have had another one
         work = folder / "tokenizer.tmp"
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
         save_tokenizer(checked.config.tokenizer.path, work)
-        shutil.rmtree(tokenizer, ignore_errors=True)
+        remove(tokenizer)
         work.rename(tokenizer)
     with (folder / "starts.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(_start_record(checked, world_size, step)) + "\n")
     return folder
-
-
-def _is_tokenizer(folder: Path, fingerprint: str) -> bool:
-    """Whether a folder has the run's tokenizer: an earlier start may have had another one."""
-    try:
-        return tokenizer_fingerprint(folder) == fingerprint
-    except (ValueError, OSError):
-        return False
 
 
 def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class Trainer:
             self.folder / "checkpoints",
             run.engine,
             run.base,
+            tokenizer=self.folder / "tokenizer",
             keep_last=config.checkpoint.keep_last,
             keep_every_steps=config.checkpoint.keep_every_steps,
             merge_states=merge_states,
@@ -273,7 +274,7 @@ class Trainer:
         if self.trouble and not at_the_end:
             return
         self.guard.did(f"step {self.step}: checkpoint", within=LONG_SECONDS)
-        stall = self.writer.save(manifest_of(self), self.data_state, self.folder / "tokenizer")
+        stall = self.writer.save(manifest_of(self), self.data_state)
         self.saved = self.step
         self.write({"perf/checkpoint_stall_seconds": stall})
 

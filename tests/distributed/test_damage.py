@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from relora_mora.checkpoint import Manifest, damaged_tokenizer, list_checkpoints, read_manifest, verify
+from relora_mora.tokenizer import is_tokenizer, tokenizer_fingerprint
 from tests.runs import metrics, run_config, tensors, train, write_inputs
 
 pytestmark = pytest.mark.distributed
@@ -35,7 +38,7 @@ def logged(config: Any) -> list[str]:
 
 
 def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """The file has names in other checkpoints as well: those are to keep what they have."""
+    """A base file has names in other checkpoints as well: those are to keep what they have."""
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(change(content))
@@ -59,7 +62,7 @@ DAMAGES: dict[int, tuple[Callable[[Path], Any], str, str]] = {
     8: (lambda folder: _rewrite(folder / "manifest.json", _other_number), "manifest.json", "checksum"),
     7: (lambda folder: _rewrite(folder / "state-00001-of-00002.safetensors", _flip), "state-00001-of-00002.safetensors", "checksum"),
     6: (lambda folder: _rewrite(folder / "base-00000-of-00002.safetensors", lambda content: content[:-1]), "base-00000", "bytes, expected"),
-    5: (lambda folder: _rewrite(folder / "tokenizer" / "tokenizer.model", lambda _: b""), "tokenizer/tokenizer.model", "0 bytes, expected"),
+    5: (lambda folder: (folder / "state-00000-of-00002.safetensors").unlink(), "state-00000-of-00002.safetensors", "No such file"),
 }
 
 
@@ -91,9 +94,62 @@ def test_a_run_with_nothing_but_damaged_checkpoints_does_not_start_anew(pools, t
     inputs, folder = write_inputs(tmp_path), tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2)
     pools(2)(train, config, stop_after=1)
-    shutil.rmtree(folder / "checkpoints" / "step-00000001" / "tokenizer")
+    (folder / "checkpoints" / "step-00000001" / "state-00001-of-00002.safetensors").unlink()
     messages = pools(2)(_refused, config)
     assert all("none of 1 checkpoints is whole" in message for message in messages)
+
+
+def test_a_damaged_tokenizer_does_not_cost_the_weights(pools, tokenizer_path, tmp_path):
+    inputs, folder = write_inputs(tmp_path), tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 2)
+    pools(2)(train, config, stop_after=5)
+    (folder / "checkpoints" / "step-00000005" / "tokenizer" / "tokenizer.model").write_bytes(b"")
+    first, second = pools(2)(logged, config)
+    assert len(first) == 1 and second == []
+    assert "step-00000005: tokenizer/tokenizer.model: 0 bytes, expected" in first[0] and "goes on with tokenizer.path" in first[0]
+    assert json.loads((folder / "starts.jsonl").read_text().splitlines()[-1])["step"] == 5
+    assert damaged_tokenizer(*_newest(folder)) is None  # what is written from then on is whole
+
+
+def test_nothing_that_is_done_to_the_tokenizer_of_a_run_reaches_its_checkpoints(pools, tokenizer_path, tmp_path):
+    inputs, folder = write_inputs(tmp_path), tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 2)
+    tokenizer, checkpoints = folder / "tokenizer", folder / "checkpoints"
+    pools(2)(train, config, stop_after=1)
+    names = sorted(path.name for path in tokenizer.iterdir())
+    for path in tokenizer.iterdir():
+        with path.open("ab") as stream:  # in place, where its other names would follow
+            stream.write(b" ")
+    assert damaged_tokenizer(*_newest(folder)) is None
+    pools(2)(train, config, stop_after=2)  # the run's tokenizer is mended
+    for name in ("evil.py", "model.safetensors", "a\nb.json"):
+        (tokenizer / name).write_bytes(b"content")
+    (tokenizer / "link.json").symlink_to(inputs / "model.json")
+    pools(2)(train, config, stop_after=3)
+    assert (tokenizer / "evil.py").exists()
+    assert all(problem is None for problem in (verify(path) for path in list_checkpoints(checkpoints)))
+    folder, manifest = _newest(folder)
+    assert manifest.step == 3 and sorted(path.name for path in (folder / "tokenizer").iterdir()) == names
+
+
+def test_a_run_puts_its_tokenizer_where_something_else_is(pools, tokenizer_path, other_tokenizer, tmp_path):
+    """A file, and a link to the tokenizer of somebody else, which stays as it is."""
+    inputs, folder = write_inputs(tmp_path), tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder)
+    theirs = sorted(path.name for path in Path(other_tokenizer).iterdir())
+    pools(1)(train, config, stop_after=0)
+    for step, place in enumerate((lambda path: path.write_text("a file"), lambda path: path.symlink_to(other_tokenizer)), 1):
+        shutil.rmtree(folder / "tokenizer")
+        place(folder / "tokenizer")
+        pools(1)(train, config, stop_after=step)
+        assert is_tokenizer(folder / "tokenizer", tokenizer_fingerprint(tokenizer_path))
+        assert damaged_tokenizer(*_newest(folder)) is None and not (folder / "tokenizer").is_symlink()
+    assert sorted(path.name for path in Path(other_tokenizer).iterdir()) == theirs
+
+
+def _newest(run_dir: Path) -> tuple[Path, Manifest]:
+    folder = list_checkpoints(run_dir / "checkpoints")[0]
+    return folder, read_manifest(folder)
 
 
 def _refused(config: Any) -> str:

@@ -144,9 +144,16 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
     rig = build_rig(tiny_config(2))
     rank, lines, whole_write = rig.engine.rank, [], part.Part.write
     module.APPEAR_SECONDS = 0.5
-    tokenizer = folder.with_name("tokenizer")
     writer = CheckpointWriter(
-        folder, rig.engine, rig.base, keep_last=5, keep_every_steps=0, merge_states=lambda _: {}, report=lines.append, timeout_seconds=1.0
+        folder,
+        rig.engine,
+        rig.base,
+        tokenizer=folder.with_name("tokenizer"),
+        keep_last=5,
+        keep_every_steps=0,
+        merge_states=lambda _: {},
+        report=lines.append,
+        timeout_seconds=1.0,
     )
 
     def late(self: Any, *args: Any) -> Any:
@@ -174,7 +181,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
             "data_order": "",
             "frozen": {name: shapes.pop(name) for name in rig.base.owner},
         }
-        writer.save(Manifest(**values, parameters=shapes), {}, tokenizer)
+        writer.save(Manifest(**values, parameters=shapes), {})
         writer.wait()
         part.Part.write = whole_write
         rig.engine.sum_over_ranks(0)
@@ -276,7 +283,7 @@ def test_a_part_that_fails_frees_its_space(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(part, "save_file", full)
-    mine = part.Part(SimpleNamespace(rank=1, world_size=2), SimpleNamespace(owned=[]))
+    mine = part.Part(SimpleNamespace(rank=1, world_size=2), SimpleNamespace(owned=[]), {})
     with pytest.raises(OSError, match="full"):
-        mine.write(tmp_path / "work", tmp_path / "final", 0, {"a": torch.zeros(1)}, tmp_path)
+        mine.write(tmp_path / "work", tmp_path / "final", 0, {"a": torch.zeros(1)})
     assert list((tmp_path / "work").iterdir()) == []

@@ -1,0 +1,272 @@
+"""Exports: what plain transformers makes of one, what of a checkpoint gets into it, and what stands in for a damaged tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import stat
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from relora_mora.checkpoint import CheckpointError, Manifest
+from relora_mora.checkpoint.layout import content_checksum, file_entry, write_synced
+from relora_mora.export import export, load_any_model, merged_model
+from relora_mora.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from tests.commands import EVALUATE, EXPORT, call, left_in, refused
+from tests.data_tools import write_shard
+from tests.runs import LLAMA, run_config
+
+STATE = "state-00000-of-00001.safetensors"
+
+
+def write_checkpoint(folder: Path, model: LlamaForCausalLM, tokenizer: Path) -> Path:
+    """A checkpoint at step 5 of a full-rank run with these weights."""
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    weights = {name: value.detach().flatten() for name, value in model.named_parameters()}
+    save_file({f"{kind}|{n}|0": v.clone() for n, v in weights.items() for kind in ("master", "exp_avg", "exp_avg_sq")}, folder / STATE)
+    names = [STATE, *(f"tokenizer/{name}" for name in left_in(folder / "tokenizer"))]
+    manifest = Manifest(
+        step=5,
+        merges_done=0,
+        operator=None,
+        world_size=1,
+        zero_stage=2,
+        bf16=False,
+        group_steps={},
+        parameters={name: list(value.shape) for name, value in model.named_parameters()},
+        frozen={},
+        config=run_config(folder, str(tokenizer), folder, method={"name": "full"}).model_dump(mode="json"),
+        model_config={key: value for key, value in model.config.to_dict().items() if key != "architectures"} | {"use_cache": False},
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        data_fingerprint="",
+        data_order="",
+        data_state={},
+        counters={},
+        files={name: file_entry(folder / name) for name in names},
+    )
+    write_synced(folder / "manifest.json", manifest.dump())
+    return folder
+
+
+def change_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """As a stranger can write it, with the right checksum."""
+    path = checkpoint / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    change(values)
+    path.write_text(json.dumps(values | {"checksum": content_checksum(values)}))
+
+
+@pytest.fixture(scope="module")
+def hf_tokenizer(tokenizer_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder without tokenizer.model; end 300, padding 301."""
+    folder = tmp_path_factory.mktemp("hf_tokenizer")
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>", "pad_token": "<|pad|>"})
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**LLAMA)).eval()
+
+
+@pytest.fixture
+def run(model: LlamaForCausalLM, hf_tokenizer: Path, tmp_path: Path) -> Path:
+    """A run folder with one checkpoint."""
+    save_tokenizer(hf_tokenizer, tmp_path / "run" / "tokenizer")
+    write_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000005", model, hf_tokenizer)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def checkpoint(run: Path) -> Path:
+    return run / "checkpoints" / "step-00000005"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    return str(write_shard(tmp_path / "text" / "a.json", ["the rank of a merge", "one more matrix of the same rank"]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- what transformers makes of it ------------------------------------------------------------------------------
+
+
+def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path: Path) -> None:
+    """A model that always says that the document ends, with a tokenizer whose end is not LlamaConfig's."""
+    ends = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    tokenizer = load_tokenizer(hf_tokenizer)
+    with torch.no_grad():
+        for name, parameter in ends.named_parameters():
+            parameter.fill_(1.0 if "norm" in name or "embed" in name else 0.0)
+        ends.lm_head.weight[tokenizer.eos_token_id] = 1.0
+    export(write_checkpoint(tmp_path / "checkpoint", ends, hf_tokenizer), tmp_path / "out")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "out")("the rank", add_special_tokens=False, return_tensors="pt")
+    said = lm.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    assert said.tolist() == [300]
+    expected = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": 300, "pad_token_id": 301}
+    for file in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / "out" / file).read_text())
+        assert {key: values[key] for key in expected} == expected
+        assert values.get("use_cache", True), f"{file}: generates without a cache"
+    assert lm.generation_config.use_cache in (True, None) and lm.config.use_cache
+
+
+def test_files_of_an_export_have_the_mode_of_the_umask(run: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        export(run, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_export_has_the_logits_of_the_merged_model(run: Path, model: LlamaForCausalLM, tmp_path: Path, dtype: torch.dtype) -> None:
+    checkpoint = export(run, tmp_path / "out", dtype)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(64).reshape(2, 32)
+    with torch.no_grad():
+        assert lm.dtype == dtype and torch.equal(lm(ids).logits, merged_model(checkpoint, dtype)(ids).logits)
+        if dtype == torch.float32:
+            assert torch.equal(lm(ids).logits, model(ids).logits)
+
+
+def test_every_form_of_a_model_is_scored_alike(run: Path, checkpoint: Path, text: str, tmp_path: Path) -> None:
+    assert call(EXPORT, run, tmp_path / "float32").code == 0
+    assert call(EXPORT, checkpoint, tmp_path / "bfloat16", "--dtype=bfloat16").code == 0
+    losses = {}
+    for path in (run, checkpoint, tmp_path / "float32", tmp_path / "bfloat16"):
+        answer = call(EVALUATE, path, f"--data={text}", "--sequence_length=32")
+        assert answer.code == 0, answer.err
+        losses[path.name] = json.loads(answer.out.splitlines()[-1])["loss"]
+    assert losses["run"] == losses[checkpoint.name] == losses["float32"] == pytest.approx(losses["bfloat16"], abs=1e-2)
+    refused(call(EXPORT, tmp_path / "float32", tmp_path / "again"), "no checkpoint (manifest.json: No such file")
+    assert not (tmp_path / "again").exists()
+
+
+# ---- what gets into it ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clean(run: Path, tmp_path: Path) -> dict[str, bytes]:
+    """Files of the export of an untouched checkpoint."""
+    export(run, tmp_path / "clean")
+    return contents(tmp_path / "clean")
+
+
+def test_what_lies_beside_a_tokenizer_stays_there(
+    checkpoint: Path, clean: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text("{{ secret }}")
+    folder = checkpoint / "tokenizer"
+    for name in ("model.safetensors", "config.json", "evil.py", "tokenizer.model", "special_tokens_map.json", "a\nb.json", "sub/x.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text('{"eos_token": "<s>", "auto_map": {"AutoConfig": "evil.Config"}}')
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    (folder / "generation_config.json").symlink_to(tmp_path / "secret")
+    (folder / "up").symlink_to("..")
+    os.mkfifo(folder / "added_tokens.json")
+    monkeypatch.chdir(folder)  # the names of sockets are short
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("vocab.json")
+    export(checkpoint, tmp_path / "out")
+    assert contents(tmp_path / "out") == clean
+
+
+def test_what_a_manifest_lists_does_not_replace_the_model(checkpoint: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+    names = [f"tokenizer/{name}" for name in ("model.safetensors", "config.json", "generation_config.json", "evil.py")]
+    for name in names:
+        (checkpoint / name).write_text('{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "llama"}')
+    change_manifest(checkpoint, lambda values: values["files"].update({name: asdict(file_entry(checkpoint / name)) for name in names}))
+    export(checkpoint, tmp_path / "out")
+    assert contents(tmp_path / "out") == clean
+
+
+def test_no_name_of_code_gets_into_an_export(checkpoint: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+    code = {"auto_map": {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tokenizer", None]}, "trust_remote_code": True}
+    path = checkpoint / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | code))
+
+    def change(values: dict[str, Any]) -> None:
+        values["model_config"] |= code | {"quantization_config": {"quant_method": "evil"}, "attn_implementation": "evil/kernels"}
+        values["files"]["tokenizer/tokenizer_config.json"] = asdict(file_entry(path))
+
+    change_manifest(checkpoint, change)
+    export(checkpoint, tmp_path / "out")
+    assert contents(tmp_path / "out") == clean
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_config": {}}, "does not hold the model it names"),
+        ({"model_config": LLAMA | {"hidden_size": "x"}}, "transformers makes no model of its model_config"),
+        ({"model_config": LLAMA | {"hidden_act": "evil"}}, "transformers makes no model of its model_config"),
+        ({"model_config": LLAMA | {"num_hidden_layers": 3}}, "model.layers.2.input_layernorm.weight is nothing there, expected [24]"),
+    ],
+)
+def test_a_manifest_with_another_model_is_one_message(checkpoint: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    change_manifest(checkpoint, lambda values: values.update(change))
+    refused(call(EXPORT, checkpoint, tmp_path / "out"), str(checkpoint), says)
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_named_by_its_place(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
+    change_manifest(checkpoint, lambda values: values["files"].update({f"tokenizer/{path.name}": asdict(file_entry(path))}))
+    refused(call(EXPORT, checkpoint, tmp_path / "out"), f"{checkpoint / 'tokenizer'}: transformers cannot save it")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- a damaged tokenizer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", ["changed", "gone", "link"])
+def test_the_tokenizer_of_the_run_stands_in_for_a_damaged_one(
+    run: Path, checkpoint: Path, clean: dict[str, bytes], text: str, tmp_path: Path, harm: str
+) -> None:
+    path = checkpoint / "tokenizer" / "tokenizer.json"
+    if harm == "changed":
+        path.write_bytes(path.read_bytes().replace(b"<|end|>", b"<|END|>"))
+    else:
+        path.unlink()
+        if harm == "link":
+            path.symlink_to(run / "tokenizer" / "tokenizer.json")
+    for number, given in enumerate((run, checkpoint)):
+        answer = call(EXPORT, given, tmp_path / f"out{number}")
+        assert answer.code == 0, answer.err
+        assert contents(tmp_path / f"out{number}") == clean
+        assert call(EVALUATE, given, f"--data={text}").code == 0
+
+
+def test_a_damaged_tokenizer_that_nothing_can_stand_in_for_is_named(
+    run: Path, checkpoint: Path, tokenizer_path: str, hf_tokenizer: Path, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (checkpoint / "tokenizer" / "tokenizer.json").write_text("{}")
+    with load_any_model(run, torch.float32).tokenizer as folder:
+        assert tokenizer_fingerprint(folder) == tokenizer_fingerprint(hf_tokenizer)
+    assert "tokenizer/tokenizer.json: 2 bytes, expected" in caplog.text and f"the tokenizer in {run / 'tokenizer'}" in caplog.text
+    shutil.rmtree(run / "tokenizer")
+    save_tokenizer(tokenizer_path, run / "tokenizer")  # of other ids
+    with pytest.raises(CheckpointError, match="is not the tokenizer it was made with; copy that one there"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    refused(call(EVALUATE, run, f"--data={text}"), str(checkpoint), "tokenizer/tokenizer.json: 2 bytes", str(hf_tokenizer))
+    assert call(EVALUATE, run, f"--data={text}", f"--tokenizer={hf_tokenizer}").code == 0
