@@ -228,9 +228,17 @@ def _held_elsewhere(folder: Path) -> Path:
     return path
 
 
-def test_a_holder_on_another_host_is_alive_while_it_touches_the_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("behind_seconds", [0, 3600])
+def test_a_holder_on_another_host_is_alive_while_it_touches_the_file(tmp_path, monkeypatch, behind_seconds):
+    """Also where that host's clock is behind this one's, or this one's has jumped."""
     path = _held_elsewhere(tmp_path)
-    monkeypatch.setattr(time, "sleep", lambda seconds: os.utime(path))
+
+    def touch(seconds: float) -> None:
+        there = time.time() - behind_seconds
+        os.utime(path, (there, there))
+
+    touch(0.0)
+    monkeypatch.setattr(time, "sleep", touch)
     with pytest.raises(LockError, match="host other, pid 1"):
         RunLock(tmp_path).acquire()
 
