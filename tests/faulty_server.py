@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/api/datasets/(.+/.+)/revision/(.+)", path):
             known = match[2] in ("main", COMMIT)
             body = json.dumps({"id": match[1], "sha": COMMIT} if known else {"error": "Invalid rev id"}).encode()
-            self._answer(200 if known else 404, body, {} if known else {"X-Error-Code": "RevisionNotFound"})
+            self._answer(200 if known else 404, body, {} if known else {"X-Error-Code": "RevisionNotFound"}, fault)
         elif match := re.fullmatch(rf"/datasets/.+/.+/resolve/{COMMIT}/(.+)", path):
             self._answer(302, b"", {"Location": f"/blobs/{match[1]}", "X-Linked-Etag": '"linked"', "X-Repo-Commit": COMMIT})
         else:

@@ -80,6 +80,7 @@ def test_urls_show_no_secret():
         ("hub:allenai/c4", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a/b/../../x.json", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a/b/*.json", "cannot be used"),
+        ("hub:a b/c/x.json", "hub:a b/c/x.json: Repo id must"),
         ("https://example.org/{5..2}.json", "counts down"),
         ("https://example.org/a.parquet", "expected one of .json"),
         ("https://[x/a.json", "no url that can be read"),

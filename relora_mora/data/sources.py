@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import glob
 import itertools
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from relora_mora.config import DataConfig
@@ -119,7 +118,11 @@ class _Commits:
     def __getitem__(self, repo: str) -> str:
         if repo not in self.known:
             known = self.revision if _COMMIT.fullmatch(self.revision) else _remembered.get((repo, self.revision))
-            self.known[repo] = known or _ask_for_commit(repo, self.revision, self.timeout_seconds)
+            if known is None:
+                from relora_mora.data.hub import ask_for_commit
+
+                known = ask_for_commit(repo, self.revision, self.timeout_seconds)
+            self.known[repo] = known
         return self.known[repo]
 
 
@@ -155,16 +158,19 @@ def _hub_parts(source: str) -> tuple[str, str]:
     name, _, pattern = rest.partition("/")
     if not (owner and name and pattern) or any(part in ("", ".", "..") for part in pattern.split("/")):
         raise SourceError(f"{source}: expected hub:OWNER/NAME/PATTERN, e.g. {C4_PATTERNS['validation']}")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(f"{owner}/{name}")
+    except HFValidationError as error:
+        raise SourceError(f"{source}: {error}") from error
     return f"{owner}/{name}", pattern
 
 
-def _hub_endpoint() -> str:
-    # read now and not when huggingface_hub was imported, so that a mirror can be named at any time before
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-
-
 def _hub_shards(source: str, commits: _Commits) -> Iterator[Shard]:
-    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub import hf_hub_url
+
+    from relora_mora.data.hub import endpoint
 
     repo, pattern = _hub_parts(source)
     if any(sign in pattern for sign in "*?["):
@@ -173,44 +179,8 @@ def _hub_shards(source: str, commits: _Commits) -> Iterator[Shard]:
     _check_suffix(paths[0], source)
     commit = commits[repo]
     for path in paths:
-        url = hf_hub_url(repo, path, repo_type="dataset", revision=commit)
-        yield Shard(f"hub:{repo}@{commit}/{path}", _hub_endpoint() + url.removeprefix(constants.ENDPOINT), hub=True)
-
-
-def _ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
-
-    from relora_mora.data.retry import TransientError, retry_after_seconds, retrying
-
-    def ask() -> str:
-        try:
-            info: Any = HfApi(endpoint=_hub_endpoint()).dataset_info(repo, revision=revision, timeout=30.0, expand=["sha"])
-        except OfflineModeIsEnabled as error:
-            raise SourceError(f"hub:{repo} needs the hub, but HF_HUB_OFFLINE is set; unset it or give the files by path") from error
-        except RepositoryNotFoundError as error:
-            raise SourceError(f"hub:{repo} is no dataset on {_hub_endpoint()}, or not one that your token may see") from error
-        except RevisionNotFoundError as error:
-            raise SourceError(f"data.revision: hub:{repo} has no revision {revision!r}; use main, a tag or a commit") from error
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status in (408, 429) or status >= 500:
-                raise TransientError(f"status {status}", retry_after_seconds(error.response.headers)) from error
-            raise SourceError(
-                f"hub:{repo}: {_hub_endpoint()} answered status {status}; check the name, the revision and the token"
-            ) from error
-        except (OSError, ValueError) as error:  # an answer that is no JSON is a ValueError
-            raise TransientError(type(error).__name__) from error
-        except Exception as error:
-            # the hub's client raises its own transport's errors, whose type differs between its versions
-            if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3"):
-                raise TransientError(type(error).__name__) from error
-            raise
-        if not info.sha:
-            raise SourceError(f"hub:{repo}: {_hub_endpoint()} names no commit for {revision!r}; set data.revision to a commit")
-        return str(info.sha)
-
-    return retrying(ask, f"hub:{repo} (revision {revision})", timeout_seconds)
+        url = hf_hub_url(repo, path, repo_type="dataset", revision=commit, endpoint=endpoint())
+        yield Shard(f"hub:{repo}@{commit}/{path}", url, hub=True)
 
 
 def _local_shards(source: str) -> Iterator[Shard]:
