@@ -18,14 +18,14 @@ import requests
 from relora_mora.data import hub
 from relora_mora.data.retry import CHECK, RETRIES, TransientError, retrying
 from relora_mora.data.sources import Shard, SourceError
-from relora_mora.data.transport import BROKEN, check_status, send, validator_of
+from relora_mora.data.transport import BROKEN, check_status, etag_of, send, size_of
 
 IDLE_SECONDS = 20.0  # a connection that we left alone for so long is reopened rather than found dead
 OVERLAP_BYTES = 64
 PIECE_BYTES = 1 << 13
 ENDS_IN_DOUBT = 6
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 @dataclass
@@ -173,14 +173,11 @@ class RemoteBytes:
             match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             if match is None or int(match[1]) != start:
                 raise TransientError("the server answered another range than asked for")
-            size = match[3]
-        else:
-            size = response.headers.get("Content-Length", "")
         # of two sizes for the same file one is wrong: the newest counts, and the end is confirmed by one more answer
-        self._size = int(size) if size.isdecimal() else None
+        self._size = size_of(response)
 
     def _same_file(self, response: requests.Response) -> None:
-        validator = validator_of(response)
+        validator = etag_of(response) or response.headers.get("Last-Modified")
         if validator is None:
             return
         if self._validator is not None and validator != self._validator:

@@ -53,9 +53,16 @@ def check_status(response: requests.Response, what: str, *, hub: bool) -> None:
         raise SourceError(f"{what}: the server answered status {status}; check the address")
 
 
-def validator_of(response: requests.Response) -> str | None:
-    """What names this version of the file: its ETag, else Last-Modified."""
+def etag_of(response: requests.Response) -> str | None:
+    """What names this version of the file."""
     # the hub redirects: the file's own ETag stands in the redirect, and the storage behind it may give another one
     linked = [answer.headers["X-Linked-Etag"] for answer in response.history if "X-Linked-Etag" in answer.headers]
-    validator = linked[0] if linked else response.headers.get("ETag") or response.headers.get("Last-Modified")
-    return None if validator is None else validator.removeprefix("W/")
+    etag = linked[0] if linked else response.headers.get("ETag")
+    return etag and etag.removeprefix("W/")
+
+
+def size_of(response: requests.Response) -> int | None:
+    """Bytes of the whole file, as the server says."""
+    partial = response.status_code in (206, 416)
+    size = response.headers.get("Content-Range", "").rpartition("/")[2] if partial else response.headers.get("Content-Length", "")
+    return int(size) if size.isdecimal() else None
