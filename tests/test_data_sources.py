@@ -71,6 +71,53 @@ def test_urls_show_no_secret():
 
 
 @pytest.mark.parametrize(
+    "again,said",
+    [
+        ("{}/a.json", "{}/a.json: a.json is a file that {}/[ab].json names already; its text would be read twice: give each file once"),
+        ("{}/[ab].json", "names already"),
+        ("{}/./x/../a.json", "names already"),
+        ("{}/x/link.json", "link.json is a file that {}/[ab].json names already, there as a.json;"),
+        ("{}/x/hard.json", "hard.json is a file that {}/[ab].json names already, there as b.json;"),
+        ("{}/linked/a.json", "names already"),
+        ("{}/{{a..b}}.json", None),
+    ],
+)
+def test_a_local_file_is_named_once(tmp_path, again, said):
+    for name in ("a", "b"):
+        write_shard(tmp_path / f"{name}.json", ["the same text"])  # equal, and still two files
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "link.json").symlink_to("../a.json")
+    (tmp_path / "x" / "hard.json").hardlink_to(tmp_path / "b.json")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    write_shard(tmp_path / "{a..b}.json", ["of an odd name"])
+    sources = [f"{tmp_path}/[ab].json", again.format(tmp_path)]
+    if said is None:
+        assert len(resolve_shards(sources)) == 3
+        return
+    with pytest.raises(SourceError) as caught:
+        resolve_shards(sources)
+    assert said.format(*[tmp_path] * 2) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "first,again",
+    [
+        ("https://example.org/x/{0..3}.json", "https://EXAMPLE.org:443/x/./2.json#top"),
+        ("https://example.org/2.json?a=1", "https://example.org/2.json?a=1"),
+        ("hub:a/b/x/{0..3}.json.gz", "hub:a/b/x/3.json.gz"),
+        ("allenai/c4", "hub:allenai/c4/en/c4-train.00007-of-01024.json.gz"),
+        ("hub:a/b/3.json", f"https://huggingface.co/datasets/a/b/resolve/{COMMIT}/3.json"),
+    ],
+)
+def test_a_remote_file_is_named_once(monkeypatch, first, again):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    with pytest.raises(SourceError, match=r"names already.*give each file once"):
+        resolve_shards([first, again], COMMIT)
+    others = ["https://example.org/x/2.json?a=2", "http://example.org:443/x/2.json", "hub:a/c/3.json", "hub:a/b/X/3.json"]
+    resolve_shards([first, *others], COMMIT)
+
+
+@pytest.mark.parametrize(
     "source,message",
     [
         ("nowhere/*.json", "no file matches nowhere"),
@@ -84,6 +131,7 @@ def test_urls_show_no_secret():
         ("https://example.org/{5..2}.json", "counts down"),
         ("https://example.org/a.parquet", "expected one of .json"),
         ("https://[x/a.json", "no url that can be read"),
+        ("https://example.org:99999/a.json", "no url that can be read"),
         (__file__, "expected one of .json"),
         ([], "no source"),
     ],

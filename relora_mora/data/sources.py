@@ -56,13 +56,23 @@ def resolve_shards(
 
     A source is ``allenai/c4`` (config ``en``, the files of ``split``), ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local
     path or a local glob. ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources are
-    addressed at the commit that ``revision`` is now. Raises SourceError for what names no file.
+    addressed at the commit that ``revision`` is now. Raises SourceError for what names no file, or a file that was named before.
     """
     given = [sources] if isinstance(sources, str) else list(sources)
     if not given:
         raise SourceError(f"the {split} data has no source; give a path, a glob, a url, hub:OWNER/NAME/PATTERN or {C4}")
     commits = _Commits(revision, timeout_seconds)
-    shards = [shard for source in given for shard in _resolve(source, split, commits)]
+    shards = []
+    named: dict[str | tuple[int, int], tuple[Shard, str]] = {}
+    for source in given:
+        for shard in _resolve(source, split, commits):
+            before, named_by = named.setdefault(_identity(shard), (shard, source))
+            if before is not shard:
+                as_well = "" if before.name == shard.name else f", there as {before.name}"
+                raise SourceError(
+                    f"{source}: {shard.name} is a file that {named_by} names already{as_well}; its text would be read twice: give each file once"
+                )
+            shards.append(shard)
     if len(shards) > _MAX_SHARDS:
         raise SourceError(f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources")
     return shards
@@ -143,6 +153,21 @@ def _resolve(source: str, split: Split, commits: _Commits) -> Iterator[Shard]:
         )
     else:
         yield from _local_shards(source)
+
+
+def _identity(shard: Shard) -> str | tuple[int, int]:
+    """Equal for shards that are one file: by other paths, links, or another spelling of a url."""
+    if not shard.is_remote:
+        status = Path(shard.location).stat()
+        return status.st_dev, status.st_ino
+    from urllib3.util import parse_url
+
+    try:
+        url = parse_url(shard.location)  # lower case where that means nothing, without dots in the path
+    except ValueError as error:
+        raise SourceError(f"{shard.name}: no url that can be read ({type(error).__name__}); check it") from error
+    default = {"http": 80, "https": 443}[url.scheme or ""]
+    return url._replace(fragment=None, port=None if url.port == default else url.port).url
 
 
 def _is_hub(source: str) -> bool:
