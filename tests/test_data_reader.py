@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from relora_mora.data import iter_texts
+from relora_mora.data import iter_texts, resolve_shards
 from relora_mora.data.reader import BadLine, ShardLines
 from relora_mora.data.sources import Shard, SourceError
 from relora_mora.data.texts import BAD, KINDS, parse_line, surely_bad
@@ -171,6 +172,9 @@ LINES = [
     (b'\xef\xbb\xbf{"text": "after a byte order mark"}', None),
     (b'{"text": "\\ud83d\\ude42"}\r', None),
     (b'{"\\u0074ext": "an escaped key"}', None),
+    (b'{"text": "beside", "a": NaN, "b": -Infinity}', None),
+    (b'{"text": 3, "text": "the last one counts"}', None),
+    (b'{"text": "the last one counts", "text": 3}', "text_not_string"),
     (b"hello", "not_json"),
     (b'{"text": "unfinished', "not_json"),
     (b"[" * 100_000, "not_json"),
@@ -208,3 +212,17 @@ def test_only_bad_lines_are_surely_bad(entry):
 def test_an_unreadable_file(tmp_path):
     with pytest.raises(SourceError, match=r"gone\.json cannot be read \(No such file"):
         ShardLines(Shard("gone.json", str(tmp_path / "gone.json")), max_line_bytes=9, timeout_seconds=1.0)
+
+
+@pytest.mark.parametrize("change", [-1000, 1000])
+def test_a_file_that_changes_while_it_is_read_stops_at_once(tmp_path, change):
+    path = write_shard(tmp_path / "a.json", some_texts(20_000))
+    (shard,) = resolve_shards(str(path))
+    message = r"a\.json changed since the start: [\d,]+ bytes then, [\d,]+ now; start with data that does not change"
+    with ShardLines(shard, max_line_bytes=1000, timeout_seconds=1.0) as lines:
+        assert lines.skip(100)
+        os.truncate(path, path.stat().st_size + change)
+        with pytest.raises(SourceError, match=message):
+            lines.skip(20_000)
+    with pytest.raises(SourceError, match=message):  # and so does one that is another at the next epoch
+        ShardLines(shard, max_line_bytes=1000, timeout_seconds=1.0)

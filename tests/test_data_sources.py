@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from relora_mora.data import fingerprint, resolve_shards
+from relora_mora.data import fingerprint, local_content, resolve_shards
 from relora_mora.data.sources import SourceError, expand_braces
+from tests.commands import permissions_count, public_folder
 from tests.data_tools import data_config, write_shard, write_shards
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -133,12 +136,37 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
         ("https://[x/a.json", "no url that can be read"),
         ("https://example.org:99999/a.json", "no url that can be read"),
         (__file__, "expected one of .json"),
+        ("/dev/null", "/dev/null is a pipe or a device, and text is read more than once; give a file"),
+        ("~nobody-of-this-name/a.json", "no file matches ~nobody-of-this-name"),
+        (f"{'x' * 300}.json", "cannot be read (File name too long); check the path"),
         ([], "no source"),
     ],
 )
 def test_what_names_no_shard_is_refused(source, message):
-    with pytest.raises(SourceError, match=message.replace(".", r"\.")):
+    with pytest.raises(SourceError, match=re.escape(message)):
         resolve_shards(source, COMMIT)
+
+
+def test_pipes_and_links_to_nothing_are_no_shards(tmp_path):
+    write_shard(tmp_path / "a.json", ["text"])
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    assert [shard.name for shard in resolve_shards(f"{tmp_path}/*.json")] == ["a.json"]
+    for name, message in {"pipe.json": "is a pipe", "p*.json": "is a pipe", "loop.json": "no file matches"}.items():
+        with pytest.raises(SourceError, match=message):
+            resolve_shards(f"{tmp_path}/{name}")
+
+
+def test_what_may_not_be_read_is_one_message():
+    with public_folder() as folder:
+        write_shard(folder / "closed" / "a.json", ["text"])
+        write_shard(folder / "b.json", ["text"]).chmod(0)
+        (folder / "closed").chmod(0)
+        for name in ("closed/a.json", "b.json"):
+            message = rf"{name} cannot be read \(Permission denied\); check the path and its permissions"
+            with permissions_count(), pytest.raises(SourceError, match=message):
+                local_content(resolve_shards(f"{folder}/{name}"))
+        (folder / "closed").chmod(0o755)
 
 
 def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):

@@ -6,6 +6,7 @@ time the shard is read.
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ class DamagedShardError(Exception):
 
 
 class LocalBytes:
-    """``read(n)`` gives n bytes of a local file, fewer only at its end."""
+    """``read(n)`` gives n bytes of a local file, fewer only at its end. Raises SourceError where the file is not what it was."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
@@ -50,12 +51,24 @@ class LocalBytes:
             self._file = Path(shard.location).open("rb")  # noqa: SIM115
         except OSError as error:
             raise SourceError(f"{shard.location} cannot be read ({error.strerror}); check the path and its permissions") from error
+        self._check_size()
 
     def read(self, size: int) -> bytes:
         try:
-            return self._file.read(size)
+            data = self._file.read(size)
         except OSError as error:
             raise SourceError(f"{self.shard.location} cannot be read ({error.strerror}); check the disk") from error
+        if len(data) < size:
+            self._check_size()
+        return data
+
+    def _check_size(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        if self.shard.size is not None and size != self.shard.size:
+            self.close()
+            raise SourceError(
+                f"{self.shard.location} changed since the start: {self.shard.size:,} bytes then, {size:,} now; start with data that does not change"
+            )
 
     def doubt_end(self) -> bool:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -209,21 +210,27 @@ def _hub_shards(source: str, commits: _Commits) -> Iterator[Shard]:
 
 
 def _local_shards(source: str) -> Iterator[Shard]:
-    pattern = str(Path(source).expanduser())
-    if Path(pattern).is_file():
-        paths = [pattern]
-    elif Path(pattern).is_dir():
-        raise SourceError(f"{source} is a folder; give its files, e.g. {source.rstrip('/')}/*.json.gz")
-    else:
-        # Path.glob takes no absolute pattern
-        found = (path for one in expand_braces(pattern) for path in glob.glob(one, recursive=True))  # noqa: PTH207
-        paths = sorted({path for path in found if Path(path).is_file()})
+    pattern = str(Path(os.path.expanduser(source)))  # noqa: PTH111 - Path.expanduser raises where there is no such user
+    try:
+        if Path(pattern).is_file():
+            paths = [pattern]
+        elif Path(pattern).is_dir():
+            raise SourceError(f"{source} is a folder; give its files, e.g. {source.rstrip('/')}/*.json.gz")
+        else:
+            # Path.glob takes no absolute pattern
+            found = {path for one in expand_braces(pattern) for path in glob.glob(one, recursive=True)}  # noqa: PTH207
+            paths = sorted(path for path in found if Path(path).is_file())
+            if not paths and (pipes := sorted(path for path in found if Path(path).exists() and not Path(path).is_dir())):
+                raise SourceError(f"{pipes[0]} is a pipe or a device, and text is read more than once; give a file")
+        sizes = [Path(path).stat().st_size for path in paths]
+    except OSError as error:
+        raise SourceError(f"{source} cannot be read ({error.strerror}); check the path and its permissions") from error
     if not paths:
         hint = f"; a dataset on the hub is hub:{source}/PATTERN" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
         raise SourceError(f"no file matches {source} (from {Path.cwd()}); check the path{hint}")
-    for path in paths:
+    for path, size in zip(paths, sizes, strict=True):
         _check_suffix(path, source)
-        yield Shard(Path(path).name, str(Path(path).absolute()), size=Path(path).stat().st_size)
+        yield Shard(Path(path).name, str(Path(path).absolute()), size=size)
 
 
 def _check_suffix(path: str, source: str, *, may_be_missing: bool = False) -> None:
