@@ -30,7 +30,7 @@ from relora_mora.checkpoint.layout import write_synced
 from relora_mora.checkpoint.places import list_new, step_of
 from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings
 from relora_mora.cycle import Base, Cycle
-from relora_mora.data import fingerprint, order_fingerprint, resolve_shards, start_states
+from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, resolve_shards, start_states
 from relora_mora.export import find_checkpoint
 from relora_mora.hardware import fast_bf16
 from relora_mora.health import ROLLBACKS, dump_rollbacks, read_rollbacks
@@ -77,7 +77,9 @@ class Checked:
     model_config: LlamaConfig
     tokenizer: PreTrainedTokenizerBase
     tokenizer_fingerprint: str
+    shards: list[Shard]  # of the training data
     data_fingerprint: str
+    data_content: str  # fingerprint of what stands in the shards; of http(s) ones after the first rank has asked
     data_order: str
     bf16: bool
 
@@ -124,7 +126,7 @@ def check(config: Config) -> Checked:
     remark = check_vocabulary(tokenizer, model_config.vocab_size)
     if remark:
         log.info(remark)
-    resolve_shards(config.data.validation, config.data.revision, split="validation")
+    resolve_shards(config.data.validation, config.data.revision, split="validation", timeout_seconds=config.data.timeout_seconds)
     tokens = tokenizer_fingerprint(config.tokenizer.path)
     shards = resolve_shards(config.data.train, config.data.revision, split="train", timeout_seconds=config.data.timeout_seconds)
     data = fingerprint(config.data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, split="train", shards=shards)
@@ -136,7 +138,7 @@ def check(config: Config) -> Checked:
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     for name in unused_settings(config):
         log.info("method %s does not use %s", config.method.name, name)
-    return Checked(config, model_config, tokenizer, tokens, data, order, bf16)
+    return Checked(config, model_config, tokenizer, tokens, shards, data, local_content(shards), order, bf16)
 
 
 def build(checked: Checked, done: Callable[[str], None] = lambda part: None) -> Run:
@@ -286,10 +288,13 @@ def _check_same_run(run: Run, reader: CheckpointReader) -> None:
     for key in sorted(set(saved) | set(model)):
         if saved.get(key) != model.get(key):
             faults.append(f"model: {key} is {saved.get(key)!r} in the checkpoint, {model.get(key)!r} now")
-    if manifest.tokenizer_fingerprint != run.checked.tokenizer_fingerprint:  # and the data's contains it
-        if "tokenizer" not in allowed:
-            faults.append(f"tokenizer: {config.tokenizer.path} gives other tokens; to allow it: --train.allow_changes=[tokenizer]")
-    elif manifest.data_fingerprint != run.checked.data_fingerprint and "data" not in allowed and not _data_settings_differ(manifest, now):
+    other_tokenizer = manifest.tokenizer_fingerprint != run.checked.tokenizer_fingerprint
+    if other_tokenizer and "tokenizer" not in allowed:
+        faults.append(f"tokenizer: {config.tokenizer.path} gives other tokens; to allow it: --train.allow_changes=[tokenizer]")
+    other_data = manifest.data_content not in (None, run.checked.data_content)
+    if not other_tokenizer and not _data_settings_differ(manifest, now):  # the data's fingerprint contains both
+        other_data |= manifest.data_fingerprint != run.checked.data_fingerprint
+    if other_data and "data" not in allowed:
         faults.append("data: other sources, or files that have changed; to allow it: --train.allow_changes=[data]")
     if manifest.bf16 != run.checked.bf16 and "train.precision" not in allowed and "train.precision" not in changed:
         faults.append("train.precision: auto means another precision on this machine; to allow it: --train.allow_changes=[train.precision]")

@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,16 +23,26 @@ class FaultyServer(ThreadingHTTPServer):
 
     refuse: closed without an answer; 429 and 503: with Retry-After; stall: half a body, then nothing; reset, few: half a body or
     3,000 bytes of it, then RST; truncate: half a body, then FIN; no_length: the same without Content-Length; short, long: a wrong
-    Content-Length; cut_range: an answer to another range than asked for. No fault that passes: corrupt, a changed byte.
+    Content-Length; cut_range: an answer to another range than asked for. No fault that passes: corrupt, a changed byte. Without
+    ``head`` HEAD is refused; ``heads`` are the paths that it was asked for.
     """
 
     daemon_threads = True
 
     def __init__(
-        self, folder: Path, fault: Callable[[int], str | None] = lambda n: None, *, ranges: bool = True, etag: bool = True, port: int = 0
+        self,
+        folder: Path,
+        fault: Callable[[int], str | None] = lambda n: None,
+        *,
+        ranges: bool = True,
+        etag: bool = True,
+        head: bool = True,
+        port: int = 0,
     ) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
-        self.folder, self.fault, self.ranges, self.etag = folder, fault, ranges, etag
+        self.folder, self.fault, self.ranges, self.etag, self.head = folder, fault, ranges, etag, head
+        self.last_modified: str | None = None
+        self.heads: list[str] = []
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.faults: list[str] = []
         self.stall_seconds = 3.0
@@ -69,6 +80,13 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def do_HEAD(self):
+        self.server.heads.append(self.path)
+        if self.server.head:
+            self.do_GET()
+        else:
+            self._answer(405, b"", {})
+
     def do_GET(self):
         fault = self.server.next_fault(self.path, {name.lower(): value for name, value in self.headers.items()})
         path = self.path.partition("?")[0]
@@ -79,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/api/datasets/(.+/.+)/revision/(.+)", path):
             known = match[2] in ("main", COMMIT)
             body = json.dumps({"id": match[1], "sha": COMMIT} if known else {"error": "Invalid rev id"}).encode()
-            self._answer(200 if known else 404, body, {} if known else {"X-Error-Code": "RevisionNotFound"})
+            self._answer(200 if known else 404, body, {} if known else {"X-Error-Code": "RevisionNotFound"}, fault)
         elif match := re.fullmatch(rf"/datasets/.+/.+/resolve/{COMMIT}/(.+)", path):
             self._answer(302, b"", {"Location": f"/blobs/{match[1]}", "X-Linked-Etag": '"linked"', "X-Repo-Commit": COMMIT})
         else:
@@ -90,8 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, b"no such file", {})
             return
         body = path.read_bytes()
-        headers = {"ETag": f'"{len(body)}"'} if self.server.etag else {}
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        headers = {"ETag": f'"{zlib.crc32(body)}"'} if self.server.etag else {}
+        if self.server.last_modified:
+            headers["Last-Modified"] = self.server.last_modified
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         status, start = 200, 0
         if wanted and self.server.ranges:
             status, start = 206, int(wanted[1])
@@ -100,7 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if fault == "cut_range":
                 start //= 2
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            end = min(len(body), int(wanted[2]) + 1) if wanted[2] else len(body)
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
+            body = body[:end]
         self._answer(status, body[start:], headers, fault)
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str], fault: str | None = None) -> None:
@@ -116,6 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
             if fault != "no_length" or name != "Content-Length":
                 self.send_header(name, value)
         self.end_headers()
+        if self.command == "HEAD":
+            body = b""
         if fault in ("reset", "stall", "few", "truncate", "no_length"):
             body = body[: 3000 if fault == "few" else length // 2]
         self.wfile.write(body)

@@ -268,3 +268,14 @@ def test_pretrain_as_a_program(inputs: Path) -> None:
         done = subprocess.run(argv, capture_output=True, text=True, env=environment)
         assert (done.returncode, done.stdout) == (2, "") and message in done.stderr and "Traceback" not in done.stderr, done
     assert not (inputs / "run").exists()
+
+
+def test_pretrain_where_the_hub_cannot_be_reached(inputs: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    settings = ["--data.train=allenai/c4", "--data.timeout_seconds=0.5"]
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), str(inputs / "run.yaml"), *settings]
+    nobody = environment | {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=nobody)
+    *retries, message = done.stderr.splitlines()
+    assert done.returncode == 2 and "Traceback" not in done.stderr and all("asking again in" in line for line in retries), done
+    assert message.startswith("hub:allenai/c4 (revision main): gave up after 0.5 s") and "HF_ENDPOINT" in message

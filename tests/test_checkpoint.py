@@ -210,7 +210,10 @@ def test_a_resume_does_not_need_latest(folder, latest):
     assert STATE in _passed_over(folder)
 
 
-@pytest.mark.parametrize("field", [*(field.name for field in dataclasses.fields(Manifest)), "version", "format", "checksum"])
+REQUIRED = [field.name for field in dataclasses.fields(Manifest) if field.default is dataclasses.MISSING]
+
+
+@pytest.mark.parametrize("field", [*REQUIRED, "version", "format", "checksum"])
 def test_a_manifest_without_one_of_its_fields_is_refused(folder, field):
     _rewrite(folder / "step-00000015", lambda values: values.pop(field, None))
     if field == "checksum":
@@ -218,6 +221,11 @@ def test_a_manifest_without_one_of_its_fields_is_refused(folder, field):
         path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != field}))
     line = _passed_over(folder)
     assert line.startswith("manifest.json: ") and (field in line or field == "format")
+
+
+def test_a_manifest_of_an_earlier_program_says_nothing_about_what_stands_in_the_data(folder):
+    _rewrite(folder / "step-00000015", lambda values: values.pop("data_content"))
+    assert newest_whole(folder) == (folder / "step-00000015", []) and read_manifest(folder / "step-00000015").data_content is None
 
 
 HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [

@@ -12,7 +12,7 @@ from email.utils import formatdate
 
 import pytest
 
-from relora_mora.data import iter_texts, pin_revision, remote, resolve_shards, retry
+from relora_mora.data import iter_texts, pin_revision, resolve_shards, retry, transport
 from relora_mora.data.remote import RemoteBytes
 from relora_mora.data.retry import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, RETRIES, TransientError, retry_after_seconds, retrying
 from relora_mora.data.sources import Shard, SourceError
@@ -104,7 +104,7 @@ def test_a_compressed_shard_that_misses_its_end_doubts_agreeing_answers(tmp_path
 
 
 def test_faults_at_a_tenth_of_the_requests_leave_the_stream_of_tokens_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
     names = [f"{n}{suffix}" for n in range(20) for suffix in (".json", ".json.gz", ".jsonl.zst")]
     for seed, name in enumerate(names):
         write_shard(tmp_path / name, some_texts(12, seed=seed))
@@ -265,6 +265,56 @@ class TestHub:
             resolve_shards("allenai/c4", "nowhere")
         hub.fault = lambda n: "503" if n % 2 else None
         assert len(resolve_shards("allenai/c4", "main")) == 1024
+
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_faults_pass_while_the_commit_is_asked_for(self, hub, monkeypatch, fault):
+        monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)
+        hub.fault = lambda n: fault if n < 2 else None
+        hub.stall_seconds, hub.retry_after["429"] = 1.0, "0"
+        assert len(resolve_shards("allenai/c4", "main", timeout_seconds=60.0)) == 1024
+        assert len(hub.faults) == (0 if fault == "cut_range" else 2)
+
+    @pytest.mark.parametrize("fault", ["refuse", "truncate"])
+    def test_a_hub_without_an_answer_is_one_line_with_its_address_and_the_ways_around_it(self, hub, fault):
+        hub.fault = lambda n: fault
+        with pytest.raises(SourceError, match=r"gave up after 0\.3 s") as caught:
+            resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
+        text = str(caught.value)
+        assert f"network to {hub.url}, name a mirror with HF_ENDPOINT, give local files by path" in text and "\n" not in text
+        hub.fault = lambda n: "503"
+        with pytest.raises(SourceError, match=r"status 503.*HF_ENDPOINT"):  # a file, too
+            RemoteBytes(resolve_shards("hub:allenai/c4/en/a.json", COMMIT)[0], 0.3).read(9)
+
+    def test_a_login_that_fails_on_its_way_may_pass(self, hub, monkeypatch):
+        class OtherTransportError(Exception):
+            pass
+
+        def login():
+            if next(failures, None):
+                raise OtherTransportError
+            return {"authorization": "Bearer renewed"}
+
+        monkeypatch.setattr("huggingface_hub.utils.build_hf_headers", login)
+        failures = iter([True] * 2)
+        resolve_shards("allenai/c4", "main")
+        assert hub.requests[-1][1]["authorization"] == "Bearer renewed"
+        failures = iter(itertools.repeat(True))
+        with pytest.raises(SourceError, match=r"no login to the hub \(OtherTransportError\)"):
+            resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
+
+    @pytest.mark.parametrize("token", ["hf_\u201csecret\u201d", "folder"])
+    def test_a_token_that_cannot_be_read_or_sent(self, hub, monkeypatch, tmp_path, token):
+        monkeypatch.setenv("HF_TOKEN", "" if token == "folder" else token)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path))
+        with pytest.raises(SourceError, match="hf auth login") as caught:
+            resolve_shards("allenai/c4", "main", timeout_seconds=60.0)
+        assert "secret" not in str(caught.value)
+
+    @pytest.mark.parametrize("revision", ["main", COMMIT])
+    def test_an_endpoint_that_is_no_address(self, hub, monkeypatch, revision):
+        monkeypatch.setenv("HF_ENDPOINT", "mirror.example.org")
+        with pytest.raises(SourceError, match=r"HF_ENDPOINT: got 'mirror\.example\.org'"):
+            resolve_shards("allenai/c4", revision)
 
     def test_the_hub_stays_away(self, hub):
         hub.fault = lambda n: "503"

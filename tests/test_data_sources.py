@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from relora_mora.data import fingerprint, resolve_shards
+from relora_mora.data import fingerprint, local_content, resolve_shards
 from relora_mora.data.sources import SourceError, expand_braces
+from tests.commands import permissions_count, public_folder
 from tests.data_tools import data_config, write_shard, write_shards
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -71,6 +74,53 @@ def test_urls_show_no_secret():
 
 
 @pytest.mark.parametrize(
+    "again,said",
+    [
+        ("{}/a.json", "{}/a.json: a.json is a file that {}/[ab].json names already; its text would be read twice: give each file once"),
+        ("{}/[ab].json", "names already"),
+        ("{}/./x/../a.json", "names already"),
+        ("{}/x/link.json", "link.json is a file that {}/[ab].json names already, there as a.json;"),
+        ("{}/x/hard.json", "hard.json is a file that {}/[ab].json names already, there as b.json;"),
+        ("{}/linked/a.json", "names already"),
+        ("{}/{{a..b}}.json", None),
+    ],
+)
+def test_a_local_file_is_named_once(tmp_path, again, said):
+    for name in ("a", "b"):
+        write_shard(tmp_path / f"{name}.json", ["the same text"])  # equal, and still two files
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "link.json").symlink_to("../a.json")
+    (tmp_path / "x" / "hard.json").hardlink_to(tmp_path / "b.json")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    write_shard(tmp_path / "{a..b}.json", ["of an odd name"])
+    sources = [f"{tmp_path}/[ab].json", again.format(tmp_path)]
+    if said is None:
+        assert len(resolve_shards(sources)) == 3
+        return
+    with pytest.raises(SourceError) as caught:
+        resolve_shards(sources)
+    assert said.format(*[tmp_path] * 2) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "first,again",
+    [
+        ("https://example.org/x/{0..3}.json", "https://EXAMPLE.org:443/x/./2.json#top"),
+        ("https://example.org/2.json?a=1", "https://example.org/2.json?a=1"),
+        ("hub:a/b/x/{0..3}.json.gz", "hub:a/b/x/3.json.gz"),
+        ("allenai/c4", "hub:allenai/c4/en/c4-train.00007-of-01024.json.gz"),
+        ("hub:a/b/3.json", f"https://huggingface.co/datasets/a/b/resolve/{COMMIT}/3.json"),
+    ],
+)
+def test_a_remote_file_is_named_once(monkeypatch, first, again):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    with pytest.raises(SourceError, match=r"names already.*give each file once"):
+        resolve_shards([first, again], COMMIT)
+    others = ["https://example.org/x/2.json?a=2", "http://example.org:443/x/2.json", "hub:a/c/3.json", "hub:a/b/X/3.json"]
+    resolve_shards([first, *others], COMMIT)
+
+
+@pytest.mark.parametrize(
     "source,message",
     [
         ("nowhere/*.json", "no file matches nowhere"),
@@ -80,16 +130,43 @@ def test_urls_show_no_secret():
         ("hub:allenai/c4", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a/b/../../x.json", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a/b/*.json", "cannot be used"),
+        ("hub:a b/c/x.json", "hub:a b/c/x.json: Repo id must"),
         ("https://example.org/{5..2}.json", "counts down"),
         ("https://example.org/a.parquet", "expected one of .json"),
         ("https://[x/a.json", "no url that can be read"),
+        ("https://example.org:99999/a.json", "no url that can be read"),
         (__file__, "expected one of .json"),
+        ("/dev/null", "/dev/null is a pipe or a device, and text is read more than once; give a file"),
+        ("~nobody-of-this-name/a.json", "no file matches ~nobody-of-this-name"),
+        (f"{'x' * 300}.json", "cannot be read (File name too long); check the path"),
         ([], "no source"),
     ],
 )
 def test_what_names_no_shard_is_refused(source, message):
-    with pytest.raises(SourceError, match=message.replace(".", r"\.")):
+    with pytest.raises(SourceError, match=re.escape(message)):
         resolve_shards(source, COMMIT)
+
+
+def test_pipes_and_links_to_nothing_are_no_shards(tmp_path):
+    write_shard(tmp_path / "a.json", ["text"])
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    assert [shard.name for shard in resolve_shards(f"{tmp_path}/*.json")] == ["a.json"]
+    for name, message in {"pipe.json": "is a pipe", "p*.json": "is a pipe", "loop.json": "no file matches"}.items():
+        with pytest.raises(SourceError, match=message):
+            resolve_shards(f"{tmp_path}/{name}")
+
+
+def test_what_may_not_be_read_is_one_message():
+    with public_folder() as folder:
+        write_shard(folder / "closed" / "a.json", ["text"])
+        write_shard(folder / "b.json", ["text"]).chmod(0)
+        (folder / "closed").chmod(0)
+        for name in ("closed/a.json", "b.json"):
+            message = rf"{name} cannot be read \(Permission denied\); check the path and its permissions"
+            with permissions_count(), pytest.raises(SourceError, match=message):
+                local_content(resolve_shards(f"{folder}/{name}"))
+        (folder / "closed").chmod(0o755)
 
 
 def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):

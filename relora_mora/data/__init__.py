@@ -1,5 +1,6 @@
 """Text to token blocks: exact, elastic, streaming. See docs/data.md."""
 
+from relora_mora.data.content import local_content, remote_content
 from relora_mora.data.evalset import UNSCORED, EvalSet, load_eval_set
 from relora_mora.data.fingerprint import fingerprint, order_fingerprint
 from relora_mora.data.lanes import start_states
@@ -24,10 +25,12 @@ __all__ = [
     "hub_commits",
     "iter_texts",
     "load_eval_set",
+    "local_content",
     "merge_states",
     "order_fingerprint",
     "pin_revision",
     "remember_commits",
+    "remote_content",
     "resolve_shards",
     "start_states",
 ]

@@ -220,12 +220,12 @@ class Lane:
             if line is None:
                 return entries if at else None
             if at % stride == phase:
-                entry = parse_line(line, html=lines.looks_like_html)
+                entry = parse_line(line, looks_like=lines.looks_like)
                 entries.append(entry)
                 if entry[1] in BAD:
                     judge.count(lines.row - 1, entry[1])
             elif surely_bad(line):  # another lane's, but the fraction is the shard's
-                judge.count(lines.row - 1, parse_line(line, html=lines.looks_like_html)[1] or "not_json")
+                judge.count(lines.row - 1, parse_line(line, looks_like=lines.looks_like)[1] or "not_json")
         return entries
 
     def _changed(self, shard: Shard) -> SourceError:

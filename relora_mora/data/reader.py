@@ -6,6 +6,8 @@ time the shard is read.
 
 from __future__ import annotations
 
+import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +19,10 @@ from relora_mora.data.sources import Shard, SourceError
 CHUNK_BYTES = 1 << 16  # of the file; always whole chunks, so that a damaged shard fails at the same place every time
 PIECE_BYTES = 1 << 20  # the most that gzip may give at once
 ZSTD_FEED_BYTES = 1 << 10  # zstd has no such limit, but 1 KiB holds at most 32 MiB
-GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+GZIP_MAGIC = b"\x1f\x8b"
+_ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)  # of a frame, and of one to pass over
+ZSTD_WINDOW_BYTES = 1 << 31  # the most that zstd writes (--long=31)
+BOM = b"\xef\xbb\xbf"
 
 Read = Callable[[int], bytes]
 
@@ -38,7 +43,7 @@ class DamagedShardError(Exception):
 
 
 class LocalBytes:
-    """``read(n)`` gives n bytes of a local file, fewer only at its end."""
+    """``read(n)`` gives n bytes of a local file, fewer only at its end. Raises SourceError where the file is not what it was."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
@@ -46,12 +51,24 @@ class LocalBytes:
             self._file = Path(shard.location).open("rb")  # noqa: SIM115
         except OSError as error:
             raise SourceError(f"{shard.location} cannot be read ({error.strerror}); check the path and its permissions") from error
+        self._check_size()
 
     def read(self, size: int) -> bytes:
         try:
-            return self._file.read(size)
+            data = self._file.read(size)
         except OSError as error:
             raise SourceError(f"{self.shard.location} cannot be read ({error.strerror}); check the disk") from error
+        if len(data) < size:
+            self._check_size()
+        return data
+
+    def _check_size(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        if self.shard.size is not None and size != self.shard.size:
+            self.close()
+            raise SourceError(
+                f"{self.shard.location} changed since the start: {self.shard.size:,} bytes then, {size:,} now; start with data that does not change"
+            )
 
     def doubt_end(self) -> bool:
         return False
@@ -65,7 +82,7 @@ class ShardLines:
 
     def __init__(self, shard: Shard, *, max_line_bytes: int, timeout_seconds: float) -> None:
         self.shard, self.row = shard, 0
-        self.looks_like_html = False
+        self.looks_like: str | None = None
         if shard.is_remote:
             from relora_mora.data.remote import RemoteBytes
 
@@ -131,6 +148,8 @@ class ShardLines:
         return bool(self._rows)
 
     def _cut(self, piece: bytes) -> None:
+        if not self.row and not self._partial_bytes:
+            self.looks_like = _looks_like(piece)
         first, *others = piece.split(b"\n")
         self._extend_partial(first)
         if others:
@@ -151,17 +170,58 @@ class ShardLines:
 
     def _decompressed(self) -> Iterator[bytes]:
         head = self._raw.read(CHUNK_BYTES)
-        self.looks_like_html = head[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
         read = _with_head(head, self._raw.read)
         if head.startswith(GZIP_MAGIC):
             yield from _gunzip(read, self._raw.doubt_end)
-        elif head.startswith(ZSTD_MAGIC):
-            yield from _unzstd(read, self._raw.doubt_end)
-        elif head and self.shard.location.endswith((".gz", ".zst")) and not self.looks_like_html and not head.lstrip().startswith(b"{"):
+        elif _ZSTD_MAGIC.match(head):
+            yield from self._unzstd(read)
+        elif self.shard.location.endswith((".gz", ".zst")) and not _is_text(head):
             raise DamagedShardError("corrupt")
         else:
             while data := read(CHUNK_BYTES):
                 yield data
+
+    def _unzstd(self, read: Read) -> Iterator[bytes]:
+        """Any number of zstd frames. Memory grows with the text up to the window of a frame, which is 2 GiB at most."""
+        import zstandard
+
+        def frame() -> zstandard.ZstdDecompressionObj:
+            return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).decompressobj()
+
+        decompressor = frame()
+        while (chunk := read(CHUNK_BYTES)) or (not decompressor.eof and self._raw.doubt_end()):
+            for start in range(0, len(chunk), ZSTD_FEED_BYTES):
+                data = chunk[start : start + ZSTD_FEED_BYTES]
+                while data:
+                    if decompressor.eof:
+                        decompressor = frame()
+                    try:
+                        piece = decompressor.decompress(data)
+                    except zstandard.ZstdError as error:
+                        if "not enough memory" in str(error):
+                            raise SourceError(
+                                f"{self.shard.name}: there is no memory for the window that it was compressed with (zstd --long); lower "
+                                "data.lanes or data.workers, or compress it again without --long"
+                            ) from error
+                        raise DamagedShardError("corrupt") from error
+                    if piece:
+                        yield piece
+                    data = decompressor.unused_data if decompressor.eof else b""
+        if not decompressor.eof:
+            raise DamagedShardError("truncated")
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether a shard that is named like a compressed one is text all the same, a server having unpacked it."""
+    body = head.removeprefix(BOM).lstrip()
+    return not body or body.startswith(b"{") or _looks_like(head) is not None
+
+
+def _looks_like(head: bytes) -> str | None:
+    """The kind of bad line that every line of a shard is that begins so: ``html``, ``utf16``, or None for no such shard."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")):
+        return "utf16"
+    return "html" if head[:1024].removeprefix(BOM).lstrip().startswith(b"<") else None
 
 
 def _with_head(head: bytes, rest: Read) -> Read:
@@ -198,25 +258,3 @@ def _zlib_piece(decompressor: zlib._Decompress, data: bytes) -> bytes:
         return decompressor.decompress(data, PIECE_BYTES)
     except zlib.error as error:
         raise DamagedShardError("corrupt") from error
-
-
-def _unzstd(read: Read, doubt_end: Callable[[], bool]) -> Iterator[bytes]:
-    """Any number of zstd frames."""
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor().decompressobj()
-    while (chunk := read(CHUNK_BYTES)) or (not decompressor.eof and doubt_end()):
-        for start in range(0, len(chunk), ZSTD_FEED_BYTES):
-            data = chunk[start : start + ZSTD_FEED_BYTES]
-            while data:
-                if decompressor.eof:
-                    decompressor = zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    piece = decompressor.decompress(data)
-                except zstandard.ZstdError as error:
-                    raise DamagedShardError("corrupt") from error
-                if piece:
-                    yield piece
-                data = decompressor.unused_data if decompressor.eof else b""
-    if not decompressor.eof:
-        raise DamagedShardError("truncated")

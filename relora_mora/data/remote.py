@@ -8,28 +8,24 @@ only when a second answer agrees, so a wrong Content-Length cannot cut a shard s
 from __future__ import annotations
 
 import functools
-import http.client
 import re
 import time
 from dataclasses import dataclass
 from types import TracebackType
 
 import requests
-import urllib3
 
-from relora_mora.data.retry import RETRIES, TransientError, retry_after_seconds, retrying
+from relora_mora.data import hub
+from relora_mora.data.retry import CHECK, RETRIES, TransientError, retrying
 from relora_mora.data.sources import Shard, SourceError
+from relora_mora.data.transport import BROKEN, check_status, etag_of, send, size_of
 
-CONNECT_SECONDS = 20.0
-STALL_SECONDS = 30.0  # without a byte; shorter where data.timeout_seconds is
 IDLE_SECONDS = 20.0  # a connection that we left alone for so long is reopened rather than found dead
 OVERLAP_BYTES = 64
 PIECE_BYTES = 1 << 13
 ENDS_IN_DOUBT = 6
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-_BROKEN = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)  # requests' exceptions are OSErrors
-_WRONG_URL = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema)
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 @dataclass
@@ -78,7 +74,8 @@ class RemoteBytes:
         while missing:
             # small pieces: what came before a fault counts, and the clock of a failing source starts anew with each
             ask = functools.partial(self._attempt, missing)
-            part = retrying(ask, f"{self.shard.name} at byte {self.position}", self.timeout_seconds)
+            remedy = hub.remedy() if self.shard.hub else CHECK
+            part = retrying(ask, f"{self.shard.name} at byte {self.position}", self.timeout_seconds, remedy)
             if not part:
                 self._finished = True
                 break
@@ -120,7 +117,7 @@ class RemoteBytes:
         assert self._response is not None
         try:
             return bytes(self._response.raw.read(size, decode_content=False))
-        except _BROKEN as error:
+        except BROKEN as error:
             self.close()
             self._piece = max(1, self._piece // 2)  # a piece that broke off is lost as a whole
             raise TransientError(f"the body broke off ({type(error).__name__})") from error
@@ -154,22 +151,10 @@ class RemoteBytes:
             size -= len(piece)
 
     def _request(self, start: int) -> requests.Response:
-        headers = {"Accept-Encoding": "identity"}
-        if self.shard.hub:
-            from huggingface_hub.utils import build_hf_headers
-
-            headers |= build_hf_headers()  # with the token, where there is one; requests drops it on a redirect to another host
+        headers = hub.login_headers() if self.shard.hub else {}
         if start:
             headers["Range"] = f"bytes={start}-"
-        stall = min(STALL_SECONDS, max(1.0, self.timeout_seconds / 4))
-        try:
-            response = requests.get(self.shard.location, headers=headers, stream=True, timeout=(min(CONNECT_SECONDS, stall), stall))
-        except _WRONG_URL as error:
-            raise SourceError(f"{self.shard.name} is no url that can be read ({type(error).__name__}); check it") from error
-        except requests.exceptions.TooManyRedirects as error:
-            raise SourceError(f"{self.shard.name} redirects without an end; check the url") from error
-        except _BROKEN as error:  # only the kind: the message may hold the whole url
-            raise TransientError(f"no connection ({type(error).__name__})") from error
+        response = send("GET", self.shard.location, self.shard.name, headers=headers, timeout_seconds=self.timeout_seconds)
         try:
             self._check(response, start)
         except (SourceError, TransientError):
@@ -178,36 +163,23 @@ class RemoteBytes:
         return response
 
     def _check(self, response: requests.Response, start: int) -> None:
-        status = response.status_code
-        if status in (408, 425, 429) or status >= 500:
-            raise TransientError(f"status {status}", retry_after_seconds(response.headers))
-        if status in (401, 403):
-            hint = "accept the dataset's terms and log in (hf auth login, or HF_TOKEN)" if self.shard.hub else "check who may read it"
-            raise SourceError(f"{self.shard.name}: access denied (status {status}); {hint}")
-        if status == 416:
+        if response.status_code == 416:
             raise SourceError(
                 f"{self.shard.name} became shorter than {start} bytes while it was read; start with data that does not change"
             )
-        if status not in (200, 206):
-            raise SourceError(f"{self.shard.name}: the server answered status {status}; check the address")
+        check_status(response, self.shard.name, hub=self.shard.hub)
         self._same_file(response)
-        if status == 206:
+        if response.status_code == 206:
             match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             if match is None or int(match[1]) != start:
                 raise TransientError("the server answered another range than asked for")
-            size = match[3]
-        else:
-            size = response.headers.get("Content-Length", "")
         # of two sizes for the same file one is wrong: the newest counts, and the end is confirmed by one more answer
-        self._size = int(size) if size.isdecimal() else None
+        self._size = size_of(response)
 
     def _same_file(self, response: requests.Response) -> None:
-        # the hub redirects: the file's own ETag stands in the redirect, and the storage behind it may give another one
-        linked = [answer.headers["X-Linked-Etag"] for answer in response.history if "X-Linked-Etag" in answer.headers]
-        validator = linked[0] if linked else response.headers.get("ETag") or response.headers.get("Last-Modified")
+        validator = etag_of(response) or response.headers.get("Last-Modified")
         if validator is None:
             return
-        validator = validator.removeprefix("W/")
         if self._validator is not None and validator != self._validator:
             raise SourceError(
                 f"{self.shard.name} changed while it was read (its ETag is another one); start with data that does not change"

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 FIRST_WAIT_SECONDS = 0.25
 LONGEST_WAIT_SECONDS = 30.0
+CHECK = "check the network and the source"
 
 
 class TransientError(Exception):
@@ -52,8 +53,15 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float:
     return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
-def retrying(ask: Callable[[], T], what: str, timeout_seconds: float, *, sleep: Callable[[float], None] = time.sleep) -> T:
-    """``ask()`` until it does not raise TransientError; SourceError when it has failed for ``timeout_seconds``."""
+def retrying(
+    ask: Callable[[], T],
+    what: str,
+    timeout_seconds: float,
+    remedy: str = CHECK,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
+    """``ask()`` until it does not raise TransientError; SourceError with the remedy when it has failed for ``timeout_seconds``."""
     jitter = random.Random()  # its own, so that asking again leaves the process's generator alone
 
     def wait(state: tenacity.RetryCallState) -> float:
@@ -80,5 +88,5 @@ def retrying(ask: Callable[[], T], what: str, timeout_seconds: float, *, sleep: 
         last = error.last_attempt
         raise SourceError(
             f"{what}: gave up after {timeout_seconds:g} s and {last.attempt_number} attempts (the last one: {last.exception()}); "
-            "check the network and the source, or raise data.timeout_seconds"
+            f"{remedy}, or raise data.timeout_seconds"
         ) from None

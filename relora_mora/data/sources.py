@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from relora_mora.config import DataConfig
@@ -57,13 +57,23 @@ def resolve_shards(
 
     A source is ``allenai/c4`` (config ``en``, the files of ``split``), ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local
     path or a local glob. ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources are
-    addressed at the commit that ``revision`` is now. Raises SourceError for what names no file.
+    addressed at the commit that ``revision`` is now. Raises SourceError for what names no file, or a file that was named before.
     """
     given = [sources] if isinstance(sources, str) else list(sources)
     if not given:
         raise SourceError(f"the {split} data has no source; give a path, a glob, a url, hub:OWNER/NAME/PATTERN or {C4}")
     commits = _Commits(revision, timeout_seconds)
-    shards = [shard for source in given for shard in _resolve(source, split, commits)]
+    shards = []
+    named: dict[str | tuple[int, int], tuple[Shard, str]] = {}
+    for source in given:
+        for shard in _resolve(source, split, commits):
+            before, named_by = named.setdefault(_identity(shard), (shard, source))
+            if before is not shard:
+                as_well = "" if before.name == shard.name else f", there as {before.name}"
+                raise SourceError(
+                    f"{source}: {shard.name} is a file that {named_by} names already{as_well}; its text would be read twice: give each file once"
+                )
+            shards.append(shard)
     if len(shards) > _MAX_SHARDS:
         raise SourceError(f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources")
     return shards
@@ -119,7 +129,11 @@ class _Commits:
     def __getitem__(self, repo: str) -> str:
         if repo not in self.known:
             known = self.revision if _COMMIT.fullmatch(self.revision) else _remembered.get((repo, self.revision))
-            self.known[repo] = known or _ask_for_commit(repo, self.revision, self.timeout_seconds)
+            if known is None:
+                from relora_mora.data.hub import ask_for_commit
+
+                known = ask_for_commit(repo, self.revision, self.timeout_seconds)
+            self.known[repo] = known
         return self.known[repo]
 
 
@@ -142,6 +156,21 @@ def _resolve(source: str, split: Split, commits: _Commits) -> Iterator[Shard]:
         yield from _local_shards(source)
 
 
+def _identity(shard: Shard) -> str | tuple[int, int]:
+    """Equal for shards that are one file: by other paths, links, or another spelling of a url."""
+    if not shard.is_remote:
+        status = Path(shard.location).stat()
+        return status.st_dev, status.st_ino
+    from urllib3.util import parse_url
+
+    try:
+        url = parse_url(shard.location)  # lower case where that means nothing, without dots in the path
+    except ValueError as error:
+        raise SourceError(f"{shard.name}: no url that can be read ({type(error).__name__}); check it") from error
+    default = {"http": 80, "https": 443}[url.scheme or ""]
+    return url._replace(fragment=None, port=None if url.port == default else url.port).url
+
+
 def _is_hub(source: str) -> bool:
     return source == C4 or source.startswith("hub:")
 
@@ -155,16 +184,19 @@ def _hub_parts(source: str) -> tuple[str, str]:
     name, _, pattern = rest.partition("/")
     if not (owner and name and pattern) or any(part in ("", ".", "..") for part in pattern.split("/")):
         raise SourceError(f"{source}: expected hub:OWNER/NAME/PATTERN, e.g. {C4_PATTERNS['validation']}")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(f"{owner}/{name}")
+    except HFValidationError as error:
+        raise SourceError(f"{source}: {error}") from error
     return f"{owner}/{name}", pattern
 
 
-def _hub_endpoint() -> str:
-    # read now and not when huggingface_hub was imported, so that a mirror can be named at any time before
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-
-
 def _hub_shards(source: str, commits: _Commits) -> Iterator[Shard]:
-    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub import hf_hub_url
+
+    from relora_mora.data.hub import endpoint
 
     repo, pattern = _hub_parts(source)
     if any(sign in pattern for sign in "*?["):
@@ -173,62 +205,32 @@ def _hub_shards(source: str, commits: _Commits) -> Iterator[Shard]:
     _check_suffix(paths[0], source)
     commit = commits[repo]
     for path in paths:
-        url = hf_hub_url(repo, path, repo_type="dataset", revision=commit)
-        yield Shard(f"hub:{repo}@{commit}/{path}", _hub_endpoint() + url.removeprefix(constants.ENDPOINT), hub=True)
-
-
-def _ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
-
-    from relora_mora.data.retry import TransientError, retry_after_seconds, retrying
-
-    def ask() -> str:
-        try:
-            info: Any = HfApi(endpoint=_hub_endpoint()).dataset_info(repo, revision=revision, timeout=30.0, expand=["sha"])
-        except OfflineModeIsEnabled as error:
-            raise SourceError(f"hub:{repo} needs the hub, but HF_HUB_OFFLINE is set; unset it or give the files by path") from error
-        except RepositoryNotFoundError as error:
-            raise SourceError(f"hub:{repo} is no dataset on {_hub_endpoint()}, or not one that your token may see") from error
-        except RevisionNotFoundError as error:
-            raise SourceError(f"data.revision: hub:{repo} has no revision {revision!r}; use main, a tag or a commit") from error
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status in (408, 429) or status >= 500:
-                raise TransientError(f"status {status}", retry_after_seconds(error.response.headers)) from error
-            raise SourceError(
-                f"hub:{repo}: {_hub_endpoint()} answered status {status}; check the name, the revision and the token"
-            ) from error
-        except (OSError, ValueError) as error:  # an answer that is no JSON is a ValueError
-            raise TransientError(type(error).__name__) from error
-        except Exception as error:
-            # the hub's client raises its own transport's errors, whose type differs between its versions
-            if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3"):
-                raise TransientError(type(error).__name__) from error
-            raise
-        if not info.sha:
-            raise SourceError(f"hub:{repo}: {_hub_endpoint()} names no commit for {revision!r}; set data.revision to a commit")
-        return str(info.sha)
-
-    return retrying(ask, f"hub:{repo} (revision {revision})", timeout_seconds)
+        url = hf_hub_url(repo, path, repo_type="dataset", revision=commit, endpoint=endpoint())
+        yield Shard(f"hub:{repo}@{commit}/{path}", url, hub=True)
 
 
 def _local_shards(source: str) -> Iterator[Shard]:
-    pattern = str(Path(source).expanduser())
-    if Path(pattern).is_file():
-        paths = [pattern]
-    elif Path(pattern).is_dir():
-        raise SourceError(f"{source} is a folder; give its files, e.g. {source.rstrip('/')}/*.json.gz")
-    else:
-        # Path.glob takes no absolute pattern
-        found = (path for one in expand_braces(pattern) for path in glob.glob(one, recursive=True))  # noqa: PTH207
-        paths = sorted({path for path in found if Path(path).is_file()})
+    pattern = str(Path(os.path.expanduser(source)))  # noqa: PTH111 - Path.expanduser raises where there is no such user
+    try:
+        if Path(pattern).is_file():
+            paths = [pattern]
+        elif Path(pattern).is_dir():
+            raise SourceError(f"{source} is a folder; give its files, e.g. {source.rstrip('/')}/*.json.gz")
+        else:
+            # Path.glob takes no absolute pattern
+            found = {path for one in expand_braces(pattern) for path in glob.glob(one, recursive=True)}  # noqa: PTH207
+            paths = sorted(path for path in found if Path(path).is_file())
+            if not paths and (pipes := sorted(path for path in found if Path(path).exists() and not Path(path).is_dir())):
+                raise SourceError(f"{pipes[0]} is a pipe or a device, and text is read more than once; give a file")
+        sizes = [Path(path).stat().st_size for path in paths]
+    except OSError as error:
+        raise SourceError(f"{source} cannot be read ({error.strerror}); check the path and its permissions") from error
     if not paths:
         hint = f"; a dataset on the hub is hub:{source}/PATTERN" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
         raise SourceError(f"no file matches {source} (from {Path.cwd()}); check the path{hint}")
-    for path in paths:
+    for path, size in zip(paths, sizes, strict=True):
         _check_suffix(path, source)
-        yield Shard(Path(path).name, str(Path(path).absolute()), size=Path(path).stat().st_size)
+        yield Shard(Path(path).name, str(Path(path).absolute()), size=size)
 
 
 def _check_suffix(path: str, source: str, *, may_be_missing: bool = False) -> None:

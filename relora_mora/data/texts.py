@@ -20,6 +20,7 @@ BAD = {
     "invalid_utf8": "is not UTF-8",
     "not_json": "is not JSON",
     "html": "is HTML, not JSON",
+    "utf16": "is UTF-16, not UTF-8 (iconv -f UTF-16 -t UTF-8)",
     "no_text": 'has no "text"',
     "text_not_string": 'has a "text" that is no string',
     "truncated": "is where the compressed shard breaks off",
@@ -36,25 +37,25 @@ _NOTES_PER_KIND = 3  # of a shard
 _BLANK = " \t\r\n\v\f"  # what bytes.strip strips
 
 
-def parse_line(line: bytes | BadLine, *, html: bool = False) -> Entry:
-    """(text, None), or (None, the kind of line that it is instead). ``html``: the shard starts like an HTML page.
+def parse_line(line: bytes | BadLine, *, looks_like: str | None = None) -> Entry:
+    """(text, None), or (None, the kind of line that it is instead). ``looks_like``: what the shard is where it holds no JSON.
 
     An escaped ``\\u0000`` is text, a raw NUL is not; an escaped lone surrogate cannot be encoded, so it is invalid UTF-8.
     """
     if isinstance(line, BadLine):
         return None, line.kind
     if b"\0" in line:
-        return None, "raw_nul"
+        return None, looks_like or "raw_nul"
     try:
         decoded = line.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError:
-        return None, "html" if html else "invalid_utf8"
+        return None, looks_like or "invalid_utf8"
     if not decoded.strip(_BLANK):
         return None, "blank_line"
     try:
         value = json.loads(decoded)
     except (ValueError, RecursionError):
-        return None, "html" if html else "not_json"
+        return None, looks_like or "not_json"
     if not isinstance(value, dict) or "text" not in value:
         return None, "no_text"
     text = value["text"]
@@ -143,7 +144,7 @@ def _shard_texts(shard: Shard, config: DataConfig) -> Iterator[str]:
     judge = Judge(shard, config.max_bad_fraction, log.warning)
     with ShardLines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds) as lines:
         for line in lines:
-            text, kind = parse_line(line, html=lines.looks_like_html)
+            text, kind = parse_line(line, looks_like=lines.looks_like)
             if text is not None:
                 yield text
             elif kind in BAD:

@@ -21,7 +21,7 @@ def check_agreement(checked: Checked) -> None:
     mine = {
         "the model's settings": json.dumps(plain_model_config(checked.model_config), sort_keys=True),
         "the tokenizer": checked.tokenizer_fingerprint,
-        "the training data": checked.data_fingerprint,
+        "the training data": (checked.data_fingerprint, checked.data_content),
         "the precision that is fast": checked.bf16,
     }
     found = gather_from_ranks((socket.gethostname(), checked.config.model_dump(mode="json"), mine))

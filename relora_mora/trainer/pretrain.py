@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from relora_mora.build import build, check, pinned_before
 from relora_mora.config import Config, DataConfig
-from relora_mora.data import hub_commits, pin_revision, remember_commits
+from relora_mora.data import hub_commits, pin_revision, remember_commits, remote_content
 from relora_mora.guard import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
 from relora_mora.guard.lock import LOCK
 from relora_mora.guard.watch import Watch
@@ -76,6 +77,8 @@ def _pretrain(config: Config, guard: Guard) -> int:
     remember_commits(data.revision, commits)
     checked = check(config.model_copy(update={"data": data}))
     check_agreement(checked)
+    asked = from_first_rank(lambda: remote_content(checked.shards, data.timeout_seconds))
+    checked = replace(checked, data_content=checked.data_content + asked)
     lock = from_first_rank(lambda: _lock(guard, folder))
     check_shared(folder / LOCK, lock)
     guard.did("building the model", within=LONG_SECONDS)

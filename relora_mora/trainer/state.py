@@ -28,6 +28,7 @@ def manifest_of(trainer: Trainer) -> Manifest:
         model_config=plain_model_config(trainer.checked.model_config),
         tokenizer_fingerprint=trainer.checked.tokenizer_fingerprint,
         data_fingerprint=trainer.checked.data_fingerprint,
+        data_content=trainer.checked.data_content,
         data_order=trainer.checked.data_order,
         data_state={},
         counters=counters_of(trainer),

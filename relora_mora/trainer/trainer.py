@@ -60,6 +60,7 @@ class Trainer:
             rank=rank,
             world_size=world_size,
             state=run.data_state,
+            shards=checked.shards,
         )
         self.data_counts: dict[str, int] = {}
         self.writer = CheckpointWriter(

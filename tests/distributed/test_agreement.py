@@ -50,30 +50,31 @@ def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(pools, input
     assert step >= 3 and (folder / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
 
 
-def of_two_hosts(config: Any, other: Any, *, other_files: bool = False) -> str:
-    """Runs on every rank; the second one has other settings, or finds other files at the same paths."""
+def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
+    """Runs on every rank; the second one has other settings, or finds another fingerprint or content at the same paths."""
     from relora_mora import build
     from relora_mora.config import ConfigError
     from relora_mora.trainer import pretrain
 
-    second, fingerprint = os.environ["RANK"] == "1", build.fingerprint
-    if second and other_files:
-        build.fingerprint = lambda *args, **kwargs: "another"
+    second, before = os.environ["RANK"] == "1", {name: getattr(build, name) for name in ("fingerprint", "local_content")}
+    if second and finds:
+        setattr(build, finds, lambda *args, **kwargs: "another")
     try:
         with pytest.raises(ConfigError) as caught:
             pretrain(other if second else config)
     finally:
-        build.fingerprint = fingerprint
+        for name, function in before.items():
+            setattr(build, name, function)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["settings", "text", "tokenizer"])
+@pytest.mark.parametrize("what", ["settings", "fingerprint", "local_content", "tokenizer"])
 def test_ranks_that_were_given_different_things_do_not_train(pools, inputs, tokenizer_path, other_tokenizer, tmp_path, what):
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
     optim = {"lr": 1e-3} if what == "settings" else {}
     different = run_config(inputs, other_tokenizer if what == "tokenizer" else tokenizer_path, tmp_path / "run", 2, optim=optim)
-    first, second = pools(2)(of_two_hosts, config, different, other_files=what == "text")
-    expected = {"settings": "optim.lr", "text": "the training data", "tokenizer": "the tokenizer"}[what]
+    first, second = pools(2)(of_two_hosts, config, different, finds=what if what in ("fingerprint", "local_content") else "")
+    expected = {"settings": "optim.lr", "tokenizer": "the tokenizer"}.get(what, "the training data")
     assert first == second and "rank 1 (" in first and expected in first and "start all ranks with the same command" in first
     assert not (tmp_path / "run" / "checkpoints").exists()
 

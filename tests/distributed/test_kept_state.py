@@ -12,6 +12,7 @@ import pytest
 
 from tests.distributed.test_health import NAN, _same, _settings, faulty, spiked
 from tests.distributed.test_resume import _equal
+from tests.faulty_server import serving
 from tests.runs import metrics, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
@@ -230,6 +231,65 @@ def test_a_shard_that_was_mended_is_read_on_from_the_same_line(pools, inputs, to
     assert "files that have changed" in message
     pools(1)(train, run_config(mended, tokenizer_path, folder, train={"allow_changes": ["data"]}))
     assert _equal(*(run / "checkpoints" / "step-00000010" for run in (never, folder))) == []
+
+
+def _plain_copy(inputs: Path, folder: Path) -> Path:
+    """The same inputs with training text that is not compressed, so that its letters can change and its size not."""
+    shutil.copytree(inputs, folder)
+    for path in (folder / "train").iterdir():
+        path.write_bytes(gzip.decompress(path.read_bytes()))
+    return folder
+
+
+def _swap_letters(folder: Path) -> None:
+    for path in (folder / "train").iterdir():
+        path.write_bytes(path.read_bytes().replace(b"merge", b"rerge"))
+
+
+def test_other_text_of_the_same_names_and_sizes_is_refused_and_when_allowed_read_on_from_the_same_lines(
+    pools, inputs, tokenizer_path, tmp_path
+):
+    first, swapped, folder = _plain_copy(inputs, tmp_path / "first"), _plain_copy(inputs, tmp_path / "swapped"), tmp_path / "run"
+    pools(1)(train, run_config(first, tokenizer_path, folder), stop_after=4)
+    pools(1)(train, run_config(swapped, tokenizer_path, folder), stop_after=5)  # a copy is the same
+    _swap_letters(swapped)
+    (message,) = pools(1)(_refused, run_config(swapped, tokenizer_path, folder))
+    assert message.count("  - ") == 1 and "files that have changed; to allow it: --train.allow_changes=[data]" in message
+    changed = {"data": {"seed": 5}, "train": {"allow_changes": ["data.seed"]}}
+    (message,) = pools(1)(_refused, run_config(swapped, tokenizer_path, folder, **changed))
+    assert "files that have changed" in message  # a setting that differs explains no other text
+    allowed = run_config(swapped, tokenizer_path, folder, train={"allow_changes": ["data"]})
+    pools(1)(train, allowed, stop_after=6)
+    before, after = (_manifest(folder, step)["data_state"] for step in (5, 6))
+    assert all(after[lane]["documents"] >= before[lane]["documents"] > 0 for lane in before)
+    pools(1)(train, run_config(swapped, tokenizer_path, folder), stop_after=7)  # no change any more
+
+
+def test_a_checkpoint_that_says_nothing_about_what_stands_in_the_data_goes_on(pools, inputs, tokenizer_path, tmp_path):
+    from relora_mora.checkpoint.layout import content_checksum
+
+    folder = tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
+    path = folder / "checkpoints" / "step-00000002" / "manifest.json"
+    values = _manifest(folder, 2)
+    del values["checksum"], values["data_content"]  # as programs before this field wrote it
+    path.write_text(json.dumps(values | {"checksum": content_checksum(values)}))
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=3)
+    assert _manifest(folder, 3)["data_content"]
+
+
+def test_the_first_rank_asks_a_server_for_all_what_stands_in_its_files(pools, inputs, tokenizer_path, tmp_path):
+    served, folder = _plain_copy(inputs, tmp_path / "served"), tmp_path / "run"
+    with serving(served) as server:
+        data = {"train": f"{server.url}/train/part-{{00000..00002}}.json.gz"}
+        config = run_config(inputs, tokenizer_path, folder, 2, data=data)
+        pools(2)(train, config, stop_after=2)
+        assert sorted(server.heads) == [f"/train/part-0000{n}.json.gz" for n in range(3)]
+        pools(2)(train, config, stop_after=3)
+        _swap_letters(served)
+        first, second = pools(2)(_refused, config)
+        assert first == second and "files that have changed; to allow it: --train.allow_changes=[data]" in first
+        assert len(server.heads) == 9
 
 
 @pytest.mark.parametrize(

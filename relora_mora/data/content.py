@@ -1,0 +1,93 @@
+"""What stands in the training text, told from a little of it: so that other text under the same names and sizes is noticed.
+
+Hub files need none of this: their commit is part of their name.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from relora_mora.data.sources import Shard, SourceError
+
+if TYPE_CHECKING:
+    import requests
+
+THREADS = 16
+WHOLE_BYTES = 1 << 16  # a file up to this size is looked at as a whole
+PIECE_BYTES = 1 << 12  # of a larger one this much at its head, its tail and at some places between
+PIECES_BETWEEN = 4
+
+
+def local_content(shards: Sequence[Shard]) -> str:
+    """32 hex digits over the names of local files, their sizes and pieces of what is in them; "" where no shard is local.
+
+    The end of a gzip or zstd file is a checksum of all of its text; of plain text a change in the middle may be missed. Raises
+    SourceError for a file that cannot be read.
+    """
+    return _over_each([shard for shard in shards if not shard.is_remote], _pieces)
+
+
+def remote_content(shards: Sequence[Shard], timeout_seconds: float) -> str:
+    """32 hex digits over the names of http(s) files and what their servers say of their versions; "" where there is none.
+
+    Asks for each file once, some at the same time: for one rank, not for all. Raises SourceError for a file that is not there.
+    """
+    urls = [shard for shard in shards if shard.is_remote and not shard.hub]
+    if not urls:
+        return ""
+    import requests
+
+    with requests.Session() as session:
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=THREADS))
+        return _over_each(urls, functools.partial(_version, session=session, timeout_seconds=timeout_seconds))
+
+
+def _over_each(shards: Sequence[Shard], look: Callable[[Shard], bytes]) -> str:
+    if not shards:
+        return ""
+    digest = xxhash.xxh3_128()
+    with ThreadPoolExecutor(THREADS) as threads:  # after an error map() starts no more of them
+        for shard, seen in zip(shards, threads.map(look, shards), strict=True):
+            name = shard.name.encode("utf-8", "surrogatepass")
+            digest.update(xxhash.xxh3_128_digest(name) + xxhash.xxh3_128_digest(seen))
+    return digest.hexdigest()
+
+
+def _pieces(shard: Shard) -> bytes:
+    try:
+        file = os.open(shard.location, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(file).st_size
+            if size <= WHOLE_BYTES:
+                return os.pread(file, size, 0)
+            last = size - PIECE_BYTES
+            between = [xxhash.xxh64_intdigest(b"%d %d" % (size, number)) % last for number in range(PIECES_BETWEEN)]
+            return b"%d " % size + b"".join(os.pread(file, PIECE_BYTES, place) for place in (0, *between, last))
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise SourceError(f"{shard.location} cannot be read ({error.strerror}); check the path and its permissions") from error
+
+
+def _version(shard: Shard, *, session: requests.Session, timeout_seconds: float) -> bytes:
+    from relora_mora.data.retry import retrying
+    from relora_mora.data.transport import check_status, etag_of, send, size_of
+
+    def ask() -> bytes:
+        # where a server refuses HEAD: one byte, whose answer has the same headers
+        for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
+            with send(method, shard.location, shard.name, headers=headers, timeout_seconds=timeout_seconds, session=session) as response:
+                if response.ok:
+                    break
+        if response.status_code != 416:  # an empty file has no first byte
+            check_status(response, shard.name, hub=shard.hub)
+        return (etag_of(response) or f"{response.headers.get('Last-Modified')} {size_of(response)}").encode()
+
+    return retrying(ask, shard.name, timeout_seconds)

@@ -1,0 +1,72 @@
+"""The datasets hub: its address, its login, and the commit that a revision is. Requests go the way of all others."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import quote
+
+from relora_mora.data.retry import TransientError, retrying
+from relora_mora.data.sources import SourceError
+from relora_mora.data.transport import BROKEN, check_status, send
+
+
+def endpoint() -> str:
+    """The hub's address, or that of the mirror in HF_ENDPOINT; read now, so that a mirror can be named after imports."""
+    address = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    if not address.startswith(("http://", "https://")):
+        raise SourceError(f"HF_ENDPOINT: got {address!r}, expected the address of a hub such as https://huggingface.co")
+    return address
+
+
+def remedy() -> str:
+    """What to do when the hub stays away."""
+    return f"check the network to {endpoint()}, name a mirror with HF_ENDPOINT, give local files by path"
+
+
+def login_headers() -> dict[str, str]:
+    """What huggingface_hub sends with a request: the token, where there is one.
+
+    Finding it may read files and, where the login is to be renewed, ask the hub. Raises TransientError, and SourceError for
+    a token that cannot be read or sent.
+    """
+    from huggingface_hub.utils import build_hf_headers
+
+    try:
+        headers = build_hf_headers()
+    except Exception as error:  # the library's own transport raises its own kinds, which differ between versions
+        if isinstance(error, UnicodeError) or (isinstance(error, OSError) and error.errno is not None):
+            raise SourceError(f"the hub's login cannot be read ({error}); log in again (hf auth login) or set HF_TOKEN") from error
+        raise TransientError(f"no login to the hub ({type(error).__name__})") from error
+    if not headers.get("authorization", "").isascii():
+        raise SourceError("the hub's token holds characters that no token has; log in again (hf auth login) or mend HF_TOKEN")
+    return dict(headers)
+
+
+def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
+    """The commit that ``revision`` of a dataset is now. Raises SourceError."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise SourceError(f"hub:{repo} needs the hub, but HF_HUB_OFFLINE is set; unset it or give the files by path")
+    url = f"{endpoint()}/api/datasets/{repo}/revision/{quote(revision, safe='')}?expand=sha"
+
+    def ask() -> str:
+        with send("GET", url, f"hub:{repo}", headers=login_headers(), timeout_seconds=timeout_seconds) as response:
+            if response.headers.get("X-Error-Code") == "RevisionNotFound":
+                raise SourceError(f"data.revision: hub:{repo} has no revision {revision!r}; use main, a tag or a commit")
+            if response.status_code in (401, 403, 404):
+                raise SourceError(
+                    f"hub:{repo} is no dataset on {endpoint()}, or not one that your token may see; check the name, or log in "
+                    "(hf auth login, or HF_TOKEN)"
+                )
+            check_status(response, f"hub:{repo}: {endpoint()}", hub=True)
+            try:
+                info = response.json()
+            except (*BROKEN, ValueError) as error:
+                raise TransientError(f"an answer that is no JSON ({type(error).__name__})") from error
+        sha = info.get("sha") if isinstance(info, dict) else None
+        if not sha:
+            raise SourceError(f"hub:{repo}: {endpoint()} names no commit for {revision!r}; set data.revision to a commit")
+        return str(sha)
+
+    return retrying(ask, f"hub:{repo} (revision {revision})", timeout_seconds, remedy())

@@ -1,0 +1,68 @@
+"""One request to an http(s) server: what may pass is a TransientError, what stays a SourceError. Neither holds a url."""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Mapping
+
+import requests
+import urllib3
+
+from relora_mora.data.retry import TransientError, retry_after_seconds
+from relora_mora.data.sources import SourceError
+
+CONNECT_SECONDS = 20.0
+STALL_SECONDS = 30.0  # without a byte; shorter where data.timeout_seconds is
+
+BROKEN = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)  # requests' exceptions are OSErrors
+_WRONG_URL = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema)
+
+
+def send(
+    method: str,
+    url: str,
+    what: str,
+    *,
+    headers: Mapping[str, str],
+    timeout_seconds: float,
+    session: requests.Session | None = None,
+) -> requests.Response:
+    """The answer to one request, its body unread and as the server sends it, after redirects (to another host without a login)."""
+    given = {"Accept-Encoding": "identity", **headers}
+    stall = min(STALL_SECONDS, max(1.0, timeout_seconds / 4))
+    request = session.request if session is not None else requests.request
+    try:
+        return request(method, url, headers=given, stream=True, timeout=(min(CONNECT_SECONDS, stall), stall), allow_redirects=True)
+    except _WRONG_URL as error:
+        raise SourceError(f"{what} is no url that can be read ({type(error).__name__}); check it") from error
+    except requests.exceptions.TooManyRedirects as error:
+        raise SourceError(f"{what} redirects without an end; check the url") from error
+    except BROKEN as error:  # only the kind: the message may hold the whole url
+        raise TransientError(f"no connection ({type(error).__name__})") from error
+
+
+def check_status(response: requests.Response, what: str, *, hub: bool) -> None:
+    """Raises TransientError for a status that may pass, SourceError for one that stays. 200 and 206 are good."""
+    status = response.status_code
+    if status in (408, 425, 429) or status >= 500:
+        raise TransientError(f"status {status}", retry_after_seconds(response.headers))
+    if status in (401, 403):
+        hint = "accept the dataset's terms and log in (hf auth login, or HF_TOKEN)" if hub else "check who may read it"
+        raise SourceError(f"{what}: access denied (status {status}); {hint}")
+    if status not in (200, 206):
+        raise SourceError(f"{what}: the server answered status {status}; check the address")
+
+
+def etag_of(response: requests.Response) -> str | None:
+    """What names this version of the file."""
+    # the hub redirects: the file's own ETag stands in the redirect, and the storage behind it may give another one
+    linked = [answer.headers["X-Linked-Etag"] for answer in response.history if "X-Linked-Etag" in answer.headers]
+    etag = linked[0] if linked else response.headers.get("ETag")
+    return etag and etag.removeprefix("W/")
+
+
+def size_of(response: requests.Response) -> int | None:
+    """Bytes of the whole file, as the server says."""
+    partial = response.status_code in (206, 416)
+    size = response.headers.get("Content-Range", "").rpartition("/")[2] if partial else response.headers.get("Content-Length", "")
+    return int(size) if size.isdecimal() else None
