@@ -291,6 +291,12 @@ def _check_same_run(run: Run, reader: CheckpointReader) -> None:
     other_tokenizer = manifest.tokenizer_fingerprint != run.checked.tokenizer_fingerprint
     if other_tokenizer and "tokenizer" not in allowed:
         faults.append(f"tokenizer: {config.tokenizer.path} gives other tokens; to allow it: --train.allow_changes=[tokenizer]")
+    eos = run.checked.tokenizer.eos_token_id
+    if manifest.eos_token_id not in (None, eos) and "tokenizer" not in allowed:
+        faults.append(
+            f"tokenizer: a document ended with token {manifest.eos_token_id}, that of {config.tokenizer.path} ends with {eos}; "
+            "to allow it: --train.allow_changes=[tokenizer]"
+        )
     other_data = manifest.data_content not in (None, run.checked.data_content)
     if not other_tokenizer and not _data_settings_differ(manifest, now):  # the data's fingerprint contains both
         other_data |= manifest.data_fingerprint != run.checked.data_fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from relora_mora.data import TrainStream, WorkerError
-from relora_mora.data.sources import SourceError
+from relora_mora.data.sources import Shard, SourceError
 from tests.data_tools import data_config, write_shard, write_shards
 from tests.faulty_server import serving
 
@@ -123,6 +124,17 @@ def test_workers_die_with_a_killed_trainer_also_while_they_wait_for_the_network(
         assert len(server.requests) >= 4 and all(psutil.pid_exists(pid) for pid in pids)
         trainer.kill()
         assert _gone(pids)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_is_gone_is_an_error_of_the_system(tokenizer_path, workers):
+    """To read this file at its beginning gives EIO, as a network file system does that has lost its server."""
+    config = data_config("unused.json", workers=workers)
+    shards = [Shard("part-1.json", "/proc/self/mem")]
+    with TrainStream(config, tokenizer_path=tokenizer_path, batch_size=1, lanes=1, rank=0, world_size=1, shards=shards) as stream:
+        with pytest.raises(OSError, match="/proc/self/mem") as caught:
+            next(stream)
+        assert caught.value.errno == errno.EIO
 
 
 def test_an_error_is_the_same_with_and_without_workers_and_stays(tmp_path, tokenizer_path):

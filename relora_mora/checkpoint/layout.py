@@ -83,7 +83,9 @@ class Manifest:
     data_state: dict[str, Any]
     counters: dict[str, Any]  # what the run has counted so far: tokens, skipped steps, ...
     files: dict[Annotated[str, AfterValidator(_inside)], FileEntry]
-    data_content: str | None = None  # fingerprint of what stands in the training data; earlier programs wrote none
+    # earlier programs wrote neither
+    data_content: str | None = None  # fingerprint of what stands in the training data
+    eos_token_id: int | None = None  # ends a document; the fingerprint of a Hugging Face tokenizer does not tell it
 
     def dump(self) -> str:
         """As JSON, with the checksum of its content: every other file has one in here."""

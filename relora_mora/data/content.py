@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from relora_mora.data.sources import Shard, SourceError
+from relora_mora.data.sources import Shard, unreadable
 
 if TYPE_CHECKING:
     import requests
@@ -73,7 +73,7 @@ def _pieces(shard: Shard) -> bytes:
         finally:
             os.close(file)
     except OSError as error:
-        raise SourceError(f"{shard.location} cannot be read ({error.strerror}); check the path and its permissions") from error
+        raise unreadable(shard.location, error, "check the path and its permissions") from error
 
 
 def _version(shard: Shard, *, session: requests.Session, timeout_seconds: float) -> bytes:

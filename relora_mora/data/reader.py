@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from relora_mora.data.sources import Shard, SourceError
+from relora_mora.data.sources import Shard, SourceError, unreadable
 
 CHUNK_BYTES = 1 << 16  # of the file; always whole chunks, so that a damaged shard fails at the same place every time
 PIECE_BYTES = 1 << 20  # the most that gzip may give at once
@@ -43,21 +43,24 @@ class DamagedShardError(Exception):
 
 
 class LocalBytes:
-    """``read(n)`` gives n bytes of a local file, fewer only at its end. Raises SourceError where the file is not what it was."""
+    """``read(n)`` gives n bytes of a local file, fewer only at its end.
+
+    Raises SourceError where the file is not what it was, OSError where its disk is gone (``LOST_DISK``).
+    """
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
         try:
             self._file = Path(shard.location).open("rb")  # noqa: SIM115
         except OSError as error:
-            raise SourceError(f"{shard.location} cannot be read ({error.strerror}); check the path and its permissions") from error
+            raise unreadable(shard.location, error, "check the path and its permissions") from error
         self._check_size()
 
     def read(self, size: int) -> bytes:
         try:
             data = self._file.read(size)
         except OSError as error:
-            raise SourceError(f"{self.shard.location} cannot be read ({error.strerror}); check the disk") from error
+            raise unreadable(self.shard.location, error, "check the disk") from error
         if len(data) < size:
             self._check_size()
         return data

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from relora_mora.config import DataConfig
 from relora_mora.config.secrets import redact
+from relora_mora.guard import LOST_DISK
 
 Split = Literal["train", "validation"]
 
@@ -34,6 +35,13 @@ class SourceError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(redact(message))
+
+
+def unreadable(place: str, error: OSError, remedy: str) -> Exception:
+    """What to raise for local text that cannot be read: an OSError where its disk is gone and may come again, else a SourceError."""
+    if error.errno in LOST_DISK:
+        return OSError(error.errno, error.strerror, place)
+    return SourceError(f"{place} cannot be read ({error.strerror}); {remedy}")
 
 
 @dataclass(frozen=True)
@@ -224,7 +232,7 @@ def _local_shards(source: str) -> Iterator[Shard]:
                 raise SourceError(f"{pipes[0]} is a pipe or a device, and text is read more than once; give a file")
         sizes = [Path(path).stat().st_size for path in paths]
     except OSError as error:
-        raise SourceError(f"{source} cannot be read ({error.strerror}); check the path and its permissions") from error
+        raise unreadable(source, error, "check the path and its permissions") from error
     if not paths:
         hint = f"; a dataset on the hub is hub:{source}/PATTERN" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
         raise SourceError(f"no file matches {source} (from {Path.cwd()}); check the path{hint}")

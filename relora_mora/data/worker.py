@@ -25,6 +25,7 @@ import psutil
 
 from relora_mora.data.sources import SourceError
 from relora_mora.data.stream import Part, Producer, Task, WorkerError
+from relora_mora.guard import LOST_DISK
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
@@ -149,6 +150,8 @@ def main(descriptor: int, parent: int) -> None:
         # the trainer tells the user, as it would without workers: SourceError and TokenizerError are ValueErrors
         known = type(error).__module__.startswith("relora_mora.")
         ready.put(SourceError(str(error)) if known else _failed())
+    except OSError as error:
+        ready.put(error if error.errno in LOST_DISK else _failed())
     except Exception:
         ready.put(_failed())
     threading.Event().wait()  # the last message must get through; the parent ends this process

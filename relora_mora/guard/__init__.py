@@ -4,7 +4,7 @@
 before its slow imports.
 """
 
-from relora_mora.guard.exits import FAILED, FINISHED, LOST, REQUEUE, USER_ERROR, leave_now, leave_process, record_end
+from relora_mora.guard.exits import FAILED, FINISHED, LOST, LOST_DISK, REQUEUE, USER_ERROR, leave_now, leave_process, record_end
 from relora_mora.guard.guard import LONG_SECONDS, Guard
 from relora_mora.guard.lock import LockError, RunLock
 
@@ -13,6 +13,7 @@ __all__ = [
     "FINISHED",
     "LONG_SECONDS",
     "LOST",
+    "LOST_DISK",
     "REQUEUE",
     "USER_ERROR",
     "Guard",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -17,6 +18,18 @@ from relora_mora.cli.bounded import bounded
 FINISHED, FAILED, USER_ERROR = 0, 1, 2
 LOST = 69  # EX_UNAVAILABLE of sysexits.h: a rank, a launcher or the network is gone; the same command goes on from the last checkpoint
 REQUEUE = 75  # EX_TEMPFAIL: stopped on request with everything saved; the same command goes on from there
+
+# of a network file system that goes and comes again; no mistake of the user
+LOST_DISK = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EREMOTEIO,
+}
 
 ENDS = "ends.jsonl"
 LAST_SECONDS = 3.0  # for what a process that must end still has to say

@@ -20,7 +20,7 @@ def check_agreement(checked: Checked) -> None:
     """Raises :class:`ConfigError` on all ranks when one has other settings, or found another model, tokenizer or text; a collective."""
     mine = {
         "the model's settings": json.dumps(plain_model_config(checked.model_config), sort_keys=True),
-        "the tokenizer": checked.tokenizer_fingerprint,
+        "the tokenizer": (checked.tokenizer_fingerprint, checked.tokenizer.eos_token_id),
         "the training data": (checked.data_fingerprint, checked.data_content),
         "the precision that is fast": checked.bf16,
     }

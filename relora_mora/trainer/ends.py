@@ -37,12 +37,23 @@ def stop(trainer: Trainer) -> int:
 
 def end_for_data(trainer: Trainer, failure: Exception | None) -> NoReturn:
     """The data of some rank has failed: all save, and end with the same error."""
-    given = None if failure is None else (isinstance(failure, ValueError), str(failure))
-    failures = [answer for answer in gather_from_ranks(given) if answer is not None]
+    failures = [error for error in gather_from_ranks(_told(failure)) if error is not None]
     _save_and_wait(trainer)
-    text = "\n".join(dict.fromkeys(text for _, text in failures))
+    lost_disk = next((error for error in failures if isinstance(error, OSError)), None)
+    if lost_disk is not None:
+        lost_disk.same_on_all_ranks = True  # type: ignore[attr-defined]
+        raise lost_disk
+    text = "\n".join(dict.fromkeys(map(str, failures)))
     saved = f"\nwhat was trained up to step {trainer.step} is saved" if trainer.step else ""
-    raise (DataError if all(by_user for by_user, _ in failures) else TrainingError)(text + saved) from failure
+    by_user = all(isinstance(error, ValueError) for error in failures)
+    raise (DataError if by_user else TrainingError)(text + saved) from failure
+
+
+def _told(failure: Exception | None) -> Exception | None:
+    """What other ranks need to know of a failure: its kind and what it says."""
+    if failure is None or isinstance(failure, OSError):
+        return failure
+    return (ValueError if isinstance(failure, ValueError) else RuntimeError)(str(failure))
 
 
 def _save_and_wait(trainer: Trainer) -> None:

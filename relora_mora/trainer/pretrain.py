@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from relora_mora.build import build, check, pinned_before
 from relora_mora.config import Config, DataConfig
 from relora_mora.data import hub_commits, pin_revision, remember_commits, remote_content
-from relora_mora.guard import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
+from relora_mora.guard import FAILED, LONG_SECONDS, LOST_DISK, USER_ERROR, Guard, RunLock
 from relora_mora.guard.lock import LOCK
 from relora_mora.guard.watch import Watch
 from relora_mora.metrics import log, setup_logging
@@ -26,18 +25,6 @@ from relora_mora.zero import (
     part_company,
     store_address,
 )
-
-# of a network file system that goes and comes again; no mistake of the user
-LOST_DISK = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.EREMOTEIO,
-}
 
 
 def pretrain(config: Config, guard: Guard | None = None) -> int:
@@ -105,7 +92,8 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
     if lost_device(error):
         guard.lost(f"the device of rank {guard.rank} failed ({first_line})", same_on_all_ranks=same)
     if isinstance(error, OSError) and error.errno in LOST_DISK:
-        guard.lost(f"a disk or network failed rank {guard.rank} ({error.strerror}: {error.filename})", same_on_all_ranks=same)
+        whose = "" if same else f" rank {guard.rank}"
+        guard.lost(f"a disk or network failed{whose} ({error.strerror}: {error.filename})", same_on_all_ranks=same)
 
 
 def _pinned(config: Config) -> tuple[DataConfig, dict[str, str]]:

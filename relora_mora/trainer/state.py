@@ -29,6 +29,7 @@ def manifest_of(trainer: Trainer) -> Manifest:
         tokenizer_fingerprint=trainer.checked.tokenizer_fingerprint,
         data_fingerprint=trainer.checked.data_fingerprint,
         data_content=trainer.checked.data_content,
+        eos_token_id=trainer.checked.tokenizer.eos_token_id,
         data_order=trainer.checked.data_order,
         data_state={},
         counters=counters_of(trainer),

@@ -140,7 +140,7 @@ class Trainer:
             if batch is None and failure is None and self.data.ready(POLL_SECONDS):
                 try:
                     batch = next(self.data)
-                except (ValueError, RuntimeError) as error:  # a source that cannot be read, a data worker that was killed
+                except (ValueError, RuntimeError, OSError) as error:  # a source that cannot be read, a data worker that was killed
                     failure = error
             if batch is None and failure is None:
                 failure = self.data.hung(patience)

@@ -197,6 +197,29 @@ def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(pools, inpu
     assert tokenizer_fingerprint(folder / "checkpoints" / "step-00000003" / "tokenizer") == tokenizer_fingerprint(other_tokenizer)
 
 
+def test_another_end_of_document_is_another_tokenizer(pools, inputs, tokenizer_path, tmp_path):
+    """With the same vocabulary, so that the fingerprint of the Hugging Face folder is the same."""
+    from relora_mora.tokenizer import MODEL_FILE, load_tokenizer, save_tokenizer, tokenizer_fingerprint
+
+    first = tmp_path / "first"
+    save_tokenizer(tokenizer_path, first)
+    (first / MODEL_FILE).unlink()
+    other = tmp_path / "other"
+    shutil.copytree(first, other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    settings["eos_token"] = settings["bos_token"] = "<s>"
+    (other / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert tokenizer_fingerprint(first) == tokenizer_fingerprint(other)
+    before, after = (load_tokenizer(folder).eos_token_id for folder in (first, other))
+    assert before != after
+    pools(1)(train, run_config(inputs, str(first), tmp_path / "run"), stop_after=2)
+    (message,) = pools(1)(_refused, run_config(inputs, str(other), tmp_path / "run"))
+    assert (
+        f"a document ended with token {before}" in message
+        and f"ends with {after}; to allow it: --train.allow_changes=[tokenizer]" in message
+    )
+
+
 def test_other_data_is_refused_and_when_allowed_read_from_its_beginning(pools, inputs, tokenizer_path, tmp_path):
     other, folder, fresh = write_inputs(tmp_path / "other"), tmp_path / "run", tmp_path / "fresh"
     for path in sorted((other / "train").iterdir())[1:]:

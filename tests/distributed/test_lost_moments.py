@@ -58,6 +58,16 @@ def test_a_rank_that_is_lost_in_a_save_ends_the_other_at_once(config):
     assert seconds < 25 and "rank 1 is gone" in output
 
 
+def test_text_on_a_disk_that_is_gone_ends_the_job_with_its_state_saved_and_the_code_that_starts_it_again(config):
+    codes, _, output = both_ranks(config, "text")
+    assert codes == [69, 69], output
+    run_dir = config.parent / "run"
+    [end] = ends(run_dir)
+    assert (end["code"], end["step"]) == (69, 3)
+    assert "a disk or network failed (Stale file handle: part-1.json.gz)" in end["reason"]
+    assert (run_dir / "checkpoints" / "step-00000003").exists()
+
+
 @pytest.mark.parametrize(
     "what,reason",
     [
