@@ -51,7 +51,7 @@ def main(
     if nodes is not None and nodes > 1 and gpus_per_node is None:
         raise ValueError(f"--gpus_per_node: not given with --nodes={nodes}; say how many devices each host has, e.g. --gpus_per_node=8")
     from relora_mora.hardware import device_here, fast_bf16, peak_flops  # takes seconds: arguments are checked before
-    from relora_mora.model import check_length, read_model_config
+    from relora_mora.model_config import check_length, read_model_config
     from relora_mora.plan import Cluster, make_plan, named_device, render
 
     here = device_here()

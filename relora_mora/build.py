@@ -28,7 +28,8 @@ from relora_mora.hardware import fast_bf16
 from relora_mora.health import ROLLBACKS, dump_rollbacks, read_rollbacks
 from relora_mora.initial import initial_values, write_initial_values
 from relora_mora.metrics import log
-from relora_mora.model import LossModel, check_compiler, check_length, empty_model, put_values, read_model_config
+from relora_mora.model import LossModel, check_compiler, empty_model, put_values
+from relora_mora.model_config import FUNCTION, TRAINING, check_length, keys_with, read_model_config
 from relora_mora.optim import ParameterGroup, build_optimizer, describe_trainable, make_schedule, parameter_groups, set_trainable
 from relora_mora.schedule import Schedule
 from relora_mora.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
@@ -271,10 +272,8 @@ def _check_same_run(run: Run, reader: CheckpointReader) -> None:
         f"{name}: {_value(manifest.config, name)!r} in the checkpoint, {_value(now, name)!r} now; to allow it: --train.allow_changes=[{name}]"
         for name in changed
     ]
-    saved, model = manifest.model_config, plain_model_config(run.checked.model_config)
-    for key in sorted(set(saved) | set(model)):
-        if saved.get(key) != model.get(key):
-            faults.append(f"model: {key} is {saved.get(key)!r} in the checkpoint, {model.get(key)!r} now")
+    saved, model = (keys_with(kept, FUNCTION, TRAINING) for kept in (LlamaConfig(**manifest.model_config), run.checked.model_config))
+    faults += [f"model: {key} is {saved[key]!r} in the checkpoint, {model[key]!r} now" for key in model if saved[key] != model[key]]
     if manifest.tokenizer_fingerprint != run.checked.tokenizer_fingerprint:  # and the data's contains it
         if "tokenizer" not in allowed:
             faults.append(f"tokenizer: {config.tokenizer.path} gives other tokens; to allow it: --train.allow_changes=[tokenizer]")

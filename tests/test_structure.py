@@ -18,6 +18,7 @@ ORDER = [
     "tokenizer",
     "data",
     "adapters",
+    "model_config",
     "model",
     "optim",
     "flops",
