@@ -24,7 +24,8 @@ from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unus
 from relora_mora.cycle import Base, Cycle
 from relora_mora.data import fingerprint, order_fingerprint, resolve_shards, start_states
 from relora_mora.export import find_checkpoint
-from relora_mora.hardware import fast_bf16
+from relora_mora.fit import check_adapters, check_memory
+from relora_mora.hardware import fast_bf16, memory_bytes
 from relora_mora.health import ROLLBACKS, dump_rollbacks, read_rollbacks
 from relora_mora.initial import initial_values, write_initial_values
 from relora_mora.metrics import log
@@ -112,7 +113,10 @@ def check(config: Config) -> Checked:
     """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
     model_config = read_model_config(config.model)
     check_length(model_config, config)
+    check_adapters(model_config, config)
     check_compiler(config)
+    bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
+    check_memory(model_config, config, int(os.environ.get("WORLD_SIZE", "1")), memory_bytes(), bf16=bf16)
     tokenizer = load_tokenizer(config.tokenizer.path)
     remark = check_vocabulary(tokenizer, model_config.vocab_size)
     if remark:
@@ -126,7 +130,6 @@ def check(config: Config) -> Checked:
         raise ConfigError(
             [f"model.init_from: {config.model.init_from} does not exist; give a Hugging Face LLaMA folder or a run"], "the settings"
         )
-    bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     for name in unused_settings(config):
         log.info("method %s does not use %s", config.method.name, name)
     return Checked(config, model_config, tokenizer, tokens, data, order, bf16)

@@ -25,6 +25,7 @@ ORDER = [
     "memory",
     "plan",
     "hardware",
+    "fit",
     "allocator",
     "metrics",
     "health",
