@@ -36,7 +36,7 @@ _Threshold = Annotated[int, Field(ge=0, le=2**53), BeforeValidator(_as_whole)]
 
 # what has been tried with the view of masters and state in zero/engine.py; offloading, quantized weights and the like have not
 DEEPSPEED_ZERO_KEYS: dict[str, Any] = {
-    "allgather_bucket_size": _Elements,
+    "allgather_bucket_size": Annotated[_Elements, Field(multiple_of=2)],  # aligned to 4 bytes of bf16
     "allgather_partitions": bool,
     "contiguous_gradients": bool,
     "overlap_comm": bool,
@@ -241,6 +241,14 @@ def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
 def _deepspeed_faults(config: Config) -> Iterator[Fault]:
     for text in _deepspeed_texts(config.train.deepspeed, DEEPSPEED_KEYS, ""):
         yield Fault(("train.deepspeed",), text)
+    zero = config.train.deepspeed.get("zero_optimization")
+    scatters = zero.get("reduce_scatter", True) if isinstance(zero, dict) else True
+    if config.train.deepspeed.get("prescale_gradients") is True and scatters and config.train.zero_stage > 0:
+        yield Fault(
+            ("train.deepspeed", "train.zero_stage"),
+            f"prescale_gradients does not go with reduce_scatter on ZeRO-{config.train.zero_stage}; leave it out, or set "
+            "zero_optimization.reduce_scatter=false",
+        )
 
 
 def _deepspeed_texts(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
