@@ -20,7 +20,7 @@ from relora_mora.adapters import LoRALinear, MoRALinear, layer_square_size
 from relora_mora.cli import run
 from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.flops import attention_widths
-from relora_mora.model import read_model_config
+from relora_mora.model_config import read_model_config
 from relora_mora.operators import MORA_TYPES
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

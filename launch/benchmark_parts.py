@@ -23,7 +23,8 @@ from relora_mora.adapters import layer_square_size
 from relora_mora.cli import run
 from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.flops import attention_widths
-from relora_mora.model import chunked_cross_entropy, read_model_config
+from relora_mora.model import chunked_cross_entropy
+from relora_mora.model_config import read_model_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Ways = dict[str, tuple[Callable[[], object], float]]  # what is done, and its FLOPs where they are known

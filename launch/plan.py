@@ -50,8 +50,9 @@ def main(
         raise ValueError("--world_size: given beside --nodes or --gpus_per_node; give it alone, for one host, or those two")
     if nodes is not None and nodes > 1 and gpus_per_node is None:
         raise ValueError(f"--gpus_per_node: not given with --nodes={nodes}; say how many devices each host has, e.g. --gpus_per_node=8")
+    from relora_mora.fit import check_adapters
     from relora_mora.hardware import device_here, fast_bf16, peak_flops  # takes seconds: arguments are checked before
-    from relora_mora.model import check_length, read_model_config
+    from relora_mora.model_config import check_length, read_model_config
     from relora_mora.plan import Cluster, make_plan, named_device, render
 
     here = device_here()
@@ -61,6 +62,7 @@ def main(
     settings = load_config(config, overrides, world_size=cluster.world_size)
     model_config = read_model_config(settings.model)
     check_length(model_config, settings)
+    check_adapters(model_config, settings)
     auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"
     plan = make_plan(

@@ -32,11 +32,13 @@ from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unus
 from relora_mora.cycle import Base, Cycle
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, resolve_shards, start_states
 from relora_mora.export import find_checkpoint
-from relora_mora.hardware import fast_bf16
+from relora_mora.fit import check_adapters, check_memory
+from relora_mora.hardware import fast_bf16, memory_bytes
 from relora_mora.health import ROLLBACKS, dump_rollbacks, read_rollbacks
 from relora_mora.initial import initial_values, write_initial_values
 from relora_mora.metrics import log
-from relora_mora.model import LossModel, check_compiler, check_length, empty_model, put_values, read_model_config
+from relora_mora.model import LossModel, check_compiler, empty_model, put_values
+from relora_mora.model_config import FUNCTION, TRAINING, check_length, keys_with, read_model_config
 from relora_mora.optim import ParameterGroup, build_optimizer, describe_trainable, make_schedule, parameter_groups, set_trainable
 from relora_mora.schedule import Schedule
 from relora_mora.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
@@ -121,7 +123,10 @@ def check(config: Config) -> Checked:
     """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
     model_config = read_model_config(config.model)
     check_length(model_config, config)
+    check_adapters(model_config, config)
     check_compiler(config)
+    bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
+    check_memory(model_config, config, int(os.environ.get("WORLD_SIZE", "1")), memory_bytes(), bf16=bf16)
     tokenizer = load_tokenizer(config.tokenizer.path)
     remark = check_vocabulary(tokenizer, model_config.vocab_size)
     if remark:
@@ -135,7 +140,6 @@ def check(config: Config) -> Checked:
         raise ConfigError(
             [f"model.init_from: {config.model.init_from} does not exist; give a Hugging Face LLaMA folder or a run"], "the settings"
         )
-    bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     for name in unused_settings(config):
         log.info("method %s does not use %s", config.method.name, name)
     return Checked(config, model_config, tokenizer, tokens, shards, data, local_content(shards), order, bf16)
@@ -284,10 +288,8 @@ def _check_same_run(run: Run, reader: CheckpointReader) -> None:
         f"{name}: {_value(manifest.config, name)!r} in the checkpoint, {_value(now, name)!r} now; to allow it: --train.allow_changes=[{name}]"
         for name in changed
     ]
-    saved, model = manifest.model_config, plain_model_config(run.checked.model_config)
-    for key in sorted(set(saved) | set(model)):
-        if saved.get(key) != model.get(key):
-            faults.append(f"model: {key} is {saved.get(key)!r} in the checkpoint, {model.get(key)!r} now")
+    saved, model = (keys_with(kept, FUNCTION, TRAINING) for kept in (LlamaConfig(**manifest.model_config), run.checked.model_config))
+    faults += [f"model: {key} is {saved[key]!r} in the checkpoint, {model[key]!r} now" for key in model if saved[key] != model[key]]
     other_tokenizer = manifest.tokenizer_fingerprint != run.checked.tokenizer_fingerprint
     if other_tokenizer and "tokenizer" not in allowed:
         faults.append(f"tokenizer: {config.tokenizer.path} gives other tokens; to allow it: --train.allow_changes=[tokenizer]")

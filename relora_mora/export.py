@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,9 +133,9 @@ class LoadedModel:
         return self.data.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
-def load_foreign(path: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def load_foreign(path: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalLM, *, whole: bool = False) -> PreTrainedModel:
     """The model in a Hugging Face folder. Raises :class:`CheckpointError` also where a weight is missing or has another shape:
-    transformers would draw it at random."""
+    transformers would draw it at random. With ``whole`` also where one is left over, which transformers would leave out."""
     try:
         with quiet_transformers():
             model, info = kind.from_pretrained(
@@ -143,12 +145,25 @@ def load_foreign(path: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalL
         said = " ".join(str(error).split())
         file = _damaged_file(path) or path
         raise CheckpointError(f"{file}: transformers cannot load it as a causal language model: {said}") from error
-    wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if wrong:
+    wrong = {
+        "missing": info["missing_keys"],
+        "of another shape": [key for key, *_ in info["mismatched_keys"]],
+        "left over": info["unexpected_keys"] if whole else (),
+    }
+    if any(wrong.values()):
+        said = "; ".join(f"{what}: {in_short(names)}" for what, names in wrong.items() if names)
         raise CheckpointError(
-            f"{path}: {len(wrong)} weights are missing in its files or have another shape, e.g. {wrong[0]}; fetch it again"
+            f"{path}: its weights are not those that its config.json asks for; {said}; fetch it again, or correct that file"
         )
     return model
+
+
+def in_short(names: Iterable[str]) -> str:
+    """Names of weights; those of several layers once, with a star for the layer and their number."""
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(names):
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    return ", ".join(same[0] if len(same) == 1 else f"{kind} ({len(same)})" for kind, same in kinds.items())
 
 
 def _damaged_file(folder: Path) -> Path | None:

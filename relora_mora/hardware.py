@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import statistics
 import time
@@ -46,6 +47,17 @@ def peak_flops(*, bf16: bool) -> tuple[float, str]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     return 2 * size**3 / statistics.median(seconds[1:]), f"measured on a {size} x {size} product"
+
+
+def memory_bytes() -> int:
+    """All memory of the device that this process computes with: of the card with CUDA, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def peak_memory_bytes() -> int:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.checkpoint import CheckpointReader
 from relora_mora.config import Config, ConfigError
 from relora_mora.cycle import Base
-from relora_mora.export import find_checkpoint, load_foreign, merged_weights
+from relora_mora.export import find_checkpoint, in_short, load_foreign, merged_weights
 from relora_mora.model import initial_value
+from relora_mora.model_config import KEYS, function_differences, parse_model_config, read_json
 from relora_mora.zero import ZeroEngine, from_first_rank
 
 
@@ -59,29 +60,40 @@ def write_initial_values(engine: ZeroEngine, base: Base, maker: Mapping[str, int
 
 
 def _foreign_weights(config: Config, lm: LlamaForCausalLM, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The float32 weights of ``model.init_from`` by the names of ours; raises :class:`ConfigError` where they do not fit."""
+    """The float32 weights of ``model.init_from`` by the names of ours.
+
+    Raises :class:`ConfigError` where they do not fit, or where the model they come from computes something else with them.
+    """
     path = Path(str(config.model.init_from))
     if (path / "config.json").exists():
-        weights = load_foreign(path, torch.float32, LlamaForCausalLM).state_dict()
+        file = path / "config.json"
+        known = {key: value for key, value in read_json(file, "model.init_from").items() if key in KEYS}  # transformers ignores others
+        _check_function(parse_model_config(known, str(file)), lm.config, path)
+        weights = load_foreign(path, torch.float32, LlamaForCausalLM, whole=True).state_dict()
     else:
-        weights = merged_weights(CheckpointReader(find_checkpoint(path)))
-    wrong = [name for name, shape in shapes.items() if name not in weights or weights[name].shape != shape]
-    if wrong:
-        found = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "nothing"
-        raise ConfigError(
-            [
-                f"model.init_from: {path} does not fit model.config: {len(wrong)} weights differ, e.g. {wrong[0]} "
-                f"is {found} there and {tuple(shapes[wrong[0]])} here; use its model configuration"
-            ],
-            "the settings",
-        )
+        reader = CheckpointReader(find_checkpoint(path))
+        _check_function(LlamaConfig(**reader.manifest.model_config), lm.config, path)
+        weights = merged_weights(reader)
     embedding = weights["model.embed_tokens.weight"]
     if lm.config.tie_word_embeddings and not torch.equal(embedding, weights.get("lm_head.weight", embedding)):
         raise ConfigError(
             [
-                f"model.init_from: {path} has an output head of its own, but model.config ties it to the embeddings; "
-                "set model.overrides.tie_word_embeddings=false"
+                "model.init_from: its config ties the output head to the embeddings, but its files hold a head of its own; "
+                "set tie_word_embeddings to false in its config.json and in model.overrides"
             ],
-            "the settings",
+            str(path),
         )
+    broken = [name for name in shapes if not weights[name].isfinite().all()]
+    if broken:
+        raise ConfigError([f"model.init_from: numbers that are not finite in {in_short(broken)}; use weights that are whole"], str(path))
     return {name: weights[name] for name in shapes}
+
+
+def _check_function(theirs: LlamaConfig, ours: LlamaConfig, path: Path) -> None:
+    """Raises :class:`ConfigError` with every difference of two configs that makes the same weights compute something else."""
+    faults = [
+        f"model.init_from: {key} is {there!r} there and {here!r} in model.config; set model.overrides.{key}, or let model.config name its config"
+        for key, there, here in function_differences(theirs, ours)
+    ]
+    if faults:
+        raise ConfigError(faults, str(path))

@@ -1,4 +1,4 @@
-"""The LLaMA model: read from a transformers ``LlamaConfig``, built with a seed, wrapped with its training loss.
+"""The LLaMA model: built from a ``LlamaConfig`` with a seed, wrapped with its training loss.
 
 The wrapper computes the loss from hidden states in chunks of tokens, so that float32 logits [tokens, vocabulary] never
 exist as a whole. Shapes: ``B`` sequences, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary, ``N = B * T``.
@@ -8,89 +8,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from relora_mora.config import Config, ConfigError, ModelConfig
+from relora_mora.config import Config, ConfigError
 from relora_mora.kernels import cross_entropy_, takes_logits
 
 IGNORE = -100
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
 RECOMPILE_LIMIT = 64  # each operator of a cycle, training and evaluation, and the short batch at the end have a program of their own
 CHUNK_BYTES = 192 * 2**20  # of logits that exist at once
-
-
-def read_model_config(settings: ModelConfig) -> LlamaConfig:
-    """The ``LlamaConfig`` of a JSON file with the overrides applied.
-
-    Raises :class:`ConfigError` with every fault: unreadable file, not JSON, keys that LlamaConfig does not have, values
-    that it refuses or that do not fit together.
-    """
-    path = Path(settings.config)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            [f"model.config: cannot read it ({error.strerror}); give a file such as configs/model/llama_130m.json"], str(path)
-        ) from error
-    except ValueError as error:
-        raise ConfigError([f"model.config: not JSON ({error})"], str(path)) from error
-    if not isinstance(values, dict):
-        raise ConfigError([f"model.config: holds a {type(values).__name__}, expected the keys of a LlamaConfig"], str(path))
-    values |= settings.overrides
-    known = set(LlamaConfig().to_dict()) | {"_name_or_path", "torch_dtype", "rope_theta", "max_sequence_length", "transformers_version"}
-    found = [f"model: {key} is no key of a LlamaConfig" for key in values if key not in known]
-    found += [
-        f"model: {key} is {values[key]}, expected at least 1" for key in _SIZES if isinstance(values.get(key), int) and values[key] < 1
-    ]
-    if values.get("model_type", "llama") != "llama":
-        found.append(f"model: model_type is {values['model_type']!r}, expected llama")
-    try:
-        model_config = LlamaConfig(**{key: value for key, value in values.items() if key != "model_type"})
-    except Exception as error:
-        raise ConfigError([*found, f"model: LlamaConfig refuses it: {' '.join(str(error).split())}"], str(path)) from error
-    heads, shared = model_config.num_attention_heads, model_config.num_key_value_heads or model_config.num_attention_heads
-    if heads % shared:
-        found.append(f"model: num_key_value_heads is {shared}, expected a divisor of num_attention_heads {heads}")
-    if model_config.hidden_act not in ACT2FN:
-        found.append(f"model: hidden_act is {model_config.hidden_act!r}, expected an activation of transformers such as silu")
-    if found:
-        raise ConfigError(found, str(path))
-    model_config.use_cache = False
-    return model_config
-
-
-def check_length(model_config: LlamaConfig, config: Config) -> None:
-    """Raises :class:`ConfigError` when the sequences are longer than the model's positions."""
-    if config.data.sequence_length > model_config.max_position_embeddings:
-        raise ConfigError(
-            [
-                f"data.sequence_length: {config.data.sequence_length} is more than the model's max_position_embeddings "
-                f"({model_config.max_position_embeddings}); shorten it or set model.overrides.max_position_embeddings"
-            ],
-            config.model.config,
-        )
 
 
 def check_compiler(config: Config) -> None:
@@ -121,6 +56,7 @@ def empty_model(model_config: LlamaConfig, *, attention: str = "sdpa") -> LlamaF
     with torch.device("meta"):
         lm = LlamaForCausalLM._from_config(model_config, attn_implementation=attention, dtype=torch.float32)
     lm.model.rotary_emb = LlamaRotaryEmbedding(config=model_config)  # the only buffers, which are no drawn values
+    lm.model.embed_tokens.padding_idx = None  # nothing is padded: the row of pad_token_id is a token's, and trains like the others
     return lm
 
 
@@ -130,17 +66,14 @@ def initial_value(lm: LlamaForCausalLM, name: str, seed: int) -> Tensor:
 
     It follows from seed, name and shape alone: the same on every rank and world size, in whatever order they are drawn.
     """
-    module, shape = lm.get_submodule(name.rpartition(".")[0]), lm.get_parameter(name).shape
+    shape = lm.get_parameter(name).shape
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)  # a norm's
     digest = hashlib.sha256(f"{seed}/initial/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    value = torch.empty(shape).normal_(0.0, lm.config.initializer_range or 0.02, generator=generator)
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        value[module.padding_idx] = 0.0
-    return value
+    return torch.empty(shape).normal_(0.0, lm.config.initializer_range, generator=generator)
 
 
 def put_values(lm: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -40,6 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> Pat
         "model": {"config": str(folder / "model.json")},
         "tokenizer": {"path": tokenizer_path},
         "data": {name: f"{folder}/{name}/*.json.gz" for name in ("train", "validation")} | {"sequence_length": 32},
+        "method": {"rank": 3},
         "train": {"run_dir": str(folder / "run")},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
@@ -143,13 +144,15 @@ def test_files_that_are_no_settings(inputs: Path, script: str, name: str, messag
         ("model.config={}/nowhere", "model.config: cannot read it (No such file or directory)"),
         ("model.config={}/folder", "model.config: cannot read it (Is a directory)"),
         ("model.config={}/rubbish", "model.config: not JSON"),
-        ("model.overrides.hidden_size=many", "LlamaConfig refuses it"),
-        ("model.overrides.num_attention_heads=7", "LlamaConfig refuses it"),
-        ("model.overrides.vocab_size=0", "vocab_size is 0, expected at least 1"),
-        ("model.overrides.head_dim=0", "head_dim is 0, expected at least 1"),
+        ("model.overrides.hidden_size=many", "hidden_size is 'many', expected a whole number from 1 to"),
+        ("model.overrides.num_attention_heads=7", "hidden_size is 24, expected a multiple of num_attention_heads 7"),
+        ("model.overrides.vocab_size=0", "vocab_size is 0, expected a whole number from 1 to"),
+        ("model.overrides.head_dim=0", "head_dim is 0, expected a whole number from 1 to"),
         ("model.overrides.num_key_value_heads=3", "num_key_value_heads is 3, expected a divisor of num_attention_heads 2"),
         ("model.overrides.hidden_act=nix", "hidden_act is 'nix', expected an activation of transformers"),
         ("data.sequence_length=65", "more than the model's max_position_embeddings (64)"),
+        ("method.rank=15", "have 5,404 parameters, more than the 5,184 of the weights beside them; use method.rank=14 at most"),
+        ("method.square_size=41", "method.square_size: 41 is more than both widths of"),
     ],
 )
 def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
@@ -250,6 +253,8 @@ def test_files_that_may_not_be_read(inputs: Path, tokenizer_path: str, script: s
         ("data.validation={}/folder", "is a folder; give its files"),
         ("model.init_from={}/nowhere", "model.init_from"),
         ("model.overrides.vocab_size=299", "300 token ids, but the model has only 299"),
+        ("method.rank=100000", "use method.rank=14 at most, or method.name=full"),
+        ("model.overrides={{hidden_size: 65536, num_hidden_layers: 50}}", "weights and optimizer state need"),
     ],
 )
 def test_what_the_trainer_checks_first(inputs: Path, setting: str, message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from relora_mora.config import ModelConfig
-from relora_mora.model import read_model_config
+from relora_mora.model_config import read_model_config
 from tests.commands import call, module_of, refused
 
 SCRIPT = "launch/benchmark_parts.py"

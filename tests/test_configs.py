@@ -13,7 +13,7 @@ from relora_mora.config import load_config, unused_settings
 from relora_mora.data.sources import C4
 from relora_mora.flops import meta_model
 from relora_mora.memory import count_parameters
-from relora_mora.model import check_length, read_model_config
+from relora_mora.model_config import check_length, read_model_config
 from relora_mora.optim import make_schedule
 from tests.helpers import ROOT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -48,17 +49,19 @@ def test_max_tokens_cuts_between_documents(path, texts, tokenizer_path):
         assert part.utf8_bytes == sum(len(text.encode()) for text in texts[:documents])
 
 
-@pytest.mark.parametrize("world_size,micro_batch_size", [(1, 1), (1, 64), (2, 3), (4, 16), (7, 50)])
+@pytest.mark.parametrize("world_size,micro_batch_size", [(1, 1), (1, 64), (2, 3), (4, 16), (7, 50), (2, 10**15)])
 def test_every_token_is_scored_once_on_any_number_of_ranks(path, tokenizer_path, world_size, micro_batch_size):
     held_out = _load(path, tokenizer_path, max_tokens=1500)
     assert held_out.predicted % 16  # the last block is short
     scored, counts = Counter(), []
+    blocks_of_rank = math.ceil(math.ceil(held_out.predicted / 16) / world_size)
+    rows = min(micro_batch_size, blocks_of_rank)  # no more than there is text for
     for rank in range(world_size):
         batches = list(held_out.batches(rank, world_size, micro_batch_size))
         counts.append(len(batches))
         for inputs, labels, documents in batches:
             assert documents is None
-            assert inputs.shape == labels.shape == (micro_batch_size, 16) and inputs.dtype == labels.dtype == torch.int64
+            assert inputs.shape == labels.shape == (rows, 16) and inputs.dtype == labels.dtype == torch.int64
             for row, targets in zip(inputs.tolist(), labels.tolist(), strict=True):
                 known = [(token, target) for token, target in zip(row, targets, strict=True) if target != UNSCORED]
                 if known:

@@ -12,7 +12,7 @@ import torch
 from relora_mora.config import load_config
 from relora_mora.flops import flops_per_token
 from relora_mora.hardware import device_here
-from relora_mora.model import read_model_config
+from relora_mora.model_config import read_model_config
 from relora_mora.plan import (
     DEVICES,
     FRAGMENTATION,

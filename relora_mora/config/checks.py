@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from relora_mora.config.schema import DECODER_LINEARS, Config
 from relora_mora.config.secrets import secrets_in
@@ -23,22 +25,45 @@ DERIVED_DEEPSPEED_KEYS = {
     "activation_checkpointing": "model.activation_checkpointing",
 }
 
+
+def _as_whole(value: Any) -> Any:
+    """5e8 is a whole number too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Elements = Annotated[int, Field(ge=1, le=2**53), BeforeValidator(_as_whole)]
+_Threshold = Annotated[int, Field(ge=0, le=2**53), BeforeValidator(_as_whole)]
+
 # what has been tried with the view of masters and state in zero/engine.py; offloading, quantized weights and the like have not
-DEEPSPEED_KEYS = {"zero_optimization", "communication_data_type", "comms_logger", "flops_profiler", "prescale_gradients"}
-DEEPSPEED_ZERO_KEYS = {
-    "allgather_bucket_size",
-    "allgather_partitions",
-    "contiguous_gradients",
-    "overlap_comm",
-    "reduce_bucket_size",
-    "reduce_scatter",
-    "round_robin_gradients",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_param_persistence_threshold",
-    "stage3_prefetch_bucket_size",
-    "sub_group_size",
-    "use_multi_rank_bucket_allreduce",
+DEEPSPEED_ZERO_KEYS: dict[str, Any] = {
+    "allgather_bucket_size": Annotated[_Elements, Field(multiple_of=2)],  # aligned to 4 bytes of bf16
+    "allgather_partitions": bool,
+    "contiguous_gradients": bool,
+    "overlap_comm": bool,
+    "reduce_bucket_size": _Elements,
+    "reduce_scatter": bool,
+    "round_robin_gradients": bool,
+    "stage3_max_live_parameters": _Threshold,
+    "stage3_max_reuse_distance": _Threshold,
+    "stage3_param_persistence_threshold": _Threshold,
+    "stage3_prefetch_bucket_size": _Threshold,
+    "sub_group_size": _Elements,
+    "use_multi_rank_bucket_allreduce": bool,
+}
+DEEPSPEED_KEYS: dict[str, Any] = {
+    "zero_optimization": DEEPSPEED_ZERO_KEYS,
+    "communication_data_type": Literal["fp16", "bf16", "fp32"],
+    "comms_logger": {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool, "prof_ops": list[str]},
+    "flops_profiler": {
+        "enabled": bool,
+        "profile_step": _Elements,
+        "module_depth": Annotated[int, Field(ge=-1, le=1000)],
+        "top_modules": Annotated[int, Field(ge=1, le=1000)],
+        "detailed": bool,
+        "output_file": str | None,
+        "recompute_fwd_factor": Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)],
+    },
+    "prescale_gradients": bool,
 }
 
 _ONLY = {
@@ -214,24 +239,35 @@ def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
 
 
 def _deepspeed_faults(config: Config) -> Iterator[Fault]:
-    zero = config.train.deepspeed.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        yield Fault(("train.deepspeed",), f"zero_optimization is {zero!r}, expected its keys, e.g. {{overlap_comm: true}}")
-        zero = {}
-    known = [*DEEPSPEED_KEYS, *DERIVED_DEEPSPEED_KEYS]
-    unknown = [key for key in config.train.deepspeed if key not in known]
-    unknown += [f"zero_optimization.{key}" for key in zero if key not in DEEPSPEED_ZERO_KEYS and f"zero_optimization.{key}" not in known]
-    if unknown:
+    for text in _deepspeed_texts(config.train.deepspeed, DEEPSPEED_KEYS, ""):
+        yield Fault(("train.deepspeed",), text)
+    zero = config.train.deepspeed.get("zero_optimization")
+    scatters = zero.get("reduce_scatter", True) if isinstance(zero, dict) else True
+    if config.train.deepspeed.get("prescale_gradients") is True and scatters and config.train.zero_stage > 0:
         yield Fault(
-            ("train.deepspeed",),
-            f"{', '.join(unknown)}: not supported here; use some of {', '.join(sorted(DEEPSPEED_KEYS))} and, in zero_optimization, "
-            f"{', '.join(sorted(DEEPSPEED_ZERO_KEYS))}",
+            ("train.deepspeed", "train.zero_stage"),
+            f"prescale_gradients does not go with reduce_scatter on ZeRO-{config.train.zero_stage}; leave it out, or set "
+            "zero_optimization.reduce_scatter=false",
         )
-    for key, value in config.train.deepspeed.items():
-        names = [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else []
-        for name in [key, *names]:
-            if name in DERIVED_DEEPSPEED_KEYS:
-                yield Fault(("train.deepspeed",), f"{name} is derived from {DERIVED_DEEPSPEED_KEYS[name]}; set that instead")
+
+
+def _deepspeed_texts(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in given.items():
+        name, kind = prefix + key, known.get(key)
+        if name in DERIVED_DEEPSPEED_KEYS:
+            yield f"{name} is derived from {DERIVED_DEEPSPEED_KEYS[name]}; set that instead"
+        elif kind is None:
+            yield f"{name}: not supported here; use some of {', '.join(sorted(known))}"
+        elif not isinstance(kind, dict):
+            try:
+                TypeAdapter(kind).validate_python(value, strict=True)
+            except ValidationError as error:
+                said = error.errors()[0]["msg"]
+                yield f"{name} is {value!r}; {said[:1].lower()}{said[1:]}"
+        elif isinstance(value, dict):
+            yield from _deepspeed_texts(value, kind, f"{name}.")
+        else:
+            yield f"{name} is {value!r}, expected its keys, some of {', '.join(sorted(kind))}"
 
 
 def _other_faults(config: Config) -> Iterator[Fault]:

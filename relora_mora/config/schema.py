@@ -12,9 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 MethodName = Literal["full", "lora", "mora", "relora", "remora"]
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+LARGEST = 2**53  # of any whole number: up to here float64 counts exactly
+LONGEST_SECONDS = 1e9  # what clocks and timers of all libraries can wait for
+
 Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -45,18 +49,18 @@ class DataConfig(Strict):
     train: Text | Annotated[list[Text], Field(min_length=1)] = Field(description="source or sources of training text")
     validation: Text | Annotated[list[Text], Field(min_length=1)] = Field(description="source or sources of held-out text")
     revision: Text = Field("main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint")
-    sequence_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens the model sees per sequence")
-    lanes: Positive | None = Field(
+    sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = Field(512, description="tokens the model sees per sequence")
+    lanes: Annotated[int, Field(ge=1, le=65536)] | None = Field(
         None, description="independent streams; null: the largest power of two <= 64 that divides train.batch_size"
     )
-    workers: NotNegative = Field(1, description="tokenizing worker processes per rank; 0: in the training process")
-    prefetch_batches: Positive = Field(4, description="global batches each worker prepares ahead")
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(1, description="tokenizing worker processes per rank; 0: in the training process")
+    prefetch_batches: Annotated[int, Field(ge=1, le=10000)] = Field(4, description="global batches each worker prepares ahead")
     shuffle_documents: Positive = Field(1024, description="documents per shuffled block of a lane; 1: in the order of the shard")
-    seed: NotNegative = Field(0, description="seed of shard order and document order")
+    seed: Seed = Field(0, description="seed of shard order and document order")
     document_mask: bool = Field(False, description="attention does not cross document borders inside a sequence")
     max_line_bytes: Positive = Field(16 * 1024 * 1024, description="a longer line of a shard is counted as bad and skipped")
     max_bad_fraction: Fraction = Field(0.01, description="stop when more than this fraction of a shard's lines is bad")
-    timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(
         600.0, description="give up on a source that has failed for this long"
     )
 
@@ -71,7 +75,7 @@ class MethodConfig(Strict):
     operators: list[Literal[1, 2, 3, 4, 6]] = Field(
         [1, 2], min_length=1, description="mora types: mora uses the first, remora cycles through all"
     )
-    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+    lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = Field(
         None, description="LoRA's scale is alpha / r; null: alpha = r"
     )
     target_modules: list[str] = Field(list(DECODER_LINEARS), min_length=1, description="linear layers of the decoder that get an adapter")
@@ -90,7 +94,7 @@ class OptimConfig(Strict):
     lr: Rate = Field(5e-4, description="peak rate of the decoder's linears (full) or adapters (others)")
     lr_other: Rate | None = Field(None, description="peak rate of embeddings, norms and head; null: the same as lr")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False, description="AdamW's betas")
-    eps: Rate = Field(1e-8, description="AdamW's epsilon")
+    eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = Field(1e-8, description="AdamW's epsilon")
     weight_decay: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
         0.0, description="decoupled weight decay of everything but the norms"
     )
@@ -108,11 +112,11 @@ class OptimConfig(Strict):
 class TrainConfig(Strict):
     run_dir: Text = Field(description="folder of this run: config, metrics, TensorBoard, checkpoints")
     steps: Positive = Field(10000, description="optimizer steps of the whole run")
-    batch_size: Positive = Field(1024, description="sequences per optimizer step over all ranks")
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = Field(1024, description="sequences per optimizer step over all ranks")
     micro_batch_size: Positive = Field(16, description="sequences per forward on one rank")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware does it fast, else fp32")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="DeepSpeed ZeRO stage")
-    seed: NotNegative = Field(0, description="seed of initial weights and LoRA's draws")
+    seed: Seed = Field(0, description="seed of initial weights and LoRA's draws")
     resume: Text = Field(
         "auto", description="auto: from the newest good checkpoint of run_dir; never: refuse a used run_dir; or a checkpoint folder"
     )
@@ -120,11 +124,11 @@ class TrainConfig(Strict):
     max_bad_steps: Positive = Field(3, description="roll back after this many steps in a row with a non-finite loss or gradient")
     max_rollbacks: NotNegative = Field(1, description="returns to the last good checkpoint, skipping the data since, before the run stops")
     on_spike: Literal["flag", "rollback"] = Field("flag", description="what a loss spike does besides being flagged")
-    spike_window: Annotated[int, Field(ge=8)] = Field(128, description="steps whose losses a new one is compared with")
+    spike_window: Annotated[int, Field(ge=8, le=LARGEST)] = Field(128, description="steps whose losses a new one is compared with")
     spike_deviations: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         6.0, description="a loss this many standard deviations above the window's mean is a spike"
     )
-    peer_timeout_seconds: Annotated[float, Field(ge=5, allow_inf_nan=False)] = Field(
+    peer_timeout_seconds: Annotated[float, Field(ge=5, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(
         300.0, description="end the run when a rank is gone or has done nothing for this long"
     )
     deepspeed: dict[str, Any] = Field({}, description="further DeepSpeed settings; what is derived from ours is refused")

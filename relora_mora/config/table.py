@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from relora_mora.config.schema import Config
+from relora_mora.config.schema import LARGEST, Config
 
 _HEAD = """\
 # Settings
@@ -78,7 +78,10 @@ def _values(annotation: Any, metadata: list[Any]) -> str:
         return "names and values"
     kind = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}[annotation]
     limits = [
-        f"{sign} {value:g}" for item in metadata for attribute, sign in _SIGNS if (value := getattr(item, attribute, None)) is not None
+        f"{sign} {value:,}" if isinstance(value, int) else f"{sign} {value:g}"
+        for item in metadata
+        for attribute, sign in _SIGNS
+        if (value := getattr(item, attribute, None)) not in (None, LARGEST)
     ]
     return " ".join([kind, ", ".join(limits)]).strip()
 

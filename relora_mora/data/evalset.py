@@ -47,12 +47,13 @@ class EvalSet:
         nothing is scored; document_ids are those of training, or None without ``document_mask``.
 
         Every rank gets the same number of batches (collectives need that), the last ones filled up with unscored
-        sequences; over all ranks each token is scored once, those of the short last block too.
+        sequences; over all ranks each token is scored once, those of the short last block too. No batch is larger than needed.
         """
         import torch
 
         length = self.sequence_length
         blocks = -(-self.predicted // length)
+        micro_batch_size = min(micro_batch_size, -(-blocks // world_size))
         per_round = micro_batch_size * world_size
         for first in range(rank * micro_batch_size, -(-blocks // per_round) * per_round, per_round):
             inputs = np.full((micro_batch_size, length), self.eos, np.int64)

@@ -13,3 +13,7 @@ class DataError(ValueError):
     """The data of some rank cannot be read; what was trained before is saved."""
 
     same_on_all_ranks = True
+
+
+class MemoryShortage(ValueError):
+    """Settings that ask for more memory than there is."""

@@ -12,8 +12,10 @@ from relora_mora.data import hub_commits, pin_revision, remember_commits, remote
 from relora_mora.guard import FAILED, LONG_SECONDS, LOST_DISK, USER_ERROR, Guard, RunLock
 from relora_mora.guard.lock import LOCK
 from relora_mora.guard.watch import Watch
+from relora_mora.hardware import ran_out_of_memory
 from relora_mora.metrics import log, setup_logging
 from relora_mora.trainer.agreement import check_agreement, check_shared
+from relora_mora.trainer.errors import MemoryShortage
 from relora_mora.trainer.folder import write_run_folder
 from relora_mora.trainer.startup import StartedTrainer, Startup
 from relora_mora.zero import (
@@ -36,7 +38,7 @@ def pretrain(config: Config, guard: Guard | None = None) -> int:
     """
     with guard or Guard(signals=False) as guard:
         try:
-            code = _pretrain(config, guard)
+            code = _run(config, guard)
         except Exception as error:
             _end_if_lost(guard, error)
             mistake = isinstance(error, ValueError | OSError)
@@ -47,6 +49,18 @@ def pretrain(config: Config, guard: Guard | None = None) -> int:
         guard.stop_watching()
         part_company()  # the first rank holds the store that the others look at
         return code
+
+
+def _run(config: Config, guard: Guard) -> int:
+    try:
+        return _pretrain(config, guard)
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise MemoryShortage(
+            f"train.micro_batch_size: {config.train.micro_batch_size} sequences of {config.data.sequence_length} tokens, the model and its "
+            "optimizer need more memory than there is; lower it, or see what a run needs with launch/plan.py"
+        ) from error
 
 
 def _pretrain(config: Config, guard: Guard) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from relora_mora.config import ModelConfig
-from relora_mora.model import read_model_config
+from relora_mora.model_config import read_model_config
 from tests.cluster import slow_links
 from tests.cluster.slow_links import PLAN, RATES, VARIANTS, table
 from tests.helpers import ROOT
