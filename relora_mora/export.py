@@ -29,6 +29,7 @@ from relora_mora.checkpoint.places import list_new
 from relora_mora.cli import new_folder
 from relora_mora.config import DataConfig, validate
 from relora_mora.model import empty_model, put_values
+from relora_mora.model_config import KEYS, NOTHING, ONLY
 from relora_mora.tokenizer import load_tokenizer, quiet_transformers, save_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,7 +100,7 @@ def _empty_model(reader: CheckpointReader) -> LlamaForCausalLM:
 
     Raises :class:`CheckpointError` where there is no such model.
     """
-    settings = {key: value for key, value in reader.manifest.model_config.items() if key in LlamaConfig.__annotations__}
+    settings = {key: value for key, value in reader.manifest.model_config.items() if key in KEYS and KEYS[key].use not in (NOTHING, ONLY)}
     try:
         return empty_model(LlamaConfig(**settings))
     except Exception as error:  # of nearly any kind

@@ -7,7 +7,6 @@ exist as a whole. Shapes: ``B`` sequences, ``T`` tokens, ``H`` hidden size, ``V`
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import os
 import shutil
@@ -22,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from relora_mora.config import Config, ConfigError
 from relora_mora.kernels import cross_entropy_, takes_logits
+from relora_mora.seeds import derived_seed
 
 IGNORE = -100
 RECOMPILE_LIMIT = 64  # each operator of a cycle, training and evaluation, and the short batch at the end have a program of their own
@@ -71,8 +71,7 @@ def initial_value(lm: LlamaForCausalLM, name: str, seed: int) -> Tensor:
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)  # a norm's
-    digest = hashlib.sha256(f"{seed}/initial/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(derived_seed(seed, "initial", name))
     return torch.empty(shape).normal_(0.0, lm.config.initializer_range, generator=generator)
 
 

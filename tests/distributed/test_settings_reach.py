@@ -144,7 +144,7 @@ def _plain_transformers_on(folder: Path, config: Config) -> float:
 
 
 def _plan(config: Config) -> str:
-    from relora_mora.model import read_model_config
+    from relora_mora.model_config import read_model_config
     from relora_mora.plan import Cluster, make_plan, named_device
 
     cluster = Cluster(1, 2, named_device("h100"), None)
