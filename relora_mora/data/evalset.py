@@ -41,7 +41,8 @@ class EvalSet:
         """(input_ids, labels), int64 [micro_batch_size, sequence_length], labels shifted already and -100 where nothing is scored.
 
         Every rank gets the same number of batches (collectives need that), the last ones filled up with unscored
-        sequences; over all ranks each token is scored once, those of the short last block too. No batch is larger than needed.
+        sequences; over all ranks each token is scored once, those of the short last block too.
+        No batch is larger than needed.
         """
         import torch
 
