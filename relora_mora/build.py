@@ -37,7 +37,7 @@ from relora_mora.hardware import fast_bf16, memory_bytes
 from relora_mora.health import ROLLBACKS, dump_rollbacks, read_rollbacks
 from relora_mora.initial import initial_values, write_initial_values
 from relora_mora.metrics import log
-from relora_mora.model import LossModel, check_compiler, empty_model, put_values
+from relora_mora.model import LossModel, check_attention, check_compiler, empty_model, put_values
 from relora_mora.model_config import FUNCTION, TRAINING, check_length, keys_with, read_model_config
 from relora_mora.optim import ParameterGroup, build_optimizer, describe_trainable, make_schedule, parameter_groups, set_trainable
 from relora_mora.schedule import Schedule
@@ -126,6 +126,7 @@ def check(config: Config) -> Checked:
     check_adapters(model_config, config)
     check_compiler(config)
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
+    check_attention(config, bf16=bf16)
     check_memory(model_config, config, int(os.environ.get("WORLD_SIZE", "1")), memory_bytes(), bf16=bf16)
     tokenizer = load_tokenizer(config.tokenizer.path)
     remark = check_vocabulary(tokenizer, model_config.vocab_size)
@@ -288,8 +289,10 @@ def _check_same_run(run: Run, reader: CheckpointReader) -> None:
         f"{name}: {_value(manifest.config, name)!r} in the checkpoint, {_value(now, name)!r} now; to allow it: --train.allow_changes=[{name}]"
         for name in changed
     ]
-    saved, model = (keys_with(kept, FUNCTION, TRAINING) for kept in (LlamaConfig(**manifest.model_config), run.checked.model_config))
-    faults += [f"model: {key} is {saved[key]!r} in the checkpoint, {model[key]!r} now" for key in model if saved[key] != model[key]]
+    saved = keys_with(LlamaConfig(**manifest.model_config), FUNCTION, TRAINING)
+    model = keys_with(run.checked.model_config, FUNCTION, TRAINING)
+    different = [key for key in model if saved[key] != model[key]]
+    faults += [f"model: {key} is {saved[key]!r} in the checkpoint, {model[key]!r} now" for key in different]
     other_tokenizer = manifest.tokenizer_fingerprint != run.checked.tokenizer_fingerprint
     if other_tokenizer and "tokenizer" not in allowed:
         faults.append(f"tokenizer: {config.tokenizer.path} gives other tokens; to allow it: --train.allow_changes=[tokenizer]")

@@ -136,7 +136,9 @@ class LoadedModel:
 
 def load_foreign(path: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalLM, *, whole: bool = False) -> PreTrainedModel:
     """The model in a Hugging Face folder. Raises :class:`CheckpointError` also where a weight is missing or has another shape:
-    transformers would draw it at random. With ``whole`` also where one is left over, which transformers would leave out."""
+    transformers would draw it at random. With ``whole`` also where one is left over, or an adapter, which transformers may leave out."""
+    if whole and (path / "adapter_config.json").exists():
+        raise CheckpointError(f"{path}: holds an adapter of PEFT beside its model; save the model with the adapter merged in")
     try:
         with quiet_transformers():
             model, info = kind.from_pretrained(

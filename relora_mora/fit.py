@@ -1,4 +1,4 @@
-"""Whether settings and a model go together: adapters beside their weights, the state of training in the memory there is."""
+"""Whether settings go with a model: adapters beside their weights, the state of training in the memory there is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def linear_shapes(model_config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def check_adapters(model_config: LlamaConfig, config: Config) -> None:
-    """Raises :class:`ConfigError` where the adapters are larger than the weights beside them, or a square than its layer."""
+    """Raises :class:`ConfigError` where adapters are larger than the weights beside them, or a square than its layer."""
     if not config.uses_adapters:
         return
     method = config.method
@@ -41,10 +41,11 @@ def check_adapters(model_config: LlamaConfig, config: Config) -> None:
             if method.square_size > max(inputs, outputs)
         ]
     weights = sum(inputs * outputs for inputs, outputs in shapes.values())
-    adapters = _adapter_parameters(method, shapes)
+    adapters = adapter_parameters(method, shapes)
     if adapters > weights and not faults:
         largest = weights // sum(inputs + outputs for inputs, outputs in shapes.values())
-        while _adapter_parameters(method.model_copy(update={"rank": largest + 1, "square_size": None}), shapes) <= weights:
+        by_rank = method.model_copy(update={"square_size": None})
+        while adapter_parameters(by_rank.model_copy(update={"rank": largest + 1}), shapes) <= weights:
             largest += 1
         name = "method.rank" if method.square_size is None or not config.uses_squares else "method.square_size"
         faults.append(
@@ -55,7 +56,8 @@ def check_adapters(model_config: LlamaConfig, config: Config) -> None:
         raise ConfigError(faults, "the settings")
 
 
-def _adapter_parameters(method: MethodConfig, shapes: Mapping[str, tuple[int, int]]) -> int:
+def adapter_parameters(method: MethodConfig, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Parameters of the adapters of one decoder layer, whose linears have these (in, out)."""
     if method.name in ("lora", "relora"):
         return sum(method.rank * (inputs + outputs) for inputs, outputs in shapes.values())
     return sum(layer_square_size(method, inputs, outputs) ** 2 for inputs, outputs in shapes.values())
@@ -66,11 +68,9 @@ def check_memory(model_config: LlamaConfig, config: Config, world_size: int, ava
     state = state_memory(meta_model(model_config, config), config, config.train.zero_stage, world_size, bf16=bf16)
     needed = state.weights + state.masters + state.optimizer
     if needed > available:
-        raise ConfigError(
-            [
-                f"model: weights and optimizer state need {needed / 2**30:,.1f} GiB on each of {world_size} ranks (train.zero_stage="
-                f"{config.train.zero_stage}), and there are {available / 2**30:,.1f}; take a smaller model, more ranks or a higher "
-                "stage: launch/plan.py says what a run needs"
-            ],
-            "the settings",
+        fault = (
+            f"model: weights and optimizer state need {needed / 2**30:,.1f} GiB on each of {world_size} ranks, and there are "
+            f"{available / 2**30:,.1f}; take a smaller model, more ranks, or a stage higher than train.zero_stage="
+            f"{config.train.zero_stage}: launch/plan.py says what a run needs"
         )
+        raise ConfigError([fault], "the settings")

@@ -67,7 +67,8 @@ def _foreign_weights(config: Config, lm: LlamaForCausalLM, shapes: Mapping[str, 
     path = Path(str(config.model.init_from))
     if (path / "config.json").exists():
         file = path / "config.json"
-        known = {key: value for key, value in read_json(file, "model.init_from").items() if key in KEYS}  # transformers ignores others
+        values = read_json(file, "model.init_from")
+        known = {key: values[key] for key in values if key in KEYS}  # transformers ignores others
         _check_function(parse_model_config(known, str(file)), lm.config, path)
         weights = load_foreign(path, torch.float32, LlamaForCausalLM, whole=True).state_dict()
     else:
@@ -76,23 +77,23 @@ def _foreign_weights(config: Config, lm: LlamaForCausalLM, shapes: Mapping[str, 
         weights = merged_weights(reader)
     embedding = weights["model.embed_tokens.weight"]
     if lm.config.tie_word_embeddings and not torch.equal(embedding, weights.get("lm_head.weight", embedding)):
-        raise ConfigError(
-            [
-                "model.init_from: its config ties the output head to the embeddings, but its files hold a head of its own; "
-                "set tie_word_embeddings to false in its config.json and in model.overrides"
-            ],
-            str(path),
+        fault = (
+            "model.init_from: its config ties the output head to the embeddings, but its files hold another head; "
+            "set tie_word_embeddings to false in its config.json and in model.overrides"
         )
+        raise ConfigError([fault], str(path))
     broken = [name for name in shapes if not weights[name].isfinite().all()]
     if broken:
-        raise ConfigError([f"model.init_from: numbers that are not finite in {in_short(broken)}; use weights that are whole"], str(path))
+        fault = f"model.init_from: numbers that are not finite in {in_short(broken)}; use weights that are whole"
+        raise ConfigError([fault], str(path))
     return {name: weights[name] for name in shapes}
 
 
 def _check_function(theirs: LlamaConfig, ours: LlamaConfig, path: Path) -> None:
-    """Raises :class:`ConfigError` with every difference of two configs that makes the same weights compute something else."""
+    """Raises :class:`ConfigError` with every difference by which the same weights would compute something else."""
     faults = [
-        f"model.init_from: {key} is {there!r} there and {here!r} in model.config; set model.overrides.{key}, or let model.config name its config"
+        f"model.init_from: {key} is {there!r} there and {here!r} in model.config; "
+        f"set model.overrides.{key}, or let model.config name its config"
         for key, there, here in function_differences(theirs, ours)
     ]
     if faults:

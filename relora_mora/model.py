@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import is_flash_attn_2_available
 
 from relora_mora.config import Config, ConfigError
 from relora_mora.kernels import cross_entropy_, takes_logits
@@ -44,6 +45,17 @@ def check_compiler(config: Config) -> None:
         )
 
 
+def check_attention(config: Config, *, bf16: bool) -> None:
+    """Raises :class:`ConfigError` where ``model.attention`` cannot be computed here."""
+    if config.model.attention != "flash_attention_2" or (bf16 and is_flash_attn_2_available()):
+        return
+    fault = (
+        "model.attention: flash_attention_2 needs its package (flash-attn), a GPU, and train.precision=bf16; "
+        "use model.attention=sdpa, which takes PyTorch's own flash kernels where it can"
+    )
+    raise ConfigError([fault], "the settings")
+
+
 def build_model(model_config: LlamaConfig, *, seed: int, attention: str = "sdpa") -> LlamaForCausalLM:
     """A float32 model on the CPU with initial weights that depend on the seed only."""
     lm = empty_model(model_config, attention=attention)
@@ -56,7 +68,7 @@ def empty_model(model_config: LlamaConfig, *, attention: str = "sdpa") -> LlamaF
     with torch.device("meta"):
         lm = LlamaForCausalLM._from_config(model_config, attn_implementation=attention, dtype=torch.float32)
     lm.model.rotary_emb = LlamaRotaryEmbedding(config=model_config)  # the only buffers, which are no drawn values
-    lm.model.embed_tokens.padding_idx = None  # nothing is padded: the row of pad_token_id is a token's, and trains like the others
+    lm.model.embed_tokens.padding_idx = None  # nothing is padded: pad_token_id names a token that trains
     return lm
 
 

@@ -138,7 +138,7 @@ def test_what_says_nothing_about_the_model_is_left_out(path: Path) -> None:
         ({"rope_parameters": rope("yarn", 1, factor=2)}, "LlamaConfig refuses it"),
         (
             {"rope_parameters": rope("longrope", short_factor=[1.0], long_factor=[1.0] * 6)},
-            "short_factor has 1 numbers, expected one for each",
+            "short_factor has 1 numbers, expected 6, half of",
         ),
         ({"rope_theta": True}, "rope_theta is True"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, expected 1.0"),

@@ -47,7 +47,8 @@ class EvalSet:
         nothing is scored; document_ids are those of training, or None without ``document_mask``.
 
         Every rank gets the same number of batches (collectives need that), the last ones filled up with unscored
-        sequences; over all ranks each token is scored once, those of the short last block too. No batch is larger than needed.
+        sequences; over all ranks each token is scored once, those of the short last block too.
+        No batch is larger than needed.
         """
         import torch
 

@@ -77,8 +77,12 @@ def _is_activation(value: Any) -> bool:
     return isinstance(value, str) and value in ACT2FN and not ACT2FN[value].state_dict()
 
 
+def _are_factors(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_number(factor, 1e-6, 1e6) for factor in value)
+
+
 KEYS: dict[str, Key] = {
-    **dict.fromkeys(GenerationConfig().to_dict(), Key(NOTHING)),  # old exports have temperature, max_length and the like in it
+    **dict.fromkeys(GenerationConfig().to_dict(), Key(NOTHING)),  # temperature and the like, in old exports
     "vocab_size": _whole(FUNCTION),
     "hidden_size": _whole(FUNCTION),
     "intermediate_size": _whole(FUNCTION),
@@ -109,9 +113,10 @@ KEYS: dict[str, Key] = {
     "pretraining_tp": _or_null(_whole(EXPORT)),
     **dict.fromkeys(
         (
-            *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config", "unsloth_version"),
-            *("unsloth_fixed", "is_llama_config", "dtype", "torch_dtype", "use_cache", "is_decoder", "tokenizer_class", "prefix"),
-            *("finetuning_task", "task_specific_params", "problem_type", "num_labels", "id2label", "label2id"),
+            *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
+            *("unsloth_version", "unsloth_fixed", "is_llama_config", "dtype", "torch_dtype", "use_cache", "is_decoder"),
+            *("tokenizer_class", "prefix", "finetuning_task", "task_specific_params"),
+            *("problem_type", "num_labels", "id2label", "label2id"),
         ),
         Key(NOTHING),
     ),
@@ -137,8 +142,8 @@ KEYS: dict[str, Key] = {
     "cross_attention_hidden_size": _only(None),
     **dict.fromkeys(
         (
-            *("output_hidden_states", "output_attentions", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"),
-            *("torchscript", "use_bfloat16", "tf_legacy_loss"),
+            *("output_hidden_states", "output_attentions", "is_encoder_decoder", "add_cross_attention"),
+            *("tie_encoder_decoder", "torchscript", "use_bfloat16", "tf_legacy_loss"),
         ),
         _only(False),
     ),
@@ -152,13 +157,14 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": (
         ("factor",),
-        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        (
+            *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+            *("mscale", "mscale_all_dim", "truncate"),
+        ),
     ),
     "longrope": (("short_factor", "long_factor"), ("original_max_position_embeddings", "attention_factor", "factor")),
 }
-_FACTORS = Key(
-    FUNCTION, "a list of positive numbers", lambda value: isinstance(value, list) and all(_is_number(x, 1e-6, 1e6) for x in value)
-)
+_FACTORS = Key(FUNCTION, "a list of positive numbers", _are_factors)
 ROPE_VALUES: dict[str, Key] = {
     **dict.fromkeys(
         ("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),

@@ -38,34 +38,29 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
         if len(content) > LARGEST_FILE:
             raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
         values = json.loads(content)
-        if not isinstance(values, dict):
-            raise ConfigError([f"{setting}: holds a {type(values).__name__}, expected the keys of a LlamaConfig"], str(path))
     except OSError as error:
-        raise ConfigError(
-            [f"{setting}: cannot read it ({error.strerror}); give a file such as configs/model/llama_130m.json"], str(path)
-        ) from error
-    except ConfigError:
-        raise
+        fault = f"{setting}: cannot read it ({error.strerror}); give a file such as configs/model/llama_130m.json"
+        raise ConfigError([fault], str(path)) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{setting}: not JSON ({error}); give the config.json of a LLaMA"], str(path)) from error
+    if not isinstance(values, dict):
+        fault = f"{setting}: holds a {type(values).__name__}, expected the keys of a LlamaConfig"
+        raise ConfigError([fault], str(path))
     return values
 
 
 def parse_model_config(values: Mapping[str, Any], source: str) -> LlamaConfig:
-    """The ``LlamaConfig`` of these keys, of which those that do nothing are left out; raises :class:`ConfigError` with every fault.
+    """The ``LlamaConfig`` of these keys, without those that do nothing; raises :class:`ConfigError` with every fault.
 
     A key whose value is null and that is not known stands for nothing: so an override leaves a key of the file out.
     """
     unknown = [key for key, value in values.items() if key not in KEYS and value is not None]
     bad = [key for key in values if key in KEYS and not KEYS[key].good(values[key])]
-    found = [f"model: {key} is no key of a LlamaConfig; set it to null in model.overrides to leave it out" for key in unknown]
+    remedy = "set it to null in model.overrides to leave it out"
+    found = [f"model: {key} is no key of a LlamaConfig; {remedy}" for key in unknown]
     found += [f"model: {key} is {_shown(values[key])}, expected {KEYS[key].wanted}" for key in bad]
-    kept = {
-        key: value
-        for key, value in values.items()
-        if key in KEYS and (KEYS[key].use == EXPORT or (KEYS[key].use in (FUNCTION, TRAINING, ALIAS) and value is not None))
-    }
-    if not {*kept}.intersection(bad):
+    kept = {key: value for key, value in values.items() if key in KEYS and _is_kept(KEYS[key].use, value)}
+    if all(KEYS[key].use not in (FUNCTION, ALIAS, EXPORT) for key in bad):
         found += [*_put_length(kept), *_put_rope(kept), *_shape_faults(kept)]
     if found:
         raise ConfigError(found, source)
@@ -75,11 +70,17 @@ def parse_model_config(values: Mapping[str, Any], source: str) -> LlamaConfig:
     except Exception as error:
         raise ConfigError([f"model: LlamaConfig refuses it: {' '.join(str(error).split())}"], source) from error
     if not (0 < rotary.inv_freq.min() <= rotary.inv_freq.max() < math.inf and 0 < rotary.attention_scaling < math.inf):
-        raise ConfigError([f"model: rope_parameters: {_shown(kept['rope_parameters'])} give no finite frequencies; correct them"], source)
+        fault = f"model: rope_parameters: {_shown(kept['rope_parameters'])} give no finite frequencies; correct them"
+        raise ConfigError([fault], source)
     if model_config.pad_token_id == -1:
-        model_config.pad_token_id = None  # as old exports say that there is none; an embedding would take it for the last token
+        model_config.pad_token_id = None  # as old exports say it; an embedding would take it for the last token
     model_config.use_cache = False
     return model_config
+
+
+def _is_kept(use: str, value: Any) -> bool:
+    """Null is a value of what only an export carries on, and else stands for LlamaConfig's default."""
+    return use == EXPORT or (use in (FUNCTION, TRAINING, ALIAS) and value is not None)
 
 
 def keys_with(model_config: LlamaConfig, *uses: str) -> dict[str, Any]:
@@ -87,9 +88,8 @@ def keys_with(model_config: LlamaConfig, *uses: str) -> dict[str, Any]:
     values = {key: getattr(model_config, key) for key, rule in KEYS.items() if rule.use in uses}
     if "rope_parameters" in values:
         rope = values["rope_parameters"]
-        values["rope_parameters"] = {
-            key: rope[key] for key in rope if rope[key] is not None and key not in ("type", "partial_rotary_factor")
-        }
+        nothing = ("type", "partial_rotary_factor")
+        values["rope_parameters"] = {key: rope[key] for key in rope if rope[key] is not None and key not in nothing}
     return values
 
 
@@ -113,24 +113,24 @@ def _put_length(values: dict[str, Any]) -> Iterator[str]:
     """One name for the number of positions."""
     length = values.pop("max_sequence_length", None)
     if length is not None and values.setdefault("max_position_embeddings", length) != length:
-        yield (
-            f"model: max_sequence_length is {length} and max_position_embeddings {values['max_position_embeddings']}, which mean the same; "
-            "set one of them to null"
-        )
+        other = values["max_position_embeddings"]
+        yield (f"model: max_sequence_length is {length} and max_position_embeddings {other}, which mean the same; set one of them to null")
 
 
 def _put_rope(values: dict[str, Any]) -> Iterator[str]:
-    """One mapping, ``rope_parameters``, in place of the three keys of rotary embeddings, which must not contradict each other."""
+    """One mapping, ``rope_parameters``, in place of three keys, which must not contradict each other."""
     rope: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling", "rope_theta"):
         given = values.pop(name, None) or {}
-        given = {key: value for key, value in (given if isinstance(given, dict) else {name: given}).items() if value is not None}
+        given = given if isinstance(given, dict) else {name: given}
+        given = {key: value for key, value in given.items() if value is not None}
         if "type" in given:
             given = {"rope_type": given["type"], **given}  # transformers 4 had both names
         for key, value in given.items():
             key = "rope_type" if key == "type" else key
             if rope.setdefault(key, value) != value:
-                yield f"model: {key} of rotary embeddings is {_shown(rope[key])} and, in {name}, {_shown(value)}; keep one, in rope_parameters"
+                both = f"{_shown(rope[key])} and, in {name}, {_shown(value)}"
+                yield f"model: {key} of rotary embeddings is {both}; keep one, in rope_parameters"
     kind = rope.setdefault("rope_type", "default")
     if kind not in list(ROPE_KEYS):
         yield f"model: rope_parameters: rope_type is {_shown(kind)}, expected one of {', '.join(ROPE_KEYS)}"
@@ -150,7 +150,8 @@ def _put_rope(values: dict[str, Any]) -> Iterator[str]:
 
 def _shape_faults(values: Mapping[str, Any]) -> Iterator[str]:
     """Sizes that are good each for itself and not together."""
-    size: Mapping[str, Any] = {field.name: values.get(field.name, field.default) for field in dataclasses.fields(LlamaConfig)}
+    fields = dataclasses.fields(LlamaConfig)
+    size: Mapping[str, Any] = {field.name: values.get(field.name, field.default) for field in fields}
     hidden, heads, vocabulary = size["hidden_size"], size["num_attention_heads"], size["vocab_size"]
     shared: int = size["num_key_value_heads"] or heads
     head: int = size["head_dim"] or hidden // heads
@@ -163,7 +164,7 @@ def _shape_faults(values: Mapping[str, Any]) -> Iterator[str]:
     for key in ("short_factor", "long_factor"):
         factors = values.get("rope_parameters", {}).get(key)
         if isinstance(factors, list) and len(factors) != head // 2:
-            yield f"model: rope_parameters: {key} has {len(factors)} numbers, expected one for each pair of a head, {head // 2}"
+            yield f"model: rope_parameters: {key} has {len(factors)} numbers, expected {head // 2}, half of head_dim"
     layer = hidden * (2 * head * (heads + shared) + 3 * size["intermediate_size"])
     parameters = size["num_hidden_layers"] * layer + hidden * vocabulary
     if parameters > LARGEST_MODEL:

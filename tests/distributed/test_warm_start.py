@@ -233,9 +233,15 @@ def test_weights_that_do_not_fit_their_config(refuses, tmp_path, harm):
         said = ("not finite in model.layers.1.mlp.up_proj.weight",)
     else:
         weights["lm_head.weight"] = torch.ones(320, 24)
-        said = ("a head of its own",)
+        said = ("hold another head",)
     save_file(weights, file, metadata={"format": "pt"})
     refuses(folder, *said, overrides={"tie_word_embeddings": harm == "own head"})
+
+
+def test_an_adapter_beside_the_model(refuses, tmp_path):
+    folder = save(tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    refuses(folder, "holds an adapter of PEFT beside its model; save the model with the adapter merged in")
 
 
 @pytest.mark.parametrize("harm", ["folder", "large", "list", "deep"])
