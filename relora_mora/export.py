@@ -25,6 +25,7 @@ from relora_mora.checkpoint import (
     tokenizer_of,
     verify,
 )
+from relora_mora.checkpoint.layout import MANIFEST
 from relora_mora.checkpoint.places import list_new
 from relora_mora.cli import new_folder
 from relora_mora.config import DataConfig, validate
@@ -134,6 +135,11 @@ class LoadedModel:
         return self.data.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether a folder is that of a Hugging Face model; a stray config.json makes none of a checkpoint."""
+    return (path / "config.json").exists() and not (path / MANIFEST).exists()
+
+
 def load_foreign(path: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalLM, *, whole: bool = False) -> PreTrainedModel:
     """The model in a Hugging Face folder. Raises :class:`CheckpointError` also where a weight is missing or has another shape:
     transformers would draw it at random. With ``whole`` also where one is left over, or an adapter, which transformers may leave out."""
@@ -184,7 +190,7 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
 
     Raises :class:`CheckpointError` for anything else.
     """
-    if (path / "config.json").is_file():
+    if is_foreign(path):
         model = load_foreign(path, dtype)
         length = min(HF_LENGTH, int(getattr(model.config, "max_position_embeddings", HF_LENGTH)))
         plain = DataConfig(train="none", validation="none", sequence_length=length)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora_mora.checkpoint import CheckpointReader
 from relora_mora.config import Config, ConfigError
 from relora_mora.cycle import Base
-from relora_mora.export import find_checkpoint, in_short, load_foreign, merged_weights
+from relora_mora.export import find_checkpoint, in_short, is_foreign, load_foreign, merged_weights
 from relora_mora.model import initial_value
 from relora_mora.model_config import KEYS, function_differences, parse_model_config, read_json
 from relora_mora.zero import ZeroEngine, from_first_rank
@@ -65,7 +65,7 @@ def _foreign_weights(config: Config, lm: LlamaForCausalLM, shapes: Mapping[str, 
     Raises :class:`ConfigError` where they do not fit, or where the model they come from computes something else with them.
     """
     path = Path(str(config.model.init_from))
-    if (path / "config.json").exists():
+    if is_foreign(path):
         file = path / "config.json"
         values = read_json(file, "model.init_from")
         known = {key: values[key] for key in values if key in KEYS}  # transformers ignores others

@@ -157,6 +157,9 @@ def test_every_form_of_a_model_is_scored_alike(run: Path, checkpoint: Path, text
         assert answer.code == 0, answer.err
         losses[path.name] = json.loads(answer.out.splitlines()[-1])["loss"]
     assert losses["run"] == losses[checkpoint.name] == losses["float32"] == pytest.approx(losses["bfloat16"], abs=1e-2)
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "llama"}))  # a stray one makes no foreign model of it
+    answer = call(EVALUATE, checkpoint, f"--data={text}", "--sequence_length=32")
+    assert json.loads(answer.out.splitlines()[-1])["loss"] == losses["run"]
     refused(call(EXPORT, tmp_path / "float32", tmp_path / "again"), "no checkpoint (manifest.json: No such file")
     assert not (tmp_path / "again").exists()
 
