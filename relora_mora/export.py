@@ -29,6 +29,7 @@ from relora_mora.checkpoint.layout import MANIFEST
 from relora_mora.checkpoint.places import list_new
 from relora_mora.cli import new_folder
 from relora_mora.config import DataConfig, validate
+from relora_mora.metrics import log
 from relora_mora.model import empty_model, put_values
 from relora_mora.model_config import KEYS, NOTHING, ONLY
 from relora_mora.tokenizer import load_tokenizer, quiet_transformers, save_tokenizer
@@ -141,9 +142,12 @@ def is_foreign(path: Path) -> bool:
 
 
 def load_foreign(path: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalLM, *, whole: bool = False) -> PreTrainedModel:
-    """The model in a Hugging Face folder. Raises :class:`CheckpointError` also where a weight is missing or has another shape:
-    transformers would draw it at random. With ``whole`` also where one is left over, or an adapter, which transformers may leave out."""
-    if whole and (path / "adapter_config.json").exists():
+    """The model in a Hugging Face folder.
+
+    Raises :class:`CheckpointError` also where a weight is missing or has another shape, which transformers would draw at random, and
+    for an adapter beside the model, which it may leave out. A weight that is left over is named in a warning; with ``whole`` it is refused.
+    """
+    if (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path}: holds an adapter of PEFT beside its model; save the model with the adapter merged in")
     try:
         with quiet_transformers():
@@ -164,6 +168,8 @@ def load_foreign(path: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalL
         raise CheckpointError(
             f"{path}: its weights are not those that its config.json asks for; {said}; fetch it again, or correct that file"
         )
+    if info["unexpected_keys"]:
+        log.warning("%s: its model has no place for these weights, which are left out: %s", path, in_short(info["unexpected_keys"]))
     return model
 
 

@@ -12,8 +12,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from relora_mora.checkpoint import CheckpointError
 from relora_mora.data import load_eval_set
 from relora_mora.evaluate import causal_lm_loss, evaluate, rows_of_documents
+from relora_mora.export import load_any_model
+from relora_mora.metrics import log
 from relora_mora.model import LossModel, build_model
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
 from tests.data_tools import data_config, write_shard
@@ -127,3 +130,17 @@ def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer
     assert set(values) == {"loss", "perplexity", "bits_per_byte", "tokens"} and abs(values["loss"] - math.log(320)) < 0.2
     done = subprocess.run([*command, str(tmp_path), f"--data={source}"], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2 and "no checkpoint" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_a_foreign_folder_holds_beside_its_model_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    folder = tmp_path / "llama"
+    _llama().save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
+    with caplog.at_level("WARNING"):
+        load_any_model(folder, torch.float32)
+    assert "no place for these weights" in caplog.text and "model.layers.1.mlp.up_proj.weight" in caplog.text
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="an adapter of PEFT beside its model"):
+        load_any_model(folder, torch.float32)
