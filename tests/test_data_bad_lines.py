@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relora_mora.data import iter_texts, texts
-from relora_mora.data.sources import SourceError
+from relora_mora.data.errors import SourceError
 from relora_mora.data.texts import BAD
 from tests.data_tools import data_config, documents_in, epoch_tokens, line, make_lane, some_texts, write_shard, write_shards
 

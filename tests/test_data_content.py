@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from relora_mora.data import content, local_content, remote_content, resolve_shards, retry, transport
-from relora_mora.data.sources import SourceError
+from relora_mora.data.errors import SourceError
 from tests.data_tools import write_shards
 from tests.faulty_server import FAULTS, serving
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from relora_mora.data import UNSCORED, load_eval_set
-from relora_mora.data.sources import SourceError
+from relora_mora.data.errors import SourceError
 from relora_mora.tokenizer import encode, load_tokenizer
 from tests.data_tools import data_config, some_texts, write_shard
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relora_mora.data.errors import SourceError
 from relora_mora.data.lanes import plan_lanes, seeded_order
-from relora_mora.data.sources import SourceError
 from tests.data_tools import EOS, data_config, documents_in, epoch_tokens, line, make_lane, write_shard, write_shards
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from relora_mora.data import TrainStream, describe_position, resolve_shards
-from relora_mora.data.sources import SourceError
+from relora_mora.data.errors import SourceError
 from tests.data_tools import EOS, data_config, documents_in, make_lane, write_shard
 
 SENTENCE = re.compile(

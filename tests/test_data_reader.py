@@ -17,8 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relora_mora.data import iter_texts, resolve_shards
+from relora_mora.data.errors import SourceError
 from relora_mora.data.reader import BadLine, ShardLines
-from relora_mora.data.sources import Shard, SourceError
+from relora_mora.data.sources import Shard
 from relora_mora.data.texts import BAD, KINDS, parse_line, surely_bad
 from tests.data_tools import data_config, line, some_texts, write_shard
 from tests.helpers import ROOT

@@ -13,9 +13,10 @@ from email.utils import formatdate
 import pytest
 
 from relora_mora.data import iter_texts, pin_revision, resolve_shards, retry, transport
+from relora_mora.data.errors import SourceError
 from relora_mora.data.remote import RemoteBytes
 from relora_mora.data.retry import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, RETRIES, TransientError, retry_after_seconds, retrying
-from relora_mora.data.sources import Shard, SourceError
+from relora_mora.data.sources import Shard
 from tests.data_tools import data_config, documents_in, make_lane, some_texts, write_shard, write_shards
 from tests.faulty_server import COMMIT, FAULTS, serving
 

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from relora_mora.data import fingerprint, local_content, resolve_shards
-from relora_mora.data.sources import SourceError, expand_braces
+from relora_mora.data.errors import SourceError
+from relora_mora.data.sources import expand_braces
 from tests.commands import permissions_count, public_folder
 from tests.data_tools import data_config, write_shard, write_shards
 

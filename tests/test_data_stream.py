@@ -9,8 +9,8 @@ import torch
 
 from relora_mora.data import KINDS, TrainStream, counts_of, document_ids, merge_states
 from relora_mora.data.bench import pipeline_throughput
+from relora_mora.data.errors import SourceError
 from relora_mora.data.retry import RETRIES
-from relora_mora.data.sources import SourceError
 from relora_mora.data.texts import BAD
 from tests.data_tools import data_config, line, write_shard, write_shards
 from tests.faulty_server import serving

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from relora_mora.data import TrainStream, WorkerError
-from relora_mora.data.sources import Shard, SourceError
+from relora_mora.data.errors import SourceError
+from relora_mora.data.sources import Shard
 from tests.data_tools import data_config, write_shard, write_shards
 from tests.faulty_server import serving
 

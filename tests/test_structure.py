@@ -77,6 +77,53 @@ def test_modules_import_only_what_stands_before_them():
     assert wrong == []
 
 
+def _names(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imported_files(path: Path, files: dict[str, Path]) -> set[str]:
+    """Files of the package that one imports, also inside functions and for types only; the ``__init__`` above itself does not count."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module in files:
+            modules = {f"{node.module}.{alias.name}" for alias in node.names} & set(files)
+            above = _names(path).startswith(f"{node.module}.")
+            found |= modules or (set() if above else {node.module})
+    return found - {_names(path)}
+
+
+def _circles(graph: dict[str, set[str]]) -> list[str]:
+    """Circles of a directed graph, each as the path that leads around it."""
+    done: set[str] = set()
+    circles: list[str] = []
+
+    def visit(name: str, path: list[str]) -> None:
+        for other in sorted(graph[name]):
+            if other in path:
+                circles.append(" -> ".join([*path[path.index(other) :], other]))
+            elif other not in done:
+                visit(other, [*path, other])
+        done.add(name)
+
+    for name in sorted(graph):
+        if name not in done:
+            visit(name, [name])
+    return circles
+
+
+def test_circles_are_found():
+    assert _circles({"a": {"b"}, "b": {"c"}, "c": {"a", "b"}, "d": {"a"}}) == ["a -> b -> c -> a", "b -> c -> b"]
+    assert _circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_files_import_each_other():
+    """Of the trainer, which its parts still name in their signatures, this is not asked."""
+    files = {_names(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+    circles = _circles({name: _imported_files(path, files) for name, path in files.items()})
+    assert [circle for circle in circles if not circle.startswith("relora_mora.trainer.")] == []
+
+
 def test_only_zero_imports_deepspeed():
     importers = {module for module, path in _files() if any(name.split(".")[0] == "deepspeed" for name in _imports(path))}
     assert importers == {"zero"}

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from relora_mora.data.sources import Shard, unreadable
+from relora_mora.data.errors import unreadable
+from relora_mora.data.sources import Shard
 
 if TYPE_CHECKING:
     import requests

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relora_mora.config import DataConfig
+from relora_mora.data.errors import SourceError
 from relora_mora.data.lanes import Tokens
-from relora_mora.data.sources import SourceError
 from relora_mora.data.stream import document_ids
 from relora_mora.data.texts import iter_texts
 

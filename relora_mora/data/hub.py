@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from urllib.parse import quote
 
+from relora_mora.data.errors import SourceError
 from relora_mora.data.retry import TransientError, retrying
-from relora_mora.data.sources import SourceError
 from relora_mora.data.transport import BROKEN, check_status, send
 
 

@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from relora_mora.config import DataConfig
+from relora_mora.data.errors import SourceError
 from relora_mora.data.reader import ShardLines
-from relora_mora.data.sources import Shard, SourceError
+from relora_mora.data.sources import Shard
 from relora_mora.data.texts import BAD, KINDS, Entry, Judge, parse_line, surely_bad
 
 Tokens = npt.NDArray[np.int32]
 Encode = Callable[[list[str]], list[list[int]]]
+LaneStates = dict[str, dict[str, Any]]  # by the lane's number, as text because JSON knows no other keys
 
 # documents tokenized in one call: enough to make the call cheap, few enough that a resume repeats little
 ENCODE_DOCUMENTS = 64

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from relora_mora.data.sources import Shard, SourceError, unreadable
+from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.sources import Shard
 
 CHUNK_BYTES = 1 << 16  # of the file; always whole chunks, so that a damaged shard fails at the same place every time
 PIECE_BYTES = 1 << 20  # the most that gzip may give at once

@@ -16,8 +16,9 @@ from types import TracebackType
 import requests
 
 from relora_mora.data import hub
+from relora_mora.data.errors import SourceError
 from relora_mora.data.retry import CHECK, RETRIES, TransientError, retrying
-from relora_mora.data.sources import Shard, SourceError
+from relora_mora.data.sources import Shard
 from relora_mora.data.transport import BROKEN, check_status, etag_of, send, size_of
 
 IDLE_SECONDS = 20.0  # a connection that we left alone for so long is reopened rather than found dead

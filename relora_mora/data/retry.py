@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import tenacity
 
-from relora_mora.data.sources import SourceError
+from relora_mora.data.errors import SourceError
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from relora_mora.config import DataConfig
-from relora_mora.config.secrets import redact
-from relora_mora.guard import LOST_DISK
+from relora_mora.data.errors import SourceError, unreadable
 
 Split = Literal["train", "validation"]
 
@@ -28,20 +27,6 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_SHARDS = 1_000_000
 _remembered: dict[tuple[str, str], str] = {}
-
-
-class SourceError(ValueError):
-    """A source of text cannot be used: what was given, what is wrong with it, what to do. Holds no secret: it is logged and saved."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(redact(message))
-
-
-def unreadable(place: str, error: OSError, remedy: str) -> Exception:
-    """What to raise for local text that cannot be read: an OSError where its disk is gone and may come again, else a SourceError."""
-    if error.errno in LOST_DISK:
-        return OSError(error.errno, error.strerror, place)
-    return SourceError(f"{place} cannot be read ({error.strerror}); {remedy}")
 
 
 @dataclass(frozen=True)

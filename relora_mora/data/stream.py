@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from relora_mora.config import DataConfig
-from relora_mora.data.lanes import Lane, Tokens, plan_lanes, read_state
+from relora_mora.data.errors import SourceError, WorkerError
+from relora_mora.data.lanes import LaneStates, read_state
 from relora_mora.data.positions import describe_position
+from relora_mora.data.producer import Part, Producer, Task
 from relora_mora.data.retry import RETRIES
-from relora_mora.data.sources import Shard, SourceError, resolve_shards
+from relora_mora.data.sources import Shard, resolve_shards
 from relora_mora.data.texts import BAD, KINDS
 
 if TYPE_CHECKING:
     import torch
-
-
-class WorkerError(RuntimeError):
-    """A data worker was killed, or failed for another reason than the user's input."""
-
-
-LaneStates = dict[str, dict[str, Any]]  # by the lane's number, as text because JSON knows no other keys
 
 
 @dataclass(frozen=True)
@@ -42,72 +37,6 @@ class Batch:
     state: LaneStates
     counts: dict[str, int]  # see counts_of; and retries, of its workers and this process since the stream was built
     notes: list[str]  # skipped lines met on the way, a few per shard: for the log
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one process reads: some lanes, ``blocks_per_lane`` blocks of each per global batch."""
-
-    config: DataConfig
-    shards: Sequence[Shard]
-    tokenizer_path: str
-    lanes: Sequence[int]
-    lanes_of_all: int
-    blocks_per_lane: int
-    states: Mapping[str, Mapping[str, Any]]  # of these lanes; empty at the start of a run
-
-
-@dataclass
-class Part:
-    """What one process made for one global batch."""
-
-    blocks: Tokens  # [lanes * blocks_per_lane, T + 1]
-    states: LaneStates
-    retries: int  # so far, of all that this process reads
-    notes: list[str] = field(default_factory=list)
-
-
-class Producer:
-    """Reads, tokenizes and packs the lanes of a task, in this process."""
-
-    is_dead = False
-
-    def __init__(self, task: Task) -> None:
-        from relora_mora.tokenizer import encode, load_tokenizer
-
-        tokenizer = load_tokenizer(task.tokenizer_path)
-        plans = plan_lanes(task.lanes_of_all, len(task.shards))
-        self.task = task
-        self.lanes = [
-            Lane(
-                plans[lane],
-                task.shards,
-                task.config,
-                lambda texts: encode(tokenizer, texts),
-                int(tokenizer.eos_token_id),  # type: ignore[arg-type]
-                task.states.get(str(lane)),
-            )
-            for lane in task.lanes
-        ]
-
-    def produce(self) -> Part:
-        """The next global batch's blocks of these lanes. Raises SourceError."""
-        blocks = np.stack([lane.next_block() for lane in self.lanes for _ in range(self.task.blocks_per_lane)])
-        notes = [note for lane in self.lanes for note in lane.notes]
-        for lane in self.lanes:
-            lane.notes.clear()
-        states = {str(lane.plan.lane): lane.state() for lane in self.lanes}
-        return Part(blocks, states, RETRIES.retries, notes)
-
-    def ready(self, timeout_seconds: float) -> bool:
-        return True
-
-    def idle_seconds(self) -> float:
-        return 0.0
-
-    def close(self) -> None:
-        for lane in self.lanes:
-            lane.close()
 
 
 class TrainStream:
@@ -152,7 +81,7 @@ class TrainStream:
         ]
         self._producers: list[Any] = []
         if workers:
-            from relora_mora.data.worker import Worker
+            from relora_mora.data.worker import Worker  # here, since it is run as a program, which must not be imported already
 
             try:
                 for task in tasks:

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from relora_mora.config import DataConfig
+from relora_mora.data.errors import SourceError
 from relora_mora.data.reader import BadLine, ShardLines
-from relora_mora.data.sources import Shard, SourceError, Split, resolve_shards
+from relora_mora.data.sources import Shard, Split, resolve_shards
 
 log = logging.getLogger(__name__)
 

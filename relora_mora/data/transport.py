@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import requests
 import urllib3
 
+from relora_mora.data.errors import SourceError
 from relora_mora.data.retry import TransientError, retry_after_seconds
-from relora_mora.data.sources import SourceError
 
 CONNECT_SECONDS = 20.0
 STALL_SECONDS = 30.0  # without a byte; shorter where data.timeout_seconds is

@@ -23,8 +23,8 @@ from typing import Any
 
 import psutil
 
-from relora_mora.data.sources import SourceError
-from relora_mora.data.stream import Part, Producer, Task, WorkerError
+from relora_mora.data.errors import SourceError, WorkerError
+from relora_mora.data.producer import Part, Producer, Task
 from relora_mora.guard import LOST_DISK
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
