@@ -61,7 +61,7 @@ class Rollback:
 
 
 def read_rollbacks(folder: Path) -> list[Rollback]:
-    """The rollbacks of a run, oldest first. Raises ValueError when the file is not what :func:`write_rollbacks` wrote."""
+    """The rollbacks of a run, oldest first. Raises ValueError when the file does not hold what :func:`dump_rollbacks` gives."""
     path = folder / ROLLBACKS
     if not path.exists():
         return []
