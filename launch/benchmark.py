@@ -66,9 +66,10 @@ def main(
     from relora_mora.benchmark import run as measure
     from relora_mora.benchmark.contenders import chosen
     from relora_mora.benchmark.report import as_json, limits, tables
+    from relora_mora.distributed import device_of_rank
     from relora_mora.hardware import fast_bf16
     from relora_mora.model_config import read_model_config
-    from relora_mora.zero import device_of_rank, init_distributed
+    from relora_mora.zero import init_distributed
 
     names = chosen([name for name in methods.split(",") if name], int(os.environ.get("WORLD_SIZE", "1")))
     model_config = read_model_config(settings)

@@ -23,8 +23,8 @@ def main(config: str, **overrides: str) -> int:
     guard = Guard()  # before anything that takes time
     settings = load_config(config, overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     from relora_mora.cycle import MergeError
+    from relora_mora.distributed import JoinError
     from relora_mora.trainer import TrainingError, pretrain  # takes seconds to import: settings are checked before
-    from relora_mora.zero import JoinError
 
     try:
         return pretrain(settings, guard)

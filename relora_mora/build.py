@@ -31,6 +31,7 @@ from relora_mora.checkpoint.places import list_new, step_of
 from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings
 from relora_mora.cycle import Base, Cycle
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, resolve_shards, start_states
+from relora_mora.distributed import from_first_rank
 from relora_mora.export import find_checkpoint
 from relora_mora.fit import check_adapters, check_memory
 from relora_mora.hardware import fast_bf16, memory_bytes
@@ -42,7 +43,7 @@ from relora_mora.model_config import FUNCTION, TRAINING, check_length, keys_with
 from relora_mora.optim import ParameterGroup, build_optimizer, describe_trainable, make_schedule, parameter_groups, set_trainable
 from relora_mora.schedule import Schedule
 from relora_mora.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
-from relora_mora.zero import ZeroEngine, from_first_rank
+from relora_mora.zero import ZeroEngine
 
 # settings that change how a run is done and not what comes out of it: they may differ at a resume
 FREE_SETTINGS = {

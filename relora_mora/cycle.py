@@ -18,7 +18,8 @@ from torch import Tensor
 
 from relora_mora.adapters import AdapterLinear, MoRALinear, adapter_layers, layer_generator
 from relora_mora.config import Config
-from relora_mora.zero import MOMENTS, ZeroEngine
+from relora_mora.optim import MOMENTS
+from relora_mora.zero import ZeroEngine
 
 
 class MergeError(RuntimeError):

@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora_mora.checkpoint import CheckpointReader
 from relora_mora.config import Config, ConfigError
 from relora_mora.cycle import Base
+from relora_mora.distributed import from_first_rank
 from relora_mora.export import find_checkpoint, in_short, is_foreign, load_foreign, merged_weights
 from relora_mora.model import initial_value
 from relora_mora.model_config import KEYS, function_differences, parse_model_config, read_json
-from relora_mora.zero import ZeroEngine, from_first_rank
+from relora_mora.zero import ZeroEngine
 
 
 def initial_values(lm: LlamaForCausalLM, base: Base, config: Config) -> tuple[dict[str, int], dict[str, Tensor]]:

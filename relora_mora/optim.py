@@ -12,6 +12,8 @@ from relora_mora.adapters import adapter_layers, adapter_parameters
 from relora_mora.config import Config
 from relora_mora.schedule import Schedule
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's running means, by the names of its state
+
 
 @dataclass(frozen=True)
 class ParameterGroup:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 from tests.helpers import ROOT
@@ -30,6 +32,7 @@ ORDER = [
     "allocator",
     "metrics",
     "health",
+    "distributed",
     "zero",
     "cycle",
     "checkpoint",
@@ -127,6 +130,14 @@ def test_no_files_import_each_other():
 def test_only_zero_imports_deepspeed():
     importers = {module for module, path in _files() if any(name.split(".")[0] == "deepspeed" for name in _imports(path))}
     assert importers == {"zero"}
+
+
+def test_what_trains_nothing_does_without_deepspeed():
+    code = (
+        "import relora_mora.checkpoint, relora_mora.evaluate, relora_mora.export, relora_mora.plan, sys; print('deepspeed' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_the_package_never_imports_the_scripts():

@@ -12,10 +12,10 @@ from relora_mora.adapters import inject
 from relora_mora.build import Checked, build
 from relora_mora.config import Config
 from relora_mora.data import Batch, TrainStream
+from relora_mora.distributed import device_of_rank
 from relora_mora.model import LossModel, build_model
 from relora_mora.optim import group_rates, make_schedule, parameter_groups, set_trainable
 from relora_mora.trainer.trainer import micro_batches
-from relora_mora.zero import device_of_rank
 
 
 def make_batches(config: Config, steps: int) -> list[Batch]:

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from relora_mora.benchmark.contenders import CONTENDERS, Contender, Ours, Setting
 from relora_mora.benchmark.watch import Watch
-from relora_mora.zero import sum_over_hosts
+from relora_mora.distributed import sum_over_hosts
 
 
 @dataclass

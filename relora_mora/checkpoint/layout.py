@@ -32,10 +32,11 @@ import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
 from relora_mora.cli.folder import sync
+from relora_mora.optim import MOMENTS
 
 FORMAT, VERSION = "relora_mora checkpoint", 1
 MANIFEST, LATEST, TOKENIZER = "manifest.json", "latest", "tokenizer"
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+KINDS = ("master", *MOMENTS)
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]  # also exact as a float
 

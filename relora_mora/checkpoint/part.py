@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,8 +17,11 @@ from relora_mora.checkpoint.layout import TOKENIZER, FileEntry, Manifest, file_e
 from relora_mora.checkpoint.places import NEW
 from relora_mora.checkpoint.tokenizer import write_tokenizer
 from relora_mora.cli.folder import ordinary_mode, sync
-from relora_mora.cycle import Base
-from relora_mora.zero import MOMENTS, ZeroEngine
+from relora_mora.optim import MOMENTS
+
+if TYPE_CHECKING:
+    from relora_mora.cycle import Base
+    from relora_mora.zero import ZeroEngine
 
 PLACES_KEPT = 12
 

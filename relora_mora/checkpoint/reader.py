@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,8 +13,12 @@ from torch import Tensor
 
 from relora_mora.checkpoint.layout import KINDS, MANIFEST, CheckpointError, Manifest, damage, read_manifest
 from relora_mora.checkpoint.places import list_checkpoints, list_new, step_of
-from relora_mora.cycle import Base
-from relora_mora.zero import MOMENTS, ZeroEngine, from_first_rank, gather_from_ranks
+from relora_mora.distributed import from_first_rank, gather_from_ranks
+from relora_mora.optim import MOMENTS
+
+if TYPE_CHECKING:
+    from relora_mora.cycle import Base
+    from relora_mora.zero import ZeroEngine
 
 
 class _Piece(NamedTuple):

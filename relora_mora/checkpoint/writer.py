@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -35,8 +35,11 @@ from relora_mora.checkpoint.places import (
 )
 from relora_mora.checkpoint.reader import verify
 from relora_mora.checkpoint.tokenizer import read_tokenizer
-from relora_mora.cycle import Base
-from relora_mora.zero import ZeroEngine, from_first_rank
+from relora_mora.distributed import from_first_rank
+
+if TYPE_CHECKING:
+    from relora_mora.cycle import Base
+    from relora_mora.zero import ZeroEngine
 
 NAMED_RANKS = 3  # of those that failed
 APPEAR_SECONDS = 10.0  # for a file that another host wrote to be seen on this one

@@ -11,7 +11,7 @@ from typing import Any
 from relora_mora.build import Checked, plain_model_config
 from relora_mora.checkpoint import changed_settings
 from relora_mora.config import ConfigError
-from relora_mora.zero import gather_from_ranks
+from relora_mora.distributed import gather_from_ranks
 
 APPEAR_SECONDS = 15.0  # for a file that another host has just written
 

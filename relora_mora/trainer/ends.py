@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
+from relora_mora.distributed import gather_from_ranks
 from relora_mora.guard import FINISHED, LONG_SECONDS, REQUEUE
 from relora_mora.metrics import log
 from relora_mora.trainer.errors import DataError, TrainingError
-from relora_mora.zero import gather_from_ranks
 
 if TYPE_CHECKING:
     from relora_mora.trainer.trainer import Trainer

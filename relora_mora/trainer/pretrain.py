@@ -9,6 +9,7 @@ from pathlib import Path
 from relora_mora.build import build, check, pinned_before
 from relora_mora.config import Config, DataConfig
 from relora_mora.data import hub_commits, pin_revision, remember_commits, remote_content
+from relora_mora.distributed import from_first_rank, gather_from_ranks, lost_device, lost_peer, part_company, store_address
 from relora_mora.guard import FAILED, LONG_SECONDS, LOST_DISK, USER_ERROR, Guard, RunLock
 from relora_mora.guard.lock import LOCK
 from relora_mora.guard.watch import Watch
@@ -18,15 +19,7 @@ from relora_mora.trainer.agreement import check_agreement, check_shared
 from relora_mora.trainer.errors import MemoryShortage
 from relora_mora.trainer.folder import write_run_folder
 from relora_mora.trainer.startup import StartedTrainer, Startup
-from relora_mora.zero import (
-    from_first_rank,
-    gather_from_ranks,
-    init_distributed,
-    lost_device,
-    lost_peer,
-    part_company,
-    store_address,
-)
+from relora_mora.zero import init_distributed
 
 
 def pretrain(config: Config, guard: Guard | None = None) -> int:

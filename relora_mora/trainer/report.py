@@ -11,9 +11,9 @@ import torch
 from relora_mora.config import Config
 from relora_mora.cycle import MergeRecord
 from relora_mora.data import KINDS
+from relora_mora.distributed import sum_over_hosts
 from relora_mora.hardware import peak_flops
 from relora_mora.metrics import log
-from relora_mora.zero import sum_over_hosts
 
 _COUNTED = ("documents", "bad", "retries", *(f"skipped/{kind}" for kind in KINDS))
 

@@ -12,11 +12,11 @@ from relora_mora.build import restore
 from relora_mora.checkpoint import CheckpointReader, newest_whole, read_manifest
 from relora_mora.checkpoint.layout import write_synced
 from relora_mora.data import merge_states
+from relora_mora.distributed import gather_from_ranks
 from relora_mora.guard import LONG_SECONDS
 from relora_mora.health import ROLLBACKS, Rollback, dump_rollbacks, read_rollbacks
 from relora_mora.metrics import shared_log
 from relora_mora.trainer.errors import TrainingError
-from relora_mora.zero import gather_from_ranks
 
 if TYPE_CHECKING:
     from pathlib import Path

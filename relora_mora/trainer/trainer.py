@@ -15,6 +15,7 @@ from torch import Tensor
 from relora_mora.build import Checked, Run
 from relora_mora.checkpoint import CheckpointWriter
 from relora_mora.data import Batch, EvalSet, TrainStream, merge_states
+from relora_mora.distributed import from_first_rank, gather_from_ranks, sum_over_hosts
 from relora_mora.evaluate import evaluate, held_out
 from relora_mora.flops import flops_per_token
 from relora_mora.guard import LONG_SECONDS, Guard
@@ -27,7 +28,6 @@ from relora_mora.trainer.ends import end_for_data, finish, stop
 from relora_mora.trainer.report import Interval, data_metrics, loss_metrics, merge_metrics, peak_of_device
 from relora_mora.trainer.rollback import roll_back
 from relora_mora.trainer.state import manifest_of
-from relora_mora.zero import from_first_rank, gather_from_ranks, sum_over_hosts
 
 WORKER_SECONDS = 60.0  # that a data worker may do nothing, beyond data.timeout_seconds
 POLL_SECONDS = 1.0  # a rank that waits for data looks so often whether the others want to stop

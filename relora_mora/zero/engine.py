@@ -33,10 +33,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from relora_mora.config import Config
-from relora_mora.zero.processes import quiet
+from relora_mora.optim import MOMENTS
 from relora_mora.zero.settings import deepspeed_settings
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from relora_mora.zero.start import quiet
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from relora_mora.config import ModelConfig
+from relora_mora.distributed import sum_over_hosts
 from relora_mora.hardware import fast_bf16
 from relora_mora.model_config import read_model_config
 from relora_mora.optim import group_rates
-from relora_mora.zero import init_distributed, sum_over_hosts
+from relora_mora.zero import init_distributed
 from tests.tiny import Rig, build_rig, tiny_config
 
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")

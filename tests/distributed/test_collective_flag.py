@@ -59,8 +59,8 @@ def test_a_rank_in_a_collective_is_flagged_and_a_late_one_is_not(pools, stage, m
 def _on_the_host(late: str) -> bool:
     import torch
 
+    from relora_mora.distributed import from_first_rank, gather_from_ranks, sum_over_hosts
     from relora_mora.guard.collective import in_collective
-    from relora_mora.zero import from_first_rank, gather_from_ranks, sum_over_hosts
 
     calls = {
         "sum": lambda: sum_over_hosts([1.0]),

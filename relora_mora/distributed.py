@@ -1,51 +1,25 @@
-"""The processes of a run: joining them, and what the first one knows for all."""
+"""The ranks of a run: joining them, and what they tell each other through host memory. Of torch alone, without DeepSpeed."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import functools
-import logging
 import os
 import re
 import socket
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed looks
-
-import deepspeed
-import deepspeed.ops
-from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
+from torch import distributed as dist
 
 from relora_mora.allocator import keep_freed_memory
 from relora_mora.guard.collective import collective
 
 PORT_SECONDS = 20.0  # a run that was killed a moment ago may still hold the port
 PART_SECONDS = 30.0  # for the other ranks to end a run that is done
-COLLECTIVES = (  # methods of DeepSpeed's backend
-    "all_gather",
-    "all_gather_coalesced",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "all_reduce",
-    "all_reduce_coalesced",
-    "barrier",
-    "broadcast",
-    "broadcast_object_list",
-    "gather",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "scatter",
-)
 CONTROL_SECONDS = 24 * 3600.0  # a backstop: guard.Watch knows how long each wait may take
 
 
@@ -53,87 +27,52 @@ class JoinError(RuntimeError):
     """The ranks did not come together; the message says where this one looked for them."""
 
 
-def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
-    """Joins the process group and returns (rank, world size). One process needs no launcher.
+def join(timeout_seconds: float) -> None:
+    """Joins the process group, unless that is done. One process needs no launcher. On a CPU freed memory stays with the process.
 
     ``timeout_seconds`` is how long to wait for the other ranks. Raises :class:`JoinError` when they do not come, or when
-    another program holds the port. On a CPU freed memory stays with the process, and DeepSpeed's shared-memory collective is
-    switched off: training does not use it, and it compiles with g++.
+    another program holds the port.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed calls collectives by names that torch renames; it says so at every single call
-    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
     if not dist.is_initialized():
         for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             os.environ.setdefault(key, value)
-        _join(timeout_seconds)
+        _meet(timeout_seconds)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         else:
             keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _processes_on_host()))
-    return dist.get_rank(), dist.get_world_size()
+
+
+def backend_name() -> str:
+    """What the ranks' tensors travel over."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def device_of_rank() -> torch.device:
-    """The device that DeepSpeed puts this rank's model on."""
+    """The device of this rank's model."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _join(timeout_seconds: float) -> None:
+def _meet(timeout_seconds: float) -> None:
     rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
     address, port = store_address()
     if rank == "0" and port and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         _await_port(port)
-    backend = get_accelerator().communication_backend_name() if torch.cuda.is_available() else "gloo"
     # a collective may wait for longer than the ranks for each other at the start: guard.Watch is to name the rank first
     patience = datetime.timedelta(seconds=2 * timeout_seconds + 60)
     try:
-        store, *_ = next(torch.distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_seconds)))
-        torch.distributed.init_process_group(backend, store=store, rank=int(rank), world_size=int(world_size), timeout=patience)
-        with quiet():
-            deepspeed.init_distributed(dist_backend=backend, timeout=patience, auto_mpi_discovery=False, verbose=False)
-        _flag_collectives(deepspeed.comm.comm.cdb)
+        store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_seconds)))
+        dist.init_process_group(backend_name(), store=store, rank=int(rank), world_size=int(world_size), timeout=patience)
         if world_size != "1":
             control_group()
-    except torch.distributed.DistError as error:
+    except dist.DistError as error:
         first = str(error).partition("\n")[0]
         raise JoinError(
             f"rank {rank} of {world_size} did not meet the others at {address}:{port} within {timeout_seconds:.0f} s ({first}); "
             "check that all ranks were started, and that hosts and firewalls let them reach MASTER_ADDR and MASTER_PORT"
         ) from error
-
-
-class _FlaggedWork:
-    """The handle of a collective that was started without waiting for it; its ``wait`` is flagged."""
-
-    def __init__(self, work: Any) -> None:
-        self._work = work
-
-    def wait(self, *args: Any) -> Any:
-        with collective():
-            return self._work.wait(*args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._work, name)
-
-
-def _flag_collectives(backend: Any) -> None:
-    """DeepSpeed makes all its collectives through the methods of one object; each is flagged while it waits."""
-
-    def flagged(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with collective():
-                work = method(*args, **kwargs)
-            return _FlaggedWork(work) if hasattr(work, "wait") else work
-
-        return call
-
-    for name in COLLECTIVES:
-        setattr(backend, name, flagged(getattr(backend, name)))
 
 
 def _await_port(port: int) -> None:
@@ -162,7 +101,7 @@ def store_address() -> tuple[str, int]:
 @functools.cache
 def control_group() -> Any:
     """All ranks over gloo, beside the group that training uses: for numbers that are needed on the hosts."""
-    return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(seconds=CONTROL_SECONDS))
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=CONTROL_SECONDS))
 
 
 def sum_over_hosts(values: list[float]) -> list[float]:
@@ -171,7 +110,7 @@ def sum_over_hosts(values: list[float]) -> list[float]:
         return values
     numbers = torch.tensor(values, dtype=torch.float64)
     with collective():
-        torch.distributed.all_reduce(numbers, group=control_group())
+        dist.all_reduce(numbers, group=control_group())
     return numbers.tolist()
 
 
@@ -181,13 +120,13 @@ def gather_from_ranks(value: Any) -> list[Any]:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     with collective():
-        torch.distributed.all_gather_object(values, value, group=control_group())
+        dist.all_gather_object(values, value, group=control_group())
     return values
 
 
 def lost_peer(error: BaseException) -> bool:
     """Whether an exception says that a collective lost another rank, as gloo and NCCL say it."""
-    return isinstance(error, torch.distributed.DistError) or (
+    return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo/transport", "Connection closed by peer", "NCCL"))
     )
 
@@ -201,7 +140,7 @@ def part_company(seconds: float = PART_SECONDS) -> None:
     """Waits until all ranks have come here, so that none of them finds the store of the first one gone; not for one that is lost."""
     if dist.get_world_size() > 1:
         with contextlib.suppress(RuntimeError), collective():
-            torch.distributed.monitored_barrier(control_group(), timeout=datetime.timedelta(seconds=seconds))
+            dist.monitored_barrier(control_group(), timeout=datetime.timedelta(seconds=seconds))
 
 
 def from_first_rank(make: Callable[[], Any]) -> Any:
@@ -214,7 +153,7 @@ def from_first_rank(make: Callable[[], Any]) -> Any:
             answer = [(False, error)]
     if dist.get_world_size() > 1:
         with collective():
-            torch.distributed.broadcast_object_list(answer, src=0, group=control_group())
+            dist.broadcast_object_list(answer, src=0, group=control_group())
     good, value = answer[0]
     if not good:
         value.same_on_all_ranks = True  # the first rank says it for all
@@ -226,13 +165,3 @@ def _processes_on_host() -> int:
     """As torchrun, DeepSpeed's launcher and Slurm tell it."""
     told = [os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE")]
     return max([1, *(int(number) for value in told for number in re.findall(r"\d+", value)[:1])])  # Slurm: 8(x2),4
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """DeepSpeed writes its set-up with print; its warnings still come through the logger."""
-    if os.environ.get("DEEPSPEED_LOG_LEVEL"):
-        yield
-        return
-    with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink):
-        yield

@@ -1,0 +1,97 @@
+"""DeepSpeed's part of a start: its accelerator, its process group, and what it is kept from."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed looks
+
+import deepspeed
+import deepspeed.ops
+
+from relora_mora.distributed import backend_name, join
+from relora_mora.guard.collective import collective
+
+COLLECTIVES = (  # methods of DeepSpeed's backend
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+)
+
+
+def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
+    """Joins the process group (see :func:`relora_mora.distributed.join`), for DeepSpeed too, and returns (rank, world size).
+
+    DeepSpeed's shared-memory collective is switched off: training does not use it, and it compiles with g++.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls collectives by names that torch renames; it says so at every single call
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
+    join(timeout_seconds)
+    if not deepspeed.comm.is_initialized():
+        with quiet():
+            deepspeed.init_distributed(dist_backend=backend_name(), auto_mpi_discovery=False, verbose=False)
+        _flag_collectives(deepspeed.comm.comm.cdb)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+class _FlaggedWork:
+    """The handle of a collective that was started without waiting for it; its ``wait`` is flagged."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, *args: Any) -> Any:
+        with collective():
+            return self._work.wait(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+def _flag_collectives(backend: Any) -> None:
+    """DeepSpeed makes all its collectives through the methods of one object; each is flagged while it waits."""
+
+    def flagged(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with collective():
+                work = method(*args, **kwargs)
+            return _FlaggedWork(work) if hasattr(work, "wait") else work
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(backend, name, flagged(getattr(backend, name)))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """DeepSpeed writes its set-up with print; its warnings still come through the logger."""
+    if os.environ.get("DEEPSPEED_LOG_LEVEL"):
+        yield
+        return
+    with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink):
+        yield
