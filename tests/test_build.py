@@ -30,7 +30,7 @@ def test_weights_are_distributed_as_transformers_draws_them(changes):
             assert not torch.equal(value, expected)
             assert value.std().item() == pytest.approx(expected.std().item(), rel=0.05), name
             assert abs(value.mean().item()) < 4 * expected.std().item() / expected.numel() ** 0.5, name
-            assert torch.equal((value == 0).all(-1), (expected == 0).all(-1)), name  # the padding token's row
+            assert not (value == 0).all(-1).any(), name  # transformers zeroes the row of pad_token_id, which is a token's here
 
 
 def test_a_weight_depends_on_nothing_but_seed_name_and_shape():

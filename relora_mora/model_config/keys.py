@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 FUNCTION = "function"  # what the model computes: compared at a warm start and at a resume
 TRAINING = "training"  # how it is trained: compared at a resume
 ALIAS = "alias"  # an older name of one of those
-EXPORT = "export"  # nothing in training; an export carries it on
+EXPORT = "export"  # nothing in training; an export carries it on, but bos, eos and pad, which it has from the tokenizer
 NOTHING = "nothing"  # about the file itself, or how transformers calls a model: left out
 ONLY = "only"  # has one value here
 
