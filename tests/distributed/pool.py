@@ -52,10 +52,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: Path
     torch.set_num_threads(1)
     init_distributed(timeout_seconds=120)
     while True:
-        job = pipe.recv()
-        if job is None:
-            return
-        function, args, kwargs = job
+        function, args, kwargs = pipe.recv()
         try:
             pipe.send((True, function(*args, **kwargs)))
         except BaseException:
@@ -135,16 +132,13 @@ class Pool:
                     time.sleep(0.05)
         time.sleep(0.2)  # for the last of them to be whole
         told = [f"rank {rank}:\n{stacks.read_text()}" for rank, stacks in enumerate(self._stacks) if stacks.exists()]
-        self.close(patience_seconds=0)
+        self.close()
         return PoolError("\n".join([reason, *told]))
 
-    def close(self, patience_seconds: float = 10) -> None:
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
-            if process.is_alive() and not self.is_broken:
-                pipe.send(None)
+    def close(self) -> None:
+        """Ends the workers, which have nothing to lose: to leave politely takes them seconds."""
         for process in self.processes:
-            process.join(patience_seconds)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()
+        for process in self.processes:
+            process.join()
         self._folder.cleanup()
