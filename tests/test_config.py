@@ -232,6 +232,8 @@ def test_combination_at_the_border_that_works(sections_given: dict[str, dict[str
         ("train", "steps", True),
         ("train", "zero_stage", 4),
         ("train", "run_dir", ""),
+        ("train", "run_dir", "a\0b"),
+        ("data", "validation", ["a\0b"]),
         ("train", "precision", "fp16"),
         ("optim", "lr", 0),
         ("optim", "lr", float("nan")),
@@ -289,6 +291,13 @@ def test_files_that_are_no_settings(tmp_path: Path, text: str | None) -> None:
         load_config(path)
     assert len(error.value.faults) == 1
     assert str(path) in str(error.value)
+
+
+def test_a_pattern_without_quotes_of_its_own_says_how_to_give_it(tmp_path: Path) -> None:
+    """The shell has taken one pair; for YAML a star begins an alias."""
+    (tmp_path / "run.yaml").write_text("")
+    with pytest.raises(ConfigError, match=re.escape("""give text with special characters as --data.train='"..."'""")):
+        load_config(tmp_path / "run.yaml", {"data.train": "*.json.gz"})
 
 
 def test_overrides_below_a_value_are_refused(tmp_path: Path) -> None:

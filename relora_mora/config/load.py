@@ -196,7 +196,7 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
     try:
         value = parse_yaml(text) if isinstance(text, str) else text
     except yaml.YAMLError as error:
-        return f"--{name}={text}: not YAML: {explain_yaml(error)}"
+        return f"--{name}={text}: not YAML: {explain_yaml(error)}; give text with special characters as --{name}='\"...\"'"
     node = tree
     for key in [section, *keys[:-1]]:
         inner = node.setdefault(key, {})
