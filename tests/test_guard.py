@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -213,6 +214,26 @@ def test_a_lock_is_free_when_its_holder_was_killed(holder, tmp_path):
     assert before is not None and f"pid {holder.pid}" in before
     lock.release()
     assert RunLock(tmp_path).acquire(wait_seconds=0.5) is None  # released: nobody is missing
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_holder_hears_that_its_file_was_removed_or_replaced(replaced, tmp_path, monkeypatch):
+    """Else it would tidy up among the checkpoints of whoever has begun there."""
+    monkeypatch.setattr("relora_mora.guard.lock.TOUCH_SECONDS", 0.05)
+    heard: queue.Queue[str | None] = queue.Queue()
+    lock, other = RunLock(tmp_path / "run", heard.put), RunLock(tmp_path / "other")
+    lock.acquire()
+    other.acquire()
+    with pytest.raises(queue.Empty):
+        heard.get(timeout=0.3)
+    if replaced:
+        other.path.rename(lock.path)
+        assert f"pid {os.getpid()}" in str(heard.get(timeout=5))
+    else:
+        lock.path.unlink()
+        assert heard.get(timeout=5) is None
+    lock.release()
+    other.release()
 
 
 def test_a_lock_waits_for_its_holder_to_end(holder, tmp_path):
