@@ -22,6 +22,8 @@ from typing import Any
 
 import psutil
 
+from relora_mora.cli import disk_faults_named
+
 LOCK = "lock"
 TOUCH_SECONDS = 5.0
 STALE_SECONDS = 4 * TOUCH_SECONDS  # a holder on another host that has not touched the file for so long is gone
@@ -60,7 +62,8 @@ class RunLock:
             before = self._content(handle)
             if before and before.get("host_id") != host_id() and not before.get("released"):
                 self._await_silence(handle, before)
-            self._write(handle, released=False)
+            with disk_faults_named(self.path.parent):
+                self._write(handle, released=False)
         except BaseException:
             os.close(handle)
             raise
