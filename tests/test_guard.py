@@ -87,6 +87,27 @@ while True:
 """
 
 
+BOTH = """
+import sys, threading
+from pathlib import Path
+from relora_mora.guard import Guard
+from relora_mora.guard.watch import Verdict
+guard = Guard(signals=False)
+both = threading.Barrier(2)
+def end():
+    both.wait()
+    guard.end(Verdict(1, 69, "rank 1 is gone", left=True))
+threading.Thread(target=end).start()
+end()
+"""
+
+
+def test_an_end_that_two_threads_find_is_said_once():
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", BOTH], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (69, "the run ended: rank 1 is gone\n")
+
+
 @pytest.mark.parametrize("phase,signals,code", [("start", 1, 75), ("training", 2, 143)])
 def test_a_full_pipe_and_a_disk_that_does_not_answer_keep_nobody(phase, signals, code, tmp_path):
     command = [sys.executable, "-c", SILENCED, str(tmp_path), phase]

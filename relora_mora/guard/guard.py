@@ -43,7 +43,8 @@ class Guard:
         self._lock: RunLock | None = None
         self._folder: Path | None = None
         self._training = False
-        self._ended = threading.Lock()
+        self._ended = threading.Lock()  # taken by who records the end
+        self._ending = threading.Lock()  # by who ends the process, for good
         self._closed = threading.Event()
         self._signals = StopSignals(self._first_signal, self._second_signal) if signals else None
         self._launchers = Launchers() if signals else None
@@ -120,7 +121,11 @@ class Guard:
     # ---- of other threads -------------------------------------------------------------------------------------
 
     def end(self, verdict: Verdict) -> None:
-        """Ends the process now, whatever its main thread waits for. The first rank that is left tells the user."""
+        """Ends the process now, whatever its main thread waits for. The first rank that is left tells the user.
+
+        Two threads may find out at the same moment: the first of them ends the process for both.
+        """
+        self._ending.acquire()
         bounded(LAST_SECONDS, lambda: self._tell_end(verdict))
         if verdict.rank != self.rank and not verdict.left and verdict.host == host_id():
             time.sleep(STACKS_SECONDS)
