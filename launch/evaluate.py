@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def main(
     import torch  # takes seconds: numbers are checked before
 
     from relora_mora.data import load_eval_set
-    from relora_mora.evaluate import causal_lm_loss, evaluate
-    from relora_mora.export import DTYPES, load_any_model
+    from relora_mora.evaluate import causal_lm_loss, evaluate, is_causal
+    from relora_mora.export import DTYPES, load_any_model, positions_of
     from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
     if precision not in DTYPES:
@@ -52,7 +53,7 @@ def main(
     loaded = load_any_model(Path(model), DTYPES[precision])
     settings = loaded.data_settings(data, sequence_length, document_mask)
     length = settings.sequence_length
-    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    positions = positions_of(loaded.model)
     if positions is not None and length > positions:
         raise ValueError(f"--sequence_length: got {length}, but {model} has {positions} positions; give at most {positions}")
     with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
@@ -66,6 +67,8 @@ def main(
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm = loaded.model.to(device).eval()
+    if not is_causal(lm, device):
+        raise ValueError(f"{model}: {type(lm).__name__} predicts a token from that token and later ones; give a causal language model")
     alone = ", each document alone" if settings.document_mask else ""
     print(
         f"{loaded.description}: {eval_set.predicted:,} tokens of {eval_set.documents:,} documents in sequences of {length}{alone}",
@@ -78,6 +81,9 @@ def main(
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise ValueError(f"--micro_batch_size: {rows} sequences of {length} tokens need more memory than there is; lower it") from error
         raise
+    assert result is not None, "nobody stops it"
+    if not math.isfinite(result.loss):
+        raise ValueError(f"{model}: its loss in {precision} is {result.loss}; choose another --precision, or whole weights")
     print(json.dumps(result.as_dict()))
 
 

@@ -7,7 +7,7 @@ import sys
 
 from relora_mora.cli import run
 from relora_mora.config import load_config
-from relora_mora.guard import FAILED, LOST, Guard, leave_process
+from relora_mora.guard import FAILED, LOST, Guard, check_environment, leave_process
 
 
 def main(config: str, **overrides: str) -> int:
@@ -20,8 +20,9 @@ def main(config: str, **overrides: str) -> int:
         config: a YAML file such as configs/run/tiny_remora.yaml
         overrides: settings as --section.key=value, e.g. --train.steps=100; docs/settings.md lists them
     """
+    world_size = check_environment()
     guard = Guard()  # before anything that takes time
-    settings = load_config(config, overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    settings = load_config(config, overrides, world_size=world_size)
     from relora_mora.cycle import MergeError
     from relora_mora.distributed import JoinError
     from relora_mora.trainer import TrainingError, pretrain  # takes seconds to import: settings are checked before

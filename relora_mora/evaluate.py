@@ -89,6 +89,14 @@ def evaluate(
     return EvalResult(nats, data.predicted, data.utf8_bytes)
 
 
+@torch.no_grad()
+def is_causal(lm: nn.Module, device: torch.device) -> bool:
+    """Whether what a language model predicts depends on what stands before only: not so for an encoder like BERT."""
+    pair = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device)
+    logits = lm(input_ids=pair, use_cache=False).logits[:, :2].float()
+    return torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
 def causal_lm_loss(lm: nn.Module) -> MeanLoss:
     """``mean_loss`` of any causal language model of transformers; documents that are to be scored alone get rows of their own,
     since not every model takes a mask between them."""

@@ -89,10 +89,18 @@ def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
 
 
 def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """The plain model of a checkpoint folder, which :func:`find_checkpoint` has verified."""
+    """The plain model of a checkpoint folder, which :func:`find_checkpoint` has verified.
+
+    Raises :class:`CheckpointError` for weights beyond what ``dtype`` holds.
+    """
     reader = CheckpointReader(path)
     model = _empty_model(reader)
-    put_values(model, {name: value.to(dtype) for name, value in merged_weights(reader).items()})
+    weights = {name: value.to(dtype) for name, value in merged_weights(reader).items()}
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        kind = str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"{path}: weights too large for {kind} in {in_short(broken)}; choose another type, or an older checkpoint")
+    put_values(model, weights)
     model.config.dtype = dtype
     return model.eval()
 
@@ -191,6 +199,12 @@ def _damaged_file(folder: Path) -> Path | None:
     return None
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can see at once; None where its config names no limit, or -1 for none."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None
+
+
 def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     """A checkpoint or run folder of this trainer, or a Hugging Face folder; nothing is fetched and no code of it is run.
 
@@ -198,8 +212,7 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     """
     if is_foreign(path):
         model = load_foreign(path, dtype)
-        length = min(HF_LENGTH, int(getattr(model.config, "max_position_embeddings", HF_LENGTH)))
-        plain = DataConfig(train="none", validation="none", sequence_length=length)
+        plain = DataConfig(train="none", validation="none", sequence_length=min(HF_LENGTH, positions_of(model) or HF_LENGTH))
         return LoadedModel(model, nullcontext(path), plain, f"{path} ({type(model).__name__})")
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,8 +64,13 @@ class Metrics:
     def _open(self, step: int) -> None:
         self._keep_until(step)
         self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._open_board(step + 1)
+
+    def _open_board(self, step: int) -> None:
+        """What earlier files of TensorBoard hold from ``step`` on is hidden."""
         if self._tensorboard:
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
+            threading.excepthook = _without_lost_events
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step, flush_secs=10)
 
     def go_back(self, step: int) -> None:
         """Drops what was logged beyond ``step``: the run goes on from there."""
@@ -75,7 +81,7 @@ class Metrics:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step and step > 0:
                     kept.append(line + "\n")
@@ -91,6 +97,8 @@ class Metrics:
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n"
         try:
             self._append(line.encode())
+            if self._board is None:  # its thread has ended with what could not be written
+                self._open_board(step)
             for tag, value in values.items():
                 if self._board is not None and isinstance(value, int | float) and tag not in ONLY_IN_FILE:
                     self._board.add_scalar(tag, value, step)
@@ -98,6 +106,7 @@ class Metrics:
             if not self._losing:
                 log.error("metrics cannot be written (%s): lines are lost until that is mended; training goes on", error.strerror or error)
             self._losing = True
+            self._close_board()
         else:
             self._losing = False
 
@@ -111,12 +120,22 @@ class Metrics:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
-        handle, board, self._handle, self._board = self._handle, self._board, None, None
+        handle, self._handle = self._handle, None
         if handle is not None:
             os.close(handle)
+        self._close_board()
+
+    def _close_board(self) -> None:
+        board, self._board = self._board, None
         if board is not None:
             with contextlib.suppress(OSError):
                 board.close()
+
+
+def _without_lost_events(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread ends with an error of the disk, which the next line of metrics meets again and reports."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 class Progress:

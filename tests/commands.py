@@ -24,6 +24,7 @@ from tests.helpers import ROOT
 
 NOBODY = 65534
 EVALUATE, EXPORT, PLAN = "launch/evaluate.py", "launch/export.py", "launch/plan.py"
+PRETRAIN = "launch/pretrain.py"
 BENCHMARK, DEMO_TEXT, TRAIN = "launch/benchmark_data.py", "launch/demo_text.py", "tokenizer/train.py"
 
 

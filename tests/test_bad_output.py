@@ -11,14 +11,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from transformers import LlamaConfig
 
 from relora_mora.cli import new_folder
+from relora_mora.guard import RunLock
+from relora_mora.tokenizer import load_tokenizer
+from relora_mora.trainer.folder import write_run_folder
 from tests.commands import DEMO_TEXT, EVALUATE, TRAIN, Answer, call, disk, left_in, module_of, permissions_count, refused
 from tests.data_tools import write_shard, write_shards
 from tests.helpers import ROOT
+from tests.runs import LLAMA, run_config
 
 pytestmark = pytest.mark.usefixtures("little_text")
 WRITERS = pytest.mark.parametrize("script", [DEMO_TEXT, TRAIN])
@@ -102,6 +108,23 @@ def test_a_full_disk(inputs: Path, tmp_path: Path, script: str) -> None:
     with disk(tmp_path / "disk", f"size={4 * need}") as folder:
         assert write_output(script, inputs, folder / "out").code == 0
         assert {path.relative_to(folder / "out"): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole
+
+
+@pytest.mark.parametrize("room", range(1, 9, 2), ids=lambda room: f"{4 * room}k")
+def test_a_run_folder_on_a_full_disk(tokenizer_path: str, tmp_path: Path, room: int) -> None:
+    """Whatever finds that out, the error is one of the system and names a place on that disk."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.save_pretrained(str(tmp_path / "hf"))  # its library raises plain Exceptions
+    with disk(tmp_path / "disk", f"size={4 * room}k") as folder:
+        config = run_config(tmp_path, str(tmp_path / "hf"), folder / "run")
+        checked = SimpleNamespace(config=config, model_config=LlamaConfig(**LLAMA), tokenizer_fingerprint="another", bf16=False)
+        lock = RunLock(folder / "run")
+        with pytest.raises(OSError, match="No space left on device") as error:
+            lock.acquire()
+            write_run_folder(checked, 1, 0)  # type: ignore[arg-type]
+        lock.release()
+        assert str(error.value.filename).startswith(str(folder / "run"))
 
 
 @WRITERS

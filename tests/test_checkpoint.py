@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -321,6 +322,17 @@ def test_pieces_make_up_every_parameter_once(folder, damage, says):
     assert STATE in line and says in line
     with pytest.raises(CheckpointError, match="use an older checkpoint"):
         CheckpointReader(folder / "step-00000015")
+
+
+@pytest.mark.parametrize("key", ["master|a|7", "exp_avg|b|0", "exp_avg_sq|b|0"])
+def test_numbers_that_are_not_finite_are_not_read(folder, key):
+    """Whose checksum is right: no resume, export, evaluation or warm start goes on with them."""
+    kind, name, _ = key.split("|")
+    _pieces(lambda tensors: tensors[key].reshape(-1)[-1:].fill_(math.inf))(folder / "step-00000015")
+    reader = CheckpointReader(folder / "step-00000015")
+    with pytest.raises(CheckpointError, match=f"{kind} of {name} holds numbers that are not finite; use an older checkpoint"):
+        reader.piece(kind, name, 0, reader.manifest.numel(name))
+    assert reader.piece(kind, name, 0, 1).isfinite().all()  # the last one was harmed
 
 
 def test_what_is_not_named_like_a_checkpoint_is_none(tmp_path):

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from relora_mora.cli import run
 from relora_mora.config import ConfigError
 from relora_mora.tokenizer import TokenizerError
+from tests.commands import PRETRAIN, call, refused
 
 
 class Called:
@@ -273,3 +274,26 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert (good.returncode, good.stdout, good.stderr) == (0, "1e5 2\n", "")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert "unknown or stray argument: y; see script.py --help" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"RANK": "x"}, "RANK=x in the environment: expected a number from 0 on"),
+        ({"RANK": ""}, "RANK= in the environment"),
+        ({"RANK": "5"}, "RANK=5 in the environment: expected less than WORLD_SIZE, which is 1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 in the environment: expected less than WORLD_SIZE, which is 0"),
+        ({"WORLD_SIZE": "2.5"}, "WORLD_SIZE=2.5"),
+        ({"LOCAL_RANK": "²"}, "LOCAL_RANK=²"),
+        ({"MASTER_PORT": "99999999"}, "MASTER_PORT=99999999 in the environment: expected at most 65535"),
+        ({"DS_ACCELERATOR": "tpu"}, "DS_ACCELERATOR=tpu in the environment: expected one of cpu, cuda"),
+    ],
+)
+def test_nonsense_in_the_environment_is_one_message(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], message: str) -> None:
+    """Also on a rank that is not the first: nobody else may be there to say it."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    refused(call(PRETRAIN, "nowhere.yaml"), message)

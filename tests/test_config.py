@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,35 @@ def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:
         "!!set {a}",
         "a: [",
         "!!timestamp 2026-11-24",
+        "!!timestamp maybe",
+        "!!bool maybe",
+        "!!map text",
+        "!!int {a: 1}",
         "9" * 5000,
+        "#" * (1 << 23),
+        "["
+        + "&a [x, x, x, x, x, x, x, x, x, x]"
+        + "".join(f", &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in pairwise("abcdefghi"))
+        + "]",
     ],
+    ids=lambda text: text[:20],
 )
 def test_yaml_that_is_refused(text: str) -> None:
     with pytest.raises(yaml.YAMLError):
         parse_yaml(text)
+
+
+def test_a_file_that_never_ends_is_refused() -> None:
+    with pytest.raises(ConfigError, match="longer than"):
+        load_config("/dev/zero")
+
+
+def test_merge_keys_are_keys_like_others(tmp_path: Path) -> None:
+    """YAML 1.2 has none; 1.1's would change settings from elsewhere in the file."""
+    assert parse_yaml("<<: {a: 1}\nb: =") == {"<<": {"a": 1}, "b": "="}
+    (tmp_path / "run.yaml").write_text("eval:\n  <<: {every_steps: 3}\n")
+    with pytest.raises(ConfigError, match=re.escape("eval.<<: unknown")):
+        load_config(tmp_path / "run.yaml")
 
 
 def test_rates_may_be_written_with_exponents(tmp_path: Path) -> None:
@@ -207,6 +232,8 @@ def test_combination_at_the_border_that_works(sections_given: dict[str, dict[str
         ("train", "steps", True),
         ("train", "zero_stage", 4),
         ("train", "run_dir", ""),
+        ("train", "run_dir", "a\0b"),
+        ("data", "validation", ["a\0b"]),
         ("train", "precision", "fp16"),
         ("optim", "lr", 0),
         ("optim", "lr", float("nan")),
@@ -264,6 +291,13 @@ def test_files_that_are_no_settings(tmp_path: Path, text: str | None) -> None:
         load_config(path)
     assert len(error.value.faults) == 1
     assert str(path) in str(error.value)
+
+
+def test_a_pattern_without_quotes_of_its_own_says_how_to_give_it(tmp_path: Path) -> None:
+    """The shell has taken one pair; for YAML a star begins an alias."""
+    (tmp_path / "run.yaml").write_text("")
+    with pytest.raises(ConfigError, match=re.escape("""give text with special characters as --data.train='"..."'""")):
+        load_config(tmp_path / "run.yaml", {"data.train": "*.json.gz"})
 
 
 def test_overrides_below_a_value_are_refused(tmp_path: Path) -> None:

@@ -10,15 +10,16 @@ import sys
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, XLNetConfig, XLNetLMHeadModel
 
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.data import load_eval_set
-from relora_mora.evaluate import causal_lm_loss, evaluate, rows_of_documents
+from relora_mora.evaluate import causal_lm_loss, evaluate, is_causal, rows_of_documents
 from relora_mora.export import load_any_model
 from relora_mora.metrics import log
 from relora_mora.model import LossModel, build_model
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
+from tests.commands import EVALUATE, Answer, call, refused
 from tests.data_tools import data_config, write_shard
 from tests.helpers import ROOT
 from tests.tiny import tiny_llama
@@ -144,3 +145,35 @@ def test_what_a_foreign_folder_holds_beside_its_model_is_told(tmp_path, caplog, 
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="an adapter of PEFT beside its model"):
         load_any_model(folder, torch.float32)
+
+
+def _bert(*, is_decoder: bool) -> BertLMHeadModel:
+    config = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertLMHeadModel(BertConfig(**config, is_decoder=is_decoder, initializer_range=0.5)).eval()
+
+
+def test_a_model_that_sees_what_it_predicts_is_refused(source, tokenizer_path, tmp_path):
+    """Its loss would look like a very good one."""
+    torch.manual_seed(0)
+    xlnet = XLNetLMHeadModel(XLNetConfig(vocab_size=320, d_model=16, n_layer=1, n_head=2, d_inner=16, initializer_range=0.5)).eval()
+    for lm in (_bert(is_decoder=False), xlnet):
+        folder = tmp_path / type(lm).__name__
+        lm.save_pretrained(folder)
+        answer = call(EVALUATE, folder, f"--data={source}", f"--tokenizer={tokenizer_path}")
+        refused(answer, str(folder), f"{type(lm).__name__} predicts a token from that token and later ones", notes=_lines(answer) - 1)
+    for lm in (_bert(is_decoder=True), _gpt2()):
+        assert is_causal(lm, torch.device("cpu"))
+
+
+def test_a_loss_that_is_no_number_is_no_result(source, tokenizer_path, tmp_path):
+    lm = _gpt2()
+    with torch.no_grad():
+        lm.transformer.ln_f.weight[0] = math.nan
+    lm.save_pretrained(tmp_path)
+    answer = call(EVALUATE, tmp_path, f"--data={source}", f"--tokenizer={tokenizer_path}")
+    refused(answer, str(tmp_path), "its loss in float32 is nan", notes=_lines(answer) - 1)
+    assert not answer.out
+
+
+def _lines(answer: Answer) -> int:
+    return len(answer.err.splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -236,6 +237,20 @@ def test_a_tokenizer_that_cannot_be_saved_is_named_by_its_place(checkpoint: Path
     change_manifest(checkpoint, lambda values: values["files"].update({f"tokenizer/{path.name}": asdict(file_entry(path))}))
     refused(call(EXPORT, checkpoint, tmp_path / "out"), f"{checkpoint / 'tokenizer'}: transformers cannot save it")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_a_type_cannot_hold_are_refused(model: LlamaForCausalLM, hf_tokenizer: Path, text: str, tmp_path: Path) -> None:
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        large.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
+    checkpoint = tmp_path / "step-00000005"
+    write_checkpoint(checkpoint, large, hf_tokenizer)
+    save_tokenizer(hf_tokenizer, checkpoint / "tokenizer")
+    said = (str(checkpoint), "too large for float16 in model.layers.1.mlp.up_proj.weight")
+    refused(call(EXPORT, checkpoint, tmp_path / "out", "--dtype=float16"), *said)
+    refused(call(EVALUATE, checkpoint, f"--data={text}", "--precision=float16"), *said)
+    assert not (tmp_path / "out").exists()
+    assert call(EXPORT, checkpoint, tmp_path / "out", "--dtype=bfloat16").code == 0
 
 
 # ---- a damaged tokenizer ------------------------------------------------------------------------------------------

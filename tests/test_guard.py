@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -84,6 +85,27 @@ print("up", flush=True)
 while True:
     sys.stderr.write("x" * 2**16)  # a pipe does not hold much, and nobody reads
 """
+
+
+BOTH = """
+import sys, threading
+from pathlib import Path
+from relora_mora.guard import Guard
+from relora_mora.guard.watch import Verdict
+guard = Guard(signals=False)
+both = threading.Barrier(2)
+def end():
+    both.wait()
+    guard.end(Verdict(1, 69, "rank 1 is gone", left=True))
+threading.Thread(target=end).start()
+end()
+"""
+
+
+def test_an_end_that_two_threads_find_is_said_once():
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", BOTH], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (69, "the run ended: rank 1 is gone\n")
 
 
 @pytest.mark.parametrize("phase,signals,code", [("start", 1, 75), ("training", 2, 143)])
@@ -213,6 +235,26 @@ def test_a_lock_is_free_when_its_holder_was_killed(holder, tmp_path):
     assert before is not None and f"pid {holder.pid}" in before
     lock.release()
     assert RunLock(tmp_path).acquire(wait_seconds=0.5) is None  # released: nobody is missing
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_holder_hears_that_its_file_was_removed_or_replaced(replaced, tmp_path, monkeypatch):
+    """Else it would tidy up among the checkpoints of whoever has begun there."""
+    monkeypatch.setattr("relora_mora.guard.lock.TOUCH_SECONDS", 0.05)
+    heard: queue.Queue[str | None] = queue.Queue()
+    lock, other = RunLock(tmp_path / "run", heard.put), RunLock(tmp_path / "other")
+    lock.acquire()
+    other.acquire()
+    with pytest.raises(queue.Empty):
+        heard.get(timeout=0.3)
+    if replaced:
+        other.path.rename(lock.path)
+        assert f"pid {os.getpid()}" in str(heard.get(timeout=5))
+    else:
+        lock.path.unlink()
+        assert heard.get(timeout=5) is None
+    lock.release()
+    other.release()
 
 
 def test_a_lock_waits_for_its_holder_to_end(holder, tmp_path):

@@ -85,7 +85,10 @@ class CheckpointReader:
         return self._files[file]
 
     def piece(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a flattened parameter, float32; kind as in ``layout``."""
+        """Elements [start, start + numel) of a flattened parameter, float32; kind as in ``layout``.
+
+        Raises :class:`CheckpointError` where one is not finite: memory that failed before the checksum was made.
+        """
         out = torch.empty(numel, dtype=torch.float32)
         for piece in self._pieces[kind, name]:
             left, right = max(start, piece.start), min(start + numel, piece.start + piece.numel)
@@ -95,6 +98,8 @@ class CheckpointReader:
                 except SafetensorError as error:
                     raise self._damaged(f"{piece.file}: cannot be read ({error})") from error
                 out[left - start : right - start] = values[left - piece.start : right - piece.start]
+        if not out.isfinite().all():
+            raise CheckpointError(f"{self.folder}: {kind} of {name} holds numbers that are not finite; use an older checkpoint")
         return out
 
     def weight(self, name: str) -> Tensor:

@@ -64,6 +64,18 @@ def _holder(out: Path, target: Path) -> tempfile.TemporaryDirectory[str]:
         raise OSError(number, os.strerror(number), str(out)) from error
 
 
+@contextlib.contextmanager
+def disk_faults_named(folder: Path) -> Iterator[None]:
+    """While ``folder`` is written: an error of its disk becomes an OSError that names a place, which writes and libraries leave out."""
+    try:
+        yield
+    except Exception as error:
+        number = _fault_of_disk(error, folder)
+        if number is None or (isinstance(error, OSError) and place_of(error)):
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
 def _fault_of_disk(error: Exception, folder: Path) -> int | None:
     """The errno of what went wrong while ``folder`` was written; None when it was something else."""
     if isinstance(error, OSError):

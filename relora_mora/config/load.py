@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from relora_mora.config.checks import faults, secret_faults
 from relora_mora.config.explain import doubtful, explain, judgeable
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
+
+MOST_CHARACTERS = 1 << 22  # tens of thousands of sources still fit
+MOST_VALUES = 100_000
 
 
 class ConfigError(ValueError):
@@ -31,20 +34,22 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers (``4e-4`` is one, ``010`` is ten) and no key twice."""
+    """YAML 1.2's numbers (``4e-4`` is one, ``010`` is ten) and keys (``<<`` is one like others), and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        seen = set()
         for key in keys:
             if not isinstance(key, str):
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not a name", problem_mark=node.start_mark)
-            if keys.count(key) > 1:
+            if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands there twice", problem_mark=node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int", ":timestamp", ":bool"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int", ":timestamp", ":bool", ":merge", ":value"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -82,11 +87,18 @@ _Dumper.add_representer(tuple, _Dumper.represent_list)
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML text as plain values; raises yaml.YAMLError, also for what is no plain value (dates, sets, loops of aliases)."""
+    """YAML text as plain values.
+
+    Raises yaml.YAMLError, also for what is no plain value (dates, sets, loops of aliases) and for more than settings hold:
+    a few aliases of aliases stand for billions of values.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise yaml.YAMLError(f"it is longer than {MOST_CHARACTERS:,} characters, which no settings are")
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        _refuse_other_than_plain(value)
-    except (ValueError, TypeError, RecursionError) as error:
+        for count, inner in enumerate(_values_in(value)):
+            _refuse_other_than_plain(inner, count)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # PyYAML's, for a tag on another value
         raise yaml.YAMLError(str(error)) from error
     return value
 
@@ -100,15 +112,19 @@ def explain_yaml(error: yaml.YAMLError | UnicodeDecodeError) -> str:
     return said if mark is None else f"{said} (line {mark.line + 1}, column {mark.column + 1})"
 
 
-def _refuse_other_than_plain(value: Any) -> None:
-    if isinstance(value, dict):
-        for inner in value.values():
-            _refuse_other_than_plain(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            _refuse_other_than_plain(inner)
-    elif not (value is None or isinstance(value, str | int | float | bool)):
+def _values_in(value: Any) -> Iterator[Any]:
+    """The value and all inside it; what several aliases stand for, as often."""
+    yield value
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for inner in inside:
+        yield from _values_in(inner)
+
+
+def _refuse_other_than_plain(value: Any, count: int) -> None:
+    if not (value is None or isinstance(value, dict | list | str | int | float | bool)):
         raise ValueError(f"a {type(value).__name__} is no setting; use texts, numbers, true, false, null, lists and names")
+    if count > MOST_VALUES:
+        raise ValueError(f"it holds more than {MOST_VALUES:,} values, counting what aliases stand for; write it without aliases")
 
 
 def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, world_size: int | None = None) -> Config:
@@ -121,7 +137,8 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, wo
     found: list[str] = []
     tree: dict[str, Any] = {}
     try:
-        tree = _as_tree(parse_yaml(path.read_text(encoding="utf-8")))
+        with path.open(encoding="utf-8") as stream:
+            tree = _as_tree(parse_yaml(stream.read(MOST_CHARACTERS + 1)))
     except OSError as error:
         found.append(f"cannot read it ({error.strerror}); give the path of a YAML file such as configs/run/tiny_remora.yaml")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -179,7 +196,7 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
     try:
         value = parse_yaml(text) if isinstance(text, str) else text
     except yaml.YAMLError as error:
-        return f"--{name}={text}: not YAML: {explain_yaml(error)}"
+        return f"--{name}={text}: not YAML: {explain_yaml(error)}; give text with special characters as --{name}='\"...\"'"
     node = tree
     for key in [section, *keys[:-1]]:
         inner = node.setdefault(key, {})

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 MethodName = Literal["full", "lora", "mora", "relora", "remora"]
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -15,7 +16,14 @@ DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 LARGEST = 2**53  # of any whole number: up to here float64 counts exactly
 LONGEST_SECONDS = 1e9  # what clocks and timers of all libraries can wait for
 
-Text = Annotated[str, Field(min_length=1)]
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("nul", "input should hold no NUL, which no name of a file has")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

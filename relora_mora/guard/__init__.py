@@ -4,6 +4,7 @@
 before its slow imports.
 """
 
+from relora_mora.guard.environment import check_environment
 from relora_mora.guard.exits import FAILED, FINISHED, LOST, LOST_DISK, REQUEUE, USER_ERROR, leave_now, leave_process, record_end
 from relora_mora.guard.guard import LONG_SECONDS, Guard
 from relora_mora.guard.lock import LockError, RunLock
@@ -19,6 +20,7 @@ __all__ = [
     "Guard",
     "LockError",
     "RunLock",
+    "check_environment",
     "leave_now",
     "leave_process",
     "record_end",

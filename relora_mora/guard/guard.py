@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from relora_mora.cli.bounded import bounded
-from relora_mora.guard.exits import LAST_SECONDS, LOST, REQUEUE, leave_now, record_end
+from relora_mora.guard.exits import LAST_SECONDS, LOST, REQUEUE, USER_ERROR, leave_now, record_end
 from relora_mora.guard.launchers import Launchers
 from relora_mora.guard.lock import RunLock, host_id
 from relora_mora.guard.signals import StopSignals
@@ -43,7 +43,8 @@ class Guard:
         self._lock: RunLock | None = None
         self._folder: Path | None = None
         self._training = False
-        self._ended = threading.Lock()
+        self._ended = threading.Lock()  # taken by who records the end
+        self._ending = threading.Lock()  # by who ends the process, for good
         self._closed = threading.Event()
         self._signals = StopSignals(self._first_signal, self._second_signal) if signals else None
         self._launchers = Launchers() if signals else None
@@ -120,7 +121,11 @@ class Guard:
     # ---- of other threads -------------------------------------------------------------------------------------
 
     def end(self, verdict: Verdict) -> None:
-        """Ends the process now, whatever its main thread waits for. The first rank that is left tells the user."""
+        """Ends the process now, whatever its main thread waits for. The first rank that is left tells the user.
+
+        Two threads may find out at the same moment: the first of them ends the process for both.
+        """
+        self._ending.acquire()
         bounded(LAST_SECONDS, lambda: self._tell_end(verdict))
         if verdict.rank != self.rank and not verdict.left and verdict.host == host_id():
             time.sleep(STACKS_SECONDS)
@@ -134,6 +139,14 @@ class Guard:
         self._say(verdict.reason)
         if not verdict.left:  # else that rank has recorded it
             self.record(verdict.code, verdict.reason)
+
+    def lost_folder(self, who: str | None) -> None:
+        """The run folder was removed or moved. What this run has is saved in a new one, unless another trainer (``who``) has begun there."""
+        if who is None:
+            self._ask_to_stop("the run folder was removed or moved")
+            return
+        reason = f"the run folder was removed or moved, and another trainer works there now ({who}): left without saving"
+        leave_now(USER_ERROR, lambda: self._say(reason), lambda: self._tell_peers(USER_ERROR, reason))
 
     def _first_signal(self, number: signal.Signals) -> None:
         self._ask_to_stop(f"{number.name} to rank {self.rank}")

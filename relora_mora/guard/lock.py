@@ -2,7 +2,8 @@
 
 ``RUN/lock`` is held by the first rank with ``flock``, which the kernel gives up with the process, however that ends. The
 file also says who holds it, and the holder touches it every few seconds: on file systems where flock does not reach other
-hosts, a holder elsewhere is alive as long as the time of the file moves.
+hosts, a holder elsewhere is alive as long as the time of the file moves. A holder whose file was removed, with its folder,
+holds nothing any more: another trainer may begin there.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from relora_mora.cli import disk_faults_named
 
 LOCK = "lock"
 TOUCH_SECONDS = 5.0
@@ -33,10 +37,15 @@ class LockError(ValueError):
 
 
 class RunLock:
-    """Held from :meth:`acquire` to :meth:`release` or the end of the process."""
+    """Held from :meth:`acquire` to :meth:`release` or the end of the process.
 
-    def __init__(self, folder: Path) -> None:
+    ``on_loss(who)`` is called, in a thread of the lock's own and once, when the file was removed while it was held: with None,
+    or with who holds the one that stands in its place.
+    """
+
+    def __init__(self, folder: Path, on_loss: Callable[[str | None], object] = lambda who: None) -> None:
         self.path = folder / LOCK
+        self._on_loss = on_loss
         self._handle: int | None = None
         self._released = threading.Event()
 
@@ -53,20 +62,37 @@ class RunLock:
             before = self._content(handle)
             if before and before.get("host_id") != host_id() and not before.get("released"):
                 self._await_silence(handle, before)
-            self._write(handle, released=False)
+            with disk_faults_named(self.path.parent):
+                self._write(handle, released=False)
         except BaseException:
             os.close(handle)
             raise
         self._handle = handle
         # in a thread that does nothing else: a network file system may keep it waiting
-        threading.Thread(target=self._touch, daemon=True, name="lock").start()
+        threading.Thread(target=self._touch, args=(os.fstat(handle),), daemon=True, name="lock").start()
         return None if not before or before.get("released") else _who(before)
 
-    def _touch(self) -> None:
-        """Shows other hosts that the holder lives."""
+    def _touch(self, own: os.stat_result) -> None:
+        """Shows other hosts that the holder lives, as long as the file is its own."""
         while not self._released.wait(TOUCH_SECONDS):
-            with contextlib.suppress(OSError):
+            try:
+                if not os.path.samestat(self.path.stat(), own):
+                    self._on_loss(self._stranger())
+                    return
                 os.utime(self.path)
+            except FileNotFoundError:
+                self._on_loss(None)
+                return
+            except OSError:  # a file system that does not answer for a while
+                continue
+
+    def _stranger(self) -> str:
+        """Who holds the file that is there now."""
+        handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _who(self._content(handle))
+        finally:
+            os.close(handle)
 
     def release(self) -> None:
         self._released.set()

@@ -17,6 +17,7 @@ import torch
 from relora_mora.build import Checked, plain_model_config
 from relora_mora.checkpoint.layout import write_synced
 from relora_mora.checkpoint.places import remove
+from relora_mora.cli import disk_faults_named
 from relora_mora.config import dump
 from relora_mora.tokenizer import is_tokenizer, save_tokenizer
 
@@ -25,6 +26,12 @@ def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
     """What makes a run folder explain itself: settings, command, versions, commit, model, tokenizer. First rank only."""
     folder = Path(checked.config.train.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    with disk_faults_named(folder):
+        _write(folder, checked, world_size, step)
+    return folder
+
+
+def _write(folder: Path, checked: Checked, world_size: int, step: int) -> None:
     write_synced(folder / "config.yaml", dump(checked.config))  # a resume looks there for the revision of the data
     write_synced(folder / "model.json", json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
     tokenizer = folder / "tokenizer"
@@ -36,7 +43,6 @@ def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
         work.rename(tokenizer)
     with (folder / "starts.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(_start_record(checked, world_size, step)) + "\n")
-    return folder
 
 
 def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any]:

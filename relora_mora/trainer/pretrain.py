@@ -127,7 +127,7 @@ def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -
 
 def _lock(guard: Guard, folder: Path) -> str:
     """Takes the lock of the run folder and returns what stands in it."""
-    lock = RunLock(folder)
+    lock = RunLock(folder, guard.lost_folder)
     before = lock.acquire()
     guard.hold(lock)
     if before is not None:

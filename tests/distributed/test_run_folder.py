@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from relora_mora.guard import RunLock
 from tests.commands import disk
 from tests.jobs import Job, ends, write_config
 from tests.runs import metrics, run_config, write_inputs
@@ -51,6 +53,31 @@ def test_a_disk_that_is_full_for_a_while_costs_lines_and_checkpoints_only(inputs
         assert steps[-1] == 250 and len(steps) < 250
         assert ends(run_dir)[-1]["code"] == 0
         assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000250\n"
+
+
+@pytest.mark.stops
+def test_a_run_whose_folder_is_removed_saves_and_ends(inputs, tokenizer_path, tmp_path):
+    run_dir = tmp_path / "run"
+    job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=100_000))
+    job.wait_for_step(run_dir, 15)
+    run_dir.rename(tmp_path / "moved")
+    assert job.wait() == 75, job.output
+    assert "the run folder was removed or moved" in job.output and "Traceback" not in job.output
+    assert (run_dir / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.stops
+def test_a_run_leaves_alone_what_another_trainer_began_in_its_folder(inputs, tokenizer_path, tmp_path):
+    """As where a run is thrown away and begun anew, and its processes were forgotten."""
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=100_000))
+    job.wait_for_step(run_dir, 15)
+    other = RunLock(elsewhere)
+    other.acquire()
+    other.path.replace(run_dir / "lock")
+    assert job.wait() == 2, job.output
+    assert f"another trainer works there now (host {socket.gethostname()}, pid {os.getpid()}" in job.output
+    other.release()
 
 
 def test_nothing_of_a_run_is_writable_for_everybody(inputs, tokenizer_path, tmp_path):
