@@ -254,6 +254,7 @@ def test_a_pod_that_is_alone_is_started_again_until_the_others_come(tokenizer_pa
     assert "rank 1 of 2 did not meet the others" in said and action_after(started[1].returncode) == "Ignore"
 
 
+@pytest.mark.stops
 @pytest.mark.distributed
 def test_a_drained_pod_is_saved_and_the_same_pods_go_on_to_the_end(tokenizer_path: str, tmp_path: Path) -> None:
     inputs, run_dir = write_inputs(tmp_path / "inputs"), tmp_path / "run"

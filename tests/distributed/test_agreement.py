@@ -40,6 +40,7 @@ def with_a_stopped_worker(config: Any) -> str:
     return ""
 
 
+@pytest.mark.stops
 def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     data = {"workers": 1, "timeout_seconds": 3.0, "prefetch_batches": 1}

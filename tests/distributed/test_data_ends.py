@@ -77,6 +77,7 @@ def test_too_many_bad_lines_stop_all_ranks_at_the_same_step(pools, inputs, token
     assert again[0][1].splitlines()[0] == answers[0][1].splitlines()[0]
 
 
+@pytest.mark.stops
 def test_a_killed_data_worker_ends_the_job_with_its_state_saved(inputs, tokenizer_path, tmp_path):
     run_dir = tmp_path / "run"
     settings = run_config(

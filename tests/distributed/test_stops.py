@@ -92,7 +92,12 @@ def test_a_signal_during_the_start_ends_it(config):
 
 @pytest.mark.parametrize(
     "how,lost",
-    [("killed", 1), pytest.param("killed", 0, marks=also), pytest.param("hangs", 1, marks=also), pytest.param("hangs", 0, marks=also)],
+    [
+        pytest.param("killed", 1, marks=also),
+        pytest.param("killed", 0, marks=also),
+        pytest.param("hangs", 1, marks=also),
+        pytest.param("hangs", 0, marks=also),
+    ],
 )
 def test_a_lost_rank_ends_the_job_and_is_named(config, lost, how):
     run_dir = config.parent / "run"
