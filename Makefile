@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
 
-test: $(VENV)/.installed-dev  ## all tests, under 15 minutes on two cores
+test: $(VENV)/.installed-dev  ## all tests but those of the targets below
 	$(BIN)/python -m pytest
 
 test-elastic: $(VENV)/.installed-dev  ## every move between 1, 2, 4 ranks and ZeRO 0-3, three methods
