@@ -46,6 +46,7 @@ def main(
     from relora_mora.data import load_eval_set
     from relora_mora.evaluate import causal_lm_loss, evaluate, is_causal
     from relora_mora.export import DTYPES, load_any_model, positions_of
+    from relora_mora.hardware import ran_out_of_memory
     from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
     if precision not in DTYPES:
@@ -78,7 +79,7 @@ def main(
     try:
         result = evaluate(causal_lm_loss(lm), eval_set, micro_batch_size=rows, device=device)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if ran_out_of_memory(error):
             raise ValueError(f"--micro_batch_size: {rows} sequences of {length} tokens need more memory than there is; lower it") from error
         raise
     assert result is not None, "nobody stops it"
