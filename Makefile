@@ -31,9 +31,9 @@ bench-cluster: $(VENV)/.installed-dev  ## step times of two hosts over slow link
 	$(BIN)/python -m tests.cluster.slow_links
 
 bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether they run, not how fast
-	$(BIN)/python launch/benchmark.py configs/model/llama_tiny.json --methods=full,remora,remora_released,relora,plain --tokens=1024 \
+	$(BIN)/python -m launch.benchmark steps configs/model/llama_tiny.json --methods=full,remora,remora_released,relora,plain --tokens=1024 \
 	  --sequence_length=256 --rank=32 --repeats=3 --warmup=1
-	DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 --master-port=29717 launch/benchmark.py \
+	DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 --master-port=29717 -m launch.benchmark steps \
 	  configs/model/llama_tiny.json --methods=full,remora --tokens=1024 --sequence_length=256 --rank=32 --zero_stage=2 --repeats=3 --warmup=1
 
 test-fast: $(VENV)/.installed-dev  ## unit tests only

@@ -42,7 +42,10 @@ def main() -> int:
         [*launcher, "launch/pretrain.py", CONFIG, f"--train.micro_batch_size={min(8, 16 // ranks)}"],
     )
     if not (DEMO / "export" / "config.json").exists():
-        _run("4/5 export: adapters merged, a plain LLaMA", [sys.executable, "launch/export.py", str(DEMO / "run"), str(DEMO / "export")])
+        _run(
+            "4/5 export: adapters merged, a plain LLaMA",
+            [sys.executable, "launch/export.py", str(DEMO / "run"), str(DEMO / "export")],
+        )
     else:
         _say(f"4/5 export: {DEMO / 'export'} is there already")
     _say("5/5 the export continues text, with plain transformers")
@@ -88,7 +91,9 @@ def _generate() -> None:
     torch.manual_seed(0)
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        out = model.generate(**ids, max_new_tokens=40, do_sample=True, temperature=0.7, top_k=40, pad_token_id=tokenizer.eos_token_id)
+        out = model.generate(
+            **ids, max_new_tokens=40, do_sample=True, temperature=0.7, top_k=40, pad_token_id=tokenizer.eos_token_id
+        )
         print("> " + " ".join(tokenizer.decode(out[0], skip_special_tokens=True).split()), flush=True)
 
 
@@ -97,7 +102,9 @@ def _report(seconds: float) -> None:
     evals = [line for line in lines if "eval/perplexity" in line]
     merges = [line["step"] for line in lines if "merge/layers" in line]
     _say(f"done in {seconds:.0f} s")
-    print("validation perplexity: " + ", ".join(f"step {line['step']}: {line['eval/perplexity']:.1f}" for line in evals))
+    print(
+        "validation perplexity: " + ", ".join(f"step {line['step']}: {line['eval/perplexity']:.1f}" for line in evals)
+    )
     print(f"merges after steps {', '.join(map(str, merges))}")
     print(f"""
 Look at the curves:       .venv/bin/tensorboard --logdir {DEMO / "run"} --host localhost

@@ -25,7 +25,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from relora_mora.cli import new_folder, run
+from relora_mora.cli import run
+from relora_mora.system.files import new_folder
 
 MARKER = "demo_text.json"
 TIMESTAMP = "1970-01-01T00:00:00Z"  # docstrings were never crawled; a constant keeps the files the same
@@ -36,7 +37,8 @@ MOST_PROCESSES = 256
 _MAX_FILE_BYTES = 1_000_000  # longer modules are generated tables
 _SKIPPED_FOLDERS = {"tests", "test", "testing", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 _COMMON_WORD = re.compile(
-    r"\b(?:an?|and|are|as|at|be|by|can|for|from|has|if|in|into|is|it|not|of|on|or|that|the|this|to|when|which|will|with)\b", re.IGNORECASE
+    r"\b(?:an?|and|are|as|at|be|by|can|for|from|has|if|in|into|is|it|not|of|on|or|that|the|this|to|when|which|will|with)\b",
+    re.IGNORECASE,
 )
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 _NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -84,7 +86,9 @@ def finished(out: Path, max_bytes: int) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         complete = False
     if not complete:
-        raise DemoTextError(f"{out}: holds something else than a complete demo text; remove it, or choose another --out")
+        raise DemoTextError(
+            f"{out}: holds something else than a complete demo text; remove it, or choose another --out"
+        )
     if counts["max_bytes"] != max_bytes:
         raise DemoTextError(
             f"{out}: was written with --max_bytes={counts['max_bytes']}, not {max_bytes}; remove it, or choose another --out"
@@ -134,7 +138,9 @@ def prose(text: str) -> str:
         if stripped.startswith("```"):
             fenced = not fenced
             continue
-        example = bool(stripped) and (example or stripped.startswith((">>>", "In [")))  # and its output, up to a blank line
+        example = bool(stripped) and (
+            example or stripped.startswith((">>>", "In ["))
+        )  # and its output, up to a blank line
         if fenced or example or (not stripped and (not kept or not kept[-1])):
             continue
         kept.append(line.rstrip())
@@ -183,7 +189,10 @@ def _write_sides(sides: dict[str, list[Document]], folder: Path) -> dict[str, An
     counts: dict[str, Any] = {"shards": {}}
     for side, documents in sides.items():
         shards = TRAIN_SHARDS if side == "train" else 1
-        counts[side] = {"documents": len(documents), "bytes": sum(len(document["text"].encode()) for document in documents)}
+        counts[side] = {
+            "documents": len(documents),
+            "bytes": sum(len(document["text"].encode()) for document in documents),
+        }
         (folder / side).mkdir(parents=True)
         for shard in range(shards):
             name = f"{side}/demo-{side}.{shard:05}-of-{shards:05}.json.gz"
@@ -211,7 +220,13 @@ def _file_docstrings(task: tuple[Path, Path]) -> list[Document]:
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
         found = [(name, prose(text)) for name, text in _docstrings_below(tree, "")]
-    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):  # not this Python's language, or not readable
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+    ):  # not this Python's language, or not readable
         return []
     url = f"python://{file.relative_to(root).as_posix()}"
     return [_document(text, f"{url}#{name}") for name, text in found if is_english(text)]

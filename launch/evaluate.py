@@ -45,8 +45,8 @@ def main(
 
     from relora_mora.data import load_eval_set
     from relora_mora.evaluate import causal_lm_loss, evaluate, is_causal
-    from relora_mora.export import DTYPES, load_any_model, positions_of
-    from relora_mora.hardware import ran_out_of_memory
+    from relora_mora.pretrained import DTYPES, load_any_model, positions_of
+    from relora_mora.system.hardware import ran_out_of_memory
     from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
     if precision not in DTYPES:
@@ -56,7 +56,9 @@ def main(
     length = settings.sequence_length
     positions = positions_of(loaded.model)
     if positions is not None and length > positions:
-        raise ValueError(f"--sequence_length: got {length}, but {model} has {positions} positions; give at most {positions}")
+        raise ValueError(
+            f"--sequence_length: got {length}, but {model} has {positions} positions; give at most {positions}"
+        )
     with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
         check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.vocab_size)
         eval_set = load_eval_set(
@@ -69,7 +71,9 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm = loaded.model.to(device).eval()
     if not is_causal(lm, device):
-        raise ValueError(f"{model}: {type(lm).__name__} predicts a token from that token and later ones; give a causal language model")
+        raise ValueError(
+            f"{model}: {type(lm).__name__} predicts a token from that token and later ones; give a causal language model"
+        )
     alone = ", each document alone" if settings.document_mask else ""
     print(
         f"{loaded.description}: {eval_set.predicted:,} tokens of {eval_set.documents:,} documents in sequences of {length}{alone}",
@@ -80,11 +84,15 @@ def main(
         result = evaluate(causal_lm_loss(lm), eval_set, micro_batch_size=rows, device=device)
     except (MemoryError, RuntimeError) as error:
         if ran_out_of_memory(error):
-            raise ValueError(f"--micro_batch_size: {rows} sequences of {length} tokens need more memory than there is; lower it") from error
+            raise ValueError(
+                f"--micro_batch_size: {rows} sequences of {length} tokens need more memory than there is; lower it"
+            ) from error
         raise
     assert result is not None, "nobody stops it"
     if not math.isfinite(result.loss):
-        raise ValueError(f"{model}: its loss in {precision} is {result.loss}; choose another --precision, or whole weights")
+        raise ValueError(
+            f"{model}: its loss in {precision} is {result.loss}; choose another --precision, or whole weights"
+        )
     print(json.dumps(result.as_dict()))
 
 

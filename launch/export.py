@@ -15,7 +15,8 @@ def main(checkpoint: str, out: str, *, dtype: str = "float32") -> None:
         out: the folder to write; it must be new or empty
         dtype: float32, bfloat16 or float16
     """
-    from relora_mora.export import DTYPES, export
+    from relora_mora.export import export
+    from relora_mora.pretrained import DTYPES
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype}, expected one of {', '.join(DTYPES)}")

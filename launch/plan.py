@@ -47,13 +47,22 @@ def main(
         if rate is not None and not (math.isfinite(rate) and rate > 0):
             raise ValueError(f"--{name}: got {rate}, expected a finite rate above 0")
     if world_size is not None and (nodes is not None or gpus_per_node is not None):
-        raise ValueError("--world_size: given beside --nodes or --gpus_per_node; give it alone, for one host, or those two")
+        raise ValueError(
+            "--world_size: given beside --nodes or --gpus_per_node; give it alone, for one host, or those two"
+        )
     if nodes is not None and nodes > 1 and gpus_per_node is None:
-        raise ValueError(f"--gpus_per_node: not given with --nodes={nodes}; say how many devices each host has, e.g. --gpus_per_node=8")
-    from relora_mora.fit import check_adapters
-    from relora_mora.hardware import device_here, fast_bf16, peak_flops  # takes seconds: arguments are checked before
-    from relora_mora.model_config import check_length, read_model_config
-    from relora_mora.plan import Cluster, make_plan, named_device, render
+        raise ValueError(
+            f"--gpus_per_node: not given with --nodes={nodes}; say how many devices each host has, e.g. --gpus_per_node=8"
+        )
+    from relora_mora.model import check_length, read_model_config
+    from relora_mora.plan import Cluster, make_plan, render
+    from relora_mora.system.devices import named_device
+    from relora_mora.system.hardware import (  # takes seconds: arguments are checked before
+        device_here,
+        fast_bf16,
+        peak_flops,
+    )
+    from relora_mora.train.fit import check_adapters
 
     here = device_here()
     chosen = here if device is None else named_device(device)

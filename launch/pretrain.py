@@ -7,7 +7,7 @@ import sys
 
 from relora_mora.cli import run
 from relora_mora.config import load_config
-from relora_mora.guard import FAILED, LOST, Guard, check_environment, leave_process
+from relora_mora.supervise import FAILED, LOST, Guard, check_environment, leave_process
 
 
 def main(config: str, **overrides: str) -> int:
@@ -23,9 +23,9 @@ def main(config: str, **overrides: str) -> int:
     world_size = check_environment()
     guard = Guard()  # before anything that takes time
     settings = load_config(config, overrides, world_size=world_size)
-    from relora_mora.cycle import MergeError
-    from relora_mora.distributed import JoinError
-    from relora_mora.trainer import TrainingError, pretrain  # takes seconds to import: settings are checked before
+    from relora_mora.distributed.join import JoinError
+    from relora_mora.merging import MergeError
+    from relora_mora.train import TrainingError, pretrain  # takes seconds to import: settings are checked before
 
     try:
         return pretrain(settings, guard)

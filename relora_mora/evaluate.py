@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from relora_mora.config import Config
 from relora_mora.data import EvalSet, load_eval_set
-from relora_mora.model import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
+from relora_mora.model.loss import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
 
 MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -43,7 +43,12 @@ class EvalResult:
         return self.nats / math.log(2) / self.utf8_bytes
 
     def as_dict(self) -> dict[str, float | int]:
-        return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte, "tokens": self.tokens}
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+        }
 
 
 def held_out(config: Config) -> EvalSet:
@@ -129,21 +134,28 @@ def rows_of_documents(input_ids: Tensor, labels: Tensor, document_ids: Tensor) -
         count = input_ids.numel() // len(pieces[0][0])
         inputs, targets = zip(*pieces[:count], strict=True)
         pieces = pieces[count:]
-        yield pad_sequence(list(inputs), batch_first=True), pad_sequence(list(targets), batch_first=True, padding_value=IGNORE)
+        yield (
+            pad_sequence(list(inputs), batch_first=True),
+            pad_sequence(list(targets), batch_first=True, padding_value=IGNORE),
+        )
 
 
 def _loss_of_rows(lm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """Mean nats of labels [b, T]; a LLaMA's logits are never whole, others' in float32 in chunks."""
     if isinstance(lm, LlamaForCausalLM):
         head = lm.get_output_embeddings().weight
-        return lambda input_ids, labels: chunked_cross_entropy(lm.model(input_ids, use_cache=False).last_hidden_state, head, labels)
+        return lambda input_ids, labels: chunked_cross_entropy(
+            lm.model(input_ids, use_cache=False).last_hidden_state, head, labels
+        )
 
     def mean_loss(input_ids: Tensor, labels: Tensor) -> Tensor:
         logits = lm(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)  # [N, V]
         target = labels.flatten()
         rows = loss_chunk(logits.shape[0], logits.shape[1], bytes_per_logit(logits.dtype, in_place=False))
         pieces = zip(logits.split(rows), target.split(rows), strict=True)
-        total = torch.stack([F.cross_entropy(piece.float(), want, ignore_index=IGNORE, reduction="sum") for piece, want in pieces]).sum()
+        total = torch.stack(
+            [F.cross_entropy(piece.float(), want, ignore_index=IGNORE, reduction="sum") for piece, want in pieces]
+        ).sum()
         return total / (target != IGNORE).sum().clamp(min=1)
 
     return mean_loss

@@ -32,7 +32,9 @@ def square_size(in_features: int, out_features: int, rank: int) -> int:
     MoRA (arXiv 2405.12130, section 3.2) floors; the released code rounds and so can exceed the budget.
     """
     if min(in_features, out_features, rank) < 1:
-        raise ValueError(f"square_size needs positive sizes, got in_features={in_features}, out_features={out_features}, rank={rank}")
+        raise ValueError(
+            f"square_size needs positive sizes, got in_features={in_features}, out_features={out_features}, rank={rank}"
+        )
     return math.isqrt((in_features + out_features) * rank)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from relora_mora.adapters import adapter_layers, adapter_parameters
 from relora_mora.config import Config
+from relora_mora.methods.layers import adapter_layers, adapter_parameters
 from relora_mora.schedule import Schedule
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's running means, by the names of its state
@@ -73,7 +73,11 @@ def build_optimizer(model: nn.Module, groups: list[ParameterGroup], config: Conf
     parameters = dict(model.named_parameters())
     return torch.optim.AdamW(
         [
-            {"params": [parameters[name] for name in group.parameters], "weight_decay": group.weight_decay, "name": group.name}
+            {
+                "params": [parameters[name] for name in group.parameters],
+                "weight_decay": group.weight_decay,
+                "name": group.name,
+            }
             for group in groups
         ],
         lr=0.0,

@@ -95,7 +95,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
     texts = [_utf8(text) for text in texts]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"] if texts else []
+        return (
+            tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            if texts
+            else []
+        )
     backend.encode_special_tokens = True  # lost when a tokenizer is pickled, as for a worker process
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -131,7 +135,11 @@ def tokenizer_fingerprint(path: str | Path) -> str:
     if content is None:
         content = sorted(load_tokenizer(path).get_vocab().items())
     else:  # what follows changes no id of a text
-        content = {key: value for key, value in content.items() if key not in ("truncation", "padding", "post_processor", "decoder")}
+        content = {
+            key: value
+            for key, value in content.items()
+            if key not in ("truncation", "padding", "post_processor", "decoder")
+        }
     return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -162,11 +170,20 @@ def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | P
                 shutil.copyfile(model, out / MODEL_FILE)
             saved = _auto(out)
         written = [saved.encode(text, add_special_tokens=False) for text in HARD_TEXTS]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of values of another kind; those of a disk are others
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # of values of another kind; those of a disk are others
         said = " ".join(str(error).split())
-        raise TokenizerError(f"{tokenizer.name_or_path}: transformers cannot save it ({said}); mend its tokenizer_config.json") from error
+        raise TokenizerError(
+            f"{tokenizer.name_or_path}: transformers cannot save it ({said}); mend its tokenizer_config.json"
+        ) from error
     if written != encode(tokenizer, HARD_TEXTS) or saved.eos_token_id != tokenizer.eos_token_id:
-        raise TokenizerError(f"{out}: the saved tokenizer gives other ids than {tokenizer.name_or_path}; report this with the tokenizer")
+        raise TokenizerError(
+            f"{out}: the saved tokenizer gives other ids than {tokenizer.name_or_path}; report this with the tokenizer"
+        )
 
 
 def open_sentencepiece(path: str | Path) -> SentencePieceProcessor:
@@ -201,7 +218,9 @@ def _sentencepiece_file(path: Path) -> Path | None:
     processor = _processor(model) if described is not None else open_sentencepiece(model)
     if processor is None:  # a tiktoken file of that name, as with Llama 3
         return None
-    if described is None or _names(described, path) == {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}:
+    if described is None or _names(described, path) == {
+        processor.id_to_piece(i): i for i in range(processor.get_piece_size())
+    }:
         return model
     return None
 
@@ -233,7 +252,9 @@ def _processor(model: Path) -> SentencePieceProcessor | None:
 
 
 def _from_model(model: Path, given: Path) -> PreTrainedTokenizerBase:
-    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:  # alone: other files of its folder would change the class
+    with tempfile.TemporaryDirectory(
+        prefix="tokenizer-"
+    ) as folder:  # alone: other files of its folder would change the class
         shutil.copyfile(model, Path(folder, MODEL_FILE))
         tokenizer = _auto(Path(folder), split_special_tokens=True)
     tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(given)
@@ -262,10 +283,18 @@ def _auto(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **settings
+        )
     except Exception as error:  # transformers raises nearly any kind of error here
-        raise TokenizerError(f"{folder}: transformers cannot load this tokenizer ({' '.join(str(error).split())}); {_EXPECTED}") from error
-    for key in ("is_local", "local_files_only", "auto_map"):  # would be written into tokenizer_config.json: of this call, names of code
+        raise TokenizerError(
+            f"{folder}: transformers cannot load this tokenizer ({' '.join(str(error).split())}); {_EXPECTED}"
+        ) from error
+    for key in (
+        "is_local",
+        "local_files_only",
+        "auto_map",
+    ):  # would be written into tokenizer_config.json: of this call, names of code
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
@@ -284,7 +313,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not JSON ({error}); fetch or save the tokenizer again") from error
     if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: holds a {type(content).__name__}, expected an object; fetch or save the tokenizer again")
+        raise TokenizerError(
+            f"{path}: holds a {type(content).__name__}, expected an object; fetch or save the tokenizer again"
+        )
     return content
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.jobs import kill_all
-from tests.tokenizer_tools import train_tokenizer
+from tests.tools.jobs import kill_all
+from tests.tools.pool import Pool
+from tests.tools.tokenizer_tools import train_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,13 @@ def no_job_outlives_its_test() -> Iterator[None]:
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a small sentencepiece model (byte fallback, 300 pieces), trained on the spot."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    text = ["the rank of a merge", "matrix over the rank", "größer als the matrix", "one more of the same", "0123456789 - abcdefghij"]
+    text = [
+        "the rank of a merge",
+        "matrix over the rank",
+        "größer als the matrix",
+        "one more of the same",
+        "0123456789 - abcdefghij",
+    ]
     train_tokenizer(folder, text)
     return str(folder)
 
@@ -31,3 +38,21 @@ def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("other_tokenizer")
     train_tokenizer(folder, ["another text", "with other words", "of which some are long"])
     return str(folder)
+
+
+class Pools:
+    def __init__(self) -> None:
+        self.by_size: dict[int, Pool] = {}
+
+    def __call__(self, world_size: int) -> Pool:
+        if world_size not in self.by_size or self.by_size[world_size].is_broken:
+            self.by_size[world_size] = Pool(world_size)
+        return self.by_size[world_size]
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Pools]:
+    pools = Pools()
+    yield pools
+    for pool in pools.by_size.values():
+        pool.close()

@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from relora_mora.config import Config
-from tests.helpers import ROOT
+from tests.tools.helpers import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tokenizer/*.md")])
 # files whose comments are instructions to a user, too
@@ -29,7 +29,15 @@ INSTRUCTIONS = [
 SECTIONS = Config.model_fields
 SCRIPTS = ("launch/evaluate.py", "launch/export.py", "launch/plan.py", "tokenizer/train.py")
 # DOCUMENTS is no test by itself: a glob that matches nothing would make all of them pass
-REQUIRED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/checkpoints.md", "docs/data.md", "docs/method.md", "docs/settings.md")
+REQUIRED = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/checkpoints.md",
+    "docs/data.md",
+    "docs/method.md",
+    "docs/settings.md",
+)
 
 
 def name(path: Path) -> str:
@@ -42,7 +50,9 @@ def syntax(path: str) -> list[ast.stmt]:
 
 
 def literal(path: str, variable: str) -> Any:
-    values = [node.value for node in syntax(path) if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == variable]
+    values = [
+        node.value for node in syntax(path) if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == variable
+    ]
     return ast.literal_eval(values[0])
 
 
@@ -69,7 +79,11 @@ def is_setting(dotted: str) -> bool:
 
 def blocks(text: str) -> list[str]:
     """What stands in fenced blocks of commands."""
-    return [block for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if language in ("", "bash")]
+    return [
+        block
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        if language in ("", "bash")
+    ]
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -141,7 +155,9 @@ def test_the_readme_shows_the_message_that_the_program_gives(monkeypatch: pytest
     from relora_mora.config import ConfigError, load_config
 
     monkeypatch.chdir(ROOT)
-    shown = re.search(r"^\$ python launch/pretrain\.py (\S+) (.+)\n((?:.+\n)+?)```", (ROOT / "README.md").read_text(), re.MULTILINE)
+    shown = re.search(
+        r"^\$ python launch/pretrain\.py (\S+) (.+)\n((?:.+\n)+?)```", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
     assert shown is not None
     overrides = dict(word.removeprefix("--").split("=", 1) for word in shown[2].split())
     with pytest.raises(ConfigError) as raised:
@@ -152,7 +168,7 @@ def test_the_readme_shows_the_message_that_the_program_gives(monkeypatch: pytest
 def test_metrics_that_are_described_are_written_and_the_other_way_round() -> None:
     sources = "".join(
         (ROOT / "relora_mora" / file).read_text()
-        for file in ("trainer/trainer.py", "trainer/report.py", "trainer/rollback.py", "evaluate.py")
+        for file in ("train/loop.py", "train/report.py", "train/rollback.py", "train/startup.py", "evaluate.py")
     )
     written = set(re.findall(r'"((?:train|perf|merge|checkpoint)/[a-z_]+)', sources)) - {"train/lr_"}
     table = (ROOT / "README.md").read_text().partition("| tag |")[2].partition("\n\n")[0]
@@ -165,13 +181,17 @@ def test_the_documents_say_what_may_change_at_a_resume() -> None:
     table = text.partition("| may differ |")[2].partition("\n\n")[0]
     first_column = "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
     named = set(re.findall(r"`([a-z_]+\.[a-z_]+)`", first_column))
-    assert named == literal("relora_mora/build.py", "FREE_SETTINGS")
-    assert all(f"`{section}`" in first_column for section in literal("relora_mora/build.py", "FREE_SECTIONS"))
+    assert named == literal("relora_mora/train/resume.py", "FREE_SETTINGS")
+    assert all(f"`{section}`" in first_column for section in literal("relora_mora/train/resume.py", "FREE_SECTIONS"))
 
 
 def test_the_documents_describe_every_field_of_a_manifest() -> None:
     table = (ROOT / "docs" / "checkpoints.md").read_text().partition("`manifest.json` |")[2].partition("\n\n")[0]
-    [manifest] = [node for node in syntax("relora_mora/checkpoint/layout.py") if isinstance(node, ast.ClassDef) and node.name == "Manifest"]
+    [manifest] = [
+        node
+        for node in syntax("relora_mora/checkpoint/layout.py")
+        if isinstance(node, ast.ClassDef) and node.name == "Manifest"
+    ]
     fields = {ast.unparse(node.target) for node in manifest.body if isinstance(node, ast.AnnAssign)}
     assert "step" in fields and set(re.findall(r"`(\w+)`", table)) >= {*fields, "format", "version"}
 
@@ -179,7 +199,20 @@ def test_the_documents_describe_every_field_of_a_manifest() -> None:
 def test_no_tracked_text_names_a_path_of_somebodys_machine() -> None:
     home = re.compile(r"(?<![\w.])/(?:home|root|Users|work|mnt|scratch)/(?!\.cache/pip)[\w.-]+")
     listed = subprocess.run(
-        ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "*.md", "*.yaml", "*.sbatch", "Dockerfile", "launch"],
+        [
+            "git",
+            "-C",
+            ROOT,
+            "ls-files",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+            "*.md",
+            "*.yaml",
+            "*.sbatch",
+            "Dockerfile",
+            "launch",
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -190,7 +223,11 @@ def test_no_tracked_text_names_a_path_of_somebodys_machine() -> None:
 
 
 def test_the_hostfile_has_the_form_that_deepspeed_reads() -> None:
-    lines = [line for line in (ROOT / "launch" / "hostfile.example").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "launch" / "hostfile.example").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert lines and all(re.fullmatch(r"\S+ slots=\d+", line) for line in lines)
     assert len({line.split()[0] for line in lines}) == len(lines)
 
@@ -232,7 +269,9 @@ def launches(path: Path) -> Iterator[str]:
         found = [*blocks(text), *(code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", prose))]
     else:
         found = ["\n".join(re.findall(r"^#   +(.+)$", text, re.MULTILINE))]
-    starts_one = re.compile(r"(?=.*configs/run/\S+\.yaml).*(?:launch/pretrain\.py|pretrain\.sbatch|docker (?:run|compose))")
+    starts_one = re.compile(
+        r"(?=.*configs/run/\S+\.yaml).*(?:launch/pretrain\.py|pretrain\.sbatch|docker (?:run|compose))"
+    )
     for block in found:
         for line in re.sub(r"\\\n *", "", block).splitlines():
             command = re.split(r" {2,}#|; done", line)[0].strip()
@@ -245,7 +284,9 @@ def ranks_of(command: str) -> int | None:
     given = {option: int(number) for option, number in re.findall(r"(?:--|\b)([\w-]+)[= ](\d+)\b", command)}
     if "sbatch" in command:
         text = (ROOT / "launch" / "slurm" / "pretrain.sbatch").read_text()
-        shipped = {option: int(number) for option, number in re.findall(r"^#SBATCH --([a-z-]+)=(\d+)$", text, re.MULTILINE)}
+        shipped = {
+            option: int(number) for option, number in re.findall(r"^#SBATCH --([a-z-]+)=(\d+)$", text, re.MULTILINE)
+        }
         job = shipped | given
         assert job["gpus-per-node"] in (0, job["ntasks-per-node"]), command
         return job["nodes"] * job["ntasks-per-node"]
@@ -268,21 +309,40 @@ LAUNCHES = sorted(
 
 
 def test_launches_of_every_kind_are_found() -> None:
-    kinds = ("sbatch", "DS_ACCELERATOR=cpu sbatch", "torchrun", "deepspeed --num", "deepspeed --host", "python", "GPUS=", "docker run")
+    kinds = (
+        "sbatch",
+        "DS_ACCELERATOR=cpu sbatch",
+        "torchrun",
+        "deepspeed --num",
+        "deepspeed --host",
+        "python",
+        "GPUS=",
+        "docker run",
+    )
     assert all(any(command.startswith(kind) for _, command in LAUNCHES) for kind in kinds)
     where = {path for path, _ in LAUNCHES}
-    assert where >= {"README.md", "docs/clusters.md", "docs/experiments.md", "launch/slurm/pretrain.sbatch", "compose.yaml"}
+    assert where >= {
+        "README.md",
+        "docs/clusters.md",
+        "docs/experiments.md",
+        "launch/slurm/pretrain.sbatch",
+        "compose.yaml",
+    }
     found = {command: ranks_of(command) for _, command in LAUNCHES}
     assert {1, 2, 4, 8, 32} <= set(found.values()) and None not in found.values(), "say how many"
 
 
 @pytest.mark.parametrize("path,command", LAUNCHES)
-def test_the_config_of_a_launch_suits_its_number_of_ranks(path: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_of_a_launch_suits_its_number_of_ranks(
+    path: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from relora_mora.config import load_config
 
     monkeypatch.chdir(ROOT)
     [config] = re.findall(r"configs/run/\S+?\.yaml", command)
-    words = shlex.split(command.replace('CONFIG="', "").replace('" docker', " docker").replace("$SLURM_ARRAY_TASK_ID", "1"))
+    words = shlex.split(
+        command.replace('CONFIG="', "").replace('" docker', " docker").replace("$SLURM_ARRAY_TASK_ID", "1")
+    )
     overrides = dict(word.removeprefix("--").split("=", 1) for word in words if re.match(r"--[a-z_]+\.", word))
     for each in ROOT.glob(re.sub(r"\$\w+", "*", config)):
         load_config(each, overrides, world_size=ranks_of(command))

@@ -10,19 +10,27 @@ import sys
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, XLNetConfig, XLNetLMHeadModel
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.data import load_eval_set
 from relora_mora.evaluate import causal_lm_loss, evaluate, is_causal, rows_of_documents
-from relora_mora.export import load_any_model
-from relora_mora.metrics import log
-from relora_mora.model import LossModel, build_model
+from relora_mora.model.llama import LossModel, build_model
+from relora_mora.pretrained import load_any_model
+from relora_mora.system.logs import log
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
-from tests.commands import EVALUATE, Answer, call, refused
-from tests.data_tools import data_config, write_shard
-from tests.helpers import ROOT
-from tests.tiny import tiny_llama
+from tests.tools.commands import EVALUATE, Answer, call, refused
+from tests.tools.data_tools import data_config, write_shard
+from tests.tools.helpers import ROOT
+from tests.tools.tiny import tiny_llama
 
 TEXTS = ["the rank of a merge", "größer als the matrix", "🙂 one more of the same"]
 
@@ -43,7 +51,11 @@ def test_every_token_counts_once_whatever_the_batch(source, tokenizer_path):
     results = []
     for length, micro in ((8, 1), (8, 3), (8, 100)):
         data = load_eval_set(
-            str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=length, max_tokens=None
+            str(source),
+            config=data_config(source),
+            tokenizer_path=tokenizer_path,
+            sequence_length=length,
+            max_tokens=None,
         )
         results.append(evaluate(causal_lm_loss(lm), data, micro_batch_size=micro, device=torch.device("cpu")))
     assert {result.tokens for result in results} == {tokens}
@@ -93,7 +105,13 @@ def test_with_a_document_mask_each_document_is_scored_alone(source, tokenizer_pa
     together = load_eval_set(
         str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=length, max_tokens=None
     )
-    assert abs(evaluate(causal_lm_loss(make()), together, micro_batch_size=micro, device=torch.device("cpu")).loss - expected) > 1e-5
+    assert (
+        abs(
+            evaluate(causal_lm_loss(make()), together, micro_batch_size=micro, device=torch.device("cpu")).loss
+            - expected
+        )
+        > 1e-5
+    )
 
 
 def test_rows_of_documents_hold_every_scored_label_once_and_no_more_tokens_than_the_sequences():
@@ -112,11 +130,15 @@ def test_rows_of_documents_hold_every_scored_label_once_and_no_more_tokens_than_
 
 
 def test_a_uniform_model_has_the_entropy_of_its_vocabulary(source, tokenizer_path):
-    data = load_eval_set(str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=16, max_tokens=None)
+    data = load_eval_set(
+        str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=16, max_tokens=None
+    )
     lm = _gpt2()
     with torch.no_grad():
         lm.lm_head.weight.zero_()
-    assert evaluate(causal_lm_loss(lm), data, micro_batch_size=2, device=torch.device("cpu")).loss == pytest.approx(math.log(320), rel=1e-6)
+    assert evaluate(causal_lm_loss(lm), data, micro_batch_size=2, device=torch.device("cpu")).loss == pytest.approx(
+        math.log(320), rel=1e-6
+    )
 
 
 def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer_path, tmp_path):
@@ -125,11 +147,17 @@ def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer
     save_tokenizer(tokenizer_path, folder)
     command = [sys.executable, str(ROOT / "launch" / "evaluate.py")]
     environment = {key: value for key, value in os.environ.items() if key != "RANK"}
-    done = subprocess.run([*command, str(folder), f"--data={source}"], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [*command, str(folder), f"--data={source}"], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout.splitlines()[-1])
-    assert set(values) == {"loss", "perplexity", "bits_per_byte", "tokens"} and abs(values["loss"] - math.log(320)) < 0.2
-    done = subprocess.run([*command, str(tmp_path), f"--data={source}"], capture_output=True, text=True, env=environment, check=False)
+    assert (
+        set(values) == {"loss", "perplexity", "bits_per_byte", "tokens"} and abs(values["loss"] - math.log(320)) < 0.2
+    )
+    done = subprocess.run(
+        [*command, str(tmp_path), f"--data={source}"], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 2 and "no checkpoint" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -148,19 +176,32 @@ def test_what_a_foreign_folder_holds_beside_its_model_is_told(tmp_path, caplog, 
 
 
 def _bert(*, is_decoder: bool) -> BertLMHeadModel:
-    config = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {
+        "vocab_size": 320,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return BertLMHeadModel(BertConfig(**config, is_decoder=is_decoder, initializer_range=0.5)).eval()
 
 
 def test_a_model_that_sees_what_it_predicts_is_refused(source, tokenizer_path, tmp_path):
     """Its loss would look like a very good one."""
     torch.manual_seed(0)
-    xlnet = XLNetLMHeadModel(XLNetConfig(vocab_size=320, d_model=16, n_layer=1, n_head=2, d_inner=16, initializer_range=0.5)).eval()
+    xlnet = XLNetLMHeadModel(
+        XLNetConfig(vocab_size=320, d_model=16, n_layer=1, n_head=2, d_inner=16, initializer_range=0.5)
+    ).eval()
     for lm in (_bert(is_decoder=False), xlnet):
         folder = tmp_path / type(lm).__name__
         lm.save_pretrained(folder)
         answer = call(EVALUATE, folder, f"--data={source}", f"--tokenizer={tokenizer_path}")
-        refused(answer, str(folder), f"{type(lm).__name__} predicts a token from that token and later ones", notes=_lines(answer) - 1)
+        refused(
+            answer,
+            str(folder),
+            f"{type(lm).__name__} predicts a token from that token and later ones",
+            notes=_lines(answer) - 1,
+        )
     for lm in (_bert(is_decoder=True), _gpt2()):
         assert is_causal(lm, torch.device("cpu"))
 

@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from relora_mora.checkpoint import CheckpointError, Manifest
-from relora_mora.checkpoint.layout import content_checksum, file_entry, write_synced
-from relora_mora.export import export, load_any_model, merged_model
+from relora_mora.checkpoint.layout import content_checksum, file_entry
+from relora_mora.export import export
+from relora_mora.pretrained import load_any_model, merged_model
+from relora_mora.system.files import write_synced
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
-from tests.commands import EVALUATE, EXPORT, call, left_in, refused
-from tests.data_tools import write_shard
-from tests.runs import LLAMA, run_config
+from tests.tools.commands import EVALUATE, EXPORT, call, left_in, refused
+from tests.tools.data_tools import write_shard
+from tests.tools.runs import LLAMA, run_config
 
 STATE = "state-00000-of-00001.safetensors"
 
@@ -33,7 +35,10 @@ def write_checkpoint(folder: Path, model: LlamaForCausalLM, tokenizer: Path) -> 
     """A checkpoint at step 5 of a full-rank run with these weights."""
     save_tokenizer(tokenizer, folder / "tokenizer")
     weights = {name: value.detach().flatten() for name, value in model.named_parameters()}
-    save_file({f"{kind}|{n}|0": v.clone() for n, v in weights.items() for kind in ("master", "exp_avg", "exp_avg_sq")}, folder / STATE)
+    save_file(
+        {f"{kind}|{n}|0": v.clone() for n, v in weights.items() for kind in ("master", "exp_avg", "exp_avg_sq")},
+        folder / STATE,
+    )
     names = [STATE, *(f"tokenizer/{name}" for name in left_in(folder / "tokenizer"))]
     manifest = Manifest(
         step=5,
@@ -46,7 +51,8 @@ def write_checkpoint(folder: Path, model: LlamaForCausalLM, tokenizer: Path) -> 
         parameters={name: list(value.shape) for name, value in model.named_parameters()},
         frozen={},
         config=run_config(folder, str(tokenizer), folder, method={"name": "full"}).model_dump(mode="json"),
-        model_config={key: value for key, value in model.config.to_dict().items() if key != "architectures"} | {"use_cache": False},
+        model_config={key: value for key, value in model.config.to_dict().items() if key != "architectures"}
+        | {"use_cache": False},
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         data_fingerprint="",
         data_order="",
@@ -139,7 +145,9 @@ def test_files_of_an_export_have_the_mode_of_the_umask(run: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_export_has_the_logits_of_the_merged_model(run: Path, model: LlamaForCausalLM, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_an_export_has_the_logits_of_the_merged_model(
+    run: Path, model: LlamaForCausalLM, tmp_path: Path, dtype: torch.dtype
+) -> None:
     checkpoint = export(run, tmp_path / "out", dtype)
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.arange(64).reshape(2, 32)
@@ -158,7 +166,9 @@ def test_every_form_of_a_model_is_scored_alike(run: Path, checkpoint: Path, text
         assert answer.code == 0, answer.err
         losses[path.name] = json.loads(answer.out.splitlines()[-1])["loss"]
     assert losses["run"] == losses[checkpoint.name] == losses["float32"] == pytest.approx(losses["bfloat16"], abs=1e-2)
-    (checkpoint / "config.json").write_text(json.dumps({"model_type": "llama"}))  # a stray one makes no foreign model of it
+    (checkpoint / "config.json").write_text(
+        json.dumps({"model_type": "llama"})
+    )  # a stray one makes no foreign model of it
     answer = call(EVALUATE, checkpoint, f"--data={text}", "--sequence_length=32")
     assert json.loads(answer.out.splitlines()[-1])["loss"] == losses["run"]
     refused(call(EXPORT, tmp_path / "float32", tmp_path / "again"), "no checkpoint (manifest.json: No such file")
@@ -180,7 +190,15 @@ def test_what_lies_beside_a_tokenizer_stays_there(
 ) -> None:
     (tmp_path / "secret").write_text("{{ secret }}")
     folder = checkpoint / "tokenizer"
-    for name in ("model.safetensors", "config.json", "evil.py", "tokenizer.model", "special_tokens_map.json", "a\nb.json", "sub/x.json"):
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "evil.py",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "a\nb.json",
+        "sub/x.json",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text('{"eos_token": "<s>", "auto_map": {"AutoConfig": "evil.Config"}}')
     (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
@@ -194,22 +212,33 @@ def test_what_lies_beside_a_tokenizer_stays_there(
     assert contents(tmp_path / "out") == clean
 
 
-def test_what_a_manifest_lists_does_not_replace_the_model(checkpoint: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+def test_what_a_manifest_lists_does_not_replace_the_model(
+    checkpoint: Path, clean: dict[str, bytes], tmp_path: Path
+) -> None:
     names = [f"tokenizer/{name}" for name in ("model.safetensors", "config.json", "generation_config.json", "evil.py")]
     for name in names:
         (checkpoint / name).write_text('{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "llama"}')
-    change_manifest(checkpoint, lambda values: values["files"].update({name: asdict(file_entry(checkpoint / name)) for name in names}))
+    change_manifest(
+        checkpoint,
+        lambda values: values["files"].update({name: asdict(file_entry(checkpoint / name)) for name in names}),
+    )
     export(checkpoint, tmp_path / "out")
     assert contents(tmp_path / "out") == clean
 
 
 def test_no_name_of_code_gets_into_an_export(checkpoint: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
-    code = {"auto_map": {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tokenizer", None]}, "trust_remote_code": True}
+    code = {
+        "auto_map": {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tokenizer", None]},
+        "trust_remote_code": True,
+    }
     path = checkpoint / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | code))
 
     def change(values: dict[str, Any]) -> None:
-        values["model_config"] |= code | {"quantization_config": {"quant_method": "evil"}, "attn_implementation": "evil/kernels"}
+        values["model_config"] |= code | {
+            "quantization_config": {"quant_method": "evil"},
+            "attn_implementation": "evil/kernels",
+        }
         values["files"]["tokenizer/tokenizer_config.json"] = asdict(file_entry(path))
 
     change_manifest(checkpoint, change)
@@ -223,10 +252,15 @@ def test_no_name_of_code_gets_into_an_export(checkpoint: Path, clean: dict[str, 
         ({"model_config": {}}, "does not hold the model it names"),
         ({"model_config": LLAMA | {"hidden_size": "x"}}, "transformers makes no model of its model_config"),
         ({"model_config": LLAMA | {"hidden_act": "evil"}}, "transformers makes no model of its model_config"),
-        ({"model_config": LLAMA | {"num_hidden_layers": 3}}, "model.layers.2.input_layernorm.weight is nothing there, expected [24]"),
+        (
+            {"model_config": LLAMA | {"num_hidden_layers": 3}},
+            "model.layers.2.input_layernorm.weight is nothing there, expected [24]",
+        ),
     ],
 )
-def test_a_manifest_with_another_model_is_one_message(checkpoint: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
+def test_a_manifest_with_another_model_is_one_message(
+    checkpoint: Path, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
     change_manifest(checkpoint, lambda values: values.update(change))
     refused(call(EXPORT, checkpoint, tmp_path / "out"), str(checkpoint), says)
 
@@ -234,12 +268,16 @@ def test_a_manifest_with_another_model_is_one_message(checkpoint: Path, tmp_path
 def test_a_tokenizer_that_cannot_be_saved_is_named_by_its_place(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
-    change_manifest(checkpoint, lambda values: values["files"].update({f"tokenizer/{path.name}": asdict(file_entry(path))}))
+    change_manifest(
+        checkpoint, lambda values: values["files"].update({f"tokenizer/{path.name}": asdict(file_entry(path))})
+    )
     refused(call(EXPORT, checkpoint, tmp_path / "out"), f"{checkpoint / 'tokenizer'}: transformers cannot save it")
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_a_type_cannot_hold_are_refused(model: LlamaForCausalLM, hf_tokenizer: Path, text: str, tmp_path: Path) -> None:
+def test_weights_that_a_type_cannot_hold_are_refused(
+    model: LlamaForCausalLM, hf_tokenizer: Path, text: str, tmp_path: Path
+) -> None:
     large = copy.deepcopy(model)
     with torch.no_grad():
         large.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
@@ -275,16 +313,27 @@ def test_the_tokenizer_of_the_run_stands_in_for_a_damaged_one(
 
 
 def test_a_damaged_tokenizer_that_nothing_can_stand_in_for_is_named(
-    run: Path, checkpoint: Path, tokenizer_path: str, hf_tokenizer: Path, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Path,
+    checkpoint: Path,
+    tokenizer_path: str,
+    hf_tokenizer: Path,
+    text: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (checkpoint / "tokenizer" / "tokenizer.json").write_text("{}")
     with load_any_model(run, torch.float32).tokenizer as folder:
         assert tokenizer_fingerprint(folder) == tokenizer_fingerprint(hf_tokenizer)
-    assert "tokenizer/tokenizer.json: 2 bytes, expected" in caplog.text and f"the tokenizer in {run / 'tokenizer'}" in caplog.text
+    assert (
+        "tokenizer/tokenizer.json: 2 bytes, expected" in caplog.text
+        and f"the tokenizer in {run / 'tokenizer'}" in caplog.text
+    )
     shutil.rmtree(run / "tokenizer")
     save_tokenizer(tokenizer_path, run / "tokenizer")  # of other ids
     with pytest.raises(CheckpointError, match="is not the tokenizer it was made with; copy that one there"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    refused(call(EVALUATE, run, f"--data={text}"), str(checkpoint), "tokenizer/tokenizer.json: 2 bytes", str(hf_tokenizer))
+    refused(
+        call(EVALUATE, run, f"--data={text}"), str(checkpoint), "tokenizer/tokenizer.json: 2 bytes", str(hf_tokenizer)
+    )
     assert call(EVALUATE, run, f"--data={text}", f"--tokenizer={hf_tokenizer}").code == 0

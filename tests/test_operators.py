@@ -9,9 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relora_mora.operators import MORA_TYPES, make_operator, square_size
-from tests.helpers import SHARED, needs_shared
+from tests.tools.helpers import SHARED, needs_shared
 
-SHAPES = [(7, 5, 3), (8, 8, 4), (5, 9, 12), (3, 4, 8), (16, 6, 6), (6, 16, 6), (10, 10, 10), (13, 29, 4), (1, 1, 2), (31, 7, 14)]
+SHAPES = [
+    (7, 5, 3),
+    (8, 8, 4),
+    (5, 9, 12),
+    (3, 4, 8),
+    (16, 6, 6),
+    (6, 16, 6),
+    (10, 10, 10),
+    (13, 29, 4),
+    (1, 1, 2),
+    (31, 7, 14),
+]
 
 
 def _operators() -> list[tuple[int, int, int, int]]:
@@ -29,7 +40,10 @@ def test_agrees_with_the_released_code():
     cases = sorted({key.split("/")[0] for key in golden.files})
     assert {int(golden[f"{case}/type"]) for case in cases} == set(MORA_TYPES)
     for case in cases:
-        field = {name: golden[f"{case}/{name}"] for name in ("type", "in_features", "out_features", "r_hat", "M", "x", "y", "delta")}
+        field = {
+            name: golden[f"{case}/{name}"]
+            for name in ("type", "in_features", "out_features", "r_hat", "M", "x", "y", "delta")
+        }
         op = make_operator(*(int(field[name]) for name in ("type", "in_features", "out_features", "r_hat")))
         M, x = torch.from_numpy(field["M"]), torch.from_numpy(field["x"])
         assert (op.decompress(op.compress(x) @ M.T) - torch.from_numpy(field["y"])).abs().max() <= 1e-12, case

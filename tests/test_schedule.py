@@ -7,10 +7,16 @@ import json
 import pytest
 
 from relora_mora.schedule import Schedule, lr_multiplier
-from tests.helpers import SHARED, needs_shared
+from tests.tools.helpers import SHARED, needs_shared
 
 REMORA = Schedule(
-    kind="cosine", total_steps=100, warmup_steps=10, min_ratio=0.1, merge_every=20, restart_warmup_steps=5, operators=(1, 2, 3)
+    kind="cosine",
+    total_steps=100,
+    warmup_steps=10,
+    min_ratio=0.1,
+    merge_every=20,
+    restart_warmup_steps=5,
+    operators=(1, 2, 3),
 )
 
 
@@ -70,7 +76,9 @@ def test_rates_around_a_merge():
 
 def test_agrees_with_lr_multiplier_wherever_that_is_not_zero():
     for step in range(1, 100):
-        table = lr_multiplier(step, total_steps=100, warmup_steps=10, restart_every=20, restart_warmup_steps=5, min_ratio=0.1)
+        table = lr_multiplier(
+            step, total_steps=100, warmup_steps=10, restart_every=20, restart_warmup_steps=5, min_ratio=0.1
+        )
         if table:
             assert REMORA.rate(step) == pytest.approx(table, rel=1e-14), step
 

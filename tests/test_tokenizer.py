@@ -30,8 +30,8 @@ from relora_mora.tokenizer import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from tests.helpers import SHARED, needs_shared
-from tests.tokenizer_tools import own_text, training
+from tests.tools.helpers import SHARED, needs_shared
+from tests.tools.tokenizer_tools import own_text, training
 
 EOS = 2
 
@@ -102,7 +102,10 @@ def test_random_texts_are_exact(folder: Path) -> None:
 def test_parts_of_a_text_decode_to_its_parts(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     ids = encode(tokenizer, ["return the value of  the setting"])[0]
-    assert all(tokenizer.decode(ids[:cut]) + tokenizer.decode(ids[cut:]) == "return the value of  the setting" for cut in range(len(ids)))
+    assert all(
+        tokenizer.decode(ids[:cut]) + tokenizer.decode(ids[cut:]) == "return the value of  the setting"
+        for cut in range(len(ids))
+    )
 
 
 def test_no_text_ends_a_document(folder: Path) -> None:
@@ -119,7 +122,10 @@ def test_llama_class_would_not_be_exact(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / MODEL_FILE, tmp_path / MODEL_FILE)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     reference = open_sentencepiece(folder / MODEL_FILE).encode(["  leading", "a</s>"])
-    assert AutoTokenizer.from_pretrained(str(tmp_path))(["  leading", "a</s>"], add_special_tokens=False)["input_ids"] != reference
+    assert (
+        AutoTokenizer.from_pretrained(str(tmp_path))(["  leading", "a</s>"], add_special_tokens=False)["input_ids"]
+        != reference
+    )
     assert encode(load_tokenizer(tmp_path), ["  leading", "a</s>"]) == reference
 
 
@@ -165,15 +171,21 @@ def test_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
     assert _plain(tmp_path / "export", [text]) == encode(tokenizer, [text])
 
 
-def test_code_of_a_tokenizer_is_neither_run_nor_saved(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_tokenizer_is_neither_run_nor_saved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
     path, mark = _hugging_face(folder, tmp_path / "hf"), tmp_path / "it was run"
-    (path / "foreign_code.py").write_text(f"open({str(mark)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n")
+    (path / "foreign_code.py").write_text(
+        f"open({str(mark)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+    )
     config = json.loads((path / "tokenizer_config.json").read_text())
     code = {"auto_map": {"AutoTokenizer": [None, "foreign_code.Own"]}, "trust_remote_code": True}
     (path / "tokenizer_config.json").write_text(json.dumps(config | code))
     save_tokenizer(path, tmp_path / "out")
-    assert not [file.name for file in (tmp_path / "out").iterdir() if file.suffix == ".py" or "foreign_code" in file.read_text()]
+    assert not [
+        file.name for file in (tmp_path / "out").iterdir() if file.suffix == ".py" or "foreign_code" in file.read_text()
+    ]
     (path / "tokenizer_config.json").write_text(json.dumps(config | code | {"tokenizer_class": "Own"}))
     with pytest.raises(TokenizerError, match="custom code"):
         load_tokenizer(path)
@@ -182,7 +194,11 @@ def test_code_of_a_tokenizer_is_neither_run_nor_saved(folder: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"chat_template": [{"name": "../../x", "template": ""}]}, {"chat_template": [{"name": 3, "template": 4}]}, {"model_max_length": "x"}],
+    [
+        {"chat_template": [{"name": "../../x", "template": ""}]},
+        {"chat_template": [{"name": 3, "template": 4}]},
+        {"model_max_length": "x"},
+    ],
 )
 def test_a_tokenizer_that_cannot_be_saved_is_named(folder: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
     path = _hugging_face(folder, tmp_path / "hf")
@@ -283,6 +299,8 @@ def test_loading_is_silent_and_offline(folder: Path) -> None:
         f"tokenizer = load_tokenizer({str(folder)!r})\n"
         "assert encode(tokenizer, ['x' * 100_000, 'y'])[1]\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY")
+    }
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -19,8 +19,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from relora_mora.cli import new_folder, run
-from relora_mora.tokenizer import HARD_TEXTS, MODEL_FILE, TokenizerError, encode, load_tokenizer, open_sentencepiece, save_tokenizer
+from relora_mora.cli import run
+from relora_mora.system.files import new_folder
+from relora_mora.tokenizer import (
+    HARD_TEXTS,
+    MODEL_FILE,
+    TokenizerError,
+    encode,
+    load_tokenizer,
+    open_sentencepiece,
+    save_tokenizer,
+)
 
 # sentencepiece silently drops a longer "sentence": two thirds of a web corpus if whole documents are fed
 SENTENCE_BYTES = 4192
@@ -106,7 +115,9 @@ def sample(texts: Iterable[str], *, max_bytes: int, seed: int) -> tuple[list[str
     that alone exceeds the limit is left out.
     """
     draw, total, read = random.Random(seed), 0, 0
-    kept: list[tuple[float, int, int, str]] = []  # a heap, the largest number drawn first: (-number, place, bytes, text)
+    kept: list[
+        tuple[float, int, int, str]
+    ] = []  # a heap, the largest number drawn first: (-number, place, bytes, text)
     for read, text in enumerate(texts, start=1):
         size = len(text.encode())
         key = draw.random()
@@ -133,7 +144,9 @@ def sentences(documents: Iterable[str]) -> Iterator[str]:
                 yield line[begin:]
 
 
-def train(documents: Iterable[str], *, vocab_size: int, character_coverage: float = 0.99995, threads: int | None = None) -> bytes:
+def train(
+    documents: Iterable[str], *, vocab_size: int, character_coverage: float = 0.99995, threads: int | None = None
+) -> bytes:
     """The content of a ``tokenizer.model``. Raises TokenizerError when the text and ``vocab_size`` do not fit together."""
     import sentencepiece
 
@@ -162,12 +175,16 @@ def write(model: bytes, out: Path, documents: list[str]) -> float:
     for text, found in zip([*documents, *HARD_TEXTS], ids, strict=True):
         exact = text.replace("\u2581", " ")  # sentencepiece's mark for a space, the one character that is lost
         if found != reference.encode(text) or tokenizer.decode(found) != exact:
-            raise TokenizerError(f"the trained tokenizer is not exact for the text {text[:80]!r}; update sentencepiece and transformers")
+            raise TokenizerError(
+                f"the trained tokenizer is not exact for the text {text[:80]!r}; update sentencepiece and transformers"
+            )
     save_tokenizer(tokenizer, out)
     return sum(len(text.encode()) for text in documents) / max(1, sum(len(found) for found in ids[: len(documents)]))
 
 
-def _check_settings(vocab_size: int, max_documents: int, max_bytes: int, character_coverage: float, threads: int | None) -> None:
+def _check_settings(
+    vocab_size: int, max_documents: int, max_bytes: int, character_coverage: float, threads: int | None
+) -> None:
     if vocab_size > _MOST_PIECES:
         raise TokenizerError(f"--vocab_size={vocab_size}: give at most {_MOST_PIECES}, e.g. 32000")
     if vocab_size <= _META_PIECES:
@@ -179,7 +196,9 @@ def _check_settings(vocab_size: int, max_documents: int, max_bytes: int, charact
             f"--max_documents={max_documents} --max_bytes={max_bytes}: give at least one byte, and documents >= 0 (0: all)"
         )
     if not 0.9 <= character_coverage <= 1:
-        raise TokenizerError(f"--character_coverage={character_coverage}: give a fraction between 0.9 and 1, e.g. 0.9995")
+        raise TokenizerError(
+            f"--character_coverage={character_coverage}: give a fraction between 0.9 and 1, e.g. 0.9995"
+        )
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise TokenizerError(f"--threads={threads}: give at least 1 and at most {_MOST_THREADS}, or leave it out")
 

@@ -18,10 +18,8 @@ changes the base. Nothing is pickled.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -31,7 +29,6 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
-from relora_mora.cli.folder import sync
 from relora_mora.optim import MOMENTS
 
 FORMAT, VERSION = "relora_mora checkpoint", 1
@@ -135,10 +132,14 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = json.loads(content)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: not the manifest of a {FORMAT}; give a folder such as RUN/checkpoints/step-00001000")
+            raise CheckpointError(
+                f"{path}: not the manifest of a {FORMAT}; give a folder such as RUN/checkpoints/step-00001000"
+            )
         version = values.get("version")
         if version != VERSION:  # first: another version may have another checksum
-            raise CheckpointError(f"{path}: format version {version}, this program reads version {VERSION}; use the release that wrote it")
+            raise CheckpointError(
+                f"{path}: format version {version}, this program reads version {VERSION}; use the release that wrote it"
+            )
         whole = values.pop("checksum", None) == content_checksum(values)
     except CheckpointError:
         raise
@@ -188,19 +189,3 @@ def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None
         except OSError as error:
             return f"{name}: {error.strerror}"
     return None
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-    sync(path.parent)

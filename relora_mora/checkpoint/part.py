@@ -16,11 +16,11 @@ from torch import Tensor
 from relora_mora.checkpoint.layout import TOKENIZER, FileEntry, Manifest, file_entry
 from relora_mora.checkpoint.places import NEW
 from relora_mora.checkpoint.tokenizer import write_tokenizer
-from relora_mora.cli.folder import ordinary_mode, sync
 from relora_mora.optim import MOMENTS
+from relora_mora.system.files import ordinary_mode, sync
 
 if TYPE_CHECKING:
-    from relora_mora.cycle import Base
+    from relora_mora.merging import Base
     from relora_mora.zero import ZeroEngine
 
 PLACES_KEPT = 12
@@ -109,7 +109,9 @@ class Part:
             entry = shared.entry
         # until the first rank has made it a checkpoint, or if it never does, the file stands elsewhere
         places = [folder / self.base_name for folder in (final, final.with_name(final.name + NEW), work, final)]
-        self._shared = _Shared(merges_done, entry, [*places, *(shared.places if shared is not None else [])][:PLACES_KEPT])
+        self._shared = _Shared(
+            merges_done, entry, [*places, *(shared.places if shared is not None else [])][:PLACES_KEPT]
+        )
         return entry
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 
-from relora_mora.cli.folder import sync
+from relora_mora.system.files import remove, sync
 
 NEW, TEMPORARY = ".new", ".tmp"
 
@@ -37,7 +36,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def list_new(folder: Path) -> list[Path]:
     """Whole checkpoints that were about to take the place of the folder of their step, newest first."""
     return sorted(
-        (path for path in folder.glob(f"step-*{NEW}") if path.is_dir() and step_of(path.with_suffix("")) is not None), reverse=True
+        (path for path in folder.glob(f"step-*{NEW}") if path.is_dir() and step_of(path.with_suffix("")) is not None),
+        reverse=True,
     )
 
 
@@ -61,11 +61,3 @@ def _set_aside(path: Path) -> Path:
     if os.path.lexists(path):
         path.rename(aside)
     return aside
-
-
-def remove(path: Path) -> None:
-    """Removes a folder, a file or a link (never what it leads to), as far as that goes."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path):
-        path.unlink()

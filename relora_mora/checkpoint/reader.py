@@ -13,11 +13,11 @@ from torch import Tensor
 
 from relora_mora.checkpoint.layout import KINDS, MANIFEST, CheckpointError, Manifest, damage, read_manifest
 from relora_mora.checkpoint.places import list_checkpoints, list_new, step_of
-from relora_mora.distributed import from_first_rank, gather_from_ranks
+from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks
 from relora_mora.optim import MOMENTS
 
 if TYPE_CHECKING:
-    from relora_mora.cycle import Base
+    from relora_mora.merging import Base
     from relora_mora.zero import ZeroEngine
 
 
@@ -41,7 +41,9 @@ class CheckpointReader:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self._files: dict[str, Any] = {}
-        self._pieces: dict[tuple[str, str], list[_Piece]] = {(kind, name): [] for name in self.manifest.parameters for kind in KINDS}
+        self._pieces: dict[tuple[str, str], list[_Piece]] = {
+            (kind, name): [] for name in self.manifest.parameters for kind in KINDS
+        }
         self._pieces |= {("base", name): [] for name in self.manifest.frozen}
         for file in self.manifest.tensor_files:
             if file.endswith(".safetensors"):
@@ -54,8 +56,15 @@ class CheckpointReader:
             tensor = self._open(file).get_slice(key)
             kind, _, rest = key.partition("|")
             name, _, start = rest.rpartition("|")
-            if (kind, name) not in self._pieces or not start.isascii() or not start.isdigit() or tensor.get_dtype() != "F32":
-                raise self._damaged(f"{file}: {key} ({tensor.get_dtype()}) is not a float32 piece of a parameter in the manifest")
+            if (
+                (kind, name) not in self._pieces
+                or not start.isascii()
+                or not start.isdigit()
+                or tensor.get_dtype() != "F32"
+            ):
+                raise self._damaged(
+                    f"{file}: {key} ({tensor.get_dtype()}) is not a float32 piece of a parameter in the manifest"
+                )
             self._pieces[kind, name].append(_Piece(int(start), math.prod(tensor.get_shape()), file, key))
 
     def _check_complete(self, kind: str, name: str, pieces: list[_Piece]) -> None:
@@ -70,8 +79,12 @@ class CheckpointReader:
         if end > numel:
             raise self._damaged(f"{pieces[-1].file}: {pieces[-1].key} has {end - numel} elements too many")
         if end < numel:
-            files = sorted({file for file in self.manifest.files if file.startswith("base-" if kind == "base" else "state-")})
-            raise self._damaged(f"{', '.join(files) or 'its files'}: without element {end} (of {numel}) of {kind} of {name}")
+            files = sorted(
+                {file for file in self.manifest.files if file.startswith("base-" if kind == "base" else "state-")}
+            )
+            raise self._damaged(
+                f"{', '.join(files) or 'its files'}: without element {end} (of {numel}) of {kind} of {name}"
+            )
 
     def _damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.folder}/{what}; use an older checkpoint")
@@ -99,7 +112,9 @@ class CheckpointReader:
                     raise self._damaged(f"{piece.file}: cannot be read ({error})") from error
                 out[left - start : right - start] = values[left - piece.start : right - piece.start]
         if not out.isfinite().all():
-            raise CheckpointError(f"{self.folder}: {kind} of {name} holds numbers that are not finite; use an older checkpoint")
+            raise CheckpointError(
+                f"{self.folder}: {kind} of {name} holds numbers that are not finite; use an older checkpoint"
+            )
         return out
 
     def weight(self, name: str) -> Tensor:
@@ -121,7 +136,9 @@ class CheckpointReader:
                 "resume with the settings it was made with"
             )
         if set(self.manifest.group_steps) != set(engine.group_names):
-            raise CheckpointError(f"{self.folder}: its parameter groups are not this run's; resume with the settings it was made with")
+            raise CheckpointError(
+                f"{self.folder}: its parameter groups are not this run's; resume with the settings it was made with"
+            )
         problem: str | None = None
         try:
             self._read_own(engine, base)
@@ -135,7 +152,9 @@ class CheckpointReader:
         base.push(engine)
 
     def _read_own(self, engine: ZeroEngine, base: Base) -> None:
-        groups = {name: group for group, names in zip(engine.group_names, engine.members, strict=True) for name in names}
+        groups = {
+            name: group for group, names in zip(engine.group_names, engine.members, strict=True) for name in names
+        }
         for shard in engine.shards:
             state = engine.state_of(shard.flat)
             for kind in KINDS:
@@ -198,7 +217,9 @@ def newest_whole(
 def _candidates(folder: Path) -> list[Path]:
     """Newest first; what was about to take the place of a checkpoint comes before it."""
     return sorted(
-        [*list_checkpoints(folder), *list_new(folder)], key=lambda path: (step_of(path.with_suffix("")) or 0, path.name), reverse=True
+        [*list_checkpoints(folder), *list_new(folder)],
+        key=lambda path: (step_of(path.with_suffix("")) or 0, path.name),
+        reverse=True,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, Manifest, damage, read_manifest
-from relora_mora.metrics import log
+from relora_mora.system.logs import log
 from relora_mora.tokenizer import TokenizerError, is_tokenizer
 
 SUFFIXES = (".jinja", ".json", ".model", ".spm", ".txt")  # of data: no code, and no weights
@@ -60,7 +60,9 @@ def tokenizer_of(checkpoint: Path) -> Iterator[Path]:
         place, copy = checkpoint / TOKENIZER, Path(temporary, "of-checkpoint")
         problem = damaged_tokenizer(checkpoint, manifest)
         if problem is None:
-            listed = {name: text for name, text in read_tokenizer(place).items() if f"{TOKENIZER}/{name}" in manifest.files}
+            listed = {
+                name: text for name, text in read_tokenizer(place).items() if f"{TOKENIZER}/{name}" in manifest.files
+            }
             if not _is_copied(listed, copy, manifest):
                 problem = f"{TOKENIZER}: not the tokenizer it was made with"
         if problem is not None:

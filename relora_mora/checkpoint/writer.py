@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from relora_mora.checkpoint.board import Board
-from relora_mora.checkpoint.layout import LATEST, MANIFEST, CheckpointError, FileEntry, Manifest, read_manifest, write_synced
+from relora_mora.checkpoint.layout import LATEST, MANIFEST, CheckpointError, FileEntry, Manifest, read_manifest
 from relora_mora.checkpoint.part import Part
 from relora_mora.checkpoint.places import (
     NEW,
@@ -29,16 +29,16 @@ from relora_mora.checkpoint.places import (
     list_checkpoints,
     list_new,
     put_in_place,
-    remove,
     step_folder,
     step_of,
 )
 from relora_mora.checkpoint.reader import verify
 from relora_mora.checkpoint.tokenizer import read_tokenizer
-from relora_mora.distributed import from_first_rank
+from relora_mora.distributed.collectives import from_first_rank
+from relora_mora.system.files import remove, write_synced
 
 if TYPE_CHECKING:
-    from relora_mora.cycle import Base
+    from relora_mora.merging import Base
     from relora_mora.zero import ZeroEngine
 
 NAMED_RANKS = 3  # of those that failed
@@ -96,7 +96,9 @@ class CheckpointWriter:
         tensors = self._part.snapshot()
         self._attempt += 1
         self._base_free.clear()
-        self._thread = threading.Thread(target=self._run, args=(manifest, data_state, tensors), daemon=True, name="checkpoint")
+        self._thread = threading.Thread(
+            target=self._run, args=(manifest, data_state, tensors), daemon=True, name="checkpoint"
+        )
         self._thread.start()
         return time.perf_counter() - begin
 
@@ -150,7 +152,9 @@ class CheckpointWriter:
                 return None
         self._given_up.append(work)
         remove(work)
-        failure = "; ".join(failed[:NAMED_RANKS]) + (f"; and {len(failed) - NAMED_RANKS} more" if len(failed) > NAMED_RANKS else "")
+        failure = "; ".join(failed[:NAMED_RANKS]) + (
+            f"; and {len(failed) - NAMED_RANKS} more" if len(failed) > NAMED_RANKS else ""
+        )
         self.report(f"the checkpoint of step {manifest.step} failed ({failure}); earlier checkpoints are as they were")
         return failure
 
@@ -170,15 +174,24 @@ class CheckpointWriter:
 
     def _tidy_up(self, step: int) -> None:
         """What a resume does not need: it must not spoil a save."""
-        for update in (lambda: write_synced(self.folder / LATEST, step_folder(step) + "\n"), lambda: self._retire(step)):
+        for update in (
+            lambda: write_synced(self.folder / LATEST, step_folder(step) + "\n"),
+            lambda: self._retire(step),
+        ):
             try:
                 update()
             except OSError as error:
-                self.report(f"the checkpoint of step {step} is whole, but what is beside it could not be updated ({_reason(error)})")
+                self.report(
+                    f"the checkpoint of step {step} is whole, but what is beside it could not be updated ({_reason(error)})"
+                )
 
     def _retire(self, newest: int) -> None:
         """Removes what retention does not keep; checkpoints of later steps are of another history."""
-        steps = {step: path for path in list_checkpoints(self.folder) if (step := step_of(path)) is not None and step <= newest}
+        steps = {
+            step: path
+            for path in list_checkpoints(self.folder)
+            if (step := step_of(path)) is not None and step <= newest
+        }
         whole = [(step, path) for step, path in steps.items() if (path / MANIFEST).exists()]
         kept = {path for step, path in whole if self.keep_every_steps and step % self.keep_every_steps == 0}
         kept |= {path for _, path in [*whole[: self.keep_last], *_first_good(whole)]}
@@ -193,7 +206,9 @@ def _await_file(path: Path, size: int, rank: int, deadline: float) -> None:
     """Returns when a rank's file is there for this rank, too. Raises OSError when it does not come."""
     while not path.is_file() or path.stat().st_size != size:
         if time.monotonic() > deadline:
-            raise OSError(f"{path.name}, which rank {rank} has written, is not seen by rank 0: do all hosts share the run folder?")
+            raise OSError(
+                f"{path.name}, which rank {rank} has written, is not seen by rank 0: do all hosts share the run folder?"
+            )
         time.sleep(0.1)
 
 

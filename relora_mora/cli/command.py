@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from relora_mora.cli.folder import place_of
 from relora_mora.cli.interrupt import INTERRUPTED, Interrupts, say
+from relora_mora.system.files import place_of
 
 USER_ERROR = 2
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -79,11 +79,17 @@ def _parse(main: Callable[..., Any], argv: list[str], name: str) -> tuple[list[A
     from relora_mora.config.secrets import secret_in
 
     signature, hints = inspect.signature(main), typing.get_type_hints(main)
-    faults = [f"{argument}: stray; see {name} --help" for argument in argv if argument in ("-", "--")]  # fire's own separators
+    faults = [
+        f"{argument}: stray; see {name} --help" for argument in argv if argument in ("-", "--")
+    ]  # fire's own separators
     faults += [f"{argument.partition('=')[0]}: {secret}" for argument in argv if (secret := secret_in(argument))]
-    faults += [f"{argument!a}: is not UTF-8; check the terminal's locale" for argument in argv if not _is_utf8(argument)]
+    faults += [
+        f"{argument!a}: is not UTF-8; check the terminal's locale" for argument in argv if not _is_utf8(argument)
+    ]
     flags = [argument.split("=")[0] for argument in argv if argument.startswith("--") and "=" in argument]
-    faults += [f"{flag}: given twice; give it once" for flag in sorted({flag for flag in flags if flags.count(flag) > 1})]
+    faults += [
+        f"{flag}: given twice; give it once" for flag in sorted({flag for flag in flags if flags.count(flag) > 1})
+    ]
     if faults:
         raise ConfigError(faults, "the command line")
     args, kwargs = _fire(main, signature, argv, name)
@@ -97,7 +103,9 @@ def _parse(main: Callable[..., Any], argv: list[str], name: str) -> tuple[list[A
     return args, kwargs
 
 
-def _fire(main: Callable[..., Any], signature: inspect.Signature, argv: list[str], name: str) -> tuple[list[Any], dict[str, Any]]:
+def _fire(
+    main: Callable[..., Any], signature: inspect.Signature, argv: list[str], name: str
+) -> tuple[list[Any], dict[str, Any]]:
     import fire
     from fire import decorators
 
@@ -111,7 +119,10 @@ def _fire(main: Callable[..., Any], signature: inspect.Signature, argv: list[str
 
     # fire refuses what is left over only after its call, so it calls capture; what has a default is a flag, never positional
     flag, kinds = inspect.Parameter.KEYWORD_ONLY, (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
-    parameters = [p.replace(kind=flag) if p.kind in kinds and p.default is not p.empty else p for p in signature.parameters.values()]
+    parameters = [
+        p.replace(kind=flag) if p.kind in kinds and p.default is not p.empty else p
+        for p in signature.parameters.values()
+    ]
     capture.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     messages = io.StringIO()
     try:
@@ -178,7 +189,9 @@ def _flush_output() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter writes the rest at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # where the interpreter writes the rest at its end
         raise
 
 

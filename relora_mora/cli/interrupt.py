@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from types import FrameType, TracebackType
 
-from relora_mora.cli.bounded import bounded
+from relora_mora.system.bounded import bounded
+from relora_mora.system.files import remove_unfinished
 
 INTERRUPTED = 130  # as shells say it for a program that Ctrl-C ended
 GRACE_SECONDS = 3.0
-_to_remove: set[str] = set()
 
 
 class Interrupts:
@@ -32,7 +30,10 @@ class Interrupts:
         self._writer: int | None = None
 
     def __enter__(self) -> Interrupts:
-        ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ours = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
         if ours:
             reader, self._writer = os.pipe()
             os.set_blocking(self._writer, False)
@@ -41,7 +42,9 @@ class Interrupts:
             threading.Thread(target=self._read, args=(reader,), daemon=True, name="interrupts").start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended.set()
         if self._writer is None:
             return
@@ -57,29 +60,18 @@ class Interrupts:
     def _read(self, reader: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # so that the main thread can block it for a while
         while numbers := os.read(reader, 64):
-            if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) == self._handle and not self._ended.wait(GRACE_SECONDS):
+            if (
+                signal.SIGINT in numbers
+                and signal.getsignal(signal.SIGINT) == self._handle
+                and not self._ended.wait(GRACE_SECONDS)
+            ):
                 bounded(GRACE_SECONDS, say)
-                bounded(GRACE_SECONDS, _remove_all)
+                bounded(GRACE_SECONDS, remove_unfinished)
                 os._exit(INTERRUPTED)
         os.close(reader)
-
-
-def _remove_all() -> None:
-    for folder in _to_remove:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def say() -> None:
     with contextlib.suppress(OSError):
         sys.stderr.write("interrupted\n")
         sys.stderr.flush()
-
-
-@contextlib.contextmanager
-def at_hard_exit_remove(folder: str) -> Iterator[None]:
-    """The folder also goes where the process ends without leaving the block."""
-    _to_remove.add(folder)
-    try:
-        yield
-    finally:
-        _to_remove.discard(folder)

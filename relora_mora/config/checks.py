@@ -282,9 +282,13 @@ def _other_faults(config: Config) -> Iterator[Fault]:
             "torch.compile cannot look through what ZeRO-3 does around each module; use train.zero_stage=2, or leave it false",
         )
     sections = {name: getattr(config, name) for name in Config.model_fields}
-    known = {f"{name}.{key}" for name, section in sections.items() for key in type(section).model_fields} | {"tokenizer", "data"}
+    known = {f"{name}.{key}" for name, section in sections.items() for key in type(section).model_fields} | {
+        "tokenizer",
+        "data",
+    }
     unknown = [name for name in config.train.allow_changes if name not in known]
     if unknown:
         yield Fault(
-            ("train.allow_changes",), f"{', '.join(unknown)}: no such setting; names have the form optim.lr, or are tokenizer or data"
+            ("train.allow_changes",),
+            f"{', '.join(unknown)}: no such setting; names have the form optim.lr, or are tokenizer or data",
         )

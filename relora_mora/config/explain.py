@@ -53,7 +53,9 @@ def judgeable(tree: Mapping[str, Any], error: ValidationError) -> Config | None:
         assert isinstance(model, type) and issubclass(model, BaseModel)
         inside = pruned.setdefault(section, {})
         if isinstance(inside, dict):
-            inside.update({key: "?" for key, inner in model.model_fields.items() if inner.is_required() and key not in inside})
+            inside.update(
+                {key: "?" for key, inner in model.model_fields.items() if inner.is_required() and key not in inside}
+            )
     try:
         return Config.model_validate(pruned)
     except ValidationError:

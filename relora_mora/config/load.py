@@ -49,14 +49,22 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int", ":timestamp", ":bool", ":merge", ":value"))]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith((":float", ":int", ":timestamp", ":bool", ":merge", ":value"))
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+(_[0-9]+)*$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    re.compile(
+        r"^([-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value).replace("_", "")))
@@ -98,7 +106,13 @@ def parse_yaml(text: str) -> Any:
         value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
         for count, inner in enumerate(_values_in(value)):
             _refuse_other_than_plain(inner, count)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # PyYAML's, for a tag on another value
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # PyYAML's, for a tag on another value
         raise yaml.YAMLError(str(error)) from error
     return value
 
@@ -122,9 +136,13 @@ def _values_in(value: Any) -> Iterator[Any]:
 
 def _refuse_other_than_plain(value: Any, count: int) -> None:
     if not (value is None or isinstance(value, dict | list | str | int | float | bool)):
-        raise ValueError(f"a {type(value).__name__} is no setting; use texts, numbers, true, false, null, lists and names")
+        raise ValueError(
+            f"a {type(value).__name__} is no setting; use texts, numbers, true, false, null, lists and names"
+        )
     if count > MOST_VALUES:
-        raise ValueError(f"it holds more than {MOST_VALUES:,} values, counting what aliases stand for; write it without aliases")
+        raise ValueError(
+            f"it holds more than {MOST_VALUES:,} values, counting what aliases stand for; write it without aliases"
+        )
 
 
 def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, world_size: int | None = None) -> Config:
@@ -140,7 +158,9 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, wo
         with path.open(encoding="utf-8") as stream:
             tree = _as_tree(parse_yaml(stream.read(MOST_CHARACTERS + 1)))
     except OSError as error:
-        found.append(f"cannot read it ({error.strerror}); give the path of a YAML file such as configs/run/tiny_remora.yaml")
+        found.append(
+            f"cannot read it ({error.strerror}); give the path of a YAML file such as configs/run/tiny_remora.yaml"
+        )
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         found.append(f"it is not YAML: {explain_yaml(error)}")
     except ValueError as error:
@@ -156,7 +176,9 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, wo
     return _resolve_paths(config, path.parent)
 
 
-def validate(tree: Mapping[str, Any], source: str, found: list[str] | None = None, world_size: int | None = None) -> Config:
+def validate(
+    tree: Mapping[str, Any], source: str, found: list[str] | None = None, world_size: int | None = None
+) -> Config:
     """The settings of a parsed tree; raises :class:`ConfigError` with the faults ``found`` before and all others."""
     found = [*(found or []), *map(str, secret_faults(tree))]
     unknown: set[str] = set()
@@ -196,7 +218,9 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
     try:
         value = parse_yaml(text) if isinstance(text, str) else text
     except yaml.YAMLError as error:
-        return f"--{name}={text}: not YAML: {explain_yaml(error)}; give text with special characters as --{name}='\"...\"'"
+        return (
+            f"--{name}={text}: not YAML: {explain_yaml(error)}; give text with special characters as --{name}='\"...\"'"
+        )
     node = tree
     for key in [section, *keys[:-1]]:
         inner = node.setdefault(key, {})

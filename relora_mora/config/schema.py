@@ -41,32 +41,56 @@ class ModelConfig(Strict):
 
     config: Text = Field(description="a LlamaConfig JSON file, relative to this file or the current folder")
     overrides: dict[str, Any] = Field({}, description="keys of the LlamaConfig to replace, e.g. {hidden_size: 256}")
-    init_from: Text | None = Field(None, description="warm start: a Hugging Face LLaMA folder, or a checkpoint or run folder of any method")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation of transformers")
-    activation_checkpointing: bool = Field(False, description="recompute each decoder layer in backward instead of keeping its activations")
-    compile: bool = Field(False, description="torch.compile for the decoder layers, on ZeRO 0-2; see docs/performance.md")
+    init_from: Text | None = Field(
+        None, description="warm start: a Hugging Face LLaMA folder, or a checkpoint or run folder of any method"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention implementation of transformers"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute each decoder layer in backward instead of keeping its activations"
+    )
+    compile: bool = Field(
+        False, description="torch.compile for the decoder layers, on ZeRO 0-2; see docs/performance.md"
+    )
 
 
 class TokenizerConfig(Strict):
-    path: Text = Field(description="a folder that holds tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder")
+    path: Text = Field(
+        description="a folder that holds tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder"
+    )
 
 
 class DataConfig(Strict):
     """Sources are ``allenai/c4`` (or ``hub:REPO/PATTERN``), http(s) urls, local paths and globs; see docs/data.md."""
 
     train: Text | Annotated[list[Text], Field(min_length=1)] = Field(description="source or sources of training text")
-    validation: Text | Annotated[list[Text], Field(min_length=1)] = Field(description="source or sources of held-out text")
-    revision: Text = Field("main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint")
-    sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = Field(512, description="tokens the model sees per sequence")
+    validation: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+        description="source or sources of held-out text"
+    )
+    revision: Text = Field(
+        "main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint"
+    )
+    sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = Field(
+        512, description="tokens the model sees per sequence"
+    )
     lanes: Annotated[int, Field(ge=1, le=65536)] | None = Field(
         None, description="independent streams; null: the largest power of two <= 64 that divides train.batch_size"
     )
-    workers: Annotated[int, Field(ge=0, le=1024)] = Field(1, description="tokenizing worker processes per rank; 0: in the training process")
-    prefetch_batches: Annotated[int, Field(ge=1, le=10000)] = Field(4, description="global batches each worker prepares ahead")
-    shuffle_documents: Positive = Field(1024, description="documents per shuffled block of a lane; 1: in the order of the shard")
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+        1, description="tokenizing worker processes per rank; 0: in the training process"
+    )
+    prefetch_batches: Annotated[int, Field(ge=1, le=10000)] = Field(
+        4, description="global batches each worker prepares ahead"
+    )
+    shuffle_documents: Positive = Field(
+        1024, description="documents per shuffled block of a lane; 1: in the order of the shard"
+    )
     seed: Seed = Field(0, description="seed of shard order and document order")
     document_mask: bool = Field(False, description="attention does not cross document borders inside a sequence")
-    max_line_bytes: Positive = Field(16 * 1024 * 1024, description="a longer line of a shard is counted as bad and skipped")
+    max_line_bytes: Positive = Field(
+        16 * 1024 * 1024, description="a longer line of a shard is counted as bad and skipped"
+    )
     max_bad_fraction: Fraction = Field(0.01, description="stop when more than this fraction of a shard's lines is bad")
     timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(
         600.0, description="give up on a source that has failed for this long"
@@ -76,8 +100,12 @@ class DataConfig(Strict):
 class MethodConfig(Strict):
     """What is trained. ``full`` trains every weight; the others freeze the decoder's linears and train adapters."""
 
-    name: MethodName = Field("remora", description="full, lora, mora, relora (LoRA with merges), remora (MoRA with merges)")
-    rank: Positive = Field(128, description="LoRA's rank r; MoRA's square has as many parameters: R = floor(sqrt((in + out) r))")
+    name: MethodName = Field(
+        "remora", description="full, lora, mora, relora (LoRA with merges), remora (MoRA with merges)"
+    )
+    rank: Positive = Field(
+        128, description="LoRA's rank r; MoRA's square has as many parameters: R = floor(sqrt((in + out) r))"
+    )
     square_size: Positive | None = Field(None, description="R of every layer; null: from rank")
     square_multiple: Positive = Field(1, description="round R down to a multiple (8, 16, 32 suit matrix units)")
     operators: list[Literal[1, 2, 3, 4, 6]] = Field(
@@ -86,13 +114,19 @@ class MethodConfig(Strict):
     lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = Field(
         None, description="LoRA's scale is alpha / r; null: alpha = r"
     )
-    target_modules: list[str] = Field(list(DECODER_LINEARS), min_length=1, description="linear layers of the decoder that get an adapter")
+    target_modules: list[str] = Field(
+        list(DECODER_LINEARS), min_length=1, description="linear layers of the decoder that get an adapter"
+    )
     train_embeddings: bool = Field(True, description="train the input embeddings")
     train_norms: bool = Field(True, description="train the norms")
     train_head: bool = Field(True, description="train the output head")
-    form: Literal["auto", "merged", "decoupled"] = Field("auto", description="how an adapter layer computes: see docs/method.md")
+    form: Literal["auto", "merged", "decoupled"] = Field(
+        "auto", description="how an adapter layer computes: see docs/method.md"
+    )
     merge_every: Positive = Field(2000, description="steps between merges (relora, remora)")
-    reset: Literal["full", "magnitude", "random", "none"] = Field("full", description="what a merge does to the adapters' optimizer state")
+    reset: Literal["full", "magnitude", "random", "none"] = Field(
+        "full", description="what a merge does to the adapters' optimizer state"
+    )
     reset_ratio: Fraction = Field(0.9, description="fraction of the state that magnitude and random set to zero")
 
 
@@ -106,7 +140,9 @@ class OptimConfig(Strict):
     weight_decay: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
         0.0, description="decoupled weight decay of everything but the norms"
     )
-    clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="clip the global gradient norm; 0: off")
+    clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        1.0, description="clip the global gradient norm; 0: off"
+    )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
         "cosine", description="shape of the rate after warmup; merges restart it"
     )
@@ -114,45 +150,64 @@ class OptimConfig(Strict):
     restart_warmup_steps: NotNegative = Field(50, description="steps of linear warmup after a merge; 0: no restarts")
     decay_steps: Positive | None = Field(None, description="wsd: steps of the final decay; null: a tenth of the run")
     min_ratio: Fraction = Field(0.1, description="the rate ends at this fraction of its peak")
-    rewarm: Literal["all", "linears"] = Field("all", description="which parameter groups restart their rate after a merge")
+    rewarm: Literal["all", "linears"] = Field(
+        "all", description="which parameter groups restart their rate after a merge"
+    )
 
 
 class TrainConfig(Strict):
     run_dir: Text = Field(description="folder of this run: config, metrics, TensorBoard, checkpoints")
     steps: Positive = Field(10000, description="optimizer steps of the whole run")
-    batch_size: Annotated[int, Field(ge=1, le=2**20)] = Field(1024, description="sequences per optimizer step over all ranks")
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = Field(
+        1024, description="sequences per optimizer step over all ranks"
+    )
     micro_batch_size: Positive = Field(16, description="sequences per forward on one rank")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware does it fast, else fp32")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 where the hardware does it fast, else fp32"
+    )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="DeepSpeed ZeRO stage")
     seed: Seed = Field(0, description="seed of initial weights and LoRA's draws")
     resume: Text = Field(
-        "auto", description="auto: from the newest good checkpoint of run_dir; never: refuse a used run_dir; or a checkpoint folder"
+        "auto",
+        description="auto: from the newest good checkpoint of run_dir; never: refuse a used run_dir; or a checkpoint folder",
     )
     allow_changes: list[str] = Field([], description="settings that may differ from the checkpoint's, e.g. [optim.lr]")
-    max_bad_steps: Positive = Field(3, description="roll back after this many steps in a row with a non-finite loss or gradient")
-    max_rollbacks: NotNegative = Field(1, description="returns to the last good checkpoint, skipping the data since, before the run stops")
+    max_bad_steps: Positive = Field(
+        3, description="roll back after this many steps in a row with a non-finite loss or gradient"
+    )
+    max_rollbacks: NotNegative = Field(
+        1, description="returns to the last good checkpoint, skipping the data since, before the run stops"
+    )
     on_spike: Literal["flag", "rollback"] = Field("flag", description="what a loss spike does besides being flagged")
-    spike_window: Annotated[int, Field(ge=8, le=LARGEST)] = Field(128, description="steps whose losses a new one is compared with")
+    spike_window: Annotated[int, Field(ge=8, le=LARGEST)] = Field(
+        128, description="steps whose losses a new one is compared with"
+    )
     spike_deviations: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         6.0, description="a loss this many standard deviations above the window's mean is a spike"
     )
     peer_timeout_seconds: Annotated[float, Field(ge=5, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(
         300.0, description="end the run when a rank is gone or has done nothing for this long"
     )
-    deepspeed: dict[str, Any] = Field({}, description="further DeepSpeed settings; what is derived from ours is refused")
+    deepspeed: dict[str, Any] = Field(
+        {}, description="further DeepSpeed settings; what is derived from ours is refused"
+    )
 
 
 class EvalConfig(Strict):
     every_steps: NotNegative = Field(1000, description="steps between evaluations; 0: only at the start and the end")
     max_tokens: Positive | None = Field(10_000_000, description="predicted tokens of held-out text to score; null: all")
-    micro_batch_size: Positive | None = Field(None, description="sequences per forward on one rank; null: train.micro_batch_size")
+    micro_batch_size: Positive | None = Field(
+        None, description="sequences per forward on one rank; null: train.micro_batch_size"
+    )
     at_start: bool = Field(True, description="evaluate before the first step")
 
 
 class CheckpointConfig(Strict):
     every_steps: NotNegative = Field(1000, description="steps between checkpoints; 0: only at the end")
     keep_last: Positive = Field(2, description="newest checkpoints to keep")
-    keep_every_steps: NotNegative = Field(0, description="also keep every checkpoint whose step is a multiple of this; 0: none")
+    keep_every_steps: NotNegative = Field(
+        0, description="also keep every checkpoint whose step is a multiple of this; 0: none"
+    )
 
 
 class LogConfig(Strict):

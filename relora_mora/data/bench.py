@@ -9,7 +9,9 @@ from relora_mora.config import DataConfig
 from relora_mora.data.lanes import Lane, plan_lanes
 from relora_mora.data.sources import resolve_shards
 
-LANES_READ = 2  # by the one worker that is measured; few, so that its blocks of documents are used up and not only loaded
+LANES_READ = (
+    2  # by the one worker that is measured; few, so that its blocks of documents are used up and not only loaded
+)
 
 
 def pipeline_throughput(
@@ -36,7 +38,10 @@ def pipeline_throughput(
     pipeline_seconds, bare_seconds, made = [], [], 0
     for _ in range(rounds):
         calls.clear()
-        read = [Lane(plan, shards, config, recorded, tokenizer.eos_token_id) for plan in plan_lanes(lanes, len(shards))[:LANES_READ]]
+        read = [
+            Lane(plan, shards, config, recorded, tokenizer.eos_token_id)
+            for plan in plan_lanes(lanes, len(shards))[:LANES_READ]
+        ]
         began = time.perf_counter()
         for _ in range(-(-tokens // (len(read) * config.sequence_length))):
             for lane in read:

@@ -84,7 +84,9 @@ def _version(shard: Shard, *, session: requests.Session, timeout_seconds: float)
     def ask() -> bytes:
         # where a server refuses HEAD: one byte, whose answer has the same headers
         for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
-            with send(method, shard.location, shard.name, headers=headers, timeout_seconds=timeout_seconds, session=session) as response:
+            with send(
+                method, shard.location, shard.name, headers=headers, timeout_seconds=timeout_seconds, session=session
+            ) as response:
                 if response.ok:
                     break
         if response.status_code != 416:  # an empty file has no first byte

@@ -16,7 +16,12 @@ RULE = "lanes-1"
 
 
 def fingerprint(
-    config: DataConfig, *, tokenizer_fingerprint: str, batch_lanes: int, split: Split = "train", shards: Sequence[Shard] | None = None
+    config: DataConfig,
+    *,
+    tokenizer_fingerprint: str,
+    batch_lanes: int,
+    split: Split = "train",
+    shards: Sequence[Shard] | None = None,
 ) -> str:
     """32 hex digits over tokenizer, shards (names, and sizes of local ones), lanes, sequence length, seed and what skips lines.
 
@@ -34,7 +39,9 @@ def fingerprint(
     return _digest(content)
 
 
-def order_fingerprint(config: DataConfig, *, tokenizer_fingerprint: str, batch_lanes: int, shards: Sequence[Shard]) -> str:
+def order_fingerprint(
+    config: DataConfig, *, tokenizer_fingerprint: str, batch_lanes: int, shards: Sequence[Shard]
+) -> str:
     """32 hex digits over what gives a saved place in the training data its meaning: which document and token comes there.
 
     Not over the sizes of shards: one that was repaired or has grown is read on from the same line.

@@ -35,10 +35,14 @@ def login_headers() -> dict[str, str]:
         headers = build_hf_headers()
     except Exception as error:  # the library's own transport raises its own kinds, which differ between versions
         if isinstance(error, UnicodeError) or (isinstance(error, OSError) and error.errno is not None):
-            raise SourceError(f"the hub's login cannot be read ({error}); log in again (hf auth login) or set HF_TOKEN") from error
+            raise SourceError(
+                f"the hub's login cannot be read ({error}); log in again (hf auth login) or set HF_TOKEN"
+            ) from error
         raise TransientError(f"no login to the hub ({type(error).__name__})") from error
     if not headers.get("authorization", "").isascii():
-        raise SourceError("the hub's token holds characters that no token has; log in again (hf auth login) or mend HF_TOKEN")
+        raise SourceError(
+            "the hub's token holds characters that no token has; log in again (hf auth login) or mend HF_TOKEN"
+        )
     return dict(headers)
 
 
@@ -53,7 +57,9 @@ def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
     def ask() -> str:
         with send("GET", url, f"hub:{repo}", headers=login_headers(), timeout_seconds=timeout_seconds) as response:
             if response.headers.get("X-Error-Code") == "RevisionNotFound":
-                raise SourceError(f"data.revision: hub:{repo} has no revision {revision!r}; use main, a tag or a commit")
+                raise SourceError(
+                    f"data.revision: hub:{repo} has no revision {revision!r}; use main, a tag or a commit"
+                )
             if response.status_code in (401, 403, 404):
                 raise SourceError(
                     f"hub:{repo} is no dataset on {endpoint()}, or not one that your token may see; check the name, or log in "
@@ -66,7 +72,9 @@ def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
                 raise TransientError(f"an answer that is no JSON ({type(error).__name__})") from error
         sha = info.get("sha") if isinstance(info, dict) else None
         if not sha:
-            raise SourceError(f"hub:{repo}: {endpoint()} names no commit for {revision!r}; set data.revision to a commit")
+            raise SourceError(
+                f"hub:{repo}: {endpoint()} names no commit for {revision!r}; set data.revision to a commit"
+            )
         return str(sha)
 
     return retrying(ask, f"hub:{repo} (revision {revision})", timeout_seconds, remedy())

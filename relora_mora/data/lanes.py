@@ -63,7 +63,9 @@ class LanePlan:
         """(cursor, offset in tokens) of this lane's saved state. Raises SourceError for one that cannot be its own."""
         cursor, offset = read_state(state)
         if cursor.place >= len(self.shards):
-            raise SourceError(f"lane {self.lane}: the saved position is beyond its {len(self.shards)} shards; resume with the same sources")
+            raise SourceError(
+                f"lane {self.lane}: the saved position is beyond its {len(self.shards)} shards; resume with the same sources"
+            )
         return cursor, offset
 
 

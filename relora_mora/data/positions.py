@@ -45,4 +45,6 @@ def _place(plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard],
     else:
         steps = f" in steps of {plan.stride}" if plan.stride > 1 else ""
         lines = f"behind {cursor.item} of lines {first} to {last}{steps} (shuffled)"
-    return f"epoch {cursor.epoch}, {shard.name}, {lines}" + (f" and {offset} tokens of the next document" if offset else "")
+    return f"epoch {cursor.epoch}, {shard.name}, {lines}" + (
+        f" and {offset} tokens of the next document" if offset else ""
+    )

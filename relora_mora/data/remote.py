@@ -61,7 +61,9 @@ class RemoteBytes:
     def __enter__(self) -> RemoteBytes:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -155,7 +157,9 @@ class RemoteBytes:
         headers = hub.login_headers() if self.shard.hub else {}
         if start:
             headers["Range"] = f"bytes={start}-"
-        response = send("GET", self.shard.location, self.shard.name, headers=headers, timeout_seconds=self.timeout_seconds)
+        response = send(
+            "GET", self.shard.location, self.shard.name, headers=headers, timeout_seconds=self.timeout_seconds
+        )
         try:
             self._check(response, start)
         except (SourceError, TransientError):

@@ -73,7 +73,9 @@ def retrying(
 
     def note(state: tenacity.RetryCallState) -> None:
         RETRIES.retries += 1
-        log.info("%s: %s; asking again in %.1f s", what, state.outcome and state.outcome.exception(), state.upcoming_sleep)
+        log.info(
+            "%s: %s; asking again in %.1f s", what, state.outcome and state.outcome.exception(), state.upcoming_sleep
+        )
 
     retry = tenacity.Retrying(
         sleep=sleep,

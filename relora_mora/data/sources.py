@@ -68,7 +68,9 @@ def resolve_shards(
                 )
             shards.append(shard)
     if len(shards) > _MAX_SHARDS:
-        raise SourceError(f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources")
+        raise SourceError(
+            f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources"
+        )
     return shards
 
 
@@ -104,11 +106,14 @@ def expand_braces(pattern: str) -> list[str]:
         if int(last) < int(first):
             raise SourceError(f"{pattern}: the range {{{first}..{last}}} counts down; write {{{last}..{first}}}")
         if int(last) - int(first) >= _MAX_SHARDS:
-            raise SourceError(f"{pattern}: the range {{{first}..{last}}} names more than {_MAX_SHARDS:,} shards; shorten it")
+            raise SourceError(
+                f"{pattern}: the range {{{first}..{last}}} names more than {_MAX_SHARDS:,} shards; shorten it"
+            )
         ranges.append([str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)])
     texts = pieces[0::3]
     return [
-        texts[0] + "".join(number + text for number, text in zip(numbers, texts[1:], strict=True)) for numbers in itertools.product(*ranges)
+        texts[0] + "".join(number + text for number, text in zip(numbers, texts[1:], strict=True))
+        for numbers in itertools.product(*ranges)
     ]
 
 
@@ -193,7 +198,9 @@ def _hub_shards(source: str, commits: _Commits) -> Iterator[Shard]:
 
     repo, pattern = _hub_parts(source)
     if any(sign in pattern for sign in "*?["):
-        raise SourceError(f"{source}: a hub pattern is not listed, so * and ? cannot be used; write a range such as {{00000..00007}}")
+        raise SourceError(
+            f"{source}: a hub pattern is not listed, so * and ? cannot be used; write a range such as {{00000..00007}}"
+        )
     paths = expand_braces(pattern)
     _check_suffix(paths[0], source)
     commit = commits[repo]
@@ -213,7 +220,9 @@ def _local_shards(source: str) -> Iterator[Shard]:
             # Path.glob takes no absolute pattern
             found = {path for one in expand_braces(pattern) for path in glob.glob(one, recursive=True)}  # noqa: PTH207
             paths = sorted(path for path in found if Path(path).is_file())
-            if not paths and (pipes := sorted(path for path in found if Path(path).exists() and not Path(path).is_dir())):
+            if not paths and (
+                pipes := sorted(path for path in found if Path(path).exists() and not Path(path).is_dir())
+            ):
                 raise SourceError(f"{pipes[0]} is a pipe or a device, and text is read more than once; give a file")
         sizes = [Path(path).stat().st_size for path in paths]
     except OSError as error:
@@ -229,7 +238,9 @@ def _local_shards(source: str) -> Iterator[Shard]:
 def _check_suffix(path: str, source: str, *, may_be_missing: bool = False) -> None:
     suffix = PurePosixPath(path).suffix
     if suffix not in SUFFIXES and not (may_be_missing and not suffix):
-        raise SourceError(f'{source}: {PurePosixPath(path).name} is no shard of {{"text"}} lines; expected one of {", ".join(SUFFIXES)}')
+        raise SourceError(
+            f'{source}: {PurePosixPath(path).name} is no shard of {{"text"}} lines; expected one of {", ".join(SUFFIXES)}'
+        )
 
 
 def public_url(url: str) -> str:

@@ -66,7 +66,9 @@ class TrainStream:
                 "the lanes must divide the batch and the ranks the lanes; change data.lanes or train.batch_size"
             )
         if shards is None:
-            shards = resolve_shards(config.train, config.revision, split="train", timeout_seconds=config.timeout_seconds)
+            shards = resolve_shards(
+                config.train, config.revision, split="train", timeout_seconds=config.timeout_seconds
+            )
         states = _checked(state, lanes)
         self.config = config
         self._shards, self._lanes_of_all = shards, lanes
@@ -76,12 +78,22 @@ class TrainStream:
         workers = self._workers = min(config.workers, len(self._lanes))
         shares = [self._lanes[number::workers] for number in range(workers)] if workers else [self._lanes]
         tasks = [
-            Task(config, shards, tokenizer_path, share, lanes, self._blocks_per_lane, {str(n): states[str(n)] for n in share if states})
+            Task(
+                config,
+                shards,
+                tokenizer_path,
+                share,
+                lanes,
+                self._blocks_per_lane,
+                {str(n): states[str(n)] for n in share if states},
+            )
             for share in shares
         ]
         self._producers: list[Any] = []
         if workers:
-            from relora_mora.data.worker import Worker  # here, since it is run as a program, which must not be imported already
+            from relora_mora.data.worker import (
+                Worker,  # here, since it is run as a program, which must not be imported already
+            )
 
             try:
                 for task in tasks:
@@ -126,14 +138,18 @@ class TrainStream:
         """Of the merged states of all ranks, those of this rank's lanes."""
         return {str(lane): dict(state[str(lane)]) for lane in self._lanes if str(lane) in state}
 
-    def describe(self, state: Mapping[str, Mapping[str, Any]], since: Mapping[str, Mapping[str, Any]] | None = None) -> list[str]:
+    def describe(
+        self, state: Mapping[str, Mapping[str, Any]], since: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> list[str]:
         """Where the lanes of a ``Batch.state`` are, in words; with the ``since`` state before it, the data between them."""
         return describe_position(state, lanes=self._lanes_of_all, shards=self._shards, config=self.config, since=since)
 
     def __enter__(self) -> TrainStream:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -176,7 +192,9 @@ def merge_states(states: Iterable[Mapping[str, Mapping[str, Any]]]) -> LaneState
     for state in states:
         for lane, lane_state in state.items():
             if lane in merged:
-                raise ValueError(f"lane {lane} stands in the data state of two ranks; merge the states of different ranks at one step")
+                raise ValueError(
+                    f"lane {lane} stands in the data state of two ranks; merge the states of different ranks at one step"
+                )
             merged[lane] = dict(lane_state)
     return dict(sorted(merged.items(), key=lambda item: int(item[0])))
 

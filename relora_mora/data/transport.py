@@ -32,7 +32,9 @@ def send(
     stall = min(STALL_SECONDS, max(1.0, timeout_seconds / 4))
     request = session.request if session is not None else requests.request
     try:
-        return request(method, url, headers=given, stream=True, timeout=(min(CONNECT_SECONDS, stall), stall), allow_redirects=True)
+        return request(
+            method, url, headers=given, stream=True, timeout=(min(CONNECT_SECONDS, stall), stall), allow_redirects=True
+        )
     except _WRONG_URL as error:
         raise SourceError(f"{what} is no url that can be read ({type(error).__name__}); check it") from error
     except requests.exceptions.TooManyRedirects as error:
@@ -64,5 +66,9 @@ def etag_of(response: requests.Response) -> str | None:
 def size_of(response: requests.Response) -> int | None:
     """Bytes of the whole file, as the server says."""
     partial = response.status_code in (206, 416)
-    size = response.headers.get("Content-Range", "").rpartition("/")[2] if partial else response.headers.get("Content-Length", "")
+    size = (
+        response.headers.get("Content-Range", "").rpartition("/")[2]
+        if partial
+        else response.headers.get("Content-Length", "")
+    )
     return int(size) if size.isdecimal() else None

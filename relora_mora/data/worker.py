@@ -25,7 +25,7 @@ import psutil
 
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.producer import Part, Producer, Task
-from relora_mora.guard import LOST_DISK
+from relora_mora.system.files import LOST_DISK
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
@@ -110,7 +110,9 @@ class Worker:
 
     def close(self) -> None:
         self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it cannot die inside a read of a disk that does not answer
+        with contextlib.suppress(
+            subprocess.TimeoutExpired
+        ):  # it cannot die inside a read of a disk that does not answer
             self._process.wait(KILL_SECONDS)
         self._connection.close()
 

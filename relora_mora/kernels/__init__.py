@@ -40,7 +40,11 @@ def available() -> bool:
 def describe() -> str:
     """The instruction set of the compiled kernels, or why torch takes their place."""
     library = compiled.load()
-    return f"compiled, {library.remora_use(compiled.BEST).decode()}" if isinstance(library, ctypes.CDLL) else f"torch: {library}"
+    return (
+        f"compiled, {library.remora_use(compiled.BEST).decode()}"
+        if isinstance(library, ctypes.CDLL)
+        else f"torch: {library}"
+    )
 
 
 def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
@@ -73,7 +77,9 @@ def takes_logits(logits: Tensor) -> bool:
     return compiled.takes(logits)
 
 
-def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore: int, scale: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, *, ignore: int, scale: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """The sum of the negative log-likelihoods of labels [N] under logits [N, V], a float32 scalar, and its gradient [N, V] times ``scale``.
 
     Labels that are ``ignore`` (a negative number) are not scored. Overwrites the logits; the gradient (None unless asked
@@ -81,7 +87,9 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore: int, scale: Tensor
     """
     if compiled.takes(logits):
         if int(labels.max()) >= logits.shape[1] or bool(((labels < 0) & (labels != ignore)).any()):
-            raise IndexError(f"labels go from {int(labels.min())} to {int(labels.max())}, the vocabulary has {logits.shape[1]}")
+            raise IndexError(
+                f"labels go from {int(labels.min())} to {int(labels.max())}, the vocabulary has {logits.shape[1]}"
+            )
         losses = compiled.cross_entropy(logits, labels, float(scale), gradient=gradient)
         return losses.sum(), logits if gradient else None
     wide = logits.float()
@@ -98,7 +106,9 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore: int, scale: Tensor
 
 def _add_piece(source: Tensor, square: Tensor, result: Tensor, down: Piece, across: Piece) -> None:
     def cut(matrix: Tensor) -> Tensor:
-        return down.by_slot(across.by_slot(matrix, 1)[0], 0)[0]  # [slots, repeats | repeats, slots] of outputs, then of inputs
+        return down.by_slot(across.by_slot(matrix, 1)[0], 0)[
+            0
+        ]  # [slots, repeats | repeats, slots] of outputs, then of inputs
 
     square = square.unsqueeze(1 if down.neighbours else 0).unsqueeze(3 if across.neighbours else 2)
     torch.add(cut(source), square, out=cut(result))

@@ -98,7 +98,10 @@ def takes(*tensors: Tensor) -> bool:
         return False
     dtype, grad = tensors[0].dtype, torch.is_grad_enabled()
     return dtype in _TYPES and all(
-        type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.dtype == dtype and not (grad and t.requires_grad)
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type == "cpu"
+        and t.dtype == dtype
+        and not (grad and t.requires_grad)
         for t in tensors
     )
 
@@ -127,7 +130,15 @@ def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
     threads = _threads(rows.numel())
     scratch = torch.empty(threads, grouping.slots + 16)
     job = _SumJob(
-        rows.data_ptr(), y.data_ptr(), rows.shape[0], rows.shape[1], grouping.slots, rows.stride(0), y.stride(0), pieces, len(pieces)
+        rows.data_ptr(),
+        y.data_ptr(),
+        rows.shape[0],
+        rows.shape[1],
+        grouping.slots,
+        rows.stride(0),
+        y.stride(0),
+        pieces,
+        len(pieces),
     )
     library.remora_sum(_TYPES[x.dtype], ctypes.byref(job), threads, scratch.data_ptr(), scratch.shape[1])
     return y.view(*x.shape[:-1], grouping.slots)
@@ -164,6 +175,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, scale: float, *, gradient: boo
     library = load()
     assert isinstance(library, ctypes.CDLL) and logits.stride(1) == 1
     labels, losses = labels.contiguous(), torch.empty(len(logits))
-    job = _LossJob(logits.data_ptr(), labels.data_ptr(), losses.data_ptr(), logits.shape[1], logits.stride(0), scale, int(gradient))
+    job = _LossJob(
+        logits.data_ptr(), labels.data_ptr(), losses.data_ptr(), logits.shape[1], logits.stride(0), scale, int(gradient)
+    )
     library.remora_loss(_TYPES[logits.dtype], ctypes.byref(job), len(logits), _threads(logits.numel()))
     return losses

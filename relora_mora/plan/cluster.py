@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from relora_mora.config import Config
-from relora_mora.plan.devices import Device
 from relora_mora.plan.network import Traffic
+from relora_mora.system.devices import Device
 
 BACKWARD_SHARE = 2 / 3
 ADAM_BYTES = 28  # reads master, both moments, gradient; writes master, both moments
@@ -62,7 +62,9 @@ class StepTime:
         return self.compute + self.optimizer + self.network - self.hidden
 
 
-def step_time(cluster: Cluster, config: Config, stage: int, moved: Traffic, *, compute: float, trainable: int, bf16: bool) -> StepTime:
+def step_time(
+    cluster: Cluster, config: Config, stage: int, moved: Traffic, *, compute: float, trainable: int, bf16: bool
+) -> StepTime:
     """Seconds of a step whose arithmetic takes ``compute``."""
     owned = trainable / (cluster.world_size if stage else 1)
     bandwidth = cluster.device.memory_gbytes_per_s * 1e9

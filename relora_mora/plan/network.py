@@ -29,9 +29,9 @@ from dataclasses import dataclass
 
 from transformers import LlamaForCausalLM
 
-from relora_mora.adapters import adapter_layers
 from relora_mora.config import Config
-from relora_mora.memory import PERSISTENCE_THRESHOLD, count_parameters, zero_setting
+from relora_mora.methods.layers import adapter_layers
+from relora_mora.plan.memory import PERSISTENCE_THRESHOLD, count_parameters, zero_setting
 
 MAX_REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}

@@ -8,16 +8,18 @@ from typing import Any
 from transformers import LlamaConfig
 
 from relora_mora.config import Config
-from relora_mora.flops import Flops, flops_per_token, meta_model
-from relora_mora.memory import Memory, Parameters, count_parameters, peak_memory
 from relora_mora.plan.cluster import Cluster, StepTime, step_time
+from relora_mora.plan.flops import Flops, flops_per_token, meta_model
+from relora_mora.plan.memory import Memory, Parameters, count_parameters, peak_memory
 from relora_mora.plan.network import Traffic, traffic
 
 METHODS = ("full", "lora", "mora", "relora", "remora")
 STAGES = (0, 1, 2, 3)
 ASSUMED_UTILISATION = 0.4
 USABLE = 0.9  # of a device's memory: the rest is for the CUDA context, NCCL's buffers and fragmentation
-PROCESS_BYTES = 0.45 * 2**30  # resident in a rank's process on a CPU next to its tensors: Python, torch, DeepSpeed, tokenizer (measured)
+PROCESS_BYTES = (
+    0.45 * 2**30
+)  # resident in a rank's process on a CPU next to its tensors: Python, torch, DeepSpeed, tokenizer (measured)
 FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny runs (measured on two cores)
 
 
@@ -74,7 +76,8 @@ class Plan:
         }
         values["network"] = {
             method: {
-                str(stage): {**asdict(moved), "sent": moved.sent, "sent_in_merge": moved.sent_in_merge} for stage, moved in stages.items()
+                str(stage): {**asdict(moved), "sent": moved.sent, "sent_in_merge": moved.sent_in_merge}
+                for stage, moved in stages.items()
             }
             for method, stages in self.network.items()
         }
@@ -118,7 +121,9 @@ def make_plan(
     used = ASSUMED_UTILISATION if utilisation is None else utilisation
     compute = flops.performed * config.tokens_per_step / (ranks * peak[0] * used)
     steps = {
-        stage: step_time(cluster, config, stage, network[own][stage], compute=compute, trainable=counts.trainable, bf16=bf16)
+        stage: step_time(
+            cluster, config, stage, network[own][stage], compute=compute, trainable=counts.trainable, bf16=bf16
+        )
         for stage in STAGES
     }
     device = f"{peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"

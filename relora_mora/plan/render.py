@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relora_mora.memory import PARTS
+from relora_mora.plan.memory import PARTS
 from relora_mora.plan.plan import PROCESS_BYTES, USABLE, Plan
 
 
@@ -14,7 +14,9 @@ def render(plan: Plan) -> str:
     parts = [
         f"parameters     {counts.total:,} in the model; {plan.method} trains {counts.trainable:,}, of them {counts.adapters:,} in adapters",
         f"arithmetic     {flops.total / 1e9:.4g} GFLOP a token: "
-        + ", ".join(f"{name} {getattr(flops, name) / flops.total:.0%}" for name in ("linears", "adapters", "attention", "head"))
+        + ", ".join(
+            f"{name} {getattr(flops, name) / flops.total:.0%}" for name in ("linears", "adapters", "attention", "head")
+        )
         + (f"; {flops.recomputed / 1e9:.4g} more for activation checkpointing" if flops.recomputed else ""),
         f"data           {plan.tokens_per_step:,} tokens a step, {plan.tokens:,} in all, {flops.total * plan.tokens:.3g} FLOP",
         f"time           {duration(plan.seconds)} at {plan.tokens_per_second:,.0f} tokens/s on {plan.world_size} "
@@ -84,10 +86,20 @@ def _network(plan: Plan) -> list[str]:
         # a ring's bytes leave each host once
         per_host = traffic.sent if cluster.nodes > 1 else 0
         given = (traffic.all_reduced, traffic.reduced, traffic.gathered)
-        row = [_stage(plan, stage), *map(_gb, given), _gb(traffic.sent), _gb(per_host), _gb(plan.network["full"][stage].sent)]
+        row = [
+            _stage(plan, stage),
+            *map(_gb, given),
+            _gb(traffic.sent),
+            _gb(per_host),
+            _gb(plan.network["full"][stage].sent),
+        ]
         parts = (step.compute, step.optimizer, step.network, step.hidden, step.total)
         rows.append(
-            [*row, *(f"{seconds:.3g}" if seconds else "-" for seconds in parts), duration(plan.tokens / plan.tokens_per_step * step.total)]
+            [
+                *row,
+                *(f"{seconds:.3g}" if seconds else "-" for seconds in parts),
+                duration(plan.tokens / plan.tokens_per_step * step.total),
+            ]
         )
     columns = ["stage", "all-reduced", "reduced", "gathered", "a device sends", "a host sends", "full: a device"]
     columns += ["compute s", "optimizer s", "network s", "hidden s", "step s", "all steps"]
@@ -97,12 +109,19 @@ def _network(plan: Plan) -> list[str]:
         if plan.merge_every
         else ""
     )
-    return ["", f"one step in GB (1e9 bytes) and seconds, calculated; {link}", _table(columns, rows), *filter(None, [merges])]
+    return [
+        "",
+        f"one step in GB (1e9 bytes) and seconds, calculated; {link}",
+        _table(columns, rows),
+        *filter(None, [merges]),
+    ]
 
 
 def _link(plan: Plan) -> str:
     cluster = plan.cluster
-    within = f"{cluster.device.peer_gbytes_per_s:g} GB/s from device to device" if cluster.device.peer_gbytes_per_s else ""
+    within = (
+        f"{cluster.device.peer_gbytes_per_s:g} GB/s from device to device" if cluster.device.peer_gbytes_per_s else ""
+    )
     between = ""
     if cluster.nodes > 1 and cluster.node_gbits:
         origin = cluster.device.host if cluster.link_gbits is None else "--link_gbits"
@@ -135,4 +154,6 @@ def _gb(size: float) -> str:
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows])
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    )

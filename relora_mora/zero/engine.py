@@ -60,14 +60,18 @@ class ZeroEngine:
     parameters before DeepSpeed casts them become the masters exactly.
     """
 
-    def __init__(self, module: nn.Module, lm: nn.Module, optimizer: torch.optim.Optimizer, config: Config, *, bf16: bool) -> None:
+    def __init__(
+        self, module: nn.Module, lm: nn.Module, optimizer: torch.optim.Optimizer, config: Config, *, bf16: bool
+    ) -> None:
         self.lm, self.bf16, self.stage = lm, bf16, config.train.zero_stage
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.parameters: dict[str, nn.Parameter] = dict(lm.named_parameters())
         self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self.group_names = [group["name"] for group in optimizer.param_groups]
         self.members = [[self._name_of(p) for p in group["params"]] for group in optimizer.param_groups]
-        initial = {name: p.data.clone() if not bf16 else p.data for name, p in self.parameters.items() if p.requires_grad}
+        initial = {
+            name: p.data.clone() if not bf16 else p.data for name, p in self.parameters.items() if p.requires_grad
+        }
         self.clip = config.optim.clip
         trainable = sum(self.shapes[name].numel() for names in self.members for name in names)
         settings = deepspeed_settings(config, bf16=bf16, world_size=self.world_size, trainable=trainable)

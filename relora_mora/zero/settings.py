@@ -15,7 +15,11 @@ def deepspeed_settings(config: Config, *, bf16: bool, world_size: int, trainable
     DeepSpeed allocates a whole bucket for reductions; one as large as the ``trainable`` parameters holds all gradients.
     """
     given = config.train.deepspeed.get("zero_optimization", {})
-    zero: dict[str, Any] = {"reduce_bucket_size": min(REDUCE_BUCKET_SIZE, trainable), **given, "stage": config.train.zero_stage}
+    zero: dict[str, Any] = {
+        "reduce_bucket_size": min(REDUCE_BUCKET_SIZE, trainable),
+        **given,
+        "stage": config.train.zero_stage,
+    }
     plain = config.train.zero_stage == 0 and not bf16  # no optimizer of DeepSpeed's around ours
     settings: dict[str, Any] = {
         "train_batch_size": config.train.batch_size,

@@ -19,8 +19,8 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 
-from relora_mora.distributed import backend_name, join
-from relora_mora.guard.collective import collective
+from relora_mora.distributed.join import backend_name, join
+from relora_mora.distributed.waiting import collective
 
 COLLECTIVES = (  # methods of DeepSpeed's backend
     "all_gather",

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cluster.hosts import Pair, skip, why_not
 from tests.cluster.runs import on_one_host, write_run
-from tests.runs import write_inputs
+from tests.tools.runs import write_inputs
 
 Make = Callable[..., Path]
 

@@ -15,7 +15,7 @@ from relora_mora.cli import run
 
 @functools.wraps(main)
 def follower(*args: Any, **kwargs: Any) -> int:
-    from relora_mora.trainer import Trainer
+    from relora_mora.train import Trainer
 
     whole = Trainer.train_step
     log = Path(f"{os.environ['FOLLOWED']}.{os.environ.get('RANK', '0')}-of-{os.environ.get('WORLD_SIZE', '1')}")

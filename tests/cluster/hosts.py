@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import psutil
 import pytest
 
-from tests.jobs import lives
+from tests.tools.jobs import lives
 
 NAMES = ("node1", "node2")
 NEEDED = ("unshare", "nsenter", "setpriv", "mount", "ip", "sshd", "ssh-keygen", "pdsh")
@@ -60,7 +60,9 @@ def why_not(*commands: str) -> str | None:
         return "needs root, for namespaces"
     if missing := [command for command in (*NEEDED, *commands) if shutil.which(command) is None]:
         return f"not installed: {', '.join(missing)} (.ci/run installs the packages)"
-    tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
+    tried = subprocess.run(
+        ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True
+    )
     return None if tried.returncode == 0 else f"no namespaces here: {tried.stderr.strip()}"
 
 
@@ -78,7 +80,19 @@ class Host:
         self.name = name
         self._unshare = subprocess.Popen(
             [
-                *("setpriv", "--pdeathsig", "KILL", "--", "unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child"),
+                *(
+                    "setpriv",
+                    "--pdeathsig",
+                    "KILL",
+                    "--",
+                    "unshare",
+                    "--net",
+                    "--uts",
+                    "--mount",
+                    "--pid",
+                    "--fork",
+                    "--kill-child",
+                ),
                 *("--mount-proc", "--", "bash", "-c", _BOOT, str(folder), name),
             ],
             stdin=subprocess.DEVNULL,
@@ -122,7 +136,11 @@ class Host:
         for process in self.trainers():
             with contextlib.suppress(psutil.Error):
                 command = process.cmdline()
-                is_rank = "python" in Path(command[0]).name and "-m" not in command and process.environ().get("RANK") == str(number)
+                is_rank = (
+                    "python" in Path(command[0]).name
+                    and "-m" not in command
+                    and process.environ().get("RANK") == str(number)
+                )
                 if is_rank:
                     return process
         raise AssertionError(f"rank {number} does not run on {self.name}")
@@ -164,12 +182,32 @@ class Pair:
 
     def _join(self) -> None:
         first, second = self.hosts
-        cable = ["ip", "link", "add", "eth0", "netns", str(first.init), "type", "veth", "peer", "name", "eth0", "netns", str(second.init)]
+        cable = [
+            "ip",
+            "link",
+            "add",
+            "eth0",
+            "netns",
+            str(first.init),
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            str(second.init),
+        ]
         subprocess.run(cable, check=True)
         for number, host in enumerate(self.hosts, 1):
             host.run("ip", "address", "add", f"10.77.0.{number}/24", "dev", "eth0")
             host.link("up")
-            host.run("/usr/sbin/sshd", "-f", str(self.folder / "sshd_config"), "-E", str(self.folder / f"{host.name}.sshd.log"))
+            host.run(
+                "/usr/sbin/sshd",
+                "-f",
+                str(self.folder / "sshd_config"),
+                "-E",
+                str(self.folder / f"{host.name}.sshd.log"),
+            )
 
     def __iter__(self) -> Iterator[Host]:
         return iter(self.hosts)

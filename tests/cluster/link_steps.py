@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from relora_mora.config import ModelConfig
-from relora_mora.distributed import sum_over_hosts
-from relora_mora.hardware import fast_bf16
-from relora_mora.model_config import read_model_config
+from relora_mora.distributed.collectives import sum_over_hosts
+from relora_mora.model import read_model_config
 from relora_mora.optim import group_rates
+from relora_mora.system.hardware import fast_bf16
 from relora_mora.zero import init_distributed
-from tests.tiny import Rig, build_rig, tiny_config
+from tests.tools.tiny import Rig, build_rig, tiny_config
 
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 DELAY = "500us"  # each way
@@ -35,12 +35,17 @@ def shape(rate: str) -> str:
         "tbf": ["tbf", "rate", rate, "burst", "128kb", "latency", "100ms"],
     }
     for way, arguments in ways.items():
-        if subprocess.run(["tc", "qdisc", "add", "dev", "eth0", "root", *arguments], capture_output=True).returncode == 0:
+        if (
+            subprocess.run(["tc", "qdisc", "add", "dev", "eth0", "root", *arguments], capture_output=True).returncode
+            == 0
+        ):
             return way
     raise SystemExit("tc can neither netem nor tbf on this kernel")
 
 
-def build(plan: dict[str, Any], method: str, deepspeed: dict[str, Any] | None = None, overrides: dict[str, Any] | None = None) -> Rig:
+def build(
+    plan: dict[str, Any], method: str, deepspeed: dict[str, Any] | None = None, overrides: dict[str, Any] | None = None
+) -> Rig:
     config = tiny_config(
         2,
         method={"name": method, **({} if method == "full" else {"rank": plan["rank"]})},
@@ -67,7 +72,9 @@ def main(given: str) -> None:
     rank, _ = init_distributed()
     built = {name: build(plan, **changes) for name, changes in plan["variants"].items()}
     vocabulary = next(iter(built.values())).engine.lm.config.vocab_size
-    tokens = torch.randint(0, vocabulary, (plan["sequences"], plan["length"] + 1), generator=torch.Generator().manual_seed(rank))
+    tokens = torch.randint(
+        0, vocabulary, (plan["sequences"], plan["length"] + 1), generator=torch.Generator().manual_seed(rank)
+    )
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     for rig in built.values():
         for _ in range(WARMUP):
@@ -87,7 +94,16 @@ def main(given: str) -> None:
                 sent[name].append(int(SENT.read_text()) - bytes_before)
         for name, rig in built.items():
             trainable = sum(p.numel() for p in rig.engine.lm.parameters() if p.requires_grad)
-            rows.append({"variant": name, "rate": rate, "way": way, "seconds": seconds[name], "sent": sent[name], "trainable": trainable})
+            rows.append(
+                {
+                    "variant": name,
+                    "rate": rate,
+                    "way": way,
+                    "seconds": seconds[name],
+                    "sent": sent[name],
+                    "trainable": trainable,
+                }
+            )
     shape("none")
     if rank == 0:
         print(json.dumps({"bf16": fast_bf16(), "stage": plan["stage"], "rows": rows}))

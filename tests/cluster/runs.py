@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from tests.cluster.hosts import Host, wait_until
-from tests.helpers import ROOT
-from tests.jobs import BIN, last_step, write_config
-from tests.runs import metrics, run_config, tensors
+from tests.tools.helpers import ROOT
+from tests.tools.jobs import BIN, last_step, write_config
+from tests.tools.runs import metrics, run_config, tensors
 
 STEPS, MERGES, SAVE_EVERY = 75, [30, 60], 10
 PRETRAIN, FOLLOWER = "launch/pretrain.py", "tests/cluster/follower.py"
@@ -78,13 +78,23 @@ def deepspeed(host: Host, config: Path, *arguments: str, **environment: str) -> 
 def on_one_host(host: Host, config: Path, ranks: int) -> Command:
     """With torchrun; what the ranks train on is written to ``followed`` beside the configuration."""
     launcher = [str(BIN / "torchrun"), "--master_port=29501", f"--nproc_per_node={ranks}"]
-    return Command(host, config.parent / "one_host.log", *launcher, FOLLOWER, str(config), FOLLOWED=str(config.parent / "followed"))
+    return Command(
+        host, config.parent / "one_host.log", *launcher, FOLLOWER, str(config), FOLLOWED=str(config.parent / "followed")
+    )
 
 
 def torchrun(host: Host, config: Path) -> Command:
     """What each host of a job of two starts."""
-    rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=node1:29500", "--rdzv_id=remora"]
-    return Command(host, config.parent / f"torchrun.{host.name}.log", str(BIN / "torchrun"), *rendezvous, PRETRAIN, str(config))
+    rendezvous = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=node1:29500",
+        "--rdzv_id=remora",
+    ]
+    return Command(
+        host, config.parent / f"torchrun.{host.name}.log", str(BIN / "torchrun"), *rendezvous, PRETRAIN, str(config)
+    )
 
 
 def starts(run_dir: Path) -> list[int]:

@@ -22,7 +22,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "relora": {"method": "relora"},
     "remora": {"method": "remora"},
     "remora, gradients to their owners only": {"method": "remora", "deepspeed": REDUCED},
-    "the same, head tied to the embeddings": {"method": "remora", "deepspeed": REDUCED, "overrides": {"tie_word_embeddings": True}},
+    "the same, head tied to the embeddings": {
+        "method": "remora",
+        "deepspeed": REDUCED,
+        "overrides": {"tie_word_embeddings": True},
+    },
 }
 RATES = {"none": 5, "1gbit": 5, "100mbit": 3}  # steps of each method
 BITS = {"1gbit": 1e9, "100mbit": 1e8}
@@ -40,7 +44,13 @@ PLAN: dict[str, Any] = {
 def measure(pair: Pair, folder: Path, stage: int) -> dict[str, Any]:
     ranks = []
     for number, host in enumerate(pair):
-        place = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+        place = {
+            "RANK": str(number),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "node1",
+            "MASTER_PORT": "29500",
+        }
         given = json.dumps(PLAN | {"stage": stage})
         log = folder / f"zero{stage}.{host.name}.log"
         ranks.append(Command(host, log, sys.executable, "-m", "tests.cluster.link_steps", given, **place))
@@ -65,11 +75,16 @@ def table(results: list[dict[str, Any]]) -> str:
             exposed = f"{(seconds - free[row['variant']]) / (8 * sent / BITS[rate]):.0%}" if rate in BITS else ""
             cells = [
                 *(str(result["stage"]), "no limit" if rate == "none" else f"{rate} ({row['way']})", row["variant"]),
-                *(f"{seconds:.2f} ({min(row['seconds']):.2f} to {max(row['seconds']):.2f})", f"{seconds / full[rate]:.2f}"),
+                *(
+                    f"{seconds:.2f} ({min(row['seconds']):.2f} to {max(row['seconds']):.2f})",
+                    f"{seconds / full[rate]:.2f}",
+                ),
                 *(f"{sent / 1e6:.1f}", exposed),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    trained = "; ".join(f"{row['variant']}: {row['trainable']:,}" for row in results[0]["rows"] if row["rate"] == "none")
+    trained = "; ".join(
+        f"{row['variant']}: {row['trainable']:,}" for row in results[0]["rows"] if row["rate"] == "none"
+    )
     return "\n".join([*lines, "", f"Trained parameters, {'bf16' if results[0]['bf16'] else 'fp32'}: {trained}."])
 
 

@@ -54,7 +54,13 @@ class Slurm:
         for host in pair:
             host.run("mkdir", "-p", "/run/munge")
             # its own log folder would have to belong to root; --force: a temporary folder may be open to others
-            host.run("munged", "--force", f"--key-file={key}", f"--log-file={folder / host.name}.munged.log", "--seed-file=/run/munge/seed")
+            host.run(
+                "munged",
+                "--force",
+                f"--key-file={key}",
+                f"--log-file={folder / host.name}.munged.log",
+                "--seed-file=/run/munge/seed",
+            )
         self.run("slurmctld")
         for host in pair:
             host.run("env", *self._variables(), "slurmd", "-N", host.name)
@@ -68,11 +74,15 @@ class Slurm:
         return self.head.run("env", f"--chdir={self.checkout}", *self._variables(), *command)
 
     def states(self) -> list[str]:
-        return [line.strip().rstrip("*") for line in self.run("sinfo", "--noheader", "--Node", "--format=%T").splitlines()]
+        return [
+            line.strip().rstrip("*") for line in self.run("sinfo", "--noheader", "--Node", "--format=%T").splitlines()
+        ]
 
     def submit(self, *arguments: str, **environment: str) -> str:
         """The id of a new job."""
-        return self.run("env", *(f"{key}={value}" for key, value in environment.items()), "sbatch", "--parsable", *arguments).strip()
+        return self.run(
+            "env", *(f"{key}={value}" for key, value in environment.items()), "sbatch", "--parsable", *arguments
+        ).strip()
 
     def field(self, job: str, name: str) -> str:
         """JobState, Restarts, ExitCode, ... of a job."""
@@ -96,15 +106,23 @@ class Slurm:
 
         def completed() -> bool:
             state = self.field(job, "JobState")
-            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "COMPLETED"), f"{job} is {state}\n{self.logs(job)}"
+            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "COMPLETED"), (
+                f"{job} is {state}\n{self.logs(job)}"
+            )
             return state == "COMPLETED"
 
         wait_until(completed, seconds, lambda: self.logs(job))
 
     def logs(self, job: str = "") -> str:
         """The ends of the daemons' logs, and of those of a job."""
-        paths = [*self.folder.glob("*.log"), *self.checkout.glob("*.log"), *(self.checkout / "runs" / "slurm").glob("*/*.log")]
-        wanted = [path for path in sorted(paths) if path.parent == self.folder or not job or job.split("_")[0] in str(path)]
+        paths = [
+            *self.folder.glob("*.log"),
+            *self.checkout.glob("*.log"),
+            *(self.checkout / "runs" / "slurm").glob("*/*.log"),
+        ]
+        wanted = [
+            path for path in sorted(paths) if path.parent == self.folder or not job or job.split("_")[0] in str(path)
+        ]
         return "\n".join(f"== {path}\n{path.read_text(errors='replace')[-3000:]}" for path in wanted)
 
     def cancel_all(self) -> None:

@@ -14,7 +14,9 @@ def test_deepspeed_trains_across_both_hosts(pair, make, reference, tmp_path, sta
     config = make(stage)
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
-    (tmp_path / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n")  # in the home folder
+    (tmp_path / ".deepspeed_env").write_text(
+        "DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n"
+    )  # in the home folder
     before = pair.hosts[1].sent_bytes()
     job = deepspeed(pair.hosts[0], config, f"--hostfile={hostfile}", PRETRAIN, str(config), HOME=str(tmp_path))
     job.wait_for_step(config.parent / "run", 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.tools.helpers import ROOT
 
 SCRIPT = ROOT / "launch" / "slurm" / "pretrain.sbatch"
 CONFIG = "configs/run/tiny_remora.yaml"
@@ -64,7 +64,9 @@ class Slurm:
     folder: Path
     restarts: int = 0
 
-    def start(self, *arguments: str, codes: str = "0 0", saves: int | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    def start(
+        self, *arguments: str, codes: str = "0 0", saves: int | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """With the arguments of RUN where there are none; ``saves`` is the step that the trainer saves."""
         variables = {
             "SLURM_JOB_ID": "123456",
@@ -86,7 +88,11 @@ class Slurm:
             variables["SLURM_RESTART_COUNT"] = str(self.restarts)
         self.restarts += 1
         done = subprocess.run(
-            ["bash", SCRIPT, *(arguments or RUN)], env=variables | environment, capture_output=True, text=True, check=False
+            ["bash", SCRIPT, *(arguments or RUN)],
+            env=variables | environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         print(done.stdout, done.stderr)
         return done
@@ -109,7 +115,9 @@ def test_every_task_is_told_its_place_and_is_the_trainer_itself(slurm: Slurm) ->
     process = dict(re.findall(r"^task (\d) is process (\d+)$", done.stdout, re.MULTILINE))
     tasks = [line for line in done.stdout.splitlines() if line.startswith("process")]
     # signals that Slurm sends to a task go to the trainer
-    assert tasks == [f"process {process[str(n)]} is task {n} {n % 2} of 4 at first:23456 with 8 cores: {called}" for n in range(4)]
+    assert tasks == [
+        f"process {process[str(n)]} is task {n} {n % 2} of 4 at first:23456 with 8 cores: {called}" for n in range(4)
+    ]
     assert "option --kill-on-bad-exit=0" in done.stdout  # else the first end hides the code of the others
     assert {path.name for path in (slurm.folder / "runs" / "slurm" / "123456").iterdir()} == {"progress", "srun.log"}
 
@@ -136,14 +144,18 @@ def test_every_task_is_told_its_place_and_is_the_trainer_itself(slurm: Slurm) ->
 def test_the_end_that_is_to_blame_decides(slurm: Slurm, codes: str, code: int, requeued: bool) -> None:
     done = slurm.start(codes=codes)
     assert done.returncode == code and ("requeued 123456" in done.stdout) == requeued
-    assert ("Exited with exit code" in done.stderr) == any(0 < int(each) < 128 for each in codes.split())  # Slurm's words are shown
+    assert ("Exited with exit code" in done.stderr) == any(
+        0 < int(each) < 128 for each in codes.split()
+    )  # Slurm's words are shown
 
 
 @pytest.mark.parametrize("codes", ["75 75", "69 137"])
 def test_starts_that_save_nothing_new_are_counted(slurm: Slurm, codes: str) -> None:
     ends = [slurm.start(codes=codes, saves=3 if start == 0 else None) for start in range(6)]
     assert ["requeued" in end.stdout for end in ends] == [True] * 5 + [False]
-    assert "5 starts in a row have saved nothing after step 3" in ends[-1].stdout and ends[-1].returncode == int(codes.split()[-1])
+    assert "5 starts in a row have saved nothing after step 3" in ends[-1].stdout and ends[-1].returncode == int(
+        codes.split()[-1]
+    )
 
 
 def test_a_job_that_gets_on_is_requeued_for_ever_and_may_stumble_on_the_way(slurm: Slurm) -> None:
@@ -180,12 +192,16 @@ def test_another_start_takes_another_port(slurm: Slurm) -> None:
 @pytest.mark.parametrize(
     "setting,codes,said", [("--train.stepps=3", "0 0", "did you mean steps?"), ("--train.seed=3", "0 0 0 0", "4 ranks")]
 )
-def test_a_mistake_in_the_settings_is_told_once_and_starts_nothing(slurm: Slurm, setting: str, codes: str, said: str) -> None:
+def test_a_mistake_in_the_settings_is_told_once_and_starts_nothing(
+    slurm: Slurm, setting: str, codes: str, said: str
+) -> None:
     done = slurm.start(CONFIG, setting, codes=codes)
     assert done.returncode == 2 and done.stderr.count(said) == 1 and "option" not in done.stdout
 
 
-@pytest.mark.parametrize("gpus,tasks,fits", [("8", "4", False), ("1", "8", False), ("4", "4", True), ("0", "1", True), ("", "1", True)])
+@pytest.mark.parametrize(
+    "gpus,tasks,fits", [("8", "4", False), ("1", "8", False), ("4", "4", True), ("0", "1", True), ("", "1", True)]
+)
 def test_tasks_and_gpus_of_a_node_must_be_as_many(slurm: Slurm, gpus: str, tasks: str, fits: bool) -> None:
     done = slurm.start(SLURM_GPUS_ON_NODE=gpus, SLURM_NTASKS_PER_NODE=tasks)
     assert done.returncode == (0 if fits else 2) and ("option" in done.stdout) == fits

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.cluster.hosts import skip
-from tests.helpers import ROOT
+from tests.tools.helpers import ROOT
 
 
 def test_a_skip_is_a_failure_where_the_tests_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,8 +20,12 @@ def test_a_skip_is_a_failure_where_the_tests_are_needed(monkeypatch: pytest.Monk
 
 
 def test_they_are_needed_in_ci_and_have_no_other_way_to_be_left_out() -> None:
-    assert re.search(r"^part cluster env NEED_CLUSTER=1 make test-cluster$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert re.search(
+        r"^part cluster env NEED_CLUSTER=1 make test-cluster$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE
+    )
     sources = {path: path.read_text() for path in (ROOT / "tests" / "cluster").glob("*.py")}
     assert [
-        path.name for path, text in sources.items() if re.search(r"pytest\.(?:skip|mark\.skip|importorskip)\b(?!\.Exception)", text)
+        path.name
+        for path, text in sources.items()
+        if re.search(r"pytest\.(?:skip|mark\.skip|importorskip)\b(?!\.Exception)", text)
     ] == ["hosts.py"]

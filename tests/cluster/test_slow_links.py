@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from relora_mora.config import ModelConfig
-from relora_mora.model_config import read_model_config
+from relora_mora.model import read_model_config
 from tests.cluster import slow_links
 from tests.cluster.slow_links import PLAN, RATES, VARIANTS, table
-from tests.helpers import ROOT
+from tests.tools.helpers import ROOT
 
 
 def row(variant: str, rate: str, seconds: list[float], megabytes: float, trainable: int = 20_000_000) -> dict[str, Any]:
@@ -27,23 +27,30 @@ def test_the_table_compares_each_variant_with_full_rank_on_the_same_link() -> No
     ]
     lines = table([{"stage": 1, "bf16": True, "rows": rows}, {"stage": 2, "bf16": True, "rows": rows[:2]}]).splitlines()
     assert len({line.count("|") for line in lines[:8]}) == 1  # heading, rule and rows have as many cells
-    assert lines[2:8] == [
-        "| 1 | no limit | full | 1.00 (0.90 to 1.20) | 1.00 | 125.0 |  |",
-        "| 1 | no limit | remora | 0.80 (0.70 to 0.90) | 0.80 | 60.0 |  |",
-        "| 1 | 1gbit (tbf) | full | 2.00 (1.90 to 2.10) | 1.00 | 125.0 | 100% |",  # a second more, which 1 Gbit are worth
-        "| 1 | 1gbit (tbf) | remora | 1.28 (1.20 to 1.30) | 0.64 | 60.0 | 100% |",
-        "| 2 | no limit | full | 1.00 (0.90 to 1.20) | 1.00 | 125.0 |  |",
-        "| 2 | no limit | remora | 0.80 (0.70 to 0.90) | 0.80 | 60.0 |  |",
-    ]
+    assert (
+        lines[2:8]
+        == [
+            "| 1 | no limit | full | 1.00 (0.90 to 1.20) | 1.00 | 125.0 |  |",
+            "| 1 | no limit | remora | 0.80 (0.70 to 0.90) | 0.80 | 60.0 |  |",
+            "| 1 | 1gbit (tbf) | full | 2.00 (1.90 to 2.10) | 1.00 | 125.0 | 100% |",  # a second more, which 1 Gbit are worth
+            "| 1 | 1gbit (tbf) | remora | 1.28 (1.20 to 1.30) | 0.64 | 60.0 | 100% |",
+            "| 2 | no limit | full | 1.00 (0.90 to 1.20) | 1.00 | 125.0 |  |",
+            "| 2 | no limit | remora | 0.80 (0.70 to 0.90) | 0.80 | 60.0 |  |",
+        ]
+    )
     assert lines[-1] == "Trained parameters, bf16: full: 40,000,000; remora: 20,000,000."
 
 
 def test_full_rank_comes_first_and_is_measured_at_every_rate() -> None:
-    assert next(iter(VARIANTS)) == "full" and next(iter(RATES)) == "none" and set(RATES) - {"none"} == set(slow_links.BITS)
+    assert (
+        next(iter(VARIANTS)) == "full" and next(iter(RATES)) == "none" and set(RATES) - {"none"} == set(slow_links.BITS)
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_model_of_a_variant_is_the_planned_one_with_its_changes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_of_a_variant_is_the_planned_one_with_its_changes(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.cluster import link_steps
 
     monkeypatch.chdir(ROOT)

@@ -13,8 +13,8 @@ import pytest
 from tests.cluster.hosts import Pair, skip, wait_until, why_not
 from tests.cluster.runs import SAVE_EVERY, STEPS, losses, same_end, starts
 from tests.cluster.slurm import NEEDED, Slurm
-from tests.helpers import ROOT
-from tests.jobs import ends, last_step
+from tests.tools.helpers import ROOT
+from tests.tools.jobs import ends, last_step
 
 pytestmark = pytest.mark.cluster
 SCRIPT = "launch/slurm/pretrain.sbatch"
@@ -96,11 +96,19 @@ kill -KILL $$
 """)
     trainer.chmod(0o755)
     job = slurm.submit("--nodes=2", *CPU_NODES, SCRIPT, str(config), PYTHON=str(trainer))
-    wait_until(lambda: slurm.field(job, "Restarts") == "1" or slurm.field(job, "JobState") == "FAILED", 60, lambda: slurm.logs(job))
+    wait_until(
+        lambda: slurm.field(job, "Restarts") == "1" or slurm.field(job, "JobState") == "FAILED",
+        60,
+        lambda: slurm.logs(job),
+    )
     wait_until(lambda: slurm.field(job, "JobState") == state, 60, lambda: slurm.logs(job))
     log = (slurm.checkout / f"slurm-relora_mora-{job}.log").read_text()
     assert "task 1: Killed" in log
-    assert slurm.field(job, "ExitCode") == "2:0" if state == "FAILED" else "code 137, step 0 is saved: into the queue again" in log
+    assert (
+        slurm.field(job, "ExitCode") == "2:0"
+        if state == "FAILED"
+        else "code 137, step 0 is saved: into the queue again" in log
+    )
 
 
 def test_a_job_that_comes_near_its_time_limit_saves_and_goes_on(slurm, make):
@@ -127,7 +135,9 @@ def test_an_array_trains_a_seed_per_task_and_requeues_each_by_itself(slurm, make
     job = slurm.submit(*array, SCRIPT, str(config), *seeds)
     for task in ("1", "2"):
         wait_for_step(slurm, f"{job}_{task}", runs / f"seed-{task}", 5)
-    [first] = [task for task in ("1", "2") if slurm.field(f"{job}_{task}", "JobId") == job]  # its number stands for the array, too
+    [first] = [
+        task for task in ("1", "2") if slurm.field(f"{job}_{task}", "JobId") == job
+    ]  # its number stands for the array, too
     other = {"1": "2", "2": "1"}[first]
     slurm.run("scancel", "--signal=USR1", f"{job}_{first}")
     slurm.start_again(f"{job}_{first}", 1)
@@ -142,7 +152,9 @@ def test_a_job_that_lost_a_node_goes_on_when_the_node_is_back(slurm, pair, make,
     """node2, which has a rank only, or the batch script and srun as well: then Slurm has to requeue the job, and to end what is left there."""
     config = make(2, peer_timeout_seconds=10.0)
     run_dir = config.parent / "run"
-    job = slurm.submit("--nodes=2", "--constraint=node1|node2", f"--batch={batch_node}", *CPU_NODES, SCRIPT, str(config))
+    job = slurm.submit(
+        "--nodes=2", "--constraint=node1|node2", f"--batch={batch_node}", *CPU_NODES, SCRIPT, str(config)
+    )
     wait_for_step(slurm, job, run_dir, 35)
     assert slurm.field(job, "BatchHost") == batch_node
     pair.hosts[1].link("down")

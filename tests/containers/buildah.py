@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.tools.helpers import ROOT
 
 MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
 NEEDED_GIB = 12
@@ -39,12 +39,18 @@ class Buildah:
         limits = f'"nofile={files}:{files}", "nproc={processes}:{processes}"'
         (self.folder / "containers.conf").write_text(f"[containers]\ndefault_ulimits = [{limits}]\n")
 
-    def __call__(self, *arguments: object, check: bool = True, capture: bool = True) -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, *arguments: object, check: bool = True, capture: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         place = [f"--root={self.folder / 'root'}", f"--runroot={self.folder / 'runroot'}"]
         done = subprocess.run(
             ["buildah", *place, *map(str, arguments)],
             env=os.environ
-            | {"TMPDIR": str(self.folder / "tmp"), "BUILDAH_ISOLATION": "chroot", "CONTAINERS_CONF": str(self.folder / "containers.conf")},
+            | {
+                "TMPDIR": str(self.folder / "tmp"),
+                "BUILDAH_ISOLATION": "chroot",
+                "CONTAINERS_CONF": str(self.folder / "containers.conf"),
+            },
             text=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if capture else None,
@@ -63,7 +69,9 @@ class Buildah:
         tree, packages, debians = self.folder / "tree", "python3,ca-certificates", sys.base_prefix == "/usr"
         suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "stable")
         packages += ",python3-pip,python3-venv" if debians else ""
-        subprocess.run(["debootstrap", "--variant=minbase", f"--include={packages}", suite, str(tree), MIRROR], check=True)
+        subprocess.run(
+            ["debootstrap", "--variant=minbase", f"--include={packages}", suite, str(tree), MIRROR], check=True
+        )
         if not debians:
             unneeded = shutil.ignore_patterns("site-packages", "test", "__pycache__")
             shutil.copytree(sys.base_prefix, tree / "opt" / "python", symlinks=True, ignore=unneeded)
@@ -82,11 +90,19 @@ class Buildah:
         """Builds the image with this machine's settings of pip as a secret and its local files mounted."""
         settings, mounts = pip_settings(), []
         for value in settings.values():
-            mounts += [f"--volume={path}:{path}:ro" for path in value.split() if Path(path).is_absolute() and Path(path).exists()]
+            mounts += [
+                f"--volume={path}:{path}:ro"
+                for path in value.split()
+                if Path(path).is_absolute() and Path(path).exists()
+            ]
         pip_conf = self.folder / "pip.conf"
         lines = [f"{key} = {value}" for key, value in settings.items()]
         pip_conf.write_text("\n".join(["[global]", *lines, f"canary = {CANARY}", ""]))
-        arguments = [f"--build-arg=BASE_IMAGE={base}", f"--build-arg=PIP_TRUSTED_HOST={CANARY}", f"--secret=id=pip.conf,src={pip_conf}"]
+        arguments = [
+            f"--build-arg=BASE_IMAGE={base}",
+            f"--build-arg=PIP_TRUSTED_HOST={CANARY}",
+            f"--secret=id=pip.conf,src={pip_conf}",
+        ]
         self("bud", "--format=docker", "--layers=false", *arguments, *mounts, f"--tag={IMAGE}", ROOT, capture=False)
 
     def config(self, image: str) -> dict[str, Any]:
@@ -126,6 +142,8 @@ def need_disk(folder: Path) -> None:
 
 def pip_settings() -> dict[str, str]:
     """What `pip config list` says, by name, without its sections."""
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    ).stdout
     found = [line.partition("=") for line in listed.splitlines()]
     return {key.rpartition(".")[2]: value.strip("'\"") for key, _, value in found}

@@ -18,8 +18,8 @@ import pytest
 
 from relora_mora.config import dump, load_config
 from tests.containers.buildah import CANARY, IMAGE, Buildah, Container, need_disk, pip_settings, skip_reason
-from tests.helpers import ROOT
-from tests.runs import run_config, write_inputs
+from tests.tools.helpers import ROOT
+from tests.tools.runs import run_config, write_inputs
 
 pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=skip_reason() or "")
 UID = 10001
@@ -83,7 +83,10 @@ def test_there_are_no_build_tools(container: Container, tool: str) -> None:
 
 def test_nothing_of_pips_settings_is_left(buildah: Buildah, root_folder: Path) -> None:
     inspected = buildah("inspect", "--type=image", IMAGE).stdout
-    values = {CANARY, *(value for value in pip_settings().values() if "/" in value and not value.startswith("/etc/ssl/"))}
+    values = {
+        CANARY,
+        *(value for value in pip_settings().values() if "/" in value and not value.startswith("/etc/ssl/")),
+    }
     assert not [value for value in values if value in inspected]
     found = subprocess.run(
         [
@@ -100,7 +103,9 @@ def test_nothing_of_pips_settings_is_left(buildah: Buildah, root_folder: Path) -
     assert not (root_folder / "etc" / "pip.conf").exists() and not list((root_folder / "root").glob(".cache/*"))
 
 
-def test_it_trains_as_its_user_and_the_health_check_says_so(container: Container, root_folder: Path, tokenizer_path: str) -> None:
+def test_it_trains_as_its_user_and_the_health_check_says_so(
+    container: Container, root_folder: Path, tokenizer_path: str
+) -> None:
     config = container.buildah.config(IMAGE)
     kind, *health = config["Healthcheck"]["Test"]
     assert kind == "CMD"

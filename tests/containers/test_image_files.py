@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers import ROOT
-from tests.jobs import BIN
+from tests.tools.helpers import ROOT
+from tests.tools.jobs import BIN
 
 SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
 
@@ -47,7 +47,9 @@ def test_the_base_image_is_pinned_and_a_build_argument() -> None:
     (base,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", text, re.MULTILINE)
     assert re.fullmatch(r"pytorch/pytorch:\d+\.\d+\.\d+-cuda[\w.]+-cudnn\d+-runtime", base)
     assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["${BASE_IMAGE}"] * 2
-    assert not re.search(r"^(?:ARG|ENV) PIP_\w+=", text, re.MULTILINE)  # arguments without values: settings are the builder's
+    assert not re.search(
+        r"^(?:ARG|ENV) PIP_\w+=", text, re.MULTILINE
+    )  # arguments without values: settings are the builder's
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -76,7 +78,9 @@ def as_compose_says(text: str, **variables: str) -> str:
         ({"GPUS": "2", "CONFIG": "configs/run/demo.yaml --train.seed=2"}, 2, "configs/run/demo.yaml --train.seed=2"),
     ],
 )
-def test_the_trainer_of_the_compose_file_starts_a_rank_on_each_gpu(tmp_path: Path, given: dict[str, str], ranks: int, called: str) -> None:
+def test_the_trainer_of_the_compose_file_starts_a_rank_on_each_gpu(
+    tmp_path: Path, given: dict[str, str], ranks: int, called: str
+) -> None:
     """And ends with their code: its process is no launcher that would kill them half a minute after SIGTERM."""
     service = SERVICES["trainer"]
     (tmp_path / "python").write_text('#!/bin/bash\necho "rank $RANK of $WORLD_SIZE:" "$@"\nexit 75\n')
@@ -84,8 +88,12 @@ def test_the_trainer_of_the_compose_file_starts_a_rank_on_each_gpu(tmp_path: Pat
     environment = {name: as_compose_says(value, **given) for name, value in service["environment"].items()}
     command = [*service["entrypoint"], *shlex.split(as_compose_says(service["command"], **given))]
     path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    done = subprocess.run(command, env=environment | path, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
-    assert sorted(done.stdout.splitlines()) == [f"rank {n} of {ranks}: launch/pretrain.py {called}" for n in range(ranks)]
+    done = subprocess.run(
+        command, env=environment | path, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert sorted(done.stdout.splitlines()) == [
+        f"rank {n} of {ranks}: launch/pretrain.py {called}" for n in range(ranks)
+    ]
     assert done.returncode == 75 and service["stop_grace_period"] == "5m"
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert as_compose_says(device["count"], **given) == str(ranks)
@@ -98,7 +106,12 @@ def test_the_health_check_sees_a_run_that_writes_metrics_and_no_other(tmp_path: 
     command = found[1].replace('\\"', '"')
 
     def healthy() -> bool:
-        return subprocess.run(["sh", "-c", command], cwd=tmp_path, env={"HEALTH_MINUTES": "30", "PATH": "/usr/bin:/bin"}).returncode == 0
+        return (
+            subprocess.run(
+                ["sh", "-c", command], cwd=tmp_path, env={"HEALTH_MINUTES": "30", "PATH": "/usr/bin:/bin"}
+            ).returncode
+            == 0
+        )
 
     run = tmp_path / "runs" / "deep" / "run"
     run.mkdir(parents=True)

@@ -18,13 +18,17 @@ import pytest
 import yaml
 
 from relora_mora.config import load_config
-from relora_mora.guard import FAILED, LOST, REQUEUE, USER_ERROR
-from tests.helpers import ROOT
-from tests.jobs import ends, free_port, last_step, write_config
-from tests.runs import run_config, write_inputs
+from relora_mora.supervise import FAILED, LOST, REQUEUE, USER_ERROR
+from tests.tools.helpers import ROOT
+from tests.tools.jobs import ends, free_port, last_step, write_config
+from tests.tools.runs import run_config, write_inputs
 
 FOLDER = ROOT / "launch" / "k8s"
-OBJECTS = {f"{path.name}: {body['kind']}": body for path in sorted(FOLDER.glob("*.yaml")) for body in yaml.safe_load_all(path.read_text())}
+OBJECTS = {
+    f"{path.name}: {body['kind']}": body
+    for path in sorted(FOLDER.glob("*.yaml"))
+    for body in yaml.safe_load_all(path.read_text())
+}
 VERSIONS = ("1.31", kubernetes_validate.latest_version())
 SERVICE, JOB = OBJECTS["job.yaml: Service"], OBJECTS["job.yaml: Job"]
 POD = JOB["spec"]["template"]["spec"]
@@ -60,7 +64,9 @@ def test_the_files_follow_the_schema(name: str, version: str) -> None:
 def test_a_misspelt_field_would_be_found_wherever_it_stands() -> None:
     """In every mapping of the Job whose keys are given by the schema (labels and the like have keys of their own)."""
     changed = copy.deepcopy(JOB)
-    free = [place["requests"] for place in bodies(changed) if "requests" in place] + [p["limits"] for p in bodies(changed) if "limits" in p]
+    free = [place["requests"] for place in bodies(changed) if "requests" in place] + [
+        p["limits"] for p in bodies(changed) if "limits" in p
+    ]
     places = [place for place in bodies(changed) if place and not any(place is one for one in free)]
     assert len(places) > 30
     for place in places:
@@ -78,7 +84,9 @@ def test_the_numbers_and_names_agree() -> None:
     service = SERVICE["metadata"]["name"]
     assert ENVIRONMENT["MASTER_ADDR"] == f"{name}-0.{service}" and POD["subdomain"] == service
     assert [port["port"] for port in SERVICE["spec"]["ports"]] == [int(ENVIRONMENT["MASTER_PORT"])]
-    assert SERVICE["spec"]["clusterIP"] == "None" and SERVICE["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    assert SERVICE["spec"]["clusterIP"] == "None" and SERVICE["spec"]["selector"] == {
+        "batch.kubernetes.io/job-name": name
+    }
     claim = OBJECTS["volume.yaml: PersistentVolumeClaim"]["metadata"]["name"]
     assert {body["claimName"] for body in bodies(list(OBJECTS.values())) if "claimName" in body} == {claim}
     images = {container["image"] for body in bodies(list(OBJECTS.values())) for container in body.get("containers", [])}
@@ -101,7 +109,9 @@ def action_after(code: int) -> str:
 
 
 def test_exit_codes_decide_whether_a_pod_is_started_again() -> None:
-    assert {code: action_after(code) for code in (REQUEUE, LOST, 128 + signal.SIGTERM)} == dict.fromkeys((75, 69, 143), "Ignore")
+    assert {code: action_after(code) for code in (REQUEUE, LOST, 128 + signal.SIGTERM)} == dict.fromkeys(
+        (75, 69, 143), "Ignore"
+    )
     assert {code: action_after(code) for code in (FAILED, USER_ERROR)} == dict.fromkeys((1, 2), "FailJob")
     assert action_after(128 + signal.SIGKILL) == "Count" and JOB["spec"]["backoffLimit"] > 0
     rules = JOB["spec"]["podFailurePolicy"]["rules"]
@@ -124,7 +134,10 @@ def test_the_job_is_complete_with_the_first_pod_that_ends_well() -> None:
 
 @pytest.mark.parametrize("pod", [POD, OBJECTS["tensorboard.yaml: Pod"]["spec"]], ids=["trainer", "tensorboard"])
 def test_pods_run_as_the_user_of_the_image_and_may_do_nothing_else(pod: dict[str, Any]) -> None:
-    assert f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['fsGroup']}\n" in (ROOT / "Dockerfile").read_text()
+    assert (
+        f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['fsGroup']}\n"
+        in (ROOT / "Dockerfile").read_text()
+    )
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["automountServiceAccountToken"] is False
     (container,) = pod["containers"]
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
@@ -145,17 +158,29 @@ def test_tensorboard_listens_inside_of_its_pod_only() -> None:
 
 def pod(index: int, *arguments: str, python: Path | str = sys.executable, **environment: str) -> subprocess.Popen[str]:
     """The command of the trainer's container with its variables, some of them replaced, as Kubernetes starts it in a pod."""
-    variables = ENVIRONMENT | {"JOB_COMPLETION_INDEX": str(index), "PYTHON": str(python), "PATH": os.environ["PATH"]} | environment
+    variables = (
+        ENVIRONMENT
+        | {"JOB_COMPLETION_INDEX": str(index), "PYTHON": str(python), "PATH": os.environ["PATH"]}
+        | environment
+    )
     command = [*TRAINER["command"], *(arguments or TRAINER["args"])]
-    return subprocess.Popen(command, env=variables, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+    return subprocess.Popen(
+        command, env=variables, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+    )
 
 
 @contextlib.contextmanager
 def pods(*arguments: str, **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Two pods with a rank each that find each other on this machine; nothing of them is left."""
-    changed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANKS_PER_POD": "1", "DS_ACCELERATOR": "cpu"}
+    changed = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "RANKS_PER_POD": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     started = [
-        pod(index, *arguments, **changed, OMP_NUM_THREADS="1", HOME=os.environ.get("HOME", "/"), **environment) for index in range(2)
+        pod(index, *arguments, **changed, OMP_NUM_THREADS="1", HOME=os.environ.get("HOME", "/"), **environment)
+        for index in range(2)
     ]
     try:
         yield started
@@ -191,7 +216,8 @@ def test_every_rank_of_a_pod_is_told_its_place(fake: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "codes,code", [("0 0", 0), ("0 69", 69), ("69 137", 137), ("1 69", 1), ("75 75", 75), ("2 2", 2), ("69 139", 139), ("75 1", 1)]
+    "codes,code",
+    [("0 0", 0), ("0 69", 69), ("69 137", 137), ("1 69", 1), ("75 75", 75), ("2 2", 2), ("69 139", 139), ("75 1", 1)],
 )
 def test_the_code_of_a_pod_is_that_of_the_rank_that_is_to_blame(fake: Path, codes: str, code: int) -> None:
     process = pod(0, python=fake, RANKS_PER_POD="2", CODES=codes)
@@ -226,9 +252,18 @@ def test_sigterm_before_the_first_rank_does_not_look_like_the_end_of_the_run(fak
     text = (FOLDER / "ranks.sh").read_text()
     begin = "for ((local_rank = 0;"
     assert text.count(begin) == 1
-    (tmp_path / "ranks.sh").write_text(text.replace(begin, f"echo ready; while [[ -z $stopping ]]; do sleep 0.1; done; {begin}"))
-    environment = ENVIRONMENT | {"JOB_COMPLETION_INDEX": "0", "PYTHON": str(fake), "PATH": os.environ["PATH"], "CODES": "0"}
-    process = subprocess.Popen(["bash", tmp_path / "ranks.sh"], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    (tmp_path / "ranks.sh").write_text(
+        text.replace(begin, f"echo ready; while [[ -z $stopping ]]; do sleep 0.1; done; {begin}")
+    )
+    environment = ENVIRONMENT | {
+        "JOB_COMPLETION_INDEX": "0",
+        "PYTHON": str(fake),
+        "PATH": os.environ["PATH"],
+        "CODES": "0",
+    }
+    process = subprocess.Popen(
+        ["bash", tmp_path / "ranks.sh"], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.terminate()
     assert process.communicate(timeout=20)[0] == "" and action_after(process.returncode) == "Ignore"
@@ -236,7 +271,10 @@ def test_sigterm_before_the_first_rank_does_not_look_like_the_end_of_the_run(fak
 
 def test_a_pod_without_its_variables_says_what_is_missing() -> None:
     process = pod(0, MASTER_ADDR="")
-    assert process.communicate(timeout=20)[0] == "ranks.sh: MASTER_ADDR is not set; see launch/k8s/job.yaml\n" and process.returncode == 2
+    assert (
+        process.communicate(timeout=20)[0] == "ranks.sh: MASTER_ADDR is not set; see launch/k8s/job.yaml\n"
+        and process.returncode == 2
+    )
 
 
 def test_a_wrong_setting_fails_the_job_at_once() -> None:
@@ -247,7 +285,9 @@ def test_a_wrong_setting_fails_the_job_at_once() -> None:
 @pytest.mark.distributed
 @pytest.mark.stops  # of make test-stops
 def test_a_pod_that_is_alone_is_started_again_until_the_others_come(tokenizer_path: str, tmp_path: Path) -> None:
-    settings = run_config(write_inputs(tmp_path), tokenizer_path, tmp_path / "run", 2, train={"peer_timeout_seconds": 5.0})
+    settings = run_config(
+        write_inputs(tmp_path), tokenizer_path, tmp_path / "run", 2, train={"peer_timeout_seconds": 5.0}
+    )
     with pods(str(write_config(settings, tmp_path / "run.yaml"))) as started:
         os.killpg(started[0].pid, signal.SIGKILL)
         said = started[1].communicate(timeout=120)[0]
@@ -258,7 +298,9 @@ def test_a_pod_that_is_alone_is_started_again_until_the_others_come(tokenizer_pa
 @pytest.mark.distributed
 def test_a_drained_pod_is_saved_and_the_same_pods_go_on_to_the_end(tokenizer_path: str, tmp_path: Path) -> None:
     inputs, run_dir = write_inputs(tmp_path / "inputs"), tmp_path / "run"
-    settings = run_config(inputs, tokenizer_path, run_dir, 2, train={"steps": 100_000}, checkpoint={"every_steps": 20, "keep_last": 2})
+    settings = run_config(
+        inputs, tokenizer_path, run_dir, 2, train={"steps": 100_000}, checkpoint={"every_steps": 20, "keep_last": 2}
+    )
     config = str(write_config(settings, tmp_path / "run.yaml"))
     with pods(config) as started:
         while last_step(run_dir) < 5:

@@ -20,9 +20,9 @@ import torch
 
 from relora_mora.checkpoint import verify
 from relora_mora.config import Config
-from tests.helpers import ROOT
-from tests.jobs import Job, write_config
-from tests.runs import run_config, tensors, write_inputs
+from tests.tools.helpers import ROOT
+from tests.tools.jobs import Job, write_config
+from tests.tools.runs import run_config, tensors, write_inputs
 
 pytestmark = pytest.mark.kills
 

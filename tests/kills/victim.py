@@ -37,8 +37,8 @@ def announced(owner: Any, name: str, phase: str, seconds: float = 0.0) -> None:
 def victim(*args: Any, **kwargs: Any) -> int:
     from relora_mora.checkpoint import CheckpointWriter
     from relora_mora.checkpoint.part import Part
-    from relora_mora.cycle import Cycle
-    from relora_mora.trainer import Trainer
+    from relora_mora.merging import Cycle
+    from relora_mora.train import Trainer
 
     say("start")
     announced(Trainer, "train_step", "step")

@@ -1,0 +1,125 @@
+"""What the trainer is compared with: the same steps on batches that were made beforehand, and nothing else. One process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from relora_mora.config import Config
+from relora_mora.data import Batch, TrainStream
+from relora_mora.distributed.join import device_of_rank
+from relora_mora.methods.inject import inject
+from relora_mora.model.llama import LossModel, build_model
+from relora_mora.optim import group_rates, make_schedule, parameter_groups, set_trainable
+from relora_mora.train.build import build
+from relora_mora.train.check import Checked
+from relora_mora.train.loop import micro_batches
+
+
+def make_batches(config: Config, steps: int) -> list[Batch]:
+    """The first global batches of the run's training data."""
+    with TrainStream(
+        config.data,
+        tokenizer_path=config.tokenizer.path,
+        batch_size=config.train.batch_size,
+        lanes=config.lanes,
+        rank=0,
+        world_size=1,
+    ) as stream:
+        return [next(stream) for _ in range(steps)]
+
+
+class Loop(Protocol):
+    def step(self, number: int, batch: Batch) -> float:
+        """Optimizer step ``number`` (the first is 1) on a global batch; returns the loss of its last micro-batch."""
+
+
+class EngineLoop:
+    """The trainer's own model and engine."""
+
+    def __init__(self, checked: Checked) -> None:
+        self.run = build(checked)
+        self.micro_batch_size, self.device = checked.config.train.micro_batch_size, self.run.engine.device
+
+    def step(self, number: int, batch: Batch) -> float:
+        engine, loss = self.run.engine, torch.zeros(())
+        engine.engine.train()
+        pieces = list(micro_batches(batch, self.micro_batch_size, self.device))
+        for index, piece in enumerate(pieces):
+            loss = engine.engine(*piece)
+            engine.accumulate(loss, last=index == len(pieces) - 1)
+        engine.step(group_rates(self.run.schedule, self.run.groups, number))
+        return float(loss.detach())
+
+
+class TorchLoop:
+    """Plain torch: the same model and optimizer without DeepSpeed, weights with float32 masters, gradients added up in float32."""
+
+    def __init__(self, checked: Checked) -> None:
+        config = checked.config
+        lm = build_model(checked.model_config, seed=config.train.seed, attention=config.model.attention)
+        if config.uses_adapters:
+            inject(lm, config.method, seed=config.train.seed)
+        if config.model.activation_checkpointing:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_trainable(lm, config)
+        self.groups, self.schedule, self.clip = parameter_groups(lm, config), make_schedule(config), config.optim.clip
+        self.device, self.micro_batch_size = device_of_rank(), config.train.micro_batch_size
+        names = [name for group in self.groups for name in group.parameters]
+        masters = {name: lm.get_parameter(name).detach().to(self.device, torch.float32, copy=True) for name in names}
+        for master in masters.values():
+            master.grad = torch.zeros_like(master)
+        self.model = LossModel(lm).to(self.device, torch.bfloat16 if checked.bf16 else torch.float32)
+        self.pairs = [(lm.get_parameter(name), master) for name, master in masters.items()]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [masters[name] for name in group.parameters], "weight_decay": group.weight_decay}
+                for group in self.groups
+            ],
+            lr=0.0,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            fused=True,
+        )
+
+    def step(self, number: int, batch: Batch) -> float:
+        self.model.train()
+        pieces, loss = list(micro_batches(batch, self.micro_batch_size, self.device)), torch.zeros(())
+        for piece in pieces:
+            loss = self.model(*piece)
+            (loss / len(pieces)).backward()
+            for parameter, master in self.pairs:
+                if parameter.grad is not None and master.grad is not None:
+                    master.grad += parameter.grad
+                parameter.grad = None
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_([master for _, master in self.pairs], self.clip)
+        for group, rate in zip(
+            self.optimizer.param_groups, group_rates(self.schedule, self.groups, number), strict=True
+        ):
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        with torch.no_grad():
+            for parameter, master in self.pairs:
+                parameter.copy_(master)
+        return float(loss.detach())
+
+
+def seconds_of(loop: Loop, batches: Sequence[Batch], *, skip: int) -> float:
+    """Makes a step with each batch; the seconds that all but the first ``skip`` take."""
+    begin = time.perf_counter()
+    for number, batch in enumerate(batches, 1):
+        loop.step(number, batch)
+        if number == skip:
+            begin = _now()
+    return _now() - begin
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,294 @@
+"""What is compared: this trainer's methods on its own engine, and loops of plain torch with peers from the package index.
+
+Every contender trains the same model, with the same loss in chunks (but ``plain``: transformers' own), on the same random
+tokens. The peers train embeddings, norms and head as well, as pretraining with an adapter method does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from launch.benchmark.released import RELEASED_TYPE, use_released_layers
+from relora_mora.config import DECODER_LINEARS, Config, ConfigError, validate
+from relora_mora.merging import Base, Cycle
+from relora_mora.methods.inject import decoder_linears, inject
+from relora_mora.model.llama import LossModel, build_model
+from relora_mora.optim import build_optimizer, parameter_groups, set_trainable
+from relora_mora.plan.flops import flops_of
+from relora_mora.zero import ZeroEngine
+
+RATE = 1e-5  # a step costs the same at any rate, and this one keeps the numbers small
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders share. ``tokens`` are those of a micro-batch on one rank."""
+
+    model_config: LlamaConfig
+    tokens: int
+    sequence_length: int
+    accumulation: int
+    zero_stage: int
+    rank: int
+    square_multiple: int
+    bf16: bool
+    device: torch.device
+    seed: int = 0
+
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Micro-batches of one step: input_ids and labels [sequences, T]."""
+        generator = torch.Generator().manual_seed(self.seed + int(os.environ.get("RANK", "0")))
+        size = (self.tokens // self.sequence_length, self.sequence_length + 1)
+        made = []
+        for _ in range(self.accumulation):
+            ids = torch.randint(0, self.model_config.vocab_size, size, generator=generator).to(self.device)
+            made.append((ids[:, :-1].contiguous(), ids[:, 1:].contiguous()))
+        return made
+
+
+class Contender(Protocol):
+    """One method, ready to make optimizer steps."""
+
+    model: nn.Module
+    trainable: int  # parameters, on all ranks together
+
+    def step(self) -> float:
+        """One optimizer step; returns the loss of its last micro-batch."""
+
+    def parts(self) -> dict[str, list[Tensor]]:
+        """The tensors that stay between steps: weights, optimizer; ``host`` for what is not on the device.
+
+        At ZeRO stage 3 with several ranks the weights are what is gathered between steps; DeepSpeed's partitions are not listed.
+        """
+
+
+class Ours:
+    """A method of this trainer, on DeepSpeed. ``form`` as in the settings, or ``released``: see :mod:`launch.benchmark.released`.
+
+    ``frozen``: the linears of the decoder train neither themselves nor with adapters. No adapter method can be faster than that.
+    """
+
+    def __init__(
+        self, setting: Setting, method: str, form: str = "auto", *, compiled: bool = False, frozen: bool = False
+    ) -> None:
+        from torch import distributed as dist
+
+        config = ours_config(setting, method, form, dist.get_world_size(), compiled=compiled)
+        lm = build_model(setting.model_config, seed=setting.seed)
+        if config.uses_adapters:
+            inject(lm, config.method, seed=setting.seed)
+        if form == "released":
+            use_released_layers(lm)
+        set_trainable(lm, config)
+        if frozen:
+            for _, linear in decoder_linears(lm):
+                linear.requires_grad_(False)
+        self.trainable = _trainable(lm)
+        self.flops = flops_of(lm, setting.model_config, config).total
+        groups = parameter_groups(lm, config)
+        fixed = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
+        self.base = Base(fixed, dist.get_rank(), dist.get_world_size())
+        self.base.take(fixed)
+        self.engine = ZeroEngine(
+            LossModel(lm, compiled=compiled), lm, build_optimizer(lm, groups, config), config, bf16=setting.bf16
+        )
+        self.model: nn.Module = lm
+        self.cycle = Cycle(self.engine, self.base, config)
+        self.config, self.batches, self.rates = config, setting.batches(), [RATE] * len(groups)
+
+    def step(self) -> float:
+        self.engine.engine.train()
+        loss = torch.zeros(())
+        for index, (ids, labels) in enumerate(self.batches):
+            loss = self.engine.engine(ids, labels)
+            self.engine.accumulate(loss, last=index == len(self.batches) - 1)
+        self.engine.step(self.rates)
+        return float(loss.detach())
+
+    def parts(self) -> dict[str, list[Tensor]]:
+        states = [value for flat in self.engine.flats() for value in self.engine.state_of(flat).values()]
+        return {
+            "weights": [p.data for p in self.model.parameters()],
+            "optimizer": [*self.engine.flats(), *states],
+            "host": list(self.base.weights.values()),
+        }
+
+
+def ours_config(setting: Setting, method: str, form: str, world_size: int, *, compiled: bool = False) -> Config:
+    sequences = setting.tokens // setting.sequence_length
+    batch = sequences * setting.accumulation * world_size
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"config": "unused", "compile": compiled},
+        "tokenizer": {"path": "unused"},
+        "data": {
+            "train": "unused",
+            "validation": "unused",
+            "sequence_length": setting.sequence_length,
+            "lanes": world_size,
+        },
+        "method": {"name": method},
+        "train": {
+            "run_dir": "unused",
+            "batch_size": batch,
+            "micro_batch_size": sequences,
+            "precision": "bf16" if setting.bf16 else "fp32",
+            "zero_stage": setting.zero_stage,
+        },
+    }
+    if method != "full":
+        tree["method"] |= {"rank": setting.rank, "form": "decoupled" if form == "released" else form}
+    if form == "released":
+        tree["method"]["operators"] = [RELEASED_TYPE]  # it is measured between two merges
+    if method in ("mora", "remora"):
+        tree["method"]["square_multiple"] = setting.square_multiple
+    return validate(tree, "the benchmark", world_size=world_size)
+
+
+class Plain:
+    """A loop of plain torch: model, loss, backward, clip, optimizer step."""
+
+    def __init__(
+        self, setting: Setting, prepare: Callable[[Any], tuple[Any, torch.optim.Optimizer]], *, own_loss: bool = False
+    ) -> None:
+        dtype = torch.bfloat16 if setting.bf16 else torch.float32
+        lm: Any = build_model(setting.model_config, seed=setting.seed)
+        lm = lm.to(device=setting.device, dtype=dtype)
+        self.model, self.optimizer = prepare(lm)
+        self.trainable = _trainable(self.model)
+        self.loss = None if own_loss else LossModel(lm)
+        self.batches, self.accumulation = setting.batches(), setting.accumulation
+
+    def step(self) -> float:
+        self.model.train()
+        loss = torch.zeros(())
+        for ids, labels in self.batches:
+            if self.loss is None:
+                loss = self.model(input_ids=ids, labels=labels, shift_labels=labels).loss / self.accumulation
+            else:
+                loss = self.loss(ids, labels) / self.accumulation
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach()) * self.accumulation
+
+    def parts(self) -> dict[str, list[Tensor]]:
+        states = [value for state in self.optimizer.state.values() for value in _tensors_in(state)]
+        return {"weights": [p.data for p in self.model.parameters()], "optimizer": states}
+
+
+def _trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _tensors_in(thing: Any) -> Iterator[Tensor]:
+    """Tensors of an optimizer's state; GaLore and APOLLO keep their projections inside objects."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from _tensors_in(value)
+    elif hasattr(thing, "__dict__"):
+        yield from _tensors_in(vars(thing))
+
+
+def _adamw(lm: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    on_cuda = next(lm.parameters()).is_cuda
+    return lm, torch.optim.AdamW(
+        [p for p in lm.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0, fused=on_cuda or None
+    )
+
+
+def _peft_lora(setting: Setting) -> Contender:
+    from peft import LoraConfig, get_peft_model
+
+    def prepare(lm: Any) -> tuple[Any, torch.optim.Optimizer]:
+        model = get_peft_model(
+            lm,
+            LoraConfig(r=setting.rank, lora_alpha=setting.rank, lora_dropout=0.0, target_modules=list(DECODER_LINEARS)),
+            autocast_adapter_dtype=False,
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or not any(f"{kind}." in name for kind in DECODER_LINEARS):
+                parameter.requires_grad_(True)
+        return _adamw(model)
+
+    return Plain(setting, prepare)
+
+
+def _low_rank_groups(lm: nn.Module, **low_rank: Any) -> list[dict[str, Any]]:
+    linears = [module.weight for _, module in decoder_linears(lm) if isinstance(module, nn.Linear)]
+    known = {id(weight) for weight in linears}
+    return [{"params": [p for p in lm.parameters() if id(p) not in known]}, {"params": linears, **low_rank}]
+
+
+def _galore(setting: Setting) -> Contender:
+    from galore_torch import GaLoreAdamW
+
+    def prepare(lm: Any) -> tuple[Any, torch.optim.Optimizer]:
+        groups = _low_rank_groups(lm, rank=setting.rank, update_proj_gap=200, scale=0.25, proj_type="std")
+        return lm, GaLoreAdamW(groups, lr=RATE, no_deprecation_warning=True)
+
+    return Plain(setting, prepare)
+
+
+def _apollo(setting: Setting) -> Contender:
+    from apollo_torch import APOLLOAdamW
+
+    def prepare(lm: Any) -> tuple[Any, torch.optim.Optimizer]:
+        low_rank = {
+            "rank": setting.rank,
+            "proj": "random",
+            "scale_type": "channel",
+            "scale": 1,
+            "update_proj_gap": 200,
+            "proj_type": "std",
+        }
+        return lm, APOLLOAdamW(_low_rank_groups(lm, **low_rank), lr=RATE)
+
+    return Plain(setting, prepare)
+
+
+CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
+    "full": lambda setting: Ours(setting, "full"),
+    "frozen": lambda setting: Ours(setting, "full", frozen=True),
+    "remora": lambda setting: Ours(setting, "remora"),
+    "remora_merged": lambda setting: Ours(setting, "remora", "merged"),
+    "remora_decoupled": lambda setting: Ours(setting, "remora", "decoupled"),
+    "remora_released": lambda setting: Ours(setting, "mora", "released"),
+    "remora_r32": lambda setting: Ours(replace(setting, square_multiple=32), "remora"),
+    "full_compiled": lambda setting: Ours(setting, "full", compiled=True),
+    "remora_compiled": lambda setting: Ours(setting, "remora", compiled=True),
+    "relora": lambda setting: Ours(setting, "relora"),
+    "relora_merged": lambda setting: Ours(setting, "relora", "merged"),
+    "relora_decoupled": lambda setting: Ours(setting, "relora", "decoupled"),
+    "plain": lambda setting: Plain(setting, _adamw, own_loss=True),
+    "plain_chunked": lambda setting: Plain(setting, _adamw),
+    "peft_lora": _peft_lora,
+    "galore": _galore,
+    "apollo": _apollo,
+}
+PACKAGES = {"peft_lora": "peft", "galore": "galore_torch", "apollo": "apollo_torch"}
+
+
+def chosen(names: list[str], world_size: int) -> list[str]:
+    """The contenders to run. Raises :class:`ConfigError` for names that do not exist, are not installed, or need one process."""
+    found = []
+    for name in names:
+        if name not in CONTENDERS:
+            found.append(f"--methods: {name} is none; use some of {', '.join(CONTENDERS)}")
+        elif name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
+            found.append(f"--methods: {name} needs {PACKAGES[name]}; pip install -e '.[bench]', or leave it out")
+        elif world_size > 1 and not name.startswith(("full", "frozen", "remora", "relora")):
+            found.append(f"--methods: {name} runs on one process only, this is a job of {world_size}; leave it out")
+    if found:
+        raise ConfigError(found, "the command line")
+    return names

@@ -1,0 +1,38 @@
+"""Tokens per second of the data pipeline, per worker, beside the bare tokenizer on the same text; one JSON line."""
+
+from __future__ import annotations
+
+import json
+
+from relora_mora.cli import run
+
+MAX_LANES = 65_536  # a plan is made for each
+
+
+def main(config: str, *, lanes: int | None = None, tokens: int = 1_000_000, rounds: int = 3, **overrides: str) -> None:
+    """Measures the pipeline of a run's training data.
+
+    Args:
+        config: a YAML file such as configs/run/tiny_remora.yaml
+        lanes: streams that share the shards; default: as many as shards, at most 64
+        tokens: tokens to make in each round
+        rounds: rounds of pipeline and tokenizer in turns; the fastest of each counts
+        overrides: settings as --section.key=value
+    """
+    from relora_mora.config import load_config
+    from relora_mora.data.bench import pipeline_throughput
+
+    if tokens < 1 or rounds < 1:
+        raise ValueError(f"--tokens={tokens} --rounds={rounds}: give at least 1")
+    if lanes is not None and not 1 <= lanes <= MAX_LANES:
+        raise ValueError(f"--lanes: got {lanes}, expected 1 to {MAX_LANES:,}")
+    settings = load_config(config, overrides)
+    print(
+        json.dumps(
+            pipeline_throughput(settings.data, settings.tokenizer.path, lanes=lanes, tokens=tokens, rounds=rounds)
+        )
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,142 @@
+"""Forward and backward of the linears of a decoder layer: frozen, trained, and with adapters in each of their forms.
+
+python -m launch.benchmark layers configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2] [--operator=1]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from relora_mora import kernels
+from relora_mora.cli import run
+from relora_mora.config import MethodConfig, ModelConfig
+from relora_mora.methods.inject import layer_square_size
+from relora_mora.methods.layers import LoRALinear, MoRALinear
+from relora_mora.model import read_model_config
+from relora_mora.operators import MORA_TYPES
+from relora_mora.plan.flops import attention_widths
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+VARIANTS = ("frozen", "full", "lora merged", "lora decoupled", "mora merged", "mora merged, torch", "mora decoupled")
+
+
+def main(
+    model: str,
+    *,
+    tokens: int = 4096,
+    dtype: str = "bf16",
+    threads: int | None = None,
+    rank: int = 128,
+    operator: int = 1,
+    repetitions: int = 7,
+) -> None:
+    """Prints milliseconds of each variant, its ratio to the frozen linears, and the same as one line of JSON.
+
+    Variants take turns, and the median of each counts, so that other work on the machine falls on all of them.
+
+    Args:
+        model: a model's JSON file such as configs/model/llama_130m.json
+        tokens: rows of the inputs
+        dtype: bf16 or fp32
+        threads: of torch and of the compiled kernels; default: as torch decides
+        rank: LoRA's r; the square matrices have as many parameters
+        operator: the type of MoRA's operators, 1, 2, 3, 4 or 6
+        repetitions: turns of each variant, after one that does not count
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: got {dtype}, expected {' or '.join(DTYPES)}")
+    if operator not in MORA_TYPES:
+        raise ValueError(f"--operator: got {operator}, expected one of {', '.join(map(str, MORA_TYPES))}")
+    for name, value in (("tokens", tokens), ("threads", threads or 1), ("rank", rank), ("repetitions", repetitions)):
+        if value < 1:
+            raise ValueError(f"--{name}: got {value}, expected at least 1")
+    if threads:
+        torch.set_num_threads(threads)
+    method = MethodConfig(rank=rank)
+    layers = linears(read_model_config(ModelConfig(config=model)))
+    variants = {name: Variant(name, layers, method, operator, tokens, DTYPES[dtype]) for name in VARIANTS}
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for turn in range(repetitions + 1):
+        for name, variant in variants.items():
+            taken = variant.seconds()
+            if turn:
+                seconds[name].append(taken)
+    milliseconds = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    ratios = {name: value / milliseconds["frozen"] for name, value in milliseconds.items()}
+    print(
+        f"{tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, operator {operator}; kernels: {kernels.describe()}"
+    )
+    for name in VARIANTS:
+        print(f"{name:20}{milliseconds[name]:10.1f} ms {ratios[name]:8.3f}")
+    print(json.dumps({"milliseconds": milliseconds, "ratio_to_frozen": ratios}))
+
+
+def linears(model_config: LlamaConfig) -> list[tuple[int, tuple[int, ...]]]:
+    """(in, outs) of the linears that share an input: q, k, v; o; gate, up; down"""
+    queries, keys = attention_widths(model_config)
+    hidden, wide = model_config.hidden_size, model_config.intermediate_size
+    return [(hidden, (queries, keys, keys)), (queries, (hidden,)), (hidden, (wide, wide)), (wide, (hidden,))]
+
+
+class Variant:
+    """One way to compute the linears; all variants start from the same weights and see the same inputs."""
+
+    def __init__(
+        self,
+        name: str,
+        shapes: list[tuple[int, tuple[int, ...]]],
+        method: MethodConfig,
+        operator: int,
+        tokens: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.torch_only = name.endswith("torch")
+        generator = torch.Generator().manual_seed(0)
+        make = self._maker(name, method, operator, generator)
+        self.groups: list[tuple[Tensor, list[nn.Module], list[Tensor]]] = []
+        for inputs, outs in shapes:
+            layers = [make(nn.Linear(inputs, out, bias=False, dtype=dtype)) for out in outs]
+            x = torch.randn(tokens, inputs, generator=generator).to(dtype).requires_grad_()
+            self.groups.append((x, layers, [torch.randn(tokens, out, generator=generator).to(dtype) for out in outs]))
+
+    @staticmethod
+    def _maker(
+        name: str, method: MethodConfig, operator: int, generator: torch.Generator
+    ) -> Callable[[nn.Linear], nn.Module]:
+        form = "decoupled" if "decoupled" in name else "merged"
+
+        def make(linear: nn.Linear) -> nn.Module:
+            if name.startswith("mora"):
+                size = layer_square_size(method, linear.in_features, linear.out_features)
+                return MoRALinear(linear, size - size % 2 if operator == 6 else size, operator, form)
+            if name.startswith("lora"):
+                return LoRALinear(linear, method.rank, None, generator, form)
+            return linear.requires_grad_(name == "full")
+
+        return make
+
+    def seconds(self) -> float:
+        """One forward and backward."""
+        taken = 0.0
+        with kernels.disabled() if self.torch_only else contextlib.nullcontext():
+            for x, layers, gradients in self.groups:
+                given = x.clone()  # as in a model, where it is the result of another module
+                begin = time.perf_counter()
+                torch.autograd.backward([layer(given) for layer in layers], gradients)
+                taken += time.perf_counter() - begin
+                x.grad = None
+                for parameter in nn.ModuleList(layers).parameters():
+                    parameter.grad = None
+        return taken
+
+
+if __name__ == "__main__":
+    run(main)

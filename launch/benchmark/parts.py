@@ -1,0 +1,200 @@
+"""One part of a step by itself: ``loss`` (head and cross-entropy) and ``attention`` in each of the ways that were tried, or the matrix
+``products`` of the linears and of MoRA's gradient; one JSON line.
+
+python -m launch.benchmark parts loss configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig
+
+from relora_mora import kernels
+from relora_mora.cli import run
+from relora_mora.config import MethodConfig, ModelConfig
+from relora_mora.methods.inject import layer_square_size
+from relora_mora.model import read_model_config
+from relora_mora.model.loss import chunked_cross_entropy
+from relora_mora.plan.flops import attention_widths
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Ways = dict[str, tuple[Callable[[], object], float]]  # what is done, and its FLOPs where they are known
+
+
+def main(
+    part: str,
+    model: str,
+    *,
+    tokens: int = 4096,
+    sequence_length: int = 512,
+    dtype: str = "bf16",
+    threads: int | None = None,
+    repetitions: int = 7,
+) -> None:
+    """Prints milliseconds of each way (loss, attention: forward and backward), its ratio to the first, and the same as one line of JSON.
+
+    The ways take turns, and the median of each counts.
+
+    Args:
+        part: loss, attention or products
+        model: a model's JSON file such as configs/model/llama_130m.json
+        tokens: of a micro-batch
+        sequence_length: tokens of a sequence
+        dtype: bf16 or fp32
+        threads: of torch; default: as torch decides
+        repetitions: turns of each way, after one that does not count
+    """
+    if part not in PARTS:
+        raise ValueError(f"got {part}, expected {', '.join(PARTS)}, and then a model's JSON file")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: got {dtype}, expected {' or '.join(DTYPES)}")
+    sizes = {"tokens": tokens, "sequence_length": sequence_length, "threads": threads or 1, "repetitions": repetitions}
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"--{name}: got {value}, expected at least 1")
+    if tokens % sequence_length:
+        raise ValueError(f"--tokens: {tokens} is no multiple of --sequence_length {sequence_length}")
+    if threads:
+        torch.set_num_threads(threads)
+    ways = PARTS[part](read_model_config(ModelConfig(config=model)), tokens, sequence_length, DTYPES[dtype])
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repetitions + 1):
+        for name, (act, _) in ways.items():
+            begin = time.perf_counter()
+            act()
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    milliseconds = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    first = next(iter(milliseconds.values()))
+    print(f"{part}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads; kernels: {kernels.describe()}")
+    for name, value in milliseconds.items():
+        rate = f"{ways[name][1] / value / 1e9:8.3f} TFLOP/s" if ways[name][1] else ""
+        print(f"{name:42}{value:10.1f} ms {value / first:8.3f}{rate}")
+    print(
+        json.dumps(
+            {
+                "part": part,
+                "milliseconds": milliseconds,
+                "ratio": {name: value / first for name, value in milliseconds.items()},
+            }
+        )
+    )
+
+
+def loss_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torch.dtype) -> Ways:
+    """Head and cross-entropy from hidden states [N, H] to the gradients of these and of the head [V, H]."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, model.hidden_size, generator=generator).to(dtype).requires_grad_()
+    weight = (0.02 * torch.randn(model.vocab_size, model.hidden_size, generator=generator)).to(dtype).requires_grad_()
+    labels = torch.randint(0, model.vocab_size, (tokens,), generator=generator)
+    d_logits = torch.zeros(tokens, model.vocab_size, dtype=dtype)
+
+    def products() -> None:
+        with torch.no_grad():
+            hidden @ weight.T, d_logits @ weight, d_logits.T @ hidden
+
+    def ours() -> None:
+        torch.autograd.grad(chunked_cross_entropy(hidden, weight, labels), (hidden, weight))
+
+    def ours_in_torch() -> None:
+        with kernels.disabled():
+            ours()
+
+    def whole() -> None:
+        torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight).float(), labels), (hidden, weight))
+
+    return {
+        "the three products alone": (products, 6.0 * hidden.numel() * model.vocab_size),
+        "in parts, compiled kernel (the default)": (ours, 0.0),
+        "in parts, torch operations": (ours_in_torch, 0.0),
+        "whole logits in float32, as transformers": (whole, 0.0),
+    }
+
+
+def attention_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torch.dtype) -> Ways:
+    """Causal attention of one layer, without its projections; q, k, v [B, heads, T, D]."""
+    heads = model.num_attention_heads
+    shape = (tokens // sequence_length, sequence_length, heads, attention_widths(model)[0] // heads)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+    d_out = torch.randn(shape, generator=generator).to(dtype).transpose(1, 2)
+
+    def backward(of: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(of(), (q, k, v), d_out)
+
+    def products() -> None:
+        """the arithmetic of the unmasked half: two products forward, five backward (scores are made again)"""
+        half = sequence_length // 2
+        with torch.no_grad():
+            scores = q @ k[..., :half, :].mT
+            for _ in range(2):
+                q @ k[..., :half, :].mT
+            for _ in range(2):
+                scores @ v[..., :half, :]
+            for _ in range(2):
+                scores.mT @ d_out
+
+    def blocks(size: int, attend: Callable[[Tensor, int, int], Tensor]) -> Callable[[], Tensor]:
+        starts = range(0, sequence_length, size)
+        return lambda: torch.cat(
+            [attend(q[..., a : a + size, :], a, min(a + size, sequence_length)) for a in starts], -2
+        )
+
+    def masked(size: int, end: int, start: int) -> Tensor:
+        return torch.ones(size, end, dtype=torch.bool).tril(start)
+
+    def of_torch(queries: Tensor, start: int, end: int) -> Tensor:
+        mask = masked(queries.shape[-2], end, start)
+        return F.scaled_dot_product_attention(queries, k[..., :end, :], v[..., :end, :], attn_mask=mask)
+
+    def written_out(queries: Tensor, start: int, end: int) -> Tensor:
+        scores = (queries / math.sqrt(queries.shape[-1])) @ k[..., :end, :].mT
+        scores = scores.masked_fill(~masked(queries.shape[-2], end, start), -math.inf)
+        return F.softmax(scores, -1) @ v[..., :end, :]
+
+    return {
+        "the products of the unmasked half": (products, 7.0 * q.numel() * sequence_length),
+        "torch (what the model uses)": (backward(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)), 0.0),
+        "torch, for blocks of 256 queries": (backward(blocks(256, of_torch)), 0.0),
+        "written out, for blocks of 128 queries": (backward(blocks(128, written_out)), 0.0),
+        "written out, all queries at once": (backward(blocks(sequence_length, written_out)), 0.0),
+    }
+
+
+def product_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torch.dtype) -> Ways:
+    """The products of each shape of a linear, of its gradients, and of the gradient of its square matrix, (D^T dy)^T (C x)."""
+    generator, method = torch.Generator().manual_seed(0), MethodConfig()
+    ways: Ways = {}
+    queries, _ = attention_widths(model)
+    for inputs, outputs in sorted({(model.hidden_size, queries), (model.hidden_size, model.intermediate_size)}):
+        size = layer_square_size(method, inputs, outputs)
+        sizes = ((tokens, inputs), (outputs, inputs), (tokens, outputs), (tokens, size), (tokens, size))
+        x, weight, dy, compressed, reduced = (torch.randn(shape, generator=generator).to(dtype) for shape in sizes)
+        flops, shape = 2.0 * tokens * inputs * outputs, f"{inputs} -> {outputs}"
+        ways |= {
+            f"{shape}: x W^T": (partial(torch.matmul, x, weight.T), flops),
+            f"{shape}: dy W": (partial(torch.matmul, dy, weight), flops),
+            f"{shape}: dW, where it trains": (partial(torch.matmul, dy.T, x), flops),
+            f"{shape}: dM, R = {size}": (partial(torch.matmul, reduced.T, compressed), 2.0 * tokens * size**2),
+        }
+    return ways
+
+
+PARTS: dict[str, Callable[[LlamaConfig, int, int, torch.dtype], Ways]] = {
+    "loss": loss_ways,
+    "attention": attention_ways,
+    "products": product_ways,
+}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,43 @@
+"""MoRA's type 1 with the operations of the released implementation, as a contender: the decoupled form, in plain autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from relora_mora.methods.layers import MoRALinear, adapter_layers
+
+RELEASED_TYPE = 1
+
+
+class ReleasedLinear(MoRALinear):
+    """``W x + D M C x`` (arXiv 2405.12130, eq. 6), every map an operation on the activations that autograd records.
+
+    C: the input is filled up with its first features to whole groups of R, a copy, and the groups are added up. D: the R
+    results are repeated until they are long enough, a copy, and cut. Only operator 1 is computed.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]"""
+        result = F.linear(x, self.weight, self.bias)
+        size = self.square_size
+        missing = -self.in_features % size
+        if missing:
+            times, rest = divmod(missing, self.in_features)  # more than once only where R is more than twice the inputs
+            x = torch.cat([x, *[x] * times, x[..., :rest]], -1)
+        compressed = x.view(*x.shape[:-1], x.shape[-1] // size, size).sum(-2)
+        changed = F.linear(compressed, self.mora_M)
+        repeats = -(-self.out_features // size)
+        return result + torch.cat([changed] * repeats, -1)[..., : self.out_features]
+
+
+def use_released_layers(model: nn.Module) -> None:
+    """Puts a layer of the released code's operations in the place of every adapter of a model, with its weight."""
+    for name, layer in list(adapter_layers(model)):
+        assert isinstance(layer, MoRALinear) and layer.operator.mora_type == RELEASED_TYPE
+        parent, _, kind = name.rpartition(".")
+        plain: Any = layer  # has what is read of a linear: features, weight, bias
+        setattr(model.get_submodule(parent), kind, ReleasedLinear(plain, layer.square_size, RELEASED_TYPE, "decoupled"))

@@ -1,0 +1,154 @@
+"""The results as a table for people and as an object for programs."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from launch.benchmark.contenders import Setting
+from launch.benchmark.measure import Result
+from launch.benchmark.watch import PARTS
+from relora_mora.system.hardware import peak_flops
+
+MIB = 2**20
+COPY_BYTES = 256 * MIB
+
+
+def limits(setting: Setting) -> dict[str, float]:
+    """What this machine can do at most on one rank: matrix products in TFLOP/s, copies in GB/s (bytes read and written)."""
+    peak, _ = peak_flops(bf16=setting.bf16)
+    source = torch.ones(COPY_BYTES // 4, device=setting.device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        target.copy_(source)
+        if setting.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return {
+        "matrix_product_tflops": peak / 1e12,
+        "copy_gb_per_second": 2 * COPY_BYTES / statistics.median(seconds[1:]) / 1e9,
+    }
+
+
+def as_json(
+    results: list[Result], setting: Setting, world_size: int, machine: dict[str, float], command: list[str]
+) -> dict[str, Any]:
+    first = results[0]
+    tokens = setting.tokens * setting.accumulation * world_size
+    return {
+        "command": command,
+        "device": torch.cuda.get_device_name()
+        if setting.device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "world_size": world_size,
+        "precision": "bf16" if setting.bf16 else "fp32",
+        "torch": torch.__version__,
+        "limits": machine,
+        "methods": {
+            result.name: {
+                "step_seconds": result.median,
+                "spread": result.spread,
+                "processor_seconds": statistics.median(result.processor_seconds),
+                "page_faults": statistics.median(result.page_faults),
+                "tokens_per_second": tokens / result.median,
+                "ratio": result.median / first.median,
+                "utilisation": result.flops_per_step / result.median / (machine["matrix_product_tflops"] * 1e12)
+                or None,
+                "trainable_parameters": result.trainable,
+                "trainable_ratio": _ratio(result.trainable, first.trainable),
+                "bytes_held": result.bytes_held,
+                "bytes_held_ratio": _ratio(result.held, first.held),
+                "bytes_at_peak": result.bytes_at_peak,
+                "bytes_at_peak_ratio": _ratio(result.peak, first.peak),
+                "bytes_kept_for_backward": result.bytes_kept,
+                "bytes_kept_for_backward_ratio": _ratio(result.bytes_kept, first.bytes_kept),
+                "bytes_kept_by_one_layer": result.bytes_kept_by_layer,
+                "bytes_kept_by_one_layer_ratio": _ratio(result.bytes_kept_by_layer, first.bytes_kept_by_layer),
+                "bytes_kept_by_its_linears": result.bytes_kept_by_linears,
+                "bytes_kept_by_its_linears_ratio": _ratio(result.bytes_kept_by_linears, first.bytes_kept_by_linears),
+                "bytes_sent": result.bytes_sent,
+                "bytes_sent_ratio": _ratio(result.sent, first.sent),
+                "merge_seconds": result.merge_seconds,
+                "loss": result.loss,
+            }
+            for result in results
+        },
+    }
+
+
+def tables(results: list[Result], setting: Setting, world_size: int, machine: dict[str, float]) -> str:
+    """Time, memory, and what is kept and sent, a line per method; ratios refer to the first. MiB are of one rank."""
+    head = (
+        f"{setting.model_config.num_hidden_layers} layers, hidden {setting.model_config.hidden_size}, vocabulary "
+        f"{setting.model_config.vocab_size}; {setting.tokens} tokens x {setting.accumulation} x {world_size} ranks, "
+        f"{'bf16' if setting.bf16 else 'fp32'}, ZeRO-{setting.zero_stage}, r = {setting.rank}; {setting.device.type}, "
+        f"{torch.get_num_threads()} threads a rank: {machine['matrix_product_tflops']:.2f} TFLOP/s, "
+        f"copy {machine['copy_gb_per_second']:.1f} GB/s"
+    )
+    return "\n".join(
+        [head, *_times(results, setting, world_size, machine), "", *_memory(results), "", *_traffic(results)]
+    )
+
+
+def _times(results: list[Result], setting: Setting, world_size: int, machine: dict[str, float]) -> Iterator[str]:
+    first = results[0]
+    yield f"{'method':18}{'step s':>9}{'+-':>7}{'ratio':>7}{'cpu s':>9}{'faults':>9}{'tok/s':>9}{'use':>6}{'merge':>7}"
+    for result in results:
+        use = result.flops_per_step / result.median / (machine["matrix_product_tflops"] * 1e12)
+        merge = f"{result.merge_seconds / result.median:.2f}x" if result.merge_seconds is not None else ""
+        yield (
+            f"{result.name:18}{result.median:9.3f}{result.spread:7.1%}{result.median / first.median:7.3f}"
+            f"{statistics.median(result.processor_seconds):9.2f}{statistics.median(result.page_faults):9,.0f}"
+            f"{setting.tokens * setting.accumulation * world_size / result.median:9,.0f}{f'{use:.0%}' if use else '':>6}{merge:>7}"
+        )
+
+
+def _memory(results: list[Result]) -> Iterator[str]:
+    first = results[0]
+    yield "MiB between steps, and at the moment of a step that has most, by part"
+    parts = "".join(f"{part:>13}" for part in PARTS)
+    yield f"{'method':18}{'state':>9}{'ratio':>7}{'host':>9} |{'peak':>9}{'ratio':>7} ={parts}"
+    for result in results:
+        parts = "".join(f"{_mib(result.bytes_at_peak[part]):>13}" for part in PARTS)
+        yield (
+            f"{result.name:18}{_mib(result.held):>9}{_shown(result.held, first.held)}{_mib(result.bytes_held.get('host', 0)):>9} |"
+            f"{_mib(result.peak):>9}{_shown(result.peak, first.peak)}  {parts}"
+        )
+
+
+def _traffic(results: list[Result]) -> Iterator[str]:
+    first = results[0]
+    yield "MiB kept for backward: by the seven linears of a decoder layer, by the whole layer, by the model; parameters; MiB to collectives"
+    yield (
+        f"{'method':18}{'linears':>9}{'ratio':>7}{'layer':>9}{'ratio':>7}{'model':>9}{'ratio':>7} |"
+        f"{'trains':>14}{'ratio':>7} |{'sent':>9}{'ratio':>7}"
+    )
+    for result in results:
+        yield (
+            f"{result.name:18}{_mib(result.bytes_kept_by_linears):>9}{_shown(result.bytes_kept_by_linears, first.bytes_kept_by_linears)}"
+            f"{_mib(result.bytes_kept_by_layer):>9}{_shown(result.bytes_kept_by_layer, first.bytes_kept_by_layer)}"
+            f"{_mib(result.bytes_kept):>9}{_shown(result.bytes_kept, first.bytes_kept)} |"
+            f"{result.trainable:14,}{_shown(result.trainable, first.trainable)} |"
+            f"{_mib(result.sent):>9}{_shown(result.sent, first.sent)}"
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.1f}"
+
+
+def _ratio(value: float, reference: float) -> float | None:
+    """None where there is nothing to refer to."""
+    return value / reference if reference else None
+
+
+def _shown(value: float, reference: float) -> str:
+    return f"{value / reference:7.3f}" if reference else f"{'':7}"

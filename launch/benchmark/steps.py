@@ -1,0 +1,111 @@
+"""Training steps of several methods side by side: ``python -m launch.benchmark steps configs/model/llama_130m.json``, also under a launcher."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+
+from relora_mora.cli import run
+from relora_mora.config import ConfigError, ModelConfig
+
+DEFAULT = "full,remora,remora_decoupled,relora"
+
+
+def main(
+    model: str,
+    methods: str = DEFAULT,
+    tokens: int = 4096,
+    sequence_length: int = 512,
+    accumulation: int = 1,
+    zero_stage: int = 1,
+    rank: int = 128,
+    square_multiple: int = 1,
+    precision: str = "auto",
+    layers: int | None = None,
+    vocab_size: int | None = None,
+    repeats: int = 7,
+    warmup: int = 2,
+    profile: bool = False,
+) -> int:
+    """Measures whole optimizer steps, in turns, and prints tables and, last, a line of JSON.
+
+    Ends with 1 where a loss is not finite: the figures of such steps mean nothing.
+
+    Args:
+        model: a LlamaConfig JSON file
+        methods: separated by commas, the first is what ratios refer to: full, frozen (the decoder's linears do not train: no
+            adapter method can be faster), remora, remora_merged, remora_decoupled, remora_released, remora_r32 (R a multiple of 32),
+            full_compiled, remora_compiled, relora, relora_merged, relora_decoupled, plain, plain_chunked, peft_lora, galore, apollo
+        tokens: tokens of a micro-batch on one rank
+        sequence_length: tokens of a sequence
+        accumulation: micro-batches of a step
+        zero_stage: DeepSpeed ZeRO stage of this trainer's methods
+        rank: LoRA's r, and what MoRA's square is made of
+        square_multiple: R is rounded down to a multiple of it
+        precision: bf16, fp32, or auto: bf16 where the hardware does it fast
+        layers: decoder layers, if not those of the model
+        vocab_size: if not that of the model
+        repeats: measured steps of each method
+        warmup: steps before
+        profile: prints which operations a step of each method spends its time in
+    """
+    faults = [f"--{name}: {value}, expected at least 1" for name, value in _sizes(locals()).items() if value < 1]
+    if tokens % sequence_length:
+        faults.append(f"--tokens: {tokens} is no multiple of --sequence_length {sequence_length}")
+    if precision not in ("auto", "bf16", "fp32"):
+        faults.append(f"--precision: {precision}, expected auto, bf16 or fp32")
+    if zero_stage not in range(4):
+        faults.append(f"--zero_stage: {zero_stage}, expected 0 to 3")
+    if faults:
+        raise ConfigError(faults, "the command line")
+    overrides = {"num_hidden_layers": layers, "vocab_size": vocab_size}
+    settings = ModelConfig(
+        config=model, overrides={key: value for key, value in overrides.items() if value is not None}
+    )
+    from launch.benchmark.contenders import Setting, chosen
+    from launch.benchmark.measure import run as measure
+    from launch.benchmark.report import as_json, limits, tables
+    from relora_mora.distributed.join import device_of_rank
+    from relora_mora.model import read_model_config
+    from relora_mora.system.hardware import fast_bf16
+    from relora_mora.zero import init_distributed
+
+    names = chosen([name for name in methods.split(",") if name], int(os.environ.get("WORLD_SIZE", "1")))
+    model_config = read_model_config(settings)
+    model_config.max_position_embeddings = max(model_config.max_position_embeddings, sequence_length)
+    my_rank, world_size = init_distributed()
+    bf16 = fast_bf16() if precision == "auto" else precision == "bf16"
+    setting = Setting(
+        model_config, tokens, sequence_length, accumulation, zero_stage, rank, square_multiple, bf16, device_of_rank()
+    )
+    show = None if not profile else print if my_rank == 0 else lambda text: None
+    results = measure(names, setting, repeats=repeats, warmup=warmup, show=show)
+    if my_rank == 0:
+        machine = limits(setting)
+        print(tables(results, setting, world_size, machine))
+        print(json.dumps(as_json(results, setting, world_size, machine, command=sys.argv[1:])))
+    lost = [result.name for result in results if not math.isfinite(result.loss)]
+    if lost:
+        print(f"the loss is not finite: {', '.join(lost)}; try --precision=fp32", file=sys.stderr)
+    return int(bool(lost))
+
+
+def _sizes(given: dict[str, object]) -> dict[str, int]:
+    names = (
+        "tokens",
+        "sequence_length",
+        "accumulation",
+        "rank",
+        "square_multiple",
+        "layers",
+        "vocab_size",
+        "repeats",
+        "warmup",
+    )
+    return {name: value for name in names if isinstance(value := given[name], int)}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,32 @@
+"""The checkpoint that a user means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from relora_mora.checkpoint import CheckpointError, list_checkpoints, newest_whole, verify
+from relora_mora.checkpoint.places import list_new
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user means: a checkpoint folder, or the newest whole one of a run or ``checkpoints/`` folder.
+
+    Raises :class:`CheckpointError` when there is none or when it is damaged.
+    """
+    for folder in (path, path / "checkpoints"):
+        if list_checkpoints(folder) or list_new(folder):
+            found, skipped = newest_whole(folder)
+            if found is None:
+                raise CheckpointError(f"{folder}: no checkpoint in it is whole: {'; '.join(skipped)}")
+            return found
+    if not path.is_dir():
+        what = "is no folder" if path.exists() else "not found"
+        raise CheckpointError(
+            f"{path}: {what}; give a run folder, or a checkpoint such as RUN/checkpoints/step-00001000"
+        )
+    problem = verify(path)
+    if problem is not None:
+        raise CheckpointError(
+            problem if problem.startswith(str(path)) else f"{path}: {problem}; use an older checkpoint"
+        )
+    return path

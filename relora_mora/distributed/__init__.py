@@ -1,0 +1,27 @@
+"""The ranks of a run: joining them, and what they tell each other through host memory. Of torch alone, without DeepSpeed."""
+
+from relora_mora.distributed.collectives import (
+    control_group,
+    from_first_rank,
+    gather_from_ranks,
+    lost_device,
+    lost_peer,
+    part_company,
+    sum_over_hosts,
+)
+from relora_mora.distributed.join import JoinError, backend_name, device_of_rank, join, store_address
+
+__all__ = [
+    "JoinError",
+    "backend_name",
+    "control_group",
+    "device_of_rank",
+    "from_first_rank",
+    "gather_from_ranks",
+    "join",
+    "lost_device",
+    "lost_peer",
+    "part_company",
+    "store_address",
+    "sum_over_hosts",
+]

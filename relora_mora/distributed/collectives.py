@@ -1,0 +1,82 @@
+"""What the ranks of a run tell each other through host memory. Of torch alone, without DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from relora_mora.distributed.waiting import collective
+
+PART_SECONDS = 30.0  # for the other ranks to end a run that is done
+
+CONTROL_SECONDS = 24 * 3600.0  # a backstop: guard.Watch knows how long each wait may take
+
+
+@functools.cache
+def control_group() -> Any:
+    """All ranks over gloo, beside the group that training uses: for numbers that are needed on the hosts."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=CONTROL_SECONDS))
+
+
+def sum_over_hosts(values: list[float]) -> list[float]:
+    """Sums float64 numbers over the ranks without waiting for a device; a collective."""
+    if dist.get_world_size() == 1:
+        return values
+    numbers = torch.tensor(values, dtype=torch.float64)
+    with collective():
+        dist.all_reduce(numbers, group=control_group())
+    return numbers.tolist()
+
+
+def gather_from_ranks(value: Any) -> list[Any]:
+    """What each rank gave, on every rank; a collective. For small things."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    with collective():
+        dist.all_gather_object(values, value, group=control_group())
+    return values
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an exception says that a collective lost another rank, as gloo and NCCL say it."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError)
+        and any(word in str(error) for word in ("gloo/transport", "Connection closed by peer", "NCCL"))
+    )
+
+
+def lost_device(error: BaseException) -> bool:
+    """Whether an exception says that the accelerator of this process cannot go on. Memory that ran out is another thing."""
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "uncorrectable ECC error" in str(error)
+
+
+def part_company(seconds: float = PART_SECONDS) -> None:
+    """Waits until all ranks have come here, so that none of them finds the store of the first one gone; not for one that is lost."""
+    if dist.get_world_size() > 1:
+        with contextlib.suppress(RuntimeError), collective():
+            dist.monitored_barrier(control_group(), timeout=datetime.timedelta(seconds=seconds))
+
+
+def from_first_rank(make: Callable[[], Any]) -> Any:
+    """What ``make`` returns on the first rank, on every rank; its ValueError or OSError is raised on every rank. A collective."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [(True, make())]
+        except (ValueError, OSError) as error:
+            answer = [(False, error)]
+    if dist.get_world_size() > 1:
+        with collective():
+            dist.broadcast_object_list(answer, src=0, group=control_group())
+    good, value = answer[0]
+    if not good:
+        value.same_on_all_ranks = True  # the first rank says it for all
+        raise value
+    return value

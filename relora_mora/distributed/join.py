@@ -1,0 +1,106 @@
+"""The ranks of a run come together. Of torch alone, without DeepSpeed."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import socket
+import time
+
+import torch
+from torch import distributed as dist
+
+from relora_mora.distributed.collectives import control_group
+from relora_mora.system.allocator import keep_freed_memory
+
+PORT_SECONDS = 20.0  # a run that was killed a moment ago may still hold the port
+
+
+class JoinError(RuntimeError):
+    """The ranks did not come together; the message says where this one looked for them."""
+
+
+def join(timeout_seconds: float) -> None:
+    """Joins the process group, unless that is done. One process needs no launcher. On a CPU freed memory stays with the process.
+
+    ``timeout_seconds`` is how long to wait for the other ranks. Raises :class:`JoinError` when they do not come, or when
+    another program holds the port.
+    """
+    if not dist.is_initialized():
+        for key, value in {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }.items():
+            os.environ.setdefault(key, value)
+        _meet(timeout_seconds)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        else:
+            keep_freed_memory()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _processes_on_host()))
+
+
+def backend_name() -> str:
+    """What the ranks' tensors travel over."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def device_of_rank() -> torch.device:
+    """The device of this rank's model."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _meet(timeout_seconds: float) -> None:
+    rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    address, port = store_address()
+    if rank == "0" and port and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        _await_port(port)
+    # a collective may wait for longer than the ranks for each other at the start: guard.Watch is to name the rank first
+    patience = datetime.timedelta(seconds=2 * timeout_seconds + 60)
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_seconds)))
+        dist.init_process_group(
+            backend_name(), store=store, rank=int(rank), world_size=int(world_size), timeout=patience
+        )
+        if world_size != "1":
+            control_group()
+    except dist.DistError as error:
+        first = str(error).partition("\n")[0]
+        raise JoinError(
+            f"rank {rank} of {world_size} did not meet the others at {address}:{port} within {timeout_seconds:.0f} s ({first}); "
+            "check that all ranks were started, and that hosts and firewalls let them reach MASTER_ADDR and MASTER_PORT"
+        ) from error
+
+
+def _await_port(port: int) -> None:
+    deadline = time.monotonic() + PORT_SECONDS
+    while True:
+        with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise JoinError(
+                        f"port {port} (MASTER_PORT) is in use on this host ({error.strerror}): another job runs here; "
+                        "end it, or choose another port (deepspeed --master_port, torchrun --master-port)"
+                    ) from error
+            else:
+                return
+        time.sleep(0.5)
+
+
+def store_address() -> tuple[str, int]:
+    """Host and port of the key-value store that the ranks met at."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def _processes_on_host() -> int:
+    """As torchrun, DeepSpeed's launcher and Slurm tell it."""
+    told = [os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE")]
+    return max([1, *(int(number) for value in told for number in re.findall(r"\d+", value)[:1])])  # Slurm: 8(x2),4

@@ -1,0 +1,198 @@
+"""Reads, checks and compares the configs of LLaMAs. The rule for each key is in ``keys``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from relora_mora.config import Config, ConfigError, ModelConfig
+from relora_mora.model.config_keys import ALIAS, EXPORT, FUNCTION, KEYS, ROPE_KEYS, ROPE_VALUES, TRAINING
+
+LARGEST_FILE = 16 * 2**20  # bytes; a config has a few thousand
+LARGEST_MODEL = 2**42  # parameters
+_STRETCHED = ("dynamic", "yarn", "longrope")  # what they compute may depend on max_position_embeddings
+
+
+def read_model_config(settings: ModelConfig) -> LlamaConfig:
+    """The ``LlamaConfig`` of a JSON file with the overrides applied.
+
+    Raises :class:`ConfigError` with every fault: unreadable file, not JSON, keys that are unknown, values that a key of
+    ``KEYS`` may not have or that do not fit together.
+    """
+    path = Path(settings.config)
+    return parse_model_config(read_json(path, "model.config") | settings.overrides, str(path))
+
+
+def read_json(path: Path, setting: str) -> dict[str, Any]:
+    """The keys in a config.json; raises :class:`ConfigError` with the name of the setting where it is none."""
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
+        values = json.loads(content)
+    except OSError as error:
+        fault = f"{setting}: cannot read it ({error.strerror}); give a file such as configs/model/llama_130m.json"
+        raise ConfigError([fault], str(path)) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"{setting}: not JSON ({error}); give the config.json of a LLaMA"], str(path)) from error
+    if not isinstance(values, dict):
+        fault = f"{setting}: holds a {type(values).__name__}, expected the keys of a LlamaConfig"
+        raise ConfigError([fault], str(path))
+    return values
+
+
+def parse_model_config(values: Mapping[str, Any], source: str) -> LlamaConfig:
+    """The ``LlamaConfig`` of these keys, without those that do nothing; raises :class:`ConfigError` with every fault.
+
+    A key whose value is null and that is not known stands for nothing: so an override leaves a key of the file out.
+    """
+    unknown = [key for key, value in values.items() if key not in KEYS and value is not None]
+    bad = [key for key in values if key in KEYS and not KEYS[key].good(values[key])]
+    remedy = "set it to null in model.overrides to leave it out"
+    found = [f"model: {key} is no key of a LlamaConfig; {remedy}" for key in unknown]
+    found += [f"model: {key} is {_shown(values[key])}, expected {KEYS[key].wanted}" for key in bad]
+    kept = {key: value for key, value in values.items() if key in KEYS and _is_kept(KEYS[key].use, value)}
+    if all(KEYS[key].use not in (FUNCTION, ALIAS, EXPORT) for key in bad):
+        found += [*_put_length(kept), *_put_rope(kept), *_shape_faults(kept)]
+    if found:
+        raise ConfigError(found, source)
+    try:
+        model_config = LlamaConfig(**kept)
+        rotary = LlamaRotaryEmbedding(config=model_config)
+    except Exception as error:
+        raise ConfigError([f"model: LlamaConfig refuses it: {' '.join(str(error).split())}"], source) from error
+    if not (0 < rotary.inv_freq.min() <= rotary.inv_freq.max() < math.inf and 0 < rotary.attention_scaling < math.inf):
+        fault = f"model: rope_parameters: {_shown(kept['rope_parameters'])} give no finite frequencies; correct them"
+        raise ConfigError([fault], source)
+    if model_config.pad_token_id == -1:
+        model_config.pad_token_id = None  # as old exports say it; an embedding would take it for the last token
+    model_config.use_cache = False
+    return model_config
+
+
+def _is_kept(use: str, value: Any) -> bool:
+    """Null is a value of what only an export carries on, and else stands for LlamaConfig's default."""
+    return use == EXPORT or (use in (FUNCTION, TRAINING, ALIAS) and value is not None)
+
+
+def keys_with(model_config: LlamaConfig, *uses: str) -> dict[str, Any]:
+    """The keys of a config that have one of these uses, in the form in which two configs can be compared."""
+    values = {key: getattr(model_config, key) for key, rule in KEYS.items() if rule.use in uses}
+    if "rope_parameters" in values:
+        rope = values["rope_parameters"]
+        nothing = ("type", "partial_rotary_factor")
+        values["rope_parameters"] = {key: rope[key] for key in rope if rope[key] is not None and key not in nothing}
+    return values
+
+
+def function_differences(theirs: LlamaConfig, ours: LlamaConfig) -> list[tuple[str, Any, Any]]:
+    """(key, there, here) for every key that makes two models with the same weights compute something else.
+
+    The number of positions does not, except where rotary embeddings are stretched to it.
+    """
+    there, here = keys_with(theirs, FUNCTION), keys_with(ours, FUNCTION)
+    if here["rope_parameters"]["rope_type"] not in _STRETCHED:
+        here["max_position_embeddings"] = there["max_position_embeddings"]
+    return [(key, there[key], here[key]) for key in here if there[key] != here[key]]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _put_length(values: dict[str, Any]) -> Iterator[str]:
+    """One name for the number of positions."""
+    length = values.pop("max_sequence_length", None)
+    if length is not None and values.setdefault("max_position_embeddings", length) != length:
+        other = values["max_position_embeddings"]
+        yield (
+            f"model: max_sequence_length is {length} and max_position_embeddings {other}, which mean the same; set one of them to null"
+        )
+
+
+def _put_rope(values: dict[str, Any]) -> Iterator[str]:
+    """One mapping, ``rope_parameters``, in place of three keys, which must not contradict each other."""
+    rope: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        given = values.pop(name, None) or {}
+        given = given if isinstance(given, dict) else {name: given}
+        given = {key: value for key, value in given.items() if value is not None}
+        if "type" in given:
+            given = {"rope_type": given["type"], **given}  # transformers 4 had both names
+        for key, value in given.items():
+            key = "rope_type" if key == "type" else key
+            if rope.setdefault(key, value) != value:
+                both = f"{_shown(rope[key])} and, in {name}, {_shown(value)}"
+                yield f"model: {key} of rotary embeddings is {both}; keep one, in rope_parameters"
+    kind = rope.setdefault("rope_type", "default")
+    if kind not in list(ROPE_KEYS):
+        yield f"model: rope_parameters: rope_type is {_shown(kind)}, expected one of {', '.join(ROPE_KEYS)}"
+        return
+    required, optional = ROPE_KEYS[kind]
+    for key in required:
+        if key not in rope:
+            yield f"model: rope_parameters: {key} is missing; the rope_type {kind} needs it"
+    for key in rope:
+        if key not in ("rope_type", "rope_theta", "partial_rotary_factor", *required, *optional):
+            yield f"model: rope_parameters: {key} is no key of the rope_type {kind}; leave it out"
+        elif key in ROPE_VALUES and not ROPE_VALUES[key].good(rope[key]):
+            yield f"model: rope_parameters: {key} is {_shown(rope[key])}, expected {ROPE_VALUES[key].wanted}"
+    rope.pop("partial_rotary_factor", None)
+    values["rope_parameters"] = rope
+
+
+def _shape_faults(values: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes that are good each for itself and not together."""
+    fields = dataclasses.fields(LlamaConfig)
+    size: Mapping[str, Any] = {field.name: values.get(field.name, field.default) for field in fields}
+    hidden, heads, vocabulary = size["hidden_size"], size["num_attention_heads"], size["vocab_size"]
+    shared: int = size["num_key_value_heads"] or heads
+    head: int = size["head_dim"] or hidden // heads
+    if hidden % heads:
+        yield f"model: hidden_size is {hidden}, expected a multiple of num_attention_heads {heads}"
+    elif head % 2:
+        yield f"model: head_dim is {head}, expected an even number, as rotary embeddings turn pairs"
+    if heads % shared:
+        yield f"model: num_key_value_heads is {shared}, expected a divisor of num_attention_heads {heads}"
+    for key in ("short_factor", "long_factor"):
+        factors = values.get("rope_parameters", {}).get(key)
+        if isinstance(factors, list) and len(factors) != head // 2:
+            yield f"model: rope_parameters: {key} has {len(factors)} numbers, expected {head // 2}, half of head_dim"
+    layer = hidden * (2 * head * (heads + shared) + 3 * size["intermediate_size"])
+    parameters = size["num_hidden_layers"] * layer + hidden * vocabulary
+    if parameters > LARGEST_MODEL:
+        yield f"model: it would have {parameters:,} parameters, expected at most {LARGEST_MODEL:,}; lower its sizes"
+    padding = size["pad_token_id"]
+    if padding is not None and padding >= vocabulary:
+        yield f"model: pad_token_id is {padding}, expected less than vocab_size {vocabulary}, or null"
+
+
+def check_length(model_config: LlamaConfig, config: Config) -> None:
+    """Raises :class:`ConfigError` when the sequences are longer than the model's positions."""
+    if config.data.sequence_length > model_config.max_position_embeddings:
+        raise ConfigError(
+            [
+                f"data.sequence_length: {config.data.sequence_length} is more than the model's max_position_embeddings "
+                f"({model_config.max_position_embeddings}); shorten it or set model.overrides.max_position_embeddings"
+            ],
+            config.model.config,
+        )
+
+
+def plain_model_config(model_config: LlamaConfig) -> dict[str, Any]:
+    """The model's settings without what transformers adds about itself."""
+    values = json.loads(model_config.to_json_string(use_diff=False))
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in ("transformers_version", "_name_or_path", "architectures", "dtype")
+    }

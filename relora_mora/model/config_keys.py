@@ -1,0 +1,188 @@
+"""The config of a LLaMA: every key that a config.json may hold, what its value may be, and what it does here.
+
+``KEYS`` is the whole rule. What a key of it changes is honoured; a value that would be ignored, or do harm, is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from transformers import GenerationConfig
+from transformers.activations import ACT2FN
+
+FUNCTION = "function"  # what the model computes: compared at a warm start and at a resume
+TRAINING = "training"  # how it is trained: compared at a resume
+ALIAS = "alias"  # an older name of one of those
+EXPORT = "export"  # nothing in training; an export carries it on, but bos, eos and pad, which it has from the tokenizer
+NOTHING = "nothing"  # about the file itself, or how transformers calls a model: left out
+ONLY = "only"  # has one value here
+
+LARGEST_SIZE = 2**24
+
+
+class Key(NamedTuple):
+    """``use``: one of the six above. ``good`` says whether a value is what ``wanted`` describes."""
+
+    use: str
+    wanted: str = ""
+    good: Callable[[Any], bool] = lambda value: True
+
+
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_whole(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, int) and _is_number(value, least, most)
+
+
+def _whole(use: str, most: int = LARGEST_SIZE) -> Key:
+    return Key(use, f"a whole number from 1 to {most}", lambda value: _is_whole(value, 1, most))
+
+
+def _number(use: str, least: float, most: float) -> Key:
+    return Key(use, f"a number from {least:g} to {most:g}", lambda value: _is_number(value, least, most))
+
+
+def _flag(use: str) -> Key:
+    return Key(use, "true or false", lambda value: isinstance(value, bool))
+
+
+def _mapping(use: str) -> Key:
+    return Key(use, "a mapping or null", lambda value: value is None or isinstance(value, dict))
+
+
+def _token(use: str) -> Key:
+    return Key(use, "a token id or null", lambda value: value is None or _is_whole(value, -1, math.inf))
+
+
+def _or_null(key: Key) -> Key:
+    return key._replace(wanted=f"{key.wanted}, or null", good=lambda value: value is None or key.good(value))
+
+
+def _only(*values: Any, remedy: str = "leave it out") -> Key:
+    """``null`` means that a key is left out."""
+    return Key(
+        ONLY,
+        f"{json.dumps(values[0])}: {remedy}",
+        lambda value: value is None or any(value == one and type(value) is type(one) for one in values),
+    )
+
+
+def _is_activation(value: Any) -> bool:
+    """One of transformers that has no parameters of its own."""
+    return isinstance(value, str) and value in ACT2FN and not ACT2FN[value].state_dict()
+
+
+def _are_factors(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_number(factor, 1e-6, 1e6) for factor in value)
+
+
+KEYS: dict[str, Key] = {
+    **dict.fromkeys(GenerationConfig().to_dict(), Key(NOTHING)),  # temperature and the like, in old exports
+    "vocab_size": _whole(FUNCTION),
+    "hidden_size": _whole(FUNCTION),
+    "intermediate_size": _whole(FUNCTION),
+    "num_hidden_layers": _whole(FUNCTION, 4096),
+    "num_attention_heads": _whole(FUNCTION),
+    "num_key_value_heads": _or_null(_whole(FUNCTION)),
+    "head_dim": _or_null(_whole(FUNCTION)),
+    "max_position_embeddings": _whole(FUNCTION),
+    "max_sequence_length": _or_null(_whole(ALIAS)),  # max_position_embeddings, as the first configs of LLaMA called it
+    "hidden_act": Key(FUNCTION, "an activation of transformers without parameters, such as silu", _is_activation),
+    "rms_norm_eps": _number(FUNCTION, 1e-12, 1),
+    "attention_bias": _flag(FUNCTION),
+    "mlp_bias": _flag(FUNCTION),
+    "tie_word_embeddings": _flag(FUNCTION),
+    "rope_parameters": _mapping(FUNCTION),
+    "rope_scaling": _mapping(ALIAS),  # as transformers 4 wrote it, with rope_theta beside it
+    "rope_theta": _or_null(_number(ALIAS, 1, 1e30)),
+    "attention_dropout": _number(TRAINING, 0, 0.99),
+    "initializer_range": _number(TRAINING, 1e-6, 1),
+    "pad_token_id": _token(EXPORT),  # text is packed and never padded: no embedding is frozen for it
+    "bos_token_id": _token(EXPORT),
+    "eos_token_id": Key(
+        EXPORT,
+        "a token id, a list of them, or null",
+        lambda value: all(map(_token(EXPORT).good, value if isinstance(value, list) else [value])),
+    ),
+    **dict.fromkeys(("unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id"), _token(EXPORT)),
+    "pretraining_tp": _or_null(_whole(EXPORT)),
+    **dict.fromkeys(
+        (
+            *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
+            *("unsloth_version", "unsloth_fixed", "is_llama_config", "dtype", "torch_dtype", "use_cache", "is_decoder"),
+            *("tokenizer_class", "prefix", "finetuning_task", "task_specific_params"),
+            *("problem_type", "num_labels", "id2label", "label2id"),
+        ),
+        Key(NOTHING),
+    ),
+    "architectures": Key(
+        NOTHING,
+        "names of LLaMA classes such as LlamaForCausalLM",
+        lambda value: all(str(name).lower().startswith("llama") for name in (value if isinstance(value, list) else [])),
+    ),
+    "model_type": _only("llama", remedy="another kind of model cannot be built here"),
+    "attn_implementation": _only(None, remedy="set model.attention"),
+    "_attn_implementation": _only(None, remedy="set model.attention"),
+    "quantization_config": _only(None, remedy="quantized weights cannot be trained here; take the plain ones"),
+    "auto_map": _only(None, remedy="no code of a model folder is run"),
+    "sliding_window": _only(None, remedy="attention here sees every position before it"),
+    "use_sliding_window": _only(False, remedy="attention here sees every position before it"),
+    "layer_types": _only(None, remedy="all layers are alike here"),
+    "per_layer_config": _only(None, remedy="all layers are alike here"),
+    "partial_rotary_factor": _only(1.0, 1, remedy="rotary embeddings turn whole heads here"),
+    "rope_interleaved": _only(False, remedy="rotary embeddings pair halves here"),
+    "return_dict": _only(True),
+    "chunk_size_feed_forward": _only(0),
+    "pruned_heads": _only({}),
+    "cross_attention_hidden_size": _only(None),
+    **dict.fromkeys(
+        (
+            *("output_hidden_states", "output_attentions", "is_encoder_decoder", "add_cross_attention"),
+            *("tie_encoder_decoder", "torchscript", "use_bfloat16", "tf_legacy_loss"),
+        ),
+        _only(False),
+    ),
+}
+
+# what a kind of rotary embeddings must have beside rope_theta, and may have
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (
+        ("factor",),
+        (
+            *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+            *("mscale", "mscale_all_dim", "truncate"),
+        ),
+    ),
+    "longrope": (("short_factor", "long_factor"), ("original_max_position_embeddings", "attention_factor", "factor")),
+}
+_FACTORS = Key(FUNCTION, "a list of positive numbers", _are_factors)
+ROPE_VALUES: dict[str, Key] = {
+    **dict.fromkeys(
+        (
+            "low_freq_factor",
+            "high_freq_factor",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+        ),
+        _number(FUNCTION, 1e-6, 1e6),
+    ),
+    "factor": _number(FUNCTION, 1, 1e6),
+    "rope_theta": KEYS["rope_theta"],
+    "partial_rotary_factor": KEYS["partial_rotary_factor"],
+    "original_max_position_embeddings": KEYS["max_position_embeddings"],
+    "truncate": _flag(FUNCTION),
+    "short_factor": _FACTORS,
+    "long_factor": _FACTORS,
+}

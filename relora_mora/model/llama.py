@@ -1,0 +1,140 @@
+"""The LLaMA model: built from a ``LlamaConfig`` with a seed, wrapped with its training loss.
+
+The wrapper computes the loss from hidden states in chunks of tokens, so that float32 logits [tokens, vocabulary] never
+exist as a whole. Shapes: ``B`` sequences, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary, ``N = B * T``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import is_flash_attn_2_available
+
+from relora_mora.config import Config, ConfigError
+from relora_mora.model.loss import LossHead
+from relora_mora.system.seeds import derived_seed
+
+RECOMPILE_LIMIT = (
+    64  # each operator of a cycle, training and evaluation, and the short batch at the end have a program of their own
+)
+
+
+def check_compiler(config: Config) -> None:
+    """Raises :class:`ConfigError` when torch.compile would find no compiler: C++ on a CPU, C on a GPU, for Triton's launchers."""
+    if torch.cuda.is_available():
+        language, variable, names = "C", "CC", ("gcc", "clang")
+    else:
+        language, variable, names = "C++", "CXX", ("g++", "clang++")
+    if config.model.compile and not any(map(shutil.which, (os.environ.get(variable, names[0]), names[1]))):
+        raise ConfigError(
+            [
+                f"model.compile: torch.compile needs a {language} compiler here, and there is no {names[0]}; install it, name one in {variable}, "
+                "or leave it false"
+            ],
+            "the settings",
+        )
+
+
+def check_attention(config: Config, *, bf16: bool) -> None:
+    """Raises :class:`ConfigError` where ``model.attention`` cannot be computed here."""
+    if config.model.attention != "flash_attention_2" or (bf16 and is_flash_attn_2_available()):
+        return
+    fault = (
+        "model.attention: flash_attention_2 needs its package (flash-attn), a GPU, and train.precision=bf16; "
+        "use model.attention=sdpa, which takes PyTorch's own flash kernels where it can"
+    )
+    raise ConfigError([fault], "the settings")
+
+
+def build_model(model_config: LlamaConfig, *, seed: int, attention: str = "sdpa") -> LlamaForCausalLM:
+    """A float32 model on the CPU with initial weights that depend on the seed only."""
+    lm = empty_model(model_config, attention=attention)
+    put_values(lm, {name: initial_value(lm, name, seed) for name, _ in lm.named_parameters()})
+    return lm
+
+
+def empty_model(model_config: LlamaConfig, *, attention: str = "sdpa") -> LlamaForCausalLM:
+    """The model with float32 parameters on the meta device, which hold nothing; :func:`put_values` gives them their values."""
+    with torch.device("meta"):
+        lm = LlamaForCausalLM._from_config(model_config, attn_implementation=attention, dtype=torch.float32)
+    lm.model.rotary_emb = LlamaRotaryEmbedding(config=model_config)  # the only buffers, which are no drawn values
+    lm.model.embed_tokens.padding_idx = None  # nothing is padded: pad_token_id names a token that trains
+    return lm
+
+
+@torch.no_grad()
+def initial_value(lm: LlamaForCausalLM, name: str, seed: int) -> Tensor:
+    """The float32 value that a parameter of the plain model begins with; distributed as transformers initializes it.
+
+    It follows from seed, name and shape alone: the same on every rank and world size, in whatever order they are drawn.
+    """
+    shape = lm.get_parameter(name).shape
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)  # a norm's
+    generator = torch.Generator().manual_seed(derived_seed(seed, "initial", name))
+    return torch.empty(shape).normal_(0.0, lm.config.initializer_range, generator=generator)
+
+
+def put_values(lm: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Puts tensors, of any device and dtype, in the place of the parameters of these names; tied ones stay tied."""
+    new = {
+        id(old): nn.Parameter(values[name], old.requires_grad) for name, old in lm.named_parameters() if name in values
+    }
+    for module in lm.modules():
+        for key, old in module._parameters.items():
+            if id(old) in new:
+                module._parameters[key] = new[id(old)]
+
+
+class LossModel(nn.Module):
+    """A causal LM together with its loss, the mean nats per predicted token.
+
+    ``compiled`` has torch.compile make one program of each decoder layer; head and loss have kernels of their own.
+    """
+
+    def __init__(self, lm: LlamaForCausalLM, *, compiled: bool = False) -> None:
+        super().__init__()
+        self.lm = lm
+        lm.lm_head = LossHead(lm.lm_head)
+        if compiled:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+            for layer in lm.model.layers:
+                layer.compile()
+
+    def forward(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """input_ids [B, T] and labels [B, T] (already shifted, -100 is not scored) -> mean nats per predicted token.
+
+        With document_ids [B, T] every document sees what it sees where it is scored alone: itself, from position 0 on.
+        """
+        separate: dict[str, Tensor] = {}
+        if document_ids is not None:
+            separate["attention_mask"] = document_mask(document_ids, self.lm.model.norm.weight.dtype)
+            separate["position_ids"] = document_positions(document_ids)
+        hidden = self.lm.model(input_ids=input_ids, use_cache=False, **separate).last_hidden_state
+        return self.lm.lm_head(hidden, labels)
+
+
+def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """document_ids [B, T] -> mask [B, 1, T, T] to add to scores: causal, and only within a document.
+
+    Not boolean: sdpa would make this one of it in each layer, and keep each for backward.
+    """
+    same = document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)
+    mask = torch.zeros(same.shape, dtype=dtype, device=same.device)
+    return mask.masked_fill_(~same.tril(), -math.inf).unsqueeze(1)
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """document_ids [B, T], which never decrease -> int64 [B, T]: the place of each token in its document."""
+    place = torch.arange(document_ids.shape[-1], device=document_ids.device).expand(document_ids.shape)
+    begins = document_ids.diff(dim=-1, prepend=document_ids[:, :1]) != 0
+    return place - (place * begins).cummax(dim=-1).values

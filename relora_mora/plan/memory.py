@@ -1,0 +1,261 @@
+"""Memory of one device, part by part, and parameters: formulas from shapes, nothing is allocated.
+
+Symbols: T trainable and F frozen parameters, N ranks, b bytes of the compute type (2 in bf16, 4 in fp32), n tokens of a
+micro-batch, h hidden, f intermediate, q and k widths of queries and keys, V vocabulary, R size of a square matrix.
+
+After the sources of DeepSpeed 0.19 and transformers 5.24:
+
+==============  ======================================================================================================
+part            bytes
+==============  ======================================================================================================
+weights         b (T + F); stage 3: b (T + F) / N
+gathered        stage 3: what forward gathers of other ranks' weights and keeps for backward (DeepSpeed's default reuse
+                distance keeps it), b min(T + F, ``stage3_max_live_parameters``); parameters of at most
+                ``stage3_param_persistence_threshold`` elements always
+masters         float32 copies of what trains: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at stages 1-3 DeepSpeed
+                clones them though the parameters are float32 already
+optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N
+gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T that stays.
+                Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N; at stage 3 it stays.
+                A step in fp32 on stages 1-3 copies 4 T / N
+buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages 2 and 3, and 1 in fp32
+activations     a layer keeps 2 h (4 + b) for its norms, b (2 q + 2 k) for attention, 3 b f for the gated product and the
+                inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of which only
+                ``C x`` is kept. With activation checkpointing b h a layer, and one whole layer
+scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient (4 + b) h V;
+                in backward: the gradients of the gated product, 2 b f a token, and ``W + delta`` of one linear
+==============  ======================================================================================================
+
+A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N.
+Not counted: the CUDA context, fragmentation, the Python process itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from relora_mora.config import Config
+from relora_mora.methods.inject import decoder_linears
+from relora_mora.methods.layers import AdapterLinear, LoRALinear, MoRALinear, adapter_layers
+from relora_mora.model.loss import bytes_per_logit, loss_chunk
+from relora_mora.operators import make_operator
+from relora_mora.plan.flops import attention_widths, meta_model
+
+# DeepSpeed's defaults
+REDUCE_BUCKET_SIZE = 500_000_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
+PERSISTENCE_THRESHOLD = 100_000
+
+PARTS = ("weights", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters; ``total`` is the model's without adapters, ``trainable`` includes them."""
+
+    total: int
+    trainable: int
+    adapters: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the moment of a step that needs most, and ``host_base``: bytes of a rank in host memory."""
+
+    moment: str  # loss | backward's start | backward's end | step
+    weights: float
+    gathered: float
+    masters: float
+    optimizer: float
+    gradients: float
+    buffers: float
+    activations: float
+    scratch: float
+    host_base: float
+
+    @property
+    def device(self) -> float:
+        return sum(getattr(self, part) for part in PARTS)
+
+
+def count_parameters(model: LlamaForCausalLM) -> Parameters:
+    adapters = sum(
+        layer.get_parameter(key).numel() for _, layer in adapter_layers(model) for key in layer.adapter_names
+    )
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Parameters(
+        total=everything - adapters, trainable=trainable, adapters=adapters, frozen=everything - trainable
+    )
+
+
+def peak_memory(model_config: LlamaConfig, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
+    """Memory of one device at the moment of a step that needs most: the loss, the first layers of backward, or the step."""
+    model = meta_model(model_config, config)
+    state = state_memory(model, config, stage, world_size, bf16=bf16)
+    gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
+    before = gradients.between_micro_batches if config.accumulation_steps(world_size) > 1 else gradients.between_steps
+    live = replace(
+        state,
+        gradients=before,
+        gathered=max(state.gathered, gathered_memory(model, config, stage, world_size, bf16=bf16)),
+    )
+    kept, layer = activation_memory(model, config, bf16=bf16)
+    again = layer if config.model.activation_checkpointing else 0
+    at_loss, in_backward = scratch_memory(model, config, bf16=bf16)
+    moments = [
+        replace(live, moment="loss", activations=kept, scratch=at_loss),
+        replace(live, moment="backward's start", activations=kept + again, scratch=in_backward),
+        replace(
+            state, moment="backward's end", gradients=gradients.after_backward, activations=layer, scratch=in_backward
+        ),
+        replace(state, moment="step", gradients=gradients.in_step),
+    ]
+    return max(moments, key=lambda memory: memory.device)
+
+
+def state_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
+    """What stays between steps, gradients apart."""
+    counts, width = count_parameters(model), 2 if bf16 else 4
+    part = counts.trainable / (world_size if stage else 1)
+    bucket = (
+        zero_setting(config, "reduce_bucket_size", REDUCE_BUCKET_SIZE) if stage >= 2 or (stage == 1 and not bf16) else 0
+    )
+    bucket = min(bucket, counts.trainable)  # as zero/settings.py sets it; a larger one is never filled
+    small = zero_setting(config, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+    persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
+    return Memory(
+        moment="between steps",
+        weights=width * (counts.trainable + counts.frozen) / (world_size if stage == 3 else 1),
+        gathered=width * persistent if stage == 3 and world_size > 1 else 0,
+        masters=4 * part if bf16 or stage > 0 else 0,
+        optimizer=8 * part,
+        gradients=0,
+        buffers=width * bucket,
+        activations=0,
+        scratch=0,
+        host_base=_host_base(model, world_size),
+    )
+
+
+def zero_setting(config: Config, name: str, default: int) -> int:
+    """A number of DeepSpeed's ``zero_optimization``, as ``train.deepspeed`` sets it."""
+    value = config.train.deepspeed.get("zero_optimization", {}).get(name, default)
+    return int(value) if isinstance(value, int | float) else default
+
+
+def gathered_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size: int, *, bf16: bool) -> float:
+    """Bytes of the weights that stage 3 has gathered where it has most of them, at the end of forward."""
+    if stage < 3 or world_size == 1:
+        return 0
+    every = sum(parameter.numel() for parameter in model.parameters())
+    return (2 if bf16 else 4) * min(every, zero_setting(config, "stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+
+
+def _host_base(model: LlamaForCausalLM, world_size: int) -> float:
+    """Bytes of the float32 copies on the rank that has most; the i-th frozen weight belongs to rank i mod world size"""
+    sizes = [4 * parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
+    return max(sum(sizes[rank::world_size]) for rank in range(world_size))
+
+
+@dataclass(frozen=True)
+class GradientMemory:
+    """Bytes of gradients at four moments; ``in_step`` includes the copies that a step makes."""
+
+    between_steps: float
+    between_micro_batches: float
+    after_backward: float
+    in_step: float
+
+
+def gradient_memory(trainable: int, stage: int, world_size: int, *, bf16: bool) -> GradientMemory:
+    whole, part = 4 * trainable, 4 * trainable / world_size
+    if stage == 0:
+        return GradientMemory(0, whole / 2, whole / 2, 1.5 * whole) if bf16 else GradientMemory(0, whole, whole, whole)
+    if stage == 1 and bf16:
+        return GradientMemory(whole, 1.5 * whole, 1.5 * whole, 1.5 * whole)
+    in_step = part if bf16 else 2 * part
+    if stage == 1:
+        return GradientMemory(0, whole, part, in_step)
+    return GradientMemory(part if stage == 3 else 0, part, part, in_step)
+
+
+def activation_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) -> tuple[float, float]:
+    """Bytes that backward needs of one micro-batch: (kept by forward, needed by one decoder layer)."""
+    width, model_config = 2 if bf16 else 4, model.config
+    hidden, intermediate = model_config.hidden_size, model_config.intermediate_size
+    length, heads = config.data.sequence_length, model_config.num_attention_heads
+    tokens = config.train.micro_batch_size * length
+    normed = hidden * (4 + (width if config.method.train_norms else 0)) + 4
+    queries, keys = attention_widths(model_config)
+    if config.data.document_mask:
+        keys = queries  # beside a mask transformers repeats keys and values for every head
+    layer: float = 2 * normed + width * (2 * queries + 2 * keys) + 4 * heads + 3 * width * intermediate
+    if config.model.attention == "eager":
+        layer += heads * length * (6 if bf16 else 4)  # softmax in float32, and its rounded copy
+    layer += width * _linear_inputs(model, config)
+    mask = width * length if config.data.document_mask else 0  # one for all layers
+    layers = model_config.num_hidden_layers
+    kept = layers * (width * hidden if config.model.activation_checkpointing else layer)
+    return tokens * (kept + normed + 2 * width * hidden + mask), tokens * (
+        layer + mask
+    )  # the final norm, the head's input and its gradient
+
+
+def _linear_inputs(model: LlamaForCausalLM, config: Config) -> float:
+    """Elements for one token that the linears of one decoder layer keep for their own gradients, on average over the layers.
+
+    An input that several linears share is kept once; the input of ``o_proj`` is attention's output, which is kept anyway.
+    """
+    kept: dict[tuple[str, str], float] = {}
+    for name, layer in decoder_linears(model):
+        prefix, _, kind = name.rpartition(".")
+        source = {
+            "q_proj": "attention",
+            "k_proj": "attention",
+            "v_proj": "attention",
+            "gate_proj": "mlp",
+            "up_proj": "mlp",
+        }.get(kind, kind)
+        if isinstance(layer, MoRALinear):
+            shared = (
+                source if layer.uses_merged_form(_tokens(config)) else kind
+            )  # layers of one input and one R make C x once
+            kept[prefix, f"{shared} C x of {layer.square_size}"] = layer.square_size * _blocks(layer, config)
+        elif isinstance(layer, LoRALinear) or (isinstance(layer, nn.Linear) and layer.weight.requires_grad):
+            if source != "o_proj":
+                kept[prefix, source] = layer.in_features
+            if isinstance(layer, LoRALinear) and not layer.uses_merged_form(_tokens(config)):
+                kept[prefix, f"{kind} A x"] = layer.rank
+    return sum(kept.values()) / model.config.num_hidden_layers
+
+
+def _blocks(layer: MoRALinear, config: Config) -> int:
+    cycle = config.method.operators if config.merges else config.method.operators[:1]
+    operators = [make_operator(kind, layer.in_features, layer.out_features, layer.square_size) for kind in cycle]
+    return max(getattr(operator, "blocks", 1) for operator in operators)
+
+
+def _tokens(config: Config) -> int:
+    return config.train.micro_batch_size * config.data.sequence_length
+
+
+def scratch_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) -> tuple[float, float]:
+    """Bytes that come and go: (at the loss, in backward)."""
+    width, tokens, vocabulary = 2 if bf16 else 4, _tokens(config), model.config.vocab_size
+    logit = bytes_per_logit(torch.bfloat16 if bf16 else torch.float32, in_place=False)
+    chunk = min(tokens, loss_chunk(tokens, vocabulary, logit))
+    head = model.get_output_embeddings().weight
+    trains = head.numel() if head.requires_grad else 0
+    at_loss = chunk * vocabulary * logit + (4 + width) * trains
+    built = 0.0
+    for _, layer in decoder_linears(model):
+        if isinstance(layer, AdapterLinear) and layer.uses_merged_form(tokens):
+            copies = 2 if isinstance(layer, MoRALinear) else 1  # delta and W + delta, or one fused product
+            built = max(built, copies * layer.weight.numel())
+    return at_loss, width * (2 * tokens * model.config.intermediate_size + built + trains)

@@ -1,0 +1,215 @@
+"""Models that were trained before: the plain LLaMA of a checkpoint, with its adapters merged in, and those in Hugging Face folders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from relora_mora.checkpoint import CheckpointError, CheckpointReader, read_manifest, tokenizer_of
+from relora_mora.checkpoint.find import find_checkpoint
+from relora_mora.checkpoint.layout import MANIFEST
+from relora_mora.config import DataConfig, validate
+from relora_mora.methods.inject import inject
+from relora_mora.methods.layers import adapter_layers, adapter_parameters
+from relora_mora.model import KEYS, NOTHING, ONLY
+from relora_mora.model.llama import empty_model, put_values
+from relora_mora.system.logs import log
+from relora_mora.tokenizer import quiet_transformers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+transformers_logging.disable_progress_bar()  # a bar for each file says nothing here
+
+HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by default
+
+
+def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
+    """Every weight of the plain model in float32, ``W + delta`` where there is an adapter.
+
+    Raises :class:`CheckpointError` where the checkpoint holds other tensors than the model it names.
+    """
+    manifest = reader.manifest
+    config = validate(manifest.config, str(reader.folder))
+    skeleton = _empty_model(reader)
+    if config.uses_adapters:
+        with torch.device("meta"):
+            inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator)
+    expected = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    found = manifest.parameters | manifest.frozen
+    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{reader.folder}: does not hold the model it names: {wrong[0]} is {found.get(wrong[0], 'nothing')} there, "
+            f"expected {expected.get(wrong[0], 'nothing')}; use another checkpoint"
+        )
+    adapters = dict(adapter_layers(skeleton))
+    own = adapter_parameters(skeleton)
+    weights = {name: reader.weight(name) for name in [*manifest.parameters, *manifest.frozen] if name not in own}
+    for name, layer in adapters.items():
+        weights[f"{name}.weight"] += layer.delta_of(*(reader.weight(f"{name}.{key}") for key in layer.adapter_names))
+    return weights
+
+
+def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """The plain model of a checkpoint folder, which :func:`find_checkpoint` has verified.
+
+    Raises :class:`CheckpointError` for weights beyond what ``dtype`` holds.
+    """
+    reader = CheckpointReader(path)
+    model = _empty_model(reader)
+    weights = {name: value.to(dtype) for name, value in merged_weights(reader).items()}
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        kind = str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{path}: weights too large for {kind} in {in_short(broken)}; choose another type, or an older checkpoint"
+        )
+    put_values(model, weights)
+    model.config.dtype = dtype
+    return model.eval()
+
+
+def _empty_model(reader: CheckpointReader) -> LlamaForCausalLM:
+    """The model that a checkpoint names. Of its settings only LLaMA's own count: no names of code, no foreign keys.
+
+    Raises :class:`CheckpointError` where there is no such model.
+    """
+    settings = {
+        key: value
+        for key, value in reader.manifest.model_config.items()
+        if key in KEYS and KEYS[key].use not in (NOTHING, ONLY)
+    }
+    try:
+        return empty_model(LlamaConfig(**settings))
+    except Exception as error:  # of nearly any kind
+        said = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{reader.folder}: transformers makes no model of its model_config: {said}; use another checkpoint"
+        ) from error
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM to score text with, and what goes with it.
+
+    The folder of the ``tokenizer`` is there within a ``with``; ``data`` says how the text was read that the model was trained on.
+    """
+
+    model: PreTrainedModel
+    tokenizer: AbstractContextManager[Path]
+    data: DataConfig
+    description: str
+
+    def data_settings(self, source: str, sequence_length: int | None, document_mask: bool | None) -> DataConfig:
+        """Settings under which the held-out text of ``source`` is read: those of training, but for what is given.
+
+        Text of another source is not looked for at the commit of the run's own.
+        """
+        own = source in ([self.data.validation] if isinstance(self.data.validation, str) else self.data.validation)
+        given = {"validation": source, "sequence_length": sequence_length, "document_mask": document_mask}
+        if not own:
+            given["revision"] = DataConfig.model_fields["revision"].default
+        return self.data.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a folder is that of a Hugging Face model; a stray config.json makes none of a checkpoint."""
+    return (path / "config.json").exists() and not (path / MANIFEST).exists()
+
+
+def load_foreign(
+    path: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalLM, *, whole: bool = False
+) -> PreTrainedModel:
+    """The model in a Hugging Face folder.
+
+    Raises :class:`CheckpointError` also where a weight is missing or has another shape, which transformers would draw at random, and
+    for an adapter beside the model, which it may leave out. A weight that is left over is named in a warning; with ``whole`` it is refused.
+    """
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path}: holds an adapter of PEFT beside its model; save the model with the adapter merged in"
+        )
+    try:
+        with quiet_transformers():
+            model, info = kind.from_pretrained(
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # of nearly any kind
+        said = " ".join(str(error).split())
+        file = _damaged_file(path) or path
+        raise CheckpointError(f"{file}: transformers cannot load it as a causal language model: {said}") from error
+    wrong = {
+        "missing": info["missing_keys"],
+        "of another shape": [key for key, *_ in info["mismatched_keys"]],
+        "left over": info["unexpected_keys"] if whole else (),
+    }
+    if any(wrong.values()):
+        said = "; ".join(f"{what}: {in_short(names)}" for what, names in wrong.items() if names)
+        raise CheckpointError(
+            f"{path}: its weights are not those that its config.json asks for; {said}; fetch it again, or correct that file"
+        )
+    if info["unexpected_keys"]:
+        log.warning(
+            "%s: its model has no place for these weights, which are left out: %s",
+            path,
+            in_short(info["unexpected_keys"]),
+        )
+    return model
+
+
+def in_short(names: Iterable[str]) -> str:
+    """Names of weights; those of several layers once, with a star for the layer and their number."""
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(names):
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    return ", ".join(same[0] if len(same) == 1 else f"{kind} ({len(same)})" for kind, same in kinds.items())
+
+
+def _damaged_file(folder: Path) -> Path | None:
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return file
+    return None
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can see at once; None where its config names no limit, or -1 for none."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None
+
+
+def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
+    """A checkpoint or run folder of this trainer, or a Hugging Face folder; nothing is fetched and no code of it is run.
+
+    Raises :class:`CheckpointError` for anything else.
+    """
+    if is_foreign(path):
+        model = load_foreign(path, dtype)
+        plain = DataConfig(
+            train="none", validation="none", sequence_length=min(HF_LENGTH, positions_of(model) or HF_LENGTH)
+        )
+        return LoadedModel(model, nullcontext(path), plain, f"{path} ({type(model).__name__})")
+    checkpoint = find_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    data = validate(manifest.config, str(checkpoint)).data
+    return LoadedModel(
+        merged_model(checkpoint, dtype), tokenizer_of(checkpoint), data, f"{checkpoint} (step {manifest.step})"
+    )

@@ -1,0 +1,37 @@
+"""Ends that are no accident: signals, launchers, lost ranks, and one trainer per run folder.
+
+``watch`` needs torch and is imported when there are ranks to watch; the rest is light, so that a process can be guarded
+before its slow imports.
+"""
+
+from relora_mora.supervise.environment import check_environment
+from relora_mora.supervise.exits import (
+    FAILED,
+    FINISHED,
+    LOST,
+    REQUEUE,
+    USER_ERROR,
+    leave_now,
+    leave_process,
+    record_end,
+)
+from relora_mora.supervise.guard import LONG_SECONDS, Guard
+from relora_mora.supervise.lock import LockError, RunLock
+from relora_mora.system.files import LOST_DISK
+
+__all__ = [
+    "FAILED",
+    "FINISHED",
+    "LONG_SECONDS",
+    "LOST",
+    "LOST_DISK",
+    "REQUEUE",
+    "USER_ERROR",
+    "Guard",
+    "LockError",
+    "RunLock",
+    "check_environment",
+    "leave_now",
+    "leave_process",
+    "record_end",
+]

@@ -1,0 +1,185 @@
+"""One trainer per run folder.
+
+``RUN/lock`` is held by the first rank with ``flock``, which the kernel gives up with the process, however that ends. The
+file also says who holds it, and the holder touches it every few seconds: on file systems where flock does not reach other
+hosts, a holder elsewhere is alive as long as the time of the file moves. A holder whose file was removed, with its folder,
+holds nothing any more: another trainer may begin there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from relora_mora.system.files import disk_faults_named
+
+LOCK = "lock"
+TOUCH_SECONDS = 5.0
+STALE_SECONDS = 4 * TOUCH_SECONDS  # a holder on another host that has not touched the file for so long is gone
+WAIT_SECONDS = 30.0  # ranks whose launcher was killed need up to ten seconds to end
+
+
+class LockError(ValueError):
+    """Another trainer holds the run folder."""
+
+    same_on_all_ranks = True
+
+
+class RunLock:
+    """Held from :meth:`acquire` to :meth:`release` or the end of the process.
+
+    ``on_loss(who)`` is called, in a thread of the lock's own and once, when the file was removed while it was held: with None,
+    or with who holds the one that stands in its place.
+    """
+
+    def __init__(self, folder: Path, on_loss: Callable[[str | None], object] = lambda who: None) -> None:
+        self.path = folder / LOCK
+        self._on_loss = on_loss
+        self._handle: int | None = None
+        self._released = threading.Event()
+
+    def acquire(self, wait_seconds: float = WAIT_SECONDS) -> str | None:
+        """Takes the lock, waiting for another holder to end.
+
+        Returns None, or who held it last where that one ended without releasing it. Raises :class:`LockError` when it
+        is still held after ``wait_seconds``, OSError when the folder cannot be written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._flock(handle, time.monotonic() + wait_seconds)
+            before = self._content(handle)
+            if before and before.get("host_id") != host_id() and not before.get("released"):
+                self._await_silence(handle, before)
+            with disk_faults_named(self.path.parent):
+                self._write(handle, released=False)
+        except BaseException:
+            os.close(handle)
+            raise
+        self._handle = handle
+        # in a thread that does nothing else: a network file system may keep it waiting
+        threading.Thread(target=self._touch, args=(os.fstat(handle),), daemon=True, name="lock").start()
+        return None if not before or before.get("released") else _who(before)
+
+    def _touch(self, own: os.stat_result) -> None:
+        """Shows other hosts that the holder lives, as long as the file is its own."""
+        while not self._released.wait(TOUCH_SECONDS):
+            try:
+                if not os.path.samestat(self.path.stat(), own):
+                    self._on_loss(self._stranger())
+                    return
+                os.utime(self.path)
+            except FileNotFoundError:
+                self._on_loss(None)
+                return
+            except OSError:  # a file system that does not answer for a while
+                continue
+
+    def _stranger(self) -> str:
+        """Who holds the file that is there now."""
+        handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _who(self._content(handle))
+        finally:
+            os.close(handle)
+
+    def release(self) -> None:
+        self._released.set()
+        if self._handle is not None:
+            with contextlib.suppress(OSError):
+                self._write(self._handle, released=True)
+            os.close(self._handle)
+            self._handle = None
+
+    def _flock(self, handle: int, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise self._held(self._content(handle)) from None
+                time.sleep(0.2)
+            except OSError:  # a file system without flock: what the file says has to do
+                self._await_same_host(handle, deadline)
+                return
+            else:
+                return
+
+    def _await_same_host(self, handle: int, deadline: float) -> None:
+        while (content := self._content(handle)) and not content.get("released") and _runs_here(content):
+            if time.monotonic() > deadline:
+                raise self._held(content)
+            time.sleep(0.2)
+
+    def _await_silence(self, handle: int, content: dict[str, Any]) -> None:
+        """Raises when the holder on another host touches the file within the time in which a living one must.
+
+        That the time of the file is long ago says nothing: clocks of hosts differ, and jump.
+        """
+        touched, deadline = os.fstat(handle).st_mtime_ns, time.monotonic() + STALE_SECONDS
+        while time.monotonic() < deadline:
+            if os.fstat(handle).st_mtime_ns != touched:
+                raise self._held(content)
+            time.sleep(0.2)
+
+    def _held(self, content: dict[str, Any]) -> LockError:
+        return LockError(
+            f"{self.path.parent}: another trainer works on this run ({_who(content)}); wait for its end, stop it, or use another train.run_dir"
+        )
+
+    @staticmethod
+    def _content(handle: int) -> dict[str, Any]:
+        try:
+            content = json.loads(os.pread(handle, 1 << 16, 0))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    @staticmethod
+    def _write(handle: int, *, released: bool) -> None:
+        content = {
+            "host": socket.gethostname(),
+            "host_id": host_id(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "released": released,
+        }
+        data = (json.dumps(content) + "\n").encode()
+        os.pwrite(handle, data, 0)
+        os.ftruncate(handle, len(data))
+        os.fsync(handle)
+
+
+@functools.cache
+def host_id() -> str:
+    """This host since its boot; a name alone may be given to another machine."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()}/{boot}"
+
+
+def _runs_here(content: dict[str, Any]) -> bool:
+    try:
+        return (
+            content.get("host_id") == host_id() and psutil.Process(content["pid"]).create_time() == content["started"]
+        )
+    except (KeyError, TypeError, ValueError, psutil.Error):
+        return False
+
+
+def _who(content: dict[str, Any]) -> str:
+    return f"host {content.get('host', 'unknown')}, pid {content.get('pid', 'unknown')}, since {content.get('since', 'unknown')}"

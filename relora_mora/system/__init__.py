@@ -1,0 +1,1 @@
+"""The machine: files, memory, devices, the log. Knows nothing of training."""

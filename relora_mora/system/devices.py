@@ -1,0 +1,108 @@
+"""Accelerators that the planner knows, from their vendors' data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator. Zero stands for what is not known.
+
+    ``node_gbits`` is what one device has of the network between hosts in the host named in ``host``; a plan takes another
+    number for a whole host with ``--link_gbits``.
+    """
+
+    name: str
+    in_name: str  # what torch.cuda.get_device_name() contains
+    tflops: float  # dense bf16 matrix products
+    memory_gb: float  # 1e9 bytes
+    memory_gbytes_per_s: float
+    peer_gbytes_per_s: float  # to the other devices of a host, one direction
+    node_gbits: float
+    source: str
+    host: str
+
+
+# Names that contain others stand first. NVLink is given by NVIDIA for both directions together: half of it is here.
+_PCIE4, _PCIE5 = 32.0, 64.0  # x16, one direction
+DEVICES = (
+    Device(
+        "b200", "B200", 2250, 180, 8000, 900, 400, "NVIDIA DGX B200 data sheet, an eighth", "DGX B200: 8 x 400 Gbit/s"
+    ),
+    Device("h200", "H200", 989, 141, 4800, 450, 400, "NVIDIA H200 data sheet, SXM", "DGX H200: 8 x 400 Gbit/s"),
+    Device(
+        "h100-pcie",
+        "H100 PCIe",
+        756,
+        80,
+        2000,
+        _PCIE5,
+        200,
+        "NVIDIA H100 data sheet, PCIe",
+        "200 Gbit/s a device, assumed",
+    ),
+    Device("h100", "H100", 989, 80, 3350, 450, 400, "NVIDIA H100 data sheet, SXM", "DGX H100: 8 x 400 Gbit/s"),
+    Device(
+        "a100-40gb",
+        "A100-SXM4-40GB",
+        312,
+        40,
+        1555,
+        300,
+        200,
+        "NVIDIA A100 data sheet, SXM 40 GB",
+        "DGX A100: 8 x 200 Gbit/s",
+    ),
+    Device(
+        "a100-80gb", "A100", 312, 80, 2039, 300, 200, "NVIDIA A100 data sheet, SXM 80 GB", "DGX A100: 8 x 200 Gbit/s"
+    ),
+    Device("l40s", "L40S", 362, 48, 864, _PCIE4, 50, "NVIDIA L40S data sheet", "50 Gbit/s a device, assumed"),
+    Device(
+        "l4", "L4", 121, 24, 300, _PCIE4, 12.5, "NVIDIA L4 data sheet", "Google Cloud g2-standard-96: 100 Gbit/s for 8"
+    ),
+    Device(
+        "a10g", "A10G", 70, 24, 600, _PCIE4, 12.5, "NVIDIA A10G data sheet (AWS)", "AWS g5.48xlarge: 100 Gbit/s for 8"
+    ),
+    Device(
+        "rtx4090",
+        "RTX 4090",
+        165,
+        24,
+        1008,
+        _PCIE4,
+        2.5,
+        "NVIDIA Ada white paper, fp32 sums",
+        "10 Gbit/s for 4, assumed",
+    ),
+    Device(
+        "rtx3090",
+        "RTX 3090",
+        71,
+        24,
+        936,
+        _PCIE4,
+        2.5,
+        "NVIDIA GA102 white paper, fp32 sums",
+        "10 Gbit/s for 4, assumed",
+    ),
+)
+_ALSO = {"a100": "a100-80gb", "cuda": "a100-80gb"}  # cuda: what plans of CUDA runs made elsewhere stand on
+CPU = Device("cpu", "", 0, 0, 0, 0, 0, "", "")
+
+
+def named_device(name: str) -> Device:
+    """The device that a user names, in any case; raises ValueError with all known ones."""
+    wanted = name.lower().replace("_", "-").replace(" ", "")
+    for device in (*DEVICES, CPU):
+        if device.name == _ALSO.get(wanted, wanted):
+            return device
+    known = ", ".join(sorted([device.name for device in DEVICES] + [name for name in _ALSO if name != "cuda"]))
+    raise ValueError(
+        f"--device: got {name!r}, expected cuda or cpu, or one of {known}; for another one give its peak as --log.peak_tflops and the nearest of these"
+    )
+
+
+def device_of_name(cuda_name: str) -> Device | None:
+    """The device whose data sheet belongs to what CUDA calls it, None for an unknown one."""
+    return next((device for device in DEVICES if device.in_name in cuda_name), None)

@@ -1,0 +1,67 @@
+"""What the machine can do: precision that is fast, peak rate of a device, memory in use."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import time
+
+import torch
+
+from relora_mora.system.devices import CPU, Device, device_of_name
+
+_PROBES = 5
+
+
+def fast_bf16() -> bool:
+    """Does this hardware multiply bf16 matrices faster than float32 ones (CUDA from Ampere on, CPUs with AMX or AVX512-BF16)?"""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability()[0] >= 8
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def device_here() -> Device:
+    """What this machine computes with; of an unknown card only the memory is known."""
+    if not torch.cuda.is_available():
+        return CPU
+    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    return device_of_name(name) or Device(name, name, 0, memory / 1e9, 0, 0, 0, "this machine", "")
+
+
+def peak_flops(*, bf16: bool) -> tuple[float, str]:
+    """FLOP/s of one device and where the number comes from: a data sheet, or a measured matrix product on this rank's threads."""
+    if torch.cuda.is_available():
+        device = device_of_name(torch.cuda.get_device_name())
+        if bf16 and device is not None:
+            return device.tflops * 1e12, device.source
+    on_cuda = torch.cuda.is_available()
+    size = 8192 if on_cuda else 1024  # enough work that starting it does not count
+    a = torch.randn(size, size, device="cuda" if on_cuda else "cpu", dtype=torch.bfloat16 if bf16 else torch.float32)
+    seconds = []
+    for _ in range(1 + _PROBES):
+        begin = time.perf_counter()
+        a @ a
+        if on_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / statistics.median(seconds[1:]), f"measured on a {size} x {size} product"
+
+
+def memory_bytes() -> int:
+    """All memory of the device that this process computes with: of the card with CUDA, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has had: allocated on the device with CUDA, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

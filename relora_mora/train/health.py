@@ -1,0 +1,45 @@
+"""Numbers that have gone wrong: bad steps in a row, loss spikes, and what a run remembers of its rollbacks.
+
+All of it is part of the state of a run: a resumed run judges the next step as the run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, field
+
+from relora_mora.config import TrainConfig
+
+
+@dataclass
+class Health:
+    """What the last steps looked like. ``losses`` are those of the last ``spike_window`` good steps, oldest first."""
+
+    losses: list[float] = field(default_factory=list)
+    bad_steps: int = 0  # in a row, up to the present one
+    bad_data: list[str] = field(default_factory=list)  # theirs, in words
+
+    def bad(self, data: list[str]) -> int:
+        """A step was not made; returns how many in a row."""
+        self.bad_steps += 1
+        self.bad_data = [*self.bad_data, *data]
+        return self.bad_steps
+
+    def good(self) -> None:
+        self.bad_steps, self.bad_data = 0, []
+
+    def spike(self, loss: float, config: TrainConfig) -> float | None:
+        """How many standard deviations a loss lies above the window's mean, when they are too many; else it joins the window.
+
+        A quarter of the window must be there before anything is judged.
+        """
+        if len(self.losses) >= max(2, config.spike_window // 4):
+            mean = statistics.fmean(self.losses)
+            deviation = max(statistics.stdev(self.losses, mean), 1e-6 * abs(mean))
+            height = (loss - mean) / deviation
+            if height > config.spike_deviations:
+                return height
+        if math.isfinite(loss):
+            self.losses = [*self.losses, loss][-config.spike_window :]
+        return None

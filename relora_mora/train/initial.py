@@ -1,0 +1,104 @@
+"""The values that a run's parameters begin with: each made by one rank, and put where it belongs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from relora_mora.checkpoint import CheckpointReader
+from relora_mora.checkpoint.find import find_checkpoint
+from relora_mora.config import Config, ConfigError
+from relora_mora.distributed.collectives import from_first_rank
+from relora_mora.merging import Base
+from relora_mora.model import KEYS, function_differences, parse_model_config, read_json
+from relora_mora.model.llama import initial_value
+from relora_mora.pretrained import in_short, is_foreign, load_foreign, merged_weights
+from relora_mora.zero import ZeroEngine
+
+
+def initial_values(lm: LlamaForCausalLM, base: Base, config: Config) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Which rank makes which parameter of the plain model, and what this rank has made of them, in float32; a collective.
+
+    The ranks draw at the same time, a part each; ``model.init_from`` is read by the first rank.
+    """
+    shapes = {name: p.shape for name, p in lm.named_parameters() if p.is_meta}
+    made: dict[str, Tensor] = {}
+    if config.model.init_from is not None:
+        from_first_rank(lambda: made.update(_foreign_weights(config, lm, shapes)))
+        return dict.fromkeys(shapes, 0), made
+    maker, load = dict(base.owner), [0] * int(os.environ["WORLD_SIZE"])
+    for name, shape in sorted(
+        shapes.items(), key=lambda item: item[0] not in base.owner
+    ):  # what trains goes to who has least
+        load[maker.setdefault(name, load.index(min(load)))] += shape.numel()
+    return maker, {name: initial_value(lm, name, config.train.seed) for name in shapes if maker[name] == base.rank}
+
+
+def write_initial_values(engine: ZeroEngine, base: Base, maker: Mapping[str, int], made: dict[str, Tensor]) -> None:
+    """Puts initial values where they belong, one parameter after the other; a collective.
+
+    What is frozen goes to the base of its owner, and from there to all in the precision that they compute with; of what trains
+    each rank takes the part of the float32 master that it owns.
+    """
+    for name, rank in maker.items():
+        owner, value = base.owner.get(name), made.pop(name, None)
+        if engine.world_size > 1 and owner != rank:
+            sent = torch.empty(engine.shapes[name], dtype=torch.float32, device=engine.device)
+            if value is not None:
+                sent.copy_(value)
+            engine.broadcast(sent, rank)
+            value = sent
+        if owner is None:
+            assert value is not None
+            engine.scatter(name, value)
+        elif owner == engine.rank:
+            assert value is not None
+            base.weights[name] = value.cpu()
+    base.push(engine)
+    engine.refresh()
+
+
+def _foreign_weights(config: Config, lm: LlamaForCausalLM, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The float32 weights of ``model.init_from`` by the names of ours.
+
+    Raises :class:`ConfigError` where they do not fit, or where the model they come from computes something else with them.
+    """
+    path = Path(str(config.model.init_from))
+    if is_foreign(path):
+        file = path / "config.json"
+        values = read_json(file, "model.init_from")
+        known = {key: values[key] for key in values if key in KEYS}  # transformers ignores others
+        _check_function(parse_model_config(known, str(file)), lm.config, path)
+        weights = load_foreign(path, torch.float32, LlamaForCausalLM, whole=True).state_dict()
+    else:
+        reader = CheckpointReader(find_checkpoint(path))
+        _check_function(LlamaConfig(**reader.manifest.model_config), lm.config, path)
+        weights = merged_weights(reader)
+    embedding = weights["model.embed_tokens.weight"]
+    if lm.config.tie_word_embeddings and not torch.equal(embedding, weights.get("lm_head.weight", embedding)):
+        fault = (
+            "model.init_from: its config ties the output head to the embeddings, but its files hold another head; "
+            "set tie_word_embeddings to false in its config.json and in model.overrides"
+        )
+        raise ConfigError([fault], str(path))
+    broken = [name for name in shapes if not weights[name].isfinite().all()]
+    if broken:
+        fault = f"model.init_from: numbers that are not finite in {in_short(broken)}; use weights that are whole"
+        raise ConfigError([fault], str(path))
+    return {name: weights[name] for name in shapes}
+
+
+def _check_function(theirs: LlamaConfig, ours: LlamaConfig, path: Path) -> None:
+    """Raises :class:`ConfigError` with every difference by which the same weights would compute something else."""
+    faults = [
+        f"model.init_from: {key} is {there!r} there and {here!r} in model.config; "
+        f"set model.overrides.{key}, or let model.config name its config"
+        for key, there, here in function_differences(theirs, ours)
+    ]
+    if faults:
+        raise ConfigError(faults, str(path))

@@ -1,0 +1,148 @@
+"""One call per rank: joins the ranks, checks the settings, builds the run, trains it to its end, and says how it ended."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from relora_mora.config import Config, DataConfig
+from relora_mora.data import hub_commits, pin_revision, remember_commits, remote_content
+from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, lost_device, lost_peer, part_company
+from relora_mora.distributed.join import store_address
+from relora_mora.supervise import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
+from relora_mora.supervise.lock import LOCK
+from relora_mora.supervise.watch import Watch
+from relora_mora.system.files import LOST_DISK
+from relora_mora.system.hardware import ran_out_of_memory
+from relora_mora.system.logs import log, setup_logging
+from relora_mora.train.agreement import check_agreement, check_shared
+from relora_mora.train.build import build
+from relora_mora.train.check import check, pinned_before
+from relora_mora.train.errors import MemoryShortage
+from relora_mora.train.resume import finds_checkpoint, resume
+from relora_mora.train.run_folder import write_run_folder
+from relora_mora.train.startup import StartedTrainer, Startup
+from relora_mora.zero import init_distributed
+
+
+def pretrain(config: Config, guard: Guard | None = None) -> int:
+    """Trains a run to its end and returns the exit code: 0, or ``guard.REQUEUE`` when a signal stopped it.
+
+    Raises the package's ValueErrors for mistakes of the user, OSError for a run folder that cannot be used,
+    :class:`TrainingError` and :class:`MergeError` when training cannot go on. When another rank is lost the process ends
+    here with ``guard.LOST``. ``guard`` is the process's own where it was made before the imports.
+    """
+    with guard or Guard(signals=False) as guard:
+        try:
+            code = _run(config, guard)
+        except Exception as error:
+            _end_if_lost(guard, error)
+            mistake = isinstance(error, ValueError | OSError)
+            text = " ".join(str(error).split()) or type(error).__name__
+            guard.leave(
+                USER_ERROR if mistake else FAILED, text, same_on_all_ranks=getattr(error, "same_on_all_ranks", False)
+            )
+            raise
+        # the ranks have agreed on how this ends, and all of it is written: whoever is lost from here on changes nothing
+        guard.stop_watching()
+        part_company()  # the first rank holds the store that the others look at
+        return code
+
+
+def _run(config: Config, guard: Guard) -> int:
+    try:
+        return _pretrain(config, guard)
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise MemoryShortage(
+            f"train.micro_batch_size: {config.train.micro_batch_size} sequences of {config.data.sequence_length} tokens, the model and its "
+            "optimizer need more memory than there is; lower it, or see what a run needs with launch/plan.py"
+        ) from error
+
+
+def _pretrain(config: Config, guard: Guard) -> int:
+    startup = Startup()
+    startup.done("imports")
+    os.umask(os.umask(0o077) | 0o002)  # nothing of a run is writable for everybody
+    rank, world_size = init_distributed(config.train.peer_timeout_seconds)
+    setup_logging(rank)
+    startup.done("rendezvous")
+    folder = Path(config.train.run_dir)
+    job = from_first_rank(lambda: os.urandom(8).hex())
+    if world_size > 1:
+        _watch(guard, config, rank, world_size, job)
+    data, commits = from_first_rank(lambda: _pinned(config))
+    remember_commits(data.revision, commits)
+    checked = check(config.model_copy(update={"data": data}))
+    check_agreement(checked)
+    asked = from_first_rank(lambda: remote_content(checked.shards, data.timeout_seconds))
+    checked = replace(checked, data_content=checked.data_content + asked)
+    lock = from_first_rank(lambda: _lock(guard, folder))
+    check_shared(folder / LOCK, lock)
+    guard.did("building the model", within=LONG_SECONDS)
+    startup.done("checks")
+    resumes = from_first_rank(lambda: finds_checkpoint(checked.config))
+    run = build(checked, resumes=resumes, done=startup.done)
+    resume(run)
+    assert resumes == (run.resumed_from is not None), "a run without a checkpoint begins with initial values"
+    if resumes:
+        startup.done("resume")
+    from_first_rank(lambda: write_run_folder(checked, world_size, run.step))
+    trainer = StartedTrainer(checked, run, rank, world_size, guard)
+    trainer.startup = startup
+    try:
+        return trainer.fit()
+    except Exception as error:
+        _end_if_lost(guard, error)  # before close() waits for a checkpoint that the lost rank has no part in any more
+        raise
+    finally:
+        trainer.close()
+
+
+def _end_if_lost(guard: Guard, error: Exception) -> None:
+    """Ends the process where the error says that another rank is gone, or this rank's device, or a network file system."""
+    first_line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    same = getattr(error, "same_on_all_ranks", False)
+    if lost_peer(error):
+        guard.lost_peer(first_line)
+    if lost_device(error):
+        guard.lost(f"the device of rank {guard.rank} failed ({first_line})", same_on_all_ranks=same)
+    if isinstance(error, OSError) and error.errno in LOST_DISK:
+        whose = "" if same else f" rank {guard.rank}"
+        guard.lost(f"a disk or network failed{whose} ({error.strerror}: {error.filename})", same_on_all_ranks=same)
+
+
+def _pinned(config: Config) -> tuple[DataConfig, dict[str, str]]:
+    """The data settings with one commit for all ranks and the whole run, and the commits by repository: only one rank asks the hub."""
+    data = pinned_before(config)
+    commits = hub_commits(data)
+    return pin_revision(data, commits), commits
+
+
+def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -> None:
+    watch = Watch(
+        rank,
+        world_size,
+        config.train.peer_timeout_seconds,
+        address=store_address(),
+        job=job,
+        end=guard.end,
+        stacks=Path(config.train.run_dir) / f"stacks-of-rank-{rank}.txt",
+    )
+    gather_from_ranks(None)  # every rank has made its first beat
+    guard.watch_peers(watch, Path(config.train.run_dir))
+    guard.did("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
+
+
+def _lock(guard: Guard, folder: Path) -> str:
+    """Takes the lock of the run folder and returns what stands in it."""
+    lock = RunLock(folder, guard.lost_folder)
+    before = lock.acquire()
+    guard.hold(lock)
+    if before is not None:
+        log.warning(
+            "the trainer before this one (%s) ended without saying why: it was killed, or its machine was", before
+        )
+    return lock.path.read_text(encoding="utf-8")

@@ -1,0 +1,77 @@
+"""What makes a run folder explain itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relora_mora.config import dump
+from relora_mora.model.config import plain_model_config
+from relora_mora.system.files import disk_faults_named, remove, write_synced
+from relora_mora.tokenizer import is_tokenizer, save_tokenizer
+from relora_mora.train.check import Checked
+
+
+def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
+    """What makes a run folder explain itself: settings, command, versions, commit, model, tokenizer. First rank only."""
+    folder = Path(checked.config.train.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with disk_faults_named(folder):
+        _write(folder, checked, world_size, step)
+    return folder
+
+
+def _write(folder: Path, checked: Checked, world_size: int, step: int) -> None:
+    write_synced(folder / "config.yaml", dump(checked.config))  # a resume looks there for the revision of the data
+    write_synced(folder / "model.json", json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
+    tokenizer = folder / "tokenizer"
+    if not is_tokenizer(tokenizer, checked.tokenizer_fingerprint):  # an earlier start may have had another one
+        work = folder / "tokenizer.tmp"
+        remove(work)
+        save_tokenizer(checked.config.tokenizer.path, work)
+        remove(tokenizer)
+        work.rename(tokenizer)
+    with (folder / "starts.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(_start_record(checked, world_size, step)) + "\n")
+
+
+def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any]:
+    packages = ("relora_mora", "torch", "deepspeed", "transformers", "safetensors")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": step,
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "world_size": world_size,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
+        "bf16": checked.bf16,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this package runs from, ``+`` when it has uncommitted changes; None outside one."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        commit = subprocess.run(
+            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if dirty else "")

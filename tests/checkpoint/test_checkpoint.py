@@ -1,0 +1,440 @@
+"""The files of a checkpoint: what is whole, what is damaged, what a stranger's file can do, what a kill leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from relora_mora.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    Manifest,
+    changed_settings,
+    damaged_tokenizer,
+    list_checkpoints,
+    newest_whole,
+    read_manifest,
+    verify,
+)
+from relora_mora.checkpoint.layout import content_checksum, file_entry
+from relora_mora.checkpoint.places import discard, put_in_place
+from relora_mora.checkpoint.tokenizer import read_tokenizer
+from relora_mora.checkpoint.writer import tidy
+from relora_mora.system.files import write_synced
+
+STATE = "state-00001-of-00002.safetensors"
+FILES = (
+    "state-00000-of-00002.safetensors",
+    STATE,
+    "base-00000-of-00002.safetensors",
+    "base-00001-of-00002.safetensors",
+    "tokenizer/tokenizer.model",
+    "tokenizer/tokenizer_config.json",
+    "manifest.json",
+)
+TOKENIZER = FILES[4:6]
+
+
+def _checkpoint(folder: Path, step: int, seed: int = 0) -> Path:
+    """A small whole checkpoint: parameter a [4, 3] in two pieces, b [2]; frozen w [2, 2] and v [3]."""
+    (folder / "tokenizer").mkdir(parents=True)
+    draw = torch.Generator().manual_seed(step + seed)
+    sizes = {FILES[0]: [("a", 0, 7)], FILES[1]: [("a", 7, 5), ("b", 0, 2)]}
+    for file, pieces in sizes.items():
+        kinds = ("master", "exp_avg", "exp_avg_sq")
+        save_file(
+            {f"{kind}|{n}|{at}": torch.rand(size, generator=draw) for n, at, size in pieces for kind in kinds},
+            folder / file,
+        )
+    save_file({"base|w|0": torch.rand(2, 2, generator=draw)}, folder / FILES[2])
+    save_file({"base|v|0": torch.rand(3, generator=draw)}, folder / FILES[3])
+    (folder / FILES[4]).write_bytes(b"pieces")
+    (folder / FILES[5]).write_text("{}")
+    manifest = Manifest(
+        step=step,
+        merges_done=0,
+        operator=1,
+        world_size=2,
+        zero_stage=2,
+        bf16=False,
+        group_steps={"adapters": step},
+        parameters={"a": [4, 3], "b": [2]},
+        frozen={"w": [2, 2], "v": [3]},
+        config={"optim": {"lr": 1e-05, "clip": 1.0}},
+        model_config={"hidden_size": 4},
+        tokenizer_fingerprint="t",
+        data_fingerprint="größe",
+        data_order="",
+        data_state={"0": {"row": 3}},
+        counters={"tokens": 1},
+        files={name: file_entry(folder / name) for name in FILES[:-1]},
+    )
+    write_synced(folder / "manifest.json", manifest.dump())
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """checkpoints/ with the steps 5, 10 and 15."""
+    for step in (5, 10, 15):
+        _checkpoint(tmp_path / f"step-{step:08d}", step)
+    return tmp_path
+
+
+def _passed_over(folder: Path) -> str:
+    """Why the newest of three was passed over for the second."""
+    found, skipped = newest_whole(folder)
+    assert found == folder / "step-00000010" and len(skipped) == 1 and skipped[0].startswith("step-00000015: ")
+    return skipped[0].removeprefix("step-00000015: ")
+
+
+def _rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """A manifest with other values and the right checksums, as a stranger can make it."""
+    values = json.loads((checkpoint / "manifest.json").read_text())
+    del values["checksum"]
+    change(values)
+    for name in [name for name in values.get("files", ()) if (checkpoint / name).is_file()]:
+        values["files"][name] |= dataclasses.asdict(file_entry(checkpoint / name))
+    (checkpoint / "manifest.json").write_text(json.dumps({**values, "checksum": content_checksum(values)}))
+
+
+def test_a_manifest_comes_back_as_it_was(folder):
+    assert verify(folder / "step-00000015") is None and newest_whole(folder) == (folder / "step-00000015", [])
+    manifest = read_manifest(folder / "step-00000015")
+    (folder / "again").mkdir()
+    write_synced(folder / "again" / "manifest.json", manifest.dump())
+    assert read_manifest(folder / "again") == manifest and manifest.data_fingerprint == "größe"
+
+
+def _flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def _replace(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+# what is done to a file, and what the line about it says, of manifest.json and of other files
+WAYS = {
+    "missing": (lambda path: path.unlink(), "No such file", "No such file"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "not JSON", "bytes, expected"),
+    "one bit": (
+        lambda path: _flip(path, 4 * path.stat().st_size),
+        "its checksum is not|not JSON",
+        "its checksum is not the one",
+    ),
+    "emptied": (lambda path: path.write_bytes(b""), "not JSON", "0 bytes, expected"),
+    "a directory": (_replace, "not a file", "not a file"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "not a file", "not a file"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("file", [name for name in FILES if name not in TOKENIZER])
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(folder, file, way):
+    damage, of_manifest, of_others = WAYS[way]
+    damage(folder / "step-00000015" / file)
+    line = _passed_over(folder)
+    assert file in line
+    assert any(text in line for text in (of_manifest if file == "manifest.json" else of_others).split("|")), line
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("file", TOKENIZER)
+def test_a_damaged_tokenizer_is_named_and_does_not_cost_the_tensors(folder, file, way):
+    damage, _, says = WAYS[way]
+    newest = folder / "step-00000015"
+    damage(newest / file)
+    assert newest_whole(folder) == (newest, [])
+    line = damaged_tokenizer(newest, read_manifest(newest))
+    assert line is not None and line.startswith(f"{file}: ") and says in line
+    assert damaged_tokenizer(folder / "step-00000010", read_manifest(folder / "step-00000010")) is None
+
+
+def test_weights_below_the_tokenizer_are_none_of_the_checkpoint(folder):
+    """As where a file was put into the run's tokenizer folder."""
+    newest = folder / "step-00000015"
+    save_file({"x": torch.zeros(1)}, newest / "tokenizer" / "model.safetensors")
+    _rewrite(
+        newest,
+        lambda values: values["files"].update({"tokenizer/model.safetensors": {"bytes": 0, "xxh3_128": "0" * 32}}),
+    )
+    assert newest_whole(folder) == (newest, [])
+
+
+def test_what_is_read_of_a_tokenizer_folder(tmp_path):
+    """Data in files of its own: no code, weights, links, pipes, or names that no manifest may list."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.json").write_text("secret")
+    folder = tmp_path / "tokenizer"
+    (folder / "sub").mkdir(parents=True)
+    kept = ("a tokenizer größe.json", "sub/template.jinja", "tokenizer.json", "tokenizer.model", "vocab.txt")
+    for name in (
+        *kept,
+        "evil.py",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "x.json~",
+        "a\nb.json",
+        b"\xff.json",
+        "sub/evil.so",
+    ):
+        (folder / os.fsdecode(name)).write_text("content")
+    (folder / "link.json").symlink_to("tokenizer.json")
+    (folder / "secret.json").symlink_to(tmp_path / "outside" / "secret.json")
+    (folder / "linked").symlink_to(tmp_path / "outside")
+    os.mkfifo(folder / "pipe.json")
+    with (folder / "corpus.txt").open("wb") as stream:
+        stream.truncate(2**40)  # takes no space
+    assert list(read_tokenizer(folder).items()) == [(name, b"content") for name in kept]
+    assert read_tokenizer(tmp_path / "none") == {}
+
+
+def test_every_bit_of_a_manifest_is_guarded(folder):
+    path = folder / "step-00000015" / "manifest.json"
+    manifest, same = read_manifest(path.parent), 0
+    with path.open("r+b", buffering=0) as stream:
+        for at, byte in enumerate(path.read_bytes()):
+            for bit in range(8):
+                os.pwrite(stream.fileno(), bytes([byte ^ 1 << bit]), at)
+                try:
+                    assert read_manifest(path.parent) == manifest  # 1e-05 may become 1E-05, and \u00f6 \u00F6
+                    same += 1
+                except CheckpointError:
+                    pass
+            os.pwrite(stream.fileno(), bytes([byte]), at)
+    assert same < 10
+
+
+@pytest.mark.parametrize("latest", [None, "step-00000099\n", "\x00\xff", "../../x", "a directory"])
+def test_a_resume_does_not_need_latest(folder, latest):
+    if latest == "a directory":
+        (folder / "latest").mkdir()
+    elif latest is not None:
+        (folder / "latest").write_text(latest, encoding="latin-1")
+    assert newest_whole(folder) == (folder / "step-00000015", [])
+    (folder / "step-00000015" / STATE).unlink()
+    assert STATE in _passed_over(folder)
+
+
+REQUIRED = [field.name for field in dataclasses.fields(Manifest) if field.default is dataclasses.MISSING]
+
+
+@pytest.mark.parametrize("field", [*REQUIRED, "version", "format", "checksum"])
+def test_a_manifest_without_one_of_its_fields_is_refused(folder, field):
+    _rewrite(folder / "step-00000015", lambda values: values.pop(field, None))
+    if field == "checksum":
+        path = folder / "step-00000015" / "manifest.json"
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != field}))
+    line = _passed_over(folder)
+    assert line.startswith("manifest.json: ") and (field in line or field == "format")
+
+
+def test_a_manifest_of_an_earlier_program_says_nothing_about_what_stands_in_the_data(folder):
+    _rewrite(folder / "step-00000015", lambda values: values.pop("data_content"))
+    assert (
+        newest_whole(folder) == (folder / "step-00000015", [])
+        and read_manifest(folder / "step-00000015").data_content is None
+    )
+
+
+HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [
+    *(
+        (
+            f"file {name!r}",
+            lambda values, name=name: values["files"].update({name: {"bytes": 1, "xxh3_128": "0" * 32}}),
+            "not a path inside",
+        )
+        for name in ("../x", "/etc/passwd", "tokenizer/../../x", "a//b", "", ".", "a/", "x\0y")
+    ),
+    *(
+        (f"step {value!r}", lambda values, value=value: values.update(step=value), "step")
+        for value in (-1, 10**400, 1.5, "15", True, None)
+    ),
+    ("size -1", lambda values: values["files"].update(x={"bytes": -1, "xxh3_128": "0" * 32}), "files.x.bytes"),
+    ("size 2**60", lambda values: values["files"].update(x={"bytes": 2**60, "xxh3_128": "0" * 32}), "files.x.bytes"),
+    (
+        "other size",
+        lambda values: values["files"].update(latest={"bytes": 2**50, "xxh3_128": "0" * 32}),
+        "latest: No such file",
+    ),
+    ("no hash", lambda values: values["files"].update(x={"bytes": 1, "xxh3_128": "../x"}), "files.x.xxh3_128"),
+    ("shape -4", lambda values: values["parameters"].update(a=[-4, 3]), "parameters.a.0"),
+    ("large shape", lambda values: values["parameters"].update(a=[2**52, 2**52]), "without element 12"),
+    ("step count", lambda values: values["group_steps"].update(adapters=-1), "group_steps.adapters"),
+    ("no ranks", lambda values: values.update(world_size=0), "world_size"),
+    ("other type", lambda values: values.update(config={"optim": 3}), "config.optim"),
+    ("unknown field", lambda values: values.update(trust_me=1), "trust_me"),
+    ("another version", lambda values: values.update(version=99), "format version 99, this program reads version 1"),
+    ("another step", lambda values: values.update(step=14), "manifest.json: is that of step 14"),
+    ("no files", lambda values: values.update(files={}), "without element 0"),
+]
+
+
+@pytest.mark.parametrize("change,says", [case[1:] for case in HOSTILE], ids=[case[0] for case in HOSTILE])
+def test_a_strangers_manifest_is_refused(folder, change, says):
+    _rewrite(folder / "step-00000015", change)
+    assert says in _passed_over(folder)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe", b"null", b"[]", b'{"format": "x"}', b"1" * 5000])
+def test_json_that_is_no_manifest_is_refused(folder, content):
+    (folder / "step-00000015" / "manifest.json").write_bytes(content)
+    assert _passed_over(folder).startswith("manifest.json: ")
+
+
+@pytest.mark.parametrize("place", ["..", "."])
+@pytest.mark.parametrize("link", [STATE, "manifest.json", "tokenizer", "tokenizer/tokenizer.model"])
+def test_a_link_is_no_file_of_a_checkpoint(folder, link, place):
+    newest = folder / "step-00000015"
+    given = newest / link
+    elsewhere = newest / place / "elsewhere"
+    given.rename(elsewhere)
+    given.symlink_to(elsewhere.resolve())
+    if link.startswith("tokenizer"):
+        line = damaged_tokenizer(newest, read_manifest(newest))
+        assert line is not None and line.startswith(link) and "a link, expected a file of the checkpoint's own" in line
+    else:
+        line = _passed_over(folder)
+        assert link in line and ("a link" in line or "not a file of its own" in line)
+
+
+def test_a_checkpoint_folder_may_be_a_link(folder):
+    (folder / "another disk").mkdir()
+    (folder / "step-00000015").rename(folder / "another disk" / "step-00000015")
+    (folder / "step-00000015").symlink_to(folder / "another disk" / "step-00000015")
+    assert newest_whole(folder) == (folder / "step-00000015", [])
+
+
+def _pieces(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(checkpoint: Path) -> None:
+        tensors = load_file(checkpoint / STATE)
+        change(tensors)
+        save_file(tensors, checkpoint / STATE)
+        _rewrite(checkpoint, lambda values: None)
+
+    return damage
+
+
+CONTENTS: list[tuple[Callable[[Path], Any], str]] = [
+    (_pieces(lambda t: t.update({"master|a|0": torch.zeros(7)})), "master|a|0 is there twice"),
+    (_pieces(lambda t: t.update({"master|a|5": torch.zeros(7)})), "overlaps"),
+    (_pieces(lambda t: t.update({"master|a|8": t.pop("master|a|7")})), "without element 7 (of 12) of master of a"),
+    (_pieces(lambda t: t.pop("exp_avg|b|0")), "without element 0 (of 2) of exp_avg of b"),
+    (_pieces(lambda t: t.update({"exp_avg_sq|b|0": torch.zeros(1)})), "without element 1 (of 2)"),
+    (_pieces(lambda t: t.update({"master|b|2": torch.zeros(3)})), "master|b|2 has 3 elements too many"),
+    (_pieces(lambda t: t.update({"master|b|0": torch.zeros(2).bfloat16()})), "(BF16) is not a float32 piece"),
+    (_pieces(lambda t: t.update({"master|c|0": torch.zeros(2)})), "master|c|0 (F32) is not a float32 piece"),
+    (_pieces(lambda t: t.update({"master|b|-1": torch.zeros(2)})), "is not a float32 piece"),
+    (_pieces(lambda t: t.update({"b": torch.zeros(2)})), "is not a float32 piece"),
+    (lambda path: (torch.save({"a": 1}, path / STATE), _rewrite(path, lambda values: None)), "cannot be read"),
+]
+
+
+@pytest.mark.parametrize("damage,says", CONTENTS, ids=[says for _, says in CONTENTS])
+def test_pieces_make_up_every_parameter_once(folder, damage, says):
+    damage(folder / "step-00000015")
+    line = _passed_over(folder)
+    assert STATE in line and says in line
+    with pytest.raises(CheckpointError, match="use an older checkpoint"):
+        CheckpointReader(folder / "step-00000015")
+
+
+@pytest.mark.parametrize("key", ["master|a|7", "exp_avg|b|0", "exp_avg_sq|b|0"])
+def test_numbers_that_are_not_finite_are_not_read(folder, key):
+    """Whose checksum is right: no resume, export, evaluation or warm start goes on with them."""
+    kind, name, _ = key.split("|")
+    _pieces(lambda tensors: tensors[key].reshape(-1)[-1:].fill_(math.inf))(folder / "step-00000015")
+    reader = CheckpointReader(folder / "step-00000015")
+    with pytest.raises(
+        CheckpointError, match=f"{kind} of {name} holds numbers that are not finite; use an older checkpoint"
+    ):
+        reader.piece(kind, name, 0, reader.manifest.numel(name))
+    assert reader.piece(kind, name, 0, 1).isfinite().all()  # the last one was harmed
+
+
+def test_what_is_not_named_like_a_checkpoint_is_none(tmp_path):
+    others = (
+        "step-00000010.tmp",
+        "step-00000011.old",
+        "step-00000012.new",
+        "best",
+        "step-x",
+        "step-00000²",
+        "step-13",
+        "abandoned-step-00000014",
+    )
+    for name in ("step-00000005", "step-123456789", *others):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000007").write_text("a file")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-123456789", "step-00000005"]
+    assert list_checkpoints(tmp_path / "none") == []
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_kill_while_a_step_is_replaced_loses_nothing(tmp_path, monkeypatch, damaged, after):
+    old = _checkpoint(tmp_path / "step-00000015", 15)
+    new = _checkpoint(tmp_path / "step-00000015.new", 15, seed=1)
+    contents = {(folder / STATE).read_bytes() for folder in ([new] if damaged else [old, new])}
+    if damaged:
+        (old / STATE).unlink()
+    calls = iter(range(100))
+
+    def killed(whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == after:
+            raise Killed
+        return whole(*args, **kwargs)
+
+    for owner, name in ((os, "unlink"), (os, "rmdir"), (os, "rename")):  # each change of a name counts
+        monkeypatch.setattr(owner, name, functools.partial(killed, getattr(owner, name)))
+    with pytest.raises(Killed):
+        put_in_place(new)
+    monkeypatch.undo()
+    found, _ = newest_whole(tmp_path)
+    assert found is not None and (found / STATE).read_bytes() in contents
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000015"]
+    assert verify(old) is None and (old / STATE).read_bytes() in contents
+
+
+def test_a_damaged_replacement_does_not_take_the_place_of_what_is_whole(folder):
+    shutil.copytree(folder / "step-00000015", folder / "step-00000015.new")
+    (folder / "step-00000015.new" / STATE).unlink()
+    tidy(folder)
+    assert newest_whole(folder) == (folder / "step-00000015", []) and not (folder / "step-00000015.new").exists()
+
+
+def test_removal_does_not_follow_links(folder):
+    (folder / "elsewhere").mkdir()
+    (folder / "step-00000005").rename(folder / "elsewhere" / "step-00000005")
+    for name in ("step-00000005", "step-00000006.2.tmp"):
+        (folder / name).symlink_to(folder / "elsewhere" / "step-00000005")
+    discard(folder / "step-00000005")
+    tidy(folder)
+    assert verify(folder / "elsewhere" / "step-00000005") is None
+    assert {path.name for path in folder.iterdir()} == {"elsewhere", "step-00000010", "step-00000015"}
+
+
+def test_changed_settings_are_named():
+    saved = {"optim": {"lr": 1.0, "clip": 1.0}, "train": {"steps": 3}}
+    now = {"optim": {"lr": 2.0, "clip": 1.0, "new": 1}, "train": {"steps": 3}}
+    assert sorted(changed_settings(saved, now)) == ["optim.lr", "optim.new"]

@@ -1,0 +1,182 @@
+"""A run whose newest checkpoints are damaged goes on from the newest whole one, and says what it passed over and why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from relora_mora.checkpoint import Manifest, damaged_tokenizer, list_checkpoints, read_manifest, verify
+from relora_mora.tokenizer import is_tokenizer, tokenizer_fingerprint
+from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+
+pytestmark = pytest.mark.distributed
+
+
+def logged(config: Any) -> list[str]:
+    """Trains; returns this rank's lines of warnings and errors."""
+    from relora_mora.system.logs import log
+
+    lines: list[str] = []
+
+    def keep(record: Any) -> bool:
+        if record.levelname in ("WARNING", "ERROR"):
+            lines.append(record.getMessage())
+        return True
+
+    log.addFilter(keep)
+    try:
+        train(config)
+    finally:
+        log.removeFilter(keep)
+    return lines
+
+
+def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """A base file has names in other checkpoints as well: those are to keep what they have."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(change(content))
+
+
+def _flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+
+
+def _other_number(content: bytes) -> bytes:
+    """Still JSON, with the fields it should have."""
+    changed = content.replace(b'"tokens": 2', b'"tokens": 3')
+    assert changed != content
+    return changed
+
+
+# step: what is done to it, the file that the line names, what the line says
+DAMAGES: dict[int, tuple[Callable[[Path], Any], str, str]] = {
+    9: (lambda folder: (folder / "manifest.json").unlink(), "manifest.json", "No such file"),
+    8: (lambda folder: _rewrite(folder / "manifest.json", _other_number), "manifest.json", "checksum"),
+    7: (
+        lambda folder: _rewrite(folder / "state-00001-of-00002.safetensors", _flip),
+        "state-00001-of-00002.safetensors",
+        "checksum",
+    ),
+    6: (
+        lambda folder: _rewrite(folder / "base-00000-of-00002.safetensors", lambda content: content[:-1]),
+        "base-00000",
+        "bytes, expected",
+    ),
+    5: (
+        lambda folder: (folder / "state-00000-of-00002.safetensors").unlink(),
+        "state-00000-of-00002.safetensors",
+        "No such file",
+    ),
+}
+
+
+def test_damaged_checkpoints_are_passed_over_named_and_made_again(pools, tokenizer_path, tmp_path):
+    inputs, never, folder = write_inputs(tmp_path), tmp_path / "never", tmp_path / "run"
+    pools(2)(train, run_config(inputs, tokenizer_path, never, 2))
+    config = run_config(inputs, tokenizer_path, folder, 2)
+    pools(2)(train, config, stop_after=9)
+    checkpoints = folder / "checkpoints"
+    for step, (damage, _, _) in DAMAGES.items():
+        damage(checkpoints / f"step-{step:08d}")
+    (checkpoints / "latest").write_text("step-00000099\n")
+    (checkpoints / "step-00000010.1.tmp").mkdir()  # what a kill in the middle of a save leaves
+    first, _ = pools(2)(logged, config)
+    passed_over = [line for line in first if line.startswith("passed over")]
+    assert len(passed_over) == len(DAMAGES)
+    for line, (step, (_, file, says)) in zip(passed_over, DAMAGES.items(), strict=True):
+        assert line.startswith(f"passed over step-{step:08d}: ") and file in line and says in line, line
+    assert [line["step"] for line in metrics(folder) if "train/loss" in line] == list(range(1, 11))
+    assert '"step": 4,' in (folder / "starts.jsonl").read_text().splitlines()[-1]
+    kept = [f"abandoned-step-{step:08d}" for step in range(5, 10)]  # for whoever wants to know what happened to them
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        *kept,
+        "latest",
+        *(f"step-{step:08d}" for step in range(1, 11)),
+    ]
+    for step in range(4, 11):  # what was damaged has been made again
+        whole, again = (tensors(run / "checkpoints" / f"step-{step:08d}") for run in (never, folder))
+        assert set(whole) == set(again) and all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_a_run_with_nothing_but_damaged_checkpoints_does_not_start_anew(pools, tokenizer_path, tmp_path):
+    inputs, folder = write_inputs(tmp_path), tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 2)
+    pools(2)(train, config, stop_after=1)
+    (folder / "checkpoints" / "step-00000001" / "state-00001-of-00002.safetensors").unlink()
+    messages = pools(2)(_refused, config)
+    assert all("none of 1 checkpoints is whole" in message for message in messages)
+
+
+def test_a_damaged_tokenizer_does_not_cost_the_weights(pools, tokenizer_path, tmp_path):
+    inputs, folder = write_inputs(tmp_path), tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 2)
+    pools(2)(train, config, stop_after=5)
+    (folder / "checkpoints" / "step-00000005" / "tokenizer" / "tokenizer.model").write_bytes(b"")
+    first, second = pools(2)(logged, config)
+    assert len(first) == 1 and second == []
+    assert (
+        "step-00000005: tokenizer/tokenizer.model: 0 bytes, expected" in first[0]
+        and "goes on with tokenizer.path" in first[0]
+    )
+    assert json.loads((folder / "starts.jsonl").read_text().splitlines()[-1])["step"] == 5
+    assert damaged_tokenizer(*_newest(folder)) is None  # what is written from then on is whole
+
+
+def test_nothing_that_is_done_to_the_tokenizer_of_a_run_reaches_its_checkpoints(pools, tokenizer_path, tmp_path):
+    inputs, folder = write_inputs(tmp_path), tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 2)
+    tokenizer, checkpoints = folder / "tokenizer", folder / "checkpoints"
+    pools(2)(train, config, stop_after=1)
+    names = sorted(path.name for path in tokenizer.iterdir())
+    for path in tokenizer.iterdir():
+        with path.open("ab") as stream:  # in place, where its other names would follow
+            stream.write(b" ")
+    assert damaged_tokenizer(*_newest(folder)) is None
+    pools(2)(train, config, stop_after=2)  # the run's tokenizer is mended
+    for name in ("evil.py", "model.safetensors", "a\nb.json"):
+        (tokenizer / name).write_bytes(b"content")
+    (tokenizer / "link.json").symlink_to(inputs / "model.json")
+    pools(2)(train, config, stop_after=3)
+    assert (tokenizer / "evil.py").exists()
+    assert all(problem is None for problem in (verify(path) for path in list_checkpoints(checkpoints)))
+    folder, manifest = _newest(folder)
+    assert manifest.step == 3 and sorted(path.name for path in (folder / "tokenizer").iterdir()) == names
+
+
+def test_a_run_puts_its_tokenizer_where_something_else_is(pools, tokenizer_path, other_tokenizer, tmp_path):
+    """A file, and a link to the tokenizer of somebody else, which stays as it is."""
+    inputs, folder = write_inputs(tmp_path), tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder)
+    theirs = sorted(path.name for path in Path(other_tokenizer).iterdir())
+    pools(1)(train, config, stop_after=0)
+    for step, place in enumerate(
+        (lambda path: path.write_text("a file"), lambda path: path.symlink_to(other_tokenizer)), 1
+    ):
+        shutil.rmtree(folder / "tokenizer")
+        place(folder / "tokenizer")
+        pools(1)(train, config, stop_after=step)
+        assert is_tokenizer(folder / "tokenizer", tokenizer_fingerprint(tokenizer_path))
+        assert damaged_tokenizer(*_newest(folder)) is None and not (folder / "tokenizer").is_symlink()
+    assert sorted(path.name for path in Path(other_tokenizer).iterdir()) == theirs
+
+
+def _newest(run_dir: Path) -> tuple[Path, Manifest]:
+    folder = list_checkpoints(run_dir / "checkpoints")[0]
+    return folder, read_manifest(folder)
+
+
+def _refused(config: Any) -> str:
+    from relora_mora.checkpoint import CheckpointError
+    from relora_mora.train import pretrain
+
+    with pytest.raises(CheckpointError) as caught:
+        pretrain(config)
+    return str(caught.value)

@@ -1,0 +1,170 @@
+"""A run that moves to another number of ranks, ZeRO stage and micro-batch size goes on as if it had stayed.
+
+The reference is one run per method that never moved, on one rank at stage 0: the same global batches, exactly, and the
+same losses within 1e-5. Runs that never moved differ from each other by up to 3e-7 in these 25 steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.tools.runs import metrics, run_config, train, write_inputs
+
+pytestmark = pytest.mark.distributed
+
+METHODS, WORLDS, STAGES = ("full", "relora", "remora"), (1, 2, 4), (0, 1, 2, 3)
+MERGE_EVERY, STOPS, STEPS, BATCH = (
+    4,
+    (3, 4, 5),
+    25,
+    8,
+)  # stopped before, at and after a merge; 20 steps and five merges follow
+Batches = dict[int, list[str]]  # by step: a hash of each sequence, over all ranks, in any order
+
+
+class Move(NamedTuple):
+    method: str
+    world: int
+    stage: int
+    to_world: int
+    to_stage: int
+
+    @property
+    def stop(self) -> int:
+        places = METHODS.index(self.method) + WORLDS.index(self.world) + WORLDS.index(self.to_world)
+        return STOPS[(places + self.stage + self.to_stage) % 3]
+
+    @property
+    def micro_batch_size(self) -> int:
+        fitting = [size for size in (1, 2, 4, 8) if BATCH // self.to_world % size == 0]
+        return fitting[(self.stage + 2 * self.to_stage + self.world) % len(fitting)]
+
+    def __str__(self) -> str:
+        to = f"{self.to_world}x{self.micro_batch_size}-zero{self.to_stage}"
+        return f"{self.method}-{self.world}x2-zero{self.stage}-at{self.stop}-{to}"
+
+
+MATRIX = [Move(*values) for values in itertools.product(METHODS, WORLDS, STAGES, WORLDS, STAGES)]
+PAIRS = list(itertools.product(WORLDS, WORLDS))
+
+
+def _chosen(move: Move) -> bool:
+    """One move of each pair of stages, with the pairs of world sizes and the methods in turn."""
+    number = 4 * move.stage + move.to_stage
+    return (move.world, move.to_world) == PAIRS[(number + 6) % 9] and move.method == METHODS[
+        (move.stage + 2 * move.to_stage) % 3
+    ]
+
+
+SUBSET = [move for move in MATRIX if _chosen(move)]
+
+
+def followed(config: Any, stop_after: int | None = None) -> Batches:
+    """Trains, and returns what this rank trained on."""
+    from relora_mora.train import Trainer
+
+    seen: Batches = {}
+    whole = Trainer.train_step
+
+    def train_step(self: Any, batch: Any) -> None:
+        rows = zip(batch.input_ids.numpy(), batch.labels.numpy(), strict=True)
+        seen[self.step + 1] = [hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest() for ids, labels in rows]
+        whole(self, batch)
+
+    Trainer.train_step = train_step
+    try:
+        train(config, stop_after)
+    finally:
+        Trainer.train_step = whole
+    return seen
+
+
+class Course:
+    """Runs of this module: what each rank trained on, put together, and the losses in the run folder."""
+
+    def __init__(self, pools: Any, inputs: Path, tokenizer: str, folder: Path) -> None:
+        self.pools, self.inputs, self.tokenizer, self.folder = pools, inputs, tokenizer, folder
+        self.origins: dict[tuple[str, int, int], Path] = {}
+        self.references: dict[str, tuple[Batches, list[float]]] = {}
+
+    def run(self, folder: Path, method: str, world: int, stage: int, micro: int, stop: int | None = None) -> Batches:
+        config = run_config(
+            self.inputs,
+            self.tokenizer,
+            folder,
+            world,
+            method={"name": method, "merge_every": MERGE_EVERY},
+            train={"steps": STEPS, "batch_size": BATCH, "micro_batch_size": micro, "zero_stage": stage},
+            eval={"at_start": False, "every_steps": 0, "max_tokens": 64},
+            checkpoint={"every_steps": 1 if stop else 0},
+        )
+        of_ranks = self.pools(world)(followed, config, stop_after=stop)
+        assert len({tuple(batches) for batches in of_ranks}) == 1
+        return {step: sorted(itertools.chain(*(batches[step] for batches in of_ranks))) for step in of_ranks[0]}
+
+    def reference(self, method: str) -> tuple[Batches, list[float]]:
+        if method not in self.references:
+            folder = self.folder / f"reference-{method}"
+            self.references[method] = self.run(folder, method, 1, 0, 2), _losses(folder)
+        return self.references[method]
+
+    def origin(self, method: str, world: int, stage: int) -> Path:
+        """A run that was stopped after the last of STOPS, with a checkpoint of every step."""
+        if (method, world, stage) not in self.origins:
+            folder = self.folder / f"{method}-{world}-{stage}"
+            batches = self.run(folder, method, world, stage, 2, stop=max(STOPS))
+            assert batches == {step: self.reference(method)[0][step] for step in range(1, max(STOPS) + 1)}
+            self.origins[method, world, stage] = folder
+        return self.origins[method, world, stage]
+
+
+def _losses(folder: Path) -> list[float]:
+    return [line["train/loss"] for line in metrics(folder) if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def course(pools, tokenizer_path, tmp_path_factory) -> Course:
+    return Course(
+        pools, write_inputs(tmp_path_factory.mktemp("inputs")), tokenizer_path, tmp_path_factory.mktemp("runs")
+    )
+
+
+def _check(course: Course, move: Move, folder: Path) -> None:
+    origin = course.origin(move.method, move.world, move.stage)
+    later = [f"step-{step:08d}" for step in STOPS if step > move.stop]
+    shutil.copytree(origin, folder, ignore=shutil.ignore_patterns(*later))
+    batches = course.run(folder, move.method, move.to_world, move.to_stage, move.micro_batch_size)
+    expected, losses = course.reference(move.method)
+    assert batches == {step: expected[step] for step in range(move.stop + 1, STEPS + 1)}
+    assert _losses(folder) == pytest.approx(losses, rel=0, abs=1e-5) and len(losses) == STEPS
+    merges = [line["step"] for line in metrics(folder) if "merge/layers" in line]
+    assert merges == ([] if move.method == "full" else [4, 8, 12, 16, 20, 24])
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("move", SUBSET, ids=str)
+def test_a_moved_run_goes_on_as_if_it_had_stayed(course, tmp_path, move):
+    _check(course, move, tmp_path / "run")
+
+
+@pytest.mark.elastic
+@pytest.mark.parametrize("move", MATRIX, ids=str)
+def test_every_move(course, tmp_path, move):
+    _check(course, move, tmp_path / "run")
+
+
+def test_the_moves_cover_what_they_are_meant_to():
+    assert len(MATRIX) == 432 and len(SUBSET) == 16
+    assert {(move.world, move.to_world) for move in SUBSET} == set(PAIRS)
+    assert {(move.stage, move.to_stage) for move in SUBSET} == set(itertools.product(STAGES, STAGES))
+    for moves in (SUBSET, MATRIX):
+        assert {(move.method, move.stop) for move in moves} == set(itertools.product(METHODS, STOPS))
+        assert min(Counter(move.method for move in moves).values()) >= len(moves) // 3
+        assert {move.micro_batch_size for move in moves} == {1, 2, 4, 8}

@@ -1,0 +1,320 @@
+"""A checkpoint that cannot be written is reported once and leaves nothing behind; training, earlier and later checkpoints do not mind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from relora_mora.checkpoint import list_checkpoints, verify
+from tests.tools.commands import disk
+from tests.tools.runs import run_config, tensors, train, write_inputs
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def followed(
+    config: Any, *, failing: dict[int, list[int]] | None = None, before: dict[int, list[str]] | None = None
+) -> dict[str, Any]:
+    """Trains and returns the lines of this rank's log that are errors, and how the run ended.
+
+    In the saves of the steps ``failing[rank]`` that rank's disk is full in the middle of a file. Before the steps in
+    ``before`` the first rank runs a command, when its checkpoint is written.
+    """
+    from relora_mora.checkpoint import part
+    from relora_mora.system.logs import log
+    from relora_mora.train import Trainer, TrainingError
+
+    rank = int(os.environ["RANK"])
+    steps, commands = (failing or {}).get(rank, []), (before or {}) if rank == 0 else {}
+    lines: list[str] = []
+    whole_save, whole_batch = part.save_file, Trainer.next_batch
+
+    def keep(record: Any) -> bool:
+        if record.levelname == "ERROR":
+            lines.append(record.getMessage())
+        return True
+
+    def save_file(tensors: Any, path: Path) -> None:
+        if any(path.parent.name.startswith(f"step-{step:08d}.") for step in steps):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        whole_save(tensors, path)
+
+    def next_batch(self: Trainer) -> Any:
+        if self.step + 1 in commands:
+            self.writer.wait()
+            subprocess.run(commands[self.step + 1], check=True)
+        return whole_batch(self)
+
+    log.addFilter(keep)
+    part.save_file, Trainer.next_batch = save_file, next_batch
+    error = ""
+    try:
+        train(config)
+    except TrainingError as failure:
+        error = str(failure)
+    finally:
+        part.save_file, Trainer.next_batch = whole_save, whole_batch
+        log.removeFilter(keep)
+    return {"lines": lines, "error": error}
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps with a checkpoint, all whole and nothing beside them."""
+    found = list_checkpoints(folder / "checkpoints")
+    assert all(verify(path) is None for path in found)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"latest", *(path.name for path in found)}
+    assert (folder / "checkpoints" / "latest").read_text() == found[0].name + "\n"
+    return sorted(int(path.name[5:]) for path in found)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_space_costs_one_checkpoint(pools, inputs, tokenizer_path, tmp_path, rank):
+    runs = [tmp_path / "never", tmp_path / "failed"]
+    begin = time.monotonic()
+    for folder, steps in zip(runs, ([], [4, 8]), strict=True):  # the first that hold a merged base
+        first, second = pools(2)(followed, run_config(inputs, tokenizer_path, folder, 2), failing={rank: steps})
+    assert time.monotonic() - begin < 120  # nobody waits for a rank that has failed
+    assert first["error"] == second["error"] == "" and second["lines"] == []
+    for step, line in zip((4, 8), first["lines"], strict=True):
+        assert (
+            f"step {step} failed (rank {rank}: No space left on device" in line
+            and "earlier checkpoints are as they were" in line
+        ), line
+    assert _steps(runs[1]) == [1, 2, 3, 5, 6, 7, 9, 10]
+    for step in (5, 10):
+        never, failed = (tensors(folder / "checkpoints" / f"step-{step:08d}") for folder in runs)
+        assert set(never) == set(failed) and all(torch.equal(never[key], failed[key]) for key in never)
+
+
+def test_a_run_ends_with_an_error_when_its_last_checkpoint_failed(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 2)
+    both = pools(2)(followed, config, failing={0: [10], 1: [10]})
+    for result in both:
+        assert "the checkpoint of step 10 failed" in result["error"] and "No space left on device" in result["error"]
+    assert (
+        len(both[0]["lines"]) == 1
+        and "rank 0: No space" in both[0]["lines"][0]
+        and "rank 1: No space" in both[0]["lines"][0]
+    )
+    assert _steps(folder) == list(range(1, 10))
+    assert [result["error"] for result in pools(2)(followed, config)] == ["", ""]
+    assert _steps(folder) == list(range(1, 11))
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """RUN/checkpoints on a file system of 1 MiB, which holds about three checkpoints."""
+    (tmp_path / "run").mkdir()
+    with disk(tmp_path / "run" / "checkpoints", "size=1m") as place:
+        yield place
+
+
+def test_a_full_disk_is_survived_and_used_again_when_there_is_space(pools, inputs, tokenizer_path, small_disk):
+    config = run_config(inputs, tokenizer_path, small_disk.parent, 2)
+    first, second = pools(2)(followed, config, before={8: ["mount", "-o", "remount,size=16m", str(small_disk)]})
+    assert first["error"] == second["error"] == "" and second["lines"] == []
+    steps = _steps(small_disk.parent)
+    assert {1, 2, 8, 9, 10} <= set(steps) and 7 not in steps
+    assert len(first["lines"]) == 10 - len(steps)
+    assert all("No space left on device" in line and " failed (rank " in line for line in first["lines"])
+
+
+def test_a_folder_that_cannot_be_written_is_survived(pools, inputs, tokenizer_path, small_disk):
+    config = run_config(inputs, tokenizer_path, small_disk.parent, 2, checkpoint={"keep_last": 2})
+    commands = {step: ["mount", "-o", f"remount,{mode}", str(small_disk)] for step, mode in ((4, "ro"), (6, "rw"))}
+    first, second = pools(2)(followed, config, before=commands)
+    assert first["error"] == second["error"] == "" and second["lines"] == [] and _steps(small_disk.parent) == [9, 10]
+    for step, line in zip((4, 5), first["lines"], strict=True):
+        assert f"step {step} failed (rank 0: Read-only file system" in line and "rank 1: Read-only" in line
+
+
+def saves_of_a_rig(folder: Path, what: str) -> list[str]:
+    """Three saves of the same state by a writer alone; the second one may be troubled."""
+    from relora_mora.checkpoint import CheckpointWriter, Manifest, part
+    from relora_mora.checkpoint import writer as module
+    from tests.tools.tiny import build_rig, tiny_config
+
+    rig = build_rig(tiny_config(2))
+    rank, lines, whole_write = rig.engine.rank, [], part.Part.write
+    module.APPEAR_SECONDS = 0.5
+    writer = CheckpointWriter(
+        folder,
+        rig.engine,
+        rig.base,
+        tokenizer=folder.with_name("tokenizer"),
+        keep_last=5,
+        keep_every_steps=0,
+        merge_states=lambda _: {},
+        report=lines.append,
+        timeout_seconds=1.0,
+    )
+
+    def late(self: Any, *args: Any) -> Any:
+        time.sleep(3.0)
+        return whole_write(self, *args)
+
+    def elsewhere(self: Any, work: Path, *args: Any) -> Any:
+        """As on a host whose folder of that name is not the first rank's."""
+        return whole_write(self, folder.with_name("of-another-host") / work.name, *args)
+
+    for step in (1, 2, 3):
+        if step == 2 and what == "late":
+            part.Part.write = late if rank == 1 else whole_write
+        elif step == 2 and what == "elsewhere":
+            part.Part.write = elsewhere if rank == 1 else whole_write
+        elif step == 2 and what == "damaged" and rank == 0:
+            base = folder / "step-00000001" / "base-00000-of-00002.safetensors"
+            base.write_bytes(base.read_bytes()[:-1] + b"\xff")
+        shapes = {name: list(shape) for name, shape in rig.engine.shapes.items()}
+        values: dict[str, Any] = {
+            "step": step,
+            "merges_done": 0,
+            "operator": 1,
+            "world_size": 2,
+            "zero_stage": 2,
+            "bf16": False,
+        }
+        values |= {"group_steps": {}, "config": {}, "model_config": {}, "data_state": {}, "counters": {}, "files": {}}
+        values |= {
+            "tokenizer_fingerprint": "",
+            "data_fingerprint": "",
+            "data_order": "",
+            "frozen": {name: shapes.pop(name) for name in rig.base.owner},
+        }
+        writer.save(Manifest(**values, parameters=shapes), {})
+        writer.wait()
+        part.Part.write = whole_write
+        rig.engine.sum_over_ranks(0)
+    return lines
+
+
+def test_a_rank_that_is_late_is_given_up_and_what_it_writes_then_goes(pools, tmp_path):
+    first, second = pools(2)(saves_of_a_rig, tmp_path / "checkpoints", "late")
+    assert len(first) == 1 and "step 2 failed (rank 1: did not finish its part in 1 s)" in first[0] and second == []
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000001",
+        "step-00000003",
+    ]
+    assert verify(tmp_path / "checkpoints" / "step-00000003") is None
+
+
+def test_a_checkpoint_whose_files_lie_elsewhere_is_none(pools, tmp_path):
+    first, second = pools(2)(saves_of_a_rig, tmp_path / "checkpoints", "elsewhere")
+    assert len(first) == 1 and second == []
+    assert (
+        "step 2 failed" in first[0]
+        and "state-00001-of-00002.safetensors, which rank 1 has written, is not seen by rank 0" in first[0]
+    )
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000001",
+        "step-00000003",
+    ]
+
+
+def test_a_base_file_that_was_damaged_on_the_disk_is_not_shared(pools, tmp_path):
+    assert pools(2)(saves_of_a_rig, tmp_path / "checkpoints", "damaged") == [[], []]
+    problems = {path.name: verify(path) for path in list_checkpoints(tmp_path / "checkpoints")}
+    assert (
+        problems.pop("step-00000001") == "base-00000-of-00002.safetensors: its checksum is not the one in manifest.json"
+    )
+    assert problems == {"step-00000002": None, "step-00000003": None}
+    found = [tensors(tmp_path / "checkpoints" / f"step-0000000{step}") for step in (1, 2)]
+    damaged = [key for key in found[0] if not torch.equal(found[0][key], found[1][key])]
+    assert len(damaged) == 1 and damaged[0].startswith("base|")
+
+
+def test_what_is_in_the_way_is_replaced_and_not_followed(pools, tmp_path):
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for made in (folder / "step-00000001", elsewhere, folder / "latest"):
+        made.mkdir(parents=True)
+        (made / "mine").write_text("mine")
+    (folder / "step-00000002").write_text("a file")
+    (folder / "step-00000003").symlink_to(elsewhere)
+    first, _ = pools(2)(saves_of_a_rig, folder, "in the way")
+    assert len(first) == 3 and all(
+        "is whole, but what is beside it could not be updated (Is a directory" in line for line in first
+    )
+    for step in (1, 2, 3):
+        path = folder / f"step-{step:08d}"
+        assert verify(path) is None and not path.is_symlink() and not (path / "mine").exists()
+    assert (elsewhere / "mine").read_text() == "mine" and len(list(elsewhere.iterdir())) == 1
+    assert {path.name for path in folder.iterdir()} == {"latest", *(f"step-0000000{step}" for step in (1, 2, 3))}
+
+
+def slow_to_write(config: Any, what: str) -> bool:
+    """Trains with a write of step 3 that takes its time; whether training went on meanwhile.
+
+    ``save``: the write waits for the fifth step. ``base``: it waits before it reads the base, and the merge after step 4 must not come first.
+    """
+    from relora_mora.checkpoint.part import Part
+    from relora_mora.train import Trainer, pretrain
+
+    whole, write_base, train_step, fifth = Part.write, Part._write_base, Trainer.train_step, threading.Event()
+    met: list[bool] = []
+
+    def write(self: Any, work: Path, *args: Any) -> Any:
+        if what == "save" and "step-00000003" in work.name:
+            met.append(fifth.wait(20))
+        return whole(self, work, *args)
+
+    def slow_base(self: Any, work: Path, *args: Any) -> Any:
+        if what == "base" and "step-00000003" in work.name:
+            met.append(not fifth.wait(1.0))
+        return write_base(self, work, *args)
+
+    def step(self: Trainer, batch: Any) -> None:
+        train_step(self, batch)
+        if self.step == 5:
+            fifth.set()
+
+    Part.write, Part._write_base, Trainer.train_step = write, slow_base, step  # type: ignore[method-assign]
+    try:
+        pretrain(config)
+    finally:
+        Part.write, Part._write_base, Trainer.train_step = whole, write_base, train_step  # type: ignore[method-assign]
+    return met == [True]
+
+
+@pytest.mark.parametrize("what", ["save", "base"])
+def test_training_goes_on_beside_a_write_but_no_merge_overtakes_it(pools, inputs, tokenizer_path, tmp_path, what):
+    quick, slow = tmp_path / "quick", tmp_path / "slow"
+    settings: dict[str, Any] = {"checkpoint": {"every_steps": 3}, "method": {"merge_every": 5 if what == "save" else 4}}
+    pools(2)(followed, run_config(inputs, tokenizer_path, quick, 2, **settings))
+    assert pools(2)(slow_to_write, run_config(inputs, tokenizer_path, slow, 2, **settings), what) == [True, True]
+    for step in (3, 6, 9, 10):
+        expected, found = (tensors(folder / "checkpoints" / f"step-{step:08d}") for folder in (quick, slow))
+        assert set(expected) == set(found) and all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_part_that_fails_frees_its_space(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from relora_mora.checkpoint import part
+
+    def full(tensors: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(part, "save_file", full)
+    mine = part.Part(SimpleNamespace(rank=1, world_size=2), SimpleNamespace(owned=[]), {})
+    with pytest.raises(OSError, match="full"):
+        mine.write(tmp_path / "work", tmp_path / "final", 0, {"a": torch.zeros(1)})
+    assert list((tmp_path / "work").iterdir()) == []

@@ -1,0 +1,339 @@
+"""Command lines: raw text, every mistake before anything starts, one message and no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relora_mora.cli import run
+from relora_mora.config import ConfigError
+from relora_mora.tokenizer import TokenizerError
+from tests.tools.commands import PRETRAIN, call, refused
+
+
+class Called:
+    """A ``main`` like the one of launch/pretrain.py that remembers its arguments."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def pretrain(self, argv: list[str]) -> int:
+        def main(config: str, steps: int | None = None, rate: float = 0.5, fast: bool = False, **overrides: str) -> int:
+            """Trains.
+
+            Args:
+                config: the settings
+            """
+            self.calls.append((config, steps, rate, fast, overrides))
+            return 75
+
+        return self._exit(main, argv)
+
+    def evaluate(self, argv: list[str]) -> int:
+        def main(path: str, *, data: str, tokens: int = 10) -> None:
+            self.calls.append((path, data, tokens))
+
+        return self._exit(main, argv)
+
+    @staticmethod
+    def _exit(main: object, argv: list[str]) -> int:
+        with pytest.raises(SystemExit) as stop:
+            run(main, argv)  # type: ignore[arg-type]
+        return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def called() -> Called:
+    return Called()
+
+
+def test_text_arrives_as_typed(called: Called) -> None:
+    argv = [
+        "1e5",
+        "--optim.lr=4e-4",
+        "--method.target_modules=a,b",
+        "--optim.betas=[0.9, 0.95]",
+        "--a.b",
+        "x y",
+        "--c.d=-1",
+        "--e.f=a=b",
+    ]
+    assert called.pretrain(argv) == 75
+    overrides = {
+        "optim.lr": "4e-4",
+        "method.target_modules": "a,b",
+        "optim.betas": "[0.9, 0.95]",
+        "a.b": "x y",
+        "c.d": "-1",
+        "e.f": "a=b",
+    }
+    assert called.calls == [("1e5", None, 0.5, False, overrides)]
+
+
+def test_annotated_parameters_are_parsed_and_checked(called: Called, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called.pretrain(["c", "--steps=12", "--rate=1", "--fast"]) == 75
+    assert called.calls == [("c", 12, 1.0, True, {})]
+    assert called.pretrain(["c", "--steps=null", "--rate=1e-3", "--fast=false"]) == 75
+    assert called.calls[1] == ("c", None, 1e-3, False, {})
+    assert called.pretrain(["c", "--steps=1.5", "--rate=x", "--fast=7"]) == 2
+    message = capsys.readouterr().err
+    assert len(called.calls) == 2
+    assert all(part in message for part in ("--steps: got '1.5', expected int", "--rate: got 'x'", "--fast: got '7'"))
+
+
+@pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"]])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_launchers_local_rank_is_dropped(called: Called, flag: list[str], first: bool) -> None:
+    argv = [*flag, "c", "--a.b=1"] if first else ["c", "--a.b=1", *flag]
+    assert called.pretrain(argv) == 75
+    assert called.calls == [("c", None, 0.5, False, {"a.b": "1"})]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["p", "stray", "--data=d"], "stray"),  # never taken for the value of a flag
+        (["p", "--data=d", "stray"], "stray"),
+        (["p", "--data=d", "--dota=d"], "--dota"),
+        (["p", "--data=d", "-", "x"], "stray"),
+        (["p", "--data=d", "--", "--interactive"], "stray"),
+        (["p", "--data=d", "--data=e"], "given twice"),
+        (["--data=d"], "path"),
+        (["p"], "data"),
+        ([], "path"),
+    ],
+)
+def test_nothing_starts_with_bad_arguments(
+    called: Called, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert called.evaluate(argv) == 2
+    error = capsys.readouterr().err
+    assert called.calls == []
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_stray_argument_beside_overrides(called: Called) -> None:
+    assert called.pretrain(["c", "stray", "--a.b=1"]) == 2
+    assert called.calls == []
+
+
+def test_help_shows_the_arguments_and_starts_nothing(called: Called, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--help"], ["c", "-h"]):
+        assert called.pretrain(argv) == 0
+        shown = capsys.readouterr().out
+        assert "Trains." in shown
+        assert "the settings" in shown
+        assert "steps" in shown
+    assert called.calls == []
+
+
+def _fail_with(error: Exception) -> int:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(main, [])
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TokenizerError("given, expected, remedy"),
+        ConfigError(["given, expected, remedy"], "c"),
+        OSError("given, expected, remedy"),
+        ValueError("given, expected, remedy"),  # raised by a file of the project, as this one is
+    ],
+)
+def test_mistakes_of_the_user_are_one_message(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _fail_with(error) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"{error}\n"
+    assert captured.out == ""
+
+
+def test_errors_of_the_system_name_the_file_and_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, message in {
+        OSError(
+            errno.ENOSPC, "No space left on device", "runs/out"
+        ): "runs/out: No space left on device; free some space, or choose a place on another disk",
+        OSError(errno.EIO, "Input/output error", b"a"): "a: Input/output error",
+        OSError(
+            errno.ENOSPC, "Full", "source", None, "copy"
+        ): "copy: Full; free some space, or choose a place on another disk",
+        OSError(errno.ENAMETOOLONG, "Too long"): "Too long; give a shorter one",
+    }.items():
+        assert _fail_with(error) == 2
+        assert capsys.readouterr().err == f"{message}\n"
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    argv=st.lists(
+        st.text(max_size=8)
+        | st.text(alphabet="-=. abhelp", max_size=10)
+        | st.sampled_from(
+            [
+                "c",
+                "--data=d",
+                "--tokens=3",
+                "--data",
+                "-d",
+                "--",
+                "-",
+                "--=",
+                "--.",
+                "--tokens",
+                "--notokens",
+                "-h=3",
+                "--help=",
+            ]
+        ),
+        max_size=5,
+    )
+)
+def test_any_arguments_start_the_command_or_are_refused(argv: list[str]) -> None:
+    """Never another exception, and nothing starts with arguments that are not of their types."""
+    called = Called()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
+        code = called.evaluate(argv)
+    assert code in (0, 2) and bool(called.calls) <= (code == 0) and (code == 0) == (not error.getvalue())
+    for path, data, tokens in called.calls:
+        assert isinstance(path, str) and isinstance(data, str) and type(tokens) is int and path and data
+
+
+def test_faults_of_the_program_keep_their_traceback() -> None:
+    def of_a_library() -> None:
+        json.loads("{")
+
+    def of_ours() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(json.JSONDecodeError):
+        run(of_a_library, [])
+    with pytest.raises(KeyError):
+        run(of_ours, [])
+
+
+def test_what_every_rank_finds_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert _fail_with(ConfigError(["fault"], "c")) == 2
+    assert capsys.readouterr().err == ""
+    assert _fail_with(TokenizerError("the same everywhere")) == 2
+    assert capsys.readouterr().err == ""
+    assert _fail_with(OSError("only here")) == 2
+    assert capsys.readouterr().err == "[rank 3] only here\n"
+
+
+def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def hidden() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:  # as libraries do
+            raise RuntimeError("INTERNAL") from error
+
+    for function in (main, hidden):
+        with pytest.raises(SystemExit) as stop:
+            run(function, [])
+        assert (stop.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "try:\n        time.sleep(60)\n    except KeyboardInterrupt:\n        time.sleep(60)",  # as imports do
+        "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",  # as libraries do that compute for minutes
+    ],
+)
+def test_ctrl_c_ends_what_does_not_hear_of_it(tmp_path: Path, code: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import hashlib, time\nfrom pathlib import Path\nimport relora_mora.cli.interrupt\nfrom relora_mora.cli import new_folder, run\n"
+        "relora_mora.cli.interrupt.GRACE_SECONDS = 0.5\n"
+        f"def main() -> None:\n  with new_folder(Path({str(tmp_path / 'out' / 'new')!r})):\n    {code}\nrun(main)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir()):
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=10)
+    assert (process.returncode, error) == (130, "interrupted\n")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_handler_of_the_command_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    heard: list[int] = []
+
+    def main() -> int:
+        signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+        signal.raise_signal(signal.SIGINT)
+        return 75
+
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(main, [])
+        assert (stop.value.code, heard, capsys.readouterr().err) == (75, [signal.SIGINT], "")
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from relora_mora.cli import run\ndef main(a: str, b: int = 1) -> None:\n    print(a, b)\nrun(main)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+
+    def call(*argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, env=environment)
+
+    good, bad = call("1e5", "--b=2"), call("x", "y")
+    assert (good.returncode, good.stdout, good.stderr) == (0, "1e5 2\n", "")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert "unknown or stray argument: y; see script.py --help" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"RANK": "x"}, "RANK=x in the environment: expected a number from 0 on"),
+        ({"RANK": ""}, "RANK= in the environment"),
+        ({"RANK": "5"}, "RANK=5 in the environment: expected less than WORLD_SIZE, which is 1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 in the environment: expected less than WORLD_SIZE, which is 0"),
+        ({"WORLD_SIZE": "2.5"}, "WORLD_SIZE=2.5"),
+        ({"LOCAL_RANK": "²"}, "LOCAL_RANK=²"),
+        ({"MASTER_PORT": "99999999"}, "MASTER_PORT=99999999 in the environment: expected at most 65535"),
+        ({"DS_ACCELERATOR": "tpu"}, "DS_ACCELERATOR=tpu in the environment: expected one of cpu, cuda"),
+    ],
+)
+def test_nonsense_in_the_environment_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], message: str
+) -> None:
+    """Also on a rank that is not the first: nobody else may be there to say it."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    refused(call(PRETRAIN, "nowhere.yaml"), message)

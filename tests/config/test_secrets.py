@@ -1,0 +1,202 @@
+"""No token or password gets into settings, and no message repeats one."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from relora_mora.config import ConfigError, dump, load_config, validate
+from relora_mora.config.secrets import redact, secret_in
+from tests.tools.commands import BENCHMARK, EVALUATE, TRAIN, call, refused
+from tests.tools.config_tools import faults_of, tree
+
+TOKEN = "hf_" + "Ab1Cd2Ef3Gh4" * 3
+LOGIN = "https://ann:pa55w0rd@example.org/a.json.gz"
+SECRETS = (TOKEN[3:12], TOKEN[-9:], "pa55w0rd", "Sign4ture")
+
+
+def hides_secrets(error: BaseException) -> str:
+    """The message, after a look at everything that could show with it."""
+    for shown in (
+        str(error),
+        repr(error),
+        str(getattr(error, "faults", "")),
+        str(error.__cause__),
+        str(error.__context__),
+    ):
+        assert not any(secret in shown for secret in SECRETS), shown
+    return str(error)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"data": {"train": TOKEN}},
+        {"data": {"train": ["a.json", f"https://example.org/{TOKEN}.json"]}},
+        {"data": {"revision": f"x{TOKEN}"}},
+        {"tokenizer": {"path": TOKEN}},
+        {"train": {"run_dir": f"runs/{TOKEN}"}},
+        {"model": {"overrides": {"hidden_size": TOKEN}}},
+        {"model": {"overrides": {TOKEN: 1}}},
+        {"train": {"deepspeed": {"comms_logger": {"debug": [{"token": TOKEN}]}}}},
+        {"train": {"allow_changes": [TOKEN]}},
+        {"method": {"name": TOKEN}},  # no such method
+        {"train": {"steps": TOKEN}},  # no number
+        {"train": {"steps": ["x" * 60 + TOKEN]}},  # cut where the message is
+        {"train": {"token": TOKEN}},  # no such setting
+        {"train": {TOKEN: 1}},
+        {TOKEN: {"a": 1}},
+        {TOKEN: TOKEN},
+    ],
+    ids=str,
+)
+def test_a_token_is_refused_wherever_it_stands(tmp_path: Path, sections: dict[str, dict[str, Any]]) -> None:
+    given_tree = tree(**{name: value for name, value in sections.items() if isinstance(value, dict)}) | {
+        name: value for name, value in sections.items() if not isinstance(value, dict)
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(given_tree))
+    for act in (lambda: validate(given_tree, "the test"), lambda: load_config(path)):
+        with pytest.raises(ConfigError) as caught:
+            act()
+        assert "looks like a token of the Hugging Face hub; use `hf auth login` or HF_TOKEN instead" in hides_secrets(
+            caught.value
+        )
+        hides_secrets(pickle.loads(pickle.dumps(caught.value)))  # as another rank gets it
+
+
+@pytest.mark.parametrize("setting", ["train", "validation"])
+@pytest.mark.parametrize(
+    "source", [LOGIN, ["a.json", LOGIN], "http://pa55w0rd@example.org/a", "https://ann:pa55w0rd/x@example.org/a.json"]
+)
+def test_the_login_of_a_url_is_refused(setting: str, source: Any) -> None:
+    found = faults_of(tree(data={setting: source}))
+    assert len(found) == 1 and found[0].startswith(f"data.{setting}") and "~/.netrc" in found[0]
+    assert not any(secret in found[0] for secret in SECRETS)
+
+
+@pytest.mark.parametrize(
+    "query,names",
+    [
+        ("X-Amz-Algorithm=AWS4&X-Amz-Credential=AK%2F1&X-Amz-Signature=Sign4ture", "X-Amz-Credential"),
+        ("X-Goog-Signature=Sign4ture", "X-Goog-Signature"),
+        ("sv=2024&se=2026&sig=Sign4ture", "sig"),
+        ("AWSAccessKeyId=AK1&Expires=1&Signature=Sign4ture", "AWSAccessKeyId"),
+        ("a=1&access_token=Sign4ture", "access_token"),
+        ("apikey=Sign4ture", "apikey"),
+    ],
+)
+def test_a_signed_url_is_refused(query: str, names: str) -> None:
+    found = faults_of(tree(data={"train": f"https://example.org/a.json.gz?{query}"}))
+    assert len(found) == 1 and f"a secret in its query ({names})" in found[0] and "Sign4ture" not in found[0]
+    assert secret_in("https://example.org/a.json?signatures=1&tokens=5&design=2") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://example.org/a@v1.json",
+        "https://example.org:8080/a@v1.json",
+        "https://[::1]:8080/a.json",
+        "https://example.org/part-{000..127}.jsonl.zst",
+        "hub:allenai/c4/en/c4-train.{00000..00015}-of-01024.json.gz",
+        "runs/hf_demo_of_a_long_name_with_underscores",
+        "me@home:runs",
+    ],
+)
+def test_what_is_no_secret_is_accepted_and_shown(text: str) -> None:
+    assert secret_in(text) is None and redact(text) == text
+    assert validate(tree(data={"train": text}), "the test").data.train == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"data: {{train: {TOKEN}",  # does not end
+        f"data: [{TOKEN}: a: {TOKEN}]",
+        f"a: 1\n{'x' * 60} {TOKEN}: [\n",
+        f"{TOKEN}: 1\n{TOKEN}: 2",  # twice
+        f"a: *{TOKEN}",
+        f"a: !{TOKEN} b",
+        f"a: '{TOKEN}",
+        f"&{TOKEN} a: \tb: c",
+        TOKEN,
+        f"- {TOKEN}",
+        f"a: {LOGIN}: b: [",
+    ],
+)
+def test_what_is_no_yaml_is_explained_without_the_secret(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    hides_secrets(caught.value)
+    path.write_text(yaml.safe_dump(tree()))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {"data.train": f"[{text}", TOKEN: "1", f"data.{TOKEN}": "2", "train.run_dir.x": TOKEN})
+    hides_secrets(caught.value)
+
+
+@settings(
+    max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(
+    before=st.text(alphabet="ab:-[]{}&*!|>'\"#, \n", max_size=90),
+    after=st.text(alphabet="ab:-[]{}&*!|>'\"#, \n", max_size=90),
+)
+def test_a_token_in_any_file_is_refused_or_ignored(tmp_path: Path, before: str, after: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree()) + f"method: {{}}\n{before}{TOKEN}{after}")
+    try:
+        assert TOKEN not in dump(load_config(path))  # it stood in a comment
+    except ConfigError as error:
+        hides_secrets(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"x {TOKEN}, y", "x ***, y"),
+        (f"got '{LOGIN}'", "got 'https://***@example.org/a.json.gz'"),
+        ("https://example.org/a.json?X-Amz-Signature=Sign4ture&b=c: a.json", "https://example.org/a.json?***: a.json"),
+        ("['https://example.org/a?Sign4ture', 'b']", "['https://example.org/a?***', 'b']"),
+        ("is it here? yes", "is it here? yes"),
+    ],
+)
+def test_messages_are_redacted(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (EVALUATE, "model", f"--data={LOGIN}"),
+        (EVALUATE, "model", "--data", LOGIN),
+        (EVALUATE, TOKEN, "--data=d"),
+        (EVALUATE, "model", "--data=d", f"--max_tokens={TOKEN}"),
+        (EVALUATE, "model", "--data=d", f"--token={TOKEN}"),
+        (EVALUATE, "model", "--data=d", TOKEN),
+        (TRAIN, f"--data=[a.json, {LOGIN}]", "--out=o"),
+        (BENCHMARK, "c.yaml", f"--{TOKEN}=1"),
+    ],
+    ids=str,
+)
+def test_a_command_refuses_and_hides_them(argv: tuple[str, ...]) -> None:
+    answer = call(*argv)
+    refused(answer, "1 fault in the command line", "it holds")
+    assert not any(secret in answer.err for secret in SECRETS)
+
+
+@pytest.mark.parametrize(
+    "source", ["https://h.invalid/a.txt?s=Sign4ture", "https://h.invalid/{9..1}.json?s=Sign4ture", "x://a?Sign4ture"]
+)
+def test_a_command_hides_the_query_of_a_url(tmp_path: Path, source: str) -> None:
+    answer = call(TRAIN, f"--data={source}", f"--out={tmp_path / 'out'}")
+    refused(answer)
+    assert "Sign4ture" not in answer.err

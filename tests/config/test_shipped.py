@@ -1,0 +1,154 @@
+"""Every shipped config loads, and says what the papers say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from relora_mora.config import load_config, unused_settings
+from relora_mora.data.sources import C4
+from relora_mora.model import check_length, read_model_config
+from relora_mora.optim import make_schedule
+from relora_mora.plan.flops import meta_model
+from relora_mora.plan.memory import count_parameters
+from tests.tools.helpers import ROOT
+
+MODELS = sorted((ROOT / "configs" / "model").glob("*.json"))
+RUNS = sorted((ROOT / "configs" / "run").glob("*.yaml"))
+METHODS = ("full", "lora", "mora", "relora", "remora")
+
+# parameters, with untied embeddings: 2 V h + L (4 h^2 + 3 h f + 2 h) + h
+PARAMETERS = {
+    "tiny": 7_358_720,
+    "9m": 9_021_568,
+    "20m": 19_599_616,
+    "35m": 35_274_624,
+    "40m": 42_475_680,
+    "60m": 58_176_000,
+    "71m": 70_681_088,
+    "100m": 99_038_720,
+    "130m": 134_259_456,
+    "250m": 247_524_096,
+    "350m": 368_174_080,
+    "1b": 1_339_492_352,
+    "1_3b": 1_339_082_752,
+    "3b": 2_686_343_680,
+    "7b": 6_739_234_816,
+}
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def stem(path: Path) -> str:
+    return path.stem
+
+
+def test_all_sizes_and_runs_are_there() -> None:
+    assert {path.stem.removeprefix("llama_") for path in MODELS} == set(PARAMETERS)
+    groups = [f"{group}_{method}" for group in ("paper_250m", "paper_1_3b", "tiny") for method in METHODS]
+    assert {path.stem for path in RUNS} == {*groups, "demo"}
+
+
+@pytest.mark.parametrize("path", MODELS, ids=stem)
+def test_model_is_read_as_written(path: Path) -> None:
+    written = json.loads(path.read_text(encoding="utf-8"))
+    known = LlamaConfig().to_dict()
+    assert set(written) <= set(known), "transformers would keep an unknown key and ignore it"
+    read = LlamaConfig(**written).to_dict()
+    assert {key: read[key] for key in written} == written
+    assert read["head_dim"] * read["num_attention_heads"] == read["hidden_size"]
+    assert read["pad_token_id"] is None
+
+
+@pytest.mark.parametrize("path", MODELS, ids=stem)
+def test_parameter_count(path: Path) -> None:
+    config = LlamaConfig(**json.loads(path.read_text(encoding="utf-8")))
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    h, f, layers, v = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
+    assert (
+        count
+        == PARAMETERS[path.stem.removeprefix("llama_")]
+        == 2 * v * h + layers * (4 * h * h + 3 * h * f + 2 * h) + h
+    )
+    assert f"| `{path.stem}` | {count:,} | {h} | {f} | {layers} | {config.num_attention_heads} |" in (
+        ROOT / "configs" / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("path", RUNS, ids=stem)
+def test_run_loads(path: Path, world_size: int) -> None:
+    config = load_config(path, world_size=world_size)
+    assert unused_settings(config) == []
+    check_length(read_model_config(config.model), config)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=stem)
+def test_run_says_what_its_name_says(path: Path) -> None:
+    config = load_config(path)
+    if path.stem != "demo":
+        assert path.stem.endswith(f"_{config.method.name}")
+        assert config.train.run_dir == f"runs/{path.stem}"
+    if config.uses_adapters:
+        counts = count_parameters(meta_model(read_model_config(config.model), config))
+        assert counts.adapters > 0
+    assert f"configs/run/{path.name}" in path.read_text(encoding="utf-8") or not path.stem.startswith("paper")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", ["250m", "1_3b"])
+def test_paper_run(size: str, method: str) -> None:
+    config = load_config(f"configs/run/paper_{size}_{method}.yaml", world_size=32)
+    assert (config.train.steps, config.train.batch_size, config.data.sequence_length) == (10_000, 1024, 512)
+    assert (config.optim.lr, config.optim.lr_other, config.optim.warmup_steps, config.optim.schedule) == (
+        5e-4,
+        None,
+        1000,
+        "cosine",
+    )
+    assert config.data.train == config.data.validation == C4
+    assert read_model_config(config.model).vocab_size == 32_000
+    assert config.tokens_per_step * config.train.steps == 5_242_880_000
+    if config.uses_adapters:
+        assert config.method.rank == 128
+    if config.merges:
+        schedule = make_schedule(config)
+        assert [step for step in range(10_001) if schedule.merge_after(step)] == [2000, 4000, 6000, 8000]
+        assert schedule.restart_warmup_steps == 50
+    if config.uses_squares:
+        assert config.method.operators == ([1, 2] if method == "remora" else [1])
+
+
+@pytest.mark.parametrize("group", ["paper_250m", "paper_1_3b", "tiny"])
+def test_methods_of_a_group_differ_in_nothing_else(group: str) -> None:
+    configs = {method: load_config(f"configs/run/{group}_{method}.yaml") for method in METHODS}
+    settings = {}
+    for method, config in configs.items():
+        values = config.model_dump()
+        del values["method"], values["train"]["run_dir"], values["optim"]["lr"]
+        if not config.merges:
+            values["optim"]["restart_warmup_steps"] = configs["remora"].optim.restart_warmup_steps
+        settings[method] = values
+    assert all(values == settings["full"] for values in settings.values())
+
+
+def test_demo_merges_three_times_on_two_processes() -> None:
+    config = load_config("configs/run/demo.yaml", world_size=2)
+    schedule = make_schedule(config)
+    assert config.method.name == "remora"
+    assert schedule.merges_done(config.train.steps) >= 3
+    tiny = load_config("configs/run/tiny_remora.yaml")
+    assert (config.data.train, config.data.validation, config.tokenizer.path) == (
+        tiny.data.train,
+        tiny.data.validation,
+        tiny.tokenizer.path,
+    )

@@ -1,0 +1,137 @@
+"""Other text under the same names and sizes is noticed, by looking at little of it."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+import threading
+
+import pytest
+import zstandard
+
+from relora_mora.data import content, local_content, remote_content, resolve_shards, retry, transport
+from relora_mora.data.errors import SourceError
+from tests.tools.data_tools import write_shards
+from tests.tools.faulty_server import FAULTS, serving
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def _local(path) -> str:
+    return local_content(resolve_shards(str(path)))
+
+
+def _remote(server, *, timeout_seconds=8.0, name="part-{00000..00002}.json.gz") -> str:
+    return remote_content(resolve_shards(f"{server.url}/{name}"), timeout_seconds)
+
+
+def test_it_is_of_what_stands_in_the_files_and_not_of_where_they_lie(tmp_path):
+    for folder in ("here", "there"):
+        write_shards(tmp_path / folder, 3, 20)
+    first = _local(tmp_path / "here" / "*")
+    assert len(first) == 32 and _local(tmp_path / "there" / "*") == first
+    path = tmp_path / "there" / "part-00001.json.gz"
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 1  # a small file is looked at as a whole
+    path.write_bytes(body)
+    assert _local(tmp_path / "there" / "*") != first
+    path.rename(path.with_name("part-00009.json.gz"))
+    assert len({first, _local(tmp_path / "there" / "*"), _local(path.parent / "part-00000.json.gz")}) == 3
+    assert local_content([]) == remote_content([], 1.0) == ""
+
+
+@pytest.mark.parametrize("suffix", ["json", "gz", "zst"])
+def test_little_of_a_large_file_is_read_and_the_checksum_at_its_end_tells_of_all_text(tmp_path, monkeypatch, suffix):
+    text = random.Random(0).randbytes(1 << 20).hex().encode()
+    other = bytearray(text)
+    other[len(text) // 2] ^= 1
+    read, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *given: read.append(given[1:]) or pread(*given))
+    path = tmp_path / f"a.{suffix}"
+    # stored and not compressed, so that the change moves nothing; zstd's command line writes a checksum
+    compressed = {
+        "json": bytes,
+        "gz": lambda data: gzip.compress(data, 0, mtime=0),
+        "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+    }
+    found = []
+    for data in (text, other):
+        path.write_bytes(compressed[suffix](bytes(data)))
+        found.append(_local(path))
+    assert sum(size for size, _ in read) < 2 * 32_000
+    assert (found[0] == found[1]) == (suffix == "json")  # of plain text in its middle nothing tells
+    if suffix == "json":
+        for size, place in read[: len(read) // 2]:
+            data = bytearray(text)
+            data[place + size - 1] ^= 1
+            path.write_bytes(data)
+            assert _local(path) != found[0]
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    write_shards(tmp_path, 2, 5)
+    shards = resolve_shards(f"{tmp_path}/*")
+    (tmp_path / "part-00001.json.gz").unlink()
+    with pytest.raises(SourceError, match=r"part-00001\.json\.gz cannot be read \(No such file"):
+        local_content(shards)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_server_tells_by_etag_or_date_and_size(tmp_path, head):
+    write_shards(tmp_path, 3, 20)
+    (tmp_path / "part-00001.json.gz").write_bytes(b"")
+    with serving(tmp_path, head=head) as server:
+        found = [_remote(server), _remote(server)]
+        assert sorted(server.heads) == sorted(2 * [f"/part-0000{n}.json.gz" for n in range(3)])
+        server.last_modified = "Tue, 24 Nov 2026 12:00:00 GMT"
+        assert _remote(server) == found[0]  # the ETag alone counts
+        path = tmp_path / "part-00002.json.gz"
+        path.write_bytes(bytes(reversed(path.read_bytes())))
+        found.append(_remote(server))
+        server.etag = False
+        found += [_remote(server), _remote(server)]
+        server.last_modified = "Tue, 24 Nov 2026 12:00:01 GMT"
+        found.append(_remote(server))
+        path.write_bytes(path.read_bytes() + b"more")
+        found.append(_remote(server))
+        assert all(headers.get("range") == "bytes=0-0" for _, headers in server.requests) or head
+    assert [found.index(one) for one in found] == [0, 0, 2, 3, 3, 5, 6]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_the_network_pass(tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)
+    write_shards(tmp_path, 3, 20)
+    with serving(tmp_path, lambda n: fault if n % 3 == 0 else None) as server:
+        server.stall_seconds, server.retry_after["429"] = 1.0, "0"
+        faulty = _remote(server, timeout_seconds=60.0)
+        server.fault = lambda n: None
+        assert faulty == _remote(server)
+
+
+def test_what_stays_is_one_message(tmp_path):
+    write_shards(tmp_path, 3, 20)
+    with serving(tmp_path) as server:
+        with pytest.raises(
+            SourceError, match=r"part-00003\.json\.gz: the server answered status 404; check the address"
+        ):
+            _remote(server, name="part-{00000..00003}.json.gz")
+        server.fault = lambda n: "503"
+        with pytest.raises(
+            SourceError, match=r"part-0000\d\.json\.gz: gave up after 0\.3 s .*status 503.*data\.timeout_seconds"
+        ):
+            _remote(server, timeout_seconds=0.3)
+
+
+def test_several_are_asked_for_at_once(tmp_path, monkeypatch):
+    write_shards(tmp_path, 3, 20)
+    together = threading.Barrier(3, timeout=20)
+    monkeypatch.setattr(content, "THREADS", 3)
+    with serving(tmp_path) as server:
+        monkeypatch.setattr(server, "next_fault", lambda path, headers: together.wait() and None)
+        assert _remote(server)

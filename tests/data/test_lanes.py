@@ -1,0 +1,175 @@
+"""Lanes: every document of every shard once an epoch, packed without loss, and resumed anywhere to the very next token."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relora_mora.data.errors import SourceError
+from relora_mora.data.lanes import plan_lanes, seeded_order
+from tests.tools.data_tools import (
+    EOS,
+    data_config,
+    documents_in,
+    epoch_tokens,
+    line,
+    make_lane,
+    write_shard,
+    write_shards,
+)
+
+
+@given(st.integers(1, 70), st.integers(1, 150))
+def test_every_row_of_every_shard_belongs_to_one_lane(lanes, shards):
+    rows = Counter()
+    for plan in plan_lanes(lanes, shards):
+        assert 0 <= plan.phase < plan.stride
+        rows.update((shard, row) for shard in plan.shards for row in range(plan.phase, 64 * 1, plan.stride))
+    assert rows == Counter((shard, row) for shard in range(shards) for row in range(64))
+
+
+def test_the_order_depends_on_the_key_alone():
+    assert seeded_order(8, 1, 2, 3) == [1, 3, 7, 5, 2, 0, 4, 6]  # another numpy or machine must give the same
+    assert sorted(seeded_order(1000, 5)) == list(range(1000))
+    assert seeded_order(100, 1, 2) != seeded_order(100, 2, 1)
+
+
+@pytest.mark.parametrize("lanes,shards", [(1, 1), (1, 3), (2, 5), (4, 4), (4, 2), (5, 3), (8, 3)])
+@pytest.mark.parametrize("shuffle", [1, 8, 1000])
+def test_an_epoch_holds_every_document_once(tmp_path, lanes, shards, shuffle):
+    written = write_shards(tmp_path, shards, 41)
+    config = data_config(tmp_path / "*.gz", shuffle_documents=shuffle)
+    found = []
+    for number in range(lanes):
+        lane = make_lane(config, lanes, number)
+        texts = documents_in(epoch_tokens(lane))
+        share = sum(len(range(plan.phase, 41, plan.stride)) for plan in [lane.plan] for _ in plan.shards)
+        assert lane.state()["documents"] >= share
+        found += texts[:share]
+        assert set(texts[share:]) <= set(texts[:share])  # the second epoch has begun
+    assert Counter(found) == Counter(text for texts in written for text in texts)
+
+
+def test_shuffled_differently_in_each_epoch_and_not_at_all(tmp_path):
+    (texts,) = write_shards(tmp_path, 1, 40)
+
+    def two_epochs(shuffle):
+        lane, tokens = make_lane(data_config(tmp_path / "*.gz", shuffle_documents=shuffle), 1, 0), [EOS]
+        while lane.state()["epoch"] < 2:
+            tokens += lane.next_block()[1:].tolist()
+        return documents_in(tokens)[:80]
+
+    assert two_epochs(1) == texts * 2
+    shuffled = two_epochs(16)
+    first, second = shuffled[:40], shuffled[40:]
+    assert first != second != texts != first
+    assert set(first[:16]) == set(second[:16]) == set(texts[:16])  # in blocks
+
+
+@pytest.mark.parametrize("lanes,shards,suffix", [(1, 2, ".json.gz"), (3, 2, ".json"), (2, 4, ".jsonl.zst")])
+def test_a_resume_anywhere_gives_the_very_next_block(tmp_path, lanes, shards, suffix):
+    write_shards(tmp_path, shards, 23, suffix=suffix, words=25)
+    bad = [b"rubbish", line(""), *[line(f"{n} between bad lines") for n in range(9)], b'{"text": 1}']
+    write_shard(tmp_path / f"part-00000{suffix}", bad)
+    config = data_config(tmp_path / "*", max_bad_fraction=0.5)
+    for number in range(lanes):
+        lane = make_lane(config, lanes, number)
+        states, blocks = [], []
+        while lane.state()["epoch"] < 2:
+            states.append(json.loads(json.dumps(lane.state())))
+            blocks.append(lane.next_block())
+        assert {state["offset"] > 0 for state in states[1:]} >= {True}
+        assert {state["epoch"] for state in states} == {0, 1}
+        for at in range(0, len(states), 3):
+            resumed = make_lane(config, lanes, number, states[at])
+            for block, state in list(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True))[:40]:
+                assert np.array_equal(resumed.next_block(), block)
+                assert resumed.state() == state
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=30), st.integers(2, 40), st.integers(1, 7), st.data())
+def test_any_lengths_any_place(tmp_path_factory, lengths, sequence_length, shuffle, data):
+    path = write_shard(
+        tmp_path_factory.mktemp("any") / "a.json", [f"{n}" + "x" * length for n, length in enumerate(lengths)]
+    )
+    config = data_config(path, sequence_length=sequence_length, shuffle_documents=shuffle)
+    lane = make_lane(config, 1, 0)
+    states, blocks = [], []
+    for _ in range(12):
+        states.append(lane.state())
+        blocks.append(lane.next_block().tolist())
+    at = data.draw(st.integers(0, 11))
+    resumed = make_lane(config, 1, 0, states[at])
+    assert [resumed.next_block().tolist() for _ in range(12 - at)] == blocks[at:]
+
+
+def test_a_document_of_ten_megabytes(tmp_path):
+    long = "".join(f"{n:07d} " for n in range(1_250_000))
+    path = write_shard(tmp_path / "a.json", [long, "short"])
+    config = data_config(path, sequence_length=4096, shuffle_documents=1)
+    lane = make_lane(config, 1, 0)
+    blocks, states = [], []
+    while lane.state()["documents"] < 2:
+        states.append(lane.state())
+        blocks.append(lane.next_block())
+    assert len(blocks) > 2400
+    tokens = np.concatenate([block[:-1] for block in blocks])
+    ends = np.flatnonzero(tokens == EOS)
+    assert tokens[: len(long) + 1][1:].astype(np.uint8).tobytes() == long.encode()
+    assert ends[:3].tolist() == [0, len(long) + 1, len(long) + 1 + len("short") + 1]
+    resumed = make_lane(config, 1, 0, states[1200])
+    assert np.array_equal(resumed.next_block(), blocks[1200])
+
+
+def test_one_document_only(tmp_path):
+    path = write_shard(tmp_path / "a.json.gz", ["alone"])
+    lane = make_lane(data_config(path, sequence_length=8), 1, 0)
+    tokens = np.concatenate([lane.next_block()[:-1] for _ in range(6)])
+    assert documents_in(tokens) == ["alone"] * 7
+    with pytest.raises(
+        SourceError, match=r"lane 1 found no text in a\.json\.gz: there are fewer documents than lanes; .*data\.lanes"
+    ):
+        make_lane(data_config(path), 2, 1).next_block()
+
+
+def test_states_that_do_not_fit_are_refused(tmp_path):
+    write_shards(tmp_path, 1, 50)
+    config = data_config(tmp_path / "*.gz")
+    lane = make_lane(config, 1, 0)
+    for _ in range(20):
+        lane.next_block()
+    state = lane.state()
+    assert state["offset"] > 0
+    for damage in ({"block": "x"}, {"epoch": -1}, {"item": True}, {"skipped": {"unknown": 1}}, {"skipped": None}):
+        with pytest.raises(SourceError, match="cannot be read"):
+            make_lane(config, 1, 0, {**state, **damage})
+    with pytest.raises(SourceError, match="beyond its 1 shards"):
+        make_lane(config, 1, 0, {**state, "place": 1})
+    with pytest.raises(SourceError, match="shorter than it was"):
+        make_lane(config, 1, 0, {**state, "offset": 10**6})
+    with pytest.raises(SourceError, match="fewer lines"):
+        make_lane(config, 1, 0, {**state, "block": 1000})
+    write_shards(tmp_path, 1, 3)
+    with pytest.raises(SourceError, match="fewer lines"):
+        make_lane(config, 1, 0, state)
+
+
+def test_memory_stays_flat_over_a_hundred_thousand_documents(tmp_path):
+    for n in range(4):
+        write_shard(tmp_path / f"{n}.json.gz", [f"{n} {m} " + "x" * 120 for m in range(25_000)])
+    config = data_config(tmp_path / "*.gz", sequence_length=4096, shuffle_documents=1024)
+    lane = make_lane(config, 1, 0)
+    process, memory = psutil.Process(), []
+    for until in (25_000, 50_000, 100_000):
+        while lane.state()["documents"] < until:
+            lane.next_block()
+        memory.append(process.memory_info().rss)
+    assert lane.state()["documents"] >= 100_000
+    assert memory[-1] - memory[0] < 5e6  # the text since then has 10 MB, and 4 MB of object headers

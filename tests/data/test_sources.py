@@ -1,0 +1,205 @@
+"""Source patterns become shards, or one clear error."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from relora_mora.data import fingerprint, local_content, resolve_shards
+from relora_mora.data.errors import SourceError
+from relora_mora.data.sources import expand_braces
+from tests.tools.commands import permissions_count, public_folder
+from tests.tools.data_tools import data_config, write_shard, write_shards
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_importing_the_package_is_light():
+    code = "import relora_mora.data, sys; print([m for m in ('torch', 'deepspeed', 'transformers', 'datasets') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+@pytest.mark.parametrize(
+    "pattern,expected",
+    [
+        ("a.json", ["a.json"]),
+        ("a{0..2}.json", ["a0.json", "a1.json", "a2.json"]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("{0..1}x{8..9}", ["0x8", "0x9", "1x8", "1x9"]),
+    ],
+)
+def test_braces(pattern, expected):
+    assert expand_braces(pattern) == expected
+
+
+def test_c4_is_addressed_without_asking_anyone_when_a_commit_is_given():
+    train = resolve_shards("allenai/c4", COMMIT, split="train")
+    assert len(train) == 1024
+    assert train[1023].name == f"hub:allenai/c4@{COMMIT}/en/c4-train.01023-of-01024.json.gz"
+    assert train[1023].location.endswith(f"/datasets/allenai/c4/resolve/{COMMIT}/en/c4-train.01023-of-01024.json.gz")
+    validation = resolve_shards("allenai/c4", COMMIT, split="validation")
+    assert [shard.name.rpartition("/")[2] for shard in validation] == [
+        f"c4-validation.{n:05d}-of-00008.json.gz" for n in range(8)
+    ]
+    assert all(shard.hub for shard in [*train, *validation])
+
+
+def test_hub_patterns(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example.org/")
+    shards = resolve_shards("hub:some/set/data/{0..1}.jsonl", COMMIT)
+    assert [shard.location for shard in shards] == [
+        f"https://mirror.example.org/datasets/some/set/resolve/{COMMIT}/data/{n}.jsonl" for n in (0, 1)
+    ]
+    assert "mirror" not in shards[0].name
+
+
+def test_local_globs_are_sorted_and_sources_keep_their_order(tmp_path):
+    for name in ("b.json", "a.json.gz", "c.jsonl", "d.jsonl.zst"):
+        write_shard(tmp_path / "x" / name, ["text"])
+    write_shard(tmp_path / "y" / "0.json", ["text"])
+    shards = resolve_shards([f"{tmp_path}/x/*", f"{tmp_path}/y/0.json"])
+    assert [shard.name for shard in shards] == ["a.json.gz", "b.json", "c.jsonl", "d.jsonl.zst", "0.json"]
+    assert shards[0].size == (tmp_path / "x" / "a.json.gz").stat().st_size
+
+
+def test_urls_show_no_secret():
+    (shard,) = resolve_shards("https://user:secret@example.org/x/a.json.gz?token=secret")
+    assert shard.name == "https://example.org/x/a.json.gz"
+    assert "secret" in shard.location
+    for wrong in ("https://user:secret@example.org/a.txt", "https://example.org/{3..1}.json?token=secret"):
+        with pytest.raises(SourceError) as caught:
+            resolve_shards(wrong)
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "again,said",
+    [
+        (
+            "{}/a.json",
+            "{}/a.json: a.json is a file that {}/[ab].json names already; its text would be read twice: give each file once",
+        ),
+        ("{}/[ab].json", "names already"),
+        ("{}/./x/../a.json", "names already"),
+        ("{}/x/link.json", "link.json is a file that {}/[ab].json names already, there as a.json;"),
+        ("{}/x/hard.json", "hard.json is a file that {}/[ab].json names already, there as b.json;"),
+        ("{}/linked/a.json", "names already"),
+        ("{}/{{a..b}}.json", None),
+    ],
+)
+def test_a_local_file_is_named_once(tmp_path, again, said):
+    for name in ("a", "b"):
+        write_shard(tmp_path / f"{name}.json", ["the same text"])  # equal, and still two files
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "link.json").symlink_to("../a.json")
+    (tmp_path / "x" / "hard.json").hardlink_to(tmp_path / "b.json")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    write_shard(tmp_path / "{a..b}.json", ["of an odd name"])
+    sources = [f"{tmp_path}/[ab].json", again.format(tmp_path)]
+    if said is None:
+        assert len(resolve_shards(sources)) == 3
+        return
+    with pytest.raises(SourceError) as caught:
+        resolve_shards(sources)
+    assert said.format(*[tmp_path] * 2) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "first,again",
+    [
+        ("https://example.org/x/{0..3}.json", "https://EXAMPLE.org:443/x/./2.json#top"),
+        ("https://example.org/2.json?a=1", "https://example.org/2.json?a=1"),
+        ("hub:a/b/x/{0..3}.json.gz", "hub:a/b/x/3.json.gz"),
+        ("allenai/c4", "hub:allenai/c4/en/c4-train.00007-of-01024.json.gz"),
+        ("hub:a/b/3.json", f"https://huggingface.co/datasets/a/b/resolve/{COMMIT}/3.json"),
+    ],
+)
+def test_a_remote_file_is_named_once(monkeypatch, first, again):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    with pytest.raises(SourceError, match=r"names already.*give each file once"):
+        resolve_shards([first, again], COMMIT)
+    others = [
+        "https://example.org/x/2.json?a=2",
+        "http://example.org:443/x/2.json",
+        "hub:a/c/3.json",
+        "hub:a/b/X/3.json",
+    ]
+    resolve_shards([first, *others], COMMIT)
+
+
+@pytest.mark.parametrize(
+    "source,message",
+    [
+        ("nowhere/*.json", "no file matches nowhere"),
+        ("some/dataset", "hub:some/dataset/PATTERN"),
+        (".", "is a folder"),
+        ("ftp://example.org/a.json", "no kind of source"),
+        ("hub:allenai/c4", "expected hub:OWNER/NAME/PATTERN"),
+        ("hub:a/b/../../x.json", "expected hub:OWNER/NAME/PATTERN"),
+        ("hub:a/b/*.json", "cannot be used"),
+        ("hub:a b/c/x.json", "hub:a b/c/x.json: Repo id must"),
+        ("https://example.org/{5..2}.json", "counts down"),
+        ("https://example.org/a.parquet", "expected one of .json"),
+        ("https://[x/a.json", "no url that can be read"),
+        ("https://example.org:99999/a.json", "no url that can be read"),
+        (__file__, "expected one of .json"),
+        ("/dev/null", "/dev/null is a pipe or a device, and text is read more than once; give a file"),
+        ("~nobody-of-this-name/a.json", "no file matches ~nobody-of-this-name"),
+        (f"{'x' * 300}.json", "cannot be read (File name too long); check the path"),
+        ([], "no source"),
+    ],
+)
+def test_what_names_no_shard_is_refused(source, message):
+    with pytest.raises(SourceError, match=re.escape(message)):
+        resolve_shards(source, COMMIT)
+
+
+def test_pipes_and_links_to_nothing_are_no_shards(tmp_path):
+    write_shard(tmp_path / "a.json", ["text"])
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    assert [shard.name for shard in resolve_shards(f"{tmp_path}/*.json")] == ["a.json"]
+    for name, message in {"pipe.json": "is a pipe", "p*.json": "is a pipe", "loop.json": "no file matches"}.items():
+        with pytest.raises(SourceError, match=message):
+            resolve_shards(f"{tmp_path}/{name}")
+
+
+def test_what_may_not_be_read_is_one_message():
+    with public_folder() as folder:
+        write_shard(folder / "closed" / "a.json", ["text"])
+        write_shard(folder / "b.json", ["text"]).chmod(0)
+        (folder / "closed").chmod(0)
+        for name in ("closed/a.json", "b.json"):
+            message = rf"{name} cannot be read \(Permission denied\); check the path and its permissions"
+            with permissions_count(), pytest.raises(SourceError, match=message):
+                local_content(resolve_shards(f"{folder}/{name}"))
+        (folder / "closed").chmod(0o755)
+
+
+def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
+    write_shards(tmp_path / "here", 2, 5)
+    write_shards(tmp_path / "there", 2, 5)
+    config = data_config(tmp_path / "here" / "*.gz")
+
+    def of(config=config, tokenizer="t", lanes=4):
+        return fingerprint(config, tokenizer_fingerprint=tokenizer, batch_lanes=lanes)
+
+    same = [
+        of(),
+        of(data_config(tmp_path / "there" / "*.gz")),
+        of(config.model_copy(update={"workers": 3, "prefetch_batches": 9})),
+    ]
+    assert len(set(same)) == 1
+    changed = [
+        config.model_copy(update={key: value})
+        for key, value in {"seed": 1, "sequence_length": 33, "shuffle_documents": 9}.items()
+    ]
+    write_shard(tmp_path / "there" / "part-00001.json.gz", ["another size"])
+    others = [*map(of, changed), of(tokenizer="u"), of(lanes=2), of(data_config(tmp_path / "there" / "*.gz"))]
+    assert len({same[0], *others}) == 1 + len(others)

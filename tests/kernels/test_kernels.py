@@ -1,0 +1,204 @@
+"""Compiled kernels against torch in float64: exact where the sums are, and the same bits for any number of threads."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from relora_mora import kernels
+from relora_mora.kernels import compiled, contiguous, expand_add, group_sum, interleaved, wrapped_interleaved
+from relora_mora.kernels.grouping import Grouping
+
+compiled_only = pytest.mark.skipif(not kernels.available(), reason=f"kernels are {kernels.describe()}")
+GROUPINGS = [interleaved, wrapped_interleaved, contiguous]
+# features, slots: one repeat to more than have code of their own, whole and not, more slots than features
+SIZES = [
+    (64, 16),
+    (61, 16),
+    (7, 19),
+    (19, 19),
+    (768, 443),
+    (2048, 600),
+    (130, 25),
+    (131, 25),
+    (200, 31),
+    (97, 9),
+    (5000, 2),
+    (1, 1),
+]
+
+
+def _integers(*shape: int, dtype: torch.dtype, bound: int = 255) -> torch.Tensor:
+    """Values whose sums are exact in float32 and, beyond 256, need rounding in bfloat16."""
+    return torch.randint(-bound, bound + 1, shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def _matrix(grouping: Grouping) -> torch.Tensor:
+    """C [slots, features], one feature after the other, from the definition and not from the pieces"""
+    C = torch.zeros(grouping.slots, grouping.features, dtype=torch.float64)
+    longer, per_slot = grouping.features % grouping.slots, grouping.features // grouping.slots
+    head = longer * (per_slot + 1)
+    for feature in range(grouping.features):
+        if any(piece.neighbours for piece in grouping.pieces):
+            slot = feature // (per_slot + 1) if feature < head else longer + (feature - head) // per_slot
+        else:
+            slot = feature % grouping.slots
+        C[slot, feature] += 1
+    if not grouping.once:
+        for position in range(grouping.features, -(-grouping.features // grouping.slots) * grouping.slots):
+            C[position % grouping.slots, position % grouping.features] += 1
+    return C
+
+
+@pytest.mark.parametrize("make", GROUPINGS)
+@pytest.mark.parametrize("features,slots", SIZES)
+def test_sum_and_copy_are_the_matrix_of_the_definition(make, features, slots):
+    grouping = make(features, slots)
+    C = _matrix(grouping)
+    x, y = _integers(3, 2, features, dtype=torch.float64), _integers(3, 2, slots, dtype=torch.float64)
+    assert torch.equal(grouping.sum(x), x @ C.T) and torch.equal(grouping.copy(y), y @ C)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("make", GROUPINGS)
+@pytest.mark.parametrize("features,slots", SIZES)
+def test_compiled_sum_rounds_once(make, features, slots, dtype):
+    grouping, x = make(features, slots), _integers(5, 7, features, dtype=dtype)
+    assert compiled.takes(x)
+    y = group_sum(x, grouping)
+    assert y.dtype == dtype and torch.equal(y, grouping.sum(x.double()).to(dtype))
+
+
+@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("outputs", [interleaved, contiguous])
+@pytest.mark.parametrize("inputs", GROUPINGS)
+@pytest.mark.parametrize(
+    "out_features,in_features,slots", [(61, 64, 16), (64, 130, 16), (7, 50, 19), (50, 7, 19), (300, 160, 37)]
+)
+def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slots, dtype, library, monkeypatch):
+    monkeypatch.setattr(compiled, "_enabled", library)
+    # a feature with two slots is rounded between them by torch, so its sums must be exact there
+    weight = _integers(out_features, in_features, dtype=dtype, bound=255 if library else 60)
+    M = _integers(slots, slots, dtype=dtype, bound=255 if library else 60)
+    columns, rows = inputs(in_features, slots), outputs(out_features, slots)
+    exact = weight.double() + rows.copy(columns.copy(M.double()).mT).mT
+    assert torch.equal(expand_add(weight, M, columns, rows), exact.to(dtype))
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("slots", [350, 200, 90, 40, 7])
+def test_threads_and_instruction_sets_change_no_bit(slots, dtype):
+    x, M, weight = (
+        torch.randn(1000, 350).to(dtype),
+        torch.randn(slots, slots).to(dtype),
+        torch.randn(800, 350).to(dtype),
+    )
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads, instructions in ((1, 2), (2, 2), (5, 2), (1, 1), (1, 0)):
+            torch.set_num_threads(threads)
+            compiled.load().remora_use(instructions)
+            for inputs, outputs in ((wrapped_interleaved, contiguous), (contiguous, interleaved)):
+                groupings = inputs(350, slots), outputs(800, slots)
+                results.append((group_sum(x, groupings[0]), expand_add(weight, M, *groupings)))
+    finally:
+        torch.set_num_threads(before)
+        compiled.load().remora_use(compiled.BEST)
+    for index, (total, matrix) in enumerate(results):
+        assert torch.equal(total, results[index % 2][0]) and torch.equal(matrix, results[index % 2][1])
+
+
+@compiled_only
+def test_any_layout_is_read_as_it_is():
+    grouping = contiguous(40, 12)
+    base = _integers(6, 90, dtype=torch.float32)
+    for x in (
+        base[:, 3:43],
+        base.T[:40].T,
+        base[:, 10:90:2],
+        base[:1, :40].expand(4, 40),
+        base[:, :80].view(6, 2, 40)[:, 1],
+        base[:0, :40],
+    ):
+        assert torch.equal(group_sum(x, grouping), grouping.sum(x))
+    weight, M = _integers(40, 40, dtype=torch.float32).T, _integers(12, 12, dtype=torch.float32).T
+    assert torch.equal(
+        expand_add(weight, M, grouping, grouping), expand_add(weight.contiguous(), M.contiguous(), grouping, grouping)
+    )
+
+
+@compiled_only
+def test_what_is_not_finite_stays_so():
+    x = torch.tensor(
+        [[float("inf"), 1.0, float("nan"), 2.0, float("inf"), float("-inf"), 3.4e38, 3.4e38]], dtype=torch.bfloat16
+    )
+    assert group_sum(x, contiguous(8, 4)).float().nan_to_num(7, 8, 9).tolist() == [[8, 7, 7, 8]]
+
+
+def test_autograd_and_other_types_take_torch():
+    x = torch.randn(4, 10, requires_grad=True)
+    assert (
+        not compiled.takes(x)
+        and not compiled.takes(x.detach().double())
+        and not compiled.takes(torch.empty(2, 3, device="meta"))
+    )
+    group_sum(x, interleaved(10, 4)).square().sum().backward()
+    C = _matrix(interleaved(10, 4)).float()
+    torch.testing.assert_close(x.grad, 2 * x.detach() @ C.T @ C)
+    with kernels.disabled():
+        assert not compiled.takes(x.detach())
+    assert compiled.takes(x.detach()) == kernels.available()
+
+
+def test_torch_compile_sees_through():
+    grouping, M = wrapped_interleaved(10, 4), _integers(4, 4, dtype=torch.float32)
+    x, weight = _integers(3, 10, dtype=torch.float32), _integers(10, 10, dtype=torch.float32)
+
+    def both(x, weight, M):
+        return group_sum(x, grouping), expand_add(weight, M, grouping, interleaved(10, 4))
+
+    for a, b in zip(
+        torch.compile(both, backend="eager", fullgraph=True)(x, weight, M), both(x, weight, M), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@compiled_only
+def test_torchs_threads_are_the_only_ones():
+    """In a fresh process: other packages may bring an OpenMP of their own."""
+    code = """
+import re, torch
+from pathlib import Path
+from relora_mora.kernels import group_sum, interleaved
+group_sum(torch.randn(4096, 64), interleaved(64, 5))
+print(len({line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.search(r"/lib[gi]?omp\\b", line)}))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+def test_a_library_that_does_not_fit_is_not_used(monkeypatch, tmp_path):
+    if shutil.which("gcc"):
+        assert kernels.available(), kernels.describe()
+    compiled.load.cache_clear()
+    try:
+        for name, content, message in [
+            ("SOURCE", b"/* newer */", "another version"),
+            ("LIBRARY", b"no library", "cannot be loaded"),
+        ]:
+            if name == "SOURCE" and not compiled.LIBRARY.exists():
+                continue
+            (tmp_path / name).write_bytes(content)
+            with monkeypatch.context() as patch:
+                patch.setattr(compiled, name, tmp_path / name)
+                assert message in kernels.describe() and not kernels.available()
+                assert not compiled.takes(torch.zeros(2, 2))
+            compiled.load.cache_clear()
+    finally:
+        compiled.load.cache_clear()

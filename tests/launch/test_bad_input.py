@@ -1,0 +1,314 @@
+"""Bad input to a command: one clear message and exit code 2. Checkpoints: tests/train/test_bad_input.py."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from relora_mora.config import load_config
+from tests.tools.commands import (
+    BENCHMARK,
+    DEMO_TEXT,
+    EVALUATE,
+    EXPORT,
+    PLAN,
+    TRAIN,
+    call,
+    left_in,
+    permissions_count,
+    public_folder,
+    refused,
+    run_main,
+)
+from tests.tools.helpers import ROOT
+from tests.tools.runs import write_inputs
+
+RUBBISH = bytes(range(256)) * 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> Path:
+    """Text, a model's config, settings that name them, and all kinds of things that are something else."""
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"))
+    settings = {
+        "model": {"config": str(folder / "model.json")},
+        "tokenizer": {"path": tokenizer_path},
+        "data": {name: f"{folder}/{name}/*.json.gz" for name in ("train", "validation")} | {"sequence_length": 32},
+        "method": {"rank": 3},
+        "train": {"run_dir": str(folder / "run")},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "rubbish").write_bytes(RUBBISH)
+    (folder / "rubbish.model").write_bytes(RUBBISH)
+    (folder / "rubbish.json").write_bytes(RUBBISH)
+    (folder / "damaged.json.gz").write_bytes((folder / "train" / "part-00000.json.gz").read_bytes()[:100])
+    (folder / "latin1.yaml").write_bytes("train: {run_dir: größer}".encode("latin-1"))
+    (folder / "empty.json").write_bytes(b"")
+    (folder / "folder").mkdir()
+    (folder / "folder" / "something").write_text("else")
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "message"),
+    [
+        (EVALUATE, ["model"], "data"),
+        (EVALUATE, ["model", "stray", "--data=d"], "stray argument: stray"),
+        (EVALUATE, ["model", "--data=d", "--dota=d"], "--dota"),
+        (EVALUATE, ["model", "--data=d", "--data=e"], "given twice"),
+        (EVALUATE, ["model", "--data="], "--data: is empty"),
+        (EVALUATE, ["", "--data=d"], "--model: is empty"),
+        (EVALUATE, ["model", "--data=\udcff"], "is not UTF-8"),
+        (EVALUATE, ["model", "--data=d", "--max_tokens=many"], "--max_tokens: got 'many', expected int"),
+        (EXPORT, [], "checkpoint"),
+        (EXPORT, ["checkpoint", "out", "stray"], "stray argument: stray"),
+        (EXPORT, ["checkpoint", "out", "--type=float16"], "--type"),
+        (PLAN, [], "config"),
+        (PLAN, ["c.yaml", "stray"], "stray argument: stray"),
+        (PLAN, ["c.yaml", "--json=7"], "--json: got '7', expected bool"),
+        (BENCHMARK, ["c.yaml", "stray"], "stray argument: stray"),
+        (BENCHMARK, ["c.yaml", "--tokens=1e6"], "--tokens: got '1e6', expected int"),
+        (DEMO_TEXT, ["stray"], "stray argument: stray"),
+        (DEMO_TEXT, ["--max_byte=3"], "--max_byte"),
+        (TRAIN, ["--data=d"], "out"),
+        (TRAIN, ["--data=d", "--out=o", "stray"], "stray argument: stray"),
+        (TRAIN, ["--data=d", "--out=o", "--vocab-sise=3"], "--vocab-sise"),
+        (TRAIN, ["--data=d", "--out=o", "-", "x"], "-: stray"),
+    ],
+)
+def test_arguments(script: str, argv: list[str], message: str) -> None:
+    refused(call(script, *argv), "1 fault in the command line", message)
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "message"),
+    [
+        (EVALUATE, ["m", "--data=d", "--sequence_length=1"], "--sequence_length: got 1, expected at least 2"),
+        (EVALUATE, ["m", "--data=d", "--max_tokens=0"], "--max_tokens: got 0, expected at least 1"),
+        (EVALUATE, ["m", "--data=d", "--micro_batch_size=-1"], "--micro_batch_size: got -1"),
+        (EVALUATE, ["m", "--data=d", "--precision=int8"], "--precision: got int8, expected one of float32"),
+        (EXPORT, ["c", "o", "--dtype=int8"], "--dtype: got int8, expected one of float32"),
+        (PLAN, ["c.yaml", "--world_size=0"], "--world_size: got 0, expected at least 1"),
+        (PLAN, ["c.yaml", "--tokens_per_second=.inf"], "--tokens_per_second: got inf"),
+        (PLAN, ["c.yaml", "--device=tpu"], "--device: got 'tpu', expected cuda or cpu"),
+        (BENCHMARK, ["c.yaml", "--tokens=0"], "--tokens=0 --rounds=3: give at least 1"),
+        (BENCHMARK, ["c.yaml", "--lanes=0"], "--lanes: got 0, expected 1 to 65,536"),
+        (BENCHMARK, ["c.yaml", f"--lanes={10**12}"], "expected 1 to 65,536"),
+        (DEMO_TEXT, ["--max_bytes=0"], "--max_bytes=0: give at least 1"),
+        (DEMO_TEXT, ["--processes=0"], "--processes=0: give at least 1 and at most 256"),
+        (DEMO_TEXT, ["--processes=100000"], "at most 256"),
+        (TRAIN, ["--data=d", "--out=o", "--vocab_size=259"], "are 259; give a larger one"),
+        (TRAIN, ["--data=d", "--out=o", f"--vocab_size={10**12}"], "give at most 10000000"),
+        (TRAIN, ["--data=d", "--out=o", "--max_bytes=0"], "at least one byte"),
+        (TRAIN, ["--data=d", "--out=o", "--max_documents=-1"], "documents >= 0"),
+        (TRAIN, ["--data=d", "--out=o", "--character_coverage=.nan"], "between 0.9 and 1"),
+        (TRAIN, ["--data=d", "--out=o", "--threads=100000"], "--threads=100000: give at least 1 and at most 512"),
+    ],
+)
+def test_numbers_and_choices_out_of_range(script: str, argv: list[str], message: str) -> None:
+    refused(call(script, *argv), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.yaml", "cannot read it (No such file or directory)"),
+        ("folder", "cannot read it (Is a directory)"),
+        ("dangling", "cannot read it (No such file or directory)"),
+        ("loop", "cannot read it (Too many levels of symbolic links)"),
+        ("rubbish", "not YAML: 'utf-8' codec can't decode byte 0x80"),
+        ("latin1.yaml", "not YAML: 'utf-8' codec can't decode byte 0xf6"),
+        ("model.json", "unknown"),  # JSON, but no settings
+    ],
+)
+@pytest.mark.parametrize("script", [PLAN, BENCHMARK])
+def test_files_that_are_no_settings(inputs: Path, script: str, name: str, message: str) -> None:
+    refused(call(script, inputs / name), str(inputs / name), message)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.stepss=3", "train.stepss: unknown; did you mean steps?"),
+        ("train.steps=0", "train.steps: got 0; input should be greater than or equal to 1"),
+        ("stepss=3", "--stepss: not a setting"),
+        ("train.steps=[", "not YAML"),
+        ("model.config={}/nowhere", "model.config: cannot read it (No such file or directory)"),
+        ("model.config={}/folder", "model.config: cannot read it (Is a directory)"),
+        ("model.config={}/rubbish", "model.config: not JSON"),
+        ("model.overrides.hidden_size=many", "hidden_size is 'many', expected a whole number from 1 to"),
+        ("model.overrides.num_attention_heads=7", "hidden_size is 24, expected a multiple of num_attention_heads 7"),
+        ("model.overrides.vocab_size=0", "vocab_size is 0, expected a whole number from 1 to"),
+        ("model.overrides.head_dim=0", "head_dim is 0, expected a whole number from 1 to"),
+        (
+            "model.overrides.num_key_value_heads=3",
+            "num_key_value_heads is 3, expected a divisor of num_attention_heads 2",
+        ),
+        ("model.overrides.hidden_act=nix", "hidden_act is 'nix', expected an activation of transformers"),
+        ("data.sequence_length=65", "more than the model's max_position_embeddings (64)"),
+        (
+            "method.rank=15",
+            "have 5,404 parameters, more than the 5,184 of the weights beside them; use method.rank=14 at most",
+        ),
+        ("method.square_size=41", "method.square_size: 41 is more than both widths of"),
+    ],
+)
+def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
+    refused(call(PLAN, inputs / "run.yaml", "--" + setting.format(inputs)), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.json", "no file matches"),
+        ("folder", "is a folder; give its files"),
+        ("dangling", "no file matches"),
+        ("loop", "no file matches"),
+        ("rubbish", "expected one of .json"),
+        ("folder/*.json", "no file matches"),
+        ("https://[x/a.json", "no url that can be read"),
+        ("rubbish.json", "lines are bad, more than data.max_bad_fraction"),
+        ("damaged.json.gz", "lines are bad, more than data.max_bad_fraction"),
+        ("empty.json", "empty.json"),
+    ],
+)
+@pytest.mark.parametrize("script", [BENCHMARK, TRAIN])
+def test_sources_that_hold_no_text(inputs: Path, tmp_path: Path, script: str, name: str, message: str) -> None:
+    source = name if "://" in name else inputs / name
+    if script == BENCHMARK:
+        answer = call(script, inputs / "run.yaml", f"--data.train={source}", "--tokens=100")
+    else:
+        answer = call(script, f"--data={source}", f"--out={tmp_path / 'out'}", "--vocab_size=300")
+    notes = [
+        line for line in answer.err.splitlines() if line.endswith("; skipped")
+    ]  # about single lines, before the message
+    refused(answer, message, notes=len(notes))
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "not found"),
+        ("folder", "no tokenizer in this folder"),
+        ("dangling", "not found"),
+        ("rubbish", "a file of another kind"),
+        ("rubbish.model", "this is not a sentencepiece model"),
+    ],
+)
+def test_what_is_no_tokenizer(inputs: Path, name: str, message: str) -> None:
+    answer = call(BENCHMARK, inputs / "run.yaml", f"--tokenizer.path={inputs / name}", "--tokens=100")
+    refused(answer, str(inputs / name), message, "expected a folder with tokenizer.model")
+
+
+def test_tokenizer_files_that_are_rubbish(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
+    for name, content in (
+        ("tokenizer.json", RUBBISH),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.model", b""),
+    ):
+        folder = tmp_path / "tokenizer"
+        shutil.copytree(tokenizer_path, folder)
+        (folder / name).write_bytes(content)
+        refused(call(BENCHMARK, inputs / "run.yaml", f"--tokenizer.path={folder}", "--tokens=100"), str(folder))
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [
+        (PLAN, "run.yaml"),
+        (PLAN, "model.json"),
+        (BENCHMARK, "text.json.gz"),
+        (BENCHMARK, "tokenizer/tokenizer.model"),
+        (BENCHMARK, "tokenizer"),
+    ],
+)
+def test_files_that_may_not_be_read(inputs: Path, tokenizer_path: str, script: str, name: str) -> None:
+    with public_folder() as folder:
+        shutil.copy(inputs / "model.json", folder)
+        shutil.copy(inputs / "train" / "part-00000.json.gz", folder / "text.json.gz")
+        shutil.copytree(tokenizer_path, folder / "tokenizer")
+        (folder / "run.yaml").write_text((inputs / "run.yaml").read_text())
+        for path in folder.rglob("*"):
+            path.chmod(0o755)
+        argv = [folder / "run.yaml", f"--model.config={folder}/model.json"]
+        if script == BENCHMARK:
+            argv += [
+                f"--data.train={folder}/text.json.gz",
+                f"--tokenizer.path={folder}/tokenizer",
+                "--tokens=100",
+                "--lanes=1",
+            ]
+        assert call(script, *argv).code == 0  # and all is imported
+        (folder / name).chmod(0)
+        with permissions_count():
+            answer = call(script, *argv)
+        refused(answer, f"{folder}/{name}", "ermission denied")
+
+
+# ---- the trainer's settings, before training -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.config={}/nowhere", "No such file or directory"),
+        ("model.config={}/rubbish", "not JSON"),
+        ("tokenizer.path={}/nowhere", "not found; expected a folder with tokenizer.model"),
+        ("tokenizer.path={}/folder", "no tokenizer in this folder"),
+        ("tokenizer.path={}/rubbish.model", "this is not a sentencepiece model"),
+        ("data.train={}/nowhere.json", "no file matches"),
+        ("data.validation={}/folder", "is a folder; give its files"),
+        ("model.init_from={}/nowhere", "model.init_from"),
+        ("model.overrides.vocab_size=299", "300 token ids, but the model has only 299"),
+        ("method.rank=100000", "use method.rank=14 at most, or method.name=full"),
+        ("model.overrides={{hidden_size: 65536, num_hidden_layers: 50}}", "weights and optimizer state need"),
+    ],
+)
+def test_what_the_trainer_checks_first(inputs: Path, setting: str, message: str) -> None:
+    from relora_mora.train.check import check
+
+    def main(config: str, **overrides: str) -> None:
+        check(load_config(config, overrides))
+
+    refused(run_main(main, inputs / "run.yaml", "--" + setting.format(inputs)), message)
+
+
+def test_pretrain_as_a_program(inputs: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "pretrain.py"),
+        str(inputs / "run.yaml"),
+        "stray",
+        "--train.stepss=3",
+    ]
+    for argv, message in ((command, "stray argument: stray"), ([*command[:3], command[4]], "did you mean steps?")):
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+        assert (
+            (done.returncode, done.stdout) == (2, "") and message in done.stderr and "Traceback" not in done.stderr
+        ), done
+    assert not (inputs / "run").exists()
+
+
+def test_pretrain_where_the_hub_cannot_be_reached(inputs: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    settings = ["--data.train=allenai/c4", "--data.timeout_seconds=0.5"]
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), str(inputs / "run.yaml"), *settings]
+    nobody = environment | {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=nobody)
+    *retries, message = done.stderr.splitlines()
+    assert (
+        done.returncode == 2 and "Traceback" not in done.stderr and all("asking again in" in line for line in retries)
+    ), done
+    assert message.startswith("hub:allenai/c4 (revision main): gave up after 0.5 s") and "HF_ENDPOINT" in message

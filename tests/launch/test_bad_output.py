@@ -1,0 +1,229 @@
+"""What a command writes is whole or absent, on any disk, and Ctrl-C ends it at once."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from transformers import LlamaConfig
+
+from relora_mora.supervise import RunLock
+from relora_mora.system.files import new_folder
+from relora_mora.tokenizer import load_tokenizer
+from relora_mora.train.run_folder import write_run_folder
+from tests.tools.commands import (
+    DEMO_TEXT,
+    EVALUATE,
+    TRAIN,
+    Answer,
+    call,
+    disk,
+    left_in,
+    module_of,
+    permissions_count,
+    refused,
+)
+from tests.tools.data_tools import write_shard, write_shards
+from tests.tools.helpers import ROOT
+from tests.tools.runs import LLAMA, run_config
+
+pytestmark = pytest.mark.usefixtures("little_text")
+WRITERS = pytest.mark.parametrize("script", [DEMO_TEXT, TRAIN])
+
+
+@pytest.fixture
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's text without a search for docstrings."""
+    monkeypatch.setattr(module_of(DEMO_TEXT), "docstrings", lambda *_: [])
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_shards(folder, 2, 60)
+    return folder
+
+
+def write_output(script: str, inputs: Path, out: Path) -> Answer:
+    """A command that would write ``out``, with good input."""
+    if script == DEMO_TEXT:
+        return call(script, f"--out={out}")
+    return call(script, f"--data={inputs}/*.json.gz", f"--out={out}", "--vocab_size=310")
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    for out in (tmp_path / "new" / "folder", tmp_path / "link"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to("target")
+        with new_folder(out) as work:
+            (work / "file").write_text("content")
+            assert not out.exists()
+        assert (out / "file").read_text() == "content"
+    assert left_in(tmp_path) == ["link", "new", "target"] and left_in(tmp_path / "new") == ["folder"]
+    mask = os.umask(0o027)
+    with new_folder(tmp_path / "masked"):
+        pass
+    os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "masked").stat().st_mode) == 0o750
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for error in (
+        KeyError("a fault of the program"),
+        OSError(2, "not of this folder", "/elsewhere"),
+        KeyboardInterrupt(),
+    ):
+        with pytest.raises(type(error)) as caught, new_folder(tmp_path / "empty") as work:
+            (work / "file").write_text("content")
+            raise error
+        assert caught.value is error
+    assert left_in(tmp_path) == ["empty"] and left_in(tmp_path / "empty") == []
+
+
+@WRITERS
+def test_output_that_cannot_be_made(inputs: Path, tmp_path: Path, script: str) -> None:
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "mine").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    (tmp_path / "loop").symlink_to("loop")
+    for out, message in {
+        occupied: "remove it",
+        tmp_path / "file": "remove it",
+        tmp_path / "loop": "remove it",
+        tmp_path / "file" / "below": "a part of this path is no folder",
+        tmp_path / ("x" * 300): "File name too long",
+    }.items():
+        refused(write_output(script, inputs, out), str(out), message)
+    assert left_in(tmp_path) == ["file", "loop", "occupied"]
+    assert (occupied / "mine").read_text() == (tmp_path / "file").read_text() == "keep"
+
+
+@WRITERS
+def test_a_full_disk(inputs: Path, tmp_path: Path, script: str) -> None:
+    """At any size the folder is whole or absent, and nothing is left."""
+    assert write_output(script, inputs, tmp_path / "good").code == 0
+    whole = {
+        path.relative_to(tmp_path / "good"): path.read_bytes()
+        for path in (tmp_path / "good").rglob("*")
+        if path.is_file()
+    }
+    need = sum(-(-len(content) // 4096) * 4096 for content in whole.values())
+    for size in (4096, need // 2, need - 4096):
+        with disk(tmp_path / "disk", f"size={size}") as folder:
+            refused(
+                write_output(script, inputs, folder / "out"),
+                f"{folder / 'out'}: No space left on device; free some space",
+            )
+            assert left_in(folder) == []
+    with disk(tmp_path / "disk", f"size={4 * need}") as folder:
+        assert write_output(script, inputs, folder / "out").code == 0
+        assert {
+            path.relative_to(folder / "out"): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        } == whole
+
+
+@pytest.mark.parametrize("room", range(1, 9, 2), ids=lambda room: f"{4 * room}k")
+def test_a_run_folder_on_a_full_disk(tokenizer_path: str, tmp_path: Path, room: int) -> None:
+    """Whatever finds that out, the error is one of the system and names a place on that disk."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.save_pretrained(str(tmp_path / "hf"))  # its library raises plain Exceptions
+    with disk(tmp_path / "disk", f"size={4 * room}k") as folder:
+        config = run_config(tmp_path, str(tmp_path / "hf"), folder / "run")
+        checked = SimpleNamespace(
+            config=config, model_config=LlamaConfig(**LLAMA), tokenizer_fingerprint="another", bf16=False
+        )
+        lock = RunLock(folder / "run")
+        with pytest.raises(OSError, match="No space left on device") as error:
+            lock.acquire()
+            write_run_folder(checked, 1, 0)  # type: ignore[arg-type]
+        lock.release()
+        assert str(error.value.filename).startswith(str(folder / "run"))
+
+
+@WRITERS
+def test_places_that_cannot_be_written_to(inputs: Path, tmp_path: Path, script: str) -> None:
+    with disk(tmp_path / "disk", "ro") as folder:
+        refused(
+            write_output(script, inputs, folder / "out"), f"{folder / 'out'}: Read-only file system; choose a place"
+        )
+    with disk(tmp_path / "disk", "size=1m") as folder:
+        refused(write_output(script, inputs, folder), f"{folder}: is a mount point")
+    tmp_path.chmod(0o755)
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with permissions_count():
+        answer = write_output(script, inputs, tmp_path / "locked" / "out")
+    refused(answer, f"{tmp_path / 'locked' / 'out'}: Permission denied; check its permissions")
+
+
+@pytest.mark.parametrize("code", ["print('x')", "print('x' * 100_000)", "print('x', flush=True)"])
+def test_a_full_disk_behind_the_output(tmp_path: Path, code: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"from relora_mora.cli import run\ndef main() -> None:\n    {code}\nrun(main)\n")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    for argv in ([], ["--help"]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, str(script), *argv], stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+            )
+        message = "No space left on device; free some space, or choose a place on another disk\n"
+        assert (done.returncode, done.stderr) == (2, message)
+
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------------------------
+
+
+def interrupt(argv: list[str], until: Callable[[int], bool], seconds: float = 0.0) -> tuple[int, str]:
+    """Ctrl-C on a terminal, which every process of the command gets, so long after ``until(pid)``: (exit code, stderr)."""
+    process = subprocess.Popen(
+        [sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not until(process.pid):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
+def test_ctrl_c_while_processes_start_and_read(tmp_path: Path, delay: float) -> None:
+    """Else each of them would show a traceback of its own, or keep the lock that the others wait for."""
+    argv = [str(ROOT / DEMO_TEXT), f"--out={tmp_path / 'out'}", "--processes=4"]
+    assert interrupt(argv, lambda pid: len(psutil.Process(pid).children()) > 3, delay) == (130, "interrupted\n")
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("delay", [0.1, 1.0])
+def test_ctrl_c_while_sentencepiece_trains(tmp_path: Path, delay: float) -> None:
+    """It asks for text first, then computes for seconds: the one it would take for a fault of the text, the other it does not notice."""
+    draw = random.Random(0)
+    texts = [
+        " ".join("".join(draw.choices("abcdefghijklm", k=draw.randint(2, 9))) for _ in range(200)) for _ in range(4000)
+    ]
+    source = write_shard(tmp_path / "text" / "a.json", texts)
+    argv = [str(ROOT / TRAIN), f"--data={source}", f"--out={tmp_path / 'out' / 'tokenizer'}", "--vocab_size=20000"]
+    assert interrupt(argv, lambda pid: "_sentencepiece" in Path(f"/proc/{pid}/maps").read_text(), delay) == (
+        130,
+        "interrupted\n",
+    )
+    assert left_in(tmp_path / "out") == []
+
+
+def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
+    argv = [str(ROOT / EVALUATE), str(tmp_path), "--data=d"]
+    assert interrupt(argv, lambda pid: "libtorch" in Path(f"/proc/{pid}/maps").read_text()) == (130, "interrupted\n")

@@ -1,0 +1,253 @@
+"""launch/benchmark.py on a model of 0.4 million parameters: its tables, its JSON, and the relations between methods that must hold."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from launch.benchmark.contenders import CONTENDERS, Ours, Setting
+from launch.benchmark.watch import PARTS, Watch
+from relora_mora.methods.layers import adapter_layers
+from relora_mora.operators import square_size
+from tests.tools.commands import call, module_of, refused
+from tests.tools.helpers import ROOT
+from tests.tools.pool import Pool
+
+pytestmark = pytest.mark.distributed
+
+SCRIPT, TRAINER = "launch/benchmark/steps.py", "launch/benchmark/trainer.py"
+HIDDEN, WIDE, VOCABULARY, LAYERS, RANK, TOKENS = 96, 256, 512, 3, 16, 256
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": WIDE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+METHODS = ("full", "frozen", "remora", "remora_decoupled", "remora_released", "relora", "plain")
+FIELDS = {
+    "step_seconds",
+    "spread",
+    "processor_seconds",
+    "page_faults",
+    "tokens_per_second",
+    "ratio",
+    "utilisation",
+    "trainable_parameters",
+    "trainable_ratio",
+    "bytes_held",
+    "bytes_held_ratio",
+    "bytes_at_peak",
+    "bytes_at_peak_ratio",
+    "bytes_kept_for_backward",
+    "bytes_kept_for_backward_ratio",
+    "bytes_kept_by_one_layer",
+    "bytes_kept_by_one_layer_ratio",
+    "bytes_kept_by_its_linears",
+    "bytes_kept_by_its_linears_ratio",
+    "bytes_sent",
+    "bytes_sent_ratio",
+    "merge_seconds",
+    "loss",
+}
+
+
+def command(model: str, *arguments: str) -> str:
+    """Runs on every rank: what the command prints there."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        options = {key: _number(value) for key, _, value in (argument.partition("=") for argument in arguments)}
+        module_of(SCRIPT).main(model, tokens=TOKENS, sequence_length=64, rank=RANK, repeats=2, warmup=1, **options)
+    return out.getvalue()
+
+
+def command_whose_losses_are_lost(model: str) -> int:
+    """In the pool: the exit code."""
+    with mock.patch.object(Ours, "step", lambda self: math.nan), redirect_stdout(io.StringIO()):
+        return int(
+            module_of(SCRIPT).main(model, methods="full", tokens=TOKENS, sequence_length=64, repeats=1, warmup=1)
+        )
+
+
+def _number(value: str) -> Any:
+    return int(value) if value.isdigit() else value
+
+
+def setting(*, bf16: bool = True) -> Setting:
+    config = LlamaConfig(**{key: value for key, value in MODEL.items() if key != "model_type"}, use_cache=False)
+    values: dict[str, Any] = {"tokens": TOKENS, "sequence_length": 64, "accumulation": 1, "zero_stage": 1, "rank": RANK}
+    return Setting(config, **values, square_multiple=1, bf16=bf16, device=torch.device("cpu"))
+
+
+def losses_of_the_forms(bf16: bool) -> dict[str, float]:
+    """In the pool: the loss with the same M, which is not zero, in three forms."""
+    found = {}
+    for name in ("remora", "remora_decoupled", "remora_released"):
+        contender: Any = CONTENDERS[name](setting(bf16=bf16))
+        for index, (_, layer) in enumerate(adapter_layers(contender.model)):
+            M = torch.randn(layer.mora_M.shape, generator=torch.Generator().manual_seed(index))
+            layer.mora_M.data.copy_(0.1 * M)
+        with torch.no_grad():
+            found[name] = float(contender.engine.engine(*contender.batches[0]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Pool]:
+    pool = Pool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("benchmark") / "model.json"
+    path.write_text(json.dumps(MODEL))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def printed(one: Pool, model: str) -> str:
+    return one(command, model, f"methods={','.join(METHODS)}", "precision=bf16")[0]
+
+
+@pytest.fixture(scope="module")
+def found(printed: str) -> dict[str, Any]:
+    return json.loads(printed.splitlines()[-1])["methods"]
+
+
+def test_every_field_is_there_and_the_first_is_the_reference(found: dict[str, Any], printed: str) -> None:
+    assert list(found) == list(METHODS)
+    for name, values in found.items():
+        assert set(values) == FIELDS, name
+        assert (
+            min(values["step_seconds"], values["processor_seconds"]) > 0
+            and values["page_faults"] >= 0
+            and 5 < values["loss"] < 8
+            and values["bytes_sent"] == {}
+        )
+        assert set(values["bytes_at_peak"]) == set(PARTS)
+        assert printed.count(f"\n{name} ") == 3, "a line in each of the three tables"
+    ratios = {key: value for key, value in found["full"].items() if key.endswith("ratio") and key != "bytes_sent_ratio"}
+    assert set(ratios.values()) == {1.0} and len(ratios) == 7
+    assert found["remora"]["merge_seconds"] > 0 and found["full"]["merge_seconds"] is None
+
+
+def test_the_state_is_18_bytes_for_what_trains_and_2_for_what_is_frozen(found: dict[str, Any]) -> None:
+    """ZeRO-1 in bf16: weight 2, master 4, moments 8, sum of gradients 4."""
+    frozen = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * WIDE)
+    for name in ("full", "frozen", "remora", "remora_released", "relora"):
+        values, frozen_here = found[name], 0 if name == "full" else frozen
+        held = {part: size for part, size in values["bytes_held"].items() if part != "host"}
+        assert sum(held.values()) == pytest.approx(18 * values["trainable_parameters"] + 2 * frozen_here, rel=0.02), (
+            name
+        )
+        assert held["optimizer"] == pytest.approx(12 * values["trainable_parameters"], rel=0.01), name
+        assert values["bytes_held"]["host"] == 4 * frozen_here
+
+
+def test_the_peak_holds_the_state_and_the_activations(found: dict[str, Any]) -> None:
+    for name, values in found.items():
+        peak, held = values["bytes_at_peak"], values["bytes_held"]
+        assert peak["weights"] == held["weights"] and peak["optimizer"] == held["optimizer"], name
+        assert 0 < peak["activations"] <= values["bytes_kept_for_backward"] <= sum(peak.values()), name
+        assert (
+            values["bytes_kept_by_its_linears"]
+            < values["bytes_kept_by_one_layer"]
+            < values["bytes_kept_for_backward"] / LAYERS
+        ), name
+
+
+def test_merged_remora_keeps_the_compressed_inputs_only_and_each_once(found: dict[str, Any]) -> None:
+    narrow, wide = square_size(HIDDEN, HIDDEN, RANK), square_size(HIDDEN, WIDE, RANK)
+    linears = {name: values["bytes_kept_by_its_linears"] for name, values in found.items()}
+    assert linears["full"] == 2 * TOKENS * (3 * HIDDEN + WIDE)  # of q, k, v; of o; of gate, up; of down
+    assert linears["remora"] == 2 * TOKENS * (2 * narrow + 2 * wide)
+    assert linears["remora_decoupled"] == 2 * TOKENS * (4 * narrow + 3 * wide)  # every linear has its own
+    assert found["remora"]["bytes_kept_for_backward"] < found["full"]["bytes_kept_for_backward"]
+
+
+def test_frozen_linears_train_in_no_way_and_keep_no_input(found: dict[str, Any]) -> None:
+    full, frozen, remora = (found[name] for name in ("full", "frozen", "remora"))
+    linears = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * WIDE)
+    assert frozen["trainable_parameters"] == full["trainable_parameters"] - linears < remora["trainable_parameters"]
+    assert frozen["bytes_kept_by_its_linears"] == 0
+
+
+def test_the_released_operations_are_the_same_function(one: Pool) -> None:
+    exact, rounded = one(losses_of_the_forms, False)[0], one(losses_of_the_forms, True)[0]
+    assert exact["remora_released"] == pytest.approx(exact["remora"], rel=1e-5)
+    assert rounded["remora_released"] == pytest.approx(rounded["remora_decoupled"], rel=1e-2)
+
+
+def test_two_ranks_send_as_the_trainable_fraction(model: str) -> None:
+    pool = Pool(2)
+    try:
+        first, second = pool(command, model, "methods=full,remora", "zero_stage=2", "precision=bf16")
+    finally:
+        pool.close()
+    assert second == "", "one rank reports"
+    full, remora = json.loads(first.splitlines()[-1])["methods"].values()
+    # the gradients are summed and the new weights gathered, in bf16
+    assert sum(full["bytes_sent"].values()) == pytest.approx(2 * 2 * full["trainable_parameters"], rel=0.01)
+    assert remora["trainable_ratio"] < 0.5 and remora["bytes_sent_ratio"] <= remora["trainable_ratio"] * 1.05
+
+
+def test_figures_of_a_loss_that_is_not_finite_are_no_success(one: Pool, model: str) -> None:
+    assert one(command_whose_losses_are_lost, model) == [1]
+
+
+def test_the_watch_sees_what_comes_and_goes() -> None:
+    model = CONTENDERS["plain"](setting()).model
+    with Watch(model, {"weights": [p.data for p in model.parameters()]}, torch.device("cpu"), 1) as watch:
+        ones = torch.ones(1_000_000)
+        del ones
+        twos = torch.ones(500_000).exp()  # two tensors at once, as large as the one before
+    weights = sum(p.nbytes for p in model.parameters())
+    assert watch.peak == {"weights": weights, "optimizer": 0, "gradients": 0, "activations": 0, "rest": 4_000_000}
+    assert watch.sizes["rest"] == twos.nbytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods=full,remoora"], "remoora is none"),
+        (["--tokens=100"], "--tokens: 100 is no multiple of --sequence_length 512"),
+        (["--precision=fp16"], "--precision: fp16"),
+        (["--zero_stage=4"], "--zero_stage: 4"),
+        (["--repeats=0"], "--repeats: 0"),
+        (["--threads=2"], "--threads"),
+    ],
+)
+def test_wrong_arguments(model: str, arguments: list[str], message: str) -> None:
+    refused(call(SCRIPT, model, *arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps=1"], "--steps: 1"),
+        (["--rounds=0"], "--rounds: 0"),
+        (["--train.run_dir=x"], "--train.run_dir: set by this command"),
+        (["--steps=1000"], "less than train.steps"),
+        (["--train.stepps=9"], "train.stepps"),
+    ],
+)
+def test_wrong_arguments_of_the_trainers_benchmark(arguments: list[str], message: str) -> None:
+    refused(call(TRAINER, ROOT / "configs/run/tiny_remora.yaml", *arguments), message)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    refused(call(SCRIPT, tmp_path / "none.json"), "none.json")

@@ -1,0 +1,62 @@
+"""launch/benchmark/parts.py: the ways it compares compute the same, and its output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from relora_mora.config import ModelConfig
+from relora_mora.model import read_model_config
+from tests.tools.commands import call, module_of, refused
+
+SCRIPT = "launch/benchmark/parts.py"
+MODEL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "model.json").write_text(json.dumps(MODEL))
+    return str(tmp_path / "model.json")
+
+
+@pytest.mark.parametrize("part", ["loss", "attention"])
+def test_the_ways_of_a_part_have_the_same_gradients(model: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients: list[Any] = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: gradients.append(grad(*args, **kwargs)))
+    ways = module_of(SCRIPT).PARTS[part](read_model_config(ModelConfig(config=model)), 1024, 512, torch.float32)
+    for act, _ in ways.values():
+        act()
+    assert len(gradients) == len(ways) - 1, "the products alone have none"
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            assert a.abs().max() > 0
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_output_ends_with_a_line_of_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for part, ways in (("loss", 4), ("products", 8)):
+        module_of(SCRIPT).main(part, model, tokens=64, sequence_length=32, repetitions=1)
+        *table, last = capsys.readouterr().out.splitlines()
+        found = json.loads(last)
+        assert found["part"] == part and len(found["milliseconds"]) == len(table) - 1 == ways
+        assert all(value > 0 for value in found["milliseconds"].values())
+        assert sum("TFLOP/s" in line for line in table) == (1 if part == "loss" else ways)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sum", "MODEL"], "got sum, expected loss, attention, products"),
+        (["loss", "none.json"], "none.json"),
+        (["loss", "MODEL", "--tokens=100"], "--tokens: 100 is no multiple of --sequence_length 512"),
+        (["loss", "MODEL", "--dtype=fp16"], "--dtype: got fp16"),
+        (["loss", "MODEL", "--repetitions=0"], "--repetitions: got 0"),
+    ],
+)
+def test_wrong_arguments(model: str, arguments: list[str], message: str) -> None:
+    refused(call(SCRIPT, *(model if argument == "MODEL" else argument for argument in arguments)), message)

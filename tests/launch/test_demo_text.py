@@ -1,0 +1,207 @@
+"""The demo's corpus: real prose from source files, held out by file, the same every time."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from relora_mora.config import DataConfig
+from relora_mora.data import iter_texts
+from tests.tools.helpers import ROOT
+
+
+def _script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo_text", ROOT / "launch" / "demo_text.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # so that its functions reach other processes
+    spec.loader.exec_module(module)
+    return module
+
+
+demo = _script()
+SENTENCE = "This is what the function number {} does with the values that are given to it, and it is not to be called when they are not known. "
+
+
+def _prose(number: int) -> str:
+    return (SENTENCE.format(number) * 2).strip()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """150 modules, each with a module, a class, a method and a nested function docstring; and files that must not matter."""
+    root = tmp_path / "site"
+    for number in range(150):
+        package = root / f"package{number % 5}"
+        package.mkdir(parents=True, exist_ok=True)
+        body = [
+            f'"""{_prose(4 * number)}"""',
+            "class Thing:",
+            f'    """{_prose(4 * number + 1)}"""',
+            "    if True:",
+            "        async def method(self):",
+            f'            """{_prose(4 * number + 2)}"""',
+            "            def inner():",
+            f"                '''{_prose(4 * number + 3)}'''",
+            "def short():",
+            '    """Too short."""',
+            f'NOT_A_DOCSTRING = 1; """{_prose(9999)}"""',
+        ]
+        (package / f"module{number}.py").write_text("\n".join(body))
+    broken = root / "package0"
+    (broken / "syntax.py").write_text(f'"""{_prose(9000)}"""\nprint "python 2"')
+    (broken / "nul.py").write_bytes(f'"""{_prose(9001)}"""\0'.encode())
+    (broken / "latin.py").write_bytes(f'"""{_prose(9002)} é"""'.encode("latin-1"))
+    (broken / "test_it.py").write_text(f'"""{_prose(9003)}"""')
+    (broken / "data.txt").write_text(_prose(9004))
+    (root / "tests").mkdir()
+    (root / "tests" / "helper.py").write_text(f'"""{_prose(9005)}"""')
+    (broken / "twice.py").write_text(f'"""{_prose(0)}"""')
+    (broken / "explosive.py").write_text(f'"""{_prose(9006)}"""\nraise SystemExit("imported")')
+    return root
+
+
+def _read(folder: Path) -> list[dict[str, str]]:
+    shards = sorted(folder.glob("*.json.gz"))
+    return [json.loads(line) for shard in shards for line in gzip.open(shard, "rt", encoding="utf-8")]
+
+
+def test_every_docstring_is_found_once_and_nothing_is_imported(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))  # for the processes
+    found = demo.docstrings([tree])
+    assert found == demo.docstrings([tree], processes=2)
+    urls = {document["url"]: document["text"] for document in found}
+    assert urls["python://package2/module7.py#"] == _prose(28)
+    assert urls["python://package2/module7.py#Thing"] == _prose(29)
+    assert urls["python://package2/module7.py#Thing.method"] == _prose(30)
+    assert urls["python://package2/module7.py#Thing.method.inner"] == _prose(31)
+    assert {document["text"] for document in found} == {_prose(number) for number in (*range(600), 9006)}
+    counts = demo.write(found, tmp_path / "out", 10**9)
+    assert len(found) == 602
+    assert counts["train"]["documents"] + counts["validation"]["documents"] == 601  # one stood there twice
+
+
+def test_shards_are_c4_and_held_out_by_file(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    counts = demo.write(demo.docstrings([tree]), out, 10**9)
+    train, validation = _read(out / "train"), _read(out / "validation")
+    assert len(train) == counts["train"]["documents"]
+    assert len(validation) == counts["validation"]["documents"] > 0
+    assert all(set(document) == {"text", "timestamp", "url"} for document in train + validation)
+    files = [{document["url"].partition("#")[0] for document in side} for side in (train, validation)]
+    assert not files[0] & files[1]
+    assert len(validation) == 4 * len(files[1])
+    texts = [{document["text"] for document in side} for side in (train, validation)]
+    assert not texts[0] & texts[1]
+    assert [path.name for path in sorted((out / "train").iterdir())] == [
+        f"demo-train.{i:05}-of-00008.json.gz" for i in range(8)
+    ]
+    lines = [gzip.decompress(path.read_bytes()).count(b"\n") for path in (out / "train").iterdir()]
+    assert max(lines) - min(lines) <= 1
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
+    config = DataConfig(train=str(out / "train" / "*.json.gz"), validation="x")
+    assert sorted(iter_texts(config.train, split="train", config=config)) == sorted(texts[0])
+
+
+def test_the_same_files_every_time(tree: Path, tmp_path: Path) -> None:
+    found = demo.docstrings([tree])
+    for name, documents in (("a", found), ("b", found[::-1])):
+        demo.write(documents, tmp_path / name, 60_000)
+    a, b = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in "ab"
+    )
+    assert len(a) == 10
+    assert a == b
+
+
+def test_size_is_bounded(tree: Path, tmp_path: Path) -> None:
+    counts = demo.write(demo.docstrings([tree]), tmp_path / "out", 60_000)
+    total = counts["train"]["bytes"] + counts["validation"]["bytes"]
+    assert 59_000 < total <= 60_000
+    assert total == sum(
+        len(document["text"].encode())
+        for side in ("train", "validation")
+        for document in _read(tmp_path / "out" / side)
+    )
+    with pytest.raises(demo.DemoTextError, match="0 training and 0 validation documents within --max_bytes=10"):
+        demo.write(demo.docstrings([tree]), tmp_path / "other", 10)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_second_run_redoes_nothing(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: dict.fromkeys(("stdlib", "purelib", "platlib"), str(tree)))
+    out = tmp_path / "out"
+    demo.main(out=str(out), processes=1)
+    first = capsys.readouterr().out
+    assert "training documents" in first
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*.*")}
+    monkeypatch.setattr(demo, "docstrings", None)
+    demo.main(out=str(out))
+    assert "already there" in capsys.readouterr().out
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*.*")}
+    with pytest.raises(demo.DemoTextError, match="was written with --max_bytes=40000000, not 5"):
+        demo.main(out=str(out), max_bytes=5)
+    shard = next((out / "train").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(demo.DemoTextError, match="something else than a complete demo text"):
+        demo.main(out=str(out))
+    with pytest.raises(demo.DemoTextError, match="give at least 1"):
+        demo.main(out=str(tmp_path / "new"), processes=0)
+
+
+def test_examples_and_code_are_dropped() -> None:
+    text = "\n".join(
+        [
+            "First line.",
+            "",
+            "Example:",
+            "    >>> call(1)",
+            "    ... and_more",
+            "    [1, 2]",
+            "",
+            "    Between.",
+            "",
+            "",
+            "```python",
+            "code()",
+            "",
+            "more()",
+            "```",
+            "Last line.   ",
+            "",
+        ]
+    )
+    assert demo.prose(text) == "First line.\n\nExample:\n\n    Between.\n\nLast line."
+
+
+@pytest.mark.parametrize(
+    ("text", "english"),
+    [
+        (_prose(1), True),
+        (_prose(1)[: demo.MIN_CHARACTERS - 1], False),
+        ("alpha, beta, gamma, delta, epsilon, zeta, eta, theta, iota, kappa, lambda\n" * 5, False),
+        ("| 1.0 | 2.0 | 3.0 | the of and to in is |\n" * 9, False),
+        ("Das ist ein Satz, der nicht auf Englisch geschrieben wurde und deshalb hier fehlen soll. " * 5, False),
+    ],
+)
+def test_what_counts_as_english(text: str, english: bool) -> None:
+    assert demo.is_english(text) is english
+
+
+def test_pythons_own_reference_is_found() -> None:
+    found = list(demo.python_reference())
+    assert len(found) > 50
+    assert sum(len(document["text"]) for document in found) > 200_000
+    assert any(document["url"] == "python://pydoc_data/topics#assignment" for document in found)
+    assert 0 < sum(map(demo._held_out, found)) < len(found) // 4  # each topic is on a side of its own

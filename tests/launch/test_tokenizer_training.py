@@ -1,0 +1,117 @@
+"""Training a tokenizer: what is fed to sentencepiece, the sample, messages, the program."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from relora_mora.tokenizer import TokenizerError, load_tokenizer, vocabulary_size
+from tests.tools.tokenizer_tools import own_text, training
+
+
+def test_lines_are_fed_whole_or_cut_before_a_space() -> None:
+    line = "word " * 3000
+    fed = list(training.sentences(["a\nb\r\n\n c\0d\u2581e\u2585f", line, "x" * 3000]))
+    assert fed[:7] == ["a", "b\r", " c", "d", "e", "f", fed[6]]
+    assert "".join(fed[6:-3]) == line
+    assert "".join(fed[-3:]) == "x" * 3000
+    assert max(len(sentence.encode()) for sentence in fed) <= training.SENTENCE_BYTES
+    assert all(sentence.startswith(" word") for sentence in fed[7:-4])
+
+
+def test_long_documents_are_trained_on() -> None:
+    """Fed as they are, both would be dropped without a word and the vocabulary would be empty."""
+    documents = [("unmistakable\nevidence\n" * 500), "unmistakable evidence " * 500]
+    assert all(len(text) > training.SENTENCE_BYTES for text in documents)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=training.train(documents, vocab_size=310))
+    assert pieces.encode("unmistakable evidence", out_type=str) == ["unmistakable", "▁evidence"]
+
+
+def test_sample_is_bounded_seeded_and_uniform() -> None:
+    def texts() -> Iterator[str]:
+        yield from (f"{number:04}" for number in range(1000))
+
+    all_of_it, read = training.sample(texts(), max_bytes=4000, seed=0)
+    assert (all_of_it, read) == (list(texts()), 1000)
+    first, read = training.sample(texts(), max_bytes=401, seed=0)
+    assert (len(first), read) == (100, 1000)
+    assert first == sorted(first)
+    assert (
+        first
+        == training.sample(texts(), max_bytes=401, seed=0)[0]
+        != training.sample(texts(), max_bytes=401, seed=1)[0]
+    )
+    counts = [0] * 10
+    for seed in range(50):
+        for text in training.sample(texts(), max_bytes=400, seed=seed)[0]:
+            counts[int(text) // 100] += 1
+    assert all(400 < count < 600 for count in counts), (
+        counts
+    )  # 500 expected in each tenth; 100 is more than 4 deviations
+    assert training.sample(iter(["x" * 50, "é" * 5, "y"]), max_bytes=11, seed=0)[0] == ["é" * 5, "y"]
+    assert training.sample(iter([]), max_bytes=1, seed=0) == ([], 0)
+
+
+def test_training_is_the_same_whatever_the_threads() -> None:
+    def pieces(threads: int) -> list[tuple[str, float]]:
+        model = sentencepiece.SentencePieceProcessor(
+            model_proto=training.train(own_text(), vocab_size=900, character_coverage=0.9995, threads=threads)
+        )
+        return [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
+
+    assert pieces(1) == pieces(3)
+
+
+def test_vocabulary_that_does_not_fit_the_text_is_explained() -> None:
+    with pytest.raises(TokenizerError, match=r"--vocab_size=1000: this text has only (\d+) different pieces") as caught:
+        training.train(["hello world, hello"], vocab_size=1000)
+    most = int(str(caught.value).split("only ")[1].split()[0])
+    assert (
+        len(sentencepiece.SentencePieceProcessor(model_proto=training.train(["hello world, hello"], vocab_size=most)))
+        == most
+    )
+    with pytest.raises(TokenizerError, match=r"--vocab_size=262: the characters .* are \d+ pieces"):
+        training.train(["hello world, hello"], vocab_size=262)
+    with pytest.raises(TokenizerError, match="no line of this text"):
+        training.train(["\n\n", ""], vocab_size=300)
+
+
+def test_training_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with gzip.open(tmp_path / "text.json.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in own_text())
+    out = tmp_path / "new" / "tokenizer"
+    wanted = {"data": str(tmp_path / "*.json.gz"), "out": str(out), "vocab_size": 700, "character_coverage": 0.999}
+    training.main(**wanted)
+    assert "700 token ids" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    assert [path.name for path in out.parent.iterdir()] == ["tokenizer"]
+    assert vocabulary_size(load_tokenizer(out)) == 700
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        training.main(**wanted)
+    for change, message in [
+        ({"vocab_size": 259}, "are 259; give a larger one"),
+        ({"max_bytes": 0}, "at least one byte"),
+        ({"max_bytes": 5}, r"none of its \d+ documents fits"),
+        ({"character_coverage": 1.5}, "between 0.9 and 1"),
+        ({"threads": 0}, "at least 1"),
+        ({"data": " "}, "no source"),
+    ]:
+        with pytest.raises(TokenizerError, match=message):
+            training.main(**(wanted | {"out": str(tmp_path / "other")} | change))
+    training.main(
+        **(
+            wanted
+            | {
+                "out": str(tmp_path / "other"),
+                "data": f"[{tmp_path}/text.json.gz]",
+                "max_documents": 3,
+                "vocab_size": 420,
+            }
+        )
+    )
+    assert "training on 3 of the 3 documents read" in capsys.readouterr().out

@@ -1,0 +1,228 @@
+"""Adapter layers: two forms with one result, injection, and what trains."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from relora_mora.config import MethodConfig
+from relora_mora.merging import effective_rank
+from relora_mora.methods.inject import inject, layer_square_size
+from relora_mora.methods.layers import AdapterLinear, LoRALinear, MoRALinear, adapter_layers, layer_generator
+from relora_mora.model.llama import build_model
+from relora_mora.optim import parameter_groups, set_trainable
+from tests.tools.tiny import tiny_config, tiny_llama
+
+SHAPES = [(12, 20, 7), (20, 12, 6), (16, 16, 8), (5, 7, 12), (9, 9, 4)]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2}
+
+
+def _layers(kind: str, inputs: int, outputs: int, size: int, dtype: torch.dtype) -> tuple[AdapterLinear, AdapterLinear]:
+    torch.manual_seed(0)
+    linear = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
+    layer: AdapterLinear
+    if kind == "lora":
+        layer = LoRALinear(linear, 3, 6.0, torch.Generator().manual_seed(1), "merged")
+    else:
+        layer = MoRALinear(linear, size, int(kind), "merged")
+    for name in layer.adapter_names:
+        nn.init.normal_(layer.get_parameter(name), std=0.3)
+    other = copy.deepcopy(layer)
+    other.form = "decoupled"
+    return layer, other
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["lora", "1", "2", "3", "4", "6"])
+@pytest.mark.parametrize("inputs,outputs,size", SHAPES)
+def test_merged_and_decoupled_forms_agree(kind, inputs, outputs, size, dtype):
+    size += size % 2 if kind == "6" else 0
+    merged, decoupled = _layers(kind, inputs, outputs, size, dtype)
+    x = torch.randn(3, 5, inputs, dtype=dtype)
+    results = []
+    for layer in (merged, decoupled):
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y))
+        results.append([y.detach(), given.grad, *(layer.get_parameter(name).grad for name in layer.adapter_names)])
+        assert layer.weight.grad is None
+    for a, b in zip(*results, strict=True):
+        scale = max(1.0, float(b.abs().max()))
+        assert float((a - b).abs().max()) <= TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("kind", ["lora", "1", "2", "6"])
+def test_the_delta_is_what_the_layer_adds(kind):
+    layer, _ = _layers(kind, 12, 20, 6, torch.float64)
+    x = torch.randn(4, 12, dtype=torch.float64)
+    delta = layer.delta_of(*(layer.get_parameter(name) for name in layer.adapter_names))
+    torch.testing.assert_close(layer(x), x @ (layer.weight + delta).T, rtol=0, atol=1e-12)
+    values = layer.singular_values(*(layer.get_parameter(name) for name in layer.adapter_names))
+    expected = torch.linalg.svdvals(delta)
+    torch.testing.assert_close(values, expected[: len(values)], rtol=0, atol=1e-12)
+    assert bool((expected[len(values) :] < 1e-10).all())
+
+
+def test_the_merged_form_keeps_the_compressed_input_only():
+    layer, _ = _layers("1", 64, 48, 8, torch.float32)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        layer(torch.randn(100, 64, requires_grad=True))
+    assert torch.Size([100, 8]) in kept
+    assert torch.Size([100, 64]) not in kept and torch.Size([48, 64]) in kept  # the weight itself, no copy of it
+    assert len(kept) == 3
+
+
+def _pair(kinds: str) -> nn.ModuleList:
+    return nn.ModuleList(_layers(kind, 12, 20, 6, torch.float64)[0] for kind in kinds)
+
+
+def _use(norm: nn.Module, pair: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    x = norm(x)
+    return pair[0](x) * pair[1](x)
+
+
+@pytest.mark.parametrize("run", ["plain", "recomputed", "recomputed, reentrant", "compiled"])
+@pytest.mark.parametrize("kinds", ["11", "12", "24", "66"])
+def test_layers_that_see_one_input_get_the_right_gradients(kinds, run):
+    """Under every way to run them, over two micro-batches and a switch of operators."""
+    norm, pair = nn.RMSNorm(12, dtype=torch.float64), _pair(kinds)
+    reference = copy.deepcopy(pair)
+    for layer in reference:
+        layer.form = "decoupled"
+    use = torch.compile(_use, backend="eager", fullgraph=True) if run == "compiled" else _use
+    results = []
+    for layers, call in ((reference, _use), (pair, use)):
+        for switched in (False, True):
+            if switched:
+                layers[0].set_operator(3)
+            for seed in (0, 1):
+                x = torch.randn(
+                    5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+                ).requires_grad_()
+                if layers is pair and run.startswith("recomputed"):
+                    y = checkpoint(call, norm, layers, x, use_reentrant="reentrant" in run)
+                else:
+                    y = call(norm, layers, x)
+                y.sum().backward()
+                results.append(x.grad)
+        results += [layer.mora_M.grad for layer in layers]
+    half = len(results) // 2
+    for a, b in zip(results[half:], results[:half], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_the_compressed_input_is_made_once_and_goes_with_the_input(monkeypatch):
+    layers, calls = _pair("11"), []
+    compress = type(layers[0].operator).compress
+    monkeypatch.setattr(
+        type(layers[0].operator), "compress", lambda op, x: calls.append(weakref.ref(y := compress(op, x))) or y
+    )
+    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True) * 1
+    alias = x.view_as(x)  # ZeRO-3 gives each layer an alias
+    outputs = [layers[0](x), layers[1](alias)]
+    assert len(calls) == 1
+    with torch.no_grad():
+        x.add_(1)
+    outputs.append(layers[0](x))
+    assert len(calls) == 2  # another value, the same memory
+    layers[1].set_operator(2)
+    outputs.append(layers[1](x))
+    assert len(calls) == 3
+    with torch.no_grad():
+        layers[0](x)
+    assert len(calls) == 3 and calls[0]() is not None
+    del outputs, x, alias
+    assert [call() for call in calls] == [None] * 3
+
+
+@pytest.mark.parametrize("kind,tokens", [("1", 7), ("lora", 42)])
+def test_auto_builds_the_weight_where_tokens_outweigh_it(kind, tokens):
+    layer, _ = _layers(kind, 64, 48, 8, torch.float32)
+    layer.form = "auto"
+    assert layer.uses_merged_form(tokens) and not layer.uses_merged_form(tokens - 1)
+
+
+@pytest.mark.parametrize("method", ["lora", "mora", "relora", "remora"])
+def test_injection_changes_nothing_at_the_start(method):
+    config = tiny_config(method={"name": method})
+    plain, adapted = build_model(tiny_llama(), seed=3), build_model(tiny_llama(), seed=3)
+    found = inject(adapted, config.method, seed=3)
+    assert found.layers == 14 and {kind: len(names) for kind, names in found.by_kind.items()} == dict.fromkeys(
+        config.method.target_modules, 2
+    )
+    ids = torch.arange(10).view(1, 10)
+    torch.testing.assert_close(adapted(ids).logits, plain(ids).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "mora", "relora", "remora"])
+def test_trainable_is_exactly_what_the_method_says(method):
+    config = tiny_config(method={"name": method})
+    model = build_model(tiny_llama(), seed=0)
+    linears = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    }
+    if config.uses_adapters:
+        inject(model, config.method, seed=0)
+    set_trainable(model, config)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    others = {
+        name for name, _ in model.named_parameters() if "norm" in name or "embed" in name or name == "lm_head.weight"
+    }
+    adapters = {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
+    assert trains == others | (linears if method == "full" else adapters)
+    assert len(linears) == 14 and bool(adapters) == (method != "full")
+    groups = parameter_groups(model, config)
+    assert sorted(name for group in groups for name in group.parameters) == sorted(trains)
+    rates = {group.name: group.peak_lr for group in groups}
+    assert rates.pop("linears" if method == "full" else "adapters") == config.optim.lr
+    assert set(rates.values()) == {config.optim.lr_other}
+
+
+def test_embeddings_norms_and_head_can_be_frozen():
+    config = tiny_config(method={"train_embeddings": False, "train_norms": False, "train_head": False})
+    model = build_model(tiny_llama(), seed=0)
+    inject(model, config.method, seed=0)
+    set_trainable(model, config)
+    assert [group.name for group in parameter_groups(model, config)] == ["adapters"]
+
+
+def test_targets_that_match_nothing_are_an_error():
+    with pytest.raises(ValueError, match=r"no linear of the decoder is named experts; it has down_proj, gate_proj"):
+        inject(build_model(tiny_llama(), seed=0), MethodConfig(target_modules=["q_proj", "experts"]), seed=0)
+
+
+def test_after_one_step_every_adapter_has_moved():
+    """A = 0 and B = 0 at the start, as in a predecessor, would leave all gradients zero."""
+    for method in ("lora", "mora"):
+        config = tiny_config(method={"name": method})
+        model = build_model(tiny_llama(), seed=0)
+        inject(model, config.method, seed=0)
+        model(input_ids=torch.arange(12).view(1, 12), labels=torch.arange(12).view(1, 12)).loss.backward()
+        for _, layer in adapter_layers(model):
+            assert any(layer.get_parameter(name).grad.abs().max() > 0 for name in layer.adapter_names)
+
+
+def test_sizes_and_draws():
+    method = MethodConfig(rank=8, square_multiple=16)
+    assert layer_square_size(method, 64, 64) == 32
+    with pytest.raises(ValueError, match=r"method.square_multiple: 16 is more than R of a 8 -> 8 layer"):
+        layer_square_size(MethodConfig(rank=1, square_multiple=16), 8, 8)
+    draws = [
+        torch.rand(3, generator=layer_generator(*key)).tolist()
+        for key in [(0, "a", 0), (0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0)]
+    ]
+    assert draws[0] == draws[1] and len({tuple(draw) for draw in draws}) == 4
+
+
+def test_effective_rank():
+    assert effective_rank(torch.ones(5)) == pytest.approx(5)
+    assert effective_rank(torch.tensor([3.0, 0.0])) == pytest.approx(1)
+    assert effective_rank(torch.zeros(4)) == 0

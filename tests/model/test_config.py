@@ -1,0 +1,241 @@
+"""Every key of a model's config is honoured, carried on, left out, or refused with its remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+
+from relora_mora.config import ConfigError, ModelConfig
+from relora_mora.model import FUNCTION, KEYS, TRAINING, keys_with, read_model_config
+from relora_mora.model.config import plain_model_config
+from relora_mora.model.llama import LossModel, build_model
+from tests.tools.helpers import ROOT
+from tests.tools.tiny import batch
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "model.json").write_text(json.dumps(TINY))
+    return tmp_path / "model.json"
+
+
+def read(path: Path, **overrides: Any) -> LlamaConfig:
+    return read_model_config(ModelConfig(config=str(path), overrides=overrides))
+
+
+def loss_of(config: LlamaConfig) -> float:
+    """With weights that depend on the seed only, and in training, where dropout acts."""
+    model = LossModel(build_model(config, seed=3)).train()
+    torch.manual_seed(0)
+    return model(*batch(0)).item()
+
+
+def rope(kind: str, theta: float = 10000.0, **values: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": theta, **values}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"vocab_size": 80},
+        {"hidden_size": 32},
+        {"intermediate_size": 44},
+        {"num_hidden_layers": 1},
+        {"num_attention_heads": 4},
+        {"num_key_value_heads": 1},
+        {"head_dim": 8},
+        {"hidden_act": "gelu"},
+        {"rms_norm_eps": 0.1},
+        {"tie_word_embeddings": True},
+        {"rope_theta": 10.0},
+        {"rope_parameters": rope("default", 10.0)},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_parameters": rope("yarn", factor=4.0, original_max_position_embeddings=8)},
+        {"rope_parameters": rope("longrope", short_factor=[2.0] * 6, long_factor=[3.0] * 6)},
+        {"attention_dropout": 0.5},
+        {"initializer_range": 0.1},
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_what_is_honoured_changes_the_loss(path: Path, overrides: dict[str, Any]) -> None:
+    plain = loss_of(read(path, initializer_range=0.05))
+    assert loss_of(read(path, **{"initializer_range": 0.05, **overrides})) != plain
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
+def test_biases_are_there(path: Path, bias: str) -> None:
+    names = [name for name, _ in build_model(read(path, **{bias: True}), seed=0).named_parameters()]
+    assert len([name for name in names if name.endswith(".bias")]) == {"attention_bias": 8, "mlp_bias": 6}[bias]
+
+
+@pytest.mark.parametrize("token", [None, 2, -1, 63])
+def test_no_embedding_is_frozen_for_padding(path: Path, token: int | None) -> None:
+    """Text is packed: the end of a document is a token like any other, also where a tokenizer pads with it."""
+    config = read(path, pad_token_id=token)
+    model = build_model(config, seed=0)
+    row = model.model.embed_tokens.weight
+    assert (row.abs().sum(1) > 0).all()
+    ids = torch.full((1, 8), 63 if token == -1 else token or 0)
+    LossModel(model)(ids, ids).backward()
+    assert row.grad is not None and row.grad[ids[0, 0]].any()
+    assert config.pad_token_id == (None if token == -1 else token)
+
+
+def test_what_does_nothing_in_training_goes_into_the_export(path: Path) -> None:
+    given = {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 8, "unk_token_id": 9, "pretraining_tp": 2}
+    kept = plain_model_config(read(path, **given))
+    assert {key: kept[key] for key in given} == given
+
+
+def test_what_says_nothing_about_the_model_is_left_out(path: Path) -> None:
+    noise = {
+        "_name_or_path": "x",
+        "architectures": ["LLaMAForCausalLM"],
+        "torch_dtype": "float16",
+        "dtype": "no such",
+        "transformers_version": "3",
+        "use_cache": True,
+        "temperature": 0.6,
+        "max_length": 4096,
+        "id2label": "x",
+        "unsloth_version": "2025",
+        "transformers.js_config": {},
+        "a_key_of_a_fork": None,
+        "quantization_config": None,
+        "sliding_window": None,
+    }
+    assert plain_model_config(read(path, **noise)) == plain_model_config(read(path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"rope_theta": 500.0, "rope_parameters": rope("default")},
+            "rope_theta of rotary embeddings is 10000.0 and, in rope_theta, 500.0",
+        ),
+        (
+            {"rope_parameters": rope("default"), "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type of rotary embeddings is",
+        ),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "rope_type of rotary embeddings is"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing; the rope_type linear needs it"),
+        ({"rope_parameters": rope("default", factor=2.0)}, "factor is no key of the rope_type default"),
+        ({"rope_parameters": rope("linear", factor=0)}, "factor is 0, expected a number from 1"),
+        ({"rope_parameters": rope("linear", factor="2")}, "factor is '2', expected a number"),
+        ({"rope_parameters": rope("mrope")}, "rope_type is 'mrope', expected one of default, linear"),
+        ({"rope_parameters": {"rope_type": []}}, "rope_type is [], expected one of"),
+        ({"rope_parameters": rope("default", -5)}, "rope_theta is -5, expected a number from 1"),
+        ({"rope_parameters": rope("yarn", 1, factor=2)}, "LlamaConfig refuses it"),
+        (
+            {"rope_parameters": rope("longrope", short_factor=[1.0], long_factor=[1.0] * 6)},
+            "short_factor has 1 numbers, expected 6, half of",
+        ),
+        ({"rope_theta": True}, "rope_theta is True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, expected 1.0"),
+        ({"max_sequence_length": 32}, "max_sequence_length is 32 and max_position_embeddings 64, which mean the same"),
+        ({"pad_token_id": 99999}, "pad_token_id is 99999, expected less than vocab_size 64, or null"),
+        ({"pad_token_id": "</s>"}, "pad_token_id is '</s>', expected a token id or null"),
+        ({"attention_dropout": 5}, "attention_dropout is 5, expected a number from 0 to 0.99"),
+        ({"initializer_range": 0}, "initializer_range is 0, expected a number from 1e-06"),
+        ({"rms_norm_eps": 1e-300}, "rms_norm_eps is 1e-300, expected a number from 1e-12"),
+        ({"return_dict": False}, "return_dict is False, expected true"),
+        ({"output_hidden_states": True}, "output_hidden_states is True, expected false"),
+        ({"chunk_size_feed_forward": 8}, "chunk_size_feed_forward is 8, expected 0"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads is {'0': [1]}, expected {}"),
+        ({"attn_implementation": "eager"}, "expected null: set model.attention"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, expected null"),
+        ({"model_type": "mistral"}, "model_type is 'mistral', expected \"llama\""),
+        (
+            {"architectures": ["Qwen2ForCausalLM"]},
+            "architectures is ['Qwen2ForCausalLM'], expected names of LLaMA classes",
+        ),
+        ({"head_dim": 3}, "head_dim is 3, expected an even number"),
+        ({"hidden_size": 24, "num_attention_heads": 8}, "head_dim is 3, expected an even number"),
+        ({"num_attention_heads": "4"}, "num_attention_heads is '4', expected a whole number from 1"),
+        ({"num_attention_heads": True}, "num_attention_heads is True, expected a whole number from 1"),
+        ({"num_attention_heads": 2.0}, "num_attention_heads is 2.0, expected a whole number"),
+        ({"hidden_size": None}, "hidden_size is None, expected a whole number"),
+        ({"vocab_size": 10**400}, "vocab_size is 1000"),
+        ({"vocab_size": float("nan")}, "vocab_size is nan"),
+        ({"hidden_size": 2**20, "intermediate_size": 2**24}, "parameters, expected at most 4,398,046,511,104"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, expected a whole number from 1 to 4096"),
+        ({"hidden_act": "xielu"}, "hidden_act is 'xielu', expected an activation of transformers without parameters"),
+        ({"hidden_act": ["silu"]}, "hidden_act is ['silu'], expected an activation"),
+        (
+            {"logit_scale": 2.0},
+            "logit_scale is no key of a LlamaConfig; set it to null in model.overrides to leave it out",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_honoured_is_refused(path: Path, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(path, **overrides)
+    assert any(message in fault for fault in caught.value.faults), caught.value
+
+
+def test_two_names_for_the_same_are_one(path: Path) -> None:
+    plain = plain_model_config(read(path))
+    assert plain_model_config(read(path, rope_theta=10000, rope_parameters=rope("default"), rope_scaling=None)) == plain
+    assert plain_model_config(read(path, max_sequence_length=64)) == plain
+    path.write_text(json.dumps({key: value for key, value in TINY.items() if key != "max_position_embeddings"}))
+    assert plain_model_config(read(path, max_sequence_length=64)) == plain
+
+
+@pytest.mark.parametrize("name", sorted(ACT2FN))
+def test_activations_without_parameters_work(path: Path, name: str) -> None:
+    if name in ("prelu", "xielu"):
+        with pytest.raises(ConfigError, match="expected an activation"):
+            read(path, hidden_act=name)
+    else:
+        assert 0 < loss_of(read(path, hidden_act=name)) < 10
+
+
+def test_no_key_of_transformers_is_forgotten() -> None:
+    assert set(LlamaConfig().to_dict()) <= set(KEYS)
+
+
+def test_the_documents_name_every_key() -> None:
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    missing = [key for key, rule in KEYS.items() if rule.use != "nothing" and f"`{key}`" not in page]
+    assert missing == []
+
+
+def test_a_config_that_was_written_is_read_back(path: Path) -> None:
+    overrides = {
+        "pad_token_id": 3,
+        "rope_parameters": rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0),
+    }
+    config = read(path, **overrides)
+    path.write_text(json.dumps(plain_model_config(config)))
+    assert plain_model_config(read(path)) == plain_model_config(config)
+
+
+def test_a_checkpoint_from_before_the_rule_goes_on(path: Path) -> None:
+    """Its manifest holds keys that did nothing; the run that goes on has left them out."""
+    nothing = {
+        "max_sequence_length": 16,
+        "pad_token_id": -1,
+        "output_hidden_states": True,
+        "_attn_implementation_internal": None,
+    }
+    old = LlamaConfig(**{**plain_model_config(read(path)), **nothing})
+    assert keys_with(old, FUNCTION, TRAINING) == keys_with(read(path), FUNCTION, TRAINING)
+    old.rms_norm_eps = 1e-5
+    assert keys_with(old, FUNCTION, TRAINING) != keys_with(read(path), FUNCTION, TRAINING)

@@ -1,0 +1,152 @@
+"""Model settings, seeded weights, and the loss in chunks against plain cross-entropy."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from relora_mora.config import ConfigError, ModelConfig
+from relora_mora.model import check_length, read_model_config
+from relora_mora.model.llama import LossModel, build_model, document_mask, document_positions
+from relora_mora.model.loss import chunked_cross_entropy
+from tests.tools.tiny import batch, tiny_config, tiny_llama
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_chunked_loss_and_gradients_are_those_of_plain_cross_entropy(chunk, dtype, tolerance):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 10, 6, dtype=dtype), torch.randn(11, 6, dtype=dtype)
+    labels = torch.randint(0, 11, (2, 10))
+    labels[0, :4] = -100
+    results = []
+    for loss_of in (
+        lambda h, w: chunked_cross_entropy(h, w, labels, chunk),
+        lambda h, w: F.cross_entropy((h @ w.T).flatten(0, 1).float(), labels.flatten(), ignore_index=-100),
+    ):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = loss_of(h, w)
+        (loss * 3).backward()
+        results.append((loss.double(), h.grad.double(), w.grad.double()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_without_labels_the_loss_is_zero():
+    hidden = torch.randn(1, 3, 4, requires_grad=True)
+    loss = chunked_cross_entropy(hidden, torch.randn(5, 4), torch.full((1, 3), -100))
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_wrapped_model_has_transformers_loss_and_gradients(tied):
+    plain, wrapped = (build_model(tiny_llama(tie_word_embeddings=tied), seed=5) for _ in range(2))
+    ids, labels = batch(0)
+    expected = F.cross_entropy(plain(ids).logits.flatten(0, 1), labels.flatten())
+    expected.backward()
+    loss = LossModel(wrapped)(ids, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for (name, a), (other, b) in zip(wrapped.named_parameters(), plain.named_parameters(), strict=True):
+        assert name == other
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_computes_no_gradients():
+    """Parameters ask for a gradient under no_grad too; the head must not answer."""
+    weight = torch.randn(11, 6, requires_grad=True)
+    hidden, labels = torch.randn(4, 6), torch.randint(0, 11, (4,))
+    kept: list[torch.Tensor] = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        quiet = chunked_cross_entropy(hidden, weight, labels)
+    assert not quiet.requires_grad and kept == []
+    assert quiet.item() == pytest.approx(chunked_cross_entropy(hidden, weight, labels).item(), rel=1e-6)
+
+
+def test_initial_weights_follow_from_the_seed_and_leave_the_generator_alone():
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    a, b, c = (build_model(tiny_llama(), seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    same = [torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True)]
+    other = [torch.equal(x, y) for x, y in zip(a.parameters(), c.parameters(), strict=True) if x.ndim == 2]
+    assert all(same) and not any(other)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masked_attention_sees_one_document_only(attention):
+    model = LossModel(build_model(tiny_llama(), seed=1, attention=attention))
+    ids = batch(0)[0][:1]
+    documents = torch.zeros_like(ids, dtype=torch.int32)
+    documents[:, 6:] = 1
+    other = ids.clone()
+    other[:, :6] = (other[:, :6] + 1) % 64
+    labels = ids.clone()
+    labels[:, :6] = -100  # what is scored stands in the second document
+    masked = [model(x, labels, documents).item() for x in (ids, other)]
+    later = ids.clone()
+    later[:, 12:] = (later[:, 12:] + 1) % 64  # nor what comes after
+    early = labels.clone()
+    early[:, 12:] = -100
+    assert model(ids, early, documents).item() == pytest.approx(model(later, early, documents).item(), abs=1e-6)
+    plain = [model(x, labels).item() for x in (ids, other)]
+    assert masked[0] == pytest.approx(masked[1], abs=1e-6) and abs(plain[0] - plain[1]) > 1e-4
+    no = -math.inf
+    assert document_mask(torch.tensor([[0, 0, 1]]), torch.float32).tolist() == [
+        [[[0.0, no, no], [0.0, 0.0, no], [no, no, 0.0]]]
+    ]
+
+
+def test_positions_begin_anew_with_each_document():
+    ids = torch.tensor([[1, 1, 1, 2, 3, 3], [0, 0, 0, 0, 0, 0], [4, 5, 6, 7, 8, 9]], dtype=torch.int32)
+    assert document_positions(ids).tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_document_in_a_sequence_has_the_loss_that_it_has_alone(attention):
+    """Also where the rotary frequencies depend on how many positions are in use."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "factor": 4.0,
+        "short_factor": [1.0] * 6,
+        "long_factor": [4.0] * 6,
+        "original_max_position_embeddings": 10,
+    }
+    model = LossModel(build_model(tiny_llama(rope_parameters=rope), seed=1, attention=attention))
+    ids, labels = (tensor[:1] for tensor in batch(0))
+    documents = torch.tensor([[1] * 3 + [2] * 9 + [3] * 4], dtype=torch.int32)
+    for document in (slice(0, 3), slice(3, 12), slice(12, 16)):
+        inside = torch.full_like(labels, -100)
+        inside[:, document] = labels[:, document]
+        together = model(ids, inside, documents).item()
+        assert together == pytest.approx(model(ids[:, document], labels[:, document]).item(), abs=1e-6)
+        assert abs(model(ids, inside).item() - together) > 1e-5
+
+
+def test_model_settings_report_every_fault(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({"hidden_size": 30, "num_attention_heads": 4, "hiden": 1, "model_type": "gpt2"}))
+    with pytest.raises(ConfigError) as caught:
+        read_model_config(ModelConfig(config=str(path)))
+    unknown, kind, shape = caught.value.faults
+    assert "hiden is no key" in unknown and "model_type is 'gpt2'" in kind
+    assert "hidden_size is 30, expected a multiple of num_attention_heads 4" in shape
+    with pytest.raises(ConfigError, match="cannot read it"):
+        read_model_config(ModelConfig(config=str(tmp_path / "none.json")))
+    path.write_text("[1]")
+    with pytest.raises(ConfigError, match="expected the keys of a LlamaConfig"):
+        read_model_config(ModelConfig(config=str(path)))
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="not JSON"):
+        read_model_config(ModelConfig(config=str(path)))
+
+
+def test_sequences_longer_than_the_positions_are_refused():
+    with pytest.raises(ConfigError, match=r"data.sequence_length: 16 is more than the model's max_position_embeddings"):
+        check_length(tiny_llama(max_position_embeddings=8), tiny_config())

@@ -1,0 +1,167 @@
+"""The compiled loss against float64: values, gradients, what is not finite, and the same bits for any number of threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from relora_mora import kernels
+from relora_mora.kernels import compiled, cross_entropy_
+from relora_mora.model import loss as model
+from relora_mora.model.loss import CHUNK_BYTES, chunked_cross_entropy, fused_loss, loss_chunk
+from tests.kernels.test_kernels import compiled_only
+
+SCALE = torch.tensor(0.25)
+
+
+def _reference(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = logits.double().requires_grad_()
+    loss = F.cross_entropy(wide, labels, ignore_index=-100, reduction="sum")
+    return loss.detach(), torch.autograd.grad(loss * 0.25, wide)[0]
+
+
+def _case(rows: int, vocabulary: int, dtype: torch.dtype, spread: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows * vocabulary)
+    logits = (spread * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    labels[::5] = -100
+    return logits, labels
+
+
+@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("vocabulary", [1, 5, 16, 31, 500, 32100])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
+def test_loss_and_gradient_are_those_of_float64(vocabulary, dtype, tolerance, spread, library, monkeypatch):
+    monkeypatch.setattr(compiled, "_enabled", library)
+    logits, labels = _case(13, vocabulary, dtype, spread)
+    expected, gradient = _reference(logits, labels)
+    loss, _ = cross_entropy_(logits.clone(), labels, ignore=-100, scale=SCALE, gradient=False)
+    again, found = cross_entropy_(logits, labels, ignore=-100, scale=SCALE, gradient=True)
+    assert torch.equal(loss, again) and found.dtype == dtype
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-5)
+    # torch's way takes exp of a difference to log sum exp, which is rounded: at 200 by 1e-5
+    torch.testing.assert_close(found.double(), gradient, rtol=tolerance if library else tolerance + 2e-5, atol=1e-7)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_threads_change_no_bit_and_instruction_sets_only_the_rounding(dtype):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads, instructions in ((1, 2), (2, 2), (5, 2), (1, 1), (1, 0)):
+            torch.set_num_threads(threads)
+            compiled.load().remora_use(instructions)
+            logits, labels = _case(301, 777, dtype)
+            results.append(cross_entropy_(logits, labels, ignore=-100, scale=SCALE, gradient=True))
+    finally:
+        torch.set_num_threads(before)
+        compiled.load().remora_use(compiled.BEST)
+    for index, (loss, gradient) in enumerate(results):
+        if index < 3:
+            assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-6 if dtype is torch.float32 else 2**-7, atol=1e-9)
+
+
+@compiled_only
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("place", [0, 17, 20])
+def test_a_logit_that_is_not_finite_is_seen(bad, dtype, place):
+    logits = torch.zeros(1, 21, dtype=dtype)
+    logits[0, place] = bad
+    if bad == float("-inf"):  # a token that is ruled out: nothing wrong, unless it is the label
+        loss, gradient = cross_entropy_(logits.clone(), torch.tensor([3]), ignore=-100, scale=SCALE, gradient=True)
+        assert loss.item() == pytest.approx(torch.tensor(20.0).log().item(), rel=1e-6) and gradient[0, place] == 0
+        assert cross_entropy_(logits, torch.tensor([place]), ignore=-100, scale=SCALE, gradient=True)[0] == float("inf")
+        return
+    loss, gradient = cross_entropy_(logits, torch.tensor([3]), ignore=-100, scale=SCALE, gradient=True)
+    assert not loss.isfinite() and not gradient.isfinite().any()
+
+
+@compiled_only
+@pytest.mark.parametrize("label", [21, -1, 2**40])
+def test_a_label_outside_the_vocabulary_is_refused(label):
+    with pytest.raises(IndexError, match="the vocabulary has 21"):
+        cross_entropy_(torch.zeros(2, 21), torch.tensor([3, label]), ignore=-100, scale=SCALE, gradient=True)
+
+
+def test_chunks_are_equal_parts_below_the_limit():
+    for tokens, vocabulary, width in ((4096, 32100, 2), (4096, 32100, 6), (100, 50, 4), (32768, 250_000, 6)):
+        chunk = loss_chunk(tokens, vocabulary, width)
+        assert chunk == 128 or chunk * vocabulary * width <= CHUNK_BYTES + vocabulary * width
+        parts = -(-tokens // chunk)
+        assert (
+            chunk == 128 or tokens - (parts - 1) * chunk > chunk - parts
+        )  # the last one is about as long as the others
+    assert loss_chunk(100, 50, 4) == 128 and loss_chunk(4096, 32100, 2) == 2048
+
+
+def test_in_place_is_for_plain_cpu_tensors_only():
+    assert kernels.takes_logits(torch.zeros(2, 2)) == kernels.available()
+    assert not kernels.takes_logits(torch.zeros(2, 2).double()) and not kernels.takes_logits(
+        torch.empty(2, 2, device="meta")
+    )
+
+
+def test_liger_is_for_cuda_and_optional(monkeypatch):
+    calls = []
+    module = types.ModuleType("liger_kernel.transformers.functional")
+    module.liger_fused_linear_cross_entropy = lambda *a, **k: calls.append((a, k)) or torch.tensor(3.0)  # type: ignore[attr-defined]
+    names = ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.functional")
+    try:
+        fused_loss.cache_clear()
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+        assert fused_loss("cuda") is None
+        fused_loss.cache_clear()
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, module)
+        assert fused_loss("cuda") is module.liger_fused_linear_cross_entropy and fused_loss("cpu") is None
+        hidden, weight, labels = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randint(0, 5, (2, 3))
+        assert chunked_cross_entropy(hidden, weight, labels) != 3 and not calls
+        monkeypatch.setattr(model, "fused_loss", lambda device: fused_loss("cuda"))
+        assert chunked_cross_entropy(hidden, weight, labels) == 3
+        (flat, given, flat_labels), options = calls[0]
+        assert (
+            flat.shape == (6, 4) and given is weight and flat_labels.shape == (6,) and options["ignore_index"] == -100
+        )
+    finally:
+        fused_loss.cache_clear()
+
+
+def test_ligers_kernels_agree():
+    """In Triton's interpreter, which needs no GPU; run where liger-kernel and triton are installed (extra cuda)."""
+    pytest.importorskip("liger_kernel")
+    pytest.importorskip("triton")
+    code = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from relora_mora.model import loss as model
+from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+torch.manual_seed(0)
+labels = torch.randint(0, 33, (2, 5))
+labels[0, 2] = -100
+results = []
+for fused in (None, liger_fused_linear_cross_entropy):
+    model.fused_loss = lambda device: fused
+    torch.manual_seed(1)
+    h, w = torch.randn(2, 5, 16, requires_grad=True), torch.randn(33, 16, requires_grad=True)
+    loss = model.chunked_cross_entropy(h, w, labels)
+    (loss * 3).backward()
+    results.append((loss.detach(), h.grad, w.grad))
+for a, b in zip(*results):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+model.fused_loss = lambda device: liger_fused_linear_cross_entropy
+assert model.chunked_cross_entropy(h, w, torch.full((2, 5), -100)) == 0
+print("agree")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout == "agree\n", run.stderr

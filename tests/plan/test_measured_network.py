@@ -1,0 +1,115 @@
+"""The planner's bytes against what the collectives of real two-rank steps and merges are given."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from relora_mora.config import Config
+from relora_mora.plan.flops import meta_model
+from relora_mora.plan.network import traffic
+from tests.conftest import Pools
+from tests.tools.tiny import build_rig, tiny_config, tiny_llama
+
+pytestmark = pytest.mark.distributed
+
+LLAMA = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+}
+_KINDS = {
+    "all_reduce": "all-reduced",
+    "reduce": "reduced",
+    "broadcast": "merge",
+    "reduce_scatter_tensor": "reduced",
+    "all_gather_into_tensor": "gathered",
+}
+
+
+def _config(method: str, stage: int, micro_batch_size: int, **zero: int) -> Config:
+    train = {"zero_stage": stage, "micro_batch_size": micro_batch_size, "deepspeed": {"zero_optimization": zero}}
+    return tiny_config(2, method={"name": method, "rank": 16}, train=train)
+
+
+def count(method: str, stage: int, bf16: bool, micro_batch_size: int, zero: dict[str, int]) -> dict[str, int]:
+    """Runs on every rank: bytes given to collectives, by kind, in a step once DeepSpeed knows the order of the layers, and in a merge."""
+    from deepspeed.comm import comm
+    from torch import distributed as dist
+
+    rig = build_rig(_config(method, stage, micro_batch_size, **zero), bf16=bf16, llama=tiny_llama(**LLAMA))
+    moved: Counter[str] = Counter()
+
+    def counting(name: str, whole: Any) -> Any:
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            moved[_KINDS[name]] += max(
+                value.nbytes for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor)
+            )
+            return whole(*args, **kwargs)
+
+        return collective
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "reduce", "broadcast"):
+            patch.setattr(dist, name, counting(name, getattr(dist, name)))
+        # DeepSpeed holds these two since it was initialized
+        for held, name in (
+            ("all_gather_function", "all_gather_into_tensor"),
+            ("reduce_scatter_function", "reduce_scatter_tensor"),
+        ):
+            patch.setattr(comm.cdb, held, counting(name, getattr(comm.cdb, held)))
+        for step in (1, 2, 3):
+            moved.clear()
+            rig.step(step)
+        result = dict(moved)
+        moved.clear()
+        if method == "remora":
+            rig.merge(4)
+        return result | {"merge": sum(moved.values())}
+
+
+CASES = [(method, stage, True, 2, {}) for method in ("remora", "full") for stage in (0, 1, 2, 3)]
+CASES += [("remora", stage, False, 4, {}) for stage in (1, 2, 3)]
+CASES += [
+    ("remora", stage, bf16, 2, {"use_multi_rank_bucket_allreduce": False}) for stage in (1, 2) for bf16 in (True, False)
+]
+CASES += [("remora", 3, True, 2, {"stage3_param_persistence_threshold": 2000})]
+# large models let weights go and fetch them again: DeepSpeed's defaults, as small beside this model as they are beside one of 7b and 1.3b
+CASES += [
+    (
+        "full",
+        3,
+        True,
+        4,
+        {
+            "stage3_max_live_parameters": size,
+            "stage3_max_reuse_distance": size,
+            "stage3_prefetch_bucket_size": size // 20,
+        },
+    )
+    for size in (110_000, 1_100_000)
+]
+
+
+@pytest.mark.parametrize(("method", "stage", "bf16", "micro_batch_size", "zero"), CASES)
+def test_bytes_of_a_step_and_a_merge(
+    pools: Pools, method: str, stage: int, bf16: bool, micro_batch_size: int, zero: dict[str, int]
+) -> None:
+    if stage == 3:
+        zero = {"stage3_param_persistence_threshold": 0, **zero}
+    measured = pools(2)(count, method, stage, bf16, micro_batch_size, zero)
+    config = _config(method, stage, micro_batch_size, **zero)
+    planned = traffic(meta_model(tiny_llama(**LLAMA), config), config, stage, 2, bf16=bf16)
+    kinds = {"all-reduced": planned.all_reduced, "reduced": planned.reduced, "gathered": planned.gathered}
+    least = (
+        0.9 if "stage3_max_reuse_distance" in zero else 0.97
+    )  # weights are let go by whole layers: the plan is a bound there
+    for rank in measured:
+        for kind, size in {**kinds, "merge": planned.merge if method == "remora" else 0}.items():
+            # norms and flags are a few bytes, partitions are padded
+            assert least * size - 200 <= rank.get(kind, 0) <= 1.03 * size + 200, kind

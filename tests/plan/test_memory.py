@@ -1,0 +1,172 @@
+"""The planner's activations against the tensors that live while a model trains."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import LlamaConfig
+
+from relora_mora.config import Config, validate
+from relora_mora.methods.inject import inject
+from relora_mora.model.llama import LossModel, build_model
+from relora_mora.optim import describe_trainable, set_trainable
+from relora_mora.plan.memory import activation_memory, count_parameters, peak_memory, scratch_memory
+
+MODEL = LlamaConfig(
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=512,
+    max_position_embeddings=64,
+)
+
+
+class LiveTensors(TorchDispatchMode):
+    """Bytes of the storages that operations make and that are still alive, and their maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, Any] = {}
+        self.now = self.most = 0
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.live:
+            self.live[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+            self.now += size
+            self.most = max(self.most, self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        if self.live.pop(key, None) is not None:
+            self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, Tensor):
+                self.add(value)
+        return out
+
+
+def make_config(method: dict[str, Any], model: dict[str, Any] | None = None, micro_batch_size: int = 4) -> Config:
+    tree = {
+        "model": {"config": "x", **(model or {})},
+        "tokenizer": {"path": "x"},
+        "data": {"train": "x", "validation": "x", "sequence_length": 64},
+        "method": {"rank": 16, **method},
+        "train": {"run_dir": "x", "batch_size": micro_batch_size, "micro_batch_size": micro_batch_size},
+    }
+    return validate(tree, "the test")
+
+
+def build(config: Config, bf16: bool) -> LossModel:
+    lm = build_model(MODEL, seed=0, attention=config.model.attention)
+    if config.uses_adapters:
+        inject(lm, config.method, seed=0)
+    set_trainable(lm, config)
+    lm.to(torch.bfloat16 if bf16 else torch.float32)
+    model = LossModel(lm)
+    if config.model.activation_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    return model
+
+
+CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"name": "full"}, {}),
+    ({"name": "lora", "form": "merged"}, {}),
+    ({"name": "lora", "form": "decoupled"}, {}),
+    ({"name": "mora", "form": "merged"}, {}),
+    ({"name": "mora", "form": "decoupled"}, {}),
+    ({"name": "mora", "operators": [6], "square_multiple": 2}, {}),
+    ({"name": "mora", "train_norms": False}, {}),
+    ({"name": "mora", "target_modules": ["q_proj", "down_proj"]}, {}),
+    ({"name": "full"}, {"attention": "eager"}),
+    ({"name": "full"}, {"activation_checkpointing": True}),
+    ({"name": "mora"}, {"activation_checkpointing": True}),
+]
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("method", "model"), CASES, ids=str)
+def test_activations_and_peak(method: dict[str, Any], model: dict[str, Any], bf16: bool) -> None:
+    config = make_config(method, model)
+    trained = build(config, bf16)
+    ids = torch.randint(0, MODEL.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
+    tracker = LiveTensors()
+    for parameter in trained.parameters():
+        tracker.add(parameter.data)
+    weights = tracker.now
+    with tracker:
+        loss = trained(ids, ids)
+        kept = tracker.now - weights
+        loss.backward()
+    planned, layer = activation_memory(trained.lm, config, bf16=bf16)
+    head_gradient = trained.lm.lm_head.weight.nbytes  # kept from the loss to backward; the planner counts it as scratch
+    assert kept == pytest.approx(planned + head_gradient, rel=0.1)
+
+    at_loss, in_backward = scratch_memory(trained.lm, config, bf16=bf16)
+    gradients = sum(parameter.nbytes for parameter in trained.parameters() if parameter.requires_grad)
+    again = layer if config.model.activation_checkpointing else 0
+    peak = weights + max(planned + at_loss, planned + again + in_backward, gradients + layer + in_backward)
+    assert tracker.most == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+def test_a_document_mask_is_kept_once_for_all_layers(bf16: bool) -> None:
+    kept, planned = [], []
+    for masked in (False, True):
+        config = make_config({"name": "full"})
+        config = config.model_copy(
+            update={"data": config.data.model_copy(update={"document_mask": masked, "sequence_length": 256})}
+        )
+        trained = build(config, bf16)
+        ids = torch.randint(0, MODEL.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
+        documents = torch.arange(256).div(50, rounding_mode="floor").expand(4, 256) if masked else None
+        with LiveTensors() as tracker:
+            loss = trained(ids, ids, documents)
+            kept.append(tracker.now)
+        del loss
+        planned.append(activation_memory(trained.lm, config, bf16=bf16)[0])
+    assert kept[1] - kept[0] == pytest.approx(planned[1] - planned[0], rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "remora"])
+def test_parameters_are_those_of_the_real_model(name: str) -> None:
+    config = make_config({"name": name, "target_modules": ["q_proj", "up_proj"], "train_head": False})
+    model = build(config, False).lm
+    counts = count_parameters(model)
+    assert {"total": counts.total, "trainable": counts.trainable, "adapters": counts.adapters} == describe_trainable(
+        model
+    )
+    assert counts.trainable + counts.frozen == counts.total + counts.adapters
+
+
+def test_more_ranks_and_higher_stages_never_need_more_state() -> None:
+    config = make_config({"name": "remora"})
+    for bf16 in (True, False):
+        sizes = {
+            (stage, ranks): peak_memory(MODEL, config, stage, ranks, bf16=bf16)
+            for stage in (1, 2, 3)
+            for ranks in (1, 2, 4)
+        }
+        for stage in (1, 2, 3):
+            states = [sizes[stage, ranks].masters + sizes[stage, ranks].optimizer for ranks in (1, 2, 4)]
+            assert states == [states[0], states[0] / 2, states[0] / 4]
+        assert sizes[3, 4].weights == sizes[2, 4].weights / 4
+
+
+def test_accumulation_keeps_gradients_through_the_loss() -> None:
+    once = make_config({"name": "full"})
+    twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
+    gradients = [peak_memory(MODEL, config, 0, 1, bf16=True).gradients for config in (once, twice)]
+    assert gradients[0] == 0 < gradients[1]

@@ -1,0 +1,321 @@
+"""Signals, launchers, the lock of a run folder, and how ends are recorded; each in small processes without torch."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from relora_mora.supervise import LockError, RunLock, record_end
+from relora_mora.supervise.launchers import is_launcher
+from relora_mora.supervise.lock import STALE_SECONDS
+
+BUSY = """
+import hashlib, sys
+from relora_mora.supervise import Guard
+guard = Guard()
+if sys.argv[1] == "training":
+    guard.training()
+print("up", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # one long call, as a collective is: Python's own handlers do not run in it
+"""
+
+
+@pytest.fixture
+def busy():
+    started = []
+
+    def start(phase: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", BUSY, phase], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout and process.stdout.readline() == "up\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def _ends_within(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=seconds)
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_ends_the_process(busy, number):
+    process = busy("start")
+    process.send_signal(number)
+    assert _ends_within(process, 5) == (
+        75,
+        f"the run ended: {number.name} to rank 0 before the first step: nothing to save\n",
+    )
+
+
+def test_while_training_the_first_signal_waits_and_a_second_leaves_at_once(busy):
+    process = busy("training")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)  # passed on by a launcher: the same request
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.3)
+    process.send_signal(signal.SIGTERM)
+    code, errors = _ends_within(process, 2)
+    assert code == 143 and "left without saving" in errors
+
+
+SILENCED = """
+import os, sys
+from pathlib import Path
+from relora_mora.supervise import Guard, RunLock
+guard = Guard()
+folder = Path(sys.argv[1])
+lock = RunLock(folder)
+lock.acquire()
+guard.hold(lock)
+os.mkfifo(folder / "ends.jsonl")  # to open it takes for ever, as a disk does that is not there any more
+if sys.argv[2] == "training":
+    guard.training()
+print("up", flush=True)
+while True:
+    sys.stderr.write("x" * 2**16)  # a pipe does not hold much, and nobody reads
+"""
+
+
+BOTH = """
+import sys, threading
+from pathlib import Path
+from relora_mora.supervise import Guard
+from relora_mora.supervise.watch import Verdict
+guard = Guard(signals=False)
+both = threading.Barrier(2)
+def end():
+    both.wait()
+    guard.end(Verdict(1, 69, "rank 1 is gone", left=True))
+threading.Thread(target=end).start()
+end()
+"""
+
+
+def test_an_end_that_two_threads_find_is_said_once():
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", BOTH], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (69, "the run ended: rank 1 is gone\n")
+
+
+@pytest.mark.parametrize("phase,signals,code", [("start", 1, 75), ("training", 2, 143)])
+def test_a_full_pipe_and_a_disk_that_does_not_answer_keep_nobody(phase, signals, code, tmp_path):
+    command = [sys.executable, "-c", SILENCED, str(tmp_path), phase]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "up\n"
+            for number in range(signals):
+                time.sleep(1.1 * number)  # sooner it would be the same request
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == code
+        finally:
+            process.kill()
+
+
+def test_after_the_end_is_decided_signals_change_nothing():
+    code = 'import os, signal; from relora_mora.supervise import Guard; Guard().close(); os.kill(os.getpid(), signal.SIGTERM); print("end")'
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout == "end\n"
+
+
+@pytest.mark.parametrize(
+    "command,launches",
+    [
+        (["/venv/bin/python", "/venv/bin/deepspeed", "--num_gpus=2", "launch/pretrain.py"], True),
+        (["/venv/bin/python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x", "launch/pretrain.py"], True),
+        (["/venv/bin/python3.11", "/venv/bin/torchrun", "--nproc_per_node=2", "launch/pretrain.py"], True),
+        (["python", "-m", "torch.distributed.run", "launch/pretrain.py"], True),
+        (["python", "/x/site-packages/torch/distributed/run.py", "launch/pretrain.py"], True),
+        (["bash", "-c", "deepspeed launch/pretrain.py"], False),
+        (["python", "-m", "pytest", "deepspeed"], False),
+        (["python", "my_queue.py", "deepspeed"], False),
+        (["-bash"], False),
+        ([], False),
+    ],
+)
+def test_launchers_are_known_by_their_command_line(command, launches):
+    assert is_launcher(command) is launches
+
+
+LOOK = """
+import os, sys, time
+from pathlib import Path
+from relora_mora.supervise.launchers import Launchers
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.02)
+Path(sys.argv[2]).write_text(str(Launchers().gone()))
+"""
+# the name of a launcher, whose child outlives it
+LAUNCH = """
+import subprocess, sys, time
+subprocess.Popen(COMMAND)
+time.sleep(60 if sys.argv[1] == "stay" else 0)
+"""
+LOCAL, HOSTS = (
+    base64.urlsafe_b64encode(json.dumps({host: [0]}).encode()).decode() for host in ("localhost", "10.0.0.1")
+)
+
+
+@pytest.mark.parametrize(
+    "chain,gone",
+    [
+        ([["deepspeed", "stay"]], False),
+        ([["deepspeed", "leave"]], True),
+        ([["deepspeed", "leave"], ["deepspeed", "stay", f"--world_info={LOCAL}"]], True),
+        ([["deepspeed", "stay"], ["deepspeed", "stay", f"--world_info={LOCAL}"]], False),
+        ([["shell", "leave"], ["deepspeed", "stay", f"--world_info={HOSTS}"]], False),  # pdsh has started it
+        ([["shell", "leave"]], None),
+    ],
+)
+def test_a_launcher_that_is_gone_already_is_missed(chain, gone, tmp_path):
+    """``gone`` None: there was no launcher."""
+    look, ready, answer = (tmp_path / name for name in ("look.py", "ready", "answer"))
+    look.write_text(LOOK)
+    command = [sys.executable, str(look), str(ready), str(answer), *(["--local_rank=0"] if gone is not None else [])]
+    for name, behaviour, *more in reversed(chain):
+        launcher = tmp_path / f"{name}-{behaviour}-{len(more)}" / name
+        launcher.parent.mkdir(exist_ok=True)
+        launcher.write_text(LAUNCH.replace("COMMAND", repr(command)))
+        command = [sys.executable, str(launcher), behaviour, *more]
+    first = subprocess.Popen(command, start_new_session=True)
+    try:
+        if chain[0][1] == "leave":
+            first.wait(20)
+        ready.touch()
+        deadline = time.monotonic() + 20
+        while not (answer.exists() and answer.read_text()):
+            assert time.monotonic() < deadline, "no answer in 20 s"
+            time.sleep(0.02)
+        assert (answer.read_text() != "None") is bool(gone)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from relora_mora.supervise import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+sys.stdin.readline()
+lock.release()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_held_lock_is_refused_and_names_its_holder(holder, tmp_path):
+    with pytest.raises(LockError, match=rf"pid {holder.pid}.*use another train\.run_dir"):
+        RunLock(tmp_path).acquire(wait_seconds=0.5)
+
+
+def test_a_lock_is_free_when_its_holder_was_killed(holder, tmp_path):
+    holder.kill()
+    lock = RunLock(tmp_path)
+    before = lock.acquire(wait_seconds=5)
+    assert before is not None and f"pid {holder.pid}" in before
+    lock.release()
+    assert RunLock(tmp_path).acquire(wait_seconds=0.5) is None  # released: nobody is missing
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_holder_hears_that_its_file_was_removed_or_replaced(replaced, tmp_path, monkeypatch):
+    """Else it would tidy up among the checkpoints of whoever has begun there."""
+    monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
+    heard: queue.Queue[str | None] = queue.Queue()
+    lock, other = RunLock(tmp_path / "run", heard.put), RunLock(tmp_path / "other")
+    lock.acquire()
+    other.acquire()
+    with pytest.raises(queue.Empty):
+        heard.get(timeout=0.3)
+    if replaced:
+        other.path.rename(lock.path)
+        assert f"pid {os.getpid()}" in str(heard.get(timeout=5))
+    else:
+        lock.path.unlink()
+        assert heard.get(timeout=5) is None
+    lock.release()
+    other.release()
+
+
+def test_a_lock_waits_for_its_holder_to_end(holder, tmp_path):
+    assert holder.stdin
+    holder.stdin.write("\n")
+    holder.stdin.flush()
+    assert RunLock(tmp_path).acquire(wait_seconds=5) is None
+
+
+def _held_elsewhere(folder: Path) -> Path:
+    path = folder / "lock"
+    path.write_text(
+        json.dumps(
+            {"host": "other", "host_id": "other/boot", "pid": 1, "started": 1.0, "since": "then", "released": False}
+        )
+    )
+    return path
+
+
+@pytest.mark.parametrize("behind_seconds", [0, 3600])
+def test_a_holder_on_another_host_is_alive_while_it_touches_the_file(tmp_path, monkeypatch, behind_seconds):
+    """Also where that host's clock is behind this one's, or this one's has jumped."""
+    path = _held_elsewhere(tmp_path)
+
+    def touch(seconds: float) -> None:
+        there = time.time() - behind_seconds
+        os.utime(path, (there, there))
+
+    touch(0.0)
+    monkeypatch.setattr(time, "sleep", touch)
+    with pytest.raises(LockError, match="host other, pid 1"):
+        RunLock(tmp_path).acquire()
+
+
+def test_a_holder_on_another_host_that_touches_nothing_is_gone(tmp_path, monkeypatch):
+    _held_elsewhere(tmp_path)
+    now, slept = time.monotonic(), []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now + sum(slept))
+    assert "host other" in str(RunLock(tmp_path).acquire())
+    assert sum(slept) > STALE_SECONDS - 0.5
+
+
+def test_ends_are_appended_and_a_folder_that_cannot_be_written_is_no_fault(tmp_path):
+    record_end(tmp_path, code=75, reason="SIGTERM to rank 1", rank=0, step=7)
+    record_end(tmp_path, code=0, reason="done", rank=0, step=9)
+    lines = [json.loads(line) for line in (tmp_path / "ends.jsonl").read_text().splitlines()]
+    assert [(line["code"], line["reason"], line["step"]) for line in lines] == [
+        (75, "SIGTERM to rank 1", 7),
+        (0, "done", 9),
+    ]
+    record_end(tmp_path / "nowhere", code=1, reason="x", rank=0, step=None)
+    assert not (tmp_path / "nowhere").exists()

@@ -1,0 +1,89 @@
+"""Ranks without a launcher, one of which is lost at a bad moment: how the other one ends, and how soon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tools.helpers import ROOT
+from tests.tools.jobs import ends, free_port, write_config
+from tests.tools.runs import run_config, write_inputs
+
+pytestmark = [pytest.mark.distributed, pytest.mark.stops]
+
+
+def both_ranks(config: Path, what: str) -> tuple[list[int], float, str]:
+    """Their exit codes, the seconds from the end of rank 1 to that of rank 0, and the output of both."""
+    with config.with_suffix(".log").open("wb") as out:
+        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "VICTIM": what}
+        job |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "tests" / "distributed" / "victim.py"), str(config)]
+        ranks = [
+            subprocess.Popen(
+                command, env={**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=out, stderr=out
+            )
+            for rank in range(2)
+        ]
+    try:
+        second = ranks[1].wait(60)
+        begin = time.monotonic()
+        first = ranks[0].wait(60)
+        return [first, second], time.monotonic() - begin, config.with_suffix(".log").read_text()
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.fixture
+def config(tokenizer_path: str, tmp_path: Path) -> Path:
+    settings = run_config(
+        write_inputs(tmp_path),
+        tokenizer_path,
+        tmp_path / "run",
+        2,
+        train={"peer_timeout_seconds": 50.0},
+        checkpoint={"every_steps": 4},
+    )
+    return write_config(settings, tmp_path / "run.yaml")
+
+
+def test_a_rank_that_is_lost_when_all_is_done_changes_nothing(config):
+    codes, seconds, output = both_ranks(config, "at the end")
+    assert codes == [0, -signal.SIGKILL] and seconds < 35, output
+    assert [end["code"] for end in ends(config.parent / "run")] == [0]
+
+
+def test_a_rank_that_is_lost_in_a_save_ends_the_other_at_once(config):
+    codes, seconds, output = both_ranks(config, "in a save")
+    assert codes == [69, -signal.SIGKILL], output
+    assert seconds < 25 and "rank 1 is gone" in output
+
+
+def test_text_on_a_disk_that_is_gone_ends_the_job_with_its_state_saved_and_the_code_that_starts_it_again(config):
+    codes, _, output = both_ranks(config, "text")
+    assert codes == [69, 69], output
+    run_dir = config.parent / "run"
+    [end] = ends(run_dir)
+    assert (end["code"], end["step"]) == (69, 3)
+    assert "a disk or network failed (Stale file handle: part-1.json.gz)" in end["reason"]
+    assert (run_dir / "checkpoints" / "step-00000003").exists()
+
+
+@pytest.mark.parametrize(
+    "what,reason",
+    [
+        ("device", "the device of rank 1 failed (AcceleratorError: CUDA error: unspecified"),
+        ("disk", "a disk or network failed rank 1 (Stale file handle: metrics.jsonl)"),
+    ],
+)
+def test_a_machine_that_fails_ends_the_job_with_the_code_that_starts_it_again(config, what, reason):
+    codes, _, output = both_ranks(config, what)
+    assert codes == [69, 69], output
+    [end] = ends(config.parent / "run")
+    assert end["code"] == 69 and reason in end["reason"]

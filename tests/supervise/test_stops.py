@@ -1,0 +1,187 @@
+"""Signals, lost ranks and launchers: how a job of two processes ends, how fast, and that the same command goes on."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from relora_mora.checkpoint import newest_whole
+from tests.tools.jobs import Job, checkpoints, ends, last_step, write_config
+from tests.tools.runs import run_config, tensors, write_inputs
+
+pytestmark = pytest.mark.distributed
+also = pytest.mark.stops  # further cases, of make test-stops
+STEPS = 100_000
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def config(inputs, tokenizer_path, tmp_path) -> Path:
+    """An endless run with a data worker per rank."""
+    settings = run_config(
+        inputs,
+        tokenizer_path,
+        tmp_path / "run",
+        2,
+        train={"steps": STEPS, "peer_timeout_seconds": 10.0},
+        checkpoint={"every_steps": 20, "keep_last": 2},
+        data={"workers": 1},
+        eval={"every_steps": 0},
+    )
+    return write_config(settings, tmp_path / "run.yaml")
+
+
+def _saved_step(run_dir: Path) -> int:
+    chosen, passed_over = newest_whole(run_dir / "checkpoints")
+    assert chosen is not None and not passed_over
+    return int(chosen.name[5:])
+
+
+@pytest.mark.parametrize(
+    "number,target,launcher",
+    [
+        (signal.SIGTERM, "rank 1", "deepspeed"),
+        pytest.param(signal.SIGINT, "rank 0", "torchrun", marks=also),
+        pytest.param(signal.SIGUSR1, "rank 1", "torchrun", marks=also),
+        pytest.param(signal.SIGTERM, "launch.py", "deepspeed", marks=also),
+        pytest.param(signal.SIGINT, "launch.py", "deepspeed", marks=also),
+        pytest.param(signal.SIGTERM, "launcher", "deepspeed", marks=also),
+        pytest.param(signal.SIGTERM, "launcher", "torchrun", marks=also),
+    ],
+)
+def test_a_signal_saves_and_ends_all_ranks(config, number, target, launcher):
+    run_dir = config.parent / "run"
+    job = Job(config, launcher=launcher)
+    job.wait_for_step(run_dir, 25)
+    hit = {
+        "rank 0": lambda: job.rank(0),
+        "rank 1": lambda: job.rank(1),
+        "launch.py": job.launch_py,
+        "launcher": lambda: job.process,
+    }[target]()
+    begin = time.monotonic()
+    hit.send_signal(number)
+    code = job.wait(20)
+    job.wait_for_nobody(20 - (time.monotonic() - begin))
+    if target.startswith("rank"):
+        assert code == (75 if launcher == "deepspeed" else 1)  # torchrun has a code of its own
+    else:
+        assert code not in (0, None)
+    (end,) = ends(run_dir)
+    assert end["code"] == 75 and end["step"] == _saved_step(run_dir) >= 25
+    assert {"rank 0": number.name, "rank 1": f"{number.name} to rank 1", "launch.py": "rank", "launcher": "rank"}[
+        target
+    ] in end["reason"]
+    assert f"stopping after step {end['step']}" in job.output
+    assert all(
+        name == "latest" or (name.startswith("step-") and not name.endswith(".tmp")) for name in checkpoints(run_dir)
+    )
+
+
+def test_a_signal_during_the_start_ends_it(config):
+    job = Job(config)
+    job.wait_until(lambda: len([p for p in job.processes() if "pretrain.py" in " ".join(p.cmdline())]) >= 3)
+    time.sleep(1.0)
+    job.rank(1).send_signal(signal.SIGTERM)
+    assert job.wait(20) == 75
+    job.wait_for_nobody(10)
+
+
+@pytest.mark.parametrize(
+    "how,lost",
+    [
+        pytest.param("killed", 1, marks=also),
+        pytest.param("killed", 0, marks=also),
+        pytest.param("hangs", 1, marks=also),
+        pytest.param("hangs", 0, marks=also),
+    ],
+)
+def test_a_lost_rank_ends_the_job_and_is_named(config, lost, how):
+    run_dir = config.parent / "run"
+    job = Job(config)
+    job.wait_for_step(run_dir, 25)
+    begin = time.monotonic()
+    job.rank(lost).send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    assert job.wait(60) != 0
+    seconds = time.monotonic() - begin
+    assert seconds < 30
+    job.wait_for_nobody(5)
+    (end,) = ends(run_dir)
+    assert (
+        end["code"] == 69 and f"rank {lost} is gone" in end["reason"] and "the last thing it did: step" in end["reason"]
+    )
+    assert end["rank"] == 1 - lost and f"rank {lost} is gone" in job.output
+    before = _saved_step(run_dir)
+    again = Job(config, "--train.steps=100000")
+    again.wait_for_step(run_dir, before + 20)
+    again.rank(0).send_signal(signal.SIGTERM)
+    assert again.wait(20) == 75
+
+
+@also
+@pytest.mark.parametrize("target", ["launch.py", "launcher"])
+def test_ranks_end_with_their_launcher_and_the_same_command_waits_for_them(config, target):
+    run_dir = config.parent / "run"
+    job = Job(config)
+    job.wait_for_step(run_dir, 25)
+    assert {job.rank(0).pid, job.rank(1).pid} <= {process.pid for process in job.processes()}
+    (job.launch_py() if target == "launch.py" else job.process).send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    again = Job(config, port=job.port)
+    job.wait_for_nobody(10)
+    assert time.monotonic() - begin < 10
+    before = _saved_step(run_dir)
+    again.wait_for_step(run_dir, before + 5)
+    again.rank(1).send_signal(signal.SIGUSR1)
+    assert again.wait(20) == 75
+    assert len((run_dir / "starts.jsonl").read_text().splitlines()) == 2
+
+
+@also
+def test_two_trainers_never_share_a_run_folder(config):
+    run_dir = config.parent / "run"
+    first = Job(config)
+    first.wait_for_step(run_dir, 5)
+    second = Job(config)  # on another port
+    assert second.wait(90) == 2
+    assert "another trainer works on this run" in second.output and "Traceback" not in second.output
+    assert first.process.poll() is None
+    assert last_step(run_dir) > 5
+    first.rank(0).send_signal(signal.SIGTERM)
+    assert first.wait(20) == 75
+
+
+@also
+def test_an_interrupted_run_is_bit_equal_to_one_that_was_never_stopped(inputs, tokenizer_path, tmp_path):
+    """Stopped by a signal in an evaluation, which is made again."""
+    folders = [tmp_path / "never", tmp_path / "stopped"]
+    paths = [
+        write_config(
+            run_config(
+                inputs,
+                tokenizer_path,
+                folder,
+                2,
+                train={"steps": 60, "precision": "bf16"},
+                checkpoint={"every_steps": 0},
+                eval={"every_steps": 20, "max_tokens": None, "micro_batch_size": 1},
+            ),
+            folder.with_suffix(".yaml"),
+        )
+        for folder in folders
+    ]
+    assert Job(paths[0]).wait() == 0
+    job = Job(paths[1])
+    job.wait_for_step(folders[1], 20)
+    job.rank(1).send_signal(signal.SIGTERM)
+    assert job.wait(20) == 75
+    assert Job(paths[1]).wait() == 0
+    first, second = (tensors(folder / "checkpoints" / "step-00000060") for folder in folders)
+    assert set(first) == set(second) and all((first[key] == second[key]).all() for key in first)

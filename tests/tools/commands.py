@@ -1,0 +1,110 @@
+"""Calls the command lines in this process, on disks that are full or read-only, as a user who may not do everything."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+
+from relora_mora.cli import run
+from tests.tools.helpers import ROOT
+
+NOBODY = 65534
+EVALUATE, EXPORT, PLAN = "launch/evaluate.py", "launch/export.py", "launch/plan.py"
+PRETRAIN = "launch/pretrain.py"
+BENCHMARK, DEMO_TEXT, TRAIN = "launch/benchmark/data.py", "launch/demo_text.py", "tokenizer/train.py"
+
+
+class Answer(NamedTuple):
+    """What a command said, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+@functools.cache
+def module_of(script: str) -> ModuleType:
+    """launch/evaluate.py and the like as a module."""
+    path = ROOT / script
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(script: str, *argv: object) -> Answer:
+    """Runs a command in this process. What is a fault of the program is raised here, as it would show a traceback."""
+    return run_main(module_of(script).main, *argv)
+
+
+def run_main(main: Callable[..., Any], *argv: object) -> Answer:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        run(main, [str(argument) for argument in argv])
+    return Answer(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def refused(answer: Answer, *parts: str, notes: int = 0) -> None:
+    """Exit code 2 and one message with all these parts (a line, or a heading and a line for each fault), after so many notes."""
+    assert answer.code == 2, answer
+    assert all(part in answer.err for part in parts), answer.err
+    lines = answer.err.splitlines()[notes:]
+    faults = re.match(r"(\d+) faults? in ", lines[0])
+    assert len(lines) == (1 + int(faults[1]) if faults else 1), answer.err
+
+
+@contextlib.contextmanager
+def disk(folder: Path, options: str) -> Iterator[Path]:
+    """A small disk of its own at ``folder``; the test is skipped where nothing can be mounted."""
+    if shutil.which("mount") is None:
+        pytest.skip("a disk cannot be mounted here: no mount command")
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a disk cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def permissions_count() -> Iterator[None]:
+    """Root may do everything: inside, this process is nobody. What it imports must have been imported before."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@contextlib.contextmanager
+def public_folder() -> Iterator[Path]:
+    """A folder that everybody may look into; those of pytest are for their owner."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def left_in(folder: Path) -> list[str]:
+    """What is in a folder, hidden files too."""
+    return sorted(path.name for path in folder.iterdir())

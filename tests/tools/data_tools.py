@@ -1,0 +1,85 @@
+"""Shards, settings and a tokenizer of bytes for the tests of the data package."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from relora_mora.config import DataConfig
+from relora_mora.data.lanes import Lane, plan_lanes
+from relora_mora.data.sources import Shard, resolve_shards
+
+EOS = 256
+
+
+def encode(texts: list[str]) -> list[list[int]]:
+    """A token for each byte, so that tokens can be read as text again."""
+    return [list(text.encode()) for text in texts]
+
+
+def documents_in(tokens: Iterable[int]) -> list[str]:
+    """The whole documents of a stream of tokens that starts with EOS."""
+    tokens = [int(token) for token in tokens]
+    assert tokens[0] == EOS
+    ends = [at for at, token in enumerate(tokens) if token == EOS]
+    return [bytes(tokens[a + 1 : b]).decode() for a, b in itertools.pairwise(ends)]
+
+
+def line(text: Any) -> bytes:
+    return json.dumps({"url": "https://example.org/", "text": text}, ensure_ascii=False).encode()
+
+
+def write_shard(path: Path, lines: Iterable[bytes | str]) -> Path:
+    """A shard of raw lines (bytes) or texts (str), compressed as its suffix says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = b"".join((entry if isinstance(entry, bytes) else line(entry)) + b"\n" for entry in lines)
+    if path.suffix == ".gz":
+        body = gzip.compress(body, mtime=0)
+    elif path.suffix == ".zst":
+        body = zstandard.compress(body)
+    path.write_bytes(body)
+    return path
+
+
+def some_texts(count: int, *, seed: int = 0, words: int = 30) -> list[str]:
+    """Texts that all differ, of different lengths, not only ASCII."""
+    rng = random.Random(seed)
+    vocabulary = ["the", "of", "größer", "日本", "rank", "merge", "a", "matrix", "🙂", "over"]
+    return [f"{seed}-{n} " + " ".join(rng.choices(vocabulary, k=rng.randint(0, words))) for n in range(count)]
+
+
+def write_shards(
+    folder: Path, shards: int, texts_each: int, *, suffix: str = ".json.gz", words: int = 30
+) -> list[list[str]]:
+    """The texts of each shard written."""
+    written = [some_texts(texts_each, seed=n, words=words) for n in range(shards)]
+    for n, texts in enumerate(written):
+        write_shard(folder / f"part-{n:05d}{suffix}", texts)
+    return written
+
+
+def data_config(source: Any, **settings: Any) -> DataConfig:
+    given = {"sequence_length": 32, "workers": 0, "shuffle_documents": 8, "timeout_seconds": 20.0, **settings}
+    return DataConfig(train=source if isinstance(source, list) else str(source), validation=str(source), **given)
+
+
+def make_lane(config: DataConfig, lanes: int, lane: int, state: Any = None, shards: list[Shard] | None = None) -> Lane:
+    shards = shards or resolve_shards(config.train)
+    return Lane(plan_lanes(lanes, len(shards))[lane], shards, config, encode, EOS, state)
+
+
+def epoch_tokens(lane: Lane) -> list[int]:
+    """All tokens of a lane until its second epoch has begun."""
+    tokens = [EOS]
+    while lane.state()["epoch"] == 0:
+        block = lane.next_block()
+        assert block[0] == tokens[-1]  # the last token of a block is the first of the next
+        tokens += block[1:].tolist()
+    return tokens

@@ -1,0 +1,180 @@
+"""Jobs as users start them: launchers, ranks as processes of their own, signals and kills."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from relora_mora.config import Config, dump
+from tests.tools.helpers import ROOT
+
+BIN = Path(sys.executable).parent
+_OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def lives(process: psutil.Process) -> bool:
+    """Runs, and is no zombie; it may go at any moment."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_config(config: Config, path: Path) -> Path:
+    path.write_text(dump(config))
+    return path
+
+
+RUNNING: list[Job] = []
+
+
+def kill_all() -> None:
+    """After a test: whatever it left."""
+    while RUNNING:
+        RUNNING.pop().kill()
+
+
+class Job:
+    """A run of launch/pretrain.py (or ``script``) on ``ranks`` processes, started with deepspeed, torchrun or python."""
+
+    def __init__(
+        self,
+        config: Path,
+        *arguments: str,
+        launcher: str = "deepspeed",
+        ranks: int = 2,
+        script: Path | None = None,
+        port: int | None = None,
+    ) -> None:
+        self.port, self.ranks = port or free_port(), ranks
+        front = {
+            "deepspeed": [str(BIN / "deepspeed"), f"--num_gpus={ranks}", f"--master_port={self.port}"],
+            "torchrun": [str(BIN / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={self.port}"],
+            "python": [sys.executable],
+        }[launcher]
+        kept = {key: value for key, value in os.environ.items() if key not in _OF_A_JOB}
+        self.log = config.with_suffix(f".{time.monotonic_ns()}.log")
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [*front, str(script or ROOT / "launch" / "pretrain.py"), str(config), *arguments],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                start_new_session=True,
+            )
+        self.tree: dict[int, psutil.Process] = {}
+        RUNNING.append(self)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything this job has started and that was seen alive, also what has lost its parent since."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.tree.setdefault(self.process.pid, psutil.Process(self.process.pid))
+        for process in list(self.tree.values()):
+            try:
+                self.tree |= {child.pid: child for child in process.children(recursive=True)}
+            except psutil.NoSuchProcess:
+                continue
+        return [process for process in self.tree.values() if lives(process)]
+
+    def rank(self, number: int) -> psutil.Process:
+        for process in self.processes():
+            try:
+                environment = process.environ()
+                is_rank = self.ranks == 1 or "LOCAL_RANK" in environment
+                if (
+                    is_rank
+                    and environment.get("RANK", "0") == str(number)
+                    and "relora_mora.data.worker" not in process.cmdline()
+                ):
+                    return process
+            except psutil.Error:
+                continue
+        raise AssertionError(f"rank {number} does not run\n{self.output}")
+
+    def launch_py(self) -> psutil.Process:
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "deepspeed.launcher.launch" in process.cmdline():
+                    return process
+        raise AssertionError(f"launch.py does not run\n{self.output}")
+
+    def wait_until(self, true: Callable[[], Any], seconds: float = 120) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (value := true()):
+            assert self.process.poll() is None or true(), f"the job ended with {self.process.returncode}\n{self.output}"
+            assert time.monotonic() < deadline, f"waited for {seconds} s\n{self.output}"
+            self.processes()
+            time.sleep(0.02)
+        return value
+
+    def wait_for_step(self, run_dir: Path, step: int) -> None:
+        self.wait_until(lambda: last_step(run_dir) >= step)
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code, when it ends in time."""
+        end = time.monotonic() + seconds
+        while self.process.poll() is None:
+            self.processes()
+            assert time.monotonic() < end, f"still running after {seconds} s\n{self.output}"
+            time.sleep(0.02)
+        return self.process.returncode
+
+    def wait_for_nobody(self, seconds: float) -> float:
+        """Seconds until no process of the job lives; fails after ``seconds``."""
+        begin = time.monotonic()
+        while alive := self.processes():
+            assert time.monotonic() < begin + seconds, (
+                f"{[p.cmdline()[-3:] for p in alive]} live after {seconds} s\n{self.output}"
+            )
+            self.process.poll()
+            time.sleep(0.05)
+        return time.monotonic() - begin
+
+    def kill(self) -> None:
+        for process in self.processes():
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+
+def last_step(run_dir: Path) -> int:
+    try:
+        steps = re.findall(r'^\{"step": (\d+),', (run_dir / "metrics.jsonl").read_text(), re.M)
+    except OSError:
+        return -1
+    return int(steps[-1]) if steps else -1
+
+
+def ends(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "ends.jsonl").read_text().splitlines()]
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    """Names below checkpoints/, newest last."""
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())

@@ -1,0 +1,148 @@
+"""Worker processes that are started once per world size and run many functions, each on all ranks."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing as mp
+import os
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+IDLE_SECONDS = 45.0  # longer than anything that a test waits for without using a processor
+LONGEST_SECONDS = 300.0
+POLL_SECONDS = 0.5
+BUSY_FRACTION = 0.2  # of a processor, by all ranks together: what watches a rank that hangs uses less
+STACKS_SIGNAL = signal.SIGUSR2
+
+
+class PoolError(RuntimeError):
+    """The workers cannot be used any more: one has died, or all of them hang. Says where each of them stood."""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: Path) -> None:
+    faulthandler.register(
+        STACKS_SIGNAL, file=stacks.open("w"), all_threads=True
+    )  # of C: it needs no lock of the interpreter
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    import torch
+
+    from relora_mora.zero import init_distributed
+
+    torch.set_num_threads(1)
+    init_distributed(timeout_seconds=120)
+    while True:
+        function, args, kwargs = pipe.recv()
+        try:
+            pipe.send((True, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+class Pool:
+    """``pool(function, *args)`` runs a module-level function on every rank and returns the list of results.
+
+    Workers that have used no processor for ``idle_seconds`` hang. Then, and when one has died, the others are ended and
+    :class:`PoolError` says where they stood; ``is_broken`` is true from then on.
+    """
+
+    def __init__(self, world_size: int, idle_seconds: float = IDLE_SECONDS) -> None:
+        context = mp.get_context("spawn")
+        port = _free_port()
+        pipes = [context.Pipe() for _ in range(world_size)]
+        self.idle_seconds = idle_seconds
+        self.is_broken = False
+        self.pipes = [ours for ours, _ in pipes]
+        self._folder = tempfile.TemporaryDirectory(prefix="pool-")
+        self._stacks = [Path(self._folder.name, f"rank-{rank}") for rank in range(world_size)]
+        self.processes = [
+            context.Process(target=_serve, args=(rank, world_size, port, theirs, self._stacks[rank]), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, args, kwargs))
+        self._await_answers(f"{function.__name__}{args}")
+        try:
+            answers = [pipe.recv() for pipe in self.pipes]
+        except EOFError:
+            raise self._broken(f"a rank ended in {function.__name__}{args}") from None
+        failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
+        if failed:
+            raise AssertionError("\n".join(failed))
+        return [value for _, value in answers]
+
+    def _await_answers(self, what: str) -> None:
+        begin = busy_at = time.monotonic()
+        used = self._processor_seconds()
+        while True:
+            answered = all(pipe.poll(POLL_SECONDS / len(self.pipes)) for pipe in self.pipes)  # or closed
+            dead = [rank for rank, process in enumerate(self.processes) if not process.is_alive()]
+            if dead:
+                raise self._broken(f"rank {dead[0]} ended with code {self.processes[dead[0]].exitcode} in {what}")
+            if answered:
+                return
+            now = time.monotonic()
+            now_used = self._processor_seconds()
+            if now_used - used > BUSY_FRACTION * (now - busy_at):
+                used = now_used
+                busy_at = now
+            if now - busy_at > self.idle_seconds or now - begin > LONGEST_SECONDS:
+                raise self._broken(
+                    f"no answer to {what} in {now - begin:.0f} s, and no work done for {now - busy_at:.0f} s"
+                )
+
+    def _processor_seconds(self) -> float:
+        total = 0.0
+        for process in self.processes:
+            try:
+                total += sum(psutil.Process(process.pid).cpu_times()[:2])
+            except psutil.Error:  # gone: its answer or its end is seen elsewhere
+                continue
+        return total
+
+    def _broken(self, reason: str) -> PoolError:
+        self.is_broken = True
+        for process, stacks in zip(self.processes, self._stacks, strict=True):
+            if process.is_alive():
+                os.kill(process.pid, STACKS_SIGNAL)
+                deadline = time.monotonic() + 5
+                while not stacks.stat().st_size and time.monotonic() < deadline:
+                    time.sleep(0.05)
+        time.sleep(0.2)  # for the last of them to be whole
+        told = [f"rank {rank}:\n{stacks.read_text()}" for rank, stacks in enumerate(self._stacks) if stacks.exists()]
+        self.close()
+        return PoolError("\n".join([reason, *told]))
+
+    def close(self) -> None:
+        """Ends the workers, which have nothing to lose: to leave politely takes them seconds."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        self._folder.cleanup()

@@ -1,0 +1,92 @@
+"""Whole tiny runs of the trainer on generated text, for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from relora_mora.config import Config, validate
+from tests.tools.data_tools import write_shards
+
+LLAMA = {
+    "vocab_size": 320,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def write_inputs(folder: Path) -> Path:
+    """Shards train-*.json.gz and validation-*.json.gz and the model's JSON."""
+    for name, seed_shards, texts in (("train", 3, 60), ("validation", 1, 30)):
+        write_shards(folder / name, seed_shards, texts)
+    (folder / "model.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
+def run_config(inputs: Path, tokenizer: str, run_dir: Path, world_size: int = 1, **sections: dict[str, Any]) -> Config:
+    """Ten steps with merges after 4 and 8, a checkpoint after each step."""
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"config": str(inputs / "model.json")},
+        "tokenizer": {"path": tokenizer},
+        "data": {
+            "train": str(inputs / "train" / "*.json.gz"),
+            "validation": str(inputs / "validation" / "*.json.gz"),
+            "sequence_length": 32,
+            "workers": 0,
+            "shuffle_documents": 8,
+        },
+        "method": {"name": "remora", "rank": 3, "operators": [1, 2], "merge_every": 4},
+        "optim": {"lr": 2e-2, "lr_other": 1e-2, "warmup_steps": 2, "restart_warmup_steps": 2},
+        "train": {"run_dir": str(run_dir), "steps": 10, "batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+        "eval": {"every_steps": 5, "max_tokens": 500},
+        "checkpoint": {"every_steps": 1, "keep_last": 20},
+        "log": {"every_steps": 1, "tensorboard": False, "progress": False, "peak_tflops": 1.0},
+    }
+    for section, changes in sections.items():
+        tree[section] |= changes
+    return validate(tree, "the test", world_size=world_size)
+
+
+class Stopped(Exception):
+    """The run was cut off, as by a kill."""
+
+    same_on_all_ranks = True
+
+
+def train(config: Config, stop_after: int | None = None) -> None:
+    """Runs the trainer in this process (all ranks call it); with ``stop_after`` it is cut off after the save of that step."""
+    from relora_mora.train import Trainer, pretrain
+
+    whole_step = Trainer.train_step
+
+    def train_step(self: Trainer, batch: Any) -> None:
+        if stop_after is not None and self.step == stop_after:
+            raise Stopped
+        whole_step(self, batch)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+    try:
+        pretrain(config)
+    except Stopped:
+        return
+    finally:
+        Trainer.train_step = whole_step  # type: ignore[method-assign]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by its key."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

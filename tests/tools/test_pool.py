@@ -1,0 +1,44 @@
+"""The pool that other tests use: what hangs or dies in it is told soon, with where it stood."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from tests.tools.pool import Pool, PoolError
+
+pytestmark = pytest.mark.distributed
+
+
+def _rank_1_hangs() -> None:
+    import torch
+
+    if torch.distributed.get_rank() == 1:
+        threading.Event().wait()
+    torch.distributed.barrier()
+
+
+def _rank_1_dies() -> None:
+    import torch
+
+    if torch.distributed.get_rank() == 1:
+        os._exit(7)
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize(
+    "function,said",
+    [
+        (_rank_1_hangs, r"(?s)no answer to _rank_1_hangs.*rank 0:.* in barrier\n.*rank 1:.* in _rank_1_hangs\n"),
+        (_rank_1_dies, r"(?s)rank 1 ended with code 7 in _rank_1_dies.*rank 0:.* in _rank_1_dies\n"),
+    ],
+)
+def test_workers_that_hang_or_die_are_told_with_their_stacks(function, said):
+    pool = Pool(2, idle_seconds=3)
+    pool(os.getpid)
+    with pytest.raises(PoolError, match=said):
+        pool(function)
+    assert pool.is_broken
+    assert not any(process.is_alive() for process in pool.processes)

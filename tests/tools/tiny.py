@@ -1,0 +1,114 @@
+"""A tiny run: settings, model and batches that several tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from relora_mora.config import Config, validate
+from relora_mora.merging import Base, Cycle
+from relora_mora.methods.inject import inject
+from relora_mora.model.llama import LossModel, build_model
+from relora_mora.optim import build_optimizer, make_schedule, parameter_groups, set_trainable
+
+VOCABULARY, LENGTH, BATCH = 64, 16, 8
+
+
+def tiny_llama(**changes: Any) -> LlamaConfig:
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaConfig(
+        **({"vocab_size": VOCABULARY, "max_position_embeddings": 64, "use_cache": False} | sizes | changes)
+    )
+
+
+def tiny_config(world_size: int = 1, **sections: dict[str, Any]) -> Config:
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"config": "unused.json"},
+        "tokenizer": {"path": "unused"},
+        "data": {"train": "unused", "validation": "unused", "sequence_length": LENGTH},
+        "method": {"name": "remora", "rank": 3, "operators": [1, 2], "merge_every": 4},
+        "optim": {"lr": 2e-2, "lr_other": 1e-2, "warmup_steps": 1, "restart_warmup_steps": 2},
+        "train": {
+            "run_dir": "unused",
+            "steps": 40,
+            "batch_size": BATCH,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+            "zero_stage": 2,
+        },
+    }
+    for section, changes in sections.items():
+        tree.setdefault(section, {}).update(changes)
+    return validate(tree, "the test", world_size=world_size)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """The global batch of a step: input_ids and labels [BATCH, LENGTH]."""
+    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1000 + step))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@dataclass
+class Rig:
+    """Everything a step needs, built as the trainer builds it."""
+
+    config: Config
+    engine: Any
+    base: Base
+    cycle: Cycle
+    groups: list[Any]
+    schedule: Any
+    initial: dict[str, Tensor]  # float32, whole, from before the engine
+
+    def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        ids, labels = batch(step)
+        rank, world, micro = self.engine.rank, self.engine.world_size, self.config.train.micro_batch_size
+        return list(zip(ids[rank::world].split(micro), labels[rank::world].split(micro), strict=True))
+
+    def step(self, step: int, *, poison: bool = False, scale: float = 1.0) -> tuple[float, float, bool]:
+        """One optimizer step: (mean loss over all ranks, gradient norm, applied)."""
+        from relora_mora.optim import group_rates
+
+        micro = self.micro_batches(step)
+        total = torch.zeros((), dtype=torch.float64)
+        for index, (ids, labels) in enumerate(micro):
+            loss = self.engine.engine(ids, labels) * scale
+            if poison and index == 0:
+                loss = loss * float("nan")
+            total += loss.detach().double()
+            self.engine.accumulate(loss, last=index == len(micro) - 1)
+        norm, applied = self.engine.step(group_rates(self.schedule, self.groups, step))
+        return float(self.engine.all_reduce(total)) / len(micro) / self.engine.world_size, norm, applied
+
+    def merge(self, step: int) -> Any:
+        return self.cycle.merge(step, self.schedule.merges_done(step), self.schedule.operator(step))
+
+    @torch.no_grad()
+    def logits(self, step: int = 0) -> Tensor:
+        self.engine.engine.eval()
+        out = self.engine.lm(input_ids=batch(step)[0][:2], use_cache=False).logits.float().clone()
+        self.engine.engine.train()
+        return out
+
+
+def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None = None) -> Rig:
+    from relora_mora.zero import ZeroEngine
+
+    lm = build_model(llama or tiny_llama(), seed=config.train.seed)
+    if config.uses_adapters:
+        inject(lm, config.method, seed=config.train.seed)
+    set_trainable(lm, config)
+    groups = parameter_groups(lm, config)
+    initial = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    from torch import distributed as dist
+
+    base = Base(
+        [name for name, p in lm.named_parameters() if not p.requires_grad], dist.get_rank(), dist.get_world_size()
+    )
+    base.take(initial)
+    engine = ZeroEngine(LossModel(lm), lm, build_optimizer(lm, groups, config), config, bf16=bf16)
+    return Rig(config, engine, base, Cycle(engine, base, config), groups, make_schedule(config), initial)

@@ -1,0 +1,38 @@
+"""What the tests of the tokenizer share: the training program, and text to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.tools.commands import TRAIN, module_of
+from tests.tools.helpers import ROOT
+
+training = module_of(TRAIN)
+
+
+def train_tokenizer(folder: Path, text: list[str]) -> None:
+    """Puts a sentencepiece model with byte fallback and 300 pieces into a folder."""
+    from sentencepiece import SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 20),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+
+
+def own_text() -> list[str]:
+    """Enough text for a small vocabulary wherever the tests run: the project's own sources."""
+    return [
+        path.read_text(encoding="utf-8")
+        for folder in ("relora_mora", "tests")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ]

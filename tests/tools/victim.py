@@ -1,0 +1,77 @@
+"""launch/pretrain.py whose rank 1 is lost at a moment that no signal can be aimed at; VICTIM names it."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from launch.pretrain import main
+from relora_mora.cli import run
+from relora_mora.supervise import leave_process
+
+
+def killed(*args: Any, **kwargs: Any) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("alive")
+
+
+def killed_later(*args: Any, **kwargs: Any) -> NoReturn:
+    time.sleep(2.0)  # until the other rank has written its part and waits
+    killed()
+
+
+def without_text(whole: Callable[..., Any]) -> Callable[..., Any]:
+    left = iter(range(3))
+
+    def batch(self: Any) -> Any:
+        if next(left, None) is None:
+            raise OSError(errno.ESTALE, "Stale file handle", "part-1.json.gz")
+        return whole(self)
+
+    return batch
+
+
+@functools.wraps(main)
+def victim(*args: Any, **kwargs: Any) -> int:
+    from relora_mora.checkpoint.part import Part
+    from relora_mora.data import TrainStream
+    from relora_mora.train import Trainer
+
+    train_step = Trainer.train_step
+
+    def without(error: Exception) -> Callable[[Trainer, Any], None]:
+        def step(self: Trainer, batch: Any) -> None:
+            if self.step == 3:
+                raise error
+            train_step(self, batch)
+
+        return step
+
+    if os.environ["RANK"] == "1":
+        match os.environ["VICTIM"]:
+            case "at the end":
+                sys.modules["relora_mora.train.pretrain"].part_company = killed  # type: ignore[attr-defined]
+            case "in a save":
+                Part.write = killed_later  # type: ignore[method-assign]
+            case "device":
+                Trainer.train_step = without(torch.AcceleratorError("CUDA error: unspecified launch failure"))  # type: ignore[method-assign]
+            case "disk":
+                Trainer.train_step = without(OSError(errno.ESTALE, "Stale file handle", "metrics.jsonl"))  # type: ignore[method-assign]
+            case "text":
+                TrainStream.__next__ = without_text(TrainStream.__next__)  # type: ignore[method-assign]
+    return main(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    try:
+        run(victim)
+    except SystemExit as end:
+        leave_process(end.code)  # type: ignore[arg-type]

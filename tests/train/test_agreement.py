@@ -1,0 +1,117 @@
+"""Ranks that were given different things, or share no run folder, do not train; a data worker that hangs is missed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tools.runs import metrics, run_config, write_inputs
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def with_a_stopped_worker(config: Any) -> str:
+    """Rank 1 stops its data worker after step 3, as a debugger or a disk that does not answer would. Returns the error's text."""
+    from relora_mora.train import Trainer, TrainingError, pretrain, trainer
+
+    train_step, before = Trainer.train_step, trainer.WORKER_SECONDS
+
+    def step(self: Trainer, batch: Any) -> None:
+        train_step(self, batch)
+        if self.step == 3 and self.rank == 1:
+            os.kill(self.data._producers[0].pid, signal.SIGSTOP)
+
+    Trainer.train_step, trainer.WORKER_SECONDS = step, 0.0  # type: ignore[method-assign]
+    try:
+        pretrain(config)
+    except TrainingError as error:
+        return str(error)
+    finally:
+        Trainer.train_step, trainer.WORKER_SECONDS = train_step, before  # type: ignore[method-assign]
+    return ""
+
+
+@pytest.mark.stops
+def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    data = {"workers": 1, "timeout_seconds": 3.0, "prefetch_batches": 1}
+    settings = {
+        "data": data,
+        "train": {"steps": 200},
+        "checkpoint": {"every_steps": 0},
+        "eval": {"every_steps": 0, "at_start": False},
+    }
+    first, second = pools(2)(with_a_stopped_worker, run_config(inputs, tokenizer_path, folder, 2, **settings))
+    assert first == second and "data worker " in first and " hangs: it has done nothing for " in first
+    step = metrics(folder)[-1]["step"]
+    assert step >= 3 and (folder / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+
+
+def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
+    """Runs on every rank; the second one has other settings, or finds another fingerprint or content at the same paths."""
+    from relora_mora.config import ConfigError
+    from relora_mora.train import build, pretrain
+
+    second, before = (
+        os.environ["RANK"] == "1",
+        {name: getattr(build, name) for name in ("fingerprint", "local_content")},
+    )
+    if second and finds:
+        setattr(build, finds, lambda *args, **kwargs: "another")
+    try:
+        with pytest.raises(ConfigError) as caught:
+            pretrain(other if second else config)
+    finally:
+        for name, function in before.items():
+            setattr(build, name, function)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["settings", "fingerprint", "local_content", "tokenizer"])
+def test_ranks_that_were_given_different_things_do_not_train(
+    pools, inputs, tokenizer_path, other_tokenizer, tmp_path, what
+):
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
+    optim = {"lr": 1e-3} if what == "settings" else {}
+    different = run_config(
+        inputs, other_tokenizer if what == "tokenizer" else tokenizer_path, tmp_path / "run", 2, optim=optim
+    )
+    first, second = pools(2)(
+        of_two_hosts, config, different, finds=what if what in ("fingerprint", "local_content") else ""
+    )
+    expected = {"settings": "optim.lr", "tokenizer": "the tokenizer"}.get(what, "the training data")
+    assert (
+        first == second
+        and "rank 1 (" in first
+        and expected in first
+        and "start all ranks with the same command" in first
+    )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def on_folders_of_their_own(config: Any) -> str:
+    """As ``of_two_hosts``, with a run folder that rank 1 does not share."""
+    from relora_mora.train import agreement
+
+    content, before = agreement._content, agreement.APPEAR_SECONDS
+    if os.environ["RANK"] == "1":
+        agreement._content = lambda file: None
+    agreement.APPEAR_SECONDS = 0.5
+    try:
+        return of_two_hosts(config, config)
+    finally:
+        agreement._content, agreement.APPEAR_SECONDS = content, before
+
+
+def test_a_run_folder_that_the_hosts_do_not_share_is_refused(pools, inputs, tokenizer_path, tmp_path):
+    first, second = pools(2)(on_folders_of_their_own, run_config(inputs, tokenizer_path, tmp_path / "run", 2))
+    assert first == second and "train.run_dir: " in first and "put it on a file system that all hosts share" in first

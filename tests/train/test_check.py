@@ -1,0 +1,72 @@
+"""Initial weights: distributed as transformers', and each a function of seed, name and shape alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from relora_mora.config import MethodConfig
+from relora_mora.methods.inject import inject
+from relora_mora.model.llama import build_model, empty_model, initial_value, put_values
+from tests.tools.tiny import batch, tiny_llama
+
+SIZES = {"hidden_size": 96, "intermediate_size": 160, "vocab_size": 256}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"initializer_range": 0.1, "pad_token_id": 3, "attention_bias": True, "mlp_bias": True}], ids=str
+)
+def test_weights_are_distributed_as_transformers_draws_them(changes):
+    model_config = tiny_llama(**SIZES, **changes)
+    torch.manual_seed(0)
+    theirs = dict(LlamaForCausalLM(model_config).named_parameters())
+    ours = dict(build_model(model_config, seed=0).named_parameters())
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        expected = theirs[name]
+        assert (value.shape, value.dtype, value.requires_grad) == (expected.shape, torch.float32, True), name
+        if expected.std() == 0:
+            assert torch.equal(value, expected), name  # norms and biases
+        else:
+            assert not torch.equal(value, expected)
+            assert value.std().item() == pytest.approx(expected.std().item(), rel=0.05), name
+            assert abs(value.mean().item()) < 4 * expected.std().item() / expected.numel() ** 0.5, name
+            assert not (value == 0).all(-1).any(), (
+                name
+            )  # transformers zeroes the row of pad_token_id, which is a token's here
+
+
+def test_a_weight_depends_on_nothing_but_seed_name_and_shape():
+    small, large = (
+        dict(build_model(tiny_llama(num_hidden_layers=layers), seed=7).named_parameters()) for layers in (1, 3)
+    )
+    assert all(torch.equal(value, large[name]) for name, value in small.items())
+    drawn = [value for value in large.values() if value.ndim == 2]
+    firsts = {value.flatten()[0].item() for value in drawn}
+    assert len(firsts) == len(drawn)  # no two layers begin alike
+    assert not torch.equal(large["lm_head.weight"], build_model(tiny_llama(), seed=8).lm_head.weight)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_built_empty_is_whole_when_it_has_values(tied):
+    model_config = tiny_llama(tie_word_embeddings=tied)
+    model = build_model(model_config, seed=1)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    plain = LlamaForCausalLM._from_config(model_config, attn_implementation="sdpa", dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(batch(0)[0]).logits, plain(batch(0)[0]).logits)  # rotary frequencies, too
+
+
+def test_values_are_put_in_beside_adapters():
+    lm = empty_model(tiny_llama())
+    inject(lm, MethodConfig(name="remora", rank=3), seed=0)
+    empty = [name for name, p in lm.named_parameters() if p.is_meta]
+    assert not any("mora" in name for name in empty)
+    put_values(lm, {name: initial_value(lm, name, 5) for name in empty})
+    plain = dict(build_model(tiny_llama(), seed=5).named_parameters())
+    assert set(empty) == set(plain)
+    for name, value in plain.items():
+        assert torch.equal(lm.get_parameter(name), value)
+        assert lm.get_parameter(name).requires_grad == (".layers." not in name or "norm" in name)  # frozen stays frozen

@@ -1,0 +1,107 @@
+"""Data that fails for good in the middle of a run: all ranks save, say why, and go on when it is back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.tools.data_tools import write_shard, write_shards
+from tests.tools.faulty_server import serving
+from tests.tools.jobs import Job, ends, last_step, write_config
+from tests.tools.runs import metrics, run_config, write_inputs
+from tests.train.test_resume import _equal
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def ended(config: Any) -> tuple[str, str]:
+    """Runs on every rank: the kind of error that ended a run, and its text. Lanes read few documents ahead."""
+    from relora_mora.data import lanes
+    from relora_mora.train import pretrain
+
+    whole, lanes.ENCODE_DOCUMENTS = lanes.ENCODE_DOCUMENTS, 2
+    try:
+        pretrain(config)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    finally:
+        lanes.ENCODE_DOCUMENTS = whole
+    return "", ""
+
+
+def test_a_server_that_stays_away_ends_the_run_with_its_state_saved(pools, inputs, tokenizer_path, tmp_path):
+    never, run_dir = tmp_path / "never", tmp_path / "run"
+    write_shards(tmp_path / "data", 4, 8)  # an epoch of some twenty steps, so that shards are opened all the time
+    with serving(tmp_path / "data") as server:
+        source = f"{server.url}/part-{{00000..00003}}.json.gz"
+        data = {"train": source, "timeout_seconds": 3.0, "shuffle_documents": 2}
+        settings = {"data": data, "checkpoint": {"every_steps": 0}, "train": {"steps": 40}}
+        assert pools(2)(ended, run_config(inputs, tokenizer_path, never, 2, **settings)) == [("", "")] * 2
+        config = run_config(inputs, tokenizer_path, run_dir, 2, **settings)
+        server.fault = lambda n: "503" if last_step(run_dir) >= 5 else None
+        answers = pools(2)(ended, config)
+        assert {kind for kind, _ in answers} == {"DataError"} and answers[0] == answers[1]
+        text = answers[0][1]
+        assert "gave up after 3 s" in text and "check the network" in text
+        step = int(text.rpartition("what was trained up to step ")[2].split()[0])
+        assert 0 < step < 40 and (run_dir / "checkpoints" / f"step-{step:08d}").exists()
+        assert ends(run_dir)[-1]["code"] == 2 and ends(run_dir)[-1]["step"] == step
+        server.fault = lambda n: None
+        assert pools(2)(ended, config) == [("", "")] * 2
+    assert _equal(never / "checkpoints" / "step-00000040", run_dir / "checkpoints" / "step-00000040") == []
+
+
+def test_too_many_bad_lines_stop_all_ranks_at_the_same_step(pools, inputs, tokenizer_path, tmp_path):
+    good = [json.dumps({"text": f"the rank of a merge {n} " * 5}).encode() for n in range(400)]
+    for number in range(2):
+        lines = good if number == 0 else good[:200] + [b"{not json"] * 200
+        write_shard(tmp_path / "data" / f"part-{number}.json.gz", lines)
+    run_dir = tmp_path / "run"
+    data = {"train": str(tmp_path / "data" / "*.json.gz"), "shuffle_documents": 4}
+    config = run_config(
+        inputs, tokenizer_path, run_dir, 2, data=data, train={"steps": 400}, checkpoint={"every_steps": 0}
+    )
+    answers = pools(2)(ended, config)
+    assert answers[0] == answers[1] and answers[0][0] == "DataError"
+    assert "part-1.json.gz" in answers[0][1] and "more than data.max_bad_fraction" in answers[0][1]
+    last = metrics(run_dir)[-1]["step"]
+    assert (run_dir / "checkpoints" / f"step-{last:08d}").exists()
+    again = pools(2)(ended, config)  # the same decision
+    assert again[0][1].splitlines()[0] == answers[0][1].splitlines()[0]
+
+
+@pytest.mark.stops
+def test_a_killed_data_worker_ends_the_job_with_its_state_saved(inputs, tokenizer_path, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = run_config(
+        inputs,
+        tokenizer_path,
+        run_dir,
+        2,
+        train={"steps": 100_000},
+        data={"workers": 1},
+        checkpoint={"every_steps": 0},
+        eval={"every_steps": 0},
+    )
+    job = Job(write_config(settings, tmp_path / "run.yaml"))
+    job.wait_for_step(run_dir, 5)
+    worker = next(process for process in job.rank(1).children() if "relora_mora.data.worker" in process.cmdline())
+    assert isinstance(worker, psutil.Process)
+    worker.kill()
+    assert job.wait(30) == 1
+    job.wait_for_nobody(5)
+    assert (
+        "was killed by signal 9" in job.output and "lower data.workers" in job.output and "Traceback" not in job.output
+    )
+    step = ends(run_dir)[-1]["step"]
+    assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+    assert step > 4

@@ -1,0 +1,119 @@
+"""Every way to be faster trains as the reference does: decoupled adapters, torch only, plain cross-entropy over whole logits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tools.runs import metrics, run_config, train
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 4e-3}  # relative; in bf16 the two ways round at other places
+
+
+def _plain(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int | None = None
+) -> torch.Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).flatten(0, -2).float(), labels.flatten())
+
+
+def train_as_the_reference(config: Any) -> None:
+    from relora_mora import kernels
+    from relora_mora.model import llama as model
+
+    with kernels.disabled(), mock.patch.object(model, "chunked_cross_entropy", _plain):
+        train(config)
+
+
+def _losses(folder: Path) -> list[float]:
+    lines = metrics(folder)
+    return [line[key] for line in lines for key in ("train/loss", "eval/loss") if key in line]
+
+
+@pytest.fixture(scope="module")
+def golden(pools, tmp_path_factory, tokenizer_path):
+    """Losses of the reference, by method and precision, made when first asked for."""
+    from tests.tools.runs import write_inputs
+
+    inputs, known = write_inputs(tmp_path_factory.mktemp("golden")), {}
+
+    def losses(method: str, precision: str) -> list[float]:
+        if (method, precision) not in known:
+            folder = inputs / f"{method}-{precision}"
+            form = {"form": "decoupled"} if method != "full" else {}
+            pools(1)(
+                train_as_the_reference, _config(inputs, tokenizer_path, folder, method, precision, method_sections=form)
+            )
+            known[method, precision] = _losses(folder)
+        return known[method, precision]
+
+    losses.inputs = inputs  # type: ignore[attr-defined]
+    return losses
+
+
+def _config(inputs: Path, tokenizer: str, folder: Path, method: str, precision: str, **sections: dict[str, Any]) -> Any:
+    method_sections = {"name": method, **sections.pop("method_sections", {})}
+    training = {"precision": precision, "zero_stage": 1, **sections.pop("train", {})}
+    checkpoints = {"every_steps": 0}
+    return run_config(
+        inputs, tokenizer, folder, 1, method=method_sections, train=training, checkpoint=checkpoints, **sections
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["full", "relora", "remora"])
+@pytest.mark.parametrize("way", ["default", "merged", "checkpointing", "torch only"])
+def test_the_losses_are_the_references(golden, pools, tokenizer_path, tmp_path, method, precision, way):
+    if method == "full" and way == "merged":
+        pytest.skip("full rank has one form")
+    expected = golden(method, precision)
+    sections: dict[str, dict[str, Any]] = {"model": {"activation_checkpointing": way == "checkpointing"}}
+    if way in ("merged", "torch only") and method != "full":
+        sections["method_sections"] = {"form": "merged"}
+    config = _config(golden.inputs, tokenizer_path, tmp_path / "run", method, precision, **sections)
+    pools(1)(train_without_kernels if way == "torch only" else train, config)
+    losses = _losses(tmp_path / "run")
+    assert len(losses) == len(expected) > 12 and losses == pytest.approx(expected, rel=TOLERANCE[precision])
+    assert expected[0] - expected[-1] > 0.05  # it trains
+
+
+def train_without_kernels(config: Any) -> None:
+    from relora_mora import kernels
+
+    with kernels.disabled():
+        train(config)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
+@pytest.mark.parametrize("method,stage", [("full", 0), ("remora", 1), ("relora", 2)])
+def test_compiled_layers_train_as_the_reference(golden, pools, tokenizer_path, tmp_path, method, stage):
+    config = _config(
+        golden.inputs,
+        tokenizer_path,
+        tmp_path / "run",
+        method,
+        "fp32",
+        model={"compile": True},
+        train={"zero_stage": stage},
+    )
+    assert pools(1)(compiled_graphs, config)[0] > 0
+    losses = _losses(tmp_path / "run")
+    assert losses == pytest.approx(golden(method, "fp32"), rel=TOLERANCE["fp32"])
+
+
+def compiled_graphs(config: Any) -> int:
+    """Trains, and counts the programs that torch.compile made of it."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    train(config)
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    return int(counters["stats"]["unique_graphs"])

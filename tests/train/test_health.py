@@ -1,0 +1,71 @@
+"""Loss spikes and bad steps, judged from the state alone; rollbacks as they are remembered."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from relora_mora.config import TrainConfig
+from relora_mora.train.health import Health
+from relora_mora.train.rollbacks import ROLLBACKS, Rollback, dump_rollbacks, read_rollbacks
+
+
+def _config(**changes):
+    return TrainConfig(run_dir="unused", **{"spike_window": 16, "spike_deviations": 4.0, **changes})
+
+
+def _noisy(count: int, level: float = 3.0) -> list[float]:
+    rng = random.Random(0)
+    return [level + rng.gauss(0, 0.1) for _ in range(count)]
+
+
+def test_a_spike_is_measured_in_standard_deviations_and_does_not_join_the_window():
+    health, config = Health(), _config()
+    for loss in _noisy(40):
+        assert health.spike(loss, config) is None
+    window = list(health.losses)
+    assert len(window) == 16
+    mean = sum(window) / 16
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in window) / 15)
+    assert health.spike(mean + 10 * deviation, config) == pytest.approx(10)
+    assert health.losses == window
+    assert health.spike(mean + 3.9 * deviation, config) is None
+    assert health.spike(mean - 10 * deviation, config) is None  # a fall is no spike
+
+
+def test_nothing_is_judged_before_a_quarter_of_the_window():
+    health, config = Health(), _config()
+    assert [health.spike(loss, config) for loss in (1.0, 100.0, 1.0, 100.0)] == [None] * 4
+    assert health.spike(10_000.0, config) is not None
+
+
+def test_a_saved_health_judges_as_the_one_it_was_saved_from():
+    config, losses = _config(), [*_noisy(30), 9.0, *_noisy(5), 9.0]
+    whole, verdicts = Health(), []
+    for loss in losses:
+        verdicts.append(whole.spike(loss, config))
+    part = Health()
+    for loss in losses[:20]:
+        part.spike(loss, config)
+    resumed = Health(losses=list(part.losses))
+    assert [resumed.spike(loss, config) for loss in losses[20:]] == verdicts[20:]
+    assert sum(v is not None for v in verdicts) == 2
+
+
+def test_bad_steps_count_in_a_row():
+    health = Health()
+    assert [health.bad(["a"]), health.bad(["b", "c"])] == [1, 2] and health.bad_data == ["a", "b", "c"]
+    health.good()
+    assert health.bad(["d"]) == 1 and health.bad_data == ["d"]
+
+
+def test_rollbacks_come_back_and_a_damaged_file_is_no_empty_one(tmp_path):
+    assert read_rollbacks(tmp_path) == []
+    rollbacks = [Rollback(3, 5, "why", {"0": {"row": 1}})]
+    (tmp_path / ROLLBACKS).write_text(dump_rollbacks(rollbacks))
+    assert read_rollbacks(tmp_path) == rollbacks
+    (tmp_path / ROLLBACKS).write_text("[{")
+    with pytest.raises(ValueError, match="which data to skip"):
+        read_rollbacks(tmp_path)

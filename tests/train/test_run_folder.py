@@ -1,0 +1,99 @@
+"""A run folder that cannot be written: at the start it is the user's mistake, later it ends no run before its last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from relora_mora.supervise import RunLock
+from tests.tools.commands import disk
+from tests.tools.jobs import Job, ends, write_config
+from tests.tools.runs import metrics, run_config, write_inputs
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def _config(inputs: Path, tokenizer: str, run_dir: Path, config: Path, **train: object) -> Path:
+    settings = run_config(
+        inputs,
+        tokenizer,
+        run_dir,
+        2,
+        train=train,
+        checkpoint={"every_steps": 10, "keep_last": 2},
+        log={"tensorboard": True},
+    )
+    return write_config(settings, config)
+
+
+def test_a_read_only_run_folder_is_refused_before_the_model_is_built(inputs, tokenizer_path, tmp_path):
+    with disk(tmp_path / "disk", "ro") as folder:
+        job = Job(_config(inputs, tokenizer_path, folder / "run", tmp_path / "run.yaml"))
+        assert job.wait() == 2
+    assert "Read-only file system" in job.output and "Traceback" not in job.output and "adapters on" not in job.output
+    assert job.output.count("Read-only file system") == 1
+
+
+@pytest.mark.stops
+def test_a_disk_that_is_full_for_a_while_costs_lines_and_checkpoints_only(inputs, tokenizer_path, tmp_path):
+    with disk(tmp_path / "disk", "size=32m") as folder:
+        run_dir, ballast = folder / "run", folder / "ballast"
+        job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=250))
+        job.wait_for_step(run_dir, 15)
+        subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=4k"], capture_output=True, check=False)
+        # three checkpoints, so thirty steps: whatever room the last block of the metrics had is used up
+        job.wait_until(
+            lambda: "metrics cannot be written" in job.output and job.output.count("the checkpoint of step") >= 3
+        )
+        ballast.unlink()
+        assert job.wait() == 0, job.output
+        steps = [line["step"] for line in metrics(run_dir) if "train/loss" in line]
+        assert steps[-1] == 250 and len(steps) < 250
+        assert ends(run_dir)[-1]["code"] == 0
+        assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000250\n"
+
+
+@pytest.mark.stops
+def test_a_run_whose_folder_is_removed_saves_and_ends(inputs, tokenizer_path, tmp_path):
+    run_dir = tmp_path / "run"
+    job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=100_000))
+    job.wait_for_step(run_dir, 15)
+    run_dir.rename(tmp_path / "moved")
+    assert job.wait() == 75, job.output
+    assert "the run folder was removed or moved" in job.output and "Traceback" not in job.output
+    assert (run_dir / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.stops
+def test_a_run_leaves_alone_what_another_trainer_began_in_its_folder(inputs, tokenizer_path, tmp_path):
+    """As where a run is thrown away and begun anew, and its processes were forgotten."""
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=100_000))
+    job.wait_for_step(run_dir, 15)
+    other = RunLock(elsewhere)
+    other.acquire()
+    other.path.replace(run_dir / "lock")
+    assert job.wait() == 2, job.output
+    assert f"another trainer works there now (host {socket.gethostname()}, pid {os.getpid()}" in job.output
+    other.release()
+
+
+def test_nothing_of_a_run_is_writable_for_everybody(inputs, tokenizer_path, tmp_path):
+    before = os.umask(0)
+    try:
+        config = _config(inputs, tokenizer_path, tmp_path / "run", tmp_path / "run.yaml")
+        assert Job(config, launcher="python", ranks=1).wait() == 0
+    finally:
+        os.umask(before)
+    paths = list((tmp_path / "run").rglob("*"))
+    assert len(paths) > 20 and not [path for path in paths if path.stat().st_mode & stat.S_IWOTH]

@@ -1,0 +1,186 @@
+"""Which settings of model and data reach evaluation and plan; and that evaluation, launch/evaluate.py and export see what training saw."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+from relora_mora.config import Config
+from relora_mora.config.schema import DataConfig, ModelConfig
+from tests.tools.data_tools import some_texts, write_shard
+from tests.tools.runs import LLAMA, metrics, run_config, train
+
+pytestmark = pytest.mark.distributed
+
+
+class Reach(NamedTuple):
+    """``value``: another one than in :func:`_config`. What it changes: the held-out loss before the first step, the plan."""
+
+    value: Any
+    evaluation: bool
+    plan: bool
+
+
+# every setting stands here: one that is added says what it must reach
+REACHES = {
+    "model.config": Reach("narrow.json", True, True),
+    "model.overrides": Reach({"rms_norm_eps": 0.5}, True, False),
+    "model.init_from": Reach("export", True, False),
+    "model.attention": Reach("eager", False, True),
+    "model.activation_checkpointing": Reach(True, False, True),
+    "model.compile": Reach(None, False, False),  # takes a compiler and a minute: tests/kernels/test_kernels.py
+    "data.train": Reach("validation.json", False, False),
+    "data.validation": Reach("train.json", True, False),
+    "data.revision": Reach("v2", False, False),
+    "data.sequence_length": Reach(16, True, True),
+    "data.lanes": Reach(2, False, False),
+    "data.workers": Reach(1, False, False),
+    "data.prefetch_batches": Reach(1, False, False),
+    "data.shuffle_documents": Reach(3, False, False),
+    "data.seed": Reach(5, False, False),
+    "data.document_mask": Reach(True, True, True),
+    "data.max_line_bytes": Reach(100, True, False),
+    "data.max_bad_fraction": Reach(0.9, False, False),
+    "data.timeout_seconds": Reach(5.0, False, False),
+}
+PATHS = {"model.config", "model.init_from", "data.train", "data.validation"}
+TOLERANCE = 1e-5
+
+
+def test_every_setting_of_model_and_data_says_what_it_reaches():
+    settings = {
+        f"{section}.{name}"
+        for section, model in (("model", ModelConfig), ("data", DataConfig))
+        for name in model.model_fields
+    }
+    assert settings == set(REACHES)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_shard(folder / "train.json", some_texts(60, seed=1, words=12))
+    write_shard(folder / "validation.json", some_texts(30, seed=2, words=12))
+    (folder / "model.json").write_text(json.dumps(LLAMA))
+    (folder / "narrow.json").write_text(json.dumps(LLAMA | {"intermediate_size": 24}))
+    return folder
+
+
+def _config(inputs: Path, tokenizer: str, run_dir: Path, name: str | None = None) -> Config:
+    """One step, evaluated before and after; with one setting changed."""
+    sections: dict[str, dict[str, Any]] = {
+        "data": {
+            "train": str(inputs / "train.json"),
+            "validation": str(inputs / "validation.json"),
+            "max_bad_fraction": 1.0,
+            "lanes": 4,
+            "timeout_seconds": 60.0,
+        },
+        "method": {"name": "mora"},
+        "optim": {"warmup_steps": 0},
+        "train": {"steps": 1},
+        "eval": {"max_tokens": None},
+        "model": {},
+    }
+    if name is not None:
+        section, _, key = name.partition(".")
+        value = REACHES[name].value
+        sections[section][key] = str(inputs / value) if name in PATHS else value
+    return run_config(inputs, tokenizer, run_dir, **sections)
+
+
+def evaluations(config: Config) -> dict[str, float]:
+    """One run, and its loss as four ways of evaluating see it."""
+    from relora_mora.export import export
+
+    train(config)
+    run_dir = Path(config.train.run_dir)
+    before, after = (line["eval/loss"] for line in metrics(run_dir) if "eval/loss" in line)
+    out = run_dir / "export"
+    export(run_dir, out)
+    return {
+        "before": before,
+        "trainer": after,
+        "evaluate.py": _command_on(run_dir, config),
+        "export": _plain_transformers_on(out, config),
+    }
+
+
+def _command_on(run_dir: Path, config: Config) -> float:
+    from launch.evaluate import main
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        main(str(run_dir), data=str(config.data.validation))
+    return json.loads(output.getvalue().splitlines()[-1])["loss"]
+
+
+def _plain_transformers_on(folder: Path, config: Config) -> float:
+    """An evaluation of its own: packs, cuts and masks in plain Python."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lm = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    lines = Path(str(config.data.validation)).read_bytes().splitlines()
+    texts = [json.loads(line)["text"] for line in lines if len(line) <= config.data.max_line_bytes]
+    tokens = [tokenizer.eos_token_id]
+    for text in texts:
+        tokens += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, config.data.sequence_length):
+        block = tokens[start : start + config.data.sequence_length + 1]
+        begins = [0]
+        if config.data.document_mask:
+            begins += [at for at in range(1, len(block) - 1) if block[at] == tokenizer.eos_token_id]
+        for begin, end in zip(begins, [*begins[1:], len(block) - 1], strict=True):
+            with torch.no_grad():
+                logits = lm(torch.tensor([block[begin:end]])).logits[0].double()
+            targets = torch.tensor(block[begin + 1 : end + 1])
+            nats -= logits.log_softmax(-1).gather(1, targets[:, None]).sum().item()
+    return nats / (len(tokens) - 1)
+
+
+def _plan(config: Config) -> str:
+    from relora_mora.model import read_model_config
+    from relora_mora.plan import Cluster, make_plan
+    from relora_mora.system.devices import named_device
+
+    cluster = Cluster(1, 2, named_device("h100"), None)
+    plan = make_plan(
+        read_model_config(config.model), config, cluster=cluster, bf16=True, on_cpu=False, peak=(1e15, "the test")
+    )
+    return json.dumps(plan.as_dict())
+
+
+@pytest.fixture(scope="module")
+def unchanged(pools, inputs, tokenizer_path, tmp_path_factory) -> dict[str, float]:
+    run_dir = tmp_path_factory.mktemp("unchanged") / "run"
+    (seen,) = pools(1)(evaluations, _config(inputs, tokenizer_path, run_dir))
+    (run_dir / "export").rename(inputs / "export")
+    return seen
+
+
+@pytest.mark.parametrize("name", [None, *(name for name in REACHES if name != "model.compile")])
+def test_what_training_sees_is_evaluated_and_exported(pools, inputs, tokenizer_path, tmp_path, unchanged, name):
+    seen = unchanged
+    if name is not None:
+        (seen,) = pools(1)(evaluations, _config(inputs, tokenizer_path, tmp_path / "run", name))
+        changed = abs(seen["before"] - unchanged["before"]) > TOLERANCE
+        assert changed == REACHES[name].evaluation
+    assert seen["trainer"] != seen["before"]
+    assert seen["evaluate.py"] == pytest.approx(seen["trainer"], abs=TOLERANCE)
+    assert seen["export"] == pytest.approx(seen["trainer"], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", list(REACHES))
+def test_what_changes_the_plan(inputs, tokenizer_path, tmp_path, name):
+    with mock.patch.dict(REACHES, {"model.compile": REACHES["model.compile"]._replace(value=True)}):
+        plans = [_plan(_config(inputs, tokenizer_path, tmp_path, changed)) for changed in (None, name)]
+    assert (plans[0] != plans[1]) == REACHES[name].plan

@@ -1,0 +1,229 @@
+"""Whole runs: five methods, warm start, export, evaluation, metrics, accumulation, faults of the user."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from relora_mora.data import load_eval_set
+from relora_mora.evaluate import causal_lm_loss, evaluate
+from relora_mora.export import export
+from tests.tools.helpers import ROOT
+from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+
+pytestmark = pytest.mark.distributed
+METHODS = ("full", "lora", "mora", "relora", "remora")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def finished(pools, inputs, tokenizer_path, tmp_path_factory) -> dict[str, Path]:
+    """A finished run of each method, on two ranks."""
+    folders = {method: tmp_path_factory.mktemp("runs") / method for method in METHODS}
+    for method, folder in folders.items():
+        pools(2)(
+            train, run_config(inputs, tokenizer_path, folder, 2, method={"name": method}, log={"tensorboard": True})
+        )
+    return folders
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_explains_itself(finished, method):
+    folder = finished[method]
+    lines = metrics(folder)
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.5
+    merges = [line["step"] for line in lines if "merge/layers" in line]
+    assert merges == ([4, 8] if method in ("relora", "remora") else [])
+    if method == "remora":
+        switches = [
+            (line["merge/operator_before"], line["merge/operator_after"]) for line in lines if "merge/layers" in line
+        ]
+        assert switches == [(1, 2), (2, 1)]
+    last = next(line for line in reversed(lines) if "train/loss" in line)
+    assert last["train/tokens"] == 10 * 8 * 32 and last["perf/tokens_per_second"] > 0 and 0 < last["perf/mfu"] < 1
+    assert last["train/perplexity"] == pytest.approx(math.exp(last["train/loss"]))
+    for name in ("config.yaml", "model.json", "starts.jsonl", "tokenizer/tokenizer.model", "checkpoints/latest"):
+        assert (folder / name).exists(), name
+    assert list((folder / "tensorboard").glob("events.*"))
+    start = json.loads((folder / "starts.jsonl").read_text().splitlines()[0])
+    assert start["world_size"] == 2 and start["step"] == 0 and "torch" in start["versions"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_export_is_the_model_that_was_trained(finished, inputs, tokenizer_path, tmp_path, method):
+    out = tmp_path / "export"
+    checkpoint = export(finished[method], out)
+    assert checkpoint.name == "step-00000010"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lm = AutoModelForCausalLM.from_pretrained(out)
+    assert type(lm).__name__ == "LlamaForCausalLM" and not any(
+        "mora" in name or "lora" in name for name, _ in lm.named_parameters()
+    )
+    config = run_config(inputs, tokenizer_path, tmp_path / "unused")
+    data = load_eval_set(
+        config.data.validation, config=config.data, tokenizer_path=tokenizer_path, sequence_length=32, max_tokens=500
+    )
+    result = evaluate(causal_lm_loss(lm), data, micro_batch_size=3, device=torch.device("cpu"))
+    logged = [line for line in metrics(finished[method]) if "eval/loss" in line][-1]
+    assert (logged["step"], logged["eval/tokens"]) == (10, result.tokens)
+    assert result.loss == pytest.approx(logged["eval/loss"], abs=2e-5)
+    assert result.bits_per_byte == pytest.approx(result.nats / math.log(2) / data.utf8_bytes)
+    text = "the rank of a größer matrix"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    with pytest.raises(FileExistsError, match="not empty"):
+        export(finished[method], out)
+
+
+@pytest.mark.parametrize("source", ["full", "remora", "export"])
+def test_a_warm_start_begins_with_the_weights_of_the_other_run(
+    pools, finished, inputs, tokenizer_path, tmp_path, source
+):
+    origin = finished["remora" if source == "export" else source]
+    given = origin
+    if source == "export":
+        given = tmp_path / "export"
+        export(origin, given)
+    folder = tmp_path / "warm"
+    pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, model={"init_from": str(given)}), stop_after=1)
+    before = [line["eval/loss"] for line in metrics(origin) if "eval/loss" in line][-1]
+    after = next(line["eval/loss"] for line in metrics(folder) if "eval/loss" in line)
+    assert after == pytest.approx(before, abs=2e-5)
+    pools(2)(
+        train, run_config(inputs, tokenizer_path, folder, 2, model={"init_from": str(given)}), stop_after=2
+    )  # resumes: no second start
+    assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [0]
+
+
+def reads_of_validation(config: Any) -> int:
+    """How often this rank reads the held-out text in a whole run."""
+    from relora_mora.train import trainer
+
+    with mock.patch.object(trainer, "held_out", wraps=trainer.held_out) as read:
+        train(config)
+    return read.call_count
+
+
+def test_one_rank_reads_the_held_out_text(pools, inputs, tokenizer_path, tmp_path):
+    assert pools(2)(reads_of_validation, run_config(inputs, tokenizer_path, tmp_path / "run", 2)) == [1, 0]
+
+
+def test_micro_batches_do_not_change_the_result(pools, inputs, tokenizer_path, tmp_path):
+    losses = []
+    for micro in (1, 4):
+        folder = tmp_path / f"micro{micro}"
+        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, train={"micro_batch_size": micro}))
+        losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_activation_checkpointing_does_not_change_the_result(pools, inputs, tokenizer_path, tmp_path, stage):
+    losses = []
+    for on in (False, True):
+        folder = tmp_path / f"{on}"
+        sections = {"model": {"activation_checkpointing": on}, "train": {"zero_stage": stage}}
+        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, **sections))
+        losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
+    assert losses[0] == losses[1]
+
+
+def test_documents_can_be_kept_apart(pools, inputs, tokenizer_path, tmp_path):
+    losses = []
+    for on in (False, True):
+        folder = tmp_path / f"{on}"
+        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, data={"document_mask": on}), stop_after=2)
+        losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
+    assert len(losses[1]) == 2 and losses[0][0] != losses[1][0] and losses[0] == pytest.approx(losses[1], abs=0.3)
+
+
+def test_retention_keeps_the_last_and_the_multiples(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, checkpoint={"keep_last": 2, "keep_every_steps": 4}))
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == ["latest", *(f"step-{step:08d}" for step in (4, 8, 9, 10))]
+    assert tensors(folder / "checkpoints" / "step-00000004")
+
+
+def _launch(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env=kept | (environment or {}), check=False
+    )
+
+
+def test_mistakes_end_before_anything_is_loaded_without_a_traceback(inputs, tokenizer_path, tmp_path):
+    remora = str(ROOT / "configs" / "run" / "tiny_remora.yaml")
+    cases = [
+        ([], "config"),
+        ([str(tmp_path / "none.yaml")], "none.yaml"),
+        ([remora, "--train.stepz=3", "--optim.lr=fast"], "did you mean steps?"),
+        ([remora, "stray"], "stray"),
+        (
+            [remora, f"--tokenizer.path={tmp_path}", f"--train.run_dir={tmp_path / 'run'}"],
+            "no tokenizer in this folder",
+        ),
+        (
+            [
+                remora,
+                f"--tokenizer.path={tokenizer_path}",
+                f"--data.train={tmp_path}/none-*.gz",
+                f"--data.validation={inputs}/validation/*.json.gz",
+                f"--train.run_dir={tmp_path / 'run'}",
+            ],
+            "none-*.gz",
+        ),
+    ]
+    for arguments, says in cases:
+        done = _launch(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert says in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_tiny_config_trains_as_shipped(inputs, tokenizer_path, tmp_path, method):
+    """A few steps on other text, by the command that the README names; one thread."""
+    done = _launch(
+        str(ROOT / "configs" / "run" / f"tiny_{method}.yaml"),
+        f"--tokenizer.path={tokenizer_path}",
+        f"--data.train={inputs}/train/*.json.gz",
+        f"--data.validation={inputs}/validation/*.json.gz",
+        f"--train.run_dir={tmp_path / 'run'}",
+        "--train.steps=3",
+        "--train.batch_size=4",
+        "--train.micro_batch_size=2",
+        "--data.sequence_length=32",
+        "--data.workers=0",
+        "--optim.warmup_steps=1",
+        "--optim.restart_warmup_steps=1",
+        "--method.merge_every=2",
+        "--eval.max_tokens=200",
+        "--log.every_steps=1",
+    )
+    assert done.returncode == 0, done.stderr
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "merge/layers" in line] == ([2] if method.startswith("re") else [])
+    shutil.rmtree(tmp_path / "run")

@@ -1,0 +1,303 @@
+"""A run that begins with another model's weights begins with its loss, or is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from relora_mora.config import ModelConfig
+from relora_mora.export import export
+from relora_mora.model import read_model_config
+from relora_mora.model.llama import empty_model
+from tests.tools.commands import EVALUATE, call
+from tests.tools.runs import LLAMA, metrics, run_config, train, write_inputs
+
+pytestmark = pytest.mark.distributed
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama2": {},
+    "llama3": {"num_key_value_heads": 1, "head_dim": 16, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500.0}},
+    "llama3_tied": {
+        "num_key_value_heads": 1,
+        "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500.0},
+        "tie_word_embeddings": True,
+    },
+    "biased": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "rms_norm_eps": 1e-3, "pad_token_id": 2},
+}
+# what exports of transformers 4 carry, and what trainers and the hub add
+OLD_KEYS = {
+    "_name_or_path": "./somewhere",
+    "torch_dtype": "float32",
+    "transformers_version": "4.31.0",
+    "architectures": ["LlamaForCausalLM"],
+    "pretraining_tp": 1,
+    "use_cache": True,
+    "unk_token_id": 0,
+    "pad_token_id": -1,
+    "attention_dropout": 0.0,
+    "output_attentions": False,
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def save(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: Any) -> Path:
+    """A LLaMA with weights that are large, so that every change of what it computes is seen in its loss."""
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(LlamaConfig(**(LLAMA | {"initializer_range": 0.4} | changes)))
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            value.data.normal_()
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def rewrite(folder: Path, leave_out: tuple[str, ...] = (), **changes: Any) -> None:
+    path = folder / "config.json"
+    values = {key: value for key, value in json.loads(path.read_text()).items() if key not in leave_out}
+    path.write_text(json.dumps(values | changes))
+
+
+def as_old(folder: Path) -> None:
+    """Its config as transformers 4 wrote it."""
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    scaling = (
+        {key: value for key, value in rope.items() if key != "rope_theta"} if rope["rope_type"] != "default" else None
+    )
+    rewrite(folder, ("rope_parameters", "dtype"), rope_theta=rope["rope_theta"], rope_scaling=scaling, **OLD_KEYS)
+
+
+def first_loss(pools: Any, inputs: Path, tokenizer: str, run: Path, folder: Path) -> float:
+    model = {"config": str(folder / "config.json"), "init_from": str(folder)}
+    pools(1)(train, run_config(inputs, tokenizer, run, model=model), stop_after=0)
+    return next(line["eval/loss"] for line in metrics(run) if "eval/loss" in line)
+
+
+def scored(inputs: Path, tokenizer: str, folder: Path) -> float:
+    argv = (
+        f"--data={inputs}/validation/*.json.gz",
+        f"--tokenizer={tokenizer}",
+        "--sequence_length=32",
+        "--max_tokens=500",
+    )
+    return json.loads(call(EVALUATE, folder, *argv).out.splitlines()[-1])["loss"]
+
+
+@pytest.mark.parametrize("style", ["new", "old"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_first_loss_is_that_of_the_folder(pools, inputs, tokenizer_path, tmp_path, shape, style):
+    folder = save(tmp_path / "model", **SHAPES[shape])
+    if style == "old":
+        as_old(folder)
+    loss = first_loss(pools, inputs, tokenizer_path, tmp_path / "run", folder)
+    assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
+    export(export_of(pools, inputs, tokenizer_path, tmp_path, folder), tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())
+    wanted = {"unk_token_id": 0, "pretraining_tp": 1} if style == "old" else {}
+    wanted["pad_token_id"] = None  # the tokenizer has none
+    assert {key: kept.get(key) for key in wanted} == wanted
+
+
+def export_of(pools: Any, inputs: Path, tokenizer: str, tmp_path: Path, folder: Path) -> Path:
+    """A run of one step from the folder."""
+    model = {"config": str(folder / "config.json"), "init_from": str(folder)}
+    sections = {"method": {"name": "full"}, "train": {"steps": 3}, "eval": {"at_start": False, "every_steps": 0}}
+    pools(1)(train, run_config(inputs, tokenizer, tmp_path / "short", model=model, **sections))
+    return tmp_path / "short"
+
+
+@pytest.mark.parametrize("kind", ["bf16", "shards", "bin", "inv_freq", "headless"])
+def test_other_ways_to_save_weights(pools, inputs, tokenizer_path, tmp_path, kind):
+    folder = tmp_path / "model"
+    save(
+        folder,
+        torch.bfloat16 if kind == "bf16" else torch.float32,
+        "20KB" if kind == "shards" else "5GB",
+        tie_word_embeddings=True,
+    )
+    file = folder / "model.safetensors"
+    if kind == "shards":
+        assert len(list(folder.glob("model-*.safetensors"))) > 2
+    elif kind == "bin":
+        torch.save(load_file(file), folder / "pytorch_model.bin")
+        file.unlink()
+    elif kind == "inv_freq":
+        extra = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(6) for layer in range(2)}
+        save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    elif kind == "headless":
+        names = load_file(file)
+        assert "lm_head.weight" not in names
+        save_file(
+            {name.removeprefix("model."): value for name, value in names.items()}, file, metadata={"format": "pt"}
+        )
+    loss = first_loss(pools, inputs, tokenizer_path, tmp_path / "run", folder)
+    assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refuses(inputs, tokenizer_path, tmp_path) -> Callable[..., None]:
+    """Asserts that weights of a folder are refused with all these parts in the message."""
+
+    def check(folder: Path, *parts: str, overrides: dict[str, Any] | None = None) -> None:
+        from relora_mora.train.initial import _foreign_weights
+
+        model = {"init_from": str(folder), "overrides": overrides or {}}
+        config = run_config(inputs, tokenizer_path, tmp_path / "run", model=model)
+        lm = empty_model(read_model_config(ModelConfig(config=config.model.config, overrides=overrides or {})))
+        with pytest.raises(ValueError) as caught:
+            _foreign_weights(config, lm, {name: p.shape for name, p in lm.named_parameters()})
+        assert type(caught.value).__module__.startswith("relora_mora."), caught.value
+        assert all(part in str(caught.value) for part in parts), str(caught.value)
+        assert str(folder) in str(caught.value)
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 3},
+        {"num_attention_heads": 4, "head_dim": 6},
+        {"num_attention_heads": 1, "head_dim": 24, "num_key_value_heads": 1},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"rms_norm_eps": 1e-5},
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+        {"tie_word_embeddings": True},
+        {"vocab_size": 384},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_model_that_computes_something_else(refuses, tmp_path, changes):
+    folder = save(tmp_path / "model", **changes)
+    refuses(folder, *(f"model.init_from: {key} is " for key in changes), "in model.config")
+
+
+def test_every_difference_is_named_at_once(refuses, tmp_path):
+    folder = save(tmp_path / "model", hidden_act="gelu", rms_norm_eps=1e-5)
+    as_old(folder)
+    rewrite(folder, rope_theta=500.0)
+    refuses(
+        folder,
+        "3 faults",
+        "hidden_act is 'gelu' there and 'silu'",
+        "rms_norm_eps is 1e-05 there",
+        "'rope_theta': 500.0",
+    )
+
+
+def test_another_number_of_positions_is_the_same_function(inputs, pools, tokenizer_path, tmp_path):
+    folder = save(tmp_path / "model", max_position_embeddings=128)
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", model={"init_from": str(folder)})
+    pools(1)(train, config, stop_after=0)
+    loss = next(line["eval/loss"] for line in metrics(tmp_path / "run") if "eval/loss" in line)
+    assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
+
+
+def test_another_architecture(refuses, tmp_path):
+    sizes = {**LLAMA, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(**sizes)).save_pretrained(tmp_path / "qwen")
+    refuses(tmp_path / "qwen", "model_type is 'qwen2', expected \"llama\"", "architectures is ['Qwen2ForCausalLM']")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quantization_config", {"quant_method": "awq", "bits": 4}),
+        ("sliding_window", 16),
+        ("auto_map", {"AutoModelForCausalLM": "modeling.Own"}),
+        ("partial_rotary_factor", 0.5),
+    ],
+)
+def test_a_config_with_what_cannot_be_done_here(refuses, tmp_path, key, value):
+    folder = save(tmp_path / "model")
+    rewrite(folder, **{key: value})
+    refuses(folder, f"{key} is ")
+
+
+@pytest.mark.parametrize("harm", ["left over", "missing", "another shape", "nan", "own head"])
+def test_weights_that_do_not_fit_their_config(refuses, tmp_path, harm):
+    folder = save(tmp_path / "model", tie_word_embeddings=harm == "own head")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    said: tuple[str, ...] = (name,)
+    if harm == "left over":
+        for layer in range(2):
+            weights[f"model.layers.{layer}.self_attn.q_proj.bias"] = torch.ones(24)
+        weights["v_head.weight"] = torch.ones(1, 24)
+        said = ("left over: model.layers.*.self_attn.q_proj.bias (2), v_head.weight",)
+    elif harm == "missing":
+        del weights[name]
+    elif harm == "another shape":
+        weights[name] = weights[name][:4].clone()
+    elif harm == "nan":
+        weights[name][3, 5] = float("nan")
+        said = ("not finite in model.layers.1.mlp.up_proj.weight",)
+    else:
+        weights["lm_head.weight"] = torch.ones(320, 24)
+        said = ("hold another head",)
+    save_file(weights, file, metadata={"format": "pt"})
+    refuses(folder, *said, overrides={"tie_word_embeddings": harm == "own head"})
+
+
+def test_an_adapter_beside_the_model(refuses, tmp_path):
+    folder = save(tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    refuses(folder, "holds an adapter of PEFT beside its model; save the model with the adapter merged in")
+
+
+@pytest.mark.parametrize("harm", ["folder", "large", "list", "deep"])
+def test_a_config_that_is_none(refuses, tmp_path, harm):
+    folder = save(tmp_path / "model")
+    path = folder / "config.json"
+    path.unlink()
+    if harm == "folder":
+        path.mkdir()
+    elif harm == "large":
+        with path.open("wb") as stream:
+            stream.truncate(2**30)
+    else:
+        path.write_text("[]" if harm == "list" else "[" * 100_000)
+    said = {
+        "folder": "Is a directory",
+        "large": "more than 16,777,216 bytes",
+        "list": "holds a list",
+        "deep": "not JSON",
+    }[harm]
+    refuses(folder, f"model.init_from: {said}" if harm == "list" else said)
+
+
+def test_a_run_of_ours_is_compared_as_well(refuses, pools, inputs, tokenizer_path, tmp_path):
+    run = tmp_path / "other"
+    overrides = {"rms_norm_eps": 1e-4, "rope_theta": 300.0}
+    pools(1)(
+        train, run_config(inputs, tokenizer_path, run, model={"overrides": overrides}, train={"steps": 5}), stop_after=1
+    )
+    refuses(run, "2 faults", "rms_norm_eps is 0.0001 there", "'rope_theta': 300.0")
+    again = run_config(
+        inputs, tokenizer_path, tmp_path / "again", model={"overrides": overrides, "init_from": str(run)}
+    )
+    pools(1)(train, again, stop_after=1)
