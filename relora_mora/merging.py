@@ -41,7 +41,7 @@ class MergeRecord:
     seconds: float
 
 
-class Base:
+class FrozenMasters:
     """float32 copies of the frozen weights, each on its owner (weight i belongs to rank i mod world size)."""
 
     def __init__(self, names: Iterable[str], rank: int, world_size: int) -> None:
@@ -64,10 +64,10 @@ class Base:
             engine.write_weight(name, self.weights.get(name), owner)
 
 
-class Cycle:
+class Merger:
     """Merges and resets of one run. ``base`` has an entry for every frozen weight."""
 
-    def __init__(self, engine: ZeroEngine, base: Base, config: Config) -> None:
+    def __init__(self, engine: ZeroEngine, base: FrozenMasters, config: Config) -> None:
         self.engine, self.base, self.config = engine, base, config
         self.layers: dict[str, AdapterLinear] = dict(adapter_layers(engine.lm))
         self.parameters = {
@@ -124,14 +124,16 @@ class Cycle:
         names = {name for parameters in self.parameters.values() for name in parameters}
         lm: Any = self.engine.lm
         layers = len(self.config.method.target_modules) * lm.config.num_hidden_layers
-        held = sum(shard.numel for shard in self.engine.shards if shard.name in names)
+        held = sum(fragment.numel for fragment in self.engine.fragments if fragment.name in names)
         held = held if self.engine.stage == 0 else int(self.engine.sum_over_ranks(held))
         if len(self.layers) != layers or held != self.elements:
             raise MergeError(
                 f"step {step}: there are {len(self.layers)} layers to merge, expected {layers}, and the ranks hold {held} adapter elements, "
                 f"expected {self.elements}; nothing was merged, go back to an earlier checkpoint"
             )
-        bad = sorted({s.name for s in self.engine.shards if s.name in names and not torch.isfinite(s.of(s.flat)).all()})
+        bad = sorted(
+            {s.name for s in self.engine.fragments if s.name in names and not torch.isfinite(s.of(s.flat)).all()}
+        )
         if self.engine.sum_over_ranks(len(bad)):
             where = ", ".join(bad[:3]) or "another rank's part"
             raise MergeError(

@@ -17,7 +17,7 @@ def spoiled_merge(world_size: int, stage: int) -> str:
     rig.step(1)
     before = {name: weight.clone() for name, weight in rig.base.weights.items()}
     if rig.engine.rank == 0:
-        shard = next(shard for shard in rig.engine.shards if shard.name.endswith("mora_M"))
+        shard = next(shard for shard in rig.engine.fragments if shard.name.endswith("mora_M"))
         with torch.no_grad():
             shard.of(shard.flat)[0] = float("inf")
     with pytest.raises(MergeError) as caught:
@@ -40,9 +40,9 @@ def merge_with_a_part_missing(world_size: int, stage: int, what: str) -> str:
     rig.step(1)
     before = {name: weight.clone() for name, weight in rig.base.weights.items()}
     if what == "layer":
-        del rig.cycle.layers[next(iter(rig.cycle.layers))]
+        del rig.merger.layers[next(iter(rig.merger.layers))]
     elif rig.engine.rank == 1:
-        rig.engine.shards.remove(next(shard for shard in rig.engine.shards if shard.name.endswith("mora_M")))
+        rig.engine.fragments.remove(next(shard for shard in rig.engine.fragments if shard.name.endswith("mora_M")))
     with pytest.raises(MergeError) as caught:
         rig.merge(MERGE_AT)
     assert all(torch.equal(before[name], weight) for name, weight in rig.base.weights.items())

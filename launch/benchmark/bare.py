@@ -46,10 +46,10 @@ class EngineLoop:
 
     def step(self, number: int, batch: Batch) -> float:
         engine, loss = self.run.engine, torch.zeros(())
-        engine.engine.train()
+        engine.train()
         pieces = list(micro_batches(batch, self.micro_batch_size, self.device))
         for index, piece in enumerate(pieces):
-            loss = engine.engine(*piece)
+            loss = engine(*piece)
             engine.accumulate(loss, last=index == len(pieces) - 1)
         engine.step(group_rates(self.run.schedule, self.run.groups, number))
         return float(loss.detach())

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from launch.benchmark.released import RELEASED_TYPE, use_released_layers
 from relora_mora.config import DECODER_LINEARS, Config, ConfigError, validate
-from relora_mora.merging import Base, Cycle
+from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.methods.inject import decoder_linears, inject
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import build_optimizer, parameter_groups, set_trainable
@@ -95,20 +95,20 @@ class Ours:
         self.flops = flops_of(lm, setting.model_config, config).total
         groups = parameter_groups(lm, config)
         fixed = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
-        self.base = Base(fixed, dist.get_rank(), dist.get_world_size())
+        self.base = FrozenMasters(fixed, dist.get_rank(), dist.get_world_size())
         self.base.take(fixed)
         self.engine = ZeroEngine(
             LossModel(lm, compiled=compiled), lm, build_optimizer(lm, groups, config), config, bf16=setting.bf16
         )
         self.model: nn.Module = lm
-        self.cycle = Cycle(self.engine, self.base, config)
+        self.merger = Merger(self.engine, self.base, config)
         self.config, self.batches, self.rates = config, setting.batches(), [RATE] * len(groups)
 
     def step(self) -> float:
-        self.engine.engine.train()
+        self.engine.train()
         loss = torch.zeros(())
         for index, (ids, labels) in enumerate(self.batches):
-            loss = self.engine.engine(ids, labels)
+            loss = self.engine(ids, labels)
             self.engine.accumulate(loss, last=index == len(self.batches) - 1)
         self.engine.step(self.rates)
         return float(loss.detach())

@@ -109,7 +109,7 @@ def run(
             cycle = contender.config.method.operators
             operator = None if not contender.config.uses_squares else cycle[1]
             results[name].merge_seconds = _timed(
-                functools.partial(contender.cycle.merge, 1, 1, operator), setting.device
+                functools.partial(contender.merger.merge, 1, 1, operator), setting.device
             )
     return list(results.values())
 

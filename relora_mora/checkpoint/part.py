@@ -20,7 +20,7 @@ from relora_mora.optim import MOMENTS
 from relora_mora.system.files import ordinary_mode, sync
 
 if TYPE_CHECKING:
-    from relora_mora.merging import Base
+    from relora_mora.merging import FrozenMasters
     from relora_mora.zero import ZeroEngine
 
 PLACES_KEPT = 12
@@ -41,7 +41,7 @@ class Part:
     ``tokenizer`` has the content of its files by their names, as :func:`read_tokenizer` gives it.
     """
 
-    def __init__(self, engine: ZeroEngine, base: Base, tokenizer: Mapping[str, bytes]) -> None:
+    def __init__(self, engine: ZeroEngine, base: FrozenMasters, tokenizer: Mapping[str, bytes]) -> None:
         self.engine, self.base, self.tokenizer = engine, base, tokenizer
         of = f"{engine.rank:05d}-of-{engine.world_size:05d}.safetensors"
         self.state_name, self.base_name = f"state-{of}", f"base-{of}"
@@ -57,12 +57,12 @@ class Part:
     def snapshot(self) -> dict[str, Tensor]:
         """This rank's pieces, copied to the host. At stage 0 every rank has everything, so each copies a share."""
         engine, tensors = self.engine, {}
-        for index, shard in enumerate(engine.shards):
+        for index, fragment in enumerate(engine.fragments):
             if engine.stage == 0 and index % engine.world_size != engine.rank:
                 continue
-            state = engine.state_of(shard.flat)
-            for kind, flat in [("master", shard.flat), *((kind, state[kind]) for kind in MOMENTS)]:
-                tensors[f"{kind}|{shard.name}|{shard.start}"] = shard.of(flat.detach()).to("cpu", copy=True)
+            state = engine.state_of(fragment.flat)
+            for kind, flat in [("master", fragment.flat), *((kind, state[kind]) for kind in MOMENTS)]:
+                tensors[f"{kind}|{fragment.name}|{fragment.start}"] = fragment.of(flat.detach()).to("cpu", copy=True)
         return tensors
 
     def write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:

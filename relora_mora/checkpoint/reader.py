@@ -17,7 +17,7 @@ from relora_mora.distributed.collectives import from_first_rank, gather_from_ran
 from relora_mora.optim import MOMENTS
 
 if TYPE_CHECKING:
-    from relora_mora.merging import Base
+    from relora_mora.merging import FrozenMasters
     from relora_mora.zero import ZeroEngine
 
 
@@ -125,7 +125,7 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: has no parameter {name}")
         return self.piece(kind, name, 0, self.manifest.numel(name)).view(shape)
 
-    def restore(self, engine: ZeroEngine, base: Base) -> None:
+    def restore(self, engine: ZeroEngine, base: FrozenMasters) -> None:
         """Puts masters, moments, step counts and base where this rank's engine has them; a collective."""
         trained = {name: list(engine.shapes[name]) for names in engine.members for name in names}
         frozen = {name: list(engine.shapes[name]) for name in base.owner}
@@ -151,16 +151,16 @@ class CheckpointReader:
         engine.refresh()
         base.push(engine)
 
-    def _read_own(self, engine: ZeroEngine, base: Base) -> None:
+    def _read_own(self, engine: ZeroEngine, base: FrozenMasters) -> None:
         groups = {
             name: group for group, names in zip(engine.group_names, engine.members, strict=True) for name in names
         }
-        for shard in engine.shards:
-            state = engine.state_of(shard.flat)
+        for fragment in engine.fragments:
+            state = engine.state_of(fragment.flat)
             for kind in KINDS:
-                target = shard.of(state[kind] if kind in MOMENTS else shard.flat.data)
-                target.copy_(self.piece(kind, shard.name, shard.start, shard.numel))
-            state["step"].fill_(float(self.manifest.group_steps[groups[shard.name]]))
+                target = fragment.of(state[kind] if kind in MOMENTS else fragment.flat.data)
+                target.copy_(self.piece(kind, fragment.name, fragment.start, fragment.numel))
+            state["step"].fill_(float(self.manifest.group_steps[groups[fragment.name]]))
         for name in base.owned:
             base.weights[name] = self.weight(name)
 

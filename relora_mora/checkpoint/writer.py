@@ -38,7 +38,7 @@ from relora_mora.distributed.collectives import from_first_rank
 from relora_mora.system.files import remove, write_synced
 
 if TYPE_CHECKING:
-    from relora_mora.merging import Base
+    from relora_mora.merging import FrozenMasters
     from relora_mora.zero import ZeroEngine
 
 NAMED_RANKS = 3  # of those that failed
@@ -58,7 +58,7 @@ class CheckpointWriter:
         self,
         folder: Path,
         engine: ZeroEngine,
-        base: Base,
+        base: FrozenMasters,
         *,
         tokenizer: Path,
         keep_last: int,

@@ -4,9 +4,9 @@ from relora_mora.distributed.collectives import (
     control_group,
     from_first_rank,
     gather_from_ranks,
+    leave_together,
     lost_device,
     lost_peer,
-    part_company,
     sum_over_hosts,
 )
 from relora_mora.distributed.join import JoinError, backend_name, device_of_rank, join, store_address
@@ -19,9 +19,9 @@ __all__ = [
     "from_first_rank",
     "gather_from_ranks",
     "join",
+    "leave_together",
     "lost_device",
     "lost_peer",
-    "part_company",
     "store_address",
     "sum_over_hosts",
 ]

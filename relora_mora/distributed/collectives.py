@@ -57,7 +57,7 @@ def lost_device(error: BaseException) -> bool:
     return isinstance(error, getattr(torch, "AcceleratorError", ())) or "uncorrectable ECC error" in str(error)
 
 
-def part_company(seconds: float = PART_SECONDS) -> None:
+def leave_together(seconds: float = PART_SECONDS) -> None:
     """Waits until all ranks have come here, so that none of them finds the store of the first one gone; not for one that is lost."""
     if dist.get_world_size() > 1:
         with contextlib.suppress(RuntimeError), collective():

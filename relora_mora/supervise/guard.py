@@ -22,7 +22,7 @@ from relora_mora.system.bounded import bounded
 if TYPE_CHECKING:
     from relora_mora.supervise.watch import Verdict, Watch
 
-LONG_SECONDS = 1800.0  # for `did`: what building a model, a merge or the write of a checkpoint may take
+LONG_SECONDS = 1800.0  # for `begin`: what building a model, a merge or the write of a checkpoint may take
 LAUNCHER_SECONDS = 8.0  # to save and end after the launcher has gone
 LAUNCHER_POLL_SECONDS = 0.5
 STACKS_SECONDS = 1.5  # for a rank that hangs to write where
@@ -71,10 +71,10 @@ class Guard:
         self._folder = folder
         watch.start()
 
-    def did(self, what: str, within: float | None = None) -> None:
-        """See :meth:`Watch.did`."""
+    def begin(self, what: str, within: float | None = None) -> None:
+        """See :meth:`Watch.begin`."""
         if self._watch is not None:
-            self._watch.did(what, within)
+            self._watch.begin(what, within)
 
     def training(self) -> None:
         """From now on there is something to save: a signal no longer ends the process by itself."""

@@ -63,7 +63,7 @@ class _Seen:
 class Watch:
     """The watching thread of one rank. ``address`` is that of the job's store; ``end(verdict)`` must not return.
 
-    ``timeout_seconds`` is how long a rank may be silent, or do nothing; :meth:`did` can allow more for one action.
+    ``timeout_seconds`` is how long a rank may be silent, or do nothing; :meth:`begin` can allow more for one action.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Watch:
 
     # ---- of the main thread -----------------------------------------------------------------------------------
 
-    def did(self, what: str, within: float | None = None) -> None:
+    def begin(self, what: str, within: float | None = None) -> None:
         """The main thread begins ``what``, which may take ``within`` seconds. All ranks call it for the same things in the same order."""
         self._action = (what, self._action[1] + 1, time.monotonic(), max(within or 0.0, self.timeout_seconds))
 

@@ -15,7 +15,7 @@ from relora_mora.checkpoint import (
     CheckpointReader,
 )
 from relora_mora.config import Config, ConfigError
-from relora_mora.merging import Base, Cycle
+from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.methods.inject import inject
 from relora_mora.model.llama import LossModel, empty_model, put_values
 from relora_mora.optim import (
@@ -39,8 +39,8 @@ class Run:
 
     checked: Checked
     engine: ZeroEngine
-    base: Base
-    cycle: Cycle
+    base: FrozenMasters
+    merger: Merger
     groups: list[ParameterGroup]
     schedule: Schedule
     step: int
@@ -54,7 +54,7 @@ class Run:
 
 
 def build(checked: Checked, *, resumes: bool = False, done: Callable[[str], None] = lambda part: None) -> Run:
-    """Model, adapters, engine, base and cycle at step 0; a collective. With ``resumes`` without initial values: :func:`resume` brings others.
+    """Model, adapters, engine, frozen masters and merger at step 0; a collective. With ``resumes`` without initial values: :func:`resume` brings others.
 
     ``done`` hears which part is finished: model, engine.
     """
@@ -75,7 +75,7 @@ def build(checked: Checked, *, resumes: bool = False, done: Callable[[str], None
         )
     log.info("parameters: %s", ", ".join(f"{count:,} {kind}" for kind, count in describe_trainable(lm).items()))
     frozen = [name for name, p in lm.named_parameters() if not p.requires_grad]
-    base = Base(frozen, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    base = FrozenMasters(frozen, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     # drawn and read while shapes are known; at ZeRO-3 a parameter shows none later
     maker, made = ({}, {}) if resumes else initial_values(lm, base, config)
     dtype = torch.bfloat16 if checked.bf16 else torch.float32
@@ -85,7 +85,7 @@ def build(checked: Checked, *, resumes: bool = False, done: Callable[[str], None
     engine = ZeroEngine(
         LossModel(lm, compiled=config.model.compile), lm, build_optimizer(lm, groups, config), config, bf16=checked.bf16
     )
-    run = Run(checked, engine, base, Cycle(engine, base, config), groups, make_schedule(config), 0, None, {}, None)
+    run = Run(checked, engine, base, Merger(engine, base, config), groups, make_schedule(config), 0, None, {}, None)
     done("engine")
     if not resumes:
         write_initial_values(engine, base, maker, made)

@@ -60,7 +60,7 @@ def _save_and_wait(trainer: Trainer) -> None:
     """Returns when the newest checkpoint is whole; raises :class:`TrainingError` on all ranks when it could not be written."""
     if trainer.step > 0 and trainer.saved != trainer.step:
         trainer.save(at_the_end=True)
-    trainer.guard.did(f"step {trainer.step}: waiting for the checkpoint", within=LONG_SECONDS)
+    trainer.guard.begin(f"step {trainer.step}: waiting for the checkpoint", within=LONG_SECONDS)
     trainer.writer.wait()
     failures = [failure for failure in gather_from_ranks(trainer.writer.last_failure) if failure]
     if failures:

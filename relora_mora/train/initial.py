@@ -14,14 +14,16 @@ from relora_mora.checkpoint import CheckpointReader
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import Config, ConfigError
 from relora_mora.distributed.collectives import from_first_rank
-from relora_mora.merging import Base
+from relora_mora.merging import FrozenMasters
 from relora_mora.model import KEYS, function_differences, parse_model_config, read_json
 from relora_mora.model.llama import initial_value
 from relora_mora.pretrained import in_short, is_foreign, load_foreign, merged_weights
 from relora_mora.zero import ZeroEngine
 
 
-def initial_values(lm: LlamaForCausalLM, base: Base, config: Config) -> tuple[dict[str, int], dict[str, Tensor]]:
+def initial_values(
+    lm: LlamaForCausalLM, base: FrozenMasters, config: Config
+) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Which rank makes which parameter of the plain model, and what this rank has made of them, in float32; a collective.
 
     The ranks draw at the same time, a part each; ``model.init_from`` is read by the first rank.
@@ -39,7 +41,9 @@ def initial_values(lm: LlamaForCausalLM, base: Base, config: Config) -> tuple[di
     return maker, {name: initial_value(lm, name, config.train.seed) for name in shapes if maker[name] == base.rank}
 
 
-def write_initial_values(engine: ZeroEngine, base: Base, maker: Mapping[str, int], made: dict[str, Tensor]) -> None:
+def write_initial_values(
+    engine: ZeroEngine, base: FrozenMasters, maker: Mapping[str, int], made: dict[str, Tensor]
+) -> None:
     """Puts initial values where they belong, one parameter after the other; a collective.
 
     What is frozen goes to the base of its owner, and from there to all in the precision that they compute with; of what trains

@@ -148,7 +148,7 @@ class Trainer:
         patience = self.config.data.timeout_seconds + WORKER_SECONDS
         within = patience if self.config.data.workers else self.config.data.timeout_seconds + LONG_SECONDS
         while True:
-            self.guard.did(f"step {self.step + 1}: waiting for data", within=within)
+            self.guard.begin(f"step {self.step + 1}: waiting for data", within=within)
             if batch is None and failure is None and self.data.ready(POLL_SECONDS):
                 try:
                     batch = next(self.data)
@@ -189,16 +189,16 @@ class Trainer:
         begin = time.perf_counter()
         pieces = list(micro_batches(batch, self.config.train.micro_batch_size, self.device))
         losses = torch.zeros_like(self.interval.loss)
-        self.engine.engine.train()
+        self.engine.train()
         for index, (input_ids, labels, document_ids) in enumerate(pieces):
-            self.guard.did(f"step {self.step + 1}: micro-batch {index + 1} of {len(pieces)}")
+            self.guard.begin(f"step {self.step + 1}: micro-batch {index + 1} of {len(pieces)}")
             torch.manual_seed(derived_seed(self.config.train.seed, "dropout", self.step, self.rank, index))
-            loss = self.engine.engine(input_ids, labels, document_ids)
+            loss = self.engine(input_ids, labels, document_ids)
             losses += loss.detach()
             # a loss that is not finite may have a gradient that is: then that shall not be, so that no rank steps
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
             self.engine.accumulate(loss, last=index == len(pieces) - 1)
-        self.guard.did(f"step {self.step + 1}: optimizer")
+        self.guard.begin(f"step {self.step + 1}: optimizer")
         norm, applied = self.engine.step(group_rates(self.schedule, self.run.groups, self.step + 1))
         self.step += 1
         self.guard.step = self.step
@@ -251,10 +251,10 @@ class Trainer:
     # ---- events -----------------------------------------------------------------------------------------------
 
     def merge(self) -> None:
-        self.guard.did(f"step {self.step}: merge", within=LONG_SECONDS)
+        self.guard.begin(f"step {self.step}: merge", within=LONG_SECONDS)
         self.writer.wait_for_base()
         done, operator = self.schedule.merges_done(self.step), self.schedule.operator(self.step)
-        record = self.run.cycle.merge(self.step, done, operator)
+        record = self.run.merger.merge(self.step, done, operator)
         self.write(merge_metrics(record))
         switched = (
             f", operator {record.operator_before} -> {record.operator_after}"
@@ -267,11 +267,11 @@ class Trainer:
         """Held-out loss; every token of the evaluation set once. False when the ranks stop before its end."""
         begin = time.perf_counter()
         if self.eval_set is None:
-            self.guard.did("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
+            self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
             self.eval_set = from_first_rank(lambda: held_out(self.config))  # one rank downloads and tokenizes
-        self.engine.engine.eval()
+        self.engine.eval()
         result = evaluate(
-            self.engine.engine,
+            self.engine,
             self.eval_set,
             micro_batch_size=self.config.eval.micro_batch_size or self.config.train.micro_batch_size,
             device=self.device,
@@ -292,7 +292,7 @@ class Trainer:
         return True
 
     def stop_evaluation(self) -> bool:
-        self.guard.did(f"step {self.step}: evaluation")
+        self.guard.begin(f"step {self.step}: evaluation")
         return self.meet().stop
 
     def save(self, *, at_the_end: bool = False) -> None:
@@ -303,7 +303,7 @@ class Trainer:
         self.meet()  # the last loss belongs to the state
         if self.trouble and not at_the_end:
             return
-        self.guard.did(f"step {self.step}: checkpoint", within=LONG_SECONDS)
+        self.guard.begin(f"step {self.step}: checkpoint", within=LONG_SECONDS)
         stall = self.writer.save(manifest_of(self), self.data_state)
         self.saved = self.step
         self.write({"perf/checkpoint_stall_seconds": stall})

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from relora_mora.config import Config, DataConfig
 from relora_mora.data import hub_commits, pin_revision, remember_commits, remote_content
-from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, lost_device, lost_peer, part_company
+from relora_mora.distributed.collectives import (
+    from_first_rank,
+    gather_from_ranks,
+    leave_together,
+    lost_device,
+    lost_peer,
+)
 from relora_mora.distributed.join import store_address
 from relora_mora.supervise import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
 from relora_mora.supervise.lock import LOCK
@@ -46,7 +52,7 @@ def pretrain(config: Config, guard: Guard | None = None) -> int:
             raise
         # the ranks have agreed on how this ends, and all of it is written: whoever is lost from here on changes nothing
         guard.stop_watching()
-        part_company()  # the first rank holds the store that the others look at
+        leave_together()  # the first rank holds the store that the others look at
         return code
 
 
@@ -81,7 +87,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     checked = replace(checked, data_content=checked.data_content + asked)
     lock = from_first_rank(lambda: _lock(guard, folder))
     check_shared(folder / LOCK, lock)
-    guard.did("building the model", within=LONG_SECONDS)
+    guard.begin("building the model", within=LONG_SECONDS)
     startup.done("checks")
     resumes = from_first_rank(lambda: finds_checkpoint(checked.config))
     run = build(checked, resumes=resumes, done=startup.done)
@@ -133,7 +139,7 @@ def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -
     )
     gather_from_ranks(None)  # every rank has made its first beat
     guard.watch_peers(watch, Path(config.train.run_dir))
-    guard.did("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
+    guard.begin("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
 
 
 def _lock(guard: Guard, folder: Path) -> str:

@@ -113,7 +113,7 @@ def restore(run: Run, reader: CheckpointReader, *, forget_rollbacks: bool = Fals
         dict(manifest.counters),
         reader,
     )
-    run.cycle.set_operator(manifest.operator)
+    run.merger.set_operator(manifest.operator)
     if run.engine.rank == 0:
         _abandon_later(folder / "checkpoints", run.step)
     if reader.folder.parent.resolve() != (folder / "checkpoints").resolve():
@@ -144,7 +144,7 @@ def _catch_up(run: Run, reader: CheckpointReader) -> None:
     manifest = reader.manifest
     due, operator = run.schedule.merges_done(run.step), run.schedule.operator(run.step)
     if due == manifest.merges_done + 1 and run.schedule.merge_after(run.step):
-        run.cycle.merge(run.step, due, operator)
+        run.merger.merge(run.step, due, operator)
         log.info("step %d: merged, which the shorter run had left to its export", run.step)
     elif due != manifest.merges_done:
         raise CheckpointError(

@@ -31,7 +31,7 @@ def roll_back(trainer: Trainer, why: str) -> None:
     there is no such checkpoint.
     """
     config = trainer.config.train
-    trainer.guard.did(f"step {trainer.step}: rollback", within=LONG_SECONDS)
+    trainer.guard.begin(f"step {trainer.step}: rollback", within=LONG_SECONDS)
     if trainer.rollbacks >= config.max_rollbacks:
         raise TrainingError(
             f"{why}; the run was rolled back {trainer.rollbacks} times before (train.max_rollbacks), so the data is not the cause: "

@@ -17,7 +17,7 @@ def manifest_of(trainer: Trainer) -> Manifest:
     return Manifest(
         step=trainer.step,
         merges_done=trainer.schedule.merges_done(trainer.step),
-        operator=trainer.run.cycle.operator(),
+        operator=trainer.run.merger.operator(),
         world_size=trainer.world_size,
         zero_stage=trainer.config.train.zero_stage,
         bf16=trainer.checked.bf16,

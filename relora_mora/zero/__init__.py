@@ -1,6 +1,6 @@
 """Everything that touches DeepSpeed: its start, its settings, and a view into its engine's insides."""
 
 from relora_mora.zero.start import init_distributed  # isort: skip - tells DeepSpeed the accelerator, before it is imported
-from relora_mora.zero.engine import Shard, ZeroEngine
+from relora_mora.zero.engine import Fragment, ZeroEngine
 
-__all__ = ["Shard", "ZeroEngine", "init_distributed"]
+__all__ = ["Fragment", "ZeroEngine", "init_distributed"]

@@ -1,8 +1,8 @@
 """One view of masters and optimizer state for ZeRO 0, 1, 2 and 3.
 
 DeepSpeed keeps the float32 masters of the trainable parameters in flat tensors that differ by stage and precision, and
-Adam's state hangs at those. :class:`Shard` describes what one rank owns of one parameter as a piece of such a tensor;
-resets, merges and checkpoints are written against shards only. Where the flat tensors live (DeepSpeed 0.19):
+Adam's state hangs at those. :class:`Fragment` describes what one rank owns of one parameter as a piece of such a tensor;
+resets, merges and checkpoints are written against fragments only. Where the flat tensors live (DeepSpeed 0.19):
 
 =========  ======================================================================================
 stage      masters
@@ -39,7 +39,7 @@ from relora_mora.zero.start import quiet
 
 
 @dataclass(frozen=True)
-class Shard:
+class Fragment:
     """What this rank owns of one parameter: ``flat[offset : offset + numel]`` is ``parameter.view(-1)[start : start + numel]``."""
 
     name: str
@@ -49,7 +49,7 @@ class Shard:
     offset: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """The piece of ``flat`` (the master, or a moment of the same layout) that belongs to this shard."""
+        """The piece of ``flat`` (the master, or a moment of the same layout) that belongs to this fragment."""
         return flat.view(-1).narrow(0, self.offset, self.numel)
 
 
@@ -76,12 +76,12 @@ class ZeroEngine:
         trainable = sum(self.shapes[name].numel() for names in self.members for name in names)
         settings = deepspeed_settings(config, bf16=bf16, world_size=self.world_size, trainable=trainable)
         with quiet():
-            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        self.device = self.engine.device
-        self.shards = list(self._shards())
-        self.shards_of: dict[str, list[Shard]] = {}
-        for shard in self.shards:
-            self.shards_of.setdefault(shard.name, []).append(shard)
+            self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self.device = self.deepspeed.device
+        self.fragments = list(self._fragments())
+        self.fragments_of: dict[str, list[Fragment]] = {}
+        for fragment in self.fragments:
+            self.fragments_of.setdefault(fragment.name, []).append(fragment)
         self.clear_state()
         self.write_masters(initial)
 
@@ -93,13 +93,13 @@ class ZeroEngine:
     @property
     def adam(self) -> torch.optim.Optimizer:
         """The torch optimizer whose state hangs at the flat masters."""
-        optimizer = self.engine.optimizer
+        optimizer = self.deepspeed.optimizer
         return getattr(optimizer, "optimizer", optimizer)
 
-    def _shards(self) -> Iterator[Shard]:
-        optimizer = self.engine.optimizer
+    def _fragments(self) -> Iterator[Fragment]:
+        optimizer = self.deepspeed.optimizer
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            yield from self._stage3_shards(optimizer)
+            yield from self._stage3_fragments(optimizer)
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
             groups = zip(
                 optimizer.round_robin_bit16_groups,
@@ -108,29 +108,29 @@ class ZeroEngine:
                 strict=True,
             )
             for parameters, flat, offsets in groups:  # in the order of the flat tensor, which DeepSpeed may change
-                yield from self._flat_shards([self._name_of(p) for p in parameters], flat, offsets)
+                yield from self._flat_fragments([self._name_of(p) for p in parameters], flat, offsets)
         elif isinstance(optimizer, BF16_Optimizer):
             for names, flat in zip(self.members, optimizer.fp32_groups_flat_partition, strict=True):
-                yield from self._flat_shards(names, flat, _running(self.shapes[name].numel() for name in names))
+                yield from self._flat_fragments(names, flat, _running(self.shapes[name].numel() for name in names))
         elif isinstance(optimizer, FP16_UnfusedOptimizer):
             for names, masters in zip(self.members, optimizer.fp32_groups, strict=True):
                 for name, master in zip(names, masters, strict=True):
-                    yield Shard(name, 0, master.numel(), master, 0)
+                    yield Fragment(name, 0, master.numel(), master, 0)
         else:
             for names in self.members:
                 for name in names:
-                    yield Shard(name, 0, self.shapes[name].numel(), self.parameters[name], 0)
+                    yield Fragment(name, 0, self.shapes[name].numel(), self.parameters[name], 0)
 
-    def _flat_shards(self, names: list[str], flat: Tensor, offsets: Iterable[int]) -> Iterator[Shard]:
+    def _flat_fragments(self, names: list[str], flat: Tensor, offsets: Iterable[int]) -> Iterator[Fragment]:
         """Parameters laid end to end and cut into equal partitions, one per rank."""
         begin = self.rank * flat.numel()
         end = begin + flat.numel()
         for name, at in zip(names, offsets, strict=True):
             left, right = max(begin, at), min(end, at + self.shapes[name].numel())
             if left < right:
-                yield Shard(name, left - at, right - left, flat, left - begin)
+                yield Fragment(name, left - at, right - left, flat, left - begin)
 
-    def _stage3_shards(self, optimizer: Any) -> Iterator[Shard]:
+    def _stage3_fragments(self, optimizer: Any) -> Iterator[Fragment]:
         """Every parameter is cut into equal partitions, one per rank; a subgroup lays its ranks' partitions end to end."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
@@ -141,13 +141,15 @@ class ZeroEngine:
                 start = self.rank * part
                 owned = max(0, min(part, self.shapes[name].numel() - start))
                 if owned:
-                    yield Shard(name, start, owned, flat, offset)
+                    yield Fragment(name, start, owned, flat, offset)
                 offset += part
 
     def flats(self, group: str | None = None) -> list[Tensor]:
         """The flat masters of one parameter group (default: of all), each once."""
         names = None if group is None else set(self.members[self.group_names.index(group)])
-        found = {id(shard.flat): shard.flat for shard in self.shards if names is None or shard.name in names}
+        found = {
+            id(fragment.flat): fragment.flat for fragment in self.fragments if names is None or fragment.name in names
+        }
         return list(found.values())
 
     def state_of(self, flat: Tensor) -> dict[str, Tensor]:
@@ -191,15 +193,15 @@ class ZeroEngine:
 
         Returns the elements written. The parameters follow with :meth:`refresh`.
         """
-        for shard in self.shards_of.get(name, ()):
-            target = shard.flat if key is None else self.state_of(shard.flat)[key]
-            shard.of(target).copy_(value.reshape(-1)[shard.start : shard.start + shard.numel])
-        return sum(shard.numel for shard in self.shards_of.get(name, ()))
+        for fragment in self.fragments_of.get(name, ()):
+            target = fragment.flat if key is None else self.state_of(fragment.flat)[key]
+            fragment.of(target).copy_(value.reshape(-1)[fragment.start : fragment.start + fragment.numel])
+        return sum(fragment.numel for fragment in self.fragments_of.get(name, ()))
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Makes the parameters what the masters say, wherever they stand."""
-        optimizer = self.engine.optimizer
+        optimizer = self.deepspeed.optimizer
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
             for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
                 optimizer.fp16_partitioned_groups_flat[index].copy_(flat)
@@ -222,9 +224,9 @@ class ZeroEngine:
         A collective: all ranks call it with the same arguments.
         """
         whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
-        for shard in self.shards_of.get(name, ()):
-            source = shard.flat if key is None else self.state_of(shard.flat)[key]
-            whole[shard.start : shard.start + shard.numel] = shard.of(source)
+        for fragment in self.fragments_of.get(name, ()):
+            source = fragment.flat if key is None else self.state_of(fragment.flat)[key]
+            whole[fragment.start : fragment.start + fragment.numel] = fragment.of(source)
         if self.world_size > 1 and self.stage > 0:
             if to is None:
                 dist.all_reduce(whole)
@@ -273,11 +275,21 @@ class ZeroEngine:
 
     # ---- steps ------------------------------------------------------------------------------------------------
 
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """The module's forward: see :class:`relora_mora.model.LossModel`."""
+        return self.deepspeed(*inputs)
+
+    def train(self) -> None:
+        self.deepspeed.train()
+
+    def eval(self) -> None:
+        self.deepspeed.eval()
+
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
         """Backward of one micro-batch; ``last`` of the step leaves the averaged gradients for :meth:`step`."""
-        self.engine.backward(loss)
+        self.deepspeed.backward(loss)
         if not last:
-            self.engine.step()  # counts the micro-batch
+            self.deepspeed.step()  # counts the micro-batch
 
     def step(self, rates: list[float]) -> tuple[float, bool]:
         """One optimizer step at a rate per group; returns (global gradient norm before clipping, was it applied).
@@ -289,16 +301,16 @@ class ZeroEngine:
             group["lr"] = rate
         if self.stage == 0 and not self.bf16:
             norm, applied = self._clip_plain()
-            self.engine.step()
+            self.deepspeed.step()
             return norm, applied
-        self.engine.step()
-        reported = self.engine.get_global_grad_norm()
+        self.deepspeed.step()
+        reported = self.deepspeed.get_global_grad_norm()
         norm = float("nan") if reported is None else float(reported)
-        return norm, bool(self.engine.was_step_applied()) and math.isfinite(norm)
+        return norm, bool(self.deepspeed.was_step_applied()) and math.isfinite(norm)
 
     def _clip_plain(self) -> tuple[float, bool]:
         """Norm of the gradients, which backward has averaged over the ranks, then clips them; not finite: drops them."""
-        owners = [p for p in self.engine.module.parameters() if p.grad is not None]
+        owners = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
         norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in owners])))
         if not math.isfinite(norm):
             for parameter in owners:

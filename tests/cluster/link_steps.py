@@ -63,7 +63,7 @@ def build(
 
 
 def step(rig: Rig, ids: Tensor, labels: Tensor) -> None:
-    rig.engine.accumulate(rig.engine.engine(ids, labels), last=True)
+    rig.engine.accumulate(rig.engine(ids, labels), last=True)
     rig.engine.step(group_rates(rig.schedule, rig.groups, 2))
 
 

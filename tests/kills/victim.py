@@ -37,13 +37,13 @@ def announced(owner: Any, name: str, phase: str, seconds: float = 0.0) -> None:
 def victim(*args: Any, **kwargs: Any) -> int:
     from relora_mora.checkpoint import CheckpointWriter
     from relora_mora.checkpoint.part import Part
-    from relora_mora.merging import Cycle
+    from relora_mora.merging import Merger
     from relora_mora.train import Trainer
 
     say("start")
     announced(Trainer, "train_step", "step")
     announced(Trainer, "evaluate", "evaluate")
-    announced(Cycle, "_reset_masters", "merge", 0.02)  # the base is written, the adapters are not yet reset
+    announced(Merger, "_reset_masters", "merge", 0.02)  # the base is written, the adapters are not yet reset
     announced(Part, "write", "save", 0.02)
     announced(CheckpointWriter, "_commit", "commit", 0.02)
     announced(CheckpointWriter, "_tidy_up", "retire", 0.02)

@@ -100,7 +100,7 @@ def losses_of_the_forms(bf16: bool) -> dict[str, float]:
             M = torch.randn(layer.mora_M.shape, generator=torch.Generator().manual_seed(index))
             layer.mora_M.data.copy_(0.1 * M)
         with torch.no_grad():
-            found[name] = float(contender.engine.engine(*contender.batches[0]))
+            found[name] = float(contender.engine(*contender.batches[0]))
     return found
 
 

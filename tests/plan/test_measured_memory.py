@@ -48,7 +48,7 @@ def measure(method: str, stage: int, bf16: bool, micro_batch_size: int) -> dict[
     rig.engine.lm.lm_head.register_forward_hook(lambda *_: result.update(at_loss=sum(w.data.nbytes for w in weights)))
     micro = rig.micro_batches(3)
     for index, (ids, labels) in enumerate(micro):
-        rig.engine.accumulate(rig.engine.engine(ids, labels), last=index == len(micro) - 1)
+        rig.engine.accumulate(rig.engine(ids, labels), last=index == len(micro) - 1)
         if index == 0 and len(micro) > 1:
             result["between_micro_batches"] = held()
     return {**result, "after_backward": held()}

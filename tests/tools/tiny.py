@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from relora_mora.config import Config, validate
-from relora_mora.merging import Base, Cycle
+from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.methods.inject import inject
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import build_optimizer, make_schedule, parameter_groups, set_trainable
@@ -58,8 +58,8 @@ class Rig:
 
     config: Config
     engine: Any
-    base: Base
-    cycle: Cycle
+    base: FrozenMasters
+    merger: Merger
     groups: list[Any]
     schedule: Any
     initial: dict[str, Tensor]  # float32, whole, from before the engine
@@ -76,7 +76,7 @@ class Rig:
         micro = self.micro_batches(step)
         total = torch.zeros((), dtype=torch.float64)
         for index, (ids, labels) in enumerate(micro):
-            loss = self.engine.engine(ids, labels) * scale
+            loss = self.engine(ids, labels) * scale
             if poison and index == 0:
                 loss = loss * float("nan")
             total += loss.detach().double()
@@ -85,13 +85,13 @@ class Rig:
         return float(self.engine.all_reduce(total)) / len(micro) / self.engine.world_size, norm, applied
 
     def merge(self, step: int) -> Any:
-        return self.cycle.merge(step, self.schedule.merges_done(step), self.schedule.operator(step))
+        return self.merger.merge(step, self.schedule.merges_done(step), self.schedule.operator(step))
 
     @torch.no_grad()
     def logits(self, step: int = 0) -> Tensor:
-        self.engine.engine.eval()
+        self.engine.eval()
         out = self.engine.lm(input_ids=batch(step)[0][:2], use_cache=False).logits.float().clone()
-        self.engine.engine.train()
+        self.engine.train()
         return out
 
 
@@ -106,9 +106,9 @@ def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None =
     initial = {name: p.detach().clone() for name, p in lm.named_parameters()}
     from torch import distributed as dist
 
-    base = Base(
+    base = FrozenMasters(
         [name for name, p in lm.named_parameters() if not p.requires_grad], dist.get_rank(), dist.get_world_size()
     )
     base.take(initial)
     engine = ZeroEngine(LossModel(lm), lm, build_optimizer(lm, groups, config), config, bf16=bf16)
-    return Rig(config, engine, base, Cycle(engine, base, config), groups, make_schedule(config), initial)
+    return Rig(config, engine, base, Merger(engine, base, config), groups, make_schedule(config), initial)

@@ -58,7 +58,7 @@ def victim(*args: Any, **kwargs: Any) -> int:
     if os.environ["RANK"] == "1":
         match os.environ["VICTIM"]:
             case "at the end":
-                sys.modules["relora_mora.train.pretrain"].part_company = killed  # type: ignore[attr-defined]
+                sys.modules["relora_mora.train.pretrain"].leave_together = killed  # type: ignore[attr-defined]
             case "in a save":
                 Part.write = killed_later  # type: ignore[method-assign]
             case "device":

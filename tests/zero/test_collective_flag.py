@@ -42,7 +42,7 @@ def _waiting_for_rank_1(stage: int, moment: str) -> bool:
             free.append(not in_collective())
 
     come_late("forward")
-    loss = rig.engine.engine(ids, labels)
+    loss = rig.engine(ids, labels)
     come_late("backward")
     rig.engine.accumulate(loss, last=True)
     rig.engine.step([0.0 for _ in rig.groups])

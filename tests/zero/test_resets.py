@@ -26,12 +26,12 @@ def _frozen_bits(rig: Any) -> dict[str, str]:
 
 
 def _adapters(rig: Any) -> dict[str, torch.Tensor]:
-    return {name: rig.engine.gather(name) for names in rig.cycle.parameters.values() for name in names}
+    return {name: rig.engine.gather(name) for names in rig.merger.parameters.values() for name in names}
 
 
 def _plain_logits(rig: Any) -> torch.Tensor:
     """Logits of the frozen weights alone, whatever the adapters hold."""
-    forwards = {layer: layer.forward for layer in rig.cycle.layers.values()}
+    forwards = {layer: layer.forward for layer in rig.merger.layers.values()}
     for layer in forwards:
         layer.forward = lambda x, layer=layer: F.linear(x, layer.weight)
     try:
@@ -78,7 +78,7 @@ def scenario(world_size: int, stage: int, bf16: bool, method: str, threshold: in
     seen["logits_scale"] = float(logits.abs().max())
     seen["adds_nothing"] = torch.equal(merged, _plain_logits(rig))
     after = _frozen_bits(rig)
-    seen["all_merged"] = all(after[f"{name}.weight"] != before[f"{name}.weight"] for name in rig.cycle.layers)
+    seen["all_merged"] = all(after[f"{name}.weight"] != before[f"{name}.weight"] for name in rig.merger.layers)
     seen["bits"] = after
     seen["state_is_zero"] = all(not value.any() for state in _state(rig, "adapters") for value in state.values())
     fresh = _adapters(rig)
@@ -86,7 +86,7 @@ def scenario(world_size: int, stage: int, bf16: bool, method: str, threshold: in
     still = _adapters(rig)
     seen["zero_gradient_moves_nothing"] = all(torch.equal(fresh[name], still[name]) for name in fresh)
     seen["adds_nothing_after_zero_gradient"] = torch.equal(rig.logits(), _plain_logits(rig))
-    rig.cycle._reset_state(2)
+    rig.merger._reset_state(2)
     rate = rig.groups[0].peak_lr * rig.schedule.rate(6)
     seen["losses"].append(rig.step(6)[0])
     moved = _adapters(rig)
@@ -234,7 +234,7 @@ def reset_mode(world_size: int, stage: int, mode: str) -> dict[str, Any]:
     rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method={"reset": mode, "reset_ratio": 0.75}))
     for step in range(1, MERGE_AT + 1):
         rig.step(step)
-    names = [name for parameters in rig.cycle.parameters.values() for name in parameters]
+    names = [name for parameters in rig.merger.parameters.values() for name in parameters]
     before = {name: rig.engine.gather(name, "exp_avg") for name in names}
     rig.merge(MERGE_AT)
     return {
@@ -326,14 +326,14 @@ def hundred_merges(world_size: int, bf16: bool) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(merge)
         values = {
             name: torch.randn(rig.engine.shapes[name], generator=generator) * 1e-3
-            for names in rig.cycle.parameters.values()
+            for names in rig.merger.parameters.values()
             for name in names
         }
         rig.engine.write_masters(values)
-        for name, layer in rig.cycle.layers.items():
+        for name, layer in rig.merger.layers.items():
             if f"{name}.weight" in reference:
                 reference[f"{name}.weight"] += layer.delta_of(values[f"{name}.mora_M"].double())
-        rig.cycle.merge(merge, merge, (1, 2, 3, 4)[merge % 4])
+        rig.merger.merge(merge, merge, (1, 2, 3, 4)[merge % 4])
     errors = {name: float((rig.base.weights[name].double() - reference[name]).abs().max()) for name in reference}
     moved = {name: float((reference[name] - rig.initial[name].double()).abs().max()) for name in reference}
     return {
