@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from relora_mora.zero import ZeroEngine
 
 
 def initial_values(
-    lm: LlamaForCausalLM, base: FrozenMasters, config: Config
+    lm: LlamaForCausalLM, base: FrozenMasters, config: Config, world_size: int
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Which rank makes which parameter of the plain model, and what this rank has made of them, in float32; a collective.
 
@@ -33,7 +32,8 @@ def initial_values(
     if config.model.init_from is not None:
         from_first_rank(lambda: made.update(_foreign_weights(config, lm, shapes)))
         return dict.fromkeys(shapes, 0), made
-    maker, load = dict(base.owner), [0] * int(os.environ["WORLD_SIZE"])
+    maker = dict(base.owner)
+    load = [0] * world_size
     for name, shape in sorted(
         shapes.items(), key=lambda item: item[0] not in base.owner
     ):  # what trains goes to who has least

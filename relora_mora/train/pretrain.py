@@ -26,9 +26,11 @@ from relora_mora.train.agreement import check_agreement, check_shared
 from relora_mora.train.build import build
 from relora_mora.train.check import check, pinned_before
 from relora_mora.train.errors import MemoryShortage
+from relora_mora.train.loop import Trainer
 from relora_mora.train.resume import finds_checkpoint, resume
 from relora_mora.train.run_folder import write_run_folder
-from relora_mora.train.startup import StartedTrainer, Startup
+from relora_mora.train.startup import Startup, describe
+from relora_mora.train.state import RunState
 from relora_mora.zero import init_distributed
 
 
@@ -81,23 +83,22 @@ def _pretrain(config: Config, guard: Guard) -> int:
         _watch(guard, config, rank, world_size, job)
     data, commits = from_first_rank(lambda: _pinned(config))
     remember_commits(data.revision, commits)
-    checked = check(config.model_copy(update={"data": data}))
-    check_agreement(checked)
+    checked = check(config.model_copy(update={"data": data}), world_size)
+    check_agreement(checked.identity)
     asked = from_first_rank(lambda: remote_content(checked.shards, data.timeout_seconds))
     checked = replace(checked, data_content=checked.data_content + asked)
     lock = from_first_rank(lambda: _lock(guard, folder))
     check_shared(folder / LOCK, lock)
     guard.begin("building the model", within=LONG_SECONDS)
     startup.done("checks")
-    resumes = from_first_rank(lambda: finds_checkpoint(checked.config))
-    run = build(checked, resumes=resumes, done=startup.done)
-    resume(run)
-    assert resumes == (run.resumed_from is not None), "a run without a checkpoint begins with initial values"
+    resumes = from_first_rank(lambda: finds_checkpoint(config.train))
+    run = build(checked, rank, world_size, resumes=resumes, done=startup.done)
+    state, reader = resume(run) if resumes else (RunState(), None)
     if resumes:
         startup.done("resume")
-    from_first_rank(lambda: write_run_folder(checked, world_size, run.step))
-    trainer = StartedTrainer(checked, run, rank, world_size, guard)
-    trainer.startup = startup
+    from_first_rank(lambda: write_run_folder(checked, world_size, state.step))
+    trainer = Trainer(run, state, guard, startup, resumed_from=reader)
+    log.info("%s", describe(run, state))
     try:
         return trainer.fit()
     except Exception as error:
