@@ -1,4 +1,4 @@
-"""The output head with its loss: cross-entropy in chunks of tokens, so that float32 logits [N, V] never exist as a whole."""
+"""The output head with its loss, in chunks of tokens: float32 logits [N, V] never exist as a whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LossHead(nn.Module):
         self.weight: Tensor = linear.weight  # [V, H], the same tensor where embeddings are tied
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, tokens: float | None = None) -> Tensor:
-        """hidden [..., H] -> logits [..., V], or with labels [...] a float32 scalar: see :func:`chunked_cross_entropy`"""
+        """hidden [..., H] -> logits [..., V], or with labels [...] what :func:`chunked_cross_entropy` gives"""
         if labels is None:
             return F.linear(hidden, self.weight)
         return chunked_cross_entropy(hidden, self.weight, labels, tokens)
@@ -35,13 +35,15 @@ class LossHead(nn.Module):
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, tokens: float | None = None, *, chunk_tokens: int | None = None
 ) -> Tensor:
-    """Cross-entropy of ``softmax(hidden @ weight.T)``, summed over the labels that are not -100 and divided by ``tokens``.
+    """Cross-entropy of ``softmax(hidden @ weight.T)``, summed over the labels that are not -100 and divided by
+    ``tokens``.
 
-    hidden [..., H], weight [V, H], labels [...] -> a float32 scalar. Without ``tokens`` it is the mean over those labels. A
-    step over several micro-batches and ranks gives each of them the same number, so that every token weighs the same. The gradients are computed in forward, chunk by chunk (as in Liger
-    kernels, arXiv 2410.10989, section 3.2): one logits product in all, and of size [N, V] nothing is ever kept. With no
-    label to score the result is 0. Raises IndexError for a label that is not in the vocabulary. On CUDA liger-kernel's own
-    kernels do the same where the package is installed (then a wrong label is not found out).
+    hidden [..., H], weight [V, H], labels [...] -> a float32 scalar. Without ``tokens`` it is the mean over those
+    labels. A step over several micro-batches and ranks gives each of them the same number, so that every token weighs
+    the same. The gradients are computed in forward, chunk by chunk (as in Liger kernels, arXiv 2410.10989, section
+    3.2): one logits product in all, and of size [N, V] nothing is ever kept. With no label to score the result is 0.
+    Raises IndexError for a label that is not in the vocabulary. On CUDA liger-kernel's own kernels do the same where
+    the package is installed (then a wrong label is not found out).
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     labels = labels.reshape(-1)

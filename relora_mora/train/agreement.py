@@ -1,4 +1,4 @@
-"""What the ranks compare before a run is built: that they were started alike, read the same, and share the run folder."""
+"""Before a run is built: were the ranks started alike, do they read the same, do they share the run folder?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ APPEAR_SECONDS = 15.0  # for a file that another host has just written
 
 
 def check_agreement(identity: Identity) -> None:
-    """Raises :class:`ConfigError` on all ranks when one was given, or has found, other things than the first; a collective."""
+    """A collective. Raises :class:`ConfigError` on all ranks when one was given, or has found, other things."""
     found = gather_from_ranks((socket.gethostname(), identity))
     first_host, first = found[0]
     faults = []
@@ -30,7 +30,7 @@ def check_agreement(identity: Identity) -> None:
 
 
 def check_shared(file: Path, content: str) -> None:
-    """Raises :class:`ConfigError` on all ranks when one does not see a file as the first rank wrote it; a collective."""
+    """A collective. Raises :class:`ConfigError` on all ranks when one does not see what the first rank wrote."""
     deadline = time.monotonic() + APPEAR_SECONDS
     while not (seen := _content(file) == content) and time.monotonic() < deadline:
         time.sleep(0.2)

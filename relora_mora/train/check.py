@@ -48,7 +48,7 @@ class Checked:
 
 
 def pinned_before(config: Config) -> DataConfig:
-    """The data settings with the revision that an earlier start of this run resolved: a resume reads what it has read so far."""
+    """The data settings with the revision of an earlier start of this run: a resume reads the same data."""
     try:
         before = parse_yaml((Path(config.train.run_dir) / "config.yaml").read_text(encoding="utf-8"))["data"]
         same = before["train"] == config.data.train and before["validation"] == config.data.validation

@@ -1,4 +1,4 @@
-"""What happens between steps. Each event owns what it needs, knows when it is due, and is called by name in the loop."""
+"""What happens between steps: each event owns what it needs, knows when it is due, and is called by the loop."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ class Health:
         self.bad_data = []
 
     def spike(self, loss: float, config: TrainConfig) -> float | None:
-        """How many standard deviations a loss lies above the window's mean, if they are too many; else it joins the window.
+        """How many standard deviations a loss lies above the window's mean, if those are too many.
 
-        A quarter of the window must be there before anything is judged.
+        Else the loss joins the window. A quarter of the window must be there before anything is judged.
         """
         if len(self.losses) >= max(2, config.spike_window // 4):
             mean = statistics.fmean(self.losses)

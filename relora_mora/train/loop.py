@@ -125,8 +125,8 @@ class Trainer:
     def train_step(self, share: Share) -> StepResult:
         """One optimizer step on this rank's share of a global batch.
 
-        Its loss is the sum over the scored tokens of all ranks and micro-batches divided by their number: DeepSpeed takes
-        means over micro-batches and ranks, so each micro-batch divides its sum by the number that falls to one of them.
+        The loss is the sum over the scored tokens of all ranks and micro-batches, divided by their number. DeepSpeed
+        takes means over micro-batches and ranks, so each micro-batch divides its sum by its share of that number.
         """
         begin = time.perf_counter()
         state = self.state

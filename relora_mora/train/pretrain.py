@@ -1,4 +1,4 @@
-"""One call per rank: joins the ranks, checks the settings, builds the run, trains it to its end, and says how it ended."""
+"""One call per rank: joins the ranks, checks the settings, builds the run, and trains it to its end."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def pretrain(config: Config, guard: Guard | None = None) -> int:
     """Trains a run to its end and returns the exit code: 0, or ``guard.REQUEUE`` when a signal stopped it.
 
     Raises the package's ValueErrors for mistakes of the user, OSError for a run folder that cannot be used,
-    :class:`TrainingError` and :class:`MergeError` when training cannot go on. When another rank is lost the process ends
-    here with ``guard.LOST``. ``guard`` is the process's own where it was made before the imports.
+    :class:`TrainingError` and :class:`MergeError` when training cannot go on. When another rank is lost the process
+    ends here with ``guard.LOST``. ``guard`` is the process's own where it was made before the imports.
     """
     with guard or Guard(signals=False) as guard:
         try:
@@ -65,8 +65,8 @@ def _run(config: Config, guard: Guard) -> int:
         if not ran_out_of_memory(error):
             raise
         raise MemoryShortage(
-            f"train.micro_batch_size: {config.train.micro_batch_size} sequences of {config.data.sequence_length} tokens, the model and its "
-            "optimizer need more memory than there is; lower it, or see what a run needs with launch/plan.py"
+            f"train.micro_batch_size: {config.train.micro_batch_size} sequences of {config.data.sequence_length} tokens, "
+            "the model and its optimizer need more memory than there is; lower it, or see what a run needs with launch/plan.py"
         ) from error
 
 
@@ -109,7 +109,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
 
 
 def _end_if_lost(guard: Guard, error: Exception) -> None:
-    """Ends the process where the error says that another rank is gone, or this rank's device, or a network file system."""
+    """Ends the process where another rank is gone, or this rank's device, or a network file system."""
     first_line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     same = getattr(error, "same_on_all_ranks", False)
     if lost_peer(error):
@@ -122,7 +122,7 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
 
 
 def _pinned(config: Config) -> tuple[DataConfig, dict[str, str]]:
-    """The data settings with one commit for all ranks and the whole run, and the commits by repository: only one rank asks the hub."""
+    """The data settings with one commit for the whole run, and the commits by repository. One rank asks the hub."""
     data = pinned_before(config)
     commits = hub_commits(data)
     return pin_revision(data, commits), commits

@@ -102,7 +102,10 @@ def _permission(names: list[str]) -> str:
 
 
 def _catch_up(run: Run, state: RunState, reader: CheckpointReader) -> None:
-    """The last step of a run does not merge; a longer run makes up for it here. Raises where merges and settings disagree."""
+    """The last step of a run does not merge; a longer run makes up for it here.
+
+    Raises :class:`CheckpointError` where merges and settings disagree.
+    """
     manifest = reader.manifest
     due = run.schedule.merges_done(state.step)
     operator = run.schedule.operator(state.step)

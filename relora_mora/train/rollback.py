@@ -1,7 +1,7 @@
 """Back to the last good checkpoint, and on with other data.
 
-Each rollback is written to ``rollbacks.json`` of the run folder, so that a run that is killed after it, and resumes from
-a checkpoint of before it, skips the same data.
+Each rollback is written to ``rollbacks.json`` of the run folder, so that a run that is killed after it, and resumes
+from a checkpoint of before it, skips the same data.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
     folder = Path(config.run_dir)
     if state.rollbacks >= config.max_rollbacks:
         raise TrainingError(
-            f"{state.trouble}; the run was rolled back {state.rollbacks} times before (train.max_rollbacks), so the data "
-            "is not the cause: lower optim.lr, or resume from an older checkpoint"
+            f"{state.trouble}; the run was rolled back {state.rollbacks} times before (train.max_rollbacks), so the "
+            "data is not the cause: lower optim.lr, or resume from an older checkpoint"
         )
     writer.wait()
     gather_from_ranks(None)  # the newest checkpoint is whole when the first rank has waited
@@ -80,7 +80,7 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
 
 
 def replay_rollbacks(folder: Path, state: RunState) -> None:
-    """After a resume: where the run was rolled back to this step later, its data goes on where that left it. A collective."""
+    """After a resume: where the run went back to this step later, its data goes on where that left it. A collective."""
     rollbacks = from_first_rank(lambda: read_rollbacks(folder))
     for number, rollback in enumerate(rollbacks[state.rollbacks :], state.rollbacks + 1):
         if rollback.step == state.step:  # the last one to here is how the run went on
@@ -97,7 +97,7 @@ def forget_rollbacks(folder: Path, state: RunState) -> None:
 
 
 def read_rollbacks(folder: Path) -> list[Rollback]:
-    """The rollbacks of a run, oldest first. Raises ValueError when the file does not hold what :func:`dump_rollbacks` gives."""
+    """The rollbacks of a run, oldest first. Raises ValueError for a file that :func:`dump_rollbacks` did not give."""
     path = folder / ROLLBACKS
     if not path.exists():
         return []

@@ -21,8 +21,8 @@ class Startup:
 
     ``launcher``: until this process began; ``imports``: Python, imports and settings; ``rendezvous``: the ranks meet;
     ``checks``: settings, tokenizer, hub; ``model``: initial weights; ``engine``: DeepSpeed; ``resume``: the checkpoint;
-    ``evaluation``: run folder, and the evaluation at the start; ``data``: the first batch; ``first_step``. The command is
-    this host's launcher. After the first step nothing is counted any more.
+    ``evaluation``: run folder, and the evaluation at the start; ``data``: the first batch; ``first_step``. The command
+    is this host's launcher. After the first step nothing is counted any more.
     """
 
     def __init__(self) -> None:
@@ -67,11 +67,14 @@ def describe(run: Run, state: RunState) -> str:
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     precision = "bf16" if engine.bf16 else "fp32"
     accumulation = config.accumulation_steps(engine.world_size)
-    return (
-        f"{config.method.name} on {ranks} ({device}), ZeRO-{engine.stage}, {precision}; a step has {config.train.batch_size} "
-        f"sequences of {config.data.sequence_length} tokens ({config.train.micro_batch_size} at once, {accumulation} times "
-        f"on each rank); steps {state.step} to {config.train.steps}; {config.train.run_dir}"
-    )
+    parts = [
+        f"{config.method.name} on {ranks} ({device}), ZeRO-{engine.stage}, {precision}",
+        f"a step has {config.train.batch_size} sequences of {config.data.sequence_length} tokens",
+        f"each rank makes {accumulation} micro-batches of {config.train.micro_batch_size}",
+        f"step {state.step} of {config.train.steps}",
+        f"run folder {config.train.run_dir}",
+    ]
+    return "; ".join(parts)
 
 
 def _age(pid: int) -> float:

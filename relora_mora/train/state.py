@@ -14,8 +14,8 @@ from relora_mora.train.report import Interval
 class RunState:
     """Where a run stands. Everything that a resumed run needs to go on as if it had never been stopped.
 
-    ``data`` says where the lanes stand in the training data: those of this rank, or of all ranks when the state has just
-    been loaded.
+    ``data`` says where the lanes stand in the training data: those of this rank, or of all ranks when the state has
+    just been loaded.
     """
 
     step: int = 0  # optimizer steps done, those skipped for bad numbers included
