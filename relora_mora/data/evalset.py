@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relora_mora.config import DataConfig
+from relora_mora.data.batch import UNSCORED, document_ids
 from relora_mora.data.errors import SourceError
-from relora_mora.data.lanes import Tokens
-from relora_mora.data.stream import document_ids
-from relora_mora.data.texts import iter_texts
+from relora_mora.data.packing import Tokens
+from relora_mora.data.plain_text import iter_texts
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     EvalBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
-UNSCORED = -100  # cross entropy's ignore_index
 _DOCUMENTS_PER_CALL = 64
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from relora_mora.config import DataConfig
-from relora_mora.data.lanes import Cursor, LanePlan, plan_lanes
+from relora_mora.data.lane_states import Cursor
+from relora_mora.data.lanes import LanePlan, plan_lanes
 from relora_mora.data.sources import Shard
 
 

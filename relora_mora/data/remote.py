@@ -86,7 +86,7 @@ class RemoteBytes:
             missing -= len(part)
         return b"".join(parts)
 
-    def doubt_end(self) -> bool:
+    def recheck_end(self) -> bool:
         """The decompressor misses something after the end: ask more often whether it is the end. False when that was done already."""
         if self._doubted:
             return False

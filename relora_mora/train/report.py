@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from relora_mora.config import Config
-from relora_mora.data import KINDS
+from relora_mora.data import SKIP_REASONS
 from relora_mora.distributed.collectives import sum_over_hosts
 from relora_mora.merging import MergeRecord
 from relora_mora.system.hardware import peak_flops
 from relora_mora.system.logs import log
 
-_COUNTED = ("documents", "bad", "retries", *(f"skipped/{kind}" for kind in KINDS))
+_COUNTED = ("documents", "bad", "retries", *(f"skipped/{kind}" for kind in SKIP_REASONS))
 
 
 class Interval:
@@ -69,7 +69,9 @@ def data_metrics(counts: Mapping[str, int]) -> dict[str, int]:
     totals = dict(
         zip(_COUNTED, map(int, sum_over_hosts([float(counts.get(name, 0)) for name in _COUNTED])), strict=True)
     )
-    skipped = {f"perf/data_skipped/{kind}": totals[f"skipped/{kind}"] for kind in KINDS if totals[f"skipped/{kind}"]}
+    skipped = {
+        f"perf/data_skipped/{kind}": totals[f"skipped/{kind}"] for kind in SKIP_REASONS if totals[f"skipped/{kind}"]
+    }
     return {
         "train/epoch": counts["epoch"],
         "train/documents": totals["documents"],

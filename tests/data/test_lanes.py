@@ -49,7 +49,7 @@ def test_an_epoch_holds_every_document_once(tmp_path, lanes, shards, shuffle):
     for number in range(lanes):
         lane = make_lane(config, lanes, number)
         texts = documents_in(epoch_tokens(lane))
-        share = sum(len(range(plan.phase, 41, plan.stride)) for plan in [lane.plan] for _ in plan.shards)
+        share = sum(len(range(plan.phase, 41, plan.stride)) for plan in [lane.rows.plan] for _ in plan.shards)
         assert lane.state()["documents"] >= share
         found += texts[:share]
         assert set(texts[share:]) <= set(texts[:share])  # the second epoch has begun
@@ -62,7 +62,7 @@ def test_shuffled_differently_in_each_epoch_and_not_at_all(tmp_path):
     def two_epochs(shuffle):
         lane, tokens = make_lane(data_config(tmp_path / "*.gz", shuffle_documents=shuffle), 1, 0), [EOS]
         while lane.state()["epoch"] < 2:
-            tokens += lane.next_block()[1:].tolist()
+            tokens += lane.next_block().tokens[1:].tolist()
         return documents_in(tokens)[:80]
 
     assert two_epochs(1) == texts * 2
@@ -83,13 +83,13 @@ def test_a_resume_anywhere_gives_the_very_next_block(tmp_path, lanes, shards, su
         states, blocks = [], []
         while lane.state()["epoch"] < 2:
             states.append(json.loads(json.dumps(lane.state())))
-            blocks.append(lane.next_block())
+            blocks.append(lane.next_block().tokens)
         assert {state["offset"] > 0 for state in states[1:]} >= {True}
         assert {state["epoch"] for state in states} == {0, 1}
         for at in range(0, len(states), 3):
             resumed = make_lane(config, lanes, number, states[at])
             for block, state in list(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True))[:40]:
-                assert np.array_equal(resumed.next_block(), block)
+                assert np.array_equal(resumed.next_block().tokens, block)
                 assert resumed.state() == state
 
 
@@ -104,10 +104,10 @@ def test_any_lengths_any_place(tmp_path_factory, lengths, sequence_length, shuff
     states, blocks = [], []
     for _ in range(12):
         states.append(lane.state())
-        blocks.append(lane.next_block().tolist())
+        blocks.append(lane.next_block().tokens.tolist())
     at = data.draw(st.integers(0, 11))
     resumed = make_lane(config, 1, 0, states[at])
-    assert [resumed.next_block().tolist() for _ in range(12 - at)] == blocks[at:]
+    assert [resumed.next_block().tokens.tolist() for _ in range(12 - at)] == blocks[at:]
 
 
 def test_a_document_of_ten_megabytes(tmp_path):
@@ -118,20 +118,20 @@ def test_a_document_of_ten_megabytes(tmp_path):
     blocks, states = [], []
     while lane.state()["documents"] < 2:
         states.append(lane.state())
-        blocks.append(lane.next_block())
+        blocks.append(lane.next_block().tokens)
     assert len(blocks) > 2400
     tokens = np.concatenate([block[:-1] for block in blocks])
     ends = np.flatnonzero(tokens == EOS)
     assert tokens[: len(long) + 1][1:].astype(np.uint8).tobytes() == long.encode()
     assert ends[:3].tolist() == [0, len(long) + 1, len(long) + 1 + len("short") + 1]
     resumed = make_lane(config, 1, 0, states[1200])
-    assert np.array_equal(resumed.next_block(), blocks[1200])
+    assert np.array_equal(resumed.next_block().tokens, blocks[1200])
 
 
 def test_one_document_only(tmp_path):
     path = write_shard(tmp_path / "a.json.gz", ["alone"])
     lane = make_lane(data_config(path, sequence_length=8), 1, 0)
-    tokens = np.concatenate([lane.next_block()[:-1] for _ in range(6)])
+    tokens = np.concatenate([lane.next_block().tokens[:-1] for _ in range(6)])
     assert documents_in(tokens) == ["alone"] * 7
     with pytest.raises(
         SourceError, match=r"lane 1 found no text in a\.json\.gz: there are fewer documents than lanes; .*data\.lanes"

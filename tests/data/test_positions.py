@@ -28,7 +28,7 @@ def test_what_is_named_is_what_was_read(tmp_path, lanes, shards, shuffle):
     for number in range(lanes):
         lane, tokens = make_lane(config, lanes, number), [EOS]
         while lane.state()["documents"] < 90:
-            tokens += lane.next_block()[1:].tolist()
+            tokens += lane.next_block().tokens[1:].tolist()
             if not lane.state()["documents"]:
                 continue
             state = lane.state()

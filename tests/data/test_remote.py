@@ -123,12 +123,12 @@ def test_faults_at_a_tenth_of_the_requests_leave_the_stream_of_tokens_as_it_is(t
         write_shard(tmp_path / name, some_texts(12, seed=seed))
     blocks = 6000  # more than an epoch
     clean = make_lane(data_config([f"{tmp_path}/{name}" for name in names]), 1, 0)
-    expected = [clean.next_block().tolist() for _ in range(blocks)]
+    expected = [clean.next_block().tokens.tolist() for _ in range(blocks)]
     rng, kinds, before = random.Random(0), itertools.cycle(FAULTS), RETRIES.retries
     with serving(tmp_path, lambda n: next(kinds) if rng.random() < 0.1 else None) as server:
         server.stall_seconds, server.retry_after["429"] = 0.5, "0"
         lane = make_lane(data_config([f"{server.url}/{name}" for name in names]), 1, 0)
-        assert [lane.next_block().tolist() for _ in range(blocks)] == expected
+        assert [lane.next_block().tokens.tolist() for _ in range(blocks)] == expected
         assert 0.05 < len(server.faults) / len(server.requests) < 0.15 and set(server.faults) == set(FAULTS)
         assert RETRIES.retries - before >= len(server.faults) - 1  # the last one may not be met yet
     assert lane.state()["epoch"] >= 1 and not lane.state()["skipped"]
@@ -200,7 +200,7 @@ def test_damage_does_not_pass_and_is_not_asked_for_again(tmp_path, suffix):
             lane.next_block()
     assert RETRIES.retries == before and lane.state()["skipped"]["corrupt"] == 1
     damage = rf"http\S+/a{suffix}: line \d+ is where the compressed shard is damaged; what follows is lost; skipped"
-    assert any(re.fullmatch(damage, note) for note in lane.notes)
+    assert any(re.fullmatch(damage, note) for note in lane.rows.notes)
     body = path.read_bytes()  # the same bytes on a disk: the same decision
     path.write_bytes(body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 255]) + body[len(body) // 2 + 1 :])
     local = make_lane(data_config(path, **settings), 1, 0)
@@ -363,6 +363,6 @@ def test_a_lane_reads_over_http_what_it_reads_from_disk(tmp_path):
         lane = make_lane(data_config(f"{server.url}/part-00000.json.gz", shuffle_documents=1), 1, 0)
         tokens = [256]
         while lane.state()["epoch"] == 0:
-            tokens += lane.next_block()[1:].tolist()
+            tokens += lane.next_block().tokens[1:].tolist()
     found = documents_in(tokens)
     assert found[:50] == written[0]

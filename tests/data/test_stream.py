@@ -7,11 +7,10 @@ import json
 import pytest
 import torch
 
-from relora_mora.data import KINDS, TrainStream, counts_of, document_ids, merge_states
-from relora_mora.data.bench import pipeline_throughput
+from relora_mora.data import SKIP_REASONS, TrainStream, counts_of, document_ids, merge_states
 from relora_mora.data.errors import SourceError
 from relora_mora.data.retry import RETRIES
-from relora_mora.data.texts import BAD
+from relora_mora.data.skipped import BAD_REASONS
 from tests.tools.data_tools import data_config, line, write_shard, write_shards
 from tests.tools.faulty_server import serving
 
@@ -146,10 +145,10 @@ def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
                 "documents",
                 "epoch",
                 "bad",
-                *(f"skipped/{kind}" for kind in KINDS),
+                *(f"skipped/{kind}" for kind in SKIP_REASONS),
                 "retries",
             ]
-            assert batch.counts["bad"] == sum(batch.counts[f"skipped/{kind}"] for kind in BAD)
+            assert batch.counts["bad"] == sum(batch.counts[f"skipped/{kind}"] for kind in BAD_REASONS)
 
 
 def test_retries_of_workers_and_of_the_trainer_are_counted_since_the_stream_began(
@@ -182,13 +181,6 @@ def test_what_does_not_fit_is_refused(folder, tokenizer_path):
         TrainStream(config, lanes=4, world_size=1, state={**state, "2": {}}, **settings)
     with pytest.raises(ValueError, match="lane 0 stands in the data state of two ranks"):
         merge_states([state, state])
-
-
-def test_throughput_is_measured(folder, tokenizer_path):
-    figures = pipeline_throughput(data_config(folder / "*.gz"), tokenizer_path, tokens=2000, rounds=1)
-    assert figures["data/lanes"] == figures["data/shards"] == 5
-    assert figures["data/tokens_per_second_per_worker"] > 0 and figures["data/tokens_per_second_tokenizer"] > 0
-    assert 0 < figures["data/ratio"] < 2
 
 
 def test_fewer_documents_than_lanes_are_refused_with_the_remedy(tmp_path, tokenizer_path):
