@@ -22,9 +22,9 @@ def pipeline_throughput(
 ) -> dict[str, float | int]:
     """Tokens per second of one worker (read, decompress, parse, shuffle, tokenize, pack) and of the bare tokenizer.
 
-    Both run in this process on the same documents, in turns, ``rounds`` times over at least ``tokens`` tokens; the fastest
-    round of each counts. ``lanes`` is the number of lanes that share the shards; None: as many as shards, at most 64.
-    Raises SourceError.
+    Both run in this process on the same documents, in turns, ``rounds`` times over at least ``tokens`` tokens; the
+    fastest round of each counts. ``lanes`` is the number of lanes that share the shards; None: as many as shards, at
+    most 64. Raises SourceError.
     """
     from relora_mora.tokenizer import encode, load_tokenizer
 

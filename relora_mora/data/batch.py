@@ -36,7 +36,7 @@ class Batch:
 def document_ids(input_ids: npt.NDArray[Any], eos: int) -> npt.NDArray[np.int32]:
     """int32 [n, T]: the number of EOS up to and including each token of ``input_ids`` [n, T].
 
-    An EOS belongs to the document after it, as that document's first input: so it also is at the start of a text that is
+    An EOS belongs to the document after it, as that document's first input, just as at the start of a text that is
     scored alone. What predicts a document's first token then sees nothing of the document before.
     """
     return np.cumsum(input_ids == eos, axis=1, dtype=np.int32)

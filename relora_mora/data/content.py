@@ -1,4 +1,6 @@
-"""What stands in the training text, told from a little of it: so that other text under the same names and sizes is noticed.
+"""A fingerprint of what is in the training text, from a little of it.
+
+Other text under the same names and sizes is noticed by it.
 
 Hub files need none of this: their commit is part of their name.
 """
@@ -26,18 +28,19 @@ PIECES_BETWEEN = 4
 
 
 def local_content(shards: Sequence[Shard]) -> str:
-    """32 hex digits over the names of local files, their sizes and pieces of what is in them; "" where no shard is local.
+    """32 hex digits over the names of local files, their sizes and pieces of their content; "" where no shard is local.
 
-    The end of a gzip or zstd file is a checksum of all of its text; of plain text a change in the middle may be missed. Raises
-    SourceError for a file that cannot be read.
+    A gzip or zstd file ends with a checksum of all of its text; in plain text a change in the middle may be missed.
+    Raises SourceError for a file that cannot be read.
     """
     return _over_each([shard for shard in shards if not shard.is_remote], _pieces)
 
 
 def remote_content(shards: Sequence[Shard], timeout_seconds: float) -> str:
-    """32 hex digits over the names of http(s) files and what their servers say of their versions; "" where there is none.
+    """32 hex digits over the names of http(s) files and what servers say of their versions; "" where there are none.
 
-    Asks for each file once, some at the same time: for one rank, not for all. Raises SourceError for a file that is not there.
+    Asks for each file once, several at the same time; meant for one rank, not for all. Raises SourceError for a file
+    that is not there.
     """
     urls = [shard for shard in shards if shard.is_remote and not shard.hub]
     if not urls:

@@ -28,7 +28,7 @@ class ShardBytes(Protocol):
         """The next ``size`` bytes, fewer only at the end."""
 
     def recheck_end(self) -> bool:
-        """Text is missing although the bytes ended. Whether it is worth reading on, because the end may have been wrong."""
+        """Called where the bytes ended and text is missing: whether to read on, since the end may have been wrong."""
 
     def close(self) -> None: ...
 
@@ -42,7 +42,7 @@ class DamagedShardError(Exception):
 
 
 def decompress(source: ShardBytes, shard: Shard) -> Iterator[bytes]:
-    """Pieces of the text of ``shard``, whose bytes are ``source``. Raises DamagedShardError behind what can be read."""
+    """Pieces of the text of ``shard``, whose bytes are ``source``. Raises DamagedShardError after what can be read."""
     head = source.read(CHUNK_BYTES)
     read = _with_head(head, source.read)
     if head.startswith(GZIP_MAGIC):
@@ -57,7 +57,7 @@ def decompress(source: ShardBytes, shard: Shard) -> Iterator[bytes]:
 
 
 def foreign_format(head: bytes) -> str | None:
-    """The reason to skip every line of a shard that begins so: ``html`` or ``utf16``; None where it may be JSON lines."""
+    """The reason to skip every line of a shard that begins so, ``html`` or ``utf16``; None where it may hold JSON."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")):
         return "utf16"
     return "html" if head[:1024].removeprefix(BOM).lstrip().startswith(b"<") else None

@@ -27,7 +27,8 @@ _DOCUMENTS_PER_CALL = 64
 class EvalSet:
     """Whole documents as EOS, document, EOS, document, EOS: every token but the first is predicted once.
 
-    Bits per byte are the summed nats over ``predicted`` tokens / ln 2 / ``utf8_bytes``: EOS is predicted and counts no bytes.
+    Bits per byte are the summed nats over ``predicted`` tokens / ln 2 / ``utf8_bytes``: EOS is predicted and has no
+    bytes.
     """
 
     tokens: Tokens  # int32 [predicted + 1]
@@ -42,12 +43,12 @@ class EvalSet:
         return len(self.tokens) - 1
 
     def batches(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[EvalBatch]:
-        """(input_ids, labels, document_ids), each [micro_batch_size, sequence_length]; labels are shifted already and -100 where
-        nothing is scored; document_ids are those of training, or None without ``document_mask``.
+        """(input_ids, labels, document_ids), each [micro_batch_size, sequence_length].
 
-        Every rank gets the same number of batches (collectives need that), the last ones filled up with unscored
-        sequences; over all ranks each token is scored once, those of the short last block too.
-        No batch is larger than needed.
+        Labels are shifted already, and ``UNSCORED`` where nothing is scored; document_ids are those of training, or
+        None without ``document_mask``. Every rank gets the same number of batches (collectives need that), the last
+        ones filled up with unscored sequences; over all ranks each token is scored once, those of the short last block
+        too. No batch is larger than needed.
         """
         import torch
 
@@ -69,17 +70,18 @@ class EvalSet:
 def load_eval_set(
     sources: str | list[str], *, config: DataConfig, tokenizer_path: str, sequence_length: int, max_tokens: int | None
 ) -> EvalSet:
-    """The first documents of the sources' validation split that have at most ``max_tokens`` tokens together; None: all of them.
+    """The first documents of the sources' validation split that have at most ``max_tokens`` tokens together; None: all.
 
-    Of ``config`` count the revision, what limits lines, and ``document_mask``.
-    The first document is taken whatever its length. Raises SourceError when there is no text.
+    Of ``config`` the revision, the limits on lines and ``document_mask`` count. The first document is taken whatever
+    its length. Raises SourceError when there is no text.
     """
     from relora_mora.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
     eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
     pieces: list[Tokens] = [np.array([eos], np.int32)]
-    predicted = utf8_bytes = 0
+    predicted = 0
+    utf8_bytes = 0
     for text, ids in _encoded(iter_texts(sources, split="validation", config=config), tokenizer):
         if max_tokens is not None and len(pieces) > 1 and predicted + len(ids) + 1 > max_tokens:
             break

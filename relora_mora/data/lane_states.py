@@ -67,7 +67,7 @@ def start_states(lanes: int) -> LaneStates:
 
 
 def merge_states(states: Iterable[Mapping[str, Mapping[str, Any]]]) -> LaneStates:
-    """One dict {lane: state} of the ``Batch.state`` of all ranks at the same step. Raises ValueError for a lane in two."""
+    """The ``Batch.state`` of all ranks at one step as one dict. Raises ValueError for a lane that two of them have."""
     merged: LaneStates = {}
     for state in states:
         for lane, lane_state in state.items():
@@ -83,8 +83,8 @@ def merge_states(states: Iterable[Mapping[str, Mapping[str, Any]]]) -> LaneState
 def counts_of(states: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Totals over some lanes since the start of the run; they add up over ranks.
 
-    ``documents``, ``epoch`` (this one is the least advanced lane's), ``bad`` (all bad rows) and ``skipped/<reason>`` for
-    every reason of ``SKIP_REASONS``, in that order, met or not.
+    ``documents``, ``epoch``, ``bad`` (all bad rows) and ``skipped/<reason>`` for every reason of ``SKIP_REASONS``, in
+    that order, met or not. ``epoch`` is no total but that of the least advanced lane.
     """
     skipped = {reason: sum(state["skipped"].get(reason, 0) for state in states.values()) for reason in SKIP_REASONS}
     return {

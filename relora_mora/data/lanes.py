@@ -75,7 +75,7 @@ class LaneRows(Generic[Row]):
     notes: list[str] = field(default_factory=list)  # skipped rows to tell about; the owner empties it
 
     def rows_from(self, cursor: Cursor) -> Generator[tuple[Row, Cursor], None, None]:
-        """Endless. Raises SourceError when a shard has too many bad rows or cannot be read, or when there is no text."""
+        """Endless. Raises SourceError where a shard cannot be read or has too many bad rows, or there is no text."""
         while True:
             order = self.plan.order(self.config.seed, cursor.epoch)
             epoch_start = cursor

@@ -12,7 +12,7 @@ _BLANK = " \t\r\n\v\f"  # what bytes.strip strips
 def parse_line(line: bytes | Skipped, *, foreign_format: str | None = None) -> str | Skipped:
     """The string under ``"text"``. ``foreign_format`` is the reason for every line of a shard that is not JSON at all.
 
-    An escaped ``\\u0000`` is text, a raw NUL is not; an escaped lone surrogate cannot be encoded, so it is invalid UTF-8.
+    An escaped ``\\u0000`` is text, a raw NUL is not. An escaped lone surrogate cannot be encoded: it is invalid UTF-8.
     """
     if isinstance(line, Skipped):
         return line

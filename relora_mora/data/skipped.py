@@ -53,7 +53,7 @@ class BadRowLimit:
         self._last = ""
 
     def count(self, row: int, reason: str) -> None:
-        """The row numbered ``row`` (from 0) is bad. Raises SourceError once no good rows to come could make up for it."""
+        """The row numbered ``row``, from 0, is bad. Raises SourceError when these are too many already."""
         self.bad += 1
         self._last = f"line {row + 1} {BAD_REASONS[reason]}"
         self._noted[reason] += 1
@@ -62,7 +62,7 @@ class BadRowLimit:
         self._check(row + 1, max(row + 1, JUDGED_FROM_ROWS))
 
     def finish(self, rows: int) -> None:
-        """The shard ended after ``rows`` rows. Raises SourceError when more than the allowed fraction of them is bad."""
+        """The shard ended after ``rows`` rows. Raises SourceError where more than the allowed fraction is bad."""
         if not rows:
             self._note(f"{self._shard_name} is empty; skipped")
         self._check(rows, rows)

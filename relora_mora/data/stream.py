@@ -24,10 +24,10 @@ from relora_mora.data.worker_process import WorkerProcess
 class TrainStream:
     """An endless iterator over this rank's batches; ``close()`` (or a with statement) ends its workers at once.
 
-    ``lanes`` is the number of lanes of all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or the
-    merged states of all ranks (``merge_states``), from any number of ranks and workers; ``shards`` saves resolving the sources
-    again. Build it in a thread that lives as long as the stream: its workers end with that thread. Raises SourceError for
-    sources that cannot be read, ValueError for numbers that do not divide.
+    ``lanes`` is the number of lanes of all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
+    the merged states of all ranks (``merge_states``), from any number of ranks and workers; ``shards`` saves resolving
+    the sources again. Build it in a thread that lives as long as the stream: its workers end with that thread. Raises
+    SourceError for sources that cannot be read, ValueError for numbers that do not divide.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class TrainStream:
         return all(producer.ready(max(0.0, end - time.monotonic())) for producer in self._producers)
 
     def hung(self, seconds: float) -> WorkerError | None:
-        """A worker that owes blocks and has used no processor time for so long: stopped, or in a read that never returns."""
+        """The error to raise where a worker owes blocks and has used no processor time for so long."""
         for producer in self._producers:
             if error := producer.hung(seconds):
                 return error
@@ -127,7 +127,7 @@ class TrainStream:
     def describe(
         self, state: Mapping[str, Mapping[str, Any]], since: Mapping[str, Mapping[str, Any]] | None = None
     ) -> list[str]:
-        """Where the lanes of a ``Batch.state`` are, in words; with the ``since`` state before it, the data between them."""
+        """Where the lanes of a ``Batch.state`` are, in words; with an earlier state, ``since``, the data in between."""
         return describe_position(state, lanes=self._lanes_of_all, shards=self._shards, config=self.config, since=since)
 
     def __enter__(self) -> TrainStream:
@@ -165,7 +165,7 @@ class TrainStream:
         )
 
     def _by_lane(self, shares: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        """[n, ...] in the order of the lanes, of the blocks of each process, which has every ``len(shares)``-th lane."""
+        """The blocks of all processes, each of which has every ``len(shares)``-th lane, by lane: [n, ...]."""
         blocks = np.empty((len(self._lanes), self._blocks_per_lane, *shares[0].shape[1:]), shares[0].dtype)
         for number, share in enumerate(shares):
             blocks[number :: len(shares)] = share.reshape(-1, *blocks.shape[1:])

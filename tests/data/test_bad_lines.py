@@ -96,7 +96,8 @@ def test_damaged_shards_between_good_ones(tmp_path):
 
 def _until_stop(lane, blocks):
     """States before each block, the blocks, and why there are no more."""
-    states, made = [], []
+    states = []
+    made = []
     try:
         while len(made) < blocks:
             states.append(json.loads(json.dumps(lane.state())))
@@ -177,7 +178,9 @@ def test_the_stop_comes_after_the_same_blocks_also_when_resumed(tmp_path):
     config = data_config(path, max_bad_fraction=0.01)
 
     def blocks_until_stop(state=None):
-        lane, blocks, states = make_lane(config, 1, 0, state), [], []
+        lane = make_lane(config, 1, 0, state)
+        blocks = []
+        states = []
         with pytest.raises(SourceError, match=r"of 12\d\d lines are bad"):
             while True:
                 states.append(lane.state())

@@ -110,7 +110,8 @@ _lines(Path({str(path)!r}))
 @pytest.mark.parametrize("name", ["a.json", "a.gz", "a.zst", "compressed.gz", "compressed.zst"])
 @pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\xef\xbb\xbf \n\n", b"\n \t\n", b" " * 70_000])
 def test_text_behind_a_byte_order_mark_and_blanks_whatever_the_name(tmp_path, name, before):
-    path, body = tmp_path / name, before + line("text") + b"\n"
+    path = tmp_path / name
+    body = before + line("text") + b"\n"
     if name.startswith("compressed"):
         body = gzip.compress(body) if name.endswith(".gz") else zstandard.compress(body)
     path.write_bytes(body)
@@ -120,7 +121,8 @@ def test_text_behind_a_byte_order_mark_and_blanks_whatever_the_name(tmp_path, na
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_shard_that_breaks_off_or_is_damaged(tmp_path, suffix):
     whole = write_shard(tmp_path / f"a{suffix}", some_texts(4000))
-    expected, body = _lines(whole), whole.read_bytes()
+    expected = _lines(whole)
+    body = whole.read_bytes()
     cut = tmp_path / f"cut{suffix}"
     cut.write_bytes(body[: len(body) // 2])
     lines = _lines(cut)

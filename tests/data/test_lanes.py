@@ -1,4 +1,4 @@
-"""Lanes: every document of every shard once an epoch, packed without loss, and resumed anywhere to the very next token."""
+"""Lanes: every document of every shard once an epoch, packed without loss, resumed anywhere at the very next token."""
 
 from __future__ import annotations
 
@@ -60,14 +60,16 @@ def test_shuffled_differently_in_each_epoch_and_not_at_all(tmp_path):
     (texts,) = write_shards(tmp_path, 1, 40)
 
     def two_epochs(shuffle):
-        lane, tokens = make_lane(data_config(tmp_path / "*.gz", shuffle_documents=shuffle), 1, 0), [EOS]
+        lane = make_lane(data_config(tmp_path / "*.gz", shuffle_documents=shuffle), 1, 0)
+        tokens = [EOS]
         while lane.state()["epoch"] < 2:
             tokens += lane.next_block().tokens[1:].tolist()
         return documents_in(tokens)[:80]
 
     assert two_epochs(1) == texts * 2
     shuffled = two_epochs(16)
-    first, second = shuffled[:40], shuffled[40:]
+    first = shuffled[:40]
+    second = shuffled[40:]
     assert first != second != texts != first
     assert set(first[:16]) == set(second[:16]) == set(texts[:16])  # in blocks
 
@@ -80,7 +82,8 @@ def test_a_resume_anywhere_gives_the_very_next_block(tmp_path, lanes, shards, su
     config = data_config(tmp_path / "*", max_bad_fraction=0.5)
     for number in range(lanes):
         lane = make_lane(config, lanes, number)
-        states, blocks = [], []
+        states = []
+        blocks = []
         while lane.state()["epoch"] < 2:
             states.append(json.loads(json.dumps(lane.state())))
             blocks.append(lane.next_block().tokens)
@@ -101,7 +104,8 @@ def test_any_lengths_any_place(tmp_path_factory, lengths, sequence_length, shuff
     )
     config = data_config(path, sequence_length=sequence_length, shuffle_documents=shuffle)
     lane = make_lane(config, 1, 0)
-    states, blocks = [], []
+    states = []
+    blocks = []
     for _ in range(12):
         states.append(lane.state())
         blocks.append(lane.next_block().tokens.tolist())
@@ -115,7 +119,8 @@ def test_a_document_of_ten_megabytes(tmp_path):
     path = write_shard(tmp_path / "a.json", [long, "short"])
     config = data_config(path, sequence_length=4096, shuffle_documents=1)
     lane = make_lane(config, 1, 0)
-    blocks, states = [], []
+    blocks = []
+    states = []
     while lane.state()["documents"] < 2:
         states.append(lane.state())
         blocks.append(lane.next_block().tokens)
@@ -166,7 +171,8 @@ def test_memory_stays_flat_over_a_hundred_thousand_documents(tmp_path):
         write_shard(tmp_path / f"{n}.json.gz", [f"{n} {m} " + "x" * 120 for m in range(25_000)])
     config = data_config(tmp_path / "*.gz", sequence_length=4096, shuffle_documents=1024)
     lane = make_lane(config, 1, 0)
-    process, memory = psutil.Process(), []
+    process = psutil.Process()
+    memory = []
     for until in (25_000, 50_000, 100_000):
         while lane.state()["documents"] < until:
             lane.next_block()

@@ -25,7 +25,8 @@ def _lines(path, limit=1000):
 @pytest.mark.parametrize("name", ["a.json", "a.gz", "compressed.gz", "compressed.zst"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf_16_has_a_name(tmp_path, name, encoding):
-    path, body = tmp_path / name, b"\n".join(line(text) for text in some_texts(20)).decode().encode(encoding)
+    path = tmp_path / name
+    body = b"\n".join(line(text) for text in some_texts(20)).decode().encode(encoding)
     if name.startswith("compressed"):
         body = gzip.compress(body) if name.endswith(".gz") else zstandard.compress(body)
     path.write_bytes(body)

@@ -68,7 +68,8 @@ def test_no_fault(tmp_path, shard, ranges, etag):
     [(fault, ranges) for fault in FAULTS for ranges in (True, False) if ranges or fault not in (*WAITING, "cut_range")],
 )
 def test_each_fault_once_at_the_start_and_once_later(tmp_path, shard, fault, ranges):
-    before, began = RETRIES.retries, time.monotonic()
+    before = RETRIES.retries
+    began = time.monotonic()
     at = {"cut_range": (1, 2), "short": (0, 2), "no_length": (0, 2)}.get(fault, (0, 1))
     with serving(
         tmp_path, lambda n: "reset" if fault == "cut_range" and n == 0 else fault if n in at else None, ranges=ranges
@@ -97,7 +98,8 @@ def test_a_server_that_comes_up_late(tmp_path, shard):
         with serving(tmp_path, port=port):
             late.wait(10)
 
-    timer, before = threading.Timer(0.3, serve), RETRIES.retries
+    timer = threading.Timer(0.3, serve)
+    before = RETRIES.retries
     timer.start()
     try:
         assert _read(server) == shard.read_bytes()  # connections are refused at first
@@ -124,9 +126,12 @@ def test_faults_at_a_tenth_of_the_requests_leave_the_stream_of_tokens_as_it_is(t
     blocks = 6000  # more than an epoch
     clean = make_lane(data_config([f"{tmp_path}/{name}" for name in names]), 1, 0)
     expected = [clean.next_block().tokens.tolist() for _ in range(blocks)]
-    rng, kinds, before = random.Random(0), itertools.cycle(FAULTS), RETRIES.retries
+    rng = random.Random(0)
+    kinds = itertools.cycle(FAULTS)
+    before = RETRIES.retries
     with serving(tmp_path, lambda n: next(kinds) if rng.random() < 0.1 else None) as server:
-        server.stall_seconds, server.retry_after["429"] = 0.5, "0"
+        server.stall_seconds = 0.5
+        server.retry_after["429"] = "0"
         lane = make_lane(data_config([f"{server.url}/{name}" for name in names]), 1, 0)
         assert [lane.next_block().tokens.tolist() for _ in range(blocks)] == expected
         assert 0.05 < len(server.faults) / len(server.requests) < 0.15 and set(server.faults) == set(FAULTS)
@@ -193,7 +198,8 @@ def test_damage_does_not_pass_and_is_not_asked_for_again(tmp_path, suffix):
     path = write_shard(
         tmp_path / f"a{suffix}", [f"{random.Random(n).random()} {text}" for n, text in enumerate(some_texts(12_000))]
     )
-    before, settings = RETRIES.retries, {"sequence_length": 4096, "max_bad_fraction": 0.5}
+    before = RETRIES.retries
+    settings = {"sequence_length": 4096, "max_bad_fraction": 0.5}
     with serving(tmp_path, lambda n: "corrupt" if n == 0 else None) as server:
         lane = make_lane(data_config(f"{server.url}/a{suffix}", **settings), 1, 0)
         while lane.state()["epoch"] < 1:
@@ -213,8 +219,10 @@ def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):
     monkeypatch.undo()  # of the short waits
 
     def waits_of(failures):
-        waits, left = [], iter(range(failures))
-        before, state = RETRIES.retries, random.getstate()
+        waits = []
+        left = iter(range(failures))
+        before = RETRIES.retries
+        state = random.getstate()
 
         def ask():
             if next(left, None) is not None:
@@ -224,7 +232,8 @@ def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):
         assert RETRIES.retries - before == failures and random.getstate() == state
         return waits
 
-    waits, others = waits_of(12), waits_of(12)
+    waits = waits_of(12)
+    others = waits_of(12)
     for attempt, wait in enumerate(waits, 1):
         bound = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt)
         assert bound / 4 <= wait <= bound
@@ -302,7 +311,8 @@ class TestHub:
     def test_faults_pass_while_the_commit_is_asked_for(self, hub, monkeypatch, fault):
         monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)
         hub.fault = lambda n: fault if n < 2 else None
-        hub.stall_seconds, hub.retry_after["429"] = 1.0, "0"
+        hub.stall_seconds = 1.0
+        hub.retry_after["429"] = "0"
         assert len(resolve_shards("allenai/c4", "main", timeout_seconds=60.0)) == 1024
         assert len(hub.faults) == (0 if fault == "cut_range" else 2)
 

@@ -14,7 +14,8 @@ from relora_mora.data.skipped import BAD_REASONS
 from tests.tools.data_tools import data_config, line, write_shard, write_shards
 from tests.tools.faulty_server import serving
 
-BATCH, LANES = 16, 8
+BATCH = 16
+LANES = 8
 
 
 def _streams(config, tokenizer_path, world_size, state=None):
@@ -96,7 +97,8 @@ def test_a_batch(folder, tokenizer_path):
     with TrainStream(
         config, tokenizer_path=tokenizer_path, batch_size=BATCH, lanes=4, rank=1, world_size=2, state=None
     ) as stream:
-        batch, after = next(stream), next(stream)
+        batch = next(stream)
+        after = next(stream)
         assert stream.ready(0.0)
     assert batch.input_ids.shape == batch.labels.shape == batch.document_ids.shape == (8, 16)
     assert (batch.input_ids.dtype, batch.labels.dtype, batch.document_ids.dtype) == (
@@ -191,7 +193,8 @@ def test_fewer_documents_than_lanes_are_refused_with_the_remedy(tmp_path, tokeni
         ) as stream,
         pytest.raises(
             SourceError,
-            match=r"lane \d found no text in a\.json: there are fewer documents than lanes; give more .* lower data\.lanes",
+            match=r"lane \d found no text in a\.json: there are fewer documents than lanes; "
+            r"give more .* lower data\.lanes",
         ),
     ):
         next(stream)
