@@ -6,9 +6,6 @@ time the shard is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import TracebackType
-
 from relora_mora.data.decompress import DamagedShardError, ShardBytes, decompress, foreign_format
 from relora_mora.data.local import LocalBytes
 from relora_mora.data.skipped import Skipped
@@ -33,14 +30,6 @@ class ShardLines:
         self._partial_bytes = 0
         self._ended = False
 
-    def __enter__(self) -> ShardLines:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         self._bytes.close()
 
@@ -63,10 +52,6 @@ class ShardLines:
         self._next += 1
         self.row += 1
         return Skipped("too_long") if isinstance(line, bytes) and len(line) > self._limit else line
-
-    def __iter__(self) -> Iterator[bytes | Skipped]:
-        while (line := self.take()) is not None:
-            yield line
 
     def _refill(self) -> bool:
         """Fetch pieces until there is a complete line; False at the end of the shard."""

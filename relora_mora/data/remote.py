@@ -11,7 +11,6 @@ import functools
 import re
 import time
 from dataclasses import dataclass
-from types import TracebackType
 
 import requests
 
@@ -60,14 +59,6 @@ class RemoteBytes:
         self._rechecked = False
         self._last_read = 0.0
         self._piece = PIECE_BYTES
-
-    def __enter__(self) -> RemoteBytes:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         if self._response is not None:

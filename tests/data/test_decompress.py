@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from contextlib import closing
 
 import pytest
 import zstandard
@@ -23,8 +24,8 @@ from tests.tools.helpers import ROOT
 
 
 def _lines(path, limit=1000):
-    with ShardLines(Shard(path.name, str(path)), max_line_bytes=limit, timeout_seconds=1.0) as lines:
-        return list(lines)
+    with closing(ShardLines(Shard(path.name, str(path)), max_line_bytes=limit, timeout_seconds=1.0)) as lines:
+        return list(iter(lines.take, None))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".json.gz", ".jsonl.zst"])

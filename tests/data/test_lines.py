@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import tracemalloc
+from contextlib import closing
 
 import pytest
 import zstandard
@@ -18,8 +19,8 @@ from tests.tools.data_tools import data_config, line, some_texts, write_shard
 
 
 def _lines(path, limit=1000):
-    with ShardLines(Shard(path.name, str(path)), max_line_bytes=limit, timeout_seconds=1.0) as lines:
-        return list(lines)
+    with closing(ShardLines(Shard(path.name, str(path)), max_line_bytes=limit, timeout_seconds=1.0)) as lines:
+        return list(iter(lines.take, None))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.gz", "compressed.gz", "compressed.zst"])
@@ -38,7 +39,7 @@ def test_utf_16_has_a_name(tmp_path, name, encoding):
 def test_skipping_is_the_same_as_taking(tmp_path, suffix):
     path = write_shard(tmp_path / f"a{suffix}", some_texts(5000))
     expected = _lines(path)
-    with ShardLines(Shard("a", str(path)), max_line_bytes=1000, timeout_seconds=1.0) as lines:
+    with closing(ShardLines(Shard("a", str(path)), max_line_bytes=1000, timeout_seconds=1.0)) as lines:
         assert lines.skip(3) and lines.take() == expected[3]
         assert lines.skip(4000) and lines.take() == expected[4004] and lines.row == 4005
         assert lines.skip(994) and not lines.skip(2) and lines.take() is None
@@ -67,7 +68,7 @@ def test_a_file_that_changes_while_it_is_read_stops_at_once(tmp_path, change):
     path = write_shard(tmp_path / "a.json", some_texts(20_000))
     (shard,) = resolve_shards(str(path))
     message = r"a\.json changed since the start: [\d,]+ bytes then, [\d,]+ now; start with data that does not change"
-    with ShardLines(shard, max_line_bytes=1000, timeout_seconds=1.0) as lines:
+    with closing(ShardLines(shard, max_line_bytes=1000, timeout_seconds=1.0)) as lines:
         assert lines.skip(100)
         os.truncate(path, path.stat().st_size + change)
         with pytest.raises(SourceError, match=message):

@@ -8,6 +8,7 @@ import random
 import re
 import threading
 import time
+from contextlib import closing
 from email.utils import formatdate
 
 import pytest
@@ -45,7 +46,7 @@ def shard(tmp_path):
 
 
 def _read(server, timeout_seconds=8.0):
-    with RemoteBytes(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds) as source:
+    with closing(RemoteBytes(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds)) as source:
         pieces = []
         while piece := source.read(50_000):
             pieces.append(piece)
@@ -157,13 +158,16 @@ def test_a_server_that_stays_away(tmp_path, shard):
 
 
 def test_a_file_that_changes(tmp_path, shard):
-    with serving(tmp_path) as server, RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 1.0) as source:
+    with serving(tmp_path) as server, closing(RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 1.0)) as source:
         source.read(50_000)
         shard.write_bytes(shard.read_bytes() + b"more")
         source.close()
         with pytest.raises(SourceError, match="a changed while it was read"):
             source.read(50_000)
-    with serving(tmp_path, etag=False) as server, RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 0.5) as source:
+    with (
+        serving(tmp_path, etag=False) as server,
+        closing(RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 0.5)) as source,
+    ):
         source.read(50_000)
         shard.write_bytes(bytes(reversed(shard.read_bytes())))
         source.close()
