@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -97,16 +98,5 @@ def _encoded(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterat
     """Each text with its ids, encoded many at a time."""
     from relora_mora.tokenizer import encode
 
-    for group in _groups(texts):
+    while group := list(itertools.islice(texts, _DOCUMENTS_PER_CALL)):
         yield from zip(group, encode(tokenizer, group), strict=True)
-
-
-def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
-    group: list[str] = []
-    for text in texts:
-        group.append(text)
-        if len(group) == _DOCUMENTS_PER_CALL:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relora_mora.data.errors import SourceError
+from relora_mora.data.fingerprint import RULE
 from relora_mora.data.lanes import plan_lanes, seeded_order
 from tests.tools.data_tools import (
     EOS,
@@ -38,6 +40,19 @@ def test_the_order_depends_on_the_key_alone():
     assert seeded_order(8, 1, 2, 3) == [1, 3, 7, 5, 2, 0, 4, 6]  # another numpy or machine must give the same
     assert sorted(seeded_order(1000, 5)) == list(range(1000))
     assert seeded_order(100, 1, 2) != seeded_order(100, 2, 1)
+
+
+def test_blocks_and_states_are_what_they_have_always_been(tmp_path):
+    """A change that moves a token needs another ``fingerprint.RULE``: checkpoints hold positions by this one."""
+    write_shards(tmp_path, 2, 30)
+    digest = hashlib.sha256(RULE.encode())
+    for number in range(3):
+        lane = make_lane(data_config(tmp_path / "*.gz"), 3, number)
+        for _ in range(100):
+            digest.update(lane.next_block().tokens.astype("<i4").tobytes())
+            digest.update(json.dumps(lane.state()).encode())
+        assert lane.state()["epoch"] >= 1
+    assert digest.hexdigest() == "5d1eda99c468351698229e93d190c1fdcb79bc40c3d1f136a6308f7d5d7b9f4b"
 
 
 @pytest.mark.parametrize("lanes,shards", [(1, 1), (1, 3), (2, 5), (4, 4), (4, 2), (5, 3), (8, 3)])
