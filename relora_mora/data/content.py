@@ -1,8 +1,6 @@
-"""A fingerprint of what is in the training text, from a little of it.
+"""A fingerprint of the training text itself, from samples of it: it notices other text under the same names and sizes.
 
-Other text under the same names and sizes is noticed by it.
-
-Hub files need none of this: their commit is part of their name.
+Hub files need none: their commit is part of their name.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ def local_content(shards: Sequence[Shard]) -> str:
     A gzip or zstd file ends with a checksum of all of its text; in plain text a change in the middle may be missed.
     Raises SourceError for a file that cannot be read.
     """
-    return _over_each([shard for shard in shards if not shard.is_remote], _pieces)
+    return _digest_of_each([shard for shard in shards if not shard.is_remote], _samples)
 
 
 def remote_content(shards: Sequence[Shard], timeout_seconds: float) -> str:
@@ -50,10 +48,12 @@ def remote_content(shards: Sequence[Shard], timeout_seconds: float) -> str:
     with requests.Session() as session:
         for scheme in ("http://", "https://"):
             session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=THREADS))
-        return _over_each(urls, functools.partial(_version, session=session, timeout_seconds=timeout_seconds))
+        return _digest_of_each(
+            urls, functools.partial(_version_at_server, session=session, timeout_seconds=timeout_seconds)
+        )
 
 
-def _over_each(shards: Sequence[Shard], look: Callable[[Shard], bytes]) -> str:
+def _digest_of_each(shards: Sequence[Shard], look: Callable[[Shard], bytes]) -> str:
     if not shards:
         return ""
     digest = xxhash.xxh3_128()
@@ -64,7 +64,7 @@ def _over_each(shards: Sequence[Shard], look: Callable[[Shard], bytes]) -> str:
     return digest.hexdigest()
 
 
-def _pieces(shard: Shard) -> bytes:
+def _samples(shard: Shard) -> bytes:
     try:
         file = os.open(shard.location, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -80,7 +80,7 @@ def _pieces(shard: Shard) -> bytes:
         raise unreadable(shard.location, error, "check the path and its permissions") from error
 
 
-def _version(shard: Shard, *, session: requests.Session, timeout_seconds: float) -> bytes:
+def _version_at_server(shard: Shard, *, session: requests.Session, timeout_seconds: float) -> bytes:
     from relora_mora.data.retry import retrying
     from relora_mora.data.transport import check_status, etag_of, send, size_of
 
