@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from relora_mora.config import LogConfig
-from relora_mora.data import KINDS
+from relora_mora.data import SKIP_REASONS
 from relora_mora.distributed import sum_over_hosts
 from relora_mora.merging import MergeRecord
 from relora_mora.system.hardware import peak_flops
@@ -18,7 +18,7 @@ from relora_mora.system.logs import log
 
 Write = Callable[[int, Mapping[str, Any]], None]  # (step, metrics of it); on other ranks than the first it does nothing
 
-_COUNTED = ("documents", "bad", "retries", *(f"skipped/{kind}" for kind in KINDS))
+_COUNTED = ("documents", "bad", "retries", *(f"skipped/{reason}" for reason in SKIP_REASONS))
 
 
 @dataclass
@@ -83,7 +83,11 @@ def data_metrics(counts: Mapping[str, int]) -> dict[str, int]:
     """What all ranks have read; a collective. ``retries`` counts since this process started, the rest since step 0."""
     sums = sum_over_hosts([float(counts.get(name, 0)) for name in _COUNTED])
     totals = dict(zip(_COUNTED, map(int, sums), strict=True))
-    skipped = {f"perf/data_skipped/{kind}": totals[f"skipped/{kind}"] for kind in KINDS if totals[f"skipped/{kind}"]}
+    skipped = {
+        f"perf/data_skipped/{reason}": totals[f"skipped/{reason}"]
+        for reason in SKIP_REASONS
+        if totals[f"skipped/{reason}"]
+    }
     return {
         "train/epoch": counts["epoch"],
         "train/documents": totals["documents"],
