@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig
 
+from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
-from relora_mora.cli import run
 from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.methods.inject import layer_square_size
 from relora_mora.model import read_model_config
@@ -66,28 +65,21 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     ways = PARTS[part](read_model_config(ModelConfig(config=model)), tokens, sequence_length, DTYPES[dtype])
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repetitions + 1):
-        for name, (act, _) in ways.items():
-            begin = time.perf_counter()
-            act()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    milliseconds = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    measures = {name: partial(milliseconds_of, act) for name, (act, _) in ways.items()}
+    milliseconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1)))
     first = next(iter(milliseconds.values()))
     print(f"{part}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads; kernels: {kernels.describe()}")
     for name, value in milliseconds.items():
         rate = f"{ways[name][1] / value / 1e9:8.3f} TFLOP/s" if ways[name][1] else ""
         print(f"{name:42}{value:10.1f} ms {value / first:8.3f}{rate}")
-    print(
-        json.dumps(
-            {
-                "part": part,
-                "milliseconds": milliseconds,
-                "ratio": {name: value / first for name, value in milliseconds.items()},
-            }
-        )
-    )
+    ratios = {name: value / first for name, value in milliseconds.items()}
+    print(json.dumps({"part": part, "milliseconds": milliseconds, "ratio": ratios}))
+
+
+def milliseconds_of(act: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    act()
+    return 1000 * (time.perf_counter() - begin)
 
 
 def loss_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torch.dtype) -> Ways:
@@ -194,7 +186,3 @@ PARTS: dict[str, Callable[[LlamaConfig, int, int, torch.dtype], Ways]] = {
     "attention": attention_ways,
     "products": product_ways,
 }
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,4 +1,4 @@
-"""launch/benchmark.py on a model of 0.4 million parameters: its tables, its JSON, and the relations between methods that must hold."""
+"""launch/benchmark on a model of 0.4 million parameters: its tables, its JSON, and the relations between methods that must hold."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from launch.benchmark.byte_tracker import PARTS, ByteTracker
 from launch.benchmark.contenders import CONTENDERS, Ours, Setting
-from launch.benchmark.watch import PARTS, Watch
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.operators import square_size
 from tests.tools.commands import call, module_of, refused
@@ -209,15 +209,15 @@ def test_figures_of_a_loss_that_is_not_finite_are_no_success(one: Pool, model: s
     assert one(command_whose_losses_are_lost, model) == [1]
 
 
-def test_the_watch_sees_what_comes_and_goes() -> None:
+def test_the_tracker_sees_what_comes_and_goes() -> None:
     model = CONTENDERS["plain"](setting()).model
-    with Watch(model, {"weights": [p.data for p in model.parameters()]}, torch.device("cpu"), 1) as watch:
+    with ByteTracker(model, {"weights": [p.data for p in model.parameters()]}, torch.device("cpu"), 1) as tracker:
         ones = torch.ones(1_000_000)
         del ones
         twos = torch.ones(500_000).exp()  # two tensors at once, as large as the one before
     weights = sum(p.nbytes for p in model.parameters())
-    assert watch.peak == {"weights": weights, "optimizer": 0, "gradients": 0, "activations": 0, "rest": 4_000_000}
-    assert watch.sizes["rest"] == twos.nbytes
+    assert tracker.peak == {"weights": weights, "optimizer": 0, "gradients": 0, "activations": 0, "rest": 4_000_000}
+    assert tracker.sizes["rest"] == twos.nbytes
 
 
 @pytest.mark.parametrize(
