@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from relora_mora.config import parse_yaml
+from relora_mora.config import Config, parse_yaml, unused_settings
 
 # TensorBoard sorts groups by name and opens the first two, which shall be eval and train: all others begin with "training"
 _GROUPS = {
@@ -27,7 +28,7 @@ _GROUPS = {
 }
 # the same at every merge or evaluation, or a single number of a start: no curves
 _NO_CURVES = ("merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens")
-_LAYOUT = {
+LAYOUT = {
     "quality": {
         "perplexity": ["Multiline", ["eval/perplexity", "train/perplexity"]],
         "loss": ["Multiline", ["eval/loss", "train/loss"]],
@@ -38,13 +39,13 @@ _LAYOUT = {
     },
 }
 _COMPARED = (
-    ("method", "name"),
-    ("method", "rank"),
-    ("method", "merge_every"),
-    ("optim", "lr"),
-    ("optim", "lr_other"),
-    ("train", "batch_size"),
-    ("train", "seed"),
+    "method.name",
+    "method.rank",
+    "method.merge_every",
+    "optim.lr",
+    "optim.lr_other",
+    "train.batch_size",
+    "train.seed",
 )
 
 
@@ -69,13 +70,15 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=step, flush_secs=10)
 
     def describe(self, settings: str) -> None:
-        """Once a run: its settings as text (YAML) and in the table of hyperparameters, and the layout of custom charts."""
+        """Once a run: all settings (``config.yaml``) as text and some in the table of runs, and the custom charts."""
         indented = "".join(f"    {line}\n" for line in settings.splitlines())
         self._writer.add_text("run/config", indented, 0)
-        self._writer.add_custom_scalars(_LAYOUT)
+        self._writer.add_custom_scalars(LAYOUT)
         metrics = {"eval/perplexity": 0.0, "train/perplexity": 0.0}  # the table takes the newest points of these curves
-        for summary in hparams(_compared(parse_yaml(settings)), metrics)[:2]:  # without the third, the end of the run
-            self._writer.file_writer.add_summary(summary)
+        for summary in hparams(_compared(Config.model_validate(parse_yaml(settings))), metrics)[
+            :2
+        ]:  # without the third, the end of the run
+            self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One point for every number, under the tag of metrics.jsonl."""
@@ -89,9 +92,9 @@ class TensorBoard:
             self._writer.close()
 
 
-def _compared(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings by which runs are compared, as far as they are given."""
-    values = {f"{section}.{key}": settings.get(section, {}).get(key) for section, key in _COMPARED}
+def _compared(config: Config) -> dict[str, Any]:
+    """The settings by which runs are compared, without those that the method does not use."""
+    values = {name: attrgetter(name)(config) for name in set(_COMPARED) - set(unused_settings(config))}
     return {name: value for name, value in values.items() if value is not None}
 
 
