@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-try:
-    from relora_mora.cli import run
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
-
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from urllib.parse import quote
+
+try:
+    from relora_mora.cli import run
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 PINNED = ("eval/perplexity", "train/perplexity")
 NEW_RUNS_SECONDS = 10.0

@@ -25,8 +25,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from relora_mora.cli import run
-from relora_mora.system.files import new_folder
+try:
+    from relora_mora.cli import run
+    from relora_mora.system.files import new_folder
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 MARKER = "demo_text.json"
 TIMESTAMP = "1970-01-01T00:00:00Z"  # docstrings were never crawled; a constant keeps the files the same

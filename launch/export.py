@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from relora_mora.cli import run
+try:
+    from relora_mora.cli import run
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
 def main(checkpoint: str, out: str, *, dtype: str = "float32") -> None:
