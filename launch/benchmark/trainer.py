@@ -97,7 +97,7 @@ def measure(config: Config, folder: Path, steps: int, rounds: int) -> dict[str, 
     from relora_mora.zero import init_distributed
 
     init_distributed()
-    checked = check(config)
+    checked = check(config, world_size=1)
     skip = config.log.every_steps
     counted = steps - skip
     batches = make_batches(config, steps)
