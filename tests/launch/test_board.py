@@ -9,9 +9,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from relora_mora.train.tensorboard import board_tag
-from tests.tools.commands import call, module_of, refused
+from tests.tools.commands import BOARD, call, module_of, refused
 
-SCRIPT = "launch/board.py"
+SCRIPT = BOARD
 
 
 @pytest.fixture
