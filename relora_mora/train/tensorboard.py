@@ -27,7 +27,7 @@ _GROUPS = {
     "merge/": "training merges/",
 }
 # the same at every merge or evaluation, or a single number of a start: no curves
-_NO_CURVES = ("merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens")
+NO_CURVES = ("merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens")
 LAYOUT = {
     "quality": {
         "perplexity": ["Multiline", ["eval/perplexity", "train/perplexity"]],
@@ -51,7 +51,7 @@ _COMPARED = (
 
 def board_tag(tag: str) -> str | None:
     """The tag of a curve in TensorBoard, from its tag in metrics.jsonl; None for what is no curve."""
-    if tag in _NO_CURVES:
+    if tag in NO_CURVES:
         return None
     for prefix, group in _GROUPS.items():
         if tag.startswith(prefix):

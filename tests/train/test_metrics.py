@@ -13,8 +13,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from relora_mora.config import dump, validate
 from relora_mora.system.logs import log, setup_logging, shared_log
 from relora_mora.train.metrics import Metrics
-from relora_mora.train.tensorboard import LAYOUT, board_tag
+from relora_mora.train.tensorboard import LAYOUT, NO_CURVES, board_tag
 from tests.tools.config_tools import tree
+from tests.tools.helpers import ROOT
 
 
 def _write_config(folder, **sections):
@@ -160,3 +161,11 @@ def test_runs_are_compared_by_settings_that_their_method_uses(tmp_path, method, 
     assert hyperparameters["optim.lr"].number_value == 0.25
     assert ("method.rank" in hyperparameters) is uses_rank
     assert "run/config/text_summary" in events.Tags()["tensors"]
+
+
+def test_the_documents_say_which_numbers_are_no_curves():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    only_in_file = text.partition("Only in `metrics.jsonl`:")[2].partition("\n\n")[0]
+    tags = set(re.findall(r"`((?:train|eval|merge)/[a-z_]+)`", only_in_file))
+    assert {tag for tag in tags if board_tag(tag) is None} == tags - {"train/skipped_data"}
+    assert tags == {*NO_CURVES, "train/skipped_data"}, "the latter is text"
