@@ -1,4 +1,4 @@
-"""The whole main job on one machine and without a network: text, tokenizer, ReMoRA pretraining, evaluation, export, a sample.
+"""All of it on one machine without a network: text, tokenizer, ReMoRA pretraining, evaluation, export, a sample.
 
 `make demo` runs it. A second run goes on where the first one ended.
 """
@@ -100,6 +100,7 @@ def _generate() -> None:
 
 
 def _report(seconds: float) -> None:
+    export = DEMO / "export"
     lines = [json.loads(line) for line in (DEMO / "run" / "metrics.jsonl").read_text().splitlines()]
     tag = "eval/perplexity"
     evaluations = [f"step {line['step']}: {line[tag]:.1f}" for line in lines if tag in line]
@@ -109,7 +110,7 @@ def _report(seconds: float) -> None:
     print(f"merges after steps {', '.join(merges)}")
     print(f"""
 Look at the curves:       .venv/bin/python launch/board.py {DEMO / "run"}
-Score any text:           .venv/bin/python launch/evaluate.py {DEMO / "export"} --data='{DEMO}/data/validation/*.json.gz'
+Score any text:           .venv/bin/python launch/evaluate.py {export} --data='{DEMO}/data/validation/*.json.gz'
 Train on your own text:   README.md says how; configs/run/tiny_*.yaml compare the five methods
 Start again from nothing: rm -r {DEMO}""")
 

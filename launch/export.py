@@ -1,4 +1,4 @@
-"""Writes the plain LLaMA of a checkpoint, adapters merged: a folder that AutoModelForCausalLM and AutoTokenizer load."""
+"""Writes the plain LLaMA of a checkpoint, adapters merged, for AutoModelForCausalLM and AutoTokenizer."""
 
 from __future__ import annotations
 

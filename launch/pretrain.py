@@ -1,4 +1,4 @@
-"""Pretrains a model: ``deepspeed launch/pretrain.py CONFIG.yaml [--section.key=value ...]``, or with python or torchrun."""
+"""Pretrains a model: ``deepspeed launch/pretrain.py CONFIG.yaml [--section.key=value ...]``; also python, torchrun."""
 
 from __future__ import annotations
 

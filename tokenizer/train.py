@@ -87,7 +87,7 @@ def main(
         seed: of the sample of documents
         max_documents: read at most this many documents, from the first shard on; 0: all
         max_bytes: train on a random sample of at most this many bytes of the documents read; it is held in memory
-        character_coverage: fraction of the text's characters that get a piece of their own; the rest is spelled in bytes
+        character_coverage: fraction of the text's characters that get a piece of their own; others are spelled in bytes
         threads: threads of the training (the result does not depend on it); default: one per core, at most 16
         revision: of sources on the hub
         max_bad_fraction: stop when more than this fraction of a shard's lines is bad
@@ -121,8 +121,9 @@ def main(
         print(f"training on {len(documents):,} of the {read:,} documents read, {sampled / 1e6:,.1f} MB", flush=True)
         model = train(documents, vocab_size=vocab_size, character_coverage=character_coverage, threads=threads)
         bytes_per_token = write(model, folder, documents[:: len(documents) // _CHECKED_DOCUMENTS + 1])
+    seconds = time.monotonic() - started
     print(
-        f"wrote {out}: {vocab_size:,} token ids, {bytes_per_token:.2f} bytes per token, {time.monotonic() - started:.1f} s\n"
+        f"wrote {out}: {vocab_size:,} token ids, {bytes_per_token:.2f} bytes per token, {seconds:.1f} s\n"
         f"use it with --tokenizer.path={out} and a model whose vocab_size is at least {vocab_size}"
     )
 
@@ -166,7 +167,7 @@ def sentences(documents: Iterable[str]) -> Iterator[str]:
 def train(
     documents: Iterable[str], *, vocab_size: int, character_coverage: float = 0.99995, threads: int | None = None
 ) -> bytes:
-    """The content of a ``tokenizer.model``. Raises TokenizerError when the text and ``vocab_size`` do not fit together."""
+    """The content of a ``tokenizer.model``; raises TokenizerError when text and ``vocab_size`` do not fit together."""
     import sentencepiece
 
     model = io.BytesIO()

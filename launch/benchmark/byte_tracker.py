@@ -28,10 +28,10 @@ class _Storage(NamedTuple):
 class ByteTracker(TorchDispatchMode):
     """Counts the bytes of one step of a contender, made inside ``with tracker:``. Such a step is slow: do not time it.
 
-    ``peak``: bytes on the device at the moment of most, by part, every storage once. All contenders live in one process,
-    so the resident memory of the process says nothing of a single one: this starts from what the contender held before
-    the step and adds the storages of the tensors that operations return. Scratch memory inside an operation is not seen
-    on a CPU. On CUDA the sum is that of the allocator (``torch.cuda.max_memory_allocated``), and ``rest`` has what the
+    ``peak``: bytes on the device at the moment of most, by part, every storage once. All contenders live in one
+    process, so its resident memory says nothing of a single one: this starts from what the contender held before the
+    step and adds the storages of the tensors that operations return. Scratch memory inside an operation is not seen on
+    a CPU. On CUDA the sum is that of the allocator (``torch.cuda.max_memory_allocated``), and ``rest`` has what the
     tensors do not explain.
 
     - weights, optimizer: what the contender says these are, between steps
@@ -40,13 +40,13 @@ class ByteTracker(TorchDispatchMode):
     - activations: what autograd keeps for backward, except parameters
     - rest: everything else that operations return
 
-    ``kept``: the most that activations were. ``layer_kept`` and ``linears_kept``: of that, what one decoder layer in the
-    middle of the model saves, and what its seven linears save. What attention or the activation function saves counts
-    for the linears only where a linear saves it too (at full rank o_proj saves its input, which is attention's result).
+    ``kept``: the most that activations were. ``layer_kept`` and ``linears_kept``: of that, what one decoder layer in
+    the middle of the model saves, and what its seven linears save. What attention or the activation function saves
+    counts for the linears only where a linear saves it too (at full rank o_proj saves its input, attention's result).
 
-    ``sent``: bytes that this rank gives to collectives, by kind; empty with one rank. The payload of a collective is the
-    whole tensor it works on: the input of an all-reduce, reduce or reduce-scatter, the output of an all-gather. On a
-    ring of W ranks each rank then sends (W - 1) / W of the payload, and twice that for an all-reduce.
+    ``sent``: bytes that this rank gives to collectives, by kind; empty with one rank. The payload of a collective is
+    the whole tensor it works on: the input of an all-reduce, reduce or reduce-scatter, the output of an all-gather. On
+    a ring of W ranks each rank then sends (W - 1) / W of the payload, and twice that for an all-reduce.
     """
 
     def __init__(

@@ -34,8 +34,8 @@ class StepCost(NamedTuple):
 class Result:
     """One contender. ``loss`` shows that it trains.
 
-    Bytes are those of one rank, the first where ranks differ. ``bytes_held``: by part between steps (weights, optimizer,
-    gradients, and ``host`` for what is not on the device). All other bytes: :class:`ByteTracker`.
+    Bytes are those of one rank, the first where ranks differ. ``bytes_held``: by part between steps (weights,
+    optimizer, gradients, and ``host`` for what is not on the device). All other bytes: :class:`ByteTracker`.
     """
 
     name: str
@@ -90,10 +90,10 @@ def run(
     warmup: int,
     show: Callable[[str], None] | None = None,
 ) -> list[Result]:
-    """Builds every contender, then makes ``repeats`` rounds of one step each, in turns, and at last one merge; a collective.
+    """Builds every contender, makes ``repeats`` rounds of one step each, in turns, and then one merge; a collective.
 
-    Bytes are those of a step between the ``warmup`` steps and the rounds. ``show`` gets what torch's profiler says of one
-    more step of each.
+    Bytes are those of a step between the ``warmup`` steps and the rounds. ``show`` gets what torch's profiler says of
+    one more step of each.
     """
     built: dict[str, Contender] = {}
     results = {name: Result(name) for name in names}
@@ -180,7 +180,7 @@ def _held(contender: Contender, before: list[Tensor], device: torch.device) -> d
 
 
 def live_tensors() -> list[Tensor]:
-    """Every tensor of this process, gradients too: one that nobody has looked at has no Python object to be found by."""
+    """Every tensor of this process. A gradient that nobody has looked at has no Python object yet: its parameter has."""
     gc.collect()
     found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and _has_memory(thing)]
     return found + [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]

@@ -1,5 +1,5 @@
-"""One part of a step by itself: ``loss`` (head and cross-entropy) and ``attention`` in each of the ways that were tried, or the matrix
-``products`` of the linears and of MoRA's gradient; one JSON line.
+"""One part of a step by itself: ``loss`` (head and cross-entropy) or ``attention``, in each of the ways that were tried,
+or the matrix ``products`` of the linears and of MoRA's gradient.
 
 python -m launch.benchmark parts loss configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
 """
@@ -39,7 +39,9 @@ def main(
     threads: int | None = None,
     repetitions: int = 7,
 ) -> None:
-    """Prints milliseconds of each way (loss, attention: forward and backward), its ratio to the first, and the same as one line of JSON.
+    """Prints milliseconds of each way, its ratio to the first, and the same as one line of JSON.
+
+    Loss and attention are forward and backward.
 
     The ways take turns, and the median of each counts.
 
@@ -163,15 +165,17 @@ def attention_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype:
 
 
 def product_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torch.dtype) -> Ways:
-    """The products of each shape of a linear, of its gradients, and of the gradient of its square matrix, (D^T dy)^T (C x)."""
-    generator, method = torch.Generator().manual_seed(0), MethodConfig()
+    """The products of each shape of a linear, of its gradients, and of its square matrix's: (D^T dy)^T (C x)."""
+    generator = torch.Generator().manual_seed(0)
+    method = MethodConfig()
     ways: Ways = {}
     queries, _ = attention_widths(model)
     for inputs, outputs in sorted({(model.hidden_size, queries), (model.hidden_size, model.intermediate_size)}):
         size = layer_square_size(method, inputs, outputs)
         sizes = ((tokens, inputs), (outputs, inputs), (tokens, outputs), (tokens, size), (tokens, size))
         x, weight, dy, compressed, reduced = (torch.randn(shape, generator=generator).to(dtype) for shape in sizes)
-        flops, shape = 2.0 * tokens * inputs * outputs, f"{inputs} -> {outputs}"
+        flops = 2.0 * tokens * inputs * outputs
+        shape = f"{inputs} -> {outputs}"
         ways |= {
             f"{shape}: x W^T": (partial(torch.matmul, x, weight.T), flops),
             f"{shape}: dy W": (partial(torch.matmul, dy, weight), flops),

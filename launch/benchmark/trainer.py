@@ -63,7 +63,8 @@ def demo_text() -> dict[str, str]:
     """The text and the tokenizer of ``make demo``, as settings."""
     commands = [["launch/demo_text.py", f"--out={DEMO / 'data'}"]]
     if not (DEMO / "tokenizer" / "tokenizer.model").exists():
-        text, out = DEMO / "data" / "train" / "*.json.gz", DEMO / "tokenizer"
+        text = DEMO / "data" / "train" / "*.json.gz"
+        out = DEMO / "tokenizer"
         commands.append(["tokenizer/train.py", f"--data={text}", f"--out={out}", "--vocab_size=8192"])
     for script, *arguments in commands:
         if subprocess.run([sys.executable, str(ROOT / script), *arguments], stdout=sys.stderr, check=False).returncode:

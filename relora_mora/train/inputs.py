@@ -52,7 +52,7 @@ def _attempt(errors: list[tuple[str, TokenizerError | SourceError]], setting: st
 
 
 def _one_error(errors: list[tuple[str, TokenizerError | SourceError]], config: Config) -> ValueError:
-    """The error itself, or one for all; with the command that makes the demo's files where these are what is missing."""
+    """The error itself, or one for all; where files of the demo are missing, with the command that makes them."""
     if len(errors) == 1 and _DEMO not in str(errors[0][1]):
         return errors[0][1]
     remedy = ""

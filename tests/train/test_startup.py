@@ -14,9 +14,8 @@ from relora_mora.train import startup
 def test_what_was_before_an_exec_is_not_counted(tmp_path: Path) -> None:
     functions = "".join(map(inspect.getsource, (startup._age_of_interpreter, startup._age)))
     script = tmp_path / "script.py"  # of the functions alone: importing the trainer takes longer than all of this
-    script.write_text(
-        f"import logging, os, time\nfrom pathlib import Path\n{functions}\nprint(_age_of_interpreter(), _age(os.getpid()))"
-    )
+    imports = "import logging, os, time\nfrom pathlib import Path\n"
+    script.write_text(f"{imports}{functions}\nprint(_age_of_interpreter(), _age(os.getpid()))")
     done = subprocess.run(
         ["sh", "-c", f"sleep 1; exec {sys.executable} {script}"], capture_output=True, text=True, check=True
     )
