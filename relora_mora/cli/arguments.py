@@ -17,15 +17,10 @@ import inspect
 import io
 import typing
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 Command = Callable[..., Any]
 _LOCAL_RANK = ("--local_rank", "--local-rank")
-
-
-class Arguments(NamedTuple):
-    positional: list[Any]
-    named: dict[str, Any]
 
 
 def help_text(command: Command, name: str) -> str:
@@ -35,19 +30,29 @@ def help_text(command: Command, name: str) -> str:
     return str(helptext.HelpText(command, trace=trace.FireTrace(command, name=name)))
 
 
-def read_arguments(command: Command, argv: Iterable[str], name: str) -> Arguments:
+def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.BoundArguments:
     """The values to call ``command`` with; raises ConfigError with the faults of the command line."""
+    words = _without_local_rank(argv)
+    _raise(_faults_of_words(words, name))
+    arguments = _parsed(command, words, name)
+    hints = typing.get_type_hints(command)
+    faults = []
+    for parameter in arguments.signature.parameters.values():
+        if parameter.name in arguments.arguments and parameter.kind is not parameter.VAR_KEYWORD:
+            value = arguments.arguments[parameter.name]
+            try:
+                arguments.arguments[parameter.name] = _typed(value, hints.get(parameter.name, str))
+            except ValueError as error:
+                faults.append(f"--{parameter.name}: {error}; see --help")
+    _raise(faults)
+    return arguments
+
+
+def _raise(faults: list[str]) -> None:
     from relora_mora.config import ConfigError
 
-    given = _without_local_rank(argv)
-    faults = _faults_of_words(given, name)
-    if not faults:
-        arguments, faults = _parsed(command, given, name)
-    if not faults:
-        arguments, faults = _typed(command, arguments)
     if faults:
         raise ConfigError(faults, "the command line")
-    return arguments
 
 
 def _without_local_rank(argv: Iterable[str]) -> list[str]:
@@ -63,35 +68,31 @@ def _without_local_rank(argv: Iterable[str]) -> list[str]:
 
 
 def _faults_of_words(words: list[str], name: str) -> list[str]:
-    """What can be said of the words alone."""
     from relora_mora.config.secrets import secret_in
 
     flags = [word.partition("=")[0] for word in words if word.startswith("--") and "=" in word]
     twice = sorted({flag for flag in flags if flags.count(flag) > 1})
+    not_utf8 = [word for word in words if word.encode(errors="ignore").decode() != word]
     faults = [f"{word}: stray; see {name} --help" for word in words if word in ("-", "--")]
     faults += [f"{word.partition('=')[0]}: {secret}" for word in words if (secret := secret_in(word))]
-    faults += [
-        f"{word!a}: is not UTF-8; check the terminal's locale"
-        for word in words
-        if word.encode(errors="ignore").decode() != word
-    ]
+    faults += [f"{word!a}: is not UTF-8; check the terminal's locale" for word in not_utf8]
     faults += [f"{flag}: given twice; give it once" for flag in twice]
     return faults
 
 
-def _parsed(command: Command, words: list[str], name: str) -> tuple[Arguments, list[str]]:
-    """What belongs to which parameter, as text; one fault where fire cannot tell."""
+def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArguments:
+    """What belongs to which parameter, as text."""
     import fire
     from fire import decorators
 
-    found = Arguments([], {})
+    signature = _with_flags(inspect.signature(command))
+    found: list[inspect.BoundArguments] = []
 
     @functools.wraps(command)
     def stand_in(*args: Any, **kwargs: Any) -> None:
-        found.positional.extend(args)
-        found.named.update(kwargs)
+        found.append(signature.bind(*args, **kwargs))
 
-    stand_in.__signature__ = _with_flags(inspect.signature(command))  # type: ignore[attr-defined]
+    stand_in.__signature__ = signature  # type: ignore[attr-defined]
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -99,8 +100,8 @@ def _parsed(command: Command, words: list[str], name: str) -> tuple[Arguments, l
     except SystemExit:
         said = messages.getvalue().partition("ERROR: ")[2].partition("\n")[0]
         said = said.replace("Could not consume arg:", "unknown or stray argument:")
-        return found, [f"{said}; see {name} --help"]
-    return found, []
+        _raise([f"{said}; see {name} --help"])
+    return found[0]
 
 
 def _with_flags(signature: inspect.Signature) -> inspect.Signature:
@@ -114,25 +115,7 @@ def _with_flags(signature: inspect.Signature) -> inspect.Signature:
     return signature.replace(parameters=parameters)
 
 
-def _typed(command: Command, arguments: Arguments) -> tuple[Arguments, list[str]]:
-    """The values as the types of their annotations, and a fault for each that has another."""
-    hints = typing.get_type_hints(command)
-    names = list(inspect.signature(command).parameters)
-    faults: list[str] = []
-
-    def value_of(name: str, value: Any) -> Any:
-        try:
-            return _value(value, hints.get(name, str)) if name in names else value
-        except ValueError as error:
-            faults.append(f"--{name}: {error}; see --help")
-            return None
-
-    positional = [value_of(name, value) for name, value in zip(names, arguments.positional, strict=False)]
-    named = {name: value_of(name, value) for name, value in arguments.named.items()}
-    return Arguments(positional, named), faults
-
-
-def _value(value: Any, expected: Any) -> Any:
+def _typed(value: Any, expected: Any) -> Any:
     """Text as the expected type, read as YAML like the settings; a default that fire filled in stays what it is."""
     if value == "":
         raise ValueError("is empty; give a value")

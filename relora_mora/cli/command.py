@@ -73,7 +73,7 @@ def _call(command: Command, words: list[str], name: str) -> int:
         print(help_text(command, name))  # noqa: T201
         return 0
     arguments = read_arguments(command, words, name)
-    result = command(*arguments.positional, **arguments.named)
+    result = command(*arguments.args, **arguments.kwargs)
     return result if isinstance(result, int) else 0
 
 
