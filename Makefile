@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-elastic test-stops test-kill test-cluster test-image bench-cluster bench-smoke lint types checks format env dev clean
+.PHONY: demo test same test-fast test-elastic test-stops test-kill test-cluster test-image bench-cluster bench-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
@@ -41,6 +41,10 @@ bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether t
 	  --methods=full,remora --zero_stage=2
 	$(BIN)/python $(BENCH) layers $(TINY) --repetitions=1
 	for part in loss attention products; do $(BIN)/python $(BENCH) parts $$part $(TINY) --repetitions=1 || exit 1; done
+
+AGAINST ?= HEAD
+same: $(VENV)/.installed-dev  ## whether the code here trains tiny runs bit for bit as that of a commit: make same AGAINST=main
+	$(BIN)/python -m tests.tools.same_numbers $(AGAINST)
 
 test-fast: $(VENV)/.installed-dev  ## unit tests only
 	$(BIN)/python -m pytest -m "not distributed and not elastic and not stops and not kills and not cluster"
