@@ -30,11 +30,17 @@ test-image: $(VENV)/.installed-dev  ## the image built and run for real, with bu
 bench-cluster: $(VENV)/.installed-dev  ## step times of two hosts over slow links (root)
 	$(BIN)/python -m tests.cluster.slow_links
 
+BENCH := -m launch.benchmark
+TINY := configs/model/llama_tiny.json --tokens=1024
+TINY_STEPS := steps $(TINY) --sequence_length=256 --rank=32 --repeats=3 --warmup=1
+TWO_RANKS := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether they run, not how fast
-	$(BIN)/python -m launch.benchmark steps configs/model/llama_tiny.json --methods=full,remora,remora_released,relora,plain --tokens=1024 \
-	  --sequence_length=256 --rank=32 --repeats=3 --warmup=1
-	DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 --master-port=29717 -m launch.benchmark steps \
-	  configs/model/llama_tiny.json --methods=full,remora --tokens=1024 --sequence_length=256 --rank=32 --zero_stage=2 --repeats=3 --warmup=1
+	$(BIN)/python $(BENCH) $(TINY_STEPS) --methods=full,remora,remora_released,relora,plain
+	$(TWO_RANKS) $(BIN)/torchrun --nproc_per_node=2 --master-port=29717 $(BENCH) $(TINY_STEPS) --methods=full,remora --zero_stage=2
+	$(TWO_RANKS) $(BIN)/deepspeed --log_level=warning --num_gpus=2 --master_port=29718 --module launch.benchmark $(TINY_STEPS) \
+	  --methods=full,remora --zero_stage=2
+	$(BIN)/python $(BENCH) layers $(TINY) --repetitions=1
+	for part in loss attention products; do $(BIN)/python $(BENCH) parts $$part $(TINY) --repetitions=1 || exit 1; done
 
 AGAINST ?= HEAD
 same: $(VENV)/.installed-dev  ## whether the code here trains tiny runs bit for bit as that of a commit: make same AGAINST=main

@@ -1,12 +1,13 @@
-"""The whole main job on one machine and without a network: text, tokenizer, ReMoRA pretraining, evaluation, export, a sample.
+"""All of it on one machine without a network: text, tokenizer, ReMoRA pretraining, evaluation, export, a sample.
 
-`make demo` runs it. What is done stays done: a second run goes on where the first one ended.
+`make demo` runs it. A second run goes on where the first one ended.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("runs/demo")
 CONFIG = "configs/run/demo.yaml"
+BATCH_SIZE = 16  # that config's train.batch_size
 PROMPTS = ("The function returns", "If the argument is not", "This class")
 
 
@@ -22,49 +24,49 @@ def main() -> int:
     os.chdir(ROOT)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     begin = time.monotonic()
-    text = [sys.executable, "launch/demo_text.py", f"--out={DEMO / 'data'}"]
-    tokenizer = [
-        sys.executable,
-        "tokenizer/train.py",
-        f"--data={DEMO}/data/train/*.json.gz",
-        f"--out={DEMO / 'tokenizer'}",
-        "--vocab_size=8192",
-    ]
-    _run("1/5 text: docstrings and the language reference of this Python", text)
-    if not (DEMO / "tokenizer" / "tokenizer.model").exists():
-        _run("2/5 tokenizer: sentencepiece BPE with 8,192 pieces", tokenizer)
+    python = sys.executable
+    data = DEMO / "data"
+    tokenizer = DEMO / "tokenizer"
+    export = DEMO / "export"
+    _run(
+        "1/5 text: docstrings and the language reference of this Python",
+        [python, "launch/demo_text.py", f"--out={data}"],
+    )
+    if (tokenizer / "tokenizer.model").exists():
+        _say(f"2/5 tokenizer: {tokenizer} is there already")
     else:
-        _say("2/5 tokenizer: is there already")
-    launcher = _launcher()
-    ranks = int(launcher[-1].partition("=")[2])
+        _run(
+            "2/5 tokenizer: sentencepiece BPE with 8,192 pieces",
+            [python, "tokenizer/train.py", f"--data={data}/train/*.json.gz", f"--out={tokenizer}", "--vocab_size=8192"],
+        )
+    ranks = _ranks()
+    launcher = [str(Path(python).parent / "deepspeed"), "--log_level=warning", f"--num_gpus={ranks}"]
     _run(
         f"3/5 pretraining with ReMoRA, DeepSpeed ZeRO-2: {CONFIG}",
-        [*launcher, "launch/pretrain.py", CONFIG, f"--train.micro_batch_size={min(8, 16 // ranks)}"],
+        [*launcher, "launch/pretrain.py", CONFIG, f"--train.micro_batch_size={min(8, BATCH_SIZE // ranks)}"],
     )
-    if not (DEMO / "export" / "config.json").exists():
+    if (export / "config.json").exists():
+        _say(f"4/5 export: {export} is there already")
+    else:
         _run(
             "4/5 export: adapters merged, a plain LLaMA",
-            [sys.executable, "launch/export.py", str(DEMO / "run"), str(DEMO / "export")],
+            [python, "launch/export.py", str(DEMO / "run"), str(export)],
         )
-    else:
-        _say(f"4/5 export: {DEMO / 'export'} is there already")
     _say("5/5 the export continues text, with plain transformers")
     _generate()
     _report(time.monotonic() - begin)
     return 0
 
 
-def _launcher() -> list[str]:
-    """DeepSpeed's launcher: every local accelerator, or two processes on the CPU with a thread each."""
+def _ranks() -> int:
+    """Every local accelerator, rounded down to a power of two, which divides the batch; on CPUs two processes."""
     import torch
 
-    deepspeed = [str(Path(sys.executable).parent / "deepspeed")]
-    if torch.cuda.is_available():  # as many accelerators as divide the 16 sequences of a step
-        ranks = 1 << (min(torch.cuda.device_count(), 16).bit_length() - 1)
-        return [*deepspeed, f"--num_gpus={ranks}"]
+    if torch.cuda.is_available():
+        return 1 << (min(torch.cuda.device_count(), BATCH_SIZE).bit_length() - 1)
     cores = len(os.sched_getaffinity(0))
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, cores // 2))}
-    return [*deepspeed, "--num_gpus=2"]
+    return 2
 
 
 def _say(text: str) -> None:
@@ -73,8 +75,8 @@ def _say(text: str) -> None:
 
 def _run(title: str, command: list[str]) -> None:
     _say(title)
-    shown = [Path(part).name if i == 0 else part for i, part in enumerate(command)]
-    print("$ " + " ".join(shown), flush=True)
+    program, *arguments = command
+    print(f"$ {shlex.join([Path(program).name, *arguments])}", flush=True)
     code = subprocess.run(command, check=False).returncode
     if code:
         raise SystemExit(f"this step ended with code {code}; run `make demo` again to go on from here")
@@ -98,18 +100,18 @@ def _generate() -> None:
 
 
 def _report(seconds: float) -> None:
+    export = DEMO / "export"
     lines = [json.loads(line) for line in (DEMO / "run" / "metrics.jsonl").read_text().splitlines()]
-    evals = [line for line in lines if "eval/perplexity" in line]
-    merges = [line["step"] for line in lines if "merge/layers" in line]
+    tag = "eval/perplexity"
+    evaluations = [f"step {line['step']}: {line[tag]:.1f}" for line in lines if tag in line]
+    merges = [str(line["step"]) for line in lines if "merge/layers" in line]
     _say(f"done in {seconds:.0f} s")
-    print(
-        "validation perplexity: " + ", ".join(f"step {line['step']}: {line['eval/perplexity']:.1f}" for line in evals)
-    )
-    print(f"merges after steps {', '.join(map(str, merges))}")
+    print(f"validation perplexity: {', '.join(evaluations)}")
+    print(f"merges after steps {', '.join(merges)}")
     print(f"""
-Look at the curves:       .venv/bin/tensorboard --logdir {DEMO / "run"} --host localhost
-Score any text:           .venv/bin/python launch/evaluate.py {DEMO / "export"} --data='{DEMO}/data/validation/*.json.gz'
-Train longer, your text:  see "Five minutes" in README.md; configs/run/tiny_*.yaml compare the five methods
+Look at the curves:       .venv/bin/python launch/board.py {DEMO / "run"}
+Score any text:           .venv/bin/python launch/evaluate.py {export} --data='{DEMO}/data/validation/*.json.gz'
+Train on your own text:   README.md says how; configs/run/tiny_*.yaml compare the five methods
 Start again from nothing: rm -r {DEMO}""")
 
 

@@ -2,8 +2,8 @@
 
     python launch/demo_text.py --out=runs/demo/data
 
-The text is the language reference in ``pydoc_data.topics`` and the docstrings of the standard library and of the installed
-packages, read with ``ast`` (nothing is imported). What is written depends on the installed files alone.
+The text is the language reference in ``pydoc_data.topics`` and the docstrings of the standard library and of the
+installed packages, read with ``ast`` (nothing is imported). What is written depends on the installed files alone.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from relora_mora.cli import run
-from relora_mora.system.files import new_folder
+try:
+    from relora_mora.cli import run
+    from relora_mora.system.files import new_folder
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 MARKER = "demo_text.json"
 TIMESTAMP = "1970-01-01T00:00:00Z"  # docstrings were never crawled; a constant keeps the files the same
@@ -37,7 +40,8 @@ MOST_PROCESSES = 256
 _MAX_FILE_BYTES = 1_000_000  # longer modules are generated tables
 _SKIPPED_FOLDERS = {"tests", "test", "testing", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 _COMMON_WORD = re.compile(
-    r"\b(?:an?|and|are|as|at|be|by|can|for|from|has|if|in|into|is|it|not|of|on|or|that|the|this|to|when|which|will|with)\b",
+    r"\b(?:an?|and|are|as|at|be|by|can|for|from|has|if|in|into|is|it|not|of|on|or|that|the|this|to|when|which|will|with)"
+    r"\b",
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
@@ -77,7 +81,7 @@ def main(out: str = "runs/demo/data", max_bytes: int = 40_000_000, processes: in
 
 
 def finished(out: Path, max_bytes: int) -> dict[str, Any] | None:
-    """What the marker says, where every shard has its size. Raises DemoTextError for a folder with anything else in it."""
+    """The counts of a complete text, None where there is nothing; raises DemoTextError for a folder with other things."""
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
@@ -91,7 +95,8 @@ def finished(out: Path, max_bytes: int) -> dict[str, Any] | None:
         )
     if counts["max_bytes"] != max_bytes:
         raise DemoTextError(
-            f"{out}: was written with --max_bytes={counts['max_bytes']}, not {max_bytes}; remove it, or choose another --out"
+            f"{out}: was written with --max_bytes={counts['max_bytes']}, not {max_bytes}; "
+            "remove it, or choose another --out"
         )
     return counts
 
@@ -118,8 +123,8 @@ def docstrings(roots: Sequence[Path], processes: int = 1) -> list[Document]:
 
 @contextlib.contextmanager
 def _pool(processes: int) -> Iterator[multiprocessing.pool.Pool]:
-    """Its processes do not hear of Ctrl-C, which is for the one that ends them: they inherit what is blocked here."""
-    multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal when it starts
+    """Its processes inherit the blocked SIGINT: Ctrl-C is for the parent, which ends them."""
+    multiprocessing.resource_tracker.ensure_running()  # starting it later would unblock the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -138,9 +143,8 @@ def prose(text: str) -> str:
         if stripped.startswith("```"):
             fenced = not fenced
             continue
-        example = bool(stripped) and (
-            example or stripped.startswith((">>>", "In ["))
-        )  # and its output, up to a blank line
+        # an example goes on through its output, up to a blank line
+        example = bool(stripped) and (example or stripped.startswith((">>>", "In [")))
         if fenced or example or (not stripped and (not kept or not kept[-1])):
             continue
         kept.append(line.rstrip())
@@ -161,8 +165,8 @@ def is_english(text: str) -> bool:
 def write(documents: Iterable[Document], out: Path, max_bytes: int) -> dict[str, Any]:
     """Writes into a folder, the marker last; returns the counts of the marker.
 
-    Exact duplicates are dropped. The files, and with them all their docstrings, are shared out between the two sides by a
-    hash of their name; documents are dealt to the shards in the order of a hash of their text. So the order given does not matter.
+    Exact duplicates are dropped. A hash of its name puts a file, with all its docstrings, on one of the two sides;
+    documents are dealt to the shards in the order of a hash of their text. So the order given does not matter.
     """
     unique: dict[bytes, Document] = {}
     for document in documents:
@@ -177,7 +181,8 @@ def write(documents: Iterable[Document], out: Path, max_bytes: int) -> dict[str,
             sides["validation" if _held_out(document) else "train"].append(document)
     if not all(sides.values()):
         raise DemoTextError(
-            f"found {len(sides['train'])} training and {len(sides['validation'])} validation documents within --max_bytes={max_bytes}; "
+            f"found {len(sides['train'])} training and {len(sides['validation'])} validation documents "
+            f"within --max_bytes={max_bytes}; "
             "install the package with its dependencies first, or raise --max_bytes"
         )
     counts = _write_sides(sides, out) | {"max_bytes": max_bytes}
@@ -220,20 +225,14 @@ def _file_docstrings(task: tuple[Path, Path]) -> list[Document]:
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
         found = [(name, prose(text)) for name, text in _docstrings_below(tree, "")]
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        RecursionError,
-        MemoryError,
-    ):  # not this Python's language, or not readable
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):  # not for this Python, or not readable
         return []
     url = f"python://{file.relative_to(root).as_posix()}"
     return [_document(text, f"{url}#{name}") for name, text in found if is_english(text)]
 
 
 def _holds_long_string(source: bytes) -> bool:
-    """Whether a parse can be worth its time: what stands between triple quotes is long enough somewhere."""
+    """Whether parsing is worth its time: somewhere the text between triple quotes is long enough."""
     return any(len(inside) >= MIN_CHARACTERS for quotes in (b'"""', b"'''") for inside in source.split(quotes)[1::2])
 
 
@@ -268,7 +267,8 @@ def _cores() -> int:
 
 
 def _summary(counts: dict[str, Any]) -> str:
-    train, validation = counts["train"], counts["validation"]
+    train = counts["train"]
+    validation = counts["validation"]
     return (
         f"{train['documents']:,} training documents ({train['bytes'] / 1e6:.1f} MB) "
         f"and {validation['documents']:,} validation documents ({validation['bytes'] / 1e6:.1f} MB)"

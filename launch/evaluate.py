@@ -8,7 +8,10 @@ import math
 import sys
 from pathlib import Path
 
-from relora_mora.cli import run
+try:
+    from relora_mora.cli import run
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
 def main(

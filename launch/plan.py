@@ -9,7 +9,10 @@ from __future__ import annotations
 import json as json_module
 import math
 
-from relora_mora.cli import run
+try:
+    from relora_mora.cli import run
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
 def main(

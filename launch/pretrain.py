@@ -1,13 +1,16 @@
-"""Pretrains a model: ``deepspeed launch/pretrain.py CONFIG.yaml [--section.key=value ...]``, or with python or torchrun."""
+"""Pretrains a model: ``deepspeed launch/pretrain.py CONFIG.yaml [--section.key=value ...]``; also python, torchrun."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from relora_mora.cli import run
-from relora_mora.config import load_config
-from relora_mora.supervise import FAILED, LOST, Guard, check_environment, leave_process
+try:
+    from relora_mora.cli import run
+    from relora_mora.config import load_config
+    from relora_mora.supervise import FAILED, LOST, Guard, check_environment, leave_process
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
 def main(config: str, **overrides: str) -> int:

@@ -27,7 +27,7 @@ INSTRUCTIONS = [
     *ROOT.glob("launch/k8s/*"),
 ]
 SECTIONS = Config.model_fields
-SCRIPTS = ("launch/evaluate.py", "launch/export.py", "launch/plan.py", "tokenizer/train.py")
+SCRIPTS = ("launch/board.py", "launch/evaluate.py", "launch/export.py", "launch/plan.py", "tokenizer/train.py")
 # DOCUMENTS is no test by itself: a glob that matches nothing would make all of them pass
 REQUIRED = (
     "README.md",
@@ -178,7 +178,7 @@ def test_metrics_that_are_described_are_written_and_the_other_way_round() -> Non
         )
     )
     written = set(re.findall(r'"((?:train|perf|merge|checkpoint)/[a-z_]+)', sources)) - {"train/lr_"}
-    table = (ROOT / "README.md").read_text().partition("| tag |")[2].partition("\n\n")[0]
+    table = (ROOT / "docs" / "metrics.md").read_text().partition("| tag |")[2].partition("\n\n")[0]
     described = set(re.findall(r"`((?:train|perf|merge|checkpoint)/[a-z_]+)", table))
     assert described - {"train/lr_embeddings", "train/lr_norms"} == written
 

@@ -19,17 +19,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from relora_mora.cli import run
-from relora_mora.system.files import new_folder
-from relora_mora.tokenizer import (
-    HARD_TEXTS,
-    MODEL_FILE,
-    TokenizerError,
-    encode,
-    load_tokenizer,
-    open_sentencepiece,
-    save_tokenizer,
-)
+try:
+    from relora_mora.cli import run
+    from relora_mora.system.files import new_folder
+    from relora_mora.tokenizer import (
+        HARD_TEXTS,
+        MODEL_FILE,
+        TokenizerError,
+        encode,
+        load_tokenizer,
+        open_sentencepiece,
+        save_tokenizer,
+    )
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 # sentencepiece silently drops a longer "sentence": two thirds of a web corpus if whole documents are fed
 SENTENCE_BYTES = 4192
@@ -40,6 +43,7 @@ _CHECKED_DOCUMENTS = 1000
 _META_PIECES = 3 + 256  # unk, bos, eos, bytes
 _MOST_PIECES = 10_000_000
 _MOST_THREADS = 512
+_LONGEST_SECONDS = 1e9
 
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
@@ -70,31 +74,46 @@ def main(
     character_coverage: float = 0.99995,
     threads: int | None = None,
     revision: str = "main",
+    max_bad_fraction: float = 0.01,
+    timeout_seconds: float = 600.0,
 ) -> None:
     """Trains a sentencepiece BPE tokenizer with byte fallback and writes a folder that transformers loads.
 
     Args:
-        data: a source of text as in data.train of a run (path, glob, url, hub:OWNER/NAME/PATTERN, allenai/c4), or a YAML list of them
+        data: a source of text as in data.train of a run (path, glob, url, hub:OWNER/NAME/PATTERN, allenai/c4), or a
+            YAML list of them
         out: the folder to write; it must not hold a tokenizer yet
         vocab_size: token ids, with unk, bos, eos (0, 1, 2) and the 256 bytes
         seed: of the sample of documents
-        max_documents: read at most so many documents, from the first shard on; 0: all
-        max_bytes: train on a random sample of at most so many bytes of the documents read; all of it is held in memory
-        character_coverage: fraction of the characters of the text that get a piece of their own; the rest is spelled in bytes
+        max_documents: read at most this many documents, from the first shard on; 0: all
+        max_bytes: train on a random sample of at most this many bytes of the documents read; it is held in memory
+        character_coverage: fraction of the text's characters that get a piece of their own; others are spelled in bytes
         threads: threads of the training (the result does not depend on it); default: one per core, at most 16
         revision: of sources on the hub
+        max_bad_fraction: stop when more than this fraction of a shard's lines is bad
+        timeout_seconds: give up on a source that has failed for this long
     """
     from relora_mora.config import DataConfig
-    from relora_mora.data import iter_texts
+    from relora_mora.data import SourceError, iter_texts
 
     started = time.monotonic()
     _check_settings(vocab_size, max_documents, max_bytes, character_coverage, threads)
+    _check_data_settings(max_bad_fraction, timeout_seconds)
     sources = _sources(data)
-    config = DataConfig(train=sources, validation=sources, revision=revision)
+    config = DataConfig(
+        train=sources,
+        validation=sources,
+        revision=revision,
+        max_bad_fraction=max_bad_fraction,
+        timeout_seconds=timeout_seconds,
+    )
     with new_folder(Path(out)) as folder:
         texts = iter_texts(sources, split="train", config=config)
         limit = min(max_documents, sys.maxsize) or None
-        documents, read = sample(islice(texts, limit), max_bytes=max_bytes, seed=seed)
+        try:
+            documents, read = sample(islice(texts, limit), max_bytes=max_bytes, seed=seed)
+        except SourceError as error:
+            raise SourceError(_with_flag(str(error))) from error
         if not documents:
             what = "no text in it" if not read else f"none of its {read:,} documents fits into --max_bytes={max_bytes}"
             raise TokenizerError(f"{data}: {what}; give a source with text to train on")
@@ -102,8 +121,9 @@ def main(
         print(f"training on {len(documents):,} of the {read:,} documents read, {sampled / 1e6:,.1f} MB", flush=True)
         model = train(documents, vocab_size=vocab_size, character_coverage=character_coverage, threads=threads)
         bytes_per_token = write(model, folder, documents[:: len(documents) // _CHECKED_DOCUMENTS + 1])
+    seconds = time.monotonic() - started
     print(
-        f"wrote {out}: {vocab_size:,} token ids, {bytes_per_token:.2f} bytes per token, {time.monotonic() - started:.1f} s\n"
+        f"wrote {out}: {vocab_size:,} token ids, {bytes_per_token:.2f} bytes per token, {seconds:.1f} s\n"
         f"use it with --tokenizer.path={out} and a model whose vocab_size is at least {vocab_size}"
     )
 
@@ -114,10 +134,10 @@ def sample(texts: Iterable[str], *, max_bytes: int, seed: int) -> tuple[list[str
     Each document draws a number, those with the smallest are kept: one pass, no more memory than the sample. A document
     that alone exceeds the limit is left out.
     """
-    draw, total, read = random.Random(seed), 0, 0
-    kept: list[
-        tuple[float, int, int, str]
-    ] = []  # a heap, the largest number drawn first: (-number, place, bytes, text)
+    draw = random.Random(seed)
+    total = 0
+    read = 0
+    kept: list[tuple[float, int, int, str]] = []  # a heap of (-number drawn, place, bytes, text): largest number first
     for read, text in enumerate(texts, start=1):
         size = len(text.encode())
         key = draw.random()
@@ -147,7 +167,7 @@ def sentences(documents: Iterable[str]) -> Iterator[str]:
 def train(
     documents: Iterable[str], *, vocab_size: int, character_coverage: float = 0.99995, threads: int | None = None
 ) -> bytes:
-    """The content of a ``tokenizer.model``. Raises TokenizerError when the text and ``vocab_size`` do not fit together."""
+    """The content of a ``tokenizer.model``; raises TokenizerError when text and ``vocab_size`` do not fit together."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -170,9 +190,11 @@ def write(model: bytes, out: Path, documents: list[str]) -> float:
     out.mkdir(parents=True, exist_ok=True)
     file = out / MODEL_FILE
     file.write_bytes(model)
-    tokenizer, reference = load_tokenizer(file), open_sentencepiece(file)
-    ids = encode(tokenizer, [*documents, *HARD_TEXTS])
-    for text, found in zip([*documents, *HARD_TEXTS], ids, strict=True):
+    tokenizer = load_tokenizer(file)
+    reference = open_sentencepiece(file)
+    texts = [*documents, *HARD_TEXTS]
+    ids = encode(tokenizer, texts)
+    for text, found in zip(texts, ids, strict=True):
         exact = text.replace("\u2581", " ")  # sentencepiece's mark for a space, the one character that is lost
         if found != reference.encode(text) or tokenizer.decode(found) != exact:
             raise TokenizerError(
@@ -189,11 +211,13 @@ def _check_settings(
         raise TokenizerError(f"--vocab_size={vocab_size}: give at most {_MOST_PIECES}, e.g. 32000")
     if vocab_size <= _META_PIECES:
         raise TokenizerError(
-            f"--vocab_size={vocab_size}: unk, bos, eos and the 256 bytes alone are {_META_PIECES}; give a larger one, e.g. 32000"
+            f"--vocab_size={vocab_size}: unk, bos, eos and the 256 bytes alone are {_META_PIECES}; "
+            "give a larger one, e.g. 32000"
         )
     if max_documents < 0 or max_bytes < 1:
         raise TokenizerError(
-            f"--max_documents={max_documents} --max_bytes={max_bytes}: give at least one byte, and documents >= 0 (0: all)"
+            f"--max_documents={max_documents} --max_bytes={max_bytes}: "
+            "give at least one byte, and documents >= 0 (0: all)"
         )
     if not 0.9 <= character_coverage <= 1:
         raise TokenizerError(
@@ -201,6 +225,19 @@ def _check_settings(
         )
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise TokenizerError(f"--threads={threads}: give at least 1 and at most {_MOST_THREADS}, or leave it out")
+
+
+def _check_data_settings(max_bad_fraction: float, timeout_seconds: float) -> None:
+    if not 0 <= max_bad_fraction <= 1:
+        raise TokenizerError(f"--max_bad_fraction={max_bad_fraction}: give a fraction between 0 and 1")
+    if not 0 < timeout_seconds <= _LONGEST_SECONDS:
+        raise TokenizerError(f"--timeout_seconds={timeout_seconds}: give more than 0 and at most {_LONGEST_SECONDS}")
+
+
+def _with_flag(message: str) -> str:
+    """A fault of the data names the setting of a run that helps; this adds how this command calls it."""
+    named = re.findall(r"\bdata\.(max_bad_fraction|timeout_seconds|revision)\b", message)
+    return f"{message} (here: --{named[-1]})" if named else message
 
 
 def _sources(data: str) -> str | list[str]:
@@ -231,7 +268,8 @@ def _explain(message: str, vocab_size: int) -> str:
     if low := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return (
             f"--vocab_size={vocab_size}: the characters of this text and the bytes alone are {low[1]} pieces; "
-            "give a larger one, or a lower --character_coverage such as 0.9995 (rarer characters are then spelled in bytes)"
+            "give a larger one, or a lower --character_coverage such as 0.9995 "
+            "(rarer characters are then spelled in bytes)"
         )
     if "sentences_.empty()" in message:
         return "no line of this text can be used to train a tokenizer; give a source with text"

@@ -1,31 +1,50 @@
-"""``python -m launch.benchmark steps|layers|parts|data|trainer ...``, from the top of the checkout; also under a launcher."""
+"""The benchmarks, one command: ``python -m launch.benchmark KIND ...``, from the root of the checkout."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 
-from relora_mora.cli import run
+from relora_mora.cli import missing_package, run
 
 KINDS = {
     "steps": "whole training steps of several methods side by side: time, memory, traffic",
     "layers": "the seven linears of a decoder layer, forward and backward",
-    "parts": "head and loss, attention, matrix products",
-    "data": "text to tokens, beside the tokenizer alone",
-    "trainer": "the trainer beside bare loops",
+    "parts": "head and loss, attention, or matrix products by themselves",
+    "data": "text to tokens, beside the bare tokenizer",
+    "trainer": "launch/pretrain.py beside bare loops on the same batches",
 }
+USAGE = """usage: python -m launch.benchmark KIND ...    (KIND --help lists its arguments)
+
+{kinds}
+
+`steps` measures a job of several ranks where a launcher starts it:
+  torchrun --nproc_per_node=2 -m launch.benchmark steps configs/model/llama_130m.json --zero_stage=2
+  deepspeed --num_gpus=2 --module launch.benchmark steps configs/model/llama_130m.json --zero_stage=2
+On CPUs put DS_ACCELERATOR=cpu in front.""".format(
+    kinds="\n".join(f"  {kind:8} {what}" for kind, what in KINDS.items())
+)
 
 
-def main() -> None:
-    # DeepSpeed's launcher puts its --local_rank first
-    kind = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one kind of benchmark and exits, as :func:`relora_mora.cli.run` does."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # the first word is not always the first argument: DeepSpeed's launcher puts its --local_rank before it
+    kind = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if kind is None and {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        raise SystemExit(0)
     if kind not in KINDS:
-        print("usage: python -m launch.benchmark KIND ... (KIND --help says more); the kinds:")
-        print("\n".join(f"  {name:8} {what}" for name, what in KINDS.items()))
-        raise SystemExit(0 if kind is None and "--help" in sys.argv else 2)
-    arguments = list(sys.argv[1:])
+        said = "KIND is missing" if kind is None else f"got {kind!r}"
+        print(f"{said}, expected one of {', '.join(KINDS)}\n\n{USAGE}", file=sys.stderr)
+        raise SystemExit(2)
     arguments.remove(kind)
-    run(importlib.import_module(f"launch.benchmark.{kind}").main, arguments)
+    try:
+        module = importlib.import_module(f"launch.benchmark.{kind}")
+    except ModuleNotFoundError as error:
+        raise SystemExit(missing_package(error)) from None
+    run(module.main, arguments, name=f"python -m launch.benchmark {kind}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 
-from relora_mora.cli import run
-
-MAX_LANES = 65_536  # a plan is made for each
+MAX_LANES = 65_536  # each lane gets its own plan of the shards
 
 
 def main(config: str, *, lanes: int | None = None, tokens: int = 1_000_000, rounds: int = 3, **overrides: str) -> None:
@@ -27,12 +25,5 @@ def main(config: str, *, lanes: int | None = None, tokens: int = 1_000_000, roun
     if lanes is not None and not 1 <= lanes <= MAX_LANES:
         raise ValueError(f"--lanes: got {lanes}, expected 1 to {MAX_LANES:,}")
     settings = load_config(config, overrides)
-    print(
-        json.dumps(
-            pipeline_throughput(settings.data, settings.tokenizer.path, lanes=lanes, tokens=tokens, rounds=rounds)
-        )
-    )
-
-
-if __name__ == "__main__":
-    run(main)
+    found = pipeline_throughput(settings.data, settings.tokenizer.path, lanes=lanes, tokens=tokens, rounds=rounds)
+    print(json.dumps(found))

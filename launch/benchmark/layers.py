@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import statistics
 import time
 from collections.abc import Callable
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
-from relora_mora.cli import run
 from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.methods.inject import layer_square_size
 from relora_mora.methods.layers import LoRALinear, MoRALinear
@@ -63,13 +62,8 @@ def main(
     method = MethodConfig(rank=rank)
     layers = linears(read_model_config(ModelConfig(config=model)))
     variants = {name: Variant(name, layers, method, operator, tokens, DTYPES[dtype]) for name in VARIANTS}
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for turn in range(repetitions + 1):
-        for name, variant in variants.items():
-            taken = variant.seconds()
-            if turn:
-                seconds[name].append(taken)
-    milliseconds = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    measures = {name: variant.milliseconds for name, variant in variants.items()}
+    milliseconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1)))
     ratios = {name: value / milliseconds["frozen"] for name, value in milliseconds.items()}
     print(
         f"{tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, operator {operator}; kernels: {kernels.describe()}"
@@ -123,8 +117,8 @@ class Variant:
 
         return make
 
-    def seconds(self) -> float:
-        """One forward and backward."""
+    def milliseconds(self) -> float:
+        """The time of one forward and backward."""
         taken = 0.0
         with kernels.disabled() if self.torch_only else contextlib.nullcontext():
             for x, layers, gradients in self.groups:
@@ -135,8 +129,4 @@ class Variant:
                 x.grad = None
                 for parameter in nn.ModuleList(layers).parameters():
                     parameter.grad = None
-        return taken
-
-
-if __name__ == "__main__":
-    run(main)
+        return 1000 * taken

@@ -1,5 +1,5 @@
-"""One part of a step by itself: ``loss`` (head and cross-entropy) and ``attention`` in each of the ways that were tried, or the matrix
-``products`` of the linears and of MoRA's gradient; one JSON line.
+"""One part of a step by itself: ``loss`` (head and cross-entropy) or ``attention``, in each of the ways that were tried,
+or the matrix ``products`` of the linears and of MoRA's gradient.
 
 python -m launch.benchmark parts loss configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig
 
+from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
-from relora_mora.cli import run
 from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.methods.inject import layer_square_size
 from relora_mora.model import read_model_config
@@ -40,7 +39,9 @@ def main(
     threads: int | None = None,
     repetitions: int = 7,
 ) -> None:
-    """Prints milliseconds of each way (loss, attention: forward and backward), its ratio to the first, and the same as one line of JSON.
+    """Prints milliseconds of each way, its ratio to the first, and the same as one line of JSON.
+
+    Loss and attention are forward and backward.
 
     The ways take turns, and the median of each counts.
 
@@ -66,28 +67,21 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     ways = PARTS[part](read_model_config(ModelConfig(config=model)), tokens, sequence_length, DTYPES[dtype])
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repetitions + 1):
-        for name, (act, _) in ways.items():
-            begin = time.perf_counter()
-            act()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    milliseconds = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    measures = {name: partial(milliseconds_of, act) for name, (act, _) in ways.items()}
+    milliseconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1)))
     first = next(iter(milliseconds.values()))
     print(f"{part}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads; kernels: {kernels.describe()}")
     for name, value in milliseconds.items():
         rate = f"{ways[name][1] / value / 1e9:8.3f} TFLOP/s" if ways[name][1] else ""
         print(f"{name:42}{value:10.1f} ms {value / first:8.3f}{rate}")
-    print(
-        json.dumps(
-            {
-                "part": part,
-                "milliseconds": milliseconds,
-                "ratio": {name: value / first for name, value in milliseconds.items()},
-            }
-        )
-    )
+    ratios = {name: value / first for name, value in milliseconds.items()}
+    print(json.dumps({"part": part, "milliseconds": milliseconds, "ratio": ratios}))
+
+
+def milliseconds_of(act: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    act()
+    return 1000 * (time.perf_counter() - begin)
 
 
 def loss_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torch.dtype) -> Ways:
@@ -171,15 +165,17 @@ def attention_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype:
 
 
 def product_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torch.dtype) -> Ways:
-    """The products of each shape of a linear, of its gradients, and of the gradient of its square matrix, (D^T dy)^T (C x)."""
-    generator, method = torch.Generator().manual_seed(0), MethodConfig()
+    """The products of each shape of a linear, of its gradients, and of its square matrix's: (D^T dy)^T (C x)."""
+    generator = torch.Generator().manual_seed(0)
+    method = MethodConfig()
     ways: Ways = {}
     queries, _ = attention_widths(model)
     for inputs, outputs in sorted({(model.hidden_size, queries), (model.hidden_size, model.intermediate_size)}):
         size = layer_square_size(method, inputs, outputs)
         sizes = ((tokens, inputs), (outputs, inputs), (tokens, outputs), (tokens, size), (tokens, size))
         x, weight, dy, compressed, reduced = (torch.randn(shape, generator=generator).to(dtype) for shape in sizes)
-        flops, shape = 2.0 * tokens * inputs * outputs, f"{inputs} -> {outputs}"
+        flops = 2.0 * tokens * inputs * outputs
+        shape = f"{inputs} -> {outputs}"
         ways |= {
             f"{shape}: x W^T": (partial(torch.matmul, x, weight.T), flops),
             f"{shape}: dy W": (partial(torch.matmul, dy, weight), flops),
@@ -194,7 +190,3 @@ PARTS: dict[str, Callable[[LlamaConfig, int, int, torch.dtype], Ways]] = {
     "attention": attention_ways,
     "products": product_ways,
 }
-
-
-if __name__ == "__main__":
-    run(main)

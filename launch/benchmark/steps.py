@@ -1,4 +1,7 @@
-"""Training steps of several methods side by side: ``python -m launch.benchmark steps configs/model/llama_130m.json``, also under a launcher."""
+"""Training steps of several methods side by side: ``python -m launch.benchmark steps configs/model/llama_130m.json``.
+
+Under torchrun or DeepSpeed's launcher it measures a job of several ranks.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import math
 import os
 import sys
 
-from relora_mora.cli import run
 from relora_mora.config import ConfigError, ModelConfig
 
 DEFAULT = "full,remora,remora_decoupled,relora"
@@ -31,13 +33,14 @@ def main(
 ) -> int:
     """Measures whole optimizer steps, in turns, and prints tables and, last, a line of JSON.
 
-    Ends with 1 where a loss is not finite: the figures of such steps mean nothing.
+    Returns 1 where a loss is not finite, because the figures of such steps mean nothing.
 
     Args:
         model: a LlamaConfig JSON file
-        methods: separated by commas, the first is what ratios refer to: full, frozen (the decoder's linears do not train: no
-            adapter method can be faster), remora, remora_merged, remora_decoupled, remora_released, remora_r32 (R a multiple of 32),
-            full_compiled, remora_compiled, relora, relora_merged, relora_decoupled, plain, plain_chunked, peft_lora, galore, apollo
+        methods: separated by commas; ratios refer to the first. full, frozen (the decoder's linears do not train: no
+            adapter method can be faster), remora, remora_merged, remora_decoupled, remora_released, remora_r32 (R a
+            multiple of 32), full_compiled, remora_compiled, relora, relora_merged, relora_decoupled, plain,
+            plain_chunked, peft_lora, galore, apollo
         tokens: tokens of a micro-batch on one rank
         sequence_length: tokens of a sequence
         accumulation: micro-batches of a step
@@ -45,13 +48,24 @@ def main(
         rank: LoRA's r, and what MoRA's square is made of
         square_multiple: R is rounded down to a multiple of it
         precision: bf16, fp32, or auto: bf16 where the hardware does it fast
-        layers: decoder layers, if not those of the model
-        vocab_size: if not that of the model
+        layers: decoder layers; default: as many as the model has
+        vocab_size: default: that of the model
         repeats: measured steps of each method
-        warmup: steps before
-        profile: prints which operations a step of each method spends its time in
+        warmup: steps of each method before those
+        profile: show which operations a step of each method spends its time in
     """
-    faults = [f"--{name}: {value}, expected at least 1" for name, value in _sizes(locals()).items() if value < 1]
+    sizes = {
+        "tokens": tokens,
+        "sequence_length": sequence_length,
+        "accumulation": accumulation,
+        "rank": rank,
+        "square_multiple": square_multiple,
+        "layers": layers,
+        "vocab_size": vocab_size,
+        "repeats": repeats,
+        "warmup": warmup,
+    }
+    faults = [f"--{name}: {size}, expected at least 1" for name, size in sizes.items() if size is not None and size < 1]
     if tokens % sequence_length:
         faults.append(f"--tokens: {tokens} is no multiple of --sequence_length {sequence_length}")
     if precision not in ("auto", "bf16", "fp32"):
@@ -90,22 +104,3 @@ def main(
     if lost:
         print(f"the loss is not finite: {', '.join(lost)}; try --precision=fp32", file=sys.stderr)
     return int(bool(lost))
-
-
-def _sizes(given: dict[str, object]) -> dict[str, int]:
-    names = (
-        "tokens",
-        "sequence_length",
-        "accumulation",
-        "rank",
-        "square_multiple",
-        "layers",
-        "vocab_size",
-        "repeats",
-        "warmup",
-    )
-    return {name: value for name in names if isinstance(value := given[name], int)}
-
-
-if __name__ == "__main__":
-    run(main)

@@ -15,9 +15,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from relora_mora.cli import run
+from launch.benchmark.turns import medians, take_turns
 from relora_mora.config import Config, ConfigError, dump, load_config
 from relora_mora.supervise import REQUEUE
 
@@ -28,12 +28,12 @@ PARTS = 5  # lines of metrics in a round; the steps before the first do not coun
 
 
 def main(config: str, *, steps: int = 25, rounds: int = 3, **overrides: str) -> None:
-    """Rounds of four, in turns, on the same first batches of the same data.
+    """Measures four things in turns, on the same first batches of the same data.
 
-    trainer: launch/pretrain.py as a process of its own, with data workers, metrics and TensorBoard. saving: the same with a checkpoint
-    in the middle of the round, so that the time of one is known. engine: the trainer's model and engine, on batches made beforehand,
-    and nothing else. torch: the same with plain torch, AdamW on float32 masters and no DeepSpeed. The ratios are those of the trainer
-    with a checkpoint every checkpoint.every_steps.
+    trainer: launch/pretrain.py as a process of its own, with data workers, metrics and TensorBoard. saving: the same
+    with a checkpoint in the middle of the round, which tells what one costs. engine: the trainer's model and engine on
+    batches made beforehand, and nothing else. torch: the same in plain torch, AdamW on float32 masters, no DeepSpeed.
+    The ratios are those of the trainer with a checkpoint every checkpoint.every_steps.
 
     Args:
         config: a YAML file such as configs/run/tiny_remora.yaml
@@ -63,7 +63,8 @@ def demo_text() -> dict[str, str]:
     """The text and the tokenizer of ``make demo``, as settings."""
     commands = [["launch/demo_text.py", f"--out={DEMO / 'data'}"]]
     if not (DEMO / "tokenizer" / "tokenizer.model").exists():
-        text, out = DEMO / "data" / "train" / "*.json.gz", DEMO / "tokenizer"
+        text = DEMO / "data" / "train" / "*.json.gz"
+        out = DEMO / "tokenizer"
         commands.append(["tokenizer/train.py", f"--data={text}", f"--out={out}", "--vocab_size=8192"])
     for script, *arguments in commands:
         if subprocess.run([sys.executable, str(ROOT / script), *arguments], stdout=sys.stderr, check=False).returncode:
@@ -78,78 +79,101 @@ def demo_text() -> dict[str, str]:
 
 
 def run_settings(config: str, overrides: dict[str, str], steps: int, folder: Path) -> Config:
-    """The run's settings; what would come between the steps of a round is left out, but a checkpoint."""
-    ours = {
+    """The run's settings without evaluations, which would come between the steps of a round."""
+    changes = {
         "train.run_dir": str(folder / "bare"),
         "train.resume": "auto",
         "log.every_steps": str(steps // PARTS),
         "eval.every_steps": "0",
         "eval.at_start": "false",
     }
-    return load_config(config, overrides | ours, world_size=1)
+    return load_config(config, overrides | changes, world_size=1)
 
 
 def measure(config: Config, folder: Path, steps: int, rounds: int) -> dict[str, Any]:
     import torch
 
-    from launch.benchmark.bare import EngineLoop, Loop, TorchLoop, make_batches, seconds_of
+    from launch.benchmark.bare import EngineLoop, TorchLoop, make_batches, seconds_of
     from relora_mora.train.check import check
     from relora_mora.zero import init_distributed
 
     init_distributed()
     checked = check(config, world_size=1)
-    skip, batches = config.log.every_steps, make_batches(config, steps)
-    loops: dict[str, Loop] = {"engine": EngineLoop(checked), "torch": TorchLoop(checked)}
-    seconds: dict[str, list[float]] = {name: [] for name in ("trainer", "saving", *loops)}  # of a step
-    stalls, waits = [], []
-    for turn in range(rounds):
-        for name, saves_every in (("trainer", 0), ("saving", steps // 2 + 1)):
-            lines = train(config, folder / f"{name}-{turn}", steps, saves_every)
-            logged = [line for line in lines if "train/loss" in line]
-            seconds[name].append((logged[-1]["time"] - logged[0]["time"]) / (logged[-1]["step"] - logged[0]["step"]))
-            waits += [line["perf/data_wait_seconds"] for line in logged[1:]]
-            stalls += [
-                line["perf/checkpoint_stall_seconds"] for line in lines if "perf/checkpoint_stall_seconds" in line
-            ]
-        for name, loop in loops.items():
-            seconds[name].append(seconds_of(loop, batches, skip=skip) / (steps - skip))
-        print(", ".join(f"{name} {values[-1]:.4f}" for name, values in seconds.items()) + " s a step", file=sys.stderr)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    checkpoint = max(0.0, medians["saving"] - medians["trainer"]) * (steps - skip)
+    skip = config.log.every_steps
+    counted = steps - skip
+    batches = make_batches(config, steps)
+    engine = EngineLoop(checked)
+    plain = TorchLoop(checked)
+    rounds_of_trainer: list[TrainerRound] = []
+
+    def trainer(checkpoint_every: int) -> float:
+        run_dir = folder / f"round-{len(rounds_of_trainer)}"
+        rounds_of_trainer.append(train(config, run_dir, steps, checkpoint_every))
+        return rounds_of_trainer[-1].step_seconds
+
+    turns = []
+    for seconds in take_turns(  # seconds of a step
+        {
+            "trainer": lambda: trainer(0),
+            "saving": lambda: trainer(steps // 2 + 1),
+            "engine": lambda: seconds_of(engine, batches, skip=skip) / counted,
+            "torch": lambda: seconds_of(plain, batches, skip=skip) / counted,
+        },
+        rounds=rounds,
+    ):
+        turns.append(seconds)
+        print(", ".join(f"{name} {value:.4f}" for name, value in seconds.items()) + " s a step", file=sys.stderr)
+    step_seconds = medians(turns)
+    checkpoint = max(0.0, step_seconds["saving"] - step_seconds["trainer"]) * counted
     every = config.checkpoint.every_steps
-    whole = medians["trainer"] + (checkpoint / every if every else 0.0)
+    whole = step_seconds["trainer"] + (checkpoint / every if every else 0.0)
     return {
         "model": config.model.config,
         "method": config.method.name,
         "precision": "bf16" if checked.bf16 else "fp32",
         "threads": torch.get_num_threads(),
         "tokens_per_step": config.tokens_per_step,
-        "measured_steps": steps - skip,
-        "step_seconds": seconds,
-        "tokens_per_second": {name: config.tokens_per_step / value for name, value in medians.items()},
-        "ratio": {name: medians[name] / whole for name in loops},
-        "data_wait_seconds": statistics.mean(waits),
+        "measured_steps": counted,
+        "step_seconds": {name: [seconds[name] for seconds in turns] for name in step_seconds},
+        "tokens_per_second": {name: config.tokens_per_step / value for name, value in step_seconds.items()},
+        "ratio": {name: step_seconds[name] / whole for name in ("engine", "torch")},
+        "data_wait_seconds": statistics.mean(wait for one in rounds_of_trainer for wait in one.waits),
         "checkpoint_seconds": checkpoint,
-        "checkpoint_stall_seconds": statistics.median(stalls),
+        "checkpoint_stall_seconds": statistics.median(stall for one in rounds_of_trainer for stall in one.stalls),
     }
 
 
-def train(config: Config, run_dir: Path, steps: int, checkpoint_every: int) -> list[dict[str, Any]]:
-    """A round of the trainer, as a user starts it, and asked to stop when it has made the steps; the lines of its metrics until there."""
-    settings, output = run_dir.with_suffix(".yaml"), run_dir.with_suffix(".log")
-    lines: list[dict[str, Any]] = []
+class TrainerRound(NamedTuple):
+    """Seconds of one run of launch/pretrain.py: of a step, of the waits for data, of the stalls for a checkpoint."""
+
+    step_seconds: float
+    waits: list[float]
+    stalls: list[float]
+
+
+def train(config: Config, run_dir: Path, steps: int, checkpoint_every: int) -> TrainerRound:
+    """Starts the trainer as a user does and stops it when it has made ``steps``; raises ValueError where it fails."""
+    settings = run_dir.with_suffix(".yaml")
+    output = run_dir.with_suffix(".log")
     settings.write_text(dump(config), encoding="utf-8")
     changes = [f"--train.run_dir={run_dir}", f"--checkpoint.every_steps={checkpoint_every}"]
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), str(settings), *changes]
     with output.open("w", encoding="utf-8") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        while process.poll() is None and not (lines := [line for line in metrics(run_dir) if line["step"] >= steps]):
+        while process.poll() is None and not any(line["step"] >= steps for line in metrics(run_dir)):
             time.sleep(0.5)
         process.terminate()
-    if process.returncode not in (0, REQUEUE) or not lines:
-        raise ValueError(
-            f"launch/pretrain.py ended with code {process.returncode}: {output.read_text(encoding='utf-8').strip()}"
-        )
-    return [line for line in metrics(run_dir) if line["step"] <= steps]
+    lines = metrics(run_dir)
+    if process.returncode not in (0, REQUEUE) or not any(line["step"] >= steps for line in lines):
+        said = output.read_text(encoding="utf-8").strip()
+        raise ValueError(f"launch/pretrain.py ended with code {process.returncode}: {said}")
+    lines = [line for line in lines if line["step"] <= steps]
+    first, *later = [line for line in lines if "train/loss" in line]
+    stalls = "perf/checkpoint_stall_seconds"
+    return TrainerRound(
+        (later[-1]["time"] - first["time"]) / (later[-1]["step"] - first["step"]),
+        [line["perf/data_wait_seconds"] for line in later],
+        [line[stalls] for line in lines if stalls in line],
+    )
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -157,7 +181,3 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,10 +1,10 @@
 """Command lines of launch/ and tokenizer/: arguments, messages, exit codes, Ctrl-C, and folders that appear whole.
 
-What takes time to import is imported inside functions, here and in the commands, so that Ctrl-C is answered from the start on.
+Here and in the commands, what takes long to import is imported inside functions, so that Ctrl-C is answered meanwhile.
 """
 
-from relora_mora.cli.command import run
+from relora_mora.cli.command import missing_package, run
 from relora_mora.cli.interrupt import INTERRUPTED
 from relora_mora.system.files import disk_faults_named, new_folder
 
-__all__ = ["INTERRUPTED", "disk_faults_named", "new_folder", "run"]
+__all__ = ["INTERRUPTED", "disk_faults_named", "missing_package", "new_folder", "run"]

@@ -12,16 +12,16 @@ from types import FrameType, TracebackType
 from relora_mora.system.bounded import bounded
 from relora_mora.system.files import remove_unfinished
 
-INTERRUPTED = 130  # as shells say it for a program that Ctrl-C ended
+INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 GRACE_SECONDS = 3.0
 
 
 class Interrupts:
-    """While a command runs: SIGINT raises KeyboardInterrupt; where that has not ended the command in time, the process ends.
+    """While a command runs, SIGINT raises KeyboardInterrupt; where that does not end it in time, the process ends.
 
-    Python runs its handler between bytecodes of the main thread. A library may compute for minutes before the next one, an
-    import may swallow the exception. Its C handler however writes to a pipe at once, and a thread reads that. Where the
-    command sets a handler of its own, as the trainer does, this one is out of the way.
+    Python runs its handler between two bytecodes of the main thread. A library may compute for minutes before the next
+    one, and an import may swallow the exception. The handler in C, however, writes to a pipe at once, which a thread
+    reads. Where the command sets a handler of its own, as the trainer does, this one does nothing.
     """
 
     def __init__(self) -> None:
@@ -30,11 +30,8 @@ class Interrupts:
         self._writer: int | None = None
 
     def __enter__(self) -> Interrupts:
-        ours = (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        )
-        if ours:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             reader, self._writer = os.pipe()
             os.set_blocking(self._writer, False)
             signal.signal(signal.SIGINT, self._handle)

@@ -160,6 +160,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, wo
     except OSError as error:
         found.append(
             f"cannot read it ({error.strerror}); give the path of a YAML file such as configs/run/tiny_remora.yaml"
+            + relative_to(path)
         )
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         found.append(f"it is not YAML: {explain_yaml(error)}")
@@ -174,6 +175,11 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, wo
     source = f"{path} and the command line" if overrides else str(path)
     config = validate(tree, source, found, world_size)
     return _resolve_paths(config, path.parent)
+
+
+def relative_to(path: Path) -> str:
+    """For messages about a file that is not there: where a relative path starts."""
+    return "" if path.is_absolute() else f" (relative paths start from the current folder, {Path.cwd()})"
 
 
 def validate(

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from relora_mora.config import Config, ConfigError, ModelConfig
+from relora_mora.config.load import relative_to
 from relora_mora.model.config_keys import ALIAS, EXPORT, FUNCTION, KEYS, ROPE_KEYS, ROPE_VALUES, TRAINING
 
 LARGEST_FILE = 16 * 2**20  # bytes; a config has a few thousand
@@ -40,7 +41,7 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
         values = json.loads(content)
     except OSError as error:
         fault = f"{setting}: cannot read it ({error.strerror}); give a file such as configs/model/llama_130m.json"
-        raise ConfigError([fault], str(path)) from error
+        raise ConfigError([fault + relative_to(path)], str(path)) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{setting}: not JSON ({error}); give the config.json of a LLaMA"], str(path)) from error
     if not isinstance(values, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -87,20 +88,38 @@ DEVICES = (
         "10 Gbit/s for 4, assumed",
     ),
 )
-_ALSO = {"a100": "a100-80gb", "cuda": "a100-80gb"}  # cuda: what plans of CUDA runs made elsewhere stand on
+_ALIASES = {
+    "a100": "a100-80gb",
+    "h100-sxm": "h100",
+    "h200-sxm": "h200",
+    "4090": "rtx4090",
+    "3090": "rtx3090",
+    "cuda": "a100-80gb",  # what a plan for CUDA assumes on a machine without it
+}
 CPU = Device("cpu", "", 0, 0, 0, 0, 0, "", "")
 
 
 def named_device(name: str) -> Device:
-    """The device that a user names, in any case; raises ValueError with all known ones."""
-    wanted = name.lower().replace("_", "-").replace(" ", "")
-    for device in (*DEVICES, CPU):
-        if device.name == _ALSO.get(wanted, wanted):
-            return device
-    known = ", ".join(sorted([device.name for device in DEVICES] + [name for name in _ALSO if name != "cuda"]))
-    raise ValueError(
-        f"--device: got {name!r}, expected cuda or cpu, or one of {known}; for another one give its peak as --log.peak_tflops and the nearest of these"
-    )
+    """The device that a user names, such as ``4090``, ``RTX 4090`` or ``NVIDIA GeForce RTX 4090``.
+
+    Raises ValueError with the names of all known ones.
+    """
+    names = {device.name: device for device in (*DEVICES, CPU)}
+    names |= {alias: names[device_name] for alias, device_name in _ALIASES.items()}
+    by_letters = {_letters(known): device for known, device in names.items()}
+    device = by_letters.get(_letters(name).removeprefix("nvidia").removeprefix("geforce"))
+    if device is None:
+        known = ", ".join(sorted(names.keys() - {"cuda", "cpu"}))
+        raise ValueError(
+            f"--device: got {name!r}, expected cuda or cpu, or one of {known}; "
+            "for another one give its peak as --log.peak_tflops and the nearest of these"
+        )
+    return device
+
+
+def _letters(name: str) -> str:
+    """Letters and digits alone, in lower case: people write names with and without spaces and hyphens."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def device_of_name(cuda_name: str) -> Device | None:

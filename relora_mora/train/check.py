@@ -9,14 +9,15 @@ import yaml
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings
-from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, resolve_shards
+from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint
 from relora_mora.model import check_length, plain_model_config, read_model_config
 from relora_mora.model.llama import check_attention, check_compiler
 from relora_mora.system.hardware import fast_bf16, memory_bytes
 from relora_mora.system.logs import log
-from relora_mora.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
+from relora_mora.tokenizer import check_vocabulary, tokenizer_fingerprint
 from relora_mora.train.fit import check_adapters, check_memory
 from relora_mora.train.identity import Identity
+from relora_mora.train.inputs import open_inputs
 
 
 @dataclass
@@ -70,13 +71,13 @@ def check(config: Config, world_size: int) -> Checked:
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config, bf16=bf16)
     check_memory(model_config, config, world_size, memory_bytes(), bf16=bf16)
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    inputs = open_inputs(config)
+    tokenizer = inputs.tokenizer
+    shards = inputs.shards
     remark = check_vocabulary(tokenizer, model_config.vocab_size)
     if remark:
         log.info(remark)
-    resolve_shards(data.validation, data.revision, split="validation", timeout_seconds=data.timeout_seconds)
     tokens = tokenizer_fingerprint(config.tokenizer.path)
-    shards = resolve_shards(data.train, data.revision, split="train", timeout_seconds=data.timeout_seconds)
     _check_start(config)
     for name in unused_settings(config):
         log.info("method %s does not use %s", config.method.name, name)

@@ -2,58 +2,50 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from relora_mora.system.logs import log
-
-ONLY_IN_FILE = {"merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens"}
+from relora_mora.train.tensorboard import TensorBoard
 
 
 class Metrics:
     """Writes ``metrics.jsonl`` and ``tensorboard/`` of a run folder.
 
-    After a resume at ``step`` what an earlier process logged beyond it is dropped from the file and hidden in
-    TensorBoard: those steps are made again. A line that cannot be written (full disk) is lost, with a warning; training
-    goes on.
+    After a resume at ``step``, what an earlier process logged beyond it is dropped from the file and hidden in
+    TensorBoard, because those steps are made again. A line that cannot be written (the disk is full) is lost, with a
+    warning, and training goes on.
     """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
-        self.path, self._folder, self._tensorboard = folder / "metrics.jsonl", folder, tensorboard
+        self.path = folder / "metrics.jsonl"
+        self._board_folder = folder / "tensorboard" if tensorboard else None
+        self._board: TensorBoard | None = None
+        self._file: int | None = None
         self._losing = False
-        self._handle: int | None = None
-        self._board: SummaryWriter | None = None
         self._open(step)
         if step == 0 and self._board is not None:
-            self._board.add_text(
-                "run/config", "    " + (folder / "config.yaml").read_text(encoding="utf-8").replace("\n", "\n    "), 0
-            )
-
-    def _open(self, step: int) -> None:
-        self._keep_until(step)
-        self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        self._open_board(step + 1)
-
-    def _open_board(self, step: int) -> None:
-        """What earlier files of TensorBoard hold from ``step`` on is hidden."""
-        if self._tensorboard:
-            threading.excepthook = _without_lost_events
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step, flush_secs=10)
+            self._board.describe((folder / "config.yaml").read_text(encoding="utf-8"))
 
     def go_back(self, step: int) -> None:
         """Drops what was logged beyond ``step``: the run goes on from there."""
         self.close()
         self._open(step)
+
+    def _open(self, step: int) -> None:
+        self._keep_until(step)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._open_board(step + 1)
+
+    def _open_board(self, step: int) -> None:
+        if self._board_folder is not None:
+            self._board = TensorBoard(self._board_folder, step)
 
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
@@ -70,7 +62,7 @@ class Metrics:
         beside.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line. Numbers also go to TensorBoard under the same tags, but for what is the same at every merge."""
+        """One line of the file, and a point for each number that is a curve in TensorBoard."""
         finite = {
             tag: None if isinstance(value, float) and not math.isfinite(value) else value
             for tag, value in values.items()
@@ -78,11 +70,10 @@ class Metrics:
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n"
         try:
             self._append(line.encode())
-            if self._board is None:  # its thread has ended with what could not be written
+            if self._board is None:  # closed after a fault of the disk
                 self._open_board(step)
-            for tag, value in values.items():
-                if self._board is not None and isinstance(value, int | float) and tag not in ONLY_IN_FILE:
-                    self._board.add_scalar(tag, value, step)
+            if self._board is not None:
+                self._board.write(step, values)
         except OSError as error:
             if not self._losing:
                 log.error(
@@ -95,28 +86,21 @@ class Metrics:
             self._losing = False
 
     def _append(self, line: bytes) -> None:
-        """The whole line or nothing of it: a disk that fills up takes a part."""
-        assert self._handle is not None, "closed"
-        before = os.fstat(self._handle).st_size
-        written = os.write(self._handle, line)
+        """The whole line or nothing: a disk that fills up would take a part of it."""
+        assert self._file is not None, "closed"
+        before = os.fstat(self._file).st_size
+        written = os.write(self._file, line)
         if written < len(line):
-            os.ftruncate(self._handle, before)
+            os.ftruncate(self._file, before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            os.close(handle)
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
         self._close_board()
 
     def _close_board(self) -> None:
-        board, self._board = self._board, None
-        if board is not None:
-            with contextlib.suppress(OSError):
-                board.close()
-
-
-def _without_lost_events(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread ends with an error of the disk, which the next line of metrics meets again and reports."""
-    if not isinstance(args.exc_value, OSError):
-        threading.__excepthook__(args)
+        if self._board is not None:
+            self._board.close()
+            self._board = None

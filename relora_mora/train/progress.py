@@ -1,9 +1,12 @@
-"""How far a run is: a bar on a terminal, lines elsewhere."""
+"""How far a run is: a line every log interval, on a terminal with bars below; and what to do with a finished run."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,44 +14,76 @@ from relora_mora.system.logs import log
 
 
 class Progress:
-    """Loss, perplexity, tokens/s and the time left: a bar on a terminal, a plain line at each :meth:`show` elsewhere."""
+    """Steps made and the time left. Bars are drawn on a terminal only; the lines of :meth:`show` come everywhere.
+
+    ``total`` and ``done`` count optimizer steps; with ``show`` False (other ranks, log.progress=false) nothing is said.
+    """
 
     def __init__(self, *, total: int, done: int, show: bool) -> None:
-        self._plain = show and not sys.stderr.isatty()
-        self._begin, self._first = time.monotonic(), done
-        self._bar = tqdm(
+        self.total = total
+        self.done = done
+        self._show = show
+        self._bars = show and sys.stderr.isatty()
+        self._bar = self._new_bar(total, done, "step")
+        self._count_from(done)
+
+    def update(self) -> None:
+        """One more step is made."""
+        self.done += 1
+        self._bar.update()
+
+    def go_back(self, done: int) -> None:
+        """The run goes on from an earlier step; the time left is measured anew."""
+        self.done = done
+        self._bar.n = done
+        self._bar.refresh()
+        self._count_from(done)
+
+    def show(self, **values: str) -> None:
+        """One line of the log; it stays above the bars."""
+        if not self._show:
+            return
+        seconds_each = (time.monotonic() - self._begin) / max(1, self.done - self._first)
+        left = tqdm.format_interval(seconds_each * (self.total - self.done))
+        said = ", ".join(f"{name} {value}" for name, value in values.items())
+        log.info("step %d/%d: %s, %s left", self.done, self.total, said, left)
+
+    def evaluation(self, batches: int) -> tqdm[Any]:
+        """A second bar, below that of the steps and gone when it is closed: ``with ... as bar``, ``bar.update()``."""
+        return self._new_bar(batches, 0, "batch", description="evaluation")
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _count_from(self, done: int) -> None:
+        self._first = done
+        self._begin = time.monotonic()
+
+    def _new_bar(self, total: int, done: int, unit: str, *, description: str | None = None) -> tqdm[Any]:
+        return tqdm(
             total=total,
             initial=done,
-            disable=not show or self._plain,
-            unit="step",
+            desc=description,
+            leave=description is None,
+            disable=not self._bars,
+            unit=unit,
             dynamic_ncols=True,
             mininterval=0.5,
             smoothing=0.1,
         )
-        self.done, self.total = done, total
 
-    def go_back(self, done: int) -> None:
-        self.done = self._bar.n = self._first = done
-        self._begin = time.monotonic()
 
-    def update(self) -> None:
-        self.done += 1
-        self._bar.update()
-
-    def show(self, **values: str) -> None:
-        """What stands behind the bar, or one plain line."""
-        if self._plain:
-            each = (time.monotonic() - self._begin) / max(1, self.done - self._first)
-            left = tqdm.format_interval(each * (self.total - self.done))
-            log.info(
-                "step %d/%d: %s, %s left",
-                self.done,
-                self.total,
-                ", ".join(f"{key} {value}" for key, value in values.items()),
-                left,
-            )
-        else:
-            self._bar.set_postfix(values, refresh=False)
-
-    def close(self) -> None:
-        self._bar.close()
+def next_commands(run_dir: str, validation: str | list[str]) -> str:
+    """The commands for a finished run, one a line; ``validation`` is its data.validation (of a list, the first)."""
+    run = shlex.quote(run_dir)
+    folder = Path(run_dir)
+    export = shlex.quote(str(folder.with_name(f"{folder.name}_export")))
+    data = shlex.quote(validation if isinstance(validation, str) else validation[0])
+    return "\n".join(
+        [
+            "next:",
+            f"  python launch/evaluate.py {run} --data={data}",
+            f"  python launch/export.py {run} {export}",
+            f"  python launch/board.py {shlex.quote(str(folder.parent))}    # TensorBoard",
+        ]
+    )

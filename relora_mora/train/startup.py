@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ class Startup:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._over = False
-        age = _age(os.getpid())
+        age = _age_of_interpreter()
         with contextlib.suppress(OSError, ValueError):  # no launcher, or it is gone already
             self.seconds["launcher"] = max(_age(process.pid) for process in Launchers().processes) - age
         self._last = time.monotonic() - age
@@ -75,6 +76,12 @@ def describe(run: Run, state: RunState) -> str:
         f"run folder {config.train.run_dir}",
     ]
     return "; ".join(parts)
+
+
+def _age_of_interpreter() -> float:
+    """Seconds since Python loaded its logging module, one of its first. The age of the process may be hours more: a shell
+    that ends with ``exec`` hands its process on."""
+    return logging.makeLogRecord({}).relativeCreated / 1000
 
 
 def _age(pid: int) -> float:

@@ -268,7 +268,8 @@ def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_ends_what_does_not_hear_of_it(tmp_path: Path, code: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import hashlib, time\nfrom pathlib import Path\nimport relora_mora.cli.interrupt\nfrom relora_mora.cli import new_folder, run\n"
+        "import hashlib, time\nfrom pathlib import Path\n"
+        "import relora_mora.cli.interrupt\nfrom relora_mora.cli import new_folder, run\n"
         "relora_mora.cli.interrupt.GRACE_SECONDS = 0.5\n"
         f"def main() -> None:\n  with new_folder(Path({str(tmp_path / 'out' / 'new')!r})):\n    {code}\nrun(main)\n"
     )
@@ -308,7 +309,8 @@ def test_as_a_program(tmp_path: Path) -> None:
     def call(*argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, env=environment)
 
-    good, bad = call("1e5", "--b=2"), call("x", "y")
+    good = call("1e5", "--b=2")
+    bad = call("x", "y")
     assert (good.returncode, good.stdout, good.stderr) == (0, "1e5 2\n", "")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert "unknown or stray argument: y; see script.py --help" in bad.stderr

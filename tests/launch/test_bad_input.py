@@ -14,10 +14,12 @@ import yaml
 from relora_mora.config import load_config
 from tests.tools.commands import (
     BENCHMARK,
+    BOARD,
     DEMO_TEXT,
     EVALUATE,
     EXPORT,
     PLAN,
+    PRETRAIN,
     TRAIN,
     call,
     left_in,
@@ -110,6 +112,8 @@ def test_arguments(script: str, argv: list[str], message: str) -> None:
         (TRAIN, ["--data=d", "--out=o", "--max_bytes=0"], "at least one byte"),
         (TRAIN, ["--data=d", "--out=o", "--max_documents=-1"], "documents >= 0"),
         (TRAIN, ["--data=d", "--out=o", "--character_coverage=.nan"], "between 0.9 and 1"),
+        (TRAIN, ["--data=d", "--out=o", "--max_bad_fraction=7"], "give a fraction between 0 and 1"),
+        (TRAIN, ["--data=d", "--out=o", "--timeout_seconds=.inf"], "--timeout_seconds=inf: give more than 0"),
         (TRAIN, ["--data=d", "--out=o", "--threads=100000"], "--threads=100000: give at least 1 and at most 512"),
     ],
 )
@@ -132,6 +136,41 @@ def test_numbers_and_choices_out_of_range(script: str, argv: list[str], message:
 @pytest.mark.parametrize("script", [PLAN, BENCHMARK])
 def test_files_that_are_no_settings(inputs: Path, script: str, name: str, message: str) -> None:
     refused(call(script, inputs / name), str(inputs / name), message)
+
+
+def test_in_another_folder_the_message_says_where_relative_paths_start(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    started = f"(relative paths start from the current folder, {tmp_path})"
+    refused(call(PLAN, "configs/run/tiny_remora.yaml"), "cannot read it", started)
+    refused(call(PLAN, inputs / "run.yaml", "--model.config=configs/model/llama_9m.json"), "cannot read it", started)
+    absolute = call(PLAN, tmp_path / "none.yaml")
+    refused(absolute, "cannot read it")
+    assert "relative" not in absolute.err
+
+
+@pytest.mark.parametrize("script", [PRETRAIN, EVALUATE, EXPORT, PLAN, BOARD, DEMO_TEXT, TRAIN])
+def test_outside_the_environment_a_script_says_so(script: str, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(  # -S: without site-packages
+        [sys.executable, "-S", ROOT / script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    message = "activate the environment (source .venv/bin/activate), or make one (make env)"
+    assert done.stderr == f"No module named 'relora_mora': {message}\n"
+
+
+def test_a_package_that_is_not_installed_is_no_traceback() -> None:
+    def main() -> None:
+        import a_package_that_nobody_has  # noqa: F401
+
+    refused(run_main(main), "No module named 'a_package_that_nobody_has'", sys.executable, "make env")
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_full_disk_behind_the_output(tmp_path: Path, code: str) -> None:
 
 
 def interrupt(argv: list[str], until: Callable[[int], bool], seconds: float = 0.0) -> tuple[int, str]:
-    """Ctrl-C on a terminal, which every process of the command gets, so long after ``until(pid)``: (exit code, stderr)."""
+    """Ctrl-C on a terminal, which all processes of the command get, this long after ``until(pid)``: (exit code, stderr)."""
     process = subprocess.Popen(
         [sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -210,7 +210,7 @@ def test_ctrl_c_while_processes_start_and_read(tmp_path: Path, delay: float) -> 
 
 @pytest.mark.parametrize("delay", [0.1, 1.0])
 def test_ctrl_c_while_sentencepiece_trains(tmp_path: Path, delay: float) -> None:
-    """It asks for text first, then computes for seconds: the one it would take for a fault of the text, the other it does not notice."""
+    """It asks for text first, where it would take Ctrl-C for a fault of the text, then computes without noticing it."""
     draw = random.Random(0)
     texts = [
         " ".join("".join(draw.choices("abcdefghijklm", k=draw.randint(2, 9))) for _ in range(200)) for _ in range(4000)

@@ -1,4 +1,4 @@
-"""launch/benchmark.py on a model of 0.4 million parameters: its tables, its JSON, and the relations between methods that must hold."""
+"""launch/benchmark steps on a model of 0.4 million parameters: tables, JSON, and relations between methods that must hold."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from launch.benchmark.byte_tracker import PARTS, ByteTracker
 from launch.benchmark.contenders import CONTENDERS, Ours, Setting
-from launch.benchmark.watch import PARTS, Watch
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.operators import square_size
 from tests.tools.commands import call, module_of, refused
@@ -25,8 +25,14 @@ from tests.tools.pool import Pool
 
 pytestmark = pytest.mark.distributed
 
-SCRIPT, TRAINER = "launch/benchmark/steps.py", "launch/benchmark/trainer.py"
-HIDDEN, WIDE, VOCABULARY, LAYERS, RANK, TOKENS = 96, 256, 512, 3, 16, 256
+SCRIPT = "launch/benchmark/steps.py"
+TRAINER = "launch/benchmark/trainer.py"
+HIDDEN = 96
+WIDE = 256
+VOCABULARY = 512
+LAYERS = 3
+RANK = 16
+TOKENS = 256
 MODEL = {
     "model_type": "llama",
     "vocab_size": VOCABULARY,
@@ -149,7 +155,8 @@ def test_the_state_is_18_bytes_for_what_trains_and_2_for_what_is_frozen(found: d
     """ZeRO-1 in bf16: weight 2, master 4, moments 8, sum of gradients 4."""
     frozen = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * WIDE)
     for name in ("full", "frozen", "remora", "remora_released", "relora"):
-        values, frozen_here = found[name], 0 if name == "full" else frozen
+        values = found[name]
+        frozen_here = 0 if name == "full" else frozen
         held = {part: size for part, size in values["bytes_held"].items() if part != "host"}
         assert sum(held.values()) == pytest.approx(18 * values["trainable_parameters"] + 2 * frozen_here, rel=0.02), (
             name
@@ -160,7 +167,8 @@ def test_the_state_is_18_bytes_for_what_trains_and_2_for_what_is_frozen(found: d
 
 def test_the_peak_holds_the_state_and_the_activations(found: dict[str, Any]) -> None:
     for name, values in found.items():
-        peak, held = values["bytes_at_peak"], values["bytes_held"]
+        peak = values["bytes_at_peak"]
+        held = values["bytes_held"]
         assert peak["weights"] == held["weights"] and peak["optimizer"] == held["optimizer"], name
         assert 0 < peak["activations"] <= values["bytes_kept_for_backward"] <= sum(peak.values()), name
         assert (
@@ -171,7 +179,8 @@ def test_the_peak_holds_the_state_and_the_activations(found: dict[str, Any]) -> 
 
 
 def test_merged_remora_keeps_the_compressed_inputs_only_and_each_once(found: dict[str, Any]) -> None:
-    narrow, wide = square_size(HIDDEN, HIDDEN, RANK), square_size(HIDDEN, WIDE, RANK)
+    narrow = square_size(HIDDEN, HIDDEN, RANK)
+    wide = square_size(HIDDEN, WIDE, RANK)
     linears = {name: values["bytes_kept_by_its_linears"] for name, values in found.items()}
     assert linears["full"] == 2 * TOKENS * (3 * HIDDEN + WIDE)  # of q, k, v; of o; of gate, up; of down
     assert linears["remora"] == 2 * TOKENS * (2 * narrow + 2 * wide)
@@ -187,7 +196,8 @@ def test_frozen_linears_train_in_no_way_and_keep_no_input(found: dict[str, Any])
 
 
 def test_the_released_operations_are_the_same_function(one: Pool) -> None:
-    exact, rounded = one(losses_of_the_forms, False)[0], one(losses_of_the_forms, True)[0]
+    [exact] = one(losses_of_the_forms, False)
+    [rounded] = one(losses_of_the_forms, True)
     assert exact["remora_released"] == pytest.approx(exact["remora"], rel=1e-5)
     assert rounded["remora_released"] == pytest.approx(rounded["remora_decoupled"], rel=1e-2)
 
@@ -209,15 +219,15 @@ def test_figures_of_a_loss_that_is_not_finite_are_no_success(one: Pool, model: s
     assert one(command_whose_losses_are_lost, model) == [1]
 
 
-def test_the_watch_sees_what_comes_and_goes() -> None:
+def test_the_tracker_sees_what_comes_and_goes() -> None:
     model = CONTENDERS["plain"](setting()).model
-    with Watch(model, {"weights": [p.data for p in model.parameters()]}, torch.device("cpu"), 1) as watch:
+    with ByteTracker(model, {"weights": [p.data for p in model.parameters()]}, torch.device("cpu"), 1) as tracker:
         ones = torch.ones(1_000_000)
         del ones
         twos = torch.ones(500_000).exp()  # two tensors at once, as large as the one before
     weights = sum(p.nbytes for p in model.parameters())
-    assert watch.peak == {"weights": weights, "optimizer": 0, "gradients": 0, "activations": 0, "rest": 4_000_000}
-    assert watch.sizes["rest"] == twos.nbytes
+    assert tracker.peak == {"weights": weights, "optimizer": 0, "gradients": 0, "activations": 0, "rest": 4_000_000}
+    assert tracker.sizes["rest"] == twos.nbytes
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,10 @@ def _script() -> ModuleType:
 
 
 demo = _script()
-SENTENCE = "This is what the function number {} does with the values that are given to it, and it is not to be called when they are not known. "
+SENTENCE = (
+    "This is what the function number {} does with the values that are given to it, "
+    "and it is not to be called when they are not known. "
+)
 
 
 def _prose(number: int) -> str:
@@ -35,7 +38,7 @@ def _prose(number: int) -> str:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """150 modules, each with a module, a class, a method and a nested function docstring; and files that must not matter."""
+    """150 modules with docstrings of a module, a class, a method and a nested function; and files that must not matter."""
     root = tmp_path / "site"
     for number in range(150):
         package = root / f"package{number % 5}"
@@ -92,7 +95,8 @@ def test_every_docstring_is_found_once_and_nothing_is_imported(
 def test_shards_are_c4_and_held_out_by_file(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     counts = demo.write(demo.docstrings([tree]), out, 10**9)
-    train, validation = _read(out / "train"), _read(out / "validation")
+    train = _read(out / "train")
+    validation = _read(out / "validation")
     assert len(train) == counts["train"]["documents"]
     assert len(validation) == counts["validation"]["documents"] > 0
     assert all(set(document) == {"text", "timestamp", "url"} for document in train + validation)

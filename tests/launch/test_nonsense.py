@@ -1,4 +1,4 @@
-"""Whatever the settings say, a run makes its first step or is refused with one message; checked with values of every kind.
+"""Whatever the settings say, a run makes its first step or is refused with one message; tried with all kinds of values.
 
 ``NONSENSE_EXAMPLES=500`` tries more random values than `make test` does.
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from relora_mora.data import SourceError
 from relora_mora.tokenizer import TokenizerError, load_tokenizer, vocabulary_size
 from tests.tools.tokenizer_tools import own_text, training
 
@@ -115,3 +116,13 @@ def test_training_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         )
     )
     assert "training on 3 of the 3 documents read" in capsys.readouterr().out
+
+
+def test_what_a_fault_of_the_data_asks_to_raise_can_be_raised(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in own_text()[:50]]
+    (tmp_path / "text.jsonl").write_text("\n".join([*lines, *(["not JSON"] * 5)]), encoding="utf-8")
+    wanted = {"data": str(tmp_path / "text.jsonl"), "out": str(tmp_path / "out"), "vocab_size": 400}
+    with pytest.raises(SourceError, match=r"or raise data\.max_bad_fraction \(here: --max_bad_fraction\)$"):
+        training.main(**wanted)
+    training.main(**wanted, max_bad_fraction=0.2)
+    assert vocabulary_size(load_tokenizer(tmp_path / "out")) == 400

@@ -105,6 +105,18 @@ def test_devices_are_found_by_their_names() -> None:
         assert found is not None and found.name == name
         assert named_device(name.upper()) is found
     assert device_of_name("NVIDIA GeForce GTX 1080") is None
+    for alias, name in (
+        ("4090", "rtx4090"),
+        ("RTX 3090", "rtx3090"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("a100", "a100-80gb"),
+        ("A100_40GB", "a100-40gb"),
+        ("H100", "h100"),
+        ("h100 pcie", "h100-pcie"),
+        ("cuda", "a100-80gb"),
+        ("CPU", "cpu"),
+    ):
+        assert named_device(alias).name == name
     assert all(
         device.tflops and device.memory_gb and device.memory_gbytes_per_s and device.source for device in DEVICES
     )

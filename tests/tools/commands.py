@@ -25,6 +25,7 @@ from tests.tools.helpers import ROOT
 NOBODY = 65534
 EVALUATE, EXPORT, PLAN = "launch/evaluate.py", "launch/export.py", "launch/plan.py"
 PRETRAIN = "launch/pretrain.py"
+BOARD = "launch/board.py"
 BENCHMARK, DEMO_TEXT, TRAIN = "launch/benchmark/data.py", "launch/demo_text.py", "tokenizer/train.py"
 
 

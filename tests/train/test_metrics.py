@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from relora_mora.config import dump, validate
 from relora_mora.system.logs import log, setup_logging, shared_log
 from relora_mora.train.metrics import Metrics
+from relora_mora.train.tensorboard import LAYOUT, NO_CURVES, board_tag
+from tests.tools.config_tools import tree
+from tests.tools.helpers import ROOT
+
+
+def _write_config(folder, **sections):
+    (folder / "config.yaml").write_text(dump(validate(tree(**sections), "the test")))
 
 
 def _lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def _board(folder, tag):
+def _events(folder):
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
+    return events
+
+
+def _board(folder, tag):
+    events = _events(folder)
     return [(event.step, round(event.value, 4)) for event in events.Scalars(tag)]
 
 
 def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
-    (tmp_path / "config.yaml").write_text("train: {}\n")
+    _write_config(tmp_path)
     first = Metrics(tmp_path, step=0, tensorboard=True)
     for step in range(1, 7):
         first.write(step, {"train/loss": float(step), "merge/layers": 3})
@@ -55,7 +71,7 @@ def test_a_new_start_begins_an_empty_file(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_for_a_while_costs_lines_and_no_traceback(tmp_path, capfd):
-    (tmp_path / "config.yaml").write_text("train: {}\n")
+    _write_config(tmp_path)
     metrics = Metrics(tmp_path, step=0, tensorboard=True)
     metrics.write(1, {"train/loss": 1.0})
     board = tmp_path / "tensorboard"
@@ -93,3 +109,63 @@ def test_what_all_ranks_know_is_said_by_the_first(capsys):
         errors = capsys.readouterr().err
         assert ("skipped" in errors) is shown and "a bad line in my shard" in errors
     setup_logging(0)
+
+
+def test_groups_of_curves_come_in_the_order_of_reading():
+    """TensorBoard sorts groups by name and opens the first two."""
+    tags = [
+        "eval/perplexity",
+        "eval/seconds",
+        "train/loss",
+        "train/lr_norms",
+        "train/tokens",
+        "perf/mfu",
+        "perf/data_bad_lines",
+        "perf/data_wait_seconds",
+        "merge/delta_norm/q_proj",
+        "startup/seconds",
+    ]
+    shown = [board_tag(tag) for tag in tags]
+    assert sorted({tag.partition("/")[0] for tag in shown}) == [
+        "eval",
+        "train",
+        "training data",
+        "training merges",
+        "training speed",
+    ]
+    assert len(set(shown)) == len(tags)
+    for tag in ("merge/layers", "eval/tokens", "startup/imports_seconds"):
+        assert board_tag(tag) is None, "no curve"
+
+
+def test_custom_charts_name_curves_that_exist():
+    written = {
+        board_tag(tag)
+        for tag in (*(f"{side}/{what}" for side in ("eval", "train") for what in ("loss", "perplexity")),)
+    }
+    written |= {board_tag(f"merge/{what}/q_proj") for what in ("delta_norm", "effective_rank")}
+    patterns = [pattern for charts in LAYOUT.values() for _, patterns in charts.values() for pattern in patterns]
+    assert len(patterns) == 6
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, tag) for tag in written), pattern
+
+
+@pytest.mark.parametrize(("method", "uses_rank"), [("remora", True), ("full", False)])
+def test_runs_are_compared_by_settings_that_their_method_uses(tmp_path, method, uses_rank):
+    _write_config(tmp_path, method={"name": method}, optim={"lr": 0.25})
+    Metrics(tmp_path, step=0, tensorboard=True).close()
+    events = _events(tmp_path)
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hyperparameters = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hyperparameters["method.name"].string_value == method
+    assert hyperparameters["optim.lr"].number_value == 0.25
+    assert ("method.rank" in hyperparameters) is uses_rank
+    assert "run/config/text_summary" in events.Tags()["tensors"]
+
+
+def test_the_documents_say_which_numbers_are_no_curves():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    only_in_file = text.partition("Only in `metrics.jsonl`:")[2].partition("\n\n")[0]
+    tags = set(re.findall(r"`((?:train|eval|merge)/[a-z_]+)`", only_in_file))
+    assert {tag for tag in tags if board_tag(tag) is None} == tags - {"train/skipped_data"}
+    assert tags == {*NO_CURVES, "train/skipped_data"}, "the latter is text"

@@ -1,4 +1,4 @@
-"""One step under observation: the bytes of all tensors at the moment of most, what backward keeps, what collectives are handed."""
+"""Counts the bytes of one step: all tensors at the moment of most, what backward keeps, what collectives are given."""
 
 from __future__ import annotations
 
@@ -22,42 +22,49 @@ PARTS = ("weights", "optimizer", "gradients", "activations", "rest")
 class _Storage(NamedTuple):
     part: str
     size: int
-    alive: weakref.ref[Any]  # held, as it calls when the storage goes
+    alive: weakref.ref[Any]  # kept, because its callback tells when the storage is freed
 
 
-class Watch(TorchDispatchMode):
-    """Observes one step of a contender (``with Watch(...) as watch``); such a step is slow, and its time means nothing.
+class ByteTracker(TorchDispatchMode):
+    """Counts the bytes of one step of a contender, made inside ``with tracker:``. Such a step is slow: do not time it.
 
-    ``peak``: bytes on the device at the moment of most, by part, every storage once. All contenders live in one process, so
-    the process's resident memory says nothing of one of them; this sums the storages of the tensors that operations return,
-    from what the contender held before the step. Scratch inside an operation is not seen on a CPU. On CUDA the sum is that
-    of the allocator (``torch.cuda.max_memory_allocated``), and the rest has what the tensors do not explain.
+    ``peak``: bytes on the device at the moment of most, by part, every storage once. All contenders live in one
+    process, so its resident memory says nothing of a single one: this starts from what the contender held before the
+    step and adds the storages of the tensors that operations return. Scratch memory inside an operation is not seen on
+    a CPU. On CUDA the sum is that of the allocator (``torch.cuda.max_memory_allocated``), and ``rest`` has what the
+    tensors do not explain.
 
     - weights, optimizer: what the contender says these are, between steps
-    - gradients: what else stays between steps (sums of gradients, DeepSpeed's buffers, batches), and gradients of this step
-    - activations: what autograd keeps for backward, parameters apart
+    - gradients: all else that stays between steps (sums of gradients, DeepSpeed's buffers, batches), and the gradients
+      of this step
+    - activations: what autograd keeps for backward, except parameters
     - rest: everything else that operations return
 
-    ``kept``: the most that activations were. ``layer_kept`` and ``linears_kept``: of that, what one decoder layer in the
-    middle of the model saves, and what its seven linears save; what attention or the activation function saves counts for
-    the linears only where a linear saves it too (the input of o_proj is attention's result: kept by both at full rank).
+    ``kept``: the most that activations were. ``layer_kept`` and ``linears_kept``: of that, what one decoder layer in
+    the middle of the model saves, and what its seven linears save. What attention or the activation function saves
+    counts for the linears only where a linear saves it too (at full rank o_proj saves its input, attention's result).
 
-    ``sent``: bytes that this rank hands to collectives, by kind; nothing with one rank. The payload of a collective is the
-    whole tensor that it works on: the input of an all-reduce, reduce or reduce-scatter, the output of an all-gather. On a
-    ring a rank then sends (W - 1) / W of the payload, and of an all-reduce twice that.
+    ``sent``: bytes that this rank gives to collectives, by kind; empty with one rank. The payload of a collective is
+    the whole tensor it works on: the input of an all-reduce, reduce or reduce-scatter, the output of an all-gather. On
+    a ring of W ranks each rank then sends (W - 1) / W of the payload, and twice that for an all-reduce.
     """
 
     def __init__(
         self, model: nn.Module, held: Mapping[str, list[Tensor]], device: torch.device, world_size: int
     ) -> None:
         super().__init__()
-        self.model, self.device, self.world_size = model, device, world_size
+        self.model = model
+        self.device = device
+        self.world_size = world_size
         self.sizes = dict.fromkeys(PARTS, 0)
-        self.peak, self.kept, self.sent = dict(self.sizes), 0, dict[str, int]()
+        self.peak = dict(self.sizes)
+        self.kept = 0
+        self.sent: dict[str, int] = {}
         self._storages: dict[int, _Storage] = {}
         self._layer: dict[int, int] = {}
         self._linears: dict[int, int] = {}
-        self._inside_layer = self._inside_linear = False
+        self._inside_layer = False
+        self._inside_linear = False
         self._open = contextlib.ExitStack()
         for part, tensors in held.items():
             for tensor in tensors if part in PARTS else ():
@@ -71,7 +78,7 @@ class Watch(TorchDispatchMode):
     def linears_kept(self) -> int:
         return sum(self._linears.values())
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ByteTracker:
         self._begin = self._allocated_bytes()
         for handle in self._hooks():
             self._open.callback(handle.remove)
@@ -111,14 +118,12 @@ class Watch(TorchDispatchMode):
         payloads = (sum(value.nbytes for value in tree_leaves(arg) if isinstance(value, Tensor)) for arg in args)
         self.sent[kind] = self.sent.get(kind, 0) + max(payloads, default=0)
 
-    # ---- storages ---------------------------------------------------------------------------------------------
-
     def _put(self, tensor: Tensor, part: str) -> int:
-        """Counts a tensor's storage as part of the given kind, when it is new; returns its key."""
+        """Counts a tensor's storage as ``part`` if it is new; returns its key."""
         storage: Any = tensor.untyped_storage()
         key: int = storage._cdata
         if key not in self._storages and tensor.device.type == self.device.type:
-            self._storages[key] = _Storage(part, storage.nbytes(), weakref.ref(storage, lambda _: self._gone(key)))
+            self._storages[key] = _Storage(part, storage.nbytes(), weakref.ref(storage, lambda _: self._freed(key)))
             self._add(part, storage.nbytes())
         return key
 
@@ -137,11 +142,9 @@ class Watch(TorchDispatchMode):
         if sum(self.sizes.values()) > sum(self.peak.values()):
             self.peak = dict(self.sizes)
 
-    def _gone(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         known = self._storages.pop(key)
         self.sizes[known.part] -= known.size
-
-    # ---- what autograd keeps ----------------------------------------------------------------------------------
 
     def _pack(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
@@ -153,7 +156,7 @@ class Watch(TorchDispatchMode):
                 self._layer[key] = known.size
             if self._inside_linear:
                 self._linears[key] = known.size
-        return tensor if tensor.is_leaf else tensor.detach()  # what refers to its own node would never go
+        return tensor if tensor.is_leaf else tensor.detach()  # one that refers to its own node would never be freed
 
     def _hooks(self) -> Iterator[Any]:
         for parameter in self.model.parameters():
@@ -172,7 +175,7 @@ class Watch(TorchDispatchMode):
         self._move(gradient, "gradients", out_of=("rest", "activations"))
 
     def _enter_layer(self, *_: Any) -> None:
-        self._layer.clear()  # of the micro-batch before
+        self._layer.clear()  # what the micro-batch before left
         self._linears.clear()
         self._inside_layer = True
 

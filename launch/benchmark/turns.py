@@ -1,0 +1,34 @@
+"""Measures several things in turns, so that whatever else the machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def take_turns(measures: Mapping[str, Callable[[], T]], *, rounds: int, warmup: int = 0) -> Iterator[dict[str, T]]:
+    """Calls every measure once a round, in the order given, and yields what each returned.
+
+    The first ``warmup`` rounds, which pay for caches and compilation, are not yielded.
+    """
+    for number in range(warmup + rounds):
+        measured = {name: measure() for name, measure in measures.items()}
+        if number >= warmup:
+            yield measured
+
+
+def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of each measure over the rounds."""
+    return {name: statistics.median(measured[name] for measured in rounds) for name in rounds[0]}
+
+
+def relative_spread(values: Sequence[float]) -> float:
+    """Half the distance between the quartiles (of fewer than four values: between the extremes) over the median."""
+    if len(values) < 4:
+        low, high = min(values), max(values)
+    else:
+        low, _, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2 / statistics.median(values)

@@ -1,0 +1,70 @@
+"""TensorBoard of one run or many, under the names of their folders: ``python launch/board.py runs``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from urllib.parse import quote
+
+try:
+    from relora_mora.cli import run
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
+
+PINNED = ("eval/perplexity", "train/perplexity")
+NEW_RUNS_SECONDS = 10.0
+
+
+def main(runs: str, *, port: int = 6006, host: str = "localhost") -> int:
+    """Shows runs in TensorBoard, with both perplexities pinned; new runs appear by themselves.
+
+    Args:
+        runs: a run folder, or a folder with run folders in it
+        port: that the browser asks
+        host: localhost: only this machine can see it; 0.0.0.0: every machine that reaches this one
+    """
+    root = Path(runs)
+    if not boards(root):
+        raise ValueError(f"{runs}: no run with a tensorboard/ folder; give a run folder, or one that holds run folders")
+    # TensorBoard names a run by its path below --logdir: with links to the folders no name ends with /tensorboard
+    with tempfile.TemporaryDirectory(prefix="tensorboard-") as links:
+        link_boards(root, Path(links))
+        print(url(host, port), flush=True)
+        command = [sys.executable, "-m", "tensorboard.main", f"--logdir={links}", f"--host={host}", f"--port={port}"]
+        with subprocess.Popen(command) as process:
+            while True:
+                try:
+                    return process.wait(timeout=NEW_RUNS_SECONDS)
+                except subprocess.TimeoutExpired:
+                    link_boards(root, Path(links))
+
+
+def boards(root: Path) -> dict[str, Path]:
+    """The folder of event files of each run in ``root``, by the run's name; a run in a/b is called a-b."""
+    found = {}
+    for board in sorted(root.rglob("tensorboard")):
+        parts = board.parent.relative_to(root).parts
+        found["-".join(parts) or root.resolve().name] = board.resolve()
+    return found
+
+
+def link_boards(root: Path, links: Path) -> None:
+    """Links those that are not linked yet."""
+    for name, board in boards(root).items():
+        link = links / name
+        if not link.is_symlink():
+            link.symlink_to(board)
+
+
+def url(host: str, port: int) -> str:
+    """With the pinned curves, and without smoothing, which would hide what a merge does to a curve."""
+    pinned = json.dumps([{"plugin": "scalars", "tag": tag} for tag in PINNED], separators=(",", ":"))
+    shown = "localhost" if host == "0.0.0.0" else host  # noqa: S104 - it is only compared
+    return f"http://{shown}:{port}/?pinnedCards={quote(pinned)}&smoothing=0#timeseries"
+
+
+if __name__ == "__main__":
+    run(main)

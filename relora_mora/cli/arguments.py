@@ -1,0 +1,132 @@
+"""Reads a command's arguments with fire, and refuses all bad ones before the command starts.
+
+What fire lacks for that, and is added here:
+
+- it calls the command first and complains about stray arguments afterwards: it is given a stand-in to call;
+- it turns ``1e5`` into a float and ``a,b`` into a tuple: arguments stay as typed, unless an annotation says otherwise;
+- it gives a positional argument to any parameter: one that has a default is only ever given as a flag;
+- it takes ``-`` and ``--`` for separators of its own, and the last of a flag that is given twice: both are refused;
+- it shows help through a pager, on stderr: help is printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import io
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Command = Callable[..., Any]
+_LOCAL_RANK = ("--local_rank", "--local-rank")
+
+
+def help_text(command: Command, name: str) -> str:
+    """What ``--help`` shows, from the signature and the docstring."""
+    from fire import helptext, trace
+
+    return str(helptext.HelpText(command, trace=trace.FireTrace(command, name=name)))
+
+
+def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.BoundArguments:
+    """The values to call ``command`` with; raises ConfigError with the faults of the command line."""
+    words = _without_local_rank(argv)
+    _raise(_faults_of_words(words, name))
+    arguments = _parsed(command, words, name)
+    hints = typing.get_type_hints(command)
+    faults = []
+    for parameter in arguments.signature.parameters.values():
+        if parameter.name in arguments.arguments and parameter.kind is not parameter.VAR_KEYWORD:
+            value = arguments.arguments[parameter.name]
+            try:
+                arguments.arguments[parameter.name] = _typed(value, hints.get(parameter.name, str))
+            except ValueError as error:
+                faults.append(f"--{parameter.name}: {error}; see --help")
+    _raise(faults)
+    return arguments
+
+
+def _raise(faults: list[str]) -> None:
+    from relora_mora.config import ConfigError
+
+    if faults:
+        raise ConfigError(faults, "the command line")
+
+
+def _without_local_rank(argv: Iterable[str]) -> list[str]:
+    """DeepSpeed's launcher adds ``--local_rank=N``, which LOCAL_RANK in the environment says as well."""
+    kept = []
+    words = iter(argv)
+    for word in words:
+        if word in _LOCAL_RANK:
+            next(words, None)  # its number
+        elif word.partition("=")[0] not in _LOCAL_RANK:
+            kept.append(word)
+    return kept
+
+
+def _faults_of_words(words: list[str], name: str) -> list[str]:
+    from relora_mora.config.secrets import secret_in
+
+    flags = [word.partition("=")[0] for word in words if word.startswith("--") and "=" in word]
+    twice = sorted({flag for flag in flags if flags.count(flag) > 1})
+    not_utf8 = [word for word in words if word.encode(errors="ignore").decode() != word]
+    faults = [f"{word}: stray; see {name} --help" for word in words if word in ("-", "--")]
+    faults += [f"{word.partition('=')[0]}: {secret}" for word in words if (secret := secret_in(word))]
+    faults += [f"{word!a}: is not UTF-8; check the terminal's locale" for word in not_utf8]
+    faults += [f"{flag}: given twice; give it once" for flag in twice]
+    return faults
+
+
+def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArguments:
+    """What belongs to which parameter, as text."""
+    import fire
+    from fire import decorators
+
+    signature = _with_flags(inspect.signature(command))
+    found: list[inspect.BoundArguments] = []
+
+    @functools.wraps(command)
+    def stand_in(*args: Any, **kwargs: Any) -> None:
+        found.append(signature.bind(*args, **kwargs))
+
+    stand_in.__signature__ = signature  # type: ignore[attr-defined]
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            fire.Fire(decorators.SetParseFn(str)(stand_in), command=words, name=name, serialize=lambda _: None)
+    except SystemExit:
+        said = messages.getvalue().partition("ERROR: ")[2].partition("\n")[0]
+        said = said.replace("Could not consume arg:", "unknown or stray argument:")
+        _raise([f"{said}; see {name} --help"])
+    return found[0]
+
+
+def _with_flags(signature: inspect.Signature) -> inspect.Signature:
+    """The same parameters; those with a default are keyword-only."""
+    parameters = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY)
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty
+        else parameter
+        for parameter in signature.parameters.values()
+    ]
+    return signature.replace(parameters=parameters)
+
+
+def _typed(value: Any, expected: Any) -> Any:
+    """Text as the expected type, read as YAML like the settings; a default that fire filled in stays what it is."""
+    if value == "":
+        raise ValueError("is empty; give a value")
+    if not isinstance(value, str) or expected is str or str in typing.get_args(expected):
+        return value
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    from relora_mora.config import parse_yaml
+
+    try:
+        return TypeAdapter(expected).validate_python(parse_yaml(value), strict=True)
+    except (yaml.YAMLError, ValidationError):
+        raise ValueError(f"got {value!r}, expected {getattr(expected, '__name__', expected)}") from None

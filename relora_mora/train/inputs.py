@@ -1,0 +1,65 @@
+"""What a run reads before it starts: tokenizer and text. All that is missing is reported together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from relora_mora.config import Config, ConfigError, DataConfig
+from relora_mora.data import Shard, SourceError, resolve_shards
+from relora_mora.data.sources import Split
+from relora_mora.tokenizer import TokenizerError, load_tokenizer
+
+T = TypeVar("T")
+_DEMO = "runs/demo/"  # what configs/run/demo.yaml and tiny_*.yaml read
+
+
+@dataclass(frozen=True)
+class Inputs:
+    tokenizer: PreTrainedTokenizerBase
+    shards: list[Shard]  # of the training data
+
+
+def open_inputs(config: Config) -> Inputs:
+    """Loads the tokenizer and finds the shards of both sides.
+
+    Raises TokenizerError or SourceError for one of them that cannot be used, and ConfigError for several.
+    """
+    errors: list[tuple[str, TokenizerError | SourceError]] = []
+    tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer.path))
+    _attempt(errors, "data.validation", lambda: _shards(config.data, "validation"))
+    shards = _attempt(errors, "data.train", lambda: _shards(config.data, "train"))
+    if tokenizer is None or shards is None or errors:
+        raise _one_error(errors, config)
+    return Inputs(tokenizer, shards)
+
+
+def _shards(data: DataConfig, split: Split) -> list[Shard]:
+    sources = data.train if split == "train" else data.validation
+    return resolve_shards(sources, data.revision, split=split, timeout_seconds=data.timeout_seconds)
+
+
+def _attempt(errors: list[tuple[str, TokenizerError | SourceError]], setting: str, action: Callable[[], T]) -> T | None:
+    try:
+        return action()
+    except (TokenizerError, SourceError) as error:
+        errors.append((setting, error))
+        return None
+
+
+def _one_error(errors: list[tuple[str, TokenizerError | SourceError]], config: Config) -> ValueError:
+    """The error itself, or one for all; where files of the demo are missing, with the command that makes them."""
+    if len(errors) == 1 and _DEMO not in str(errors[0][1]):
+        return errors[0][1]
+    remedy = ""
+    if any(_DEMO in str(error) for _, error in errors):
+        remedy = f" (`make demo`, run in the checkout, makes it; the current folder is {Path.cwd()})"
+    faults = [f"{setting}: {error}{remedy if _DEMO in str(error) else ''}" for setting, error in errors]
+    combined = ConfigError(faults, "the settings")
+    # a file may be missing on one host only: then its ranks have to say so, the first rank cannot
+    combined.same_on_all_ranks = all(getattr(error, "same_on_all_ranks", False) for _, error in errors)
+    return combined

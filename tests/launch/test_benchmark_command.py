@@ -1,0 +1,79 @@
+"""python -m launch.benchmark: its kinds, its help, its place under launchers; and how it takes turns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from launch.benchmark.__main__ import KINDS, main
+from launch.benchmark.turns import medians, relative_spread, take_turns
+from tests.tools.helpers import ROOT
+
+
+def exit_code(*argv: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    return int(stop.value.code or 0)
+
+
+def test_help_lists_the_kinds_and_says_how_to_start_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--help") == 0
+    shown = capsys.readouterr()
+    assert all(kind in shown.out for kind in KINDS)
+    assert "torchrun" in shown.out and "deepspeed --num_gpus=2 --module" in shown.out
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize(("argv", "said"), [([], "KIND is missing"), (["stepss", "--help"], "got 'stepss'")])
+def test_what_is_no_kind_is_refused_with_the_usage(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(*argv) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"{said}, expected one of steps, layers, parts, data, trainer\n")
+    assert "usage: python -m launch.benchmark KIND" in shown.err and shown.out == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_help_of_its_own(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(kind, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"python -m launch.benchmark {kind}" in shown and "__main__" not in shown
+
+
+def test_the_local_rank_that_deepspeed_puts_first_is_no_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--local_rank=0", "steps", "model.json", "--repeats=0") == 2
+    assert "--repeats: 0, expected at least 1" in capsys.readouterr().err
+
+
+def test_faults_name_the_command_as_it_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("data", "config.yaml", "stray") == 2
+    assert "see python -m launch.benchmark data --help" in capsys.readouterr().err
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.benchmark", "nothing"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 2 and done.stderr.startswith("got 'nothing', expected one of")
+
+
+def test_turns_are_interleaved_and_the_first_do_not_count() -> None:
+    calls: list[str] = []
+
+    def measure(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
+
+    rounds = list(take_turns({"a": lambda: measure("a"), "b": lambda: measure("b")}, rounds=3, warmup=1))
+    assert "".join(calls) == "abababab"
+    assert rounds == [{"a": 3.0, "b": 4.0}, {"a": 5.0, "b": 6.0}, {"a": 7.0, "b": 8.0}]
+    assert medians(rounds) == {"a": 5.0, "b": 6.0}
+
+
+def test_the_spread_is_relative_to_the_median() -> None:
+    assert relative_spread([4.0]) == 0.0
+    assert relative_spread([3.0, 4.0, 5.0]) == 0.25  # the extremes of few values
+    assert relative_spread([1.0, 3.0, 4.0, 5.0, 99.0]) < 7  # an outlier counts less where there are more

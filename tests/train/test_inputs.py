@@ -1,0 +1,63 @@
+"""What a run reads and what is not there: one error for all of it, with the command that makes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from relora_mora.config import Config, ConfigError, load_config
+from relora_mora.data import SourceError
+from relora_mora.tokenizer import TokenizerError
+from relora_mora.train.inputs import open_inputs
+from tests.tools.helpers import ROOT
+from tests.tools.runs import write_inputs
+
+
+@pytest.fixture
+def config(tmp_path: Path, tokenizer_path: str) -> Config:
+    folder = write_inputs(tmp_path)
+    text = f"{folder}/train/*.json.gz"
+    return settings(**{"tokenizer.path": tokenizer_path, "data.train": text, "data.validation": text})
+
+
+def settings(**overrides: str) -> Config:
+    return load_config(ROOT / "configs" / "run" / "tiny_remora.yaml", overrides, world_size=1)
+
+
+def changed(config: Config, section: str, **values: str) -> Config:
+    inner = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: inner})
+
+
+def test_without_the_demo_everything_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as raised:
+        open_inputs(settings())
+    assert [fault.partition(":")[0] for fault in raised.value.faults] == [
+        "tokenizer.path",
+        "data.validation",
+        "data.train",
+    ]
+    for fault in raised.value.faults:
+        assert "runs/demo/" in fault and "`make demo`" in fault and str(tmp_path) in fault
+    assert not raised.value.same_on_all_ranks, "on another host the files may be there"
+
+
+def test_other_files_that_are_missing_are_not_those_of_the_demo(config: Config, tmp_path: Path) -> None:
+    missing = changed(config, "data", train=str(tmp_path / "a.json"), validation=str(tmp_path / "b.json"))
+    with pytest.raises(ConfigError) as raised:
+        open_inputs(missing)
+    assert len(raised.value.faults) == 2 and "make demo" not in str(raised.value)
+
+
+def test_one_fault_alone_keeps_its_own_error(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="not found"):
+        open_inputs(changed(config, "tokenizer", path=str(tmp_path / "none")))
+    with pytest.raises(SourceError, match="no file matches"):
+        open_inputs(changed(config, "data", validation=str(tmp_path / "none.json")))
+
+
+def test_inputs_that_are_there(config: Config) -> None:
+    inputs = open_inputs(config)
+    assert inputs.tokenizer.eos_token_id is not None and inputs.shards
