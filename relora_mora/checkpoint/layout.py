@@ -33,7 +33,7 @@ from relora_mora.optim import MOMENTS
 
 FORMAT, VERSION = "relora_mora checkpoint", 1
 MANIFEST, LATEST, TOKENIZER = "manifest.json", "latest", "tokenizer"
-KINDS = ("master", *MOMENTS)
+TENSOR_KINDS = ("master", *MOMENTS)
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]  # also exact as a float
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from relora_mora.checkpoint.layout import KINDS, MANIFEST, CheckpointError, Manifest, damage, read_manifest
+from relora_mora.checkpoint.layout import MANIFEST, TENSOR_KINDS, CheckpointError, Manifest, damage, read_manifest
 from relora_mora.checkpoint.places import list_checkpoints, list_new, step_of
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks
 from relora_mora.optim import MOMENTS
@@ -42,7 +42,7 @@ class CheckpointReader:
         self.manifest: Manifest = read_manifest(folder)
         self._files: dict[str, Any] = {}
         self._pieces: dict[tuple[str, str], list[_Piece]] = {
-            (kind, name): [] for name in self.manifest.parameters for kind in KINDS
+            (kind, name): [] for name in self.manifest.parameters for kind in TENSOR_KINDS
         }
         self._pieces |= {("base", name): [] for name in self.manifest.frozen}
         for file in self.manifest.tensor_files:
@@ -157,7 +157,7 @@ class CheckpointReader:
         }
         for fragment in engine.fragments:
             state = engine.state_of(fragment.flat)
-            for kind in KINDS:
+            for kind in TENSOR_KINDS:
                 target = fragment.of(state[kind] if kind in MOMENTS else fragment.flat.data)
                 target.copy_(self.piece(kind, fragment.name, fragment.start, fragment.numel))
             state["step"].fill_(float(self.manifest.group_steps[groups[fragment.name]]))

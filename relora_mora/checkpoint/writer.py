@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from relora_mora.checkpoint.board import Board
 from relora_mora.checkpoint.layout import LATEST, MANIFEST, CheckpointError, FileEntry, Manifest, read_manifest
-from relora_mora.checkpoint.part import Part
+from relora_mora.checkpoint.mailbox import Mailbox
 from relora_mora.checkpoint.places import (
     NEW,
     TEMPORARY,
@@ -32,6 +31,7 @@ from relora_mora.checkpoint.places import (
     step_folder,
     step_of,
 )
+from relora_mora.checkpoint.rank_files import RankFiles
 from relora_mora.checkpoint.reader import verify
 from relora_mora.checkpoint.tokenizer import read_tokenizer
 from relora_mora.distributed.collectives import from_first_rank
@@ -73,14 +73,14 @@ class CheckpointWriter:
         self.last_failure: str | None = None
         files: dict[str, bytes] = {}
         from_first_rank(lambda: files.update(read_tokenizer(tokenizer)))
-        self._part = Part(engine, base, files)
+        self._part = RankFiles(engine, base, files)
         self._thread: threading.Thread | None = None
         self._base_free = threading.Event()  # set while no write of the base is going on
         self._base_free.set()
         self._attempt = 0
         self._given_up: list[Path] = []  # folders of failed saves: a slow rank may still have written into one
         self._job = from_first_rank(lambda: _prepared(folder))  # nobody writes before that is done
-        self._board = Board(self._job)
+        self._mailbox = Mailbox(self._job)
 
     def adopt_base(self, folder: Path, manifest: Manifest) -> None:
         """After a resume or a return to a checkpoint of this run: base files written from now on can be shared with it."""
@@ -129,7 +129,7 @@ class CheckpointWriter:
             self._base_free.set()
         failure = message.get("failure")
         try:
-            self._board.tell(work.name, self.rank, message)
+            self._mailbox.send(work.name, self.rank, message)
             if self.rank == 0:
                 failure = self._conclude(work, final, manifest)
         except Exception as error:  # the store is gone, and the job with it
@@ -140,7 +140,7 @@ class CheckpointWriter:
         """Makes the parts of all ranks a checkpoint, or removes them and returns why. Nobody writes any more, but a rank out of time."""
         deadline = time.monotonic() + self.timeout_seconds
         late = {"failure": f"did not finish its part in {self.timeout_seconds:.0f} s"}
-        parts = [self._board.hear(work.name, rank, deadline) or late for rank in range(self.world_size)]
+        parts = [self._mailbox.receive(work.name, rank, deadline) or late for rank in range(self.world_size)]
         failed = [f"rank {rank}: {part['failure']}" for rank, part in enumerate(parts) if "failure" in part]
         if not failed:
             try:

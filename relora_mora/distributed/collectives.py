@@ -15,7 +15,7 @@ from relora_mora.distributed.waiting import collective
 
 PART_SECONDS = 30.0  # for the other ranks to end a run that is done
 
-CONTROL_SECONDS = 24 * 3600.0  # a backstop: guard.Watch knows how long each wait may take
+CONTROL_SECONDS = 24 * 3600.0  # a backstop: supervise.Watchdog knows how long each wait may take
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def gather_from_ranks(value: Any) -> list[Any]:
     return values
 
 
-def lost_peer(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether an exception says that a collective lost another rank, as gloo and NCCL say it."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError)
@@ -52,7 +52,7 @@ def lost_peer(error: BaseException) -> bool:
     )
 
 
-def lost_device(error: BaseException) -> bool:
+def is_device_failure(error: BaseException) -> bool:
     """Whether an exception says that the accelerator of this process cannot go on. Memory that ran out is another thing."""
     return isinstance(error, getattr(torch, "AcceleratorError", ())) or "uncorrectable ECC error" in str(error)
 

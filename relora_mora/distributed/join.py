@@ -60,7 +60,7 @@ def _meet(timeout_seconds: float) -> None:
     address, port = store_address()
     if rank == "0" and port and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         _await_port(port)
-    # a collective may wait for longer than the ranks for each other at the start: guard.Watch is to name the rank first
+    # a collective may wait for longer than the ranks for each other at the start: supervise.Watchdog is to name the rank first
     patience = datetime.timedelta(seconds=2 * timeout_seconds + 60)
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_seconds)))

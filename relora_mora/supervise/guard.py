@@ -20,7 +20,7 @@ from relora_mora.supervise.signals import StopSignals
 from relora_mora.system.bounded import bounded
 
 if TYPE_CHECKING:
-    from relora_mora.supervise.watch import Verdict, Watch
+    from relora_mora.supervise.watchdog import PeerFailure, Watchdog
 
 LONG_SECONDS = 1800.0  # for `begin`: what building a model, a merge or the write of a checkpoint may take
 LAUNCHER_SECONDS = 8.0  # to save and end after the launcher has gone
@@ -39,7 +39,7 @@ class Guard:
         self.stop_reason: str | None = None
         self.rank = int(os.environ.get("RANK", "0"))
         self.step: int | None = None
-        self._watch: Watch | None = None
+        self._watch: Watchdog | None = None
         self._lock: RunLock | None = None
         self._folder: Path | None = None
         self._training = False
@@ -65,14 +65,14 @@ class Guard:
         """The first rank holds the lock of the run folder; ends are recorded there from now on."""
         self._lock, self._folder = lock, lock.path.parent
 
-    def watch_peers(self, watch: Watch, folder: Path) -> None:
+    def watch_peers(self, watch: Watchdog, folder: Path) -> None:
         """Another rank that is lost ends this process, and the reason goes to the run folder."""
         self._watch, self.rank = watch, watch.rank
         self._folder = folder
         watch.start()
 
     def begin(self, what: str, within: float | None = None) -> None:
-        """See :meth:`Watch.begin`."""
+        """See :meth:`Watchdog.begin`."""
         if self._watch is not None:
             self._watch.begin(what, within)
 
@@ -85,25 +85,25 @@ class Guard:
         if self._folder is not None and self._ended.acquire(blocking=False):
             record_end(self._folder, code=code, reason=reason, rank=self.rank, step=self.step)
 
-    def leave(self, code: int, reason: str, *, same_on_all_ranks: bool) -> None:
+    def announce_exit(self, code: int, reason: str, *, same_on_all_ranks: bool) -> None:
         """This rank ends with an error. The others need to hear of it, unless they end with the same one."""
         if self.rank == 0 or not same_on_all_ranks:
             self.record(code, reason)
         if self._watch is not None and not same_on_all_ranks:
-            self._watch.leave(code, f"rank {self.rank} ended: {reason}")
+            self._watch.announce_exit(code, f"rank {self.rank} ended: {reason}")
             if self.rank == 0:
                 time.sleep(LINGER_SECONDS)
 
-    def lost_peer(self, error: str) -> None:
+    def peer_failed(self, error: str) -> None:
         """A collective failed: another rank is gone. Names it and ends the process."""
         if self._watch is not None:
-            self.end(self._watch.lost_peer(error))
+            self.end(self._watch.diagnose(error))
 
-    def lost(self, reason: str, *, same_on_all_ranks: bool) -> NoReturn:
+    def machine_failed(self, reason: str, *, same_on_all_ranks: bool) -> NoReturn:
         """Something of this machine has failed. Ends the process and the others with the code after which a job starts again."""
         if self.rank == 0 or not same_on_all_ranks:
             self._say(reason)
-        self.leave(LOST, reason, same_on_all_ranks=same_on_all_ranks)
+        self.announce_exit(LOST, reason, same_on_all_ranks=same_on_all_ranks)
         leave_now(LOST)
 
     def stop_watching(self) -> None:
@@ -122,7 +122,7 @@ class Guard:
 
     # ---- of other threads -------------------------------------------------------------------------------------
 
-    def end(self, verdict: Verdict) -> None:
+    def end(self, verdict: PeerFailure) -> None:
         """Ends the process now, whatever its main thread waits for. The first rank that is left tells the user.
 
         Two threads may find out at the same moment: the first of them ends the process for both.
@@ -135,14 +135,14 @@ class Guard:
                 os.kill(verdict.pid, signal.SIGKILL)
         leave_now(verdict.code)
 
-    def _tell_end(self, verdict: Verdict) -> None:
+    def _tell_end(self, verdict: PeerFailure) -> None:
         if self.rank != (1 if verdict.rank == 0 else 0):
             return
         self._say(verdict.reason)
         if not verdict.left:  # else that rank has recorded it
             self.record(verdict.code, verdict.reason)
 
-    def lost_folder(self, who: str | None) -> None:
+    def folder_lost(self, who: str | None) -> None:
         """The run folder was removed or moved. What this run has is saved in a new one, unless another trainer (``who``) has begun there."""
         if who is None:
             self._ask_to_stop("the run folder was removed or moved")
@@ -172,7 +172,7 @@ class Guard:
 
     def _tell_peers(self, code: int, reason: str) -> None:
         if self._watch is not None:
-            self._watch.leave(code, reason)
+            self._watch.announce_exit(code, reason)
 
     def _look_around(self) -> None:
         """Launchers, and whether the watch itself is stuck, until the guard is closed."""

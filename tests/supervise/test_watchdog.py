@@ -9,11 +9,11 @@ BEATS = """
 import datetime, faulthandler, gc, random, sys, threading, time
 from pathlib import Path
 from torch.distributed import TCPStore
-from relora_mora.supervise.watch import Watch
+from relora_mora.supervise.watchdog import Watchdog
 
 faulthandler.dump_traceback_later(60, exit=True)  # of C: it also ends a process whose interpreter is locked
 store = TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=20), wait_for_workers=False)
-watch = Watch(0, 1, 60.0, address=("127.0.0.1", store.port), job="test", end=sys.exit, stacks=Path("stacks"))
+watch = Watchdog(0, 1, 60.0, address=("127.0.0.1", store.port), job="test", end=sys.exit, stacks=Path("stacks"))
 
 
 class Node:

@@ -11,7 +11,7 @@ import torch
 POLL_SECONDS = 0.05
 
 
-class Board:
+class Mailbox:
     """Messages in the job's key-value store, which also gets through where a disk is full or cannot be written.
 
     ``job`` sets the messages of one writer apart from those of others; it is the same on all ranks.
@@ -22,10 +22,10 @@ class Board:
         assert everyone is not None, "the processes of a run are joined before it is built"
         self._store = torch.distributed.PrefixStore(f"checkpoint/{job}", everyone.get_group_store())
 
-    def tell(self, about: str, rank: int, message: dict[str, Any]) -> None:
+    def send(self, about: str, rank: int, message: dict[str, Any]) -> None:
         self._store.set(f"{about}/{rank}", json.dumps(message))
 
-    def hear(self, about: str, rank: int, deadline: float) -> dict[str, Any] | None:
+    def receive(self, about: str, rank: int, deadline: float) -> dict[str, Any] | None:
         """The message of a rank, which is then gone; None when it does not come before ``deadline`` (of ``time.monotonic``)."""
         key = f"{about}/{rank}"
         while not self._store.check([key]):  # a wait in the store would keep its connection from the main thread

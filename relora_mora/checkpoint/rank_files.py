@@ -35,7 +35,7 @@ class _Shared:
     places: list[Path]
 
 
-class Part:
+class RankFiles:
     """What ``engine``'s rank owns: its pieces of the masters and moments, its frozen weights; the first rank adds the tokenizer.
 
     ``tokenizer`` has the content of its files by their names, as :func:`read_tokenizer` gives it.

@@ -34,7 +34,7 @@ STACKS_SECONDS = 1.0  # for a rank that hangs to write where
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PeerFailure:
     """Why the job ends: the rank it began at, the exit code for all, and a sentence."""
 
     rank: int
@@ -60,7 +60,7 @@ class _Seen:
     at: float
 
 
-class Watch:
+class Watchdog:
     """The watching thread of one rank. ``address`` is that of the job's store; ``end(verdict)`` must not return.
 
     ``timeout_seconds`` is how long a rank may be silent, or do nothing; :meth:`begin` can allow more for one action.
@@ -74,7 +74,7 @@ class Watch:
         *,
         address: tuple[str, int],
         job: str,
-        end: Callable[[Verdict], None],
+        end: Callable[[PeerFailure], None],
         stacks: Path,
     ) -> None:
         self.rank, self.world_size, self.timeout_seconds, self.end, self.stacks = (
@@ -109,11 +109,11 @@ class Watch:
         """The main thread begins ``what``, which may take ``within`` seconds. All ranks call it for the same things in the same order."""
         self._action = (what, self._action[1] + 1, time.monotonic(), max(within or 0.0, self.timeout_seconds))
 
-    def leave(self, code: int, reason: str) -> None:
+    def announce_exit(self, code: int, reason: str) -> None:
         """Tells the other ranks that this one ends by itself."""
-        self._tell(Verdict(self.rank, code, reason, left=True))
+        self._tell(PeerFailure(self.rank, code, reason, left=True))
 
-    def lost_peer(self, error: str) -> Verdict:
+    def diagnose(self, error: str) -> PeerFailure:
         """A collective failed: finds out whose fault it is. Waits a few seconds for beats that do not come."""
         self._suspicious.set()
         deadline = time.monotonic() + SUSPECT_SECONDS + 2 * self._interval
@@ -124,7 +124,7 @@ class Watch:
             except DistError:
                 return self._store_lost()
             time.sleep(self._interval / 4)
-        return Verdict(
+        return PeerFailure(
             self.rank, LOST, f"a collective failed on rank {self.rank} while all ranks were alive ({error})", left=False
         )
 
@@ -134,7 +134,7 @@ class Watch:
             self._thread.join(2 * STORE_SECONDS)
         faulthandler.cancel_dump_traceback_later()
 
-    def unanswered(self) -> Verdict | None:
+    def unanswered(self) -> PeerFailure | None:
         """For another thread: the store has not answered for too long. Its client waits without an end when the first rank is stopped."""
         asked_at = self._asked_at
         if asked_at is None or self._closed.is_set() or time.monotonic() - asked_at <= self.timeout_seconds:
@@ -155,13 +155,13 @@ class Watch:
                 verdict = None if self._closed.is_set() else self._store_lost()
             except Exception as error:  # nobody would watch this rank any more
                 verdict = self._tell(
-                    Verdict(self.rank, FAILED, f"rank {self.rank} cannot watch the others ({error!r})", left=False)
+                    PeerFailure(self.rank, FAILED, f"rank {self.rank} cannot watch the others ({error!r})", left=False)
                 )
             self._asked_at = None
             if verdict is not None:
                 self._obey(verdict)
 
-    def _obey(self, verdict: Verdict) -> None:
+    def _obey(self, verdict: PeerFailure) -> None:
         if verdict.rank == self.rank and not verdict.left:
             bounded(STACKS_SECONDS, self._write_stacks)  # what hangs may be the disk of the run folder
         grace = time.monotonic() + (LEAVE_SECONDS if verdict.left else 0.0)
@@ -190,10 +190,10 @@ class Watch:
             }
             self._store.set(f"beat/{self.rank}", json.dumps(value))
 
-    def _verdict(self) -> Verdict | None:
+    def _verdict(self) -> PeerFailure | None:
         with self._lock:
             if self._store.check(["verdict"]):
-                return Verdict(**json.loads(self._store.get("verdict")))
+                return PeerFailure(**json.loads(self._store.get("verdict")))
             watched = range(self.world_size) if self.rank == 0 or self._suspicious.is_set() else (0, self.rank)
             self._look_at(list(watched))
         found = self._silent() or (self._stuck() if self.rank == 0 else None)
@@ -206,7 +206,7 @@ class Watch:
             if rank not in self._seen or self._seen[rank].beat != value["beat"]:
                 self._seen[rank] = _Seen(**value, at=now)
 
-    def _silent(self) -> Verdict | None:
+    def _silent(self) -> PeerFailure | None:
         """A rank whose beats do not come any more."""
         allowed = min(SUSPECT_SECONDS, self.timeout_seconds) if self._suspicious.is_set() else self.timeout_seconds
         now = time.monotonic()
@@ -215,7 +215,7 @@ class Watch:
                 return self._gone(rank, f"nothing heard for {now - seen.at:.0f} s")
         return None
 
-    def _stuck(self) -> Verdict | None:
+    def _stuck(self) -> PeerFailure | None:
         """Of the ranks that have done nothing for longer than they may, the one that has done the least."""
         now = time.monotonic()
         ages = {rank: seen.age + now - seen.at for rank, seen in self._seen.items()}
@@ -231,22 +231,22 @@ class Watch:
             reason = f"rank {worst} hangs: it has done nothing for {ages[worst]:.0f} s, the last thing was: {seen.did}"
         return self._verdict_on(worst, f"{reason}; train.peer_timeout_seconds allows {seen.within:.0f} s")
 
-    def _gone(self, rank: int, how: str) -> Verdict:
+    def _gone(self, rank: int, how: str) -> PeerFailure:
         last = f"; the last thing it did: {self._seen[rank].did}" if rank in self._seen else ""
         return self._verdict_on(rank, f"rank {rank} is gone ({how}){last}")
 
-    def _verdict_on(self, rank: int, reason: str) -> Verdict:
+    def _verdict_on(self, rank: int, reason: str) -> PeerFailure:
         seen = self._seen.get(rank)
-        return Verdict(rank, LOST, reason, left=False, host=seen.host if seen else "", pid=seen.pid if seen else 0)
+        return PeerFailure(rank, LOST, reason, left=False, host=seen.host if seen else "", pid=seen.pid if seen else 0)
 
-    def _store_lost(self) -> Verdict:
+    def _store_lost(self) -> PeerFailure:
         return self._gone(0, "the connection to it broke")
 
-    def _tell(self, verdict: Verdict) -> Verdict:
+    def _tell(self, verdict: PeerFailure) -> PeerFailure:
         """The first verdict counts, for all ranks."""
         try:
             with self._lock:
                 first: Any = self._store.compare_set("verdict", "", json.dumps(asdict(verdict)))
-                return Verdict(**json.loads(first))
+                return PeerFailure(**json.loads(first))
         except DistError:
             return verdict
