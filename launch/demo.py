@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("runs/demo")
@@ -98,7 +99,7 @@ def _generate() -> None:
 
 
 def _report(seconds: float) -> None:
-    lines = [json.loads(line) for line in (DEMO / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_json_lines(RunFolder(DEMO / "run").metrics)
     evals = [line for line in lines if "eval/perplexity" in line]
     merges = [line["step"] for line in lines if "merge/layers" in line]
     _say(f"done in {seconds:.0f} s")

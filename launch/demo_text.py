@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.cli import run
-from relora_mora.system.files import new_folder
+from relora_mora.system.new_folder import new_folder
 
 MARKER = "demo_text.json"
 TIMESTAMP = "1970-01-01T00:00:00Z"  # docstrings were never crawled; a constant keeps the files the same

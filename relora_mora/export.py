@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from relora_mora.checkpoint import tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.pretrained import merged_model
-from relora_mora.system.files import new_folder
+from relora_mora.system.new_folder import new_folder
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

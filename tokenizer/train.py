@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.cli import run
-from relora_mora.system.files import new_folder
+from relora_mora.system.new_folder import new_folder
 from relora_mora.tokenizer import (
     HARD_TEXTS,
     MODEL_FILE,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from relora_mora.checkpoint import CheckpointError, list_checkpoints, newest_whole, verify
 from relora_mora.checkpoint.places import list_new
+from relora_mora.system.run_folder import RunFolder
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -13,7 +14,7 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises :class:`CheckpointError` when there is none or when it is damaged.
     """
-    for folder in (path, path / "checkpoints"):
+    for folder in (path, RunFolder(path).checkpoints):
         if list_checkpoints(folder) or list_new(folder):
             found, skipped = newest_whole(folder)
             if found is None:

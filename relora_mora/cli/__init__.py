@@ -5,6 +5,7 @@ What takes time to import is imported inside functions, here and in the commands
 
 from relora_mora.cli.command import run
 from relora_mora.cli.interrupt import INTERRUPTED
-from relora_mora.system.files import disk_faults_named, new_folder
+from relora_mora.system.disk_errors import disk_faults_named
+from relora_mora.system.new_folder import new_folder
 
 __all__ = ["INTERRUPTED", "disk_faults_named", "new_folder", "run"]

@@ -25,7 +25,7 @@ import psutil
 
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.producer import Part, Producer, Task
-from relora_mora.system.files import LOST_DISK
+from relora_mora.system.disk_errors import LOST_DISK
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1

@@ -1,4 +1,4 @@
-"""The ranks of a run: joining them, and what they tell each other through host memory. Of torch alone, without DeepSpeed."""
+"""The ranks of a run: joining them, and collectives through host memory. Uses torch alone, without DeepSpeed."""
 
 from relora_mora.distributed.collectives import (
     control_group,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 from relora_mora.distributed.collectives import gather_from_ranks
 from relora_mora.supervise import FINISHED, LONG_SECONDS, REQUEUE
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.errors import DataError, TrainingError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def finish(trainer: Trainer) -> int:
     trainer.meet()
     trainer.trouble = None  # a spike of the last step is flagged; there is no step to make in its place
     _save_and_wait(trainer)
-    log.info(f"done: {trainer.step} steps, {trainer.tokens:,} tokens, {trainer.folder / 'checkpoints'}")
+    log.info(f"done: {trainer.step} steps, {trainer.tokens:,} tokens, {RunFolder(trainer.folder).checkpoints}")
     _record(trainer, FINISHED, "done")
     return FINISHED
 

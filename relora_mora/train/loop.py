@@ -21,6 +21,7 @@ from relora_mora.plan.flops import flops_per_token
 from relora_mora.supervise import LONG_SECONDS, Guard
 from relora_mora.system.hardware import peak_memory_bytes
 from relora_mora.system.logs import log, shared_log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.system.seeds import derived_seed
 from relora_mora.train.build import Run
 from relora_mora.train.check import Checked
@@ -74,10 +75,10 @@ class Trainer:
         )
         self.data_counts: dict[str, int] = {}
         self.writer = CheckpointWriter(
-            self.folder / "checkpoints",
+            RunFolder(self.folder).checkpoints,
             run.engine,
             run.base,
-            tokenizer=self.folder / "tokenizer",
+            tokenizer=RunFolder(self.folder).tokenizer,
             keep_last=config.checkpoint.keep_last,
             keep_every_steps=config.checkpoint.keep_every_steps,
             merge_states=merge_states,
@@ -97,7 +98,7 @@ class Trainer:
         self.pending_loss: float | None = None
         self.trouble: str | None = counters.get("trouble")
         reader = run.resumed_from
-        own = reader is not None and reader.folder.parent.resolve() == (self.folder / "checkpoints").resolve()
+        own = reader is not None and reader.folder.parent.resolve() == RunFolder(self.folder).checkpoints.resolve()
         # a step is evaluated before it is saved: what was resumed has both, unless a signal cut the evaluation short
         self.saved = run.step if own else None
         self.evaluated = run.step if own and counters.get("evaluated", True) else None

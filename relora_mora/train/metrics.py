@@ -16,6 +16,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
 
 ONLY_IN_FILE = {"merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens"}
 
@@ -29,14 +30,14 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
-        self.path, self._folder, self._tensorboard = folder / "metrics.jsonl", folder, tensorboard
+        self.path, self._folder, self._tensorboard = RunFolder(folder).metrics, folder, tensorboard
         self._losing = False
         self._handle: int | None = None
         self._board: SummaryWriter | None = None
         self._open(step)
         if step == 0 and self._board is not None:
             self._board.add_text(
-                "run/config", "    " + (folder / "config.yaml").read_text(encoding="utf-8").replace("\n", "\n    "), 0
+                "run/config", "    " + RunFolder(folder).config.read_text(encoding="utf-8").replace("\n", "\n    "), 0
             )
 
     def _open(self, step: int) -> None:
@@ -48,7 +49,7 @@ class Metrics:
         """What earlier files of TensorBoard hold from ``step`` on is hidden."""
         if self._tensorboard:
             threading.excepthook = _without_lost_events
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step, flush_secs=10)
+            self._board = SummaryWriter(str(RunFolder(self._folder).tensorboard), purge_step=step, flush_secs=10)
 
     def go_back(self, step: int) -> None:
         """Drops what was logged beyond ``step``: the run goes on from there."""

@@ -17,11 +17,11 @@ from relora_mora.distributed.collectives import (
 )
 from relora_mora.distributed.join import store_address
 from relora_mora.supervise import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
-from relora_mora.supervise.lock import LOCK
 from relora_mora.supervise.watchdog import Watchdog
-from relora_mora.system.files import LOST_DISK
+from relora_mora.system.disk_errors import LOST_DISK
 from relora_mora.system.hardware import ran_out_of_memory
 from relora_mora.system.logs import log, setup_logging
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.agreement import check_agreement, check_shared
 from relora_mora.train.build import build
 from relora_mora.train.check import check, pinned_before
@@ -86,7 +86,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     asked = from_first_rank(lambda: remote_content(checked.shards, data.timeout_seconds))
     checked = replace(checked, data_content=checked.data_content + asked)
     lock = from_first_rank(lambda: _lock(guard, folder))
-    check_shared(folder / LOCK, lock)
+    check_shared(RunFolder(folder).lock, lock)
     guard.begin("building the model", within=LONG_SECONDS)
     startup.done("checks")
     resumes = from_first_rank(lambda: finds_checkpoint(checked.config))
@@ -137,7 +137,7 @@ def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -
         address=store_address(),
         job=job,
         end=guard.end,
-        stacks=Path(config.train.run_dir) / f"stacks-of-rank-{rank}.txt",
+        stacks=RunFolder(Path(config.train.run_dir)).stacks(rank),
     )
     gather_from_ranks(None)  # every rank has made its first beat
     guard.watch_peers(watch, Path(config.train.run_dir))

@@ -25,8 +25,9 @@ from relora_mora.distributed.collectives import from_first_rank
 from relora_mora.model import FUNCTION, TRAINING, keys_with
 from relora_mora.system.files import write_synced
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
-from relora_mora.train.rollbacks import ROLLBACKS, dump_rollbacks, read_rollbacks
+from relora_mora.train.rollbacks import dump_rollbacks, read_rollbacks
 
 # settings that change how a run is done and not what comes out of it: they may differ at a resume
 FREE_SETTINGS = {
@@ -59,14 +60,14 @@ FREE_SECTIONS = {"eval", "checkpoint", "log"}
 
 def finds_checkpoint(config: Config) -> bool:
     """Whether :func:`resume` will put a checkpoint in place of initial values, or end the run."""
-    folder = Path(config.train.run_dir) / "checkpoints"
+    folder = RunFolder(Path(config.train.run_dir)).checkpoints
     if config.train.resume == "auto":
         return bool(list_checkpoints(folder) or list_new(folder))
     return config.train.resume != "never"
 
 
 def resume(run: Run) -> None:
-    folder = Path(run.config.train.run_dir) / "checkpoints"
+    folder = RunFolder(Path(run.config.train.run_dir)).checkpoints
     wanted = run.config.train.resume
     if wanted == "never":
         if list_checkpoints(folder):
@@ -115,14 +116,14 @@ def restore(run: Run, reader: CheckpointReader, *, forget_rollbacks: bool = Fals
     )
     run.merger.set_operator(manifest.operator)
     if run.engine.rank == 0:
-        _abandon_later(folder / "checkpoints", run.step)
-    if reader.folder.parent.resolve() != (folder / "checkpoints").resolve():
+        _abandon_later(RunFolder(folder).checkpoints, run.step)
+    if reader.folder.parent.resolve() != RunFolder(folder).checkpoints.resolve():
         return
     count = run.counters.get("rollbacks", 0)
     rollbacks = from_first_rank(lambda: read_rollbacks(folder))
     if forget_rollbacks:
         if len(rollbacks) > count:
-            from_first_rank(lambda: write_synced(folder / ROLLBACKS, dump_rollbacks(rollbacks[:count])))
+            from_first_rank(lambda: write_synced(RunFolder(folder).rollbacks, dump_rollbacks(rollbacks[:count])))
         return
     for number, rollback in enumerate(rollbacks[count:], count + 1):
         if rollback.step == run.step:  # the last one to here is how the run went on

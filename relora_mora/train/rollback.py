@@ -14,9 +14,10 @@ from relora_mora.distributed.collectives import gather_from_ranks
 from relora_mora.supervise import LONG_SECONDS
 from relora_mora.system.files import write_synced
 from relora_mora.system.logs import shared_log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.errors import TrainingError
 from relora_mora.train.resume import restore
-from relora_mora.train.rollbacks import ROLLBACKS, Rollback, dump_rollbacks, read_rollbacks
+from relora_mora.train.rollbacks import Rollback, dump_rollbacks, read_rollbacks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +40,9 @@ def roll_back(trainer: Trainer, why: str) -> None:
         )
     trainer.writer.wait()
     gather_from_ranks(None)  # the newest checkpoint is whole when the first rank has waited
-    chosen, _ = newest_whole(trainer.folder / "checkpoints", trainer.engine, lambda path: _suits(path, trainer.step))
+    chosen, _ = newest_whole(
+        RunFolder(trainer.folder).checkpoints, trainer.engine, lambda path: _suits(path, trainer.step)
+    )
     if chosen is None:
         raise TrainingError(
             f"{why}; there is no checkpoint of before it to go back to: lower optim.lr, or set checkpoint.every_steps to fewer steps"
@@ -50,7 +53,7 @@ def roll_back(trainer: Trainer, why: str) -> None:
     step = reader.manifest.step
     if trainer.rank == 0:
         known = read_rollbacks(trainer.folder)[:rollbacks]
-        write_synced(trainer.folder / ROLLBACKS, dump_rollbacks([*known, Rollback(step, at, why, state)]))
+        write_synced(RunFolder(trainer.folder).rollbacks, dump_rollbacks([*known, Rollback(step, at, why, state)]))
     restore(trainer.run, reader)
     trainer.run.counters["rollbacks"] = rollbacks + 1
     trainer.begin_at(trainer.run)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROLLBACKS = "rollbacks.json"
+from relora_mora.system.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Rollback:
 
 def read_rollbacks(folder: Path) -> list[Rollback]:
     """The rollbacks of a run, oldest first. Raises ValueError when the file does not hold what :func:`dump_rollbacks` gives."""
-    path = folder / ROLLBACKS
+    path = RunFolder(folder).rollbacks
     if not path.exists():
         return []
     try:

@@ -96,12 +96,12 @@ BOTH = """
 import sys, threading
 from pathlib import Path
 from relora_mora.supervise import Guard
-from relora_mora.supervise.watchdog import PeerFailure
+from relora_mora.supervise.heartbeat import PeerFailure
 guard = Guard(signals=False)
 both = threading.Barrier(2)
 def end():
     both.wait()
-    guard.end(PeerFailure(1, 69, "rank 1 is gone", left=True))
+    guard.end(PeerFailure(1, 69, "rank 1 is gone", announced=True))
 threading.Thread(target=end).start()
 end()
 """
