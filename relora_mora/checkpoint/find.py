@@ -1,4 +1,4 @@
-"""The checkpoint that a user means."""
+"""The checkpoint that a user names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from relora_mora.system.run_folder import RunFolder
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means: a checkpoint folder, or the newest whole one of a run or ``checkpoints/`` folder.
+    """The checkpoint at ``path``, or the newest whole one where that is a run folder or its ``checkpoints/``.
 
     Raises :class:`CheckpointError` when there is none or when it is damaged.
     """

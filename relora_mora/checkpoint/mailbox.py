@@ -1,4 +1,4 @@
-"""What the ranks tell each other about a checkpoint from their background threads: no collective, and no file."""
+"""Messages between the background threads of the ranks: neither a collective nor a file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ POLL_SECONDS = 0.05
 
 
 class Mailbox:
-    """Messages in the job's key-value store, which also gets through where a disk is full or cannot be written.
+    """Messages in the job's key-value store, which works where a disk is full or cannot be written.
 
-    ``job`` sets the messages of one writer apart from those of others; it is the same on all ranks.
+    ``job`` keeps the messages of one writer apart from those of others; it is the same on all ranks.
     """
 
     def __init__(self, job: str) -> None:
@@ -26,9 +26,9 @@ class Mailbox:
         self._store.set(f"{about}/{rank}", json.dumps(message))
 
     def receive(self, about: str, rank: int, deadline: float) -> dict[str, Any] | None:
-        """The message of a rank, which is then gone; None when it does not come before ``deadline`` (of ``time.monotonic``)."""
+        """Takes a rank's message from the store; None when there is none by ``deadline`` (of ``time.monotonic``)."""
         key = f"{about}/{rank}"
-        while not self._store.check([key]):  # a wait in the store would keep its connection from the main thread
+        while not self._store.check([key]):  # to wait in the store would block its connection for the main thread
             if time.monotonic() > deadline:
                 return None
             time.sleep(POLL_SECONDS)

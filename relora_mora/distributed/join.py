@@ -73,7 +73,8 @@ def _meet(timeout_seconds: float) -> None:
         first = str(error).partition("\n")[0]
         raise JoinError(
             f"rank {rank} of {world_size} did not meet the others at {address}:{port} "
-            f"within {timeout_seconds:.0f} s ({first}); check that all ranks were started, and that hosts and firewalls let them reach MASTER_ADDR and MASTER_PORT"
+            f"within {timeout_seconds:.0f} s ({first}); check that all ranks were started, "
+            "and that hosts and firewalls let them reach MASTER_ADDR and MASTER_PORT"
         ) from error
 
 

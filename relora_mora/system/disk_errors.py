@@ -34,7 +34,7 @@ def place_of(error: OSError) -> str | None:
 
 @contextlib.contextmanager
 def disk_faults_named(folder: Path) -> Iterator[None]:
-    """While ``folder`` is written: a disk error that names no file, as writes and libraries raise it, gets this name."""
+    """While ``folder`` is written: a disk error that names no file, as those of writes do not, gets this name."""
     try:
         yield
     except Exception as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder that holds one run, ``train.run_dir``; it need not exist yet. Its parts in the order they are written."""
+    """The folder of one run, ``train.run_dir``; it need not exist yet. Properties stand in the order of writing."""
 
     path: Path
 

@@ -83,9 +83,15 @@ def build(checked: Checked, *, resumes: bool = False, done: Callable[[str], None
     put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
     done("model")
     engine = ZeroEngine(
-        LossModel(lm, compiled=config.model.compile), lm, build_optimizer(lm, groups, config), config, bf16=checked.bf16
+        LossModel(lm, compiled=config.model.compile),
+        lm,
+        build_optimizer(lm, groups, config),
+        config.train,
+        clip=config.optim.clip,
+        bf16=checked.bf16,
     )
-    run = Run(checked, engine, base, Merger(engine, base, config), groups, make_schedule(config), 0, None, {}, None)
+    merger = Merger(engine, base, config.method, seed=config.train.seed)
+    run = Run(checked, engine, base, merger, groups, make_schedule(config), 0, None, {}, None)
     done("engine")
     if not resumes:
         write_initial_values(engine, base, maker, made)

@@ -29,8 +29,8 @@ from relora_mora.checkpoint import (
 )
 from relora_mora.checkpoint.layout import content_checksum, file_entry
 from relora_mora.checkpoint.places import discard, put_in_place
+from relora_mora.checkpoint.retention import tidy
 from relora_mora.checkpoint.tokenizer import read_tokenizer
-from relora_mora.checkpoint.writer import tidy
 from relora_mora.system.files import write_synced
 
 STATE = "state-00001-of-00002.safetensors"

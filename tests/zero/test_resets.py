@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.tools.tiny import whole_weights
+
 pytestmark = pytest.mark.distributed
 
 STAGES = (0, 1, 2, 3)
@@ -21,8 +23,7 @@ def _bits(tensor: torch.Tensor) -> str:
 
 
 def _frozen_bits(rig: Any) -> dict[str, str]:
-    with rig.engine.gathered(rig.base.owner) as weights:
-        return {name: _bits(weight) for name, weight in weights.items()}
+    return {name: _bits(weight) for name, weight in whole_weights(rig.engine, rig.base.owner).items()}
 
 
 def _adapters(rig: Any) -> dict[str, torch.Tensor]:
@@ -93,10 +94,10 @@ def scenario(world_size: int, stage: int, bf16: bool, method: str, threshold: in
     seen["first_step_of_rate"] = max(float((moved[name] - still[name]).abs().max()) for name in moved) / rate
     seen["losses"].append(rig.step(7)[0])
     seen["frozen_after_merge_unchanged"] = _frozen_bits(rig) == after
-    with rig.engine.gathered(rig.base.owner) as weights:
-        seen["base_rounds_to_weights"] = all(
-            torch.equal(rig.base.weights[name].to(weights[name].dtype), weights[name]) for name in rig.base.owned
-        )
+    weights = whole_weights(rig.engine, rig.base.owner)
+    seen["base_rounds_to_weights"] = all(
+        torch.equal(rig.base.weights[name].to(weights[name].dtype), weights[name]) for name in rig.base.owned
+    )
     return seen
 
 
