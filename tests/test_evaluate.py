@@ -89,7 +89,7 @@ def _llama() -> LlamaForCausalLM:
 
 
 def _loss_of_documents(lm, texts: list[str], tokenizer, length: int) -> float:
-    """Each document alone, cut where a sequence of the packed text ends; by plain transformers, one forward for each piece."""
+    """Each document alone, cut where a sequence of the packed text ends; one forward of plain transformers for each."""
     nats = tokens = place = 0
     for text in texts:
         ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]

@@ -68,9 +68,10 @@ def tokenizer_of(checkpoint: Path) -> Iterator[Path]:
             source = RunFolder(Path(os.path.abspath(checkpoint)).parent.parent).tokenizer  # noqa: PTH100
             copy = Path(temporary, "of-run")
             if not _copy(read_tokenizer(source), copy, manifest):
+                path = manifest.config.get("tokenizer", {}).get("path")
                 raise CheckpointError(
-                    f"{checkpoint}: {problem}, and {source} is not the tokenizer it was made with; copy that one there "
-                    f"(tokenizer.path was {manifest.config.get('tokenizer', {}).get('path')}), or use another checkpoint"
+                    f"{checkpoint}: {problem}, and {source} is not the tokenizer it was made with; "
+                    f"copy that one there (tokenizer.path was {path}), or use another checkpoint"
                 )
             log.warning("%s: %s; the tokenizer in %s takes its place", checkpoint, problem, source)
         try:

@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
 
     By default malloc gets a large block from mmap and returns it with munmap, so each new tensor costs a page fault
     every 4 KiB: a seventh of a training step's processor time (docs/performance.md). The price: what was in use at the
-    peak stays with the process. Nothing is done with another C library, or where the environment has settings for malloc.
+    peak stays with the process. Does nothing with another C library, or where the environment has settings for malloc.
     """
     if any(name in os.environ for name in _SETTINGS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: what is whole, what is damaged, what a stranger's file can do, what a kill leaves behind."""
+"""The files of a checkpoint: whole ones, damaged ones, those of a stranger, and what a kill leaves behind."""
 
 from __future__ import annotations
 
@@ -206,7 +206,8 @@ def test_what_is_read_of_a_tokenizer_folder(tmp_path):
 
 def test_every_bit_of_a_manifest_is_guarded(folder):
     path = folder / "step-00000015" / "manifest.json"
-    manifest, same = read_manifest(path.parent), 0
+    manifest = read_manifest(path.parent)
+    same = 0
     with path.open("r+b", buffering=0) as stream:
         for at, byte in enumerate(path.read_bytes()):
             for bit in range(8):

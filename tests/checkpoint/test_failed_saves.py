@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written is reported once and leaves nothing behind; training, earlier and later checkpoints do not mind."""
+"""A checkpoint that cannot be written is reported once and leaves nothing behind; training goes on, and other saves."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ def followed(
     from relora_mora.train import Trainer, TrainingError
 
     rank = int(os.environ["RANK"])
-    steps, commands = (failing or {}).get(rank, []), (before or {}) if rank == 0 else {}
+    steps = (failing or {}).get(rank, [])
+    commands = (before or {}) if rank == 0 else {}
     lines: list[str] = []
-    whole_save, whole_batch = rank_files.save_file, Trainer.next_batch
+    whole_save = rank_files.save_file
+    whole_batch = Trainer.next_batch
 
     def keep(record: Any) -> bool:
         if record.levelname == "ERROR":
@@ -61,15 +63,15 @@ def followed(
         return whole_batch(self)
 
     log.addFilter(keep)
-    rank_files.save_file, Trainer.next_batch = save_file, next_batch
     error = ""
-    try:
-        train(config)
-    except TrainingError as failure:
-        error = str(failure)
-    finally:
-        rank_files.save_file, Trainer.next_batch = whole_save, whole_batch
-        log.removeFilter(keep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_files, "save_file", save_file)
+        patch.setattr(Trainer, "next_batch", next_batch)
+        try:
+            train(config)
+        except TrainingError as failure:
+            error = str(failure)
+    log.removeFilter(keep)
     return {"lines": lines, "error": error}
 
 
@@ -151,7 +153,9 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
     from tests.tools.tiny import build_rig, tiny_config
 
     rig = build_rig(tiny_config(2))
-    rank, lines, whole_write = rig.engine.rank, [], rank_files.RankFiles.write
+    rank = rig.engine.rank
+    lines: list[str] = []
+    whole_write = rank_files.RankFiles.write
     module.APPEAR_SECONDS = 0.5
     writer = CheckpointWriter(
         folder,
@@ -242,7 +246,8 @@ def test_a_base_file_that_was_damaged_on_the_disk_is_not_shared(pools, tmp_path)
 
 
 def test_what_is_in_the_way_is_replaced_and_not_followed(pools, tmp_path):
-    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    folder = tmp_path / "checkpoints"
+    elsewhere = tmp_path / "elsewhere"
     for made in (folder / "step-00000001", elsewhere, folder / "latest"):
         made.mkdir(parents=True)
         (made / "mine").write_text("mine")
@@ -262,12 +267,16 @@ def test_what_is_in_the_way_is_replaced_and_not_followed(pools, tmp_path):
 def slow_to_write(config: Any, what: str) -> bool:
     """Trains with a write of step 3 that takes its time; whether training went on meanwhile.
 
-    ``save``: the write waits for the fifth step. ``base``: it waits before it reads the base, and the merge after step 4 must not come first.
+    ``save``: the write waits for the fifth step. ``base``: it waits before it reads the base, and the merge after step 4
+    must not come first.
     """
     from relora_mora.checkpoint.rank_files import RankFiles
     from relora_mora.train import Trainer, pretrain
 
-    whole, write_base, train_step, fifth = RankFiles.write, RankFiles._write_base, Trainer.train_step, threading.Event()
+    whole = RankFiles.write
+    write_base = RankFiles._write_base
+    train_step = Trainer.train_step
+    fifth = threading.Event()
     met: list[bool] = []
 
     def write(self: Any, work: Path, *args: Any) -> Any:
@@ -285,17 +294,18 @@ def slow_to_write(config: Any, what: str) -> bool:
         if self.step == 5:
             fifth.set()
 
-    RankFiles.write, RankFiles._write_base, Trainer.train_step = write, slow_base, step  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankFiles, "write", write)
+        patch.setattr(RankFiles, "_write_base", slow_base)
+        patch.setattr(Trainer, "train_step", step)
         pretrain(config)
-    finally:
-        RankFiles.write, RankFiles._write_base, Trainer.train_step = whole, write_base, train_step  # type: ignore[method-assign]
     return met == [True]
 
 
 @pytest.mark.parametrize("what", ["save", "base"])
 def test_training_goes_on_beside_a_write_but_no_merge_overtakes_it(pools, inputs, tokenizer_path, tmp_path, what):
-    quick, slow = tmp_path / "quick", tmp_path / "slow"
+    quick = tmp_path / "quick"
+    slow = tmp_path / "slow"
     settings: dict[str, Any] = {"checkpoint": {"every_steps": 3}, "method": {"merge_every": 5 if what == "save" else 4}}
     pools(2)(followed, run_config(inputs, tokenizer_path, quick, 2, **settings))
     assert pools(2)(slow_to_write, run_config(inputs, tokenizer_path, slow, 2, **settings), what) == [True, True]
@@ -304,7 +314,7 @@ def test_training_goes_on_beside_a_write_but_no_merge_overtakes_it(pools, inputs
         assert set(expected) == set(found) and all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_a_part_that_fails_frees_its_space(tmp_path, monkeypatch):
+def test_a_rank_that_fails_frees_its_space(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
     from relora_mora.checkpoint import rank_files

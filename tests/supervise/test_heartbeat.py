@@ -11,7 +11,7 @@ NOW = 1000.0
 
 
 def _received(*, actions: int = 5, seconds: float = 1.0, in_collective: bool = False, ago: float = 0.0) -> Received:
-    """A heartbeat that came ``ago`` seconds ago from a rank in its action number ``actions`` for ``seconds`` by then."""
+    """A heartbeat that came ``ago`` seconds ago, from a rank that had been in its last action for ``seconds``."""
     heartbeat = Heartbeat(
         number=7,
         action=f"step {actions}",
