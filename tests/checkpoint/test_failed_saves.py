@@ -57,9 +57,10 @@ def followed(
         whole_save(tensors, path)
 
     def next_batch(self: Trainer) -> Any:
-        if self.step + 1 in commands:
+        step = self.state.step + 1
+        if step in commands:
             self.writer.wait()
-            subprocess.run(commands[self.step + 1], check=True)
+            subprocess.run(commands[step], check=True)
         return whole_batch(self)
 
     log.addFilter(keep)
@@ -289,10 +290,11 @@ def slow_to_write(config: Any, what: str) -> bool:
             met.append(not fifth.wait(1.0))
         return write_base(self, work, *args)
 
-    def step(self: Trainer, batch: Any) -> None:
-        train_step(self, batch)
-        if self.step == 5:
+    def step(self: Trainer, share: Any) -> Any:
+        result = train_step(self, share)
+        if self.state.step == 5:
             fifth.set()
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RankFiles, "write", write)
