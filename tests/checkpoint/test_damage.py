@@ -1,4 +1,4 @@
-"""A run whose newest checkpoints are damaged goes on from the newest whole one, and says what it passed over and why."""
+"""A run whose newest checkpoints are damaged goes on from the newest whole one, and says why it passed over others."""
 
 from __future__ import annotations
 

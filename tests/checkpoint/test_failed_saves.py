@@ -268,8 +268,8 @@ def test_what_is_in_the_way_is_replaced_and_not_followed(pools, tmp_path):
 def slow_to_write(config: Any, what: str) -> bool:
     """Trains with a write of step 3 that takes its time; whether training went on meanwhile.
 
-    ``save``: the write waits for the fifth step. ``base``: it waits before it reads the base, and the merge after step 4
-    must not come first.
+    ``save``: the write waits for the fifth step. ``base``: it waits before it reads the base, and the merge after
+    step 4 must not come first.
     """
     from relora_mora.checkpoint.rank_files import RankFiles
     from relora_mora.train import Trainer, pretrain
