@@ -22,7 +22,7 @@ def _plain(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tokens: float | None = None
 ) -> torch.Tensor:
     logits = F.linear(hidden, weight).flatten(0, -2).float()
-    return F.cross_entropy(logits, labels.flatten(), reduction="sum") / (tokens or labels.numel())
+    return F.cross_entropy(logits, labels.flatten(), reduction="sum") / (tokens or (labels != -100).sum())
 
 
 def train_as_the_reference(config: Any) -> None:
