@@ -39,7 +39,7 @@ def progress_bar(what: str, unit: str, *, show: bool = True) -> Iterator[Callabl
     Yields ``update(done, total)``, which moves the bar; both numbers count ``unit``.
     """
     hidden = None if show else True  # None: where stderr is not a terminal
-    with tqdm(desc=what, unit=unit, unit_scale=True, dynamic_ncols=True, leave=False, disable=hidden) as bar:
+    with tqdm(desc=what, unit=f" {unit}", unit_scale=True, dynamic_ncols=True, leave=False, disable=hidden) as bar:
 
         def update(done: int, total: int) -> None:
             bar.total = total
