@@ -122,7 +122,7 @@ class Evaluating:
         """Before the first step, and where a signal cut short the evaluation of the step at which the run goes on."""
         if state.step == 0:
             return self.config.eval.at_start
-        return state.saved == state.step != state.evaluated
+        return state.trouble is None and state.saved == state.step != state.evaluated
 
     def after_step(self, state: RunState) -> bool:
         """False when the ranks stop before the end of an evaluation."""

@@ -58,7 +58,8 @@ def resume(run: Run) -> tuple[RunState, CheckpointReader]:
         state.data = start_states(run.config.lanes)
         if run.engine.rank == 0:
             log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
-    _catch_up(run, state, reader)
+    if state.trouble is None:  # else the run goes back to an earlier checkpoint first
+        _catch_up(run, state, reader)
     return state, reader
 
 

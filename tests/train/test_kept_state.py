@@ -306,7 +306,7 @@ def test_other_text_of_the_same_names_and_sizes_is_refused_and_when_allowed_read
     _swap_letters(swapped)
     (message,) = pools(1)(_refused, run_config(swapped, tokenizer_path, folder))
     assert (
-        message.count("  - ") == 1 and "files that have changed; to allow it: --train.allow_changes=[data]" in message
+        message.count("  - ") == 1 and "files that have changed; to allow it: '--train.allow_changes=[data]'" in message
     )
     changed = {"data": {"seed": 5}, "train": {"allow_changes": ["data.seed"]}}
     (message,) = pools(1)(_refused, run_config(swapped, tokenizer_path, folder, **changed))
@@ -341,7 +341,7 @@ def test_the_first_rank_asks_a_server_for_all_what_stands_in_its_files(pools, in
         pools(2)(train, config, stop_after=3)
         _swap_letters(served)
         first, second = pools(2)(_refused, config)
-        assert first == second and "files that have changed; to allow it: --train.allow_changes=[data]" in first
+        assert first == second and "files that have changed; to allow it: '--train.allow_changes=[data]'" in first
         assert len(server.heads) == 9
 
 
