@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("runs/demo")
@@ -101,7 +102,7 @@ def _generate() -> None:
 
 def _report(seconds: float) -> None:
     export = DEMO / "export"
-    lines = [json.loads(line) for line in (DEMO / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_json_lines(RunFolder(DEMO / "run").metrics)
     tag = "eval/perplexity"
     evaluations = [f"step {line['step']}: {line[tag]:.1f}" for line in lines if tag in line]
     merges = [str(line["step"]) for line in lines if "merge/layers" in line]

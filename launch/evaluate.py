@@ -50,6 +50,7 @@ def main(
     from relora_mora.evaluate import causal_lm_loss, evaluate, is_causal
     from relora_mora.pretrained import DTYPES, load_any_model, positions_of
     from relora_mora.system.hardware import ran_out_of_memory
+    from relora_mora.system.logs import progress_bar
     from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
     if precision not in DTYPES:
@@ -84,7 +85,8 @@ def main(
     )
     rows = min(micro_batch_size, -(-eval_set.predicted // length))
     try:
-        result = evaluate(causal_lm_loss(lm), eval_set, micro_batch_size=rows, device=device)
+        with progress_bar("evaluation", "token") as progress:
+            result = evaluate(causal_lm_loss(lm), eval_set, micro_batch_size=rows, device=device, progress=progress)
     except (MemoryError, RuntimeError) as error:
         if ran_out_of_memory(error):
             raise ValueError(

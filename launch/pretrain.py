@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 try:
@@ -23,8 +22,8 @@ def main(config: str, **overrides: str) -> int:
         config: a YAML file such as configs/run/tiny_remora.yaml
         overrides: settings as --section.key=value, e.g. --train.steps=100; docs/settings.md lists them
     """
-    world_size = check_environment()
-    guard = Guard()  # before anything that takes time
+    rank, world_size = check_environment()
+    guard = Guard(rank)  # before anything that takes time
     settings = load_config(config, overrides, world_size=world_size)
     from relora_mora.distributed.join import JoinError
     from relora_mora.merging import MergeError
@@ -33,7 +32,7 @@ def main(config: str, **overrides: str) -> int:
     try:
         return pretrain(settings, guard)
     except (MergeError, TrainingError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if rank == 0:
             print(f"the run ended: {error}", file=sys.stderr)
         return FAILED
     except JoinError as error:

@@ -74,14 +74,19 @@ def evaluate(
     world_size: int = 1,
     all_sum: Callable[[Tensor], Tensor] = lambda values: values,
     stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> EvalResult | None:
     """Scores every token of ``data`` once, whatever the number of ranks.
 
-    ``mean_loss(input_ids [b, T], labels [b, T], document_ids [b, T] or None)`` gives the mean nats of the labels that are not -100,
-    where there are document_ids each document alone; ``all_sum`` sums over the ranks. All ranks score as many batches, some of them empty: ZeRO-3 gathers weights in each. ``stop`` is asked
-    before each, with the same answer on all ranks; when it is true the result is None.
+    ``mean_loss(input_ids [b, T], labels [b, T], document_ids [b, T] or None)`` gives the mean nats of the labels that
+    are not -100; with document_ids each document is scored alone. ``all_sum`` sums over the ranks.
+
+    All ranks score the same number of batches, some of them empty, since ZeRO-3 gathers weights in each. Before each
+    batch ``stop`` is asked, with the same answer on all ranks: when it is true, the result is None. After each batch
+    ``progress`` is given the tokens scored so far and all tokens; of several ranks it is an estimate from this one.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
+    scored = 0
     for input_ids, labels, documents in data.batches(rank, world_size, micro_batch_size):
         if stop():
             return None
@@ -89,6 +94,8 @@ def evaluate(
         loss = mean_loss(input_ids.to(device), labels.to(device), None if documents is None else documents.to(device))
         totals[0] += loss.double() * count.to(device)
         totals[1] += count.to(device)
+        scored += int(count) * world_size
+        progress(min(scored, data.predicted), data.predicted)
     nats, tokens = all_sum(totals).tolist()
     assert round(tokens) == data.predicted, f"scored {tokens:.0f} tokens of {data.predicted}"
     return EvalResult(nats, data.predicted, data.utf8_bytes)
@@ -96,15 +103,17 @@ def evaluate(
 
 @torch.no_grad()
 def is_causal(lm: nn.Module, device: torch.device) -> bool:
-    """Whether what a language model predicts depends on what stands before only: not so for an encoder like BERT."""
+    """Whether a language model predicts a token from those before it alone, unlike an encoder such as BERT."""
     pair = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device)
     logits = lm(input_ids=pair, use_cache=False).logits[:, :2].float()
     return torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-3, equal_nan=True)
 
 
 def causal_lm_loss(lm: nn.Module) -> MeanLoss:
-    """``mean_loss`` of any causal language model of transformers; documents that are to be scored alone get rows of their own,
-    since not every model takes a mask between them."""
+    """``mean_loss`` of any causal language model of transformers.
+
+    Documents that are to be scored alone get rows of their own, since not every model takes a mask between them.
+    """
     of_rows = _loss_of_rows(lm)
 
     def mean_loss(input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
@@ -119,10 +128,10 @@ def causal_lm_loss(lm: nn.Module) -> MeanLoss:
 
 
 def rows_of_documents(input_ids: Tensor, labels: Tensor, document_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The documents inside sequences [B, T], each at the start of a row of its own: (input_ids, labels), both [rows, longest].
+    """The documents inside sequences [B, T], each at the start of its own row: (input_ids, labels) [rows, longest].
 
-    Rows are filled up at their end, where a causal model does not look and nothing is scored. Each batch of rows has at most as many tokens
-    as the sequences; the longest documents come first.
+    Rows are filled up at their end, where a causal model does not look and nothing is scored. A batch of rows has at
+    most as many tokens as the sequences; the longest documents come first.
     """
     pieces: list[tuple[Tensor, Tensor]] = []
     for row, ids in enumerate(document_ids):

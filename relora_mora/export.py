@@ -1,4 +1,4 @@
-"""From a checkpoint of any method to a plain LLaMA on disk: nothing of this project is left in it."""
+"""A checkpoint of any method becomes a plain LLaMA on disk, in which nothing of this project is left."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from transformers import GenerationConfig
 from relora_mora.checkpoint import tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.pretrained import merged_model
-from relora_mora.system.files import new_folder
+from relora_mora.system.new_folder import new_folder
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export(path: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns the checkpoint that was exported.
+    """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns the checkpoint used for it.
 
-    Special tokens and their ids are the tokenizer's. No file of the checkpoint is copied: model and tokenizer are written
-    anew. Raises :class:`CheckpointError` for what is no checkpoint and FileExistsError for a folder that is not empty.
-    The folder appears whole.
+    Special tokens and their ids are the tokenizer's. No file of the checkpoint is copied: model and tokenizer are
+    written anew. The folder appears whole or not at all. Raises :class:`CheckpointError` for what is not a checkpoint
+    and FileExistsError for an output folder that is not empty.
     """
     with new_folder(out) as work:
         checkpoint = find_checkpoint(path)

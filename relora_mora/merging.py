@@ -1,8 +1,8 @@
-"""The merge event: deltas into the exact base, adapters to zero, their optimizer state forgotten, operators switched.
+"""A merge: deltas go into the base, adapters back to fresh values, their optimizer state is reset, operators change.
 
-The base. A bf16 weight loses every delta below about 1/256 of it, so each frozen weight has a float32 copy in the host
-memory of one rank, its owner. A merge adds the delta there and sends every rank the rounded result; all ranks hold the
-same bits, and the base after many merges is what float32 arithmetic makes of the sum.
+A bf16 weight loses every delta below about 1/256 of it. So each frozen weight has a float32 copy, its master, in the
+host memory of one rank, its owner. A merge adds the delta there and sends all ranks the rounded result: all hold the
+same bits, and after many merges the base is the sum to float32 rounding.
 """
 
 from __future__ import annotations
@@ -16,33 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relora_mora.config import Config
+from relora_mora.config import MethodConfig
 from relora_mora.methods.layers import AdapterLinear, MoRALinear, adapter_layers, layer_generator
 from relora_mora.optim import MOMENTS
 from relora_mora.zero import ZeroEngine
 
 
 class MergeError(RuntimeError):
-    """A merge that cannot be right, or was not; the message says whether the base was written."""
+    """A merge that was refused, or went wrong; the message says whether the base was written."""
 
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """What one merge did. Norms are Frobenius norms over all layers of a kind of projection; effective rank is
-    exp(entropy of the normalized singular values) (Roy & Vetterli 2007) of the kind's layer in the middle of the model."""
+    """What one merge did. The dictionaries have a value for each kind of projection, such as ``q_proj``."""
 
     step: int
     layers: int
     zeroed: int  # adapter elements whose master is zero or freshly drawn
-    delta_norm: dict[str, float]
-    effective_rank: dict[str, float]
+    delta_norm: dict[str, float]  # Frobenius norm over all layers
+    effective_rank: dict[str, float]  # see :func:`effective_rank`; of the layer in the middle of the model
     operator_before: int | None
     operator_after: int | None
     seconds: float
 
 
 class FrozenMasters:
-    """float32 copies of the frozen weights, each on its owner (weight i belongs to rank i mod world size)."""
+    """float32 copies of the frozen weights, each on its owner: weight i belongs to rank i mod world size."""
 
     def __init__(self, names: Iterable[str], rank: int, world_size: int) -> None:
         self.owner = {name: index % world_size for index, name in enumerate(names)}
@@ -54,7 +53,7 @@ class FrozenMasters:
         return [name for name, owner in self.owner.items() if owner == self.rank]
 
     def take(self, values: Mapping[str, Tensor]) -> None:
-        """Copies the owned weights out of whole float32 values."""
+        """Copies the weights that this rank owns."""
         for name in self.owned:
             self.weights[name] = values[name].detach().to("cpu", torch.float32).clone()
 
@@ -65,20 +64,22 @@ class FrozenMasters:
 
 
 class Merger:
-    """Merges and resets of one run. ``base`` has an entry for every frozen weight."""
+    """Merges and resets of one run. ``base`` has all frozen weights; ``seed`` that of what is drawn at a reset."""
 
-    def __init__(self, engine: ZeroEngine, base: FrozenMasters, config: Config) -> None:
-        self.engine, self.base, self.config = engine, base, config
+    def __init__(self, engine: ZeroEngine, base: FrozenMasters, method: MethodConfig, *, seed: int) -> None:
+        self.engine = engine
+        self.base = base
+        self.method = method
+        self.seed = seed
         self.layers: dict[str, AdapterLinear] = dict(adapter_layers(engine.lm))
         self.parameters = {
             name: [f"{name}.{key}" for key in layer.adapter_names] for name, layer in self.layers.items()
         }
         self.elements = sum(engine.shapes[name].numel() for names in self.parameters.values() for name in names)
-        by_kind: dict[str, list[str]] = {}
+        self.by_kind: dict[str, list[str]] = {}
         for name in self.layers:
-            by_kind.setdefault(name.rpartition(".")[2], []).append(name)
-        self.by_kind = by_kind
-        self.measured = {names[len(names) // 2] for names in by_kind.values()}
+            self.by_kind.setdefault(name.rpartition(".")[2], []).append(name)
+        self.measured = {names[len(names) // 2] for names in self.by_kind.values()}
 
     def set_operator(self, mora_type: int | None) -> None:
         if mora_type is not None:
@@ -94,58 +95,65 @@ class Merger:
 
     @torch.no_grad()
     def merge(self, step: int, merges_done: int, next_operator: int | None) -> MergeRecord:
-        """One merge event at the end of ``step``; a collective. ``merges_done`` counts this one.
+        """One merge at the end of ``step``; a collective. ``merges_done`` counts this one.
 
-        Raises :class:`MergeError` on all ranks: before anything is written when an adapter is not finite or the layers and
-        elements that the ranks hold are not those of the settings, and after the merge, before anything of it is saved, when a
-        product of finite adapters was not finite, or when it did not reach all of them.
+        Raises :class:`MergeError` on all ranks. Before anything is written: when an adapter is not finite, or the ranks
+        do not hold the layers and elements that the settings ask for. After the merge, which is then saved nowhere:
+        when a product of finite adapters was not finite, or the merge did not reach all layers and elements.
         """
         begin = time.perf_counter()
         before = self.operator()
         self._check_adapters(step)
         squares, ranks = self._merge_layers()
-        if spoiled := [name for name, square in squares.items() if not math.isfinite(square)]:
+        spoiled = [name for name, square in squares.items() if not math.isfinite(square)]
+        if spoiled:
             raise MergeError(
-                f"step {step}: the delta of {', '.join(spoiled[:3])} is too large for float32; the merge is spoiled and was saved nowhere, "
-                "go back to an earlier checkpoint"
+                f"step {step}: the delta of {', '.join(spoiled[:3])} is too large for float32; "
+                "the merge is spoiled and was saved nowhere, go back to an earlier checkpoint"
             )
         zeroed = self._reset_masters(merges_done)
         self._reset_state(merges_done)
         self.set_operator(next_operator)
         self.engine.refresh()
         self._check_counts(step, len(squares), zeroed)
-        delta_norm = {kind: sum(squares[name] for name in names) ** 0.5 for kind, names in self.by_kind.items()}
-        effective = {name.rpartition(".")[2]: rank for name, rank in ranks.items()}
         return MergeRecord(
-            step, len(squares), zeroed, delta_norm, effective, before, self.operator(), time.perf_counter() - begin
+            step=step,
+            layers=len(squares),
+            zeroed=zeroed,
+            delta_norm={kind: sum(squares[name] for name in names) ** 0.5 for kind, names in self.by_kind.items()},
+            effective_rank={name.rpartition(".")[2]: rank for name, rank in ranks.items()},
+            operator_before=before,
+            operator_after=self.operator(),
+            seconds=time.perf_counter() - begin,
         )
 
     def _check_adapters(self, step: int) -> None:
         names = {name for parameters in self.parameters.values() for name in parameters}
         lm: Any = self.engine.lm
-        layers = len(self.config.method.target_modules) * lm.config.num_hidden_layers
-        held = sum(fragment.numel for fragment in self.engine.fragments if fragment.name in names)
-        held = held if self.engine.stage == 0 else int(self.engine.sum_over_ranks(held))
+        layers = len(self.method.target_modules) * lm.config.num_hidden_layers
+        fragments = [fragment for fragment in self.engine.fragments if fragment.name in names]
+        held = self._over_ranks(sum(fragment.numel for fragment in fragments))
         if len(self.layers) != layers or held != self.elements:
             raise MergeError(
-                f"step {step}: there are {len(self.layers)} layers to merge, expected {layers}, and the ranks hold {held} adapter elements, "
-                f"expected {self.elements}; nothing was merged, go back to an earlier checkpoint"
+                f"step {step}: there are {len(self.layers)} layers to merge, expected {layers}, "
+                f"and the ranks hold {held} adapter elements, expected {self.elements}; "
+                "nothing was merged, go back to an earlier checkpoint"
             )
-        bad = sorted(
-            {s.name for s in self.engine.fragments if s.name in names and not torch.isfinite(s.of(s.flat)).all()}
-        )
+        bad = sorted({part.name for part in fragments if not part.of(part.flat).isfinite().all()})
         if self.engine.sum_over_ranks(len(bad)):
             where = ", ".join(bad[:3]) or "another rank's part"
             raise MergeError(
-                f"step {step}: the delta to merge is not finite ({where}); nothing was merged, go back to an earlier checkpoint"
+                f"step {step}: the delta to merge is not finite ({where}); "
+                "nothing was merged, go back to an earlier checkpoint"
             )
 
     def _merge_layers(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Adds every delta to its base; returns squared norm of each layer's delta and the measured effective ranks.
+        """Adds every delta to its base; returns each layer's squared norm of the delta, and the effective ranks.
 
-        In groups of layers as large as the world: all owners build their deltas at the same time.
+        In groups of as many layers as there are ranks, so that all owners build their deltas at the same time.
         """
-        engine, names = self.engine, list(self.layers)
+        engine = self.engine
+        names = list(self.layers)
         squares = torch.zeros(len(names), dtype=torch.float32, device=engine.device)
         ranks = torch.zeros(len(names), dtype=torch.float32, device=engine.device)
         for start in range(0, len(names), engine.world_size):
@@ -173,35 +181,36 @@ class Merger:
 
     def _reset_masters(self, merges_done: int) -> int:
         """Gives every adapter the values of a fresh one; returns the elements written, over all ranks."""
-        owned = 0
+        written = 0
         for layer_name, layer in self.layers.items():
-            generator = layer_generator(self.config.train.seed, layer_name, merges_done)
+            generator = layer_generator(self.seed, layer_name, merges_done)
             for key, parameter in zip(layer.adapter_names, self.parameters[layer_name], strict=True):
-                owned += self.engine.scatter(parameter, layer.fresh(key, generator))
-        return owned if self.engine.stage == 0 else int(self.engine.sum_over_ranks(owned))
+                written += self.engine.scatter(parameter, layer.fresh(key, generator))
+        return self._over_ranks(written)
+
+    def _over_ranks(self, elements: int) -> int:
+        """Elements over all ranks; at stage 0 every rank has them all."""
+        return elements if self.engine.stage == 0 else int(self.engine.sum_over_ranks(elements))
 
     def _reset_state(self, merges_done: int) -> None:
-        """Forgets the adapters' optimizer state as ``method.reset`` says (ReLoRA, arXiv 2307.05695, section 3)."""
-        method = self.config.method
-        if method.reset == "full":
+        """Resets the adapters' optimizer state as ``method.reset`` says (ReLoRA, arXiv 2307.05695, section 3)."""
+        if self.method.reset == "full":
             self.engine.clear_state("adapters")
-        elif method.reset != "none":
+        elif self.method.reset != "none":
             for layer_name, parameters in self.parameters.items():
                 for parameter in parameters:
-                    self._prune(
-                        parameter,
-                        layer_generator(self.config.train.seed, f"{layer_name}/{parameter}/exp_avg", merges_done),
-                    )
+                    generator = layer_generator(self.seed, f"{layer_name}/{parameter}/exp_avg", merges_done)
+                    self._prune(parameter, generator)
 
     def _prune(self, parameter: str, generator: torch.Generator) -> None:
-        """Sets ``reset_ratio`` of a parameter's moments to zero: where exp_avg is smallest in magnitude, or at random places.
+        """Sets ``reset_ratio`` of a parameter's moments to zero: where exp_avg is smallest, or at random elements.
 
-        Both moments at the same places: an element with exp_avg and no exp_avg_sq would be moved by exp_avg / eps.
+        Both moments at the same elements: one with exp_avg and no exp_avg_sq would be moved by exp_avg / eps.
         """
         moments = {key: self.engine.gather(parameter, key).reshape(-1) for key in MOMENTS}
         size = moments["exp_avg"].numel()
-        drop = round(self.config.method.reset_ratio * size)
-        if self.config.method.reset == "magnitude":
+        drop = round(self.method.reset_ratio * size)
+        if self.method.reset == "magnitude":
             chosen = moments["exp_avg"].abs().topk(drop, largest=False).indices
         else:
             chosen = torch.randperm(size, generator=generator)[:drop].to(self.engine.device)
@@ -212,7 +221,8 @@ class Merger:
     def _check_counts(self, step: int, layers: int, zeroed: int) -> None:
         if layers != len(self.layers) or zeroed != self.elements:
             raise MergeError(
-                f"step {step}: merged {layers} of {len(self.layers)} layers and reset {zeroed} of {self.elements} adapter elements; "
+                f"step {step}: merged {layers} of {len(self.layers)} layers "
+                f"and reset {zeroed} of {self.elements} adapter elements; "
                 "this run cannot be trusted from here, go back to an earlier checkpoint"
             )
 

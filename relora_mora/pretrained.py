@@ -1,4 +1,4 @@
-"""Models that were trained before: the plain LLaMA of a checkpoint, with its adapters merged in, and those in Hugging Face folders."""
+"""Trained models: checkpoints as plain LLaMA with the adapters merged in, and models in Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from relora_mora.tokenizer import quiet_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-transformers_logging.disable_progress_bar()  # a bar for each file says nothing here
+transformers_logging.disable_progress_bar()  # it would draw one for each file
 
 HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by default
 
@@ -36,7 +36,7 @@ HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by defa
 def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
     """Every weight of the plain model in float32, ``W + delta`` where there is an adapter.
 
-    Raises :class:`CheckpointError` where the checkpoint holds other tensors than the model it names.
+    Raises :class:`CheckpointError` where the checkpoint does not hold the tensors of the model it names.
     """
     manifest = reader.manifest
     config = validate(manifest.config, str(reader.folder))
@@ -61,9 +61,9 @@ def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
 
 
 def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """The plain model of a checkpoint folder, which :func:`find_checkpoint` has verified.
+    """The plain model of a checkpoint folder that :func:`find_checkpoint` has verified.
 
-    Raises :class:`CheckpointError` for weights beyond what ``dtype`` holds.
+    Raises :class:`CheckpointError` for weights that are too large for ``dtype``.
     """
     reader = CheckpointReader(path)
     model = _empty_model(reader)
@@ -80,9 +80,10 @@ def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCaus
 
 
 def _empty_model(reader: CheckpointReader) -> LlamaForCausalLM:
-    """The model that a checkpoint names. Of its settings only LLaMA's own count: no names of code, no foreign keys.
+    """The model that a checkpoint names, without values.
 
-    Raises :class:`CheckpointError` where there is no such model.
+    Only LLaMA's own settings are used: no foreign keys, no names of code. Raises :class:`CheckpointError` where they
+    make no model.
     """
     settings = {
         key: value
@@ -100,9 +101,9 @@ def _empty_model(reader: CheckpointReader) -> LlamaForCausalLM:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal LM to score text with, and what goes with it.
+    """A causal LM to score text with.
 
-    The folder of the ``tokenizer`` is there within a ``with``; ``data`` says how the text was read that the model was trained on.
+    ``tokenizer`` is a context manager that gives the tokenizer's folder; ``data`` says how the training text was read.
     """
 
     model: PreTrainedModel
@@ -111,19 +112,19 @@ class LoadedModel:
     description: str
 
     def data_settings(self, source: str, sequence_length: int | None, document_mask: bool | None) -> DataConfig:
-        """Settings under which the held-out text of ``source`` is read: those of training, but for what is given.
+        """Settings for reading the held-out text of ``source``: those of training, except for what is given.
 
-        Text of another source is not looked for at the commit of the run's own.
+        The run's revision holds for its own sources alone.
         """
-        own = source in ([self.data.validation] if isinstance(self.data.validation, str) else self.data.validation)
         given = {"validation": source, "sequence_length": sequence_length, "document_mask": document_mask}
-        if not own:
+        validation = self.data.validation
+        if source not in ([validation] if isinstance(validation, str) else validation):
             given["revision"] = DataConfig.model_fields["revision"].default
         return self.data.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a folder is that of a Hugging Face model; a stray config.json makes none of a checkpoint."""
+    """Whether a folder is that of a Hugging Face model, not a checkpoint with a stray config.json."""
     return (path / "config.json").exists() and not (path / MANIFEST).exists()
 
 
@@ -132,8 +133,9 @@ def load_foreign(
 ) -> PreTrainedModel:
     """The model in a Hugging Face folder.
 
-    Raises :class:`CheckpointError` also where a weight is missing or has another shape, which transformers would draw at random, and
-    for an adapter beside the model, which it may leave out. A weight that is left over is named in a warning; with ``whole`` it is refused.
+    Raises :class:`CheckpointError`, also for a weight that is missing or has another shape, which transformers would
+    draw at random, and for an adapter beside the model, which it may leave out. A weight that the model has no place
+    for is named in a warning; with ``whole`` it is refused.
     """
     if (path / "adapter_config.json").exists():
         raise CheckpointError(
@@ -161,7 +163,8 @@ def load_foreign(
     if any(wrong.values()):
         said = "; ".join(f"{what}: {in_short(names)}" for what, names in wrong.items() if names)
         raise CheckpointError(
-            f"{path}: its weights are not those that its config.json asks for; {said}; fetch it again, or correct that file"
+            f"{path}: its weights are not those that its config.json asks for; {said}; "
+            "fetch it again, or correct that file"
         )
     if info["unexpected_keys"]:
         log.warning(
@@ -173,7 +176,7 @@ def load_foreign(
 
 
 def in_short(names: Iterable[str]) -> str:
-    """Names of weights; those of several layers once, with a star for the layer and their number."""
+    """Names of weights; one that several layers have is named once, with a star for the layer and how often."""
     kinds: dict[str, list[str]] = {}
     for name in sorted(names):
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
@@ -191,13 +194,13 @@ def _damaged_file(folder: Path) -> Path | None:
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """How many tokens a model can see at once; None where its config names no limit, or -1 for none."""
+    """How many tokens a model can see at once; None where its config has no limit, which some write as -1."""
     positions = getattr(model.config, "max_position_embeddings", None)
     return positions if positions is not None and positions > 0 else None
 
 
 def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
-    """A checkpoint or run folder of this trainer, or a Hugging Face folder; nothing is fetched and no code of it is run.
+    """The model of a checkpoint, run folder or Hugging Face folder. Nothing is downloaded and no code of it is run.
 
     Raises :class:`CheckpointError` for anything else.
     """

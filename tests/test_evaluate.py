@@ -65,12 +65,31 @@ def test_every_token_counts_once_whatever_the_batch(source, tokenizer_path):
     assert results[0].perplexity == pytest.approx(math.exp(results[0].loss))
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_progress_goes_up_to_all_tokens(source, tokenizer_path, world_size):
+    data = load_eval_set(
+        str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=8, max_tokens=None
+    )
+    steps: list[tuple[int, int]] = []
+    evaluate(
+        causal_lm_loss(_gpt2()),
+        data,
+        micro_batch_size=2,
+        device=torch.device("cpu"),
+        world_size=world_size,
+        all_sum=lambda totals: torch.tensor([totals[0], data.predicted]),  # as if the other rank had scored the rest
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    assert len(steps) > 1 and steps == sorted(steps) and {total for _, total in steps} == {data.predicted}
+    assert steps[0][0] == 16 * world_size and steps[-1][0] == data.predicted
+
+
 def _llama() -> LlamaForCausalLM:
     return build_model(tiny_llama(vocab_size=320), seed=3).eval()
 
 
 def _loss_of_documents(lm, texts: list[str], tokenizer, length: int) -> float:
-    """Each document alone, cut where a sequence of the packed text ends; by plain transformers, one forward for each piece."""
+    """Each document alone, cut where a sequence of the packed text ends; one forward of plain transformers for each."""
     nats = tokens = place = 0
     for text in texts:
         ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]

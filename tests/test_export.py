@@ -1,4 +1,4 @@
-"""Exports: what plain transformers makes of one, what of a checkpoint gets into it, and what stands in for a damaged tokenizer."""
+"""Exports: what plain transformers makes of them, what gets into them, and what replaces a damaged tokenizer."""
 
 from __future__ import annotations
 

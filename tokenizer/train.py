@@ -21,7 +21,7 @@ from typing import Any
 
 try:
     from relora_mora.cli import run
-    from relora_mora.system.files import new_folder
+    from relora_mora.system.new_folder import new_folder
     from relora_mora.tokenizer import (
         HARD_TEXTS,
         MODEL_FILE,

@@ -98,10 +98,15 @@ class Ours:
         self.base = FrozenMasters(fixed, dist.get_rank(), dist.get_world_size())
         self.base.take(fixed)
         self.engine = ZeroEngine(
-            LossModel(lm, compiled=compiled), lm, build_optimizer(lm, groups, config), config, bf16=setting.bf16
+            LossModel(lm, compiled=compiled),
+            lm,
+            build_optimizer(lm, groups, config),
+            config.train,
+            clip=config.optim.clip,
+            bf16=setting.bf16,
         )
         self.model: nn.Module = lm
-        self.merger = Merger(self.engine, self.base, config)
+        self.merger = Merger(self.engine, self.base, config.method, seed=config.train.seed)
         self.config, self.batches, self.rates = config, setting.batches(), [RATE] * len(groups)
 
     def step(self) -> float:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from launch.benchmark.turns import medians, take_turns
 from relora_mora.config import Config, ConfigError, dump, load_config
 from relora_mora.supervise import REQUEUE
+from relora_mora.system.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "runs" / "demo"
@@ -178,6 +179,6 @@ def train(config: Config, run_dir: Path, steps: int, checkpoint_every: int) -> T
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The whole lines that a run has written so far."""
-    path = run_dir / "metrics.jsonl"
+    path = RunFolder(run_dir).metrics
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

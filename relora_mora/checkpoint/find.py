@@ -1,4 +1,4 @@
-"""The checkpoint that a user means."""
+"""The checkpoint that a user names."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from pathlib import Path
 
 from relora_mora.checkpoint import CheckpointError, list_checkpoints, newest_whole, verify
 from relora_mora.checkpoint.places import list_new
+from relora_mora.system.run_folder import RunFolder
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means: a checkpoint folder, or the newest whole one of a run or ``checkpoints/`` folder.
+    """The checkpoint at ``path``, or the newest whole one where that is a run folder or its ``checkpoints/``.
 
     Raises :class:`CheckpointError` when there is none or when it is damaged.
     """
-    for folder in (path, path / "checkpoints"):
+    for folder in (path, RunFolder(path).checkpoints):
         if list_checkpoints(folder) or list_new(folder):
             found, skipped = newest_whole(folder)
             if found is None:

@@ -5,13 +5,13 @@
     checkpoints/
       latest                                   the name of the newest checkpoint, replaced by rename
       step-00000200/
-        manifest.json                          written last: step, settings, data state, every file with size and checksum
+        manifest.json                          written last: step, settings, data state, size and checksum of every file
         state-00000-of-00002.safetensors       what rank 0 owned of the masters and moments, float32
         base-00000-of-00002.safetensors        the frozen weights that rank 0 owned, float32
-        tokenizer/...                          what AutoTokenizer loads; where it is damaged the tensors still count
+        tokenizer/...                          what AutoTokenizer loads; damage here does not cost the tensors
 
 A tensor of a state file is a piece of one parameter: its key is ``kind|name|start`` with the kind master, exp_avg or
-exp_avg_sq, the parameter's name, and the place of the first element in the flattened parameter. A reader puts pieces
+exp_avg_sq, the parameter's name, and the index of the first element in the flattened parameter. A reader puts pieces
 together for any world size and ZeRO stage. Base files are shared between checkpoints by hard links until a merge
 changes the base. Nothing is pickled.
 """
@@ -31,9 +31,12 @@ from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter,
 
 from relora_mora.optim import MOMENTS
 
-FORMAT, VERSION = "relora_mora checkpoint", 1
-MANIFEST, LATEST, TOKENIZER = "manifest.json", "latest", "tokenizer"
-KINDS = ("master", *MOMENTS)
+FORMAT = "relora_mora checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+TOKENIZER = "tokenizer"
+TENSOR_KINDS = ("master", *MOMENTS)
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]  # also exact as a float
 
@@ -61,7 +64,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything of a checkpoint that is no tensor."""
+    """All of a checkpoint but its tensors."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     step: Count
@@ -81,12 +84,12 @@ class Manifest:
     data_state: dict[str, Any]
     counters: dict[str, Any]  # what the run has counted so far: tokens, skipped steps, ...
     files: dict[Annotated[str, AfterValidator(_inside)], FileEntry]
-    # earlier programs wrote neither
-    data_content: str | None = None  # fingerprint of what stands in the training data
-    eos_token_id: int | None = None  # ends a document; the fingerprint of a Hugging Face tokenizer does not tell it
+    # not in the checkpoints of earlier versions
+    data_content: str | None = None  # fingerprint of the text of the training data
+    eos_token_id: int | None = None  # ends a document; not part of the fingerprint of a Hugging Face tokenizer
 
     def dump(self) -> str:
-        """As JSON, with the checksum of its content: every other file has one in here."""
+        """As JSON, with a checksum of its own content beside those of the other files."""
         values = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
         return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
 
@@ -96,12 +99,12 @@ class Manifest:
 
     @property
     def tensor_files(self) -> list[str]:
-        """What a checkpoint cannot be used without: all files but those of the tokenizer."""
+        """All files but those of the tokenizer: without one of these the checkpoint cannot be used."""
         return [name for name in self.files if not name.startswith(f"{TOKENIZER}/")]
 
     @property
     def is_good(self) -> bool:
-        """Whether a run can go back to it: not made within a row of steps with bad numbers, or after a loss spike."""
+        """Whether a run can go back to it: not made amid steps with non-finite numbers, or after a loss spike."""
         return not (self.counters.get("bad_steps") or self.counters.get("trouble"))
 
     def numel(self, name: str) -> int:
@@ -113,19 +116,20 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 def content_checksum(values: dict[str, Any]) -> str:
-    """xxh3-128 of JSON values without regard to spaces and the order of keys."""
+    """xxh3-128 of JSON values, whatever their spacing and the order of keys."""
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads a manifest; raises :class:`CheckpointError` where there is none, a damaged one, or one of another format or version."""
+    """Reads a manifest. Raises :class:`CheckpointError` where it is missing, damaged, or of another version."""
     path = folder / MANIFEST
     try:
         regular = stat.S_ISREG(path.lstat().st_mode)
         content = path.read_bytes() if regular else b""
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: no checkpoint ({MANIFEST}: {error.strerror}); give a folder such as RUN/checkpoints/step-00001000"
+            f"{folder}: no checkpoint ({MANIFEST}: {error.strerror}); "
+            "give a folder such as RUN/checkpoints/step-00001000"
         ) from error
     if not regular:
         raise CheckpointError(f"{path}: damaged, it is not a file of its own; use an older checkpoint")
@@ -172,10 +176,11 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
-    """What is wrong with the named files of a checkpoint: the first that is missing, no file, a link, too short or altered."""
+    """What is wrong with the first of these files that is missing, not a file, a link, of another size or altered."""
     root = folder.resolve()
     for name in names:
-        path, expected = folder / name, manifest.files[name]
+        path = folder / name
+        expected = manifest.files[name]
         try:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):

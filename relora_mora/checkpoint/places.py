@@ -1,7 +1,7 @@
-"""Names of checkpoint folders, and renames that a kill can cut short anywhere without losing a checkpoint.
+"""Names of checkpoint folders, and renames during which a kill at any point loses no checkpoint.
 
-``step-N`` is the checkpoint of step N. A folder whose name ends in ``.tmp`` is none: it is being written or removed. One
-that ends in ``.new`` is whole and about to take the place of ``step-N``; where a kill came in between, it still counts.
+``step-N`` is the checkpoint of step N. A folder ``*.tmp`` is being written or removed and does not count. A folder
+``*.new`` is whole and about to take the place of ``step-N``; it counts, in case a kill came in between.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from relora_mora.system.files import remove, sync
 
-NEW, TEMPORARY = ".new", ".tmp"
+NEW = ".new"
+TEMPORARY = ".tmp"
 
 
 def step_folder(step: int) -> str:
@@ -20,13 +21,13 @@ def step_folder(step: int) -> str:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint folder's name, None for other names."""
+    """The step in the name of a checkpoint folder, None for other names."""
     match = re.fullmatch(r"step-([0-9]{8,15})", folder.name)
     return int(match[1]) if match and folder.name == step_folder(int(match[1])) else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders below ``checkpoints/`` that are named like checkpoints, newest first; whether they are whole is not checked."""
+    """Folders below ``checkpoints/`` that are named like checkpoints, whole or not, newest first."""
     if not folder.is_dir():
         return []
     found = [(step, path) for path in folder.iterdir() if path.is_dir() and (step := step_of(path)) is not None]
@@ -42,7 +43,7 @@ def list_new(folder: Path) -> list[Path]:
 
 
 def put_in_place(new: Path) -> None:
-    """Gives a whole checkpoint ``step-N.new`` the name ``step-N``. What had that name goes only after that."""
+    """Renames a whole checkpoint ``step-N.new`` to ``step-N``; what had that name is removed only after that."""
     final = new.with_suffix("")
     aside = _set_aside(final)
     new.rename(final)
@@ -51,7 +52,7 @@ def put_in_place(new: Path) -> None:
 
 
 def discard(checkpoint: Path) -> None:
-    """Removes a checkpoint; however this is cut short, nothing is left that looks like one."""
+    """Removes a checkpoint. However this is cut short, nothing that is left looks like one."""
     remove(_set_aside(checkpoint))
 
 

@@ -11,12 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from relora_mora.checkpoint.layout import KINDS, MANIFEST, CheckpointError, Manifest, damage, read_manifest
+from relora_mora.checkpoint.layout import MANIFEST, TENSOR_KINDS, CheckpointError, Manifest, damage, read_manifest
 from relora_mora.checkpoint.places import list_checkpoints, list_new, step_of
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks
 from relora_mora.optim import MOMENTS
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.merging import FrozenMasters
     from relora_mora.zero import ZeroEngine
 
@@ -33,8 +33,8 @@ class _Piece(NamedTuple):
 class CheckpointReader:
     """The tensors of one checkpoint, by parameter.
 
-    Raises :class:`CheckpointError` for a file that is no safetensors file, and where the pieces in the files do not make up
-    each parameter of the manifest exactly once. Checksums are :func:`verify`'s.
+    Raises :class:`CheckpointError` for a file that is not a safetensors file, and where the pieces in the files do not
+    make up each parameter of the manifest exactly once. Checksums are left to :func:`verify`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,7 +42,7 @@ class CheckpointReader:
         self.manifest: Manifest = read_manifest(folder)
         self._files: dict[str, Any] = {}
         self._pieces: dict[tuple[str, str], list[_Piece]] = {
-            (kind, name): [] for name in self.manifest.parameters for kind in KINDS
+            (kind, name): [] for name in self.manifest.parameters for kind in TENSOR_KINDS
         }
         self._pieces |= {("base", name): [] for name in self.manifest.frozen}
         for file in self.manifest.tensor_files:
@@ -56,12 +56,8 @@ class CheckpointReader:
             tensor = self._open(file).get_slice(key)
             kind, _, rest = key.partition("|")
             name, _, start = rest.rpartition("|")
-            if (
-                (kind, name) not in self._pieces
-                or not start.isascii()
-                or not start.isdigit()
-                or tensor.get_dtype() != "F32"
-            ):
+            well_formed = (kind, name) in self._pieces and start.isascii() and start.isdigit()
+            if not well_formed or tensor.get_dtype() != "F32":
                 raise self._damaged(
                     f"{file}: {key} ({tensor.get_dtype()}) is not a float32 piece of a parameter in the manifest"
                 )
@@ -79,12 +75,9 @@ class CheckpointReader:
         if end > numel:
             raise self._damaged(f"{pieces[-1].file}: {pieces[-1].key} has {end - numel} elements too many")
         if end < numel:
-            files = sorted(
-                {file for file in self.manifest.files if file.startswith("base-" if kind == "base" else "state-")}
-            )
-            raise self._damaged(
-                f"{', '.join(files) or 'its files'}: without element {end} (of {numel}) of {kind} of {name}"
-            )
+            prefix = "base-" if kind == "base" else "state-"
+            files = ", ".join(sorted(file for file in self.manifest.files if file.startswith(prefix))) or "its files"
+            raise self._damaged(f"{files}: without element {end} (of {numel}) of {kind} of {name}")
 
     def _damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.folder}/{what}; use an older checkpoint")
@@ -98,13 +91,14 @@ class CheckpointReader:
         return self._files[file]
 
     def piece(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a flattened parameter, float32; kind as in ``layout``.
+        """Elements [start, start + numel) of a flattened parameter, float32 [numel]; kind as in ``layout``.
 
         Raises :class:`CheckpointError` where one is not finite: memory that failed before the checksum was made.
         """
         out = torch.empty(numel, dtype=torch.float32)
         for piece in self._pieces[kind, name]:
-            left, right = max(start, piece.start), min(start + numel, piece.start + piece.numel)
+            left = max(start, piece.start)
+            right = min(start + numel, piece.start + piece.numel)
             if left < right:
                 try:
                     values = self._open(piece.file).get_tensor(piece.key).reshape(-1)
@@ -126,13 +120,16 @@ class CheckpointReader:
         return self.piece(kind, name, 0, self.manifest.numel(name)).view(shape)
 
     def restore(self, engine: ZeroEngine, base: FrozenMasters) -> None:
-        """Puts masters, moments, step counts and base where this rank's engine has them; a collective."""
+        """Gives an engine and its frozen masters the values of this checkpoint; a collective.
+
+        Raises :class:`CheckpointError` on all ranks, also where only one cannot read what it needs.
+        """
         trained = {name: list(engine.shapes[name]) for names in engine.members for name in names}
         frozen = {name: list(engine.shapes[name]) for name in base.owner}
         if (trained, frozen) != (self.manifest.parameters, self.manifest.frozen):
-            different = sorted(set(trained) ^ set(self.manifest.parameters))[:3]
+            different = ", ".join(sorted(set(trained) ^ set(self.manifest.parameters))[:3]) or "other shapes"
             raise CheckpointError(
-                f"{self.folder}: its trainable parameters are not this run's ({', '.join(different) or 'other shapes'}); "
+                f"{self.folder}: its trainable parameters are not this run's ({different}); "
                 "resume with the settings it was made with"
             )
         if set(self.manifest.group_steps) != set(engine.group_names):
@@ -144,8 +141,8 @@ class CheckpointReader:
             self._read_own(engine, base)
         except CheckpointError as error:
             problem = str(error)
-        first = next((text for text in gather_from_ranks(problem) if text is not None), None)
-        if first is not None:  # nobody goes on alone
+        first = _first_problem(gather_from_ranks(problem))
+        if first is not None:
             raise CheckpointError(first)
         self._files.clear()  # else a removed checkpoint would hold its disk space until the run ends
         engine.refresh()
@@ -157,7 +154,7 @@ class CheckpointReader:
         }
         for fragment in engine.fragments:
             state = engine.state_of(fragment.flat)
-            for kind in KINDS:
+            for kind in TENSOR_KINDS:
                 target = fragment.of(state[kind] if kind in MOMENTS else fragment.flat.data)
                 target.copy_(self.piece(kind, fragment.name, fragment.start, fragment.numel))
             state["step"].fill_(float(self.manifest.group_steps[groups[fragment.name]]))
@@ -166,27 +163,29 @@ class CheckpointReader:
 
 
 def verify(folder: Path, engine: ZeroEngine | None = None) -> str | None:
-    """What is wrong with a checkpoint, None when it is whole. With an engine the ranks share the reading; a collective.
+    """What is wrong with a checkpoint, None when it is whole.
 
-    Damage of the tokenizer beside the tensors does not count: see :func:`damaged_tokenizer`.
+    With an engine it is a collective, and the ranks share the reading. Damage of the tokenizer beside the tensors does
+    not count: see :func:`damaged_tokenizer`.
     """
-    rank, world = (0, 1) if engine is None else (engine.rank, engine.world_size)
-    problem = _damage_of_files(folder, rank, world)
-    problems = [problem] if engine is None else gather_from_ranks(problem)
-    first = next((text for text in problems if text is not None), None)
-    if first is None:
-        first = _damage_of_content(folder) if engine is None else from_first_rank(lambda: _damage_of_content(folder))
-    return first
+    if engine is None:
+        return _damage_of_files(folder) or _damage_of_content(folder)
+    problem = _first_problem(gather_from_ranks(_damage_of_files(folder, engine.rank, engine.world_size)))
+    return problem or from_first_rank(lambda: _damage_of_content(folder))
 
 
-def _damage_of_files(folder: Path, rank: int, world: int) -> str | None:
+def _first_problem(of_ranks: list[str | None]) -> str | None:
+    return next((problem for problem in of_ranks if problem is not None), None)
+
+
+def _damage_of_files(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return str(error)
     if step_of(folder) not in (None, manifest.step):
         return f"{MANIFEST}: is that of step {manifest.step}"
-    return damage(folder, manifest, manifest.tensor_files[rank::world])
+    return damage(folder, manifest, manifest.tensor_files[rank::world_size])
 
 
 def _damage_of_content(folder: Path) -> str | None:
@@ -200,7 +199,10 @@ def _damage_of_content(folder: Path) -> str | None:
 def newest_whole(
     folder: Path, engine: ZeroEngine | None = None, suits: Callable[[Path], bool] = lambda path: True
 ) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint below ``folder`` that verifies, of those that suit, and why newer ones of them were passed over; a collective."""
+    """The newest checkpoint below ``folder`` that suits and is whole, and what is wrong with newer ones that suit.
+
+    With an engine it is a collective.
+    """
 
     def candidates() -> list[Path]:
         return [path for path in _candidates(folder) if suits(path)]
@@ -215,7 +217,7 @@ def newest_whole(
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Newest first; what was about to take the place of a checkpoint comes before it."""
+    """Newest first; a checkpoint that was about to replace one of the same step comes before that."""
     return sorted(
         [*list_checkpoints(folder), *list_new(folder)],
         key=lambda path: (step_of(path.with_suffix("")) or 0, path.name),

@@ -1,4 +1,4 @@
-"""The tokenizer beside a checkpoint's tensors: what is copied of a folder, and which one stands in where it is damaged."""
+"""The tokenizer in a checkpoint: which files of a folder are copied, and what replaces them where they are damaged."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, Manifest, damage, read_manifest
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import TokenizerError, is_tokenizer
 
 SUFFIXES = (".jinja", ".json", ".model", ".spm", ".txt")  # of data: no code, and no weights
@@ -20,8 +21,8 @@ MAX_BYTES = 2**28  # of a file: several times the largest vocabularies
 def read_tokenizer(folder: Path) -> dict[str, bytes]:
     """Content of the files of a tokenizer's folder by their names in it, such as ``tokenizer.json``.
 
-    What is no data of a tokenizer (see ``SUFFIXES`` and ``MAX_BYTES``), no regular file, a link or in a linked folder is
-    left out. Raises OSError for a file that cannot be read.
+    Left out are files that are not data of a tokenizer (see ``SUFFIXES`` and ``MAX_BYTES``), links, what is in linked
+    folders, and everything that is not a regular file. Raises OSError for a file that cannot be read.
     """
     found: dict[str, bytes] = {}
     for parent, _, names in os.walk(folder):
@@ -51,34 +52,41 @@ def damaged_tokenizer(folder: Path, manifest: Manifest) -> str | None:
 def tokenizer_of(checkpoint: Path) -> Iterator[Path]:
     """A folder, for as long as the block lasts, with nothing but the tokenizer that a checkpoint was made with.
 
-    Where the checkpoint's own files are damaged it is the run's, with a warning, if that one has the fingerprint in the
-    manifest. Raises :class:`CheckpointError` where neither does; a :class:`TokenizerError` of the block names that folder.
+    Where the checkpoint's own files are damaged it holds the run's tokenizer, with a warning, if that has the
+    fingerprint in the manifest. Raises :class:`CheckpointError` where neither does. A :class:`TokenizerError` raised in
+    the block names the folder that was copied.
     """
     manifest = read_manifest(checkpoint)
-    of_run = Path(os.path.abspath(checkpoint)).parent.parent / TOKENIZER  # noqa: PTH100 - the checkpoint may be a link
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:
-        place, copy = checkpoint / TOKENIZER, Path(temporary, "of-checkpoint")
+        source = checkpoint / TOKENIZER
+        copy = Path(temporary, "of-checkpoint")
         problem = damaged_tokenizer(checkpoint, manifest)
-        if problem is None:
-            listed = {
-                name: text for name, text in read_tokenizer(place).items() if f"{TOKENIZER}/{name}" in manifest.files
-            }
-            if not _is_copied(listed, copy, manifest):
-                problem = f"{TOKENIZER}: not the tokenizer it was made with"
+        if problem is None and not _copy(_listed(source, manifest), copy, manifest):
+            problem = f"{TOKENIZER}: not the tokenizer it was made with"
         if problem is not None:
-            place, copy = of_run, Path(temporary, "of-run")
-            if not _is_copied(read_tokenizer(of_run), copy, manifest):
+            # abspath, not resolve(): the checkpoint may be a link, and its run is the folder where the link is
+            source = RunFolder(Path(os.path.abspath(checkpoint)).parent.parent).tokenizer  # noqa: PTH100
+            copy = Path(temporary, "of-run")
+            if not _copy(read_tokenizer(source), copy, manifest):
+                path = manifest.config.get("tokenizer", {}).get("path")
                 raise CheckpointError(
-                    f"{checkpoint}: {problem}, and {of_run} is not the tokenizer it was made with; copy that one there "
-                    f"(tokenizer.path was {manifest.config.get('tokenizer', {}).get('path')}), or use another checkpoint"
+                    f"{checkpoint}: {problem}, and {source} is not the tokenizer it was made with; "
+                    f"copy that one there (tokenizer.path was {path}), or use another checkpoint"
                 )
-            log.warning("%s: %s; the tokenizer in %s takes its place", checkpoint, problem, of_run)
+            log.warning("%s: %s; the tokenizer in %s takes its place", checkpoint, problem, source)
         try:
             yield copy
         except TokenizerError as error:
-            raise TokenizerError(str(error).replace(str(copy), str(place))) from error
+            raise TokenizerError(str(error).replace(str(copy), str(source))) from error
 
 
-def _is_copied(files: Mapping[str, bytes], folder: Path, manifest: Manifest) -> bool:
+def _listed(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The tokenizer files of a checkpoint, without those that its manifest does not list."""
+    files = read_tokenizer(folder)
+    return {name: content for name, content in files.items() if f"{TOKENIZER}/{name}" in manifest.files}
+
+
+def _copy(files: Mapping[str, bytes], folder: Path, manifest: Manifest) -> bool:
+    """Writes a tokenizer; whether it is the one with the fingerprint in the manifest."""
     write_tokenizer(files, folder)
     return is_tokenizer(folder, manifest.tokenizer_fingerprint)

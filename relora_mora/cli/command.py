@@ -12,7 +12,7 @@ from pathlib import Path
 
 from relora_mora.cli.arguments import Command, help_text, read_arguments
 from relora_mora.cli.interrupt import INTERRUPTED, Interrupts, say
-from relora_mora.system.files import place_of
+from relora_mora.system.disk_errors import place_of
 
 USER_ERROR = 2
 _PACKAGE = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ import threading
 from types import FrameType, TracebackType
 
 from relora_mora.system.bounded import bounded
-from relora_mora.system.files import remove_unfinished
+from relora_mora.system.new_folder import remove_unfinished
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 GRACE_SECONDS = 3.0

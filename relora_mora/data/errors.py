@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from relora_mora.config.secrets import redact
-from relora_mora.system.files import LOST_DISK
+from relora_mora.system.disk_errors import LOST_DISK
 
 
 class SourceError(ValueError):

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.producer import Assignment, LaneBlocks, Producer
 from relora_mora.data.worker_process import IGNORED_SIGNALS
-from relora_mora.system.files import LOST_DISK
+from relora_mora.system.disk_errors import LOST_DISK
 
 _PR_SET_PDEATHSIG = 1
 

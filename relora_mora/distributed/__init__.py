@@ -1,12 +1,12 @@
-"""The ranks of a run: joining them, and what they tell each other through host memory. Of torch alone, without DeepSpeed."""
+"""The ranks of a run: joining them, and collectives through host memory. Uses torch alone, without DeepSpeed."""
 
 from relora_mora.distributed.collectives import (
     control_group,
     from_first_rank,
     gather_from_ranks,
+    is_device_failure,
+    is_peer_failure,
     leave_together,
-    lost_device,
-    lost_peer,
     sum_over_hosts,
 )
 from relora_mora.distributed.join import JoinError, backend_name, device_of_rank, join, store_address
@@ -18,10 +18,10 @@ __all__ = [
     "device_of_rank",
     "from_first_rank",
     "gather_from_ranks",
+    "is_device_failure",
+    "is_peer_failure",
     "join",
     "leave_together",
-    "lost_device",
-    "lost_peer",
     "store_address",
     "sum_over_hosts",
 ]

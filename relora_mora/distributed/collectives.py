@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other through host memory. Of torch alone, without DeepSpeed."""
+"""Collectives through host memory, and what the errors of collectives mean."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torch import distributed as dist
 
 from relora_mora.distributed.waiting import collective
 
-PART_SECONDS = 30.0  # for the other ranks to end a run that is done
-
-CONTROL_SECONDS = 24 * 3600.0  # a backstop: guard.Watch knows how long each wait may take
+LEAVE_SECONDS = 30.0  # for the other ranks to end a run that is done
+CONTROL_SECONDS = 24 * 3600.0  # a backstop: the watchdog knows how long each wait may take
 
 
 @functools.cache
 def control_group() -> Any:
-    """All ranks over gloo, beside the group that training uses: for numbers that are needed on the hosts."""
+    """All ranks over gloo, beside the group that training uses: for values that are needed in host memory."""
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=CONTROL_SECONDS))
 
 
@@ -35,7 +34,7 @@ def sum_over_hosts(values: list[float]) -> list[float]:
 
 
 def gather_from_ranks(value: Any) -> list[Any]:
-    """What each rank gave, on every rank; a collective. For small things."""
+    """The value that each rank gave, on every rank; a collective. For small values."""
     if dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -44,28 +43,31 @@ def gather_from_ranks(value: Any) -> list[Any]:
     return values
 
 
-def lost_peer(error: BaseException) -> bool:
-    """Whether an exception says that a collective lost another rank, as gloo and NCCL say it."""
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether an exception of gloo, NCCL or the store says that another rank is gone."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError)
         and any(word in str(error) for word in ("gloo/transport", "Connection closed by peer", "NCCL"))
     )
 
 
-def lost_device(error: BaseException) -> bool:
-    """Whether an exception says that the accelerator of this process cannot go on. Memory that ran out is another thing."""
+def is_device_failure(error: BaseException) -> bool:
+    """Whether an exception says that the accelerator of this process has failed; not that its memory ran out."""
     return isinstance(error, getattr(torch, "AcceleratorError", ())) or "uncorrectable ECC error" in str(error)
 
 
-def leave_together(seconds: float = PART_SECONDS) -> None:
-    """Waits until all ranks have come here, so that none of them finds the store of the first one gone; not for one that is lost."""
+def leave_together(seconds: float = LEAVE_SECONDS) -> None:
+    """Waits until all ranks that are still there have come here, so that none finds the first one's store gone."""
     if dist.get_world_size() > 1:
         with contextlib.suppress(RuntimeError), collective():
             dist.monitored_barrier(control_group(), timeout=datetime.timedelta(seconds=seconds))
 
 
 def from_first_rank(make: Callable[[], Any]) -> Any:
-    """What ``make`` returns on the first rank, on every rank; its ValueError or OSError is raised on every rank. A collective."""
+    """What ``make`` returns on the first rank, on every rank; a collective.
+
+    Its ValueError or OSError is raised on every rank.
+    """
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -75,8 +77,8 @@ def from_first_rank(make: Callable[[], Any]) -> Any:
     if dist.get_world_size() > 1:
         with collective():
             dist.broadcast_object_list(answer, src=0, group=control_group())
-    good, value = answer[0]
-    if not good:
-        value.same_on_all_ranks = True  # the first rank says it for all
+    succeeded, value = answer[0]
+    if not succeeded:
+        value.same_on_all_ranks = True  # the first rank reports it for all
         raise value
     return value

@@ -1,4 +1,4 @@
-"""The ranks of a run come together. Of torch alone, without DeepSpeed."""
+"""Joins the ranks of a run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from torch import distributed as dist
 from relora_mora.distributed.collectives import control_group
 from relora_mora.system.allocator import keep_freed_memory
 
+_WITHOUT_LAUNCHER = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
 PORT_SECONDS = 20.0  # a run that was killed a moment ago may still hold the port
 
 
@@ -22,20 +29,14 @@ class JoinError(RuntimeError):
 
 
 def join(timeout_seconds: float) -> None:
-    """Joins the process group, unless that is done. One process needs no launcher. On a CPU freed memory stays with the process.
+    """Joins the process group, unless this process has done so. One process alone needs no launcher.
 
-    ``timeout_seconds`` is how long to wait for the other ranks. Raises :class:`JoinError` when they do not come, or when
-    another program holds the port.
+    On a CPU it also keeps freed memory with the process. ``timeout_seconds`` is how long to wait for the other ranks.
+    Raises :class:`JoinError` when they do not come, or when another program holds the port.
     """
     if not dist.is_initialized():
-        for key, value in {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-        }.items():
-            os.environ.setdefault(key, value)
+        for name, value in _WITHOUT_LAUNCHER.items():
+            os.environ.setdefault(name, value)
         _meet(timeout_seconds)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -46,7 +47,7 @@ def join(timeout_seconds: float) -> None:
 
 
 def backend_name() -> str:
-    """What the ranks' tensors travel over."""
+    """The backend of collectives on the ranks' tensors."""
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
@@ -56,28 +57,29 @@ def device_of_rank() -> torch.device:
 
 
 def _meet(timeout_seconds: float) -> None:
-    rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    rank = int(os.environ["RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
     address, port = store_address()
-    if rank == "0" and port and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+    if rank == 0 and port and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         _await_port(port)
-    # a collective may wait for longer than the ranks for each other at the start: guard.Watch is to name the rank first
-    patience = datetime.timedelta(seconds=2 * timeout_seconds + 60)
+    # of a collective; longer than the watchdog takes to name the rank that is late
+    longest = datetime.timedelta(seconds=2 * timeout_seconds + 60)
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_seconds)))
-        dist.init_process_group(
-            backend_name(), store=store, rank=int(rank), world_size=int(world_size), timeout=patience
-        )
-        if world_size != "1":
+        dist.init_process_group(backend_name(), store=store, rank=rank, world_size=world_size, timeout=longest)
+        if world_size > 1:
             control_group()
     except dist.DistError as error:
         first = str(error).partition("\n")[0]
         raise JoinError(
-            f"rank {rank} of {world_size} did not meet the others at {address}:{port} within {timeout_seconds:.0f} s ({first}); "
-            "check that all ranks were started, and that hosts and firewalls let them reach MASTER_ADDR and MASTER_PORT"
+            f"rank {rank} of {world_size} did not meet the others at {address}:{port} "
+            f"within {timeout_seconds:.0f} s ({first}); check that all ranks were started, "
+            "and that hosts and firewalls let them reach MASTER_ADDR and MASTER_PORT"
         ) from error
 
 
 def _await_port(port: int) -> None:
+    """Waits until the port can be bound; torch's own error does not say which port is taken, or what to do."""
     deadline = time.monotonic() + PORT_SECONDS
     while True:
         with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
@@ -101,6 +103,6 @@ def store_address() -> tuple[str, int]:
 
 
 def _processes_on_host() -> int:
-    """As torchrun, DeepSpeed's launcher and Slurm tell it."""
+    """As torchrun, DeepSpeed's launcher and Slurm tell it; Slurm's form is 8(x2),4."""
     told = [os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE")]
-    return max([1, *(int(number) for value in told for number in re.findall(r"\d+", value)[:1])])  # Slurm: 8(x2),4
+    return max([1, *(int(number) for value in told for number in re.findall(r"\d+", value)[:1])])

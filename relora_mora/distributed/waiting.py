@@ -1,7 +1,7 @@
 """Whether this process is inside a collective: a flag around the calls, which any thread can look at without a lock.
 
-A watch thread must not look at frames for that: ``sys._current_frames()`` holds a lock of the interpreter while it allocates, and a
-garbage collection that this starts can wait for the same lock (CPython gh-106883, in Python 3.11.7).
+The watchdog must not look at stack frames for that: ``sys._current_frames()`` holds a lock of the interpreter while it
+allocates, and a garbage collection that this starts can wait for the same lock (CPython gh-106883, in Python 3.11.7).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Ends that are no accident: signals, launchers, lost ranks, and one trainer per run folder.
+"""How a run ends in order: signals, launchers, lost ranks, exit codes, and one trainer per run folder.
 
-``watch`` needs torch and is imported when there are ranks to watch; the rest is light, so that a process can be guarded
-before its slow imports.
+``watchdog`` needs torch and is imported when there are ranks to watch; the rest is light, so that a process can be
+guarded before its slow imports.
 """
 
 from relora_mora.supervise.environment import check_environment
@@ -17,14 +17,12 @@ from relora_mora.supervise.exits import (
 )
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.supervise.lock import LockError, RunLock
-from relora_mora.system.files import LOST_DISK
 
 __all__ = [
     "FAILED",
     "FINISHED",
     "LONG_SECONDS",
     "LOST",
-    "LOST_DISK",
     "REQUEUE",
     "USER_ERROR",
     "Guard",

@@ -13,18 +13,23 @@ from pathlib import Path
 from typing import NoReturn
 
 from relora_mora.system.bounded import bounded
+from relora_mora.system.run_folder import RunFolder
 
-FINISHED, FAILED, USER_ERROR = 0, 1, 2
-LOST = 69  # EX_UNAVAILABLE of sysexits.h: a rank, a launcher or the network is gone; the same command goes on from the last checkpoint
-REQUEUE = 75  # EX_TEMPFAIL: stopped on request with everything saved; the same command goes on from there
+FINISHED = 0
+FAILED = 1
+USER_ERROR = 2
+# EX_UNAVAILABLE of sysexits.h: a rank, a launcher, a disk or the network is gone;
+# the same command goes on from the last checkpoint
+LOST = 69
+# EX_TEMPFAIL: stopped on request with everything saved; the same command goes on from there
+REQUEUE = 75
 
-
-ENDS = "ends.jsonl"
-LAST_SECONDS = 3.0  # for what a process that must end still has to say
+LAST_SECONDS = 3.0  # for the last words of a process that must end
+STACKS_SECONDS = 1.0  # for a rank that hangs to write where it stands
 
 
 def record_end(folder: Path, *, code: int, reason: str, rank: int, step: int | None) -> None:
-    """Appends a line to ``ends.jsonl`` of the run folder; where that cannot be written, the reason is on stderr only."""
+    """Appends a line to ``ends.jsonl`` of the run folder. Where it cannot be written, the reason is on stderr only."""
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "code": code,
@@ -34,7 +39,7 @@ def record_end(folder: Path, *, code: int, reason: str, rank: int, step: int | N
         "host": socket.gethostname(),
     }
     with contextlib.suppress(OSError):
-        handle = os.open(folder / ENDS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        handle = os.open(RunFolder(folder).ends, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(handle, (json.dumps(entry) + "\n").encode())
             os.fsync(handle)
@@ -43,19 +48,19 @@ def record_end(folder: Path, *, code: int, reason: str, rank: int, step: int | N
 
 
 def leave_process(code: int) -> NoReturn:
-    """Ends the process with this code, whatever its threads do, when its output is written.
+    """Exits with this code once the output is written, whatever the threads of the process do.
 
-    A process that ends in the usual way destroys the objects of its libraries. Where another rank has gone a moment before,
-    that of gloo or of the store can abort it ("terminate called without an active exception"), and the code is lost.
+    An ordinary exit destroys the objects of libraries. Where another rank has exited a moment before, that of gloo or
+    of the store can abort the process ("terminate called without an active exception"), and the code is lost.
     """
     _flush()
     os._exit(code)
 
 
 def leave_now(code: int, *last_words: Callable[[], object]) -> NoReturn:
-    """Ends the process with this code, also where a pipe is full or a disk does not answer.
+    """Exits with this code, also where a pipe is full or a disk does not answer.
 
-    ``last_words`` are said in this order, as far as they come within ``LAST_SECONDS``; the output is flushed after them.
+    ``last_words`` are called in this order and the output is flushed, as far as that gets within ``LAST_SECONDS``.
     """
 
     def speak() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import sys
@@ -13,42 +12,43 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
-from relora_mora.supervise.exits import LAST_SECONDS, LOST, REQUEUE, USER_ERROR, leave_now, record_end
+from relora_mora.supervise.exits import LAST_SECONDS, LOST, REQUEUE, STACKS_SECONDS, USER_ERROR, leave_now, record_end
+from relora_mora.supervise.heartbeat import PeerFailure
 from relora_mora.supervise.launchers import Launchers
 from relora_mora.supervise.lock import RunLock, host_id
 from relora_mora.supervise.signals import StopSignals
 from relora_mora.system.bounded import bounded
 
 if TYPE_CHECKING:
-    from relora_mora.supervise.watch import Verdict, Watch
+    from relora_mora.supervise.watchdog import Watchdog  # needs torch
 
 LONG_SECONDS = 1800.0  # for `begin`: what building a model, a merge or the write of a checkpoint may take
-LAUNCHER_SECONDS = 8.0  # to save and end after the launcher has gone
-LAUNCHER_POLL_SECONDS = 0.5
-STACKS_SECONDS = 1.5  # for a rank that hangs to write where
-LINGER_SECONDS = 2.5  # for the others to read why the rank that holds the store ends
+LAUNCHER_SECONDS = 8.0  # to save and exit after the launcher has gone
+POLL_SECONDS = 0.5
+LINGER_SECONDS = 2.5  # for the others to read why the rank that holds the store exits
 
 
 class Guard:
-    """Made first of all in a process, so that a signal during the imports is heard as well. Main thread, once at a time.
+    """Made first of all in a process, so that it hears a signal during the imports as well. Main thread, one at a time.
 
-    ``stop_reason`` is None until somebody asks this process to stop; the trainer looks at it once a step.
+    ``stop_reason`` is None until this process is asked to stop; the trainer looks at it once a step.
     """
 
-    def __init__(self, *, signals: bool = True) -> None:
+    def __init__(self, rank: int = 0, *, signals: bool = True) -> None:
         self.stop_reason: str | None = None
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = rank
         self.step: int | None = None
-        self._watch: Watch | None = None
+        self._watchdog: Watchdog | None = None
         self._lock: RunLock | None = None
         self._folder: Path | None = None
         self._training = False
-        self._ended = threading.Lock()  # taken by who records the end
-        self._ending = threading.Lock()  # by who ends the process, for good
+        self._recorded = threading.Lock()  # taken, for good, by whoever records the end
+        self._ending = threading.Lock()  # taken, for good, by whoever ends the process
         self._closed = threading.Event()
         self._signals = StopSignals(self._first_signal, self._second_signal) if signals else None
         self._launchers = Launchers() if signals else None
-        self._thread = threading.Thread(target=self._look_around, daemon=True, name="guard")
+        self._launcher_deadline: float | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name="guard")
         self._thread.start()
 
     def __enter__(self) -> Guard:
@@ -59,58 +59,60 @@ class Guard:
     ) -> None:
         self.close()
 
-    # ---- of the main thread -----------------------------------------------------------------------------------
+    # ---- called by the main thread ----------------------------------------------------------------------------
 
     def hold(self, lock: RunLock) -> None:
         """The first rank holds the lock of the run folder; ends are recorded there from now on."""
-        self._lock, self._folder = lock, lock.path.parent
+        self._lock = lock
+        self._folder = lock.path.parent
 
-    def watch_peers(self, watch: Watch, folder: Path) -> None:
-        """Another rank that is lost ends this process, and the reason goes to the run folder."""
-        self._watch, self.rank = watch, watch.rank
+    def watch_peers(self, watchdog: Watchdog, folder: Path) -> None:
+        """From now on the failure of another rank ends this process, and the reason goes to the run folder."""
+        self._watchdog = watchdog
+        self.rank = watchdog.rank
         self._folder = folder
-        watch.start()
+        watchdog.start()
 
     def begin(self, what: str, within: float | None = None) -> None:
-        """See :meth:`Watch.begin`."""
-        if self._watch is not None:
-            self._watch.begin(what, within)
+        """See :meth:`Watchdog.begin`."""
+        if self._watchdog is not None:
+            self._watchdog.begin(what, within)
 
     def training(self) -> None:
         """From now on there is something to save: a signal no longer ends the process by itself."""
         self._training = True
 
     def record(self, code: int, reason: str) -> None:
-        """The end of this run, in its folder. The first call counts."""
-        if self._folder is not None and self._ended.acquire(blocking=False):
+        """Records the end of this run in its folder. The first call counts."""
+        if self._folder is not None and self._recorded.acquire(blocking=False):
             record_end(self._folder, code=code, reason=reason, rank=self.rank, step=self.step)
 
-    def leave(self, code: int, reason: str, *, same_on_all_ranks: bool) -> None:
-        """This rank ends with an error. The others need to hear of it, unless they end with the same one."""
+    def announce_exit(self, code: int, reason: str, *, same_on_all_ranks: bool) -> None:
+        """This rank exits with an error. The others need to hear of it, unless they exit with the same one."""
         if self.rank == 0 or not same_on_all_ranks:
             self.record(code, reason)
-        if self._watch is not None and not same_on_all_ranks:
-            self._watch.leave(code, f"rank {self.rank} ended: {reason}")
+        if self._watchdog is not None and not same_on_all_ranks:
+            self._watchdog.announce_exit(code, f"rank {self.rank} ended: {reason}")
             if self.rank == 0:
                 time.sleep(LINGER_SECONDS)
 
-    def lost_peer(self, error: str) -> None:
-        """A collective failed: another rank is gone. Names it and ends the process."""
-        if self._watch is not None:
-            self.end(self._watch.lost_peer(error))
+    def peer_failed(self, error: str) -> None:
+        """A collective failed because another rank is gone: names that rank and ends the process."""
+        if self._watchdog is not None:
+            self.end(self._watchdog.diagnose(error))
 
-    def lost(self, reason: str, *, same_on_all_ranks: bool) -> NoReturn:
-        """Something of this machine has failed. Ends the process and the others with the code after which a job starts again."""
+    def machine_failed(self, reason: str, *, same_on_all_ranks: bool) -> NoReturn:
+        """A device or disk has failed: ends this process and the others with the code that starts a job again."""
         if self.rank == 0 or not same_on_all_ranks:
             self._say(reason)
-        self.leave(LOST, reason, same_on_all_ranks=same_on_all_ranks)
+        self.announce_exit(LOST, reason, same_on_all_ranks=same_on_all_ranks)
         leave_now(LOST)
 
     def stop_watching(self) -> None:
-        """The work is done: that other ranks end is no fault any more."""
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
+        """The work is done: from now on it is no fault when other ranks exit."""
+        if self._watchdog is not None:
+            self._watchdog.close()
+            self._watchdog = None
 
     def close(self) -> None:
         self._closed.set()
@@ -120,30 +122,31 @@ class Guard:
         if self._signals is not None:
             self._signals.close()
 
-    # ---- of other threads -------------------------------------------------------------------------------------
+    # ---- called by other threads ------------------------------------------------------------------------------
 
-    def end(self, verdict: Verdict) -> None:
+    def end(self, failure: PeerFailure) -> None:
         """Ends the process now, whatever its main thread waits for. The first rank that is left tells the user.
 
         Two threads may find out at the same moment: the first of them ends the process for both.
         """
         self._ending.acquire()
-        bounded(LAST_SECONDS, lambda: self._tell_end(verdict))
-        if verdict.rank != self.rank and not verdict.left and verdict.host == host_id():
-            time.sleep(STACKS_SECONDS)
+        bounded(LAST_SECONDS, lambda: self._report(failure))
+        if failure.rank != self.rank and not failure.announced and failure.host == host_id():
+            time.sleep(STACKS_SECONDS + 0.5)
             with contextlib.suppress(OSError):  # a launcher would wait half a minute for a process that does not answer
-                os.kill(verdict.pid, signal.SIGKILL)
-        leave_now(verdict.code)
+                os.kill(failure.pid, signal.SIGKILL)
+        leave_now(failure.code)
 
-    def _tell_end(self, verdict: Verdict) -> None:
-        if self.rank != (1 if verdict.rank == 0 else 0):
+    def _report(self, failure: PeerFailure) -> None:
+        first_left = 1 if failure.rank == 0 else 0
+        if self.rank != first_left:
             return
-        self._say(verdict.reason)
-        if not verdict.left:  # else that rank has recorded it
-            self.record(verdict.code, verdict.reason)
+        self._say(failure.reason)
+        if not failure.announced:  # otherwise that rank has recorded it
+            self.record(failure.code, failure.reason)
 
-    def lost_folder(self, who: str | None) -> None:
-        """The run folder was removed or moved. What this run has is saved in a new one, unless another trainer (``who``) has begun there."""
+    def folder_lost(self, who: str | None) -> None:
+        """The run folder was removed or moved: saves into a new one, unless another trainer (``who``) is there now."""
         if who is None:
             self._ask_to_stop("the run folder was removed or moved")
             return
@@ -171,24 +174,30 @@ class Guard:
         )
 
     def _tell_peers(self, code: int, reason: str) -> None:
-        if self._watch is not None:
-            self._watch.leave(code, reason)
+        watchdog = self._watchdog  # the main thread may take it away
+        if watchdog is not None:
+            watchdog.announce_exit(code, reason)
 
-    def _look_around(self) -> None:
-        """Launchers, and whether the watch itself is stuck, until the guard is closed."""
-        deadline = None
-        while not self._closed.wait(LAUNCHER_POLL_SECONDS):
-            now = time.monotonic()
-            verdict = self._watch.unanswered() if self._watch is not None else None
-            if verdict is not None:
-                self.end(verdict)
-            gone = self._launchers.gone() if self._launchers is not None else None
-            if gone is not None and deadline is None:
-                deadline = now + LAUNCHER_SECONDS
+    def _run(self) -> None:
+        """The guard's own thread, until it is closed."""
+        while not self._closed.wait(POLL_SECONDS):
+            watchdog = self._watchdog  # the main thread may take it away
+            failure = watchdog.store_hung() if watchdog is not None else None
+            if failure is not None:
+                self.end(failure)
+            if self._launchers is not None:
+                self._check_launchers(self._launchers)
+
+    def _check_launchers(self, launchers: Launchers) -> None:
+        """Asks for a stop when a launcher is gone, and exits where that has not ended the process in time."""
+        if self._launcher_deadline is None:
+            gone = launchers.gone()
+            if gone is not None:
+                self._launcher_deadline = time.monotonic() + LAUNCHER_SECONDS
                 self._ask_to_stop(f"the launcher of rank {self.rank} is gone ({gone})")
-            if deadline is not None and now > deadline:
-                reason = f"{self.stop_reason}; it could not be saved in {LAUNCHER_SECONDS:.0f} s"
-                leave_now(LOST, functools.partial(self.record, LOST, reason))
+        elif time.monotonic() > self._launcher_deadline:
+            reason = f"{self.stop_reason}; it could not be saved in {LAUNCHER_SECONDS:.0f} s"
+            leave_now(LOST, lambda: self.record(LOST, reason))
 
     def _say(self, text: str) -> None:
         prefix = f"[rank {self.rank}] " if self.rank else ""

@@ -1,4 +1,9 @@
-"""The launchers above a process: when one of them is gone, nobody watches over this rank any more."""
+"""The launchers above a process: when one of them is gone, nobody watches over this rank any more.
+
+The kernel can signal a process whose parent dies (PR_SET_PDEATHSIG), but only the direct parent: not ``deepspeed``
+above its ``launch.py``, and not a parent that died before the process could ask for the signal. Both need the chain of
+processes that is looked at here, and that covers the direct parent as well.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +21,21 @@ _MODULES = (
     "torch.distributed.run",
     "torch.distributed.launch",
 )
+_FILES = tuple(f"{module.replace('.', '/')}.py" for module in _MODULES)
 
 
 class Launchers:
-    """The chain of launchers that started this process: ``deepspeed`` and its ``launch.py``, torchrun. A shell is none.
+    """The launchers that started this process: ``deepspeed`` and its ``launch.py``, or torchrun. A shell is not one.
 
-    A launcher that was killed before this object was made is missed too: what it started has become a child of process 1.
+    A launcher that was killed before this object was made is noticed too: what it started is now a child of process 1.
     """
 
     def __init__(self) -> None:
         self.processes: list[psutil.Process] = []
-        self.missing: str | None = None
-        below, started = psutil.Process(), _started_by_launcher(sys.argv)
-        for parent in below.parents():
+        self._missing: str | None = None
+        child = psutil.Process()
+        has_launcher = _started_by_launcher(sys.argv)
+        for parent in child.parents():
             try:
                 command = parent.cmdline()
             except psutil.Error:
@@ -36,12 +43,13 @@ class Launchers:
             if not is_launcher(command):
                 break
             self.processes.append(parent)
-            below, started = parent, _started_by_deepspeed(command)
-        if started and _is_orphan(below):
-            self.missing = f"it had started pid {below.pid}"
+            child = parent
+            has_launcher = _started_by_deepspeed(command)
+        if has_launcher and _is_orphan(child):
+            self._missing = f"it had started pid {child.pid}"
 
     def gone(self) -> str | None:
-        """Which launcher has ended, None while all live."""
+        """Which launcher has ended, None while all are alive."""
         for process in self.processes:
             try:
                 alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -49,7 +57,18 @@ class Launchers:
                 alive = False
             if not alive:
                 return f"pid {process.pid}"
-        return self.missing
+        return self._missing
+
+
+def is_launcher(command: list[str]) -> bool:
+    """Whether a command line is a launcher's: ``python .../bin/deepspeed ...``, ``python -m torch.distributed.run``."""
+    for index, argument in enumerate(command[:6]):
+        if argument == "-m":
+            return index + 1 < len(command) and command[index + 1] in _MODULES
+        name = Path(argument).name
+        if not argument.startswith("-") and (index > 0 or name in _SCRIPTS):  # the first is the interpreter
+            return name in _SCRIPTS or argument.endswith(_FILES)
+    return False
 
 
 def _started_by_launcher(arguments: list[str]) -> bool:
@@ -58,7 +77,7 @@ def _started_by_launcher(arguments: list[str]) -> bool:
 
 
 def _started_by_deepspeed(command: list[str]) -> bool:
-    """Whether a launch.py is a child of the ``deepspeed`` command on this host: then its list of hosts is just ``localhost``."""
+    """Whether a launch.py is a child of ``deepspeed`` on this host: then it is given ``localhost`` as the only host."""
     for argument in command:
         if argument.startswith("--world_info="):
             try:
@@ -69,21 +88,8 @@ def _started_by_deepspeed(command: list[str]) -> bool:
 
 
 def _is_orphan(process: psutil.Process) -> bool:
-    """Whether the parent has died: Linux gives its children to process 1."""
+    """Whether the parent has died: Linux makes its children those of process 1."""
     try:
         return process.pid != 1 and process.ppid() == 1
     except psutil.Error:
         return False
-
-
-def is_launcher(command: list[str]) -> bool:
-    """Whether a command line is that of a launcher: ``python .../bin/deepspeed ...``, ``python -m torch.distributed.run ...``."""
-    for index, argument in enumerate(command[:6]):
-        if argument == "-m":
-            return index + 1 < len(command) and command[index + 1] in _MODULES
-        if not argument.startswith("-") and (index or Path(argument).name in _SCRIPTS):
-            path = Path(argument)
-            return path.name in _SCRIPTS or any(
-                argument.endswith(f"{module.replace('.', '/')}.py") for module in _MODULES
-            )
-    return False

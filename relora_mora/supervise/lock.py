@@ -1,9 +1,9 @@
 """One trainer per run folder.
 
-``RUN/lock`` is held by the first rank with ``flock``, which the kernel gives up with the process, however that ends. The
-file also says who holds it, and the holder touches it every few seconds: on file systems where flock does not reach other
-hosts, a holder elsewhere is alive as long as the time of the file moves. A holder whose file was removed, with its folder,
-holds nothing any more: another trainer may begin there.
+The first rank holds ``RUN/lock`` with ``flock``, which the kernel releases with the process, however that ends. The
+file also says who holds it, and the holder touches it every few seconds: on file systems where flock does not reach
+other hosts, a holder elsewhere is alive as long as the file's modification time moves. A holder whose file was removed
+together with its folder holds nothing any more: another trainer may begin there.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import Any
 
 import psutil
 
-from relora_mora.system.files import disk_faults_named
+from relora_mora.system.disk_errors import disk_faults_named
+from relora_mora.system.run_folder import RunFolder
 
-LOCK = "lock"
 TOUCH_SECONDS = 5.0
 STALE_SECONDS = 4 * TOUCH_SECONDS  # a holder on another host that has not touched the file for so long is gone
 WAIT_SECONDS = 30.0  # ranks whose launcher was killed need up to ten seconds to end
+POLL_SECONDS = 0.2
 
 
 class LockError(ValueError):
@@ -39,12 +40,12 @@ class LockError(ValueError):
 class RunLock:
     """Held from :meth:`acquire` to :meth:`release` or the end of the process.
 
-    ``on_loss(who)`` is called, in a thread of the lock's own and once, when the file was removed while it was held: with None,
-    or with who holds the one that stands in its place.
+    When the file is removed or replaced while it is held, ``on_loss(who)`` is called once, in a thread of the lock's
+    own: with None, or with who holds the file that is there instead.
     """
 
     def __init__(self, folder: Path, on_loss: Callable[[str | None], object] = lambda who: None) -> None:
-        self.path = folder / LOCK
+        self.path = RunFolder(folder).lock
         self._on_loss = on_loss
         self._handle: int | None = None
         self._released = threading.Event()
@@ -52,32 +53,41 @@ class RunLock:
     def acquire(self, wait_seconds: float = WAIT_SECONDS) -> str | None:
         """Takes the lock, waiting for another holder to end.
 
-        Returns None, or who held it last where that one ended without releasing it. Raises :class:`LockError` when it
-        is still held after ``wait_seconds``, OSError when the folder cannot be written.
+        Returns who held it last where that process ended without releasing it, else None. Raises :class:`LockError`
+        when it is still held after ``wait_seconds``, OSError when the folder cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._flock(handle, time.monotonic() + wait_seconds)
-            before = self._content(handle)
-            if before and before.get("host_id") != host_id() and not before.get("released"):
+            before = _read(handle)
+            abandoned = bool(before) and not before.get("released")
+            if abandoned and before.get("host_id") != host_id():
                 self._await_silence(handle, before)
             with disk_faults_named(self.path.parent):
-                self._write(handle, released=False)
+                _write(handle, released=False)
         except BaseException:
             os.close(handle)
             raise
         self._handle = handle
         # in a thread that does nothing else: a network file system may keep it waiting
         threading.Thread(target=self._touch, args=(os.fstat(handle),), daemon=True, name="lock").start()
-        return None if not before or before.get("released") else _who(before)
+        return _who(before) if abandoned else None
+
+    def release(self) -> None:
+        self._released.set()
+        if self._handle is not None:
+            with contextlib.suppress(OSError):
+                _write(self._handle, released=True)
+            os.close(self._handle)
+            self._handle = None
 
     def _touch(self, own: os.stat_result) -> None:
-        """Shows other hosts that the holder lives, as long as the file is its own."""
+        """Shows other hosts that the holder is alive, as long as the file is its own."""
         while not self._released.wait(TOUCH_SECONDS):
             try:
                 if not os.path.samestat(self.path.stat(), own):
-                    self._on_loss(self._stranger())
+                    self._on_loss(self._present_holder())
                     return
                 os.utime(self.path)
             except FileNotFoundError:
@@ -86,21 +96,12 @@ class RunLock:
             except OSError:  # a file system that does not answer for a while
                 continue
 
-    def _stranger(self) -> str:
-        """Who holds the file that is there now."""
+    def _present_holder(self) -> str:
         handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return _who(self._content(handle))
+            return _who(_read(handle))
         finally:
             os.close(handle)
-
-    def release(self) -> None:
-        self._released.set()
-        if self._handle is not None:
-            with contextlib.suppress(OSError):
-                self._write(self._handle, released=True)
-            os.close(self._handle)
-            self._handle = None
 
     def _flock(self, handle: int, deadline: float) -> None:
         while True:
@@ -108,58 +109,62 @@ class RunLock:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise self._held(self._content(handle)) from None
-                time.sleep(0.2)
+                    raise self._held_by(_read(handle)) from None
+                time.sleep(POLL_SECONDS)
             except OSError:  # a file system without flock: what the file says has to do
-                self._await_same_host(handle, deadline)
+                self._await_end(handle, deadline)
                 return
             else:
                 return
 
-    def _await_same_host(self, handle: int, deadline: float) -> None:
-        while (content := self._content(handle)) and not content.get("released") and _runs_here(content):
+    def _await_end(self, handle: int, deadline: float) -> None:
+        """Waits for a holder on this host to end, without flock."""
+        while (content := _read(handle)) and not content.get("released") and _runs_here(content):
             if time.monotonic() > deadline:
-                raise self._held(content)
-            time.sleep(0.2)
+                raise self._held_by(content)
+            time.sleep(POLL_SECONDS)
 
     def _await_silence(self, handle: int, content: dict[str, Any]) -> None:
-        """Raises when the holder on another host touches the file within the time in which a living one must.
+        """Raises when a holder on another host touches the file within the time in which a living one must.
 
-        That the time of the file is long ago says nothing: clocks of hosts differ, and jump.
+        That the modification time is long ago proves nothing: the clocks of hosts differ, and jump.
         """
-        touched, deadline = os.fstat(handle).st_mtime_ns, time.monotonic() + STALE_SECONDS
+        touched = os.fstat(handle).st_mtime_ns
+        deadline = time.monotonic() + STALE_SECONDS
         while time.monotonic() < deadline:
             if os.fstat(handle).st_mtime_ns != touched:
-                raise self._held(content)
-            time.sleep(0.2)
+                raise self._held_by(content)
+            time.sleep(POLL_SECONDS)
 
-    def _held(self, content: dict[str, Any]) -> LockError:
+    def _held_by(self, content: dict[str, Any]) -> LockError:
         return LockError(
-            f"{self.path.parent}: another trainer works on this run ({_who(content)}); wait for its end, stop it, or use another train.run_dir"
+            f"{self.path.parent}: another trainer works on this run ({_who(content)}); "
+            "wait for its end, stop it, or use another train.run_dir"
         )
 
-    @staticmethod
-    def _content(handle: int) -> dict[str, Any]:
-        try:
-            content = json.loads(os.pread(handle, 1 << 16, 0))
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
 
-    @staticmethod
-    def _write(handle: int, *, released: bool) -> None:
-        content = {
-            "host": socket.gethostname(),
-            "host_id": host_id(),
-            "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
-            "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "released": released,
-        }
-        data = (json.dumps(content) + "\n").encode()
-        os.pwrite(handle, data, 0)
-        os.ftruncate(handle, len(data))
-        os.fsync(handle)
+def _read(handle: int) -> dict[str, Any]:
+    """What the holder has written; empty where nothing readable is there."""
+    try:
+        content = json.loads(os.pread(handle, 1 << 16, 0))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(handle: int, *, released: bool) -> None:
+    content = {
+        "host": socket.gethostname(),
+        "host_id": host_id(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "released": released,
+    }
+    data = (json.dumps(content) + "\n").encode()
+    os.pwrite(handle, data, 0)
+    os.ftruncate(handle, len(data))
+    os.fsync(handle)
 
 
 @functools.cache
@@ -173,13 +178,14 @@ def host_id() -> str:
 
 
 def _runs_here(content: dict[str, Any]) -> bool:
+    """Whether the process that wrote this still runs on this host."""
     try:
-        return (
-            content.get("host_id") == host_id() and psutil.Process(content["pid"]).create_time() == content["started"]
-        )
+        started = psutil.Process(content["pid"]).create_time()
     except (KeyError, TypeError, ValueError, psutil.Error):
         return False
+    return content.get("host_id") == host_id() and content.get("started") == started
 
 
 def _who(content: dict[str, Any]) -> str:
-    return f"host {content.get('host', 'unknown')}, pid {content.get('pid', 'unknown')}, since {content.get('since', 'unknown')}"
+    host, pid, since = (content.get(key, "unknown") for key in ("host", "pid", "since"))
+    return f"host {host}, pid {pid}, since {since}"

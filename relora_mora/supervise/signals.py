@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1: the first asks for a stop, a later one leaves at once, whatever the main thread is doing."""
+"""SIGTERM, SIGINT and SIGUSR1: the first asks for a stop, a later one exits at once, whatever the main thread does."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import time
 from collections.abc import Callable
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# a terminal sends Ctrl-C to launcher and ranks, and the launcher passes it on: that is one request
+# Ctrl-C on a terminal reaches launcher and ranks, and the launcher passes it on: together they are one request
 SAME_REQUEST_SECONDS = 1.0
 
 
 class StopSignals:
-    """Calls ``on_first(signal)`` and, for a signal more than a second later, ``on_second(signal)``, in a thread of its own.
+    """Calls ``on_first(signal)`` and, for a signal more than a second later, ``on_second(signal)``, in its own thread.
 
-    Python runs handlers between bytecodes of the main thread, which may wait in a collective for minutes. Its C handler
-    however writes the number of the signal to a pipe at once, and the thread reads that. Main thread only.
+    Python runs signal handlers between two bytecodes of the main thread, which may be in a collective for minutes. The
+    interpreter's C handler, however, writes the number of the signal to the wakeup pipe at once, and a thread reads it.
+    Waiting for blocked signals (sigwait) would need no pipe, but every child process would inherit the blocked signals.
+    Main thread only.
     """
 
     def __init__(self, on_first: Callable[[signal.Signals], None], on_second: Callable[[signal.Signals], None]) -> None:
-        self._on_first, self._on_second = on_first, on_second
+        self._on_first = on_first
+        self._on_second = on_second
         self._first_at: float | None = None
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, lambda *_: None)  # without a Python handler nothing is written to the pipe
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._read, args=(reader,), daemon=True, name="signals").start()
 
@@ -46,7 +49,7 @@ class StopSignals:
             self._on_second(number)
 
     def close(self) -> None:
-        """The end is decided: from now on signals change nothing."""
+        """Ignores signals from now on: how the process ends is decided."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)

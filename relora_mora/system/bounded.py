@@ -1,4 +1,4 @@
-"""Things that may block for ever, done by who must not: a write to a full pipe, or to a disk that does not answer."""
+"""Actions that may block for ever, such as a write to a full pipe, for callers that must not."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 
 def bounded(seconds: float, action: Callable[[], object]) -> None:
-    """Does ``action`` in a thread of its own and returns when it is done, or after ``seconds`` whether it is done or not.
+    """Runs ``action`` in a thread of its own and returns when it has ended, or after ``seconds`` at the latest.
 
-    An error of the action is dropped: whoever needs this has nobody left to tell.
+    An error of the action is dropped: a caller that needs this has nobody left to tell.
     """
 
     def act() -> None:

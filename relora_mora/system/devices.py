@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Device:
     """One accelerator. Zero stands for what is not known.
 
-    ``node_gbits`` is what one device has of the network between hosts in the host named in ``host``; a plan takes another
-    number for a whole host with ``--link_gbits``.
+    ``node_gbits`` is one device's share of the network between hosts, in the kind of host that ``host`` names; a plan
+    takes another number for a whole host with ``--link_gbits``.
     """
 
     name: str
@@ -25,8 +25,10 @@ class Device:
     host: str
 
 
-# Names that contain others stand first. NVLink is given by NVIDIA for both directions together: half of it is here.
-_PCIE4, _PCIE5 = 32.0, 64.0  # x16, one direction
+# x16, one direction
+_PCIE4 = 32.0
+_PCIE5 = 64.0
+# Names that contain others come first. NVIDIA gives NVLink for both directions together: half of that is here.
 DEVICES = (
     Device(
         "b200", "B200", 2250, 180, 8000, 900, 400, "NVIDIA DGX B200 data sheet, an eighth", "DGX B200: 8 x 400 Gbit/s"

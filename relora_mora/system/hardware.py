@@ -15,7 +15,7 @@ _PROBES = 5
 
 
 def fast_bf16() -> bool:
-    """Does this hardware multiply bf16 matrices faster than float32 ones (CUDA from Ampere on, CPUs with AMX or AVX512-BF16)?"""
+    """Whether bf16 matrix products are faster than float32 ones: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability()[0] >= 8
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -26,12 +26,13 @@ def device_here() -> Device:
     """What this machine computes with; of an unknown card only the memory is known."""
     if not torch.cuda.is_available():
         return CPU
-    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    name = torch.cuda.get_device_name()
+    memory = torch.cuda.get_device_properties(0).total_memory
     return device_of_name(name) or Device(name, name, 0, memory / 1e9, 0, 0, 0, "this machine", "")
 
 
 def peak_flops(*, bf16: bool) -> tuple[float, str]:
-    """FLOP/s of one device and where the number comes from: a data sheet, or a measured matrix product on this rank's threads."""
+    """FLOP/s of one device and the source: a data sheet, or a matrix product measured on this rank's threads."""
     if torch.cuda.is_available():
         device = device_of_name(torch.cuda.get_device_name())
         if bf16 and device is not None:

@@ -1,17 +1,16 @@
-"""The log of this package, on stderr."""
+"""The log of this package, and bars that show how long something takes; both on stderr."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import sys
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
 log = logging.getLogger("relora_mora")
-
-
-shared_log = log.getChild("shared")  # for what all ranks know alike: the first one says it
+shared_log = log.getChild("shared")  # for what all ranks know alike: only the first one says it
 
 
 class _AboveTheBar(logging.Handler):
@@ -23,14 +22,27 @@ class _AboveTheBar(logging.Handler):
 
 
 def setup_logging(rank: int) -> None:
-    """Progress of the run on stderr, from the first rank; other ranks show warnings."""
+    """Shows everything that the first rank logs, and warnings of the others."""
+    prefix = f"[rank {rank}] " if rank else ""
     handler = _AboveTheBar()
-    handler.setFormatter(
-        logging.Formatter(
-            "%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s", "%H:%M:%S"
-        )
-    )
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
     shared_log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, unit: str, *, show: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """While the block lasts, a bar with the time left; nothing where stderr is not a terminal, or without ``show``.
+
+    Yields ``update(done, total)``, which moves the bar; both numbers count ``unit``.
+    """
+    hidden = None if show else True  # None: where stderr is not a terminal
+    with tqdm(desc=what, unit=f" {unit}", unit_scale=True, dynamic_ncols=True, leave=False, disable=hidden) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update

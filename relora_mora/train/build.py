@@ -78,12 +78,15 @@ def build(
     put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
     done("model")
     module = LossModel(lm, compiled=config.model.compile)
-    engine = ZeroEngine(module, lm, build_optimizer(lm, groups, config), config, bf16=checked.bf16)
+    engine = ZeroEngine(
+        module, lm, build_optimizer(lm, groups, config), config.train, clip=config.optim.clip, bf16=checked.bf16
+    )
     done("engine")
     if not resumes:
         write_initial_values(engine, base, maker, made)
         done("model")
-    return Run(checked, engine, base, Merger(engine, base, config), groups, make_schedule(config))
+    merger = Merger(engine, base, config.method, seed=config.train.seed)
+    return Run(checked, engine, base, merger, groups, make_schedule(config))
 
 
 def _add_adapters(lm: LlamaForCausalLM, config: Config, *, with_values: bool) -> None:

@@ -14,6 +14,7 @@ from relora_mora.model import check_length, plain_model_config, read_model_confi
 from relora_mora.model.llama import check_attention, check_compiler
 from relora_mora.system.hardware import fast_bf16, memory_bytes
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import check_vocabulary, tokenizer_fingerprint
 from relora_mora.train.fit import check_adapters, check_memory
 from relora_mora.train.identity import Identity
@@ -51,7 +52,7 @@ class Checked:
 def pinned_before(config: Config) -> DataConfig:
     """The data settings with the revision of an earlier start of this run: a resume reads the same data."""
     try:
-        before = parse_yaml((Path(config.train.run_dir) / "config.yaml").read_text(encoding="utf-8"))["data"]
+        before = parse_yaml(RunFolder(Path(config.train.run_dir)).config.read_text(encoding="utf-8"))["data"]
         same = before["train"] == config.data.train and before["validation"] == config.data.validation
         revision = before["revision"]
     except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError):

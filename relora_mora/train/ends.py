@@ -8,6 +8,7 @@ from typing import NoReturn
 from relora_mora.distributed import gather_from_ranks
 from relora_mora.supervise import FINISHED, REQUEUE, Guard
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.errors import DataError, TrainingError
 from relora_mora.train.events import Saving
 from relora_mora.train.feed import DataFailed
@@ -24,7 +25,7 @@ class Ends:
 
     def finish(self, state: RunState) -> int:
         self.saving.save_the_end(state)
-        log.info(f"done: {state.step} steps, {state.tokens:,} tokens, {self.folder / 'checkpoints'}")
+        log.info(f"done: {state.step} steps, {state.tokens:,} tokens, {RunFolder(self.folder).checkpoints}")
         self._record(FINISHED, "done")
         return FINISHED
 

@@ -18,6 +18,7 @@ from relora_mora.optim import group_rates
 from relora_mora.plan.flops import flops_per_token
 from relora_mora.supervise import LONG_SECONDS, Guard
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.system.seeds import derived_seed
 from relora_mora.train.build import Run
 from relora_mora.train.ends import Ends
@@ -60,10 +61,10 @@ class Trainer:
         state.data = self.data.own_part(state.data)
         guard.step = state.step
         self.writer = CheckpointWriter(
-            self.folder / "checkpoints",
+            RunFolder(self.folder).checkpoints,
             run.engine,
             run.base,
-            tokenizer=self.folder / "tokenizer",
+            tokenizer=RunFolder(self.folder).tokenizer,
             keep_last=config.checkpoint.keep_last,
             keep_every_steps=config.checkpoint.keep_every_steps,
             merge_states=merge_states,

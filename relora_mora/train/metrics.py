@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.tensorboard import TensorBoard
 
 
@@ -24,14 +25,15 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
-        self.path = folder / "metrics.jsonl"
-        self._board_folder = folder / "tensorboard" if tensorboard else None
+        files = RunFolder(folder)
+        self.path = files.metrics
+        self._board_folder = files.tensorboard if tensorboard else None
         self._board: TensorBoard | None = None
         self._file: int | None = None
         self._losing = False
         self._open(step)
         if step == 0 and self._board is not None:
-            self._board.describe((folder / "config.yaml").read_text(encoding="utf-8"))
+            self._board.describe(files.config.read_text(encoding="utf-8"))
 
     def go_back(self, step: int) -> None:
         """Drops what was logged beyond ``step``: the run goes on from there."""

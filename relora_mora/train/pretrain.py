@@ -11,17 +11,17 @@ from relora_mora.data import hub_commits, pin_revision, remember_commits, remote
 from relora_mora.distributed.collectives import (
     from_first_rank,
     gather_from_ranks,
+    is_device_failure,
+    is_peer_failure,
     leave_together,
-    lost_device,
-    lost_peer,
 )
 from relora_mora.distributed.join import store_address
 from relora_mora.supervise import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
-from relora_mora.supervise.lock import LOCK
-from relora_mora.supervise.watch import Watch
-from relora_mora.system.files import LOST_DISK
+from relora_mora.supervise.watchdog import Watchdog
+from relora_mora.system.disk_errors import LOST_DISK
 from relora_mora.system.hardware import ran_out_of_memory
 from relora_mora.system.logs import log, setup_logging
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.agreement import check_agreement, check_shared
 from relora_mora.train.build import build
 from relora_mora.train.check import check, pinned_before
@@ -48,7 +48,7 @@ def pretrain(config: Config, guard: Guard | None = None) -> int:
             _end_if_lost(guard, error)
             mistake = isinstance(error, ValueError | OSError)
             text = " ".join(str(error).split()) or type(error).__name__
-            guard.leave(
+            guard.announce_exit(
                 USER_ERROR if mistake else FAILED, text, same_on_all_ranks=getattr(error, "same_on_all_ranks", False)
             )
             raise
@@ -88,7 +88,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     asked = from_first_rank(lambda: remote_content(checked.shards, data.timeout_seconds))
     checked = replace(checked, data_content=checked.data_content + asked)
     lock = from_first_rank(lambda: _lock(guard, folder))
-    check_shared(folder / LOCK, lock)
+    check_shared(RunFolder(folder).lock, lock)
     guard.begin("building the model", within=LONG_SECONDS)
     startup.done("checks")
     resumes = from_first_rank(lambda: finds_checkpoint(config.train))
@@ -112,13 +112,15 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
     """Ends the process where another rank is gone, or this rank's device, or a network file system."""
     first_line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     same = getattr(error, "same_on_all_ranks", False)
-    if lost_peer(error):
-        guard.lost_peer(first_line)
-    if lost_device(error):
-        guard.lost(f"the device of rank {guard.rank} failed ({first_line})", same_on_all_ranks=same)
+    if is_peer_failure(error):
+        guard.peer_failed(first_line)
+    if is_device_failure(error):
+        guard.machine_failed(f"the device of rank {guard.rank} failed ({first_line})", same_on_all_ranks=same)
     if isinstance(error, OSError) and error.errno in LOST_DISK:
         whose = "" if same else f" rank {guard.rank}"
-        guard.lost(f"a disk or network failed{whose} ({error.strerror}: {error.filename})", same_on_all_ranks=same)
+        guard.machine_failed(
+            f"a disk or network failed{whose} ({error.strerror}: {error.filename})", same_on_all_ranks=same
+        )
 
 
 def _pinned(config: Config) -> tuple[DataConfig, dict[str, str]]:
@@ -129,14 +131,14 @@ def _pinned(config: Config) -> tuple[DataConfig, dict[str, str]]:
 
 
 def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -> None:
-    watch = Watch(
+    watch = Watchdog(
         rank,
         world_size,
         config.train.peer_timeout_seconds,
         address=store_address(),
         job=job,
         end=guard.end,
-        stacks=Path(config.train.run_dir) / f"stacks-of-rank-{rank}.txt",
+        stacks=RunFolder(Path(config.train.run_dir)).stacks(rank),
     )
     gather_from_ranks(None)  # every rank has made its first beat
     guard.watch_peers(watch, Path(config.train.run_dir))
@@ -145,7 +147,7 @@ def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -
 
 def _lock(guard: Guard, folder: Path) -> str:
     """Takes the lock of the run folder and returns what stands in it."""
-    lock = RunLock(folder, guard.lost_folder)
+    lock = RunLock(folder, guard.folder_lost)
     before = lock.acquire()
     guard.hold(lock)
     if before is not None:

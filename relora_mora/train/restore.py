@@ -8,13 +8,14 @@ from pathlib import Path
 from relora_mora.checkpoint import CheckpointReader, list_checkpoints
 from relora_mora.checkpoint.places import list_new, step_of
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
 from relora_mora.train.state import RunState
 
 
 def restore(run: Run, reader: CheckpointReader) -> RunState:
     """Tensors, operators and state of a checkpoint; a collective."""
-    checkpoints = Path(run.config.train.run_dir) / "checkpoints"
+    checkpoints = RunFolder(Path(run.config.train.run_dir)).checkpoints
     manifest = reader.manifest
     reader.restore(run.engine, run.base)
     run.merger.set_operator(manifest.operator)
@@ -25,7 +26,7 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
 
 def is_own(run: Run, reader: CheckpointReader) -> bool:
     """Whether a checkpoint is one of this run's folder, and not of another run that this one begins from."""
-    return reader.folder.parent.resolve() == (Path(run.config.train.run_dir) / "checkpoints").resolve()
+    return reader.folder.parent.resolve() == RunFolder(Path(run.config.train.run_dir)).checkpoints.resolve()
 
 
 def _abandon_later(checkpoints: Path, step: int) -> None:

@@ -17,6 +17,7 @@ from relora_mora.config import TrainConfig
 from relora_mora.data import start_states
 from relora_mora.distributed import from_first_rank
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
 from relora_mora.train.identity import Identity, changes_since
 from relora_mora.train.restore import is_own, restore
@@ -26,7 +27,7 @@ from relora_mora.train.state import RunState
 
 def finds_checkpoint(config: TrainConfig) -> bool:
     """Whether :func:`choose_checkpoint` will find a checkpoint, or end the run. Raises :class:`CheckpointError`."""
-    folder = Path(config.run_dir) / "checkpoints"
+    folder = RunFolder(Path(config.run_dir)).checkpoints
     if config.resume == "auto":
         return bool(list_checkpoints(folder) or list_new(folder))
     if config.resume == "never" and list_checkpoints(folder):
@@ -66,7 +67,7 @@ def _choose(run: Run) -> Path:
     config = run.config.train
     if config.resume != "auto":
         return from_first_rank(lambda: find_checkpoint(Path(config.resume)))
-    folder = Path(config.run_dir) / "checkpoints"
+    folder = RunFolder(Path(config.run_dir)).checkpoints
     chosen, skipped = newest_whole(folder, run.engine)
     for reason in skipped if run.engine.rank == 0 else ():  # all ranks know the same
         log.warning("passed over %s", reason)

@@ -16,12 +16,11 @@ from relora_mora.data import merge_states
 from relora_mora.distributed import from_first_rank, gather_from_ranks
 from relora_mora.system.files import write_synced
 from relora_mora.system.logs import shared_log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
 from relora_mora.train.errors import TrainingError
 from relora_mora.train.restore import restore
 from relora_mora.train.state import RunState
-
-ROLLBACKS = "rollbacks.json"
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
         )
     writer.wait()
     gather_from_ranks(None)  # the newest checkpoint is whole when the first rank has waited
-    chosen, _ = newest_whole(folder / "checkpoints", run.engine, lambda path: _suits(path, state.step))
+    chosen, _ = newest_whole(RunFolder(folder).checkpoints, run.engine, lambda path: _suits(path, state.step))
     if chosen is None:
         raise TrainingError(
             f"{state.trouble}; there is no checkpoint of before it to go back to: lower optim.lr, or set "
@@ -64,7 +63,7 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
     )
     if run.engine.rank == 0:
         known = read_rollbacks(folder)[: state.rollbacks]
-        write_synced(folder / ROLLBACKS, dump_rollbacks([*known, rollback]))
+        write_synced(RunFolder(folder).rollbacks, dump_rollbacks([*known, rollback]))
     restored = restore(run, reader)
     restored.data = rollback.data_state
     restored.rollbacks = state.rollbacks + 1
@@ -93,12 +92,12 @@ def forget_rollbacks(folder: Path, state: RunState) -> None:
     rollbacks = from_first_rank(lambda: read_rollbacks(folder))
     if len(rollbacks) > state.rollbacks:
         kept = dump_rollbacks(rollbacks[: state.rollbacks])
-        from_first_rank(lambda: write_synced(folder / ROLLBACKS, kept))
+        from_first_rank(lambda: write_synced(RunFolder(folder).rollbacks, kept))
 
 
 def read_rollbacks(folder: Path) -> list[Rollback]:
     """The rollbacks of a run, oldest first. Raises ValueError for a file that :func:`dump_rollbacks` did not give."""
-    path = folder / ROLLBACKS
+    path = RunFolder(folder).rollbacks
     if not path.exists():
         return []
     try:

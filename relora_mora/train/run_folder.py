@@ -16,7 +16,9 @@ import torch
 
 from relora_mora.config import dump
 from relora_mora.model.config import plain_model_config
-from relora_mora.system.files import disk_faults_named, remove, write_synced
+from relora_mora.system.disk_errors import disk_faults_named
+from relora_mora.system.files import remove, write_synced
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import is_tokenizer, save_tokenizer
 from relora_mora.train.check import Checked
 
@@ -31,16 +33,17 @@ def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
 
 
 def _write(folder: Path, checked: Checked, world_size: int, step: int) -> None:
-    write_synced(folder / "config.yaml", dump(checked.config))  # a resume looks there for the revision of the data
-    write_synced(folder / "model.json", json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
-    tokenizer = folder / "tokenizer"
+    names = RunFolder(folder)
+    write_synced(names.config, dump(checked.config))  # a resume looks there for the revision of the data
+    write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
+    tokenizer = names.tokenizer
     if not is_tokenizer(tokenizer, checked.tokenizer_fingerprint):  # an earlier start may have had another one
         work = folder / "tokenizer.tmp"
         remove(work)
         save_tokenizer(checked.config.tokenizer.path, work)
         remove(tokenizer)
         work.rename(tokenizer)
-    with (folder / "starts.jsonl").open("a", encoding="utf-8") as stream:
+    with names.starts.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(_start_record(checked, world_size, step)) + "\n")
 
 

@@ -4,35 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from relora_mora.config import Config
+from relora_mora.config import TrainConfig
 
 REDUCE_BUCKET_SIZE = 500_000_000  # elements, DeepSpeed's default
 
 
-def deepspeed_settings(config: Config, *, bf16: bool, world_size: int, trainable: int) -> dict[str, Any]:
+def deepspeed_settings(train: TrainConfig, *, clip: float, bf16: bool, trainable: int) -> dict[str, Any]:
     """DeepSpeed's configuration, derived from ours; ``train.deepspeed`` adds what we have no setting for.
 
     DeepSpeed allocates a whole bucket for reductions; one as large as the ``trainable`` parameters holds all gradients.
     """
-    given = config.train.deepspeed.get("zero_optimization", {})
-    zero: dict[str, Any] = {
+    zero_optimization = {
         "reduce_bucket_size": min(REDUCE_BUCKET_SIZE, trainable),
-        **given,
-        "stage": config.train.zero_stage,
+        **train.deepspeed.get("zero_optimization", {}),
+        "stage": train.zero_stage,
     }
-    plain = config.train.zero_stage == 0 and not bf16  # no optimizer of DeepSpeed's around ours
+    plain = train.zero_stage == 0 and not bf16  # no optimizer of DeepSpeed's around ours
     settings: dict[str, Any] = {
-        "train_batch_size": config.train.batch_size,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation_steps(world_size),
-        "gradient_clipping": 0.0 if plain else config.optim.clip,  # plain: see ZeroEngine.step
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_clipping": 0.0 if plain else clip,  # plain: see ZeroEngine.step
         "bf16": {"enabled": bf16},
-        "zero_optimization": zero,
+        "zero_optimization": zero_optimization,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
     }
-    if bf16 and config.train.zero_stage > 0:
+    if bf16 and train.zero_stage > 0:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    for key, value in config.train.deepspeed.items():
-        settings.setdefault(key, value)
-    return settings
+    return {**train.deepspeed, **settings}

@@ -1,4 +1,4 @@
-"""DeepSpeed's part of a start: its accelerator, its process group, and what it is kept from."""
+"""Starting DeepSpeed: its accelerator, its process group, and what is switched off."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ COLLECTIVES = (  # methods of DeepSpeed's backend
 
 
 def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
-    """Joins the process group (see :func:`relora_mora.distributed.join`), for DeepSpeed too, and returns (rank, world size).
+    """Joins the process group, for DeepSpeed as well, and returns (rank, world size).
 
-    DeepSpeed's shared-memory collective is switched off: training does not use it, and it compiles with g++.
+    See :func:`relora_mora.distributed.join`. DeepSpeed's shared-memory collective is switched off: training does not
+    use it, and it compiles with g++.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls collectives by names that torch renames; it says so at every single call
@@ -58,7 +59,7 @@ def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
 
 
 class _FlaggedWork:
-    """The handle of a collective that was started without waiting for it; its ``wait`` is flagged."""
+    """The handle of an asynchronous collective; its ``wait`` is flagged."""
 
     def __init__(self, work: Any) -> None:
         self._work = work
@@ -72,7 +73,7 @@ class _FlaggedWork:
 
 
 def _flag_collectives(backend: Any) -> None:
-    """DeepSpeed makes all its collectives through the methods of one object; each is flagged while it waits."""
+    """Flags the collectives of DeepSpeed while they wait: it makes all of them through the methods of one object."""
 
     def flagged(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -89,7 +90,7 @@ def _flag_collectives(backend: Any) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """DeepSpeed writes its set-up with print; its warnings still come through the logger."""
+    """Hides what DeepSpeed prints of its set-up; its warnings still come through the logger."""
     if os.environ.get("DEEPSPEED_LOG_LEVEL"):
         yield
         return

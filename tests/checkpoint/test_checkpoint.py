@@ -1,4 +1,4 @@
-"""The files of a checkpoint: what is whole, what is damaged, what a stranger's file can do, what a kill leaves behind."""
+"""The files of a checkpoint: whole ones, damaged ones, those of a stranger, and what a kill leaves behind."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from relora_mora.checkpoint import (
 )
 from relora_mora.checkpoint.layout import content_checksum, file_entry
 from relora_mora.checkpoint.places import discard, put_in_place
+from relora_mora.checkpoint.retention import tidy
 from relora_mora.checkpoint.tokenizer import read_tokenizer
-from relora_mora.checkpoint.writer import tidy
 from relora_mora.system.files import write_synced
 
 STATE = "state-00001-of-00002.safetensors"
@@ -205,7 +205,8 @@ def test_what_is_read_of_a_tokenizer_folder(tmp_path):
 
 def test_every_bit_of_a_manifest_is_guarded(folder):
     path = folder / "step-00000015" / "manifest.json"
-    manifest, same = read_manifest(path.parent), 0
+    manifest = read_manifest(path.parent)
+    same = 0
     with path.open("r+b", buffering=0) as stream:
         for at, byte in enumerate(path.read_bytes()):
             for bit in range(8):

@@ -1,4 +1,4 @@
-"""A run whose newest checkpoints are damaged goes on from the newest whole one, and says what it passed over and why."""
+"""A run whose newest checkpoints are damaged goes on from the newest whole one, and says why it passed over others."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ DAMAGES: dict[int, tuple[Callable[[Path], Any], str, str]] = {
 
 
 def test_damaged_checkpoints_are_passed_over_named_and_made_again(pools, tokenizer_path, tmp_path):
-    inputs, never, folder = write_inputs(tmp_path), tmp_path / "never", tmp_path / "run"
+    inputs = write_inputs(tmp_path)
+    never = tmp_path / "never"
+    folder = tmp_path / "run"
     pools(2)(train, run_config(inputs, tokenizer_path, never, 2))
     config = run_config(inputs, tokenizer_path, folder, 2)
     pools(2)(train, config, stop_after=9)
@@ -107,7 +109,8 @@ def test_damaged_checkpoints_are_passed_over_named_and_made_again(pools, tokeniz
 
 
 def test_a_run_with_nothing_but_damaged_checkpoints_does_not_start_anew(pools, tokenizer_path, tmp_path):
-    inputs, folder = write_inputs(tmp_path), tmp_path / "run"
+    inputs = write_inputs(tmp_path)
+    folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2)
     pools(2)(train, config, stop_after=1)
     (folder / "checkpoints" / "step-00000001" / "state-00001-of-00002.safetensors").unlink()
@@ -116,7 +119,8 @@ def test_a_run_with_nothing_but_damaged_checkpoints_does_not_start_anew(pools, t
 
 
 def test_a_damaged_tokenizer_does_not_cost_the_weights(pools, tokenizer_path, tmp_path):
-    inputs, folder = write_inputs(tmp_path), tmp_path / "run"
+    inputs = write_inputs(tmp_path)
+    folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2)
     pools(2)(train, config, stop_after=5)
     (folder / "checkpoints" / "step-00000005" / "tokenizer" / "tokenizer.model").write_bytes(b"")
@@ -131,9 +135,11 @@ def test_a_damaged_tokenizer_does_not_cost_the_weights(pools, tokenizer_path, tm
 
 
 def test_nothing_that_is_done_to_the_tokenizer_of_a_run_reaches_its_checkpoints(pools, tokenizer_path, tmp_path):
-    inputs, folder = write_inputs(tmp_path), tmp_path / "run"
+    inputs = write_inputs(tmp_path)
+    folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2)
-    tokenizer, checkpoints = folder / "tokenizer", folder / "checkpoints"
+    tokenizer = folder / "tokenizer"
+    checkpoints = folder / "checkpoints"
     pools(2)(train, config, stop_after=1)
     names = sorted(path.name for path in tokenizer.iterdir())
     for path in tokenizer.iterdir():
@@ -153,7 +159,8 @@ def test_nothing_that_is_done_to_the_tokenizer_of_a_run_reaches_its_checkpoints(
 
 def test_a_run_puts_its_tokenizer_where_something_else_is(pools, tokenizer_path, other_tokenizer, tmp_path):
     """A file, and a link to the tokenizer of somebody else, which stays as it is."""
-    inputs, folder = write_inputs(tmp_path), tmp_path / "run"
+    inputs = write_inputs(tmp_path)
+    folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder)
     theirs = sorted(path.name for path in Path(other_tokenizer).iterdir())
     pools(1)(train, config, stop_after=0)

@@ -19,13 +19,13 @@ from tests.tools.runs import metrics, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
 
-METHODS, WORLDS, STAGES = ("full", "relora", "remora"), (1, 2, 4), (0, 1, 2, 3)
-MERGE_EVERY, STOPS, STEPS, BATCH = (
-    4,
-    (3, 4, 5),
-    25,
-    8,
-)  # stopped before, at and after a merge; 20 steps and five merges follow
+METHODS = ("full", "relora", "remora")
+WORLDS = (1, 2, 4)
+STAGES = (0, 1, 2, 3)
+MERGE_EVERY = 4
+STOPS = (3, 4, 5)  # before, at and after a merge; 20 steps and five merges follow
+STEPS = 25
+BATCH = 8
 Batches = dict[int, list[str]]  # by step: a hash of each sequence, over all ranks, in any order
 
 
@@ -93,7 +93,10 @@ class Course:
     """Runs of this module: what each rank trained on, put together, and the losses in the run folder."""
 
     def __init__(self, pools: Any, inputs: Path, tokenizer: str, folder: Path) -> None:
-        self.pools, self.inputs, self.tokenizer, self.folder = pools, inputs, tokenizer, folder
+        self.pools = pools
+        self.inputs = inputs
+        self.tokenizer = tokenizer
+        self.folder = folder
         self.origins: dict[tuple[str, int, int], Path] = {}
         self.references: dict[str, tuple[Batches, list[float]]] = {}
 

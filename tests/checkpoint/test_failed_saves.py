@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written is reported once and leaves nothing behind; training, earlier and later checkpoints do not mind."""
+"""A checkpoint that cannot be written is reported once and leaves nothing behind; training goes on, and other saves."""
 
 from __future__ import annotations
 
@@ -34,14 +34,16 @@ def followed(
     In the saves of the steps ``failing[rank]`` that rank's disk is full in the middle of a file. Before the steps in
     ``before`` the first rank runs a command, when its checkpoint is written.
     """
-    from relora_mora.checkpoint import part
+    from relora_mora.checkpoint import rank_files
     from relora_mora.system.logs import log
     from relora_mora.train import Trainer, TrainingError
 
     rank = int(os.environ["RANK"])
-    steps, commands = (failing or {}).get(rank, []), (before or {}) if rank == 0 else {}
+    steps = (failing or {}).get(rank, [])
+    commands = (before or {}) if rank == 0 else {}
     lines: list[str] = []
-    whole_save, whole_batch = part.save_file, Trainer.next_batch
+    whole_save = rank_files.save_file
+    whole_batch = Trainer.next_batch
 
     def keep(record: Any) -> bool:
         if record.levelname == "ERROR":
@@ -62,15 +64,15 @@ def followed(
         return whole_batch(self)
 
     log.addFilter(keep)
-    part.save_file, Trainer.next_batch = save_file, next_batch
     error = ""
-    try:
-        train(config)
-    except TrainingError as failure:
-        error = str(failure)
-    finally:
-        part.save_file, Trainer.next_batch = whole_save, whole_batch
-        log.removeFilter(keep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_files, "save_file", save_file)
+        patch.setattr(Trainer, "next_batch", next_batch)
+        try:
+            train(config)
+        except TrainingError as failure:
+            error = str(failure)
+    log.removeFilter(keep)
     return {"lines": lines, "error": error}
 
 
@@ -147,12 +149,14 @@ def test_a_folder_that_cannot_be_written_is_survived(pools, inputs, tokenizer_pa
 
 def saves_of_a_rig(folder: Path, what: str) -> list[str]:
     """Three saves of the same state by a writer alone; the second one may be troubled."""
-    from relora_mora.checkpoint import CheckpointWriter, Manifest, part
+    from relora_mora.checkpoint import CheckpointWriter, Manifest, rank_files
     from relora_mora.checkpoint import writer as module
     from tests.tools.tiny import build_rig, tiny_config
 
     rig = build_rig(tiny_config(2))
-    rank, lines, whole_write = rig.engine.rank, [], part.Part.write
+    rank = rig.engine.rank
+    lines: list[str] = []
+    whole_write = rank_files.RankFiles.write
     module.APPEAR_SECONDS = 0.5
     writer = CheckpointWriter(
         folder,
@@ -176,9 +180,9 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
 
     for step in (1, 2, 3):
         if step == 2 and what == "late":
-            part.Part.write = late if rank == 1 else whole_write
+            rank_files.RankFiles.write = late if rank == 1 else whole_write
         elif step == 2 and what == "elsewhere":
-            part.Part.write = elsewhere if rank == 1 else whole_write
+            rank_files.RankFiles.write = elsewhere if rank == 1 else whole_write
         elif step == 2 and what == "damaged" and rank == 0:
             base = folder / "step-00000001" / "base-00000-of-00002.safetensors"
             base.write_bytes(base.read_bytes()[:-1] + b"\xff")
@@ -200,7 +204,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         }
         writer.save(Manifest(**values, parameters=shapes), {})
         writer.wait()
-        part.Part.write = whole_write
+        rank_files.RankFiles.write = whole_write
         rig.engine.sum_over_ranks(0)
     return lines
 
@@ -243,7 +247,8 @@ def test_a_base_file_that_was_damaged_on_the_disk_is_not_shared(pools, tmp_path)
 
 
 def test_what_is_in_the_way_is_replaced_and_not_followed(pools, tmp_path):
-    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    folder = tmp_path / "checkpoints"
+    elsewhere = tmp_path / "elsewhere"
     for made in (folder / "step-00000001", elsewhere, folder / "latest"):
         made.mkdir(parents=True)
         (made / "mine").write_text("mine")
@@ -263,12 +268,16 @@ def test_what_is_in_the_way_is_replaced_and_not_followed(pools, tmp_path):
 def slow_to_write(config: Any, what: str) -> bool:
     """Trains with a write of step 3 that takes its time; whether training went on meanwhile.
 
-    ``save``: the write waits for the fifth step. ``base``: it waits before it reads the base, and the merge after step 4 must not come first.
+    ``save``: the write waits for the fifth step. ``base``: it waits before it reads the base, and the merge after
+    step 4 must not come first.
     """
-    from relora_mora.checkpoint.part import Part
+    from relora_mora.checkpoint.rank_files import RankFiles
     from relora_mora.train import Trainer, pretrain
 
-    whole, write_base, train_step, fifth = Part.write, Part._write_base, Trainer.train_step, threading.Event()
+    whole = RankFiles.write
+    write_base = RankFiles._write_base
+    train_step = Trainer.train_step
+    fifth = threading.Event()
     met: list[bool] = []
 
     def write(self: Any, work: Path, *args: Any) -> Any:
@@ -287,17 +296,18 @@ def slow_to_write(config: Any, what: str) -> bool:
             fifth.set()
         return result
 
-    Part.write, Part._write_base, Trainer.train_step = write, slow_base, step  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankFiles, "write", write)
+        patch.setattr(RankFiles, "_write_base", slow_base)
+        patch.setattr(Trainer, "train_step", step)
         pretrain(config)
-    finally:
-        Part.write, Part._write_base, Trainer.train_step = whole, write_base, train_step  # type: ignore[method-assign]
     return met == [True]
 
 
 @pytest.mark.parametrize("what", ["save", "base"])
 def test_training_goes_on_beside_a_write_but_no_merge_overtakes_it(pools, inputs, tokenizer_path, tmp_path, what):
-    quick, slow = tmp_path / "quick", tmp_path / "slow"
+    quick = tmp_path / "quick"
+    slow = tmp_path / "slow"
     settings: dict[str, Any] = {"checkpoint": {"every_steps": 3}, "method": {"merge_every": 5 if what == "save" else 4}}
     pools(2)(followed, run_config(inputs, tokenizer_path, quick, 2, **settings))
     assert pools(2)(slow_to_write, run_config(inputs, tokenizer_path, slow, 2, **settings), what) == [True, True]
@@ -306,17 +316,17 @@ def test_training_goes_on_beside_a_write_but_no_merge_overtakes_it(pools, inputs
         assert set(expected) == set(found) and all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_a_part_that_fails_frees_its_space(tmp_path, monkeypatch):
+def test_a_rank_that_fails_frees_its_space(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from relora_mora.checkpoint import part
+    from relora_mora.checkpoint import rank_files
 
     def full(tensors: Any, path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(part, "save_file", full)
-    mine = part.Part(SimpleNamespace(rank=1, world_size=2), SimpleNamespace(owned=[]), {})
+    monkeypatch.setattr(rank_files, "save_file", full)
+    mine = rank_files.RankFiles(SimpleNamespace(rank=1, world_size=2), SimpleNamespace(owned=[]), {})
     with pytest.raises(OSError, match="full"):
         mine.write(tmp_path / "work", tmp_path / "final", 0, {"a": torch.zeros(1)})
     assert list((tmp_path / "work").iterdir()) == []

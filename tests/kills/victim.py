@@ -36,7 +36,7 @@ def announced(owner: Any, name: str, phase: str, seconds: float = 0.0) -> None:
 @functools.wraps(main)
 def victim(*args: Any, **kwargs: Any) -> int:
     from relora_mora.checkpoint import CheckpointWriter
-    from relora_mora.checkpoint.part import Part
+    from relora_mora.checkpoint.rank_files import RankFiles
     from relora_mora.merging import Merger
     from relora_mora.train import Trainer
     from relora_mora.train.events import Evaluating
@@ -45,7 +45,7 @@ def victim(*args: Any, **kwargs: Any) -> int:
     announced(Trainer, "train_step", "step")
     announced(Evaluating, "evaluate", "evaluate")
     announced(Merger, "_reset_masters", "merge", 0.02)  # the base is written, the adapters are not yet reset
-    announced(Part, "write", "save", 0.02)
+    announced(RankFiles, "write", "save", 0.02)
     announced(CheckpointWriter, "_commit", "commit", 0.02)
     announced(CheckpointWriter, "_tidy_up", "retire", 0.02)
     return main(*args, **kwargs)

@@ -18,7 +18,7 @@ import pytest
 from transformers import LlamaConfig
 
 from relora_mora.supervise import RunLock
-from relora_mora.system.files import new_folder
+from relora_mora.system.new_folder import new_folder
 from relora_mora.tokenizer import load_tokenizer
 from relora_mora.train.run_folder import write_run_folder
 from tests.tools.commands import (

@@ -26,7 +26,7 @@ guard = Guard()
 if sys.argv[1] == "training":
     guard.training()
 print("up", flush=True)
-hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # one long call, as a collective is: Python's own handlers do not run in it
+hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # one long call, as a collective is: no Python handler runs
 """
 
 
@@ -96,12 +96,12 @@ BOTH = """
 import sys, threading
 from pathlib import Path
 from relora_mora.supervise import Guard
-from relora_mora.supervise.watch import Verdict
+from relora_mora.supervise.heartbeat import PeerFailure
 guard = Guard(signals=False)
 both = threading.Barrier(2)
 def end():
     both.wait()
-    guard.end(Verdict(1, 69, "rank 1 is gone", left=True))
+    guard.end(PeerFailure(1, 69, "rank 1 is gone", announced=True))
 threading.Thread(target=end).start()
 end()
 """
@@ -131,9 +131,18 @@ def test_a_full_pipe_and_a_disk_that_does_not_answer_keep_nobody(phase, signals,
             process.kill()
 
 
+CLOSED = """
+import os, signal
+from relora_mora.supervise import Guard
+Guard().close()
+os.kill(os.getpid(), signal.SIGTERM)
+print("end")
+"""
+
+
 def test_after_the_end_is_decided_signals_change_nothing():
-    code = 'import os, signal; from relora_mora.supervise import Guard; Guard().close(); os.kill(os.getpid(), signal.SIGTERM); print("end")'
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout == "end\n"
+    done = subprocess.run([sys.executable, "-c", CLOSED], capture_output=True, text=True, check=False)
+    assert done.stdout == "end\n"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +262,8 @@ def test_a_holder_hears_that_its_file_was_removed_or_replaced(replaced, tmp_path
     """Else it would tidy up among the checkpoints of whoever has begun there."""
     monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
     heard: queue.Queue[str | None] = queue.Queue()
-    lock, other = RunLock(tmp_path / "run", heard.put), RunLock(tmp_path / "other")
+    lock = RunLock(tmp_path / "run", heard.put)
+    other = RunLock(tmp_path / "other")
     lock.acquire()
     other.acquire()
     with pytest.raises(queue.Empty):
@@ -302,7 +312,8 @@ def test_a_holder_on_another_host_is_alive_while_it_touches_the_file(tmp_path, m
 
 def test_a_holder_on_another_host_that_touches_nothing_is_gone(tmp_path, monkeypatch):
     _held_elsewhere(tmp_path)
-    now, slept = time.monotonic(), []
+    now = time.monotonic()
+    slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(time, "monotonic", lambda: now + sum(slept))
     assert "host other" in str(RunLock(tmp_path).acquire())

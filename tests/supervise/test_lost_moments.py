@@ -23,7 +23,7 @@ def both_ranks(config: Path, what: str) -> tuple[list[int], float, str]:
     with config.with_suffix(".log").open("wb") as out:
         job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "VICTIM": what}
         job |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(ROOT / "tests" / "distributed" / "victim.py"), str(config)]
+        command = [sys.executable, str(ROOT / "tests" / "tools" / "victim.py"), str(config)]
         ranks = [
             subprocess.Popen(
                 command, env={**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=out, stderr=out

@@ -1,4 +1,4 @@
-"""What freed memory costs, counted in page faults; each in a fresh process, as malloc's settings cannot be taken back."""
+"""What freed memory costs, in page faults; each in a fresh process, as settings of malloc cannot be undone."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 import psutil
 
 from relora_mora.config import Config, dump
+from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.tools.helpers import ROOT
 
 BIN = Path(sys.executable).parent
@@ -165,16 +165,16 @@ class Job:
 
 def last_step(run_dir: Path) -> int:
     try:
-        steps = re.findall(r'^\{"step": (\d+),', (run_dir / "metrics.jsonl").read_text(), re.M)
+        steps = re.findall(r'^\{"step": (\d+),', RunFolder(run_dir).metrics.read_text(), re.M)
     except OSError:
         return -1
     return int(steps[-1]) if steps else -1
 
 
 def ends(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "ends.jsonl").read_text().splitlines()]
+    return read_json_lines(RunFolder(run_dir).ends)
 
 
 def checkpoints(run_dir: Path) -> list[str]:
     """Names below checkpoints/, newest last."""
-    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    return sorted(path.name for path in RunFolder(run_dir).checkpoints.iterdir())

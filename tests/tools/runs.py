@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from relora_mora.config import Config, validate
+from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.tools.data_tools import write_shards
 
 LLAMA = {
@@ -89,4 +90,4 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return read_json_lines(RunFolder(run_dir).metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,5 +111,16 @@ def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None =
         [name for name, p in lm.named_parameters() if not p.requires_grad], dist.get_rank(), dist.get_world_size()
     )
     base.take(initial)
-    engine = ZeroEngine(LossModel(lm), lm, build_optimizer(lm, groups, config), config, bf16=bf16)
-    return Rig(config, engine, base, Merger(engine, base, config), groups, make_schedule(config), initial)
+    optimizer = build_optimizer(lm, groups, config)
+    engine = ZeroEngine(LossModel(lm), lm, optimizer, config.train, clip=config.optim.clip, bf16=bf16)
+    merger = Merger(engine, base, config.method, seed=config.train.seed)
+    return Rig(config, engine, base, merger, groups, make_schedule(config), initial)
+
+
+def whole_weights(engine: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of whole parameters as the model computes with them, on every rank; a collective on stage 3."""
+    import deepspeed
+
+    parameters = {name: engine.parameters[name] for name in names}
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=engine.stage == 3):
+        return {name: parameter.data.clone() for name, parameter in parameters.items()}

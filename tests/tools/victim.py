@@ -41,7 +41,7 @@ def without_text(whole: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.wraps(main)
 def victim(*args: Any, **kwargs: Any) -> int:
-    from relora_mora.checkpoint.part import Part
+    from relora_mora.checkpoint.rank_files import RankFiles
     from relora_mora.data import TrainStream
     from relora_mora.train import Trainer
 
@@ -60,7 +60,7 @@ def victim(*args: Any, **kwargs: Any) -> int:
             case "at the end":
                 sys.modules["relora_mora.train.pretrain"].leave_together = killed  # type: ignore[attr-defined]
             case "in a save":
-                Part.write = killed_later  # type: ignore[method-assign]
+                RankFiles.write = killed_later  # type: ignore[method-assign]
             case "device":
                 Trainer.train_step = without(torch.AcceleratorError("CUDA error: unspecified launch failure"))  # type: ignore[method-assign]
             case "disk":

@@ -9,7 +9,7 @@ import pytest
 
 from relora_mora.config import TrainConfig
 from relora_mora.train.health import Health
-from relora_mora.train.rollback import ROLLBACKS, Rollback, dump_rollbacks, read_rollbacks
+from relora_mora.train.rollback import Rollback, dump_rollbacks, read_rollbacks
 
 
 def _config(**changes):
@@ -64,8 +64,8 @@ def test_bad_steps_count_in_a_row():
 def test_rollbacks_come_back_and_a_damaged_file_is_no_empty_one(tmp_path):
     assert read_rollbacks(tmp_path) == []
     rollbacks = [Rollback(3, 5, "why", {"0": {"row": 1}})]
-    (tmp_path / ROLLBACKS).write_text(dump_rollbacks(rollbacks))
+    (tmp_path / "rollbacks.json").write_text(dump_rollbacks(rollbacks))
     assert read_rollbacks(tmp_path) == rollbacks
-    (tmp_path / ROLLBACKS).write_text("[{")
+    (tmp_path / "rollbacks.json").write_text("[{")
     with pytest.raises(ValueError, match="which data to skip"):
         read_rollbacks(tmp_path)

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora_mora.model.llama import build_model
 from tests.tools.faulty_server import COMMIT, serving
 from tests.tools.runs import LLAMA, metrics, run_config, train, write_inputs
+from tests.tools.tiny import whole_weights
 
 pytestmark = pytest.mark.distributed
 
@@ -41,14 +42,12 @@ def started(config) -> dict[str, Any]:
         run = build.build(check.check(config, world_size), rank, world_size)
     engine = run.engine
     masters = {name: engine.gather(name) for names in engine.members for name in names}
-    with engine.gathered(engine.parameters) as weights:
-        copies = {name: weight.clone() for name, weight in weights.items()}
     return {
         "drawn": drawn,
         "read": read,
         "base": run.base.weights,
         "masters": masters,
-        "weights": copies,
+        "weights": whole_weights(engine, engine.parameters),
         "owned": run.base.owned,
     }
 

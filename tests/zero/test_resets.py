@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.tools.tiny import whole_weights
+
 pytestmark = pytest.mark.distributed
 
 STAGES = (0, 1, 2, 3)
@@ -21,8 +23,7 @@ def _bits(tensor: torch.Tensor) -> str:
 
 
 def _frozen_bits(rig: Any) -> dict[str, str]:
-    with rig.engine.gathered(rig.base.owner) as weights:
-        return {name: _bits(weight) for name, weight in weights.items()}
+    return {name: _bits(weight) for name, weight in whole_weights(rig.engine, rig.base.owner).items()}
 
 
 def _adapters(rig: Any) -> dict[str, torch.Tensor]:
@@ -65,7 +66,8 @@ def scenario(world_size: int, stage: int, bf16: bool, method: str, threshold: in
     before = _frozen_bits(rig)
     seen["frozen_before_merge_unchanged"] = before == start
     seen["moved"] = all(value.abs().sum() > 0 for value in _adapters(rig).values())
-    logits, others = rig.logits(), _state(rig, "embeddings") + _state(rig, "norms")
+    logits = rig.logits()
+    others = _state(rig, "embeddings") + _state(rig, "norms")
     record = rig.merge(MERGE_AT)
     seen["record"] = record
     seen["others_untouched"] = all(
@@ -93,10 +95,10 @@ def scenario(world_size: int, stage: int, bf16: bool, method: str, threshold: in
     seen["first_step_of_rate"] = max(float((moved[name] - still[name]).abs().max()) for name in moved) / rate
     seen["losses"].append(rig.step(7)[0])
     seen["frozen_after_merge_unchanged"] = _frozen_bits(rig) == after
-    with rig.engine.gathered(rig.base.owner) as weights:
-        seen["base_rounds_to_weights"] = all(
-            torch.equal(rig.base.weights[name].to(weights[name].dtype), weights[name]) for name in rig.base.owned
-        )
+    weights = whole_weights(rig.engine, rig.base.owner)
+    seen["base_rounds_to_weights"] = all(
+        torch.equal(rig.base.weights[name].to(weights[name].dtype), weights[name]) for name in rig.base.owned
+    )
     return seen
 
 
@@ -194,10 +196,10 @@ def test_tied_and_frozen_embeddings_on_every_stage(pools, tied):
 
 
 def test_stages_clip_alike(pools):
-    free, plain = pools(2)(losses, 2, 0)[0], pools(2)(losses, 2, 0, clip=0.05)[0]
-    assert (
-        min(plain[1::2]) > 0.05 and abs(plain[2] - free[1]) > 0
-    )  # the norms are those before clipping, and it changed something
+    free = pools(2)(losses, 2, 0)[0]
+    plain = pools(2)(losses, 2, 0, clip=0.05)[0]
+    # the norms are those before clipping, and it changed something
+    assert min(plain[1::2]) > 0.05 and abs(plain[2] - free[1]) > 0
     for stage in (1, 2, 3):
         assert pools(2)(losses, 2, stage, clip=0.05)[0] == pytest.approx(plain, rel=2e-5), stage
 
@@ -270,7 +272,7 @@ def test_reset_modes(pools, mode):
 
 
 def largest_moves(world_size: int, stage: int, method: str) -> dict[str, float]:
-    """The largest move of an adapter's element in the first step after each kind of reset, as a multiple of the rate."""
+    """The largest move of an adapter's element in the first step after each kind of reset, in multiples of the rate."""
     from relora_mora.optim import group_rates
     from tests.tools.tiny import build_rig, tiny_config
 
@@ -291,7 +293,10 @@ def largest_moves(world_size: int, stage: int, method: str) -> dict[str, float]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("method", ["relora", "remora"])
 def test_the_first_step_after_any_reset_moves_no_element_by_more_than_twice_the_rate(pools, stage, method):
-    """Adam's step of matching moments is below (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) = 1.17 rates, 1.5 with four steps' bias corrections."""
+    """Adam's step of matching moments is below (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) = 1.17 rates.
+
+    With four steps' bias corrections it is 1.5 rates.
+    """
     for move in pools(2)(largest_moves, 2, stage, method)[0].values():
         assert 0.1 < move < 2.0
 

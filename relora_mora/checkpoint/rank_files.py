@@ -19,7 +19,7 @@ from relora_mora.checkpoint.tokenizer import write_tokenizer
 from relora_mora.optim import MOMENTS
 from relora_mora.system.files import ordinary_mode, sync
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.merging import FrozenMasters
     from relora_mora.zero import ZeroEngine
 
@@ -27,48 +27,53 @@ PLACES_KEPT = 12
 
 
 @dataclass
-class _Shared:
-    """The newest base file of this rank: after which merge, what is in it, and where it may stand, the likeliest first."""
+class _SharedBase:
+    """The newest base file of this rank, which checkpoints share by hard links until the next merge."""
 
     merges_done: int
     entry: FileEntry
-    places: list[Path]
+    places: list[Path]  # where it may be, the likeliest first
 
 
-class Part:
-    """What ``engine``'s rank owns: its pieces of the masters and moments, its frozen weights; the first rank adds the tokenizer.
+class RankFiles:
+    """Writes what ``engine``'s rank owns: fragments of the masters and moments, and frozen weights.
 
-    ``tokenizer`` has the content of its files by their names, as :func:`read_tokenizer` gives it.
+    The first rank adds the tokenizer: content of its files by name, as :func:`read_tokenizer` gives it.
     """
 
     def __init__(self, engine: ZeroEngine, base: FrozenMasters, tokenizer: Mapping[str, bytes]) -> None:
-        self.engine, self.base, self.tokenizer = engine, base, tokenizer
-        of = f"{engine.rank:05d}-of-{engine.world_size:05d}.safetensors"
-        self.state_name, self.base_name = f"state-{of}", f"base-{of}"
-        self._shared: _Shared | None = None
+        self.engine = engine
+        self.base = base
+        self.tokenizer = tokenizer
+        suffix = f"{engine.rank:05d}-of-{engine.world_size:05d}.safetensors"
+        self.state_name = f"state-{suffix}"
+        self.base_name = f"base-{suffix}"
+        self._shared: _SharedBase | None = None
         self._mode = ordinary_mode()
 
     def adopt_base(self, folder: Path, manifest: Manifest) -> None:
-        """The base is what this checkpoint says: its file can be shared, if it holds what this rank owns."""
+        """The base is that of this checkpoint, whose file can be shared if it holds what this rank owns."""
         same = manifest.world_size == self.engine.world_size and list(manifest.frozen) == list(self.base.owner)
         entry = manifest.files.get(self.base_name) if same else None
-        self._shared = None if entry is None else _Shared(manifest.merges_done, entry, [folder / self.base_name])
+        self._shared = None if entry is None else _SharedBase(manifest.merges_done, entry, [folder / self.base_name])
 
     def snapshot(self) -> dict[str, Tensor]:
-        """This rank's pieces, copied to the host. At stage 0 every rank has everything, so each copies a share."""
-        engine, tensors = self.engine, {}
+        """This rank's fragments, copied to host memory. At stage 0 all ranks own everything, so each takes a share."""
+        engine = self.engine
+        tensors = {}
         for index, fragment in enumerate(engine.fragments):
             if engine.stage == 0 and index % engine.world_size != engine.rank:
                 continue
             state = engine.state_of(fragment.flat)
-            for kind, flat in [("master", fragment.flat), *((kind, state[kind]) for kind in MOMENTS)]:
+            flats = {"master": fragment.flat, **{kind: state[kind] for kind in MOMENTS}}
+            for kind, flat in flats.items():
                 tensors[f"{kind}|{fragment.name}|{fragment.start}"] = fragment.of(flat.detach()).to("cpu", copy=True)
         return tensors
 
     def write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
-        """Writes the files into ``work``, which will become ``final``; returns them by name, on the disk for good.
+        """Writes the files into ``work``, which will become ``final``, and syncs them; returns them by name.
 
-        Where that fails their space is free again before the error is raised.
+        Before it raises an error, it frees the space that they take.
         """
         try:
             return self._write(work, final, merges_done, tensors)
@@ -102,21 +107,21 @@ class Part:
     def _write_base(self, work: Path, final: Path, merges_done: int) -> FileEntry:
         path = work / self.base_name
         shared = self._shared if self._shared is not None and self._shared.merges_done == merges_done else None
-        if shared is None or not _link_any(shared.places, path) or file_entry(path) != shared.entry:
+        if shared is not None and _link_any(shared.places, path) and file_entry(path) == shared.entry:
+            entry = shared.entry
+        else:
             path.unlink(missing_ok=True)
             entry = self._write_tensors(path, {f"base|{name}|0": self.base.weights[name] for name in self.base.owned})
-        else:
-            entry = shared.entry
-        # until the first rank has made it a checkpoint, or if it never does, the file stands elsewhere
+        # the file stays in ``work`` until the first rank has renamed that, and may move between two looks
         places = [folder / self.base_name for folder in (final, final.with_name(final.name + NEW), work, final)]
-        self._shared = _Shared(
-            merges_done, entry, [*places, *(shared.places if shared is not None else [])][:PLACES_KEPT]
-        )
+        if shared is not None:
+            places += shared.places
+        self._shared = _SharedBase(merges_done, entry, places[:PLACES_KEPT])
         return entry
 
 
 def _link_any(sources: list[Path], target: Path) -> bool:
-    """Links the first of these files that is there; False when none is."""
+    """Links to the first of these files that exists; False when none does."""
     for source in sources:
         try:
             _link(source, target)

@@ -1,4 +1,4 @@
-"""The watch of one rank, in processes of their own."""
+"""The watchdog of one rank, in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ BEATS = """
 import datetime, faulthandler, gc, random, sys, threading, time
 from pathlib import Path
 from torch.distributed import TCPStore
-from relora_mora.supervise.watch import Watch
+from relora_mora.supervise.watchdog import Watchdog
 
 faulthandler.dump_traceback_later(60, exit=True)  # of C: it also ends a process whose interpreter is locked
 store = TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=20), wait_for_workers=False)
-watch = Watch(0, 1, 60.0, address=("127.0.0.1", store.port), job="test", end=sys.exit, stacks=Path("stacks"))
+watchdog = Watchdog(0, 1, 60.0, address=("127.0.0.1", store.port), job="test", end=sys.exit, stacks=Path("stacks"))
 
 
 class Node:
@@ -34,7 +34,7 @@ def at_depth(calls, action):
 
 gc.set_threshold(50)
 rng = random.Random(0)
-action = watch.beat if sys.argv[1] == "beat" else sys._current_frames
+action = watchdog.beat if sys.argv[1] == "beat" else sys._current_frames
 for turn in range(3000):
     garbage(rng.randrange(60))
     if turn % 10 == 0:
@@ -47,7 +47,10 @@ print("done")
 
 
 def test_a_beat_cannot_lock_the_interpreter():
-    """As ``sys._current_frames`` does in some versions of Python, where a garbage collection begins inside it: try with that as argument."""
+    """As ``sys._current_frames`` does in some versions of Python, where a garbage collection begins inside it.
+
+    To see that, call BEATS with another argument.
+    """
     done = subprocess.run(
         [sys.executable, "-c", BEATS, "beat"], capture_output=True, text=True, timeout=120, check=False
     )

@@ -1,0 +1,74 @@
+"""The names of all files of a run folder, in one place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run, ``train.run_dir``; it need not exist yet. Properties stand in the order of writing."""
+
+    path: Path
+
+    @property
+    def lock(self) -> Path:
+        """Held by the first rank of the trainer that works here, see :class:`relora_mora.supervise.RunLock`."""
+        return self.path / "lock"
+
+    @property
+    def config(self) -> Path:
+        """All settings of the newest start, as YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def model_config(self) -> Path:
+        """The model's config, as transformers reads it."""
+        return self.path / "model.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """A folder that ``AutoTokenizer`` loads."""
+        return self.path / "tokenizer"
+
+    @property
+    def starts(self) -> Path:
+        """One JSON object a line for every start: command, versions, commit."""
+        return self.path / "starts.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, each with ``step`` and tagged values."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """A folder with the metrics as TensorBoard reads them."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """A folder with the checkpoints, see :mod:`relora_mora.checkpoint.layout`."""
+        return self.path / "checkpoints"
+
+    @property
+    def rollbacks(self) -> Path:
+        """The rollbacks of the run, whose data a resume skips as well; as JSON."""
+        return self.path / "rollbacks.json"
+
+    def stacks(self, rank: int) -> Path:
+        """Where each thread of a rank stood when it hung."""
+        return self.path / f"stacks-of-rank-{rank}.txt"
+
+    @property
+    def ends(self) -> Path:
+        """One JSON object a line for every end that was recorded: exit code, reason, step."""
+        return self.path / "ends.jsonl"
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of ``starts.jsonl``, ``metrics.jsonl`` or ``ends.jsonl``, oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

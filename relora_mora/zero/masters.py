@@ -1,0 +1,134 @@
+"""Where DeepSpeed keeps the float32 masters of the trainable parameters, on each ZeRO stage.
+
+They are in flat tensors that differ by stage and precision, and Adam's state hangs at those (DeepSpeed 0.19):
+
+=========  ======================================================================================
+stage      masters
+=========  ======================================================================================
+0, fp32    the parameters themselves
+0, bf16    ``FP16_UnfusedOptimizer.fp32_groups[group][i]``
+1, bf16    ``BF16_Optimizer.fp32_groups_flat_partition[group]`` (gradients accumulate in float32)
+1, 2       ``DeepSpeedZeroOptimizer.single_partition_of_fp32_groups[group]``
+3          ``DeepSpeedZeroOptimizer_Stage3.fp32_partitioned_groups_flat[subgroup]``
+=========  ======================================================================================
+
+:class:`Fragment` describes them alike for all stages. This module is the only one that knows the attributes above.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """What one rank owns of one parameter, as a piece of a flat tensor.
+
+    ``flat[offset : offset + numel]`` is ``parameter.view(-1)[start : start + numel]``.
+    """
+
+    name: str
+    start: int
+    numel: int
+    flat: Tensor
+    offset: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The piece of ``flat`` (the master, or a moment of the same layout) that belongs to this fragment."""
+        return flat.view(-1).narrow(0, self.offset, self.numel)
+
+
+def owned_fragments(
+    optimizer: Any,
+    groups: Sequence[Sequence[str]],
+    parameters: Mapping[str, nn.Parameter],
+    shapes: Mapping[str, torch.Size],
+    rank: int,
+) -> Iterator[Fragment]:
+    """The fragments of a rank, with the masters of DeepSpeed's ``optimizer``.
+
+    ``groups`` has the parameter names of each group, in the order of torch's optimizer. ``shapes`` are those of whole
+    parameters, which at stage 3 have none themselves.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        yield from _stage3_fragments(optimizer, names, shapes, rank)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        flat_groups = zip(
+            optimizer.round_robin_bit16_groups,  # in the order of the flat tensor, which DeepSpeed may change
+            optimizer.single_partition_of_fp32_groups,
+            optimizer.round_robin_bit16_offsets,
+            strict=True,
+        )
+        for members, flat, offsets in flat_groups:
+            yield from _flat_fragments([names[id(p)] for p in members], flat, offsets, shapes, rank)
+    elif isinstance(optimizer, BF16_Optimizer):
+        for group, flat in zip(groups, optimizer.fp32_groups_flat_partition, strict=True):
+            ends = itertools.accumulate(shapes[name].numel() for name in group)
+            yield from _flat_fragments(group, flat, [0, *ends][:-1], shapes, rank)
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for group, masters in zip(groups, optimizer.fp32_groups, strict=True):
+            for name, master in zip(group, masters, strict=True):
+                yield Fragment(name, 0, master.numel(), master, 0)
+    else:
+        for group in groups:
+            for name in group:
+                yield Fragment(name, 0, shapes[name].numel(), parameters[name], 0)
+
+
+def _flat_fragments(
+    names: Sequence[str], flat: Tensor, offsets: Iterable[int], shapes: Mapping[str, torch.Size], rank: int
+) -> Iterator[Fragment]:
+    """Parameters are laid end to end and cut into equal partitions, one per rank."""
+    begin = rank * flat.numel()
+    end = begin + flat.numel()
+    for name, offset in zip(names, offsets, strict=True):
+        left = max(begin, offset)
+        right = min(end, offset + shapes[name].numel())
+        if left < right:
+            yield Fragment(name, left - offset, right - left, flat, left - begin)
+
+
+def _stage3_fragments(
+    optimizer: Any, names: Mapping[int, str], shapes: Mapping[str, torch.Size], rank: int
+) -> Iterator[Fragment]:
+    """Every parameter is cut into equal partitions, one per rank; a subgroup lays a rank's partitions end to end."""
+    for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+        offset = 0
+        for parameter in parameters:
+            name = names[id(parameter)]
+            size = parameter.partition_numel()
+            start = rank * size
+            owned = max(0, min(size, shapes[name].numel() - start))  # the last partitions may be padding
+            if owned:
+                yield Fragment(name, start, owned, flat, offset)
+            offset += size
+
+
+@torch.no_grad()
+def update_parameters(optimizer: Any) -> None:
+    """Makes the parameters of DeepSpeed's ``optimizer`` what its masters say, wherever they are kept."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            optimizer.fp16_partitioned_groups_flat[index].copy_(flat)
+            optimizer._unflatten_partitioned_parameters(index)
+        persistent = optimizer.persistent_parameters
+        if persistent:  # small parameters stay gathered and would keep their old values
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
+        optimizer.update_lp_params()
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for parameter, master in zip(parameters, masters, strict=True):
+                parameter.data.copy_(master)

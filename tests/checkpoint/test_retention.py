@@ -1,0 +1,43 @@
+"""Which checkpoints stay."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from relora_mora.checkpoint import CheckpointError, retention
+from relora_mora.checkpoint.places import step_folder, step_of
+
+GOOD, BAD, UNREADABLE = "good", "bad", "unreadable"
+
+
+@pytest.mark.parametrize(
+    "checkpoints,keep_last,keep_every_steps,kept",
+    [
+        ({10: GOOD, 20: GOOD, 30: GOOD}, 2, 0, [20, 30]),
+        ({10: GOOD, 20: GOOD, 25: GOOD, 30: GOOD}, 1, 20, [20, 30]),
+        ({10: GOOD, 20: GOOD, 30: BAD, 40: BAD}, 1, 0, [20, 40]),  # what a rollback would go to
+        ({10: GOOD, 20: UNREADABLE, 30: BAD}, 1, 0, [10, 30]),
+        ({10: BAD, 20: BAD}, 1, 0, [20]),
+    ],
+)
+def test_what_is_kept(tmp_path, monkeypatch, checkpoints, keep_last, keep_every_steps, kept):
+    def read_manifest(folder):
+        state = checkpoints[step_of(folder)]
+        if state == UNREADABLE:
+            raise CheckpointError("damaged")
+        return SimpleNamespace(is_good=state == GOOD)
+
+    monkeypatch.setattr(retention, "read_manifest", read_manifest)
+    newest = max(checkpoints)
+    for step in checkpoints:
+        folder = tmp_path / step_folder(step)
+        folder.mkdir()
+        (folder / "manifest.json").touch()
+    of_others = [step_folder(newest + 10), step_folder(5), "abandoned-step-00000001"]  # step 5 is not whole
+    for name in of_others:
+        (tmp_path / name).mkdir()
+    (tmp_path / of_others[0] / "manifest.json").touch()
+    retention.retire(tmp_path, newest, keep_last=keep_last, keep_every_steps=keep_every_steps)
+    assert {path.name for path in tmp_path.iterdir()} == {*of_others, *(step_folder(step) for step in kept)}

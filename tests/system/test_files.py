@@ -1,0 +1,64 @@
+"""Small files are written whole or not at all; what is removed is never what a link points to."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from relora_mora.system.disk_errors import disk_errno, disk_faults_named, place_of
+from relora_mora.system.files import remove, write_synced
+
+FULL = errno.ENOSPC
+MISSING = errno.ENOENT
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "latest"
+    write_synced(path, "before")
+
+    def full(handle: int) -> None:
+        raise OSError(FULL, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_synced(path, "after")
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_is_removed_and_what_it_points_to_stays(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").touch()
+    for name, target in (("folder", "theirs"), ("file", "theirs/file"), ("dangling", "nowhere")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        remove(tmp_path / name)
+    remove(tmp_path / "nothing")
+    assert [path.name for path in tmp_path.rglob("*")] == ["theirs", "file"]
+
+
+@pytest.mark.parametrize(
+    "error,number",
+    [
+        (OSError(MISSING, "No such file", "out/a/b"), MISSING),  # below the folder, whatever it is
+        (OSError(MISSING, "No such file", "elsewhere"), None),
+        (OSError(FULL, "No space"), FULL),  # a write names no file
+        (OSError(MISSING, "No such file"), None),  # but this was no write
+        (OSError(FULL, "No space", "source", None, "out/a"), FULL),  # a copy is about its target
+        (Exception("I/O error: No space left on device (os error 28)"), FULL),  # safetensors
+        (ValueError("(os error 28)"), None),
+        (Exception("(os error 2)"), None),
+    ],
+)
+def test_whose_fault_an_error_is(error, number):
+    assert disk_errno(error, Path("out")) == number
+
+
+def test_an_error_without_a_name_gets_the_folders(tmp_path):
+    with pytest.raises(OSError, match="No space") as caught, disk_faults_named(tmp_path):
+        raise OSError(FULL, "No space left on device")
+    assert place_of(caught.value) == str(tmp_path)
+    with pytest.raises(OSError, match="No space") as caught, disk_faults_named(tmp_path):
+        raise OSError(FULL, "No space left on device", str(tmp_path / "a"))
+    assert place_of(caught.value) == str(tmp_path / "a")

@@ -1,0 +1,37 @@
+"""Bars on a terminal, and nothing of them elsewhere."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+
+import pytest
+
+from relora_mora.system.logs import progress_bar
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_how_much_is_done_and_no_bar_is_left(monkeypatch):
+    stream = _Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar("evaluation", "token") as update:
+        assert "evaluation" in stream.getvalue()  # at once
+        for done in range(1, 1001):
+            update(done, 1000)
+            if "/1.00k" in stream.getvalue():
+                break
+            time.sleep(0.01)  # it is drawn anew ten times a second
+    assert "/1.00k [" in stream.getvalue() and stream.getvalue().endswith(" \r")
+
+
+@pytest.mark.parametrize("stream,show", [(io.StringIO(), True), (_Terminal(), False)])
+def test_a_file_and_who_asks_for_none_see_no_bar(monkeypatch, stream, show):
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar("evaluation", "token", show=show) as update:
+        update(5, 10)
+    assert stream.getvalue() == ""
