@@ -12,6 +12,7 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.errors import DataError, TrainingError
 from relora_mora.train.events import Saving
 from relora_mora.train.feed import DataFailed
+from relora_mora.train.progress import next_commands
 from relora_mora.train.state import RunState
 
 
@@ -24,8 +25,10 @@ class Ends:
         self.guard = guard
 
     def finish(self, state: RunState) -> int:
+        config = self.saving.run.config
         self.saving.save_the_end(state)
         log.info(f"done: {state.step} steps, {state.tokens:,} tokens, {RunFolder(self.folder).checkpoints}")
+        log.info(next_commands(config.train.run_dir, config.data.validation))
         self._record(FINISHED, "done")
         return FINISHED
 

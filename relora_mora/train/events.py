@@ -106,8 +106,9 @@ class Reporting:
 class Evaluating:
     """The held-out loss; every token of the evaluation set once, whatever the number of ranks."""
 
-    def __init__(self, run: Run, guard: Guard, write: Write) -> None:
+    def __init__(self, run: Run, guard: Guard, write: Write, progress: Progress) -> None:
         self.config: Config = run.config
+        self.progress = progress
         self.engine = run.engine
         self.guard = guard
         self.write = write
@@ -135,16 +136,18 @@ class Evaluating:
             self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
             self.eval_set = from_first_rank(lambda: held_out(self.config))  # one rank downloads and tokenizes
         self.engine.eval()
-        result = evaluate(
-            self.engine,
-            self.eval_set,
-            micro_batch_size=self.config.eval.micro_batch_size or self.config.train.micro_batch_size,
-            device=self.engine.device,
-            rank=self.engine.rank,
-            world_size=self.engine.world_size,
-            all_sum=self.engine.all_reduce,
-            stop=lambda: self._stop(state.step),
-        )
+        with self.progress.evaluation(self.eval_set.predicted) as bar:
+            result = evaluate(
+                self.engine,
+                self.eval_set,
+                micro_batch_size=self.config.eval.micro_batch_size or self.config.train.micro_batch_size,
+                device=self.engine.device,
+                rank=self.engine.rank,
+                world_size=self.engine.world_size,
+                all_sum=self.engine.all_reduce,
+                stop=lambda: self._stop(state.step),
+                progress=lambda done, total: bar.update(done - bar.n),
+            )
         if result is None:
             return False
         state.evaluated = state.step

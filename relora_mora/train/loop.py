@@ -79,7 +79,7 @@ class Trainer:
         self.judge = Judge(config.train, self.rank, run.engine.world_size, self.write)
         self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
         self.reporting = Reporting(run, self._arithmetic(), self.write, self.progress)
-        self.evaluating = Evaluating(run, guard, self.write)
+        self.evaluating = Evaluating(run, guard, self.write, self.progress)
         self.saving = Saving(run, self.writer, self.evaluating, guard, self.write)
         self.ends = Ends(self.folder, self.saving, guard)
 

@@ -48,9 +48,9 @@ class Progress:
         said = ", ".join(f"{name} {value}" for name, value in values.items())
         log.info("step %d/%d: %s, %s left", self.done, self.total, said, left)
 
-    def evaluation(self, batches: int) -> tqdm[Any]:
-        """A second bar, below that of the steps and gone when it is closed: ``with ... as bar``, ``bar.update()``."""
-        return self._new_bar(batches, 0, "batch", description="evaluation")
+    def evaluation(self, tokens: int) -> tqdm[Any]:
+        """A second bar, below that of the steps and gone when it is closed."""
+        return self._new_bar(tokens, 0, " tokens", description="evaluation")
 
     def close(self) -> None:
         self._bar.close()
