@@ -171,7 +171,7 @@ def test_metrics_that_are_described_are_written_and_the_other_way_round() -> Non
         for file in ("train/loop.py", "train/report.py", "train/rollback.py", "train/startup.py", "evaluate.py")
     )
     written = set(re.findall(r'"((?:train|perf|merge|checkpoint)/[a-z_]+)', sources)) - {"train/lr_"}
-    table = (ROOT / "README.md").read_text().partition("| tag |")[2].partition("\n\n")[0]
+    table = (ROOT / "docs" / "metrics.md").read_text().partition("| tag |")[2].partition("\n\n")[0]
     described = set(re.findall(r"`((?:train|perf|merge|checkpoint)/[a-z_]+)", table))
     assert described - {"train/lr_embeddings", "train/lr_norms"} == written
 
@@ -248,7 +248,7 @@ def test_a_pod_is_waited_for_before_it_is_used(path: Path) -> None:
 
 def test_a_job_is_gone_before_it_is_started_again() -> None:
     """The old pods hold the run folder: the ranks of a new Job would end with 2, and it with them."""
-    for path in (ROOT / "launch" / "k8s" / "job.yaml", ROOT / "docs" / "clusters.md"):
+    for path in (ROOT / "launch" / "k8s" / "job.yaml", ROOT / "docs" / "containers.md"):
         again = "kubectl delete job relora-mora --ignore-not-found --cascade=foreground --wait"
         assert again in path.read_text() and "kubectl replace" not in path.read_text(), name(path)
 
