@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from relora_mora.config import Config
 from tests.tools.helpers import ROOT
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tokenizer/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md"), *ROOT.glob("tokenizer/*.md")])
 # files whose comments are instructions to a user, too
 INSTRUCTIONS = [
     *DOCUMENTS,
