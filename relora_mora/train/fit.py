@@ -28,7 +28,7 @@ def linear_shapes(model_config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def check_adapters(model_config: LlamaConfig, config: Config) -> None:
-    """Raises :class:`ConfigError` where adapters are larger than the weights beside them, or a square than its layer."""
+    """Raises :class:`ConfigError` for adapters larger than the weights beside them, or a square than its layer."""
     if not config.uses_adapters:
         return
     method = config.method
@@ -36,7 +36,8 @@ def check_adapters(model_config: LlamaConfig, config: Config) -> None:
     faults = []
     if config.uses_squares and method.square_size is not None:
         faults = [
-            f"method.square_size: {method.square_size} is more than both widths of {kind} ({inputs} -> {outputs}); lower it"
+            f"method.square_size: {method.square_size} is more than both widths of {kind} ({inputs} -> {outputs}); "
+            "lower it"
             for kind, (inputs, outputs) in shapes.items()
             if method.square_size > max(inputs, outputs)
         ]
@@ -49,7 +50,8 @@ def check_adapters(model_config: LlamaConfig, config: Config) -> None:
             largest += 1
         name = "method.rank" if method.square_size is None or not config.uses_squares else "method.square_size"
         faults.append(
-            f"{name}: the adapters of a layer have {adapters:,} parameters, more than the {weights:,} of the weights beside them; "
+            f"{name}: the adapters of a layer have {adapters:,} parameters, more than the {weights:,} of the weights "
+            "beside them; "
             f"use method.rank={largest} at most, or method.name=full"
         )
     if faults:
@@ -69,7 +71,8 @@ def check_memory(model_config: LlamaConfig, config: Config, world_size: int, ava
     needed = state.weights + state.masters + state.optimizer
     if needed > available:
         fault = (
-            f"model: weights and optimizer state need {needed / 2**30:,.1f} GiB on each of {world_size} ranks, and there are "
+            f"model: weights and optimizer state need {needed / 2**30:,.1f} GiB on each of {world_size} ranks, and "
+            "there are "
             f"{available / 2**30:,.1f}; take a smaller model, more ranks, or a stage higher than train.zero_stage="
             f"{config.train.zero_stage}: launch/plan.py says what a run needs"
         )
