@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -16,7 +17,9 @@ from pydantic import BaseModel
 from relora_mora.config import Config
 from tests.tools.helpers import ROOT
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tokenizer/*.md")])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md"), *ROOT.glob("tokenizer/*.md")]
+)
 # files whose comments are instructions to a user, too
 INSTRUCTIONS = [
     *DOCUMENTS,
@@ -165,6 +168,33 @@ def test_the_readme_shows_the_message_that_the_program_gives(monkeypatch: pytest
     assert str(raised.value) == shown[3].rstrip("\n")
 
 
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1100
+
+
+def test_the_readme_turns_text_files_into_lines_that_the_trainer_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    [sample] = re.findall(r'^\{"text": .*\}$', readme, re.MULTILINE)
+    assert isinstance(json.loads(sample)["text"], str)
+    [snippet] = [
+        code for code in re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL) if "texts" in code
+    ]
+    texts = [f'Text {number}, of two lines:\n"\u00fcber"\n' for number in range(21)]
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number:02}.txt").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    train, validation = (
+        [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("train.jsonl", "validation.jsonl")
+    )
+    assert validation == [{"text": texts[0]}, {"text": texts[20]}]
+    assert train == [{"text": text} for text in texts[1:20]]
+
+
 def test_metrics_that_are_described_are_written_and_the_other_way_round() -> None:
     sources = "".join(
         (ROOT / "relora_mora" / file).read_text()
@@ -255,7 +285,7 @@ def test_a_pod_is_waited_for_before_it_is_used(path: Path) -> None:
 
 def test_a_job_is_gone_before_it_is_started_again() -> None:
     """The old pods hold the run folder: the ranks of a new Job would end with 2, and it with them."""
-    for path in (ROOT / "launch" / "k8s" / "job.yaml", ROOT / "docs" / "clusters.md"):
+    for path in (ROOT / "launch" / "k8s" / "job.yaml", ROOT / "docs" / "containers.md"):
         again = "kubectl delete job relora-mora --ignore-not-found --cascade=foreground --wait"
         assert again in path.read_text() and "kubectl replace" not in path.read_text(), name(path)
 
