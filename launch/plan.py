@@ -56,13 +56,13 @@ def main(
         )
     from relora_mora.model import check_length, read_model_config
     from relora_mora.plan import Cluster, make_plan, render
+    from relora_mora.plan.fit import check_adapters
     from relora_mora.system.devices import named_device
     from relora_mora.system.hardware import (  # takes seconds: arguments are checked before
         device_here,
         fast_bf16,
         peak_flops,
     )
-    from relora_mora.train.fit import check_adapters
 
     here = device_here()
     chosen = here if device is None else named_device(device)
@@ -70,8 +70,8 @@ def main(
     cluster = Cluster(nodes or 1, gpus_per_node or world_size or 1, chosen, link_gbits)
     settings = load_config(config, overrides, world_size=cluster.world_size)
     model_config = read_model_config(settings.model)
-    check_length(model_config, settings)
-    check_adapters(model_config, settings)
+    check_length(model_config, settings.data.sequence_length, settings.model.config)
+    check_adapters(model_config, settings.method)
     auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"
     plan = make_plan(

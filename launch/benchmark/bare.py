@@ -61,13 +61,16 @@ class TorchLoop:
     def __init__(self, checked: Checked) -> None:
         config = checked.config
         lm = build_model(checked.model_config, seed=config.train.seed, attention=config.model.attention)
-        if config.uses_adapters:
+        if config.method.uses_adapters:
             inject(lm, config.method, seed=config.train.seed)
         if config.model.activation_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        set_trainable(lm, config)
-        self.groups, self.schedule, self.clip = parameter_groups(lm, config), make_schedule(config), config.optim.clip
-        self.device, self.micro_batch_size = device_of_rank(), config.train.micro_batch_size
+        set_trainable(lm, config.method)
+        self.groups = parameter_groups(lm, config.optim)
+        self.schedule = make_schedule(config.method, config.optim, config.train.steps)
+        self.clip = config.optim.clip
+        self.device = device_of_rank()
+        self.micro_batch_size = config.train.micro_batch_size
         names = [name for group in self.groups for name in group.parameters]
         masters = {name: lm.get_parameter(name).detach().to(self.device, torch.float32, copy=True) for name in names}
         for master in masters.values():

@@ -18,11 +18,12 @@ from transformers import LlamaConfig
 from relora_mora import kernels
 from relora_mora.cli import run
 from relora_mora.config import MethodConfig, ModelConfig
-from relora_mora.methods.inject import layer_square_size
-from relora_mora.methods.layers import LoRALinear, MoRALinear
+from relora_mora.methods.lora import LoRALinear
+from relora_mora.methods.mora import MoRALinear, layer_square_size
 from relora_mora.model import read_model_config
+from relora_mora.model.shapes import attention_widths
 from relora_mora.operators import MORA_TYPES
-from relora_mora.plan.flops import attention_widths
+from relora_mora.registry import OPERATORS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VARIANTS = ("frozen", "full", "lora merged", "lora decoupled", "mora merged", "mora merged, torch", "mora decoupled")
@@ -116,7 +117,7 @@ class Variant:
         def make(linear: nn.Linear) -> nn.Module:
             if name.startswith("mora"):
                 size = layer_square_size(method, linear.in_features, linear.out_features)
-                return MoRALinear(linear, size - size % 2 if operator == 6 else size, operator, form)
+                return MoRALinear(linear, size - size % 2 if OPERATORS[operator].even_size else size, operator, form)
             if name.startswith("lora"):
                 return LoRALinear(linear, method.rank, None, generator, form)
             return linear.requires_grad_(name == "full")

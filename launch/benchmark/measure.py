@@ -105,9 +105,9 @@ def run(
             show(f"{name}\n{_profile(built[name], setting.device)}")
     for name in names:
         contender = built[name]
-        if merges and isinstance(contender, Ours) and contender.config.merges:
+        if merges and isinstance(contender, Ours) and contender.config.method.merges:
             cycle = contender.config.method.operators
-            operator = None if not contender.config.uses_squares else cycle[1]
+            operator = None if not contender.config.method.uses_squares else cycle[1]
             results[name].merge_seconds = _timed(
                 functools.partial(contender.merger.merge, 1, 1, operator), setting.device
             )

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from relora_mora.config import Config, ConfigError, ModelConfig
+from relora_mora.config import ConfigError, ModelConfig
 from relora_mora.model.config_keys import ALIAS, EXPORT, FUNCTION, KEYS, ROPE_KEYS, ROPE_VALUES, TRAINING
 
 LARGEST_FILE = 16 * 2**20  # bytes; a config has a few thousand
@@ -176,16 +176,15 @@ def _shape_faults(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"model: pad_token_id is {padding}, expected less than vocab_size {vocabulary}, or null"
 
 
-def check_length(model_config: LlamaConfig, config: Config) -> None:
-    """Raises :class:`ConfigError` when the sequences are longer than the model's positions."""
-    if config.data.sequence_length > model_config.max_position_embeddings:
-        raise ConfigError(
-            [
-                f"data.sequence_length: {config.data.sequence_length} is more than the model's max_position_embeddings "
-                f"({model_config.max_position_embeddings}); shorten it or set model.overrides.max_position_embeddings"
-            ],
-            config.model.config,
+def check_length(model_config: LlamaConfig, sequence_length: int, source: str) -> None:
+    """Raises :class:`ConfigError` when sequences are longer than the model's positions; ``source``: its config file."""
+    positions = model_config.max_position_embeddings
+    if sequence_length > positions:
+        fault = (
+            f"data.sequence_length: {sequence_length} is more than the model's max_position_embeddings "
+            f"({positions}); shorten it or set model.overrides.max_position_embeddings"
         )
+        raise ConfigError([fault], source)
 
 
 def plain_model_config(model_config: LlamaConfig) -> dict[str, Any]:

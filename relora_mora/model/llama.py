@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import is_flash_attn_2_available
 
-from relora_mora.config import Config, ConfigError
+from relora_mora.config import ConfigError, ModelConfig
 from relora_mora.model.loss import LossHead
 from relora_mora.system.seeds import derived_seed
 
@@ -26,13 +26,13 @@ RECOMPILE_LIMIT = (
 )
 
 
-def check_compiler(config: Config) -> None:
+def check_compiler(settings: ModelConfig) -> None:
     """Raises :class:`ConfigError` when torch.compile would find no compiler: C++ on a CPU, C on a GPU, for Triton's launchers."""
     if torch.cuda.is_available():
         language, variable, names = "C", "CC", ("gcc", "clang")
     else:
         language, variable, names = "C++", "CXX", ("g++", "clang++")
-    if config.model.compile and not any(map(shutil.which, (os.environ.get(variable, names[0]), names[1]))):
+    if settings.compile and not any(map(shutil.which, (os.environ.get(variable, names[0]), names[1]))):
         raise ConfigError(
             [
                 f"model.compile: torch.compile needs a {language} compiler here, and there is no {names[0]}; install it, name one in {variable}, "
@@ -42,9 +42,9 @@ def check_compiler(config: Config) -> None:
         )
 
 
-def check_attention(config: Config, *, bf16: bool) -> None:
+def check_attention(settings: ModelConfig, *, bf16: bool) -> None:
     """Raises :class:`ConfigError` where ``model.attention`` cannot be computed here."""
-    if config.model.attention != "flash_attention_2" or (bf16 and is_flash_attn_2_available()):
+    if settings.attention != "flash_attention_2" or (bf16 and is_flash_attn_2_available()):
         return
     fault = (
         "model.attention: flash_attention_2 needs its package (flash-attn), a GPU, and train.precision=bf16; "

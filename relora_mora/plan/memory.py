@@ -40,15 +40,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config import Config
 from relora_mora.methods.inject import decoder_linears
-from relora_mora.methods.layers import AdapterLinear, LoRALinear, MoRALinear, adapter_layers
+from relora_mora.methods.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
-from relora_mora.operators import make_operator
-from relora_mora.plan.flops import attention_widths, meta_model
+from relora_mora.model.shapes import attention_widths
+from relora_mora.plan.flops import meta_model
 
 # DeepSpeed's defaults
 REDUCE_BUCKET_SIZE = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PERSISTENCE_THRESHOLD = 100_000
+
+# linears of a decoder layer that see the same input
+_INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
 
 PARTS = ("weights", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
 
@@ -96,7 +99,7 @@ def count_parameters(model: LlamaForCausalLM) -> Parameters:
 
 def peak_memory(model_config: LlamaConfig, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
     """Memory of one device at the moment of a step that needs most: the loss, the first layers of backward, or the step."""
-    model = meta_model(model_config, config)
+    model = meta_model(model_config, config.method)
     state = state_memory(model, config, stage, world_size, bf16=bf16)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
     before = gradients.between_micro_batches if config.accumulation_steps(world_size) > 1 else gradients.between_steps
@@ -212,33 +215,20 @@ def _linear_inputs(model: LlamaForCausalLM, config: Config) -> float:
 
     An input that several linears share is kept once; the input of ``o_proj`` is attention's output, which is kept anyway.
     """
-    kept: dict[tuple[str, str], float] = {}
+    elements: dict[tuple[str, str, str], int] = {}
     for name, layer in decoder_linears(model):
         prefix, _, kind = name.rpartition(".")
-        source = {
-            "q_proj": "attention",
-            "k_proj": "attention",
-            "v_proj": "attention",
-            "gate_proj": "mlp",
-            "up_proj": "mlp",
-        }.get(kind, kind)
-        if isinstance(layer, MoRALinear):
-            shared = (
-                source if layer.uses_merged_form(_tokens(config)) else kind
-            )  # layers of one input and one R make C x once
-            kept[prefix, f"{shared} C x of {layer.square_size}"] = layer.square_size * _blocks(layer, config)
-        elif isinstance(layer, LoRALinear) or (isinstance(layer, nn.Linear) and layer.weight.requires_grad):
-            if source != "o_proj":
-                kept[prefix, source] = layer.in_features
-            if isinstance(layer, LoRALinear) and not layer.uses_merged_form(_tokens(config)):
-                kept[prefix, f"{kind} A x"] = layer.rank
-    return sum(kept.values()) / model.config.num_hidden_layers
+        source = _INPUTS.get(kind, kind)
+        for kept in _kept(layer, config):
+            if (source, kept.what) != ("o_proj", INPUT):
+                elements[prefix, source if kept.shared else kind, kept.what] = kept.elements
+    return sum(elements.values()) / model.config.num_hidden_layers
 
 
-def _blocks(layer: MoRALinear, config: Config) -> int:
-    cycle = config.method.operators if config.merges else config.method.operators[:1]
-    operators = [make_operator(kind, layer.in_features, layer.out_features, layer.square_size) for kind in cycle]
-    return max(getattr(operator, "blocks", 1) for operator in operators)
+def _kept(layer: nn.Linear | AdapterLinear, config: Config) -> list[Kept]:
+    if isinstance(layer, AdapterLinear):
+        return layer.kept(_tokens(config), config.method.cycle)
+    return [Kept(INPUT, layer.in_features, shared=True)] if layer.weight.requires_grad else []
 
 
 def _tokens(config: Config) -> int:
@@ -256,6 +246,5 @@ def scratch_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) -> tu
     built = 0.0
     for _, layer in decoder_linears(model):
         if isinstance(layer, AdapterLinear) and layer.uses_merged_form(tokens):
-            copies = 2 if isinstance(layer, MoRALinear) else 1  # delta and W + delta, or one fused product
-            built = max(built, copies * layer.weight.numel())
+            built = max(built, layer.weights_built * layer.weight.numel())
     return at_loss, width * (2 * tokens * model.config.intermediate_size + built + trains)

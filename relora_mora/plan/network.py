@@ -79,7 +79,7 @@ def traffic(model: LlamaForCausalLM, config: Config, stage: int, ranks: int, *, 
     width = 2 if bf16 else 4
     gradients = _WIDTHS.get(str(config.train.deepspeed.get("communication_data_type")), width) * counts.trainable
     micro_batches = config.accumulation_steps(ranks)
-    merge = _merge(model, stage, width) if config.merges and ranks > 1 else 0
+    merge = _merge(model, stage, width) if config.method.merges and ranks > 1 else 0
     if stage < 3:
         gradients *= micro_batches if stage == 2 else 1
         honours = stage == 2 or (stage == 1 and not bf16)  # BF16_Optimizer has its own way

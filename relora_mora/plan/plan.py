@@ -12,8 +12,8 @@ from relora_mora.plan.cluster import Cluster, StepTime, step_time
 from relora_mora.plan.flops import Flops, flops_per_token, meta_model
 from relora_mora.plan.memory import Memory, Parameters, count_parameters, peak_memory
 from relora_mora.plan.network import Traffic, traffic
+from relora_mora.registry import METHODS
 
-METHODS = ("full", "lora", "mora", "relora", "remora")
 STAGES = (0, 1, 2, 3)
 ASSUMED_UTILISATION = 0.4
 USABLE = 0.9  # of a device's memory: the rest is for the CUDA context, NCCL's buffers and fragmentation
@@ -108,12 +108,12 @@ def make_plan(
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise ValueError(f"tokens_per_second must be positive, got {tokens_per_second:g}")
     ranks, own = cluster.world_size, config.method.name
-    flops, counts = flops_per_token(model_config, config), count_parameters(meta_model(model_config, config))
+    flops, counts = flops_per_token(model_config, config), count_parameters(meta_model(model_config, config.method))
     memory: dict[str, dict[int, Memory]] = {}
     network: dict[str, dict[int, Traffic]] = {}
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
-        model = meta_model(model_config, other)
+        model = meta_model(model_config, other.method)
         memory[name] = {stage: peak_memory(model_config, other, stage, ranks, bf16=bf16) for stage in STAGES}
         network[name] = {stage: traffic(model, other, stage, ranks, bf16=bf16) for stage in STAGES}
     if config.log.peak_tflops is not None:
@@ -144,7 +144,7 @@ def make_plan(
         cluster=cluster,
         bf16=bf16,
         on_cpu=on_cpu,
-        merge_every=config.method.merge_every if config.merges else 0,
+        merge_every=config.method.merge_every if config.method.merges else 0,
         tokens_per_step=config.tokens_per_step,
         tokens=config.tokens_per_step * config.train.steps,
         tokens_per_second=speed,

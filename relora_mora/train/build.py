@@ -62,13 +62,13 @@ def build(checked: Checked, *, resumes: bool = False, done: Callable[[str], None
     lm = empty_model(checked.model_config, attention=config.model.attention)
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.uses_adapters:
+    if config.method.uses_adapters:
         with torch.device("meta") if resumes else contextlib.nullcontext():
             injection = inject(lm, config.method, seed=config.train.seed)
         kinds = ", ".join(f"{len(names)} {kind}" for kind, names in injection.by_kind.items())
         log.info("%s adapters on %d layers: %s; %s", config.method.name, injection.layers, kinds, kernels.describe())
-    set_trainable(lm, config)
-    groups = parameter_groups(lm, config)
+    set_trainable(lm, config.method)
+    groups = parameter_groups(lm, config.optim)
     if not groups:
         raise ConfigError(
             ["method: nothing is trained; set method.train_embeddings, train_norms or train_head"], "the settings"
@@ -83,9 +83,24 @@ def build(checked: Checked, *, resumes: bool = False, done: Callable[[str], None
     put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
     done("model")
     engine = ZeroEngine(
-        LossModel(lm, compiled=config.model.compile), lm, build_optimizer(lm, groups, config), config, bf16=checked.bf16
+        LossModel(lm, compiled=config.model.compile),
+        lm,
+        build_optimizer(lm, groups, config.optim),
+        config,
+        bf16=checked.bf16,
     )
-    run = Run(checked, engine, base, Merger(engine, base, config), groups, make_schedule(config), 0, None, {}, None)
+    run = Run(
+        checked,
+        engine,
+        base,
+        Merger(engine, base, config),
+        groups,
+        make_schedule(config.method, config.optim, config.train.steps),
+        0,
+        None,
+        {},
+        None,
+    )
     done("engine")
     if not resumes:
         write_initial_values(engine, base, maker, made)

@@ -104,7 +104,7 @@ def test_bytes_of_a_step_and_a_merge(
         zero = {"stage3_param_persistence_threshold": 0, **zero}
     measured = pools(2)(count, method, stage, bf16, micro_batch_size, zero)
     config = _config(method, stage, micro_batch_size, **zero)
-    planned = traffic(meta_model(tiny_llama(**LLAMA), config), config, stage, 2, bf16=bf16)
+    planned = traffic(meta_model(tiny_llama(**LLAMA), config.method), config, stage, 2, bf16=bf16)
     kinds = {"all-reduced": planned.all_reduced, "reduced": planned.reduced, "gathered": planned.gathered}
     least = (
         0.9 if "stage3_max_reuse_distance" in zero else 0.97

@@ -11,8 +11,9 @@ import torch
 
 from relora_mora.config import load_config
 from relora_mora.model import read_model_config
-from relora_mora.plan import FRAGMENTATION, METHODS, PROCESS_BYTES, STAGES, Cluster, Plan, duration, make_plan, render
+from relora_mora.plan import FRAGMENTATION, PROCESS_BYTES, STAGES, Cluster, Plan, duration, make_plan, render
 from relora_mora.plan.flops import flops_per_token
+from relora_mora.registry import METHODS
 from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
 from tests.tools.helpers import ROOT

@@ -99,10 +99,10 @@ def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None =
     from relora_mora.zero import ZeroEngine
 
     lm = build_model(llama or tiny_llama(), seed=config.train.seed)
-    if config.uses_adapters:
+    if config.method.uses_adapters:
         inject(lm, config.method, seed=config.train.seed)
-    set_trainable(lm, config)
-    groups = parameter_groups(lm, config)
+    set_trainable(lm, config.method)
+    groups = parameter_groups(lm, config.optim)
     initial = {name: p.detach().clone() for name, p in lm.named_parameters()}
     from torch import distributed as dist
 
@@ -110,5 +110,13 @@ def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None =
         [name for name, p in lm.named_parameters() if not p.requires_grad], dist.get_rank(), dist.get_world_size()
     )
     base.take(initial)
-    engine = ZeroEngine(LossModel(lm), lm, build_optimizer(lm, groups, config), config, bf16=bf16)
-    return Rig(config, engine, base, Merger(engine, base, config), groups, make_schedule(config), initial)
+    engine = ZeroEngine(LossModel(lm), lm, build_optimizer(lm, groups, config.optim), config, bf16=bf16)
+    return Rig(
+        config,
+        engine,
+        base,
+        Merger(engine, base, config),
+        groups,
+        make_schedule(config.method, config.optim, config.train.steps),
+        initial,
+    )
