@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.kernels import cross_entropy_, takes_logits
+from relora_mora.kernels import cross_entropy_, takes
 
 IGNORE = -100
 
@@ -79,9 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """hidden [N, H], weight [V, H], labels [N]"""
         needs_hidden, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
         scale, gradient = 1.0 / (labels != IGNORE).sum().clamp(min=1), needs_hidden or needs_weight
-        chunk = chunk or loss_chunk(
-            len(hidden), len(weight), bytes_per_logit(hidden.dtype, in_place=takes_logits(hidden))
-        )
+        chunk = chunk or loss_chunk(len(hidden), len(weight), bytes_per_logit(hidden.dtype, in_place=takes(hidden)))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight: Tensor | None = None
