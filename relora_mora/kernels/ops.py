@@ -1,7 +1,7 @@
 """The kernels as operators of torch, and who calls them.
 
 An operator has a schema, a fake implementation that knows shapes only (for torch.compile), and one kernel a device. A
-device is added by giving ``LIBRARY.impl`` its kernels and naming it in ``_DEVICES``. Groupings travel as lists of whole
+device is added by giving ``LIBRARY.impl`` its kernels and naming it in :func:`kernels_here`. Groupings travel as lists of whole
 numbers, since a schema knows no others.
 
 ``torch.library.define`` and not ``torch.library.custom_op``, whose wrapper takes several times as long (docs/performance.md).
@@ -10,7 +10,7 @@ numbers, since a schema knows no others.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,8 +23,13 @@ LIBRARY.define("group_sum(Tensor x, int[] grouping) -> Tensor")
 LIBRARY.define("expand_add(Tensor weight, Tensor square, int[] inputs, int[] outputs) -> Tensor")
 LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor labels, float scale, bool gradient) -> Tensor")
 
-# device type -> (whether its kernels are there, the types of numbers that they take)
-_DEVICES: dict[str, tuple[Callable[[], bool], tuple[torch.dtype, ...]]] = {"cpu": (cpu.available, cpu.DTYPES)}
+
+def kernels_here() -> dict[str, tuple[torch.dtype, ...]]:
+    """The types of numbers that there are kernels for, by the type of device."""
+    return {"cpu": cpu.DTYPES} if cpu.available() else {}
+
+
+_DEVICES = kernels_here()
 _enabled = True
 
 
@@ -73,20 +78,13 @@ def disabled() -> Iterator[None]:
         _enabled = before
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_kernels(device: str, dtype: torch.dtype) -> bool:
-    if device not in _DEVICES:
-        return False
-    there, dtypes = _DEVICES[device]
-    return dtype in dtypes and there()
-
-
 def takes(*tensors: Tensor) -> bool:
     """Whether there are kernels for these: of the device, for the one type of them all, and autograd keeps no record."""
-    if not _enabled or not _has_kernels(tensors[0].device.type, tensors[0].dtype):
+    dtype = tensors[0].dtype
+    if not _enabled or dtype not in _DEVICES.get(tensors[0].device.type, ()):
         return False
     records = torch.is_grad_enabled()
-    return all(t.dtype == tensors[0].dtype and not (records and t.requires_grad) for t in tensors)
+    return all(t.dtype == dtype and not (records and t.requires_grad) for t in tensors)
 
 
 def group_sum(x: Tensor, grouping: Grouping) -> Tensor:

@@ -232,6 +232,7 @@ def test_a_library_that_does_not_fit_is_not_used(monkeypatch, tmp_path):
             (tmp_path / name).write_bytes(content)
             with monkeypatch.context() as patch:
                 patch.setattr(cpu, name, tmp_path / name)
+                patch.setattr(kernels.ops, "_DEVICES", kernels.ops.kernels_here())
                 assert message in kernels.describe() and not kernels.available()
                 assert not kernels.takes(torch.zeros(2, 2))
             cpu.load.cache_clear()
