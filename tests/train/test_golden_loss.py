@@ -26,9 +26,9 @@ def _plain(
 
 def train_as_the_reference(config: Any) -> None:
     from relora_mora import kernels
-    from relora_mora.model import llama as model
+    from relora_mora.model import loss
 
-    with kernels.disabled(), mock.patch.object(model, "chunked_cross_entropy", _plain):
+    with kernels.disabled(), mock.patch.object(loss, "chunked_cross_entropy", _plain):
         train(config)
 
 
