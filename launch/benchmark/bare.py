@@ -42,10 +42,12 @@ class EngineLoop:
 
     def __init__(self, checked: Checked) -> None:
         self.run = build(checked)
-        self.micro_batch_size, self.device = checked.config.train.micro_batch_size, self.run.engine.device
+        self.micro_batch_size = checked.config.train.micro_batch_size
+        self.device = self.run.engine.device
 
     def step(self, number: int, batch: Batch) -> float:
-        engine, loss = self.run.engine, torch.zeros(())
+        engine = self.run.engine
+        loss = torch.zeros(())
         engine.train()
         pieces = list(micro_batches(batch, self.micro_batch_size, self.device))
         for index, piece in enumerate(pieces):
@@ -90,7 +92,8 @@ class TorchLoop:
 
     def step(self, number: int, batch: Batch) -> float:
         self.model.train()
-        pieces, loss = list(micro_batches(batch, self.micro_batch_size, self.device)), torch.zeros(())
+        pieces = list(micro_batches(batch, self.micro_batch_size, self.device))
+        loss = torch.zeros(())
         for piece in pieces:
             loss = self.model(*piece)
             (loss / len(pieces)).backward()

@@ -104,7 +104,9 @@ class Ours:
         )
         self.model: nn.Module = lm
         self.merger = Merger(self.engine, self.base, config)
-        self.config, self.batches, self.rates = config, setting.batches(), [RATE] * len(groups)
+        self.config = config
+        self.batches = setting.batches()
+        self.rates = [RATE] * len(groups)
 
     def step(self) -> float:
         self.engine.train()
@@ -166,7 +168,8 @@ class Plain:
         self.model, self.optimizer = prepare(lm)
         self.trainable = _trainable(self.model)
         self.loss = None if own_loss else LossModel(lm)
-        self.batches, self.accumulation = setting.batches(), setting.accumulation
+        self.batches = setting.batches()
+        self.accumulation = setting.accumulation
 
     def step(self) -> float:
         self.model.train()

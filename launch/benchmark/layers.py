@@ -83,7 +83,8 @@ def main(
 def linears(model_config: LlamaConfig) -> list[tuple[int, tuple[int, ...]]]:
     """(in, outs) of the linears that share an input: q, k, v; o; gate, up; down"""
     queries, keys = attention_widths(model_config)
-    hidden, wide = model_config.hidden_size, model_config.intermediate_size
+    hidden = model_config.hidden_size
+    wide = model_config.intermediate_size
     return [(hidden, (queries, keys, keys)), (queries, (hidden,)), (hidden, (wide, wide)), (wide, (hidden,))]
 
 

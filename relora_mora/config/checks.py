@@ -183,7 +183,8 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
 
 
 def _schedule_faults(config: Config) -> Iterator[Fault]:
-    optim, steps = config.optim, config.train.steps
+    optim = config.optim
+    steps = config.train.steps
     if optim.warmup_steps >= steps:
         yield Fault(
             ("optim.warmup_steps", "train.steps"),
@@ -204,7 +205,9 @@ def _schedule_faults(config: Config) -> Iterator[Fault]:
 
 
 def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
-    batch, micro, lanes = config.train.batch_size, config.train.micro_batch_size, config.lanes
+    batch = config.train.batch_size
+    micro = config.train.micro_batch_size
+    lanes = config.lanes
     if batch % lanes:
         yield Fault(
             ("data.lanes", "train.batch_size"),
@@ -246,7 +249,8 @@ def _deepspeed_faults(config: Config) -> Iterator[Fault]:
 
 def _deepspeed_texts(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key, value in given.items():
-        name, kind = prefix + key, known.get(key)
+        name = prefix + key
+        kind = known.get(key)
         if name in DERIVED_DEEPSPEED_KEYS:
             yield f"{name} is derived from {DERIVED_DEEPSPEED_KEYS[name]}; set that instead"
         elif kind is None:

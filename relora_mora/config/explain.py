@@ -38,7 +38,7 @@ def doubtful(error: ValidationError) -> set[str]:
     return names
 
 
-def judgeable(tree: Mapping[str, Any], error: ValidationError) -> Config | None:
+def substitute_defaults(tree: Mapping[str, Any], error: ValidationError) -> Config | None:
     """The settings with each faulty one at its default (a placeholder where it has none), so that the others can be judged."""
     pruned: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
     for item in error.errors():
@@ -63,9 +63,12 @@ def judgeable(tree: Mapping[str, Any], error: ValidationError) -> Config | None:
 
 
 def _explain(items: list[ErrorDetails]) -> str:
-    location, kind, given = items[0]["loc"], items[0]["type"], items[0]["input"]
+    location = items[0]["loc"]
+    kind = items[0]["type"]
+    given = items[0]["input"]
     if kind == "extra_forbidden":
-        near, known = _nearest(location), _fields_at(location)
+        near = _nearest(location)
+        known = _fields_at(location)
         return "unknown" + (f"; did you mean {near}?" if near else f"; known here: {', '.join(known)}" if known else "")
     if kind == "missing":
         return f"must be given{_description(location)}"

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from relora_mora.config.checks import faults, secret_faults
-from relora_mora.config.explain import doubtful, explain, judgeable
+from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
 
@@ -28,7 +28,8 @@ class ConfigError(ValueError):
         return type(self), (self.faults, self.source)  # it travels between ranks
 
     def __init__(self, faults: list[str], source: str) -> None:
-        self.faults, self.source = [redact(fault) for fault in faults], redact(source)
+        self.faults = [redact(fault) for fault in faults]
+        self.source = redact(source)
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         super().__init__("\n".join([f"{count} in {self.source}:", *(f"  - {fault}" for fault in self.faults)]))
 
@@ -187,7 +188,8 @@ def validate(
         config = Config.model_validate(tree)
     except ValidationError as error:
         found.extend(explain(error))
-        unknown, config = doubtful(error), judgeable(tree, error)
+        unknown = doubtful(error)
+        config = substitute_defaults(tree, error)
     for fault in faults(config, world_size) if config is not None else ():
         # a fault that rests on a setting which is itself wrong would be about a default that nobody asked for
         if not unknown.intersection({*fault.settings, *(name.split(".")[0] for name in fault.settings)}):

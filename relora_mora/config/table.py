@@ -62,7 +62,8 @@ def _default(field: FieldInfo) -> str:
 
 def _values(annotation: Any, metadata: list[Any]) -> str:
     """What a setting may be, in words: the type, its limits or its choices."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    arguments = get_args(annotation)
     if origin is Annotated:
         extra = [item for part in arguments[1:] for item in (part.metadata if isinstance(part, FieldInfo) else [part])]
         return _values(arguments[0], [*extra, *metadata])

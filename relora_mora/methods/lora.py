@@ -91,9 +91,11 @@ class _MergedLoRA(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         x, weight, A, B = ctx.saved_tensors
-        dy, scale = grads[0], ctx.scale
+        dy = grads[0]
+        scale = ctx.scale
         dx = dy @ torch.addmm(weight, B, A, alpha=scale) if ctx.needs_input_grad[0] else None
-        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
+        dy = dy.reshape(-1, dy.shape[-1])
         dA = scale * ((dy @ B).T @ x) if ctx.needs_input_grad[2] else None
         dB = scale * (dy.T @ (x @ A.T)) if ctx.needs_input_grad[3] else None
         return dx, None, dA, dB, None

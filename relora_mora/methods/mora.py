@@ -108,7 +108,8 @@ class _MergedMoRA(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         compressed, weight, M = ctx.saved_tensors
-        dy, operator = grads[0], ctx.operator
+        dy = grads[0]
+        operator = ctx.operator
         dx = dy @ operator.add_delta(weight, M) if ctx.needs_input_grad[0] else None
         dM = operator.square_gradient(compressed, dy) if compressed is not None else None
         return dx, None, dM, None, None

@@ -98,7 +98,8 @@ def function_differences(theirs: LlamaConfig, ours: LlamaConfig) -> list[tuple[s
 
     The number of positions does not, except where rotary embeddings are stretched to it.
     """
-    there, here = keys_with(theirs, FUNCTION), keys_with(ours, FUNCTION)
+    there = keys_with(theirs, FUNCTION)
+    here = keys_with(ours, FUNCTION)
     if here["rope_parameters"]["rope_type"] not in _STRETCHED:
         here["max_position_embeddings"] = there["max_position_embeddings"]
     return [(key, there[key], here[key]) for key in here if there[key] != here[key]]
@@ -154,7 +155,9 @@ def _shape_faults(values: Mapping[str, Any]) -> Iterator[str]:
     """Sizes that are good each for itself and not together."""
     fields = dataclasses.fields(LlamaConfig)
     size: Mapping[str, Any] = {field.name: values.get(field.name, field.default) for field in fields}
-    hidden, heads, vocabulary = size["hidden_size"], size["num_attention_heads"], size["vocab_size"]
+    hidden = size["hidden_size"]
+    heads = size["num_attention_heads"]
+    vocabulary = size["vocab_size"]
     shared: int = size["num_key_value_heads"] or heads
     head: int = size["head_dim"] or hidden // heads
     if hidden % heads:

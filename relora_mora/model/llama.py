@@ -29,9 +29,13 @@ RECOMPILE_LIMIT = (
 def check_compiler(settings: ModelConfig) -> None:
     """Raises :class:`ConfigError` when torch.compile would find no compiler: C++ on a CPU, C on a GPU, for Triton's launchers."""
     if torch.cuda.is_available():
-        language, variable, names = "C", "CC", ("gcc", "clang")
+        language = "C"
+        variable = "CC"
+        names = ("gcc", "clang")
     else:
-        language, variable, names = "C++", "CXX", ("g++", "clang++")
+        language = "C++"
+        variable = "CXX"
+        names = ("g++", "clang++")
     if settings.compile and not any(map(shutil.which, (os.environ.get(variable, names[0]), names[1]))):
         raise ConfigError(
             [

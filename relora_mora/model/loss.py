@@ -42,7 +42,8 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_
     label to score the result is 0. Raises IndexError for a label that is not in the vocabulary. On CUDA liger-kernel's own
     kernels do the same where the package is installed (then a wrong label is not found out).
     """
-    flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    labels = labels.reshape(-1)
     if chunk_tokens is None and (fused := fused_loss(hidden.device.type)) is not None:
         return fused(flat, weight, labels, ignore_index=IGNORE, accum_dtype=torch.float32).float()
     # inside forward grad is always off and parameters always ask for theirs: whether anybody wants one is known here
@@ -78,13 +79,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, training: bool) -> Tensor:
         """hidden [N, H], weight [V, H], labels [N]"""
         needs_hidden, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
-        scale, gradient = 1.0 / (labels != IGNORE).sum().clamp(min=1), needs_hidden or needs_weight
+        scale = 1.0 / (labels != IGNORE).sum().clamp(min=1)
+        gradient = needs_hidden or needs_weight
         chunk = chunk or loss_chunk(len(hidden), len(weight), bytes_per_logit(hidden.dtype, in_place=takes(hidden)))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight: Tensor | None = None
         for start in range(0, len(hidden), chunk):
-            piece, target = hidden[start : start + chunk], labels[start : start + chunk]
+            piece = hidden[start : start + chunk]
+            target = labels[start : start + chunk]
             loss, d_logits = cross_entropy_(
                 F.linear(piece, weight), target, ignore=IGNORE, scale=scale, gradient=gradient
             )

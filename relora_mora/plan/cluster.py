@@ -68,7 +68,8 @@ def step_time(
     """Seconds of a step whose arithmetic takes ``compute``."""
     owned = trainable / (cluster.world_size if stage else 1)
     bandwidth = cluster.device.memory_gbytes_per_s * 1e9
-    gradients, weights = cluster.seconds_to_send(moved.sent_gradients), cluster.seconds_to_send(moved.sent_weights)
+    gradients = cluster.seconds_to_send(moved.sent_gradients)
+    weights = cluster.seconds_to_send(moved.sent_weights)
     overlap = config.train.deepspeed.get("zero_optimization", {}).get("overlap_comm")
     hidden = 0.0
     if stage == 3 and overlap is not False:

@@ -124,7 +124,8 @@ def peak_memory(model_config: LlamaConfig, config: Config, stage: int, world_siz
 
 def state_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
     """What stays between steps, gradients apart."""
-    counts, width = count_parameters(model), 2 if bf16 else 4
+    counts = count_parameters(model)
+    width = 2 if bf16 else 4
     part = counts.trainable / (world_size if stage else 1)
     bucket = (
         zero_setting(config, "reduce_bucket_size", REDUCE_BUCKET_SIZE) if stage >= 2 or (stage == 1 and not bf16) else 0
@@ -177,7 +178,8 @@ class GradientMemory:
 
 
 def gradient_memory(trainable: int, stage: int, world_size: int, *, bf16: bool) -> GradientMemory:
-    whole, part = 4 * trainable, 4 * trainable / world_size
+    whole = 4 * trainable
+    part = 4 * trainable / world_size
     if stage == 0:
         return GradientMemory(0, whole / 2, whole / 2, 1.5 * whole) if bf16 else GradientMemory(0, whole, whole, whole)
     if stage == 1 and bf16:
@@ -190,9 +192,12 @@ def gradient_memory(trainable: int, stage: int, world_size: int, *, bf16: bool) 
 
 def activation_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) -> tuple[float, float]:
     """Bytes that backward needs of one micro-batch: (kept by forward, needed by one decoder layer)."""
-    width, model_config = 2 if bf16 else 4, model.config
-    hidden, intermediate = model_config.hidden_size, model_config.intermediate_size
-    length, heads = config.data.sequence_length, model_config.num_attention_heads
+    width = 2 if bf16 else 4
+    model_config = model.config
+    hidden = model_config.hidden_size
+    intermediate = model_config.intermediate_size
+    length = config.data.sequence_length
+    heads = model_config.num_attention_heads
     tokens = config.train.micro_batch_size * length
     normed = hidden * (4 + (width if config.method.train_norms else 0)) + 4
     queries, keys = attention_widths(model_config)
@@ -237,7 +242,9 @@ def _tokens(config: Config) -> int:
 
 def scratch_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) -> tuple[float, float]:
     """Bytes that come and go: (at the loss, in backward)."""
-    width, tokens, vocabulary = 2 if bf16 else 4, _tokens(config), model.config.vocab_size
+    width = 2 if bf16 else 4
+    tokens = _tokens(config)
+    vocabulary = model.config.vocab_size
     logit = bytes_per_logit(torch.bfloat16 if bf16 else torch.float32, in_place=False)
     chunk = min(tokens, loss_chunk(tokens, vocabulary, logit))
     head = model.get_output_embeddings().weight

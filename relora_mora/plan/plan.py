@@ -107,8 +107,10 @@ def make_plan(
         raise ValueError(f"utilisation must be above 0 and at most 1, got {utilisation:g}")
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise ValueError(f"tokens_per_second must be positive, got {tokens_per_second:g}")
-    ranks, own = cluster.world_size, config.method.name
-    flops, counts = flops_per_token(model_config, config), count_parameters(meta_model(model_config, config.method))
+    ranks = cluster.world_size
+    own = config.method.name
+    flops = flops_per_token(model_config, config)
+    counts = count_parameters(meta_model(model_config, config.method))
     memory: dict[str, dict[int, Memory]] = {}
     network: dict[str, dict[int, Traffic]] = {}
     for name in METHODS:

@@ -8,7 +8,8 @@ from relora_mora.plan.plan import PROCESS_BYTES, USABLE, Plan
 
 def render(plan: Plan) -> str:
     """The plan as text for a terminal."""
-    counts, flops = plan.parameters, plan.flops
+    counts = plan.parameters
+    flops = plan.flops
     precision = "bf16" if plan.bf16 else "fp32"
     own = plan.memory[plan.method]
     parts = [
@@ -58,7 +59,8 @@ def render(plan: Plan) -> str:
 
 def _cluster(plan: Plan) -> list[str]:
     """The devices, and whether they hold the run"""
-    cluster, device = plan.cluster, plan.cluster.device
+    cluster = plan.cluster
+    device = plan.cluster.device
     if not device.memory_gb:
         return []
     fitting = [stage for stage in plan.memory[plan.method] if plan.fits(stage)]
@@ -76,7 +78,8 @@ def _cluster(plan: Plan) -> list[str]:
 
 def _network(plan: Plan) -> list[str]:
     """Bytes and time of a step by stage; nothing where there is one rank"""
-    cluster, moved = plan.cluster, plan.network[plan.method]
+    cluster = plan.cluster
+    moved = plan.network[plan.method]
     if cluster.world_size == 1:
         return []
     link = _link(plan)
