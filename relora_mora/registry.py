@@ -1,7 +1,7 @@
 """What methods and operators there are: one record each.
 
-Settings are checked against these records before anything slow is imported, so this module imports nothing of the package.
-A record names its code as ``package.module:object``, and that is imported when a model is built.
+Settings are checked against these records before anything slow is imported, so this module imports nothing of the
+package. A record names its code as ``package.module:object``, and that is imported when a model is built.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ MERGE_SETTINGS = (
 class Adapter:
     """What trains beside a frozen weight.
 
-    ``layer`` is a subclass of :class:`relora_mora.methods.layers.AdapterLinear`, which holds the arithmetic, the memory and
-    the number of parameters. ``settings`` are those that no other adapter uses. ``has_square``: it has a square matrix
-    between the operators of ``method.operators``.
+    ``layer`` is a subclass of :class:`relora_mora.methods.layers.AdapterLinear`, which holds the arithmetic, the memory
+    and the number of parameters. ``settings`` are those that no other adapter uses. ``has_square``: it has a square
+    matrix between the operators of ``method.operators``.
     """
 
     layer: str
@@ -77,8 +77,8 @@ METHODS = {
 class OperatorType:
     """A value of ``method.operators``: a pair of maps C and D (docs/method.md).
 
-    ``code`` makes a :class:`relora_mora.operators.Operator` of (mora type, in, out, R, *groupings), where ``groupings`` are
-    names of functions in ``relora_mora.kernels.grouping``. ``even_size``: R must be even.
+    ``code`` makes a :class:`relora_mora.operators.Operator` of (mora type, in, out, R, *groupings), where ``groupings``
+    are names of functions in ``relora_mora.kernels.grouping``. ``even_size``: R must be even.
     """
 
     code: str

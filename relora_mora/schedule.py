@@ -30,7 +30,8 @@ def lr_multiplier(
     restart counts only where the unshifted step has reached ``restart_every``. ``restart_every=0``: no restarts.
 
     It has the two formulas of :class:`Schedule`, :func:`cosine` and :func:`rewarmed`, and differs from it in when they
-    apply: here a restart begins at rate zero, and may begin anywhere (``offset``). Training spends no batch at rate zero.
+    apply: here a restart begins at rate zero, and may begin anywhere (``offset``). No training step is
+    made at rate zero.
     """
     if step < warmup_steps:
         return step / max(1, warmup_steps)
@@ -48,7 +49,7 @@ def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) 
 
 
 def rewarmed(envelope: Callable[[int], float], step: int, since: int, warmup_steps: int) -> float:
-    """The value ``since`` steps after a restart: on a line from zero to where it meets the envelope after ``warmup_steps``."""
+    """The value ``since`` steps after a restart, on a line from zero that meets the envelope after ``warmup_steps``."""
     return since / warmup_steps * envelope(step - since + warmup_steps)
 
 

@@ -1,4 +1,4 @@
-"""What the trainer is compared with: the same steps on batches that were made beforehand, and nothing else. One process."""
+"""What the trainer is compared with: the same steps on batches made beforehand. One process."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class EngineLoop:
 
 
 class TorchLoop:
-    """Plain torch: the same model and optimizer without DeepSpeed, weights with float32 masters, gradients added up in float32."""
+    """Plain torch: the same model and optimizer without DeepSpeed; float32 masters, float32 sums of gradients."""
 
     def __init__(self, checked: Checked) -> None:
         config = checked.config

@@ -1,7 +1,7 @@
-"""What is compared: this trainer's methods on its own engine, and loops of plain torch with peers from the package index.
+"""What is compared: this trainer's methods on its own engine, and peers from the package index in loops of plain torch.
 
-Every contender trains the same model, with the same loss in chunks (but ``plain``: transformers' own), on the same random
-tokens. The peers train embeddings, norms and head as well, as pretraining with an adapter method does.
+Every contender trains the same model, with the same loss in chunks (but ``plain``: transformers' own), on the same
+random tokens. The peers train embeddings, norms and head as well, as pretraining with an adapter method does.
 """
 
 from __future__ import annotations
@@ -68,14 +68,17 @@ class Contender(Protocol):
     def parts(self) -> dict[str, list[Tensor]]:
         """The tensors that stay between steps: weights, optimizer; ``host`` for what is not on the device.
 
-        At ZeRO stage 3 with several ranks the weights are what is gathered between steps; DeepSpeed's partitions are not listed.
+        At ZeRO stage 3 with several ranks the weights are what is gathered between steps; DeepSpeed's partitions are
+        not listed.
         """
 
 
 class Ours:
-    """A method of this trainer, on DeepSpeed. ``form`` as in the settings, or ``released``: see :mod:`launch.benchmark.released`.
+    """A method of this trainer, on DeepSpeed. ``form`` as in the settings, or ``released``: see
+    :mod:`launch.benchmark.released`.
 
-    ``frozen``: the linears of the decoder train neither themselves nor with adapters. No adapter method can be faster than that.
+    ``frozen``: the linears of the decoder train neither themselves nor with adapters. No adapter method can be faster
+    than that.
     """
 
     def __init__(
@@ -286,7 +289,7 @@ PACKAGES = {"peft_lora": "peft", "galore": "galore_torch", "apollo": "apollo_tor
 
 
 def chosen(names: list[str], world_size: int) -> list[str]:
-    """The contenders to run. Raises :class:`ConfigError` for names that do not exist, are not installed, or need one process."""
+    """The contenders to run. Raises :class:`ConfigError` for names unknown, not installed or for one process."""
     found = []
     for name in names:
         if name not in CONTENDERS:

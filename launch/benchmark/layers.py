@@ -1,6 +1,7 @@
 """Forward and backward of the linears of a decoder layer: frozen, trained, and with adapters in each of their forms.
 
-python -m launch.benchmark layers configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2] [--operator=1]
+python -m launch.benchmark layers configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
+    [--operator=1]
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def main(
     milliseconds = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
     ratios = {name: value / milliseconds["frozen"] for name, value in milliseconds.items()}
     print(
-        f"{tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, operator {operator}; kernels: {kernels.describe()}"
+        f"{tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, operator {operator}; "
+        f"kernels: {kernels.describe()}"
     )
     for name in VARIANTS:
         print(f"{name:20}{milliseconds[name]:10.1f} ms {ratios[name]:8.3f}")

@@ -35,7 +35,7 @@ def _as_whole(value: Any) -> Any:
 _Elements = Annotated[int, Field(ge=1, le=2**53), BeforeValidator(_as_whole)]
 _Threshold = Annotated[int, Field(ge=0, le=2**53), BeforeValidator(_as_whole)]
 
-# what has been tried with the view of masters and state in zero/engine.py; offloading, quantized weights and the like have not
+# tried with the view of masters and state in zero/engine.py; offloading, quantized weights and the like were not
 DEEPSPEED_ZERO_KEYS: dict[str, Any] = {
     "allgather_bucket_size": Annotated[_Elements, Field(multiple_of=2)],  # aligned to 4 bytes of bf16
     "allgather_partitions": bool,
@@ -69,7 +69,7 @@ DEEPSPEED_KEYS: dict[str, Any] = {
 
 
 class Fault(NamedTuple):
-    """``settings``: every setting that the judgement rests on, the one to change first. ``text``: what to tell the user."""
+    """``settings``: every setting that the judgement rests on, the one to change first. ``text``: the message."""
 
     settings: tuple[str, ...]
     text: str
@@ -155,7 +155,8 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
     if any(a == b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
         yield Fault(
             ("method.operators", "method.name"),
-            f"the cycle {list(cycle)} repeats an operator across a merge, which cannot raise the rank; alternate two or more",
+            f"the cycle {list(cycle)} repeats an operator across a merge, which cannot raise the rank; "
+            "alternate two or more",
         )
     if method.reset in ("magnitude", "random") and method.reset_ratio == 0:
         yield Fault(
@@ -200,7 +201,8 @@ def _schedule_faults(config: Config) -> Iterator[Fault]:
     elif optim.warmup_steps + optim.decay_steps > steps:
         yield Fault(
             ("optim.decay_steps", "optim.warmup_steps", "train.steps", "optim.schedule"),
-            f"{optim.decay_steps} steps of decay and {optim.warmup_steps} of warmup are longer than the run of {steps} steps; shorten them",
+            f"{optim.decay_steps} steps of decay and {optim.warmup_steps} of warmup are longer "
+            f"than the run of {steps} steps; shorten them",
         )
 
 
@@ -230,7 +232,8 @@ def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     if lanes % world_size:
         yield Fault(
             ("data.lanes", "train.batch_size"),
-            f"{lanes} lanes cannot be shared evenly by {world_size} ranks; use a multiple of {world_size} that divides train.batch_size",
+            f"{lanes} lanes cannot be shared evenly by {world_size} ranks; "
+            f"use a multiple of {world_size} that divides train.batch_size",
         )
 
 
@@ -242,8 +245,8 @@ def _deepspeed_faults(config: Config) -> Iterator[Fault]:
     if config.train.deepspeed.get("prescale_gradients") is True and scatters and config.train.zero_stage > 0:
         yield Fault(
             ("train.deepspeed", "train.zero_stage"),
-            f"prescale_gradients does not go with reduce_scatter on ZeRO-{config.train.zero_stage}; leave it out, or set "
-            "zero_optimization.reduce_scatter=false",
+            f"prescale_gradients does not go with reduce_scatter on ZeRO-{config.train.zero_stage}; leave it out, "
+            "or set zero_optimization.reduce_scatter=false",
         )
 
 
@@ -276,7 +279,8 @@ def _other_faults(config: Config) -> Iterator[Fault]:
     if config.model.compile and config.train.zero_stage == 3:
         yield Fault(
             ("model.compile", "train.zero_stage"),
-            "torch.compile cannot look through what ZeRO-3 does around each module; use train.zero_stage=2, or leave it false",
+            "torch.compile cannot look through what ZeRO-3 does around each module; use train.zero_stage=2, "
+            "or leave it false",
         )
     sections = {name: getattr(config, name) for name in Config.model_fields}
     known = {f"{name}.{key}" for name, section in sections.items() for key in type(section).model_fields} | {

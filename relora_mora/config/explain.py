@@ -24,7 +24,7 @@ def explain(error: ValidationError) -> list[str]:
 
 
 def doubtful(error: ValidationError) -> set[str]:
-    """Settings whose value is unknown because it is wrong, missing or, most likely, misspelt: nothing can be said of them.
+    """Settings of which nothing can be said, because their value is wrong, missing or, most likely, misspelt.
 
     A whole section is named without a dot.
     """
@@ -39,7 +39,7 @@ def doubtful(error: ValidationError) -> set[str]:
 
 
 def substitute_defaults(tree: Mapping[str, Any], error: ValidationError) -> Config | None:
-    """The settings with each faulty one at its default (a placeholder where it has none), so that the others can be judged."""
+    """The settings with a default (or placeholder) for each faulty one, so that the others can be checked."""
     pruned: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
     for item in error.errors():
         section, *rest = item["loc"]

@@ -20,7 +20,7 @@ MOST_VALUES = 100_000
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be used. ``faults`` lists every one, each with its remedy; none repeats a token or password."""
+    """Settings that cannot be used. ``faults`` lists every one with its remedy; none repeats a token or password."""
 
     same_on_all_ranks = True  # the first rank says it for all
 
@@ -98,8 +98,8 @@ _Dumper.add_representer(tuple, _Dumper.represent_list)
 def parse_yaml(text: str) -> Any:
     """YAML text as plain values.
 
-    Raises yaml.YAMLError, also for what is no plain value (dates, sets, loops of aliases) and for more than settings hold:
-    a few aliases of aliases stand for billions of values.
+    Raises yaml.YAMLError, also for what is no plain value (dates, sets, loops of aliases) and for more than settings
+    hold: a few aliases of aliases stand for billions of values.
     """
     if len(text) > MOST_CHARACTERS:
         raise yaml.YAMLError(f"it is longer than {MOST_CHARACTERS:,} characters, which no settings are")

@@ -65,7 +65,8 @@ class ModelConfig(Strict):
 
 class TokenizerConfig(Strict):
     path: Text = Field(
-        description="a folder that holds tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder"
+        description="a folder that holds tokenizer.model, a sentencepiece .model file, "
+        "or a Hugging Face tokenizer folder"
     )
 
 
@@ -203,7 +204,8 @@ class TrainConfig(Strict):
     seed: Seed = Field(0, description="seed of initial weights and LoRA's draws")
     resume: Text = Field(
         "auto",
-        description="auto: from the newest good checkpoint of run_dir; never: refuse a used run_dir; or a checkpoint folder",
+        description="auto: from the newest good checkpoint of run_dir; never: refuse a used run_dir; "
+        "or a checkpoint folder",
     )
     allow_changes: list[str] = Field([], description="settings that may differ from the checkpoint's, e.g. [optim.lr]")
     max_bad_steps: Positive = Field(

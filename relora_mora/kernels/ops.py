@@ -1,10 +1,11 @@
 """The kernels as operators of torch, and who calls them.
 
 An operator has a schema, a fake implementation that knows shapes only (for torch.compile), and one kernel a device. A
-device is added by giving ``LIBRARY.impl`` its kernels and naming it in :func:`kernels_here`. Groupings travel as lists of whole
-numbers, since a schema knows no others.
+device is added by giving ``LIBRARY.impl`` its kernels and naming it in :func:`kernels_here`. Groupings travel as lists
+of whole numbers, since a schema knows no others.
 
-``torch.library.define`` and not ``torch.library.custom_op``, whose wrapper takes several times as long (docs/performance.md).
+``torch.library.define`` and not ``torch.library.custom_op``, whose wrapper takes several times as long
+(docs/performance.md).
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def disabled() -> Iterator[None]:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether there are kernels for these: of the device, for the one type of them all, and autograd keeps no record."""
+    """Whether there are kernels for tensors of this device and one dtype, and autograd keeps no record of them."""
     dtype = tensors[0].dtype
     if not _enabled or dtype not in _DEVICES.get(tensors[0].device.type, ()):
         return False
@@ -93,7 +94,7 @@ def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
 
 
 def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping) -> Tensor:
-    """weight [out, in] + D square C, with square [R, R], C = ``inputs.sum`` and D = ``outputs.copy``; not differentiable."""
+    """weight [out, in] + D square C: square [R, R], C = ``inputs.sum``, D = ``outputs.copy``; not differentiable."""
     if outputs.once and takes(weight, square):
         return _expand_add(weight, square, inputs.numbers, outputs.numbers)
     return reference.expand_add(weight, square, inputs, outputs)

@@ -9,7 +9,7 @@ from relora_mora.kernels.grouping import Grouping, Piece
 
 
 def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping) -> Tensor:
-    """weight [out, in] + D square C; not differentiable. A piece of the outputs times one of the inputs is one addition."""
+    """weight [out, in] + D square C, an addition for each piece of outputs and inputs; not differentiable."""
     if torch.compiler.is_compiling():
         # one kernel once it is compiled, and nothing that writes into views
         return weight + outputs.copy(inputs.copy(square).mT).mT

@@ -49,7 +49,8 @@ def inject(model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int 
     if unmatched:
         present = sorted({name.rpartition(".")[2] for name, _ in decoder_linears(model)})
         raise ValueError(
-            f"method.target_modules: no linear of the decoder is named {', '.join(unmatched)}; it has {', '.join(present)}"
+            f"method.target_modules: no linear of the decoder is named {', '.join(unmatched)}; it has "
+            f"{', '.join(present)}"
         )
     count = sum(model.get_parameter(name).numel() for name in adapter_parameters(model))
     return Injection({kind: tuple(names) for kind, names in by_kind.items()}, count)

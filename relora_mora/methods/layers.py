@@ -1,8 +1,8 @@
 """What an adapter layer is: a frozen weight and what trains beside it.
 
-An adapter layer owns the frozen weight W [out, in] and its trainable parameters, and computes ``(W + delta) x``. Two forms
-with the same result exist: ``merged`` builds ``W + delta`` for each use, which is one product with the tokens instead of
-several passes over them; ``decoupled`` is the textbook form, kept as the readable reference.
+An adapter layer owns the frozen weight W [out, in] and its trainable parameters, and computes ``(W + delta) x``. Two
+forms with the same result exist: ``merged`` builds ``W + delta`` for each use, which is one product with the tokens
+instead of several passes over them; ``decoupled`` is the textbook form, kept as the readable reference.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ INPUT = "x"  # ``Kept.what`` of the layer's input itself
 class AdapterLinear(nn.Module):
     """A linear layer whose weight is frozen and gets a trainable ``delta`` [out, in].
 
-    A subclass says what its parameters are, what they add, and what that costs. Merging, resetting, saving, exporting and
-    planning need nothing else.
+    A subclass says what its parameters are, what they add, and what that costs. Merging, resetting, saving, exporting
+    and planning need nothing else.
     """
 
     # tokens (in + out) / (in out) from which on the merged form takes less time, as measured (docs/method.md)
@@ -62,7 +62,7 @@ class AdapterLinear(nn.Module):
     def from_settings(
         cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
     ) -> Self:
-        """The layer that replaces a linear; ``generator`` gives its draws, ``mora_type`` is the operator to begin with."""
+        """The layer in place of a linear; ``generator`` gives its draws, ``mora_type`` is its first operator."""
 
     @classmethod
     @abstractmethod
@@ -88,7 +88,7 @@ class AdapterLinear(nn.Module):
 
     @abstractmethod
     def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:
-        """Matrix products of the adapter beside those of W, for one of ``tokens`` tokens, averaged over the operators of ``cycle``."""
+        """The adapter's own matrix products for one of ``tokens`` tokens, averaged over the operators of ``cycle``."""
 
     @abstractmethod
     def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:

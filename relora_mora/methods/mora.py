@@ -1,4 +1,4 @@
-"""MoRA's adapter: ``delta = D M C`` (arXiv 2405.12130, eq. 6) with a square M between two operators without parameters."""
+"""MoRA's adapter: ``delta = D M C`` (arXiv 2405.12130, eq. 6), a square M between operators without parameters."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def layer_square_size(method: MethodConfig, in_features: int, out_features: int)
     size = square_size(in_features, out_features, method.rank) // method.square_multiple * method.square_multiple
     if size == 0:
         raise ValueError(
-            f"method.square_multiple: {method.square_multiple} is more than R of a {in_features} -> {out_features} layer at "
-            f"method.rank={method.rank}; lower it or raise the rank"
+            f"method.square_multiple: {method.square_multiple} is more than R of a {in_features} -> {out_features} "
+            f"layer at method.rank={method.rank}; lower it or raise the rank"
         )
     return size
 
@@ -96,7 +96,7 @@ class MoRALinear(AdapterLinear):
 
 
 class _MergedMoRA(torch.autograd.Function):
-    """``x (W + D M C)^T`` that keeps ``C x`` [..., R] for backward and not x: W is frozen, so only dM needs the input."""
+    """``x (W + D M C)^T`` that keeps ``C x`` [..., R] for backward, not x: W is frozen, so only dM needs the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, M: Tensor, operator: Operator, training: bool) -> Tensor:
@@ -118,8 +118,8 @@ class _MergedMoRA(torch.autograd.Function):
 def _compress_once(x: Tensor, operator: Operator) -> Tensor:
     """``C x``, made once for layers that see the same input and have the same C: q, k and v; gate and up.
 
-    It is an attribute of the storage of x, so it goes when x goes. The storage and not x, because ZeRO-3 hands each layer
-    an alias of its own. What has no grad_fn may be a buffer that is filled again without autograd's notice.
+    It is an attribute of the storage of x, so it goes when x goes. The storage and not x, because ZeRO-3 hands each
+    layer an alias of its own. What has no grad_fn may be a buffer that is filled again without autograd's notice.
     """
     if torch.compiler.is_compiling() or x.grad_fn is None:
         return operator.compress(x)

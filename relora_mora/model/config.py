@@ -116,7 +116,8 @@ def _put_length(values: dict[str, Any]) -> Iterator[str]:
     if length is not None and values.setdefault("max_position_embeddings", length) != length:
         other = values["max_position_embeddings"]
         yield (
-            f"model: max_sequence_length is {length} and max_position_embeddings {other}, which mean the same; set one of them to null"
+            f"model: max_sequence_length is {length} and max_position_embeddings {other}, which mean the same; "
+            "set one of them to null"
         )
 
 

@@ -27,7 +27,7 @@ RECOMPILE_LIMIT = (
 
 
 def check_compiler(settings: ModelConfig) -> None:
-    """Raises :class:`ConfigError` when torch.compile would find no compiler: C++ on a CPU, C on a GPU, for Triton's launchers."""
+    """Raises :class:`ConfigError` when torch.compile would find no compiler: C++ on a CPU, C (for Triton) on a GPU."""
     if torch.cuda.is_available():
         language = "C"
         variable = "CC"
@@ -39,8 +39,8 @@ def check_compiler(settings: ModelConfig) -> None:
     if settings.compile and not any(map(shutil.which, (os.environ.get(variable, names[0]), names[1]))):
         raise ConfigError(
             [
-                f"model.compile: torch.compile needs a {language} compiler here, and there is no {names[0]}; install it, name one in {variable}, "
-                "or leave it false"
+                f"model.compile: torch.compile needs a {language} compiler here, and there is no {names[0]}; "
+                f"install it, name one in {variable}, or leave it false"
             ],
             "the settings",
         )
@@ -65,7 +65,7 @@ def build_model(model_config: LlamaConfig, *, seed: int, attention: str = "sdpa"
 
 
 def empty_model(model_config: LlamaConfig, *, attention: str = "sdpa") -> LlamaForCausalLM:
-    """The model with float32 parameters on the meta device, which hold nothing; :func:`put_values` gives them their values."""
+    """The model with float32 parameters on the meta device, without values: :func:`put_values` gives them."""
     with torch.device("meta"):
         lm = LlamaForCausalLM._from_config(model_config, attn_implementation=attention, dtype=torch.float32)
     lm.model.rotary_emb = LlamaRotaryEmbedding(config=model_config)  # the only buffers, which are no drawn values

@@ -1,4 +1,4 @@
-"""The output head with its loss: cross-entropy in chunks of tokens, so that float32 logits [N, V] never exist as a whole."""
+"""The output head with its loss: cross-entropy in chunks of tokens, so that logits [N, V] never exist as a whole."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_
 
     hidden [..., H], weight [V, H], labels [...]. The gradients are computed in forward, chunk by chunk (as in Liger
     kernels, arXiv 2410.10989, section 3.2): one logits product in all, and of size [N, V] nothing is ever kept. With no
-    label to score the result is 0. Raises IndexError for a label that is not in the vocabulary. On CUDA liger-kernel's own
-    kernels do the same where the package is installed (then a wrong label is not found out).
+    label to score the result is 0. Raises IndexError for a label that is not in the vocabulary. On CUDA liger-kernel's
+    own kernels do the same where the package is installed (then a wrong label is not found out).
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     labels = labels.reshape(-1)

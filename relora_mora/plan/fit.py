@@ -14,7 +14,7 @@ from relora_mora.plan.memory import state_memory
 
 
 def check_adapters(model_config: LlamaConfig, method: MethodConfig) -> None:
-    """Raises :class:`ConfigError` where adapters are larger than the weights beside them, or a square than its layer."""
+    """Raises :class:`ConfigError` where adapters are larger than the weights beside them, or a square than a layer."""
     if not method.uses_adapters:
         return
     shapes = {kind: shape for kind, shape in linear_shapes(model_config).items() if kind in method.target_modules}
@@ -54,8 +54,8 @@ def check_memory(model_config: LlamaConfig, config: Config, world_size: int, ava
     needed = state.weights + state.masters + state.optimizer
     if needed > available:
         fault = (
-            f"model: weights and optimizer state need {needed / 2**30:,.1f} GiB on each of {world_size} ranks, and there are "
-            f"{available / 2**30:,.1f}; take a smaller model, more ranks, or a stage higher than train.zero_stage="
-            f"{config.train.zero_stage}: launch/plan.py says what a run needs"
+            f"model: weights and optimizer state need {needed / 2**30:,.1f} GiB on each of {world_size} ranks, "
+            f"and there are {available / 2**30:,.1f}; take a smaller model, more ranks, or a stage higher "
+            f"than train.zero_stage={config.train.zero_stage}: launch/plan.py says what a run needs"
         )
         raise ConfigError([fault], "the settings")

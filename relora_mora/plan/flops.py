@@ -2,9 +2,9 @@
 
 Counted are the matrix products, a multiplication and an addition as two FLOPs; forward and backward together. A linear
 in -> out that trains costs 6 in out: 2 forward, 2 for the input's gradient, 2 for the weight's. A frozen one costs
-4 in out. Attention counts the whole square of positions, as is usual (PaLM, arXiv 2204.02311, appendix B), though kernels
-skip the masked half. The input's gradient is counted for every layer, the first too. Sums and copies of the operators,
-norms, rotary embeddings and the optimizer are memory traffic and not counted.
+4 in out. Attention counts the whole square of positions, as is usual (PaLM, arXiv 2204.02311, appendix B), though
+kernels skip the masked half. The input's gradient is counted for every layer, the first too. Sums and copies of the
+operators, norms, rotary embeddings and the optimizer are memory traffic and not counted.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def flops_per_token(model_config: LlamaConfig, config: Config) -> Flops:
 def flops_of(model: LlamaForCausalLM, model_config: LlamaConfig, config: Config) -> Flops:
     """FLOPs of one token for a model with its adapters and its trainable parameters marked.
 
-    The cost of type 6's blocks is averaged over the cycle of operators; LoRA's product ``B A``, made once for each use of
-    a layer, is shared by the tokens of a micro-batch.
+    The cost of type 6's blocks is averaged over the cycle of operators; LoRA's product ``B A``, made once for each use
+    of a layer, is shared by the tokens of a micro-batch.
     """
     tokens = config.train.micro_batch_size * config.data.sequence_length
     linears = adapters = forward = 0.0

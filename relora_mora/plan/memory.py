@@ -12,18 +12,19 @@ weights         b (T + F); stage 3: b (T + F) / N
 gathered        stage 3: what forward gathers of other ranks' weights and keeps for backward (DeepSpeed's default reuse
                 distance keeps it), b min(T + F, ``stage3_max_live_parameters``); parameters of at most
                 ``stage3_param_persistence_threshold`` elements always
-masters         float32 copies of what trains: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at stages 1-3 DeepSpeed
-                clones them though the parameters are float32 already
+masters         float32 copies of what trains: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at stages 1-3
+                DeepSpeed clones them though the parameters are float32 already
 optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N
 gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T that stays.
                 Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N; at stage 3 it stays.
                 A step in fp32 on stages 1-3 copies 4 T / N
 buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages 2 and 3, and 1 in fp32
-activations     a layer keeps 2 h (4 + b) for its norms, b (2 q + 2 k) for attention, 3 b f for the gated product and the
-                inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of which only
-                ``C x`` is kept. With activation checkpointing b h a layer, and one whole layer
-scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient (4 + b) h V;
-                in backward: the gradients of the gated product, 2 b f a token, and ``W + delta`` of one linear
+activations     a layer keeps 2 h (4 + b) for its norms, b (2 q + 2 k) for attention, 3 b f for the gated product and
+                the inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of
+                which only ``C x`` is kept. With activation checkpointing b h a layer, and one whole layer
+scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient
+                (4 + b) h V; in backward: the gradients of the gated product, 2 b f a token, and ``W + delta`` of one
+                linear
 ==============  ======================================================================================================
 
 A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N.
@@ -68,7 +69,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the moment of a step that needs most, and ``host_base``: bytes of a rank in host memory."""
+    """Bytes on one device when a step needs most, and ``host_base``: bytes of a rank in host memory."""
 
     moment: str  # loss | backward's start | backward's end | step
     weights: float
@@ -98,7 +99,7 @@ def count_parameters(model: LlamaForCausalLM) -> Parameters:
 
 
 def peak_memory(model_config: LlamaConfig, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
-    """Memory of one device at the moment of a step that needs most: the loss, the first layers of backward, or the step."""
+    """Memory of one device when a step needs most: at the loss, in the first layers of backward, or in the update."""
     model = meta_model(model_config, config.method)
     state = state_memory(model, config, stage, world_size, bf16=bf16)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
@@ -216,9 +217,10 @@ def activation_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) ->
 
 
 def _linear_inputs(model: LlamaForCausalLM, config: Config) -> float:
-    """Elements for one token that the linears of one decoder layer keep for their own gradients, on average over the layers.
+    """Elements of one token that a decoder layer's linears keep for their own gradients, averaged over the layers.
 
-    An input that several linears share is kept once; the input of ``o_proj`` is attention's output, which is kept anyway.
+    An input that several linears share is kept once; the input of ``o_proj`` is attention's output, which is kept
+    anyway.
     """
     elements: dict[tuple[str, str, str], int] = {}
     for name, layer in decoder_linears(model):

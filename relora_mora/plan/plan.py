@@ -25,8 +25,11 @@ FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about one run. ``memory`` and ``network``, [method][stage], compare the methods at the same settings; ``steps``,
-    [stage], is the time of a step of this run."""
+    """Everything about one run.
+
+    ``memory`` and ``network``, [method][stage], compare the methods at the same settings; ``steps``, [stage], is the
+    time of a step of this run.
+    """
 
     parameters: Parameters
     flops: Flops
@@ -55,7 +58,7 @@ class Plan:
 
     @property
     def resident(self) -> float | None:
-        """Bytes of a rank's process where the device is a CPU, None elsewhere; a tenth is added for malloc's fragmentation."""
+        """Bytes of a rank's process on a CPU, a tenth of them for malloc's fragmentation; None on other devices."""
         chosen = self.memory[self.method][self.zero_stage]
         return FRAGMENTATION * (PROCESS_BYTES + chosen.device + chosen.host_base) if self.on_cpu else None
 
@@ -99,9 +102,9 @@ def make_plan(
     """What the run needs on a cluster.
 
     ``peak`` is the FLOP/s of one device and where the number comes from; ``log.peak_tflops`` goes first.
-    ``tokens_per_second`` is a measured rate over all devices; without it the time follows from the arithmetic, the peak,
-    ``utilisation``, memory and network. Raises ValueError for a utilisation that is not between 0 and 1 and for a rate that
-    is not positive.
+    ``tokens_per_second`` is a measured rate over all devices; without it the time follows from the arithmetic, the
+    peak, ``utilisation``, memory and network. Raises ValueError for a utilisation that is not between 0 and 1 and for a
+    rate that is not positive.
     """
     if utilisation is not None and not 0 < utilisation <= 1:
         raise ValueError(f"utilisation must be above 0 and at most 1, got {utilisation:g}")

@@ -213,7 +213,8 @@ import re, torch
 from pathlib import Path
 from relora_mora.kernels import group_sum, interleaved
 group_sum(torch.randn(4096, 64), interleaved(64, 5))
-print(len({line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.search(r"/lib[gi]?omp\\b", line)}))
+lines = Path("/proc/self/maps").read_text().splitlines()
+print(len({line.split()[-1] for line in lines if re.search(r"/lib[gi]?omp\\b", line)}))
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 

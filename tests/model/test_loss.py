@@ -1,4 +1,4 @@
-"""The compiled loss against float64: values, gradients, what is not finite, and the same bits for any number of threads."""
+"""The compiled loss against float64: values, gradients, what is not finite, the same bits on any number of threads."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def test_in_place_is_for_plain_cpu_tensors_only():
 def test_liger_is_for_cuda_and_optional(monkeypatch):
     calls = []
     module = types.ModuleType("liger_kernel.transformers.functional")
-    module.liger_fused_linear_cross_entropy = lambda *a, **k: calls.append((a, k)) or torch.tensor(3.0)  # type: ignore[attr-defined]
+    fused = lambda *a, **k: calls.append((a, k)) or torch.tensor(3.0)  # noqa: E731
+    module.liger_fused_linear_cross_entropy = fused  # type: ignore[attr-defined]
     names = ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.functional")
     try:
         fused_loss.cache_clear()

@@ -91,7 +91,7 @@ def test_recomputed_forward_is_counted_apart(name: str) -> None:
     flops = flops_per_token(MODEL, config)
     plain = flops_per_token(MODEL, make_config(method={"name": name}))
     assert flops.total == plain.total
-    # torch stops the recomputation at the last tensor that backward needs, so the last products of a layer may be left out
+    # torch stops the recomputation at the last tensor that backward needs, so a layer's last products may be missing
     assert 0.9 * flops.performed < counted(MODEL, config) <= 1.001 * flops.performed
 
 
