@@ -20,11 +20,11 @@ class LoRALinear(AdapterLinear):
     break_even = 1.5
 
     def __init__(
-        self, linear: nn.Linear, rank: int, alpha: float | None, generator: torch.Generator, form: str = "auto"
+        self, linear: nn.Linear, lora_rank: int, alpha: float | None, generator: torch.Generator, form: str = "auto"
     ) -> None:
         super().__init__(linear, form)
-        self.rank = rank
-        self.scale = (rank if alpha is None else alpha) / rank
+        self.lora_rank = lora_rank
+        self.scale = (lora_rank if alpha is None else alpha) / lora_rank
         dtype = linear.weight.dtype
         self.lora_A = nn.Parameter(self.fresh("lora_A", generator).to(dtype))
         self.lora_B = nn.Parameter(self.fresh("lora_B", generator).to(dtype))
@@ -49,8 +49,8 @@ class LoRALinear(AdapterLinear):
 
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         if name == "lora_B":
-            return torch.zeros(self.out_features, self.rank)
-        A = torch.empty(self.rank, self.in_features)
+            return torch.zeros(self.out_features, self.lora_rank)
+        A = torch.empty(self.lora_rank, self.in_features)
         return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
 
     def singular_values(self, *parameters: Tensor) -> Tensor:
@@ -58,16 +58,16 @@ class LoRALinear(AdapterLinear):
         return torch.linalg.svdvals(self.scale * (torch.linalg.qr(B)[1] @ torch.linalg.qr(A.mT)[1].mT))
 
     def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:
-        product = 2.0 * self.rank * (self.in_features + self.out_features)
+        product = 2.0 * self.lora_rank * (self.in_features + self.out_features)
         if not self.uses_merged_form(tokens):
             return Flops(product, 3 * product)
         # W + B A, made once for all tokens in forward and again in backward
-        build = 2.0 * self.in_features * self.out_features * self.rank / tokens
+        build = 2.0 * self.in_features * self.out_features * self.lora_rank / tokens
         return Flops(build, 2 * build + 2 * product)
 
     def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
         of_input = Kept(INPUT, self.in_features, shared=True)
-        return [of_input] if self.uses_merged_form(tokens) else [of_input, Kept("A x", self.rank, shared=False)]
+        return [of_input] if self.uses_merged_form(tokens) else [of_input, Kept("A x", self.lora_rank, shared=False)]
 
     def _merged(self, x: Tensor) -> Tensor:
         return _MergedLoRA.apply(x, self.weight, self.lora_A, self.lora_B, self.scale)
@@ -76,7 +76,7 @@ class LoRALinear(AdapterLinear):
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}"
+        return f"{super().extra_repr()}, rank={self.lora_rank}, scale={self.scale:g}"
 
 
 class _MergedLoRA(torch.autograd.Function):

@@ -9,8 +9,8 @@ network    bytes that a device sends in a ring (``network.py``) / bandwidth, whe
            decides: from device to device within a host, and from host to host, where a ring's bytes leave each host
            once. Latency is not counted
 hidden     DeepSpeed sends while it computes at stage 3, and at stage 2 with ``overlap_comm: true``: at stage 3 all of
-           it behind compute, at stage 2 the gradients behind backward, two thirds of compute. Elsewhere it computes, then
-           sends
+           it behind compute, at stage 2 the gradients behind backward, two thirds of compute. Elsewhere it computes,
+           then sends
 """
 
 from __future__ import annotations
