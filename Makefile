@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-elastic test-stops test-kill test-cluster test-image bench-cluster bench-smoke lint types checks format env dev clean
+.PHONY: demo test same test-fast test-elastic test-stops test-kill test-cluster test-image bench-cluster bench-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
@@ -35,6 +35,10 @@ bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether t
 	  --sequence_length=256 --rank=32 --repeats=3 --warmup=1
 	DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 --master-port=29717 -m launch.benchmark steps \
 	  configs/model/llama_tiny.json --methods=full,remora --tokens=1024 --sequence_length=256 --rank=32 --zero_stage=2 --repeats=3 --warmup=1
+
+AGAINST ?= HEAD
+same: $(VENV)/.installed-dev  ## whether the code here trains tiny runs bit for bit as that of a commit: make same AGAINST=main
+	$(BIN)/python -m tests.tools.same_numbers $(AGAINST)
 
 test-fast: $(VENV)/.installed-dev  ## unit tests only
 	$(BIN)/python -m pytest -m "not distributed and not elastic and not stops and not kills and not cluster"

@@ -1,9 +1,9 @@
 """The tokenizer: loaded exactly, never parsing text for special tokens.
 
 A ``tokenizer.model`` of sentencepiece can be wrapped for transformers in several ways, most of them subtly wrong: as a
-``LlamaTokenizer`` it loses a leading space and takes a crawled ``</s>`` for the end of a document. What is right here is a
-folder that holds nothing but the model, loaded with ``split_special_tokens=True``; every load compares its ids with
-sentencepiece's own.
+``LlamaTokenizer`` it loses a leading space and takes a crawled ``</s>`` for the end of a document. What is right here
+is a folder that holds nothing but the model, loaded with ``split_special_tokens=True``; every load compares its ids
+with sentencepiece's own.
 """
 
 from __future__ import annotations
@@ -64,11 +64,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder with ``tokenizer.model``, a ``.model`` file, or a Hugging Face tokenizer folder.
 
     Where a folder holds both ``tokenizer.model`` and a ``tokenizer.json`` with the same vocabulary, the model decides;
-    with another vocabulary (added tokens) ``tokenizer.json`` does. Text is never parsed for special tokens. Silent, from
-    the disk alone. Sets ``TOKENIZERS_PARALLELISM=false`` unless it is set: here worker processes are the parallelism.
+    with another vocabulary (added tokens) ``tokenizer.json`` does. Text is never parsed for special tokens. Silent, and
+    reads the disk alone. Sets ``TOKENIZERS_PARALLELISM=false`` unless it is set: here the worker processes are the
+    parallelism.
 
-    Raises :class:`TokenizerError` when there is none, it has no end-of-document token, it would find that token in text,
-    or its ids differ from sentencepiece's.
+    Raises :class:`TokenizerError` when there is none, it has no end-of-document token, it would find that token in
+    text, or its ids differ from sentencepiece's.
     """
     path = Path(path)
     _check_exists(path)
@@ -78,11 +79,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = _from_folder(path) if model is None else _from_model(model, path)
     if tokenizer.eos_token_id is None:
         raise TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {_eos_remedy(model)}")
-    text, eos = str(tokenizer.eos_token), int(tokenizer.eos_token_id)
-    if eos in encode(tokenizer, [f"a {text} b"])[0]:
+    text = str(tokenizer.eos_token)
+    if tokenizer.eos_token_id in encode(tokenizer, [f"a {text} b"])[0]:
         raise TokenizerError(
-            f"{path}: this tokenizer reads the text {text!r} as the end of a document (id {eos}), so crawled text could end one; "
-            "mark that token as special in tokenizer.json, or train a tokenizer with tokenizer/train.py"
+            f"{path}: this tokenizer reads the text {text!r} as the end of a document (id {tokenizer.eos_token_id}), "
+            "so crawled text could end one; mark that token as special in tokenizer.json, or train a tokenizer with "
+            "tokenizer/train.py"
         )
     return tokenizer
 
@@ -95,11 +97,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
     texts = [_utf8(text) for text in texts]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return (
-            tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-            if texts
-            else []
-        )
+        if not texts:
+            return []
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     backend.encode_special_tokens = True  # lost when a tokenizer is pickled, as for a worker process
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -110,7 +110,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size_of_model: int) -> str | None:
-    """Raises :class:`TokenizerError` when ids do not fit the model; returns a remark when much of the model is unused."""
+    """Raises :class:`TokenizerError` when ids do not fit the model; a remark when much of the model is unused."""
     size = vocabulary_size(tokenizer)
     name = tokenizer.name_or_path or "the tokenizer"
     if size > vocab_size_of_model:
@@ -118,9 +118,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size_of_model: in
             f"{name}: {size} token ids, but the model has only {vocab_size_of_model} (vocab_size); "
             f"set --model.overrides='{{vocab_size: {size}}}', or use a smaller tokenizer"
         )
-    if vocab_size_of_model - size >= max(1024, size // 20):
-        unused = vocab_size_of_model - size
-        return f"the model has {vocab_size_of_model} embeddings, {unused} of them never used: {name} has only {size} token ids"
+    unused = vocab_size_of_model - size
+    if unused >= max(1024, size // 20):
+        return (
+            f"the model has {vocab_size_of_model} embeddings, {unused} of them never used: "
+            f"{name} has only {size} token ids"
+        )
     return None
 
 
@@ -153,10 +156,11 @@ def is_tokenizer(path: str | Path, fingerprint: str) -> bool:
 
 
 def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | Path) -> None:
-    """Writes a folder whose ids plain ``AutoTokenizer.from_pretrained(out)`` reproduces; ``tokenizer.model`` is kept beside.
+    """Writes a folder whose ids plain ``AutoTokenizer.from_pretrained(out)`` reproduces; ``tokenizer.model`` included.
 
-    ``tokenizer`` is a path as for :func:`load_tokenizer`, or what it returned. ``out`` may already hold a model with its
-    ``config.json``. Raises :class:`TokenizerError` when transformers refuses to write it, or the folder gives other ids.
+    ``tokenizer`` is a path as for :func:`load_tokenizer`, or what it returned. ``out`` may already hold a model with
+    its ``config.json``. Raises :class:`TokenizerError` when transformers refuses to write it, or the folder gives other
+    ids.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
@@ -170,12 +174,7 @@ def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | P
                 shutil.copyfile(model, out / MODEL_FILE)
             saved = _auto(out)
         written = [saved.encode(text, add_special_tokens=False) for text in HARD_TEXTS]
-    except (
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:  # of values of another kind; those of a disk are others
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # what values of another kind end in
         said = " ".join(str(error).split())
         raise TokenizerError(
             f"{tokenizer.name_or_path}: transformers cannot save it ({said}); mend its tokenizer_config.json"
@@ -200,7 +199,8 @@ def _check_exists(path: Path) -> None:
             raise TokenizerError(f"{path}: no tokenizer in this folder; {_EXPECTED}; tokenizer/train.py trains one")
     elif not path.exists():
         raise TokenizerError(
-            f"{path}: not found; {_EXPECTED}; tokenizer/train.py trains one, `hf download REPO --local-dir DIR` fetches one"
+            f"{path}: not found; {_EXPECTED}; tokenizer/train.py trains one, "
+            "`hf download REPO --local-dir DIR` fetches one"
         )
     elif path.suffix != ".model":
         raise TokenizerError(f"{path}: a file of another kind; {_EXPECTED}")
@@ -215,14 +215,14 @@ def _sentencepiece_file(path: Path) -> Path | None:
     if not model.is_file():
         return None
     described = _read_json(path / "tokenizer.json")
-    processor = _processor(model) if described is not None else open_sentencepiece(model)
+    if described is None:
+        open_sentencepiece(model)
+        return model
+    processor = _processor(model)
     if processor is None:  # a tiktoken file of that name, as with Llama 3
         return None
-    if described is None or _names(described, path) == {
-        processor.id_to_piece(i): i for i in range(processor.get_piece_size())
-    }:
-        return model
-    return None
+    pieces = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+    return model if _names(described, path) == pieces else None
 
 
 def _names(described: dict[str, Any], folder: Path) -> dict[str, int]:
@@ -252,12 +252,12 @@ def _processor(model: Path) -> SentencePieceProcessor | None:
 
 
 def _from_model(model: Path, given: Path) -> PreTrainedTokenizerBase:
-    with tempfile.TemporaryDirectory(
-        prefix="tokenizer-"
-    ) as folder:  # alone: other files of its folder would change the class
+    # alone in a folder: other files beside it would change the class
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         shutil.copyfile(model, Path(folder, MODEL_FILE))
         tokenizer = _auto(Path(folder), split_special_tokens=True)
-    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(given)
+    tokenizer.name_or_path = str(given)
+    tokenizer.init_kwargs["name_or_path"] = str(given)
     if getattr(tokenizer, "vocab_file", None):
         tokenizer.vocab_file = str(model)
     reference = open_sentencepiece(model)
@@ -290,11 +290,8 @@ def _auto(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
         raise TokenizerError(
             f"{folder}: transformers cannot load this tokenizer ({' '.join(str(error).split())}); {_EXPECTED}"
         ) from error
-    for key in (
-        "is_local",
-        "local_files_only",
-        "auto_map",
-    ):  # would be written into tokenizer_config.json: of this call, names of code
+    # not to be written into tokenizer_config.json: arguments of this call, and names of code
+    for key in ("is_local", "local_files_only", "auto_map"):
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 

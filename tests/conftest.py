@@ -21,14 +21,7 @@ def no_job_outlives_its_test() -> Iterator[None]:
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a small sentencepiece model (byte fallback, 300 pieces), trained on the spot."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    text = [
-        "the rank of a merge",
-        "matrix over the rank",
-        "größer als the matrix",
-        "one more of the same",
-        "0123456789 - abcdefghij",
-    ]
-    train_tokenizer(folder, text)
+    train_tokenizer(folder)
     return str(folder)
 
 

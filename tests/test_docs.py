@@ -168,7 +168,14 @@ def test_the_readme_shows_the_message_that_the_program_gives(monkeypatch: pytest
 def test_metrics_that_are_described_are_written_and_the_other_way_round() -> None:
     sources = "".join(
         (ROOT / "relora_mora" / file).read_text()
-        for file in ("train/loop.py", "train/report.py", "train/rollback.py", "train/startup.py", "evaluate.py")
+        for file in (
+            "train/loop.py",
+            "train/events.py",
+            "train/judge.py",
+            "train/report.py",
+            "train/startup.py",
+            "evaluate.py",
+        )
     )
     written = set(re.findall(r'"((?:train|perf|merge|checkpoint)/[a-z_]+)', sources)) - {"train/lr_"}
     table = (ROOT / "README.md").read_text().partition("| tag |")[2].partition("\n\n")[0]
@@ -181,8 +188,8 @@ def test_the_documents_say_what_may_change_at_a_resume() -> None:
     table = text.partition("| may differ |")[2].partition("\n\n")[0]
     first_column = "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
     named = set(re.findall(r"`([a-z_]+\.[a-z_]+)`", first_column))
-    assert named == literal("relora_mora/train/resume.py", "FREE_SETTINGS")
-    assert all(f"`{section}`" in first_column for section in literal("relora_mora/train/resume.py", "FREE_SECTIONS"))
+    assert named == literal("relora_mora/train/identity.py", "FREE_SETTINGS")
+    assert all(f"`{section}`" in first_column for section in literal("relora_mora/train/identity.py", "FREE_SECTIONS"))
 
 
 def test_the_documents_describe_every_field_of_a_manifest() -> None:

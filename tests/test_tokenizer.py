@@ -175,7 +175,8 @@ def test_code_of_a_tokenizer_is_neither_run_nor_saved(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
-    path, mark = _hugging_face(folder, tmp_path / "hf"), tmp_path / "it was run"
+    path = _hugging_face(folder, tmp_path / "hf")
+    mark = tmp_path / "it was run"
     (path / "foreign_code.py").write_text(
         f"open({str(mark)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"
     )
@@ -260,7 +261,8 @@ def test_what_is_no_tokenizer_is_explained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"[]", b"{", bytes(range(256)), b"{}", b'{"model": {"vocab": 3}}'])
 def test_a_damaged_tokenizer_json_is_named(folder: Path, tmp_path: Path, content: bytes) -> None:
-    alone, beside = tmp_path / "alone", shutil.copytree(folder, tmp_path / "beside")
+    alone = tmp_path / "alone"
+    beside = shutil.copytree(folder, tmp_path / "beside")
     alone.mkdir()
     is_object = content.endswith(b"}")  # of which the fingerprint alone asks nothing
     for path, functions in ((alone, [load_tokenizer]), (beside, [load_tokenizer, tokenizer_fingerprint])):
@@ -273,8 +275,8 @@ def test_a_damaged_tokenizer_json_is_named(folder: Path, tmp_path: Path, content
 
 def test_a_model_without_an_end_is_refused(tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(own_text()[0].splitlines()), model_prefix=str(tmp_path / "x"), vocab_size=320, model_type="bpe",
-        byte_fallback=True, eos_id=-1, normalization_rule_name="identity", minloglevel=2,
+        sentence_iterator=iter(own_text()[0].splitlines()), model_prefix=str(tmp_path / "x"), vocab_size=320,
+        model_type="bpe", byte_fallback=True, eos_id=-1, normalization_rule_name="identity", minloglevel=2,
     )  # fmt: skip
     with pytest.raises(TokenizerError, match="no end-of-document token"):
         load_tokenizer(tmp_path / "x.model")

@@ -41,7 +41,7 @@ class EngineLoop:
     """The trainer's own model and engine."""
 
     def __init__(self, checked: Checked) -> None:
-        self.run = build(checked)
+        self.run = build(checked, rank=0, world_size=1)
         self.micro_batch_size = checked.config.train.micro_batch_size
         self.device = self.run.engine.device
 

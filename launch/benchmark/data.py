@@ -19,8 +19,8 @@ def main(config: str, *, lanes: int | None = None, tokens: int = 1_000_000, roun
         rounds: rounds of pipeline and tokenizer in turns; the fastest of each counts
         overrides: settings as --section.key=value
     """
+    from launch.benchmark.pipeline import pipeline_throughput
     from relora_mora.config import load_config
-    from relora_mora.data.bench import pipeline_throughput
 
     if tokens < 1 or rounds < 1:
         raise ValueError(f"--tokens={tokens} --rounds={rounds}: give at least 1")

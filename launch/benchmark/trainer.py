@@ -97,7 +97,7 @@ def measure(config: Config, folder: Path, steps: int, rounds: int) -> dict[str, 
     from relora_mora.zero import init_distributed
 
     init_distributed()
-    checked = check(config)
+    checked = check(config, world_size=1)
     skip, batches = config.log.every_steps, make_batches(config, steps)
     loops: dict[str, Loop] = {"engine": EngineLoop(checked), "torch": TorchLoop(checked)}
     seconds: dict[str, list[float]] = {name: [] for name in ("trainer", "saving", *loops)}  # of a step

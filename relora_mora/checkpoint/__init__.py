@@ -2,7 +2,7 @@
 
 from relora_mora.checkpoint.layout import CheckpointError, Manifest, read_manifest
 from relora_mora.checkpoint.places import list_checkpoints
-from relora_mora.checkpoint.reader import CheckpointReader, changed_settings, newest_whole, verify
+from relora_mora.checkpoint.reader import CheckpointReader, newest_whole, verify
 from relora_mora.checkpoint.tokenizer import damaged_tokenizer, tokenizer_of
 from relora_mora.checkpoint.writer import CheckpointWriter
 
@@ -11,7 +11,6 @@ __all__ = [
     "CheckpointReader",
     "CheckpointWriter",
     "Manifest",
-    "changed_settings",
     "damaged_tokenizer",
     "list_checkpoints",
     "newest_whole",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -221,12 +221,3 @@ def _candidates(folder: Path) -> list[Path]:
         key=lambda path: (step_of(path.with_suffix("")) or 0, path.name),
         reverse=True,
     )
-
-
-def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """Names of settings (dotted) whose values differ between two dumps of a config."""
-    for section in {**saved, **now}:
-        before, after = saved.get(section, {}), now.get(section, {})
-        for key in {**before, **after}:
-            if before.get(key) != after.get(key):
-                yield f"{section}.{key}"

@@ -1,17 +1,20 @@
 """Text to token blocks: exact, elastic, streaming. See docs/data.md."""
 
+from relora_mora.data.batch import UNSCORED, Batch, document_ids
 from relora_mora.data.content import local_content, remote_content
 from relora_mora.data.errors import SourceError, WorkerError
-from relora_mora.data.evalset import UNSCORED, EvalSet, load_eval_set
+from relora_mora.data.evalset import EvalSet, load_eval_set
 from relora_mora.data.fingerprint import fingerprint, order_fingerprint
-from relora_mora.data.lanes import start_states
+from relora_mora.data.hub_sources import hub_commits, pin_revision, remember_commits
+from relora_mora.data.lane_states import counts_of, merge_states, start_states
+from relora_mora.data.plain_text import iter_texts
 from relora_mora.data.positions import describe_position
-from relora_mora.data.sources import Shard, hub_commits, pin_revision, remember_commits, resolve_shards
-from relora_mora.data.stream import Batch, TrainStream, counts_of, document_ids, merge_states
-from relora_mora.data.texts import KINDS, iter_texts
+from relora_mora.data.skipped import SKIP_REASONS
+from relora_mora.data.sources import Shard, resolve_shards
+from relora_mora.data.stream import TrainStream
 
 __all__ = [
-    "KINDS",
+    "SKIP_REASONS",
     "UNSCORED",
     "Batch",
     "EvalSet",

@@ -1,6 +1,6 @@
-"""What stands in the training text, told from a little of it: so that other text under the same names and sizes is noticed.
+"""A fingerprint of the training text itself, from samples of it: it notices other text under the same names and sizes.
 
-Hub files need none of this: their commit is part of their name.
+Hub files need none: their commit is part of their name.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ PIECES_BETWEEN = 4
 
 
 def local_content(shards: Sequence[Shard]) -> str:
-    """32 hex digits over the names of local files, their sizes and pieces of what is in them; "" where no shard is local.
+    """32 hex digits over the names of local files, their sizes and pieces of their content; "" where no shard is local.
 
-    The end of a gzip or zstd file is a checksum of all of its text; of plain text a change in the middle may be missed. Raises
-    SourceError for a file that cannot be read.
+    A gzip or zstd file ends with a checksum of all of its text; in plain text a change in the middle may be missed.
+    Raises SourceError for a file that cannot be read.
     """
-    return _over_each([shard for shard in shards if not shard.is_remote], _pieces)
+    return _digest_of_each([shard for shard in shards if not shard.is_remote], _samples)
 
 
 def remote_content(shards: Sequence[Shard], timeout_seconds: float) -> str:
-    """32 hex digits over the names of http(s) files and what their servers say of their versions; "" where there is none.
+    """32 hex digits over the names of http(s) files and what servers say of their versions; "" where there are none.
 
-    Asks for each file once, some at the same time: for one rank, not for all. Raises SourceError for a file that is not there.
+    Asks for each file once, several at the same time; meant for one rank, not for all. Raises SourceError for a file
+    that is not there.
     """
     urls = [shard for shard in shards if shard.is_remote and not shard.hub]
     if not urls:
@@ -47,10 +48,12 @@ def remote_content(shards: Sequence[Shard], timeout_seconds: float) -> str:
     with requests.Session() as session:
         for scheme in ("http://", "https://"):
             session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=THREADS))
-        return _over_each(urls, functools.partial(_version, session=session, timeout_seconds=timeout_seconds))
+        return _digest_of_each(
+            urls, functools.partial(_version_at_server, session=session, timeout_seconds=timeout_seconds)
+        )
 
 
-def _over_each(shards: Sequence[Shard], look: Callable[[Shard], bytes]) -> str:
+def _digest_of_each(shards: Sequence[Shard], look: Callable[[Shard], bytes]) -> str:
     if not shards:
         return ""
     digest = xxhash.xxh3_128()
@@ -61,7 +64,7 @@ def _over_each(shards: Sequence[Shard], look: Callable[[Shard], bytes]) -> str:
     return digest.hexdigest()
 
 
-def _pieces(shard: Shard) -> bytes:
+def _samples(shard: Shard) -> bytes:
     try:
         file = os.open(shard.location, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -77,7 +80,7 @@ def _pieces(shard: Shard) -> bytes:
         raise unreadable(shard.location, error, "check the path and its permissions") from error
 
 
-def _version(shard: Shard, *, session: requests.Session, timeout_seconds: float) -> bytes:
+def _version_at_server(shard: Shard, *, session: requests.Session, timeout_seconds: float) -> bytes:
     from relora_mora.data.retry import retrying
     from relora_mora.data.transport import check_status, etag_of, send, size_of
 

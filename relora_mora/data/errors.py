@@ -7,14 +7,20 @@ from relora_mora.system.files import LOST_DISK
 
 
 class SourceError(ValueError):
-    """A source of text cannot be used: what was given, what is wrong with it, what to do. Holds no secret: it is logged and saved."""
+    """A source of text cannot be used: what was given, what is wrong with it, what to do.
+
+    Holds no secret, because it is logged and saved.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(redact(message))
 
 
 def unreadable(place: str, error: OSError, remedy: str) -> Exception:
-    """What to raise for local text that cannot be read: an OSError where its disk is gone and may come again, else a SourceError."""
+    """What to raise for local text that cannot be read.
+
+    An OSError where its disk is gone and may come back, else a SourceError.
+    """
     if error.errno in LOST_DISK:
         return OSError(error.errno, error.strerror, place)
     return SourceError(f"{place} cannot be read ({error.strerror}); {remedy}")

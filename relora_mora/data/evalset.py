@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relora_mora.config import DataConfig
+from relora_mora.data.batch import UNSCORED, document_ids
 from relora_mora.data.errors import SourceError
-from relora_mora.data.lanes import Tokens
-from relora_mora.data.stream import document_ids
-from relora_mora.data.texts import iter_texts
+from relora_mora.data.packing import Tokens
+from relora_mora.data.plain_text import iter_texts
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     EvalBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
-UNSCORED = -100  # cross entropy's ignore_index
 _DOCUMENTS_PER_CALL = 64
 
 
@@ -28,7 +28,8 @@ _DOCUMENTS_PER_CALL = 64
 class EvalSet:
     """Whole documents as EOS, document, EOS, document, EOS: every token but the first is predicted once.
 
-    Bits per byte are the summed nats over ``predicted`` tokens / ln 2 / ``utf8_bytes``: EOS is predicted and counts no bytes.
+    Bits per byte are the summed nats over ``predicted`` tokens / ln 2 / ``utf8_bytes``: EOS is predicted and has no
+    bytes.
     """
 
     tokens: Tokens  # int32 [predicted + 1]
@@ -43,12 +44,12 @@ class EvalSet:
         return len(self.tokens) - 1
 
     def batches(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[EvalBatch]:
-        """(input_ids, labels, document_ids), each [micro_batch_size, sequence_length]; labels are shifted already and -100 where
-        nothing is scored; document_ids are those of training, or None without ``document_mask``.
+        """(input_ids, labels, document_ids), each [micro_batch_size, sequence_length].
 
-        Every rank gets the same number of batches (collectives need that), the last ones filled up with unscored
-        sequences; over all ranks each token is scored once, those of the short last block too.
-        No batch is larger than needed.
+        Labels are shifted already, and ``UNSCORED`` where nothing is scored; document_ids are those of training, or
+        None without ``document_mask``. Every rank gets the same number of batches (collectives need that), the last
+        ones filled up with unscored sequences; over all ranks each token is scored once, those of the short last block
+        too. No batch is larger than needed.
         """
         import torch
 
@@ -70,17 +71,18 @@ class EvalSet:
 def load_eval_set(
     sources: str | list[str], *, config: DataConfig, tokenizer_path: str, sequence_length: int, max_tokens: int | None
 ) -> EvalSet:
-    """The first documents of the sources' validation split that have at most ``max_tokens`` tokens together; None: all of them.
+    """The first documents of the sources' validation split that have at most ``max_tokens`` tokens together; None: all.
 
-    Of ``config`` count the revision, what limits lines, and ``document_mask``.
-    The first document is taken whatever its length. Raises SourceError when there is no text.
+    Of ``config`` the revision, the limits on lines and ``document_mask`` count. The first document is taken whatever
+    its length. Raises SourceError when there is no text.
     """
     from relora_mora.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
     eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
     pieces: list[Tokens] = [np.array([eos], np.int32)]
-    predicted = utf8_bytes = 0
+    predicted = 0
+    utf8_bytes = 0
     for text, ids in _encoded(iter_texts(sources, split="validation", config=config), tokenizer):
         if max_tokens is not None and len(pieces) > 1 and predicted + len(ids) + 1 > max_tokens:
             break
@@ -96,16 +98,5 @@ def _encoded(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterat
     """Each text with its ids, encoded many at a time."""
     from relora_mora.tokenizer import encode
 
-    for group in _groups(texts):
+    while group := list(itertools.islice(texts, _DOCUMENTS_PER_CALL)):
         yield from zip(group, encode(tokenizer, group), strict=True)
-
-
-def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
-    group: list[str] = []
-    for text in texts:
-        group.append(text)
-        if len(group) == _DOCUMENTS_PER_CALL:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -23,9 +23,11 @@ def fingerprint(
     split: Split = "train",
     shards: Sequence[Shard] | None = None,
 ) -> str:
-    """32 hex digits over tokenizer, shards (names, and sizes of local ones), lanes, sequence length, seed and what skips lines.
+    """32 hex digits over what decides the blocks of a stream.
 
-    Not over ranks, workers or where the files lie. ``shards`` saves resolving the sources again. Raises SourceError.
+    That is the tokenizer, the shards (names, and sizes of local ones), lanes, sequence length, seed and what limits
+    lines. Not over ranks, workers or where the files lie. ``shards`` saves resolving the sources again. Raises
+    SourceError.
     """
     if shards is None:
         sources = config.train if split == "train" else config.validation
@@ -42,7 +44,7 @@ def fingerprint(
 def order_fingerprint(
     config: DataConfig, *, tokenizer_fingerprint: str, batch_lanes: int, shards: Sequence[Shard]
 ) -> str:
-    """32 hex digits over what gives a saved place in the training data its meaning: which document and token comes there.
+    """32 hex digits over what gives a saved position its meaning: which document and which token comes there.
 
     Not over the sizes of shards: one that was repaired or has grown is read on from the same line.
     """

@@ -11,7 +11,7 @@ from relora_mora.data.transport import BROKEN, check_status, send
 
 
 def endpoint() -> str:
-    """The hub's address, or that of the mirror in HF_ENDPOINT; read now, so that a mirror can be named after imports."""
+    """The hub's address, or that of the mirror in HF_ENDPOINT, which may be set after the imports."""
     address = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
     if not address.startswith(("http://", "https://")):
         raise SourceError(f"HF_ENDPOINT: got {address!r}, expected the address of a hub such as https://huggingface.co")
@@ -26,8 +26,8 @@ def remedy() -> str:
 def login_headers() -> dict[str, str]:
     """What huggingface_hub sends with a request: the token, where there is one.
 
-    Finding it may read files and, where the login is to be renewed, ask the hub. Raises TransientError, and SourceError for
-    a token that cannot be read or sent.
+    Finding it may read files and, where the login is to be renewed, ask the hub. Raises TransientError, and SourceError
+    for a token that cannot be read or sent.
     """
     from huggingface_hub.utils import build_hf_headers
 
@@ -62,8 +62,8 @@ def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
                 )
             if response.status_code in (401, 403, 404):
                 raise SourceError(
-                    f"hub:{repo} is no dataset on {endpoint()}, or not one that your token may see; check the name, or log in "
-                    "(hf auth login, or HF_TOKEN)"
+                    f"hub:{repo} is no dataset on {endpoint()}, or not one that your token may see; "
+                    "check the name, or log in (hf auth login, or HF_TOKEN)"
                 )
             check_status(response, f"hub:{repo}: {endpoint()}", hub=True)
             try:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from relora_mora.config import DataConfig
-from relora_mora.data.lanes import Cursor, LanePlan, plan_lanes
+from relora_mora.data.lane_states import Cursor
+from relora_mora.data.lanes import LanePlan, plan_lanes
 from relora_mora.data.sources import Shard
 
 
@@ -18,11 +19,11 @@ def describe_position(
     config: DataConfig,
     since: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[str]:
-    """A sentence per lane of a ``Batch.state``: epoch, shard, and how many of which lines (counted from 1) are behind it.
+    """A sentence for each lane of a ``Batch.state``: epoch, shard, and how many of which lines (from 1) are behind it.
 
-    Documents are shuffled, so the lines are those of a whole block; the last block of a shard may have fewer than are named.
-    ``since`` is an earlier state, that before a batch for instance: the sentence then names the data between both. A lane
-    that it lacks stood at its start. Raises SourceError for a position that its lane cannot have.
+    Documents are shuffled, so the lines are those of a whole block; the last block of a shard may have fewer than are
+    named. ``since`` is an earlier state, that before a batch for instance: the sentence then names the data in between.
+    A lane that it lacks was at its start. Raises SourceError for a position that its lane cannot have.
     """
     plans = plan_lanes(lanes, len(shards))
     sentences = []

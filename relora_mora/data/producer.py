@@ -1,7 +1,8 @@
-"""Global batches of some lanes, made in one process: the trainer's, or a worker's."""
+"""The blocks of some lanes for each global batch, made in one process: the trainer's, or a worker's."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import numpy as np
 
 from relora_mora.config import DataConfig
-from relora_mora.data.lanes import Lane, LaneStates, Tokens, plan_lanes
+from relora_mora.data.lane_states import LaneStates
+from relora_mora.data.lanes import LaneRows, plan_lanes
+from relora_mora.data.packing import Block, Lane, Mask, Tokens
+from relora_mora.data.plain_text import TextRows, text_encoder
 from relora_mora.data.retry import RETRIES
 from relora_mora.data.sources import Shard
 
 
 @dataclass(frozen=True)
-class Task:
+class Assignment:
     """What one process reads: some lanes, ``blocks_per_lane`` blocks of each per global batch."""
 
     config: DataConfig
@@ -28,53 +32,68 @@ class Task:
 
 
 @dataclass
-class Part:
+class LaneBlocks:
     """What one process made for one global batch."""
 
-    blocks: Tokens  # [lanes * blocks_per_lane, T + 1]
+    tokens: Tokens  # [lanes * blocks_per_lane, T + 1], ordered by lane
+    scored: Mask | None  # [lanes * blocks_per_lane, T]; None where all tokens are
     states: LaneStates
     retries: int  # so far, of all that this process reads
     notes: list[str] = field(default_factory=list)
 
 
 class Producer:
-    """Reads, tokenizes and packs the lanes of a task, in this process."""
+    """Reads, tokenizes and packs the lanes of an assignment, in this process."""
 
     is_dead = False
 
-    def __init__(self, task: Task) -> None:
-        from relora_mora.tokenizer import encode, load_tokenizer
+    def __init__(self, assignment: Assignment) -> None:
+        from relora_mora.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(task.tokenizer_path)
-        plans = plan_lanes(task.lanes_of_all, len(task.shards))
-        self.task = task
+        tokenizer = load_tokenizer(assignment.tokenizer_path)
+        config = assignment.config
+        shards = assignment.shards
+        plans = plan_lanes(assignment.lanes_of_all, len(shards))
+        self.blocks_per_lane = assignment.blocks_per_lane
         self.lanes = [
             Lane(
-                plans[lane],
-                task.shards,
-                task.config,
-                lambda texts: encode(tokenizer, texts),
-                int(tokenizer.eos_token_id),  # type: ignore[arg-type]
-                task.states.get(str(lane)),
+                LaneRows(plans[lane], shards, config, functools.partial(TextRows, config)),
+                text_encoder(tokenizer),
+                eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+                sequence_length=config.sequence_length,
+                restored=assignment.states.get(str(lane)),
             )
-            for lane in task.lanes
+            for lane in assignment.lanes
         ]
 
-    def produce(self) -> Part:
+    def produce(self) -> LaneBlocks:
         """The next global batch's blocks of these lanes. Raises SourceError."""
-        blocks = np.stack([lane.next_block() for lane in self.lanes for _ in range(self.task.blocks_per_lane)])
-        notes = [note for lane in self.lanes for note in lane.notes]
+        blocks = [lane.next_block() for lane in self.lanes for _ in range(self.blocks_per_lane)]
+        notes = [note for lane in self.lanes for note in lane.rows.notes]
         for lane in self.lanes:
-            lane.notes.clear()
-        states = {str(lane.plan.lane): lane.state() for lane in self.lanes}
-        return Part(blocks, states, RETRIES.retries, notes)
+            lane.rows.notes.clear()
+        return LaneBlocks(
+            tokens=np.stack([block.tokens for block in blocks]),
+            scored=_stacked_masks(blocks),
+            states={str(lane.rows.plan.lane): lane.state() for lane in self.lanes},
+            retries=RETRIES.retries,
+            notes=notes,
+        )
 
     def ready(self, timeout_seconds: float) -> bool:
         return True
 
-    def idle_seconds(self) -> float:
-        return 0.0
+    def hung(self, seconds: float) -> None:
+        return None
 
     def close(self) -> None:
         for lane in self.lanes:
             lane.close()
+
+
+def _stacked_masks(blocks: Sequence[Block]) -> Mask | None:
+    """The masks [blocks, T]; None where every token of every block is scored."""
+    if all(block.scored is None for block in blocks):
+        return None
+    all_scored = np.ones(len(blocks[0].tokens) - 1, np.bool_)
+    return np.stack([all_scored if block.scored is None else block.scored for block in blocks])

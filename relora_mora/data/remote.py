@@ -11,7 +11,6 @@ import functools
 import re
 import time
 from dataclasses import dataclass
-from types import TracebackType
 
 import requests
 
@@ -21,19 +20,20 @@ from relora_mora.data.retry import CHECK, RETRIES, TransientError, retrying
 from relora_mora.data.sources import Shard
 from relora_mora.data.transport import BROKEN, check_status, etag_of, send, size_of
 
+ANSWERS_NEEDED = 2  # that agree on the end of a file
+ANSWERS_WHEN_TEXT_IS_MISSING = 6  # of a compressed file that ends in the middle
 IDLE_SECONDS = 20.0  # a connection that we left alone for so long is reopened rather than found dead
 OVERLAP_BYTES = 64
 PIECE_BYTES = 1 << 13
-ENDS_IN_DOUBT = 6
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 @dataclass
-class _Ends:
-    """How many answers running ended at the same position."""
+class _EndOfFile:
+    """How many answers in a row ended at the same position."""
 
-    needed: int = 2
+    needed: int = ANSWERS_NEEDED
     position: int = -1
     answers: int = 0
 
@@ -44,27 +44,21 @@ class _Ends:
 
 
 class RemoteBytes:
-    """``read(n)`` gives n bytes, fewer only at the end of the file. Raises SourceError when the source has failed for good."""
+    """``read(n)`` gives n bytes, fewer only at the end. Raises SourceError when the source has failed for good."""
 
     def __init__(self, shard: Shard, timeout_seconds: float) -> None:
-        self.shard, self.timeout_seconds = shard, timeout_seconds
+        self.shard = shard
+        self.timeout_seconds = timeout_seconds
         self.position = 0
         self._tail = b""  # the last bytes read, which the next answer must repeat
         self._response: requests.Response | None = None
         self._validator: str | None = None
         self._size: int | None = None
-        self._ends = _Ends()
-        self._finished = self._doubted = False
+        self._end = _EndOfFile()
+        self._finished = False
+        self._rechecked = False
         self._last_read = 0.0
         self._piece = PIECE_BYTES
-
-    def __enter__(self) -> RemoteBytes:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         if self._response is not None:
@@ -86,12 +80,13 @@ class RemoteBytes:
             missing -= len(part)
         return b"".join(parts)
 
-    def doubt_end(self) -> bool:
-        """The decompressor misses something after the end: ask more often whether it is the end. False when that was done already."""
-        if self._doubted:
+    def recheck_end(self) -> bool:
+        """Text is missing after the end: let more answers confirm it. False where they have done so already."""
+        if self._rechecked:
             return False
-        self._doubted, self._finished = True, False
-        self._ends.needed = ENDS_IN_DOUBT
+        self._rechecked = True
+        self._finished = False
+        self._end.needed = ANSWERS_WHEN_TEXT_IS_MISSING
         return True
 
     def _attempt(self, size: int) -> bytes:
@@ -104,7 +99,7 @@ class RemoteBytes:
             data = self._receive(min(size, self._piece))
             self._last_read = time.monotonic()
             if data:
-                if self._ends.answers and self._ends.position == self.position:
+                if self._end.answers and self._end.position == self.position:
                     RETRIES.retries += 1  # the answer before ended here: it was cut short, and this is the second try
                 self._piece = PIECE_BYTES
                 self.position += len(data)
@@ -113,7 +108,7 @@ class RemoteBytes:
             self.close()
             if self._size is not None and self.position < self._size:
                 raise TransientError(f"the body ended {self._size - self.position} bytes early")
-            if self._ends.confirmed(self.position):
+            if self._end.confirmed(self.position):
                 return b""
 
     def _receive(self, size: int) -> bytes:
@@ -170,7 +165,8 @@ class RemoteBytes:
     def _check(self, response: requests.Response, start: int) -> None:
         if response.status_code == 416:
             raise SourceError(
-                f"{self.shard.name} became shorter than {start} bytes while it was read; start with data that does not change"
+                f"{self.shard.name} became shorter than {start} bytes while it was read; "
+                "start with data that does not change"
             )
         check_status(response, self.shard.name, hub=self.shard.hub)
         self._same_file(response)
@@ -187,6 +183,7 @@ class RemoteBytes:
             return
         if self._validator is not None and validator != self._validator:
             raise SourceError(
-                f"{self.shard.name} changed while it was read (its ETag is another one); start with data that does not change"
+                f"{self.shard.name} changed while it was read (its ETag is another one); "
+                "start with data that does not change"
             )
         self._validator = validator

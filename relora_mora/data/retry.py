@@ -1,4 +1,4 @@
-"""One way of asking again: jittered exponential back-off, Retry-After honoured, a set time after which a source is given up."""
+"""One way of asking again: jittered exponential back-off, Retry-After honoured, a source given up after a set time."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def retrying(
     *,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """``ask()`` until it does not raise TransientError; SourceError with the remedy when it has failed for ``timeout_seconds``."""
+    """``ask()`` until it raises no TransientError; SourceError with the remedy after ``timeout_seconds`` of them."""
     jitter = random.Random()  # its own, so that asking again leaves the process's generator alone
 
     def wait(state: tenacity.RetryCallState) -> float:
@@ -89,6 +89,6 @@ def retrying(
     except tenacity.RetryError as error:
         last = error.last_attempt
         raise SourceError(
-            f"{what}: gave up after {timeout_seconds:g} s and {last.attempt_number} attempts (the last one: {last.exception()}); "
-            f"{remedy}, or raise data.timeout_seconds"
+            f"{what}: gave up after {timeout_seconds:g} s and {last.attempt_number} attempts "
+            f"(the last one: {last.exception()}); {remedy}, or raise data.timeout_seconds"
         ) from None

@@ -1,4 +1,4 @@
-"""Where text comes from: source patterns become an ordered list of shards, without listing any remote folder."""
+"""Where text comes from: sources become an ordered list of shards, without listing any remote folder."""
 
 from __future__ import annotations
 
@@ -6,32 +6,25 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from relora_mora.config import DataConfig
 from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.hub_sources import C4, Commits, hub_parts, hub_source, is_hub
 
 Split = Literal["train", "validation"]
 
-C4 = "allenai/c4"
-C4_PATTERNS = {
-    "train": "hub:allenai/c4/en/c4-train.{00000..01023}-of-01024.json.gz",
-    "validation": "hub:allenai/c4/en/c4-validation.{00000..00007}-of-00008.json.gz",
-}
 SUFFIXES = (".json", ".jsonl", ".gz", ".zst")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_SHARDS = 1_000_000
-_remembered: dict[tuple[str, str], str] = {}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of ``{"text"}`` lines. ``name`` is the same on every machine and holds no secret; ``location`` is a path or url."""
+    """One file of text. ``name`` is the same on every machine and holds no secret; ``location`` is a path or url."""
 
     name: str
     location: str
@@ -48,14 +41,15 @@ def resolve_shards(
 ) -> list[Shard]:
     """The shards of all sources, in the order given; those of a local glob are sorted by path.
 
-    A source is ``allenai/c4`` (config ``en``, the files of ``split``), ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local
-    path or a local glob. ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources are
-    addressed at the commit that ``revision`` is now. Raises SourceError for what names no file, or a file that was named before.
+    A source is ``allenai/c4`` (config ``en``, the files of ``split``), ``hub:OWNER/NAME/PATTERN``, an http(s) url, a
+    local path or a local glob. ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources
+    are addressed at the commit that ``revision`` is now. Raises SourceError for what names no file, or one that was
+    named before.
     """
     given = [sources] if isinstance(sources, str) else list(sources)
     if not given:
         raise SourceError(f"the {split} data has no source; give a path, a glob, a url, hub:OWNER/NAME/PATTERN or {C4}")
-    commits = _Commits(revision, timeout_seconds)
+    commits = Commits(revision, timeout_seconds)
     shards = []
     named: dict[str | tuple[int, int], tuple[Shard, str]] = {}
     for source in given:
@@ -64,7 +58,8 @@ def resolve_shards(
             if before is not shard:
                 as_well = "" if before.name == shard.name else f", there as {before.name}"
                 raise SourceError(
-                    f"{source}: {shard.name} is a file that {named_by} names already{as_well}; its text would be read twice: give each file once"
+                    f"{source}: {shard.name} is a file that {named_by} names already{as_well}; "
+                    "its text would be read twice: give each file once"
                 )
             shards.append(shard)
     if len(shards) > _MAX_SHARDS:
@@ -72,30 +67,6 @@ def resolve_shards(
             f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources"
         )
     return shards
-
-
-def hub_commits(config: DataConfig) -> dict[str, str]:
-    """The commit that ``revision`` is now, of each hub repository of the settings; asks the hub once for each."""
-    sources = [s for group in (config.train, config.validation) for s in ([group] if isinstance(group, str) else group)]
-    repos = {_hub_parts(_hub_source(source, "train"))[0] for source in sources if _is_hub(source)}
-    commits = _Commits(config.revision, config.timeout_seconds)
-    return {repo: commits[repo] for repo in sorted(repos)}
-
-
-def pin_revision(config: DataConfig, commits: Mapping[str, str] | None = None) -> DataConfig:
-    """The same settings with ``revision`` replaced by the commit that it is now.
-
-    One rank calls it and hands the result to the others, so that a push to the hub meanwhile cannot split the ranks.
-    Unchanged where no source is on the hub, or where two hub repositories share the revision's name.
-    """
-    found = hub_commits(config) if commits is None else commits
-    return config.model_copy(update={"revision": next(iter(found.values()))}) if len(found) == 1 else config
-
-
-def remember_commits(revision: str, commits: Mapping[str, str]) -> None:
-    """From now on this process takes these for what ``revision`` is, by repository, and asks the hub no more."""
-    _remembered.clear()
-    _remembered.update({(repo, revision): commit for repo, commit in commits.items()})
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -117,38 +88,22 @@ def expand_braces(pattern: str) -> list[str]:
     ]
 
 
-class _Commits:
-    """The commit of each hub repository at ``revision``, asked for once."""
-
-    def __init__(self, revision: str, timeout_seconds: float) -> None:
-        self.revision, self.timeout_seconds = revision, timeout_seconds
-        self.known: dict[str, str] = {}
-
-    def __getitem__(self, repo: str) -> str:
-        if repo not in self.known:
-            known = self.revision if _COMMIT.fullmatch(self.revision) else _remembered.get((repo, self.revision))
-            if known is None:
-                from relora_mora.data.hub import ask_for_commit
-
-                known = ask_for_commit(repo, self.revision, self.timeout_seconds)
-            self.known[repo] = known
-        return self.known[repo]
-
-
-def _resolve(source: str, split: Split, commits: _Commits) -> Iterator[Shard]:
-    if _is_hub(source):
-        yield from _hub_shards(_hub_source(source, split), commits)
+def _resolve(source: str, split: Split, commits: Commits) -> Iterator[Shard]:
+    if is_hub(source):
+        yield from _hub_shards(hub_source(source, split), commits)
     elif source.startswith(("http://", "https://")):
         for url in expand_braces(source):
             try:
-                name, path = public_url(url), unquote(urlsplit(url).path)
+                name = public_url(url)
+                path = unquote(urlsplit(url).path)
             except ValueError as error:
                 raise SourceError(f"{url}: no url that can be read ({error}); check it") from error
             _check_suffix(path, source, may_be_missing=True)
             yield Shard(name, url)
     elif "://" in source:
         raise SourceError(
-            f"{source.split('://')[0]}:// is no kind of source; give a path, a glob, an http(s) url or hub:OWNER/NAME/PATTERN"
+            f"{source.split('://')[0]}:// is no kind of source; "
+            "give a path, a glob, an http(s) url or hub:OWNER/NAME/PATTERN"
         )
     else:
         yield from _local_shards(source)
@@ -169,34 +124,12 @@ def _identity(shard: Shard) -> str | tuple[int, int]:
     return url._replace(fragment=None, port=None if url.port == default else url.port).url
 
 
-def _is_hub(source: str) -> bool:
-    return source == C4 or source.startswith("hub:")
-
-
-def _hub_source(source: str, split: str) -> str:
-    return C4_PATTERNS[split] if source == C4 else source
-
-
-def _hub_parts(source: str) -> tuple[str, str]:
-    owner, _, rest = source.removeprefix("hub:").partition("/")
-    name, _, pattern = rest.partition("/")
-    if not (owner and name and pattern) or any(part in ("", ".", "..") for part in pattern.split("/")):
-        raise SourceError(f"{source}: expected hub:OWNER/NAME/PATTERN, e.g. {C4_PATTERNS['validation']}")
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(f"{owner}/{name}")
-    except HFValidationError as error:
-        raise SourceError(f"{source}: {error}") from error
-    return f"{owner}/{name}", pattern
-
-
-def _hub_shards(source: str, commits: _Commits) -> Iterator[Shard]:
+def _hub_shards(source: str, commits: Commits) -> Iterator[Shard]:
     from huggingface_hub import hf_hub_url
 
     from relora_mora.data.hub import endpoint
 
-    repo, pattern = _hub_parts(source)
+    repo, pattern = hub_parts(source)
     if any(sign in pattern for sign in "*?["):
         raise SourceError(
             f"{source}: a hub pattern is not listed, so * and ? cannot be used; write a range such as {{00000..00007}}"
@@ -239,7 +172,8 @@ def _check_suffix(path: str, source: str, *, may_be_missing: bool = False) -> No
     suffix = PurePosixPath(path).suffix
     if suffix not in SUFFIXES and not (may_be_missing and not suffix):
         raise SourceError(
-            f'{source}: {PurePosixPath(path).name} is no shard of {{"text"}} lines; expected one of {", ".join(SUFFIXES)}'
+            f'{source}: {PurePosixPath(path).name} is no shard of {{"text"}} lines; '
+            f"expected one of {', '.join(SUFFIXES)}"
         )
 
 

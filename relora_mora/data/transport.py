@@ -1,4 +1,7 @@
-"""One request to an http(s) server: what may pass is a TransientError, what stays a SourceError. Neither holds a url."""
+"""One request to an http(s) server.
+
+A fault that may pass is a TransientError, any other a SourceError. Neither holds a url, which may hold a secret.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ def send(
     timeout_seconds: float,
     session: requests.Session | None = None,
 ) -> requests.Response:
-    """The answer to one request, its body unread and as the server sends it, after redirects (to another host without a login)."""
+    """The answer to one request after redirects, its body unread and as the server sends it.
+
+    A login does not go along to another host. Raises TransientError, and SourceError for a url that cannot be right.
+    """
     given = {"Accept-Encoding": "identity", **headers}
     stall = min(STALL_SECONDS, max(1.0, timeout_seconds / 4))
     request = session.request if session is not None else requests.request

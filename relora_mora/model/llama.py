@@ -100,7 +100,7 @@ def put_values(lm: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 class LossModel(nn.Module):
-    """A causal LM together with its loss, the mean nats per predicted token.
+    """A causal LM together with its loss.
 
     ``compiled`` has torch.compile make one program of each decoder layer; head and loss have kernels of their own.
     """
@@ -114,9 +114,12 @@ class LossModel(nn.Module):
             for layer in lm.model.layers:
                 layer.compile()
 
-    def forward(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """input_ids [B, T] and labels [B, T] (already shifted, -100 is not scored) -> mean nats per predicted token.
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None, tokens: float | None = None
+    ) -> Tensor:
+        """input_ids [B, T] and labels [B, T] (already shifted, -100 is not scored) -> nats of the scored tokens / ``tokens``.
 
+        Without ``tokens`` it is the mean over the scored tokens.
         With document_ids [B, T] every document sees what it sees where it is scored alone: itself, from position 0 on.
         """
         separate: dict[str, Tensor] = {}
@@ -124,7 +127,7 @@ class LossModel(nn.Module):
             separate["attention_mask"] = document_mask(document_ids, self.lm.model.norm.weight.dtype)
             separate["position_ids"] = document_positions(document_ids)
         hidden = self.lm.model(input_ids=input_ids, use_cache=False, **separate).last_hidden_state
-        return self.lm.lm_head(hidden, labels)
+        return self.lm.lm_head(hidden, labels, tokens)
 
 
 def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from transformers import LlamaForCausalLM
 
 from relora_mora import kernels
-from relora_mora.checkpoint import (
-    CheckpointReader,
-)
 from relora_mora.config import Config, ConfigError
 from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.methods.inject import inject
-from relora_mora.model.llama import LossModel, empty_model, put_values
+from relora_mora.model import LossModel, empty_model, put_values
 from relora_mora.optim import (
     ParameterGroup,
     build_optimizer,
@@ -33,9 +29,9 @@ from relora_mora.train.initial import initial_values, write_initial_values
 from relora_mora.zero import ZeroEngine
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """The parts of a run, and where it stands."""
+    """What trains. Where it stands is a :class:`RunState`."""
 
     checked: Checked
     engine: ZeroEngine
@@ -43,18 +39,21 @@ class Run:
     merger: Merger
     groups: list[ParameterGroup]
     schedule: Schedule
-    step: int
-    data_state: dict[str, Any] | None
-    counters: dict[str, Any]
-    resumed_from: CheckpointReader | None
 
     @property
     def config(self) -> Config:
         return self.checked.config
 
 
-def build(checked: Checked, *, resumes: bool = False, done: Callable[[str], None] = lambda part: None) -> Run:
-    """Model, adapters, engine, frozen masters and merger at step 0; a collective. With ``resumes`` without initial values: :func:`resume` brings others.
+def build(
+    checked: Checked,
+    rank: int,
+    world_size: int,
+    *,
+    resumes: bool = False,
+    done: Callable[[str], None] = lambda part: None,
+) -> Run:
+    """A run at step 0; a collective. With ``resumes`` nothing is drawn or read: a checkpoint brings all values.
 
     ``done`` hears which part is finished: model, engine.
     """
@@ -63,46 +62,39 @@ def build(checked: Checked, *, resumes: bool = False, done: Callable[[str], None
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.method.uses_adapters:
-        with torch.device("meta") if resumes else contextlib.nullcontext():
-            injection = inject(lm, config.method, seed=config.train.seed)
-        kinds = ", ".join(f"{len(names)} {kind}" for kind, names in injection.by_kind.items())
-        log.info("%s adapters on %d layers: %s; %s", config.method.name, injection.layers, kinds, kernels.describe())
+        _add_adapters(lm, config, with_values=not resumes)
     set_trainable(lm, config.method)
     groups = parameter_groups(lm, config.optim)
     if not groups:
-        raise ConfigError(
-            ["method: nothing is trained; set method.train_embeddings, train_norms or train_head"], "the settings"
-        )
+        fault = "method: nothing is trained; set method.train_embeddings, train_norms or train_head"
+        raise ConfigError([fault], "the settings")
     log.info("parameters: %s", ", ".join(f"{count:,} {kind}" for kind, count in describe_trainable(lm).items()))
     frozen = [name for name, p in lm.named_parameters() if not p.requires_grad]
-    base = FrozenMasters(frozen, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    base = FrozenMasters(frozen, rank, world_size)
     # drawn and read while shapes are known; at ZeRO-3 a parameter shows none later
-    maker, made = ({}, {}) if resumes else initial_values(lm, base, config)
+    maker, made = ({}, {}) if resumes else initial_values(lm, base, config, world_size)
     dtype = torch.bfloat16 if checked.bf16 else torch.float32
     # zeros take no memory until they are written to: DeepSpeed places, casts and partitions them
     put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
     done("model")
-    engine = ZeroEngine(
-        LossModel(lm, compiled=config.model.compile),
-        lm,
-        build_optimizer(lm, groups, config.optim),
-        config,
-        bf16=checked.bf16,
-    )
-    run = Run(
+    module = LossModel(lm, compiled=config.model.compile)
+    engine = ZeroEngine(module, lm, build_optimizer(lm, groups, config.optim), config, bf16=checked.bf16)
+    done("engine")
+    if not resumes:
+        write_initial_values(engine, base, maker, made)
+        done("model")
+    return Run(
         checked,
         engine,
         base,
         Merger(engine, base, config),
         groups,
         make_schedule(config.method, config.optim, config.train.steps),
-        0,
-        None,
-        {},
-        None,
     )
-    done("engine")
-    if not resumes:
-        write_initial_values(engine, base, maker, made)
-        done("model")
-    return run
+
+
+def _add_adapters(lm: LlamaForCausalLM, config: Config, *, with_values: bool) -> None:
+    with contextlib.nullcontext() if with_values else torch.device("meta"):
+        injection = inject(lm, config.method, seed=config.train.seed)
+    kinds = ", ".join(f"{len(names)} {kind}" for kind, names in injection.by_kind.items())
+    log.info("%s adapters on %d layers: %s; %s", config.method.name, injection.layers, kinds, kernels.describe())

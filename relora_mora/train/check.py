@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +10,18 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, resolve_shards
-from relora_mora.model import check_length, read_model_config
+from relora_mora.model import check_length, plain_model_config, read_model_config
 from relora_mora.model.llama import check_attention, check_compiler
 from relora_mora.plan.fit import check_adapters, check_memory
 from relora_mora.system.hardware import fast_bf16, memory_bytes
 from relora_mora.system.logs import log
 from relora_mora.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
+from relora_mora.train.identity import Identity
 
 
 @dataclass
 class Checked:
-    """What can be known to be right before anything expensive: model and tokenizer fit, the data is there."""
+    """Settings, and what was found where they point: model and tokenizer fit, the data is there."""
 
     config: Config
     model_config: LlamaConfig
@@ -33,9 +33,22 @@ class Checked:
     data_order: str
     bf16: bool
 
+    @property
+    def identity(self) -> Identity:
+        return Identity(
+            config=self.config.model_dump(mode="json"),
+            model_config=plain_model_config(self.model_config),
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            eos_token_id=self.tokenizer.eos_token_id,
+            data_fingerprint=self.data_fingerprint,
+            data_content=self.data_content,
+            data_order=self.data_order,
+            bf16=self.bf16,
+        )
+
 
 def pinned_before(config: Config) -> DataConfig:
-    """The data settings with the revision that an earlier start of this run resolved: a resume reads what it has read so far."""
+    """The data settings with the revision of an earlier start of this run: a resume reads the same data."""
     try:
         before = parse_yaml((Path(config.train.run_dir) / "config.yaml").read_text(encoding="utf-8"))["data"]
         same = before["train"] == config.data.train and before["validation"] == config.data.validation
@@ -47,35 +60,44 @@ def pinned_before(config: Config) -> DataConfig:
     return config.data
 
 
-def check(config: Config) -> Checked:
+def check(config: Config, world_size: int) -> Checked:
     """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
+    data = config.data
     model_config = read_model_config(config.model)
     check_length(model_config, config.data.sequence_length, config.model.config)
     check_adapters(model_config, config.method)
     check_compiler(config.model)
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config.model, bf16=bf16)
-    check_memory(model_config, config, int(os.environ.get("WORLD_SIZE", "1")), memory_bytes(), bf16=bf16)
+    check_memory(model_config, config, world_size, memory_bytes(), bf16=bf16)
     tokenizer = load_tokenizer(config.tokenizer.path)
     remark = check_vocabulary(tokenizer, model_config.vocab_size)
     if remark:
         log.info(remark)
-    resolve_shards(
-        config.data.validation, config.data.revision, split="validation", timeout_seconds=config.data.timeout_seconds
-    )
+    resolve_shards(data.validation, data.revision, split="validation", timeout_seconds=data.timeout_seconds)
     tokens = tokenizer_fingerprint(config.tokenizer.path)
-    shards = resolve_shards(
-        config.data.train, config.data.revision, split="train", timeout_seconds=config.data.timeout_seconds
-    )
-    data = fingerprint(
-        config.data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, split="train", shards=shards
-    )
-    order = order_fingerprint(config.data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards)
-    if config.model.init_from is not None and not Path(config.model.init_from).exists():
-        raise ConfigError(
-            [f"model.init_from: {config.model.init_from} does not exist; give a Hugging Face LLaMA folder or a run"],
-            "the settings",
-        )
+    shards = resolve_shards(data.train, data.revision, split="train", timeout_seconds=data.timeout_seconds)
+    _check_start(config)
     for name in unused_settings(config):
         log.info("method %s does not use %s", config.method.name, name)
-    return Checked(config, model_config, tokenizer, tokens, shards, data, local_content(shards), order, bf16)
+    return Checked(
+        config=config,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        tokenizer_fingerprint=tokens,
+        shards=shards,
+        data_fingerprint=fingerprint(
+            data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, split="train", shards=shards
+        ),
+        data_content=local_content(shards),
+        data_order=order_fingerprint(data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards),
+        bf16=bf16,
+    )
+
+
+def _check_start(config: Config) -> None:
+    start = config.model.init_from
+    if start is not None and not Path(start).exists():
+        raise ConfigError(
+            [f"model.init_from: {start} does not exist; give a Hugging Face LLaMA folder or a run"], "the settings"
+        )

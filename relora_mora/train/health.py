@@ -1,6 +1,7 @@
-"""Numbers that have gone wrong: bad steps in a row, loss spikes, and what a run remembers of its rollbacks.
+"""Numbers that have gone wrong: steps that no rank made, one after the other, and loss spikes.
 
-All of it is part of the state of a run: a resumed run judges the next step as the run that was never stopped.
+What is remembered of the last steps is part of a run's state: a resumed run judges the next step as the run that was
+never stopped.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ class Health:
         return self.bad_steps
 
     def good(self) -> None:
-        self.bad_steps, self.bad_data = 0, []
+        self.bad_steps = 0
+        self.bad_data = []
 
     def spike(self, loss: float, config: TrainConfig) -> float | None:
-        """How many standard deviations a loss lies above the window's mean, when they are too many; else it joins the window.
+        """How many standard deviations a loss lies above the window's mean, if those are too many.
 
-        A quarter of the window must be there before anything is judged.
+        Else the loss joins the window. A quarter of the window must be there before anything is judged.
         """
         if len(self.losses) >= max(2, config.spike_window // 4):
             mean = statistics.fmean(self.losses)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,21 +21,21 @@ from relora_mora.zero import ZeroEngine
 
 
 def initial_values(
-    lm: LlamaForCausalLM, base: FrozenMasters, config: Config
+    lm: LlamaForCausalLM, base: FrozenMasters, config: Config, world_size: int
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Which rank makes which parameter of the plain model, and what this rank has made of them, in float32; a collective.
+    """Which rank makes which parameter of the plain model, and what this rank has made, in float32.
 
-    The ranks draw at the same time, a part each; ``model.init_from`` is read by the first rank.
+    A collective. The ranks draw at the same time, a part each; ``model.init_from`` is read by the first rank.
     """
     shapes = {name: p.shape for name, p in lm.named_parameters() if p.is_meta}
     made: dict[str, Tensor] = {}
     if config.model.init_from is not None:
         from_first_rank(lambda: made.update(_foreign_weights(config, lm, shapes)))
         return dict.fromkeys(shapes, 0), made
-    maker, load = dict(base.owner), [0] * int(os.environ["WORLD_SIZE"])
-    for name, shape in sorted(
-        shapes.items(), key=lambda item: item[0] not in base.owner
-    ):  # what trains goes to who has least
+    maker = dict(base.owner)
+    load = [0] * world_size
+    frozen_first = sorted(shapes.items(), key=lambda item: item[0] not in base.owner)
+    for name, shape in frozen_first:  # what trains goes to the rank that has least to do
         load[maker.setdefault(name, load.index(min(load)))] += shape.numel()
     return maker, {name: initial_value(lm, name, config.train.seed) for name in shapes if maker[name] == base.rank}
 
@@ -46,11 +45,12 @@ def write_initial_values(
 ) -> None:
     """Puts initial values where they belong, one parameter after the other; a collective.
 
-    What is frozen goes to the base of its owner, and from there to all in the precision that they compute with; of what trains
-    each rank takes the part of the float32 master that it owns.
+    What is frozen goes to the base of its owner, and from there to all in the precision that they compute with; of what
+    trains each rank takes the part of the float32 master that it owns.
     """
     for name, rank in maker.items():
-        owner, value = base.owner.get(name), made.pop(name, None)
+        owner = base.owner.get(name)
+        value = made.pop(name, None)
         if engine.world_size > 1 and owner != rank:
             sent = torch.empty(engine.shapes[name], dtype=torch.float32, device=engine.device)
             if value is not None:
@@ -70,7 +70,7 @@ def write_initial_values(
 def _foreign_weights(config: Config, lm: LlamaForCausalLM, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """The float32 weights of ``model.init_from`` by the names of ours.
 
-    Raises :class:`ConfigError` where they do not fit, or where the model they come from computes something else with them.
+    Raises :class:`ConfigError` where they do not fit, or mean something else in the model that they come from.
     """
     path = Path(str(config.model.init_from))
     if is_foreign(path):

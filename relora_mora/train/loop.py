@@ -1,78 +1,64 @@
-"""The training loop. Everything periodic is a named method beside it; what happens when follows from ``step`` alone."""
+"""The training loop. What happens when follows from ``step`` alone; what happens between steps is in ``events``."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from relora_mora.checkpoint import CheckpointWriter
-from relora_mora.data import Batch, EvalSet, TrainStream, merge_states
-from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
-from relora_mora.evaluate import evaluate, held_out
+from relora_mora.checkpoint import CheckpointReader, CheckpointWriter
+from relora_mora.data import Batch, TrainStream, merge_states
 from relora_mora.optim import group_rates
 from relora_mora.plan.flops import flops_per_token
 from relora_mora.supervise import LONG_SECONDS, Guard
-from relora_mora.system.hardware import peak_memory_bytes
-from relora_mora.system.logs import log, shared_log
+from relora_mora.system.logs import log
 from relora_mora.system.seeds import derived_seed
 from relora_mora.train.build import Run
-from relora_mora.train.check import Checked
-from relora_mora.train.ends import end_for_data, finish, stop
-from relora_mora.train.health import Health
+from relora_mora.train.ends import Ends
+from relora_mora.train.events import Evaluating, Merging, Reporting, Saving
+from relora_mora.train.feed import DataFailed, Feed, Share
+from relora_mora.train.judge import Judge, StepResult
 from relora_mora.train.metrics import Metrics
 from relora_mora.train.progress import Progress
-from relora_mora.train.report import Interval, data_metrics, loss_metrics, merge_metrics, peak_of_device
+from relora_mora.train.report import Arithmetic, peak_of_device
 from relora_mora.train.rollback import roll_back
-from relora_mora.train.state import manifest_of
-
-WORKER_SECONDS = 60.0  # that a data worker may do nothing, beyond data.timeout_seconds
-POLL_SECONDS = 1.0  # a rank that waits for data looks so often whether the others want to stop
-
-
-class Meeting(NamedTuple):
-    """What the ranks tell each other before a step."""
-
-    stop: bool
-    all_ready: bool
-    failed: bool
+from relora_mora.train.startup import Startup
+from relora_mora.train.state import RunState
 
 
 class Trainer:
-    def __init__(self, checked: Checked, run: Run, rank: int, world_size: int, guard: Guard) -> None:
-        config = checked.config
-        self.config, self.checked, self.run, self.rank, self.world_size, self.guard = (
-            config,
-            checked,
-            run,
-            rank,
-            world_size,
-            guard,
-        )
-        self.engine, self.schedule, self.device = run.engine, run.schedule, run.engine.device
+    """Trains a run from where ``state`` says to its end; ``resumed_from`` is the checkpoint that it was loaded from."""
+
+    def __init__(
+        self, run: Run, state: RunState, guard: Guard, startup: Startup, resumed_from: CheckpointReader | None = None
+    ) -> None:
+        config = run.config
+        self.run = run
+        self.config = config
+        self.engine = run.engine
+        self.rank = run.engine.rank
+        self.state = state
+        self.guard = guard
+        self.startup = startup
         self.folder = Path(config.train.run_dir)
-        self.metrics = Metrics(self.folder, step=run.step, tensorboard=config.log.tensorboard) if rank == 0 else None
-        self.progress = Progress(total=config.train.steps, done=run.step, show=rank == 0 and config.log.progress)
-        self.flops = flops_per_token(checked.model_config, config).total
-        self.peak = peak_of_device(config, bf16=checked.bf16)
-        self.eval_set: EvalSet | None = None
         self.data = TrainStream(
             config.data,
             tokenizer_path=config.tokenizer.path,
             batch_size=config.train.batch_size,
             lanes=config.lanes,
-            rank=rank,
-            world_size=world_size,
-            state=run.data_state,
-            shards=checked.shards,
+            rank=self.rank,
+            world_size=run.engine.world_size,
+            state=state.data or None,
+            shards=run.checked.shards,
         )
-        self.data_counts: dict[str, int] = {}
+        state.data = self.data.own_part(state.data)
+        guard.step = state.step
         self.writer = CheckpointWriter(
             self.folder / "checkpoints",
             run.engine,
@@ -83,268 +69,125 @@ class Trainer:
             merge_states=merge_states,
             report=log.error,
         )
-        self.begin_at(run)
-
-    def begin_at(self, run: Run) -> None:
-        """Takes the clock and all counts from where the run stands: at the start, and after a rollback."""
-        self.step = self.guard.step = run.step
-        counters = run.counters
-        self.tokens, self.skipped = counters.get("tokens", 0), counters.get("skipped_steps", 0)
-        self.rollbacks = counters.get("rollbacks", 0)
-        self.data_state: dict[str, Any] = self.data.own_part(run.data_state or {})
-        self.health = Health(**{key: counters[key] for key in ("losses", "bad_steps", "bad_data") if key in counters})
-        self.interval = Interval(self.device, counters.get("interval"))
-        self.pending_loss: float | None = None
-        self.trouble: str | None = counters.get("trouble")
-        reader = run.resumed_from
-        own = reader is not None and reader.folder.parent.resolve() == (self.folder / "checkpoints").resolve()
-        # a step is evaluated before it is saved: what was resumed has both, unless a signal cut the evaluation short
-        self.saved = run.step if own else None
-        self.evaluated = run.step if own and counters.get("evaluated", True) else None
-        if own and reader is not None:
-            self.writer.adopt_base(reader.folder, reader.manifest)
-
-    # ---- the loop ---------------------------------------------------------------------------------------------
+        if resumed_from is not None and state.saved is not None:
+            self.writer.adopt_base(resumed_from.folder, resumed_from.manifest)
+        first = self.rank == 0
+        self.metrics = Metrics(self.folder, step=state.step, tensorboard=config.log.tensorboard) if first else None
+        self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
+        self.feed = Feed(self.data, config.data, guard)
+        self.judge = Judge(config.train, self.rank, run.engine.world_size, self.write)
+        self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
+        self.reporting = Reporting(run, self._arithmetic(), self.write, self.progress)
+        self.evaluating = Evaluating(run, guard, self.write)
+        self.saving = Saving(run, self.writer, self.evaluating, guard, self.write)
+        self.ends = Ends(self.folder, self.saving, guard)
 
     def fit(self) -> int:
         """Trains to the end, or until some rank is asked to stop; returns the exit code."""
         self.guard.training()
-        if self.evaluation_is_missing() and not self.evaluate():
-            return stop(self)
-        while self.step < self.config.train.steps:
-            batch = self.next_batch()
-            if batch is None:
-                return stop(self)
-            self.train_step(batch)
-            if self.trouble:
-                roll_back(self, self.trouble)
+        try:
+            return self._fit()
+        except DataFailed as error:
+            self.ends.fail_for_data(self.state, error)
+
+    def _fit(self) -> int:
+        if self.evaluating.is_due_at_start(self.state):
+            if not self.evaluating.evaluate(self.state):
+                return self.ends.stop(self.state)
+            self.startup.done("evaluation")
+        while self.state.step < self.config.train.steps or self.state.trouble:
+            share = self.next_batch()
+            if share is None:
+                return self.ends.stop(self.state)
+            if self.state.trouble:
+                self.roll_back()
+            result = self.train_step(share)
+            self.judge(self.state, result)
+            if self.state.trouble:
                 continue
-            if self.schedule.merge_after(self.step):
-                self.merge()
-            # before what a signal may cut short, and before the checkpoint that a resume begins at: else this line would be lost
-            if self.is_due(self.config.log.every_steps) or self.step == self.config.train.steps:
-                self.log()
-            if (
-                self.is_due(self.config.eval.every_steps) or self.step == self.config.train.steps
-            ) and not self.evaluate():
-                return stop(self)
-            if self.is_due(self.config.checkpoint.every_steps):
-                self.save()
-        return finish(self)
+            self.merging.after_step(self.state)
+            self.reporting.after_step(self.state)
+            if not self.evaluating.after_step(self.state):
+                return self.ends.stop(self.state)
+            self.saving.after_step(self.state)
+        if not self.evaluating.after_step(self.state):
+            return self.ends.stop(self.state)
+        return self.ends.finish(self.state)
 
-    def is_due(self, every_steps: int) -> bool:
-        return every_steps > 0 and self.step % every_steps == 0
-
-    def evaluation_is_missing(self) -> bool:
-        """The first one, and one that a signal cut short."""
-        if self.step == 0:
-            return self.config.eval.at_start
-        return self.saved == self.step != self.evaluated
-
-    def next_batch(self) -> Batch | None:
-        """The next batch when every rank has its own; None when the ranks stop."""
+    def next_batch(self) -> Share | None:
+        """This rank's share of the next global batch when every rank has its own; None when the ranks stop."""
         begin = time.perf_counter()
-        batch, failure = None, None
-        patience = self.config.data.timeout_seconds + WORKER_SECONDS
-        within = patience if self.config.data.workers else self.config.data.timeout_seconds + LONG_SECONDS
-        while True:
-            self.guard.begin(f"step {self.step + 1}: waiting for data", within=within)
-            if batch is None and failure is None and self.data.ready(POLL_SECONDS):
-                try:
-                    batch = next(self.data)
-                except (
-                    ValueError,
-                    RuntimeError,
-                    OSError,
-                ) as error:  # a source that cannot be read, a data worker that was killed
-                    failure = error
-            if batch is None and failure is None:
-                failure = self.data.hung(patience)
-            meeting = self.meet(ready=batch is not None, failed=failure is not None)
-            if meeting.failed:
-                end_for_data(self, failure)
-            if meeting.stop:
-                return None
-            if meeting.all_ready and batch is not None:
-                break
-        self.interval.data_seconds += time.perf_counter() - begin
-        self.data_counts = batch.counts
-        for note in batch.notes:
-            log.warning("data: %s", note)
-        if self.trouble:  # what the last step did to the loss is known only now, and may have stood in the checkpoint
-            roll_back(self, self.trouble)
-        return batch
+        share = self.feed.next_batch(self.state.step + 1)
+        self.state.interval.data_seconds += time.perf_counter() - begin
+        self.startup.done("data")
+        return share
 
-    def meet(self, *, ready: bool = True, failed: bool = False) -> Meeting:
-        """Once a step the ranks agree, through host memory: whether to stop, whether all have data, and the last step's loss."""
-        pending, self.pending_loss = self.pending_loss, None
-        stop = self.guard.stop_reason is not None
-        stops, waiting, failures, loss = sum_over_hosts([float(stop), float(not ready), float(failed), pending or 0.0])
-        if pending is not None:
-            self.judge_loss(loss / self.world_size)
-        return Meeting(stops > 0, waiting == 0, failures > 0)
+    def train_step(self, share: Share) -> StepResult:
+        """One optimizer step on this rank's share of a global batch.
 
-    def train_step(self, batch: Batch) -> None:
-        """One optimizer step on this rank's share of a global batch."""
+        The loss is the sum over the scored tokens of all ranks and micro-batches, divided by their number. DeepSpeed
+        takes means over micro-batches and ranks, so each micro-batch divides its sum by its share of that number.
+        """
         begin = time.perf_counter()
-        pieces = list(micro_batches(batch, self.config.train.micro_batch_size, self.device))
-        losses = torch.zeros_like(self.interval.loss)
+        state = self.state
+        step = state.step + 1
+        pieces = list(micro_batches(share.batch, self.config.train.micro_batch_size, self.engine.device))
+        tokens = max(1, share.scored) / (len(pieces) * self.engine.world_size)
+        losses = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         self.engine.train()
         for index, (input_ids, labels, document_ids) in enumerate(pieces):
-            self.guard.begin(f"step {self.step + 1}: micro-batch {index + 1} of {len(pieces)}")
-            torch.manual_seed(derived_seed(self.config.train.seed, "dropout", self.step, self.rank, index))
-            loss = self.engine(input_ids, labels, document_ids)
+            self.guard.begin(f"step {step}: micro-batch {index + 1} of {len(pieces)}")
+            torch.manual_seed(derived_seed(self.config.train.seed, "dropout", state.step, self.rank, index))
+            loss = self.engine(input_ids, labels, document_ids, tokens)
             losses += loss.detach()
-            # a loss that is not finite may have a gradient that is: then that shall not be, so that no rank steps
+            # the gradient of a loss that is not finite may be finite; made NaN, it keeps every rank from stepping
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
             self.engine.accumulate(loss, last=index == len(pieces) - 1)
-        self.guard.begin(f"step {self.step + 1}: optimizer")
-        norm, applied = self.engine.step(group_rates(self.schedule, self.run.groups, self.step + 1))
-        self.step += 1
-        self.guard.step = self.step
-        self.tokens += self.config.tokens_per_step
-        before, self.data_state = self.data_state, batch.state
-        self.interval.steps += 1
+        self.guard.begin(f"step {step}: optimizer")
+        norm, applied = self.engine.step(group_rates(self.run.schedule, self.run.groups, step))
+        mean = losses / len(pieces)
+        batch = share.batch
+        result = StepResult(
+            loss=float(mean),
+            applied=applied,
+            grad_norm=norm,
+            data=[] if applied else self.data.describe(batch.state, since=state.data),
+        )
+        state.step = self.guard.step = step
+        state.tokens += self.config.tokens_per_step
+        state.data = batch.state
+        interval = state.interval
+        interval.data_counts = batch.counts
+        interval.steps += 1
         if applied:
-            self.health.good()
-            self.interval.loss += losses / len(pieces)
-            self.interval.good_steps += 1
-            self.interval.grad_norm = norm
-            self.pending_loss = float(losses) / len(pieces)
-        else:
-            self.count_bad(norm, self.data.describe(batch.state, since=before), finite=bool(torch.isfinite(losses)))
-        self.interval.seconds += time.perf_counter() - begin
+            interval.loss += mean
+            interval.good_steps += 1
+            interval.grad_norm = norm
+        interval.step_seconds += time.perf_counter() - begin
         self.progress.update()
+        self.startup.first_step_done(step, self.write)
+        return result
 
-    # ---- numbers gone wrong -----------------------------------------------------------------------------------
-
-    def count_bad(self, norm: float, places: list[str], *, finite: bool) -> None:
-        """Reports a step that no rank made, and the data of the ranks whose loss was not finite; too many in a row are trouble."""
-        self.skipped += 1
-        named = gather_from_ranks(None if finite else f"rank {self.rank}: {'; '.join(places)}")
-        where = [place for place in named if place] or [f"global batch {self.step}"]
-        row = self.health.bad(where)
-        shared_log.warning(
-            "step %d skipped on all ranks: gradient not finite (norm %s); its data: %s",
-            self.step,
-            norm,
-            " | ".join(where),
-        )
-        self.write({"train/skipped_steps": self.skipped, "train/skipped_data": where})
-        if row >= self.config.train.max_bad_steps:
-            self.trouble = f"the gradient was not finite for {row} steps in a row (train.max_bad_steps), the last is step {self.step}"
-
-    def judge_loss(self, loss: float) -> None:
-        """Flags a spike of the last step's loss, the mean over all ranks."""
-        height = self.health.spike(loss, self.config.train)
-        if height is None:
-            return
-        shared_log.warning(
-            "step %d: loss spike, %.4f is %.1f standard deviations above the mean before", self.step, loss, height
-        )
-        self.write({"train/loss_spike": height, "train/spike_loss": loss})
-        if self.config.train.on_spike == "rollback":
-            self.trouble = (
-                f"the loss of step {self.step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
-            )
-
-    # ---- events -----------------------------------------------------------------------------------------------
-
-    def merge(self) -> None:
-        self.guard.begin(f"step {self.step}: merge", within=LONG_SECONDS)
-        self.writer.wait_for_base()
-        done, operator = self.schedule.merges_done(self.step), self.schedule.operator(self.step)
-        record = self.run.merger.merge(self.step, done, operator)
-        self.write(merge_metrics(record))
-        switched = (
-            f", operator {record.operator_before} -> {record.operator_after}"
-            if record.operator_after is not None
-            else ""
-        )
-        log.info(f"step {self.step}: merged {record.layers} layers in {record.seconds:.2f} s{switched}")
-
-    def evaluate(self) -> bool:
-        """Held-out loss; every token of the evaluation set once. False when the ranks stop before its end."""
-        begin = time.perf_counter()
-        if self.eval_set is None:
-            self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
-            self.eval_set = from_first_rank(lambda: held_out(self.config))  # one rank downloads and tokenizes
-        self.engine.eval()
-        result = evaluate(
-            self.engine,
-            self.eval_set,
-            micro_batch_size=self.config.eval.micro_batch_size or self.config.train.micro_batch_size,
-            device=self.device,
-            rank=self.rank,
-            world_size=self.world_size,
-            all_sum=self.engine.all_reduce,
-            stop=self.stop_evaluation,
-        )
-        if result is None:
-            return False
-        self.evaluated = self.step
-        seconds = time.perf_counter() - begin
-        self.write({f"eval/{name}": value for name, value in result.as_dict().items()} | {"eval/seconds": seconds})
-        log.info(
-            f"step {self.step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
-            f"{result.bits_per_byte:.4f} bits per byte ({result.tokens:,} tokens, {seconds:.1f} s)"
-        )
-        return True
-
-    def stop_evaluation(self) -> bool:
-        self.guard.begin(f"step {self.step}: evaluation")
-        return self.meet().stop
-
-    def save(self, *, at_the_end: bool = False) -> None:
-        """A checkpoint of this step; the write goes on in the background.
-
-        None where the run is about to go back, unless this process ends before it does: then the checkpoint says so.
-        """
-        self.meet()  # the last loss belongs to the state
-        if self.trouble and not at_the_end:
-            return
-        self.guard.begin(f"step {self.step}: checkpoint", within=LONG_SECONDS)
-        stall = self.writer.save(manifest_of(self), self.data_state)
-        self.saved = self.step
-        self.write({"perf/checkpoint_stall_seconds": stall})
-
-    def log(self) -> None:
-        """One line of metrics over the steps since the last; a collective."""
-        interval, self.interval = self.interval, Interval(self.device)
-        if not interval.good_steps:
-            return
-        loss = float(self.engine.all_reduce(interval.loss / interval.good_steps)) / self.world_size
-        rates = group_rates(self.schedule, self.run.groups, self.step)
-        speed = interval.speed(
-            tokens_per_step=self.config.tokens_per_step,
-            flops_per_token=self.flops,
-            world_size=self.world_size,
-            peak=self.peak,
-        )
-        self.write(
-            {
-                **loss_metrics(loss),
-                "train/lr": rates[0],
-                **{f"train/lr_{group.name}": rate for group, rate in zip(self.run.groups[1:], rates[1:], strict=True)},
-                "train/grad_norm": interval.grad_norm,
-                "train/tokens": self.tokens,
-                **speed,
-                "perf/peak_memory_gib": peak_memory_bytes() / 2**30,
-                **data_metrics(self.data_counts),
-            }
-        )
-        shown = {
-            "loss": f"{loss:.3f}",
-            "ppl": f"{math.exp(min(loss, 700.0)):.1f}",
-            "tok_s": f"{speed['perf/tokens_per_second']:,.0f}",
-        }
-        self.progress.show(**shown)
-
-    # ---- helpers ----------------------------------------------------------------------------------------------
-
-    def write(self, values: dict[str, Any]) -> None:
+    def roll_back(self) -> None:
+        """Back to a checkpoint from before the trouble; the data goes on where it is."""
+        before = self.state
+        self.guard.begin(f"step {before.step}: rollback", within=LONG_SECONDS)
+        state = roll_back(self.run, before, self.writer)
+        state.data = self.data.own_part(state.data)
+        self.state = state
+        self.guard.step = state.step
+        self.progress.go_back(state.step)
         if self.metrics is not None:
-            self.metrics.write(self.step, values)
+            self.metrics.go_back(state.step)
+        values = {"train/rollbacks": state.rollbacks, "train/rolled_back_from": before.step}
+        # the lines that named the bad data are those of steps that never were
+        skipped = {"train/skipped_data": before.health.bad_data} if before.health.bad_data else {}
+        self.write(state.step, {**values, **skipped})
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Metrics of a step; the first rank writes them."""
+        if self.metrics is not None:
+            self.metrics.write(step, values)
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
@@ -353,6 +196,15 @@ class Trainer:
         self.writer.wait()
         if self.metrics is not None:
             self.metrics.close()
+
+    def _arithmetic(self) -> Arithmetic:
+        checked = self.run.checked
+        return Arithmetic(
+            tokens_per_step=self.config.tokens_per_step,
+            flops_per_token=flops_per_token(checked.model_config, self.config).total,
+            peak_flops=peak_of_device(self.config.log, bf16=checked.bf16),
+            world_size=self.engine.world_size,
+        )
 
 
 def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

@@ -1,4 +1,4 @@
-"""One call per rank: joins the ranks, checks the settings, builds the run, trains it to its end, and says how it ended."""
+"""One call per rank: joins the ranks, checks the settings, builds the run, and trains it to its end."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from relora_mora.train.agreement import check_agreement, check_shared
 from relora_mora.train.build import build
 from relora_mora.train.check import check, pinned_before
 from relora_mora.train.errors import MemoryShortage
+from relora_mora.train.loop import Trainer
 from relora_mora.train.resume import finds_checkpoint, resume
 from relora_mora.train.run_folder import write_run_folder
-from relora_mora.train.startup import StartedTrainer, Startup
+from relora_mora.train.startup import Startup, describe
+from relora_mora.train.state import RunState
 from relora_mora.zero import init_distributed
 
 
@@ -36,8 +38,8 @@ def pretrain(config: Config, guard: Guard | None = None) -> int:
     """Trains a run to its end and returns the exit code: 0, or ``guard.REQUEUE`` when a signal stopped it.
 
     Raises the package's ValueErrors for mistakes of the user, OSError for a run folder that cannot be used,
-    :class:`TrainingError` and :class:`MergeError` when training cannot go on. When another rank is lost the process ends
-    here with ``guard.LOST``. ``guard`` is the process's own where it was made before the imports.
+    :class:`TrainingError` and :class:`MergeError` when training cannot go on. When another rank is lost the process
+    ends here with ``guard.LOST``. ``guard`` is the process's own where it was made before the imports.
     """
     with guard or Guard(signals=False) as guard:
         try:
@@ -63,8 +65,8 @@ def _run(config: Config, guard: Guard) -> int:
         if not ran_out_of_memory(error):
             raise
         raise MemoryShortage(
-            f"train.micro_batch_size: {config.train.micro_batch_size} sequences of {config.data.sequence_length} tokens, the model and its "
-            "optimizer need more memory than there is; lower it, or see what a run needs with launch/plan.py"
+            f"train.micro_batch_size: {config.train.micro_batch_size} sequences of {config.data.sequence_length} tokens, "
+            "the model and its optimizer need more memory than there is; lower it, or see what a run needs with launch/plan.py"
         ) from error
 
 
@@ -81,23 +83,22 @@ def _pretrain(config: Config, guard: Guard) -> int:
         _watch(guard, config, rank, world_size, job)
     data, commits = from_first_rank(lambda: _pinned(config))
     remember_commits(data.revision, commits)
-    checked = check(config.model_copy(update={"data": data}))
-    check_agreement(checked)
+    checked = check(config.model_copy(update={"data": data}), world_size)
+    check_agreement(checked.identity)
     asked = from_first_rank(lambda: remote_content(checked.shards, data.timeout_seconds))
     checked = replace(checked, data_content=checked.data_content + asked)
     lock = from_first_rank(lambda: _lock(guard, folder))
     check_shared(folder / LOCK, lock)
     guard.begin("building the model", within=LONG_SECONDS)
     startup.done("checks")
-    resumes = from_first_rank(lambda: finds_checkpoint(checked.config))
-    run = build(checked, resumes=resumes, done=startup.done)
-    resume(run)
-    assert resumes == (run.resumed_from is not None), "a run without a checkpoint begins with initial values"
+    resumes = from_first_rank(lambda: finds_checkpoint(config.train))
+    run = build(checked, rank, world_size, resumes=resumes, done=startup.done)
+    state, reader = resume(run) if resumes else (RunState(), None)
     if resumes:
         startup.done("resume")
-    from_first_rank(lambda: write_run_folder(checked, world_size, run.step))
-    trainer = StartedTrainer(checked, run, rank, world_size, guard)
-    trainer.startup = startup
+    from_first_rank(lambda: write_run_folder(checked, world_size, state.step))
+    trainer = Trainer(run, state, guard, startup, resumed_from=reader)
+    log.info("%s", describe(run, state))
     try:
         return trainer.fit()
     except Exception as error:
@@ -108,7 +109,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
 
 
 def _end_if_lost(guard: Guard, error: Exception) -> None:
-    """Ends the process where the error says that another rank is gone, or this rank's device, or a network file system."""
+    """Ends the process where another rank is gone, or this rank's device, or a network file system."""
     first_line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     same = getattr(error, "same_on_all_ranks", False)
     if lost_peer(error):
@@ -121,7 +122,7 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
 
 
 def _pinned(config: Config) -> tuple[DataConfig, dict[str, str]]:
-    """The data settings with one commit for all ranks and the whole run, and the commits by repository: only one rank asks the hub."""
+    """The data settings with one commit for the whole run, and the commits by repository. One rank asks the hub."""
     data = pinned_before(config)
     commits = hub_commits(data)
     return pin_revision(data, commits), commits

@@ -3,58 +3,73 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from relora_mora.config import Config
-from relora_mora.data import KINDS
-from relora_mora.distributed.collectives import sum_over_hosts
+from relora_mora.config import LogConfig
+from relora_mora.data import SKIP_REASONS
+from relora_mora.distributed import sum_over_hosts
 from relora_mora.merging import MergeRecord
 from relora_mora.system.hardware import peak_flops
 from relora_mora.system.logs import log
 
-_COUNTED = ("documents", "bad", "retries", *(f"skipped/{kind}" for kind in KINDS))
+Write = Callable[[int, Mapping[str, Any]], None]  # (step, metrics of it); on other ranks than the first it does nothing
+
+_COUNTED = ("documents", "bad", "retries", *(f"skipped/{reason}" for reason in SKIP_REASONS))
 
 
+@dataclass
 class Interval:
     """What has been counted since the last line of metrics."""
 
-    def __init__(self, device: torch.device, before: Mapping[str, Any] | None = None) -> None:
-        """``before`` is the :meth:`state` of a run that was stopped between two lines."""
-        self.loss = torch.zeros(
-            (), dtype=torch.float64, device=device
-        )  # of this rank, summed over the steps that were made
-        self.good_steps, self.grad_norm = 0, 0.0
-        self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0  # of this process, skipped ones too
-        if before is not None:
-            self.loss += before["loss"]
-            self.good_steps, self.grad_norm = before["good_steps"], before["grad_norm"]
+    loss: Tensor | float = 0.0  # float64, of this rank: summed over the steps that were made
+    good_steps: int = 0
+    grad_norm: float = 0.0
+    # of this process alone, skipped steps included
+    steps: int = 0
+    step_seconds: float = 0.0
+    data_seconds: float = 0.0
+    data_counts: dict[str, int] = field(default_factory=dict)  # what this rank has read up to now
 
-    def state(self, world_size: int) -> dict[str, Any]:
-        """For any number of ranks; a collective."""
+    def dump(self, world_size: int) -> dict[str, Any]:
+        """What a run that goes on on any number of ranks needs; a collective."""
         [loss] = sum_over_hosts([float(self.loss)])
         return {"loss": loss / world_size, "good_steps": self.good_steps, "grad_norm": self.grad_norm}
 
-    def speed(self, *, tokens_per_step: int, flops_per_token: float, world_size: int, peak: float) -> dict[str, float]:
-        """``peak`` is that of one device, in FLOP/s."""
-        elapsed = self.seconds + self.data_seconds
-        tokens_per_second = self.steps * tokens_per_step / elapsed
-        achieved = tokens_per_second * flops_per_token / world_size
+    @staticmethod
+    def load(dumped: Mapping[str, Any] | None) -> Interval:
+        return Interval() if dumped is None else Interval(**dumped)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What turns seconds into rates."""
+
+    tokens_per_step: int  # of all ranks
+    flops_per_token: float
+    peak_flops: float  # of one device, a second
+    world_size: int
+
+    def speed(self, interval: Interval) -> dict[str, float]:
+        seconds = interval.step_seconds + interval.data_seconds
+        tokens_per_second = interval.steps * self.tokens_per_step / seconds
+        achieved = tokens_per_second * self.flops_per_token / self.world_size
         return {
             "perf/tokens_per_second": tokens_per_second,
-            "perf/step_seconds": elapsed / self.steps,
-            "perf/data_wait_seconds": self.data_seconds / self.steps,
+            "perf/step_seconds": seconds / interval.steps,
+            "perf/data_wait_seconds": interval.data_seconds / interval.steps,
             "perf/tflops_per_device": achieved / 1e12,
-            "perf/mfu": achieved / peak,
+            "perf/mfu": achieved / self.peak_flops,
         }
 
 
-def peak_of_device(config: Config, *, bf16: bool) -> float:
+def peak_of_device(config: LogConfig, *, bf16: bool) -> float:
     """FLOP/s of one device: a setting, known or measured."""
-    if config.log.peak_tflops is not None:
-        return config.log.peak_tflops * 1e12
+    if config.peak_tflops is not None:
+        return config.peak_tflops * 1e12
     peak, source = peak_flops(bf16=bf16)
     log.info("peak of one device: %.3g TFLOP/s (%s)", peak / 1e12, source)
     return peak
@@ -66,10 +81,13 @@ def loss_metrics(loss: float) -> dict[str, float]:
 
 def data_metrics(counts: Mapping[str, int]) -> dict[str, int]:
     """What all ranks have read; a collective. ``retries`` counts since this process started, the rest since step 0."""
-    totals = dict(
-        zip(_COUNTED, map(int, sum_over_hosts([float(counts.get(name, 0)) for name in _COUNTED])), strict=True)
-    )
-    skipped = {f"perf/data_skipped/{kind}": totals[f"skipped/{kind}"] for kind in KINDS if totals[f"skipped/{kind}"]}
+    sums = sum_over_hosts([float(counts.get(name, 0)) for name in _COUNTED])
+    totals = dict(zip(_COUNTED, map(int, sums), strict=True))
+    skipped = {
+        f"perf/data_skipped/{reason}": totals[f"skipped/{reason}"]
+        for reason in SKIP_REASONS
+        if totals[f"skipped/{reason}"]
+    }
     return {
         "train/epoch": counts["epoch"],
         "train/documents": totals["documents"],

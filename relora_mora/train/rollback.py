@@ -1,67 +1,117 @@
 """Back to the last good checkpoint, and on with other data.
 
-What happened is written to ``rollbacks.json`` of the run folder, so that a run that is killed after a rollback, and
-resumes from a checkpoint of before it, skips the same data.
+Each rollback is written to ``rollbacks.json`` of the run folder, so that a run that is killed after it, and resumes
+from a checkpoint of before it, skips the same data.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from relora_mora.checkpoint import CheckpointReader, newest_whole, read_manifest
+from relora_mora.checkpoint import CheckpointReader, CheckpointWriter, newest_whole, read_manifest
 from relora_mora.data import merge_states
-from relora_mora.distributed.collectives import gather_from_ranks
-from relora_mora.supervise import LONG_SECONDS
+from relora_mora.distributed import from_first_rank, gather_from_ranks
 from relora_mora.system.files import write_synced
 from relora_mora.system.logs import shared_log
+from relora_mora.train.build import Run
 from relora_mora.train.errors import TrainingError
-from relora_mora.train.resume import restore
-from relora_mora.train.rollbacks import ROLLBACKS, Rollback, dump_rollbacks, read_rollbacks
+from relora_mora.train.restore import restore
+from relora_mora.train.state import RunState
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from relora_mora.train.loop import Trainer
+ROLLBACKS = "rollbacks.json"
 
 
-def roll_back(trainer: Trainer, why: str) -> None:
+@dataclass(frozen=True)
+class Rollback:
+    """The run went back from ``at`` to the checkpoint of ``step``, and on with the data behind ``at``."""
+
+    step: int
+    at: int
+    reason: str
+    data_state: dict[str, Any]  # of all lanes
+
+
+def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
     """Takes model and optimizer from the newest checkpoint with nothing bad before it; the data goes on where it is.
 
     A collective. Raises :class:`TrainingError` when the run has been rolled back ``train.max_rollbacks`` times, or when
     there is no such checkpoint.
     """
-    config = trainer.config.train
-    trainer.guard.begin(f"step {trainer.step}: rollback", within=LONG_SECONDS)
-    if trainer.rollbacks >= config.max_rollbacks:
+    config = run.config.train
+    folder = Path(config.run_dir)
+    if state.rollbacks >= config.max_rollbacks:
         raise TrainingError(
-            f"{why}; the run was rolled back {trainer.rollbacks} times before (train.max_rollbacks), so the data is not the cause: "
-            "lower optim.lr, or resume from an older checkpoint"
+            f"{state.trouble}; the run was rolled back {state.rollbacks} times before (train.max_rollbacks), so the "
+            "data is not the cause: lower optim.lr, or resume from an older checkpoint"
         )
-    trainer.writer.wait()
+    writer.wait()
     gather_from_ranks(None)  # the newest checkpoint is whole when the first rank has waited
-    chosen, _ = newest_whole(trainer.folder / "checkpoints", trainer.engine, lambda path: _suits(path, trainer.step))
+    chosen, _ = newest_whole(folder / "checkpoints", run.engine, lambda path: _suits(path, state.step))
     if chosen is None:
         raise TrainingError(
-            f"{why}; there is no checkpoint of before it to go back to: lower optim.lr, or set checkpoint.every_steps to fewer steps"
+            f"{state.trouble}; there is no checkpoint of before it to go back to: lower optim.lr, or set "
+            "checkpoint.every_steps to fewer steps"
         )
-    at, rollbacks, bad_data = trainer.step, trainer.rollbacks, trainer.health.bad_data
-    state = merge_states(gather_from_ranks(trainer.data_state))
     reader = CheckpointReader(chosen)
-    step = reader.manifest.step
-    if trainer.rank == 0:
-        known = read_rollbacks(trainer.folder)[:rollbacks]
-        write_synced(trainer.folder / ROLLBACKS, dump_rollbacks([*known, Rollback(step, at, why, state)]))
-    restore(trainer.run, reader)
-    trainer.run.counters["rollbacks"] = rollbacks + 1
-    trainer.begin_at(trainer.run)
-    trainer.progress.go_back(step)
-    if trainer.metrics is not None:
-        trainer.metrics.go_back(step)
-    shared_log.warning("%s: back to step %d; the data of steps %d to %d is skipped", why, step, step + 1, at)
-    skipped = (
-        {"train/skipped_data": bad_data} if bad_data else {}
-    )  # the lines that named it are those of steps that never were
-    trainer.write({"train/rollbacks": rollbacks + 1, "train/rolled_back_from": at, **skipped})
+    rollback = Rollback(
+        step=reader.manifest.step,
+        at=state.step,
+        reason=str(state.trouble),
+        data_state=merge_states(gather_from_ranks(state.data)),
+    )
+    if run.engine.rank == 0:
+        known = read_rollbacks(folder)[: state.rollbacks]
+        write_synced(folder / ROLLBACKS, dump_rollbacks([*known, rollback]))
+    restored = restore(run, reader)
+    restored.data = rollback.data_state
+    restored.rollbacks = state.rollbacks + 1
+    writer.adopt_base(reader.folder, reader.manifest)
+    shared_log.warning(
+        "%s: back to step %d; the data of steps %d to %d is skipped",
+        rollback.reason,
+        rollback.step,
+        rollback.step + 1,
+        rollback.at,
+    )
+    return restored
+
+
+def replay_rollbacks(folder: Path, state: RunState) -> None:
+    """After a resume: where the run went back to this step later, its data goes on where that left it. A collective."""
+    rollbacks = from_first_rank(lambda: read_rollbacks(folder))
+    for number, rollback in enumerate(rollbacks[state.rollbacks :], state.rollbacks + 1):
+        if rollback.step == state.step:  # the last one to here is how the run went on
+            state.data = rollback.data_state
+            state.rollbacks = number
+
+
+def forget_rollbacks(folder: Path, state: RunState) -> None:
+    """After a resume from a checkpoint that was named: another history begins there. A collective."""
+    rollbacks = from_first_rank(lambda: read_rollbacks(folder))
+    if len(rollbacks) > state.rollbacks:
+        kept = dump_rollbacks(rollbacks[: state.rollbacks])
+        from_first_rank(lambda: write_synced(folder / ROLLBACKS, kept))
+
+
+def read_rollbacks(folder: Path) -> list[Rollback]:
+    """The rollbacks of a run, oldest first. Raises ValueError for a file that :func:`dump_rollbacks` did not give."""
+    path = folder / ROLLBACKS
+    if not path.exists():
+        return []
+    try:
+        return [Rollback(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); it says which data to skip: restore it, or move it away to read that "
+            "data again"
+        ) from error
+
+
+def dump_rollbacks(rollbacks: list[Rollback]) -> str:
+    return json.dumps([asdict(rollback) for rollback in rollbacks], indent=1) + "\n"
 
 
 def _suits(folder: Path, step: int) -> bool:

@@ -22,7 +22,7 @@ from relora_mora.train.check import Checked
 
 
 def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
-    """What makes a run folder explain itself: settings, command, versions, commit, model, tokenizer. First rank only."""
+    """Writes settings, command, versions, commit, model and tokenizer into the run folder. First rank only."""
     folder = Path(checked.config.train.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with disk_faults_named(folder):
@@ -52,14 +52,18 @@ def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any
         "command": sys.argv,
         "host": socket.gethostname(),
         "world_size": world_size,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
+        "device": _device(),
         "bf16": checked.bf16,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "commit": _git_commit(),
     }
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return platform.processor() or platform.machine()
 
 
 def _git_commit() -> str | None:

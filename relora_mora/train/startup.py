@@ -7,22 +7,27 @@ import os
 import time
 from pathlib import Path
 
-from relora_mora.data import Batch
+import torch
+
 from relora_mora.supervise.launchers import Launchers
 from relora_mora.system.logs import log
-from relora_mora.train.loop import Trainer
+from relora_mora.train.build import Run
+from relora_mora.train.report import Write
+from relora_mora.train.state import RunState
 
 
 class Startup:
     """Seconds of each part on this rank, from the start of the command to the end of the first step.
 
     ``launcher``: until this process began; ``imports``: Python, imports and settings; ``rendezvous``: the ranks meet;
-    ``checks``: settings, tokenizer, hub; ``model``: initial weights; ``engine``: DeepSpeed; ``resume``: the checkpoint; ``data``:
-    run folder and first batch; ``evaluation``: the one at the start; ``first_step``. The command is this host's launcher.
+    ``checks``: settings, tokenizer, hub; ``model``: initial weights; ``engine``: DeepSpeed; ``resume``: the checkpoint;
+    ``evaluation``: run folder, and the evaluation at the start; ``data``: the first batch; ``first_step``. The command
+    is this host's launcher. After the first step nothing is counted any more.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._over = False
         age = _age(os.getpid())
         with contextlib.suppress(OSError, ValueError):  # no launcher, or it is gone already
             self.seconds["launcher"] = max(_age(process.pid) for process in Launchers().processes) - age
@@ -30,9 +35,20 @@ class Startup:
 
     def done(self, part: str) -> None:
         """A part is finished, which began where the one before ended."""
+        if self._over:
+            return
         now = time.monotonic()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
+
+    def first_step_done(self, step: int, write: Write) -> None:
+        """Reports the start, the first time this is called."""
+        if self._over:
+            return
+        self.done("first_step")
+        self._over = True
+        write(step, self.metrics())
+        log.info("start: %s", self)
 
     def metrics(self) -> dict[str, float]:
         parts = {f"startup/{part}_seconds": seconds for part, seconds in self.seconds.items()}
@@ -43,30 +59,22 @@ class Startup:
         return f"{sum(self.seconds.values()):.1f} s from the command to the end of the first step: {parts}"
 
 
-class StartedTrainer(Trainer):
-    """A trainer that reports the start when its first step is made."""
-
-    startup: Startup | None = None
-
-    def evaluate(self) -> bool:
-        good = super().evaluate()
-        if self.startup is not None:
-            self.startup.done("evaluation")
-        return good
-
-    def next_batch(self) -> Batch | None:
-        batch = super().next_batch()
-        if self.startup is not None:
-            self.startup.done("data")
-        return batch
-
-    def train_step(self, batch: Batch) -> None:
-        super().train_step(batch)
-        if self.startup is not None:
-            self.startup.done("first_step")
-            self.write(self.startup.metrics())
-            log.info("start: %s", self.startup)
-            self.startup = None
+def describe(run: Run, state: RunState) -> str:
+    """What runs, where and how, in one line."""
+    config = run.config
+    engine = run.engine
+    ranks = "1 rank" if engine.world_size == 1 else f"{engine.world_size} ranks"
+    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
+    precision = "bf16" if engine.bf16 else "fp32"
+    accumulation = config.accumulation_steps(engine.world_size)
+    parts = [
+        f"{config.method.name} on {ranks} ({device}), ZeRO-{engine.stage}, {precision}",
+        f"a step has {config.train.batch_size} sequences of {config.data.sequence_length} tokens",
+        f"each rank makes {accumulation} micro-batches of {config.train.micro_batch_size}",
+        f"step {state.step} of {config.train.steps}",
+        f"run folder {config.train.run_dir}",
+    ]
+    return "; ".join(parts)
 
 
 def _age(pid: int) -> float:

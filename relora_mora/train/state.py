@@ -1,52 +1,64 @@
-"""What of a trainer goes into a checkpoint; ``Trainer.begin_at`` takes it up again."""
+"""What a run remembers beside its tensors, and how a checkpoint holds it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from relora_mora.checkpoint import Manifest
-from relora_mora.model.config import plain_model_config
-
-if TYPE_CHECKING:
-    from relora_mora.train.loop import Trainer
+from relora_mora.train.health import Health
+from relora_mora.train.report import Interval
 
 
-def manifest_of(trainer: Trainer) -> Manifest:
-    """The manifest of the present step, without files and the place in the data; a collective."""
-    return Manifest(
-        step=trainer.step,
-        merges_done=trainer.schedule.merges_done(trainer.step),
-        operator=trainer.run.merger.operator(),
-        world_size=trainer.world_size,
-        zero_stage=trainer.config.train.zero_stage,
-        bf16=trainer.checked.bf16,
-        group_steps=trainer.engine.group_steps(),
-        parameters={name: list(trainer.engine.shapes[name]) for names in trainer.engine.members for name in names},
-        frozen={name: list(trainer.engine.shapes[name]) for name in trainer.run.base.owner},
-        config=trainer.config.model_dump(mode="json"),
-        model_config=plain_model_config(trainer.checked.model_config),
-        tokenizer_fingerprint=trainer.checked.tokenizer_fingerprint,
-        data_fingerprint=trainer.checked.data_fingerprint,
-        data_content=trainer.checked.data_content,
-        eos_token_id=trainer.checked.tokenizer.eos_token_id,
-        data_order=trainer.checked.data_order,
-        data_state={},
-        counters=counters_of(trainer),
-        files={},
-    )
+@dataclass
+class RunState:
+    """Where a run stands. Everything that a resumed run needs to go on as if it had never been stopped.
 
+    ``data`` says where the lanes stand in the training data: those of this rank, or of all ranks when the state has
+    just been loaded.
+    """
 
-def counters_of(trainer: Trainer) -> dict[str, Any]:
-    """What the run has counted, and what is about to happen to it; a collective."""
-    config = trainer.config
-    due = trainer.is_due(config.eval.every_steps) or trainer.step == config.train.steps
-    return {
-        "tokens": trainer.tokens,
-        "skipped_steps": trainer.skipped,
-        **asdict(trainer.health),
-        "trouble": trainer.trouble,
-        "interval": trainer.interval.state(trainer.world_size),
-        "rollbacks": trainer.rollbacks,
-        "evaluated": trainer.evaluated == trainer.step or not due,
-    }
+    step: int = 0  # optimizer steps done, those skipped for bad numbers included
+    tokens: int = 0
+    skipped_steps: int = 0
+    rollbacks: int = 0
+    health: Health = field(default_factory=Health)
+    interval: Interval = field(default_factory=Interval)
+    trouble: str | None = None  # why the run must go back to an earlier checkpoint
+    data: dict[str, Any] = field(default_factory=dict)
+    saved: int | None = None  # the step of the newest checkpoint in the run folder
+    evaluated: int | None = None  # the step of the last evaluation
+
+    def dump(self, world_size: int, *, evaluated: bool) -> dict[str, Any]:
+        """The ``counters`` of a checkpoint's manifest; a collective.
+
+        ``evaluated`` is false where an evaluation of this step is due and was cut short.
+        """
+        return {
+            "tokens": self.tokens,
+            "skipped_steps": self.skipped_steps,
+            **asdict(self.health),
+            "trouble": self.trouble,
+            "interval": self.interval.dump(world_size),
+            "rollbacks": self.rollbacks,
+            "evaluated": evaluated,
+        }
+
+    @staticmethod
+    def load(manifest: Manifest, *, own: bool) -> RunState:
+        """The state that a checkpoint holds. ``own``: it is one of this run's folder, so its step is saved there."""
+        counters = manifest.counters
+        health = {key: counters[key] for key in ("losses", "bad_steps", "bad_data") if key in counters}
+        step = manifest.step
+        return RunState(
+            step=step,
+            tokens=counters.get("tokens", 0),
+            skipped_steps=counters.get("skipped_steps", 0),
+            rollbacks=counters.get("rollbacks", 0),
+            health=Health(**health),
+            interval=Interval.load(counters.get("interval")),
+            trouble=counters.get("trouble"),
+            data=manifest.data_state,
+            saved=step if own else None,
+            evaluated=step if own and counters.get("evaluated", True) else None,
+        )

@@ -20,7 +20,6 @@ from relora_mora.checkpoint import (
     CheckpointError,
     CheckpointReader,
     Manifest,
-    changed_settings,
     damaged_tokenizer,
     list_checkpoints,
     newest_whole,
@@ -432,9 +431,3 @@ def test_removal_does_not_follow_links(folder):
     tidy(folder)
     assert verify(folder / "elsewhere" / "step-00000005") is None
     assert {path.name for path in folder.iterdir()} == {"elsewhere", "step-00000010", "step-00000015"}
-
-
-def test_changed_settings_are_named():
-    saved = {"optim": {"lr": 1.0, "clip": 1.0}, "train": {"steps": 3}}
-    now = {"optim": {"lr": 2.0, "clip": 1.0, "new": 1}, "train": {"steps": 3}}
-    assert sorted(changed_settings(saved, now)) == ["optim.lr", "optim.new"]

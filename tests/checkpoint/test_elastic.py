@@ -73,10 +73,13 @@ def followed(config: Any, stop_after: int | None = None) -> Batches:
     seen: Batches = {}
     whole = Trainer.train_step
 
-    def train_step(self: Any, batch: Any) -> None:
+    def train_step(self: Any, share: Any) -> Any:
+        batch = share.batch
         rows = zip(batch.input_ids.numpy(), batch.labels.numpy(), strict=True)
-        seen[self.step + 1] = [hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest() for ids, labels in rows]
-        whole(self, batch)
+        seen[self.state.step + 1] = [
+            hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest() for ids, labels in rows
+        ]
+        return whole(self, share)
 
     Trainer.train_step = train_step
     try:

@@ -55,9 +55,10 @@ def followed(
         whole_save(tensors, path)
 
     def next_batch(self: Trainer) -> Any:
-        if self.step + 1 in commands:
+        step = self.state.step + 1
+        if step in commands:
             self.writer.wait()
-            subprocess.run(commands[self.step + 1], check=True)
+            subprocess.run(commands[step], check=True)
         return whole_batch(self)
 
     log.addFilter(keep)
@@ -280,10 +281,11 @@ def slow_to_write(config: Any, what: str) -> bool:
             met.append(not fifth.wait(1.0))
         return write_base(self, work, *args)
 
-    def step(self: Trainer, batch: Any) -> None:
-        train_step(self, batch)
-        if self.step == 5:
+    def step(self: Trainer, share: Any) -> Any:
+        result = train_step(self, share)
+        if self.state.step == 5:
             fifth.set()
+        return result
 
     Part.write, Part._write_base, Trainer.train_step = write, slow_base, step  # type: ignore[method-assign]
     try:

@@ -20,12 +20,13 @@ def follower(*args: Any, **kwargs: Any) -> int:
     whole = Trainer.train_step
     log = Path(f"{os.environ['FOLLOWED']}.{os.environ.get('RANK', '0')}-of-{os.environ.get('WORLD_SIZE', '1')}")
 
-    def train_step(self: Any, batch: Any) -> None:
+    def train_step(self: Any, share: Any) -> Any:
+        batch = share.batch
         rows = zip(batch.input_ids.numpy(), batch.labels.numpy(), strict=True)
         hashes = [hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest() for ids, labels in rows]
         with log.open("a") as stream:
-            stream.write(json.dumps([self.step + 1, hashes]) + "\n")
-        whole(self, batch)
+            stream.write(json.dumps([self.state.step + 1, hashes]) + "\n")
+        return whole(self, share)
 
     Trainer.train_step = train_step  # type: ignore[method-assign]
     return main(*args, **kwargs)

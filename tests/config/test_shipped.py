@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config import load_config, unused_settings
-from relora_mora.data.sources import C4
+from relora_mora.data.hub_sources import C4
 from relora_mora.model import check_length, read_model_config
 from relora_mora.optim import make_schedule
 from relora_mora.plan.flops import meta_model

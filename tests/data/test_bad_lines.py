@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from relora_mora.data import iter_texts, texts
+from relora_mora.data import iter_texts, skipped
 from relora_mora.data.errors import SourceError
-from relora_mora.data.texts import BAD
+from relora_mora.data.skipped import BAD_REASONS
 from tests.tools.data_tools import (
     data_config,
     documents_in,
@@ -46,8 +46,10 @@ def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path):
     lane = _lane(write_shard(tmp_path / "a.jsonl", rows), sequence_length=2)
     assert documents_in(epoch_tokens(lane))[:20] == good
     assert lane.state()["skipped"] == dict.fromkeys(LINES, 1)
-    bad = [kind for kind in LINES if kind in BAD]
-    assert lane.notes[: len(bad)] == [f"a.jsonl: line {2 * n + 2} {BAD[kind]}; skipped" for n, kind in enumerate(bad)]
+    bad = [kind for kind in LINES if kind in BAD_REASONS]
+    assert lane.rows.notes[: len(bad)] == [
+        f"a.jsonl: line {2 * n + 2} {BAD_REASONS[kind]}; skipped" for n, kind in enumerate(bad)
+    ]
     assert set(LINES) - set(bad) == {"empty_text", "blank_line"}
 
 
@@ -82,7 +84,7 @@ def test_damaged_shards_between_good_ones(tmp_path):
         lane.next_block()
     assert Counter(found) >= Counter(good[0]) + Counter(good[1])
     assert set(lane.state()["skipped"]) == {"truncated", "empty_shard", "html", "blank_line"}
-    notes = set(lane.notes)
+    notes = set(lane.rows.notes)
     assert notes >= {
         "empty.json.gz is empty; skipped",
         *[f"page.json.gz: line {n} is HTML, not JSON; skipped" for n in (1, 2, 4)],
@@ -94,11 +96,12 @@ def test_damaged_shards_between_good_ones(tmp_path):
 
 def _until_stop(lane, blocks):
     """States before each block, the blocks, and why there are no more."""
-    states, made = [], []
+    states = []
+    made = []
     try:
         while len(made) < blocks:
             states.append(json.loads(json.dumps(lane.state())))
-            made.append(lane.next_block().tolist())
+            made.append(lane.next_block().tokens.tolist())
     except SourceError as error:
         return (
             states,
@@ -133,7 +136,7 @@ def test_a_resume_at_every_block_skips_and_stops_as_before(
     if cut:
         path.write_bytes(path.read_bytes()[:-cut])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "JUDGED_FROM_LINES", 8)  # so that some stop inside the shard
+        patch.setattr(skipped, "JUDGED_FROM_ROWS", 8)  # so that some stop inside the shard
         for number in range(lanes):
             again = {"max_bad_fraction": fraction, "shuffle_documents": shuffle}
             states, blocks, stop = _until_stop(_lane(path, lanes, number, **again), 24)
@@ -154,7 +157,7 @@ def test_empty_shards_are_passed_over_and_counted(tmp_path):
         lane.next_block()
     state = lane.state()
     assert state["epoch"] >= 2 and 0 <= state["skipped"]["empty_shard"] - 2 * state["epoch"] <= 2
-    assert set(lane.notes) == {"a.json.gz is empty; skipped", "b.json.gz is empty; skipped"}
+    assert set(lane.rows.notes) == {"a.json.gz is empty; skipped", "b.json.gz is empty; skipped"}
     with pytest.raises(SourceError, match="found no text"):
         make_lane(data_config(tmp_path / "*.gz"), 1, 0).next_block()
 
@@ -175,11 +178,13 @@ def test_the_stop_comes_after_the_same_blocks_also_when_resumed(tmp_path):
     config = data_config(path, max_bad_fraction=0.01)
 
     def blocks_until_stop(state=None):
-        lane, blocks, states = make_lane(config, 1, 0, state), [], []
+        lane = make_lane(config, 1, 0, state)
+        blocks = []
+        states = []
         with pytest.raises(SourceError, match=r"of 12\d\d lines are bad"):
             while True:
                 states.append(lane.state())
-                blocks.append(lane.next_block().tolist())
+                blocks.append(lane.next_block().tokens.tolist())
         with pytest.raises(SourceError):  # and again
             lane.next_block()
         return blocks, states

@@ -50,7 +50,8 @@ def test_little_of_a_large_file_is_read_and_the_checksum_at_its_end_tells_of_all
     text = random.Random(0).randbytes(1 << 20).hex().encode()
     other = bytearray(text)
     other[len(text) // 2] ^= 1
-    read, pread = [], os.pread
+    read = []
+    pread = os.pread
     monkeypatch.setattr(os, "pread", lambda *given: read.append(given[1:]) or pread(*given))
     path = tmp_path / f"a.{suffix}"
     # stored and not compressed, so that the change moves nothing; zstd's command line writes a checksum
@@ -108,7 +109,8 @@ def test_faults_of_the_network_pass(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)
     write_shards(tmp_path, 3, 20)
     with serving(tmp_path, lambda n: fault if n % 3 == 0 else None) as server:
-        server.stall_seconds, server.retry_after["429"] = 1.0, "0"
+        server.stall_seconds = 1.0
+        server.retry_after["429"] = "0"
         faulty = _remote(server, timeout_seconds=60.0)
         server.fault = lambda n: None
         assert faulty == _remote(server)

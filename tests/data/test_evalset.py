@@ -59,7 +59,8 @@ def test_max_tokens_cuts_between_documents(path, texts, tokenizer_path):
 def test_every_token_is_scored_once_on_any_number_of_ranks(path, tokenizer_path, world_size, micro_batch_size):
     held_out = _load(path, tokenizer_path, max_tokens=1500)
     assert held_out.predicted % 16  # the last block is short
-    scored, counts = Counter(), []
+    scored = Counter()
+    counts = []
     blocks_of_rank = math.ceil(math.ceil(held_out.predicted / 16) / world_size)
     rows = min(micro_batch_size, blocks_of_rank)  # no more than there is text for
     for rank in range(world_size):

@@ -1,7 +1,8 @@
-"""Lanes: every document of every shard once an epoch, packed without loss, and resumed anywhere to the very next token."""
+"""Lanes: every document of every shard once an epoch, packed without loss, resumed anywhere at the very next token."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relora_mora.data.errors import SourceError
+from relora_mora.data.fingerprint import RULE
 from relora_mora.data.lanes import plan_lanes, seeded_order
 from tests.tools.data_tools import (
     EOS,
@@ -40,6 +42,19 @@ def test_the_order_depends_on_the_key_alone():
     assert seeded_order(100, 1, 2) != seeded_order(100, 2, 1)
 
 
+def test_blocks_and_states_are_what_they_have_always_been(tmp_path):
+    """A change that moves a token needs another ``fingerprint.RULE``: checkpoints hold positions by this one."""
+    write_shards(tmp_path, 2, 30)
+    digest = hashlib.sha256(RULE.encode())
+    for number in range(3):
+        lane = make_lane(data_config(tmp_path / "*.gz"), 3, number)
+        for _ in range(100):
+            digest.update(lane.next_block().tokens.astype("<i4").tobytes())
+            digest.update(json.dumps(lane.state()).encode())
+        assert lane.state()["epoch"] >= 1
+    assert digest.hexdigest() == "5d1eda99c468351698229e93d190c1fdcb79bc40c3d1f136a6308f7d5d7b9f4b"
+
+
 @pytest.mark.parametrize("lanes,shards", [(1, 1), (1, 3), (2, 5), (4, 4), (4, 2), (5, 3), (8, 3)])
 @pytest.mark.parametrize("shuffle", [1, 8, 1000])
 def test_an_epoch_holds_every_document_once(tmp_path, lanes, shards, shuffle):
@@ -49,7 +64,7 @@ def test_an_epoch_holds_every_document_once(tmp_path, lanes, shards, shuffle):
     for number in range(lanes):
         lane = make_lane(config, lanes, number)
         texts = documents_in(epoch_tokens(lane))
-        share = sum(len(range(plan.phase, 41, plan.stride)) for plan in [lane.plan] for _ in plan.shards)
+        share = sum(len(range(plan.phase, 41, plan.stride)) for plan in [lane.rows.plan] for _ in plan.shards)
         assert lane.state()["documents"] >= share
         found += texts[:share]
         assert set(texts[share:]) <= set(texts[:share])  # the second epoch has begun
@@ -60,14 +75,16 @@ def test_shuffled_differently_in_each_epoch_and_not_at_all(tmp_path):
     (texts,) = write_shards(tmp_path, 1, 40)
 
     def two_epochs(shuffle):
-        lane, tokens = make_lane(data_config(tmp_path / "*.gz", shuffle_documents=shuffle), 1, 0), [EOS]
+        lane = make_lane(data_config(tmp_path / "*.gz", shuffle_documents=shuffle), 1, 0)
+        tokens = [EOS]
         while lane.state()["epoch"] < 2:
-            tokens += lane.next_block()[1:].tolist()
+            tokens += lane.next_block().tokens[1:].tolist()
         return documents_in(tokens)[:80]
 
     assert two_epochs(1) == texts * 2
     shuffled = two_epochs(16)
-    first, second = shuffled[:40], shuffled[40:]
+    first = shuffled[:40]
+    second = shuffled[40:]
     assert first != second != texts != first
     assert set(first[:16]) == set(second[:16]) == set(texts[:16])  # in blocks
 
@@ -80,16 +97,17 @@ def test_a_resume_anywhere_gives_the_very_next_block(tmp_path, lanes, shards, su
     config = data_config(tmp_path / "*", max_bad_fraction=0.5)
     for number in range(lanes):
         lane = make_lane(config, lanes, number)
-        states, blocks = [], []
+        states = []
+        blocks = []
         while lane.state()["epoch"] < 2:
             states.append(json.loads(json.dumps(lane.state())))
-            blocks.append(lane.next_block())
+            blocks.append(lane.next_block().tokens)
         assert {state["offset"] > 0 for state in states[1:]} >= {True}
         assert {state["epoch"] for state in states} == {0, 1}
         for at in range(0, len(states), 3):
             resumed = make_lane(config, lanes, number, states[at])
             for block, state in list(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True))[:40]:
-                assert np.array_equal(resumed.next_block(), block)
+                assert np.array_equal(resumed.next_block().tokens, block)
                 assert resumed.state() == state
 
 
@@ -101,13 +119,14 @@ def test_any_lengths_any_place(tmp_path_factory, lengths, sequence_length, shuff
     )
     config = data_config(path, sequence_length=sequence_length, shuffle_documents=shuffle)
     lane = make_lane(config, 1, 0)
-    states, blocks = [], []
+    states = []
+    blocks = []
     for _ in range(12):
         states.append(lane.state())
-        blocks.append(lane.next_block().tolist())
+        blocks.append(lane.next_block().tokens.tolist())
     at = data.draw(st.integers(0, 11))
     resumed = make_lane(config, 1, 0, states[at])
-    assert [resumed.next_block().tolist() for _ in range(12 - at)] == blocks[at:]
+    assert [resumed.next_block().tokens.tolist() for _ in range(12 - at)] == blocks[at:]
 
 
 def test_a_document_of_ten_megabytes(tmp_path):
@@ -115,23 +134,24 @@ def test_a_document_of_ten_megabytes(tmp_path):
     path = write_shard(tmp_path / "a.json", [long, "short"])
     config = data_config(path, sequence_length=4096, shuffle_documents=1)
     lane = make_lane(config, 1, 0)
-    blocks, states = [], []
+    blocks = []
+    states = []
     while lane.state()["documents"] < 2:
         states.append(lane.state())
-        blocks.append(lane.next_block())
+        blocks.append(lane.next_block().tokens)
     assert len(blocks) > 2400
     tokens = np.concatenate([block[:-1] for block in blocks])
     ends = np.flatnonzero(tokens == EOS)
     assert tokens[: len(long) + 1][1:].astype(np.uint8).tobytes() == long.encode()
     assert ends[:3].tolist() == [0, len(long) + 1, len(long) + 1 + len("short") + 1]
     resumed = make_lane(config, 1, 0, states[1200])
-    assert np.array_equal(resumed.next_block(), blocks[1200])
+    assert np.array_equal(resumed.next_block().tokens, blocks[1200])
 
 
 def test_one_document_only(tmp_path):
     path = write_shard(tmp_path / "a.json.gz", ["alone"])
     lane = make_lane(data_config(path, sequence_length=8), 1, 0)
-    tokens = np.concatenate([lane.next_block()[:-1] for _ in range(6)])
+    tokens = np.concatenate([lane.next_block().tokens[:-1] for _ in range(6)])
     assert documents_in(tokens) == ["alone"] * 7
     with pytest.raises(
         SourceError, match=r"lane 1 found no text in a\.json\.gz: there are fewer documents than lanes; .*data\.lanes"
@@ -166,7 +186,8 @@ def test_memory_stays_flat_over_a_hundred_thousand_documents(tmp_path):
         write_shard(tmp_path / f"{n}.json.gz", [f"{n} {m} " + "x" * 120 for m in range(25_000)])
     config = data_config(tmp_path / "*.gz", sequence_length=4096, shuffle_documents=1024)
     lane = make_lane(config, 1, 0)
-    process, memory = psutil.Process(), []
+    process = psutil.Process()
+    memory = []
     for until in (25_000, 50_000, 100_000):
         while lane.state()["documents"] < until:
             lane.next_block()

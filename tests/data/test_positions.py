@@ -11,7 +11,8 @@ from relora_mora.data.errors import SourceError
 from tests.tools.data_tools import EOS, data_config, documents_in, make_lane, write_shard
 
 SENTENCE = re.compile(
-    r"lane (\d+): epoch (\d+), (\w)\.json, behind (?:(?P<count>\d+) of lines (?P<first>\d+) to (?P<last>\d+)(?: in steps of (?P<step>\d+))? "
+    r"lane (\d+): epoch (\d+), (\w)\.json, behind (?:(?P<count>\d+) of lines "
+    r"(?P<first>\d+) to (?P<last>\d+)(?: in steps of (?P<step>\d+))? "
     r"\(shuffled\)|line (?P<line>\d+))(?: and (?P<tokens>\d+) tokens of the next document)?"
 )
 
@@ -26,9 +27,10 @@ def _source(folder, shards, rows):
 def test_what_is_named_is_what_was_read(tmp_path, lanes, shards, shuffle):
     config = _source(tmp_path, shards, 22).model_copy(update={"shuffle_documents": shuffle})
     for number in range(lanes):
-        lane, tokens = make_lane(config, lanes, number), [EOS]
+        lane = make_lane(config, lanes, number)
+        tokens = [EOS]
         while lane.state()["documents"] < 90:
-            tokens += lane.next_block()[1:].tolist()
+            tokens += lane.next_block().tokens[1:].tolist()
             if not lane.state()["documents"]:
                 continue
             state = lane.state()
@@ -51,9 +53,11 @@ def test_what_is_named_is_what_was_read(tmp_path, lanes, shards, shuffle):
 def test_the_words_of_a_step(tmp_path, tokenizer_path):
     config = _source(tmp_path, 1, 22).model_copy(update={"shuffle_documents": 8, "workers": 0})
     with TrainStream(config, tokenizer_path=tokenizer_path, batch_size=4, lanes=2, rank=1, world_size=2) as stream:
-        first, second = next(stream).state, next(stream).state
+        first = next(stream).state
+        second = next(stream).state
         assert stream.describe({}) == []
-        (at_first,), (at_second,) = stream.describe(first), stream.describe(second)
+        (at_first,) = stream.describe(first)
+        (at_second,) = stream.describe(second)
         assert re.fullmatch(
             r"lane 1: epoch 0, a\.json, behind \d of lines 2 to 16 in steps of 2 \(shuffled\)( and \d+ tokens .*)?",
             at_first,

@@ -8,6 +8,7 @@ import random
 import re
 import threading
 import time
+from contextlib import closing
 from email.utils import formatdate
 
 import pytest
@@ -45,7 +46,7 @@ def shard(tmp_path):
 
 
 def _read(server, timeout_seconds=8.0):
-    with RemoteBytes(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds) as source:
+    with closing(RemoteBytes(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds)) as source:
         pieces = []
         while piece := source.read(50_000):
             pieces.append(piece)
@@ -68,7 +69,8 @@ def test_no_fault(tmp_path, shard, ranges, etag):
     [(fault, ranges) for fault in FAULTS for ranges in (True, False) if ranges or fault not in (*WAITING, "cut_range")],
 )
 def test_each_fault_once_at_the_start_and_once_later(tmp_path, shard, fault, ranges):
-    before, began = RETRIES.retries, time.monotonic()
+    before = RETRIES.retries
+    began = time.monotonic()
     at = {"cut_range": (1, 2), "short": (0, 2), "no_length": (0, 2)}.get(fault, (0, 1))
     with serving(
         tmp_path, lambda n: "reset" if fault == "cut_range" and n == 0 else fault if n in at else None, ranges=ranges
@@ -97,7 +99,8 @@ def test_a_server_that_comes_up_late(tmp_path, shard):
         with serving(tmp_path, port=port):
             late.wait(10)
 
-    timer, before = threading.Timer(0.3, serve), RETRIES.retries
+    timer = threading.Timer(0.3, serve)
+    before = RETRIES.retries
     timer.start()
     try:
         assert _read(server) == shard.read_bytes()  # connections are refused at first
@@ -123,12 +126,15 @@ def test_faults_at_a_tenth_of_the_requests_leave_the_stream_of_tokens_as_it_is(t
         write_shard(tmp_path / name, some_texts(12, seed=seed))
     blocks = 6000  # more than an epoch
     clean = make_lane(data_config([f"{tmp_path}/{name}" for name in names]), 1, 0)
-    expected = [clean.next_block().tolist() for _ in range(blocks)]
-    rng, kinds, before = random.Random(0), itertools.cycle(FAULTS), RETRIES.retries
+    expected = [clean.next_block().tokens.tolist() for _ in range(blocks)]
+    rng = random.Random(0)
+    kinds = itertools.cycle(FAULTS)
+    before = RETRIES.retries
     with serving(tmp_path, lambda n: next(kinds) if rng.random() < 0.1 else None) as server:
-        server.stall_seconds, server.retry_after["429"] = 0.5, "0"
+        server.stall_seconds = 0.5
+        server.retry_after["429"] = "0"
         lane = make_lane(data_config([f"{server.url}/{name}" for name in names]), 1, 0)
-        assert [lane.next_block().tolist() for _ in range(blocks)] == expected
+        assert [lane.next_block().tokens.tolist() for _ in range(blocks)] == expected
         assert 0.05 < len(server.faults) / len(server.requests) < 0.15 and set(server.faults) == set(FAULTS)
         assert RETRIES.retries - before >= len(server.faults) - 1  # the last one may not be met yet
     assert lane.state()["epoch"] >= 1 and not lane.state()["skipped"]
@@ -152,13 +158,16 @@ def test_a_server_that_stays_away(tmp_path, shard):
 
 
 def test_a_file_that_changes(tmp_path, shard):
-    with serving(tmp_path) as server, RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 1.0) as source:
+    with serving(tmp_path) as server, closing(RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 1.0)) as source:
         source.read(50_000)
         shard.write_bytes(shard.read_bytes() + b"more")
         source.close()
         with pytest.raises(SourceError, match="a changed while it was read"):
             source.read(50_000)
-    with serving(tmp_path, etag=False) as server, RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 0.5) as source:
+    with (
+        serving(tmp_path, etag=False) as server,
+        closing(RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 0.5)) as source,
+    ):
         source.read(50_000)
         shard.write_bytes(bytes(reversed(shard.read_bytes())))
         source.close()
@@ -193,14 +202,15 @@ def test_damage_does_not_pass_and_is_not_asked_for_again(tmp_path, suffix):
     path = write_shard(
         tmp_path / f"a{suffix}", [f"{random.Random(n).random()} {text}" for n, text in enumerate(some_texts(12_000))]
     )
-    before, settings = RETRIES.retries, {"sequence_length": 4096, "max_bad_fraction": 0.5}
+    before = RETRIES.retries
+    settings = {"sequence_length": 4096, "max_bad_fraction": 0.5}
     with serving(tmp_path, lambda n: "corrupt" if n == 0 else None) as server:
         lane = make_lane(data_config(f"{server.url}/a{suffix}", **settings), 1, 0)
         while lane.state()["epoch"] < 1:
             lane.next_block()
     assert RETRIES.retries == before and lane.state()["skipped"]["corrupt"] == 1
     damage = rf"http\S+/a{suffix}: line \d+ is where the compressed shard is damaged; what follows is lost; skipped"
-    assert any(re.fullmatch(damage, note) for note in lane.notes)
+    assert any(re.fullmatch(damage, note) for note in lane.rows.notes)
     body = path.read_bytes()  # the same bytes on a disk: the same decision
     path.write_bytes(body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 255]) + body[len(body) // 2 + 1 :])
     local = make_lane(data_config(path, **settings), 1, 0)
@@ -213,8 +223,10 @@ def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):
     monkeypatch.undo()  # of the short waits
 
     def waits_of(failures):
-        waits, left = [], iter(range(failures))
-        before, state = RETRIES.retries, random.getstate()
+        waits = []
+        left = iter(range(failures))
+        before = RETRIES.retries
+        state = random.getstate()
 
         def ask():
             if next(left, None) is not None:
@@ -224,7 +236,8 @@ def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):
         assert RETRIES.retries - before == failures and random.getstate() == state
         return waits
 
-    waits, others = waits_of(12), waits_of(12)
+    waits = waits_of(12)
+    others = waits_of(12)
     for attempt, wait in enumerate(waits, 1):
         bound = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt)
         assert bound / 4 <= wait <= bound
@@ -302,7 +315,8 @@ class TestHub:
     def test_faults_pass_while_the_commit_is_asked_for(self, hub, monkeypatch, fault):
         monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)
         hub.fault = lambda n: fault if n < 2 else None
-        hub.stall_seconds, hub.retry_after["429"] = 1.0, "0"
+        hub.stall_seconds = 1.0
+        hub.retry_after["429"] = "0"
         assert len(resolve_shards("allenai/c4", "main", timeout_seconds=60.0)) == 1024
         assert len(hub.faults) == (0 if fault == "cut_range" else 2)
 
@@ -363,6 +377,6 @@ def test_a_lane_reads_over_http_what_it_reads_from_disk(tmp_path):
         lane = make_lane(data_config(f"{server.url}/part-00000.json.gz", shuffle_documents=1), 1, 0)
         tokens = [256]
         while lane.state()["epoch"] == 0:
-            tokens += lane.next_block()[1:].tolist()
+            tokens += lane.next_block().tokens[1:].tolist()
     found = documents_in(tokens)
     assert found[:50] == written[0]

@@ -7,15 +7,15 @@ import json
 import pytest
 import torch
 
-from relora_mora.data import KINDS, TrainStream, counts_of, document_ids, merge_states
-from relora_mora.data.bench import pipeline_throughput
+from relora_mora.data import SKIP_REASONS, TrainStream, counts_of, document_ids, merge_states
 from relora_mora.data.errors import SourceError
 from relora_mora.data.retry import RETRIES
-from relora_mora.data.texts import BAD
+from relora_mora.data.skipped import BAD_REASONS
 from tests.tools.data_tools import data_config, line, write_shard, write_shards
 from tests.tools.faulty_server import serving
 
-BATCH, LANES = 16, 8
+BATCH = 16
+LANES = 8
 
 
 def _streams(config, tokenizer_path, world_size, state=None):
@@ -97,7 +97,8 @@ def test_a_batch(folder, tokenizer_path):
     with TrainStream(
         config, tokenizer_path=tokenizer_path, batch_size=BATCH, lanes=4, rank=1, world_size=2, state=None
     ) as stream:
-        batch, after = next(stream), next(stream)
+        batch = next(stream)
+        after = next(stream)
         assert stream.ready(0.0)
     assert batch.input_ids.shape == batch.labels.shape == batch.document_ids.shape == (8, 16)
     assert (batch.input_ids.dtype, batch.labels.dtype, batch.document_ids.dtype) == (
@@ -146,10 +147,10 @@ def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
                 "documents",
                 "epoch",
                 "bad",
-                *(f"skipped/{kind}" for kind in KINDS),
+                *(f"skipped/{kind}" for kind in SKIP_REASONS),
                 "retries",
             ]
-            assert batch.counts["bad"] == sum(batch.counts[f"skipped/{kind}"] for kind in BAD)
+            assert batch.counts["bad"] == sum(batch.counts[f"skipped/{kind}"] for kind in BAD_REASONS)
 
 
 def test_retries_of_workers_and_of_the_trainer_are_counted_since_the_stream_began(
@@ -184,13 +185,6 @@ def test_what_does_not_fit_is_refused(folder, tokenizer_path):
         merge_states([state, state])
 
 
-def test_throughput_is_measured(folder, tokenizer_path):
-    figures = pipeline_throughput(data_config(folder / "*.gz"), tokenizer_path, tokens=2000, rounds=1)
-    assert figures["data/lanes"] == figures["data/shards"] == 5
-    assert figures["data/tokens_per_second_per_worker"] > 0 and figures["data/tokens_per_second_tokenizer"] > 0
-    assert 0 < figures["data/ratio"] < 2
-
-
 def test_fewer_documents_than_lanes_are_refused_with_the_remedy(tmp_path, tokenizer_path):
     path = write_shard(tmp_path / "a.json", ["the only document"])
     with (
@@ -199,7 +193,8 @@ def test_fewer_documents_than_lanes_are_refused_with_the_remedy(tmp_path, tokeni
         ) as stream,
         pytest.raises(
             SourceError,
-            match=r"lane \d found no text in a\.json: there are fewer documents than lanes; give more .* lower data\.lanes",
+            match=r"lane \d found no text in a\.json: there are fewer documents than lanes; "
+            r"give more .* lower data\.lanes",
         ),
     ):
         next(stream)

@@ -45,7 +45,8 @@ def test_signals_that_ask_a_job_to_stop_do_nothing_and_close_ends_a_worker_at_on
             os.kill(worker.pid, number)
         for _ in range(20):
             next(stream)
-        began, pid = time.monotonic(), worker.pid
+        began = time.monotonic()
+        pid = worker.pid
     assert time.monotonic() - began < 2 and not psutil.pid_exists(pid)
 
 
@@ -85,7 +86,8 @@ TRAINER = """
 import os, signal, sys
 from relora_mora.data import TrainStream
 from tests.tools.data_tools import data_config
-stream = TrainStream(data_config(sys.argv[1], workers=2), tokenizer_path=sys.argv[2], batch_size=16, lanes=8, rank=0, world_size=1)
+config = data_config(sys.argv[1], workers=2)
+stream = TrainStream(config, tokenizer_path=sys.argv[2], batch_size=16, lanes=8, rank=0, world_size=1)
 pids = [worker.pid for worker in stream._producers]
 print(*pids, flush=True)
 next(stream)

@@ -39,10 +39,11 @@ def victim(*args: Any, **kwargs: Any) -> int:
     from relora_mora.checkpoint.part import Part
     from relora_mora.merging import Merger
     from relora_mora.train import Trainer
+    from relora_mora.train.events import Evaluating
 
     say("start")
     announced(Trainer, "train_step", "step")
-    announced(Trainer, "evaluate", "evaluate")
+    announced(Evaluating, "evaluate", "evaluate")
     announced(Merger, "_reset_masters", "merge", 0.02)  # the base is written, the adapters are not yet reset
     announced(Part, "write", "save", 0.02)
     announced(CheckpointWriter, "_commit", "commit", 0.02)

@@ -279,7 +279,7 @@ def test_what_the_trainer_checks_first(inputs: Path, setting: str, message: str)
     from relora_mora.train.check import check
 
     def main(config: str, **overrides: str) -> None:
-        check(load_config(config, overrides))
+        check(load_config(config, overrides), world_size=1)
 
     refused(run_main(main, inputs / "run.yaml", "--" + setting.format(inputs)), message)
 

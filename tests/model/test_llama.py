@@ -25,7 +25,7 @@ def test_chunked_loss_and_gradients_are_those_of_plain_cross_entropy(chunk, dtyp
     labels[0, :4] = -100
     results = []
     for loss_of in (
-        lambda h, w: chunked_cross_entropy(h, w, labels, chunk),
+        lambda h, w: chunked_cross_entropy(h, w, labels, chunk_tokens=chunk),
         lambda h, w: F.cross_entropy((h @ w.T).flatten(0, 1).float(), labels.flatten(), ignore_index=-100),
     ):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()

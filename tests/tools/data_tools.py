@@ -7,21 +7,25 @@ import itertools
 import json
 import random
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import zstandard
 
 from relora_mora.config import DataConfig
-from relora_mora.data.lanes import Lane, plan_lanes
+from relora_mora.data.lanes import LaneRows, plan_lanes
+from relora_mora.data.packing import Lane
+from relora_mora.data.plain_text import TextRows
+from relora_mora.data.rows import Encoded
 from relora_mora.data.sources import Shard, resolve_shards
 
 EOS = 256
 
 
-def encode(texts: list[str]) -> list[list[int]]:
+def encode(texts: list[str]) -> list[Encoded]:
     """A token for each byte, so that tokens can be read as text again."""
-    return [list(text.encode()) for text in texts]
+    return [Encoded(list(text.encode())) for text in texts]
 
 
 def documents_in(tokens: Iterable[int]) -> list[str]:
@@ -70,16 +74,19 @@ def data_config(source: Any, **settings: Any) -> DataConfig:
     return DataConfig(train=source if isinstance(source, list) else str(source), validation=str(source), **given)
 
 
-def make_lane(config: DataConfig, lanes: int, lane: int, state: Any = None, shards: list[Shard] | None = None) -> Lane:
+def make_lane(
+    config: DataConfig, lanes: int, lane: int, state: Any = None, shards: list[Shard] | None = None
+) -> Lane[str]:
     shards = shards or resolve_shards(config.train)
-    return Lane(plan_lanes(lanes, len(shards))[lane], shards, config, encode, EOS, state)
+    rows = LaneRows(plan_lanes(lanes, len(shards))[lane], shards, config, partial(TextRows, config))
+    return Lane(rows, encode, eos=EOS, sequence_length=config.sequence_length, restored=state)
 
 
 def epoch_tokens(lane: Lane) -> list[int]:
     """All tokens of a lane until its second epoch has begun."""
     tokens = [EOS]
     while lane.state()["epoch"] == 0:
-        block = lane.next_block()
+        block = lane.next_block().tokens
         assert block[0] == tokens[-1]  # the last token of a block is the first of the next
         tokens += block[1:].tolist()
     return tokens

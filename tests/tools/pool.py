@@ -18,9 +18,10 @@ from typing import Any
 import psutil
 
 IDLE_SECONDS = 45.0  # longer than anything that a test waits for without using a processor
-LONGEST_SECONDS = 300.0
+LONGEST_SECONDS = 900.0
 POLL_SECONDS = 0.5
-BUSY_FRACTION = 0.2  # of a processor, by all ranks together: what watches a rank that hangs uses less
+# of the processor time that a process gets here, by all ranks together: the threads that watch a hanging rank use less
+BUSY_FRACTION = 0.2
 STACKS_SIGNAL = signal.SIGUSR2
 
 
@@ -59,6 +60,12 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: Path
             pipe.send((True, function(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def _share_of_a_processor() -> float:
+    """What a process gets of one beside the others that run: 1 on a quiet machine."""
+    processors = len(os.sched_getaffinity(0))
+    return min(1.0, processors / max(os.getloadavg()[0], 1.0))
 
 
 class Pool:
@@ -109,7 +116,7 @@ class Pool:
                 return
             now = time.monotonic()
             now_used = self._processor_seconds()
-            if now_used - used > BUSY_FRACTION * (now - busy_at):
+            if now_used - used > BUSY_FRACTION * _share_of_a_processor() * (now - busy_at):
                 used = now_used
                 busy_at = now
             if now - busy_at > self.idle_seconds or now - begin > LONGEST_SECONDS:

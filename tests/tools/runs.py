@@ -66,10 +66,10 @@ def train(config: Config, stop_after: int | None = None) -> None:
 
     whole_step = Trainer.train_step
 
-    def train_step(self: Trainer, batch: Any) -> None:
-        if stop_after is not None and self.step == stop_after:
+    def train_step(self: Trainer, share: Any) -> Any:
+        if stop_after is not None and self.state.step == stop_after:
             raise Stopped
-        whole_step(self, batch)
+        return whole_step(self, share)
 
     Trainer.train_step = train_step  # type: ignore[method-assign]
     try:

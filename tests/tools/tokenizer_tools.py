@@ -8,12 +8,20 @@ from tests.tools.commands import TRAIN, module_of
 from tests.tools.helpers import ROOT
 
 training = module_of(TRAIN)
+TEXT = [
+    "the rank of a merge",
+    "matrix over the rank",
+    "größer als the matrix",
+    "one more of the same",
+    "0123456789 - abcdefghij",
+]
 
 
-def train_tokenizer(folder: Path, text: list[str]) -> None:
+def train_tokenizer(folder: Path, text: list[str] = TEXT) -> None:
     """Puts a sentencepiece model with byte fallback and 300 pieces into a folder."""
     from sentencepiece import SentencePieceTrainer
 
+    folder.mkdir(exist_ok=True)
     SentencePieceTrainer.train(
         sentence_iterator=iter(text * 20),
         model_prefix=str(folder / "tokenizer"),

@@ -47,11 +47,11 @@ def victim(*args: Any, **kwargs: Any) -> int:
 
     train_step = Trainer.train_step
 
-    def without(error: Exception) -> Callable[[Trainer, Any], None]:
-        def step(self: Trainer, batch: Any) -> None:
-            if self.step == 3:
+    def without(error: Exception) -> Callable[[Trainer, Any], Any]:
+        def step(self: Trainer, share: Any) -> Any:
+            if self.state.step == 3:
                 raise error
-            train_step(self, batch)
+            return train_step(self, share)
 
         return step
 

@@ -21,22 +21,26 @@ def inputs(tmp_path_factory) -> Path:
 
 def with_a_stopped_worker(config: Any) -> str:
     """Rank 1 stops its data worker after step 3, as a debugger or a disk that does not answer would. Returns the error's text."""
-    from relora_mora.train import Trainer, TrainingError, pretrain, trainer
+    from relora_mora.train import Trainer, TrainingError, feed, pretrain
 
-    train_step, before = Trainer.train_step, trainer.WORKER_SECONDS
+    train_step = Trainer.train_step
+    before = feed.WORKER_SECONDS
 
-    def step(self: Trainer, batch: Any) -> None:
-        train_step(self, batch)
-        if self.step == 3 and self.rank == 1:
+    def step(self: Trainer, share: Any) -> Any:
+        result = train_step(self, share)
+        if self.state.step == 3 and self.rank == 1:
             os.kill(self.data._producers[0].pid, signal.SIGSTOP)
+        return result
 
-    Trainer.train_step, trainer.WORKER_SECONDS = step, 0.0  # type: ignore[method-assign]
+    Trainer.train_step = step  # type: ignore[method-assign]
+    feed.WORKER_SECONDS = 0.0
     try:
         pretrain(config)
     except TrainingError as error:
         return str(error)
     finally:
-        Trainer.train_step, trainer.WORKER_SECONDS = train_step, before  # type: ignore[method-assign]
+        Trainer.train_step = train_step  # type: ignore[method-assign]
+        feed.WORKER_SECONDS = before
     return ""
 
 
@@ -59,20 +63,20 @@ def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(pools, input
 def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
     """Runs on every rank; the second one has other settings, or finds another fingerprint or content at the same paths."""
     from relora_mora.config import ConfigError
-    from relora_mora.train import build, pretrain
+    from relora_mora.train import check, pretrain
 
     second, before = (
         os.environ["RANK"] == "1",
-        {name: getattr(build, name) for name in ("fingerprint", "local_content")},
+        {name: getattr(check, name) for name in ("fingerprint", "local_content")},
     )
     if second and finds:
-        setattr(build, finds, lambda *args, **kwargs: "another")
+        setattr(check, finds, lambda *args, **kwargs: "another")
     try:
         with pytest.raises(ConfigError) as caught:
             pretrain(other if second else config)
     finally:
         for name, function in before.items():
-            setattr(build, name, function)
+            setattr(check, name, function)
     return str(caught.value)
 
 

@@ -19,9 +19,10 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 4e-3}  # relative; in bf16 the two ways round
 
 
 def _plain(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int | None = None
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tokens: float | None = None
 ) -> torch.Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).flatten(0, -2).float(), labels.flatten())
+    logits = F.linear(hidden, weight).flatten(0, -2).float()
+    return F.cross_entropy(logits, labels.flatten(), reduction="sum") / (tokens or (labels != -100).sum())
 
 
 def train_as_the_reference(config: Any) -> None:

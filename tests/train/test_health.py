@@ -9,7 +9,7 @@ import pytest
 
 from relora_mora.config import TrainConfig
 from relora_mora.train.health import Health
-from relora_mora.train.rollbacks import ROLLBACKS, Rollback, dump_rollbacks, read_rollbacks
+from relora_mora.train.rollback import ROLLBACKS, Rollback, dump_rollbacks, read_rollbacks
 
 
 def _config(**changes):

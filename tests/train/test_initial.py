@@ -24,7 +24,9 @@ def inputs(tmp_path_factory) -> Path:
 
 def started(config) -> dict[str, Any]:
     """Runs on every rank: builds the run; what was drawn or read here, the base, the masters and the weights."""
-    from relora_mora.train import build, initial
+    from torch import distributed as dist
+
+    from relora_mora.train import build, check, initial
 
     drawn: list[str] = []
     read: list[str] = []
@@ -34,7 +36,9 @@ def started(config) -> dict[str, Any]:
         patch.setattr(
             initial, "_foreign_weights", lambda config, lm, shapes: read.extend(shapes) or foreign(config, lm, shapes)
         )
-        run = build.build(build.check(config))
+        rank = dist.get_rank()
+        world_size = dist.get_world_size()
+        run = build.build(check.check(config, world_size), rank, world_size)
     engine = run.engine
     masters = {name: engine.gather(name) for names in engine.members for name in names}
     with engine.gathered(engine.parameters) as weights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +30,39 @@ def stopped(config: Any, *, where: str = "start", number: int = 0) -> int:
     whose loss is a spike. Returns the exit code, as a signal would give it."""
     from relora_mora.supervise import Guard
     from relora_mora.train import Trainer, pretrain
+    from relora_mora.train.events import Evaluating
 
-    guard, train_step, stop_evaluation = Guard(signals=False), Trainer.train_step, Trainer.stop_evaluation
+    guard = Guard(signals=False)
+    train_step = Trainer.train_step
+    stop_evaluation = Evaluating._stop
 
-    def ask(self: Trainer) -> None:
-        if self.rank == 1:
+    def ask(rank: int) -> None:
+        if rank == 1:
             guard.stop_reason = "the test"
 
-    def after_the_spike(self: Trainer, batch: Any) -> None:
-        train_step(self, batch)
-        if self.step == number:
-            ask(self)
-            self.pending_loss += 1000.0 if self.rank == 1 else 0.0
+    def after_the_spike(self: Trainer, share: Any) -> Any:
+        result = train_step(self, share)
+        if self.state.step == number:
+            ask(self.rank)
+            result = replace(result, loss=result.loss + (1000.0 if self.rank == 1 else 0.0))
+        return result
 
-    def in_the_last_evaluation(self: Trainer) -> bool:
-        if self.step == self.config.train.steps:
-            ask(self)
-        return stop_evaluation(self)
+    def in_the_last_evaluation(self: Evaluating, step: int) -> bool:
+        if step == self.config.train.steps:
+            ask(self.engine.rank)
+        return stop_evaluation(self, step)
 
     if where == "start":
         guard.stop_reason = "the test"
     elif where == "spike":
         Trainer.train_step = after_the_spike  # type: ignore[method-assign]
     else:
-        Trainer.stop_evaluation = in_the_last_evaluation  # type: ignore[method-assign]
+        Evaluating._stop = in_the_last_evaluation  # type: ignore[method-assign]
     try:
         return pretrain(config, guard)
     finally:
-        Trainer.train_step, Trainer.stop_evaluation = train_step, stop_evaluation  # type: ignore[method-assign]
+        Trainer.train_step = train_step  # type: ignore[method-assign]
+        Evaluating._stop = stop_evaluation  # type: ignore[method-assign]
 
 
 def _manifest(run_dir: Path, step: int) -> dict[str, Any]:
@@ -228,7 +234,7 @@ def test_another_end_of_document_is_another_tokenizer(pools, inputs, tokenizer_p
     (message,) = pools(1)(_refused, run_config(inputs, str(other), tmp_path / "run"))
     assert (
         f"a document ended with token {before}" in message
-        and f"ends with {after}; to allow it: --train.allow_changes=[tokenizer]" in message
+        and f"ends with {after}; to allow it: '--train.allow_changes=[tokenizer]'" in message
     )
 
 
@@ -300,7 +306,7 @@ def test_other_text_of_the_same_names_and_sizes_is_refused_and_when_allowed_read
     _swap_letters(swapped)
     (message,) = pools(1)(_refused, run_config(swapped, tokenizer_path, folder))
     assert (
-        message.count("  - ") == 1 and "files that have changed; to allow it: --train.allow_changes=[data]" in message
+        message.count("  - ") == 1 and "files that have changed; to allow it: '--train.allow_changes=[data]'" in message
     )
     changed = {"data": {"seed": 5}, "train": {"allow_changes": ["data.seed"]}}
     (message,) = pools(1)(_refused, run_config(swapped, tokenizer_path, folder, **changed))
@@ -335,7 +341,7 @@ def test_the_first_rank_asks_a_server_for_all_what_stands_in_its_files(pools, in
         pools(2)(train, config, stop_after=3)
         _swap_letters(served)
         first, second = pools(2)(_refused, config)
-        assert first == second and "files that have changed; to allow it: --train.allow_changes=[data]" in first
+        assert first == second and "files that have changed; to allow it: '--train.allow_changes=[data]'" in first
         assert len(server.heads) == 9
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,22 @@ def faulty(
         batch = next_batch(self)
         number = self.data_numbers = getattr(self, "data_numbers", config_start(self)) + 1
         while number in drop and batch is not None:
-            self.data_state = batch.state
+            self.state.data = batch.batch.state
             batch = next_batch(self)
             number = self.data_numbers = number + 1
         seen["number"] = number
-        if stop_at == (self.rollbacks, self.step):
+        if stop_at == (self.state.rollbacks, self.state.step):
             raise Stopped
         return batch
 
     def config_start(trainer: Trainer) -> int:
         """How many batches came before this process: those of the steps, and those that rollbacks skipped."""
         skipped = 0
-        if trainer.rollbacks:
-            entries = json.loads((trainer.folder / "rollbacks.json").read_text())[: trainer.rollbacks]
+        state = trainer.state
+        if state.rollbacks:
+            entries = json.loads((trainer.folder / "rollbacks.json").read_text())[: state.rollbacks]
             skipped = sum(entry["at"] - entry["step"] for entry in entries)
-        return trainer.step + skipped
+        return state.step + skipped
 
     def poisoned(self: LossModel, *batch: Any) -> torch.Tensor:
         loss = forward(self, *batch)
@@ -179,10 +181,11 @@ def spiked(config: Any, number: int) -> str:
 
     train_step = Trainer.train_step
 
-    def raised(self: Trainer, batch: Any) -> None:
-        train_step(self, batch)
+    def raised(self: Trainer, share: Any) -> Any:
+        result = train_step(self, share)
         if self.rank == 1 and self.data_numbers == number:  # counted by faulty()
-            self.pending_loss += 1000.0
+            result = replace(result, loss=result.loss + 1000.0)
+        return result
 
     Trainer.train_step = raised  # type: ignore[method-assign]
     try:

@@ -113,9 +113,9 @@ def test_a_warm_start_begins_with_the_weights_of_the_other_run(
 
 def reads_of_validation(config: Any) -> int:
     """How often this rank reads the held-out text in a whole run."""
-    from relora_mora.train import trainer
+    from relora_mora.train import events
 
-    with mock.patch.object(trainer, "held_out", wraps=trainer.held_out) as read:
+    with mock.patch.object(events, "held_out", wraps=events.held_out) as read:
         train(config)
     return read.call_count
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 from relora_mora.config import DataConfig
-from relora_mora.data.lanes import Lane, plan_lanes
+from relora_mora.data.lanes import LaneRows, plan_lanes
+from relora_mora.data.packing import Lane
+from relora_mora.data.plain_text import TextRows
+from relora_mora.data.rows import Encoded
 from relora_mora.data.sources import resolve_shards
 
-LANES_READ = (
-    2  # by the one worker that is measured; few, so that its blocks of documents are used up and not only loaded
-)
+# by the one worker that is measured; few, so that its blocks of documents are used up and not only loaded
+LANES_READ = 2
 
 
 def pipeline_throughput(
@@ -19,9 +22,9 @@ def pipeline_throughput(
 ) -> dict[str, float | int]:
     """Tokens per second of one worker (read, decompress, parse, shuffle, tokenize, pack) and of the bare tokenizer.
 
-    Both run in this process on the same documents, in turns, ``rounds`` times over at least ``tokens`` tokens; the fastest
-    round of each counts. ``lanes`` is the number of lanes that share the shards; None: as many as shards, at most 64.
-    Raises SourceError.
+    Both run in this process on the same documents, in turns, ``rounds`` times over at least ``tokens`` tokens; the
+    fastest round of each counts. ``lanes`` is the number of lanes that share the shards; None: as many as shards, at
+    most 64. Raises SourceError.
     """
     from relora_mora.tokenizer import encode, load_tokenizer
 
@@ -30,16 +33,23 @@ def pipeline_throughput(
     tokenizer: Any = load_tokenizer(tokenizer_path)
     calls: list[list[str]] = []  # the texts of each call of the tokenizer
 
-    def recorded(texts: list[str]) -> list[list[int]]:
+    def recorded(texts: list[str]) -> list[Encoded]:
         calls.append(texts)
-        return encode(tokenizer, texts)
+        return [Encoded(ids) for ids in encode(tokenizer, texts)]
 
     encode(tokenizer, ["what is built at first use is part of neither"])
-    pipeline_seconds, bare_seconds, made = [], [], 0
+    pipeline_seconds = []
+    bare_seconds = []
+    made = 0
     for _ in range(rounds):
         calls.clear()
         read = [
-            Lane(plan, shards, config, recorded, tokenizer.eos_token_id)
+            Lane(
+                LaneRows(plan, shards, config, partial(TextRows, config)),
+                recorded,
+                eos=tokenizer.eos_token_id,
+                sequence_length=config.sequence_length,
+            )
             for plan in plan_lanes(lanes, len(shards))[:LANES_READ]
         ]
         began = time.perf_counter()

@@ -1,0 +1,95 @@
+"""Where lanes stand: a handful of numbers for each, as checkpoints hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from relora_mora.data.errors import SourceError
+from relora_mora.data.skipped import BAD_REASONS, SKIP_REASONS
+
+LaneStates = dict[str, dict[str, Any]]  # by the lane's number, as text because JSON knows no other keys
+
+
+class Cursor(NamedTuple):
+    """Just before a row of a lane: its place, and what was passed on the way there."""
+
+    epoch: int = 0
+    place: int = 0  # in the lane's shard order of this epoch
+    block: int = 0  # of shuffled rows within the shard
+    item: int = 0  # in the block's shuffled order
+    bad: int = 0  # bad rows of the shard before the block
+    documents: int = 0  # finished since the start of the run
+    skipped: tuple[int, ...] = (0,) * len(SKIP_REASONS)  # per reason, since the start of the run
+
+    def after_skipping(self, reason: str) -> Cursor:
+        """The same place with one more skipped row counted."""
+        at = SKIP_REASONS.index(reason)
+        counts = self.skipped
+        return self._replace(skipped=(*counts[:at], counts[at] + 1, *counts[at + 1 :]))
+
+    def state(self, offset: int) -> dict[str, Any]:
+        """What a checkpoint holds of a lane that is ``offset`` tokens into the document at this cursor; JSON-able."""
+        skipped = {reason: count for reason, count in zip(SKIP_REASONS, self.skipped, strict=True) if count}
+        return {**self._asdict(), "skipped": skipped, "offset": offset}
+
+
+def read_state(state: Mapping[str, Any]) -> tuple[Cursor, int]:
+    """(cursor, offset in tokens) of a lane's saved state. Raises SourceError for anything else than such a state."""
+    try:
+        place = {name: state[name] for name in Cursor._fields if name != "skipped"}
+        offset = state["offset"]
+        skipped = dict(state["skipped"])
+        counts = [*place.values(), offset, *skipped.values()]
+        if any(type(count) is not int or count < 0 for count in counts) or not set(skipped) <= set(SKIP_REASONS):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise SourceError(
+            f"the saved position of a data lane cannot be read: {state!r:.200}; resume from an undamaged checkpoint"
+        ) from None
+    return Cursor(**place, skipped=tuple(skipped.get(reason, 0) for reason in SKIP_REASONS)), offset
+
+
+def check_states(states: Mapping[str, Mapping[str, Any]], lanes: int) -> None:
+    """Raises SourceError unless these are the states of all ``lanes`` lanes of a run."""
+    if set(states) != {str(lane) for lane in range(lanes)}:
+        raise SourceError(
+            f"the saved data state has {len(states)} lanes, this run {lanes}; "
+            "set data.lanes (and a train.batch_size that it divides) to what the run was started with"
+        )
+    for state in states.values():
+        read_state(state)
+
+
+def start_states(lanes: int) -> LaneStates:
+    """The states of all lanes before their first block."""
+    return {str(lane): Cursor().state(offset=0) for lane in range(lanes)}
+
+
+def merge_states(states: Iterable[Mapping[str, Mapping[str, Any]]]) -> LaneStates:
+    """The ``Batch.state`` of all ranks at one step as one dict. Raises ValueError for a lane that two of them have."""
+    merged: LaneStates = {}
+    for state in states:
+        for lane, lane_state in state.items():
+            if lane in merged:
+                raise ValueError(
+                    f"lane {lane} stands in the data state of two ranks; "
+                    "merge the states of different ranks at one step"
+                )
+            merged[lane] = dict(lane_state)
+    return dict(sorted(merged.items(), key=lambda item: int(item[0])))
+
+
+def counts_of(states: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Totals over some lanes since the start of the run; they add up over ranks.
+
+    ``documents``, ``epoch``, ``bad`` (all bad rows) and ``skipped/<reason>`` for every reason of ``SKIP_REASONS``, in
+    that order, met or not. ``epoch`` is no total but that of the least advanced lane.
+    """
+    skipped = {reason: sum(state["skipped"].get(reason, 0) for state in states.values()) for reason in SKIP_REASONS}
+    return {
+        "documents": sum(state["documents"] for state in states.values()),
+        "epoch": min(state["epoch"] for state in states.values()),
+        "bad": sum(skipped[reason] for reason in BAD_REASONS),
+        **{f"skipped/{reason}": count for reason, count in skipped.items()},
+    }

@@ -1,0 +1,66 @@
+"""The seam between packing and what is packed.
+
+A lane knows neither the format of its shards nor what their rows mean. It takes two functions: one opens the rows of a
+shard (``OpenRows``), the other makes tokens of rows and says which of these are scored (``Encode``). Plain text is one
+such pair, in ``plain_text.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Sized
+from typing import NamedTuple, Protocol, TypeVar
+
+from relora_mora.data.skipped import Skipped
+from relora_mora.data.sources import Shard
+
+# What a row holds: a text, say, or the messages of a conversation. Its length is about its number of characters.
+Row = TypeVar("Row", bound=Sized)
+
+
+class Rows(Protocol[Row]):
+    """A lane's own rows of one shard, in an order that never changes.
+
+    A position is the number of own rows before it, so it means the same on every machine and after every restart. How
+    lanes share a shard is the format's decision: lines take turns, a file with row groups would deal out the groups.
+    """
+
+    @property
+    def bad(self) -> int:
+        """Bad rows so far, in the whole of the shard as far as it was looked at; saved with a position."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Known at the end: the shard holds no rows at all, neither this lane's nor another's."""
+
+    def skip(self, count: int) -> bool:
+        """Pass over own rows without looking into them; False where the shard has fewer."""
+
+    def take(self, count: int) -> list[Row | Skipped]:
+        """The next own rows, fewer than ``count`` (at least 1) only at the end of the shard, none behind it.
+
+        Raises SourceError where the shard cannot be read or holds too many bad rows.
+        """
+
+    def close(self) -> None: ...
+
+
+class OpenRows(Protocol[Row]):
+    """Opens a shard for one of the ``stride`` lanes that share it, the one numbered ``phase``, from 0.
+
+    ``bad`` is ``Rows.bad`` at the position that the caller goes on to skip to. ``note`` hears of what is skipped.
+    """
+
+    def __call__(
+        self, shard: Shard, *, stride: int, phase: int, bad: int, note: Callable[[str], None]
+    ) -> Rows[Row]: ...
+
+
+class Encoded(NamedTuple):
+    """The tokens of a row, and for each whether predicting it counts in the loss; None where all do."""
+
+    ids: Sequence[int]
+    scored: Sequence[bool] | None = None
+
+
+# many rows at once, because a tokenizer's call is not free; what a row becomes must not depend on the others
+Encode = Callable[[list[Row]], list[Encoded]]

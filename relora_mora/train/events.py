@@ -1,0 +1,221 @@
+"""What happens between steps: each event owns what it needs, knows when it is due, and is called by the loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from relora_mora.checkpoint import CheckpointWriter, Manifest
+from relora_mora.config import Config
+from relora_mora.data import EvalSet
+from relora_mora.distributed import from_first_rank, gather_from_ranks, sum_over_hosts
+from relora_mora.evaluate import EvalResult, evaluate, held_out
+from relora_mora.optim import group_rates
+from relora_mora.supervise import LONG_SECONDS, Guard
+from relora_mora.system.hardware import peak_memory_bytes
+from relora_mora.system.logs import log
+from relora_mora.train.build import Run
+from relora_mora.train.errors import TrainingError
+from relora_mora.train.progress import Progress
+from relora_mora.train.report import Arithmetic, Interval, Write, data_metrics, loss_metrics, merge_metrics
+from relora_mora.train.state import RunState
+
+
+def is_due(every_steps: int, step: int) -> bool:
+    """0 means never."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+class Merging:
+    """Merges the adapters into the frozen weights. ``before`` is called first, where there is something to merge."""
+
+    def __init__(self, run: Run, guard: Guard, write: Write, before: Callable[[], None]) -> None:
+        self.schedule = run.schedule
+        self.merger = run.merger
+        self.guard = guard
+        self.write = write
+        self.before = before
+
+    def after_step(self, state: RunState) -> None:
+        step = state.step
+        if not self.schedule.merge_after(step):
+            return
+        self.guard.begin(f"step {step}: merge", within=LONG_SECONDS)
+        self.before()
+        record = self.merger.merge(step, self.schedule.merges_done(step), self.schedule.operator(step))
+        self.write(step, merge_metrics(record))
+        switched = ""
+        if record.operator_after is not None:
+            switched = f", operator {record.operator_before} -> {record.operator_after}"
+        log.info(f"step {step}: merged {record.layers} layers in {record.seconds:.2f} s{switched}")
+
+
+class Reporting:
+    """A line of metrics over the steps since the last one. Comes before whatever a signal may cut short, and before the
+    checkpoint that a resume begins at: else the line would be lost."""
+
+    def __init__(self, run: Run, arithmetic: Arithmetic, write: Write, progress: Progress) -> None:
+        self.every_steps = run.config.log.every_steps
+        self.last_step = run.config.train.steps
+        self.engine = run.engine
+        self.groups = run.groups
+        self.schedule = run.schedule
+        self.arithmetic = arithmetic
+        self.write = write
+        self.progress = progress
+
+    def after_step(self, state: RunState) -> None:
+        """A collective."""
+        if not is_due(self.every_steps, state.step) and state.step != self.last_step:
+            return
+        interval = state.interval
+        state.interval = Interval()
+        if not interval.good_steps:
+            return
+        mean = torch.as_tensor(interval.loss, dtype=torch.float64, device=self.engine.device) / interval.good_steps
+        loss = float(self.engine.all_reduce(mean)) / self.engine.world_size
+        speed = self.arithmetic.speed(interval)
+        self.write(
+            state.step,
+            {
+                **loss_metrics(loss),
+                **self._rates(state.step),
+                "train/grad_norm": interval.grad_norm,
+                "train/tokens": state.tokens,
+                **speed,
+                "perf/peak_memory_gib": peak_memory_bytes() / 2**30,
+                **data_metrics(interval.data_counts),
+            },
+        )
+        self.progress.show(
+            loss=f"{loss:.3f}",
+            ppl=f"{math.exp(min(loss, 700.0)):.1f}",
+            tok_s=f"{speed['perf/tokens_per_second']:,.0f}",
+        )
+
+    def _rates(self, step: int) -> dict[str, float]:
+        rates = group_rates(self.schedule, self.groups, step)
+        others = {f"train/lr_{group.name}": rate for group, rate in zip(self.groups[1:], rates[1:], strict=True)}
+        return {"train/lr": rates[0], **others}
+
+
+class Evaluating:
+    """The held-out loss; every token of the evaluation set once, whatever the number of ranks."""
+
+    def __init__(self, run: Run, guard: Guard, write: Write) -> None:
+        self.config: Config = run.config
+        self.engine = run.engine
+        self.guard = guard
+        self.write = write
+        self.eval_set: EvalSet | None = None
+
+    def is_missing(self, state: RunState) -> bool:
+        """Whether the present step is to be evaluated and has not been."""
+        due = is_due(self.config.eval.every_steps, state.step) or state.step == self.config.train.steps
+        return due and state.evaluated != state.step
+
+    def is_due_at_start(self, state: RunState) -> bool:
+        """Before the first step, and where a signal cut short the evaluation of the step at which the run goes on."""
+        if state.step == 0:
+            return self.config.eval.at_start
+        return state.trouble is None and state.saved == state.step != state.evaluated
+
+    def after_step(self, state: RunState) -> bool:
+        """False when the ranks stop before the end of an evaluation."""
+        return not self.is_missing(state) or self.evaluate(state)
+
+    def evaluate(self, state: RunState) -> bool:
+        """False when the ranks stop before its end. A collective."""
+        begin = time.perf_counter()
+        if self.eval_set is None:
+            self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
+            self.eval_set = from_first_rank(lambda: held_out(self.config))  # one rank downloads and tokenizes
+        self.engine.eval()
+        result = evaluate(
+            self.engine,
+            self.eval_set,
+            micro_batch_size=self.config.eval.micro_batch_size or self.config.train.micro_batch_size,
+            device=self.engine.device,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            all_sum=self.engine.all_reduce,
+            stop=lambda: self._stop(state.step),
+        )
+        if result is None:
+            return False
+        state.evaluated = state.step
+        self._report(state.step, result, time.perf_counter() - begin)
+        return True
+
+    def _stop(self, step: int) -> bool:
+        self.guard.begin(f"step {step}: evaluation")
+        return sum_over_hosts([float(self.guard.stop_reason is not None)]) != [0.0]
+
+    def _report(self, step: int, result: EvalResult, seconds: float) -> None:
+        self.write(
+            step, {f"eval/{name}": value for name, value in result.as_dict().items()} | {"eval/seconds": seconds}
+        )
+        log.info(
+            f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
+            f"{result.bits_per_byte:.4f} bits per byte ({result.tokens:,} tokens, {seconds:.1f} s)"
+        )
+
+
+class Saving:
+    """Checkpoints; they are written in the background."""
+
+    def __init__(self, run: Run, writer: CheckpointWriter, evaluating: Evaluating, guard: Guard, write: Write) -> None:
+        self.every_steps = run.config.checkpoint.every_steps
+        self.run = run
+        self.writer = writer
+        self.evaluating = evaluating
+        self.guard = guard
+        self.write = write
+
+    def after_step(self, state: RunState) -> None:
+        if is_due(self.every_steps, state.step):
+            self.save(state)
+
+    def save(self, state: RunState) -> None:
+        """A collective."""
+        self.guard.begin(f"step {state.step}: checkpoint", within=LONG_SECONDS)
+        stall = self.writer.save(self._manifest(state), state.data)
+        state.saved = state.step
+        self.write(state.step, {"perf/checkpoint_stall_seconds": stall})
+
+    def save_the_end(self, state: RunState) -> None:
+        """Returns when the newest checkpoint is whole and of this step.
+
+        A collective. Raises :class:`TrainingError` on all ranks when it could not be written.
+        """
+        if state.step > 0 and state.saved != state.step:
+            self.save(state)
+        self.guard.begin(f"step {state.step}: waiting for the checkpoint", within=LONG_SECONDS)
+        self.writer.wait()
+        failures = [failure for failure in gather_from_ranks(self.writer.last_failure) if failure]
+        if failures:
+            raise TrainingError(failures[0])
+
+    def _manifest(self, state: RunState) -> Manifest:
+        """Without files and the place in the data, which the writer adds."""
+        run = self.run
+        engine = run.engine
+        identity: dict[str, Any] = vars(run.checked.identity)
+        return Manifest(
+            step=state.step,
+            merges_done=run.schedule.merges_done(state.step),
+            operator=run.merger.operator(),
+            world_size=engine.world_size,
+            zero_stage=engine.stage,
+            group_steps=engine.group_steps(),
+            parameters={name: list(engine.shapes[name]) for names in engine.members for name in names},
+            frozen={name: list(engine.shapes[name]) for name in run.base.owner},
+            data_state={},
+            counters=state.dump(engine.world_size, evaluated=not self.evaluating.is_missing(state)),
+            files={},
+            **identity,
+        )

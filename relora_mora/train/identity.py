@@ -1,0 +1,145 @@
+"""What makes a run the run it is: compared between the ranks at a start, and with a checkpoint at a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import LlamaConfig
+
+from relora_mora.checkpoint import Manifest
+from relora_mora.model import FUNCTION, TRAINING, keys_with
+
+# settings that change how a run is done and not what comes out of it: they may differ at a resume
+FREE_SETTINGS = {
+    "model.config",  # the model's own settings are compared instead
+    "model.overrides",
+    "model.init_from",
+    "model.activation_checkpointing",
+    "model.compile",
+    "tokenizer.path",  # compared by fingerprint
+    "data.train",  # compared by fingerprint
+    "data.validation",
+    "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
+    "data.workers",
+    "data.prefetch_batches",
+    "data.timeout_seconds",
+    "train.run_dir",
+    "train.micro_batch_size",
+    "train.zero_stage",
+    "train.resume",
+    "train.allow_changes",
+    "train.max_bad_steps",
+    "train.max_rollbacks",
+    "train.peer_timeout_seconds",
+    "train.deepspeed",
+}
+FREE_SECTIONS = {"eval", "checkpoint", "log"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The settings, and what was found where they point. A checkpoint's manifest holds the same fields."""
+
+    config: dict[str, dict[str, Any]]  # all settings
+    model_config: dict[str, Any]
+    tokenizer_fingerprint: str
+    eos_token_id: int | None  # ends a document; the fingerprint of a Hugging Face tokenizer does not tell it
+    data_fingerprint: str
+    data_content: str | None  # fingerprint of what stands in the training data
+    data_order: str  # fingerprint of what gives places in the data their meaning
+    bf16: bool
+
+    @staticmethod
+    def of(manifest: Manifest) -> Identity:
+        return Identity(**{field.name: getattr(manifest, field.name) for field in fields(Identity)})
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference that would change the result of a run. ``permission``: what in train.allow_changes allows it."""
+
+    text: str
+    permission: str | None
+
+
+def unlike(first: Identity, other: Identity) -> list[str]:
+    """In words, what another rank was given or has found that the first rank has not."""
+    found = {
+        "the model's settings": ("model_config",),
+        "the tokenizer": ("tokenizer_fingerprint", "eos_token_id"),
+        "the training data": ("data_fingerprint", "data_content"),
+        "the precision that is fast": ("bf16",),
+    }
+    names = list(changed_settings(first.config, other.config))
+    for what, keys in found.items():
+        if any(getattr(first, key) != getattr(other, key) for key in keys):
+            names.append(what)
+    return names
+
+
+def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
+    """The differences between a checkpoint and a run that would change the result and are not in ``allowed``."""
+    settings = [name for name in changed_settings(saved.config, now.config) if _counts(name, allowed)]
+    for name in settings:
+        yield Change(
+            f"{name}: {_value(saved.config, name)!r} in the checkpoint, {_value(now.config, name)!r} now", name
+        )
+    yield from _model_changes(saved, now)
+    yield from _tokenizer_changes(saved, now, allowed)
+    if _other_data(saved, now) and "data" not in allowed:
+        yield Change("data: other sources, or files that have changed", "data")
+    if saved.bf16 != now.bf16 and "train.precision" not in allowed and "train.precision" not in settings:
+        yield Change("train.precision: auto means another precision on this machine", "train.precision")
+
+
+def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Names of settings (dotted) whose values differ between two dumps of a config."""
+    for section in {**saved, **now}:
+        before = saved.get(section, {})
+        after = now.get(section, {})
+        for key in {**before, **after}:
+            if before.get(key) != after.get(key):
+                yield f"{section}.{key}"
+
+
+def _counts(name: str, allowed: set[str]) -> bool:
+    section = name.partition(".")[0]
+    return section not in FREE_SECTIONS and name not in FREE_SETTINGS and name not in allowed
+
+
+def _value(tree: dict[str, Any], name: str) -> Any:
+    section, _, key = name.partition(".")
+    return tree.get(section, {}).get(key)
+
+
+def _model_changes(saved: Identity, now: Identity) -> Iterator[Change]:
+    before = keys_with(LlamaConfig(**saved.model_config), FUNCTION, TRAINING)
+    after = keys_with(LlamaConfig(**now.model_config), FUNCTION, TRAINING)
+    for key, value in after.items():
+        if before[key] != value:
+            yield Change(f"model: {key} is {before[key]!r} in the checkpoint, {value!r} now", None)
+
+
+def _tokenizer_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
+    if "tokenizer" in allowed:
+        return
+    path = _value(now.config, "tokenizer.path")
+    if saved.tokenizer_fingerprint != now.tokenizer_fingerprint:
+        yield Change(f"tokenizer: {path} gives other tokens", "tokenizer")
+    if saved.eos_token_id not in (None, now.eos_token_id):
+        yield Change(
+            f"tokenizer: a document ended with token {saved.eos_token_id}, that of {path} ends with {now.eos_token_id}",
+            "tokenizer",
+        )
+
+
+def _other_data(saved: Identity, now: Identity) -> bool:
+    if saved.data_content not in (None, now.data_content):
+        return True
+    # the data's fingerprint contains the tokenizer's and settings of data: where those differ, they are named instead
+    explained = saved.tokenizer_fingerprint != now.tokenizer_fingerprint or any(
+        name.startswith("data.") and name not in FREE_SETTINGS for name in changed_settings(saved.config, now.config)
+    )
+    return not explained and saved.data_fingerprint != now.data_fingerprint

@@ -1,0 +1,74 @@
+"""Judges each step: was it made, and is its loss like those before it? What is wrong for too long is trouble."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from relora_mora.config import TrainConfig
+from relora_mora.distributed import gather_from_ranks, sum_over_hosts
+from relora_mora.system.logs import shared_log
+from relora_mora.train.report import Write
+from relora_mora.train.state import RunState
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to on this rank."""
+
+    loss: float  # nats per scored token of this rank's share; their mean over the ranks is the loss of the step
+    applied: bool  # by all ranks or by none
+    grad_norm: float
+    data: list[str]  # where the share stood in the training data, in words, if the step was not applied
+
+
+class Judge:
+    """Sets ``state.trouble`` where a run must go back to an earlier checkpoint."""
+
+    def __init__(self, config: TrainConfig, rank: int, world_size: int, write: Write) -> None:
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.write = write
+
+    def __call__(self, state: RunState, result: StepResult) -> None:
+        """A collective."""
+        if result.applied:
+            state.health.good()
+            [loss] = sum_over_hosts([result.loss])
+            self._judge_loss(state, loss / self.world_size)
+        else:
+            self._judge_skipped(state, result)
+
+    def _judge_loss(self, state: RunState, loss: float) -> None:
+        height = state.health.spike(loss, self.config)
+        if height is None:
+            return
+        shared_log.warning(
+            "step %d: loss spike, %.4f is %.1f standard deviations above the mean before", state.step, loss, height
+        )
+        self.write(state.step, {"train/loss_spike": height, "train/spike_loss": loss})
+        # in place of the last step there is none to make
+        if self.config.on_spike == "rollback" and state.step < self.config.steps:
+            state.trouble = (
+                f"the loss of step {state.step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
+            )
+
+    def _judge_skipped(self, state: RunState, result: StepResult) -> None:
+        """Names the data of the ranks whose loss was not finite."""
+        state.skipped_steps += 1
+        named = gather_from_ranks(None if math.isfinite(result.loss) else f"rank {self.rank}: {'; '.join(result.data)}")
+        where = [place for place in named if place] or [f"global batch {state.step}"]
+        in_a_row = state.health.bad(where)
+        shared_log.warning(
+            "step %d skipped on all ranks: gradient not finite (norm %s); its data: %s",
+            state.step,
+            result.grad_norm,
+            " | ".join(where),
+        )
+        self.write(state.step, {"train/skipped_steps": state.skipped_steps, "train/skipped_data": where})
+        if in_a_row >= self.config.max_bad_steps:
+            state.trouble = (
+                f"the gradient was not finite for {in_a_row} steps in a row (train.max_bad_steps), "
+                f"the last is step {state.step}"
+            )

@@ -1,0 +1,14 @@
+"""The benchmark of the data pipeline."""
+
+from __future__ import annotations
+
+from launch.benchmark.pipeline import pipeline_throughput
+from tests.tools.data_tools import data_config, write_shards
+
+
+def test_throughput_is_measured(tmp_path, tokenizer_path):
+    write_shards(tmp_path, 5, 40)
+    figures = pipeline_throughput(data_config(tmp_path / "*.gz"), tokenizer_path, tokens=2000, rounds=1)
+    assert figures["data/lanes"] == figures["data/shards"] == 5
+    assert figures["data/tokens_per_second_per_worker"] > 0 and figures["data/tokens_per_second_tokenizer"] > 0
+    assert 0 < figures["data/ratio"] < 2

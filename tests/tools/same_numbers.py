@@ -1,0 +1,127 @@
+"""Whether a refactor changed a number: ``make same AGAINST=COMMIT`` (default: HEAD).
+
+Trains tiny runs of all methods, ZeRO stages and precisions with the code of a commit and with the code here, and lets the
+code here go on from the commit's checkpoints. Losses, rates, tensors and manifests must be the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tests.tools.helpers import ROOT
+from tests.tools.runs import metrics, run_config, tensors, write_inputs
+from tests.tools.tokenizer_tools import train_tokenizer
+
+MERGES: dict[str, Any] = {"merge_every": 4, "operators": [1, 2]}
+# name: (ranks, sections of the settings)
+CELLS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "full": (2, {"method": {"name": "full"}, "train": {"zero_stage": 2}}),
+    "lora": (1, {"method": {"name": "lora", "form": "merged"}, "train": {"zero_stage": 0}}),
+    "mora": (1, {"method": {"name": "mora", "form": "decoupled"}, "train": {"zero_stage": 0, "precision": "bf16"}}),
+    "relora": (2, {"method": {"name": "relora", **MERGES, "reset": "magnitude"}, "train": {"zero_stage": 1}}),
+    "remora": (2, {"method": {"name": "remora", **MERGES}, "train": {"zero_stage": 2, "precision": "bf16"}}),
+    "remora zero 3": (
+        2,
+        {
+            "method": {"name": "remora", "merge_every": 4, "operators": [6, 3, 4], "square_multiple": 2},
+            "train": {"zero_stage": 3},
+            "data": {"document_mask": True, "workers": 1},
+        },
+    ),
+}
+RESUMED_AT = 3
+
+
+def main() -> None:
+    commit = sys.argv[1] if len(sys.argv) > 1 else "HEAD"
+    with tempfile.TemporaryDirectory(prefix="same_numbers-") as name:
+        folder = Path(name)
+        before = folder / "before"
+        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", before, commit], check=True)
+        try:
+            kernels = ROOT / "relora_mora" / "kernels" / "_kernels.so"  # used where its source is that commit's
+            if kernels.exists():
+                shutil.copy2(kernels, before / "relora_mora" / "kernels")
+            different = compare(before, folder)
+        finally:
+            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", before], check=True)
+    if different:
+        raise SystemExit("\n".join(["not the same:", *different]))
+    print(f"the same numbers as {commit}: {len(CELLS)} runs, and as many resumes from its checkpoints")
+
+
+def compare(before: Path, folder: Path) -> list[str]:
+    inputs = write_inputs(folder / "inputs")
+    train_tokenizer(folder / "tokenizer")
+    different = []
+    for name, (ranks, sections) in CELLS.items():
+        runs = {kind: folder / f"{name.replace(' ', '-')}-{kind}" for kind in ("before", "now", "resumed")}
+        configs = {
+            kind: run_config(inputs, str(folder / "tokenizer"), run, ranks, **sections) for kind, run in runs.items()
+        }
+        train(before, configs["before"], ranks)
+        train(ROOT, configs["now"], ranks)
+        shutil.copytree(runs["before"], runs["resumed"])
+        for checkpoint in (runs["resumed"] / "checkpoints").glob("step-*"):
+            if int(checkpoint.name.removeprefix("step-")) > RESUMED_AT:
+                shutil.rmtree(checkpoint)
+        train(ROOT, configs["resumed"], ranks)
+        for kind in ("now", "resumed"):
+            different += [f"{name}, {kind}: {what}" for what in differences(runs["before"], runs[kind])]
+        print(f"{name}: compared")
+    return different
+
+
+def train(checkout: Path, config: Any, ranks: int) -> None:
+    run_dir = Path(config.train.run_dir)
+    settings = run_dir.with_suffix(".yaml")
+    settings.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master-port=29631"] if ranks > 1 else []
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *launcher, "launch/pretrain.py", str(settings)]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} in {checkout} ended with {done.returncode}:\n{done.stderr}")
+
+
+def differences(before: Path, after: Path) -> list[str]:
+    """What differs between two runs, but for times, places and the settings themselves."""
+    found = [] if numbers(before) == numbers(after) else ["metrics.jsonl"]
+    for checkpoint in sorted((before / "checkpoints").glob("step-*")):
+        other = after / "checkpoints" / checkpoint.name
+        first = tensors(checkpoint)
+        second = tensors(other)
+        if first.keys() != second.keys() or not all(torch.equal(first[key], second[key]) for key in first):
+            found.append(f"tensors of {checkpoint.name}")
+        if manifest(checkpoint) != manifest(other):
+            found.append(f"manifest of {checkpoint.name}")
+    return found
+
+
+def numbers(run_dir: Path) -> dict[tuple[int, str], Any]:
+    """What a run has logged, but for what depends on time."""
+    return {
+        (line["step"], tag): value
+        for line in metrics(run_dir)
+        for tag, value in line.items()
+        if tag.partition("/")[0] in ("train", "eval", "merge") and not tag.endswith("seconds")
+    }
+
+
+def manifest(checkpoint: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in values.items() if key not in ("files", "checksum", "config")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What two runs differ in: between ranks, and between a checkpoint and a run that goes on from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from relora_mora.model import plain_model_config
+from relora_mora.train.identity import Identity, changed_settings, changes_since, unlike
+from tests.tools.tiny import tiny_config, tiny_llama
+
+
+def identity(**changes: Any) -> Identity:
+    found = Identity(
+        config=tiny_config().model_dump(mode="json"),
+        model_config=plain_model_config(tiny_llama()),
+        tokenizer_fingerprint="tokens",
+        eos_token_id=2,
+        data_fingerprint="data",
+        data_content="content",
+        data_order="order",
+        bf16=False,
+    )
+    return replace(found, **changes)
+
+
+def with_setting(section: str, key: str, value: Any) -> Identity:
+    config = tiny_config().model_dump(mode="json")
+    config[section][key] = value
+    return identity(config=config)
+
+
+def test_changed_settings_are_named():
+    saved = {"optim": {"lr": 1.0, "clip": 1.0}, "train": {"steps": 3}}
+    now = {"optim": {"lr": 2.0, "clip": 1.0, "new": 1}, "train": {"steps": 3}}
+    assert sorted(changed_settings(saved, now)) == ["optim.lr", "optim.new"]
+
+
+@pytest.mark.parametrize(
+    "changes,said",
+    [
+        ({}, []),
+        ({"tokenizer_fingerprint": "other"}, ["the tokenizer"]),
+        ({"eos_token_id": 3}, ["the tokenizer"]),
+        ({"data_fingerprint": "other"}, ["the training data"]),
+        ({"data_content": "other"}, ["the training data"]),
+        ({"bf16": True}, ["the precision that is fast"]),
+    ],
+)
+def test_ranks_are_told_what_differs(changes, said):
+    assert unlike(identity(), identity(**changes)) == said
+
+
+def test_ranks_compare_every_setting():
+    assert unlike(identity(), with_setting("data", "workers", 7)) == ["data.workers"]
+
+
+@pytest.mark.parametrize(
+    "other,permission",
+    [
+        (with_setting("optim", "lr", 1.0), "optim.lr"),
+        (with_setting("data", "seed", 7), "data.seed"),
+        (identity(tokenizer_fingerprint="other"), "tokenizer"),
+        (identity(eos_token_id=3), "tokenizer"),
+        (identity(data_content="other"), "data"),
+        (identity(data_fingerprint="other"), "data"),
+        (identity(bf16=True), "train.precision"),
+    ],
+)
+def test_a_change_is_named_until_it_is_allowed(other, permission):
+    [change] = changes_since(identity(), other, set())
+    assert change.permission == permission
+    assert list(changes_since(identity(), other, {permission})) == []
+
+
+def test_another_model_cannot_be_allowed():
+    other = identity(model_config=plain_model_config(tiny_llama(rms_norm_eps=1e-3)))
+    [change] = changes_since(identity(), other, {"model"})
+    assert change.permission is None and "rms_norm_eps" in change.text
+
+
+@pytest.mark.parametrize("name", ["data.workers", "train.zero_stage", "eval.every_steps", "log.progress"])
+def test_how_a_run_is_done_may_change(name):
+    section, key = name.split(".")
+    assert list(changes_since(identity(), with_setting(section, key, "another"), set())) == []
+
+
+def test_an_earlier_program_wrote_neither_content_nor_end_of_document():
+    assert list(changes_since(identity(data_content=None, eos_token_id=None), identity(), set())) == []

@@ -1,0 +1,55 @@
+"""A state that was dumped into a manifest's counters is loaded as it was."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from relora_mora.train.health import Health
+from relora_mora.train.report import Interval
+from relora_mora.train.state import RunState
+
+
+@pytest.fixture(autouse=True)
+def two_ranks(monkeypatch):
+    """Both have lost as much in the interval."""
+    monkeypatch.setattr("relora_mora.train.report.sum_over_hosts", lambda values: [2 * value for value in values])
+
+
+def manifest(state: RunState, *, evaluated: bool) -> SimpleNamespace:
+    counters = json.loads(json.dumps(state.dump(2, evaluated=evaluated)))
+    return SimpleNamespace(step=state.step, data_state=state.data, counters=counters)
+
+
+STATE = RunState(
+    step=7,
+    tokens=700,
+    skipped_steps=2,
+    rollbacks=1,
+    health=Health(losses=[3.0, 2.0], bad_steps=1, bad_data=["lane 1"]),
+    interval=Interval(loss=2.5, good_steps=3, grad_norm=0.5),
+    trouble="a spike",
+    data={"0": {"row": 3}},
+    saved=7,
+    evaluated=7,
+)
+
+
+def test_a_state_is_loaded_as_it_was_saved():
+    assert RunState.load(manifest(STATE, evaluated=True), own=True) == STATE
+
+
+def test_an_evaluation_that_was_cut_short_is_missing_after_the_load():
+    assert RunState.load(manifest(STATE, evaluated=False), own=True).evaluated is None
+
+
+def test_what_another_run_saved_and_evaluated_is_not_this_runs():
+    state = RunState.load(manifest(STATE, evaluated=True), own=False)
+    assert (state.saved, state.evaluated, state.step) == (None, None, 7)
+
+
+def test_a_checkpoint_without_counters_begins_at_zero():
+    state = RunState.load(SimpleNamespace(step=4, data_state={}, counters={}), own=True)
+    assert state == RunState(step=4, saved=4, evaluated=4)
