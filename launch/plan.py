@@ -1,7 +1,7 @@
 """What a run needs, before it is started: parameters, memory, arithmetic, network, tokens, time.
 
-python launch/plan.py CONFIG.yaml [--section.key=value ...] [--nodes=4 --gpus_per_node=8] [--device=h100] [--link_gbits=3200]
-    [--world_size=8] [--utilisation=0.4] [--tokens_per_second=51000] [--json]
+python launch/plan.py CONFIG.yaml [--section.key=value ...] [--nodes=4 --gpus_per_node=8] [--device=h100]
+    [--link_gbits=3200] [--world_size=8] [--utilisation=0.4] [--tokens_per_second=51000] [--json]
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def main(
         world_size: number of devices, all in one host; or nodes and gpus_per_node.
         nodes: number of hosts.
         gpus_per_node: devices of each host.
-        device: what they are, such as h100, a100-80gb or cpu; cuda stands for a100-80gb; default: what this machine has.
-        link_gbits: network of one host in Gbit/s, all its cards together; default: that of the vendor's host with this device.
+        device: what they are, such as h100, a100-80gb or cpu; cuda stands for a100-80gb; default: what is here.
+        link_gbits: network of one host in Gbit/s, all cards together; default: that of the vendor's host.
         tokens_per_second: a measured rate over all devices, from which the time follows.
         utilisation: fraction of the devices' peak that is reached while they compute, where no rate was measured.
         json: print one JSON object with everything, sizes in bytes.
@@ -55,17 +55,18 @@ def main(
         )
     if nodes is not None and nodes > 1 and gpus_per_node is None:
         raise ValueError(
-            f"--gpus_per_node: not given with --nodes={nodes}; say how many devices each host has, e.g. --gpus_per_node=8"
+            f"--gpus_per_node: not given with --nodes={nodes}; say how many devices each host has, "
+            "e.g. --gpus_per_node=8"
         )
     from relora_mora.model import check_length, read_model_config
     from relora_mora.plan import Cluster, make_plan, render
+    from relora_mora.plan.fit import check_adapters
     from relora_mora.system.devices import named_device
     from relora_mora.system.hardware import (  # takes seconds: arguments are checked before
         device_here,
         fast_bf16,
         peak_flops,
     )
-    from relora_mora.train.fit import check_adapters
 
     here = device_here()
     chosen = here if device is None else named_device(device)
@@ -73,8 +74,8 @@ def main(
     cluster = Cluster(nodes or 1, gpus_per_node or world_size or 1, chosen, link_gbits)
     settings = load_config(config, overrides, world_size=cluster.world_size)
     model_config = read_model_config(settings.model)
-    check_length(model_config, settings)
-    check_adapters(model_config, settings)
+    check_length(model_config, settings.data.sequence_length, settings.model.config)
+    check_adapters(model_config, settings.method)
     auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"
     plan = make_plan(

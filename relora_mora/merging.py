@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from relora_mora.config import MethodConfig
-from relora_mora.methods.layers import AdapterLinear, MoRALinear, adapter_layers, layer_generator
+from relora_mora.methods.layers import AdapterLinear, adapter_layers, layer_generator
+from relora_mora.methods.mora import MoRALinear
 from relora_mora.optim import MOMENTS
 from relora_mora.zero import ZeroEngine
 

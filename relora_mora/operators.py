@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import lru_cache
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
 
-from relora_mora.kernels import Grouping, contiguous, expand_add, group_sum, interleaved, wrapped_interleaved
+from relora_mora.kernels import expand_add, group_sum, grouping
+from relora_mora.registry import OPERATORS
 
-MORA_TYPES = (1, 2, 3, 4, 6)
+MORA_TYPES = tuple(OPERATORS)
 ROPE_BASE = 10000.0
 
 
@@ -65,13 +67,13 @@ class Operator(ABC):
     For every x [..., in] and M [R, R]: ``decompress(compress(x) @ M.T) == x @ delta(M).T``.
     """
 
+    blocks = 1  # how often M is applied to one token
+
     def __init__(self, mora_type: int, in_features: int, out_features: int, size: int) -> None:
-        self.mora_type, self.in_features, self.out_features, self.square_size = (
-            mora_type,
-            in_features,
-            out_features,
-            size,
-        )
+        self.mora_type = mora_type
+        self.in_features = in_features
+        self.out_features = out_features
+        self.square_size = size
 
     @property
     @abstractmethod
@@ -104,15 +106,24 @@ class Operator(ABC):
         return reduced.reshape(-1, self.square_size).T @ compressed.reshape(-1, self.square_size)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(type {self.mora_type}, {self.in_features} -> {self.square_size} -> {self.out_features})"
+        return (
+            f"{type(self).__name__}(type {self.mora_type}, "
+            f"{self.in_features} -> {self.square_size} -> {self.out_features})"
+        )
 
 
 class GroupingOperator(Operator):
-    """Types 1-4: a grouping of the inputs is summed, a grouping of the outputs copied."""
+    """Types 1-4: a grouping of the inputs is summed, a grouping of the outputs copied.
 
-    def __init__(self, mora_type: int, inputs: Grouping, outputs: Grouping) -> None:
-        super().__init__(mora_type, inputs.features, outputs.features, inputs.slots)
-        self.inputs, self.outputs = inputs, outputs
+    ``inputs`` and ``outputs`` are names of functions in ``kernels/grouping.py``.
+    """
+
+    def __init__(
+        self, mora_type: int, in_features: int, out_features: int, size: int, inputs: str, outputs: str
+    ) -> None:
+        super().__init__(mora_type, in_features, out_features, size)
+        self.inputs: grouping.Grouping = getattr(grouping, inputs)(in_features, size)
+        self.outputs: grouping.Grouping = getattr(grouping, outputs)(out_features, size)
 
     @property
     def input_map(self) -> Hashable:
@@ -203,14 +214,6 @@ def _rope_table(positions: int, size: int, dtype: torch.dtype, device: torch.dev
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-_GROUPINGS: dict[int, tuple[Callable[[int, int], Grouping], Callable[[int, int], Grouping]]] = {
-    1: (wrapped_interleaved, interleaved),
-    2: (contiguous, contiguous),
-    3: (contiguous, interleaved),
-    4: (wrapped_interleaved, contiguous),
-}
-
-
 @lru_cache(maxsize=1024)
 def make_operator(mora_type: int, in_features: int, out_features: int, square_size: int) -> Operator:
     """The operator of the released code's ``mora_type`` (kongds/MoRA, peft ``lora/layer.py``) for one layer's shape.
@@ -219,9 +222,8 @@ def make_operator(mora_type: int, in_features: int, out_features: int, square_si
     """
     if min(in_features, out_features, square_size) < 1:
         raise ValueError(f"an operator needs positive sizes, got {in_features} -> {square_size} -> {out_features}")
-    if mora_type == 6:
-        return RotaryOperator(mora_type, in_features, out_features, square_size)
-    if mora_type not in _GROUPINGS:
+    if mora_type not in OPERATORS:
         raise ValueError(f"mora_type must be one of {', '.join(map(str, MORA_TYPES))}, got {mora_type}")
-    inputs, outputs = _GROUPINGS[mora_type]
-    return GroupingOperator(mora_type, inputs(in_features, square_size), outputs(out_features, square_size))
+    record = OPERATORS[mora_type]
+    operator: Operator = resolve_name(record.code)(mora_type, in_features, out_features, square_size, *record.groupings)
+    return operator

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from relora_mora.config import Config
+from relora_mora.config import MethodConfig, OptimConfig
 from relora_mora.methods.layers import adapter_layers, adapter_parameters
 from relora_mora.schedule import Schedule
 
@@ -26,7 +26,7 @@ class ParameterGroup:
     rewarms: bool
 
 
-def set_trainable(model: LlamaForCausalLM, config: Config) -> None:
+def set_trainable(model: LlamaForCausalLM, method: MethodConfig) -> None:
     """Marks what trains: adapters or linears, and embeddings, norms and head as the settings say."""
     adapters = {f"{name}.weight" for name, _ in adapter_layers(model)}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -34,19 +34,18 @@ def set_trainable(model: LlamaForCausalLM, config: Config) -> None:
         kind = _kind(name)
         train = {
             "linears": name not in adapters,
-            "embeddings": config.method.train_embeddings or (tied and config.method.train_head),
-            "head": config.method.train_head,
-            "norms": config.method.train_norms,
+            "embeddings": method.train_embeddings or (tied and method.train_head),
+            "head": method.train_head,
+            "norms": method.train_norms,
         }[kind]
         parameter.requires_grad_(train)
 
 
-def parameter_groups(model: nn.Module, config: Config) -> list[ParameterGroup]:
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGroup]:
     """The groups of trainable parameters, in a fixed order; empty ones are left out.
 
     Linears of the decoder that have no adapter train in full, at ``optim.lr_other`` when the others have adapters.
     """
-    optim = config.optim
     other = optim.lr if optim.lr_other is None else optim.lr_other
     adapters = adapter_parameters(model)
     members: dict[str, list[str]] = {"adapters": [], "linears": [], "embeddings": [], "norms": []}
@@ -68,7 +67,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[ParameterGroup]:
     ]
 
 
-def build_optimizer(model: nn.Module, groups: list[ParameterGroup], config: Config) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the groups, built at rate 0: the trainer sets each group's rate before every step."""
     parameters = dict(model.named_parameters())
     return torch.optim.AdamW(
@@ -81,8 +80,8 @@ def build_optimizer(model: nn.Module, groups: list[ParameterGroup], config: Conf
             for group in groups
         ],
         lr=0.0,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
+        betas=optim.betas,
+        eps=optim.eps,
         fused=True,
     )
 
@@ -92,18 +91,17 @@ def group_rates(schedule: Schedule, groups: list[ParameterGroup], step: int) -> 
     return [group.peak_lr * schedule.rate(step, rewarm=group.rewarms) for group in groups]
 
 
-def make_schedule(config: Config) -> Schedule:
-    """The run's clock."""
-    optim, steps = config.optim, config.train.steps
+def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Schedule:
+    """The clock of a run of ``steps`` optimizer steps."""
     return Schedule(
         kind=optim.schedule,
         total_steps=steps,
         warmup_steps=optim.warmup_steps,
         min_ratio=optim.min_ratio,
         decay_steps=optim.decay_steps or max(1, steps // 10),
-        merge_every=config.method.merge_every if config.merges else 0,
-        restart_warmup_steps=optim.restart_warmup_steps if config.merges else 0,
-        operators=tuple(config.method.operators[: None if config.merges else 1]) if config.uses_squares else (),
+        merge_every=method.merge_every if method.merges else 0,
+        restart_warmup_steps=optim.restart_warmup_steps if method.merges else 0,
+        operators=method.cycle,
     )
 
 

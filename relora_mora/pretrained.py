@@ -41,7 +41,7 @@ def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
     manifest = reader.manifest
     config = validate(manifest.config, str(reader.folder))
     skeleton = _empty_model(reader)
-    if config.uses_adapters:
+    if config.method.uses_adapters:
         with torch.device("meta"):
             inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator)
     expected = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}

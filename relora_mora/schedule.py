@@ -6,8 +6,9 @@ evaluated at ``step + 1``; what happens at the end of step ``s`` is evaluated at
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -27,19 +28,29 @@ def lr_multiplier(
     ``restart_every`` steps a line rises from zero and meets the cosine ``restart_warmup_steps`` later; it is zero where
     the restart begins. ``offset`` shifts the cosine and the restarts (ReLoRA's ``adjust_step``), not the warmup, and a
     restart counts only where the unshifted step has reached ``restart_every``. ``restart_every=0``: no restarts.
+
+    It has the two formulas of :class:`Schedule`, :func:`cosine` and :func:`rewarmed`, and differs from it in when they
+    apply: here a restart begins at rate zero, and may begin anywhere (``offset``). No training step is
+    made at rate zero.
     """
-
-    def cosine(at: int) -> float:
-        progress = (at - warmup_steps) / max(1, total_steps - warmup_steps)
-        return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
     if step < warmup_steps:
         return step / max(1, warmup_steps)
+    curve = functools.partial(cosine, total_steps=total_steps, warmup_steps=warmup_steps, min_ratio=min_ratio)
     shifted = step + offset
     if restart_every and step >= restart_every and shifted % restart_every < restart_warmup_steps:
-        since = shifted % restart_every
-        return since / restart_warmup_steps * cosine(shifted - since + restart_warmup_steps)
-    return cosine(shifted)
+        return rewarmed(curve, shifted, shifted % restart_every, restart_warmup_steps)
+    return curve(shifted)
+
+
+def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
+    """A cosine from 1 at ``warmup_steps`` to ``min_ratio`` at ``total_steps``."""
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def rewarmed(envelope: Callable[[int], float], step: int, since: int, warmup_steps: int) -> float:
+    """The value ``since`` steps after a restart, on a line from zero that meets the envelope after ``warmup_steps``."""
+    return since / warmup_steps * envelope(step - since + warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -64,14 +75,7 @@ class Schedule:
         if step < self.warmup_steps:
             return step / self.warmup_steps
         if self.kind == "cosine":
-            return lr_multiplier(
-                step,
-                total_steps=self.total_steps,
-                warmup_steps=self.warmup_steps,
-                restart_every=0,
-                restart_warmup_steps=0,
-                min_ratio=self.min_ratio,
-            )
+            return cosine(step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, min_ratio=self.min_ratio)
         if self.kind == "constant":
             return 1.0
         decay = self.decay_steps if self.kind == "wsd" else self.total_steps - self.warmup_steps
@@ -87,8 +91,7 @@ class Schedule:
         since = self.steps_since_merge(step - 1) + 1 if step > 0 else 0
         if not rewarm or not self.merges_done(step - 1) or since >= self.restart_warmup_steps:
             return self.envelope(step)
-        end = step - since + self.restart_warmup_steps
-        return since / self.restart_warmup_steps * self.envelope(min(end, self.total_steps))
+        return rewarmed(lambda end: self.envelope(min(end, self.total_steps)), step, since, self.restart_warmup_steps)
 
     def merge_after(self, step: int) -> bool:
         """Is there a merge at the end of step ``step``? None after the last step: the export merges."""

@@ -1,4 +1,4 @@
-"""What the trainer is compared with: the same steps on batches that were made beforehand, and nothing else. One process."""
+"""What the trainer is compared with: the same steps on batches made beforehand. One process."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ class EngineLoop:
 
     def __init__(self, checked: Checked) -> None:
         self.run = build(checked, rank=0, world_size=1)
-        self.micro_batch_size, self.device = checked.config.train.micro_batch_size, self.run.engine.device
+        self.micro_batch_size = checked.config.train.micro_batch_size
+        self.device = self.run.engine.device
 
     def step(self, number: int, batch: Batch) -> float:
-        engine, loss = self.run.engine, torch.zeros(())
+        engine = self.run.engine
+        loss = torch.zeros(())
         engine.train()
         pieces = list(micro_batches(batch, self.micro_batch_size, self.device))
         for index, piece in enumerate(pieces):
@@ -56,18 +58,21 @@ class EngineLoop:
 
 
 class TorchLoop:
-    """Plain torch: the same model and optimizer without DeepSpeed, weights with float32 masters, gradients added up in float32."""
+    """Plain torch: the same model and optimizer without DeepSpeed; float32 masters, float32 sums of gradients."""
 
     def __init__(self, checked: Checked) -> None:
         config = checked.config
         lm = build_model(checked.model_config, seed=config.train.seed, attention=config.model.attention)
-        if config.uses_adapters:
+        if config.method.uses_adapters:
             inject(lm, config.method, seed=config.train.seed)
         if config.model.activation_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        set_trainable(lm, config)
-        self.groups, self.schedule, self.clip = parameter_groups(lm, config), make_schedule(config), config.optim.clip
-        self.device, self.micro_batch_size = device_of_rank(), config.train.micro_batch_size
+        set_trainable(lm, config.method)
+        self.groups = parameter_groups(lm, config.optim)
+        self.schedule = make_schedule(config.method, config.optim, config.train.steps)
+        self.clip = config.optim.clip
+        self.device = device_of_rank()
+        self.micro_batch_size = config.train.micro_batch_size
         names = [name for group in self.groups for name in group.parameters]
         masters = {name: lm.get_parameter(name).detach().to(self.device, torch.float32, copy=True) for name in names}
         for master in masters.values():
@@ -87,7 +92,8 @@ class TorchLoop:
 
     def step(self, number: int, batch: Batch) -> float:
         self.model.train()
-        pieces, loss = list(micro_batches(batch, self.micro_batch_size, self.device)), torch.zeros(())
+        pieces = list(micro_batches(batch, self.micro_batch_size, self.device))
+        loss = torch.zeros(())
         for piece in pieces:
             loss = self.model(*piece)
             (loss / len(pieces)).backward()

@@ -1,11 +1,12 @@
-"""What is compared: this trainer's methods on its own engine, and loops of plain torch with peers from the package index.
+"""What is compared: this trainer's methods on its own engine, and peers from the package index in loops of plain torch.
 
-Every contender trains the same model, with the same loss in chunks (but ``plain``: transformers' own), on the same random
-tokens. The peers train embeddings, norms and head as well, as pretraining with an adapter method does.
+Every contender trains the same model, with the same loss in chunks (but ``plain``: transformers' own), on the same
+random tokens. The peers train embeddings, norms and head as well, as pretraining with an adapter method does.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from relora_mora.methods.inject import decoder_linears, inject
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import build_optimizer, parameter_groups, set_trainable
 from relora_mora.plan.flops import flops_of
+from relora_mora.registry import METHODS
 from relora_mora.zero import ZeroEngine
 
 RATE = 1e-5  # a step costs the same at any rate, and this one keeps the numbers small
@@ -66,14 +68,17 @@ class Contender(Protocol):
     def parts(self) -> dict[str, list[Tensor]]:
         """The tensors that stay between steps: weights, optimizer; ``host`` for what is not on the device.
 
-        At ZeRO stage 3 with several ranks the weights are what is gathered between steps; DeepSpeed's partitions are not listed.
+        At ZeRO stage 3 with several ranks the weights are what is gathered between steps; DeepSpeed's partitions are
+        not listed.
         """
 
 
 class Ours:
-    """A method of this trainer, on DeepSpeed. ``form`` as in the settings, or ``released``: see :mod:`launch.benchmark.released`.
+    """A method of this trainer, on DeepSpeed. ``form`` as in the settings, or ``released``: see
+    :mod:`launch.benchmark.released`.
 
-    ``frozen``: the linears of the decoder train neither themselves nor with adapters. No adapter method can be faster than that.
+    ``frozen``: the linears of the decoder train neither themselves nor with adapters. No adapter method can be faster
+    than that.
     """
 
     def __init__(
@@ -83,31 +88,33 @@ class Ours:
 
         config = ours_config(setting, method, form, dist.get_world_size(), compiled=compiled)
         lm = build_model(setting.model_config, seed=setting.seed)
-        if config.uses_adapters:
+        if config.method.uses_adapters:
             inject(lm, config.method, seed=setting.seed)
         if form == "released":
             use_released_layers(lm)
-        set_trainable(lm, config)
+        set_trainable(lm, config.method)
         if frozen:
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)
         self.trainable = _trainable(lm)
         self.flops = flops_of(lm, setting.model_config, config).total
-        groups = parameter_groups(lm, config)
+        groups = parameter_groups(lm, config.optim)
         fixed = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
         self.base = FrozenMasters(fixed, dist.get_rank(), dist.get_world_size())
         self.base.take(fixed)
         self.engine = ZeroEngine(
             LossModel(lm, compiled=compiled),
             lm,
-            build_optimizer(lm, groups, config),
+            build_optimizer(lm, groups, config.optim),
             config.train,
             clip=config.optim.clip,
             bf16=setting.bf16,
         )
         self.model: nn.Module = lm
         self.merger = Merger(self.engine, self.base, config.method, seed=config.train.seed)
-        self.config, self.batches, self.rates = config, setting.batches(), [RATE] * len(groups)
+        self.config = config
+        self.batches = setting.batches()
+        self.rates = [RATE] * len(groups)
 
     def step(self) -> float:
         self.engine.train()
@@ -148,11 +155,11 @@ def ours_config(setting: Setting, method: str, form: str, world_size: int, *, co
             "zero_stage": setting.zero_stage,
         },
     }
-    if method != "full":
+    if METHODS[method].adapter is not None:
         tree["method"] |= {"rank": setting.rank, "form": "decoupled" if form == "released" else form}
     if form == "released":
         tree["method"]["operators"] = [RELEASED_TYPE]  # it is measured between two merges
-    if method in ("mora", "remora"):
+    if "method.square_multiple" in METHODS[method].settings:
         tree["method"]["square_multiple"] = setting.square_multiple
     return validate(tree, "the benchmark", world_size=world_size)
 
@@ -169,7 +176,8 @@ class Plain:
         self.model, self.optimizer = prepare(lm)
         self.trainable = _trainable(self.model)
         self.loss = None if own_loss else LossModel(lm)
-        self.batches, self.accumulation = setting.batches(), setting.accumulation
+        self.batches = setting.batches()
+        self.accumulation = setting.accumulation
 
     def step(self) -> float:
         self.model.train()
@@ -262,37 +270,38 @@ def _apollo(setting: Setting) -> Contender:
     return Plain(setting, prepare)
 
 
-CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
-    "full": lambda setting: Ours(setting, "full"),
+OURS: dict[str, Callable[[Setting], Contender]] = {
+    **{name: functools.partial(Ours, method=name) for name in METHODS},
     "frozen": lambda setting: Ours(setting, "full", frozen=True),
-    "remora": lambda setting: Ours(setting, "remora"),
     "remora_merged": lambda setting: Ours(setting, "remora", "merged"),
     "remora_decoupled": lambda setting: Ours(setting, "remora", "decoupled"),
     "remora_released": lambda setting: Ours(setting, "mora", "released"),
     "remora_r32": lambda setting: Ours(replace(setting, square_multiple=32), "remora"),
     "full_compiled": lambda setting: Ours(setting, "full", compiled=True),
     "remora_compiled": lambda setting: Ours(setting, "remora", compiled=True),
-    "relora": lambda setting: Ours(setting, "relora"),
     "relora_merged": lambda setting: Ours(setting, "relora", "merged"),
     "relora_decoupled": lambda setting: Ours(setting, "relora", "decoupled"),
+}
+PEERS: dict[str, Callable[[Setting], Contender]] = {
     "plain": lambda setting: Plain(setting, _adamw, own_loss=True),
     "plain_chunked": lambda setting: Plain(setting, _adamw),
     "peft_lora": _peft_lora,
     "galore": _galore,
     "apollo": _apollo,
 }
+CONTENDERS = OURS | PEERS
 PACKAGES = {"peft_lora": "peft", "galore": "galore_torch", "apollo": "apollo_torch"}
 
 
 def chosen(names: list[str], world_size: int) -> list[str]:
-    """The contenders to run. Raises :class:`ConfigError` for names that do not exist, are not installed, or need one process."""
+    """The contenders to run. Raises :class:`ConfigError` for names unknown, not installed or for one process."""
     found = []
     for name in names:
         if name not in CONTENDERS:
             found.append(f"--methods: {name} is none; use some of {', '.join(CONTENDERS)}")
         elif name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
             found.append(f"--methods: {name} needs {PACKAGES[name]}; pip install -e '.[bench]', or leave it out")
-        elif world_size > 1 and not name.startswith(("full", "frozen", "remora", "relora")):
+        elif world_size > 1 and name in PEERS:
             found.append(f"--methods: {name} runs on one process only, this is a job of {world_size}; leave it out")
     if found:
         raise ConfigError(found, "the command line")

@@ -1,6 +1,7 @@
 """Forward and backward of the linears of a decoder layer: frozen, trained, and with adapters in each of their forms.
 
-python -m launch.benchmark layers configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2] [--operator=1]
+python -m launch.benchmark layers configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
+    [--operator=1]
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from transformers import LlamaConfig
 from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
 from relora_mora.config import MethodConfig, ModelConfig
-from relora_mora.methods.inject import layer_square_size
-from relora_mora.methods.layers import LoRALinear, MoRALinear
+from relora_mora.methods.lora import LoRALinear
+from relora_mora.methods.mora import MoRALinear, layer_square_size
 from relora_mora.model import read_model_config
+from relora_mora.model.shapes import attention_widths
 from relora_mora.operators import MORA_TYPES
-from relora_mora.plan.flops import attention_widths
+from relora_mora.registry import OPERATORS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VARIANTS = ("frozen", "full", "lora merged", "lora decoupled", "mora merged", "mora merged, torch", "mora decoupled")
@@ -66,7 +68,8 @@ def main(
     milliseconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1)))
     ratios = {name: value / milliseconds["frozen"] for name, value in milliseconds.items()}
     print(
-        f"{tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, operator {operator}; kernels: {kernels.describe()}"
+        f"{tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, operator {operator}; "
+        f"kernels: {kernels.describe()}"
     )
     for name in VARIANTS:
         print(f"{name:20}{milliseconds[name]:10.1f} ms {ratios[name]:8.3f}")
@@ -76,7 +79,8 @@ def main(
 def linears(model_config: LlamaConfig) -> list[tuple[int, tuple[int, ...]]]:
     """(in, outs) of the linears that share an input: q, k, v; o; gate, up; down"""
     queries, keys = attention_widths(model_config)
-    hidden, wide = model_config.hidden_size, model_config.intermediate_size
+    hidden = model_config.hidden_size
+    wide = model_config.intermediate_size
     return [(hidden, (queries, keys, keys)), (queries, (hidden,)), (hidden, (wide, wide)), (wide, (hidden,))]
 
 
@@ -110,7 +114,7 @@ class Variant:
         def make(linear: nn.Linear) -> nn.Module:
             if name.startswith("mora"):
                 size = layer_square_size(method, linear.in_features, linear.out_features)
-                return MoRALinear(linear, size - size % 2 if operator == 6 else size, operator, form)
+                return MoRALinear(linear, size - size % 2 if OPERATORS[operator].even_size else size, operator, form)
             if name.startswith("lora"):
                 return LoRALinear(linear, method.rank, None, generator, form)
             return linear.requires_grad_(name == "full")

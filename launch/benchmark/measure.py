@@ -125,9 +125,9 @@ def _step_cost(contender: Contender, device: torch.device) -> StepCost:
 
 def _merge_seconds(contender: Contender, device: torch.device) -> float | None:
     """None for what does not merge."""
-    if not isinstance(contender, Ours) or not contender.config.merges:
+    if not isinstance(contender, Ours) or not contender.config.method.merges:
         return None
-    operator = contender.config.method.operators[1] if contender.config.uses_squares else None
+    operator = contender.config.method.operators[1] if contender.config.method.uses_squares else None
     return _seconds(functools.partial(contender.merger.merge, 1, 1, operator), device)
 
 

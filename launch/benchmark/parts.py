@@ -20,10 +20,10 @@ from transformers import LlamaConfig
 from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
 from relora_mora.config import MethodConfig, ModelConfig
-from relora_mora.methods.inject import layer_square_size
+from relora_mora.methods.mora import layer_square_size
 from relora_mora.model import read_model_config
 from relora_mora.model.loss import chunked_cross_entropy
-from relora_mora.plan.flops import attention_widths
+from relora_mora.model.shapes import attention_widths
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Ways = dict[str, tuple[Callable[[], object], float]]  # what is done, and its FLOPs where they are known

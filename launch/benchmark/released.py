@@ -1,4 +1,4 @@
-"""MoRA's type 1 with the operations of the released implementation, as a contender: the decoupled form, in plain autograd."""
+"""MoRA's type 1 with the operations of the released code, as a contender: the decoupled form in plain autograd."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.methods.layers import MoRALinear, adapter_layers
+from relora_mora.methods.layers import adapter_layers
+from relora_mora.methods.mora import MoRALinear
 
 RELEASED_TYPE = 1
 
@@ -16,8 +17,8 @@ RELEASED_TYPE = 1
 class ReleasedLinear(MoRALinear):
     """``W x + D M C x`` (arXiv 2405.12130, eq. 6), every map an operation on the activations that autograd records.
 
-    C: the input is filled up with its first features to whole groups of R, a copy, and the groups are added up. D: the R
-    results are repeated until they are long enough, a copy, and cut. Only operator 1 is computed.
+    C: the input is filled up with its first features to whole groups of R, a copy, and the groups are added up. D: the
+    R results are repeated until they are long enough, a copy, and cut. Only operator 1 is computed.
     """
 
     def forward(self, x: Tensor) -> Tensor:

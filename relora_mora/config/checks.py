@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from relora_mora.config.schema import DECODER_LINEARS, Config
 from relora_mora.config.secrets import secrets_in
+from relora_mora.registry import METHODS, OPERATORS
 
 DERIVED_DEEPSPEED_KEYS = {
     "train_batch_size": "train.batch_size",
@@ -34,7 +35,7 @@ def _as_whole(value: Any) -> Any:
 _Elements = Annotated[int, Field(ge=1, le=2**53), BeforeValidator(_as_whole)]
 _Threshold = Annotated[int, Field(ge=0, le=2**53), BeforeValidator(_as_whole)]
 
-# what has been tried with the view of masters and state in zero/engine.py; offloading, quantized weights and the like have not
+# tried with the view of masters and state in zero/engine.py; offloading, quantized weights and the like were not
 DEEPSPEED_ZERO_KEYS: dict[str, Any] = {
     "allgather_bucket_size": Annotated[_Elements, Field(multiple_of=2)],  # aligned to 4 bytes of bf16
     "allgather_partitions": bool,
@@ -66,24 +67,9 @@ DEEPSPEED_KEYS: dict[str, Any] = {
     "prescale_gradients": bool,
 }
 
-_ONLY = {
-    "method.rank": ("lora", "mora", "relora", "remora"),
-    "method.square_size": ("mora", "remora"),
-    "method.square_multiple": ("mora", "remora"),
-    "method.operators": ("mora", "remora"),
-    "method.lora_alpha": ("lora", "relora"),
-    "method.form": ("lora", "mora", "relora", "remora"),
-    "method.target_modules": ("lora", "mora", "relora", "remora"),
-    "method.merge_every": ("relora", "remora"),
-    "method.reset": ("relora", "remora"),
-    "method.reset_ratio": ("relora", "remora"),
-    "optim.restart_warmup_steps": ("relora", "remora"),
-    "optim.rewarm": ("relora", "remora"),
-}
-
 
 class Fault(NamedTuple):
-    """``settings``: every setting that the judgement rests on, the one to change first. ``text``: what to tell the user."""
+    """``settings``: every setting that the judgement rests on, the one to change first. ``text``: the message."""
 
     settings: tuple[str, ...]
     text: str
@@ -94,12 +80,14 @@ class Fault(NamedTuple):
 
 def unused_settings(config: Config) -> list[str]:
     """Settings that were given but belong to other methods, so that the trainer can say that it does not use them."""
-    unused = []
-    for name, methods in _ONLY.items():
-        section, key = name.split(".")
-        if config.method.name not in methods and key in getattr(config, section).model_fields_set:
-            unused.append(name)
-    return unused
+    given = [
+        f"{section}.{key}"
+        for section in Config.model_fields
+        for key in type(getattr(config, section)).model_fields
+        if key in getattr(config, section).model_fields_set
+    ]
+    of_some_methods = {setting for method in METHODS.values() for setting in method.settings}
+    return [setting for setting in given if setting in of_some_methods.difference(config.method.record.settings)]
 
 
 def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:
@@ -122,7 +110,7 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
 def _target_faults(config: Config) -> Iterator[Fault]:
     names = config.method.target_modules
     unknown = [name for name in names if name not in DECODER_LINEARS]
-    if unknown and config.uses_adapters:
+    if unknown and config.method.uses_adapters:
         yield Fault(
             ("method.target_modules", "method.name"),
             f"{', '.join(unknown)} is not a linear of the decoder; use some of {', '.join(DECODER_LINEARS)}",
@@ -133,15 +121,17 @@ def _target_faults(config: Config) -> Iterator[Fault]:
 
 def _square_faults(config: Config) -> Iterator[Fault]:
     method = config.method
-    size, multiple = method.square_size, method.square_multiple
-    if not config.uses_squares:
+    size = method.square_size
+    multiple = method.square_multiple
+    if not method.uses_squares:
         return
-    operators = method.operators if config.merges else method.operators[:1]
+    even = [operator for operator in method.cycle if OPERATORS[operator].even_size]
     if size is None:
-        if 6 in operators and multiple % 2:
+        if even and multiple % 2:
             yield Fault(
                 ("method.square_multiple", "method.operators", "method.name", "method.square_size"),
-                f"operator 6 needs an even R, and with a multiple of {multiple} it may be odd; set method.square_multiple={2 * multiple}",
+                f"operator {even[0]} needs an even R, and with a multiple of {multiple} it may be odd; "
+                f"set method.square_multiple={2 * multiple}",
             )
         return
     if size % multiple:
@@ -149,28 +139,31 @@ def _square_faults(config: Config) -> Iterator[Fault]:
             ("method.square_size", "method.square_multiple", "method.name"),
             f"{size} is no multiple of method.square_multiple {multiple}; drop one of them",
         )
-    if 6 in operators and size % 2:
+    if even and size % 2:
         yield Fault(
             ("method.square_size", "method.operators", "method.name"),
-            f"operator 6 needs an even size, got {size}; take {size - 1 or 2}",
+            f"operator {even[0]} needs an even size, got {size}; take {size - 1 or 2}",
         )
 
 
 def _merge_faults(config: Config) -> Iterator[Fault]:
-    if not config.merges:
+    method = config.method
+    optim = config.optim
+    if not method.merges:
         return
-    method, optim, every, steps = config.method, config.optim, config.method.merge_every, config.train.steps
-    cycle = method.operators
-    if method.name == "remora" and any(a == b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
+    cycle = method.cycle
+    if any(a == b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
         yield Fault(
             ("method.operators", "method.name"),
-            f"the cycle {cycle} repeats an operator across a merge, which cannot raise the rank; alternate two or more",
+            f"the cycle {list(cycle)} repeats an operator across a merge, which cannot raise the rank; "
+            "alternate two or more",
         )
     if method.reset in ("magnitude", "random") and method.reset_ratio == 0:
         yield Fault(
             ("method.reset_ratio", "method.reset", "method.name"),
             f"0 with method.reset={method.reset} resets nothing; use method.reset=none",
         )
+    every = method.merge_every
     if every < optim.warmup_steps:
         yield Fault(
             ("method.merge_every", "optim.warmup_steps", "method.name"),
@@ -182,15 +175,17 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             f"{every} steps between merges are fewer than optim.restart_warmup_steps ({optim.restart_warmup_steps}); "
             "raise it or lower those",
         )
-    if every >= steps:
+    if every >= config.train.steps:
         yield Fault(
             ("method.merge_every", "train.steps", "method.name"),
-            f"{every} means no merge in a run of {steps} steps; lower it, or use method.name={method.name.removeprefix('re')}",
+            f"{every} means no merge in a run of {config.train.steps} steps; lower it, "
+            f"or use method.name={method.record.without_merges}",
         )
 
 
 def _schedule_faults(config: Config) -> Iterator[Fault]:
-    optim, steps = config.optim, config.train.steps
+    optim = config.optim
+    steps = config.train.steps
     if optim.warmup_steps >= steps:
         yield Fault(
             ("optim.warmup_steps", "train.steps"),
@@ -206,12 +201,15 @@ def _schedule_faults(config: Config) -> Iterator[Fault]:
     elif optim.warmup_steps + optim.decay_steps > steps:
         yield Fault(
             ("optim.decay_steps", "optim.warmup_steps", "train.steps", "optim.schedule"),
-            f"{optim.decay_steps} steps of decay and {optim.warmup_steps} of warmup are longer than the run of {steps} steps; shorten them",
+            f"{optim.decay_steps} steps of decay and {optim.warmup_steps} of warmup are longer "
+            f"than the run of {steps} steps; shorten them",
         )
 
 
 def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
-    batch, micro, lanes = config.train.batch_size, config.train.micro_batch_size, config.lanes
+    batch = config.train.batch_size
+    micro = config.train.micro_batch_size
+    lanes = config.lanes
     if batch % lanes:
         yield Fault(
             ("data.lanes", "train.batch_size"),
@@ -234,7 +232,8 @@ def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     if lanes % world_size:
         yield Fault(
             ("data.lanes", "train.batch_size"),
-            f"{lanes} lanes cannot be shared evenly by {world_size} ranks; use a multiple of {world_size} that divides train.batch_size",
+            f"{lanes} lanes cannot be shared evenly by {world_size} ranks; "
+            f"use a multiple of {world_size} that divides train.batch_size",
         )
 
 
@@ -246,14 +245,15 @@ def _deepspeed_faults(config: Config) -> Iterator[Fault]:
     if config.train.deepspeed.get("prescale_gradients") is True and scatters and config.train.zero_stage > 0:
         yield Fault(
             ("train.deepspeed", "train.zero_stage"),
-            f"prescale_gradients does not go with reduce_scatter on ZeRO-{config.train.zero_stage}; leave it out, or set "
-            "zero_optimization.reduce_scatter=false",
+            f"prescale_gradients does not go with reduce_scatter on ZeRO-{config.train.zero_stage}; leave it out, "
+            "or set zero_optimization.reduce_scatter=false",
         )
 
 
 def _deepspeed_texts(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key, value in given.items():
-        name, kind = prefix + key, known.get(key)
+        name = prefix + key
+        kind = known.get(key)
         if name in DERIVED_DEEPSPEED_KEYS:
             yield f"{name} is derived from {DERIVED_DEEPSPEED_KEYS[name]}; set that instead"
         elif kind is None:
@@ -279,7 +279,8 @@ def _other_faults(config: Config) -> Iterator[Fault]:
     if config.model.compile and config.train.zero_stage == 3:
         yield Fault(
             ("model.compile", "train.zero_stage"),
-            "torch.compile cannot look through what ZeRO-3 does around each module; use train.zero_stage=2, or leave it false",
+            "torch.compile cannot look through what ZeRO-3 does around each module; use train.zero_stage=2, "
+            "or leave it false",
         )
     sections = {name: getattr(config, name) for name in Config.model_fields}
     known = {f"{name}.{key}" for name, section in sections.items() for key in type(section).model_fields} | {

@@ -24,7 +24,7 @@ def explain(error: ValidationError) -> list[str]:
 
 
 def doubtful(error: ValidationError) -> set[str]:
-    """Settings whose value is unknown because it is wrong, missing or, most likely, misspelt: nothing can be said of them.
+    """Settings of which nothing can be said, because their value is wrong, missing or, most likely, misspelt.
 
     A whole section is named without a dot.
     """
@@ -38,8 +38,8 @@ def doubtful(error: ValidationError) -> set[str]:
     return names
 
 
-def judgeable(tree: Mapping[str, Any], error: ValidationError) -> Config | None:
-    """The settings with each faulty one at its default (a placeholder where it has none), so that the others can be judged."""
+def substitute_defaults(tree: Mapping[str, Any], error: ValidationError) -> Config | None:
+    """The settings with a default (or placeholder) for each faulty one, so that the others can be checked."""
     pruned: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
     for item in error.errors():
         section, *rest = item["loc"]
@@ -63,9 +63,12 @@ def judgeable(tree: Mapping[str, Any], error: ValidationError) -> Config | None:
 
 
 def _explain(items: list[ErrorDetails]) -> str:
-    location, kind, given = items[0]["loc"], items[0]["type"], items[0]["input"]
+    location = items[0]["loc"]
+    kind = items[0]["type"]
+    given = items[0]["input"]
     if kind == "extra_forbidden":
-        near, known = _nearest(location), _fields_at(location)
+        near = _nearest(location)
+        known = _fields_at(location)
         return "unknown" + (f"; did you mean {near}?" if near else f"; known here: {', '.join(known)}" if known else "")
     if kind == "missing":
         return f"must be given{_description(location)}"

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from relora_mora.config.checks import faults, secret_faults
-from relora_mora.config.explain import doubtful, explain, judgeable
+from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
 
@@ -20,7 +20,7 @@ MOST_VALUES = 100_000
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be used. ``faults`` lists every one, each with its remedy; none repeats a token or password."""
+    """Settings that cannot be used. ``faults`` lists every one with its remedy; none repeats a token or password."""
 
     same_on_all_ranks = True  # the first rank says it for all
 
@@ -28,7 +28,8 @@ class ConfigError(ValueError):
         return type(self), (self.faults, self.source)  # it travels between ranks
 
     def __init__(self, faults: list[str], source: str) -> None:
-        self.faults, self.source = [redact(fault) for fault in faults], redact(source)
+        self.faults = [redact(fault) for fault in faults]
+        self.source = redact(source)
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         super().__init__("\n".join([f"{count} in {self.source}:", *(f"  - {fault}" for fault in self.faults)]))
 
@@ -97,8 +98,8 @@ _Dumper.add_representer(tuple, _Dumper.represent_list)
 def parse_yaml(text: str) -> Any:
     """YAML text as plain values.
 
-    Raises yaml.YAMLError, also for what is no plain value (dates, sets, loops of aliases) and for more than settings hold:
-    a few aliases of aliases stand for billions of values.
+    Raises yaml.YAMLError, also for what is no plain value (dates, sets, loops of aliases) and for more than settings
+    hold: a few aliases of aliases stand for billions of values.
     """
     if len(text) > MOST_CHARACTERS:
         raise yaml.YAMLError(f"it is longer than {MOST_CHARACTERS:,} characters, which no settings are")
@@ -193,7 +194,8 @@ def validate(
         config = Config.model_validate(tree)
     except ValidationError as error:
         found.extend(explain(error))
-        unknown, config = doubtful(error), judgeable(tree, error)
+        unknown = doubtful(error)
+        config = substitute_defaults(tree, error)
     for fault in faults(config, world_size) if config is not None else ():
         # a fault that rests on a setting which is itself wrong would be about a default that nobody asked for
         if not unknown.intersection({*fault.settings, *(name.split(".")[0] for name in fault.settings)}):

@@ -5,12 +5,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-MethodName = Literal["full", "lora", "mora", "relora", "remora"]
+from relora_mora.registry import METHODS, OPERATORS, Method
+
+if TYPE_CHECKING:
+    MethodName = str
+    MoraType = int
+else:  # a type checker takes no choices that are known at run time only
+    MethodName = Literal[tuple(METHODS)]
+    MoraType = Literal[tuple(OPERATORS)]
+
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 LARGEST = 2**53  # of any whole number: up to here float64 counts exactly
@@ -57,7 +65,8 @@ class ModelConfig(Strict):
 
 class TokenizerConfig(Strict):
     path: Text = Field(
-        description="a folder that holds tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder"
+        description="a folder that holds tokenizer.model, a sentencepiece .model file, "
+        "or a Hugging Face tokenizer folder"
     )
 
 
@@ -101,14 +110,14 @@ class MethodConfig(Strict):
     """What is trained. ``full`` trains every weight; the others freeze the decoder's linears and train adapters."""
 
     name: MethodName = Field(
-        "remora", description="full, lora, mora, relora (LoRA with merges), remora (MoRA with merges)"
+        "remora", description=", ".join(f"{m.name} ({m.note})" if m.note else m.name for m in METHODS.values())
     )
     rank: Positive = Field(
         128, description="LoRA's rank r; MoRA's square has as many parameters: R = floor(sqrt((in + out) r))"
     )
     square_size: Positive | None = Field(None, description="R of every layer; null: from rank")
     square_multiple: Positive = Field(1, description="round R down to a multiple (8, 16, 32 suit matrix units)")
-    operators: list[Literal[1, 2, 3, 4, 6]] = Field(
+    operators: list[MoraType] = Field(
         [1, 2], min_length=1, description="mora types: mora uses the first, remora cycles through all"
     )
     lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = Field(
@@ -123,11 +132,37 @@ class MethodConfig(Strict):
     form: Literal["auto", "merged", "decoupled"] = Field(
         "auto", description="how an adapter layer computes: see docs/method.md"
     )
-    merge_every: Positive = Field(2000, description="steps between merges (relora, remora)")
+    merge_every: Positive = Field(
+        2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
+    )
     reset: Literal["full", "magnitude", "random", "none"] = Field(
         "full", description="what a merge does to the adapters' optimizer state"
     )
     reset_ratio: Fraction = Field(0.9, description="fraction of the state that magnitude and random set to zero")
+
+    @property
+    def record(self) -> Method:
+        """What is known of the method."""
+        return METHODS[self.name]
+
+    @property
+    def uses_adapters(self) -> bool:
+        return self.record.adapter is not None
+
+    @property
+    def uses_squares(self) -> bool:
+        return self.record.adapter is not None and self.record.adapter.has_square
+
+    @property
+    def merges(self) -> bool:
+        return self.record.merges
+
+    @property
+    def cycle(self) -> tuple[int, ...]:
+        """The operators in the order in which merges switch to them; without merges the first, without squares none."""
+        if not self.uses_squares:
+            return ()
+        return tuple(self.operators if self.merges else self.operators[:1])
 
 
 class OptimConfig(Strict):
@@ -169,7 +204,8 @@ class TrainConfig(Strict):
     seed: Seed = Field(0, description="seed of initial weights and LoRA's draws")
     resume: Text = Field(
         "auto",
-        description="auto: from the newest good checkpoint of run_dir; never: refuse a used run_dir; or a checkpoint folder",
+        description="auto: from the newest good checkpoint of run_dir; never: refuse a used run_dir; "
+        "or a checkpoint folder",
     )
     allow_changes: list[str] = Field([], description="settings that may differ from the checkpoint's, e.g. [optim.lr]")
     max_bad_steps: Positive = Field(
@@ -231,18 +267,6 @@ class Config(Strict):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-
-    @property
-    def merges(self) -> bool:
-        return self.method.name in ("relora", "remora")
-
-    @property
-    def uses_squares(self) -> bool:
-        return self.method.name in ("mora", "remora")
-
-    @property
-    def uses_adapters(self) -> bool:
-        return self.method.name != "full"
 
     @property
     def tokens_per_step(self) -> int:

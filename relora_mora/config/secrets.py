@@ -1,4 +1,4 @@
-"""Tokens and passwords have no place in settings, which are saved and logged: they are found here, and hidden in messages."""
+"""Settings are saved and logged, so tokens and passwords are found in them here, and hidden in messages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _CREDENTIALS = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d+[/?#])\S*)@")
 _QUERY = re.compile(r"(https?://[^\s?#]*[?#])\S*[^\s:;,.)\]'\"]")
 # what signs a url of S3, GCS, Azure and CloudFront, and keys that others put into queries
 _SIGNATURE = re.compile(
-    r"https?://[^\s?#]*\?(?:\S*?&)??((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|sig|AWSAccessKeyId|Key-Pair-Id"
+    r"https?://[^\s?#]*\?(?:\S*?&)??"
+    r"((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|sig|AWSAccessKeyId|Key-Pair-Id"
     r"|(?:access_?|auth_?)?token|api_?key|password|secret))=",
     re.IGNORECASE,
 )
 
 
 def redact(text: str) -> str:
-    """The text without tokens, without user and password of urls, and without their queries, which may be signatures."""
+    """The text without tokens, user and password of urls, and queries of urls, which may be signatures."""
     return _QUERY.sub(rf"\1{HIDDEN}", _CREDENTIALS.sub(f"{HIDDEN}@", _TOKEN.sub(HIDDEN, text)))
 
 
@@ -32,8 +33,8 @@ def secret_in(text: str) -> str | None:
         return "it holds the user or password of a url; put them into ~/.netrc, which is read for http(s) sources"
     if signature := _SIGNATURE.search(text):
         return (
-            f"it holds a url with a secret in its query ({signature[1]}), which would be saved with the run; give the plain url, with the "
-            "login in ~/.netrc, or download the files"
+            f"it holds a url with a secret in its query ({signature[1]}), which would be saved with the run; "
+            "give the plain url, with the login in ~/.netrc, or download the files"
         )
     return None
 

@@ -16,11 +16,12 @@ from relora_mora.config.schema import LARGEST, Config
 _HEAD = """\
 # Settings
 
-Written by `python -m relora_mora.config.table > docs/settings.md` from `relora_mora/config/schema.py`; do not edit it here.
+Written by `python -m relora_mora.config.table > docs/settings.md` from `relora_mora/config/schema.py`; do not edit it.
 
-A run reads its defaults, then its YAML file, then `--section.key=value` from the command line; the later wins. The value of
-a flag is YAML too: `--optim.lr=4e-4`, `--method.operators='[1, 2, 3, 4]'`, `--data.lanes=null`. An unknown name, a wrong type
-or a combination that cannot work ends the run before anything is loaded, with every fault listed at once.
+A run reads its defaults, then its YAML file, then `--section.key=value` from the command line; the later wins. The
+value of a flag is YAML too: `--optim.lr=4e-4`, `--method.operators='[1, 2, 3, 4]'`, `--data.lanes=null`. An unknown
+name, a wrong type or a combination that cannot work ends the run before anything is loaded, with every fault listed at
+once.
 `python launch/plan.py CONFIG` tells what a run needs.
 """
 
@@ -62,7 +63,8 @@ def _default(field: FieldInfo) -> str:
 
 def _values(annotation: Any, metadata: list[Any]) -> str:
     """What a setting may be, in words: the type, its limits or its choices."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    arguments = get_args(annotation)
     if origin is Annotated:
         extra = [item for part in arguments[1:] for item in (part.metadata if isinstance(part, FieldInfo) else [part])]
         return _values(arguments[0], [*extra, *metadata])

@@ -5,8 +5,9 @@ A grouping maps ``features`` to ``slots``: ``sum`` adds up the features of each 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,17 @@ class Grouping:
     slots: int
     pieces: tuple[Piece, ...]
 
-    @cached_property
+    @property
+    def numbers(self) -> list[int]:
+        """The grouping as whole numbers, for the schema of an operator of torch."""
+        return [self.features, self.slots, *(int(number) for piece in self.pieces for number in piece)]
+
+    @staticmethod
+    def of_numbers(numbers: Sequence[int]) -> Grouping:
+        """The grouping whose :attr:`numbers` these are."""
+        return _of_numbers(tuple(numbers))
+
+    @property
     def once(self) -> bool:
         """Whether each feature has one slot."""
         return sum(piece.slots * piece.repeats for piece in self.pieces) == self.features
@@ -77,6 +88,16 @@ class Grouping:
             else:
                 again.append(F.pad(part, (piece.feature, self.features - piece.columns.stop)))
         return sum(again, start=torch.cat(wide, -1))
+
+
+@lru_cache(maxsize=4096)
+def _of_numbers(numbers: tuple[int, ...]) -> Grouping:
+    features, slots, *rest = numbers
+    pieces = []
+    for start in range(0, len(rest), len(Piece._fields)):
+        feature, slot, count, repeats, neighbours = rest[start : start + len(Piece._fields)]
+        pieces.append(Piece(feature, slot, count, repeats, bool(neighbours)))
+    return Grouping(features, slots, tuple(pieces))
 
 
 def interleaved(features: int, slots: int) -> Grouping:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from relora_mora.config import Config, ConfigError, ModelConfig
+from relora_mora.config import ConfigError, ModelConfig
 from relora_mora.config.load import relative_to
 from relora_mora.model.config_keys import ALIAS, EXPORT, FUNCTION, KEYS, ROPE_KEYS, ROPE_VALUES, TRAINING
 
@@ -99,7 +99,8 @@ def function_differences(theirs: LlamaConfig, ours: LlamaConfig) -> list[tuple[s
 
     The number of positions does not, except where rotary embeddings are stretched to it.
     """
-    there, here = keys_with(theirs, FUNCTION), keys_with(ours, FUNCTION)
+    there = keys_with(theirs, FUNCTION)
+    here = keys_with(ours, FUNCTION)
     if here["rope_parameters"]["rope_type"] not in _STRETCHED:
         here["max_position_embeddings"] = there["max_position_embeddings"]
     return [(key, there[key], here[key]) for key in here if there[key] != here[key]]
@@ -116,7 +117,8 @@ def _put_length(values: dict[str, Any]) -> Iterator[str]:
     if length is not None and values.setdefault("max_position_embeddings", length) != length:
         other = values["max_position_embeddings"]
         yield (
-            f"model: max_sequence_length is {length} and max_position_embeddings {other}, which mean the same; set one of them to null"
+            f"model: max_sequence_length is {length} and max_position_embeddings {other}, which mean the same; "
+            "set one of them to null"
         )
 
 
@@ -155,7 +157,9 @@ def _shape_faults(values: Mapping[str, Any]) -> Iterator[str]:
     """Sizes that are good each for itself and not together."""
     fields = dataclasses.fields(LlamaConfig)
     size: Mapping[str, Any] = {field.name: values.get(field.name, field.default) for field in fields}
-    hidden, heads, vocabulary = size["hidden_size"], size["num_attention_heads"], size["vocab_size"]
+    hidden = size["hidden_size"]
+    heads = size["num_attention_heads"]
+    vocabulary = size["vocab_size"]
     shared: int = size["num_key_value_heads"] or heads
     head: int = size["head_dim"] or hidden // heads
     if hidden % heads:
@@ -177,16 +181,15 @@ def _shape_faults(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"model: pad_token_id is {padding}, expected less than vocab_size {vocabulary}, or null"
 
 
-def check_length(model_config: LlamaConfig, config: Config) -> None:
-    """Raises :class:`ConfigError` when the sequences are longer than the model's positions."""
-    if config.data.sequence_length > model_config.max_position_embeddings:
-        raise ConfigError(
-            [
-                f"data.sequence_length: {config.data.sequence_length} is more than the model's max_position_embeddings "
-                f"({model_config.max_position_embeddings}); shorten it or set model.overrides.max_position_embeddings"
-            ],
-            config.model.config,
+def check_length(model_config: LlamaConfig, sequence_length: int, source: str) -> None:
+    """Raises :class:`ConfigError` when sequences are longer than the model's positions; ``source``: its config file."""
+    positions = model_config.max_position_embeddings
+    if sequence_length > positions:
+        fault = (
+            f"data.sequence_length: {sequence_length} is more than the model's max_position_embeddings "
+            f"({positions}); shorten it or set model.overrides.max_position_embeddings"
         )
+        raise ConfigError([fault], source)
 
 
 def plain_model_config(model_config: LlamaConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import is_flash_attn_2_available
 
-from relora_mora.config import Config, ConfigError
+from relora_mora.config import ConfigError, ModelConfig
 from relora_mora.model.loss import LossHead
 from relora_mora.system.seeds import derived_seed
 
@@ -26,25 +26,29 @@ RECOMPILE_LIMIT = (
 )
 
 
-def check_compiler(config: Config) -> None:
-    """Raises :class:`ConfigError` when torch.compile would find no compiler: C++ on a CPU, C on a GPU, for Triton's launchers."""
+def check_compiler(settings: ModelConfig) -> None:
+    """Raises :class:`ConfigError` when torch.compile would find no compiler: C++ on a CPU, C (for Triton) on a GPU."""
     if torch.cuda.is_available():
-        language, variable, names = "C", "CC", ("gcc", "clang")
+        language = "C"
+        variable = "CC"
+        names = ("gcc", "clang")
     else:
-        language, variable, names = "C++", "CXX", ("g++", "clang++")
-    if config.model.compile and not any(map(shutil.which, (os.environ.get(variable, names[0]), names[1]))):
+        language = "C++"
+        variable = "CXX"
+        names = ("g++", "clang++")
+    if settings.compile and not any(map(shutil.which, (os.environ.get(variable, names[0]), names[1]))):
         raise ConfigError(
             [
-                f"model.compile: torch.compile needs a {language} compiler here, and there is no {names[0]}; install it, name one in {variable}, "
-                "or leave it false"
+                f"model.compile: torch.compile needs a {language} compiler here, and there is no {names[0]}; "
+                f"install it, name one in {variable}, or leave it false"
             ],
             "the settings",
         )
 
 
-def check_attention(config: Config, *, bf16: bool) -> None:
+def check_attention(settings: ModelConfig, *, bf16: bool) -> None:
     """Raises :class:`ConfigError` where ``model.attention`` cannot be computed here."""
-    if config.model.attention != "flash_attention_2" or (bf16 and is_flash_attn_2_available()):
+    if settings.attention != "flash_attention_2" or (bf16 and is_flash_attn_2_available()):
         return
     fault = (
         "model.attention: flash_attention_2 needs its package (flash-attn), a GPU, and train.precision=bf16; "
@@ -61,7 +65,7 @@ def build_model(model_config: LlamaConfig, *, seed: int, attention: str = "sdpa"
 
 
 def empty_model(model_config: LlamaConfig, *, attention: str = "sdpa") -> LlamaForCausalLM:
-    """The model with float32 parameters on the meta device, which hold nothing; :func:`put_values` gives them their values."""
+    """The model with float32 parameters on the meta device, without values: :func:`put_values` gives them."""
     with torch.device("meta"):
         lm = LlamaForCausalLM._from_config(model_config, attn_implementation=attention, dtype=torch.float32)
     lm.model.rotary_emb = LlamaRotaryEmbedding(config=model_config)  # the only buffers, which are no drawn values

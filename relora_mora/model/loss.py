@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.kernels import cross_entropy_, takes_logits
+from relora_mora.kernels import cross_entropy_, takes
 
 IGNORE = -100
 CHUNK_BYTES = 192 * 2**20  # of logits that exist at once
@@ -97,14 +97,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = 1.0 / (
             (labels != IGNORE).sum().clamp(min=1) if tokens is None else labels.new_tensor(tokens, dtype=torch.float32)
         )
-        chunk = chunk or loss_chunk(
-            len(hidden), len(weight), bytes_per_logit(hidden.dtype, in_place=takes_logits(hidden))
-        )
+        chunk = chunk or loss_chunk(len(hidden), len(weight), bytes_per_logit(hidden.dtype, in_place=takes(hidden)))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight: Tensor | None = None
         for start in range(0, len(hidden), chunk):
-            piece, target = hidden[start : start + chunk], labels[start : start + chunk]
+            piece = hidden[start : start + chunk]
+            target = labels[start : start + chunk]
             loss, d_logits = cross_entropy_(
                 F.linear(piece, weight), target, ignore=IGNORE, scale=scale, gradient=gradient
             )

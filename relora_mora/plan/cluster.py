@@ -3,12 +3,14 @@
 A step takes compute + optimizer + what the network takes and is not hidden:
 
 compute    FLOPs of the arithmetic / (ranks x peak x utilisation)
-optimizer  AdamW in float32 reads 16 and writes 12 bytes for each parameter that a rank owns, and writes the weight: at the
-           device's memory bandwidth
-network    bytes that a device sends in a ring (``network.py``) / bandwidth, where the slowest part of the ring decides: from
-           device to device within a host, and from host to host, where a ring's bytes leave each host once. Latency is not counted
-hidden     DeepSpeed sends while it computes at stage 3, and at stage 2 with ``overlap_comm: true``: at stage 3 all of it behind
-           compute, at stage 2 the gradients behind backward, two thirds of compute. Elsewhere it computes, then sends
+optimizer  AdamW in float32 reads 16 and writes 12 bytes for each parameter that a rank owns, and writes the weight: at
+           the device's memory bandwidth
+network    bytes that a device sends in a ring (``network.py``) / bandwidth, where the slowest part of the ring
+           decides: from device to device within a host, and from host to host, where a ring's bytes leave each host
+           once. Latency is not counted
+hidden     DeepSpeed sends while it computes at stage 3, and at stage 2 with ``overlap_comm: true``: at stage 3 all of
+           it behind compute, at stage 2 the gradients behind backward, two thirds of compute. Elsewhere it computes,
+           then sends
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ ADAM_BYTES = 28  # reads master, both moments, gradient; writes master, both mom
 
 @dataclass(frozen=True)
 class Cluster:
-    """Hosts with equal devices. ``link_gbits`` is one host's network, all its cards together; None: as the device's data sheet host."""
+    """Hosts with equal devices. ``link_gbits``: one host's network, all cards together; None: as the vendor's host."""
 
     nodes: int
     devices_per_node: int
@@ -68,7 +70,8 @@ def step_time(
     """Seconds of a step whose arithmetic takes ``compute``."""
     owned = trainable / (cluster.world_size if stage else 1)
     bandwidth = cluster.device.memory_gbytes_per_s * 1e9
-    gradients, weights = cluster.seconds_to_send(moved.sent_gradients), cluster.seconds_to_send(moved.sent_weights)
+    gradients = cluster.seconds_to_send(moved.sent_gradients)
+    weights = cluster.seconds_to_send(moved.sent_weights)
     overlap = config.train.deepspeed.get("zero_optimization", {}).get("overlap_comm")
     hidden = 0.0
     if stage == 3 and overlap is not False:

@@ -12,18 +12,19 @@ weights         b (T + F); stage 3: b (T + F) / N
 gathered        stage 3: what forward gathers of other ranks' weights and keeps for backward (DeepSpeed's default reuse
                 distance keeps it), b min(T + F, ``stage3_max_live_parameters``); parameters of at most
                 ``stage3_param_persistence_threshold`` elements always
-masters         float32 copies of what trains: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at stages 1-3 DeepSpeed
-                clones them though the parameters are float32 already
+masters         float32 copies of what trains: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at stages 1-3
+                DeepSpeed clones them though the parameters are float32 already
 optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N
 gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T that stays.
                 Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N; at stage 3 it stays.
                 A step in fp32 on stages 1-3 copies 4 T / N
 buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages 2 and 3, and 1 in fp32
-activations     a layer keeps 2 h (4 + b) for its norms, b (2 q + 2 k) for attention, 3 b f for the gated product and the
-                inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of which only
-                ``C x`` is kept. With activation checkpointing b h a layer, and one whole layer
-scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient (4 + b) h V;
-                in backward: the gradients of the gated product, 2 b f a token, and ``W + delta`` of one linear
+activations     a layer keeps 2 h (4 + b) for its norms, b (2 q + 2 k) for attention, 3 b f for the gated product and
+                the inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of
+                which only ``C x`` is kept. With activation checkpointing b h a layer, and one whole layer
+scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient
+                (4 + b) h V; in backward: the gradients of the gated product, 2 b f a token, and ``W + delta`` of one
+                linear
 ==============  ======================================================================================================
 
 A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N.
@@ -40,15 +41,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config import Config
 from relora_mora.methods.inject import decoder_linears
-from relora_mora.methods.layers import AdapterLinear, LoRALinear, MoRALinear, adapter_layers
+from relora_mora.methods.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
-from relora_mora.operators import make_operator
-from relora_mora.plan.flops import attention_widths, meta_model
+from relora_mora.model.shapes import attention_widths
+from relora_mora.plan.flops import meta_model
 
 # DeepSpeed's defaults
 REDUCE_BUCKET_SIZE = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PERSISTENCE_THRESHOLD = 100_000
+
+# linears of a decoder layer that see the same input
+_INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
 
 PARTS = ("weights", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
 
@@ -65,7 +69,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the moment of a step that needs most, and ``host_base``: bytes of a rank in host memory."""
+    """Bytes on one device when a step needs most, and ``host_base``: bytes of a rank in host memory."""
 
     moment: str  # loss | backward's start | backward's end | step
     weights: float
@@ -95,8 +99,8 @@ def count_parameters(model: LlamaForCausalLM) -> Parameters:
 
 
 def peak_memory(model_config: LlamaConfig, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
-    """Memory of one device at the moment of a step that needs most: the loss, the first layers of backward, or the step."""
-    model = meta_model(model_config, config)
+    """Memory of one device when a step needs most: at the loss, in the first layers of backward, or in the update."""
+    model = meta_model(model_config, config.method)
     state = state_memory(model, config, stage, world_size, bf16=bf16)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
     before = gradients.between_micro_batches if config.accumulation_steps(world_size) > 1 else gradients.between_steps
@@ -121,7 +125,8 @@ def peak_memory(model_config: LlamaConfig, config: Config, stage: int, world_siz
 
 def state_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
     """What stays between steps, gradients apart."""
-    counts, width = count_parameters(model), 2 if bf16 else 4
+    counts = count_parameters(model)
+    width = 2 if bf16 else 4
     part = counts.trainable / (world_size if stage else 1)
     bucket = (
         zero_setting(config, "reduce_bucket_size", REDUCE_BUCKET_SIZE) if stage >= 2 or (stage == 1 and not bf16) else 0
@@ -174,7 +179,8 @@ class GradientMemory:
 
 
 def gradient_memory(trainable: int, stage: int, world_size: int, *, bf16: bool) -> GradientMemory:
-    whole, part = 4 * trainable, 4 * trainable / world_size
+    whole = 4 * trainable
+    part = 4 * trainable / world_size
     if stage == 0:
         return GradientMemory(0, whole / 2, whole / 2, 1.5 * whole) if bf16 else GradientMemory(0, whole, whole, whole)
     if stage == 1 and bf16:
@@ -187,9 +193,12 @@ def gradient_memory(trainable: int, stage: int, world_size: int, *, bf16: bool) 
 
 def activation_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) -> tuple[float, float]:
     """Bytes that backward needs of one micro-batch: (kept by forward, needed by one decoder layer)."""
-    width, model_config = 2 if bf16 else 4, model.config
-    hidden, intermediate = model_config.hidden_size, model_config.intermediate_size
-    length, heads = config.data.sequence_length, model_config.num_attention_heads
+    width = 2 if bf16 else 4
+    model_config = model.config
+    hidden = model_config.hidden_size
+    intermediate = model_config.intermediate_size
+    length = config.data.sequence_length
+    heads = model_config.num_attention_heads
     tokens = config.train.micro_batch_size * length
     normed = hidden * (4 + (width if config.method.train_norms else 0)) + 4
     queries, keys = attention_widths(model_config)
@@ -208,37 +217,25 @@ def activation_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) ->
 
 
 def _linear_inputs(model: LlamaForCausalLM, config: Config) -> float:
-    """Elements for one token that the linears of one decoder layer keep for their own gradients, on average over the layers.
+    """Elements of one token that a decoder layer's linears keep for their own gradients, averaged over the layers.
 
-    An input that several linears share is kept once; the input of ``o_proj`` is attention's output, which is kept anyway.
+    An input that several linears share is kept once; the input of ``o_proj`` is attention's output, which is kept
+    anyway.
     """
-    kept: dict[tuple[str, str], float] = {}
+    elements: dict[tuple[str, str, str], int] = {}
     for name, layer in decoder_linears(model):
         prefix, _, kind = name.rpartition(".")
-        source = {
-            "q_proj": "attention",
-            "k_proj": "attention",
-            "v_proj": "attention",
-            "gate_proj": "mlp",
-            "up_proj": "mlp",
-        }.get(kind, kind)
-        if isinstance(layer, MoRALinear):
-            shared = (
-                source if layer.uses_merged_form(_tokens(config)) else kind
-            )  # layers of one input and one R make C x once
-            kept[prefix, f"{shared} C x of {layer.square_size}"] = layer.square_size * _blocks(layer, config)
-        elif isinstance(layer, LoRALinear) or (isinstance(layer, nn.Linear) and layer.weight.requires_grad):
-            if source != "o_proj":
-                kept[prefix, source] = layer.in_features
-            if isinstance(layer, LoRALinear) and not layer.uses_merged_form(_tokens(config)):
-                kept[prefix, f"{kind} A x"] = layer.rank
-    return sum(kept.values()) / model.config.num_hidden_layers
+        source = _INPUTS.get(kind, kind)
+        for kept in _kept(layer, config):
+            if (source, kept.what) != ("o_proj", INPUT):
+                elements[prefix, source if kept.shared else kind, kept.what] = kept.elements
+    return sum(elements.values()) / model.config.num_hidden_layers
 
 
-def _blocks(layer: MoRALinear, config: Config) -> int:
-    cycle = config.method.operators if config.merges else config.method.operators[:1]
-    operators = [make_operator(kind, layer.in_features, layer.out_features, layer.square_size) for kind in cycle]
-    return max(getattr(operator, "blocks", 1) for operator in operators)
+def _kept(layer: nn.Linear | AdapterLinear, config: Config) -> list[Kept]:
+    if isinstance(layer, AdapterLinear):
+        return layer.kept(_tokens(config), config.method.cycle)
+    return [Kept(INPUT, layer.in_features, shared=True)] if layer.weight.requires_grad else []
 
 
 def _tokens(config: Config) -> int:
@@ -247,7 +244,9 @@ def _tokens(config: Config) -> int:
 
 def scratch_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) -> tuple[float, float]:
     """Bytes that come and go: (at the loss, in backward)."""
-    width, tokens, vocabulary = 2 if bf16 else 4, _tokens(config), model.config.vocab_size
+    width = 2 if bf16 else 4
+    tokens = _tokens(config)
+    vocabulary = model.config.vocab_size
     logit = bytes_per_logit(torch.bfloat16 if bf16 else torch.float32, in_place=False)
     chunk = min(tokens, loss_chunk(tokens, vocabulary, logit))
     head = model.get_output_embeddings().weight
@@ -256,6 +255,5 @@ def scratch_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) -> tu
     built = 0.0
     for _, layer in decoder_linears(model):
         if isinstance(layer, AdapterLinear) and layer.uses_merged_form(tokens):
-            copies = 2 if isinstance(layer, MoRALinear) else 1  # delta and W + delta, or one fused product
-            built = max(built, copies * layer.weight.numel())
+            built = max(built, layer.weights_built * layer.weight.numel())
     return at_loss, width * (2 * tokens * model.config.intermediate_size + built + trains)

@@ -1,26 +1,26 @@
 """What the ranks send each other in one optimizer step, from shapes: formulas, nothing is sent.
 
-Symbols: T trainable and F frozen parameters, P = T + F, N ranks, a micro-batches of a step, b bytes of a gradient on its way
-(2 in bf16, 4 in fp32; ``communication_data_type`` in ``train.deepspeed`` goes first), w bytes of a weight.
+Symbols: T trainable and F frozen parameters, P = T + F, N ranks, a micro-batches of a step, b bytes of a gradient on
+its way (2 in bf16, 4 in fp32; ``communication_data_type`` in ``train.deepspeed`` goes first), w bytes of a weight.
 
 After the sources of DeepSpeed 0.19, and counted in two-rank steps by a test:
 
-=====  ======================================================================================================================
+=====  ================================================================================================================
 stage  tensors given to collectives in one step
-=====  ======================================================================================================================
+=====  ================================================================================================================
 0      all-reduce b T, once: gradients accumulate on each rank
 1      all-reduce b T, once (in bf16 from sums in float32); after the step all-gather w T
 2      all-reduce b T at every micro-batch, of which a rank keeps only its part; after the step all-gather w T. With
        ``use_multi_rank_bucket_allreduce: false`` reduce each part to its rank (and at stage 1 in fp32)
-3      reduce-scatter b T at every micro-batch. All-gather w P at every micro-batch, in forward; in backward at most P - D / 2 again,
-       where D is ``stage3_max_reuse_distance``: the last layers are kept, their next use is near. Parameters of at most
-       ``stage3_param_persistence_threshold`` elements once a step
-=====  ======================================================================================================================
+3      reduce-scatter b T at every micro-batch. All-gather w P at every micro-batch, in forward; in backward at most
+       P - D / 2 again, where D is ``stage3_max_reuse_distance``: the last layers are kept, their next use is near.
+       Parameters of at most ``stage3_param_persistence_threshold`` elements once a step
+=====  ================================================================================================================
 
-Frozen weights have no gradient: below stage 3 a step moves adapters, embeddings, norms and head only. In a ring of N ranks a
-device sends 2 (N - 1) / N of what is all-reduced and (N - 1) / N of what is gathered, reduced or reduce-scattered; gloo's reduce is no
-ring, and sends more than its all-reduce (docs/clusters.md). Where the ring goes through hosts in order, each host sends as much to the
-next one as each of its devices to its neighbour.
+Frozen weights have no gradient: below stage 3 a step moves adapters, embeddings, norms and head only. In a ring of N
+ranks a device sends 2 (N - 1) / N of what is all-reduced and (N - 1) / N of what is gathered, reduced or
+reduce-scattered; gloo's reduce is no ring, and sends more than its all-reduce (docs/clusters.md). Where the ring goes
+through hosts in order, each host sends as much to the next one as each of its devices to its neighbour.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
 class Traffic:
     """Bytes of the tensors that one rank gives to collectives in a step; a merge's apart.
 
-    ``all_reduced`` are gradients whose sum every rank gets, ``reduced`` those whose sum only its owner gets; ``gathered`` the weights that
-    training waits for: after the step, or in forward and backward at stage 3. ``merge`` is one merge event: adapters to the owners of the base, new weights back.
+    ``all_reduced`` are gradients whose sum every rank gets, ``reduced`` those whose sum only its owner gets;
+    ``gathered`` the weights that training waits for: after the step, or in forward and backward at stage 3. ``merge``
+    is one merge event: adapters to the owners of the base, new weights back.
     """
 
     ranks: int
@@ -79,7 +80,7 @@ def traffic(model: LlamaForCausalLM, config: Config, stage: int, ranks: int, *, 
     width = 2 if bf16 else 4
     gradients = _WIDTHS.get(str(config.train.deepspeed.get("communication_data_type")), width) * counts.trainable
     micro_batches = config.accumulation_steps(ranks)
-    merge = _merge(model, stage, width) if config.merges and ranks > 1 else 0
+    merge = _merge(model, stage, width) if config.method.merges and ranks > 1 else 0
     if stage < 3:
         gradients *= micro_batches if stage == 2 else 1
         honours = stage == 2 or (stage == 1 and not bf16)  # BF16_Optimizer has its own way
@@ -95,7 +96,7 @@ def traffic(model: LlamaForCausalLM, config: Config, stage: int, ranks: int, *, 
 
 
 def _merge(model: LlamaForCausalLM, stage: int, width: int) -> float:
-    """Adapters are reduced to the owners in float32, new weights broadcast (at stage 3 gathered before), masters written back."""
+    """Adapters reduced to the owners in float32, weights broadcast (at stage 3 gathered before), masters written."""
     counts = count_parameters(model)
     weights = width * sum(layer.weight.numel() for _, layer in adapter_layers(model))
     if stage == 0:

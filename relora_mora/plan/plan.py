@@ -12,8 +12,8 @@ from relora_mora.plan.cluster import Cluster, StepTime, step_time
 from relora_mora.plan.flops import Flops, flops_per_token, meta_model
 from relora_mora.plan.memory import Memory, Parameters, count_parameters, peak_memory
 from relora_mora.plan.network import Traffic, traffic
+from relora_mora.registry import METHODS
 
-METHODS = ("full", "lora", "mora", "relora", "remora")
 STAGES = (0, 1, 2, 3)
 ASSUMED_UTILISATION = 0.4
 USABLE = 0.9  # of a device's memory: the rest is for the CUDA context, NCCL's buffers and fragmentation
@@ -25,8 +25,11 @@ FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about one run. ``memory`` and ``network``, [method][stage], compare the methods at the same settings; ``steps``,
-    [stage], is the time of a step of this run."""
+    """Everything about one run.
+
+    ``memory`` and ``network``, [method][stage], compare the methods at the same settings; ``steps``, [stage], is the
+    time of a step of this run.
+    """
 
     parameters: Parameters
     flops: Flops
@@ -55,7 +58,7 @@ class Plan:
 
     @property
     def resident(self) -> float | None:
-        """Bytes of a rank's process where the device is a CPU, None elsewhere; a tenth is added for malloc's fragmentation."""
+        """Bytes of a rank's process on a CPU, a tenth of them for malloc's fragmentation; None on other devices."""
         chosen = self.memory[self.method][self.zero_stage]
         return FRAGMENTATION * (PROCESS_BYTES + chosen.device + chosen.host_base) if self.on_cpu else None
 
@@ -99,21 +102,23 @@ def make_plan(
     """What the run needs on a cluster.
 
     ``peak`` is the FLOP/s of one device and where the number comes from; ``log.peak_tflops`` goes first.
-    ``tokens_per_second`` is a measured rate over all devices; without it the time follows from the arithmetic, the peak,
-    ``utilisation``, memory and network. Raises ValueError for a utilisation that is not between 0 and 1 and for a rate that
-    is not positive.
+    ``tokens_per_second`` is a measured rate over all devices; without it the time follows from the arithmetic, the
+    peak, ``utilisation``, memory and network. Raises ValueError for a utilisation that is not between 0 and 1 and for a
+    rate that is not positive.
     """
     if utilisation is not None and not 0 < utilisation <= 1:
         raise ValueError(f"utilisation must be above 0 and at most 1, got {utilisation:g}")
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise ValueError(f"tokens_per_second must be positive, got {tokens_per_second:g}")
-    ranks, own = cluster.world_size, config.method.name
-    flops, counts = flops_per_token(model_config, config), count_parameters(meta_model(model_config, config))
+    ranks = cluster.world_size
+    own = config.method.name
+    flops = flops_per_token(model_config, config)
+    counts = count_parameters(meta_model(model_config, config.method))
     memory: dict[str, dict[int, Memory]] = {}
     network: dict[str, dict[int, Traffic]] = {}
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
-        model = meta_model(model_config, other)
+        model = meta_model(model_config, other.method)
         memory[name] = {stage: peak_memory(model_config, other, stage, ranks, bf16=bf16) for stage in STAGES}
         network[name] = {stage: traffic(model, other, stage, ranks, bf16=bf16) for stage in STAGES}
     if config.log.peak_tflops is not None:
@@ -144,7 +149,7 @@ def make_plan(
         cluster=cluster,
         bf16=bf16,
         on_cpu=on_cpu,
-        merge_every=config.method.merge_every if config.merges else 0,
+        merge_every=config.method.merge_every if config.method.merges else 0,
         tokens_per_step=config.tokens_per_step,
         tokens=config.tokens_per_step * config.train.steps,
         tokens_per_second=speed,

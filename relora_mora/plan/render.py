@@ -8,22 +8,26 @@ from relora_mora.plan.plan import PROCESS_BYTES, USABLE, Plan
 
 def render(plan: Plan) -> str:
     """The plan as text for a terminal."""
-    counts, flops = plan.parameters, plan.flops
+    counts = plan.parameters
+    flops = plan.flops
     precision = "bf16" if plan.bf16 else "fp32"
     own = plan.memory[plan.method]
     parts = [
-        f"parameters     {counts.total:,} in the model; {plan.method} trains {counts.trainable:,}, of them {counts.adapters:,} in adapters",
+        f"parameters     {counts.total:,} in the model; {plan.method} trains {counts.trainable:,}, "
+        f"of them {counts.adapters:,} in adapters",
         f"arithmetic     {flops.total / 1e9:.4g} GFLOP a token: "
         + ", ".join(
             f"{name} {getattr(flops, name) / flops.total:.0%}" for name in ("linears", "adapters", "attention", "head")
         )
         + (f"; {flops.recomputed / 1e9:.4g} more for activation checkpointing" if flops.recomputed else ""),
-        f"data           {plan.tokens_per_step:,} tokens a step, {plan.tokens:,} in all, {flops.total * plan.tokens:.3g} FLOP",
+        f"data           {plan.tokens_per_step:,} tokens a step, {plan.tokens:,} in all, "
+        f"{flops.total * plan.tokens:.3g} FLOP",
         f"time           {duration(plan.seconds)} at {plan.tokens_per_second:,.0f} tokens/s on {plan.world_size} "
         f"device{'s' if plan.world_size > 1 else ''}, {plan.assumption}",
         *_cluster(plan),
         "",
-        f"memory of a device ({plan.world_size} in all) in GiB, {plan.method} in {precision}, when a step needs most (* the stage in the settings)",
+        f"memory of a device ({plan.world_size} in all) in GiB, {plan.method} in {precision}, "
+        f"when a step needs most (* the stage in the settings)",
         _table(
             ["stage", *PARTS, "all", "at", "host, fp32 base"],
             [
@@ -50,15 +54,16 @@ def render(plan: Plan) -> str:
     if plan.resident is not None:
         parts.insert(
             -2,
-            f"\nresident memory of a rank: {_gib(plan.resident)} GiB, of them {_gib(PROCESS_BYTES)} for Python, torch and DeepSpeed; "
-            "a tenth is for malloc's fragmentation",
+            f"\nresident memory of a rank: {_gib(plan.resident)} GiB, of them {_gib(PROCESS_BYTES)} for Python, "
+            "torch and DeepSpeed; a tenth is for malloc's fragmentation",
         )
     return "\n".join(parts)
 
 
 def _cluster(plan: Plan) -> list[str]:
     """The devices, and whether they hold the run"""
-    cluster, device = plan.cluster, plan.cluster.device
+    cluster = plan.cluster
+    device = plan.cluster.device
     if not device.memory_gb:
         return []
     fitting = [stage for stage in plan.memory[plan.method] if plan.fits(stage)]
@@ -67,16 +72,21 @@ def _cluster(plan: Plan) -> list[str]:
         if plan.zero_stage not in fitting:
             verdict += f"; NOT at {plan.zero_stage}, which the settings say: --train.zero_stage={fitting[0]}"
     else:
-        verdict = "fits at NO stage: lower train.micro_batch_size, set model.activation_checkpointing, or take more or larger devices"
+        verdict = (
+            "fits at NO stage: lower train.micro_batch_size, set model.activation_checkpointing, "
+            "or take more or larger devices"
+        )
     return [
-        f"devices        {cluster.nodes} x {cluster.devices_per_node} {device.name}, {device.memory_gb:g} GB each ({device.source})",
+        f"devices        {cluster.nodes} x {cluster.devices_per_node} {device.name}, "
+        f"{device.memory_gb:g} GB each ({device.source})",
         f"memory         {verdict} (within {USABLE:.0%} of a device)",
     ]
 
 
 def _network(plan: Plan) -> list[str]:
     """Bytes and time of a step by stage; nothing where there is one rank"""
-    cluster, moved = plan.cluster, plan.network[plan.method]
+    cluster = plan.cluster
+    moved = plan.network[plan.method]
     if cluster.world_size == 1:
         return []
     link = _link(plan)
@@ -105,7 +115,8 @@ def _network(plan: Plan) -> list[str]:
     columns += ["compute s", "optimizer s", "network s", "hidden s", "step s", "all steps"]
     own = moved[plan.zero_stage]
     merges = (
-        f"a merge: a device sends {_gb(own.sent_in_merge)} GB at stage {plan.zero_stage}, {_gb(own.sent_in_merge / plan.merge_every)} GB for each step"
+        f"a merge: a device sends {_gb(own.sent_in_merge)} GB at stage {plan.zero_stage}, "
+        f"{_gb(own.sent_in_merge / plan.merge_every)} GB for each step"
         if plan.merge_every
         else ""
     )

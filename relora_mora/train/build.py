@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from relora_mora import kernels
 from relora_mora.config import Config, ConfigError
 from relora_mora.merging import FrozenMasters, Merger
-from relora_mora.methods import inject
+from relora_mora.methods.inject import inject
 from relora_mora.model import LossModel, empty_model, put_values
 from relora_mora.optim import (
     ParameterGroup,
@@ -61,10 +61,10 @@ def build(
     lm = empty_model(checked.model_config, attention=config.model.attention)
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.uses_adapters:
+    if config.method.uses_adapters:
         _add_adapters(lm, config, with_values=not resumes)
-    set_trainable(lm, config)
-    groups = parameter_groups(lm, config)
+    set_trainable(lm, config.method)
+    groups = parameter_groups(lm, config.optim)
     if not groups:
         fault = "method: nothing is trained; set method.train_embeddings, train_norms or train_head"
         raise ConfigError([fault], "the settings")
@@ -79,14 +79,15 @@ def build(
     done("model")
     module = LossModel(lm, compiled=config.model.compile)
     engine = ZeroEngine(
-        module, lm, build_optimizer(lm, groups, config), config.train, clip=config.optim.clip, bf16=checked.bf16
+        module, lm, build_optimizer(lm, groups, config.optim), config.train, clip=config.optim.clip, bf16=checked.bf16
     )
     done("engine")
     if not resumes:
         write_initial_values(engine, base, maker, made)
         done("model")
     merger = Merger(engine, base, config.method, seed=config.train.seed)
-    return Run(checked, engine, base, merger, groups, make_schedule(config))
+    schedule = make_schedule(config.method, config.optim, config.train.steps)
+    return Run(checked, engine, base, merger, groups, schedule)
 
 
 def _add_adapters(lm: LlamaForCausalLM, config: Config, *, with_values: bool) -> None:

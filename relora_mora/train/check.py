@@ -12,11 +12,11 @@ from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unus
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint
 from relora_mora.model import check_length, plain_model_config, read_model_config
 from relora_mora.model.llama import check_attention, check_compiler
+from relora_mora.plan.fit import check_adapters, check_memory
 from relora_mora.system.hardware import fast_bf16, memory_bytes
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import check_vocabulary, tokenizer_fingerprint
-from relora_mora.train.fit import check_adapters, check_memory
 from relora_mora.train.identity import Identity
 from relora_mora.train.inputs import open_inputs
 
@@ -66,11 +66,11 @@ def check(config: Config, world_size: int) -> Checked:
     """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
     data = config.data
     model_config = read_model_config(config.model)
-    check_length(model_config, config)
-    check_adapters(model_config, config)
-    check_compiler(config)
+    check_length(model_config, config.data.sequence_length, config.model.config)
+    check_adapters(model_config, config.method)
+    check_compiler(config.model)
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
-    check_attention(config, bf16=bf16)
+    check_attention(config.model, bf16=bf16)
     check_memory(model_config, config, world_size, memory_bytes(), bf16=bf16)
     inputs = open_inputs(config)
     tokenizer = inputs.tokenizer

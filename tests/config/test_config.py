@@ -81,7 +81,8 @@ def test_merge_keys_are_keys_like_others(tmp_path: Path) -> None:
 def test_rates_may_be_written_with_exponents(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
-        "model: {config: m}\ntokenizer: {path: t}\ndata: {train: a, validation: b}\ntrain: {run_dir: r}\noptim: {lr: 4e-4}\n"
+        "model: {config: m}\ntokenizer: {path: t}\n"
+        "data: {train: a, validation: b}\ntrain: {run_dir: r}\noptim: {lr: 4e-4}\n"
     )
     config = load_config(path, {"optim.lr_other": "2e-3", "method.operators": "[1, 2, 3, 4]", "data.lanes": "null"})
     assert (config.optim.lr, config.optim.lr_other, config.method.operators, config.data.lanes) == (
@@ -148,7 +149,8 @@ def test_nothing_is_said_about_defaults_in_the_place_of_faulty_settings() -> Non
 
 def test_one_line_for_a_setting_of_two_types() -> None:
     assert faults_of(tree(data={"train": 3})) == [
-        "data.train: got 3; input should be a valid string or input should be a valid list (source or sources of training text)"
+        "data.train: got 3; input should be a valid string or input should be a valid list (source or sources of "
+        "training text)"
     ]
 
 

@@ -142,7 +142,7 @@ def test_settings_that_are_taken_make_a_plan_or_a_message(changes: dict[str, Any
     config = check_outcome(lambda: validate(given_tree, "the test", world_size=2))
     if config is None:
         return
-    schedule = make_schedule(config)
+    schedule = make_schedule(config.method, config.optim, config.train.steps)
     assert [schedule.rate(step, rewarm=True) >= 0 for step in (1, config.train.steps)] == [True, True]
     try:
         plan = make_plan(

@@ -89,7 +89,7 @@ def test_parameter_count(path: Path) -> None:
 def test_run_loads(path: Path, world_size: int) -> None:
     config = load_config(path, world_size=world_size)
     assert unused_settings(config) == []
-    check_length(read_model_config(config.model), config)
+    check_length(read_model_config(config.model), config.data.sequence_length, config.model.config)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=stem)
@@ -98,8 +98,8 @@ def test_run_says_what_its_name_says(path: Path) -> None:
     if path.stem != "demo":
         assert path.stem.endswith(f"_{config.method.name}")
         assert config.train.run_dir == f"runs/{path.stem}"
-    if config.uses_adapters:
-        counts = count_parameters(meta_model(read_model_config(config.model), config))
+    if config.method.uses_adapters:
+        counts = count_parameters(meta_model(read_model_config(config.model), config.method))
         assert counts.adapters > 0
     assert f"configs/run/{path.name}" in path.read_text(encoding="utf-8") or not path.stem.startswith("paper")
 
@@ -118,13 +118,13 @@ def test_paper_run(size: str, method: str) -> None:
     assert config.data.train == config.data.validation == C4
     assert read_model_config(config.model).vocab_size == 32_000
     assert config.tokens_per_step * config.train.steps == 5_242_880_000
-    if config.uses_adapters:
+    if config.method.uses_adapters:
         assert config.method.rank == 128
-    if config.merges:
-        schedule = make_schedule(config)
+    if config.method.merges:
+        schedule = make_schedule(config.method, config.optim, config.train.steps)
         assert [step for step in range(10_001) if schedule.merge_after(step)] == [2000, 4000, 6000, 8000]
         assert schedule.restart_warmup_steps == 50
-    if config.uses_squares:
+    if config.method.uses_squares:
         assert config.method.operators == ([1, 2] if method == "remora" else [1])
 
 
@@ -135,7 +135,7 @@ def test_methods_of_a_group_differ_in_nothing_else(group: str) -> None:
     for method, config in configs.items():
         values = config.model_dump()
         del values["method"], values["train"]["run_dir"], values["optim"]["lr"]
-        if not config.merges:
+        if not config.method.merges:
             values["optim"]["restart_warmup_steps"] = configs["remora"].optim.restart_warmup_steps
         settings[method] = values
     assert all(values == settings["full"] for values in settings.values())
@@ -143,7 +143,7 @@ def test_methods_of_a_group_differ_in_nothing_else(group: str) -> None:
 
 def test_demo_merges_three_times_on_two_processes() -> None:
     config = load_config("configs/run/demo.yaml", world_size=2)
-    schedule = make_schedule(config)
+    schedule = make_schedule(config.method, config.optim, config.train.steps)
     assert config.method.name == "remora"
     assert schedule.merges_done(config.train.steps) >= 3
     tiny = load_config("configs/run/tiny_remora.yaml")

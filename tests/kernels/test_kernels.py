@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from relora_mora import kernels
-from relora_mora.kernels import compiled, contiguous, expand_add, group_sum, interleaved, wrapped_interleaved
-from relora_mora.kernels.grouping import Grouping
+from relora_mora.kernels import Grouping, contiguous, cpu, expand_add, group_sum, interleaved, wrapped_interleaved
 
 compiled_only = pytest.mark.skipif(not kernels.available(), reason=f"kernels are {kernels.describe()}")
 GROUPINGS = [interleaved, wrapped_interleaved, contiguous]
@@ -69,7 +68,7 @@ def test_sum_and_copy_are_the_matrix_of_the_definition(make, features, slots):
 @pytest.mark.parametrize("features,slots", SIZES)
 def test_compiled_sum_rounds_once(make, features, slots, dtype):
     grouping, x = make(features, slots), _integers(5, 7, features, dtype=dtype)
-    assert compiled.takes(x)
+    assert kernels.takes(x)
     y = group_sum(x, grouping)
     assert y.dtype == dtype and torch.equal(y, grouping.sum(x.double()).to(dtype))
 
@@ -82,7 +81,7 @@ def test_compiled_sum_rounds_once(make, features, slots, dtype):
     "out_features,in_features,slots", [(61, 64, 16), (64, 130, 16), (7, 50, 19), (50, 7, 19), (300, 160, 37)]
 )
 def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slots, dtype, library, monkeypatch):
-    monkeypatch.setattr(compiled, "_enabled", library)
+    monkeypatch.setattr(kernels.ops, "_enabled", library)
     # a feature with two slots is rounded between them by torch, so its sums must be exact there
     weight = _integers(out_features, in_features, dtype=dtype, bound=255 if library else 60)
     M = _integers(slots, slots, dtype=dtype, bound=255 if library else 60)
@@ -104,13 +103,13 @@ def test_threads_and_instruction_sets_change_no_bit(slots, dtype):
     try:
         for threads, instructions in ((1, 2), (2, 2), (5, 2), (1, 1), (1, 0)):
             torch.set_num_threads(threads)
-            compiled.load().remora_use(instructions)
+            cpu.load().remora_use(instructions)
             for inputs, outputs in ((wrapped_interleaved, contiguous), (contiguous, interleaved)):
                 groupings = inputs(350, slots), outputs(800, slots)
                 results.append((group_sum(x, groupings[0]), expand_add(weight, M, *groupings)))
     finally:
         torch.set_num_threads(before)
-        compiled.load().remora_use(compiled.BEST)
+        cpu.load().remora_use(cpu.BEST)
     for index, (total, matrix) in enumerate(results):
         assert torch.equal(total, results[index % 2][0]) and torch.equal(matrix, results[index % 2][1])
 
@@ -145,29 +144,65 @@ def test_what_is_not_finite_stays_so():
 def test_autograd_and_other_types_take_torch():
     x = torch.randn(4, 10, requires_grad=True)
     assert (
-        not compiled.takes(x)
-        and not compiled.takes(x.detach().double())
-        and not compiled.takes(torch.empty(2, 3, device="meta"))
+        not kernels.takes(x)
+        and not kernels.takes(x.detach().double())
+        and not kernels.takes(torch.empty(2, 3, device="meta"))
     )
     group_sum(x, interleaved(10, 4)).square().sum().backward()
     C = _matrix(interleaved(10, 4)).float()
     torch.testing.assert_close(x.grad, 2 * x.detach() @ C.T @ C)
     with kernels.disabled():
-        assert not compiled.takes(x.detach())
-    assert compiled.takes(x.detach()) == kernels.available()
+        assert not kernels.takes(x.detach())
+    assert kernels.takes(x.detach()) == kernels.available()
 
 
-def test_torch_compile_sees_through():
-    grouping, M = wrapped_interleaved(10, 4), _integers(4, 4, dtype=torch.float32)
-    x, weight = _integers(3, 10, dtype=torch.float32), _integers(10, 10, dtype=torch.float32)
+def _both(x, weight, M):
+    grouping = wrapped_interleaved(10, 4)
+    return group_sum(x, grouping), expand_add(weight, M, grouping, interleaved(10, 4))
 
-    def both(x, weight, M):
-        return group_sum(x, grouping), expand_add(weight, M, grouping, interleaved(10, 4))
 
-    for a, b in zip(
-        torch.compile(both, backend="eager", fullgraph=True)(x, weight, M), both(x, weight, M), strict=True
-    ):
+@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
+def test_torch_compile_sees_through(library, monkeypatch):
+    """The kernels are in the graph where there are some, and the operations of torch where there are none."""
+    monkeypatch.setattr(kernels.ops, "_enabled", library)
+    torch._dynamo.reset()
+    given = (
+        _integers(3, 10, dtype=torch.float32),
+        _integers(10, 10, dtype=torch.float32),
+        _integers(4, 4, dtype=torch.float32),
+    )
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append({node.target for node in module.graph.nodes})
+        return module
+
+    for a, b in zip(torch.compile(_both, backend=backend, fullgraph=True)(*given), _both(*given), strict=True):
         assert torch.equal(a, b)
+    operators = {torch.ops.relora_mora.group_sum.default, torch.ops.relora_mora.expand_add.default}
+    assert len(graphs) == 1 and graphs[0] & operators == (operators if library else set())
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("make", GROUPINGS)
+def test_operators_are_what_torch_expects_of_them(make, dtype):
+    """Schema, fake implementation, and the same result when compiled, also for sizes that are not known beforehand."""
+    operators = torch.ops.relora_mora
+    inputs, outputs = make(61, 16), contiguous(50, 16)
+    torch.library.opcheck(operators.group_sum.default, (_integers(3, 2, 61, dtype=dtype), inputs.numbers))
+    matrices = _integers(50, 61, dtype=dtype), _integers(16, 16, dtype=dtype)
+    torch.library.opcheck(operators.expand_add.default, (*matrices, inputs.numbers, outputs.numbers))
+    logits = _integers(7, 30, dtype=dtype)
+    torch.library.opcheck(
+        operators.cross_entropy_.default, (logits, torch.tensor([3, -100, 0, 1, 2, 29, 5]), 0.5, True)
+    )
+
+
+def test_a_grouping_is_the_numbers_that_stand_for_it():
+    for make in GROUPINGS:
+        for features, slots in SIZES:
+            assert Grouping.of_numbers(make(features, slots).numbers) == make(features, slots)
 
 
 @compiled_only
@@ -178,7 +213,8 @@ import re, torch
 from pathlib import Path
 from relora_mora.kernels import group_sum, interleaved
 group_sum(torch.randn(4096, 64), interleaved(64, 5))
-print(len({line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.search(r"/lib[gi]?omp\\b", line)}))
+lines = Path("/proc/self/maps").read_text().splitlines()
+print(len({line.split()[-1] for line in lines if re.search(r"/lib[gi]?omp\\b", line)}))
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
@@ -186,19 +222,20 @@ print(len({line.split()[-1] for line in Path("/proc/self/maps").read_text().spli
 def test_a_library_that_does_not_fit_is_not_used(monkeypatch, tmp_path):
     if shutil.which("gcc"):
         assert kernels.available(), kernels.describe()
-    compiled.load.cache_clear()
+    cpu.load.cache_clear()
     try:
         for name, content, message in [
             ("SOURCE", b"/* newer */", "another version"),
             ("LIBRARY", b"no library", "cannot be loaded"),
         ]:
-            if name == "SOURCE" and not compiled.LIBRARY.exists():
+            if name == "SOURCE" and not cpu.LIBRARY.exists():
                 continue
             (tmp_path / name).write_bytes(content)
             with monkeypatch.context() as patch:
-                patch.setattr(compiled, name, tmp_path / name)
+                patch.setattr(cpu, name, tmp_path / name)
+                patch.setattr(kernels.ops, "_DEVICES", kernels.ops.kernels_here())
                 assert message in kernels.describe() and not kernels.available()
-                assert not compiled.takes(torch.zeros(2, 2))
-            compiled.load.cache_clear()
+                assert not kernels.takes(torch.zeros(2, 2))
+            cpu.load.cache_clear()
     finally:
-        compiled.load.cache_clear()
+        cpu.load.cache_clear()

@@ -12,10 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from relora_mora.config import MethodConfig
 from relora_mora.merging import effective_rank
-from relora_mora.methods.inject import inject, layer_square_size
-from relora_mora.methods.layers import AdapterLinear, LoRALinear, MoRALinear, adapter_layers, layer_generator
+from relora_mora.methods.inject import inject
+from relora_mora.methods.layers import AdapterLinear, adapter_layers, layer_generator
+from relora_mora.methods.lora import LoRALinear
+from relora_mora.methods.mora import MoRALinear, layer_square_size
 from relora_mora.model.llama import build_model
 from relora_mora.optim import parameter_groups, set_trainable
+from relora_mora.registry import METHODS
 from tests.tools.tiny import tiny_config, tiny_llama
 
 SHAPES = [(12, 20, 7), (20, 12, 6), (16, 16, 8), (5, 7, 12), (9, 9, 4)]
@@ -148,7 +151,7 @@ def test_auto_builds_the_weight_where_tokens_outweigh_it(kind, tokens):
     assert layer.uses_merged_form(tokens) and not layer.uses_merged_form(tokens - 1)
 
 
-@pytest.mark.parametrize("method", ["lora", "mora", "relora", "remora"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
 def test_injection_changes_nothing_at_the_start(method):
     config = tiny_config(method={"name": method})
     plain, adapted = build_model(tiny_llama(), seed=3), build_model(tiny_llama(), seed=3)
@@ -160,7 +163,7 @@ def test_injection_changes_nothing_at_the_start(method):
     torch.testing.assert_close(adapted(ids).logits, plain(ids).logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "mora", "relora", "remora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_trainable_is_exactly_what_the_method_says(method):
     config = tiny_config(method={"name": method})
     model = build_model(tiny_llama(), seed=0)
@@ -169,9 +172,9 @@ def test_trainable_is_exactly_what_the_method_says(method):
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ".layers." in name
     }
-    if config.uses_adapters:
+    if config.method.uses_adapters:
         inject(model, config.method, seed=0)
-    set_trainable(model, config)
+    set_trainable(model, config.method)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     others = {
         name for name, _ in model.named_parameters() if "norm" in name or "embed" in name or name == "lm_head.weight"
@@ -179,7 +182,7 @@ def test_trainable_is_exactly_what_the_method_says(method):
     adapters = {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
     assert trains == others | (linears if method == "full" else adapters)
     assert len(linears) == 14 and bool(adapters) == (method != "full")
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, config.optim)
     assert sorted(name for group in groups for name in group.parameters) == sorted(trains)
     rates = {group.name: group.peak_lr for group in groups}
     assert rates.pop("linears" if method == "full" else "adapters") == config.optim.lr
@@ -190,8 +193,8 @@ def test_embeddings_norms_and_head_can_be_frozen():
     config = tiny_config(method={"train_embeddings": False, "train_norms": False, "train_head": False})
     model = build_model(tiny_llama(), seed=0)
     inject(model, config.method, seed=0)
-    set_trainable(model, config)
-    assert [group.name for group in parameter_groups(model, config)] == ["adapters"]
+    set_trainable(model, config.method)
+    assert [group.name for group in parameter_groups(model, config.optim)] == ["adapters"]
 
 
 def test_targets_that_match_nothing_are_an_error():

@@ -149,4 +149,4 @@ def test_model_settings_report_every_fault(tmp_path):
 
 def test_sequences_longer_than_the_positions_are_refused():
     with pytest.raises(ConfigError, match=r"data.sequence_length: 16 is more than the model's max_position_embeddings"):
-        check_length(tiny_llama(max_position_embeddings=8), tiny_config())
+        check_length(tiny_llama(max_position_embeddings=8), tiny_config().data.sequence_length, "unused.json")

@@ -1,4 +1,4 @@
-"""The compiled loss against float64: values, gradients, what is not finite, and the same bits for any number of threads."""
+"""The compiled loss against float64: values, gradients, what is not finite, the same bits on any number of threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from relora_mora import kernels
-from relora_mora.kernels import compiled, cross_entropy_
+from relora_mora.kernels import cpu, cross_entropy_
 from relora_mora.model import loss as model
 from relora_mora.model.loss import CHUNK_BYTES, chunked_cross_entropy, fused_loss, loss_chunk
 from tests.kernels.test_kernels import compiled_only
@@ -38,7 +38,7 @@ def _case(rows: int, vocabulary: int, dtype: torch.dtype, spread: float = 3.0) -
 @pytest.mark.parametrize("vocabulary", [1, 5, 16, 31, 500, 32100])
 @pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
 def test_loss_and_gradient_are_those_of_float64(vocabulary, dtype, tolerance, spread, library, monkeypatch):
-    monkeypatch.setattr(compiled, "_enabled", library)
+    monkeypatch.setattr(kernels.ops, "_enabled", library)
     logits, labels = _case(13, vocabulary, dtype, spread)
     expected, gradient = _reference(logits, labels)
     loss, _ = cross_entropy_(logits.clone(), labels, ignore=-100, scale=SCALE, gradient=False)
@@ -56,12 +56,12 @@ def test_threads_change_no_bit_and_instruction_sets_only_the_rounding(dtype):
     try:
         for threads, instructions in ((1, 2), (2, 2), (5, 2), (1, 1), (1, 0)):
             torch.set_num_threads(threads)
-            compiled.load().remora_use(instructions)
+            cpu.load().remora_use(instructions)
             logits, labels = _case(301, 777, dtype)
             results.append(cross_entropy_(logits, labels, ignore=-100, scale=SCALE, gradient=True))
     finally:
         torch.set_num_threads(before)
-        compiled.load().remora_use(compiled.BEST)
+        cpu.load().remora_use(cpu.BEST)
     for index, (loss, gradient) in enumerate(results):
         if index < 3:
             assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
@@ -104,16 +104,15 @@ def test_chunks_are_equal_parts_below_the_limit():
 
 
 def test_in_place_is_for_plain_cpu_tensors_only():
-    assert kernels.takes_logits(torch.zeros(2, 2)) == kernels.available()
-    assert not kernels.takes_logits(torch.zeros(2, 2).double()) and not kernels.takes_logits(
-        torch.empty(2, 2, device="meta")
-    )
+    assert kernels.takes(torch.zeros(2, 2)) == kernels.available()
+    assert not kernels.takes(torch.zeros(2, 2).double()) and not kernels.takes(torch.empty(2, 2, device="meta"))
 
 
 def test_liger_is_for_cuda_and_optional(monkeypatch):
     calls = []
     module = types.ModuleType("liger_kernel.transformers.functional")
-    module.liger_fused_linear_cross_entropy = lambda *a, **k: calls.append((a, k)) or torch.tensor(3.0)  # type: ignore[attr-defined]
+    fused = lambda *a, **k: calls.append((a, k)) or torch.tensor(3.0)  # noqa: E731
+    module.liger_fused_linear_cross_entropy = fused  # type: ignore[attr-defined]
     names = ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.functional")
     try:
         fused_loss.cache_clear()

@@ -12,6 +12,7 @@ from relora_mora.methods.inject import inject
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import set_trainable
 from relora_mora.plan.flops import Flops, flops_per_token
+from relora_mora.registry import METHODS
 
 MODEL = LlamaConfig(
     hidden_size=48,
@@ -40,9 +41,9 @@ def make_config(**sections: dict[str, object]) -> Config:
 def counted(model_config: LlamaConfig, config: Config, operator: int | None = None) -> float:
     """FLOPs per token that torch's counter sees in one forward and backward of the real model."""
     lm = build_model(model_config, seed=0, attention="eager")
-    if config.uses_adapters:
+    if config.method.uses_adapters:
         inject(lm, config.method, seed=0, mora_type=operator)
-    set_trainable(lm, config)
+    set_trainable(lm, config.method)
     model = LossModel(lm)
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -55,7 +56,7 @@ def counted(model_config: LlamaConfig, config: Config, operator: int | None = No
 
 
 @pytest.mark.parametrize("form", ["merged", "decoupled", "auto"])
-@pytest.mark.parametrize("name", ["full", "lora", "mora", "relora", "remora"])
+@pytest.mark.parametrize("name", METHODS)
 def test_total_is_what_torch_counts(name: str, form: str) -> None:
     config = make_config(method={"name": name, "form": form})
     assert flops_per_token(MODEL, config).total == pytest.approx(counted(MODEL, config), rel=0.01)
@@ -90,7 +91,7 @@ def test_recomputed_forward_is_counted_apart(name: str) -> None:
     flops = flops_per_token(MODEL, config)
     plain = flops_per_token(MODEL, make_config(method={"name": name}))
     assert flops.total == plain.total
-    # torch stops the recomputation at the last tensor that backward needs, so the last products of a layer may be left out
+    # torch stops the recomputation at the last tensor that backward needs, so a layer's last products may be missing
     assert 0.9 * flops.performed < counted(MODEL, config) <= 1.001 * flops.performed
 
 

@@ -64,7 +64,7 @@ def test_state_and_gradients(
 ) -> None:
     measured = pools(world_size)(measure, method, stage, bf16, micro_batch_size)
     config = _config(method, stage, world_size, micro_batch_size)
-    model = meta_model(_llama(), config)
+    model = meta_model(_llama(), config.method)
     state = state_memory(model, config, stage, world_size, bf16=bf16)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
     for moment in ("between_steps", "between_micro_batches", "after_backward"):

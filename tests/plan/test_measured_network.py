@@ -38,7 +38,9 @@ def _config(method: str, stage: int, micro_batch_size: int, **zero: int) -> Conf
 
 
 def count(method: str, stage: int, bf16: bool, micro_batch_size: int, zero: dict[str, int]) -> dict[str, int]:
-    """Runs on every rank: bytes given to collectives, by kind, in a step once DeepSpeed knows the order of the layers, and in a merge."""
+    """Runs on every rank: bytes given to collectives, by kind, in a step once DeepSpeed knows the order of the layers,
+    and in a merge.
+    """
     from deepspeed.comm import comm
     from torch import distributed as dist
 
@@ -79,7 +81,8 @@ CASES += [
     ("remora", stage, bf16, 2, {"use_multi_rank_bucket_allreduce": False}) for stage in (1, 2) for bf16 in (True, False)
 ]
 CASES += [("remora", 3, True, 2, {"stage3_param_persistence_threshold": 2000})]
-# large models let weights go and fetch them again: DeepSpeed's defaults, as small beside this model as they are beside one of 7b and 1.3b
+# large models let weights go and fetch them again: DeepSpeed's defaults, as small beside this model as they are beside
+# one of 7b and 1.3b
 CASES += [
     (
         "full",
@@ -104,7 +107,7 @@ def test_bytes_of_a_step_and_a_merge(
         zero = {"stage3_param_persistence_threshold": 0, **zero}
     measured = pools(2)(count, method, stage, bf16, micro_batch_size, zero)
     config = _config(method, stage, micro_batch_size, **zero)
-    planned = traffic(meta_model(tiny_llama(**LLAMA), config), config, stage, 2, bf16=bf16)
+    planned = traffic(meta_model(tiny_llama(**LLAMA), config.method), config, stage, 2, bf16=bf16)
     kinds = {"all-reduced": planned.all_reduced, "reduced": planned.reduced, "gathered": planned.gathered}
     least = (
         0.9 if "stage3_max_reuse_distance" in zero else 0.97

@@ -70,9 +70,9 @@ def make_config(method: dict[str, Any], model: dict[str, Any] | None = None, mic
 
 def build(config: Config, bf16: bool) -> LossModel:
     lm = build_model(MODEL, seed=0, attention=config.model.attention)
-    if config.uses_adapters:
+    if config.method.uses_adapters:
         inject(lm, config.method, seed=0)
-    set_trainable(lm, config)
+    set_trainable(lm, config.method)
     lm.to(torch.bfloat16 if bf16 else torch.float32)
     model = LossModel(lm)
     if config.model.activation_checkpointing:

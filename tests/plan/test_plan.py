@@ -11,8 +11,9 @@ import torch
 
 from relora_mora.config import load_config
 from relora_mora.model import read_model_config
-from relora_mora.plan import FRAGMENTATION, METHODS, PROCESS_BYTES, STAGES, Cluster, Plan, duration, make_plan, render
+from relora_mora.plan import FRAGMENTATION, PROCESS_BYTES, STAGES, Cluster, Plan, duration, make_plan, render
 from relora_mora.plan.flops import flops_per_token
+from relora_mora.registry import METHODS
 from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
 from tests.tools.helpers import ROOT
@@ -134,7 +135,7 @@ def test_of_an_unknown_card_only_the_memory_is_known(monkeypatch: pytest.MonkeyP
 
 
 def test_time_of_a_step_on_a_cluster() -> None:
-    """A network that is a hundred times slower: all of it shows at stage 1, and at stage 3 only what compute does not hide."""
+    """A network that is a hundred times slower: all of it shows at stage 1, at stage 3 what compute does not hide."""
     cluster = Cluster(2, 4, named_device("h100"), link_gbits=80.0)
     plan = plan_of(cluster=cluster, **{"train.batch_size": "64"})
     trainable = plan.parameters.trainable

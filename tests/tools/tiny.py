@@ -100,10 +100,10 @@ def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None =
     from relora_mora.zero import ZeroEngine
 
     lm = build_model(llama or tiny_llama(), seed=config.train.seed)
-    if config.uses_adapters:
+    if config.method.uses_adapters:
         inject(lm, config.method, seed=config.train.seed)
-    set_trainable(lm, config)
-    groups = parameter_groups(lm, config)
+    set_trainable(lm, config.method)
+    groups = parameter_groups(lm, config.optim)
     initial = {name: p.detach().clone() for name, p in lm.named_parameters()}
     from torch import distributed as dist
 
@@ -111,10 +111,11 @@ def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None =
         [name for name, p in lm.named_parameters() if not p.requires_grad], dist.get_rank(), dist.get_world_size()
     )
     base.take(initial)
-    optimizer = build_optimizer(lm, groups, config)
+    optimizer = build_optimizer(lm, groups, config.optim)
     engine = ZeroEngine(LossModel(lm), lm, optimizer, config.train, clip=config.optim.clip, bf16=bf16)
     merger = Merger(engine, base, config.method, seed=config.train.seed)
-    return Rig(config, engine, base, merger, groups, make_schedule(config), initial)
+    schedule = make_schedule(config.method, config.optim, config.train.steps)
+    return Rig(config, engine, base, merger, groups, schedule, initial)
 
 
 def whole_weights(engine: Any, names: Iterable[str]) -> dict[str, Tensor]:

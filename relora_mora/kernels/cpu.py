@@ -5,11 +5,9 @@ The library shares the OpenMP threads of torch (see kernels.c), so torch must ha
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,9 @@ SOURCE = Path(__file__).with_name("kernels.c")
 LIBRARY = Path(__file__).with_name("_kernels.so")
 
 _TYPES = {torch.bfloat16: 0, torch.float32: 1}
+DTYPES = tuple(_TYPES)
 BEST = 2  # of the instruction sets plain, avx2, avx512
 _GRAIN = 32768  # elements that are worth a thread
-_enabled = True
 
 
 class _Piece(ctypes.Structure):
@@ -70,7 +68,8 @@ def load() -> ctypes.CDLL | str:
             return "compiled from another version of kernels.c; install the package again"
     except (OSError, AttributeError) as error:
         return f"cannot be loaded ({error}); install the package again"
-    library.remora_use.argtypes, library.remora_use.restype = [ctypes.c_int], ctypes.c_char_p
+    library.remora_use.argtypes = [ctypes.c_int]
+    library.remora_use.restype = ctypes.c_char_p
     arguments: list[Any] = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64]
     library.remora_sum.argtypes = library.remora_add.argtypes = arguments
     library.remora_loss.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
@@ -78,32 +77,21 @@ def load() -> ctypes.CDLL | str:
     return library
 
 
-@contextlib.contextmanager
-def disabled() -> Iterator[None]:
-    """Everything inside is computed by torch."""
-    global _enabled
-    before, _enabled = _enabled, False
-    try:
-        yield
-    finally:
-        _enabled = before
+def available() -> bool:
+    """Whether the library is there."""
+    return isinstance(load(), ctypes.CDLL)
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the library can work on these: plain CPU tensors of one type, of which autograd keeps no record.
+def describe() -> str:
+    """The instruction set of the library, or why there is none."""
+    library = load()
+    return f"compiled, {library.remora_use(BEST).decode()}" if isinstance(library, ctypes.CDLL) else f"torch: {library}"
 
-    Not while torch.compile traces, which can look into torch operations only.
-    """
-    if not _enabled or torch.compiler.is_compiling() or isinstance(load(), str):
-        return False
-    dtype, grad = tensors[0].dtype, torch.is_grad_enabled()
-    return dtype in _TYPES and all(
-        type(t) in (Tensor, torch.nn.Parameter)
-        and t.device.type == "cpu"
-        and t.dtype == dtype
-        and not (grad and t.requires_grad)
-        for t in tensors
-    )
+
+def _loaded() -> ctypes.CDLL:
+    library = load()
+    assert isinstance(library, ctypes.CDLL)
+    return library
 
 
 @functools.lru_cache(maxsize=4096)
@@ -123,9 +111,9 @@ def _threads(elements: int) -> int:
 
 def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
     """x [..., features] -> [..., slots]"""
-    library = load()
-    assert isinstance(library, ctypes.CDLL)
-    rows, pieces = _rows(x), _pieces(grouping)
+    library = _loaded()
+    rows = _rows(x)
+    pieces = _pieces(grouping)
     y = torch.empty(rows.shape[0], grouping.slots, dtype=x.dtype)
     threads = _threads(rows.numel())
     scratch = torch.empty(threads, grouping.slots + 16)
@@ -146,11 +134,13 @@ def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
 
 def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping) -> Tensor:
     """weight [out, in] + D square C [out, in]; ``outputs.once`` must hold"""
-    library = load()
-    assert isinstance(library, ctypes.CDLL) and outputs.once
-    weight, square = _rows(weight), _rows(square)
+    library = _loaded()
+    assert outputs.once
+    weight = _rows(weight)
+    square = _rows(square)
     result = torch.empty(weight.shape, dtype=weight.dtype)
-    in_pieces, out_pieces = _pieces(inputs), _pieces(outputs)
+    in_pieces = _pieces(inputs)
+    out_pieces = _pieces(outputs)
     threads = _threads(weight.numel())
     scratch = torch.empty(threads, inputs.slots + inputs.features + 16)
     job = _AddJob(
@@ -170,11 +160,15 @@ def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Groupi
     return result
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, scale: float, *, gradient: bool) -> Tensor:
-    """logits [N, V], labels [N] -> losses [N], float32; with ``gradient`` the logits become their gradients times ``scale``"""
-    library = load()
-    assert isinstance(library, ctypes.CDLL) and logits.stride(1) == 1
-    labels, losses = labels.contiguous(), torch.empty(len(logits))
+def cross_entropy_(logits: Tensor, labels: Tensor, scale: float, gradient: bool) -> Tensor:
+    """logits [N, V], labels [N], negative: not scored -> losses [N], float32.
+
+    With ``gradient`` the logits become their gradients times ``scale``.
+    """
+    library = _loaded()
+    assert logits.stride(1) == 1
+    labels = labels.contiguous()
+    losses = torch.empty(len(logits))
     job = _LossJob(
         logits.data_ptr(), labels.data_ptr(), losses.data_ptr(), logits.shape[1], logits.stride(0), scale, int(gradient)
     )

@@ -1,0 +1,118 @@
+"""The kernels as operators of torch, and who calls them.
+
+An operator has a schema, a fake implementation that knows shapes only (for torch.compile), and one kernel a device. A
+device is added by giving ``LIBRARY.impl`` its kernels and naming it in :func:`kernels_here`. Groupings travel as lists
+of whole numbers, since a schema knows no others.
+
+``torch.library.define`` and not ``torch.library.custom_op``, whose wrapper takes several times as long
+(docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from relora_mora.kernels import cpu, reference
+from relora_mora.kernels.grouping import Grouping
+
+LIBRARY = torch.library.Library("relora_mora", "DEF")
+LIBRARY.define("group_sum(Tensor x, int[] grouping) -> Tensor")
+LIBRARY.define("expand_add(Tensor weight, Tensor square, int[] inputs, int[] outputs) -> Tensor")
+LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor labels, float scale, bool gradient) -> Tensor")
+
+
+def kernels_here() -> dict[str, tuple[torch.dtype, ...]]:
+    """The types of numbers that there are kernels for, by the type of device."""
+    return {"cpu": cpu.DTYPES} if cpu.available() else {}
+
+
+_DEVICES = kernels_here()
+_enabled = True
+
+
+def _fake_group_sum(x: Tensor, grouping: Sequence[int]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], Grouping.of_numbers(grouping).slots)
+
+
+def _fake_expand_add(weight: Tensor, square: Tensor, inputs: Sequence[int], outputs: Sequence[int]) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+def _fake_cross_entropy_(logits: Tensor, labels: Tensor, scale: float, gradient: bool) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+def _cpu_group_sum(x: Tensor, grouping: Sequence[int]) -> Tensor:
+    return cpu.group_sum(x, Grouping.of_numbers(grouping))
+
+
+def _cpu_expand_add(weight: Tensor, square: Tensor, inputs: Sequence[int], outputs: Sequence[int]) -> Tensor:
+    return cpu.expand_add(weight, square, Grouping.of_numbers(inputs), Grouping.of_numbers(outputs))
+
+
+for _name, _fake, _on_cpu in (
+    ("group_sum", _fake_group_sum, _cpu_group_sum),
+    ("expand_add", _fake_expand_add, _cpu_expand_add),
+    ("cross_entropy_", _fake_cross_entropy_, cpu.cross_entropy_),
+):
+    torch.library.register_fake(f"relora_mora::{_name}", _fake)
+    LIBRARY.impl(_name, _on_cpu, "CPU")
+
+_group_sum = torch.ops.relora_mora.group_sum.default
+_expand_add = torch.ops.relora_mora.expand_add.default
+_cross_entropy_ = torch.ops.relora_mora.cross_entropy_.default
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Everything inside is computed by torch operations."""
+    global _enabled
+    before = _enabled
+    _enabled = False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether there are kernels for tensors of this device and one dtype, and autograd keeps no record of them."""
+    dtype = tensors[0].dtype
+    if not _enabled or dtype not in _DEVICES.get(tensors[0].device.type, ()):
+        return False
+    records = torch.is_grad_enabled()
+    return all(t.dtype == dtype and not (records and t.requires_grad) for t in tensors)
+
+
+def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
+    """x [..., features] -> [..., slots], the sum of each slot's features; differentiable."""
+    return _group_sum(x, grouping.numbers) if takes(x) else grouping.sum(x)
+
+
+def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping) -> Tensor:
+    """weight [out, in] + D square C: square [R, R], C = ``inputs.sum``, D = ``outputs.copy``; not differentiable."""
+    if outputs.once and takes(weight, square):
+        return _expand_add(weight, square, inputs.numbers, outputs.numbers)
+    return reference.expand_add(weight, square, inputs, outputs)
+
+
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, *, ignore: int, scale: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Negative log-likelihoods of labels [N] under logits [N, V]: their sum, a float32 scalar, and its gradient [N, V].
+
+    The gradient, None unless asked for, is that of the sum times ``scale``, in the dtype of the logits, which are
+    overwritten. Labels that are ``ignore`` (a negative number) are not scored. All arithmetic is in float32. Where
+    :func:`takes` says so, there is no copy of the logits, and a label outside the vocabulary raises IndexError.
+    """
+    if not takes(logits):
+        return reference.cross_entropy(logits, labels, ignore=ignore, scale=scale, gradient=gradient)
+    vocabulary = logits.shape[1]
+    if int(labels.max()) >= vocabulary or bool(((labels < 0) & (labels != ignore)).any()):
+        raise IndexError(f"labels go from {int(labels.min())} to {int(labels.max())}, the vocabulary has {vocabulary}")
+    losses = _cross_entropy_(logits, labels, float(scale), gradient)
+    return losses.sum(), logits if gradient else None

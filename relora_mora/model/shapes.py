@@ -1,0 +1,29 @@
+"""Shapes of the linears of a LLaMA, from its config alone."""
+
+from __future__ import annotations
+
+from transformers import LlamaConfig
+
+
+def attention_widths(model_config: LlamaConfig) -> tuple[int, int]:
+    """Features of all queries, and of all keys (the values have as many), of one token."""
+    heads = model_config.num_attention_heads
+    head_dim = model_config.head_dim or model_config.hidden_size // heads
+    shared_heads = model_config.num_key_value_heads or heads
+    return heads * head_dim, shared_heads * head_dim
+
+
+def linear_shapes(model_config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of each linear of a decoder layer, by its name."""
+    hidden = model_config.hidden_size
+    intermediate = model_config.intermediate_size
+    queries, keys = attention_widths(model_config)
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, intermediate),
+        "up_proj": (hidden, intermediate),
+        "down_proj": (intermediate, hidden),
+    }

@@ -1,0 +1,61 @@
+"""Whether settings go with a model: adapters beside their weights, the state of training in the memory there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import LlamaConfig
+
+from relora_mora.config import Config, ConfigError, MethodConfig
+from relora_mora.methods.inject import layer_class
+from relora_mora.model.shapes import linear_shapes
+from relora_mora.plan.flops import meta_model
+from relora_mora.plan.memory import state_memory
+
+
+def check_adapters(model_config: LlamaConfig, method: MethodConfig) -> None:
+    """Raises :class:`ConfigError` where adapters are larger than the weights beside them, or a square than a layer."""
+    if not method.uses_adapters:
+        return
+    shapes = {kind: shape for kind, shape in linear_shapes(model_config).items() if kind in method.target_modules}
+    given_size = method.square_size if method.uses_squares else None
+    faults = [
+        f"method.square_size: {given_size} is more than both widths of {kind} ({inputs} -> {outputs}); lower it"
+        for kind, (inputs, outputs) in shapes.items()
+        if given_size is not None and given_size > max(inputs, outputs)
+    ]
+    weights = sum(inputs * outputs for inputs, outputs in shapes.values())
+    adapters = adapter_parameters(method, shapes)
+    if adapters > weights and not faults:
+        largest = weights // sum(inputs + outputs for inputs, outputs in shapes.values())
+        by_rank = method.model_copy(update={"square_size": None})
+        while adapter_parameters(by_rank.model_copy(update={"rank": largest + 1}), shapes) <= weights:
+            largest += 1
+        faults.append(
+            f"method.{'rank' if given_size is None else 'square_size'}: the adapters of a layer have {adapters:,} "
+            f"parameters, more than the {weights:,} of the weights beside them; "
+            f"use method.rank={largest} at most, or method.name=full"
+        )
+    if faults:
+        raise ConfigError(faults, "the settings")
+
+
+def adapter_parameters(method: MethodConfig, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Parameters of the adapters of one decoder layer, whose linears have these (in, out)."""
+    layer = layer_class(method)
+    return sum(layer.parameters_for(method, inputs, outputs) for inputs, outputs in shapes.values())
+
+
+def check_memory(model_config: LlamaConfig, config: Config, world_size: int, available: int, *, bf16: bool) -> None:
+    """Raises :class:`ConfigError` when weights, masters and optimizer state alone are more than ``available`` bytes."""
+    state = state_memory(
+        meta_model(model_config, config.method), config, config.train.zero_stage, world_size, bf16=bf16
+    )
+    needed = state.weights + state.masters + state.optimizer
+    if needed > available:
+        fault = (
+            f"model: weights and optimizer state need {needed / 2**30:,.1f} GiB on each of {world_size} ranks, "
+            f"and there are {available / 2**30:,.1f}; take a smaller model, more ranks, or a stage higher "
+            f"than train.zero_stage={config.train.zero_stage}: launch/plan.py says what a run needs"
+        )
+        raise ConfigError([fault], "the settings")

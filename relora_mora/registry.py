@@ -1,0 +1,100 @@
+"""What methods and operators there are: one record each.
+
+Settings are checked against these records before anything slow is imported, so this module imports nothing of the
+package. A record names its code as ``package.module:object``, and that is imported when a model is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ADAPTER_SETTINGS = ("method.rank", "method.form", "method.target_modules")
+MERGE_SETTINGS = (
+    "method.merge_every",
+    "method.reset",
+    "method.reset_ratio",
+    "optim.restart_warmup_steps",
+    "optim.rewarm",
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What trains beside a frozen weight.
+
+    ``layer`` is a subclass of :class:`relora_mora.methods.layers.AdapterLinear`, which holds the arithmetic, the memory
+    and the number of parameters. ``settings`` are those that no other adapter uses. ``has_square``: it has a square
+    matrix between the operators of ``method.operators``.
+    """
+
+    layer: str
+    settings: tuple[str, ...] = ()
+    has_square: bool = False
+
+
+LORA = Adapter("relora_mora.methods.lora:LoRALinear", ("method.lora_alpha",))
+MORA = Adapter(
+    "relora_mora.methods.mora:MoRALinear",
+    ("method.square_size", "method.square_multiple", "method.operators"),
+    has_square=True,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A value of ``method.name``. Without an adapter every weight trains; ``merges``: adapters go into the weights."""
+
+    name: str
+    adapter: Adapter | None = None
+    merges: bool = False
+    note: str = ""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings it uses, of those that some methods do not use."""
+        of_adapter = () if self.adapter is None else ADAPTER_SETTINGS + self.adapter.settings
+        return of_adapter + (MERGE_SETTINGS if self.merges else ())
+
+    @property
+    def without_merges(self) -> str:
+        """The name of the method that has the same adapter and never merges."""
+        return next(other.name for other in METHODS.values() if other.adapter is self.adapter and not other.merges)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("full"),
+        Method("lora", LORA),
+        Method("mora", MORA),
+        Method("relora", LORA, merges=True, note="LoRA with merges"),
+        Method("remora", MORA, merges=True, note="MoRA with merges"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class OperatorType:
+    """A value of ``method.operators``: a pair of maps C and D (docs/method.md).
+
+    ``code`` makes a :class:`relora_mora.operators.Operator` of (mora type, in, out, R, *groupings), where ``groupings``
+    are names of functions in ``relora_mora.kernels.grouping``. ``even_size``: R must be even.
+    """
+
+    code: str
+    groupings: tuple[str, ...] = ()
+    even_size: bool = False
+
+
+def _grouped(inputs: str, outputs: str) -> OperatorType:
+    return OperatorType("relora_mora.operators:GroupingOperator", (inputs, outputs))
+
+
+# the numbers are those of the released code (kongds/MoRA)
+OPERATORS = {
+    1: _grouped("wrapped_interleaved", "interleaved"),
+    2: _grouped("contiguous", "contiguous"),
+    3: _grouped("contiguous", "interleaved"),
+    4: _grouped("wrapped_interleaved", "contiguous"),
+    6: OperatorType("relora_mora.operators:RotaryOperator", even_size=True),
+}

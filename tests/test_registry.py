@@ -1,0 +1,56 @@
+"""The records of methods and operators name what exists, and reading the settings needs nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pkgutil import resolve_name
+
+import pytest
+
+from relora_mora.config import Config, MethodConfig
+from relora_mora.kernels import grouping
+from relora_mora.methods.inject import layer_class
+from relora_mora.methods.layers import AdapterLinear
+from relora_mora.operators import Operator
+from relora_mora.registry import METHODS, OPERATORS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_names_its_layer_and_settings_that_exist(name):
+    method = MethodConfig(name=name)
+    assert method.record.name == name
+    if method.uses_adapters:
+        assert issubclass(layer_class(method), AdapterLinear)
+    for setting in method.record.settings:
+        section, key = setting.split(".")
+        assert key in Config.model_fields[section].annotation.model_fields
+
+
+@pytest.mark.parametrize("mora_type", OPERATORS)
+def test_an_operator_names_its_code_and_groupings(mora_type):
+    record = OPERATORS[mora_type]
+    assert issubclass(resolve_name(record.code), Operator)
+    assert all(callable(getattr(grouping, name)) for name in record.groupings)
+
+
+@pytest.mark.parametrize(
+    "name,adapters,squares,merges,cycle,without_merges",
+    [
+        ("full", False, False, False, (), "full"),
+        ("lora", True, False, False, (), "lora"),
+        ("mora", True, True, False, (3,), "mora"),
+        ("relora", True, False, True, (), "lora"),
+        ("remora", True, True, True, (3, 1), "mora"),
+    ],
+)
+def test_what_follows_from_a_record(name, adapters, squares, merges, cycle, without_merges):
+    method = MethodConfig(name=name, operators=[3, 1])
+    assert (method.uses_adapters, method.uses_squares, method.merges) == (adapters, squares, merges)
+    assert method.cycle == cycle
+    assert method.record.without_merges == without_merges
+
+
+def test_settings_are_read_without_torch():
+    code = "import relora_mora.config, sys; print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
