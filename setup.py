@@ -1,4 +1,4 @@
-"""Compiles the kernels; the rest of the setup is in setup.cfg. Without a compiler the installation works too, and torch takes their place."""
+"""Compiles the kernels; all else is in setup.cfg. Without a compiler the installation works, and torch does the work."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def main(out: str = "runs/demo/data", max_bytes: int = 40_000_000, processes: in
 
 
 def finished(out: Path, max_bytes: int) -> dict[str, Any] | None:
-    """The counts of a complete text, None where there is nothing; raises DemoTextError for a folder with other things."""
+    """The counts of a complete text, None for an empty folder; raises DemoTextError for anything else."""
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return None
     try:

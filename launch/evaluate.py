@@ -1,4 +1,4 @@
-"""Held-out loss of a checkpoint, an export or any Hugging Face causal LM; the last line of the output is a JSON object."""
+"""Held-out loss of a checkpoint, an export or any Hugging Face causal LM; the output ends with a line of JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(
         max_tokens: predicted tokens to score, in whole documents; default: all
         micro_batch_size: sequences per forward
         precision: float32, bfloat16 or float16
-        document_mask: score each document alone, as data.document_mask trains; default: as trained, false for a foreign model
+        document_mask: score each document alone, as data.document_mask trains; default: as trained, else false
     """
     for name, value, least in (
         ("micro_batch_size", micro_batch_size, 1),
@@ -76,11 +76,13 @@ def main(
     lm = loaded.model.to(device).eval()
     if not is_causal(lm, device):
         raise ValueError(
-            f"{model}: {type(lm).__name__} predicts a token from that token and later ones; give a causal language model"
+            f"{model}: {type(lm).__name__} predicts a token from that token and later ones; "
+            "give a causal language model"
         )
     alone = ", each document alone" if settings.document_mask else ""
     print(
-        f"{loaded.description}: {eval_set.predicted:,} tokens of {eval_set.documents:,} documents in sequences of {length}{alone}",
+        f"{loaded.description}: {eval_set.predicted:,} tokens of {eval_set.documents:,} documents "
+        f"in sequences of {length}{alone}",
         file=sys.stderr,
     )
     rows = min(micro_batch_size, -(-eval_set.predicted // length))

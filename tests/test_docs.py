@@ -114,7 +114,8 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", INSTRUCTIONS, ids=name)
 def test_every_file_of_the_repository_that_is_named_exists(path: Path) -> None:
-    pattern = r"(?<![\w./-])(?:launch|configs|tokenizer|docs|tests|relora_mora)/[\w./-]*\.(?:py|ya?ml|json|md|sbatch|example)\b"
+    folder = r"(?<![\w./-])(?:launch|configs|tokenizer|docs|tests|relora_mora)/"
+    pattern = folder + r"[\w./-]*\.(?:py|ya?ml|json|md|sbatch|example)\b"
     for found in re.findall(pattern, path.read_text()):
         assert (ROOT / found).is_file(), f"{name(path)}: {found}"
 
@@ -387,8 +388,10 @@ def test_the_config_of_a_launch_suits_its_number_of_ranks(
 
 def test_a_launch_that_would_be_refused_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for command in (
-        "sbatch --nodes=1 --gpus-per-node=4 --ntasks-per-node=4 launch/slurm/pretrain.sbatch configs/run/tiny_remora.yaml",
-        "sbatch --array=0-2 launch/slurm/pretrain.sbatch configs/run/tiny_remora.yaml --train.seed='$SLURM_ARRAY_TASK_ID'",
+        "sbatch --nodes=1 --gpus-per-node=4 --ntasks-per-node=4 launch/slurm/pretrain.sbatch "
+        "configs/run/tiny_remora.yaml",
+        "sbatch --array=0-2 launch/slurm/pretrain.sbatch configs/run/tiny_remora.yaml "
+        "--train.seed='$SLURM_ARRAY_TASK_ID'",
         "torchrun --nnodes=2 --nproc_per_node=2 launch/pretrain.py configs/run/tiny_remora.yaml",
         "GPUS=4 CONFIG=configs/run/tiny_remora.yaml docker compose up",
     ):

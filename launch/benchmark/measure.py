@@ -180,7 +180,7 @@ def _held(contender: Contender, before: list[Tensor], device: torch.device) -> d
 
 
 def live_tensors() -> list[Tensor]:
-    """Every tensor of this process. A gradient that nobody has looked at has no Python object yet: its parameter has."""
+    """Every tensor of this process. A gradient that nobody has looked at is known to its parameter only."""
     gc.collect()
     found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and _has_memory(thing)]
     return found + [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]

@@ -1,5 +1,5 @@
-"""One part of a step by itself: ``loss`` (head and cross-entropy) or ``attention``, in each of the ways that were tried,
-or the matrix ``products`` of the linears and of MoRA's gradient.
+"""One part of a step by itself: ``loss`` (head and cross-entropy) or ``attention``, in each of the ways that were
+tried, or the matrix ``products`` of the linears and of MoRA's gradient.
 
 python -m launch.benchmark parts loss configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
 """

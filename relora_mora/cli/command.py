@@ -91,7 +91,7 @@ def _is_user_error(error: Exception, command: Command) -> bool:
 
 
 def _flush_output() -> None:
-    """Finds a full disk or a closed pipe now; at its end the interpreter would remark on it and change the exit code."""
+    """Finds a full disk or a closed pipe now: the interpreter would find it at its end and change the exit code."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -117,7 +117,7 @@ class LossModel(nn.Module):
     def forward(
         self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None, tokens: float | None = None
     ) -> Tensor:
-        """input_ids [B, T] and labels [B, T] (already shifted, -100 is not scored) -> nats of the scored tokens / ``tokens``.
+        """input_ids [B, T] and labels [B, T] (already shifted, -100 is not scored) -> nats / ``tokens``.
 
         Without ``tokens`` it is the mean over the scored tokens.
         With document_ids [B, T] every document sees what it sees where it is scored alone: itself, from position 0 on.

@@ -65,8 +65,9 @@ def _run(config: Config, guard: Guard) -> int:
         if not ran_out_of_memory(error):
             raise
         raise MemoryShortage(
-            f"train.micro_batch_size: {config.train.micro_batch_size} sequences of {config.data.sequence_length} tokens, "
-            "the model and its optimizer need more memory than there is; lower it, or see what a run needs with launch/plan.py"
+            f"train.micro_batch_size: {config.train.micro_batch_size} sequences of {config.data.sequence_length} "
+            "tokens, the model and its optimizer need more memory than there is; lower it, or see what a run needs "
+            "with launch/plan.py"
         ) from error
 
 

@@ -79,8 +79,10 @@ def describe(run: Run, state: RunState) -> str:
 
 
 def _age_of_interpreter() -> float:
-    """Seconds since Python loaded its logging module, one of its first. The age of the process may be hours more: a shell
-    that ends with ``exec`` hands its process on."""
+    """Seconds since Python loaded its logging module, one of its first.
+
+    The process may be hours older: a shell that ends with ``exec`` hands its process on.
+    """
     return logging.makeLogRecord({}).relativeCreated / 1000
 
 

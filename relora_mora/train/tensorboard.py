@@ -14,7 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from relora_mora.config import Config, parse_yaml, unused_settings
 
-# TensorBoard sorts groups by name and opens the first two. These should be eval and train, so all others come after them.
+# TensorBoard sorts groups by name and opens the first two: eval and train, as all others come after them
 _GROUPS = {
     "train/tokens": "training data/tokens",
     "train/epoch": "training data/epoch",

@@ -1,4 +1,5 @@
-"""launch/pretrain.py that writes down what each rank trains on: a line per step, [step, [hash of each sequence, ...]]."""
+"""launch/pretrain.py that writes down what each rank trains on: a line per step, [step, [hash of each sequence,
+...]]."""
 
 from __future__ import annotations
 

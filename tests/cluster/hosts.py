@@ -67,7 +67,8 @@ def why_not(*commands: str) -> str | None:
 
 
 def skip(reason: str) -> NoReturn:
-    """Skips the test; with NEED_CLUSTER=1 it fails instead, so that a machine that is to run these tests cannot leave all of them out."""
+    """Skips the test; with NEED_CLUSTER=1 it fails instead, so that a machine that is to run these tests cannot leave
+    all of them out."""
     if os.environ.get("NEED_CLUSTER") == "1":
         pytest.fail(reason)
     pytest.skip(reason)

@@ -1,4 +1,5 @@
-"""One rank of slow_links.py: steps of several methods, in turns, over links of several speeds. Prints a line of JSON on rank 0."""
+"""One rank of slow_links.py: steps of several methods, in turns, over links of several speeds. Prints a line of JSON on
+rank 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""launch/slurm/pretrain.sbatch with fakes in the place of Slurm and of the trainer: what it decides. test_slurm.py runs it for real."""
+"""launch/slurm/pretrain.sbatch with fakes in the place of Slurm and of the trainer: what it decides. test_slurm.py runs
+it for real."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ printf 'first\\nsecond\\n'
 """
 TRAINER = f"""#!/bin/bash
 if [[ $1 == -P ]]; then exec {sys.executable} "$@"; fi
-echo "process $$ is task $RANK $LOCAL_RANK of $WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT with $OMP_NUM_THREADS cores:" "$@"
+echo "process $$ is task $RANK $LOCAL_RANK of $WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT" \\
+  "with $OMP_NUM_THREADS cores:" "$@"
 if [[ -n $SAVES ]]; then
     mkdir -p run/checkpoints
     printf 'step-%08d' "$SAVES" >run/checkpoints/latest

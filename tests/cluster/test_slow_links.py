@@ -27,17 +27,15 @@ def test_the_table_compares_each_variant_with_full_rank_on_the_same_link() -> No
     ]
     lines = table([{"stage": 1, "bf16": True, "rows": rows}, {"stage": 2, "bf16": True, "rows": rows[:2]}]).splitlines()
     assert len({line.count("|") for line in lines[:8]}) == 1  # heading, rule and rows have as many cells
-    assert (
-        lines[2:8]
-        == [
-            "| 1 | no limit | full | 1.00 (0.90 to 1.20) | 1.00 | 125.0 |  |",
-            "| 1 | no limit | remora | 0.80 (0.70 to 0.90) | 0.80 | 60.0 |  |",
-            "| 1 | 1gbit (tbf) | full | 2.00 (1.90 to 2.10) | 1.00 | 125.0 | 100% |",  # a second more, which 1 Gbit are worth
-            "| 1 | 1gbit (tbf) | remora | 1.28 (1.20 to 1.30) | 0.64 | 60.0 | 100% |",
-            "| 2 | no limit | full | 1.00 (0.90 to 1.20) | 1.00 | 125.0 |  |",
-            "| 2 | no limit | remora | 0.80 (0.70 to 0.90) | 0.80 | 60.0 |  |",
-        ]
-    )
+    assert lines[2:8] == [
+        "| 1 | no limit | full | 1.00 (0.90 to 1.20) | 1.00 | 125.0 |  |",
+        "| 1 | no limit | remora | 0.80 (0.70 to 0.90) | 0.80 | 60.0 |  |",
+        # a second more, which 1 Gbit are worth
+        "| 1 | 1gbit (tbf) | full | 2.00 (1.90 to 2.10) | 1.00 | 125.0 | 100% |",
+        "| 1 | 1gbit (tbf) | remora | 1.28 (1.20 to 1.30) | 0.64 | 60.0 | 100% |",
+        "| 2 | no limit | full | 1.00 (0.90 to 1.20) | 1.00 | 125.0 |  |",
+        "| 2 | no limit | remora | 0.80 (0.70 to 0.90) | 0.80 | 60.0 |  |",
+    ]
     assert lines[-1] == "Trained parameters, bf16: full: 40,000,000; remora: 20,000,000."
 
 

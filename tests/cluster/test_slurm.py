@@ -1,4 +1,5 @@
-"""launch/slurm/pretrain.sbatch, as shipped, on a Slurm of two nodes: what only options of sbatch change is what nodes without GPUs need."""
+"""launch/slurm/pretrain.sbatch, as shipped, on a Slurm of two nodes: what only options of sbatch change is what nodes
+without GPUs need."""
 
 from __future__ import annotations
 
@@ -112,7 +113,8 @@ kill -KILL $$
 
 
 def test_a_job_that_comes_near_its_time_limit_saves_and_goes_on(slurm, make):
-    """By Slurm's own signal, which the shipped line asks for: five minutes before the limit, here two after the start, or up to one more early.
+    """By Slurm's own signal, which the shipped line asks for: five minutes before the limit, here two after the start,
+    or up to one more early.
 
     Where it does not come the job is killed after seven minutes; this test waits for four.
     """
@@ -149,7 +151,8 @@ def test_an_array_trains_a_seed_per_task_and_requeues_each_by_itself(slurm, make
 
 @pytest.mark.parametrize("batch_node", ["node1", "node2"])
 def test_a_job_that_lost_a_node_goes_on_when_the_node_is_back(slurm, pair, make, reference, batch_node):
-    """node2, which has a rank only, or the batch script and srun as well: then Slurm has to requeue the job, and to end what is left there."""
+    """node2, which has a rank only, or the batch script and srun as well: then Slurm has to requeue the job, and to end
+    what is left there."""
     config = make(2, peer_timeout_seconds=10.0)
     run_dir = config.parent / "run"
     job = slurm.submit(

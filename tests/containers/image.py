@@ -1,7 +1,8 @@
-"""The image, built and run for real: `make test-image`. Not collected by name: it takes minutes, root, and gigabytes of disk.
+"""The image, built and run for real: `make test-image`. Not collected by name: it takes minutes, root, and gigabytes of
+disk.
 
-IMAGE_FOLDER keeps the images there and takes them from there the next time; BASE_IMAGE names a base image to pull instead of
-the Debian that is made on the spot.
+IMAGE_FOLDER keeps the images there and takes them from there the next time; BASE_IMAGE names a base image to pull
+instead of the Debian that is made on the spot.
 """
 
 from __future__ import annotations

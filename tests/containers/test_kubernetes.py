@@ -1,4 +1,5 @@
-"""The files for Kubernetes: schemas, what belongs together in them, and the Job's own command as two pods on this machine."""
+"""The files for Kubernetes: schemas, what belongs together in them, and the Job's own command as two pods on this
+machine."""
 
 from __future__ import annotations
 
@@ -123,8 +124,8 @@ def test_exit_codes_decide_whether_a_pod_is_started_again() -> None:
 
 
 def test_the_job_is_complete_with_the_first_pod_that_ends_well() -> None:
-    """A rank ends with 0 behind a barrier after the last save. A pod that is lost then is made again, waits for peers that will not come,
-    ends with 69, and so on: of the codes above none ends that."""
+    """A rank ends with 0 behind a barrier after the last save. A pod that is lost then is made again, waits for peers
+    that will not come, ends with 69, and so on: of the codes above none ends that."""
     assert JOB["spec"]["successPolicy"] == {"rules": [{"succeededCount": 1}]}
     wrong = copy.deepcopy(JOB)
     wrong["spec"]["successPolicy"]["rules"][0]["succeedCount"] = 1
@@ -157,7 +158,8 @@ def test_tensorboard_listens_inside_of_its_pod_only() -> None:
 
 
 def pod(index: int, *arguments: str, python: Path | str = sys.executable, **environment: str) -> subprocess.Popen[str]:
-    """The command of the trainer's container with its variables, some of them replaced, as Kubernetes starts it in a pod."""
+    """The command of the trainer's container with its variables, some of them replaced, as Kubernetes starts it in a
+    pod."""
     variables = (
         ENVIRONMENT
         | {"JOB_COMPLETION_INDEX": str(index), "PYTHON": str(python), "PATH": os.environ["PATH"]}

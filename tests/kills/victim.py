@@ -1,4 +1,5 @@
-"""launch/pretrain.py that says in a file what it is doing, and takes its time where it matters, so that a kill can be aimed."""
+"""launch/pretrain.py that says in a file what it is doing, and takes its time where it matters, so that a kill can be
+aimed."""
 
 from __future__ import annotations
 

@@ -186,7 +186,8 @@ def test_a_full_disk_behind_the_output(tmp_path: Path, code: str) -> None:
 
 
 def interrupt(argv: list[str], until: Callable[[int], bool], seconds: float = 0.0) -> tuple[int, str]:
-    """Ctrl-C on a terminal, which all processes of the command get, this long after ``until(pid)``: (exit code, stderr)."""
+    """Ctrl-C on a terminal, which all processes of the command get, this long after ``until(pid)``: (exit code,
+    stderr)."""
     process = subprocess.Popen(
         [sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -1,4 +1,5 @@
-"""launch/benchmark steps on a model of 0.4 million parameters: tables, JSON, and relations between methods that must hold."""
+"""launch/benchmark steps on a model of 0.4 million parameters: tables, JSON, and relations between methods that must
+hold."""
 
 from __future__ import annotations
 

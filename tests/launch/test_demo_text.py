@@ -38,7 +38,8 @@ def _prose(number: int) -> str:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """150 modules with docstrings of a module, a class, a method and a nested function; and files that must not matter."""
+    """150 modules with docstrings of a module, a class, a method and a nested function; and files that must not
+    matter."""
     root = tmp_path / "site"
     for number in range(150):
         package = root / f"package{number % 5}"

@@ -62,7 +62,8 @@ def run_main(main: Callable[..., Any], *argv: object) -> Answer:
 
 
 def refused(answer: Answer, *parts: str, notes: int = 0) -> None:
-    """Exit code 2 and one message with all these parts (a line, or a heading and a line for each fault), after so many notes."""
+    """Exit code 2 and one message with all these parts (a line, or a heading and a line for each fault), after so many
+    notes."""
     assert answer.code == 2, answer
     assert all(part in answer.err for part in parts), answer.err
     lines = answer.err.splitlines()[notes:]

@@ -21,10 +21,10 @@ FAULTS = ("refuse", "429", "503", "stall", "reset", "truncate", "no_length", "sh
 class FaultyServer(ThreadingHTTPServer):
     """Serves ``folder``. ``fault(n)`` names what goes wrong with request number n, or None.
 
-    refuse: closed without an answer; 429 and 503: with Retry-After; stall: half a body, then nothing; reset, few: half a body or
-    3,000 bytes of it, then RST; truncate: half a body, then FIN; no_length: the same without Content-Length; short, long: a wrong
-    Content-Length; cut_range: an answer to another range than asked for. No fault that passes: corrupt, a changed byte. Without
-    ``head`` HEAD is refused; ``heads`` are the paths that it was asked for.
+    refuse: closed without an answer; 429 and 503: with Retry-After; stall: half a body, then nothing; reset, few: half
+    a body or 3,000 bytes of it, then RST; truncate: half a body, then FIN; no_length: the same without Content-Length;
+    short, long: a wrong Content-Length; cut_range: an answer to another range than asked for. No fault that passes:
+    corrupt, a changed byte. Without ``head`` HEAD is refused; ``heads`` are the paths that it was asked for.
     """
 
     daemon_threads = True

@@ -53,7 +53,8 @@ def kill_all() -> None:
 
 
 class Job:
-    """A run of launch/pretrain.py (or ``script``) on ``ranks`` processes, started with deepspeed, torchrun or python."""
+    """A run of launch/pretrain.py (or ``script``) on ``ranks`` processes, started with deepspeed, torchrun or
+    python."""
 
     def __init__(
         self,

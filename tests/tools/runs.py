@@ -62,7 +62,8 @@ class Stopped(Exception):
 
 
 def train(config: Config, stop_after: int | None = None) -> None:
-    """Runs the trainer in this process (all ranks call it); with ``stop_after`` it is cut off after the save of that step."""
+    """Runs the trainer in this process (all ranks call it); with ``stop_after`` it is cut off after the save of that
+    step."""
     from relora_mora.train import Trainer, pretrain
 
     whole_step = Trainer.train_step

@@ -1,7 +1,7 @@
 """Whether a refactor changed a number: ``make same AGAINST=COMMIT`` (default: HEAD).
 
-Trains tiny runs of all methods, ZeRO stages and precisions with the code of a commit and with the code here, and lets the
-code here go on from the commit's checkpoints. Losses, rates, tensors and manifests must be the same bit for bit.
+Trains tiny runs of all methods, ZeRO stages and precisions with the code of a commit and with the code here, and lets
+the code here go on from the commit's checkpoints. Losses, rates, tensors and manifests must be the same bit for bit.
 """
 
 from __future__ import annotations

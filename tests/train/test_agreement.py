@@ -20,7 +20,8 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def with_a_stopped_worker(config: Any) -> str:
-    """Rank 1 stops its data worker after step 3, as a debugger or a disk that does not answer would. Returns the error's text."""
+    """Rank 1 stops its data worker after step 3, as a debugger or a disk that does not answer would. Returns the
+    error's text."""
     from relora_mora.train import Trainer, TrainingError, feed, pretrain
 
     train_step = Trainer.train_step
@@ -61,7 +62,8 @@ def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(pools, input
 
 
 def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
-    """Runs on every rank; the second one has other settings, or finds another fingerprint or content at the same paths."""
+    """Runs on every rank; the second one has other settings, or finds another fingerprint or content at the same
+    paths."""
     from relora_mora.config import ConfigError
     from relora_mora.train import check, pretrain
 

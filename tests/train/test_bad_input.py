@@ -1,4 +1,5 @@
-"""Checkpoints and models that evaluate and export cannot use: the message names the file, and nothing half-written stays."""
+"""Checkpoints and models that evaluate and export cannot use: the message names the file, and nothing half-written
+stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way to be faster trains as the reference does: decoupled adapters, torch only, plain cross-entropy over whole logits."""
+"""Every way to be faster trains as the reference: decoupled adapters, torch only, cross-entropy over whole logits."""
 
 from __future__ import annotations
 

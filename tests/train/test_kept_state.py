@@ -1,4 +1,5 @@
-"""Between a stop and a resume nothing is lost: place in the data, what was about to happen, what there is to go back to."""
+"""Between a stop and a resume nothing is lost: place in the data, what was about to happen, what there is to go back
+to."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def stopped(config: Any, *, where: str = "start", number: int = 0) -> int:
-    """Trains on every rank until rank 1 is asked to stop: at the start, in the last evaluation, or after global batch ``number``,
-    whose loss is a spike. Returns the exit code, as a signal would give it."""
+    """Trains on every rank until rank 1 is asked to stop: at the start, in the last evaluation, or after global batch
+    ``number``, whose loss is a spike. Returns the exit code, as a signal would give it."""
     from relora_mora.supervise import Guard
     from relora_mora.train import Trainer, pretrain
     from relora_mora.train.events import Evaluating

@@ -1,4 +1,5 @@
-"""Numbers gone wrong on one rank: no rank steps, the run goes back and skips the data, and a kill changes nothing of that."""
+"""Numbers gone wrong on one rank: no rank steps, the run goes back and skips the data, and a kill changes nothing of
+that."""
 
 from __future__ import annotations
 
@@ -31,9 +32,11 @@ def faulty(
     drop: tuple[int, ...] = (),
     stop_at: tuple[int, int] | None = None,
 ) -> str:
-    """Trains on every rank, with the loss of ``rank`` multiplied at some global batches (numbered from 1, in the order of the stream).
+    """Trains on every rank, with the loss of ``rank`` multiplied at some global batches (numbered from 1, in the order
+    of the stream).
 
-    What is ``added`` to the loss changes no gradient. ``drop`` leaves batches out of the stream; ``stop_at`` (rollbacks, step) cuts the run off as a kill would. Returns the error's text.
+    What is ``added`` to the loss changes no gradient. ``drop`` leaves batches out of the stream; ``stop_at``
+    (rollbacks, step) cuts the run off as a kill would. Returns the error's text.
     """
     from relora_mora.model.llama import LossModel
     from relora_mora.train import Trainer, TrainingError, pretrain

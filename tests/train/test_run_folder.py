@@ -1,4 +1,5 @@
-"""A run folder that cannot be written: at the start it is the user's mistake, later it ends no run before its last checkpoint."""
+"""A run folder that cannot be written: at the start it is the user's mistake, later it ends no run before its last
+checkpoint."""
 
 from __future__ import annotations
 

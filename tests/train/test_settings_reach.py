@@ -1,4 +1,5 @@
-"""Which settings of model and data reach evaluation and plan; and that evaluation, launch/evaluate.py and export see what training saw."""
+"""Which settings of model and data reach evaluation and plan; and that evaluation, launch/evaluate.py and export see
+what training saw."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.distributed
 
 
 class Reach(NamedTuple):
-    """``value``: another one than in :func:`_config`. What it changes: the held-out loss before the first step, the plan."""
+    """``value``: another one than in :func:`_config`. What it changes: the held-out loss before the first step, the
+    plan."""
 
     value: Any
     evaluation: bool
