@@ -1,4 +1,4 @@
-"""Compiles the kernels; all else is in setup.cfg. Without a compiler the installation works, and torch does the work."""
+"""Compiles the kernels; all else is in setup.cfg. Without a compiler torch takes their place."""
 
 from __future__ import annotations
 
