@@ -27,7 +27,7 @@ def started(config) -> dict[str, Any]:
     """Runs on every rank: builds the run; what was drawn or read here, the base, the masters and the weights."""
     from torch import distributed as dist
 
-    from relora_mora.train import build, check, initial
+    from relora_mora.train import build, check, initial, resume
 
     drawn: list[str] = []
     read: list[str] = []
@@ -39,7 +39,10 @@ def started(config) -> dict[str, Any]:
         )
         rank = dist.get_rank()
         world_size = dist.get_world_size()
-        run = build.build(check.check(config, world_size), rank, world_size)
+        resumes = resume.finds_checkpoint(config.train)
+        run = build.build(check.check(config, world_size), rank, world_size, resumes=resumes)
+        if resumes:
+            resume.resume(run)
     engine = run.engine
     masters = {name: engine.gather(name) for names in engine.members for name in names}
     return {

@@ -1,0 +1,26 @@
+"""The oldest versions that setup.cfg allows, as constraints for pip. Run by `make test-oldest`; needs Python alone."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import sys
+from pathlib import Path
+
+SETUP = Path(__file__).resolve().parents[2] / "setup.cfg"
+
+
+def constraints(requirements: str) -> list[str]:
+    """``torch>=2.9`` becomes ``torch==2.9.*``; what has no lower bound is left to pip."""
+    lines = []
+    for line in requirements.splitlines():
+        bound = re.match(r"\s*([\w.-]+)>=([\d.]+)", line)
+        if bound:
+            lines.append(f"{bound[1]}=={bound[2]}.*")
+    return lines
+
+
+if __name__ == "__main__":
+    parser = configparser.ConfigParser()
+    parser.read(SETUP)
+    sys.stdout.write("\n".join(constraints(parser["options"]["install_requires"])) + "\n")
