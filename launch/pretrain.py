@@ -16,7 +16,7 @@ def main(config: str, **overrides: str) -> int:
     """Pretrains a model.
 
     Exit codes: 0 done, 1 training cannot go on, 2 a mistake in settings or data, 69 another rank or the launcher is
-    gone, 75 stopped by a signal with everything saved. After 69 and 75 the same command goes on. docs/reliability.md.
+    gone, 75 stopped by a signal with everything saved. After 69 and 75 the same command continues. docs/reliability.md.
 
     Args:
         config: a YAML file such as configs/run/tiny_remora.yaml

@@ -19,9 +19,9 @@ FINISHED = 0
 FAILED = 1
 USER_ERROR = 2
 # EX_UNAVAILABLE of sysexits.h: a rank, a launcher, a disk or the network is gone;
-# the same command goes on from the last checkpoint
+# the same command continues from the last checkpoint
 LOST = 69
-# EX_TEMPFAIL: stopped on request with everything saved; the same command goes on from there
+# EX_TEMPFAIL: stopped on request with everything saved; the same command continues from there
 REQUEUE = 75
 
 LAST_SECONDS = 3.0  # for the last words of a process that must end

@@ -37,7 +37,7 @@ class Ends:
         reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(self.guard.stop_reason))))
         log.info(f"stopping after step {state.step} ({reason})")
         self.saving.save_the_end(state)
-        log.info(f"saved; the same command goes on from here (exit code {REQUEUE})")
+        log.info(f"saved; the same command continues from here (exit code {REQUEUE})")
         self._record(REQUEUE, reason)
         return REQUEUE
 
