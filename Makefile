@@ -8,8 +8,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
 
+# files are shared out over two processes: one of them computes while the other waits
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 test: $(VENV)/.installed-dev  ## all tests but those of the targets below
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-elastic: $(VENV)/.installed-dev  ## every move between 1, 2, 4 ranks and ZeRO 0-3, three methods
 	$(BIN)/python -m pytest -m elastic
@@ -56,7 +59,7 @@ test-newest test-oldest: test-%:  ## unit, resume, reset and golden tests with t
 	.venv-$*/bin/python -m pytest $(VERSION_TESTS)
 
 test-fast: $(VENV)/.installed-dev  ## unit tests only
-	$(BIN)/python -m pytest -m "not distributed and not elastic and not stops and not kills and not cluster"
+	$(PYTEST) -m "not distributed and not elastic and not stops and not kills and not cluster"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -111,7 +111,7 @@ def named_device(name: str) -> Device:
     by_letters = {_letters(known): device for known, device in names.items()}
     device = by_letters.get(_letters(name).removeprefix("nvidia").removeprefix("geforce"))
     if device is None:
-        known = ", ".join(sorted(names.keys() - {"cuda", "cpu"}))
+        known = ", ".join(sorted(names.keys() - {"cuda", "cpu"}, key=lambda name: (name[0].isdigit(), name)))
         raise ValueError(
             f"--device: got {name!r}, expected cuda or cpu, or one of {known}; "
             "for another one give its peak as --log.peak_tflops and the nearest of these"
