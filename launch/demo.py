@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from relora_mora.cli import run
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ PROMPTS = ("The function returns", "If the argument is not", "This class")
 
 
 def main() -> int:
+    """Text, tokenizer, pretraining, evaluation, export and a sample, into runs/demo; what is there already is kept."""
     os.chdir(ROOT)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     begin = time.monotonic()
@@ -117,4 +119,4 @@ Start again from nothing: rm -r {DEMO}""")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -3,7 +3,7 @@
 MoRA (arXiv 2405.12130, eq. 6-9) adds ``D(M C(x))`` to a linear layer: ``C`` compresses the input from ``in`` to ``R``
 features, ``M`` [R, R] is trained, ``D`` decompresses from ``R`` to ``out``. Both are linear, so the layer's weight
 changes by ``delta = D M C`` [out, in]. Every type here is written as the two linear maps and their transposes; nothing
-else knows what they are. Types 1-4 are a pair of groupings (``kernels/grouping.py``), whose sums and copies have
+else knows what they are. Most types are a pair of groupings (``kernels/grouping.py``), whose sums and copies have
 compiled kernels.
 
 Shapes: ``in`` and ``out`` are the layer's features, ``R`` the size of the square matrix, ``P`` a width padded to whole
@@ -113,7 +113,7 @@ class Operator(ABC):
 
 
 class GroupingOperator(Operator):
-    """Types 1-4: a grouping of the inputs is summed, a grouping of the outputs copied.
+    """A grouping of the inputs is summed, a grouping of the outputs copied.
 
     ``inputs`` and ``outputs`` are names of functions in ``kernels/grouping.py``.
     """

@@ -100,6 +100,7 @@ def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArgum
     except SystemExit:
         said = messages.getvalue().partition("ERROR: ")[2].partition("\n")[0]
         said = said.replace("Could not consume arg:", "unknown or stray argument:")
+        said = said.replace("The function received no value for the required argument:", "missing argument:")
         _raise([f"{said}; see {name} --help"])
     return found[0]
 

@@ -18,7 +18,8 @@ from torch import Tensor
 class Piece(NamedTuple):
     """``slots`` slots from ``slot`` on, with ``repeats`` features each, from ``feature`` on.
 
-    The features of a slot lie side by side (``neighbours``), or ``slots`` apart from each other.
+    The features of a slot lie side by side (``neighbours``), or ``slots`` apart from each other. A grouping that fits
+    neither may have a piece for each feature; that is exact, and slow.
     """
 
     feature: int

@@ -55,10 +55,13 @@ def _one_error(errors: list[tuple[str, TokenizerError | SourceError]], config: C
     """The error itself, or one for all; where files of the demo are missing, with the command that makes them."""
     if len(errors) == 1 and _DEMO not in str(errors[0][1]):
         return errors[0][1]
-    remedy = ""
-    if any(_DEMO in str(error) for _, error in errors):
-        remedy = f" (`make demo`, run in the checkout, makes it; the current folder is {Path.cwd()})"
-    faults = [f"{setting}: {error}{remedy if _DEMO in str(error) else ''}" for setting, error in errors]
+    faults = []
+    for setting, error in errors:
+        fault = f"{setting}: {error}"
+        if _DEMO in fault:
+            here = "" if str(Path.cwd()) in fault else f"; the current folder is {Path.cwd()}"
+            fault += f" (`make demo`, run in the checkout, makes it{here})"
+        faults.append(fault)
     combined = ConfigError(faults, "the settings")
     # a file may be missing on one host only: then its ranks have to say so, the first rank cannot
     combined.same_on_all_ranks = all(getattr(error, "same_on_all_ranks", False) for _, error in errors)

@@ -96,6 +96,7 @@ class Trainer:
             if not self.evaluating.evaluate(self.state):
                 return self.ends.stop(self.state)
             self.startup.done("evaluation")
+        self.progress.begin()
         while self.state.step < self.config.train.steps or self.state.trouble:
             share = self.next_batch()
             if share is None:

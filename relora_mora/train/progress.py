@@ -27,6 +27,12 @@ class Progress:
         self._bar = self._new_bar(total, done, "step")
         self._count_from(done)
 
+    def begin(self) -> None:
+        """The first step comes next: the time left is measured from here, since an evaluation before it is not repeated
+        at each step."""
+        self._count_from(self.done)
+        self._bar.unpause()
+
     def update(self) -> None:
         """One more step is made."""
         self.done += 1
@@ -49,7 +55,7 @@ class Progress:
         log.info("step %d/%d: %s, %s left", self.done, self.total, said, left)
 
     def evaluation(self, tokens: int) -> tqdm[Any]:
-        """A second bar, below that of the steps and gone when it is closed."""
+        """A second bar, below that of the steps."""
         return self._new_bar(tokens, 0, " tokens", description="evaluation")
 
     def close(self) -> None:
@@ -64,9 +70,10 @@ class Progress:
             total=total,
             initial=done,
             desc=description,
-            leave=description is None,
+            leave=False,
             disable=not self._bars,
             unit=unit,
+            unit_scale=description is not None,
             dynamic_ncols=True,
             mininterval=0.5,
             smoothing=0.1,

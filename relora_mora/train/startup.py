@@ -68,10 +68,11 @@ def describe(run: Run, state: RunState) -> str:
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     precision = "bf16" if engine.bf16 else "fp32"
     accumulation = config.accumulation_steps(engine.world_size)
+    micro_batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
     parts = [
         f"{config.method.name} on {ranks} ({device}), ZeRO-{engine.stage}, {precision}",
         f"a step has {config.train.batch_size} sequences of {config.data.sequence_length} tokens",
-        f"each rank makes {accumulation} micro-batches of {config.train.micro_batch_size}",
+        f"each rank makes {micro_batches} of {config.train.micro_batch_size}",
         f"step {state.step} of {config.train.steps}",
         f"run folder {config.train.run_dir}",
     ]

@@ -131,10 +131,12 @@ class ZeroEngine:
 
     @torch.no_grad()
     def gather(self, name: str, key: str | None = None, to: int | None = None) -> Tensor:
-        """The whole float32 master of a parameter, or its moment ``key``; a collective.
+        """The whole float32 master of a parameter that trains, or its moment ``key``; a collective.
 
-        With ``to`` only that rank gets it, and what others get means nothing.
+        With ``to`` only that rank gets it, and what others get means nothing. A frozen weight has no master here: its
+        owner has it, in :class:`relora_mora.merging.FrozenMasters`.
         """
+        assert any(name in group for group in self.members), f"{name} does not train"
         whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
         for fragment in self.fragments_of.get(name, ()):
             source = fragment.flat if key is None else self.state_of(fragment.flat)[key]

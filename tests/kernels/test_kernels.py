@@ -11,9 +11,13 @@ import torch
 
 from relora_mora import kernels
 from relora_mora.kernels import Grouping, contiguous, cpu, expand_add, group_sum, interleaved, wrapped_interleaved
+from relora_mora.registry import OPERATORS
 
 compiled_only = pytest.mark.skipif(not kernels.available(), reason=f"kernels are {kernels.describe()}")
-GROUPINGS = [interleaved, wrapped_interleaved, contiguous]
+GROUPINGS = [
+    getattr(kernels.grouping, name)
+    for name in sorted({name for record in OPERATORS.values() for name in record.groupings})
+]
 # features, slots: one repeat to more than have code of their own, whole and not, more slots than features
 SIZES = [
     (64, 16),
@@ -36,20 +40,27 @@ def _integers(*shape: int, dtype: torch.dtype, bound: int = 255) -> torch.Tensor
     return torch.randint(-bound, bound + 1, shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def _matrix(grouping: Grouping) -> torch.Tensor:
-    """C [slots, features], one feature after the other, from the definition and not from the pieces"""
-    C = torch.zeros(grouping.slots, grouping.features, dtype=torch.float64)
-    longer, per_slot = grouping.features % grouping.slots, grouping.features // grouping.slots
+def _contiguous_slot(feature: int, features: int, slots: int) -> int:
+    per_slot, longer = divmod(features, slots)
     head = longer * (per_slot + 1)
-    for feature in range(grouping.features):
-        if any(piece.neighbours for piece in grouping.pieces):
-            slot = feature // (per_slot + 1) if feature < head else longer + (feature - head) // per_slot
-        else:
-            slot = feature % grouping.slots
+    return feature // (per_slot + 1) if feature < head else longer + (feature - head) // per_slot
+
+
+# (slot, feature) of every 1 in C, from the definitions in docs/method.md and not from the pieces
+DEFINITIONS = {
+    "interleaved": lambda features, slots: [(i % slots, i) for i in range(features)],
+    "wrapped_interleaved": lambda features, slots: [
+        (i % slots, i % features) for i in range(-(-features // slots) * slots)
+    ],
+    "contiguous": lambda features, slots: [(_contiguous_slot(i, features, slots), i) for i in range(features)],
+}
+
+
+def _matrix(make, features: int, slots: int) -> torch.Tensor:
+    """C [slots, features]"""
+    C = torch.zeros(slots, features, dtype=torch.float64)
+    for slot, feature in DEFINITIONS[make.__name__](features, slots):
         C[slot, feature] += 1
-    if not grouping.once:
-        for position in range(grouping.features, -(-grouping.features // grouping.slots) * grouping.slots):
-            C[position % grouping.slots, position % grouping.features] += 1
     return C
 
 
@@ -57,7 +68,7 @@ def _matrix(grouping: Grouping) -> torch.Tensor:
 @pytest.mark.parametrize("features,slots", SIZES)
 def test_sum_and_copy_are_the_matrix_of_the_definition(make, features, slots):
     grouping = make(features, slots)
-    C = _matrix(grouping)
+    C = _matrix(make, features, slots)
     x, y = _integers(3, 2, features, dtype=torch.float64), _integers(3, 2, slots, dtype=torch.float64)
     assert torch.equal(grouping.sum(x), x @ C.T) and torch.equal(grouping.copy(y), y @ C)
 
@@ -149,7 +160,7 @@ def test_autograd_and_other_types_take_torch():
         and not kernels.takes(torch.empty(2, 3, device="meta"))
     )
     group_sum(x, interleaved(10, 4)).square().sum().backward()
-    C = _matrix(interleaved(10, 4)).float()
+    C = _matrix(interleaved, 10, 4).float()
     torch.testing.assert_close(x.grad, 2 * x.detach() @ C.T @ C)
     with kernels.disabled():
         assert not kernels.takes(x.detach())

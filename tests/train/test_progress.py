@@ -62,8 +62,20 @@ def test_after_a_rollback_the_bar_stands_where_the_run_does(monkeypatch: pytest.
     for _ in range(8):
         progress.update()
     progress.go_back(3)
-    progress.close()
     assert progress.done == 3 and "3/10" in stderr.getvalue().rpartition("\r")[2]
+    progress.close()
+    assert stderr.getvalue().rpartition("\r")[0].rpartition("\r")[2].isspace(), "no bar stays below the last line"
+
+
+def test_what_comes_before_the_first_step_is_not_in_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 600.0, 602.0])  # made, the first step comes next, the line
+    stderr = set_stderr(io.StringIO(), monkeypatch)
+    monkeypatch.setattr("relora_mora.train.progress.time.monotonic", lambda: next(clock))
+    progress = Progress(total=31, done=0, show=True)
+    progress.begin()
+    progress.update()
+    progress.show(loss="5.0")
+    assert stderr.getvalue().endswith("loss 5.0, 01:00 left\n")
 
 
 def test_the_next_commands_are_words_of_a_shell_and_their_scripts_exist() -> None:

@@ -358,3 +358,23 @@ def test_the_base_is_exact_after_a_hundred_merges(pools, bf16):
         # 100 additions, each off by at most half a unit in the last place (2^-24); a bf16 base would be off by 2^-9
         assert max(seen["errors"].values()) <= 100 * 2**-24 * seen["largest"]
         assert min(seen["moved"].values()) > 1e-3
+
+
+def frozen_masters(stage: int) -> list[str]:
+    """What the engine says when it is asked for the master of a frozen weight."""
+    from tests.tools.tiny import build_rig, tiny_config
+
+    rig = build_rig(tiny_config(1, train={"zero_stage": stage}))
+    said = []
+    for name in rig.base.owner:
+        with pytest.raises(AssertionError) as raised:
+            rig.engine.gather(name)
+        said.append(str(raised.value))
+    return said
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_frozen_weight_has_no_master_to_gather(pools, stage):
+    """Zeros would look like one."""
+    [said] = pools(1)(frozen_masters, stage)
+    assert said and all("does not train" in message for message in said)
