@@ -71,6 +71,9 @@ class DataConfig(Strict):
     revision: Text = Field(
         "main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint"
     )
+    text_column: Text = Field(
+        "text", description="the key of a JSON line, or the column, that holds the text; of all sources"
+    )
     sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = Field(
         512, description="tokens the model sees per sequence"
     )

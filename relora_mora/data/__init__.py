@@ -10,7 +10,7 @@ from relora_mora.data.lane_states import counts_of, merge_states, start_states
 from relora_mora.data.plain_text import iter_texts
 from relora_mora.data.positions import describe_position
 from relora_mora.data.skipped import SKIP_REASONS
-from relora_mora.data.sources import Shard, resolve_shards
+from relora_mora.data.sources import Shard, configured_shards, resolve_shards
 from relora_mora.data.stream import TrainStream
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "SourceError",
     "TrainStream",
     "WorkerError",
+    "configured_shards",
     "counts_of",
     "describe_position",
     "document_ids",

@@ -7,11 +7,12 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
+from relora_mora.config import DataConfig
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.hub_sources import C4, Commits, hub_parts, hub_source, is_hub
 
@@ -30,6 +31,7 @@ class Shard:
     location: str
     size: int | None = None  # bytes, local files only
     hub: bool = False  # requests carry the hub's token, where there is one
+    text_column: str = "text"  # the key or column that holds the text
 
     @property
     def is_remote(self) -> bool:
@@ -37,7 +39,12 @@ class Shard:
 
 
 def resolve_shards(
-    sources: str | list[str], revision: str = "main", *, split: Split = "train", timeout_seconds: float = 600.0
+    sources: str | list[str],
+    revision: str = "main",
+    *,
+    split: Split = "train",
+    timeout_seconds: float = 600.0,
+    text_column: str = "text",
 ) -> list[Shard]:
     """The shards of all sources, in the order given; those of a local glob are sorted by path.
 
@@ -61,12 +68,24 @@ def resolve_shards(
                     f"{source}: {shard.name} is a file that {named_by} names already{as_well}; "
                     "its text would be read twice: give each file once"
                 )
-            shards.append(shard)
+            shards.append(replace(shard, text_column=text_column))
     if len(shards) > _MAX_SHARDS:
         raise SourceError(
             f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources"
         )
     return shards
+
+
+def configured_shards(config: DataConfig, split: Split) -> list[Shard]:
+    """The shards of the training or the validation data of a run. Raises SourceError."""
+    sources = config.train if split == "train" else config.validation
+    return resolve_shards(
+        sources,
+        config.revision,
+        split=split,
+        timeout_seconds=config.timeout_seconds,
+        text_column=config.text_column,
+    )
 
 
 def expand_braces(pattern: str) -> list[str]:

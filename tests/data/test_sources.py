@@ -199,7 +199,12 @@ def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
     assert len(set(same)) == 1
     changed = [
         config.model_copy(update={key: value})
-        for key, value in {"seed": 1, "sequence_length": 33, "shuffle_documents": 9}.items()
+        for key, value in {
+            "seed": 1,
+            "sequence_length": 33,
+            "shuffle_documents": 9,
+            "text_column": "content",
+        }.items()
     ]
     write_shard(tmp_path / "there" / "part-00001.json.gz", ["another size"])
     others = [*map(of, changed), of(tokenizer="u"), of(lanes=2), of(data_config(tmp_path / "there" / "*.gz"))]

@@ -18,7 +18,7 @@ from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Lane
 from relora_mora.data.plain_text import TextRows
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sources import Shard, resolve_shards
+from relora_mora.data.sources import Shard, configured_shards
 
 EOS = 256
 
@@ -77,7 +77,7 @@ def data_config(source: Any, **settings: Any) -> DataConfig:
 def make_lane(
     config: DataConfig, lanes: int, lane: int, state: Any = None, shards: list[Shard] | None = None
 ) -> Lane[str]:
-    shards = shards or resolve_shards(config.train)
+    shards = shards or configured_shards(config, "train")
     rows = LaneRows(plan_lanes(lanes, len(shards))[lane], shards, config, partial(TextRows, config))
     return Lane(rows, encode, eos=EOS, sequence_length=config.sequence_length, restored=state)
 
