@@ -9,7 +9,7 @@ from typing import Any
 from relora_mora.config import DataConfig
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Lane
-from relora_mora.data.plain_text import TextRows
+from relora_mora.data.plain_text import open_texts
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sources import configured_shards
 
@@ -45,7 +45,7 @@ def pipeline_throughput(
         calls.clear()
         read = [
             Lane(
-                LaneRows(plan, shards, config, partial(TextRows, config)),
+                LaneRows(plan, shards, config, partial(open_texts, config)),
                 recorded,
                 eos=tokenizer.eos_token_id,
                 sequence_length=config.sequence_length,

@@ -62,7 +62,10 @@ class TokenizerConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Sources are ``allenai/c4`` (or ``hub:REPO/PATTERN``), http(s) urls, local paths and globs; see docs/data.md."""
+    """Sources are ``allenai/c4`` (or ``hub:REPO/PATTERN``), http(s) urls, local paths and globs; see docs/data.md.
+
+    They hold JSON lines or Parquet.
+    """
 
     train: Text | Annotated[list[Text], Field(min_length=1)] = Field(description="source or sources of training text")
     validation: Text | Annotated[list[Text], Field(min_length=1)] = Field(
@@ -92,7 +95,7 @@ class DataConfig(Strict):
     seed: Seed = Field(0, description="seed of shard order and document order")
     document_mask: bool = Field(False, description="attention does not cross document borders inside a sequence")
     max_line_bytes: Positive = Field(
-        16 * 1024 * 1024, description="a longer line of a shard is counted as bad and skipped"
+        16 * 1024 * 1024, description="a longer line of a shard, or text of a row, is counted as bad and skipped"
     )
     max_bad_fraction: Fraction = Field(0.01, description="stop when more than this fraction of a shard's lines is bad")
     timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(

@@ -1,4 +1,4 @@
-"""Plain text: the ``"text"`` of each line is a row, and every one of its tokens is scored."""
+"""Plain text: the string of each line, or each row of a column, is a row, and every one of its tokens is scored."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from relora_mora.config import DataConfig
 from relora_mora.data.lines import ShardLines
+from relora_mora.data.parquet import ParquetRows
 from relora_mora.data.parse import parse_line, surely_bad
-from relora_mora.data.rows import Encode, Encoded
+from relora_mora.data.rows import Encode, Encoded, Rows
 from relora_mora.data.skipped import BAD_REASONS, BadRowLimit, Skipped
 from relora_mora.data.sources import Shard, Split, resolve_shards
 
@@ -79,6 +80,20 @@ class TextRows:
         return row
 
 
+def open_texts(
+    config: DataConfig,
+    shard: Shard,
+    *,
+    stride: int = 1,
+    phase: int = 0,
+    bad: int = 0,
+    note: Callable[[str], None] = log.warning,
+) -> Rows[str]:
+    """The texts of a shard of any format (see ``rows.OpenRows``). Of ``config`` the limits are used."""
+    kind = ParquetRows if shard.is_parquet else TextRows
+    return kind(config, shard, stride=stride, phase=phase, bad=bad, note=note)
+
+
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode[str]:
     """The function from texts to their tokens, all of them scored."""
     from relora_mora.tokenizer import encode
@@ -100,7 +115,7 @@ def iter_texts(sources: str | list[str], *, split: Split, config: DataConfig) ->
         text_column=config.text_column,
     )
     for shard in shards:
-        with closing(TextRows(config, shard)) as rows:
+        with closing(open_texts(config, shard)) as rows:
             # one at a time: nobody waits for, or hears of, what stands behind the text that is wanted
             while row := rows.take(1):
                 yield from (text for text in row if not isinstance(text, Skipped))

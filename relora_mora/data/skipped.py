@@ -24,7 +24,7 @@ BAD_REASONS = {
     "corrupt": "is where the compressed shard is damaged; what follows is lost",
 }
 # skipped and counted as well, but nothing is wrong with these
-HARMLESS_REASONS = ("empty_text", "blank_line", "empty_shard")
+HARMLESS_REASONS = ("empty_text", "null_text", "blank_line", "empty_shard")
 SKIP_REASONS = (*BAD_REASONS, *HARMLESS_REASONS)
 
 # before this many rows a fraction says little; at the end of a shard it is exact, however few there are

@@ -18,7 +18,7 @@ from relora_mora.data.hub_sources import C4, Commits, hub_parts, hub_source, is_
 
 Split = Literal["train", "validation"]
 
-SUFFIXES = (".json", ".jsonl", ".gz", ".zst")
+SUFFIXES = (".json", ".jsonl", ".gz", ".zst", ".parquet")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
 
@@ -32,6 +32,10 @@ class Shard:
     size: int | None = None  # bytes, local files only
     hub: bool = False  # requests carry the hub's token, where there is one
     text_column: str = "text"  # the key or column that holds the text
+
+    @property
+    def is_parquet(self) -> bool:
+        return self.name.endswith(".parquet")
 
     @property
     def is_remote(self) -> bool:
@@ -191,7 +195,7 @@ def _check_suffix(path: str, source: str, *, may_be_missing: bool = False) -> No
     suffix = PurePosixPath(path).suffix
     if suffix not in SUFFIXES and not (may_be_missing and not suffix):
         raise SourceError(
-            f'{source}: {PurePosixPath(path).name} is no shard of {{"text"}} lines; '
+            f"{source}: {PurePosixPath(path).name} is no shard of JSON lines and no Parquet; "
             f"expected one of {', '.join(SUFFIXES)}"
         )
 

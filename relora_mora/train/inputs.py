@@ -9,8 +9,9 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from relora_mora.config import Config, ConfigError
-from relora_mora.data import Shard, SourceError, configured_shards
+from relora_mora.config import Config, ConfigError, DataConfig
+from relora_mora.data import Shard, SourceError, check_columns, configured_shards
+from relora_mora.data.sources import Split
 from relora_mora.tokenizer import TokenizerError, load_tokenizer
 
 T = TypeVar("T")
@@ -30,11 +31,17 @@ def open_inputs(config: Config) -> Inputs:
     """
     errors: list[tuple[str, TokenizerError | SourceError]] = []
     tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer.path))
-    _attempt(errors, "data.validation", lambda: configured_shards(config.data, "validation"))
-    shards = _attempt(errors, "data.train", lambda: configured_shards(config.data, "train"))
+    _attempt(errors, "data.validation", lambda: _shards(config.data, "validation"))
+    shards = _attempt(errors, "data.train", lambda: _shards(config.data, "train"))
     if tokenizer is None or shards is None or errors:
         raise _one_error(errors, config)
     return Inputs(tokenizer, shards)
+
+
+def _shards(data: DataConfig, split: Split) -> list[Shard]:
+    shards = configured_shards(data, split)
+    check_columns([shard for shard in shards if not shard.is_remote], data.timeout_seconds)
+    return shards
 
 
 def _attempt(errors: list[tuple[str, TokenizerError | SourceError]], setting: str, action: Callable[[], T]) -> T | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from relora_mora.config import Config, DataConfig
-from relora_mora.data import hub_commits, pin_revision, remember_commits, remote_content
+from relora_mora.data import Shard, check_columns, hub_commits, pin_revision, remember_commits, remote_content
 from relora_mora.distributed.collectives import (
     from_first_rank,
     gather_from_ranks,
@@ -85,7 +85,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     remember_commits(data.revision, commits)
     checked = check(config.model_copy(update={"data": data}), world_size)
     check_agreement(checked.identity)
-    asked = from_first_rank(lambda: remote_content(checked.shards, data.timeout_seconds))
+    asked = from_first_rank(lambda: _asked(checked.shards, data.timeout_seconds))
     checked = replace(checked, data_content=checked.data_content + asked)
     lock = from_first_rank(lambda: _lock(guard, folder))
     check_shared(RunFolder(folder).lock, lock)
@@ -128,6 +128,12 @@ def _pinned(config: Config) -> tuple[DataConfig, dict[str, str]]:
     data = pinned_before(config)
     commits = hub_commits(data)
     return pin_revision(data, commits), commits
+
+
+def _asked(shards: list[Shard], timeout_seconds: float) -> str:
+    """What servers say of the training data's version. One rank asks."""
+    check_columns([shard for shard in shards if shard.is_remote], timeout_seconds)
+    return remote_content(shards, timeout_seconds)
 
 
 def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -> None:

@@ -19,7 +19,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_importing_the_package_is_light():
-    heavy = ("torch", "deepspeed", "transformers", "datasets", "requests", "huggingface_hub")
+    heavy = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "requests", "huggingface_hub")
     code = f"import relora_mora.data, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -146,7 +146,7 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
         ("hub:a/b/*.json", "cannot be used"),
         ("hub:a b/c/x.json", "hub:a b/c/x.json: Repo id must"),
         ("https://example.org/{5..2}.json", "counts down"),
-        ("https://example.org/a.parquet", "expected one of .json"),
+        ("https://example.org/a.orc", "expected one of .json"),
         ("https://[x/a.json", "no url that can be read"),
         ("https://example.org:99999/a.json", "no url that can be read"),
         (__file__, "expected one of .json"),
