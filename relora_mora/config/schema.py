@@ -62,7 +62,7 @@ class TokenizerConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Sources are ``allenai/c4`` (or ``hub:REPO/PATTERN``), http(s) urls, local paths and globs; see docs/data.md.
+    """Sources are sets by name (``allenai/c4``), ``hub:REPO/PATTERN``, http(s) urls, local paths and globs; see docs/data.md.
 
     They hold JSON lines or Parquet.
     """

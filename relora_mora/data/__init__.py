@@ -2,6 +2,7 @@
 
 from relora_mora.data.batch import UNSCORED, Batch, document_ids
 from relora_mora.data.content import local_content, remote_content
+from relora_mora.data.dataset_sources import find_datasets, remember_datasets
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.evalset import EvalSet, load_eval_set
 from relora_mora.data.fingerprint import fingerprint, order_fingerprint
@@ -28,6 +29,7 @@ __all__ = [
     "counts_of",
     "describe_position",
     "document_ids",
+    "find_datasets",
     "fingerprint",
     "hub_commits",
     "iter_texts",
@@ -37,6 +39,7 @@ __all__ = [
     "order_fingerprint",
     "pin_revision",
     "remember_commits",
+    "remember_datasets",
     "remote_content",
     "resolve_shards",
     "start_states",

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -138,8 +139,9 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
     "source,message",
     [
         ("nowhere/*.json", "no file matches nowhere"),
-        ("some/dataset", "hub:some/dataset/PATTERN"),
-        (".", "is a folder"),
+        ("tests/dataset", "no file matches tests/dataset"),
+        ("tests/dataset", "hub:tests/dataset/PATTERN"),
+        (f"{Path(__file__).parent}", "holds no files of text"),
         ("ftp://example.org/a.json", "no kind of source"),
         ("hub:allenai/c4", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a/b/../../x.json", "expected hub:OWNER/NAME/PATTERN"),
