@@ -62,9 +62,9 @@ class TokenizerConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Sources are sets by name (``allenai/c4``), ``hub:REPO/PATTERN``, http(s) urls, local paths and globs; see docs/data.md.
+    """Sources are sets by name (``allenai/c4``), ``hub:REPO/PATTERN``, http(s) urls, local paths and globs.
 
-    They hold JSON lines or Parquet.
+    They hold JSON lines or Parquet; see docs/data.md.
     """
 
     train: Text | Annotated[list[Text], Field(min_length=1)] = Field(description="source or sources of training text")

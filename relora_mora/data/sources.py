@@ -54,8 +54,9 @@ def resolve_shards(
     """The shards of all sources, in the order given; those of a local glob are sorted by path.
 
     A source is ``allenai/c4`` (config ``en``, the files of ``split``), a set ``OWNER/NAME[:CONFIG[:SPLIT]]`` on the hub
-    or ``FOLDER[:CONFIG[:SPLIT]]``, ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local path or a local glob. ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources
-    are addressed at the commit that ``revision`` is now. Raises SourceError for what names no file, or one that was
+    or ``FOLDER[:CONFIG[:SPLIT]]``, ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local path or a local glob.
+    ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources are addressed at the commit
+    that ``revision`` is now. Raises SourceError for what names no file, or one that was
     named before.
     """
     given = [sources] if isinstance(sources, str) else list(sources)

@@ -177,7 +177,10 @@ def test_one_process_asks_and_the_others_are_told(tmp_path, hub, monkeypatch):
 
 def test_a_set_is_told_from_files_without_loading_anything(tmp_path):
     write_shard(tmp_path / "a.json", ["text"])
-    code = "import sys; from relora_mora.data import resolve_shards; resolve_shards(sys.argv[1]); print('datasets' in sys.modules)"
+    code = (
+        "import sys; from relora_mora.data import resolve_shards; "
+        "resolve_shards(sys.argv[1]); print('datasets' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "*.json")], capture_output=True, text=True, check=True
     )
