@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import random
@@ -221,6 +222,23 @@ def test_damage_is_told_with_its_place(tmp_path):
     _damaged(path, chunk.data_page_offset + chunk.total_compressed_size // 2)
     with pytest.raises(SourceError, match=r"a\.parquet: row group 3, from row 41 on, cannot be read \(.*\); the file"):
         epoch_tokens(make_lane(data_config(path, shuffle_documents=1), 1, 0))
+
+
+@pytest.mark.parametrize("good_reads", [0, 1])
+def test_a_disk_that_is_gone_is_an_error_of_the_system(tmp_path, monkeypatch, good_reads):
+    path = write_parquet(tmp_path / "a.parquet", [random.Random(n).randbytes(500).hex() for n in range(500)])
+    read_at = LocalFile.read_at
+    reads = itertools.count()
+
+    def failing(self, position, size):
+        if next(reads) >= good_reads:
+            raise OSError(errno.EIO, "Input/output error", "a.parquet")
+        return read_at(self, position, size)
+
+    monkeypatch.setattr(LocalFile, "read_at", failing)
+    with pytest.raises(OSError, match=r"a\.parquet") as caught:
+        make_lane(data_config(path), 1, 0).next_block()
+    assert caught.value.errno == errno.EIO
 
 
 def test_a_file_that_changed_is_refused(tmp_path):
