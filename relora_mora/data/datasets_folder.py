@@ -51,25 +51,37 @@ def _splits(source: str, config: str | None, root: Path) -> dict[str, list[str]]
     datasets.disable_progress_bars()
     try:
         builder = datasets.load_dataset_builder(str(root), config, cache_dir=str(root.parent / "cache"))
-        found = builder.config.data_files
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        configs = datasets.get_dataset_config_names(str(root))
-        if config in configs or (config is None and len(configs) < 2):
-            said = " ".join(str(error).split()).replace(str(root), source)
-            raise SourceError(f"{source}: {said}; give its files by path") from error
-        raise SourceError(
-            f"{source}: it has {'no configuration ' + config if config else 'several configurations'}, "
-            f"but {', '.join(configs)}; name one as {source.partition(':')[0]}:{configs[0]}"
-        ) from error
+    except Exception as error:  # of many kinds, since the README is anybody's
+        raise _refused(source, config, root, error) from error
     home = root.resolve()
-    splits = {
-        str(split): sorted(Path(path).resolve().relative_to(home).as_posix() for path in files)
-        for split, files in (found or {}).items()
-        if files
-    }
+    splits: dict[str, list[str]] = {}
+    for split, files in (builder.config.data_files or {}).items():
+        found = [Path(file).resolve() for file in files]
+        outside = [file for file in found if not file.is_relative_to(home)]
+        if outside:
+            raise SourceError(f"{source}: its README names files outside of it; give the files by path")
+        if found:
+            splits[str(split)] = sorted(file.relative_to(home).as_posix() for file in found)
     return splits or None
+
+
+def _refused(source: str, config: str | None, root: Path, error: Exception) -> SourceError:
+    """With the configurations there are, where it is the name of one that is missing or wrong."""
+    import datasets
+
+    try:
+        configs = datasets.get_dataset_config_names(str(root))
+    except Exception:  # as before: then the set is wrong and not the name
+        configs = []
+    if config in configs or len(configs) < (2 if config is None else 1):
+        said = " ".join(str(error).split()).replace(str(root), source)
+        return SourceError(f"{source}: datasets cannot tell its files ({said:.500}); give them by path")
+    return SourceError(
+        f"{source}: it has {f'no configuration {config}' if config else 'several configurations'}, "
+        f"but {', '.join(configs)}; name one as {source.partition(':')[0]}:{configs[0]}"
+    )
 
 
 def _refuse_mixed(source: str, config: str | None, root: Path, splits: Mapping[str, list[str]]) -> None:

@@ -113,6 +113,24 @@ def test_a_folder_of_several_formats_is_refused(tmp_path):
         resolve_shards(str(tmp_path / "set"))
 
 
+@pytest.mark.parametrize(
+    "card,said",
+    [
+        ("---\nconfigs: [\n---\n", "datasets cannot tell its files"),
+        ("---\nconfigs: 3\n---\n", "datasets cannot tell its files"),
+        ("---\nconfigs:\n- config_name: a\n  data_files: {}\n---\n", "its README names files outside of it"),
+        ("---\nconfigs:\n- config_name: a\n  data_files: gone/*\n---\n", "holds no files of text"),
+    ],
+)
+def test_a_readme_that_makes_no_sense_is_one_message(tmp_path, card, said):
+    outside = write_shard(tmp_path / "outside.jsonl", ["text"])
+    write_shard(tmp_path / "set" / "a.jsonl", ["text"])
+    (tmp_path / "set" / "README.md").write_text(card.replace("{}", str(outside)), encoding="utf-8")
+    with pytest.raises(SourceError) as caught:
+        resolve_shards(str(tmp_path / "set"))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_folder_without_text_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="empty holds no files of text"):
