@@ -6,11 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from relora_mora.data import fingerprint, local_content, resolve_shards
+from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, resolve_shards
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sources import expand_braces
 from tests.tools.commands import permissions_count, public_folder
@@ -211,3 +212,15 @@ def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
     write_shard(tmp_path / "there" / "part-00001.json.gz", ["another size"])
     others = [*map(of, changed), of(tokenizer="u"), of(lanes=2), of(data_config(tmp_path / "there" / "*.gz"))]
     assert len({same[0], *others}) == 1 + len(others)
+
+
+def test_the_fingerprints_are_what_they_have_always_been():
+    """Checkpoints hold them, also those of runs that knew one text column only."""
+    config = data_config("unused")
+    shards = [Shard("a.json", "/x/a.json", size=3), Shard("b", "http://x/b")]
+    given = {"tokenizer_fingerprint": "t", "batch_lanes": 4, "shards": shards}
+    plain = config.model_copy(update={"shuffle_documents": 1024})
+    assert fingerprint(plain, **given) == "9d40f14276967ee0229f92e096709178"
+    assert order_fingerprint(plain, **given) == "11f9424353c3c506a7a5c8038069d656"
+    given["shards"] = [replace(shard, text_column="content") for shard in shards]
+    assert fingerprint(plain, **given) != "9d40f14276967ee0229f92e096709178"
