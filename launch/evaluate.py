@@ -24,6 +24,7 @@ def main(
     micro_batch_size: int = 8,
     precision: str = "float32",
     document_mask: bool | None = None,
+    text_column: str | None = None,
 ) -> None:
     """Scores text with a model.
 
@@ -36,6 +37,7 @@ def main(
         micro_batch_size: sequences per forward
         precision: float32, bfloat16 or float16
         document_mask: score each document alone, as data.document_mask trains; default: as trained, else false
+        text_column: the key or column that holds the text; default: as trained, else text
     """
     for name, value, least in (
         ("micro_batch_size", micro_batch_size, 1),
@@ -56,7 +58,7 @@ def main(
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
     loaded = load_any_model(Path(model), DTYPES[precision])
-    settings = loaded.data_settings(data, sequence_length, document_mask)
+    settings = loaded.data_settings(data, sequence_length, document_mask, text_column)
     length = settings.sequence_length
     positions = positions_of(loaded.model)
     if positions is not None and length > positions:

@@ -111,12 +111,23 @@ class LoadedModel:
     data: DataConfig
     description: str
 
-    def data_settings(self, source: str, sequence_length: int | None, document_mask: bool | None) -> DataConfig:
+    def data_settings(
+        self,
+        source: str,
+        sequence_length: int | None,
+        document_mask: bool | None,
+        text_column: str | None = None,
+    ) -> DataConfig:
         """Settings for reading the held-out text of ``source``: those of training, except for what is given.
 
         The run's revision holds for its own sources alone.
         """
-        given = {"validation": source, "sequence_length": sequence_length, "document_mask": document_mask}
+        given = {
+            "validation": source,
+            "sequence_length": sequence_length,
+            "document_mask": document_mask,
+            "text_column": text_column,
+        }
         validation = self.data.validation
         if source not in ([validation] if isinstance(validation, str) else validation):
             given["revision"] = DataConfig.model_fields["revision"].default

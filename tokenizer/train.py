@@ -76,6 +76,7 @@ def main(
     revision: str = "main",
     max_bad_fraction: float = 0.01,
     timeout_seconds: float = 600.0,
+    text_column: str = "text",
 ) -> None:
     """Trains a sentencepiece BPE tokenizer with byte fallback and writes a folder that transformers loads.
 
@@ -92,6 +93,7 @@ def main(
         revision: of sources on the hub
         max_bad_fraction: stop when more than this fraction of a shard's lines is bad
         timeout_seconds: give up on a source that has failed for this long
+        text_column: the key of a JSON line, or the column, that holds the text
     """
     from relora_mora.config import DataConfig
     from relora_mora.data import SourceError, iter_texts
@@ -106,6 +108,7 @@ def main(
         revision=revision,
         max_bad_fraction=max_bad_fraction,
         timeout_seconds=timeout_seconds,
+        text_column=text_column,
     )
     with new_folder(Path(out)) as folder:
         texts = iter_texts(sources, split="train", config=config)
@@ -236,7 +239,7 @@ def _check_data_settings(max_bad_fraction: float, timeout_seconds: float) -> Non
 
 def _with_flag(message: str) -> str:
     """A fault of the data names the setting of a run that helps; this adds how this command calls it."""
-    named = re.findall(r"\bdata\.(max_bad_fraction|timeout_seconds|revision)\b", message)
+    named = re.findall(r"\bdata\.(max_bad_fraction|timeout_seconds|revision|text_column)\b", message)
     return f"{message} (here: --{named[-1]})" if named else message
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from relora_mora.config import DataConfig
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Lane
-from relora_mora.data.plain_text import TextRows
+from relora_mora.data.plain_text import open_texts
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sources import resolve_shards
+from relora_mora.data.sources import configured_shards
 
 # by the one worker that is measured; few, so that its blocks of documents are used up and not only loaded
 LANES_READ = 2
@@ -28,7 +28,7 @@ def pipeline_throughput(
     """
     from relora_mora.tokenizer import encode, load_tokenizer
 
-    shards = resolve_shards(config.train, config.revision, split="train", timeout_seconds=config.timeout_seconds)
+    shards = configured_shards(config, "train")
     lanes = lanes or min(64, len(shards))
     tokenizer: Any = load_tokenizer(tokenizer_path)
     calls: list[list[str]] = []  # the texts of each call of the tokenizer
@@ -45,7 +45,7 @@ def pipeline_throughput(
         calls.clear()
         read = [
             Lane(
-                LaneRows(plan, shards, config, partial(TextRows, config)),
+                LaneRows(plan, shards, config, partial(open_texts, config)),
                 recorded,
                 eos=tokenizer.eos_token_id,
                 sequence_length=config.sequence_length,

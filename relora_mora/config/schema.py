@@ -71,7 +71,10 @@ class TokenizerConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Sources are ``allenai/c4`` (or ``hub:REPO/PATTERN``), http(s) urls, local paths and globs; see docs/data.md."""
+    """Sources are sets by name (``allenai/c4``), ``hub:REPO/PATTERN``, http(s) urls, local paths and globs.
+
+    They hold JSON lines or Parquet; see docs/data.md.
+    """
 
     train: Text | Annotated[list[Text], Field(min_length=1)] = Field(description="source or sources of training text")
     validation: Text | Annotated[list[Text], Field(min_length=1)] = Field(
@@ -79,6 +82,9 @@ class DataConfig(Strict):
     )
     revision: Text = Field(
         "main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint"
+    )
+    text_column: Text = Field(
+        "text", description="the key of a JSON line, or the column, that holds the text; of all sources"
     )
     sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = Field(
         512, description="tokens the model sees per sequence"
@@ -98,7 +104,7 @@ class DataConfig(Strict):
     seed: Seed = Field(0, description="seed of shard order and document order")
     document_mask: bool = Field(False, description="attention does not cross document borders inside a sequence")
     max_line_bytes: Positive = Field(
-        16 * 1024 * 1024, description="a longer line of a shard is counted as bad and skipped"
+        16 * 1024 * 1024, description="a longer line of a shard, or text of a row, is counted as bad and skipped"
     )
     max_bad_fraction: Fraction = Field(0.01, description="stop when more than this fraction of a shard's lines is bad")
     timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(

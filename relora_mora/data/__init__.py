@@ -2,15 +2,17 @@
 
 from relora_mora.data.batch import UNSCORED, Batch, document_ids
 from relora_mora.data.content import local_content, remote_content
+from relora_mora.data.dataset_sources import find_datasets, remember_datasets
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.evalset import EvalSet, load_eval_set
 from relora_mora.data.fingerprint import fingerprint, order_fingerprint
 from relora_mora.data.hub_sources import hub_commits, pin_revision, remember_commits
 from relora_mora.data.lane_states import counts_of, merge_states, start_states
+from relora_mora.data.parquet import check_columns
 from relora_mora.data.plain_text import iter_texts
 from relora_mora.data.positions import describe_position
 from relora_mora.data.skipped import SKIP_REASONS
-from relora_mora.data.sources import Shard, resolve_shards
+from relora_mora.data.sources import Shard, configured_shards, resolve_shards
 from relora_mora.data.stream import TrainStream
 
 __all__ = [
@@ -22,9 +24,12 @@ __all__ = [
     "SourceError",
     "TrainStream",
     "WorkerError",
+    "check_columns",
+    "configured_shards",
     "counts_of",
     "describe_position",
     "document_ids",
+    "find_datasets",
     "fingerprint",
     "hub_commits",
     "iter_texts",
@@ -34,6 +39,7 @@ __all__ = [
     "order_fingerprint",
     "pin_revision",
     "remember_commits",
+    "remember_datasets",
     "remote_content",
     "resolve_shards",
     "start_states",

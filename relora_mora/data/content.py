@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from relora_mora.data.errors import unreadable
+from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.sources import Shard
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ THREADS = 16
 WHOLE_BYTES = 1 << 16  # a file up to this size is looked at as a whole
 PIECE_BYTES = 1 << 12  # of a larger one this much at its head, its tail and at some places between
 PIECES_BETWEEN = 4
+PARQUET_MAGIC = b"PAR1"
 
 
 def local_content(shards: Sequence[Shard]) -> str:
@@ -69,6 +70,8 @@ def _samples(shard: Shard) -> bytes:
         file = os.open(shard.location, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(file).st_size
+            if shard.is_parquet:
+                _check_end(shard, os.pread(file, len(PARQUET_MAGIC), max(0, size - len(PARQUET_MAGIC))))
             if size <= WHOLE_BYTES:
                 return os.pread(file, size, 0)
             last = size - PIECE_BYTES
@@ -78,6 +81,15 @@ def _samples(shard: Shard) -> bytes:
             os.close(file)
     except OSError as error:
         raise unreadable(shard.location, error, "check the path and its permissions") from error
+
+
+def _check_end(shard: Shard, end: bytes) -> None:
+    """A copy that broke off is found before the run comes to it, since each Parquet file ends in the same bytes."""
+    if end != PARQUET_MAGIC:
+        raise SourceError(
+            f"{shard.location} is no Parquet or cut short: it ends in {end!r}, not in {PARQUET_MAGIC!r}; "
+            "fetch or write it again"
+        )
 
 
 def _version_at_server(shard: Shard, *, session: requests.Session, timeout_seconds: float) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 
 from relora_mora.config import DataConfig
-from relora_mora.data.sources import Shard, Split, resolve_shards
+from relora_mora.data.sources import Shard, Split, configured_shards
 
 # the rule by which shards become lanes and lanes blocks; a change of it that moves a token gets a new name
 RULE = "lanes-1"
@@ -25,13 +25,12 @@ def fingerprint(
 ) -> str:
     """32 hex digits over what decides the blocks of a stream.
 
-    That is the tokenizer, the shards (names, and sizes of local ones), lanes, sequence length, seed and what limits
-    lines. Not over ranks, workers or where the files lie. ``shards`` saves resolving the sources again. Raises
+    That is the tokenizer, the shards (names, sizes of local ones, text columns), lanes, sequence length, seed and what
+    limits lines. Not over ranks, workers or where the files lie. ``shards`` saves resolving the sources again. Raises
     SourceError.
     """
     if shards is None:
-        sources = config.train if split == "train" else config.validation
-        shards = resolve_shards(sources, config.revision, split=split, timeout_seconds=config.timeout_seconds)
+        shards = configured_shards(config, split)
     content = _order(config, tokenizer_fingerprint, batch_lanes, shards) | {
         "split": split,
         "shards": [[shard.name, shard.size] for shard in shards],
@@ -52,7 +51,7 @@ def order_fingerprint(
 
 
 def _order(config: DataConfig, tokenizer_fingerprint: str, batch_lanes: int, shards: Sequence[Shard]) -> dict[str, Any]:
-    return {
+    order = {
         "rule": RULE,
         "tokenizer": tokenizer_fingerprint,
         "shards": [shard.name for shard in shards],
@@ -60,6 +59,10 @@ def _order(config: DataConfig, tokenizer_fingerprint: str, batch_lanes: int, sha
         "seed": config.seed,
         "shuffle_documents": config.shuffle_documents,
     }
+    columns = [shard.text_column for shard in shards]
+    if set(columns) != {"text"}:  # the only one there was: runs that read it keep their fingerprint
+        order["columns"] = columns
+    return order
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 from relora_mora.data.errors import SourceError
 from relora_mora.data.retry import TransientError, retrying
@@ -46,12 +47,16 @@ def login_headers() -> dict[str, str]:
     return dict(headers)
 
 
-def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
-    """The commit that ``revision`` of a dataset is now. Raises SourceError."""
+def _refuse_offline(repo: str) -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise SourceError(f"hub:{repo} needs the hub, but HF_HUB_OFFLINE is set; unset it or give the files by path")
+
+
+def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
+    """The commit that ``revision`` of a dataset is now. Raises SourceError."""
+    _refuse_offline(repo)
     url = f"{endpoint()}/api/datasets/{repo}/revision/{quote(revision, safe='')}?expand=sha"
 
     def ask() -> str:
@@ -63,7 +68,7 @@ def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
             if response.status_code in (401, 403, 404):
                 raise SourceError(
                     f"hub:{repo} is no dataset on {endpoint()}, or not one that your token may see; "
-                    "check the name, or log in (hf auth login, or HF_TOKEN)"
+                    "check the name or path, or log in (hf auth login, or HF_TOKEN)"
                 )
             check_status(response, f"hub:{repo}: {endpoint()}", hub=True)
             try:
@@ -78,3 +83,55 @@ def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
         return str(sha)
 
     return retrying(ask, f"hub:{repo} (revision {revision})", timeout_seconds, remedy())
+
+
+def list_files(repo: str, commit: str, timeout_seconds: float) -> dict[str, int]:
+    """The size in bytes of every file of a dataset at a commit, by path. Raises SourceError."""
+    _refuse_offline(repo)
+    sizes: dict[str, int] = {}
+    cursor: str | None = ""
+    while cursor is not None:
+        # only the cursor of the next page's address is taken: the login goes to this hub alone
+        page = f"&cursor={quote(cursor, safe='')}" if cursor else ""
+        url = f"{endpoint()}/api/datasets/{repo}/tree/{commit}?recursive=true{page}"
+        ask = functools.partial(_list_page, repo, url, timeout_seconds)
+        found, cursor = retrying(ask, f"hub:{repo}: its list of files", timeout_seconds, remedy())
+        sizes |= found
+    return sizes
+
+
+def _list_page(repo: str, url: str, timeout_seconds: float) -> tuple[dict[str, int], str | None]:
+    """Sizes by path, and the cursor of the next page, None on the last one."""
+    with send("GET", url, f"hub:{repo}", headers=login_headers(), timeout_seconds=timeout_seconds) as response:
+        check_status(response, f"hub:{repo}: {endpoint()}", hub=True)
+        try:
+            entries = response.json()
+            sizes = {entry["path"]: int(entry["size"]) for entry in entries if entry["type"] == "file"}
+        except (*BROKEN, ValueError, KeyError, TypeError) as error:
+            raise TransientError(f"an answer that is no list of files ({type(error).__name__})") from error
+        following = parse_qs(urlsplit(response.links.get("next", {}).get("url", "")).query)
+        return sizes, following.get("cursor", [None])[0]
+
+
+def read_text(repo: str, commit: str, path: str, size: int, timeout_seconds: float) -> str:
+    """A small file of a dataset, which has ``size`` bytes. Raises SourceError."""
+    what = f"hub:{repo}@{commit}/{path}"
+    url = f"{endpoint()}/datasets/{repo}/resolve/{commit}/{quote(path)}"
+
+    def ask() -> bytes:
+        with send("GET", url, what, headers=login_headers(), timeout_seconds=timeout_seconds) as response:
+            check_status(response, what, hub=True)
+            try:
+                body = response.raw.read(decode_content=False)
+            except BROKEN as error:
+                raise TransientError(f"the body broke off ({type(error).__name__})") from error
+        if len(body) != size:
+            raise TransientError(f"{len(body)} bytes of {size}")
+        return bytes(body)
+
+    try:
+        return retrying(ask, what, timeout_seconds, remedy()).decode()
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{what} is not UTF-8, and it describes the set; name its files as hub:{repo}/PATTERN"
+        ) from error

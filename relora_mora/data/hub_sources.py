@@ -1,9 +1,12 @@
-"""Sources on the datasets hub: how they are named, and the commit at which each repository is read."""
+"""Sets of text by name, most of them on the datasets hub, and the commit at which each repository is read."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from relora_mora.config import DataConfig
 from relora_mora.data.errors import SourceError
@@ -14,6 +17,10 @@ C4_PATTERNS = {
     "validation": "hub:allenai/c4/en/c4-validation.{00000..00007}-of-00008.json.gz",
 }
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_NAME = re.compile(r"(?P<place>[^:]+)(?::(?P<config>[^:/]*))?(?::(?P<split>[^:/]*))?")
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE = re.compile(r".*\.(jsonl?|gz|zst|parquet)", re.IGNORECASE)
+
 _remembered: dict[tuple[str, str], str] = {}  # by repository and revision
 
 
@@ -41,6 +48,39 @@ def hub_parts(source: str) -> tuple[str, str]:
     return f"{owner}/{name}", pattern
 
 
+@dataclass(frozen=True)
+class DatasetName:
+    """A set of text. ``place`` is OWNER/NAME or a folder; config and split are None where they are not named."""
+
+    source: str
+    place: str
+    config: str | None
+    split: str | None
+    on_hub: bool
+
+    @property
+    def folder(self) -> Path:
+        return Path(os.path.expanduser(self.place))  # noqa: PTH111 - Path.expanduser raises where there is no such user
+
+
+def dataset_name(source: str) -> DatasetName | None:
+    """What ``PLACE[:CONFIG[:SPLIT]]`` names; None for a source of another kind.
+
+    A folder of that name counts before the hub. What is named like a file, or would lie in a folder that there is, is a
+    path, so that a slip in one is told at once and the hub is not asked.
+    """
+    match = None if is_hub(source) or "://" in source else _NAME.fullmatch(source)
+    if match is None:
+        return None
+    place = match["place"]
+    name = DatasetName(source, place, match["config"] or None, match["split"] or None, on_hub=False)
+    if os.path.isdir(name.folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+        return name
+    if not _ON_HUB.fullmatch(place) or _FILE.fullmatch(place) or os.path.isdir(name.folder.parent):  # noqa: PTH112
+        return None
+    return replace(name, on_hub=True)
+
+
 class Commits:
     """The commit that ``revision`` is, by hub repository; each is asked for once."""
 
@@ -64,6 +104,8 @@ def hub_commits(config: DataConfig) -> dict[str, str]:
     """The commit that ``revision`` is now, of each hub repository of the settings; asks the hub once for each."""
     sources = [s for group in (config.train, config.validation) for s in ([group] if isinstance(group, str) else group)]
     repos = {hub_parts(hub_source(source, "train"))[0] for source in sources if is_hub(source)}
+    names = map(dataset_name, sources)
+    repos |= {name.place for name in names if name is not None and name.on_hub}
     commits = Commits(config.revision, config.timeout_seconds)
     return {repo: commits[repo] for repo in sorted(repos)}
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from io import BufferedReader
 from pathlib import Path
 
 from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.random_access import RandomAccessFile
 from relora_mora.data.sources import Shard
 
 
@@ -17,11 +19,7 @@ class LocalBytes:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        try:
-            self._file = Path(shard.location).open("rb")  # noqa: SIM115
-        except OSError as error:
-            raise unreadable(shard.location, error, "check the path and its permissions") from error
-        self._check_size()
+        self._file = _open(shard)
 
     def read(self, size: int) -> bytes:
         try:
@@ -29,7 +27,7 @@ class LocalBytes:
         except OSError as error:
             raise unreadable(self.shard.location, error, "check the disk") from error
         if len(data) < size:
-            self._check_size()
+            _check_size(self.shard, self._file)
         return data
 
     def recheck_end(self) -> bool:
@@ -38,11 +36,45 @@ class LocalBytes:
     def close(self) -> None:
         self._file.close()
 
-    def _check_size(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
-        if self.shard.size is not None and size != self.shard.size:
-            self.close()
-            raise SourceError(
-                f"{self.shard.location} changed since the start: {self.shard.size:,} bytes then, {size:,} now; "
-                "start with data that does not change"
-            )
+
+class LocalFile(RandomAccessFile):
+    """The same bytes, read here and there."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._file = _open(shard)
+        super().__init__(os.fstat(self._file.fileno()).st_size)
+
+    def read_at(self, position: int, size: int) -> bytes:
+        try:
+            self._file.seek(position)
+            data = self._file.read(size)
+        except OSError as error:
+            raise unreadable(self._shard.location, error, "check the disk") from error
+        if len(data) < size:
+            _check_size(self._shard, self._file)
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open(shard: Shard) -> BufferedReader:
+    try:
+        file = Path(shard.location).open("rb")  # noqa: SIM115
+    except OSError as error:
+        raise unreadable(shard.location, error, "check the path and its permissions") from error
+    _check_size(shard, file)
+    return file
+
+
+def _check_size(shard: Shard, file: BufferedReader) -> None:
+    """Raises SourceError, with the file closed, where its size is not what it was when it was found."""
+    size = os.fstat(file.fileno()).st_size
+    if shard.size is not None and size != shard.size:
+        file.close()
+        raise SourceError(
+            f"{shard.location} changed since the start: {shard.size:,} bytes then, {size:,} now; "
+            "start with data that does not change"
+        )

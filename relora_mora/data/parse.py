@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 from relora_mora.data.skipped import Skipped
@@ -9,8 +10,10 @@ from relora_mora.data.skipped import Skipped
 _BLANK = " \t\r\n\v\f"  # what bytes.strip strips
 
 
-def parse_line(line: bytes | Skipped, *, foreign_format: str | None = None) -> str | Skipped:
-    """The string under ``"text"``. ``foreign_format`` is the reason for every line of a shard that is not JSON at all.
+def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: str | None = None) -> str | Skipped:
+    """The string under the key ``column``, or why there is none.
+
+    ``foreign_format`` is the reason for every line of a shard that is not JSON at all.
 
     An escaped ``\\u0000`` is text, a raw NUL is not. An escaped lone surrogate cannot be encoded: it is invalid UTF-8.
     """
@@ -28,9 +31,9 @@ def parse_line(line: bytes | Skipped, *, foreign_format: str | None = None) -> s
         value = json.loads(decoded)
     except (ValueError, RecursionError):
         return Skipped(foreign_format or "not_json")
-    if not isinstance(value, dict) or "text" not in value:
+    if not isinstance(value, dict) or column not in value:
         return Skipped("no_text")
-    text = value["text"]
+    text = value[column]
     if not isinstance(text, str):
         return Skipped("text_not_string")
     if not text:
@@ -40,7 +43,7 @@ def parse_line(line: bytes | Skipped, *, foreign_format: str | None = None) -> s
     return text
 
 
-def surely_bad(line: bytes | Skipped) -> bool:
+def surely_bad(line: bytes | Skipped, *, column: str = "text") -> bool:
     """Whether ``parse_line`` would find a bad row, as far as that shows without parsing. Never true for a good line.
 
     For lines that belong to another lane: several times faster than parsing, and misses only rare kinds of damage.
@@ -57,8 +60,14 @@ def surely_bad(line: bytes | Skipped) -> bool:
             body.decode("utf-8")
         except UnicodeDecodeError:
             return True
-    # a key may be written with escapes
-    return b'"text"' not in body and b"\\u" not in body
+    # a key may be written with escapes: with \u any character, and a slash in one more way
+    return b"\\u" not in body and "/" not in column and _quoted(column) not in body
+
+
+@functools.cache
+def _quoted(column: str) -> bytes:
+    """A key as JSON writes it without needless escapes."""
+    return json.dumps(column, ensure_ascii=False).encode()
 
 
 def _is_encodable(text: str) -> bool:

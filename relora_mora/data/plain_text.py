@@ -1,4 +1,4 @@
-"""Plain text: the ``"text"`` of each line is a row, and every one of its tokens is scored."""
+"""Plain text: the string of each line, or each row of a column, is a row, and every one of its tokens is scored."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from relora_mora.config import DataConfig
 from relora_mora.data.lines import ShardLines
+from relora_mora.data.parquet import ParquetRows
 from relora_mora.data.parse import parse_line, surely_bad
-from relora_mora.data.rows import Encode, Encoded
+from relora_mora.data.rows import Encode, Encoded, Rows
 from relora_mora.data.skipped import BAD_REASONS, BadRowLimit, Skipped
 from relora_mora.data.sources import Shard, Split, resolve_shards
 
@@ -37,9 +38,10 @@ class TextRows:
         bad: int = 0,
         note: Callable[[str], None] = log.warning,
     ) -> None:
+        self._column = shard.text_column
         self._stride = stride
         self._phase = phase
-        self._limit = BadRowLimit(shard.name, config.max_bad_fraction, note, bad)
+        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad)
         self._lines = ShardLines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
 
     @property
@@ -61,7 +63,7 @@ class TextRows:
                 break
             if at % self._stride == self._phase:
                 rows.append(self._parse(line))
-            elif surely_bad(line):
+            elif surely_bad(line, column=self._column):
                 self._parse(line)  # for the reason
         if not rows:
             self._limit.finish(self._lines.row)
@@ -72,10 +74,24 @@ class TextRows:
 
     def _parse(self, line: bytes | Skipped) -> str | Skipped:
         """The text of the line taken last, or the reason why there is none; counts a bad one."""
-        row = parse_line(line, foreign_format=self._lines.foreign_format)
+        row = parse_line(line, column=self._column, foreign_format=self._lines.foreign_format)
         if isinstance(row, Skipped) and row.reason in BAD_REASONS:
-            self._limit.count(self._lines.row - 1, row.reason)
+            self._limit.count(self._lines.row, row.reason)
         return row
+
+
+def open_texts(
+    config: DataConfig,
+    shard: Shard,
+    *,
+    stride: int = 1,
+    phase: int = 0,
+    bad: int = 0,
+    note: Callable[[str], None] = log.warning,
+) -> Rows[str]:
+    """The texts of a shard of any format (see ``rows.OpenRows``). Of ``config`` the limits are used."""
+    kind = ParquetRows if shard.is_parquet else TextRows
+    return kind(config, shard, stride=stride, phase=phase, bad=bad, note=note)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode[str]:
@@ -86,12 +102,20 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode[str]:
 
 
 def iter_texts(sources: str | list[str], *, split: Split, config: DataConfig) -> Iterator[str]:
-    """Every text of the sources, shard after shard, line after line. Of ``config`` the limits and the revision count.
+    """Every text of the sources, shard after shard, line after line.
 
-    Bad lines are skipped and logged; raises SourceError when a shard has too many, or when no shard can be found.
+    Of ``config`` the limits, the revision and the text column count. Bad lines are skipped and
+    logged; raises SourceError when a shard has too many, or when no shard can be found.
     """
-    for shard in resolve_shards(sources, config.revision, split=split, timeout_seconds=config.timeout_seconds):
-        with closing(TextRows(config, shard)) as rows:
+    shards = resolve_shards(
+        sources,
+        config.revision,
+        split=split,
+        timeout_seconds=config.timeout_seconds,
+        text_column=config.text_column,
+    )
+    for shard in shards:
+        with closing(open_texts(config, shard)) as rows:
             # one at a time: nobody waits for, or hears of, what stands behind the text that is wanted
             while row := rows.take(1):
                 yield from (text for text in row if not isinstance(text, Skipped))

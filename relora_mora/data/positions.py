@@ -39,6 +39,11 @@ def describe_position(
 
 def _place(plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard], config: DataConfig) -> str:
     shard = shards[plan.order(config.seed, cursor.epoch)[cursor.place]]
+    if shard.is_parquet:  # whose rows these are in the file stands in its footer
+        first = cursor.block * config.shuffle_documents + 1
+        share = f" of share {plan.phase + 1} of {plan.stride}" if plan.stride > 1 else ""
+        rows = f"behind {cursor.item} of rows {first} to {first + config.shuffle_documents - 1}{share} (shuffled)"
+        return _with_offset(f"epoch {cursor.epoch}, {shard.name}, {rows}", offset)
     first = cursor.block * config.shuffle_documents * plan.stride + plan.phase + 1
     last = first + (config.shuffle_documents - 1) * plan.stride
     if last == first:
@@ -46,6 +51,8 @@ def _place(plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard],
     else:
         steps = f" in steps of {plan.stride}" if plan.stride > 1 else ""
         lines = f"behind {cursor.item} of lines {first} to {last}{steps} (shuffled)"
-    return f"epoch {cursor.epoch}, {shard.name}, {lines}" + (
-        f" and {offset} tokens of the next document" if offset else ""
-    )
+    return _with_offset(f"epoch {cursor.epoch}, {shard.name}, {lines}", offset)
+
+
+def _with_offset(place: str, offset: int) -> str:
+    return f"{place} and {offset} tokens of the next document" if offset else place

@@ -13,7 +13,7 @@ from relora_mora.config import DataConfig
 from relora_mora.data.lane_states import LaneStates
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Block, Lane, Mask, Tokens
-from relora_mora.data.plain_text import TextRows, text_encoder
+from relora_mora.data.plain_text import open_texts, text_encoder
 from relora_mora.data.retry import RETRIES
 from relora_mora.data.sources import Shard
 
@@ -57,7 +57,7 @@ class Producer:
         self.blocks_per_lane = assignment.blocks_per_lane
         self.lanes = [
             Lane(
-                LaneRows(plans[lane], shards, config, functools.partial(TextRows, config)),
+                LaneRows(plans[lane], shards, config, functools.partial(open_texts, config)),
                 text_encoder(tokenizer),
                 eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
                 sequence_length=config.sequence_length,

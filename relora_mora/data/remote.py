@@ -18,11 +18,10 @@ from relora_mora.data import hub
 from relora_mora.data.errors import SourceError
 from relora_mora.data.retry import CHECK, RETRIES, TransientError, retrying
 from relora_mora.data.sources import Shard
-from relora_mora.data.transport import BROKEN, check_status, etag_of, send, size_of
+from relora_mora.data.transport import BROKEN, IDLE_SECONDS, FileVersion, check_status, send, size_of
 
 ANSWERS_NEEDED = 2  # that agree on the end of a file
 ANSWERS_WHEN_TEXT_IS_MISSING = 6  # of a compressed file that ends in the middle
-IDLE_SECONDS = 20.0  # a connection that we left alone for so long is reopened rather than found dead
 OVERLAP_BYTES = 64
 PIECE_BYTES = 1 << 13
 
@@ -52,7 +51,7 @@ class RemoteBytes:
         self.position = 0
         self._tail = b""  # the last bytes read, which the next answer must repeat
         self._response: requests.Response | None = None
-        self._validator: str | None = None
+        self._version = FileVersion(shard.name)
         self._size: int | None = None
         self._end = _EndOfFile()
         self._finished = False
@@ -169,21 +168,10 @@ class RemoteBytes:
                 "start with data that does not change"
             )
         check_status(response, self.shard.name, hub=self.shard.hub)
-        self._same_file(response)
+        self._version.check(response)
         if response.status_code == 206:
             match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             if match is None or int(match[1]) != start:
                 raise TransientError("the server answered another range than asked for")
         # of two sizes for the same file one is wrong: the newest counts, and the end is confirmed by one more answer
         self._size = size_of(response)
-
-    def _same_file(self, response: requests.Response) -> None:
-        validator = etag_of(response) or response.headers.get("Last-Modified")
-        if validator is None:
-            return
-        if self._validator is not None and validator != self._validator:
-            raise SourceError(
-                f"{self.shard.name} changed while it was read (its ETag is another one); "
-                "start with data that does not change"
-            )
-        self._validator = validator

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from relora_mora.data.errors import SourceError
+from relora_mora.data.sources import Shard
 
-# bad rows, which may be up to data.max_bad_fraction of a shard: the reason, and how it is told
+# bad rows, which may be up to data.max_bad_fraction of a shard: the reason, and how it is told of a line or row
 BAD_REASONS = {
     "too_long": "longer than data.max_line_bytes",
     "raw_nul": "holds a raw NUL byte",
@@ -16,13 +18,13 @@ BAD_REASONS = {
     "not_json": "is not JSON",
     "html": "is HTML, not JSON",
     "utf16": "is UTF-16, not UTF-8 (iconv -f UTF-16 -t UTF-8)",
-    "no_text": 'has no "text"',
-    "text_not_string": 'has a "text" that is no string',
+    "no_text": 'has no "{column}"',
+    "text_not_string": 'has a "{column}" that is no string',
     "truncated": "is where the compressed shard breaks off",
     "corrupt": "is where the compressed shard is damaged; what follows is lost",
 }
 # skipped and counted as well, but nothing is wrong with these
-HARMLESS_REASONS = ("empty_text", "blank_line", "empty_shard")
+HARMLESS_REASONS = ("empty_text", "null_text", "blank_line", "empty_shard")
 SKIP_REASONS = (*BAD_REASONS, *HARMLESS_REASONS)
 
 # before this many rows a fraction says little; at the end of a shard it is exact, however few there are
@@ -44,27 +46,40 @@ class BadRowLimit:
     ``bad`` is the number of bad rows before the position where reading begins.
     """
 
-    def __init__(self, shard_name: str, max_bad_fraction: float, note: Callable[[str], None], bad: int = 0) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        max_bad_fraction: float,
+        note: Callable[[str], None],
+        bad: int = 0,
+        *,
+        unit: Literal["line", "row"] = "line",
+    ) -> None:
         self.bad = bad
-        self._shard_name = shard_name
+        self._shard = shard
+        self._unit = unit
         self._max_bad_fraction = max_bad_fraction
         self._note = note
         self._noted = Counter[str]()
         self._last = ""
 
-    def count(self, row: int, reason: str) -> None:
-        """The row numbered ``row``, from 0, is bad. Raises SourceError when these are too many already."""
+    def count(self, number: int, reason: str, *, seen: int | None = None) -> None:
+        """The row with this number in the shard, from 1, is bad, and ``seen`` rows were looked at; None: as many.
+
+        Raises SourceError when too many are bad already.
+        """
+        seen = number if seen is None else seen
         self.bad += 1
-        self._last = f"line {row + 1} {BAD_REASONS[reason]}"
+        self._last = f"{self._unit} {number} {BAD_REASONS[reason].format(column=self._shard.text_column)}"
         self._noted[reason] += 1
         if self._noted[reason] <= _NOTES_PER_REASON:
-            self._note(f"{self._shard_name}: {self._last}; skipped")
-        self._check(row + 1, max(row + 1, JUDGED_FROM_ROWS))
+            self._note(f"{self._shard.name}: {self._last}; skipped")
+        self._check(seen, max(seen, JUDGED_FROM_ROWS))
 
     def finish(self, rows: int) -> None:
         """The shard ended after ``rows`` rows. Raises SourceError where more than the allowed fraction is bad."""
         if not rows:
-            self._note(f"{self._shard_name} is empty; skipped")
+            self._note(f"{self._shard.name} is empty; skipped")
         self._check(rows, rows)
 
     def _check(self, rows: int, at_least: int) -> None:
@@ -72,6 +87,6 @@ class BadRowLimit:
             return
         last = f"; {self._last}" if self._last else ""
         raise SourceError(
-            f"{self._shard_name}: {self.bad} of {rows} lines are bad, more than data.max_bad_fraction "
+            f"{self._shard.name}: {self.bad} of {rows} {self._unit}s are bad, more than data.max_bad_fraction "
             f"({self._max_bad_fraction:g}){last}. Repair or drop the shard, or raise data.max_bad_fraction"
         )

@@ -6,18 +6,20 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
+from relora_mora.config import DataConfig
+from relora_mora.data.dataset_sources import DatasetName, dataset_files, dataset_name
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.hub_sources import C4, Commits, hub_parts, hub_source, is_hub
 
 Split = Literal["train", "validation"]
 
-SUFFIXES = (".json", ".jsonl", ".gz", ".zst")
+SUFFIXES = (".json", ".jsonl", ".gz", ".zst", ".parquet")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
 
@@ -30,6 +32,11 @@ class Shard:
     location: str
     size: int | None = None  # bytes, local files only
     hub: bool = False  # requests carry the hub's token, where there is one
+    text_column: str = "text"  # the key or column that holds the text
+
+    @property
+    def is_parquet(self) -> bool:
+        return self.name.endswith(".parquet")
 
     @property
     def is_remote(self) -> bool:
@@ -37,18 +44,24 @@ class Shard:
 
 
 def resolve_shards(
-    sources: str | list[str], revision: str = "main", *, split: Split = "train", timeout_seconds: float = 600.0
+    sources: str | list[str],
+    revision: str = "main",
+    *,
+    split: Split = "train",
+    timeout_seconds: float = 600.0,
+    text_column: str = "text",
 ) -> list[Shard]:
     """The shards of all sources, in the order given; those of a local glob are sorted by path.
 
-    A source is ``allenai/c4`` (config ``en``, the files of ``split``), ``hub:OWNER/NAME/PATTERN``, an http(s) url, a
-    local path or a local glob. ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources
-    are addressed at the commit that ``revision`` is now. Raises SourceError for what names no file, or one that was
+    A source is ``allenai/c4`` (config ``en``, the files of ``split``), a set ``OWNER/NAME[:CONFIG[:SPLIT]]`` on the hub
+    or ``FOLDER[:CONFIG[:SPLIT]]``, ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local path or a local glob.
+    ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources are addressed at the commit
+    that ``revision`` is now. Raises SourceError for what names no file, or one that was
     named before.
     """
     given = [sources] if isinstance(sources, str) else list(sources)
     if not given:
-        raise SourceError(f"the {split} data has no source; give a path, a glob, a url, hub:OWNER/NAME/PATTERN or {C4}")
+        raise SourceError(f"the {split} data has no source; give a path, a glob, a url, OWNER/NAME or {C4}")
     commits = Commits(revision, timeout_seconds)
     shards = []
     named: dict[str | tuple[int, int], tuple[Shard, str]] = {}
@@ -61,12 +74,24 @@ def resolve_shards(
                     f"{source}: {shard.name} is a file that {named_by} names already{as_well}; "
                     "its text would be read twice: give each file once"
                 )
-            shards.append(shard)
+            shards.append(replace(shard, text_column=text_column))
     if len(shards) > _MAX_SHARDS:
         raise SourceError(
             f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources"
         )
     return shards
+
+
+def configured_shards(config: DataConfig, split: Split) -> list[Shard]:
+    """The shards of the training or the validation data of a run. Raises SourceError."""
+    sources = config.train if split == "train" else config.validation
+    return resolve_shards(
+        sources,
+        config.revision,
+        split=split,
+        timeout_seconds=config.timeout_seconds,
+        text_column=config.text_column,
+    )
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -89,7 +114,10 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _resolve(source: str, split: Split, commits: Commits) -> Iterator[Shard]:
-    if is_hub(source):
+    dataset = dataset_name(source)
+    if dataset is not None:
+        yield from _dataset_shards(dataset, split, commits)
+    elif is_hub(source):
         yield from _hub_shards(hub_source(source, split), commits)
     elif source.startswith(("http://", "https://")):
         for url in expand_braces(source):
@@ -124,11 +152,18 @@ def _identity(shard: Shard) -> str | tuple[int, int]:
     return url._replace(fragment=None, port=None if url.port == default else url.port).url
 
 
+def _dataset_shards(name: DatasetName, split: Split, commits: Commits) -> Iterator[Shard]:
+    paths = dataset_files(name, split, commits)
+    for path in paths:
+        _check_suffix(path, name.source)
+    if name.on_hub:
+        yield from _shards_at_commit(name.place, paths, commits)
+    else:
+        for path in paths:
+            yield from _local_shards(str(name.folder / path))
+
+
 def _hub_shards(source: str, commits: Commits) -> Iterator[Shard]:
-    from huggingface_hub import hf_hub_url
-
-    from relora_mora.data.hub import endpoint
-
     repo, pattern = hub_parts(source)
     if any(sign in pattern for sign in "*?["):
         raise SourceError(
@@ -136,6 +171,14 @@ def _hub_shards(source: str, commits: Commits) -> Iterator[Shard]:
         )
     paths = expand_braces(pattern)
     _check_suffix(paths[0], source)
+    yield from _shards_at_commit(repo, paths, commits)
+
+
+def _shards_at_commit(repo: str, paths: Iterable[str], commits: Commits) -> Iterator[Shard]:
+    from huggingface_hub import hf_hub_url
+
+    from relora_mora.data.hub import endpoint
+
     commit = commits[repo]
     for path in paths:
         url = hf_hub_url(repo, path, repo_type="dataset", revision=commit, endpoint=endpoint())
@@ -147,8 +190,6 @@ def _local_shards(source: str) -> Iterator[Shard]:
     try:
         if Path(pattern).is_file():
             paths = [pattern]
-        elif Path(pattern).is_dir():
-            raise SourceError(f"{source} is a folder; give its files, e.g. {source.rstrip('/')}/*.json.gz")
         else:
             # Path.glob takes no absolute pattern
             found = {path for one in expand_braces(pattern) for path in glob.glob(one, recursive=True)}  # noqa: PTH207
@@ -161,7 +202,7 @@ def _local_shards(source: str) -> Iterator[Shard]:
     except OSError as error:
         raise unreadable(source, error, "check the path and its permissions") from error
     if not paths:
-        hint = f"; a dataset on the hub is hub:{source}/PATTERN" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
+        hint = f"; files on the hub are hub:{source}/PATTERN" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
         raise SourceError(f"no file matches {source} (from {Path.cwd()}); check the path{hint}")
     for path, size in zip(paths, sizes, strict=True):
         _check_suffix(path, source)
@@ -172,7 +213,7 @@ def _check_suffix(path: str, source: str, *, may_be_missing: bool = False) -> No
     suffix = PurePosixPath(path).suffix
     if suffix not in SUFFIXES and not (may_be_missing and not suffix):
         raise SourceError(
-            f'{source}: {PurePosixPath(path).name} is no shard of {{"text"}} lines; '
+            f"{source}: {PurePosixPath(path).name} is no shard of JSON lines and no Parquet; "
             f"expected one of {', '.join(SUFFIXES)}"
         )
 

@@ -17,7 +17,7 @@ from relora_mora.data.lane_states import LaneStates, check_states, counts_of, me
 from relora_mora.data.positions import describe_position
 from relora_mora.data.producer import Assignment, LaneBlocks, Producer
 from relora_mora.data.retry import RETRIES
-from relora_mora.data.sources import Shard, resolve_shards
+from relora_mora.data.sources import Shard, configured_shards
 from relora_mora.data.worker_process import WorkerProcess
 
 
@@ -48,9 +48,7 @@ class TrainStream:
                 "the lanes must divide the batch and the ranks the lanes; change data.lanes or train.batch_size"
             )
         if shards is None:
-            shards = resolve_shards(
-                config.train, config.revision, split="train", timeout_seconds=config.timeout_seconds
-            )
+            shards = configured_shards(config, "train")
         if state:
             check_states(state, lanes)
         self.config = config

@@ -15,6 +15,7 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.retry import TransientError, retry_after_seconds
 
 CONNECT_SECONDS = 20.0
+IDLE_SECONDS = 20.0  # a connection that we left alone for so long is reopened rather than found dead
 STALL_SECONDS = 30.0  # without a byte; shorter where data.timeout_seconds is
 
 BROKEN = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)  # requests' exceptions are OSErrors
@@ -67,6 +68,26 @@ def etag_of(response: requests.Response) -> str | None:
     linked = [answer.headers["X-Linked-Etag"] for answer in response.history if "X-Linked-Etag" in answer.headers]
     etag = linked[0] if linked else response.headers.get("ETag")
     return etag and etag.removeprefix("W/")
+
+
+class FileVersion:
+    """What the answers for one file say of its version, which has to stay the same. ``what`` names the file."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._known: str | None = None
+
+    def check(self, response: requests.Response) -> None:
+        """Raises SourceError for another version than that of the answers before."""
+        version = etag_of(response) or response.headers.get("Last-Modified")
+        if version is None:
+            return
+        if self._known is not None and version != self._known:
+            raise SourceError(
+                f"{self._what} changed while it was read (its ETag is another one); "
+                "start with data that does not change"
+            )
+        self._known = version
 
 
 def size_of(response: requests.Response) -> int | None:

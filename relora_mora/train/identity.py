@@ -21,6 +21,7 @@ FREE_SETTINGS = {
     "tokenizer.path",  # compared by fingerprint
     "data.train",  # compared by fingerprint
     "data.validation",
+    "data.text_column",  # part of the fingerprint where it is not "text"
     "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
     "data.workers",
     "data.prefetch_batches",

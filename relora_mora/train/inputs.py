@@ -10,7 +10,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from relora_mora.config import Config, ConfigError, DataConfig
-from relora_mora.data import Shard, SourceError, resolve_shards
+from relora_mora.data import Shard, SourceError, check_columns, configured_shards
 from relora_mora.data.sources import Split
 from relora_mora.tokenizer import TokenizerError, load_tokenizer
 
@@ -39,8 +39,9 @@ def open_inputs(config: Config) -> Inputs:
 
 
 def _shards(data: DataConfig, split: Split) -> list[Shard]:
-    sources = data.train if split == "train" else data.validation
-    return resolve_shards(sources, data.revision, split=split, timeout_seconds=data.timeout_seconds)
+    shards = configured_shards(data, split)
+    check_columns([shard for shard in shards if not shard.is_remote], data.timeout_seconds)
+    return shards
 
 
 def _attempt(errors: list[tuple[str, TokenizerError | SourceError]], setting: str, action: Callable[[], T]) -> T | None:

@@ -7,7 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from relora_mora.config import Config, DataConfig
-from relora_mora.data import hub_commits, pin_revision, remember_commits, remote_content
+from relora_mora.data import (
+    Shard,
+    check_columns,
+    find_datasets,
+    hub_commits,
+    pin_revision,
+    remember_commits,
+    remember_datasets,
+    remote_content,
+)
+from relora_mora.data.dataset_sources import Datasets
 from relora_mora.distributed.collectives import (
     from_first_rank,
     gather_from_ranks,
@@ -82,11 +92,12 @@ def _pretrain(config: Config, guard: Guard) -> int:
     job = from_first_rank(lambda: os.urandom(8).hex())
     if world_size > 1:
         _watch(guard, config, rank, world_size, job)
-    data, commits = from_first_rank(lambda: _pinned(config))
+    data, commits, datasets = from_first_rank(lambda: _pinned(config))
     remember_commits(data.revision, commits)
+    remember_datasets(datasets)
     checked = check(config.model_copy(update={"data": data}), world_size)
     check_agreement(checked.identity)
-    asked = from_first_rank(lambda: remote_content(checked.shards, data.timeout_seconds))
+    asked = from_first_rank(lambda: _asked(checked.shards, data.timeout_seconds))
     checked = replace(checked, data_content=checked.data_content + asked)
     lock = from_first_rank(lambda: _lock(guard, folder))
     check_shared(RunFolder(folder).lock, lock)
@@ -124,11 +135,22 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
         )
 
 
-def _pinned(config: Config) -> tuple[DataConfig, dict[str, str]]:
-    """The data settings with one commit for the whole run, and the commits by repository. One rank asks the hub."""
-    data = pinned_before(config)
-    commits = hub_commits(data)
-    return pin_revision(data, commits), commits
+def _pinned(config: Config) -> tuple[DataConfig, dict[str, str], Datasets]:
+    """The data settings with one commit for the whole run, the commits by repository, and what is in sets of text.
+
+    One rank asks the hub.
+    """
+    given = pinned_before(config)
+    commits = hub_commits(given)
+    data = pin_revision(given, commits)
+    remember_commits(data.revision, commits)
+    return data, commits, find_datasets(data)
+
+
+def _asked(shards: list[Shard], timeout_seconds: float) -> str:
+    """What servers say of the training data's version. One rank asks."""
+    check_columns([shard for shard in shards if shard.is_remote], timeout_seconds)
+    return remote_content(shards, timeout_seconds)
 
 
 def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -> None:

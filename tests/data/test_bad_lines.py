@@ -48,7 +48,7 @@ def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path):
     assert lane.state()["skipped"] == dict.fromkeys(LINES, 1)
     bad = [kind for kind in LINES if kind in BAD_REASONS]
     assert lane.rows.notes[: len(bad)] == [
-        f"a.jsonl: line {2 * n + 2} {BAD_REASONS[kind]}; skipped" for n, kind in enumerate(bad)
+        f"a.jsonl: line {2 * n + 2} {BAD_REASONS[kind].format(column='text')}; skipped" for n, kind in enumerate(bad)
     ]
     assert set(LINES) - set(bad) == {"empty_text", "blank_line"}
 
@@ -215,6 +215,12 @@ def test_too_many_bad_lines_are_a_clear_stop(tmp_path):
     write_shard(path, [*texts[:40], b"rubbish", b'{"text": 1}', *texts[40:]])
     with pytest.raises(SourceError, match=r'2 of 101 lines are bad, .*line 42 has a "text" that is no string'):
         list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=0.01)))
+
+
+def test_a_wrong_column_is_named(tmp_path):
+    path = write_shard(tmp_path / "a.json", ["a text"] * 30)
+    with pytest.raises(SourceError, match=r'11 of 11 lines are bad, .*; line 11 has no "content"\. Repair'):
+        list(iter_texts(str(path), split="train", config=data_config(path, text_column="content")))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])

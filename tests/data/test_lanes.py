@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections import Counter
@@ -109,6 +110,21 @@ def test_a_resume_anywhere_gives_the_very_next_block(tmp_path, lanes, shards, su
             for block, state in list(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True))[:40]:
                 assert np.array_equal(resumed.next_block().tokens, block)
                 assert resumed.state() == state
+
+
+def test_the_text_of_another_column(tmp_path):
+    write_shards(tmp_path / "text", 2, 20)
+    for path in (tmp_path / "text").iterdir():
+        lines = gzip.decompress(path.read_bytes()).replace(b'"text":', b'"content":')
+        write_shard(tmp_path / "content" / path.name, lines.splitlines())
+    config = data_config(tmp_path / "text" / "*")
+    other = data_config(tmp_path / "content" / "*", text_column="content")
+    for number in range(3):
+        expected = make_lane(config, 3, number)
+        lane = make_lane(other, 3, number)
+        for _ in range(40):
+            assert np.array_equal(lane.next_block().tokens, expected.next_block().tokens)
+            assert lane.state() == expected.state()
 
 
 @settings(max_examples=25, deadline=None)

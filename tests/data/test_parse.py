@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,3 +52,14 @@ def test_only_bad_lines_are_surely_bad(entry):
     assert isinstance(row, str) or row.reason in SKIP_REASONS
     if surely_bad(entry):
         assert isinstance(row, Skipped) and row.reason in BAD_REASONS
+
+
+@pytest.mark.parametrize("column", ["content", "größe", "a/b", 'quo"ted', "tab\t"])
+def test_the_text_stands_under_the_key_that_is_asked_for(column):
+    entry = json.dumps({"text": "another one", column: "wanted"}, ensure_ascii=False)
+    for written in (entry, json.dumps(json.loads(entry)), entry.replace("/", "\\/")):
+        assert parse_line(written.encode(), column=column) == "wanted"
+        assert not surely_bad(written.encode(), column=column)
+    for other in ('{"text": "another one"}', '{"content/text": "x"}'):
+        assert parse_line(other.encode(), column=column) == Skipped("no_text")
+    assert surely_bad(b'{"text": "another one"}', column=column) == ("/" not in column)

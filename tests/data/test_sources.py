@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from relora_mora.data import fingerprint, local_content, resolve_shards
+from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, resolve_shards
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sources import expand_braces
 from tests.tools.commands import permissions_count, public_folder
@@ -19,7 +21,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_importing_the_package_is_light():
-    heavy = ("torch", "deepspeed", "transformers", "datasets", "requests", "huggingface_hub")
+    heavy = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "requests", "huggingface_hub")
     code = f"import relora_mora.data, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -138,15 +140,16 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
     "source,message",
     [
         ("nowhere/*.json", "no file matches nowhere"),
-        ("some/dataset", "hub:some/dataset/PATTERN"),
-        (".", "is a folder"),
+        ("tests/dataset", "no file matches tests/dataset"),
+        ("tests/dataset", "hub:tests/dataset/PATTERN"),
+        (f"{Path(__file__).parent}", "holds no files of text"),
         ("ftp://example.org/a.json", "no kind of source"),
         ("hub:allenai/c4", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a/b/../../x.json", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a/b/*.json", "cannot be used"),
         ("hub:a b/c/x.json", "hub:a b/c/x.json: Repo id must"),
         ("https://example.org/{5..2}.json", "counts down"),
-        ("https://example.org/a.parquet", "expected one of .json"),
+        ("https://example.org/a.orc", "expected one of .json"),
         ("https://[x/a.json", "no url that can be read"),
         ("https://example.org:99999/a.json", "no url that can be read"),
         (__file__, "expected one of .json"),
@@ -199,8 +202,25 @@ def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
     assert len(set(same)) == 1
     changed = [
         config.model_copy(update={key: value})
-        for key, value in {"seed": 1, "sequence_length": 33, "shuffle_documents": 9}.items()
+        for key, value in {
+            "seed": 1,
+            "sequence_length": 33,
+            "shuffle_documents": 9,
+            "text_column": "content",
+        }.items()
     ]
     write_shard(tmp_path / "there" / "part-00001.json.gz", ["another size"])
     others = [*map(of, changed), of(tokenizer="u"), of(lanes=2), of(data_config(tmp_path / "there" / "*.gz"))]
     assert len({same[0], *others}) == 1 + len(others)
+
+
+def test_the_fingerprints_are_what_they_have_always_been():
+    """Checkpoints hold them, also those of runs that knew one text column only."""
+    config = data_config("unused")
+    shards = [Shard("a.json", "/x/a.json", size=3), Shard("b", "http://x/b")]
+    given = {"tokenizer_fingerprint": "t", "batch_lanes": 4, "shards": shards}
+    plain = config.model_copy(update={"shuffle_documents": 1024})
+    assert fingerprint(plain, **given) == "9d40f14276967ee0229f92e096709178"
+    assert order_fingerprint(plain, **given) == "11f9424353c3c506a7a5c8038069d656"
+    given["shards"] = [replace(shard, text_column="content") for shard in shards]
+    assert fingerprint(plain, **given) != "9d40f14276967ee0229f92e096709178"

@@ -60,7 +60,8 @@ def _run(config, tokenizer_path, world_size, steps, state=None):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    write_shards(folder, 5, 40)  # fewer shards than lanes
+    for kind in (".json.gz", ".parquet"):
+        write_shards(folder / kind, 5, 40, suffix=kind)  # fewer shards than lanes
     return folder
 
 
@@ -68,8 +69,9 @@ def _with(config, workers):
     return config.model_copy(update={"workers": workers})
 
 
-def test_global_batches_do_not_depend_on_ranks_or_workers_and_resume_on_others(folder, tokenizer_path):
-    config = data_config(folder / "*.gz")
+@pytest.mark.parametrize("kind", [".json.gz", ".parquet"])
+def test_global_batches_do_not_depend_on_ranks_or_workers_and_resume_on_others(folder, tokenizer_path, kind):
+    config = data_config(folder / kind / "*")
     reference = _run(config, tokenizer_path, 1, 24)
     states = reference[-1][1].values()
     assert {state["epoch"] for state in states} != {0}  # across the border of an epoch
@@ -83,9 +85,10 @@ def test_global_batches_do_not_depend_on_ranks_or_workers_and_resume_on_others(f
     assert first + second + third == reference
 
 
-def test_more_shards_than_lanes(tmp_path, tokenizer_path):
-    write_shards(tmp_path, 19, 15)
-    config = data_config(tmp_path / "*.gz")
+@pytest.mark.parametrize("kind", [".json.gz", ".parquet"])
+def test_more_shards_than_lanes(tmp_path, tokenizer_path, kind):
+    write_shards(tmp_path, 19, 15, suffix=kind)
+    config = data_config(tmp_path / "*")
     reference = _run(config, tokenizer_path, 1, 20)
     for world_size in (2, 8):
         assert _run(config, tokenizer_path, world_size, 20) == reference
@@ -93,7 +96,7 @@ def test_more_shards_than_lanes(tmp_path, tokenizer_path):
 
 
 def test_a_batch(folder, tokenizer_path):
-    config = data_config(folder / "*.gz", document_mask=True, sequence_length=16)
+    config = data_config(folder / ".json.gz" / "*", document_mask=True, sequence_length=16)
     with TrainStream(
         config, tokenizer_path=tokenizer_path, batch_size=BATCH, lanes=4, rank=1, world_size=2, state=None
     ) as stream:
@@ -169,7 +172,7 @@ def test_retries_of_workers_and_of_the_trainer_are_counted_since_the_stream_bega
 
 
 def test_what_does_not_fit_is_refused(folder, tokenizer_path):
-    config = data_config(folder / "*.gz")
+    config = data_config(folder / ".json.gz" / "*")
     settings = {"tokenizer_path": tokenizer_path, "batch_size": 16, "rank": 0}
     with pytest.raises(ValueError, match="lanes must divide the batch"):
         TrainStream(config, lanes=5, world_size=1, state=None, **settings)

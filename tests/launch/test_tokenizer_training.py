@@ -126,3 +126,13 @@ def test_what_a_fault_of_the_data_asks_to_raise_can_be_raised(tmp_path: Path) ->
         training.main(**wanted)
     training.main(**wanted, max_bad_fraction=0.2)
     assert vocabulary_size(load_tokenizer(tmp_path / "out")) == 400
+
+
+def test_the_text_may_stand_in_another_column(tmp_path: Path) -> None:
+    for column in ("text", "content"):
+        lines = [json.dumps({column: text}) for text in own_text()[:50]]
+        (tmp_path / f"{column}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        training.main(str(tmp_path / f"{column}.jsonl"), str(tmp_path / column), vocab_size=400, text_column=column)
+    assert (tmp_path / "content" / "tokenizer.model").read_bytes() == (
+        tmp_path / "text" / "tokenizer.model"
+    ).read_bytes()

@@ -16,9 +16,9 @@ import zstandard
 from relora_mora.config import DataConfig
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Lane
-from relora_mora.data.plain_text import TextRows
+from relora_mora.data.plain_text import open_texts
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sources import Shard, resolve_shards
+from relora_mora.data.sources import Shard, configured_shards
 
 EOS = 256
 
@@ -40,8 +40,23 @@ def line(text: Any) -> bytes:
     return json.dumps({"url": "https://example.org/", "text": text}, ensure_ascii=False).encode()
 
 
+def write_parquet(
+    path: Path, texts: Iterable[str | None], *, group_rows: int = 7, column: str = "text", **settings: Any
+) -> Path:
+    """Texts between two other columns, in row groups."""
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = list(texts)
+    table = pyarrow.table({"id": range(len(texts)), column: pyarrow.array(texts, "string"), "url": ["x"] * len(texts)})
+    pyarrow.parquet.write_table(table, path, row_group_size=group_rows, **settings)
+    return path
+
+
 def write_shard(path: Path, lines: Iterable[bytes | str]) -> Path:
-    """A shard of raw lines (bytes) or texts (str), compressed as its suffix says."""
+    """A shard of raw lines (bytes) or texts (str; Parquet holds these alone), in the format that its suffix says."""
+    if path.suffix == ".parquet":
+        return write_parquet(path, lines)
     path.parent.mkdir(parents=True, exist_ok=True)
     body = b"".join((entry if isinstance(entry, bytes) else line(entry)) + b"\n" for entry in lines)
     if path.suffix == ".gz":
@@ -77,8 +92,8 @@ def data_config(source: Any, **settings: Any) -> DataConfig:
 def make_lane(
     config: DataConfig, lanes: int, lane: int, state: Any = None, shards: list[Shard] | None = None
 ) -> Lane[str]:
-    shards = shards or resolve_shards(config.train)
-    rows = LaneRows(plan_lanes(lanes, len(shards))[lane], shards, config, partial(TextRows, config))
+    shards = shards or configured_shards(config, "train")
+    rows = LaneRows(plan_lanes(lanes, len(shards))[lane], shards, config, partial(open_texts, config))
     return Lane(rows, encode, eos=EOS, sequence_length=config.sequence_length, restored=state)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 COMMIT = "c0ffee0000000000000000000000000000c0ffee"
 FAULTS = ("refuse", "429", "503", "stall", "reset", "truncate", "no_length", "short", "long", "cut_range")
@@ -98,12 +99,26 @@ class _Handler(BaseHTTPRequestHandler):
             known = match[2] in ("main", COMMIT)
             body = json.dumps({"id": match[1], "sha": COMMIT} if known else {"error": "Invalid rev id"}).encode()
             self._answer(200 if known else 404, body, {} if known else {"X-Error-Code": "RevisionNotFound"}, fault)
+        elif re.fullmatch(rf"/api/datasets/.+/.+/tree/{COMMIT}", path):
+            self._tree(fault)
         elif match := re.fullmatch(rf"/datasets/.+/.+/resolve/{COMMIT}/(.+)", path):
             self._answer(
                 302, b"", {"Location": f"/blobs/{match[1]}", "X-Linked-Etag": '"linked"', "X-Repo-Commit": COMMIT}
             )
         else:
             self._file(self.server.folder / path.removeprefix("/blobs").lstrip("/"), fault)
+
+    def _tree(self, fault: str | None) -> None:
+        """The files of the folder, three on a page."""
+        paths = sorted(path for path in self.server.folder.rglob("*") if path.is_file())
+        at = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
+        entries = [
+            {"type": "file", "path": path.relative_to(self.server.folder).as_posix(), "size": path.stat().st_size}
+            for path in paths[at : at + 3]
+        ]
+        body = json.dumps([{"type": "directory", "path": "a"}, *entries]).encode()
+        following = f'<https://elsewhere.example.org/tree?cursor={at + 3}&x=1>; rel="next"'
+        self._answer(200, body, {"Link": following} if at + 3 < len(paths) else {}, fault)
 
     def _file(self, path: Path, fault: str | None) -> None:
         if not path.is_file():

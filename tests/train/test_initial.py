@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.model.llama import build_model
+from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.faulty_server import COMMIT, serving
 from tests.tools.runs import LLAMA, metrics, run_config, train, write_inputs
 from tests.tools.tiny import whole_weights
@@ -132,6 +133,20 @@ def test_one_rank_asks_the_hub_for_all(pools, inputs, tokenizer_path, tmp_path):
             f"/api/datasets/some/{split}/revision/main" for split in sources
         ]
         assert f"/datasets/some/train/resolve/{COMMIT}/train/part-00000.json.gz" in server.paths
+
+
+def test_one_rank_asks_what_is_in_a_set_and_the_others_read_it(pools, inputs, tokenizer_path, tmp_path):
+    for split in ("train", "validation"):
+        write_shard(tmp_path / "set" / f"{split}-0.parquet", some_texts(100))
+    with serving(tmp_path / "set") as server:
+        config = run_config(
+            inputs, tokenizer_path, tmp_path / "run", 2, data={"train": "some/set", "validation": "some/set"}
+        )
+        pools(2)(train_from_hub, config, server.url)
+        asked = [path for path in server.paths if path.startswith("/api/")]
+        tree = f"/api/datasets/some/set/tree/{COMMIT}"
+        assert asked == ["/api/datasets/some/set/revision/main", tree, tree]  # once for each side
+        assert {f"/blobs/{split}-0.parquet" for split in ("train", "validation")} <= set(server.paths)
 
 
 def test_a_start_says_once_what_it_took(pools, inputs, tokenizer_path, tmp_path):

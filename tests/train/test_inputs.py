@@ -10,6 +10,7 @@ from relora_mora.config import Config, ConfigError, load_config
 from relora_mora.data import SourceError
 from relora_mora.tokenizer import TokenizerError
 from relora_mora.train.inputs import open_inputs
+from tests.tools.data_tools import write_parquet
 from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
 
@@ -49,6 +50,16 @@ def test_other_files_that_are_missing_are_not_those_of_the_demo(config: Config, 
     with pytest.raises(ConfigError) as raised:
         open_inputs(missing)
     assert len(raised.value.faults) == 2 and "make demo" not in str(raised.value)
+
+
+def test_a_wrong_column_is_told_with_what_else_is_wrong(config: Config, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", ["text"])
+    wrong = changed(config, "data", train=str(path), validation=str(tmp_path / "b.json"), text_column="body")
+    with pytest.raises(ConfigError) as raised:
+        open_inputs(wrong)
+    validation, train = raised.value.faults
+    assert "no file matches" in validation
+    assert train == 'data.train: a.parquet has no column "body"; set data.text_column to one of id, text, url'
 
 
 def test_one_fault_alone_keeps_its_own_error(config: Config, tmp_path: Path) -> None:

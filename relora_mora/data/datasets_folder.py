@@ -1,0 +1,101 @@
+"""What ``datasets`` makes of the names in a folder: configurations, splits and their files.
+
+It is given a copy of the folder in which every file is empty but those that describe the set, so it makes no requests
+and reads no text: what comes out depends on the names alone, and a set on the hub is resolved like one on a disk.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+
+from relora_mora.data.errors import SourceError
+
+CARDS = ("README.md", ".huggingface.yaml")  # what describes a set, beside the names of its files
+
+
+def split_files(
+    source: str, config: str | None, split: str, paths: Iterable[str], cards: Mapping[str, str]
+) -> list[str]:
+    """The files of a split, sorted, of the set that has these ``paths`` and the contents of ``CARDS``.
+
+    ``config`` None is the set's own default. Raises SourceError with what there is for a configuration or split that
+    there is not, and for files of several formats, of which ``datasets`` would silently take one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "set"
+        for path in paths:
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise SourceError(f"{source}: {path!r} is no name of a file inside of it; give the files by path")
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).touch()
+        for path, text in cards.items():
+            (root / path).write_text(text, encoding="utf-8")
+        splits = _splits(source, config, root)
+        if splits is None:
+            raise SourceError(f"{source} holds no files of text; check what is in it, or give its files by path")
+        if split not in splits:
+            raise SourceError(
+                f"{source} has no split {split}, but {', '.join(splits)}; "
+                f"name one as {source.partition(':')[0]}:{config or ''}:{next(iter(splits))}"
+            )
+        _refuse_mixed(source, config, root, splits)
+        return splits[split]
+
+
+def _splits(source: str, config: str | None, root: Path) -> dict[str, list[str]] | None:
+    """The files of each split, sorted and relative to the root; None where there are none at all."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        builder = datasets.load_dataset_builder(str(root), config, cache_dir=str(root.parent / "cache"))
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # of many kinds, since the README is anybody's
+        raise _refused(source, config, root, error) from error
+    home = root.resolve()
+    splits: dict[str, list[str]] = {}
+    for split, files in (builder.config.data_files or {}).items():
+        found = [Path(file).resolve() for file in files]
+        outside = [file for file in found if not file.is_relative_to(home)]
+        if outside:
+            raise SourceError(f"{source}: its README names files outside of it; give the files by path")
+        if found:
+            splits[str(split)] = sorted(file.relative_to(home).as_posix() for file in found)
+    return splits or None
+
+
+def _refused(source: str, config: str | None, root: Path, error: Exception) -> SourceError:
+    """With the configurations there are, where it is the name of one that is missing or wrong."""
+    import datasets
+
+    try:
+        configs = datasets.get_dataset_config_names(str(root))
+    except Exception:  # as before: then the set is wrong and not the name
+        configs = []
+    if config in configs or len(configs) < (2 if config is None else 1):
+        said = " ".join(str(error).split()).replace(str(root), source)
+        return SourceError(f"{source}: datasets cannot tell its files ({said:.500}); give them by path")
+    return SourceError(
+        f"{source}: it has {f'no configuration {config}' if config else 'several configurations'}, "
+        f"but {', '.join(configs)}; name one as {source.partition(':')[0]}:{configs[0]}"
+    )
+
+
+def _refuse_mixed(source: str, config: str | None, root: Path, splits: Mapping[str, list[str]]) -> None:
+    """Raises SourceError where without the files that were found others are found in their place."""
+    taken = [path for files in splits.values() for path in files]
+    for path in taken:
+        (root / path).unlink(missing_ok=True)
+    try:
+        others = _splits(source, config, root)
+    except SourceError:
+        return
+    if others:
+        first = next(path for files in others.values() for path in files)
+        raise SourceError(
+            f"{source} holds files of several formats, such as {taken[0]} and {first}, and only one would be read; "
+            "give the files to read by a pattern"
+        )
