@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test same test-newest test-oldest test-fast test-elastic test-stops test-kill test-cluster test-image bench-cluster bench-smoke lint types checks format env dev clean
+.PHONY: demo test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image bench-cluster bench-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
@@ -49,14 +49,18 @@ AGAINST ?= HEAD
 same: $(VENV)/.installed-dev  ## whether the code here trains tiny runs bit for bit as that of a commit: make same AGAINST=main
 	$(BIN)/python -m tests.tools.same_numbers $(AGAINST)
 
-VERSION_TESTS ?= tests/train/test_resume.py tests/zero/test_resets.py tests/train/test_golden_loss.py
-test-newest test-oldest: test-%:  ## unit, resume, reset and golden tests with the newest and the oldest packages allowed
-	$(PYTHON) -m venv --clear .venv-$*
-	$(if $(filter oldest,$*),$(PYTHON) tests/tools/oldest.py,printf '') > .venv-$*/constraints.txt
-	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable '.[dev]'
-	.venv-$*/bin/python -m pip list --format=freeze | grep -iE '^(torch|deepspeed|transformers|huggingface|datasets|numpy|pydantic)'
-	.venv-$*/bin/python -m pytest -m "not distributed and not elastic and not stops and not kills and not cluster"
-	.venv-$*/bin/python -m pytest $(VERSION_TESTS)
+VERSION_TESTS := tests/train/test_resume.py tests/zero/test_resets.py tests/train/test_golden_loss.py
+test-newest:  ## unit, resume, reset and golden tests with the newest packages that are allowed, in .venv-newest
+	@$(MAKE) --no-print-directory versions KIND=newest
+test-oldest:  ## the same with the oldest, in .venv-oldest
+	@$(MAKE) --no-print-directory versions KIND=oldest
+versions:
+	$(PYTHON) -m venv --clear .venv-$(KIND)
+	$(if $(filter oldest,$(KIND)),$(PYTHON) tests/tools/oldest.py,printf '') > .venv-$(KIND)/constraints.txt
+	.venv-$(KIND)/bin/python -m pip install --quiet --constraint .venv-$(KIND)/constraints.txt --editable '.[dev]'
+	.venv-$(KIND)/bin/python -m pip list --format=freeze
+	.venv-$(KIND)/bin/python -m pytest -m "not distributed and not elastic and not stops and not kills and not cluster"
+	.venv-$(KIND)/bin/python -m pytest $(VERSION_TESTS)
 
 test-fast: $(VENV)/.installed-dev  ## unit tests only
 	$(PYTEST) -m "not distributed and not elastic and not stops and not kills and not cluster"
