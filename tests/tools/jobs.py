@@ -102,6 +102,12 @@ class Job:
         return [process for process in self.tree.values() if lives(process)]
 
     def rank(self, number: int) -> psutil.Process:
+        process = self.find_rank(number)
+        assert process is not None, f"rank {number} does not run\n{self.output}"
+        return process
+
+    def find_rank(self, number: int) -> psutil.Process | None:
+        """None before it is started and after its end."""
         for process in self.processes():
             try:
                 environment = process.environ()
@@ -114,7 +120,7 @@ class Job:
                     return process
             except psutil.Error:
                 continue
-        raise AssertionError(f"rank {number} does not run\n{self.output}")
+        return None
 
     def launch_py(self) -> psutil.Process:
         for process in self.processes():
