@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 from tests.tools.jobs import kill_all
 from tests.tools.pool import Pool
 from tests.tools.tokenizer_tools import train_tokenizer
+
+# a shell that starts the tests in the background has them ignore Ctrl-C, and so would every command that they try
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

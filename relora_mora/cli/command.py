@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from relora_mora.cli.arguments import Command, help_text, read_arguments
-from relora_mora.cli.interrupt import INTERRUPTED, Interrupts, say
+from relora_mora.cli.interrupt import INTERRUPTED, Interrupts
 from relora_mora.system.disk_errors import place_of
 
 USER_ERROR = 2
@@ -48,7 +48,7 @@ def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None
         except (Exception, KeyboardInterrupt) as error:
             # libraries turn a KeyboardInterrupt into errors of their own
             if interrupts.received or isinstance(error, KeyboardInterrupt):
-                say()
+                interrupts.say()
                 code = INTERRUPTED
             elif _is_user_error(error, command):
                 _show(error)

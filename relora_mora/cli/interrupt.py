@@ -27,6 +27,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.received = False
         self._ended = threading.Event()
+        self._said = threading.Lock()  # taken by the first thread that says it
         self._writer: int | None = None
 
     def __enter__(self) -> Interrupts:
@@ -62,13 +63,14 @@ class Interrupts:
                 and signal.getsignal(signal.SIGINT) == self._handle
                 and not self._ended.wait(GRACE_SECONDS)
             ):
-                bounded(GRACE_SECONDS, say)
+                bounded(GRACE_SECONDS, self.say)
                 bounded(GRACE_SECONDS, remove_unfinished)
                 os._exit(INTERRUPTED)
         os.close(reader)
 
-
-def say() -> None:
-    with contextlib.suppress(OSError):
-        sys.stderr.write("interrupted\n")
-        sys.stderr.flush()
+    def say(self) -> None:
+        """Once, also where the main thread and this object's come to it at the same moment."""
+        if self._said.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                sys.stderr.write("interrupted\n")
+                sys.stderr.flush()

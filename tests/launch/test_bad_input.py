@@ -208,7 +208,7 @@ def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
     ("name", "message"),
     [
         ("nowhere.json", "no file matches"),
-        ("folder", "is a folder; give its files"),
+        ("folder", "holds no files of text; check what is in it, or give its files by path"),
         ("dangling", "no file matches"),
         ("loop", "no file matches"),
         ("rubbish", "expected one of .json"),
@@ -307,7 +307,7 @@ def test_files_that_may_not_be_read(inputs: Path, tokenizer_path: str, script: s
         ("tokenizer.path={}/folder", "no tokenizer in this folder"),
         ("tokenizer.path={}/rubbish.model", "this is not a sentencepiece model"),
         ("data.train={}/nowhere.json", "no file matches"),
-        ("data.validation={}/folder", "is a folder; give its files"),
+        ("data.validation={}/folder", "holds no files of text; check what is in it, or give its files by path"),
         ("model.init_from={}/nowhere", "model.init_from"),
         ("model.overrides.vocab_size=299", "300 token ids, but the model has only 299"),
         ("method.rank=100000", "use method.rank=14 at most, or method.name=full"),

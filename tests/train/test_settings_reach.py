@@ -41,6 +41,7 @@ REACHES = {
     "data.train": Reach("validation.json", False, False),
     "data.validation": Reach("train.json", True, False),
     "data.revision": Reach("v2", False, False),
+    "data.text_column": Reach("url", True, False),
     "data.sequence_length": Reach(16, True, True),
     "data.lanes": Reach(2, False, False),
     "data.workers": Reach(1, False, False),
@@ -131,7 +132,8 @@ def _plain_transformers_on(folder: Path, config: Config) -> float:
     lm = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lines = Path(str(config.data.validation)).read_bytes().splitlines()
-    texts = [json.loads(line)["text"] for line in lines if len(line) <= config.data.max_line_bytes]
+    rows = [json.loads(line) for line in lines if len(line) <= config.data.max_line_bytes]
+    texts = [row[config.data.text_column] for row in rows]
     tokens = [tokenizer.eos_token_id]
     for text in texts:
         tokens += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
