@@ -136,7 +136,7 @@ class Evaluating:
             self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
             self.eval_set = from_first_rank(lambda: held_out(self.config))  # one rank downloads and tokenizes
         self.engine.eval()
-        with self.progress.evaluation(self.eval_set.predicted) as bar:
+        with self.progress.evaluation() as progress:
             result = evaluate(
                 self.engine,
                 self.eval_set,
@@ -146,7 +146,7 @@ class Evaluating:
                 world_size=self.engine.world_size,
                 all_sum=self.engine.all_reduce,
                 stop=lambda: self._stop(state.step),
-                progress=lambda done, total: bar.update(done - bar.n),
+                progress=progress,
             )
         if result is None:
             return False

@@ -55,16 +55,18 @@ class Feed:
         """
         batch: Batch | None = None
         failure: Exception | None = None
+        scored = 0
         while True:
             self.guard.begin(f"step {step}: waiting for data", within=self.within)
             if batch is None and failure is None and self.data.ready(POLL_SECONDS):
                 try:
                     batch = next(self.data)
+                    scored = int((batch.labels != UNSCORED).sum())
                 except (ValueError, RuntimeError, OSError) as error:
                     failure = error
             if batch is None and failure is None:
                 failure = self.data.hung(self.patience)
-            meeting = self._meet(batch, failure)
+            meeting = self._meet(ready=batch is not None, failed=failure is not None, scored=scored)
             if meeting.failed:
                 raise DataFailed([error for error in gather_from_ranks(_told(failure)) if error is not None])
             if meeting.stop:
@@ -75,9 +77,8 @@ class Feed:
             log.warning("data: %s", note)
         return Share(batch, meeting.scored)
 
-    def _meet(self, batch: Batch | None, failure: Exception | None) -> Meeting:
-        scored = 0 if batch is None else int((batch.labels != UNSCORED).sum())
-        told = [self.guard.stop_reason is not None, batch is None, failure is not None, scored]
+    def _meet(self, *, ready: bool, failed: bool, scored: int) -> Meeting:
+        told = [self.guard.stop_reason is not None, not ready, failed, scored]
         stops, waiting, failures, total = sum_over_hosts([float(value) for value in told])
         return Meeting(stop=stops > 0, all_ready=waiting == 0, failed=failures > 0, scored=int(total))
 

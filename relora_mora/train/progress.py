@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from relora_mora.system.logs import log
+from relora_mora.system.logs import log, progress_bar
 
 
 class Progress:
@@ -23,8 +24,16 @@ class Progress:
         self.total = total
         self.done = done
         self._show = show
-        self._bars = show and sys.stderr.isatty()
-        self._bar = self._new_bar(total, done, "step")
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            leave=False,
+            disable=not (show and sys.stderr.isatty()),
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            smoothing=0.1,
+        )
         self._count_from(done)
 
     def begin(self) -> None:
@@ -54,9 +63,9 @@ class Progress:
         said = ", ".join(f"{name} {value}" for name, value in values.items())
         log.info("step %d/%d: %s, %s left", self.done, self.total, said, left)
 
-    def evaluation(self, tokens: int) -> tqdm[Any]:
-        """A second bar, below that of the steps."""
-        return self._new_bar(tokens, 0, " tokens", description="evaluation")
+    def evaluation(self) -> AbstractContextManager[Callable[[int, int], None]]:
+        """A second bar, below that of the steps: see :func:`progress_bar`."""
+        return progress_bar("evaluation", "token", show=self._show)
 
     def close(self) -> None:
         self._bar.close()
@@ -64,20 +73,6 @@ class Progress:
     def _count_from(self, done: int) -> None:
         self._first = done
         self._begin = time.monotonic()
-
-    def _new_bar(self, total: int, done: int, unit: str, *, description: str | None = None) -> tqdm[Any]:
-        return tqdm(
-            total=total,
-            initial=done,
-            desc=description,
-            leave=False,
-            disable=not self._bars,
-            unit=unit,
-            unit_scale=description is not None,
-            dynamic_ncols=True,
-            mininterval=0.5,
-            smoothing=0.1,
-        )
 
 
 def next_commands(run_dir: str, validation: str | list[str]) -> str:

@@ -28,9 +28,9 @@ def set_stderr(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> io.Strin
 
 def run_of_two_steps(*, show: bool = True) -> None:
     progress = Progress(total=4, done=1, show=show)
-    with progress.evaluation(3) as bar:
-        for _ in range(3):
-            bar.update()
+    with progress.evaluation() as update:
+        for done in (1, 2, 3):
+            update(done, 3)
     for loss in ("5.0", "4.0"):
         progress.update()
         progress.show(loss=loss)
