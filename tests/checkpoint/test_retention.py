@@ -9,7 +9,9 @@ import pytest
 from relora_mora.checkpoint import CheckpointError, retention
 from relora_mora.checkpoint.places import step_folder, step_of
 
-GOOD, BAD, UNREADABLE = "good", "bad", "unreadable"
+GOOD = "good"
+BAD = "bad"
+UNREADABLE = "unreadable"
 
 
 @pytest.mark.parametrize(

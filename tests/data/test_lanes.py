@@ -18,6 +18,7 @@ from relora_mora.data.fingerprint import RULE
 from relora_mora.data.lanes import plan_lanes, seeded_order
 from tests.tools.data_tools import (
     EOS,
+    assert_resumes_anywhere,
     data_config,
     documents_in,
     epoch_tokens,
@@ -96,20 +97,7 @@ def test_a_resume_anywhere_gives_the_very_next_block(tmp_path, lanes, shards, su
     bad = [b"rubbish", line(""), *[line(f"{n} between bad lines") for n in range(9)], b'{"text": 1}']
     write_shard(tmp_path / f"part-00000{suffix}", bad)
     config = data_config(tmp_path / "*", max_bad_fraction=0.5)
-    for number in range(lanes):
-        lane = make_lane(config, lanes, number)
-        states = []
-        blocks = []
-        while lane.state()["epoch"] < 2:
-            states.append(json.loads(json.dumps(lane.state())))
-            blocks.append(lane.next_block().tokens)
-        assert {state["offset"] > 0 for state in states[1:]} >= {True}
-        assert {state["epoch"] for state in states} == {0, 1}
-        for at in range(0, len(states), 3):
-            resumed = make_lane(config, lanes, number, states[at])
-            for block, state in list(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True))[:40]:
-                assert np.array_equal(resumed.next_block().tokens, block)
-                assert resumed.state() == state
+    assert_resumes_anywhere(config, lanes)
 
 
 def test_the_text_of_another_column(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import random
 import subprocess
 import sys
@@ -24,7 +23,15 @@ from relora_mora.data.parquet import ParquetRows
 from relora_mora.data.retry import RETRIES
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
-from tests.tools.data_tools import data_config, documents_in, epoch_tokens, make_lane, some_texts, write_parquet
+from tests.tools.data_tools import (
+    assert_resumes_anywhere,
+    data_config,
+    documents_in,
+    epoch_tokens,
+    make_lane,
+    some_texts,
+    write_parquet,
+)
 from tests.tools.faulty_server import FAULTS, serving
 
 
@@ -144,19 +151,7 @@ def test_a_resume_anywhere_gives_the_very_next_block(tmp_path, lanes, names):
     for seed, name in enumerate(names):
         write_parquet(tmp_path / f"{name}.parquet", [None, "", *some_texts(23, seed=seed, words=25)])
     config = data_config(tmp_path / "*")
-    for number in range(lanes):
-        lane = make_lane(config, lanes, number)
-        states = []
-        blocks = []
-        while lane.state()["epoch"] < 2:
-            states.append(json.loads(json.dumps(lane.state())))
-            blocks.append(lane.next_block().tokens)
-        assert any(state["offset"] for state in states)
-        for at in range(0, len(states), 3):
-            resumed = make_lane(config, lanes, number, states[at])
-            for block, state in list(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True))[:40]:
-                assert np.array_equal(resumed.next_block().tokens, block)
-                assert resumed.state() == state
+    assert_resumes_anywhere(config, lanes)
 
 
 @pytest.mark.parametrize("lanes", [1, 3])

@@ -26,7 +26,9 @@ NOBODY = 65534
 EVALUATE, EXPORT, PLAN = "launch/evaluate.py", "launch/export.py", "launch/plan.py"
 PRETRAIN = "launch/pretrain.py"
 BOARD = "launch/board.py"
-BENCHMARK, DEMO_TEXT, TRAIN = "launch/benchmark/data.py", "launch/demo_text.py", "tokenizer/train.py"
+BENCHMARK = "launch/benchmark/data.py"
+DEMO_TEXT = "launch/demo_text.py"
+TRAIN = "tokenizer/train.py"
 
 
 class Answer(NamedTuple):

@@ -297,11 +297,9 @@ def _swap_letters(folder: Path) -> None:
 def test_other_text_of_the_same_names_and_sizes_is_refused_and_when_allowed_read_on_from_the_same_lines(
     pools, inputs, tokenizer_path, tmp_path
 ):
-    first, swapped, folder = (
-        _plain_copy(inputs, tmp_path / "first"),
-        _plain_copy(inputs, tmp_path / "swapped"),
-        tmp_path / "run",
-    )
+    first = _plain_copy(inputs, tmp_path / "first")
+    swapped = _plain_copy(inputs, tmp_path / "swapped")
+    folder = tmp_path / "run"
     pools(1)(train, run_config(first, tokenizer_path, folder), stop_after=4)
     pools(1)(train, run_config(swapped, tokenizer_path, folder), stop_after=5)  # a copy is the same
     _swap_letters(swapped)
