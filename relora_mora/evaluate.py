@@ -55,7 +55,7 @@ def held_out(config: Config) -> EvalSet:
     """The evaluation set of a run. Raises the errors of :func:`load_eval_set`."""
     data = config.data
     return load_eval_set(
-        data.validation,
+        data.sources("validation"),
         config=data,
         tokenizer_path=config.tokenizer.path,
         sequence_length=data.sequence_length,

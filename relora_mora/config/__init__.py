@@ -1,7 +1,7 @@
 """Typed settings of a run: schema, combinations that cannot work, reading."""
 
 from relora_mora.config.checks import unused_settings
-from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate
+from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate, with_epochs
 from relora_mora.config.schema import (
     DECODER_LINEARS,
     CheckpointConfig,
@@ -12,9 +12,11 @@ from relora_mora.config.schema import (
     MethodConfig,
     ModelConfig,
     OptimConfig,
+    Split,
     TokenizerConfig,
     TrainConfig,
 )
+from relora_mora.config.sources import TextSource, as_sources, is_mixture, map_records, texts_in, with_revisions_of
 
 __all__ = [
     "DECODER_LINEARS",
@@ -27,11 +29,19 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "OptimConfig",
+    "Split",
+    "TextSource",
     "TokenizerConfig",
     "TrainConfig",
+    "as_sources",
     "dump",
+    "is_mixture",
     "load_config",
+    "map_records",
     "parse_yaml",
+    "texts_in",
     "unused_settings",
     "validate",
+    "with_epochs",
+    "with_revisions_of",
 ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
+from relora_mora.config.data_checks import data_faults, length_faults
+from relora_mora.config.fault import Fault
 from relora_mora.config.schema import DECODER_LINEARS, Config
 from relora_mora.config.secrets import secrets_in
+from relora_mora.config.types import LARGEST, Whole, as_whole
 from relora_mora.registry import METHODS, OPERATORS
 
 DERIVED_DEEPSPEED_KEYS = {
@@ -26,14 +29,8 @@ DERIVED_DEEPSPEED_KEYS = {
     "activation_checkpointing": "model.activation_checkpointing",
 }
 
-
-def _as_whole(value: Any) -> Any:
-    """5e8 is a whole number too."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_Elements = Annotated[int, Field(ge=1, le=2**53), BeforeValidator(_as_whole)]
-_Threshold = Annotated[int, Field(ge=0, le=2**53), BeforeValidator(_as_whole)]
+_Elements = Whole
+_Threshold = Annotated[int, Field(ge=0, le=LARGEST), BeforeValidator(as_whole)]
 
 # tried with the view of masters and state in zero/engine.py; offloading, quantized weights and the like were not
 DEEPSPEED_ZERO_KEYS: dict[str, Any] = {
@@ -68,16 +65,6 @@ DEEPSPEED_KEYS: dict[str, Any] = {
 }
 
 
-class Fault(NamedTuple):
-    """``settings``: every setting that the judgement rests on, the one to change first. ``text``: the message."""
-
-    settings: tuple[str, ...]
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.settings[0]}: {self.text}"
-
-
 def unused_settings(config: Config) -> list[str]:
     """Settings that were given but belong to other methods, so that the trainer can say that it does not use them."""
     given = [
@@ -98,6 +85,8 @@ def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:
 
 def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     """Each combination that cannot work: what was given, what was expected, the remedy. world_size None: unknown."""
+    yield from length_faults(config)
+    yield from data_faults(config)
     yield from _target_faults(config)
     yield from _square_faults(config)
     yield from _merge_faults(config)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
+from relora_mora.config.sources import TAGS
 
 Location = tuple[int | str, ...]
 
@@ -79,19 +80,49 @@ def _explain(items: list[ErrorDetails]) -> str:
 
 
 def _setting(location: Location) -> str:
-    """The dotted name; the tags that pydantic adds below a setting for the members of a union are no part of it."""
-    below = [part for part in location[2:] if isinstance(part, int)]
-    return ".".join(str(part) for part in [*location[:2], *below])
+    """The dotted name; the tags that pydantic adds for the members of a union are no part of it."""
+    return ".".join(map(str, _plain(location)))
+
+
+def _plain(location: Location) -> Location:
+    """The keys and numbers that lead to a value in a tree of settings."""
+    section, *rest = location
+    below = rest[1:]
+    if _record_at(location[:2]) is None:
+        return (section, *rest[:1], *(part for part in below if isinstance(part, int)))
+    return (section, *rest[:1], *(part for part in below if part not in {*TAGS, "[key]"}))
+
+
+def _record_at(location: Location) -> type[BaseModel] | None:
+    """The model of the records in a setting's list, where it holds any."""
+    field = _model_fields(location[:-1]).get(str(location[-1])) if location else None
+    return None if field is None else model_in(field.annotation)
+
+
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first model inside the type of a setting."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(model_in, get_args(annotation))), None)
+
+
+def _model_fields(location: Location) -> dict[str, Any]:
+    """The settings of a section; of the top where the location is empty."""
+    fields: dict[str, Any] = Config.model_fields
+    for part in location:
+        annotation = fields[str(part)].annotation if str(part) in fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return {}
+        fields = annotation.model_fields
+    return fields
 
 
 def _fields_at(location: Location) -> dict[str, Any]:
-    model: type[BaseModel] = Config
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return {}
-        model = field.annotation
-    return dict(model.model_fields)
+    """The names that are known where a location's last part stands, with what is known of them."""
+    if len(location) > 2:
+        record = _record_at(location[:2])
+        return {} if record is None else dict(record.model_fields)
+    return dict(_model_fields(location[:-1]))
 
 
 def _nearest(location: Location) -> str | None:
@@ -100,7 +131,7 @@ def _nearest(location: Location) -> str | None:
 
 
 def _description(location: Location) -> str:
-    for length in (2, 1):
+    for length in (len(location), 2, 1):
         if len(location) >= length:
             field = _fields_at(location[:length]).get(str(location[length - 1]))
             if field is not None and field.description:

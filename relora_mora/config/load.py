@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -196,12 +197,41 @@ def validate(
         found.extend(explain(error))
         unknown = doubtful(error)
         config = substitute_defaults(tree, error)
+    if config is not None:
+        unknown |= {"train.steps"} if config.train.epochs is not None else set()
+        config = _with_steps(config)
     for fault in faults(config, world_size) if config is not None else ():
         # a fault that rests on a setting which is itself wrong would be about a default that nobody asked for
         if not unknown.intersection({*fault.settings, *(name.split(".")[0] for name in fault.settings)}):
             found.append(str(fault))
     if found or config is None:
         raise ConfigError(found, source)
+    return config.model_copy(update={"train": config.train.model_copy(update={"tokens": None})})
+
+
+def _with_steps(config: Config) -> Config:
+    """With the steps that ``train.tokens`` are, where these are given."""
+    if config.train.tokens is None:
+        return config
+    steps = -(-config.train.tokens // config.tokens_per_step)
+    train = config.train
+    # a copy with ``update`` would count the steps among what was given
+    train = train.model_construct(_fields_set=train.model_fields_set, **dict(train) | {"steps": steps})
+    return config.model_copy(update={"train": train})
+
+
+def with_epochs(config: Config, tokens: int, world_size: int) -> Config:
+    """With the steps that ``train.epochs`` of a text of so many tokens are.
+
+    Raises :class:`ConfigError` where other settings do not fit a run of this length.
+    """
+    assert config.train.epochs is not None
+    steps = math.ceil(config.train.epochs * tokens / config.tokens_per_step)
+    train = config.train.model_copy(update={"steps": steps, "epochs": None})
+    config = config.model_copy(update={"train": train})
+    found = [str(fault) for fault in faults(config, world_size)]
+    if found:
+        raise ConfigError(found, f"the settings, with {steps:,} steps for the epochs of {tokens:,} tokens")
     return config
 
 

@@ -7,9 +7,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
+from relora_mora.config.sources import (
+    MixtureStage,
+    Sources,
+    SourcesOrSets,
+    TextSource,
+    as_sources,
+    is_mixture,
+)
+from relora_mora.config.types import (
+    LARGEST,
+    LONGEST_SECONDS,
+    Decay,
+    Fraction,
+    NotNegative,
+    Positive,
+    Rate,
+    Seed,
+    Strict,
+    Text,
+    Whole,
+)
 from relora_mora.registry import METHODS, OPERATORS, Method
 
 if TYPE_CHECKING:
@@ -19,29 +39,8 @@ else:  # a type checker takes no choices that are known at run time only
     MethodName = Literal[tuple(METHODS)]
     MoraType = Literal[tuple(OPERATORS)]
 
+Split = Literal["train", "validation"]
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-LARGEST = 2**53  # of any whole number: up to here float64 counts exactly
-LONGEST_SECONDS = 1e9  # what clocks and timers of all libraries can wait for
-
-
-def _no_nul(text: str) -> str:
-    if "\0" in text:
-        raise PydanticCustomError("nul", "input should hold no NUL, which no name of a file has")
-    return text
-
-
-Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
-Positive = Annotated[int, Field(ge=1, le=LARGEST)]
-NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Rate = Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class ModelConfig(Strict):
@@ -73,18 +72,19 @@ class TokenizerConfig(Strict):
 class DataConfig(Strict):
     """Sources are sets by name (``allenai/c4``), ``hub:REPO/PATTERN``, http(s) urls, local paths and globs.
 
-    They hold JSON lines or Parquet; see docs/data.md.
+    A list of records (see ``data.train.N`` below) is a mixture; see docs/data.md.
     """
 
-    train: Text | Annotated[list[Text], Field(min_length=1)] = Field(description="source or sources of training text")
-    validation: Text | Annotated[list[Text], Field(min_length=1)] = Field(
-        description="source or sources of held-out text"
+    train: Sources = Field(description="source or sources of training text; records are mixed by their weights")
+    stages: list[MixtureStage] = Field([], description="other weights of a mixture from some steps on")
+    validation: SourcesOrSets = Field(
+        description="source or sources of held-out text, or several sets of them by name, scored one by one"
     )
     revision: Text = Field(
         "main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint"
     )
     text_column: Text = Field(
-        "text", description="the key of a JSON line, or the column, that holds the text; of all sources"
+        "text", description="the key of a JSON line, or the column, that holds the text; of sources that name none"
     )
     sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = Field(
         512, description="tokens the model sees per sequence"
@@ -110,6 +110,28 @@ class DataConfig(Strict):
     timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(
         600.0, description="give up on a source that has failed for this long"
     )
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether training text is drawn from several sources by weight."""
+        return is_mixture(self.train)
+
+    @property
+    def train_sources(self) -> list[TextSource]:
+        return as_sources(self.train)
+
+    @property
+    def validation_sets(self) -> dict[str, list[TextSource]]:
+        """Sources by the name of their set; without names one set, called ""."""
+        if isinstance(self.validation, dict):
+            return {name: as_sources(sources) for name, sources in self.validation.items()}
+        return {"": as_sources(self.validation)}
+
+    def sources(self, split: Split) -> list[TextSource]:
+        """All sources of the training or of the held-out text."""
+        if split == "train":
+            return self.train_sources
+        return [source for sources in self.validation_sets.values() for source in sources]
 
 
 class MethodConfig(Strict):
@@ -198,7 +220,13 @@ class OptimConfig(Strict):
 
 class TrainConfig(Strict):
     run_dir: Text = Field(description="folder of this run: config, metrics, TensorBoard, checkpoints")
-    steps: Positive = Field(10000, description="optimizer steps of the whole run")
+    steps: Positive = Field(10000, description="optimizer steps of the whole run; or give tokens or epochs instead")
+    tokens: Whole | None = Field(
+        None, description="tokens of the whole run, in place of steps, e.g. 5e9; rounded up to whole steps"
+    )
+    epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
+        None, description="how often the training text is read, in place of steps; it is counted at the start"
+    )
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = Field(
         1024, description="sequences per optimizer step over all ranks"
     )

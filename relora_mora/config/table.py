@@ -11,7 +11,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from relora_mora.config.schema import LARGEST, Config
+from relora_mora.config.explain import model_in
+from relora_mora.config.schema import Config
+from relora_mora.config.types import LARGEST
 
 _HEAD = """\
 # Settings
@@ -35,11 +37,22 @@ def settings_page() -> str:
         section = field.annotation
         assert isinstance(section, type) and issubclass(section, BaseModel)
         parts.append(_section(name, section))
+        parts += [_section(f"{name}.{key}.N", record, level=3) for key, record in _records(section).items()]
     return "\n".join(parts)
 
 
-def _section(name: str, section: type[BaseModel]) -> str:
-    rows = [f"## {name}", ""]
+def _records(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The kinds of records in the lists of a section, each by the first setting that holds it."""
+    found: dict[type[BaseModel], str] = {}
+    for key, field in section.model_fields.items():
+        record = model_in(field.annotation)
+        if record is not None:
+            found.setdefault(record, key)
+    return {key: record for record, key in found.items()}
+
+
+def _section(name: str, section: type[BaseModel], level: int = 2) -> str:
+    rows = [f"{'#' * level} {name}", ""]
     if section.__doc__ and section.__dict__.get("__doc__"):
         rows += [" ".join(section.__doc__.replace("``", "`").split()), ""]
     rows += ["| setting | values | default | what it does |", "|---|---|---|---|"]
@@ -78,6 +91,8 @@ def _values(annotation: Any, metadata: list[Any]) -> str:
         return f"list of {len(arguments)}: {_values(arguments[0], [])}"
     if origin is dict:
         return "names and values"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "records (below)"
     kind = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}[annotation]
     limits = [
         f"{sign} {value:,}" if isinstance(value, int) else f"{sign} {value:g}"

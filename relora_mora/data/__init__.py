@@ -8,6 +8,7 @@ from relora_mora.data.evalset import EvalSet, load_eval_set
 from relora_mora.data.fingerprint import fingerprint, order_fingerprint
 from relora_mora.data.hub_sources import hub_commits, pin_revision, remember_commits
 from relora_mora.data.lane_states import counts_of, merge_states, start_states
+from relora_mora.data.mixture import mixture_names
 from relora_mora.data.parquet import check_columns
 from relora_mora.data.plain_text import iter_texts
 from relora_mora.data.positions import describe_position
@@ -36,6 +37,7 @@ __all__ = [
     "load_eval_set",
     "local_content",
     "merge_states",
+    "mixture_names",
     "order_fingerprint",
     "pin_revision",
     "remember_commits",

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from relora_mora.config import DataConfig
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.hub_sources import Commits, DatasetName, dataset_name
+from relora_mora.data.hub_sources import SPLITS, Commits, DatasetName, dataset_name
 
-Key = tuple[str, str, str]  # source, split, commit
+Key = tuple[DatasetName, str, str]  # split and commit
 Found = tuple[str, ...] | SourceError
 Datasets = dict[Key, Found]
 _MOST_FILES = 200_000
@@ -34,8 +34,8 @@ def find_datasets(config: DataConfig) -> Datasets:
     """What is in each set that the settings name, or why that cannot be told. For one rank, which asks for all."""
     commits = Commits(config.revision, config.timeout_seconds)
     found: Datasets = {}
-    for split, sources in (("train", config.train), ("validation", config.validation)):
-        for source in [sources] if isinstance(sources, str) else sources:
+    for split in SPLITS:
+        for source in config.sources(split):
             name = dataset_name(source)
             if name is not None:
                 found[_key(name, split, commits)] = _find(name, split, commits)
@@ -49,7 +49,7 @@ def remember_datasets(found: Datasets) -> None:
 
 
 def _key(name: DatasetName, split: str, commits: Commits) -> Key:
-    return name.source, name.split or split, commits[name.place] if name.on_hub else ""
+    return name, name.split or split, commits.at(name.place, name.revision) if name.on_hub else ""
 
 
 def _find(name: DatasetName, split: str, commits: Commits) -> Found:
@@ -60,7 +60,7 @@ def _find(name: DatasetName, split: str, commits: Commits) -> Found:
         if name.on_hub:
             from relora_mora.data.hub import list_files, read_text  # here: its libraries take long to load
 
-            commit = commits[name.place]
+            commit = commits.at(name.place, name.revision)
             sizes = list_files(name.place, commit, commits.timeout_seconds)
             paths = list(sizes)
             cards = {
@@ -71,7 +71,7 @@ def _find(name: DatasetName, split: str, commits: Commits) -> Found:
         else:
             paths = _files_below(name)
             cards = {card: _read_card(name.folder / card) for card in CARDS if card in paths}
-        return tuple(split_files(name.source, name.config, name.split or split, paths, cards))
+        return tuple(split_files(name, split, paths, cards))
     except SourceError as error:
         return error
 

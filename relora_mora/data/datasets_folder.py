@@ -11,18 +11,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from relora_mora.data.errors import SourceError
+from relora_mora.data.hub_sources import DatasetName
 
 CARDS = ("README.md", ".huggingface.yaml")  # what describes a set, beside the names of its files
 
 
-def split_files(
-    source: str, config: str | None, split: str, paths: Iterable[str], cards: Mapping[str, str]
-) -> list[str]:
-    """The files of a split, sorted, of the set that has these ``paths`` and the contents of ``CARDS``.
+def split_files(name: DatasetName, split: str, paths: Iterable[str], cards: Mapping[str, str]) -> list[str]:
+    """The files of the split that is named, else of ``split``, sorted, of the set that has these ``paths`` and cards.
 
-    ``config`` None is the set's own default. Raises SourceError with what there is for a configuration or split that
+    ``cards`` are the contents of ``CARDS``. Raises SourceError with what there is for a configuration or split that
     there is not, and for files of several formats, of which ``datasets`` would silently take one.
     """
+    source = name.source
+    split = name.split or split
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "set"
         for path in paths:
@@ -32,45 +33,53 @@ def split_files(
             (root / path).touch()
         for path, text in cards.items():
             (root / path).write_text(text, encoding="utf-8")
-        splits = _splits(source, config, root)
+        splits = _splits(name, split, root)
         if splits is None:
             raise SourceError(f"{source} holds no files of text; check what is in it, or give its files by path")
         if split not in splits:
             raise SourceError(
                 f"{source} has no split {split}, but {', '.join(splits)}; "
-                f"name one as {source.partition(':')[0]}:{config or ''}:{next(iter(splits))}"
+                f"name one as {name.place}:{name.config or ''}:{next(iter(splits))}"
             )
-        _refuse_mixed(source, config, root, splits)
+        _refuse_mixed(name, split, root, splits)
         return splits[split]
 
 
-def _splits(source: str, config: str | None, root: Path) -> dict[str, list[str]] | None:
+def _splits(name: DatasetName, split: str, root: Path) -> dict[str, list[str]] | None:
     """The files of each split, sorted and relative to the root; None where there are none at all."""
     import datasets
 
+    files = {split: list(name.data_files)} if name.data_files else None
+
     datasets.disable_progress_bars()
     try:
-        builder = datasets.load_dataset_builder(str(root), config, cache_dir=str(root.parent / "cache"))
-    except FileNotFoundError:
+        builder = datasets.load_dataset_builder(
+            str(root), name.config, data_files=files, cache_dir=str(root.parent / "cache")
+        )
+    except FileNotFoundError as error:
+        if name.data_files:
+            raise SourceError(f"{name.source} holds no files {', '.join(name.data_files)}; check data_files") from error
         return None
     except Exception as error:  # of many kinds, since the README is anybody's
-        raise _refused(source, config, root, error) from error
+        raise _refused(name, root, error) from error
     home = root.resolve()
     splits: dict[str, list[str]] = {}
-    for split, files in (builder.config.data_files or {}).items():
-        found = [Path(file).resolve() for file in files]
+    for part, paths in (builder.config.data_files or {}).items():
+        found = [Path(path).resolve() for path in paths]
         outside = [file for file in found if not file.is_relative_to(home)]
         if outside:
-            raise SourceError(f"{source}: its README names files outside of it; give the files by path")
+            raise SourceError(f"{name.source}: its README names files outside of it; give the files by path")
         if found:
-            splits[str(split)] = sorted(file.relative_to(home).as_posix() for file in found)
+            splits[str(part)] = sorted(file.relative_to(home).as_posix() for file in found)
     return splits or None
 
 
-def _refused(source: str, config: str | None, root: Path, error: Exception) -> SourceError:
+def _refused(name: DatasetName, root: Path, error: Exception) -> SourceError:
     """With the configurations there are, where it is the name of one that is missing or wrong."""
     import datasets
 
+    source = name.source
+    config = name.config
     try:
         configs = datasets.get_dataset_config_names(str(root))
     except Exception:  # as before: then the set is wrong and not the name
@@ -80,22 +89,22 @@ def _refused(source: str, config: str | None, root: Path, error: Exception) -> S
         return SourceError(f"{source}: datasets cannot tell its files ({said:.500}); give them by path")
     return SourceError(
         f"{source}: it has {f'no configuration {config}' if config else 'several configurations'}, "
-        f"but {', '.join(configs)}; name one as {source.partition(':')[0]}:{configs[0]}"
+        f"but {', '.join(configs)}; name one as {name.place}:{configs[0]}"
     )
 
 
-def _refuse_mixed(source: str, config: str | None, root: Path, splits: Mapping[str, list[str]]) -> None:
+def _refuse_mixed(name: DatasetName, split: str, root: Path, splits: Mapping[str, list[str]]) -> None:
     """Raises SourceError where without the files that were found others are found in their place."""
     taken = [path for files in splits.values() for path in files]
     for path in taken:
         (root / path).unlink(missing_ok=True)
     try:
-        others = _splits(source, config, root)
+        others = _splits(name, split, root)
     except SourceError:
         return
     if others:
         first = next(path for files in others.values() for path in files)
         raise SourceError(
-            f"{source} holds files of several formats, such as {taken[0]} and {first}, and only one would be read; "
-            "give the files to read by a pattern"
+            f"{name.source} holds files of several formats, such as {taken[0]} and {first}, and only one would be "
+            "read; give the files to read by a pattern"
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from relora_mora.config import DataConfig
+from relora_mora.config import DataConfig, TextSource, as_sources
 from relora_mora.data.batch import UNSCORED, document_ids
 from relora_mora.data.errors import SourceError
 from relora_mora.data.packing import Tokens
@@ -69,7 +69,12 @@ class EvalSet:
 
 
 def load_eval_set(
-    sources: str | list[str], *, config: DataConfig, tokenizer_path: str, sequence_length: int, max_tokens: int | None
+    sources: str | Sequence[str | TextSource],
+    *,
+    config: DataConfig,
+    tokenizer_path: str,
+    sequence_length: int,
+    max_tokens: int | None,
 ) -> EvalSet:
     """The first documents of the sources' validation split that have at most ``max_tokens`` tokens together; None: all.
 
@@ -90,7 +95,8 @@ def load_eval_set(
         predicted += len(ids) + 1
         utf8_bytes += len(text.encode())
     if len(pieces) == 1:
-        raise SourceError(f"the validation data {sources} holds no text; give a source with at least one document")
+        given = ", ".join(source.source for source in as_sources(sources))
+        raise SourceError(f"the validation data {given} holds no text; give a source with at least one document")
     return EvalSet(np.concatenate(pieces), utf8_bytes, len(pieces) - 1, sequence_length, eos, config.document_mask)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import xxhash
 
-from relora_mora.config import DataConfig
-from relora_mora.data.sources import Shard, Split, configured_shards
+from relora_mora.config import DataConfig, Split
+from relora_mora.data.sources import Shard, configured_shards
 
 # the rule by which shards become lanes and lanes blocks; a change of it that moves a token gets a new name
 RULE = "lanes-1"
@@ -26,8 +26,8 @@ def fingerprint(
     """32 hex digits over what decides the blocks of a stream.
 
     That is the tokenizer, the shards (names, sizes of local ones, text columns), lanes, sequence length, seed and what
-    limits lines. Not over ranks, workers or where the files lie. ``shards`` saves resolving the sources again. Raises
-    SourceError.
+    limits lines; of a mixture also its weights. Not over ranks, workers or where the files lie. ``shards`` saves
+    resolving the sources again. Raises SourceError.
     """
     if shards is None:
         shards = configured_shards(config, split)
@@ -37,6 +37,9 @@ def fingerprint(
         "sequence_length": config.sequence_length,
         "max_line_bytes": config.max_line_bytes,
     }
+    if config.is_mixture:
+        content["weights"] = {source.label: source.weight for source in config.train_sources}
+        content["stages"] = [stage.model_dump() for stage in config.stages]
     return _digest(content)
 
 
@@ -62,6 +65,8 @@ def _order(config: DataConfig, tokenizer_fingerprint: str, batch_lanes: int, sha
     columns = [shard.text_column for shard in shards]
     if set(columns) != {"text"}:  # the only one there was: runs that read it keep their fingerprint
         order["columns"] = columns
+    if any(shard.source for shard in shards):
+        order["sources"] = [shard.source for shard in shards]
     return order
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from relora_mora.config import DataConfig
+from relora_mora.config import DataConfig, Split, TextSource, as_sources, map_records, texts_in
 from relora_mora.data.errors import SourceError
 
 C4 = "allenai/c4"
@@ -21,7 +21,9 @@ _NAME = re.compile(r"(?P<place>[^:]+)(?::(?P<config>[^:/]*))?(?::(?P<split>[^:/]
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE = re.compile(r".*\.(jsonl?|gz|zst|parquet)", re.IGNORECASE)
 
-_remembered: dict[tuple[str, str], str] = {}  # by repository and revision
+Revision = tuple[str, str]  # of a repository: its name, and that of a branch, tag or commit
+SPLITS: tuple[Split, ...] = ("train", "validation")
+_remembered: dict[Revision, str] = {}
 
 
 def is_hub(source: str) -> bool:
@@ -29,7 +31,9 @@ def is_hub(source: str) -> bool:
 
 
 def hub_source(source: str, split: str) -> str:
-    """The source in full, as hub:OWNER/NAME/PATTERN."""
+    """The source in full, as hub:OWNER/NAME/PATTERN. Raises SourceError."""
+    if source == C4 and split not in C4_PATTERNS:
+        raise SourceError(f"{C4} has no split {split}, but {', '.join(C4_PATTERNS)}")
     return C4_PATTERNS[split] if source == C4 else source
 
 
@@ -57,23 +61,45 @@ class DatasetName:
     config: str | None
     split: str | None
     on_hub: bool
+    revision: str | None = None  # of the source alone; None: that of the settings
+    data_files: tuple[str, ...] = ()  # patterns; none: the files of the split
 
     @property
     def folder(self) -> Path:
         return Path(os.path.expanduser(self.place))  # noqa: PTH111 - Path.expanduser raises where there is no such user
 
 
-def dataset_name(source: str) -> DatasetName | None:
+def dataset_name(source: TextSource) -> DatasetName | None:
     """What ``PLACE[:CONFIG[:SPLIT]]`` names; None for a source of another kind.
 
     A folder of that name counts before the hub. What is named like a file, or would lie in a folder that there is, is a
-    path, so that a slip in one is told at once and the hub is not asked.
+    path, so that a slip in one is told at once and the hub is not asked. Raises SourceError for a path or url with a
+    configuration, split or files, which only sets have.
     """
-    match = None if is_hub(source) or "://" in source else _NAME.fullmatch(source)
-    if match is None:
-        return None
+    text = source.source
+    asks_for_part = bool(source.config or source.data_files)
+    match = None if (is_hub(text) and not asks_for_part) or "://" in text else _NAME.fullmatch(text)
+    name = None if match is None else _named(source, match)
+    if name is None and (asks_for_part or (source.split and not is_hub(text))):
+        raise SourceError(
+            f"{text}: only a set by name (OWNER/NAME or a folder) has a config, a split or data_files; "
+            "name its files in the source, or give the name of the set"
+        )
+    return name
+
+
+def _named(source: TextSource, match: re.Match[str]) -> DatasetName | None:
+    files = [source.data_files] if isinstance(source.data_files, str) else source.data_files or []
     place = match["place"]
-    name = DatasetName(source, place, match["config"] or None, match["split"] or None, on_hub=False)
+    name = DatasetName(
+        source.source,
+        place,
+        source.config or match["config"] or None,
+        source.split or match["split"] or None,
+        on_hub=False,
+        revision=source.revision,
+        data_files=tuple(files),
+    )
     if os.path.isdir(name.folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         return name
     if not _ON_HUB.fullmatch(place) or _FILE.fullmatch(place) or os.path.isdir(name.folder.parent):  # noqa: PTH112
@@ -82,45 +108,68 @@ def dataset_name(source: str) -> DatasetName | None:
 
 
 class Commits:
-    """The commit that ``revision`` is, by hub repository; each is asked for once."""
+    """The commit that a revision is, by hub repository; each is asked for once."""
 
     def __init__(self, revision: str, timeout_seconds: float) -> None:
-        self.revision = revision
+        self.revision = revision  # of sources that name none
         self.timeout_seconds = timeout_seconds
-        self.known: dict[str, str] = {}
+        self.known: dict[Revision, str] = {}
 
-    def __getitem__(self, repo: str) -> str:
-        if repo not in self.known:
-            known = self.revision if _COMMIT.fullmatch(self.revision) else _remembered.get((repo, self.revision))
+    def at(self, repo: str, revision: str | None = None) -> str:
+        asked = (repo, revision or self.revision)
+        if asked not in self.known:
+            known = asked[1] if _COMMIT.fullmatch(asked[1]) else _remembered.get(asked)
             if known is None:
                 from relora_mora.data.hub import ask_for_commit  # here: its libraries take long to load
 
-                known = ask_for_commit(repo, self.revision, self.timeout_seconds)
-            self.known[repo] = known
-        return self.known[repo]
+                known = ask_for_commit(*asked, self.timeout_seconds)
+            self.known[asked] = known
+        return self.known[asked]
 
 
-def hub_commits(config: DataConfig) -> dict[str, str]:
-    """The commit that ``revision`` is now, of each hub repository of the settings; asks the hub once for each."""
-    sources = [s for group in (config.train, config.validation) for s in ([group] if isinstance(group, str) else group)]
-    repos = {hub_parts(hub_source(source, "train"))[0] for source in sources if is_hub(source)}
-    names = map(dataset_name, sources)
-    repos |= {name.place for name in names if name is not None and name.on_hub}
+def hub_commits(config: DataConfig) -> dict[Revision, str]:
+    """The commit that each revision of a hub repository in the settings is now; asks the hub once for each."""
     commits = Commits(config.revision, config.timeout_seconds)
-    return {repo: commits[repo] for repo in sorted(repos)}
+    for split in SPLITS:
+        for source in config.sources(split):
+            repo = _repo(source)
+            if repo is not None:
+                commits.at(repo, source.revision)
+    return commits.known
 
 
-def pin_revision(config: DataConfig, commits: Mapping[str, str] | None = None) -> DataConfig:
-    """The same settings with ``revision`` replaced by the commit that it is now.
+def pin_revision(config: DataConfig, commits: Mapping[Revision, str] | None = None) -> DataConfig:
+    """The same settings with each revision replaced by the commit that it is now.
 
     One rank calls it and hands the result to the others, so that a push to the hub meanwhile cannot split the ranks.
-    Unchanged where no source is on the hub, or where two hub repositories share the revision's name.
+    Texts in the place of records share ``revision``: it is left where they name two hub repositories.
     """
     found = hub_commits(config) if commits is None else commits
-    return config.model_copy(update={"revision": next(iter(found.values()))}) if len(found) == 1 else config
+
+    def pinned(source: TextSource) -> TextSource:
+        repo = _repo(source)
+        commit = None if repo is None else found[repo, source.revision or config.revision]
+        return source if commit is None else source.model_copy(update={"revision": commit})
+
+    records = {
+        "train": map_records(config.train, pinned),
+        "validation": map_records(config.validation, pinned),
+    }
+    texts = as_sources([*texts_in(config.train), *texts_in(config.validation)])
+    repos = {repo for source in texts if (repo := _repo(source)) is not None}
+    revision = found[repos.pop(), config.revision] if len(repos) == 1 else config.revision
+    return config.model_copy(update={**records, "revision": revision})
 
 
-def remember_commits(revision: str, commits: Mapping[str, str]) -> None:
-    """From now on this process takes these for what ``revision`` is, by repository, and asks the hub no more."""
+def remember_commits(commits: Mapping[Revision, str]) -> None:
+    """From now on this process takes these for what revisions are, and asks the hub no more."""
     _remembered.clear()
-    _remembered.update({(repo, revision): commit for repo, commit in commits.items()})
+    _remembered.update(commits)
+
+
+def _repo(source: TextSource) -> str | None:
+    """The hub repository that a source lies in."""
+    name = dataset_name(source)
+    if name is not None:
+        return name.place if name.on_hub else None
+    return hub_parts(hub_source(source.source, source.split or "train"))[0] if is_hub(source.source) else None

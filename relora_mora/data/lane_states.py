@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from relora_mora.data.errors import SourceError
 from relora_mora.data.skipped import BAD_REASONS, SKIP_REASONS
 
-LaneStates = dict[str, dict[str, Any]]  # by the lane's number, as text because JSON knows no other keys
+LaneStates = dict[str, dict[str, Any]]  # by ``state_key``, as text because JSON knows no other keys
 
 
 class Cursor(NamedTuple):
@@ -50,46 +50,75 @@ def read_state(state: Mapping[str, Any]) -> tuple[Cursor, int]:
     return Cursor(**place, skipped=tuple(skipped.get(reason, 0) for reason in SKIP_REASONS)), offset
 
 
-def check_states(states: Mapping[str, Mapping[str, Any]], lanes: int) -> None:
-    """Raises SourceError unless these are the states of all ``lanes`` lanes of a run."""
-    if set(states) != {str(lane) for lane in range(lanes)}:
+def state_key(lane: int, source: str) -> str:
+    """Where the state of a lane stands; in a mixture, whose sources have names, its state in one of them."""
+    return f"{lane}/{source}" if source else str(lane)
+
+
+def read_key(key: str) -> tuple[int, str]:
+    """(lane, source) of a key."""
+    lane, _, source = key.partition("/")
+    return int(lane), source
+
+
+def check_states(states: Mapping[str, Mapping[str, Any]], lanes: int, sources: Sequence[str] = ("",)) -> None:
+    """Raises SourceError unless these are the states of all ``lanes`` lanes of a run, each in all of its sources."""
+    if set(states) != {state_key(lane, source) for lane in range(lanes) for source in sources}:
+        saved = len({key.partition("/")[0] for key in states})
         raise SourceError(
-            f"the saved data state has {len(states)} lanes, this run {lanes}; "
+            f"the saved data state has {saved} lanes, this run {lanes}; "
             "set data.lanes (and a train.batch_size that it divides) to what the run was started with"
+            if saved != lanes
+            else "the saved data state is of other sources; name the sources of data.train as the run was started with"
         )
     for state in states.values():
         read_state(state)
 
 
-def start_states(lanes: int) -> LaneStates:
+def start_states(lanes: int, sources: Sequence[str] = ("",)) -> LaneStates:
     """The states of all lanes before their first block."""
-    return {str(lane): Cursor().state(offset=0) for lane in range(lanes)}
+    return {
+        state_key(lane, source): lane_state(Cursor().state(offset=0), source, blocks=0)
+        for lane in range(lanes)
+        for source in sources
+    }
+
+
+def lane_state(place: dict[str, Any], source: str, blocks: int) -> dict[str, Any]:
+    """The state of a lane: its place; in a source of a mixture also how many blocks it has taken from it."""
+    return {**place, "blocks": blocks} if source else place
 
 
 def merge_states(states: Iterable[Mapping[str, Mapping[str, Any]]]) -> LaneStates:
     """The ``Batch.state`` of all ranks at one step as one dict. Raises ValueError for a lane that two of them have."""
     merged: LaneStates = {}
     for state in states:
-        for lane, lane_state in state.items():
-            if lane in merged:
+        for key, lane_state in state.items():
+            if key in merged:
                 raise ValueError(
-                    f"lane {lane} stands in the data state of two ranks; "
-                    "merge the states of different ranks at one step"
+                    f"lane {key} stands in the data state of two ranks; merge the states of different ranks at one step"
                 )
-            merged[lane] = dict(lane_state)
-    return dict(sorted(merged.items(), key=lambda item: int(item[0])))
+            merged[key] = dict(lane_state)
+    return dict(sorted(merged.items(), key=lambda item: read_key(item[0])))
 
 
 def counts_of(states: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Totals over some lanes since the start of the run; they add up over ranks.
 
     ``documents``, ``epoch``, ``bad`` (all bad rows) and ``skipped/<reason>`` for every reason of ``SKIP_REASONS``, in
-    that order, met or not. ``epoch`` is no total but that of the least advanced lane.
+    that order, met or not. ``epoch`` is no total but that of the least advanced lane. For each source of a mixture
+    ``blocks/<name>`` and ``epoch/<name>``.
     """
+    of_sources = {}
+    for source in sorted({read_key(key)[1] for key in states} - {""}):
+        own = [state for key, state in states.items() if read_key(key)[1] == source]
+        of_sources[f"blocks/{source}"] = sum(state["blocks"] for state in own)
+        of_sources[f"epoch/{source}"] = min(state["epoch"] for state in own)
     skipped = {reason: sum(state["skipped"].get(reason, 0) for state in states.values()) for reason in SKIP_REASONS}
     return {
         "documents": sum(state["documents"] for state in states.values()),
         "epoch": min(state["epoch"] for state in states.values()),
         "bad": sum(skipped[reason] for reason in BAD_REASONS),
         **{f"skipped/{reason}": count for reason, count in skipped.items()},
+        **of_sources,
     }

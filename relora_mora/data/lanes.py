@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Generic
@@ -61,6 +61,26 @@ def seeded_order(count: int, *key: int) -> list[int]:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(count), kind="stable").tolist()
 
 
+@dataclass(frozen=True)
+class EpochLimit:
+    """How often a source may be read."""
+
+    source: str
+    epochs: int
+    stops: bool
+
+    def check(self, epoch: int, note: Callable[[str], None]) -> None:
+        """Before an epoch, from 0. Raises SourceError where it may not be read; else says so once."""
+        text = f"the source {self.source} has been read {self.epochs} times, its max_epochs"
+        if epoch >= self.epochs and self.stops:
+            raise SourceError(
+                f"{text}; give it less weight, more text or a higher max_epochs, train for fewer steps, "
+                "or set at_max_epochs: warn"
+            )
+        if epoch == self.epochs:
+            note(f"{text}; it is read again")
+
+
 @dataclass
 class LaneRows(Generic[Row]):
     """``rows_from(cursor)`` gives (row, the cursor behind it), from any cursor that it gave before or that was saved.
@@ -72,11 +92,14 @@ class LaneRows(Generic[Row]):
     shards: Sequence[Shard]
     config: DataConfig
     open_rows: OpenRows[Row]
+    limit: EpochLimit | None = None
     notes: list[str] = field(default_factory=list)  # skipped rows to tell about; the owner empties it
 
     def rows_from(self, cursor: Cursor) -> Generator[tuple[Row, Cursor], None, None]:
         """Endless. Raises SourceError where a shard cannot be read or has too many bad rows, or there is no text."""
         while True:
+            if self.limit is not None:
+                self.limit.check(cursor.epoch, self.notes.append)
             order = self.plan.order(self.config.seed, cursor.epoch)
             epoch_start = cursor
             for place in range(cursor.place, len(order)):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from relora_mora.config import DataConfig
+from relora_mora.config import DataConfig, Split, TextSource
 from relora_mora.data.lines import ShardLines
 from relora_mora.data.parquet import ParquetRows
 from relora_mora.data.parse import parse_line, surely_bad
 from relora_mora.data.rows import Encode, Encoded, Rows
 from relora_mora.data.skipped import BAD_REASONS, BadRowLimit, Skipped
-from relora_mora.data.sources import Shard, Split, resolve_shards
+from relora_mora.data.sources import Shard, resolve_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,7 +101,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode[str]:
     return lambda texts: [Encoded(ids) for ids in encode(tokenizer, texts)]
 
 
-def iter_texts(sources: str | list[str], *, split: Split, config: DataConfig) -> Iterator[str]:
+def iter_texts(sources: str | Sequence[str | TextSource], *, split: Split, config: DataConfig) -> Iterator[str]:
     """Every text of the sources, shard after shard, line after line.
 
     Of ``config`` the limits, the revision and the text column count. Bad lines are skipped and

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from relora_mora.config import DataConfig
-from relora_mora.data.lane_states import Cursor
+from relora_mora.data.lane_states import Cursor, read_key
 from relora_mora.data.lanes import LanePlan, plan_lanes
 from relora_mora.data.sources import Shard
 
@@ -25,15 +25,18 @@ def describe_position(
     named. ``since`` is an earlier state, that before a batch for instance: the sentence then names the data in between.
     A lane that it lacks was at its start. Raises SourceError for a position that its lane cannot have.
     """
-    plans = plan_lanes(lanes, len(shards))
     sentences = []
-    for lane in sorted(map(int, state)):
-        here = _place(plans[lane], *plans[lane].read(state[str(lane)]), shards, config)
+    for key in sorted(state, key=read_key):
+        lane, source = read_key(key)
+        own = [shard for shard in shards if shard.source == source]
+        plan = plan_lanes(lanes, len(own))[lane]
+        here = _place(plan, *plan.read(state[key]), own, config)
+        name = f"lane {lane}, {source}" if source else f"lane {lane}"
         if since is None:
-            sentences.append(f"lane {lane}: {here}")
-        else:
-            before = plans[lane].read(since[str(lane)]) if str(lane) in since else (Cursor(), 0)
-            sentences.append(f"lane {lane}: from {_place(plans[lane], *before, shards, config)} to {here}")
+            sentences.append(f"{name}: {here}")
+        elif since.get(key) != state[key]:  # of a mixture, a batch takes from some sources only
+            before = plan.read(since[key]) if key in since else (Cursor(), 0)
+            sentences.append(f"{name}: from {_place(plan, *before, own, config)} to {here}")
     return sentences
 
 

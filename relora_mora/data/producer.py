@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from relora_mora.config import DataConfig
-from relora_mora.data.lane_states import LaneStates
-from relora_mora.data.lanes import LaneRows, plan_lanes
+from relora_mora.config import DataConfig, TextSource
+from relora_mora.data.lane_states import LaneStates, lane_state, state_key
+from relora_mora.data.lanes import EpochLimit, LaneRows, plan_lanes
+from relora_mora.data.mixture import Mixture
 from relora_mora.data.packing import Block, Lane, Mask, Tokens
 from relora_mora.data.plain_text import open_texts, text_encoder
 from relora_mora.data.retry import RETRIES
@@ -28,6 +29,7 @@ class Assignment:
     lanes: Sequence[int]
     lanes_of_all: int
     blocks_per_lane: int
+    batch: int  # global batches before the first
     states: Mapping[str, Mapping[str, Any]]  # of these lanes; empty at the start of a run
 
 
@@ -42,6 +44,14 @@ class LaneBlocks:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass
+class SourceLane:
+    """A lane in one source: what comes next in it, and how many blocks it has given."""
+
+    lane: Lane[str]
+    blocks: int
+
+
 class Producer:
     """Reads, tokenizes and packs the lanes of an assignment, in this process."""
 
@@ -50,32 +60,55 @@ class Producer:
     def __init__(self, assignment: Assignment) -> None:
         from relora_mora.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(assignment.tokenizer_path)
-        config = assignment.config
-        shards = assignment.shards
-        plans = plan_lanes(assignment.lanes_of_all, len(shards))
-        self.blocks_per_lane = assignment.blocks_per_lane
-        self.lanes = [
-            Lane(
-                LaneRows(plans[lane], shards, config, functools.partial(open_texts, config)),
-                text_encoder(tokenizer),
-                eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
-                sequence_length=config.sequence_length,
-                restored=assignment.states.get(str(lane)),
-            )
+        self.tokenizer = load_tokenizer(assignment.tokenizer_path)
+        self.assignment = assignment
+        self.mixture = Mixture(assignment.config, assignment.lanes_of_all, assignment.blocks_per_lane)
+        self.batch = assignment.batch
+        records = assignment.config.train_sources if assignment.config.is_mixture else [None]
+        self.lanes = {
+            (lane, name): self._lane(lane, name, record)
+            for name, record in zip(self.mixture.names, records, strict=True)
             for lane in assignment.lanes
-        ]
+        }
+
+    def _lane(self, lane: int, name: str, record: TextSource | None) -> SourceLane:
+        config = self.assignment.config
+        shards = [shard for shard in self.assignment.shards if shard.source == name]
+        limit = None
+        if record is not None and record.max_epochs is not None:
+            limit = EpochLimit(name, record.max_epochs, stops=record.at_max_epochs == "stop")
+        plan = plan_lanes(self.assignment.lanes_of_all, len(shards))[lane]
+        restored = self.assignment.states.get(state_key(lane, name))
+        packed = Lane(
+            LaneRows(plan, shards, config, functools.partial(open_texts, config), limit),
+            text_encoder(self.tokenizer),
+            eos=int(self.tokenizer.eos_token_id),  # type: ignore[arg-type]
+            sequence_length=config.sequence_length,
+            restored=restored,
+        )
+        return SourceLane(packed, restored.get("blocks", 0) if restored else 0)
 
     def produce(self) -> LaneBlocks:
         """The next global batch's blocks of these lanes. Raises SourceError."""
-        blocks = [lane.next_block() for lane in self.lanes for _ in range(self.blocks_per_lane)]
-        notes = [note for lane in self.lanes for note in lane.rows.notes]
-        for lane in self.lanes:
-            lane.rows.notes.clear()
+        lanes = self.assignment.lanes
+        blocks = []
+        for lane, sources in zip(lanes, self.mixture.sources(self.batch, lanes), strict=True):
+            for source in sources:
+                drawn = self.lanes[lane, source]
+                blocks.append(drawn.lane.next_block())
+                drawn.blocks += 1
+        self.batch += 1
+        rows = [drawn.lane.rows for drawn in self.lanes.values()]
+        notes = [note for one in rows for note in one.notes]
+        for one in rows:
+            one.notes.clear()
         return LaneBlocks(
             tokens=np.stack([block.tokens for block in blocks]),
             scored=_stacked_masks(blocks),
-            states={str(lane.rows.plan.lane): lane.state() for lane in self.lanes},
+            states={
+                state_key(lane, source): lane_state(drawn.lane.state(), source, drawn.blocks)
+                for (lane, source), drawn in self.lanes.items()
+            },
             retries=RETRIES.retries,
             notes=notes,
         )
@@ -87,8 +120,8 @@ class Producer:
         return None
 
     def close(self) -> None:
-        for lane in self.lanes:
-            lane.close()
+        for drawn in self.lanes.values():
+            drawn.lane.close()
 
 
 def _stacked_masks(blocks: Sequence[Block]) -> Mask | None:

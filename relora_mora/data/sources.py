@@ -6,18 +6,15 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from relora_mora.config import DataConfig
+from relora_mora.config import DataConfig, Split, TextSource, as_sources, is_mixture
 from relora_mora.data.dataset_sources import DatasetName, dataset_files, dataset_name
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.hub_sources import C4, Commits, hub_parts, hub_source, is_hub
-
-Split = Literal["train", "validation"]
 
 SUFFIXES = (".json", ".jsonl", ".gz", ".zst", ".parquet")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -33,6 +30,7 @@ class Shard:
     size: int | None = None  # bytes, local files only
     hub: bool = False  # requests carry the hub's token, where there is one
     text_column: str = "text"  # the key or column that holds the text
+    source: str = ""  # the name of its source in a mixture
 
     @property
     def is_parquet(self) -> bool:
@@ -44,7 +42,7 @@ class Shard:
 
 
 def resolve_shards(
-    sources: str | list[str],
+    sources: str | Sequence[str | TextSource],
     revision: str = "main",
     *,
     split: Split = "train",
@@ -59,22 +57,24 @@ def resolve_shards(
     that ``revision`` is now. Raises SourceError for what names no file, or one that was
     named before.
     """
-    given = [sources] if isinstance(sources, str) else list(sources)
+    given = as_sources(sources)
     if not given:
         raise SourceError(f"the {split} data has no source; give a path, a glob, a url, OWNER/NAME or {C4}")
+    mixed = split == "train" and is_mixture(sources)
     commits = Commits(revision, timeout_seconds)
     shards = []
     named: dict[str | tuple[int, int], tuple[Shard, str]] = {}
     for source in given:
         for shard in _resolve(source, split, commits):
-            before, named_by = named.setdefault(_identity(shard), (shard, source))
+            before, named_by = named.setdefault(_identity(shard), (shard, source.source))
             if before is not shard:
                 as_well = "" if before.name == shard.name else f", there as {before.name}"
                 raise SourceError(
-                    f"{source}: {shard.name} is a file that {named_by} names already{as_well}; "
+                    f"{source.source}: {shard.name} is a file that {named_by} names already{as_well}; "
                     "its text would be read twice: give each file once"
                 )
-            shards.append(replace(shard, text_column=text_column))
+            column = source.text_column or text_column
+            shards.append(replace(shard, text_column=column, source=source.label if mixed else ""))
     if len(shards) > _MAX_SHARDS:
         raise SourceError(
             f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources"
@@ -83,15 +83,19 @@ def resolve_shards(
 
 
 def configured_shards(config: DataConfig, split: Split) -> list[Shard]:
-    """The shards of the training or the validation data of a run. Raises SourceError."""
-    sources = config.train if split == "train" else config.validation
-    return resolve_shards(
-        sources,
-        config.revision,
-        split=split,
-        timeout_seconds=config.timeout_seconds,
-        text_column=config.text_column,
-    )
+    """The shards of the training or the validation data of a run, those of all sets. Raises SourceError."""
+    groups = [config.train] if split == "train" else config.validation_sets.values()
+    return [
+        shard
+        for sources in groups
+        for shard in resolve_shards(
+            sources,
+            config.revision,
+            split=split,
+            timeout_seconds=config.timeout_seconds,
+            text_column=config.text_column,
+        )
+    ]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -113,12 +117,13 @@ def expand_braces(pattern: str) -> list[str]:
     ]
 
 
-def _resolve(source: str, split: Split, commits: Commits) -> Iterator[Shard]:
-    dataset = dataset_name(source)
+def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Shard]:
+    source = record.source
+    dataset = dataset_name(record)
     if dataset is not None:
         yield from _dataset_shards(dataset, split, commits)
     elif is_hub(source):
-        yield from _hub_shards(hub_source(source, split), commits)
+        yield from _hub_shards(hub_source(source, record.split or split), record.revision, commits)
     elif source.startswith(("http://", "https://")):
         for url in expand_braces(source):
             try:
@@ -157,13 +162,13 @@ def _dataset_shards(name: DatasetName, split: Split, commits: Commits) -> Iterat
     for path in paths:
         _check_suffix(path, name.source)
     if name.on_hub:
-        yield from _shards_at_commit(name.place, paths, commits)
+        yield from _shards_at_commit(name.place, paths, commits.at(name.place, name.revision))
     else:
         for path in paths:
             yield from _local_shards(str(name.folder / path))
 
 
-def _hub_shards(source: str, commits: Commits) -> Iterator[Shard]:
+def _hub_shards(source: str, revision: str | None, commits: Commits) -> Iterator[Shard]:
     repo, pattern = hub_parts(source)
     if any(sign in pattern for sign in "*?["):
         raise SourceError(
@@ -171,15 +176,14 @@ def _hub_shards(source: str, commits: Commits) -> Iterator[Shard]:
         )
     paths = expand_braces(pattern)
     _check_suffix(paths[0], source)
-    yield from _shards_at_commit(repo, paths, commits)
+    yield from _shards_at_commit(repo, paths, commits.at(repo, revision))
 
 
-def _shards_at_commit(repo: str, paths: Iterable[str], commits: Commits) -> Iterator[Shard]:
+def _shards_at_commit(repo: str, paths: Iterable[str], commit: str) -> Iterator[Shard]:
     from huggingface_hub import hf_hub_url
 
     from relora_mora.data.hub import endpoint
 
-    commit = commits[repo]
     for path in paths:
         url = hf_hub_url(repo, path, repo_type="dataset", revision=commit, endpoint=endpoint())
         yield Shard(f"hub:{repo}@{commit}/{path}", url, hub=True)

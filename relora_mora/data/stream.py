@@ -13,7 +13,8 @@ import numpy.typing as npt
 from relora_mora.config import DataConfig
 from relora_mora.data.batch import UNSCORED, Batch, document_ids
 from relora_mora.data.errors import WorkerError
-from relora_mora.data.lane_states import LaneStates, check_states, counts_of, merge_states
+from relora_mora.data.lane_states import LaneStates, check_states, counts_of, merge_states, read_key
+from relora_mora.data.mixture import mixture_names
 from relora_mora.data.positions import describe_position
 from relora_mora.data.producer import Assignment, LaneBlocks, Producer
 from relora_mora.data.retry import RETRIES
@@ -25,9 +26,10 @@ class TrainStream:
     """An endless iterator over this rank's batches; ``close()`` (or a with statement) ends its workers at once.
 
     ``lanes`` is the number of lanes of all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
-    the merged states of all ranks (``merge_states``), from any number of ranks and workers; ``shards`` saves resolving
-    the sources again. Build it in a thread that lives as long as the stream: its workers end with that thread. Raises
-    SourceError for sources that cannot be read, ValueError for numbers that do not divide.
+    the merged states of all ranks (``merge_states``), from any number of ranks and workers, and ``step`` the global
+    batches before the next one, on which a mixture depends; ``shards`` saves resolving the sources again. Build it in a
+    thread that lives as long as the stream: its workers end with that thread. Raises SourceError for sources that
+    cannot be read, ValueError for numbers that do not divide.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class TrainStream:
         rank: int,
         world_size: int,
         state: Mapping[str, Mapping[str, Any]] | None = None,
+        step: int = 0,
         shards: Sequence[Shard] | None = None,
     ) -> None:
         if batch_size % lanes or lanes % world_size or not 0 <= rank < world_size:
@@ -50,34 +53,39 @@ class TrainStream:
         if shards is None:
             shards = configured_shards(config, "train")
         if state:
-            check_states(state, lanes)
+            check_states(state, lanes, mixture_names(config))
         self.config = config
+        self._tokenizer_path = tokenizer_path
         self._shards = shards
         self._lanes_of_all = lanes
         self._lanes = list(range(rank, lanes, world_size))
         self._blocks_per_lane = batch_size // lanes
         self._retries_before = RETRIES.retries
-        workers = min(config.workers, len(self._lanes))
+        self._producers: list[Producer | WorkerProcess] = []
+        self._start(state or {}, step)
+        self._eos = _eos_token(tokenizer_path) if config.document_mask else -1
+
+    def _start(self, states: Mapping[str, Mapping[str, Any]], step: int) -> None:
+        workers = min(self.config.workers, len(self._lanes))
         shares = [self._lanes[number::workers] for number in range(workers)] if workers else [self._lanes]
         assignments = [
             Assignment(
-                config=config,
-                shards=shards,
-                tokenizer_path=tokenizer_path,
+                config=self.config,
+                shards=self._shards,
+                tokenizer_path=self._tokenizer_path,
                 lanes=share,
-                lanes_of_all=lanes,
+                lanes_of_all=self._lanes_of_all,
                 blocks_per_lane=self._blocks_per_lane,
-                states={str(lane): state[str(lane)] for lane in share} if state else {},
+                batch=step,
+                states=_of_lanes(states, share),
             )
             for share in shares
         ]
         self._has_workers = workers > 0
-        self._producers: list[Producer | WorkerProcess] = []
         if self._has_workers:
             self._start_workers(assignments)
         else:
             self._producers.append(Producer(assignments[0]))
-        self._eos = _eos_token(tokenizer_path) if config.document_mask else -1
 
     def _start_workers(self, assignments: Sequence[Assignment]) -> None:
         workers = []
@@ -118,9 +126,14 @@ class TrainStream:
                 return error
         return None
 
+    def go_back(self, step: int, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """The next batch is the one after ``step`` others, behind ``state``; what was read ahead is dropped."""
+        self.close()
+        self._start(state, step)
+
     def own_part(self, state: Mapping[str, Mapping[str, Any]]) -> LaneStates:
         """Of the merged states of all ranks, those of this rank's lanes."""
-        return {str(lane): dict(state[str(lane)]) for lane in self._lanes if str(lane) in state}
+        return _of_lanes(state, self._lanes)
 
     def describe(
         self, state: Mapping[str, Mapping[str, Any]], since: Mapping[str, Mapping[str, Any]] | None = None
@@ -157,7 +170,7 @@ class TrainStream:
             input_ids=torch.from_numpy(inputs.copy()),
             labels=torch.from_numpy(labels),
             document_ids=ids,
-            state={str(lane): states[str(lane)] for lane in self._lanes},
+            state=states,
             counts={**counts_of(states), "retries": retries},
             notes=[note for share in shares for note in share.notes],
         )
@@ -168,6 +181,11 @@ class TrainStream:
         for number, share in enumerate(shares):
             blocks[number :: len(shares)] = share.reshape(-1, *blocks.shape[1:])
         return blocks.reshape(-1, *blocks.shape[2:])
+
+
+def _of_lanes(states: Mapping[str, Mapping[str, Any]], lanes: Sequence[int]) -> LaneStates:
+    wanted = set(lanes)
+    return {key: dict(state) for key, state in states.items() if read_key(key)[0] in wanted}
 
 
 def _mask(share: LaneBlocks) -> npt.NDArray[np.bool_]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings
+from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings, with_revisions_of
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint
 from relora_mora.model import check_length, plain_model_config, read_model_config
 from relora_mora.model.llama import check_attention, check_compiler
@@ -50,16 +50,20 @@ class Checked:
 
 
 def pinned_before(config: Config) -> DataConfig:
-    """The data settings with the revision of an earlier start of this run: a resume reads the same data."""
+    """The data settings with the revisions of an earlier start of this run: a resume reads the same data."""
+    data = config.data
     try:
-        before = parse_yaml(RunFolder(Path(config.train.run_dir)).config.read_text(encoding="utf-8"))["data"]
-        same = before["train"] == config.data.train and before["validation"] == config.data.validation
-        revision = before["revision"]
-    except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError):
-        return config.data
-    if same and config.data.revision == DataConfig.model_fields["revision"].default and isinstance(revision, str):
-        return config.data.model_copy(update={"revision": revision})
-    return config.data
+        saved = parse_yaml(RunFolder(Path(config.train.run_dir)).config.read_text(encoding="utf-8"))["data"]
+        before = DataConfig.model_validate(saved)
+    except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return data
+    sources = {name: with_revisions_of(getattr(data, name), getattr(before, name)) for name in ("train", "validation")}
+    if None in sources.values():
+        return data
+    pinned = data.model_copy(update=sources)
+    if data.revision == DataConfig.model_fields["revision"].default:
+        return pinned.model_copy(update={"revision": before.revision})
+    return pinned
 
 
 def check(config: Config, world_size: int) -> Checked:

@@ -11,7 +11,7 @@ import torch
 
 from relora_mora.checkpoint import CheckpointWriter, Manifest
 from relora_mora.config import Config
-from relora_mora.data import EvalSet
+from relora_mora.data import EvalSet, mixture_names
 from relora_mora.distributed import from_first_rank, gather_from_ranks, sum_over_hosts
 from relora_mora.evaluate import EvalResult, evaluate, held_out
 from relora_mora.optim import group_rates
@@ -61,6 +61,8 @@ class Reporting:
     def __init__(self, run: Run, arithmetic: Arithmetic, write: Write, progress: Progress) -> None:
         self.every_steps = run.config.log.every_steps
         self.last_step = run.config.train.steps
+        self.sequence_length = run.config.data.sequence_length
+        self.sources = mixture_names(run.config.data) if run.config.data.is_mixture else ()
         self.engine = run.engine
         self.groups = run.groups
         self.schedule = run.schedule
@@ -88,7 +90,7 @@ class Reporting:
                 "train/tokens": state.tokens,
                 **speed,
                 "perf/peak_memory_gib": peak_memory_bytes() / 2**30,
-                **data_metrics(interval.data_counts),
+                **data_metrics(interval.data_counts, self.sources, self.sequence_length),
             },
         )
         self.progress.show(

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from relora_mora.checkpoint import Manifest
+from relora_mora.config import Config, TextSource
 from relora_mora.model import FUNCTION, TRAINING, keys_with
 
 # settings that change how a run is done and not what comes out of it: they may differ at a resume
@@ -19,7 +20,7 @@ FREE_SETTINGS = {
     "model.activation_checkpointing",
     "model.compile",
     "tokenizer.path",  # compared by fingerprint
-    "data.train",  # compared by fingerprint
+    "data.train",  # compared by fingerprint, and by weights
     "data.validation",
     "data.text_column",  # part of the fingerprint where it is not "text"
     "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
@@ -87,6 +88,7 @@ def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator
         yield Change(
             f"{name}: {_value(saved.config, name)!r} in the checkpoint, {_value(now.config, name)!r} now", name
         )
+    yield from _weight_changes(saved, now, allowed)
     yield from _model_changes(saved, now)
     yield from _tokenizer_changes(saved, now, allowed)
     if _other_data(saved, now) and "data" not in allowed:
@@ -101,8 +103,15 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str
         before = saved.get(section, {})
         after = now.get(section, {})
         for key in {**before, **after}:
-            if before.get(key) != after.get(key):
+            default = _default(section, key)  # what an older version did without this setting
+            if before.get(key, default) != after.get(key, default):
                 yield f"{section}.{key}"
+
+
+def _default(section: str, key: str) -> Any:
+    known = Config.model_fields.get(section)
+    fields = {} if known is None or known.annotation is None else known.annotation.model_fields
+    return fields[key].get_default() if key in fields and not fields[key].is_required() else None
 
 
 def _counts(name: str, allowed: set[str]) -> bool:
@@ -113,6 +122,28 @@ def _counts(name: str, allowed: set[str]) -> bool:
 def _value(tree: dict[str, Any], name: str) -> Any:
     section, _, key = name.partition(".")
     return tree.get(section, {}).get(key)
+
+
+def _weights(identity: Identity) -> dict[str, float] | None:
+    """The shares of a mixture's sources by name; None where the training text is no mixture."""
+    given = _value(identity.config, "data.train")
+    if not isinstance(given, list) or not isinstance(given[0], dict):
+        return None
+    sources = [TextSource.model_validate(record) for record in given]
+    total = sum(source.weight for source in sources)
+    return {source.label: source.weight / total for source in sources}
+
+
+def _weight_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
+    before = _weights(saved)
+    after = _weights(now)
+    if before is None or after is None or set(before) != set(after) or before == after:
+        return
+    if not allowed & {"data", "data.train"}:
+        shown = " and ".join(
+            f"{name} {before[name]:.3g} in the checkpoint, {share:.3g} now" for name, share in after.items()
+        )
+        yield Change(f"data.train: the shares of its sources: {shown}", "data.train")
 
 
 def _model_changes(saved: Identity, now: Identity) -> Iterator[Change]:
@@ -143,4 +174,5 @@ def _other_data(saved: Identity, now: Identity) -> bool:
     explained = saved.tokenizer_fingerprint != now.tokenizer_fingerprint or any(
         name.startswith("data.") and name not in FREE_SETTINGS for name in changed_settings(saved.config, now.config)
     )
+    explained = explained or _weights(saved) != _weights(now)
     return not explained and saved.data_fingerprint != now.data_fingerprint

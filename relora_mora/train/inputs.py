@@ -9,9 +9,8 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from relora_mora.config import Config, ConfigError, DataConfig
+from relora_mora.config import Config, ConfigError, DataConfig, Split
 from relora_mora.data import Shard, SourceError, check_columns, configured_shards
-from relora_mora.data.sources import Split
 from relora_mora.tokenizer import TokenizerError, load_tokenizer
 
 T = TypeVar("T")

@@ -56,6 +56,7 @@ class Trainer:
             rank=self.rank,
             world_size=run.engine.world_size,
             state=state.data or None,
+            step=state.step,
             shards=run.checked.shards,
         )
         state.data = self.data.own_part(state.data)
@@ -103,6 +104,9 @@ class Trainer:
                 return self.ends.stop(self.state)
             if self.state.trouble:
                 self.roll_back()
+                if self.config.data.is_mixture:  # this batch was drawn for another step
+                    self.data.go_back(self.state.step, self.state.data)
+                    continue
             result = self.train_step(share)
             self.judge(self.state, result)
             if self.state.trouble:

@@ -18,6 +18,7 @@ from relora_mora.data import (
     remote_content,
 )
 from relora_mora.data.dataset_sources import Datasets
+from relora_mora.data.hub_sources import Revision
 from relora_mora.distributed.collectives import (
     from_first_rank,
     gather_from_ranks,
@@ -93,7 +94,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     if world_size > 1:
         _watch(guard, config, rank, world_size, job)
     data, commits, datasets = from_first_rank(lambda: _pinned(config))
-    remember_commits(data.revision, commits)
+    remember_commits(commits)
     remember_datasets(datasets)
     checked = check(config.model_copy(update={"data": data}), world_size)
     check_agreement(checked.identity)
@@ -135,7 +136,7 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
         )
 
 
-def _pinned(config: Config) -> tuple[DataConfig, dict[str, str], Datasets]:
+def _pinned(config: Config) -> tuple[DataConfig, dict[Revision, str], Datasets]:
     """The data settings with one commit for the whole run, the commits by repository, and what is in sets of text.
 
     One rank asks the hub.
@@ -143,7 +144,7 @@ def _pinned(config: Config) -> tuple[DataConfig, dict[str, str], Datasets]:
     given = pinned_before(config)
     commits = hub_commits(given)
     data = pin_revision(given, commits)
-    remember_commits(data.revision, commits)
+    remember_commits(commits)
     return data, commits, find_datasets(data)
 
 

@@ -75,12 +75,12 @@ class Progress:
         self._begin = time.monotonic()
 
 
-def next_commands(run_dir: str, validation: str | list[str]) -> str:
-    """The commands for a finished run, one a line; ``validation`` is its data.validation (of a list, the first)."""
+def next_commands(run_dir: str, validation: str) -> str:
+    """The commands for a finished run, one a line; ``validation`` is a source of its held-out text."""
     run = shlex.quote(run_dir)
     folder = Path(run_dir)
     export = shlex.quote(str(folder.with_name(f"{folder.name}_export")))
-    data = shlex.quote(validation if isinstance(validation, str) else validation[0])
+    data = shlex.quote(validation)
     return "\n".join(
         [
             "next:",

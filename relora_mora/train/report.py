@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,10 +79,14 @@ def loss_metrics(loss: float) -> dict[str, float]:
     return {"train/loss": loss, "train/perplexity": math.exp(min(loss, 700.0))}
 
 
-def data_metrics(counts: Mapping[str, int]) -> dict[str, int]:
-    """What all ranks have read; a collective. ``retries`` counts since this process started, the rest since step 0."""
-    sums = sum_over_hosts([float(counts.get(name, 0)) for name in _COUNTED])
-    totals = dict(zip(_COUNTED, map(int, sums), strict=True))
+def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_length: int) -> dict[str, int]:
+    """What all ranks have read, each of the named sources of a mixture on its own too; a collective.
+
+    ``retries`` counts since this process started, the rest since step 0.
+    """
+    counted = [*_COUNTED, *(f"blocks/{source}" for source in sources)]
+    sums = sum_over_hosts([float(counts.get(name, 0)) for name in counted])
+    totals = dict(zip(counted, map(int, sums), strict=True))
     skipped = {
         f"perf/data_skipped/{reason}": totals[f"skipped/{reason}"]
         for reason in SKIP_REASONS
@@ -91,6 +95,8 @@ def data_metrics(counts: Mapping[str, int]) -> dict[str, int]:
     return {
         "train/epoch": counts["epoch"],
         "train/documents": totals["documents"],
+        **{f"train/tokens/{source}": totals[f"blocks/{source}"] * sequence_length for source in sources},
+        **{f"train/epoch/{source}": counts[f"epoch/{source}"] for source in sources},
         "perf/data_bad_lines": totals["bad"],
         "perf/data_retries": totals["retries"],
         **skipped,

@@ -14,7 +14,7 @@ from relora_mora.checkpoint import (
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.checkpoint.places import list_new
 from relora_mora.config import TrainConfig
-from relora_mora.data import start_states
+from relora_mora.data import mixture_names, start_states
 from relora_mora.distributed import from_first_rank
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
@@ -55,7 +55,7 @@ def resume(run: Run) -> tuple[RunState, CheckpointReader]:
         follow(Path(config.run_dir), state)
     log.info("resumed from %s at step %d", chosen, state.step)
     if reader.manifest.data_order != run.checked.data_order:
-        state.data = start_states(run.config.lanes)
+        state.data = start_states(run.config.lanes, mixture_names(run.config.data))
         if run.engine.rank == 0:
             log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
     if state.trouble is None:  # else the run goes back to an earlier checkpoint first

@@ -149,8 +149,8 @@ def test_nothing_is_said_about_defaults_in_the_place_of_faulty_settings() -> Non
 
 def test_one_line_for_a_setting_of_two_types() -> None:
     assert faults_of(tree(data={"train": 3})) == [
-        "data.train: got 3; input should be a valid string or input should be a valid list (source or sources of "
-        "training text)"
+        "data.train: got 3; input should be a source, or a list of sources or of records such as {source: ..., "
+        "weight: 0.7, name: web} (source or sources of training text; records are mixed by their weights)"
     ]
 
 

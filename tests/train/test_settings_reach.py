@@ -39,6 +39,7 @@ REACHES = {
     "model.activation_checkpointing": Reach(True, False, True),
     "model.compile": Reach(None, False, False),  # takes a compiler and a minute: tests/kernels/test_kernels.py
     "data.train": Reach("validation.json", False, False),
+    "data.stages": Reach(None, False, False),  # of mixtures only: tests/data/test_mixture.py
     "data.validation": Reach("train.json", True, False),
     "data.revision": Reach("v2", False, False),
     "data.text_column": Reach("url", True, False),

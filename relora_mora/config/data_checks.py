@@ -1,0 +1,103 @@
+"""Faults of mixtures of text, and of the length of a run. Pure: nothing is read but the settings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from relora_mora.config.fault import Fault
+from relora_mora.config.schema import Config
+from relora_mora.config.sources import TextSource
+
+LENGTHS = ("steps", "tokens", "epochs")
+
+
+def length_faults(config: Config) -> Iterator[Fault]:
+    given = [name for name in LENGTHS if name in config.train.model_fields_set and getattr(config.train, name)]
+    if len(given) > 1:
+        yield Fault(
+            (f"train.{given[-1]}",),
+            f"the length of a run is given once, and {' and '.join(f'train.{name}' for name in given)} are set; "
+            "drop all but one",
+        )
+    if config.train.epochs is not None and len(config.data.train_sources) > 1 and config.data.is_mixture:
+        yield Fault(
+            ("train.epochs", "data.train"),
+            "each source of a mixture has epochs of its own; give train.tokens or train.steps, and max_epochs of a "
+            "source that may not be read more often",
+        )
+
+
+def data_faults(config: Config) -> Iterator[Fault]:
+    data = config.data
+    if data.is_mixture:
+        yield from _mixture_faults(data.train_sources)
+    yield from _stage_faults(config)
+    sets = data.validation_sets
+    for name, sources in [("data.train", data.train_sources), *((_set_setting(name), s) for name, s in sets.items())]:
+        for number, source in enumerate(sources):
+            yield from _source_faults(f"{name}.{number}", name.split(".")[1], source)
+
+
+def _set_setting(name: str) -> str:
+    return f"data.validation.{name}" if name else "data.validation"
+
+
+def _source_faults(setting: str, field: str, source: TextSource) -> Iterator[Fault]:
+    named_by_text = source.source.split(":")[1:3] if "://" not in source.source else []
+    for key, given in zip(("config", "split"), named_by_text, strict=False):
+        if given and getattr(source, key) is not None:
+            yield Fault(
+                (f"{setting}.{key}", f"data.{field}"),
+                f"{getattr(source, key)}, and the source {source.source} names {given}; give one of them",
+            )
+
+
+def _mixture_faults(sources: Sequence[TextSource]) -> Iterator[Fault]:
+    labels = [source.label for source in sources]
+    for number, label in enumerate(labels):
+        if not label:
+            yield Fault(
+                (f"data.train.{number}.name", "data.train"),
+                f"{sources[number].source} gives no name for metrics; set one, e.g. name: web",
+            )
+    for label, count in Counter(labels).items():
+        if count > 1 and label:
+            yield Fault(("data.train",), f"{count} sources are named {label}; give each a name of its own (name: ...)")
+    if not any(source.weight for source in sources):
+        yield Fault(("data.train",), "all weights are 0; give at least one source a positive weight")
+
+
+def _stage_faults(config: Config) -> Iterator[Fault]:
+    data = config.data
+    stages = data.stages
+    if stages and not data.is_mixture:
+        yield Fault(
+            ("data.stages", "data.train"),
+            "stages change the weights of a mixture, and data.train is none; give it as a list of records "
+            "{source: ..., weight: ..., name: ...}",
+        )
+        return
+    labels = [source.label for source in data.train_sources]
+    before = 0
+    for number, stage in enumerate(stages):
+        setting = f"data.stages.{number}"
+        if stage.from_step <= before:
+            yield Fault(
+                (f"{setting}.from_step", "data.stages"),
+                f"{stage.from_step} is not after the stage before it ({before}); give stages in the order of steps",
+            )
+        before = stage.from_step
+        if stage.from_step > config.train.steps:
+            yield Fault(
+                (f"{setting}.from_step", "data.stages", "train.steps"),
+                f"{stage.from_step} is never reached in a run of {config.train.steps} steps; lower or drop it",
+            )
+        if set(stage.weights) != set(labels):
+            yield Fault(
+                (f"{setting}.weights", "data.stages", "data.train"),
+                f"it names {', '.join(stage.weights)}; name each source of data.train ({', '.join(labels)}) once, "
+                "with 0 for none of it",
+            )
+        elif not any(stage.weights.values()):
+            yield Fault((f"{setting}.weights", "data.stages"), "all weights are 0; give at least one a positive weight")

@@ -1,0 +1,85 @@
+"""From which source of a mixture each block of a global batch comes: a function of the step and the weights alone.
+
+Nothing of it is saved, so a run may move to any number of ranks, and weights may change at a resume.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from relora_mora.config import DataConfig
+
+# 2^64 over the golden ratio: multiples of it, modulo 2^64, spread evenly however many there are (Knuth, TAOCP 3, 6.4)
+_GOLDEN = 0x9E3779B97F4A7C15
+_MODULUS = 1 << 64
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What holds from one step on. ``shares`` are those of ``names``, the largest first."""
+
+    before: int  # global batches before the first with these weights
+    names: tuple[str, ...]
+    shares: tuple[Fraction, ...]
+
+    @staticmethod
+    def of(weights: Mapping[str, float], before: int) -> Weights:
+        ordered = sorted(weights, key=lambda name: -weights[name])
+        total = sum(map(Fraction, weights.values()))
+        return Weights(before, tuple(ordered), tuple(Fraction(weights[name]) / total for name in ordered))
+
+    def counts(self, blocks: int) -> list[int]:
+        """How many of the first ``blocks`` blocks come from each source; none ever decreases as ``blocks`` grows.
+
+        Each source takes its share of what the larger ones have left, rounded to whole blocks, so no source is ever
+        two blocks away from its exact share.
+        """
+        left = blocks
+        share_left = Fraction(1)
+        taken = []
+        for share in self.shares:
+            count = (2 * left * share + share_left) // (2 * share_left) if share else 0
+            taken.append(count)
+            left -= count
+            share_left -= share
+        return taken
+
+
+class Mixture:
+    """The sources of every global batch; text that is no mixture is one source, called ""."""
+
+    def __init__(self, config: DataConfig, lanes: int, blocks_per_lane: int) -> None:
+        self.lanes = lanes
+        self.blocks_per_lane = blocks_per_lane
+        self.names = mixture_names(config)
+        weights = {source.label: source.weight for source in config.train_sources} if config.is_mixture else {"": 1.0}
+        self._stages = [Weights.of(weights, before=0)]
+        self._stages += [Weights.of(stage.weights, before=stage.from_step - 1) for stage in config.stages]
+
+    def sources(self, batch: int, lanes: Iterable[int]) -> list[list[str]]:
+        """For each of these lanes the sources of its blocks in the global batch that comes after ``batch`` others.
+
+        The blocks of a source lie side by side on the lanes, and the whole is turned by the golden ratio from batch to
+        batch: so each lane gets its share of every source, however the weights and the number of lanes divide.
+        """
+        if len(self.names) == 1:
+            return [[self.names[0]] * self.blocks_per_lane for _ in lanes]
+        stage = max((stage for stage in self._stages if stage.before <= batch), key=lambda stage: stage.before)
+        size = self.lanes * self.blocks_per_lane
+        first = (batch - stage.before) * size
+        counts = zip(stage.counts(first), stage.counts(first + size), strict=True)
+        ends = list(itertools.accumulate(after - before for before, after in counts))
+        turn = (batch * _GOLDEN) % _MODULUS * self.lanes // _MODULUS
+        return [
+            [stage.names[bisect_right(ends, slot)] for slot in range((lane - turn) % self.lanes, size, self.lanes)]
+            for lane in lanes
+        ]
+
+
+def mixture_names(config: DataConfig) -> Sequence[str]:
+    """The names of the sources, in the order of the settings; [""] where the training text is no mixture."""
+    return [source.label for source in config.train_sources] if config.is_mixture else [""]
