@@ -18,7 +18,7 @@ BATCH = 16
 LANES = 8
 
 
-def _streams(config, tokenizer_path, world_size, state=None):
+def _streams(config, tokenizer_path, world_size, state=None, step=0):
     return [
         TrainStream(
             config,
@@ -28,6 +28,7 @@ def _streams(config, tokenizer_path, world_size, state=None):
             rank=rank,
             world_size=world_size,
             state=state,
+            step=step,
         )
         for rank in range(world_size)
     ]
@@ -48,8 +49,8 @@ def _take(streams, steps):
     return steps_taken
 
 
-def _run(config, tokenizer_path, world_size, steps, state=None):
-    streams = _streams(config, tokenizer_path, world_size, state)
+def _run(config, tokenizer_path, world_size, steps, state=None, step=0):
+    streams = _streams(config, tokenizer_path, world_size, state, step)
     try:
         return _take(streams, steps)
     finally:
@@ -69,9 +70,19 @@ def _with(config, workers):
     return config.model_copy(update={"workers": workers})
 
 
-@pytest.mark.parametrize("kind", [".json.gz", ".parquet"])
+def _config(folder, kind):
+    if kind != "mixture":
+        return data_config(folder / kind / "*")
+    sources = [
+        {"source": f"{folder}/.json.gz/*", "name": "lines", "weight": 0.2},
+        {"source": f"{folder}/.parquet/*", "name": "rows", "weight": 0.8},
+    ]
+    return data_config(sources, stages=[{"from_step": 9, "weights": {"lines": 0.01, "rows": 1}}])
+
+
+@pytest.mark.parametrize("kind", [".json.gz", ".parquet", "mixture"])
 def test_global_batches_do_not_depend_on_ranks_or_workers_and_resume_on_others(folder, tokenizer_path, kind):
-    config = data_config(folder / kind / "*")
+    config = _config(folder, kind)
     reference = _run(config, tokenizer_path, 1, 24)
     states = reference[-1][1].values()
     assert {state["epoch"] for state in states} != {0}  # across the border of an epoch
@@ -80,8 +91,8 @@ def test_global_batches_do_not_depend_on_ranks_or_workers_and_resume_on_others(f
     assert _run(_with(config, 1), tokenizer_path, 1, 10) == reference[:10]
     # where one run stops the next goes on: other ranks, other workers
     first = _run(_with(config, 2), tokenizer_path, 2, 7)
-    second = _run(_with(config, 2), tokenizer_path, 1, 4, first[-1][1])
-    third = _run(config, tokenizer_path, 4, 13, second[-1][1])
+    second = _run(_with(config, 2), tokenizer_path, 1, 4, first[-1][1], step=7)
+    third = _run(config, tokenizer_path, 4, 13, second[-1][1], step=11)
     assert first + second + third == reference
 
 

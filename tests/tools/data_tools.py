@@ -87,7 +87,8 @@ def write_shards(
 
 def data_config(source: Any, **settings: Any) -> DataConfig:
     given = {"sequence_length": 32, "workers": 0, "shuffle_documents": 8, "timeout_seconds": 20.0, **settings}
-    return DataConfig(train=source if isinstance(source, list) else str(source), validation=str(source), **given)
+    sources = source if isinstance(source, list) else str(source)
+    return DataConfig(**{"train": sources, "validation": sources, **given})
 
 
 def make_lane(

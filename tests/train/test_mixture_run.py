@@ -1,0 +1,111 @@
+"""Runs on a mixture: exact after stops, moves and rollbacks, and counted by source."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.checkpoint import CheckpointError
+from tests.tools.data_tools import write_shards
+from tests.tools.runs import Stopped, metrics, run_config, train, write_inputs
+from tests.train.test_resume import _equal
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"))
+    write_shards(folder / "rows", 2, 60, suffix=".parquet", words=20)
+    return folder
+
+
+def _config(inputs: Path, tokenizer: str, run_dir: Path, weight: float = 1.0, **train: Any) -> Any:
+    sources = [
+        {"source": f"{inputs}/train/*", "name": "lines", "weight": 3.0},
+        {"source": f"{inputs}/rows/*", "name": "rows", "weight": weight},
+    ]
+    stages = [{"from_step": 6, "weights": {"lines": 0.0, "rows": 1.0}}]
+    given = {"max_bad_steps": 2, **train}
+    return run_config(inputs, tokenizer, run_dir, 2, data={"train": sources, "stages": stages}, train=given)
+
+
+def _bad_at(config: Any, steps: tuple[int, ...], kill_at: int | None = None) -> None:
+    """Trains on every rank; before a rollback some steps are found bad. ``kill_at``: a step after it."""
+    from relora_mora.train import Trainer, pretrain
+
+    train_step = Trainer.train_step
+
+    def bad(self: Trainer, share: Any) -> Any:
+        if self.state.rollbacks and self.state.step == kill_at:
+            raise Stopped
+        result = train_step(self, share)
+        found_bad = self.state.rollbacks == 0 and self.state.step in steps
+        return replace(result, applied=False, data=["the test"]) if found_bad else result
+
+    Trainer.train_step = bad  # type: ignore[method-assign]
+    try:
+        pretrain(config)
+    except Stopped:
+        return
+    finally:
+        Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def never(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "never"
+    pools(2)(train, _config(inputs, tokenizer_path, folder))
+    return folder
+
+
+def _end(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "step-00000010"
+
+
+def test_a_resume_goes_on_with_the_same_blocks_and_every_source_is_counted(
+    pools, inputs, tokenizer_path, tmp_path, never
+):
+    config = _config(inputs, tokenizer_path, tmp_path / "run")
+    pools(2)(train, config, stop_after=4)
+    pools(2)(train, config)
+    assert _equal(_end(never), _end(tmp_path / "run")) == []
+    counted = {line["step"]: line for line in metrics(never) if "train/tokens" in line}
+    for step, (lines, rows) in {4: (24, 8), 5: (30, 10), 10: (30, 50)}.items():  # of 8 blocks of 32 tokens a step
+        assert counted[step]["train/tokens/lines"] == lines * 32
+        assert counted[step]["train/tokens/rows"] == rows * 32
+        assert counted[step]["train/tokens"] == (lines + rows) * 32
+    assert counted[1]["train/epoch/rows"] == 0
+
+
+def test_a_kill_after_a_rollback_changes_nothing_of_what_is_drawn(pools, inputs, tokenizer_path, tmp_path):
+    rolled, killed = tmp_path / "rolled", tmp_path / "killed"
+    pools(2)(_bad_at, _config(inputs, tokenizer_path, rolled), (6, 7))
+    assert [line["step"] for line in metrics(rolled) if "train/rollbacks" in line] == [5]
+    # the stage is one of steps: what is drawn for step 6 is as before
+    counted = {line["step"]: line for line in metrics(rolled) if "train/tokens" in line}
+    assert counted[10]["train/tokens/lines"] == 30 * 32 and counted[10]["train/tokens/rows"] == (50 + 16) * 32
+    pools(2)(_bad_at, _config(inputs, tokenizer_path, killed), (6, 7), kill_at=5)
+    pools(2)(train, _config(inputs, tokenizer_path, killed))
+    assert _equal(_end(rolled), _end(killed)) == []
+
+
+def _refused(config: Any) -> str:
+    with pytest.raises(CheckpointError) as error:
+        train(config)
+    return str(error.value)
+
+
+def test_weights_change_where_that_is_allowed(pools, inputs, tokenizer_path, tmp_path, never):
+    folder = tmp_path / "run"
+    pools(2)(train, _config(inputs, tokenizer_path, folder), stop_after=4)
+    (said, _) = pools(2)(_refused, _config(inputs, tokenizer_path, folder, weight=5.0))
+    assert "data.train: the shares of its sources: lines 0.75 in the checkpoint, 0.375 now" in said
+    assert "'--train.allow_changes=[data.train]'" in said
+    pools(2)(train, _config(inputs, tokenizer_path, folder, weight=5.0, allow_changes=["data.train"]))
+    counted = {line["step"]: line for line in metrics(folder) if "train/tokens" in line}
+    assert counted[5]["train/tokens/lines"] == (24 + 3) * 32 and counted[5]["train/tokens/rows"] == (8 + 5) * 32
