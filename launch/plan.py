@@ -41,7 +41,7 @@ def main(
         json: print one JSON object with everything, sizes in bytes.
         overrides: --section.key=value, as for training.
     """
-    from relora_mora.config import load_config
+    from relora_mora.config import ConfigError, load_config
 
     for name, count in (("world_size", world_size), ("nodes", nodes), ("gpus_per_node", gpus_per_node)):
         if count is not None and count < 1:
@@ -73,6 +73,12 @@ def main(
     on_cpu = chosen.name == "cpu"
     cluster = Cluster(nodes or 1, gpus_per_node or world_size or 1, chosen, link_gbits)
     settings = load_config(config, overrides, world_size=cluster.world_size)
+    if settings.train.epochs is not None:
+        fault = (
+            "train.epochs: how many steps these are is known when a run has counted its text; "
+            "plan with --train.epochs=null and --train.steps or --train.tokens"
+        )
+        raise ConfigError([fault], config)
     model_config = read_model_config(settings.model)
     check_length(model_config, settings.data.sequence_length, settings.model.config)
     check_adapters(model_config, settings.method)

@@ -18,7 +18,7 @@ def length_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             (f"train.{given[-1]}",),
             f"the length of a run is given once, and {' and '.join(f'train.{name}' for name in given)} are set; "
-            "drop all but one",
+            "set all but one to null",
         )
     if config.train.epochs is not None and len(config.data.train_sources) > 1 and config.data.is_mixture:
         yield Fault(

@@ -191,6 +191,7 @@ def validate(
     found = [*(found or []), *map(str, secret_faults(tree))]
     unknown: set[str] = set()
     config: Config | None
+    tree = _without_null_steps(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -207,6 +208,14 @@ def validate(
     if found or config is None:
         raise ConfigError(found, source)
     return config.model_copy(update={"train": config.train.model_copy(update={"tokens": None})})
+
+
+def _without_null_steps(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``train.steps: null`` takes back the steps of a file, in favour of tokens or epochs."""
+    train = tree.get("train")
+    if not isinstance(train, dict) or train.get("steps", 0) is not None:
+        return tree
+    return {**tree, "train": {key: value for key, value in train.items() if key != "steps"}}
 
 
 def _with_steps(config: Config) -> Config:

@@ -2,6 +2,7 @@
 
 from relora_mora.data.batch import UNSCORED, Batch, document_ids
 from relora_mora.data.content import local_content, remote_content
+from relora_mora.data.counting import count_tokens
 from relora_mora.data.dataset_sources import find_datasets, remember_datasets
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.evalset import EvalSet, load_eval_set
@@ -27,6 +28,7 @@ __all__ = [
     "WorkerError",
     "check_columns",
     "configured_shards",
+    "count_tokens",
     "counts_of",
     "describe_position",
     "document_ids",

@@ -88,7 +88,7 @@ def load_eval_set(
     pieces: list[Tokens] = [np.array([eos], np.int32)]
     predicted = 0
     utf8_bytes = 0
-    for text, ids in _encoded(iter_texts(sources, split="validation", config=config), tokenizer):
+    for text, ids in encoded(iter_texts(sources, split="validation", config=config), tokenizer):
         if max_tokens is not None and len(pieces) > 1 and predicted + len(ids) + 1 > max_tokens:
             break
         pieces.append(np.array([*ids, eos], np.int32))
@@ -100,7 +100,7 @@ def load_eval_set(
     return EvalSet(np.concatenate(pieces), utf8_bytes, len(pieces) - 1, sequence_length, eos, config.document_mask)
 
 
-def _encoded(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
+def encoded(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
     """Each text with its ids, encoded many at a time."""
     from relora_mora.tokenizer import encode
 

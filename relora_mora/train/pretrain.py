@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
-from relora_mora.config import Config, DataConfig
+from relora_mora.config import Config, DataConfig, with_epochs
 from relora_mora.data import (
     Shard,
     check_columns,
+    count_tokens,
     find_datasets,
     hub_commits,
     pin_revision,
@@ -43,6 +45,8 @@ from relora_mora.train.run_folder import write_run_folder
 from relora_mora.train.startup import Startup, describe
 from relora_mora.train.state import RunState
 from relora_mora.zero import init_distributed
+
+COUNTING_SECONDS = 86400.0  # a text that takes longer to read once is no text to read some times
 
 
 def pretrain(config: Config, guard: Guard | None = None) -> int:
@@ -96,7 +100,13 @@ def _pretrain(config: Config, guard: Guard) -> int:
     data, commits, datasets = from_first_rank(lambda: _pinned(config))
     remember_commits(commits)
     remember_datasets(datasets)
-    checked = check(config.model_copy(update={"data": data}), world_size)
+    config = config.model_copy(update={"data": data})
+    if config.train.epochs is not None:
+        guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
+        tokens = from_first_rank(lambda: _count(config))
+        config = with_epochs(config, tokens, world_size)
+        guard.begin("checking settings, model and data", within=data.timeout_seconds + LONG_SECONDS)
+    checked = check(config, world_size)
     check_agreement(checked.identity)
     asked = from_first_rank(lambda: _asked(checked.shards, data.timeout_seconds))
     checked = replace(checked, data_content=checked.data_content + asked)
@@ -146,6 +156,15 @@ def _pinned(config: Config) -> tuple[DataConfig, dict[Revision, str], Datasets]:
     data = pin_revision(given, commits)
     remember_commits(commits)
     return data, commits, find_datasets(data)
+
+
+def _count(config: Config) -> int:
+    """The tokens of an epoch. One rank reads all of the text."""
+    begin = time.perf_counter()
+    log.info("train.epochs: counting the tokens of the training text")
+    tokens = count_tokens(config.data, config.tokenizer.path)
+    log.info("the training text has %s tokens (%.1f s)", f"{tokens:,}", time.perf_counter() - begin)
+    return tokens
 
 
 def _asked(shards: list[Shard], timeout_seconds: float) -> str:

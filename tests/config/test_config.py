@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from relora_mora.config import ConfigError, load_config, parse_yaml, unused_settings, validate
+from relora_mora.config import ConfigError, dump, load_config, parse_yaml, unused_settings, validate, with_epochs
 from relora_mora.config.checks import DERIVED_DEEPSPEED_KEYS
 from relora_mora.config.table import settings_page
 from tests.tools.config_tools import SETTINGS, faults_of, same, tree
@@ -152,6 +152,80 @@ def test_one_line_for_a_setting_of_two_types() -> None:
         "data.train: got 3; input should be a source, or a list of sources or of records such as {source: ..., "
         "weight: 0.7, name: web} (source or sources of training text; records are mixed by their weights)"
     ]
+
+
+def test_the_length_of_a_run_is_given_in_steps_or_tokens_or_epochs() -> None:
+    settings = tree(
+        train={"steps": None, "tokens": 1e6, "batch_size": 8, "micro_batch_size": 8}, method={"name": "mora"}
+    )
+    settings["optim"] = {"warmup_steps": 10}
+    config = validate(settings, "the test")
+    assert config.train.steps == 245 and config.tokens_per_step * 245 >= 1_000_000 > config.tokens_per_step * 244
+    assert validate(parse_yaml(dump(config)), "the test") == config  # the same once more, now in steps
+    (fault,) = faults_of(tree(train={"tokens": 1e12, "steps": 100}))
+    assert fault.startswith("train.tokens: ") and "given once" in fault and "train.steps" in fault
+    settings["train"] = {"run_dir": "r", "epochs": 2.5, "batch_size": 8, "micro_batch_size": 8}
+    settings["method"] = {"name": "remora", "merge_every": 50_000}  # no fault: how many steps there are is not known
+    config = validate(settings, "the test")
+    with pytest.raises(ConfigError, match=r"method\.merge_every: 50000 means no merge in a run of 62 steps"):
+        with_epochs(config, 100_001, world_size=1)
+    assert with_epochs(config, 10**9, world_size=1).train.steps == 610_352
+
+
+def test_mixtures_and_sets_of_held_out_text() -> None:
+    def record(**given: Any) -> dict[str, Any]:
+        return {"source": "data/web/*.jsonl", **given}
+
+    config = validate(tree(data={"train": record(text_column="content")}), "the test")
+    assert config.data.is_mixture and [source.label for source in config.data.train_sources] == ["web"]
+    config = validate(tree(data={"validation": {"a": "x", "b": ["y", record()]}}), "the test")
+    sets = config.data.validation_sets
+    assert {name: [source.source for source in sources] for name, sources in sets.items()} == {
+        "a": ["x"],
+        "b": ["y", "data/web/*.jsonl"],
+    }
+    assert validate(parse_yaml(dump(config)), "the test") == config
+
+
+MIXTURE = [{"source": "a/*.json", "weight": 1}, {"source": "b/*.json", "weight": 0}]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"train": [{"source": "x", "weight": -1}]}, "data.train.0.weight: got -1"),
+        ({"train": [{"source": "x", "wieght": 1}]}, "data.train.0.wieght: unknown; did you mean weight?"),
+        ({"train": [{"weight": 1}]}, "data.train.0.source: must be given"),
+        ({"train": [{"source": "x", "name": "a b"}]}, "data.train.0.name: got 'a b'; input should be a name"),
+        ({"train": [{"source": "*.json"}]}, "data.train.0.name: *.json gives no name for metrics"),
+        ({"train": [{"source": "x/a"}, {"source": "y/a"}]}, "data.train: 2 sources are named a"),
+        ({"train": [{"source": "x", "weight": 0}]}, "data.train: all weights are 0"),
+        ({"train": [{"source": "o/n:en", "config": "de"}]}, "data.train.0.config: de, and the source o/n:en names en"),
+        ({"train": {"a": "x"}}, "data.train: got {'a': 'x'}; input should be a source, or a list"),
+        ({"stages": [{"from_step": 5, "weights": {"a": 1}}]}, "data.stages: stages change the weights of a mixture"),
+        (
+            {"train": MIXTURE, "stages": [{"from_step": 5, "weights": {"a": 1}}]},
+            "data.stages.0.weights: it names a; name each source of data.train (a, b) once",
+        ),
+        (
+            {"train": MIXTURE, "stages": [{"from_step": 5, "weights": {"a": 0, "b": 0}}]},
+            "data.stages.0.weights: all weights are 0",
+        ),
+        (
+            {"train": MIXTURE, "stages": [{"from_step": n, "weights": {"a": 1, "b": 1}} for n in (5, 5)]},
+            "data.stages.1.from_step: 5 is not after the stage before it",
+        ),
+        (
+            {"train": MIXTURE, "stages": [{"from_step": 10**7, "weights": {"a": 1, "b": 1}}]},
+            "data.stages.0.from_step: 10000000 is never reached",
+        ),
+        ({"validation": {"a b": "x"}}, "data.validation.a b: got 'a b'; input should be a name"),
+        ({"validation": {"a": {"source": "o/n::x", "split": "y"}}}, "data.validation.a.0.split: y, and the source"),
+    ],
+)
+def test_mixtures_that_cannot_be(data: dict[str, Any], says: str) -> None:
+    (fault,) = faults_of(tree(data=data))
+    assert fault.startswith(says), fault
 
 
 COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [

@@ -1,0 +1,40 @@
+"""A run whose length is given in epochs of its text."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from relora_mora.config import ConfigError
+from relora_mora.data import count_tokens
+from tests.tools.runs import metrics, run_config, train, write_inputs
+
+pytestmark = pytest.mark.distributed
+
+
+def _refused(config) -> str:
+    with pytest.raises(ConfigError) as error:
+        train(config)
+    return str(error.value)
+
+
+def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer_path, tmp_path):
+    inputs = write_inputs(tmp_path / "inputs")
+    settings = {
+        "train": {"steps": None, "epochs": 2.0, "batch_size": 24},
+        "data": {"lanes": 3},
+        "method": {"merge_every": 4},
+    }
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 1, **settings)
+    tokens = count_tokens(config.data, tokenizer_path)
+    steps = math.ceil(2 * tokens / (24 * 32))
+    pools(1)(train, config)
+    (last,) = [line for line in metrics(tmp_path / "run") if line["step"] == steps and "train/epoch" in line]
+    assert last["train/epoch"] in (1, 2) and not [line for line in metrics(tmp_path / "run") if line["step"] > steps]
+    # 180 documents in three lanes, whose shards are not of the very same length
+    assert abs(last["train/documents"] - 2 * 180) < 8
+    settings["method"]["merge_every"] = steps
+    again = run_config(inputs, tokenizer_path, tmp_path / "other", 1, **settings)
+    (said,) = pools(1)(_refused, again)
+    assert f"with {steps} steps for the epochs of {tokens:,} tokens" in said and "method.merge_every" in said
