@@ -219,10 +219,15 @@ def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
             f"use a multiple of {micro * world_size}, or smaller micro-batches",
         )
     if lanes % world_size:
+        # of the divisors of the batch the smallest that serves all ranks, and not fewer lanes than by default
+        enough = [number for number in range(world_size, batch + 1, world_size) if batch % number == 0]
+        remedy = f"a multiple of {world_size} that divides train.batch_size"
+        if enough:
+            remedy = f"data.lanes={next((number for number in enough if number >= lanes), enough[-1])}, {remedy}"
         yield Fault(
             ("data.lanes", "train.batch_size"),
-            f"{lanes} lanes cannot be shared evenly by {world_size} ranks; "
-            f"use a multiple of {world_size} that divides train.batch_size",
+            f"{lanes} lanes cannot be shared evenly by {world_size} ranks; set {remedy}. A run keeps its lanes for "
+            "good, so count the most ranks that it may move to",
         )
 
 

@@ -299,7 +299,7 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     (
         {"train": {"batch_size": 96, "micro_batch_size": 2}},
         6,
-        "data.lanes: 32 lanes cannot be shared evenly by 6 ranks",
+        "data.lanes: 32 lanes cannot be shared evenly by 6 ranks; set data.lanes=48, a multiple of 6 that divides",
     ),
     (
         {"train": {"deepspeed": {"zero_optimization": {"stage": 1}}}},
