@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from relora_mora.data.sources import Shard, configured_shards
 
 # the rule by which shards become lanes and lanes blocks; a change of it that moves a token gets a new name
 RULE = "lanes-1"
+RULE_OF_PARTS = "lanes-2"  # where it differs: lanes share the shards that are left when each has as many as the others
 
 
 def fingerprint(
@@ -54,8 +56,9 @@ def order_fingerprint(
 
 
 def _order(config: DataConfig, tokenizer_fingerprint: str, batch_lanes: int, shards: Sequence[Shard]) -> dict[str, Any]:
+    uneven = any(count > batch_lanes and count % batch_lanes for count in Counter(s.source for s in shards).values())
     order = {
-        "rule": RULE,
+        "rule": RULE_OF_PARTS if uneven and not config.whole_shards else RULE,
         "tokenizer": tokenizer_fingerprint,
         "shards": [shard.name for shard in shards],
         "lanes": batch_lanes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
@@ -17,40 +17,50 @@ from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
 
 
+class Part(NamedTuple):
+    """What a lane reads of a shard: its rows ``phase``, ``phase + stride``, ..., in the way of the shard's format."""
+
+    shard: int  # number in the list of shards
+    stride: int = 1
+    phase: int = 0
+
+
 @dataclass(frozen=True)
 class LanePlan:
-    """What a lane reads: its share of each of its shards, which is one of ``stride``, the one numbered ``phase``."""
+    """What a lane reads in every epoch."""
 
     lane: int
-    shards: tuple[int, ...]  # numbers in the list of shards
-    stride: int
-    phase: int
+    parts: tuple[Part, ...]
 
-    def order(self, seed: int, epoch: int) -> list[int]:
-        """The numbers of its shards in the order of an epoch."""
-        return [self.shards[at] for at in seeded_order(len(self.shards), seed, self.lane, epoch)]
+    def order(self, seed: int, epoch: int) -> list[Part]:
+        """Its parts in the order of an epoch."""
+        return [self.parts[at] for at in seeded_order(len(self.parts), seed, self.lane, epoch)]
 
     def read(self, state: Mapping[str, Any]) -> tuple[Cursor, int]:
         """(cursor, offset in tokens) of this lane's saved state. Raises SourceError for one that cannot be its own."""
         cursor, offset = read_state(state)
-        if cursor.place >= len(self.shards):
+        if cursor.place >= len(self.parts):
             raise SourceError(
-                f"lane {self.lane}: the saved position is beyond its {len(self.shards)} shards; "
+                f"lane {self.lane}: the saved position is beyond its {len(self.parts)} shards; "
                 "resume with the same sources"
             )
         return cursor, offset
 
 
-def plan_lanes(lanes: int, shards: int) -> list[LanePlan]:
+def plan_lanes(lanes: int, shards: int, *, whole: bool = False) -> list[LanePlan]:
     """Every row of every shard belongs to exactly one lane.
 
-    With at least as many shards as lanes, lane l reads the shards l, l + lanes, ...; with fewer, it shares shard
-    ``l mod shards`` with the other lanes that fall on it, each taking every n-th row where n is their number.
+    Lane l reads the shards l, l + lanes, ..., as long as there is one for each lane. The lanes share those that are
+    left, or all where there are fewer than lanes: of n shards lane l reads a part of the one numbered ``l mod n``. With
+    ``whole`` nobody shares what is left: some lanes read a shard more than others.
     """
-    if shards >= lanes:
-        return [LanePlan(lane, tuple(range(lane, shards, lanes)), 1, 0) for lane in range(lanes)]
-    sharing = [len(range(shard, lanes, shards)) for shard in range(shards)]
-    return [LanePlan(lane, (lane % shards,), sharing[lane % shards], lane // shards) for lane in range(lanes)]
+    left = shards if shards < lanes else 0 if whole else shards % lanes
+    alone = shards - left
+    parts = [[Part(shard) for shard in range(lane, alone, lanes)] for lane in range(lanes)]
+    for lane in range(lanes if left else 0):
+        first = lane % left
+        parts[lane].append(Part(alone + first, stride=len(range(first, lanes, left)), phase=lane // left))
+    return [LanePlan(lane, tuple(parts[lane])) for lane in range(lanes)]
 
 
 def seeded_order(count: int, *key: int) -> list[int]:
@@ -103,24 +113,22 @@ class LaneRows(Generic[Row]):
             order = self.plan.order(self.config.seed, cursor.epoch)
             epoch_start = cursor
             for place in range(cursor.place, len(order)):
-                cursor = yield from self._rows_of_shard(order[place], cursor)
+                cursor = yield from self._rows_of_part(order[place], cursor)
                 cursor = cursor._replace(place=place + 1, block=0, item=0, bad=0)
             was_whole = (epoch_start.place, epoch_start.block, epoch_start.item) == (0, 0, 0)
             if was_whole and cursor.documents == epoch_start.documents:
                 raise SourceError(
                     f"lane {self.plan.lane} found no text in "
-                    f"{', '.join(self.shards[shard].name for shard in self.plan.shards[:3])}: "
+                    f"{', '.join(self.shards[part.shard].name for part in self.plan.parts[:3])}: "
                     "there are fewer documents than lanes; give more text or lower data.lanes"
                 )
             cursor = cursor._replace(epoch=cursor.epoch + 1, place=0)
 
-    def _rows_of_shard(self, number: int, cursor: Cursor) -> Generator[tuple[Row, Cursor], None, Cursor]:
-        """The rows of a shard from the cursor on; returns the cursor at its end."""
-        shard = self.shards[number]
+    def _rows_of_part(self, part: Part, cursor: Cursor) -> Generator[tuple[Row, Cursor], None, Cursor]:
+        """The rows of a part from the cursor on; returns the cursor at its end."""
+        shard = self.shards[part.shard]
         size = self.config.shuffle_documents
-        opened = self.open_rows(
-            shard, stride=self.plan.stride, phase=self.plan.phase, bad=cursor.bad, note=self.notes.append
-        )
+        opened = self.open_rows(shard, stride=part.stride, phase=part.phase, bad=cursor.bad, note=self.notes.append)
         with closing(opened) as rows:
             if not rows.skip(cursor.block * size):
                 raise self._became_shorter(shard)
@@ -128,7 +136,8 @@ class LaneRows(Generic[Row]):
             if cursor.item > len(block):
                 raise self._became_shorter(shard)
             while block:
-                order = seeded_order(len(block), self.config.seed, self.plan.lane, cursor.epoch, number, cursor.block)
+                key = (self.config.seed, self.plan.lane, cursor.epoch, part.shard, cursor.block)
+                order = seeded_order(len(block), *key)
                 remaining = [block[at] for at in reversed(order[cursor.item :])]
                 block.clear()  # large, as text: with this each row is freed as soon as it is used
                 while remaining:

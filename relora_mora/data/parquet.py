@@ -51,11 +51,11 @@ class ParquetRows:
         self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit="row")
         self._column = TextColumn(shard, config.timeout_seconds)
         groups = [number for number, rows in enumerate(self._column.group_rows) if rows]
-        share = plan_lanes(stride, max(1, len(groups)))[phase]
+        share = plan_lanes(stride, max(1, len(groups)), whole=True)[phase]
         self.is_empty = not groups
-        self._groups = [groups[at] for at in share.shards] if groups else []
-        self._stride = share.stride
-        self._phase = share.phase
+        self._groups = [groups[part.shard] for part in share.parts] if groups else []
+        self._stride = share.parts[0].stride
+        self._phase = share.parts[0].phase
         self._next = 0  # of the own rows
         self._texts: Iterator[tuple[int, bytes | None]] | None = None
 

@@ -29,7 +29,7 @@ def describe_position(
     for key in sorted(state, key=read_key):
         lane, source = read_key(key)
         own = [shard for shard in shards if shard.source == source]
-        plan = plan_lanes(lanes, len(own))[lane]
+        plan = plan_lanes(lanes, len(own), whole=config.whole_shards)[lane]
         here = _place(plan, *plan.read(state[key]), own, config)
         name = f"lane {lane}, {source}" if source else f"lane {lane}"
         if since is None:
@@ -41,18 +41,19 @@ def describe_position(
 
 
 def _place(plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard], config: DataConfig) -> str:
-    shard = shards[plan.order(config.seed, cursor.epoch)[cursor.place]]
+    part = plan.order(config.seed, cursor.epoch)[cursor.place]
+    shard = shards[part.shard]
     if shard.is_parquet:  # whose rows these are in the file stands in its footer
         first = cursor.block * config.shuffle_documents + 1
-        share = f" of share {plan.phase + 1} of {plan.stride}" if plan.stride > 1 else ""
+        share = f" of share {part.phase + 1} of {part.stride}" if part.stride > 1 else ""
         rows = f"behind {cursor.item} of rows {first} to {first + config.shuffle_documents - 1}{share} (shuffled)"
         return _with_offset(f"epoch {cursor.epoch}, {shard.name}, {rows}", offset)
-    first = cursor.block * config.shuffle_documents * plan.stride + plan.phase + 1
-    last = first + (config.shuffle_documents - 1) * plan.stride
+    first = cursor.block * config.shuffle_documents * part.stride + part.phase + 1
+    last = first + (config.shuffle_documents - 1) * part.stride
     if last == first:
         lines = f"{'behind' if cursor.item else 'before'} line {first}"
     else:
-        steps = f" in steps of {plan.stride}" if plan.stride > 1 else ""
+        steps = f" in steps of {part.stride}" if part.stride > 1 else ""
         lines = f"behind {cursor.item} of lines {first} to {last}{steps} (shuffled)"
     return _with_offset(f"epoch {cursor.epoch}, {shard.name}, {lines}", offset)
 

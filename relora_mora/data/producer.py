@@ -77,7 +77,7 @@ class Producer:
         limit = None
         if record is not None and record.max_epochs is not None:
             limit = EpochLimit(name, record.max_epochs, stops=record.at_max_epochs == "stop")
-        plan = plan_lanes(self.assignment.lanes_of_all, len(shards))[lane]
+        plan = plan_lanes(self.assignment.lanes_of_all, len(shards), whole=config.whole_shards)[lane]
         restored = self.assignment.states.get(state_key(lane, name))
         packed = Lane(
             LaneRows(plan, shards, config, functools.partial(open_texts, config), limit),

@@ -60,7 +60,8 @@ def pinned_before(config: Config) -> DataConfig:
     sources = {name: with_revisions_of(getattr(data, name), getattr(before, name)) for name in ("train", "validation")}
     if None in sources.values():
         return data
-    pinned = data.model_copy(update=sources)
+    whole = bool(saved.get("whole_shards", True))  # an older program knew no other way
+    pinned = data.model_copy(update={**sources, "whole_shards": whole or data.whole_shards})
     if data.revision == DataConfig.model_fields["revision"].default:
         return pinned.model_copy(update={"revision": before.revision})
     return pinned

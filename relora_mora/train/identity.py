@@ -23,6 +23,7 @@ FREE_SETTINGS = {
     "data.train",  # compared by fingerprint, and by weights
     "data.validation",
     "data.text_column",  # part of the fingerprint where it is not "text"
+    "data.whole_shards",  # part of the fingerprint where it matters
     "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
     "data.workers",
     "data.prefetch_batches",

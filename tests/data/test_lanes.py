@@ -29,13 +29,22 @@ from tests.tools.data_tools import (
 )
 
 
-@given(st.integers(1, 70), st.integers(1, 150))
-def test_every_row_of_every_shard_belongs_to_one_lane(lanes, shards):
+@settings(deadline=None)
+@given(st.integers(1, 70), st.integers(1, 150), st.booleans())
+def test_every_row_of_every_shard_belongs_to_one_lane(lanes, shards, whole):
     rows = Counter()
-    for plan in plan_lanes(lanes, shards):
-        assert 0 <= plan.phase < plan.stride
-        rows.update((shard, row) for shard in plan.shards for row in range(plan.phase, 64 * 1, plan.stride))
+    for plan in plan_lanes(lanes, shards, whole=whole):
+        for part in plan.parts:
+            assert 0 <= part.phase < part.stride
+            rows.update((part.shard, row) for row in range(part.phase, 64, part.stride))
     assert rows == Counter((shard, row) for shard in range(shards) for row in range(64))
+
+
+@pytest.mark.parametrize(("lanes", "shards", "most"), [(8, 8, 1), (8, 3, 1.5), (64, 100, 1.34), (8192, 10_000, 1.05)])
+def test_lanes_have_nearly_the_same_share(lanes, shards, most):
+    shares = [sum(1 / part.stride for part in plan.parts) for plan in plan_lanes(lanes, shards)]
+    assert sum(shares) == pytest.approx(shards)
+    assert max(shares) / min(shares) <= most
 
 
 def test_the_order_depends_on_the_key_alone():
@@ -57,7 +66,7 @@ def test_blocks_and_states_are_what_they_have_always_been(tmp_path):
     assert digest.hexdigest() == "5d1eda99c468351698229e93d190c1fdcb79bc40c3d1f136a6308f7d5d7b9f4b"
 
 
-@pytest.mark.parametrize("lanes,shards", [(1, 1), (1, 3), (2, 5), (4, 4), (4, 2), (5, 3), (8, 3)])
+@pytest.mark.parametrize("lanes,shards", [(1, 1), (1, 3), (2, 5), (3, 8), (4, 4), (4, 2), (5, 3), (8, 3)])
 @pytest.mark.parametrize("shuffle", [1, 8, 1000])
 def test_an_epoch_holds_every_document_once(tmp_path, lanes, shards, shuffle):
     written = write_shards(tmp_path, shards, 41)
@@ -66,7 +75,7 @@ def test_an_epoch_holds_every_document_once(tmp_path, lanes, shards, shuffle):
     for number in range(lanes):
         lane = make_lane(config, lanes, number)
         texts = documents_in(epoch_tokens(lane))
-        share = sum(len(range(plan.phase, 41, plan.stride)) for plan in [lane.rows.plan] for _ in plan.shards)
+        share = sum(len(range(part.phase, 41, part.stride)) for part in lane.rows.plan.parts)
         assert lane.state()["documents"] >= share
         found += texts[:share]
         assert set(texts[share:]) <= set(texts[:share])  # the second epoch has begun

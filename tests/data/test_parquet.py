@@ -163,8 +163,7 @@ def test_an_epoch_holds_every_document_once(tmp_path, lanes):
     for number in range(lanes):
         lane = make_lane(data_config(tmp_path / "*"), lanes, number)
         plan = lane.rows.plan
-        paths = [tmp_path / f"{shard}.parquet" for shard in plan.shards]
-        share = sum(len(_rows(path, plan.stride, plan.phase)) for path in paths)
+        share = sum(len(_rows(tmp_path / f"{part.shard}.parquet", part.stride, part.phase)) for part in plan.parts)
         found += documents_in(epoch_tokens(lane))[:share]
     assert Counter(found) == Counter(itertools.chain(*written))
 

@@ -45,6 +45,7 @@ REACHES = {
     "data.text_column": Reach("url", True, False),
     "data.sequence_length": Reach(16, True, True),
     "data.lanes": Reach(2, False, False),
+    "data.whole_shards": Reach(True, False, False),
     "data.workers": Reach(1, False, False),
     "data.prefetch_batches": Reach(1, False, False),
     "data.shuffle_documents": Reach(3, False, False),
