@@ -82,11 +82,16 @@ def _steps(ranks, steps, states):
     return blocks, json.loads(json.dumps(merge_states(of_ranks)))
 
 
-@pytest.fixture(scope="module")
-def four_steps():
+@pytest.fixture(scope="module", autouse=True)
+def few_rows_at_once():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "ENCODE_ROWS", 8)  # as many as are needed
-        yield _steps(RANKS, 4, {})
+        patch.setattr(packing, "ENCODE_ROWS", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def four_steps(few_rows_at_once):
+    return _steps(RANKS, 4, {})
 
 
 def test_every_rank_has_the_same_share_and_no_row_is_given_twice(four_steps):
