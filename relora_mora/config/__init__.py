@@ -4,6 +4,7 @@ from relora_mora.config.checks import unused_settings
 from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate
 from relora_mora.config.schema import (
     DECODER_LINEARS,
+    SAMPLE_BY,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -18,6 +19,7 @@ from relora_mora.config.schema import (
 
 __all__ = [
     "DECODER_LINEARS",
+    "SAMPLE_BY",
     "CheckpointConfig",
     "Config",
     "ConfigError",

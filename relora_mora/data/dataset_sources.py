@@ -55,6 +55,7 @@ def _key(name: DatasetName, split: str, commits: Commits) -> Key:
 def _find(name: DatasetName, split: str, commits: Commits) -> Found:
     """The files, or the error to raise where the sources are resolved, so that it is told with all other faults."""
     from relora_mora.data.datasets_folder import CARDS, split_files
+    from relora_mora.data.saved_sets import saved_files
 
     try:
         if name.on_hub:
@@ -63,15 +64,22 @@ def _find(name: DatasetName, split: str, commits: Commits) -> Found:
             commit = commits[name.place]
             sizes = list_files(name.place, commit, commits.timeout_seconds)
             paths = list(sizes)
-            cards = {
-                card: read_text(name.place, commit, card, sizes[card], commits.timeout_seconds)
-                for card in CARDS
-                if card in sizes
-            }
+
+            def read(path: str) -> str:
+                return read_text(name.place, commit, path, sizes[path], commits.timeout_seconds)
+
         else:
             paths = _files_below(name)
-            cards = {card: _read_card(name.folder / card) for card in CARDS if card in paths}
-        return tuple(split_files(name.source, name.config, name.split or split, paths, cards))
+
+            def read(path: str) -> str:
+                return _read_card(name.folder / path)
+
+        split = name.split or split
+        saved = None if name.config else saved_files(name.source, split, set(paths), read)
+        if saved is not None:
+            return tuple(saved)
+        cards = {card: read(card) for card in CARDS if card in paths}
+        return tuple(split_files(name.source, name.config, split, paths, cards))
     except SourceError as error:
         return error
 

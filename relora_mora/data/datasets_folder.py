@@ -36,12 +36,17 @@ def split_files(
         if splits is None:
             raise SourceError(f"{source} holds no files of text; check what is in it, or give its files by path")
         if split not in splits:
-            raise SourceError(
-                f"{source} has no split {split}, but {', '.join(splits)}; "
-                f"name one as {source.partition(':')[0]}:{config or ''}:{next(iter(splits))}"
-            )
+            raise missing_split(source, config, split, splits)
         _refuse_mixed(source, config, root, splits)
         return splits[split]
+
+
+def missing_split(source: str, config: str | None, split: str, splits: Iterable[str]) -> SourceError:
+    there = list(splits)
+    return SourceError(
+        f"{source} has no split {split}, but {', '.join(there)}; "
+        f"name one as {source.partition(':')[0]}:{config or ''}:{''.join(there[:1])}"
+    )
 
 
 def _splits(source: str, config: str | None, root: Path) -> dict[str, list[str]] | None:

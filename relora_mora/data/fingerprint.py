@@ -9,6 +9,7 @@ from typing import Any
 import xxhash
 
 from relora_mora.config import DataConfig
+from relora_mora.data.formats import TEXT
 from relora_mora.data.sources import Shard, Split, configured_shards
 
 # the rule by which shards become lanes and lanes blocks; a change of it that moves a token gets a new name
@@ -62,6 +63,8 @@ def _order(config: DataConfig, tokenizer_fingerprint: str, batch_lanes: int, sha
     columns = [shard.text_column for shard in shards]
     if set(columns) != {"text"}:  # the only one there was: runs that read it keep their fingerprint
         order["columns"] = columns
+    if any(shard.format is TEXT for shard in shards):
+        order["sample_by"] = config.sample_by
     return order
 
 

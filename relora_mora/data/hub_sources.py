@@ -10,6 +10,7 @@ from pathlib import Path
 
 from relora_mora.config import DataConfig
 from relora_mora.data.errors import SourceError
+from relora_mora.data.formats import format_of
 
 C4 = "allenai/c4"
 C4_PATTERNS = {
@@ -19,7 +20,6 @@ C4_PATTERNS = {
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"(?P<place>[^:]+)(?::(?P<config>[^:/]*))?(?::(?P<split>[^:/]*))?")
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-_FILE = re.compile(r".*\.(jsonl?|gz|zst|parquet)", re.IGNORECASE)
 
 _remembered: dict[tuple[str, str], str] = {}  # by repository and revision
 
@@ -76,7 +76,7 @@ def dataset_name(source: str) -> DatasetName | None:
     name = DatasetName(source, place, match["config"] or None, match["split"] or None, on_hub=False)
     if os.path.isdir(name.folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         return name
-    if not _ON_HUB.fullmatch(place) or _FILE.fullmatch(place) or os.path.isdir(name.folder.parent):  # noqa: PTH112
+    if not _ON_HUB.fullmatch(place) or format_of(place.lower()) or os.path.isdir(name.folder.parent):  # noqa: PTH112
         return None
     return replace(name, on_hub=True)
 

@@ -22,6 +22,7 @@ FREE_SETTINGS = {
     "data.train",  # compared by fingerprint
     "data.validation",
     "data.text_column",  # part of the fingerprint where it is not "text"
+    "data.sample_by",  # part of the fingerprint where there is a .txt file
     "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
     "data.workers",
     "data.prefetch_batches",

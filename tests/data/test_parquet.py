@@ -19,7 +19,7 @@ from relora_mora.data import TrainStream, check_columns, iter_texts, local_conte
 from relora_mora.data import parquet as parquet_module
 from relora_mora.data.errors import SourceError
 from relora_mora.data.local import LocalFile
-from relora_mora.data.parquet import ParquetRows
+from relora_mora.data.plain_text import open_texts
 from relora_mora.data.retry import RETRIES
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
@@ -46,7 +46,7 @@ def short_waits(monkeypatch):
 def _rows(path, lanes=1, lane=0, skip=0, **settings):
     """All rows of a lane's share of a file behind the first ``skip``."""
     config = data_config(path, **settings)
-    with closing(ParquetRows(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
+    with closing(open_texts(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
         assert rows.skip(skip)
         return [row for part in iter(lambda: rows.take(5), []) for row in part]
 
@@ -126,7 +126,7 @@ def test_a_resume_reads_the_footer_and_one_group_of_the_text_alone(tmp_path, mon
         return read_at(self, position, size)
 
     monkeypatch.setattr(LocalFile, "read_at", counted)
-    with closing(ParquetRows(data_config(path), Shard("a.parquet", str(path)))) as rows:
+    with closing(open_texts(data_config(path), Shard("a.parquet", str(path)))) as rows:
         assert rows.skip(1501)
         assert rows.take(1) == [texts[1501]]
     assert sum(read) < path.stat().st_size / 5
@@ -139,7 +139,7 @@ def test_a_large_row_group_is_read_a_part_at_a_time(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet", texts, group_rows=1000, **settings)
     before = pyarrow.total_allocated_bytes()
     most = 0
-    with closing(ParquetRows(data_config(path), Shard("a.parquet", str(path)))) as rows:
+    with closing(open_texts(data_config(path), Shard("a.parquet", str(path)))) as rows:
         for text in texts:
             assert rows.take(1) == [text]
             most = max(most, pyarrow.total_allocated_bytes() - before)
@@ -188,7 +188,7 @@ def test_another_column_and_held_out_text(tmp_path):
 def test_a_wrong_column_is_told_with_those_there_are(tmp_path, column, said):
     path = write_parquet(tmp_path / "a.parquet", ["text"])
     with pytest.raises(SourceError) as caught:
-        check_columns(resolve_shards(str(path), text_column=column), 1.0)
+        check_columns(resolve_shards(str(path), text_column=column), data_config(path))
     assert said in str(caught.value)
     with pytest.raises(SourceError) as again:
         make_lane(data_config(path, text_column=column), 1, 0).next_block()
@@ -274,7 +274,7 @@ def test_a_seek_over_http_costs_few_requests_and_bytes(tmp_path, short_waits):
     path = write_parquet(tmp_path / "a.parquet", texts, group_rows=200)
     with serving(tmp_path) as server:
         (shard,) = resolve_shards(f"{server.url}/a.parquet")
-        with closing(ParquetRows(data_config(path), shard)) as rows:
+        with closing(open_texts(data_config(path), shard)) as rows:
             assert rows.skip(1501)
             assert rows.take(400) == texts[1501:1901]
         ranges = [headers["range"] for _, headers in server.requests]
@@ -287,7 +287,7 @@ def test_a_file_that_changes_at_the_server_is_refused(tmp_path, short_waits):
     path = write_parquet(tmp_path / "a.parquet", [random.Random(n).randbytes(500).hex() for n in range(2000)])
     with serving(tmp_path) as server:
         (shard,) = resolve_shards(f"{server.url}/a.parquet")
-        with closing(ParquetRows(data_config(path), shard)) as rows:
+        with closing(open_texts(data_config(path), shard)) as rows:
             rows.take(10)
             write_parquet(path, some_texts(10))
             with pytest.raises(SourceError, match=r"a\.parquet changed while it was read"):

@@ -16,6 +16,7 @@ from tests.tools.faulty_server import serving
 
 BATCH = 16
 LANES = 8
+KINDS = (".json.gz", ".txt.zst", ".csv", ".parquet", ".arrow")
 
 
 def _streams(config, tokenizer_path, world_size, state=None):
@@ -60,7 +61,7 @@ def _run(config, tokenizer_path, world_size, steps, state=None):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    for kind in (".json.gz", ".parquet"):
+    for kind in KINDS:
         write_shards(folder / kind, 5, 40, suffix=kind)  # fewer shards than lanes
     return folder
 
@@ -69,7 +70,7 @@ def _with(config, workers):
     return config.model_copy(update={"workers": workers})
 
 
-@pytest.mark.parametrize("kind", [".json.gz", ".parquet"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_global_batches_do_not_depend_on_ranks_or_workers_and_resume_on_others(folder, tokenizer_path, kind):
     config = data_config(folder / kind / "*")
     reference = _run(config, tokenizer_path, 1, 24)
@@ -85,7 +86,7 @@ def test_global_batches_do_not_depend_on_ranks_or_workers_and_resume_on_others(f
     assert first + second + third == reference
 
 
-@pytest.mark.parametrize("kind", [".json.gz", ".parquet"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_more_shards_than_lanes(tmp_path, tokenizer_path, kind):
     write_shards(tmp_path, 19, 15, suffix=kind)
     config = data_config(tmp_path / "*")
