@@ -45,29 +45,34 @@ class ArrowColumn(ColumnFile):
             raise self._damaged(f"record batch {group + 1}", f"{len(column)} rows, not {self.group_rows[group]}")
         for start in range(first, len(column), stride * BATCH_ROWS):
             rows = range(start, min(len(column), start + stride * BATCH_ROWS), stride)
-            for row, text in zip(rows, utf8(column[rows.start : rows.stop : stride]).to_pylist(), strict=True):
+            for row, text in zip(rows, column[rows.start : rows.stop : stride].to_pylist(), strict=True):
                 yield before + row + 1, text
 
     def _read_schema(self) -> Any:
         import pyarrow
 
-        start = len(FILE_MAGIC) if self._bytes.read_at(0, min(8, self._bytes.size)) == FILE_MAGIC else 0
         try:
-            self._messages = list(self._walk(start))
+            messages = list(self._walk())
         except struct.error as error:  # a place outside of the metadata
             raise pyarrow.ArrowInvalid("a message makes no sense") from error
-        return pyarrow.ipc.open_stream(self._stream([])).schema
+        self._dictionaries = [message for message in messages if message.kind == _DICTIONARY]
+        self._batches = [message for message in messages if message.kind == _RECORD_BATCH]
+        self._schema = b"".join(map(self._message, messages[:1]))
+        return pyarrow.ipc.open_stream(self._schema + END_OF_STREAM).schema
 
     def _count_rows(self, schema: Any) -> list[int]:
         self._options = {"included_fields": [schema.names.index(self._shard.text_column)], "use_threads": False}
-        self._batches = [message for message in self._messages if message.kind == _RECORD_BATCH]
         return [message.rows for message in self._batches]
 
-    def _walk(self, start: int) -> Iterator[Message]:
+    def _walk(self) -> Iterator[Message]:
         import pyarrow
 
+        start = 0
         while True:
             look = self._bytes.read_at(start, min(LOOK_BYTES, self._bytes.size - start))
+            if start == 0 and look.startswith(FILE_MAGIC):
+                start = len(FILE_MAGIC)
+                continue
             if look.startswith(END_OF_STREAM):
                 return
             if len(look) < 8 or not look.startswith(CONTINUATION):
@@ -85,26 +90,22 @@ class ArrowColumn(ColumnFile):
             start = message.end
 
     def _read(self, batch: Message) -> Any:
-        """The column in a record batch, checked, since pyarrow trusts what it reads."""
+        """The column in a record batch as bytes, checked, since pyarrow trusts what it reads."""
         import pyarrow
 
         options = pyarrow.ipc.IpcReadOptions(**self._options)
-        column = pyarrow.ipc.open_stream(self._stream([batch]), options=options).read_next_batch().column(0)
+        needed = [message for message in self._dictionaries if message.end <= batch.start]
+        stream = b"".join([self._schema, *map(self._message, [*needed, batch]), END_OF_STREAM])
+        column = pyarrow.ipc.open_stream(stream, options=options).read_next_batch().column(0)
         if isinstance(column, pyarrow.DictionaryArray):
             column = pyarrow.DictionaryArray.from_arrays(column.indices, _as_binary(column.dictionary), safe=True)
         else:
             column = _as_binary(column)
         column.validate(full=True)
-        return column
+        return utf8(column)
 
-    def _stream(self, batches: list[Message]) -> bytes:
-        """A stream of these alone, with the schema and the dictionaries that they need."""
-        end = batches[-1].start if batches else self._bytes.size
-        before = [
-            m for m in self._messages if m.kind == _SCHEMA or (m.kind == _DICTIONARY and m.end <= end and batches)
-        ]
-        parts = [self._bytes.read_at(message.start, message.end - message.start) for message in [*before, *batches]]
-        return b"".join([*parts, END_OF_STREAM])
+    def _message(self, message: Message) -> bytes:
+        return self._bytes.read_at(message.start, message.end - message.start)
 
 
 def _parse(metadata: bytes, start: int, body: int) -> Message:

@@ -71,13 +71,20 @@ def _with(config, workers):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_global_batches_do_not_depend_on_ranks_or_workers_and_resume_on_others(folder, tokenizer_path, kind):
+def test_global_batches_do_not_depend_on_ranks_and_resume_on_others(folder, tokenizer_path, kind):
     config = data_config(folder / kind / "*")
     reference = _run(config, tokenizer_path, 1, 24)
     states = reference[-1][1].values()
     assert {state["epoch"] for state in states} != {0}  # across the border of an epoch
-    assert _run(config, tokenizer_path, 2, 24) == reference
     assert _run(config, tokenizer_path, 4, 24) == reference
+    first = _run(config, tokenizer_path, 2, 11)
+    assert first == reference[:11]
+    assert _run(config, tokenizer_path, 4, 13, first[-1][1]) == reference[11:]
+
+
+def test_global_batches_do_not_depend_on_workers_and_resume_on_others(folder, tokenizer_path):
+    config = data_config([str(folder / kind / "part-00001*") for kind in KINDS])  # every format in one list
+    reference = _run(config, tokenizer_path, 1, 24)
     assert _run(_with(config, 1), tokenizer_path, 1, 10) == reference[:10]
     # where one run stops the next goes on: other ranks, other workers
     first = _run(_with(config, 2), tokenizer_path, 2, 7)

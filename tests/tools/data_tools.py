@@ -41,6 +41,13 @@ def line(text: Any) -> bytes:
     return json.dumps({"url": "https://example.org/", "text": text}, ensure_ascii=False).encode()
 
 
+def _table(texts: Iterable[str | None], column: str) -> Any:
+    import pyarrow
+
+    values = texts if isinstance(texts, pyarrow.Array) else pyarrow.array(list(texts), "string")
+    return pyarrow.table({"id": range(len(values)), column: values, "url": ["x"] * len(values)})
+
+
 def write_parquet(
     path: Path, texts: Iterable[str | None], *, group_rows: int = 7, column: str = "text", **settings: Any
 ) -> Path:
@@ -48,9 +55,7 @@ def write_parquet(
     import pyarrow.parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    texts = list(texts)
-    table = pyarrow.table({"id": range(len(texts)), column: pyarrow.array(texts, "string"), "url": ["x"] * len(texts)})
-    pyarrow.parquet.write_table(table, path, row_group_size=group_rows, **settings)
+    pyarrow.parquet.write_table(_table(texts, column), path, row_group_size=group_rows, **settings)
     return path
 
 
@@ -67,8 +72,7 @@ def write_arrow(
     import pyarrow
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    texts = list(texts)
-    table = pyarrow.table({"id": range(len(texts)), column: pyarrow.array(texts, "string"), "url": ["x"] * len(texts)})
+    table = _table(texts, column)
     options = pyarrow.ipc.IpcWriteOptions(compression=compression)
     new = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
     with new(str(path), table.schema, options=options) as writer:
