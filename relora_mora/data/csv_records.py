@@ -85,7 +85,7 @@ class CsvRecords:
     def _line(self) -> str | None:
         """The next line for csv.
 
-        Behind the limit only what tells csv where the row ends: lines with quotes, as few other characters as possible.
+        Behind the limit only what tells csv where the row ends: lines that may close a quote, without what is inside.
         """
         while (line := self._lines.take()) is not None:
             if isinstance(line, Skipped):
@@ -95,7 +95,7 @@ class CsvRecords:
             self._bytes += len(line) + 1
             if self._bytes <= self._limit + 1:
                 return line.decode(_BYTES) + "\n"
-            if b'"' in line:
+            if b'"' in line.replace(b'""', b""):
                 return _INSIDE.sub(rb"\1\2", line).decode(_BYTES) + "\n"
         return None
 
