@@ -18,7 +18,7 @@ CONTINUATION = b"\xff\xff\xff\xff"
 END_OF_STREAM = CONTINUATION + b"\0\0\0\0"
 LOOK_BYTES = 1 << 12  # the beginning of a message, most often with all of its metadata
 BATCH_ROWS = 1024  # of a record batch, as Python's objects at once
-# https://github.com/apache/arrow/blob/main/format/Message.fbs
+# format/Message.fbs of Arrow: kinds of messages, and the numbers of fields in their tables
 _SCHEMA, _DICTIONARY, _RECORD_BATCH = 1, 2, 3
 _KIND, _HEADER, _BODY_LENGTH = 1, 2, 3  # fields of a Message
 _ROWS = 0  # field of a RecordBatch
@@ -84,8 +84,8 @@ class ArrowColumn(ColumnFile):
             if len(metadata) < body - start - 8:
                 metadata = self._bytes.read_at(start + 8, body - start - 8)
             message = _parse(metadata, start, body)
-            if not start < message.end <= self._bytes.size:
-                raise pyarrow.ArrowInvalid(f"a message at byte {start} that is longer than the file")
+            if not start < message.end <= self._bytes.size or message.rows < 0:
+                raise pyarrow.ArrowInvalid(f"a message at byte {start} that is longer than the file or has no length")
             yield message
             start = message.end
 

@@ -33,8 +33,8 @@ class ColumnFile:
         try:
             with self._damage_named(self.head):
                 schema = self._read_schema()
-            self._check(schema)
-            self.group_rows = self._count_rows(schema)
+                self._check(schema)
+                self.group_rows = self._count_rows(schema)
         except BaseException:
             self._bytes.close()
             raise
@@ -68,14 +68,14 @@ class ColumnFile:
 
     @contextmanager
     def _damage_named(self, where: str) -> Iterator[None]:
-        """An error of pyarrow with the place of the damage in the file."""
+        """An error of pyarrow, or a name that is no text, with the place of the damage in the file."""
         import pyarrow
 
         try:
             yield
         except SourceError:
             raise
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno in LOST_DISK:
                 raise
             raise self._damaged(where, str(error)) from error

@@ -66,7 +66,7 @@ class CsvRecords:
         text = entry[self._column].encode(_BYTES)
         return Skipped("raw_nul") if b"\0" in text else decode_text(text)
 
-    def surely_good(self, entry: list[str] | Skipped) -> bool:
+    def seems_good(self, entry: list[str] | Skipped) -> bool:
         return False
 
     def close(self) -> None:

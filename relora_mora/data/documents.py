@@ -46,7 +46,7 @@ class TextDocuments:
         text = text.removeprefix("\ufeff")
         return text if text.strip(BLANK) else Skipped("blank_line")
 
-    def surely_good(self, entry: bytes | Skipped) -> bool:
+    def seems_good(self, entry: bytes | Skipped) -> bool:
         return False
 
     def close(self) -> None:

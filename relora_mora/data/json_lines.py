@@ -26,7 +26,7 @@ class JsonLines(ShardLines):
     def text(self, entry: bytes | Skipped) -> str | Skipped:
         return parse_line(entry, column=self._shard.text_column, foreign_format=self._foreign_format)
 
-    def surely_good(self, entry: bytes | Skipped) -> bool:
+    def seems_good(self, entry: bytes | Skipped) -> bool:
         return not surely_bad(entry, column=self._shard.text_column)
 
     def begin(self, head: bytes) -> None:

@@ -30,8 +30,8 @@ class Entries(Protocol[Entry]):
 
     def text(self, entry: Entry) -> str | Skipped: ...
 
-    def surely_good(self, entry: Entry) -> bool:
-        """Whether another lane's entry need not be looked into, to judge the shard."""
+    def seems_good(self, entry: Entry) -> bool:
+        """Whether another lane's entry is passed over; where not, its text decides."""
 
     def close(self) -> None: ...
 
@@ -79,7 +79,7 @@ class TurnRows(Generic[Entry]):
                 break
             if at % self._stride == self._phase:
                 rows.append(self._text(entry))
-            elif not self._entries.surely_good(entry):
+            elif not self._entries.seems_good(entry):
                 self._text(entry)  # for the reason
         if not rows:
             self._limit.finish(self._entries.row)
