@@ -25,6 +25,7 @@ def main(
     precision: str = "float32",
     document_mask: bool | None = None,
     text_column: str | None = None,
+    sample_by: str | None = None,
 ) -> None:
     """Scores text with a model.
 
@@ -38,7 +39,12 @@ def main(
         precision: float32, bfloat16 or float16
         document_mask: score each document alone, as data.document_mask trains; default: as trained, else false
         text_column: the key or column that holds the text; default: as trained, else text
+        sample_by: what a document of a .txt file is: line, paragraph or document; default: as trained, else paragraph
     """
+    from relora_mora.config import SAMPLE_BY
+
+    if sample_by not in (None, *SAMPLE_BY):
+        raise ValueError(f"--sample_by: got {sample_by}, expected one of {', '.join(SAMPLE_BY)}")
     for name, value, least in (
         ("micro_batch_size", micro_batch_size, 1),
         ("sequence_length", sequence_length, 2),
@@ -58,7 +64,7 @@ def main(
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
     loaded = load_any_model(Path(model), DTYPES[precision])
-    settings = loaded.data_settings(data, sequence_length, document_mask, text_column)
+    settings = loaded.data_settings(data, sequence_length, document_mask, text_column, sample_by)
     length = settings.sequence_length
     positions = positions_of(loaded.model)
     if positions is not None and length > positions:

@@ -117,6 +117,7 @@ class LoadedModel:
         sequence_length: int | None,
         document_mask: bool | None,
         text_column: str | None = None,
+        sample_by: str | None = None,
     ) -> DataConfig:
         """Settings for reading the held-out text of ``source``: those of training, except for what is given.
 
@@ -127,6 +128,7 @@ class LoadedModel:
             "sequence_length": sequence_length,
             "document_mask": document_mask,
             "text_column": text_column,
+            "sample_by": sample_by,
         }
         validation = self.data.validation
         if source not in ([validation] if isinstance(validation, str) else validation):

@@ -77,6 +77,7 @@ def main(
     max_bad_fraction: float = 0.01,
     timeout_seconds: float = 600.0,
     text_column: str = "text",
+    sample_by: str = "paragraph",
 ) -> None:
     """Trains a sentencepiece BPE tokenizer with byte fallback and writes a folder that transformers loads.
 
@@ -94,13 +95,14 @@ def main(
         max_bad_fraction: stop when more than this fraction of a shard's lines is bad
         timeout_seconds: give up on a source that has failed for this long
         text_column: the key of a JSON line, or the column, that holds the text
+        sample_by: what a document of a .txt file is: line, paragraph or document (the whole file)
     """
     from relora_mora.config import DataConfig
     from relora_mora.data import SourceError, iter_texts
 
     started = time.monotonic()
     _check_settings(vocab_size, max_documents, max_bytes, character_coverage, threads)
-    _check_data_settings(max_bad_fraction, timeout_seconds)
+    _check_data_settings(max_bad_fraction, timeout_seconds, sample_by)
     sources = _sources(data)
     config = DataConfig(
         train=sources,
@@ -109,6 +111,7 @@ def main(
         max_bad_fraction=max_bad_fraction,
         timeout_seconds=timeout_seconds,
         text_column=text_column,
+        sample_by=sample_by,  # type: ignore[arg-type]
     )
     with new_folder(Path(out)) as folder:
         texts = iter_texts(sources, split="train", config=config)
@@ -230,7 +233,11 @@ def _check_settings(
         raise TokenizerError(f"--threads={threads}: give at least 1 and at most {_MOST_THREADS}, or leave it out")
 
 
-def _check_data_settings(max_bad_fraction: float, timeout_seconds: float) -> None:
+def _check_data_settings(max_bad_fraction: float, timeout_seconds: float, sample_by: str) -> None:
+    from relora_mora.config import SAMPLE_BY
+
+    if sample_by not in SAMPLE_BY:
+        raise TokenizerError(f"--sample_by={sample_by}: give one of {', '.join(SAMPLE_BY)}")
     if not 0 <= max_bad_fraction <= 1:
         raise TokenizerError(f"--max_bad_fraction={max_bad_fraction}: give a fraction between 0 and 1")
     if not 0 < timeout_seconds <= _LONGEST_SECONDS:

@@ -4,6 +4,7 @@ from relora_mora.config.checks import unused_settings
 from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate, with_epochs
 from relora_mora.config.schema import (
     DECODER_LINEARS,
+    SAMPLE_BY,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -20,6 +21,7 @@ from relora_mora.config.sources import TextSource, as_sources, is_mixture, map_r
 
 __all__ = [
     "DECODER_LINEARS",
+    "SAMPLE_BY",
     "CheckpointConfig",
     "Config",
     "ConfigError",

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -42,6 +42,9 @@ else:  # a type checker takes no choices that are known at run time only
 Split = Literal["train", "validation"]
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+SampleBy = Literal["line", "paragraph", "document"]
+SAMPLE_BY = get_args(SampleBy)
+
 
 class ModelConfig(Strict):
     """The LLaMA model. ``config`` is a transformers ``LlamaConfig`` JSON file, ``overrides`` replaces keys of it."""
@@ -72,7 +75,8 @@ class TokenizerConfig(Strict):
 class DataConfig(Strict):
     """Sources are sets by name (``allenai/c4``), ``hub:REPO/PATTERN``, http(s) urls, local paths and globs.
 
-    A list of records (see ``data.train.N`` below) is a mixture; see docs/data.md.
+    They hold JSON lines, text, CSV, Parquet or Arrow. A list of records (see ``data.train.N`` below) is a mixture; see
+    docs/data.md.
     """
 
     train: Sources = Field(description="source or sources of training text; records are mixed by their weights")
@@ -85,6 +89,10 @@ class DataConfig(Strict):
     )
     text_column: Text = Field(
         "text", description="the key of a JSON line, or the column, that holds the text; of sources that name none"
+    )
+    sample_by: SampleBy = Field(
+        "paragraph",
+        description="what a document of a .txt file is: a line, a paragraph (blank lines around it) or the whole file",
     )
     sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = Field(
         512, description="tokens the model sees per sequence"
@@ -107,9 +115,11 @@ class DataConfig(Strict):
     seed: Seed = Field(0, description="seed of shard order and document order")
     document_mask: bool = Field(False, description="attention does not cross document borders inside a sequence")
     max_line_bytes: Positive = Field(
-        16 * 1024 * 1024, description="a longer line of a shard, or text of a row, is counted as bad and skipped"
+        16 * 1024 * 1024, description="a longer line, document or row of text is counted as bad and skipped"
     )
-    max_bad_fraction: Fraction = Field(0.01, description="stop when more than this fraction of a shard's lines is bad")
+    max_bad_fraction: Fraction = Field(
+        0.01, description="stop when more than this fraction of a shard's lines or rows is bad"
+    )
     timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(
         600.0, description="give up on a source that has failed for this long"
     )

@@ -10,8 +10,7 @@ from relora_mora.data.fingerprint import fingerprint, order_fingerprint
 from relora_mora.data.hub_sources import hub_commits, pin_revision, remember_commits
 from relora_mora.data.lane_states import counts_of, merge_states, start_states
 from relora_mora.data.mixture import mixture_names
-from relora_mora.data.parquet import check_columns
-from relora_mora.data.plain_text import iter_texts
+from relora_mora.data.plain_text import check_columns, iter_texts
 from relora_mora.data.positions import describe_position
 from relora_mora.data.skipped import SKIP_REASONS
 from relora_mora.data.sources import Shard, configured_shards, resolve_shards

@@ -23,7 +23,7 @@ THREADS = 16
 WHOLE_BYTES = 1 << 16  # a file up to this size is looked at as a whole
 PIECE_BYTES = 1 << 12  # of a larger one this much at its head, its tail and at some places between
 PIECES_BETWEEN = 4
-PARQUET_MAGIC = b"PAR1"
+END_BYTES = 8  # enough for how any format ends
 
 
 def local_content(shards: Sequence[Shard]) -> str:
@@ -70,8 +70,8 @@ def _samples(shard: Shard) -> bytes:
         file = os.open(shard.location, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(file).st_size
-            if shard.is_parquet:
-                _check_end(shard, os.pread(file, len(PARQUET_MAGIC), max(0, size - len(PARQUET_MAGIC))))
+            if shard.format.ends:
+                _check_end(shard, os.pread(file, END_BYTES, max(0, size - END_BYTES)))
             if size <= WHOLE_BYTES:
                 return os.pread(file, size, 0)
             last = size - PIECE_BYTES
@@ -84,11 +84,11 @@ def _samples(shard: Shard) -> bytes:
 
 
 def _check_end(shard: Shard, end: bytes) -> None:
-    """A copy that broke off is found before the run comes to it, since each Parquet file ends in the same bytes."""
-    if end != PARQUET_MAGIC:
+    """A copy that broke off is found before the run comes to it, where every file of its format ends alike."""
+    if not end.endswith(shard.format.ends):
         raise SourceError(
-            f"{shard.location} is no Parquet or cut short: it ends in {end!r}, not in {PARQUET_MAGIC!r}; "
-            "fetch or write it again"
+            f"{shard.location} is no {shard.format.name} or cut short: it ends in {end!r}, "
+            f"not in {' or '.join(map(repr, shard.format.ends))}; fetch or write it again"
         )
 
 

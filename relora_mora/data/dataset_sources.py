@@ -55,6 +55,7 @@ def _key(name: DatasetName, split: str, commits: Commits) -> Key:
 def _find(name: DatasetName, split: str, commits: Commits) -> Found:
     """The files, or the error to raise where the sources are resolved, so that it is told with all other faults."""
     from relora_mora.data.datasets_folder import CARDS, split_files
+    from relora_mora.data.saved_sets import saved_files
 
     try:
         if name.on_hub:
@@ -63,14 +64,20 @@ def _find(name: DatasetName, split: str, commits: Commits) -> Found:
             commit = commits.at(name.place, name.revision)
             sizes = list_files(name.place, commit, commits.timeout_seconds)
             paths = list(sizes)
-            cards = {
-                card: read_text(name.place, commit, card, sizes[card], commits.timeout_seconds)
-                for card in CARDS
-                if card in sizes
-            }
+
+            def read(path: str) -> str:
+                return read_text(name.place, commit, path, sizes[path], commits.timeout_seconds)
+
         else:
             paths = _files_below(name)
-            cards = {card: _read_card(name.folder / card) for card in CARDS if card in paths}
+
+            def read(path: str) -> str:
+                return _read_card(name.folder / path)
+
+        saved = None if name.config or name.data_files else saved_files(name, split, set(paths), read)
+        if saved is not None:
+            return tuple(saved)
+        cards = {card: read(card) for card in CARDS if card in paths}
         return tuple(split_files(name, split, paths, cards))
     except SourceError as error:
         return error

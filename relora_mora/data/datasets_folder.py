@@ -37,12 +37,17 @@ def split_files(name: DatasetName, split: str, paths: Iterable[str], cards: Mapp
         if splits is None:
             raise SourceError(f"{source} holds no files of text; check what is in it, or give its files by path")
         if split not in splits:
-            raise SourceError(
-                f"{source} has no split {split}, but {', '.join(splits)}; "
-                f"name one as {name.place}:{name.config or ''}:{next(iter(splits))}"
-            )
+            raise missing_split(name, split, splits)
         _refuse_mixed(name, split, root, splits)
         return splits[split]
+
+
+def missing_split(name: DatasetName, split: str, splits: Iterable[str]) -> SourceError:
+    there = list(splits)
+    return SourceError(
+        f"{name.source} has no split {split}, but {', '.join(there)}; "
+        f"name one as {name.place}:{name.config or ''}:{''.join(there[:1])}"
+    )
 
 
 def _splits(name: DatasetName, split: str, root: Path) -> dict[str, list[str]] | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from relora_mora.data.errors import SourceError
+from relora_mora.data.formats import JSON_LINES
 from relora_mora.data.sources import Shard
 
 CHUNK_BYTES = 1 << 16  # of the file; always whole chunks, so that a damaged shard fails at the same place every time
@@ -49,7 +51,7 @@ def decompress(source: ShardBytes, shard: Shard) -> Iterator[bytes]:
         yield from _gunzip(read, source.recheck_end)
     elif _ZSTD_MAGIC.match(head):
         yield from _unzstd(read, source.recheck_end, shard.name)
-    elif shard.location.endswith((".gz", ".zst")) and not _is_text(head):
+    elif shard.location.endswith((".gz", ".zst")) and not _is_text(head, shard):
         raise DamagedShardError("corrupt")
     else:
         while data := read(CHUNK_BYTES):
@@ -63,8 +65,14 @@ def foreign_format(head: bytes) -> str | None:
     return "html" if head[:1024].removeprefix(BOM).lstrip().startswith(b"<") else None
 
 
-def _is_text(head: bytes) -> bool:
+def _is_text(head: bytes, shard: Shard) -> bool:
     """Whether a shard that is named like a compressed one is text all the same, a server having unpacked it."""
+    if shard.format is not JSON_LINES:  # then any text will do
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(head)
+        except UnicodeDecodeError:
+            return False
+        return b"\0" not in head
     body = head.removeprefix(BOM).lstrip()
     return not body or body.startswith(b"{") or foreign_format(head) is not None
 

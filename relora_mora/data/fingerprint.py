@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from relora_mora.config import DataConfig, Split
+from relora_mora.data.formats import TEXT
 from relora_mora.data.sources import Shard, configured_shards
 
 # the rule by which shards become lanes and lanes blocks; a change of it that moves a token gets a new name
@@ -70,6 +71,8 @@ def _order(config: DataConfig, tokenizer_fingerprint: str, batch_lanes: int, sha
         order["columns"] = columns
     if any(shard.source for shard in shards):
         order["sources"] = [shard.source for shard in shards]
+    if any(shard.format is TEXT for shard in shards):
+        order["sample_by"] = config.sample_by
     return order
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from relora_mora.config import DataConfig, Split, TextSource, as_sources, map_records, texts_in
 from relora_mora.data.errors import SourceError
+from relora_mora.data.formats import format_of
 
 C4 = "allenai/c4"
 C4_PATTERNS = {
@@ -19,7 +20,6 @@ C4_PATTERNS = {
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"(?P<place>[^:]+)(?::(?P<config>[^:/]*))?(?::(?P<split>[^:/]*))?")
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-_FILE = re.compile(r".*\.(jsonl?|gz|zst|parquet)", re.IGNORECASE)
 
 Revision = tuple[str, str]  # of a repository: its name, and that of a branch, tag or commit
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -102,7 +102,7 @@ def _named(source: TextSource, match: re.Match[str]) -> DatasetName | None:
     )
     if os.path.isdir(name.folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         return name
-    if not _ON_HUB.fullmatch(place) or _FILE.fullmatch(place) or os.path.isdir(name.folder.parent):  # noqa: PTH112
+    if not _ON_HUB.fullmatch(place) or format_of(place.lower()) or os.path.isdir(name.folder.parent):  # noqa: PTH112
         return None
     return replace(name, on_hub=True)
 

@@ -6,21 +6,17 @@ time the shard is read.
 
 from __future__ import annotations
 
-from relora_mora.data.decompress import DamagedShardError, ShardBytes, decompress, foreign_format
+from relora_mora.data.decompress import DamagedShardError, ShardBytes, decompress
 from relora_mora.data.local import LocalBytes
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
 
 
 class ShardLines:
-    """The lines of one shard, in order. ``row`` is the number of the line that ``take`` gives next, from 0.
-
-    ``foreign_format`` is set once the first line was read: ``html`` or ``utf16`` where the shard is not JSON at all.
-    """
+    """The lines of one shard, in order. ``row`` is the number of the line that ``take`` gives next, from 0."""
 
     def __init__(self, shard: Shard, *, max_line_bytes: int, timeout_seconds: float) -> None:
         self.row = 0
-        self.foreign_format: str | None = None
         self._bytes = _open(shard, timeout_seconds)
         self._pieces = decompress(self._bytes, shard)
         self._limit = max_line_bytes
@@ -32,6 +28,9 @@ class ShardLines:
 
     def close(self) -> None:
         self._bytes.close()
+
+    def begin(self, head: bytes) -> None:
+        """Called with the first piece of the text, before its lines are given."""
 
     def skip(self, count: int) -> bool:
         """Pass over lines without looking into them; False when the shard ends before."""
@@ -74,7 +73,7 @@ class ShardLines:
 
     def _cut(self, piece: bytes) -> None:
         if not self.row and not self._partial_bytes:
-            self.foreign_format = foreign_format(piece)
+            self.begin(piece)
         first, *others = piece.split(b"\n")
         self._extend_partial(first)
         if others:

@@ -7,7 +7,7 @@ import json
 
 from relora_mora.data.skipped import Skipped
 
-_BLANK = " \t\r\n\v\f"  # what bytes.strip strips
+BLANK = " \t\r\n\v\f"  # what bytes.strip strips
 
 
 def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: str | None = None) -> str | Skipped:
@@ -25,7 +25,7 @@ def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: s
         decoded = line.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError:
         return Skipped(foreign_format or "invalid_utf8")
-    if not decoded.strip(_BLANK):
+    if not decoded.strip(BLANK):
         return Skipped("blank_line")
     try:
         value = json.loads(decoded)
@@ -41,6 +41,16 @@ def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: s
     if "\\u" in decoded and not _is_encodable(text):
         return Skipped("invalid_utf8")
     return text
+
+
+def decode_text(text: bytes) -> str | Skipped:
+    """The string in a text's own bytes, or why there is none."""
+    if not text:
+        return Skipped("empty_text")
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return Skipped("invalid_utf8")
 
 
 def surely_bad(line: bytes | Skipped, *, column: str = "text") -> bool:

@@ -1,4 +1,4 @@
-"""Plain text: the string of each line, or each row of a column, is a row, and every one of its tokens is scored."""
+"""Plain text: each document is a row, and every one of its tokens is scored. Here is the reader of each format."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from relora_mora.config import DataConfig, Split, TextSource
-from relora_mora.data.lines import ShardLines
-from relora_mora.data.parquet import ParquetRows
-from relora_mora.data.parse import parse_line, surely_bad
+from relora_mora.data.arrow import ArrowColumn
+from relora_mora.data.csv_records import CsvRecords
+from relora_mora.data.documents import TextDocuments
+from relora_mora.data.formats import ARROW, CSV, JSON_LINES, PARQUET, TEXT, Format
+from relora_mora.data.groups import GroupRows, Groups
+from relora_mora.data.json_lines import JsonLines
+from relora_mora.data.parquet import ParquetColumn
 from relora_mora.data.rows import Encode, Encoded, Rows
-from relora_mora.data.skipped import BAD_REASONS, BadRowLimit, Skipped
+from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard, resolve_shards
+from relora_mora.data.turns import Entries, TurnRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,63 +26,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class TextRows:
-    """The texts of a shard of JSON lines: those of the lines ``phase``, ``phase + stride``, ... (see ``rows.Rows``).
-
-    All lines count towards the limit on bad ones, so that lanes which share a shard judge it alike: this lane's are
-    parsed, of the others only what shows without parsing is seen. Of ``config`` the limits are used.
-    """
-
-    def __init__(
-        self,
-        config: DataConfig,
-        shard: Shard,
-        *,
-        stride: int = 1,
-        phase: int = 0,
-        bad: int = 0,
-        note: Callable[[str], None] = log.warning,
-    ) -> None:
-        self._column = shard.text_column
-        self._stride = stride
-        self._phase = phase
-        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad)
-        self._lines = ShardLines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
-
-    @property
-    def bad(self) -> int:
-        return self._limit.bad
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._lines.row
-
-    def skip(self, count: int) -> bool:
-        return self._lines.skip(count * self._stride)
-
-    def take(self, count: int) -> list[str | Skipped]:
-        rows: list[str | Skipped] = []
-        for at in range(count * self._stride):
-            line = self._lines.take()
-            if line is None:
-                break
-            if at % self._stride == self._phase:
-                rows.append(self._parse(line))
-            elif surely_bad(line, column=self._column):
-                self._parse(line)  # for the reason
-        if not rows:
-            self._limit.finish(self._lines.row)
-        return rows
-
-    def close(self) -> None:
-        self._lines.close()
-
-    def _parse(self, line: bytes | Skipped) -> str | Skipped:
-        """The text of the line taken last, or the reason why there is none; counts a bad one."""
-        row = parse_line(line, column=self._column, foreign_format=self._lines.foreign_format)
-        if isinstance(row, Skipped) and row.reason in BAD_REASONS:
-            self._limit.count(self._lines.row, row.reason)
-        return row
+_ENTRIES: dict[Format, Callable[[Shard, DataConfig], Entries]] = {
+    JSON_LINES: JsonLines,
+    TEXT: TextDocuments,
+    CSV: CsvRecords,
+}
+_GROUPS: dict[Format, Callable[[Shard, float], Groups]] = {PARQUET: ParquetColumn, ARROW: ArrowColumn}
 
 
 def open_texts(
@@ -89,9 +43,27 @@ def open_texts(
     bad: int = 0,
     note: Callable[[str], None] = log.warning,
 ) -> Rows[str]:
-    """The texts of a shard of any format (see ``rows.OpenRows``). Of ``config`` the limits are used."""
-    kind = ParquetRows if shard.is_parquet else TextRows
-    return kind(config, shard, stride=stride, phase=phase, bad=bad, note=note)
+    """The texts of a shard of any format (see ``rows.OpenRows``). Of ``config`` limits and ``sample_by`` are used."""
+    if shard.format.in_groups:
+        groups = _GROUPS[shard.format](shard, config.timeout_seconds)
+        return GroupRows(groups, config, shard, stride=stride, phase=phase, bad=bad, note=note)
+    entries = _ENTRIES[shard.format](shard, config)
+    return TurnRows(entries, config, shard, stride=stride, phase=phase, bad=bad, note=note)
+
+
+def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
+    """Looks at one file of each folder and format that can be wrong as a whole.
+
+    That is one without the column of the text or, on a disk, an array in JSON. Raises SourceError.
+    """
+    looked_at = {
+        (shard.location.rpartition("/")[0], shard.format, shard.text_column): shard
+        for shard in shards
+        if shard.format is not TEXT and not (shard.format is JSON_LINES and shard.is_remote)
+    }
+    for shard in looked_at.values():
+        with closing(open_texts(config, shard)) as rows:
+            rows.skip(1)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode[str]:

@@ -43,18 +43,19 @@ def describe_position(
 def _place(plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard], config: DataConfig) -> str:
     part = plan.order(config.seed, cursor.epoch)[cursor.place]
     shard = shards[part.shard]
-    if shard.is_parquet:  # whose rows these are in the file stands in its footer
+    if shard.format.in_groups:  # whose rows these are in the file stands in it
         first = cursor.block * config.shuffle_documents + 1
         share = f" of share {part.phase + 1} of {part.stride}" if part.stride > 1 else ""
         rows = f"behind {cursor.item} of rows {first} to {first + config.shuffle_documents - 1}{share} (shuffled)"
         return _with_offset(f"epoch {cursor.epoch}, {shard.name}, {rows}", offset)
+    unit = shard.format.unit or config.sample_by
     first = cursor.block * config.shuffle_documents * part.stride + part.phase + 1
     last = first + (config.shuffle_documents - 1) * part.stride
     if last == first:
-        lines = f"{'behind' if cursor.item else 'before'} line {first}"
+        lines = f"{'behind' if cursor.item else 'before'} {unit} {first}"
     else:
         steps = f" in steps of {part.stride}" if part.stride > 1 else ""
-        lines = f"behind {cursor.item} of lines {first} to {last}{steps} (shuffled)"
+        lines = f"behind {cursor.item} of {unit}s {first} to {last}{steps} (shuffled)"
     return _with_offset(f"epoch {cursor.epoch}, {shard.name}, {lines}", offset)
 
 

@@ -132,8 +132,8 @@ class RemoteFile(RandomAccessFile):
         check_status(response, self._shard.name, hub=self._shard.hub)
         if response.status_code != 206:
             raise SourceError(
-                f"{self._shard.name}: the server answers no ranges, without which Parquet cannot be read; "
-                "download the file and give its path"
+                f"{self._shard.name}: the server answers no ranges, without which {self._shard.format.name} cannot be "
+                "read; download the file and give its path"
             )
         self._version.check(response)
         answered = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))

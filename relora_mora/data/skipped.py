@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sources import Shard
@@ -18,6 +17,8 @@ BAD_REASONS = {
     "not_json": "is not JSON",
     "html": "is HTML, not JSON",
     "utf16": "is UTF-16, not UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    "not_csv": "is not CSV",
+    "field_count": "has more or fewer fields than the header",
     "no_text": 'has no "{column}"',
     "text_not_string": 'has a "{column}" that is no string',
     "truncated": "is where the compressed shard breaks off",
@@ -53,7 +54,7 @@ class BadRowLimit:
         note: Callable[[str], None],
         bad: int = 0,
         *,
-        unit: Literal["line", "row"] = "line",
+        unit: str,
     ) -> None:
         self.bad = bad
         self._shard = shard

@@ -14,9 +14,9 @@ from urllib.parse import unquote, urlsplit
 from relora_mora.config import DataConfig, Split, TextSource, as_sources, is_mixture
 from relora_mora.data.dataset_sources import DatasetName, dataset_files, dataset_name
 from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.formats import JSON_LINES, SUFFIXES, Format, format_of
 from relora_mora.data.hub_sources import C4, Commits, hub_parts, hub_source, is_hub
 
-SUFFIXES = (".json", ".jsonl", ".gz", ".zst", ".parquet")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
 
@@ -33,8 +33,8 @@ class Shard:
     source: str = ""  # the name of its source in a mixture
 
     @property
-    def is_parquet(self) -> bool:
-        return self.name.endswith(".parquet")
+    def format(self) -> Format:
+        return format_of(self.name) or JSON_LINES  # a url may tell nothing
 
     @property
     def is_remote(self) -> bool:
@@ -214,11 +214,10 @@ def _local_shards(source: str) -> Iterator[Shard]:
 
 
 def _check_suffix(path: str, source: str, *, may_be_missing: bool = False) -> None:
-    suffix = PurePosixPath(path).suffix
-    if suffix not in SUFFIXES and not (may_be_missing and not suffix):
+    if format_of(path) is None and not (may_be_missing and not PurePosixPath(path).suffix):
         raise SourceError(
-            f"{source}: {PurePosixPath(path).name} is no shard of JSON lines and no Parquet; "
-            f"expected one of {', '.join(SUFFIXES)}"
+            f"{source}: {PurePosixPath(path).name} is in no format that is read; "
+            f"expected one of {', '.join(SUFFIXES)} (what has columns inside is not compressed once more)"
         )
 
 

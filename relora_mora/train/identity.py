@@ -24,6 +24,7 @@ FREE_SETTINGS = {
     "data.validation",
     "data.text_column",  # part of the fingerprint where it is not "text"
     "data.whole_shards",  # part of the fingerprint where it matters
+    "data.sample_by",  # part of the fingerprint where there is a .txt file
     "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
     "data.workers",
     "data.prefetch_batches",

@@ -39,7 +39,7 @@ def open_inputs(config: Config) -> Inputs:
 
 def _shards(data: DataConfig, split: Split) -> list[Shard]:
     shards = configured_shards(data, split)
-    check_columns([shard for shard in shards if not shard.is_remote], data.timeout_seconds)
+    check_columns([shard for shard in shards if not shard.is_remote], data)
     return shards
 
 

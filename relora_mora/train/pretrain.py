@@ -108,7 +108,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
         guard.begin("checking settings, model and data", within=data.timeout_seconds + LONG_SECONDS)
     checked = check(config, world_size)
     check_agreement(checked.identity)
-    asked = from_first_rank(lambda: _asked(checked.shards, data.timeout_seconds))
+    asked = from_first_rank(lambda: _asked(checked.shards, data))
     checked = replace(checked, data_content=checked.data_content + asked)
     lock = from_first_rank(lambda: _lock(guard, folder))
     check_shared(RunFolder(folder).lock, lock)
@@ -167,10 +167,10 @@ def _count(config: Config) -> int:
     return tokens
 
 
-def _asked(shards: list[Shard], timeout_seconds: float) -> str:
+def _asked(shards: list[Shard], data: DataConfig) -> str:
     """What servers say of the training data's version. One rank asks."""
-    check_columns([shard for shard in shards if shard.is_remote], timeout_seconds)
-    return remote_content(shards, timeout_seconds)
+    check_columns([shard for shard in shards if shard.is_remote], data)
+    return remote_content(shards, data.timeout_seconds)
 
 
 def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -34,23 +35,41 @@ LINES = {
     "blank_line": b"",
 }
 
+ROWS = {  # of CSV
+    "not_csv": b'x,"a"b,',
+    "field_count": b"x,y",
+    "invalid_utf8": b'x,"\xff",',
+    "too_long": b'x,"' + b'a line, ""quoted"", of many\n\n' * 50 + b'",',
+    "raw_nul": b"x,a\0b,",
+    "empty_text": b"x,,",
+    "blank_line": b"",
+}
+PARAGRAPHS = {"invalid_utf8": b"first line\na\xff", "too_long": b"many lines\n" * 200 + b"the end", "raw_nul": b"a\0b"}
+ENTRIES = {".json": LINES, ".csv": ROWS, ".txt": PARAGRAPHS}
+UNITS = {".json": "line", ".csv": "row", ".txt": "paragraph"}
+
 
 def _lane(path, lanes=1, number=0, state=None, **changes):
     given = {"max_line_bytes": 1000, "max_bad_fraction": 1.0, "sequence_length": 8, "shuffle_documents": 1, **changes}
     return make_lane(data_config(path, **given), lanes, number, state)
 
 
-def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path):
-    good = [f"text {n}" for n in range(19)] + ["a\0b"]  # a NUL that is escaped is text
-    rows = [row for n, text in enumerate(good) for row in (text, *list(LINES.values())[n : n + 1])]
-    lane = _lane(write_shard(tmp_path / "a.jsonl", rows), sequence_length=2)
+@pytest.mark.parametrize("suffix", ENTRIES)
+def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path, suffix):
+    entries = ENTRIES[suffix]
+    good = [f"text {n}" for n in range(20)]
+    if suffix == ".json":
+        good[-1] = "a\0b"  # a NUL that is escaped is text
+    rows = [row for n, text in enumerate(good) for row in (text, *list(entries.values())[n : n + 1])]
+    lane = _lane(write_shard(tmp_path / f"a{suffix}", rows), sequence_length=2)
     assert documents_in(epoch_tokens(lane))[:20] == good
-    assert lane.state()["skipped"] == dict.fromkeys(LINES, 1)
-    bad = [kind for kind in LINES if kind in BAD_REASONS]
+    assert lane.state()["skipped"] == dict.fromkeys(entries, 1)
+    bad = [kind for kind in entries if kind in BAD_REASONS]
     assert lane.rows.notes[: len(bad)] == [
-        f"a.jsonl: line {2 * n + 2} {BAD_REASONS[kind].format(column='text')}; skipped" for n, kind in enumerate(bad)
+        f"a{suffix}: {UNITS[suffix]} {2 * n + 2} {BAD_REASONS[kind].format(column='text')}; skipped"
+        for n, kind in enumerate(bad)
     ]
-    assert set(LINES) - set(bad) == {"empty_text", "blank_line"}
+    assert set(entries) - set(bad) == ({"empty_text", "blank_line"} if suffix != ".txt" else set())
 
 
 def test_what_is_not_bad_never_stops_a_run(tmp_path):
@@ -58,10 +77,12 @@ def test_what_is_not_bad_never_stops_a_run(tmp_path):
     assert documents_in(epoch_tokens(_lane(path, max_bad_fraction=0.0)))[0] == "text"
 
 
+@pytest.mark.parametrize("suffix", ENTRIES)
 @pytest.mark.parametrize("lanes", [2, 3, 7])
-def test_lanes_that_share_a_shard_count_each_line_once(tmp_path, lanes):
-    kinds = [kind for n in range(30) for kind in ("text", list(LINES)[n % 8])] + ["text"] * lanes
-    path = write_shard(tmp_path / "a.json.gz", [LINES.get(kind, "text") for kind in kinds])
+def test_lanes_that_share_a_shard_count_each_line_once(tmp_path, lanes, suffix):
+    entries = ENTRIES[suffix]
+    kinds = [kind for n in range(30) for kind in ("text", list(entries)[n % len(entries)])] + ["text"] * lanes
+    path = write_shard(tmp_path / f"a{suffix}.gz", [entries.get(kind, "text") for kind in kinds])
     counted = Counter()
     for number in range(lanes):
         lane = _lane(path, lanes, number, sequence_length=2)  # a block ends behind each document
@@ -106,15 +127,15 @@ def _until_stop(lane, blocks):
         return (
             states,
             made,
-            str(error).partition(" lines are bad")[0],
+            re.split(r" \w+ are bad", str(error))[0],
         )  # a resume may not have met the last bad line again
     return [*states, lane.state()], made, None
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
-    kinds=st.lists(st.sampled_from(["text", "text", "text", *LINES]), min_size=1, max_size=40),
-    suffix=st.sampled_from([".json", ".json.gz", ".jsonl.zst"]),
+    kinds=st.lists(st.sampled_from(["text", "text", "text", *{**LINES, **ROWS}]), min_size=1, max_size=40),
+    suffix=st.sampled_from([".json", ".json.gz", ".jsonl.zst", ".csv", ".csv.gz", ".txt", ".txt.zst"]),
     cut=st.integers(0, 40),
     lanes=st.integers(1, 3),
     shuffle=st.integers(1, 7),
@@ -128,10 +149,9 @@ def _until_stop(lane, blocks):
 def test_a_resume_at_every_block_skips_and_stops_as_before(
     tmp_path_factory, kinds, suffix, cut, lanes, shuffle, fraction
 ):
-    rows = [
-        LINES[kind] if kind in LINES else line(f"{n} " + "x" * (7 * n % 30 if n % 3 else 0))
-        for n, kind in enumerate(kinds)
-    ]
+    entries = next(ENTRIES[known] for known in ENTRIES if suffix.startswith(known))
+    texts = [f"{n} " + "x" * (7 * n % 30 if n % 3 else 0) for n in range(len(kinds))]
+    rows = [entries.get(kind, text) for kind, text in zip(kinds, texts, strict=True)]
     path = write_shard(tmp_path_factory.mktemp("any") / f"a{suffix}", rows)
     if cut:
         path.write_bytes(path.read_bytes()[:-cut])

@@ -113,6 +113,14 @@ def test_a_folder_of_several_formats_is_refused(tmp_path):
         resolve_shards(str(tmp_path / "set"))
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".csv", ".arrow"])
+def test_a_folder_of_any_format(tmp_path, suffix):
+    for split in ("train", "test"):
+        write_shard(tmp_path / "set" / split / f"0{suffix}", [split])
+    place = str(tmp_path / "set")
+    assert (_texts(place), _texts(f"{place}::test")) == (["train"], ["test"])
+
+
 @pytest.mark.parametrize(
     "card,said",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import tracemalloc
 from contextlib import closing
@@ -10,7 +11,7 @@ from contextlib import closing
 import pytest
 import zstandard
 
-from relora_mora.data import iter_texts, resolve_shards
+from relora_mora.data import check_columns, iter_texts, resolve_shards
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lines import ShardLines
 from relora_mora.data.skipped import Skipped
@@ -33,6 +34,20 @@ def test_utf_16_has_a_name(tmp_path, name, encoding):
     path.write_bytes(body)
     with pytest.raises(SourceError, match=r"lines are bad.*is UTF-16, not UTF-8 \(iconv -f UTF-16 -t UTF-8\)"):
         list(iter_texts(str(path), split="train", config=data_config(path)))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_one_array_in_json_is_one_message_before_training(tmp_path, name, indent):
+    body = json.dumps([{"text": text} for text in some_texts(20)], indent=indent).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(body) if name.endswith(".gz") else body)
+    config = data_config(path)
+    message = rf"{name} is one JSON array, and not JSON lines, .*: jq -c '\.\[\]' OLD\.json > NEW\.jsonl"
+    with pytest.raises(SourceError, match=message):
+        check_columns(resolve_shards(str(path)), config)
+    with pytest.raises(SourceError, match=message):
+        list(iter_texts(str(path), split="train", config=config))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".gz", ".zst"])

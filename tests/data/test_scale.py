@@ -1,5 +1,7 @@
-"""1,024 ranks with 8 workers each over 10,000 files: equal shares, and exactly as many on 512 ranks. Simulated: files of
-made-up rows, read by the lanes of all ranks in this process."""
+"""1,024 ranks with 8 workers each over 10,000 files: equal shares, and exactly the same blocks on 512 ranks.
+
+Simulated: files of made-up rows, read by the lanes of all ranks in this process.
+"""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import pytest
 
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, resolve_shards
 from relora_mora.data.errors import SourceError
+from relora_mora.data.formats import format_of
 from relora_mora.data.sources import expand_braces
 from tests.tools.commands import permissions_count, public_folder
 from tests.tools.data_tools import data_config, write_shard, write_shards
@@ -74,7 +75,7 @@ def test_urls_show_no_secret():
     (shard,) = resolve_shards("https://user:secret@example.org/x/a.json.gz?token=secret")
     assert shard.name == "https://example.org/x/a.json.gz"
     assert "secret" in shard.location
-    for wrong in ("https://user:secret@example.org/a.txt", "https://example.org/{3..1}.json?token=secret"):
+    for wrong in ("https://user:secret@example.org/a.orc", "https://example.org/{3..1}.json?token=secret"):
         with pytest.raises(SourceError) as caught:
             resolve_shards(wrong)
         assert "secret" not in str(caught.value)
@@ -212,6 +213,37 @@ def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
     write_shard(tmp_path / "there" / "part-00001.json.gz", ["another size"])
     others = [*map(of, changed), of(tokenizer="u"), of(lanes=2), of(data_config(tmp_path / "there" / "*.gz"))]
     assert len({same[0], *others}) == 1 + len(others)
+
+
+def test_how_text_is_cut_is_part_of_the_fingerprint_where_there_is_text():
+    given = {"tokenizer_fingerprint": "t", "batch_lanes": 4}
+    by_line = data_config("unused", sample_by="line")
+    for name, counts in {"a.txt": True, "a.txt.gz": True, "a.json": False, "b": False}.items():
+        shards = [Shard("a.csv", "/x/a.csv"), Shard(name, f"/x/{name}")]
+        for of in (fingerprint, order_fingerprint):
+            found = {of(config, **given, shards=shards) for config in (by_line, data_config("unused"))}
+            assert len(found) == 1 + counts
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    {
+        "a.json.gz": "JSON lines",
+        "b.c.jsonl.zst": "JSON lines",
+        "a.gz": "JSON lines",
+        "a.x.gz": "JSON lines",
+        "a.txt": "text",
+        "x.gz/a.csv.zst": "CSV",
+        "a.arrow": "Arrow",
+        "a.parquet.gz": None,
+        "a.arrow.zst": None,
+        "a": None,
+        "a.tsv": None,
+    }.items(),
+)
+def test_a_name_tells_the_format(name, expected):
+    found = format_of(name)
+    assert (found and found.name) == expected
 
 
 def test_the_fingerprints_are_what_they_have_always_been():

@@ -16,6 +16,7 @@ from tests.tools.faulty_server import serving
 
 BATCH = 16
 LANES = 8
+KINDS = (".json.gz", ".txt.zst", ".csv", ".parquet", ".arrow")
 
 
 def _streams(config, tokenizer_path, world_size, state=None, step=0):
@@ -61,7 +62,7 @@ def _run(config, tokenizer_path, world_size, steps, state=None, step=0):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    for kind in (".json.gz", ".parquet"):
+    for kind in KINDS:
         write_shards(folder / kind, 5, 40, suffix=kind)  # fewer shards than lanes
     return folder
 
@@ -80,14 +81,21 @@ def _config(folder, kind):
     return data_config(sources, stages=[{"from_step": 9, "weights": {"lines": 0.01, "rows": 1}}])
 
 
-@pytest.mark.parametrize("kind", [".json.gz", ".parquet", "mixture"])
-def test_global_batches_do_not_depend_on_ranks_or_workers_and_resume_on_others(folder, tokenizer_path, kind):
+@pytest.mark.parametrize("kind", [*KINDS, "mixture"])
+def test_global_batches_do_not_depend_on_ranks_and_resume_on_others(folder, tokenizer_path, kind):
     config = _config(folder, kind)
     reference = _run(config, tokenizer_path, 1, 24)
     states = reference[-1][1].values()
     assert {state["epoch"] for state in states} != {0}  # across the border of an epoch
-    assert _run(config, tokenizer_path, 2, 24) == reference
     assert _run(config, tokenizer_path, 4, 24) == reference
+    first = _run(config, tokenizer_path, 2, 11)
+    assert first == reference[:11]
+    assert _run(config, tokenizer_path, 4, 13, first[-1][1], step=11) == reference[11:]
+
+
+def test_global_batches_do_not_depend_on_workers_and_resume_on_others(folder, tokenizer_path):
+    config = data_config([str(folder / kind / "part-00001*") for kind in KINDS])  # every format in one list
+    reference = _run(config, tokenizer_path, 1, 24)
     assert _run(_with(config, 1), tokenizer_path, 1, 10) == reference[:10]
     # where one run stops the next goes on: other ranks, other workers
     first = _run(_with(config, 2), tokenizer_path, 2, 7)
@@ -96,7 +104,7 @@ def test_global_batches_do_not_depend_on_ranks_or_workers_and_resume_on_others(f
     assert first + second + third == reference
 
 
-@pytest.mark.parametrize("kind", [".json.gz", ".parquet"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_more_shards_than_lanes(tmp_path, tokenizer_path, kind):
     write_shards(tmp_path, 19, 15, suffix=kind)
     config = data_config(tmp_path / "*")

@@ -41,6 +41,13 @@ def line(text: Any) -> bytes:
     return json.dumps({"url": "https://example.org/", "text": text}, ensure_ascii=False).encode()
 
 
+def _table(texts: Iterable[str | None], column: str) -> Any:
+    import pyarrow
+
+    values = texts if isinstance(texts, pyarrow.Array) else pyarrow.array(list(texts), "string")
+    return pyarrow.table({"id": range(len(values)), column: values, "url": ["x"] * len(values)})
+
+
 def write_parquet(
     path: Path, texts: Iterable[str | None], *, group_rows: int = 7, column: str = "text", **settings: Any
 ) -> Path:
@@ -48,18 +55,50 @@ def write_parquet(
     import pyarrow.parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    texts = list(texts)
-    table = pyarrow.table({"id": range(len(texts)), column: pyarrow.array(texts, "string"), "url": ["x"] * len(texts)})
-    pyarrow.parquet.write_table(table, path, row_group_size=group_rows, **settings)
+    pyarrow.parquet.write_table(_table(texts, column), path, row_group_size=group_rows, **settings)
     return path
 
 
-def write_shard(path: Path, lines: Iterable[bytes | str]) -> Path:
-    """A shard of raw lines (bytes) or texts (str; Parquet holds these alone), in the format that its suffix says."""
-    if path.suffix == ".parquet":
-        return write_parquet(path, lines)
+def write_arrow(
+    path: Path,
+    texts: Iterable[str | None],
+    *,
+    group_rows: int = 7,
+    column: str = "text",
+    stream: bool = True,
+    compression: str | None = None,
+) -> Path:
+    """The same table in record batches."""
+    import pyarrow
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = b"".join((entry if isinstance(entry, bytes) else line(entry)) + b"\n" for entry in lines)
+    table = _table(texts, column)
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+    new = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    with new(str(path), table.schema, options=options) as writer:
+        for batch in table.to_batches(max_chunksize=group_rows):
+            writer.write_batch(batch)
+    return path
+
+
+def csv_row(text: str) -> bytes:
+    """A row of write_shard's CSV."""
+    return ('x,"' + text.replace('"', '""') + '",').encode()
+
+
+WRITE_GROUPS = {".parquet": write_parquet, ".arrow": write_arrow}
+# by format: how a text is written, what stands before all of them, and what behind each
+_WRITTEN = {".csv": (csv_row, b"url,text,id\n", b"\n"), ".txt": (str.encode, b"", b"\n\n")}
+
+
+def write_shard(path: Path, lines: Iterable[bytes | str]) -> Path:
+    """A shard of raw lines (bytes) or texts (str; Parquet and Arrow hold these alone), in the format of its suffix."""
+    if path.suffix in WRITE_GROUPS:
+        return WRITE_GROUPS[path.suffix](path, lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = next((suffix for suffix in path.suffixes if suffix in _WRITTEN), ".json")
+    write, head, end = _WRITTEN.get(kind, (line, b"", b"\n"))
+    body = head + b"".join((entry if isinstance(entry, bytes) else write(entry)) + end for entry in lines)
     if path.suffix == ".gz":
         body = gzip.compress(body, mtime=0)
     elif path.suffix == ".zst":

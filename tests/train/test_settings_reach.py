@@ -43,6 +43,7 @@ REACHES = {
     "data.validation": Reach("train.json", True, False),
     "data.revision": Reach("v2", False, False),
     "data.text_column": Reach("url", True, False),
+    "data.sample_by": Reach("line", False, False),  # of .txt alone: tests/data/test_text_files.py
     "data.sequence_length": Reach(16, True, True),
     "data.lanes": Reach(2, False, False),
     "data.whole_shards": Reach(True, False, False),

@@ -1,0 +1,125 @@
+"""The column of strings in files that pyarrow reads, and what is said where there is none or the file is damaged."""
+
+from __future__ import annotations
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from relora_mora.data.errors import SourceError
+from relora_mora.data.local import LocalFile
+from relora_mora.data.random_access import RandomAccessFile
+from relora_mora.data.sources import Shard
+from relora_mora.system.disk_errors import LOST_DISK
+
+_COLUMNS_NAMED = 20
+_NAME_CHARACTERS = 80
+
+
+class ColumnFile:
+    """The text column of a file with groups of rows (see ``groups.Groups``).
+
+    Raises SourceError for a file that is damaged or has no such column of strings, OSError where its disk is gone
+    (``LOST_DISK``).
+    """
+
+    head = "its footer"  # what is read first
+
+    def __init__(self, shard: Shard, timeout_seconds: float) -> None:
+        self._shard = shard
+        self._bytes = _open(shard, timeout_seconds)
+        try:
+            with self._damage_named(self.head):
+                schema = self._read_schema()
+                self._check(schema)
+                self.group_rows = self._count_rows(schema)
+        except BaseException:
+            self._bytes.close()
+            raise
+        self._rows_before = [0, *itertools.accumulate(self.group_rows)]
+
+    @abstractmethod
+    def texts(self, group: int, first: int, stride: int) -> Iterator[tuple[int, bytes | None]]:
+        """Number in the file, from 1, and UTF-8 of the rows ``first``, ``first + stride``, ... of a group."""
+
+    def close(self) -> None:
+        self._bytes.close()
+
+    @abstractmethod
+    def _read_schema(self) -> Any:
+        """Opens the file; its pyarrow.Schema."""
+
+    @abstractmethod
+    def _count_rows(self, schema: Any) -> list[int]:
+        """The rows of each group."""
+
+    def _check(self, schema: Any) -> None:
+        column = self._shard.text_column
+        check_names(self._shard, schema.names)
+        kind = schema.field(column).type
+        if not _is_string(kind):
+            strings = ", ".join(field.name for field in schema if _is_string(field.type)) or "none"
+            raise SourceError(
+                f'{self._shard.name}: the column "{column}" holds {kind}, not strings; '
+                f"set data.text_column to one of those that do ({strings})"
+            )
+
+    @contextmanager
+    def _damage_named(self, where: str) -> Iterator[None]:
+        """An error of pyarrow, or a name that is no text, with the place of the damage in the file."""
+        import pyarrow
+
+        try:
+            yield
+        except SourceError:
+            raise
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno in LOST_DISK:
+                raise
+            raise self._damaged(where, str(error)) from error
+
+    def _damaged(self, where: str, reason: str) -> SourceError:
+        return SourceError(
+            f"{self._shard.name}: {where} cannot be read ({' '.join(reason.split())}); "
+            f"the file is no {self._shard.format.name}, cut short or damaged: fetch or write it again"
+        )
+
+
+def check_names(shard: Shard, names: Sequence[str]) -> None:
+    """Raises SourceError, with the columns there are, unless one of them is that of the text."""
+    column = shard.text_column
+    count = list(names).count(column)
+    if count != 1:
+        more = ", ..." if len(names) > _COLUMNS_NAMED else ""
+        there = ", ".join(name[:_NAME_CHARACTERS] for name in names[:_COLUMNS_NAMED])
+        raise SourceError(
+            f'{shard.name} has {count or "no"} column{"s" if count else ""} "{column}"; '
+            f"set data.text_column to one of {there}{more}"
+        )
+
+
+def utf8(column: Any) -> Any:
+    """A column of strings as the bytes that are stored: whether they are UTF-8 nobody has checked."""
+    import pyarrow
+
+    values = column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
+    if pyarrow.types.is_string_view(values.type):
+        values = values.cast(pyarrow.binary_view())
+    return values.cast(pyarrow.large_binary())
+
+
+def _open(shard: Shard, timeout_seconds: float) -> RandomAccessFile:
+    if not shard.is_remote:
+        return LocalFile(shard)
+    from relora_mora.data.remote_file import RemoteFile  # here, because local text needs none of its libraries
+
+    return RemoteFile(shard, timeout_seconds)
+
+
+def _is_string(kind: Any) -> bool:
+    from pyarrow import types
+
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)

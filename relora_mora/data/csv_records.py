@@ -1,0 +1,124 @@
+"""CSV: the rows below a header, one column of each. What a row is Python's ``csv`` says, as strictly as it can."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+
+from relora_mora.config import DataConfig
+from relora_mora.data.columns import check_names
+from relora_mora.data.decompress import BOM, foreign_format
+from relora_mora.data.errors import SourceError
+from relora_mora.data.lines import ShardLines
+from relora_mora.data.parse import decode_text
+from relora_mora.data.skipped import BAD_REASONS, Skipped
+from relora_mora.data.sources import Shard
+
+# bytes pass through csv as the characters of the same numbers, so that it counts bytes and meets no wrong encoding
+_BYTES = "latin-1"
+_INSIDE = re.compile(rb'([^"])[^"]+([^"])')
+
+
+class _Lines(ShardLines):
+    foreign_format: str | None = None
+
+    def begin(self, head: bytes) -> None:
+        self.foreign_format = foreign_format(head)
+
+
+class CsvRecords:
+    """The rows of a shard (see ``turns.Entries``); ``max_line_bytes`` limits each as it is written.
+
+    Raises SourceError where the header cannot be read or does not name the column of the text once.
+    """
+
+    def __init__(self, shard: Shard, config: DataConfig) -> None:
+        csv.field_size_limit(sys.maxsize)  # a limit of the process; that on rows is our own
+        self.row = 0
+        self._limit = config.max_line_bytes
+        self._bytes = 0  # of the row so far
+        self._lines = _Lines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
+        self._reader = csv.reader(iter(self._line, None), strict=True)
+        try:
+            names = self._header(shard)
+        except BaseException:
+            self.close()
+            raise
+        self._columns = len(names)
+        self._column = names.index(shard.text_column) if names else 0
+
+    def skip(self, count: int) -> bool:
+        return all(self.take() is not None for _ in range(count))
+
+    def take(self) -> list[str] | Skipped | None:
+        row = self._next()
+        self.row += row is not None
+        return row
+
+    def text(self, entry: list[str] | Skipped) -> str | Skipped:
+        if isinstance(entry, Skipped):
+            return entry
+        if not entry:
+            return Skipped("blank_line")
+        if len(entry) != self._columns:
+            return Skipped("field_count")
+        text = entry[self._column].encode(_BYTES)
+        return Skipped("raw_nul") if b"\0" in text else decode_text(text)
+
+    def seems_good(self, entry: list[str] | Skipped) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def _next(self) -> list[str] | Skipped | None:
+        self._bytes = 0
+        try:
+            row = next(self._reader, None)
+        except _BadRow as bad:
+            return bad.skipped
+        except csv.Error:
+            return Skipped("not_csv")
+        return Skipped("too_long") if self._bytes > self._limit + 1 else row  # its last newline does not count
+
+    def _line(self) -> str | None:
+        """The next line for csv.
+
+        Behind the limit only what tells csv where the row ends: lines that may close a quote, without what is inside.
+        """
+        while (line := self._lines.take()) is not None:
+            if isinstance(line, Skipped):
+                raise _BadRow(line)
+            if self._lines.row == 1:
+                line = line.removeprefix(BOM)
+            self._bytes += len(line) + 1
+            if self._bytes <= self._limit + 1:
+                return line.decode(_BYTES) + "\n"
+            if b'"' in line.replace(b'""', b""):
+                return _INSIDE.sub(rb"\1\2", line).decode(_BYTES) + "\n"
+        return None
+
+    def _header(self, shard: Shard) -> list[str]:
+        """The names of the columns; none where the file is empty."""
+        row = self._next()
+        while row == []:
+            row = self._next()
+        if row is None:
+            return []
+        reason = row.reason if isinstance(row, Skipped) else self._lines.foreign_format
+        if reason is not None:
+            raise SourceError(
+                f"{shard.name}: its header {BAD_REASONS[reason].format(column=shard.text_column)}; "
+                "the first row of CSV names the columns: repair or drop the file"
+            )
+        assert isinstance(row, list)
+        names = [name.encode(_BYTES).decode("utf-8", "replace") for name in row]
+        check_names(shard, names)
+        return names
+
+
+class _BadRow(Exception):
+    def __init__(self, skipped: Skipped) -> None:
+        super().__init__(skipped.reason)
+        self.skipped = skipped

@@ -1,0 +1,44 @@
+"""The formats of text: how files of each are named, and how lanes share one. ``plain_text`` has a reader for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+COMPRESSED = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file in groups is read here and there, so it is never compressed as a whole."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    unit: str | None  # what one row is called; None: as data.sample_by says
+    in_groups: bool = False  # lanes that share a file split its groups of rows; else they take its rows in turn
+    ends: tuple[bytes, ...] = ()  # every whole file ends in one of these
+
+
+JSON_LINES = Format("JSON lines", (".json", ".jsonl"), "line")
+TEXT = Format("text", (".txt",), None)
+CSV = Format("CSV", (".csv",), "row")
+PARQUET = Format("Parquet", (".parquet",), "row", in_groups=True, ends=(b"PAR1",))
+ARROW = Format("Arrow", (".arrow",), "row", in_groups=True, ends=(b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"))
+
+FORMATS = (JSON_LINES, TEXT, CSV, PARQUET, ARROW)
+SUFFIXES = (*(suffix for format in FORMATS for suffix in format.suffixes), *COMPRESSED)
+
+
+def format_of(path: str) -> Format | None:
+    """The format that a file's name tells; None for names of other files.
+
+    What is compressed and tells no more, such as ``a.gz``, holds JSON lines.
+    """
+    suffix = PurePosixPath(path).suffix
+    compressed = suffix in COMPRESSED
+    if compressed:
+        suffix = PurePosixPath(path).with_suffix("").suffix
+    for format in FORMATS:
+        if suffix in format.suffixes:
+            return None if compressed and format.in_groups else format
+    return JSON_LINES if compressed else None

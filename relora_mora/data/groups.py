@@ -1,0 +1,105 @@
+"""Formats that store rows in groups which can be read alone: lanes that share a file split its groups."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from relora_mora.config import DataConfig
+from relora_mora.data.lanes import plan_lanes
+from relora_mora.data.parse import decode_text
+from relora_mora.data.skipped import BAD_REASONS, BadRowLimit, Skipped
+from relora_mora.data.sources import Shard
+
+log = logging.getLogger(__name__)
+
+
+class Groups(Protocol):
+    """The texts of a file in groups."""
+
+    @property
+    def group_rows(self) -> Sequence[int]:
+        """The number of rows in each group."""
+
+    def texts(self, group: int, first: int, stride: int) -> Iterator[tuple[int, bytes | None]]:
+        """Number in the file, from 1, and UTF-8 of the rows ``first``, ``first + stride``, ... of a group."""
+
+    def close(self) -> None: ...
+
+
+class GroupRows:
+    """The texts of a lane's share of a file (see ``rows.Rows``).
+
+    Lanes that share a file split its groups as lanes split shards: with at least as many groups as lanes each takes
+    every ``stride``-th group, with fewer the lanes that fall on the same group take its rows in turn. Each lane judges
+    the bad rows of its own share, since it does not see the others. Of ``config`` the limits are used.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        config: DataConfig,
+        shard: Shard,
+        *,
+        stride: int = 1,
+        phase: int = 0,
+        bad: int = 0,
+        note: Callable[[str], None] = log.warning,
+    ) -> None:
+        self._max_bytes = config.max_line_bytes
+        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit="row")
+        self._file = groups
+        filled = [number for number, rows in enumerate(groups.group_rows) if rows]
+        parts = plan_lanes(stride, max(1, len(filled)), whole=True)[phase].parts
+        self.is_empty = not filled
+        self._groups = [filled[part.shard] for part in parts] if filled else []
+        self._stride = parts[0].stride
+        self._phase = parts[0].phase
+        self._next = 0  # of the own rows
+        self._texts: Iterator[tuple[int, bytes | None]] | None = None
+
+    @property
+    def bad(self) -> int:
+        return self._limit.bad
+
+    def skip(self, count: int) -> bool:
+        self._next += count
+        self._texts = None
+        return self._next <= sum(map(self._own_rows, self._groups))
+
+    def take(self, count: int) -> list[str | Skipped]:
+        if self._texts is None:
+            self._texts = self._texts_from(self._next)
+        rows = [self._row(number, text) for number, text in itertools.islice(self._texts, count)]
+        if not rows and (self._next or self.is_empty):
+            self._limit.finish(self._next)
+        return rows
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _own_rows(self, group: int) -> int:
+        return len(range(self._phase, self._file.group_rows[group], self._stride))
+
+    def _texts_from(self, start: int) -> Iterator[tuple[int, bytes | None]]:
+        """Number in the file, from 1, and UTF-8 of the own rows from the one numbered ``start`` on."""
+        for group in self._groups:
+            rows = self._own_rows(group)
+            if start < rows:
+                yield from self._file.texts(group, self._phase + start * self._stride, self._stride)
+            start = max(0, start - rows)
+
+    def _row(self, number: int, text: bytes | None) -> str | Skipped:
+        """The text of the next own row, or the reason why there is none; counts a bad one."""
+        self._next += 1
+        row = self._decoded(text)
+        if isinstance(row, Skipped) and row.reason in BAD_REASONS:
+            self._limit.count(number, row.reason, seen=self._next)
+        return row
+
+    def _decoded(self, text: bytes | None) -> str | Skipped:
+        if text is None:
+            return Skipped("null_text")
+        return Skipped("too_long") if len(text) > self._max_bytes else decode_text(text)

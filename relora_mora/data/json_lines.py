@@ -1,0 +1,38 @@
+"""JSON lines: the string under a key of each line."""
+
+from __future__ import annotations
+
+import re
+
+from relora_mora.config import DataConfig
+from relora_mora.data.decompress import BOM, foreign_format
+from relora_mora.data.errors import SourceError
+from relora_mora.data.lines import ShardLines
+from relora_mora.data.parse import parse_line, surely_bad
+from relora_mora.data.skipped import Skipped
+from relora_mora.data.sources import Shard
+
+_ARRAY = re.compile(rb"\s*\[\s*\{")
+
+
+class JsonLines(ShardLines):
+    """The lines of a shard (see ``turns.Entries``). Raises SourceError where it begins like one array of objects."""
+
+    def __init__(self, shard: Shard, config: DataConfig) -> None:
+        super().__init__(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
+        self._shard = shard
+        self._foreign_format: str | None = None
+
+    def text(self, entry: bytes | Skipped) -> str | Skipped:
+        return parse_line(entry, column=self._shard.text_column, foreign_format=self._foreign_format)
+
+    def seems_good(self, entry: bytes | Skipped) -> bool:
+        return not surely_bad(entry, column=self._shard.text_column)
+
+    def begin(self, head: bytes) -> None:
+        self._foreign_format = foreign_format(head)
+        if _ARRAY.match(head.removeprefix(BOM)):
+            raise SourceError(
+                f"{self._shard.name} is one JSON array, and not JSON lines, an object on each; "
+                "write it as lines: jq -c '.[]' OLD.json > NEW.jsonl"
+            )

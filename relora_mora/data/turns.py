@@ -1,0 +1,96 @@
+"""Formats that are read from their beginning: lanes that share a shard take its rows in turn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from relora_mora.config import DataConfig
+from relora_mora.data.skipped import BAD_REASONS, BadRowLimit, Skipped
+from relora_mora.data.sources import Shard
+
+log = logging.getLogger(__name__)
+
+Entry = TypeVar("Entry")
+
+
+class Entries(Protocol[Entry]):
+    """What a shard is cut into, in order; each is a text or the reason why there is none."""
+
+    @property
+    def row(self) -> int:
+        """The number of the entry that ``take`` gives next, from 0."""
+
+    def skip(self, count: int) -> bool:
+        """Pass over entries without looking into them; False when the shard ends before."""
+
+    def take(self) -> Entry | None:
+        """The next entry; None at the end."""
+
+    def text(self, entry: Entry) -> str | Skipped: ...
+
+    def seems_good(self, entry: Entry) -> bool:
+        """Whether another lane's entry is passed over; where not, its text decides."""
+
+    def close(self) -> None: ...
+
+
+class TurnRows(Generic[Entry]):
+    """The texts of a shard: those of the entries ``phase``, ``phase + stride``, ... (see ``rows.Rows``).
+
+    All entries count towards the limit on bad ones, so that lanes which share a shard judge it alike. Of ``config`` the
+    limits are used.
+    """
+
+    def __init__(
+        self,
+        entries: Entries[Entry],
+        config: DataConfig,
+        shard: Shard,
+        *,
+        stride: int = 1,
+        phase: int = 0,
+        bad: int = 0,
+        note: Callable[[str], None] = log.warning,
+    ) -> None:
+        self._entries = entries
+        self._stride = stride
+        self._phase = phase
+        unit = shard.format.unit or config.sample_by
+        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit=unit)
+
+    @property
+    def bad(self) -> int:
+        return self._limit.bad
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._entries.row
+
+    def skip(self, count: int) -> bool:
+        return self._entries.skip(count * self._stride)
+
+    def take(self, count: int) -> list[str | Skipped]:
+        rows: list[str | Skipped] = []
+        for at in range(count * self._stride):
+            entry = self._entries.take()
+            if entry is None:
+                break
+            if at % self._stride == self._phase:
+                rows.append(self._text(entry))
+            elif not self._entries.seems_good(entry):
+                self._text(entry)  # for the reason
+        if not rows:
+            self._limit.finish(self._entries.row)
+        return rows
+
+    def close(self) -> None:
+        self._entries.close()
+
+    def _text(self, entry: Entry) -> str | Skipped:
+        """The text of the entry taken last, or the reason why there is none; counts a bad one."""
+        row = self._entries.text(entry)
+        if isinstance(row, Skipped) and row.reason in BAD_REASONS:
+            self._limit.count(self._entries.row, row.reason)
+        return row
