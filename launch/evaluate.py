@@ -18,8 +18,9 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from relora_mora.evaluate import EvalResult
 
-# remedies of a run that are none here, or are called otherwise
-_REMEDIES = {
+# what faults of the text say of a run's settings, and what holds for this command instead
+_HERE = {
+    "more than data.max_bad_fraction (": "more than is allowed (",
     ", or raise data.max_bad_fraction": "",
     ", or raise data.timeout_seconds": "",
     "set data.text_column": "set --text_column",
@@ -146,7 +147,7 @@ def _as_this_command_says(message: str, data_given: bool) -> str:
     """A fault of the text with the remedies and the names of this command."""
     if data_given:
         message = message.replace("data.validation", "--data", 1)
-    for of_run, here in _REMEDIES.items():
+    for of_run, here in _HERE.items():
         message = message.replace(of_run, here)
     return message
 
