@@ -44,8 +44,7 @@ def main(
 
     Args:
         model: a checkpoint or run folder of this trainer, or the folder of any Hugging Face causal language model
-        data: source of the text: a path, a glob, a url, allenai/c4, or YAML as data.validation takes it, such as
-            {c4: allenai/c4, books: data/books/*.parquet}; default: the held-out text of the run
+        data: source of the text, or YAML of sets by name as data.validation takes it; default: the run's held-out text
         tokenizer: folder or .model file; default: the model's own
         sequence_length: tokens the model sees at once; default: as trained, or the model's maximum up to 2048
         max_tokens: predicted tokens to score of each set, in whole documents; default: all
