@@ -144,8 +144,8 @@ def _table(results: Mapping[str, EvalResult]) -> str:
 
 def _as_this_command_says(message: str, data_given: bool) -> str:
     """A fault of the text with the remedies and the names of this command."""
-    if data_given:
-        message = message.replace("data.validation", "--data", 1)
+    if data_given and message.startswith("data.validation."):
+        message = "--data." + message.removeprefix("data.validation.")
     for of_run, here in _HERE.items():
         message = message.replace(of_run, here)
     return message

@@ -91,10 +91,13 @@ def evaluate_sets(
     ``score(set, update)`` is :func:`evaluate` with what it needs; ``progress`` counts the tokens of all sets.
     """
     total = sum(data.predicted for data in sets.values())
+
+    def counted_from(before: int) -> Update:
+        return lambda done, _: progress(before + done, total)
+
     results: dict[str, EvalResult] = {}
     for name, data in sets.items():
-        before = sum(result.tokens for result in results.values())
-        result = score(data, lambda done, _, before=before: progress(before + done, total))  # type: ignore[misc]
+        result = score(data, counted_from(sum(each.tokens for each in results.values())))
         if result is None:
             return None
         results[name] = result

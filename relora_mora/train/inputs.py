@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,7 +33,7 @@ def open_inputs(config: Config) -> Inputs:
     tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer.path))
     for name, sources in config.data.validation_sets.items():
         alone = config.data.model_copy(update={"validation": sources})
-        _attempt(errors, set_setting(name), lambda alone=alone: _shards(alone, "validation"))  # type: ignore[misc]
+        _attempt(errors, set_setting(name), partial(_shards, alone, "validation"))
     shards = _attempt(errors, "data.train", lambda: _shards(config.data, "train"))
     if tokenizer is None or shards is None or errors:
         raise _one_error(errors, config)
@@ -54,7 +55,8 @@ def _attempt(errors: list[tuple[str, TokenizerError | SourceError]], setting: st
 
 
 def _one_error(errors: list[tuple[str, TokenizerError | SourceError]], config: Config) -> ValueError:
-    """The error itself, or one for all, and for a set of its own name; files of the demo with what makes them."""
+    """The error itself; where there are several, a set has to be named, or files of the demo are missing, one error that
+    tells each with its setting, and what makes those files."""
     [setting, error], *others = errors
     if not others and setting.count(".") == 1 and _DEMO not in str(error):
         return error
