@@ -55,8 +55,8 @@ def _attempt(errors: list[tuple[str, TokenizerError | SourceError]], setting: st
 
 
 def _one_error(errors: list[tuple[str, TokenizerError | SourceError]], config: Config) -> ValueError:
-    """The error itself; where there are several, a set has to be named, or files of the demo are missing, one error that
-    tells each with its setting, and what makes those files."""
+    """The error itself; where there are several, a set has to be named, or files of the demo are missing, one error
+    that tells each with its setting, and what makes those files."""
     [setting, error], *others = errors
     if not others and setting.count(".") == 1 and _DEMO not in str(error):
         return error
