@@ -6,18 +6,32 @@ import contextlib
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
     from relora_mora.cli import run
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
+if TYPE_CHECKING:
+    from relora_mora.evaluate import EvalResult
+
+# what faults of the text say of a run's settings, and what holds for this command instead
+_HERE = {
+    "more than data.max_bad_fraction (": "more than is allowed (",
+    ", or raise data.max_bad_fraction": "",
+    ", or raise data.timeout_seconds": "",
+    "set data.text_column": "set --text_column",
+    "set data.revision to a commit": "name a commit, as in --data='{source: ..., revision: ...}'",
+}
+
 
 def main(
     model: str,
     *,
-    data: str,
+    data: str | None = None,
     tokenizer: str | None = None,
     sequence_length: int | None = None,
     max_tokens: int | None = None,
@@ -27,18 +41,18 @@ def main(
     text_column: str | None = None,
     sample_by: str | None = None,
 ) -> None:
-    """Scores text with a model.
+    """Scores text with a model; text in several sets set by set, and as a whole.
 
     Args:
         model: a checkpoint or run folder of this trainer, or the folder of any Hugging Face causal language model
-        data: source of the text, as data.validation takes it: a path, a glob, a url, allenai/c4
+        data: source of the text, or YAML of sets by name as data.validation takes it; default: the run's held-out text
         tokenizer: folder or .model file; default: the model's own
         sequence_length: tokens the model sees at once; default: as trained, or the model's maximum up to 2048
-        max_tokens: predicted tokens to score, in whole documents; default: all
+        max_tokens: predicted tokens to score of each set, in whole documents; default: all
         micro_batch_size: sequences per forward
         precision: float32, bfloat16 or float16
         document_mask: score each document alone, as data.document_mask trains; default: as trained, else false
-        text_column: the key or column that holds the text; default: as trained, else text
+        text_column: the key or column that holds the text, of sources that name none; default: as trained, else text
         sample_by: what a document of a .txt file is: line, paragraph or document; default: as trained, else paragraph
     """
     from relora_mora.config import SAMPLE_BY
@@ -52,19 +66,24 @@ def main(
     ):
         if value is not None and value < least:
             raise ValueError(f"--{name}: got {value}, expected at least {least}")
-    import torch  # takes seconds: numbers are checked before
+    from relora_mora.config import parse_sources
 
-    from relora_mora.data import load_eval_set
-    from relora_mora.evaluate import causal_lm_loss, evaluate, is_causal
-    from relora_mora.pretrained import DTYPES, load_any_model, positions_of
+    given = None if data is None else parse_sources(data, "--data")
+    import torch  # takes seconds: what was typed is checked before
+
+    from relora_mora.data import SourceError
+    from relora_mora.evaluate import EvalResult, causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal
+    from relora_mora.pretrained import DTYPES, is_foreign, load_any_model, positions_of
     from relora_mora.system.hardware import ran_out_of_memory
     from relora_mora.system.logs import progress_bar
     from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
+    if given is None and is_foreign(Path(model)):
+        raise ValueError(f"--data: {model} is no run and names no text of its own; say what to score, e.g. allenai/c4")
     loaded = load_any_model(Path(model), DTYPES[precision])
-    settings = loaded.data_settings(data, sequence_length, document_mask, text_column, sample_by)
+    settings = loaded.data_settings(given, sequence_length, document_mask, text_column, sample_by)
     length = settings.sequence_length
     positions = positions_of(loaded.model)
     if positions is not None and length > positions:
@@ -73,13 +92,10 @@ def main(
         )
     with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
         check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.vocab_size)
-        eval_set = load_eval_set(
-            data,
-            config=settings,
-            tokenizer_path=str(tokenizer_path),
-            sequence_length=length,
-            max_tokens=max_tokens,
-        )
+        try:
+            sets = held_out(settings, str(tokenizer_path), max_tokens)
+        except SourceError as error:
+            raise SourceError(_as_this_command_says(str(error), given is not None)) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm = loaded.model.to(device).eval()
     if not is_causal(lm, device):
@@ -88,27 +104,57 @@ def main(
             "give a causal language model"
         )
     alone = ", each document alone" if settings.document_mask else ""
+    tokens = sum(each.predicted for each in sets.values())
+    documents = sum(each.documents for each in sets.values())
     print(
-        f"{loaded.description}: {eval_set.predicted:,} tokens of {eval_set.documents:,} documents "
-        f"in sequences of {length}{alone}",
+        f"{loaded.description}: {tokens:,} tokens of {documents:,} documents in sequences of {length}{alone}",
         file=sys.stderr,
     )
-    rows = min(micro_batch_size, -(-eval_set.predicted // length))
+    rows = min(micro_batch_size, -(-max(each.predicted for each in sets.values()) // length))
+    mean_loss = causal_lm_loss(lm)
     try:
         with progress_bar("evaluation", "token") as progress:
-            result = evaluate(causal_lm_loss(lm), eval_set, micro_batch_size=rows, device=device, progress=progress)
+            results = evaluate_sets(
+                lambda each, update: evaluate(mean_loss, each, micro_batch_size=rows, device=device, progress=update),
+                sets,
+                progress,
+            )
     except (MemoryError, RuntimeError) as error:
         if ran_out_of_memory(error):
             raise ValueError(
                 f"--micro_batch_size: {rows} sequences of {length} tokens need more memory than there is; lower it"
             ) from error
         raise
-    assert result is not None, "nobody stops it"
-    if not math.isfinite(result.loss):
+    assert results is not None, "nobody stops it"
+    whole = EvalResult.of_all(results.values())
+    if not math.isfinite(whole.loss):
         raise ValueError(
-            f"{model}: its loss in {precision} is {result.loss}; choose another --precision, or whole weights"
+            f"{model}: its loss in {precision} is {whole.loss}; choose another --precision, or whole weights"
         )
-    print(json.dumps(result.as_dict()))
+    if "" in results:
+        print(json.dumps(whole.as_dict()))
+        return
+    print(_table({**results, "all sets": whole}), file=sys.stderr)
+    print(json.dumps({**whole.as_dict(), "sets": {name: result.as_dict() for name, result in results.items()}}))
+
+
+def _table(results: Mapping[str, EvalResult]) -> str:
+    width = max(map(len, results))
+    rows = [
+        f"{name:<{width}} {result.tokens:>15,} {result.loss:>10.4f} {result.perplexity:>12.2f} "
+        f"{result.bits_per_byte:>15.4f}"
+        for name, result in results.items()
+    ]
+    return "\n".join([f"{'':<{width}} {'tokens':>15} {'loss':>10} {'perplexity':>12} {'bits per byte':>15}", *rows])
+
+
+def _as_this_command_says(message: str, data_given: bool) -> str:
+    """A fault of the text with the remedies and the names of this command."""
+    if data_given and message.startswith("data.validation."):
+        message = "--data." + message.removeprefix("data.validation.")
+    for of_run, here in _HERE.items():
+        message = message.replace(of_run, here)
+    return message
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
-from relora_mora.config import Config
-from relora_mora.data import EvalSet, load_eval_set
+from relora_mora.config import DataConfig, set_setting
+from relora_mora.data import EvalSet, SourceError, load_eval_set
 from relora_mora.model.loss import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
 
 MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Update = Callable[[int, int], object]  # (tokens scored, all tokens)
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class EvalResult:
     nats: float
     tokens: int
     utf8_bytes: int
+
+    @staticmethod
+    def of_all(results: Iterable[EvalResult]) -> EvalResult:
+        """That of several texts as one, in which every token weighs the same."""
+        nats, tokens, utf8_bytes = zip(*((each.nats, each.tokens, each.utf8_bytes) for each in results), strict=True)
+        return EvalResult(sum(nats), sum(tokens), sum(utf8_bytes))
 
     @property
     def loss(self) -> float:
@@ -50,17 +57,51 @@ class EvalResult:
             "tokens": self.tokens,
         }
 
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.4f} bits per byte"
 
-def held_out(config: Config) -> EvalSet:
-    """The evaluation set of a run. Raises the errors of :func:`load_eval_set`."""
-    data = config.data
-    return load_eval_set(
-        data.sources("validation"),
-        config=data,
-        tokenizer_path=config.tokenizer.path,
-        sequence_length=data.sequence_length,
-        max_tokens=config.eval.max_tokens,
-    )
+
+def held_out(data: DataConfig, tokenizer_path: str, max_tokens: int | None) -> dict[str, EvalSet]:
+    """The sets of ``data.validation`` by name, each of at most ``max_tokens``; without names one, called "".
+
+    Raises the errors of :func:`load_eval_set`, in which a set that has a name is named.
+    """
+    sets = {}
+    for name, sources in data.validation_sets.items():
+        try:
+            sets[name] = load_eval_set(
+                sources,
+                config=data,
+                tokenizer_path=tokenizer_path,
+                sequence_length=data.sequence_length,
+                max_tokens=max_tokens,
+            )
+        except SourceError as error:
+            if not name:
+                raise
+            raise SourceError(f"{set_setting(name)}: {error}") from error
+    return sets
+
+
+def evaluate_sets(
+    score: Callable[[EvalSet, Update], EvalResult | None], sets: Mapping[str, EvalSet], progress: Update
+) -> dict[str, EvalResult] | None:
+    """What ``score`` makes of each set by name; None as soon as it makes None of one, since it was stopped.
+
+    ``score(set, update)`` is :func:`evaluate` with what it needs; ``progress`` counts the tokens of all sets.
+    """
+    total = sum(data.predicted for data in sets.values())
+
+    def counted_from(before: int) -> Update:
+        return lambda done, _: progress(before + done, total)
+
+    results: dict[str, EvalResult] = {}
+    for name, data in sets.items():
+        result = score(data, counted_from(sum(each.tokens for each in results.values())))
+        if result is None:
+            return None
+        results[name] = result
+    return results
 
 
 @torch.no_grad()
@@ -74,7 +115,7 @@ def evaluate(
     world_size: int = 1,
     all_sum: Callable[[Tensor], Tensor] = lambda values: values,
     stop: Callable[[], bool] = lambda: False,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Update = lambda done, total: None,
 ) -> EvalResult | None:
     """Scores every token of ``data`` once, whatever the number of ranks.
 

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, read_manifest, tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.checkpoint.layout import MANIFEST
-from relora_mora.config import DataConfig, validate
+from relora_mora.config import DataConfig, Given, TextSource, validate
 from relora_mora.methods.inject import inject
 from relora_mora.methods.layers import adapter_layers, adapter_parameters
 from relora_mora.model import KEYS, NOTHING, ONLY
@@ -113,27 +113,33 @@ class LoadedModel:
 
     def data_settings(
         self,
-        source: str,
+        validation: Given | None,
         sequence_length: int | None,
         document_mask: bool | None,
         text_column: str | None = None,
         sample_by: str | None = None,
     ) -> DataConfig:
-        """Settings for reading the held-out text of ``source``: those of training, except for what is given.
-
-        The run's revision holds for its own sources alone.
-        """
+        """Settings for reading held-out text: those of training, except for what is given."""
         given = {
-            "validation": source,
             "sequence_length": sequence_length,
             "document_mask": document_mask,
             "text_column": text_column,
             "sample_by": sample_by,
         }
-        validation = self.data.validation
-        if source not in ([validation] if isinstance(validation, str) else validation):
-            given["revision"] = DataConfig.model_fields["revision"].default
-        return self.data.model_copy(update={name: value for name, value in given.items() if value is not None})
+        data = self.data.model_copy(update={name: value for name, value in given.items() if value is not None})
+        return data if validation is None else self._with_validation(data, validation)
+
+    def _with_validation(self, data: DataConfig, validation: Given) -> DataConfig:
+        """With other held-out text. The run's revisions hold for its own sources alone."""
+        known = {source.source: source.revision or data.revision for source in data.sources("validation")}
+
+        def pinned(source: TextSource) -> TextSource:
+            return source.model_copy(update={"revision": source.revision or known.get(source.source)})
+
+        sets = data.model_copy(update={"validation": validation}).validation_sets
+        pinned_sets = {name: [pinned(source) for source in sources] for name, sources in sets.items()}
+        revision = DataConfig.model_fields["revision"].default
+        return data.model_copy(update={"validation": pinned_sets, "revision": revision})
 
 
 def is_foreign(path: Path) -> bool:

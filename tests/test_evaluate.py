@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ from transformers import (
 )
 
 from relora_mora.checkpoint import CheckpointError
-from relora_mora.data import load_eval_set
-from relora_mora.evaluate import causal_lm_loss, evaluate, is_causal, rows_of_documents
+from relora_mora.config import DataConfig, TextSource, parse_sources
+from relora_mora.data import SourceError, load_eval_set
+from relora_mora.evaluate import causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal, rows_of_documents
 from relora_mora.model.llama import LossModel, build_model
-from relora_mora.pretrained import load_any_model
+from relora_mora.pretrained import LoadedModel, load_any_model
 from relora_mora.system.logs import log
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
 from tests.tools.commands import EVALUATE, Answer, call, refused
@@ -82,6 +84,54 @@ def test_progress_goes_up_to_all_tokens(source, tokenizer_path, world_size):
     )
     assert len(steps) > 1 and steps == sorted(steps) and {total for _, total in steps} == {data.predicted}
     assert steps[0][0] == 16 * world_size and steps[-1][0] == data.predicted
+
+
+def test_sets_are_scored_one_after_the_other(source, tokenizer_path, tmp_path):
+    other = write_shard(tmp_path / "other.json", TEXTS[:2])
+    config = data_config(source, sequence_length=8).model_copy(
+        update={"validation": {"all": str(source), "two": [str(other)]}}
+    )
+    sets = held_out(config, tokenizer_path, max_tokens=None)
+    mean_loss = causal_lm_loss(_gpt2())
+    steps: list[tuple[int, int]] = []
+
+    def score(data, update):
+        return evaluate(mean_loss, data, micro_batch_size=2, device=torch.device("cpu"), progress=update)
+
+    results = evaluate_sets(score, sets, lambda done, total: steps.append((done, total)))
+    assert {name: result.tokens for name, result in results.items()} == {
+        name: data.predicted for name, data in sets.items()
+    }
+    both = sum(data.predicted for data in sets.values())
+    assert steps == sorted(steps) and {total for _, total in steps} == {both} and steps[-1][0] == both
+    assert evaluate_sets(lambda data, _: results["all"] if data is sets["all"] else None, sets, print) is None, (
+        "stopped"
+    )
+    other.write_text('{"text": ""}\n')
+    with pytest.raises(SourceError, match=r"^data\.validation\.two: the validation data .* holds no text"):
+        held_out(config, tokenizer_path, max_tokens=None)
+
+
+def test_what_a_command_is_given_as_text():
+    """A glob may begin with a bracket, and a range with a brace."""
+    for source in ("[ab]*.json", "{00..15}.json.gz", "a: b.json", "allenai/c4", "*.json"):
+        assert parse_sources(source, "--data") == source
+    record = TextSource(source="b", text_column="body")
+    assert parse_sources("{web: a, books: [b]}", "--data") == {"web": "a", "books": ["b"]}
+    assert parse_sources("{source: b, text_column: body}", "--data") == [record]
+    assert parse_sources("[{source: b, text_column: body}, c]", "--data") == [record, TextSource(source="c")]
+
+
+def test_the_revisions_of_a_run_hold_for_its_own_text():
+    commits = ["a" * 40, "b" * 40]
+    own = {"c4": "allenai/c4", "web": [{"source": "some/set", "revision": commits[1]}]}
+    data = DataConfig(train="allenai/c4", validation=own, revision=commits[0])
+    loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
+    assert loaded.data_settings(None, None, None) == data
+    for given in ({"web": "some/set", "new": "other/set", "c4": "allenai/c4"}, ["some/set", "other/set", "allenai/c4"]):
+        settings = loaded.data_settings(given, 64, None)
+        assert [source.revision for source in settings.sources("validation")] == [commits[1], None, commits[0]]
+        assert (settings.revision, settings.sequence_length) == ("main", 64)
 
 
 def _llama() -> LlamaForCausalLM:
@@ -174,10 +224,12 @@ def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer
     assert (
         set(values) == {"loss", "perplexity", "bits_per_byte", "tokens"} and abs(values["loss"] - math.log(320)) < 0.2
     )
-    done = subprocess.run(
-        [*command, str(tmp_path), f"--data={source}"], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 2 and "no checkpoint" in done.stderr and "Traceback" not in done.stderr
+    refused(call(EVALUATE, tmp_path, f"--data={source}"), "no checkpoint")
+
+
+def test_a_model_from_elsewhere_names_no_text(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    refused(call(EVALUATE, tmp_path), f"--data: {tmp_path} is no run", "say what to score")
 
 
 def test_what_a_foreign_folder_holds_beside_its_model_is_told(tmp_path, caplog, monkeypatch):

@@ -17,7 +17,17 @@ from relora_mora.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
-from relora_mora.config.sources import TextSource, as_sources, is_mixture, map_records, texts_in, with_revisions_of
+from relora_mora.config.sources import (
+    Given,
+    TextSource,
+    as_sources,
+    is_mixture,
+    map_records,
+    set_setting,
+    texts_in,
+    with_revisions_of,
+)
+from relora_mora.config.typed_sources import parse_sources
 
 __all__ = [
     "DECODER_LINEARS",
@@ -27,6 +37,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvalConfig",
+    "Given",
     "LogConfig",
     "MethodConfig",
     "ModelConfig",
@@ -40,7 +51,9 @@ __all__ = [
     "is_mixture",
     "load_config",
     "map_records",
+    "parse_sources",
     "parse_yaml",
+    "set_setting",
     "texts_in",
     "unused_settings",
     "validate",

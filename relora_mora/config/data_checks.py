@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from relora_mora.config.fault import Fault
 from relora_mora.config.schema import Config
-from relora_mora.config.sources import TextSource
+from relora_mora.config.sources import TextSource, set_setting
 
 LENGTHS = ("steps", "tokens", "epochs")
 
@@ -34,13 +34,9 @@ def data_faults(config: Config) -> Iterator[Fault]:
         yield from _mixture_faults(data.train_sources)
     yield from _stage_faults(config)
     sets = data.validation_sets
-    for name, sources in [("data.train", data.train_sources), *((_set_setting(name), s) for name, s in sets.items())]:
+    for name, sources in [("data.train", data.train_sources), *((set_setting(name), s) for name, s in sets.items())]:
         for number, source in enumerate(sources):
             yield from _source_faults(f"{name}.{number}", name.split(".")[1], source)
-
-
-def _set_setting(name: str) -> str:
-    return f"data.validation.{name}" if name else "data.validation"
 
 
 def _source_faults(setting: str, field: str, source: TextSource) -> Iterator[Fault]:

@@ -278,7 +278,9 @@ class TrainConfig(Strict):
 
 class EvalConfig(Strict):
     every_steps: NotNegative = Field(1000, description="steps between evaluations; 0: only at the start and the end")
-    max_tokens: Positive | None = Field(10_000_000, description="predicted tokens of held-out text to score; null: all")
+    max_tokens: Positive | None = Field(
+        10_000_000, description="predicted tokens of held-out text to score, of each set; null: all"
+    )
     micro_batch_size: Positive | None = Field(
         None, description="sequences per forward on one rank; null: train.micro_batch_size"
     )

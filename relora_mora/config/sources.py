@@ -119,6 +119,11 @@ def map_records(given: Given, change: Callable[[TextSource], TextSource]) -> Giv
     return given
 
 
+def set_setting(name: str) -> str:
+    """How messages call a set of held-out text; "" is the name of the only one of a setting without names."""
+    return f"data.validation.{name}" if name else "data.validation"
+
+
 def texts_in(given: Given) -> list[str]:
     """The sources that are no records."""
     if isinstance(given, dict):

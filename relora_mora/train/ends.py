@@ -28,7 +28,7 @@ class Ends:
         config = self.saving.run.config
         self.saving.save_the_end(state)
         log.info(f"done: {state.step} steps, {state.tokens:,} tokens, {RunFolder(self.folder).checkpoints}")
-        log.info(next_commands(config.train.run_dir, config.data.sources("validation")[0].source))
+        log.info(next_commands(config.train.run_dir))
         self._record(FINISHED, "done")
         return FINISHED
 

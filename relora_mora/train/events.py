@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from relora_mora.checkpoint import CheckpointWriter, Manifest
 from relora_mora.config import Config
 from relora_mora.data import EvalSet, mixture_names
 from relora_mora.distributed import from_first_rank, gather_from_ranks, sum_over_hosts
-from relora_mora.evaluate import EvalResult, evaluate, held_out
+from relora_mora.evaluate import EvalResult, Update, evaluate, evaluate_sets, held_out
 from relora_mora.optim import group_rates
 from relora_mora.supervise import LONG_SECONDS, Guard
 from relora_mora.system.hardware import peak_memory_bytes
@@ -21,7 +21,15 @@ from relora_mora.system.logs import log
 from relora_mora.train.build import Run
 from relora_mora.train.errors import TrainingError
 from relora_mora.train.progress import Progress
-from relora_mora.train.report import Arithmetic, Interval, Write, data_metrics, loss_metrics, merge_metrics
+from relora_mora.train.report import (
+    Arithmetic,
+    Interval,
+    Write,
+    data_metrics,
+    eval_metrics,
+    loss_metrics,
+    merge_metrics,
+)
 from relora_mora.train.state import RunState
 
 
@@ -106,7 +114,7 @@ class Reporting:
 
 
 class Evaluating:
-    """The held-out loss; every token of the evaluation set once, whatever the number of ranks."""
+    """The held-out loss of each set and of all; every token once, whatever the number of ranks."""
 
     def __init__(self, run: Run, guard: Guard, write: Write, progress: Progress) -> None:
         self.config: Config = run.config
@@ -114,7 +122,7 @@ class Evaluating:
         self.engine = run.engine
         self.guard = guard
         self.write = write
-        self.eval_set: EvalSet | None = None
+        self.sets: dict[str, EvalSet] = {}  # by name; empty before the first evaluation
 
     def is_missing(self, state: RunState) -> bool:
         """Whether the present step is to be evaluated and has not been."""
@@ -134,40 +142,47 @@ class Evaluating:
     def evaluate(self, state: RunState) -> bool:
         """False when the ranks stop before its end. A collective."""
         begin = time.perf_counter()
-        if self.eval_set is None:
+        if not self.sets:
             self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
-            self.eval_set = from_first_rank(lambda: held_out(self.config))  # one rank downloads and tokenizes
+            self.sets = from_first_rank(self._held_out)  # one rank downloads and tokenizes
         self.engine.eval()
         with self.progress.evaluation() as progress:
-            result = evaluate(
-                self.engine,
-                self.eval_set,
-                micro_batch_size=self.config.eval.micro_batch_size or self.config.train.micro_batch_size,
-                device=self.engine.device,
-                rank=self.engine.rank,
-                world_size=self.engine.world_size,
-                all_sum=self.engine.all_reduce,
-                stop=lambda: self._stop(state.step),
-                progress=progress,
+            results = evaluate_sets(
+                lambda data, update: self._score(data, state.step, update), self.sets, progress=progress
             )
-        if result is None:
+        if results is None:
             return False
         state.evaluated = state.step
-        self._report(state.step, result, time.perf_counter() - begin)
+        self._report(state.step, results, time.perf_counter() - begin)
         return True
+
+    def _held_out(self) -> dict[str, EvalSet]:
+        return held_out(self.config.data, self.config.tokenizer.path, self.config.eval.max_tokens)
+
+    def _score(self, data: EvalSet, step: int, update: Update) -> EvalResult | None:
+        return evaluate(
+            self.engine,
+            data,
+            micro_batch_size=self.config.eval.micro_batch_size or self.config.train.micro_batch_size,
+            device=self.engine.device,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            all_sum=self.engine.all_reduce,
+            stop=lambda: self._stop(step),
+            progress=update,
+        )
 
     def _stop(self, step: int) -> bool:
         self.guard.begin(f"step {step}: evaluation")
         return sum_over_hosts([float(self.guard.stop_reason is not None)]) != [0.0]
 
-    def _report(self, step: int, result: EvalResult, seconds: float) -> None:
-        self.write(
-            step, {f"eval/{name}": value for name, value in result.as_dict().items()} | {"eval/seconds": seconds}
-        )
-        log.info(
-            f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
-            f"{result.bits_per_byte:.4f} bits per byte ({result.tokens:,} tokens, {seconds:.1f} s)"
-        )
+    def _report(self, step: int, results: Mapping[str, EvalResult], seconds: float) -> None:
+        whole = EvalResult.of_all(results.values())
+        self.write(step, {**eval_metrics(results), **eval_metrics({"": whole}), "eval/seconds": seconds})
+        for name, result in results.items():
+            if name:
+                log.info(f"step {step}: validation on {name}: {result} ({result.tokens:,} tokens)")
+        log.info(f"step {step}: validation {whole} ({whole.tokens:,} tokens, {seconds:.1f} s)")
 
 
 class Saving:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from relora_mora.config import Config, ConfigError, DataConfig, Split
+from relora_mora.config import Config, ConfigError, DataConfig, Split, set_setting
 from relora_mora.data import Shard, SourceError, check_columns, configured_shards
 from relora_mora.tokenizer import TokenizerError, load_tokenizer
 
@@ -30,7 +31,9 @@ def open_inputs(config: Config) -> Inputs:
     """
     errors: list[tuple[str, TokenizerError | SourceError]] = []
     tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer.path))
-    _attempt(errors, "data.validation", lambda: _shards(config.data, "validation"))
+    for name, sources in config.data.validation_sets.items():
+        alone = config.data.model_copy(update={"validation": sources})
+        _attempt(errors, set_setting(name), partial(_shards, alone, "validation"))
     shards = _attempt(errors, "data.train", lambda: _shards(config.data, "train"))
     if tokenizer is None or shards is None or errors:
         raise _one_error(errors, config)
@@ -52,9 +55,11 @@ def _attempt(errors: list[tuple[str, TokenizerError | SourceError]], setting: st
 
 
 def _one_error(errors: list[tuple[str, TokenizerError | SourceError]], config: Config) -> ValueError:
-    """The error itself, or one for all; where files of the demo are missing, with the command that makes them."""
-    if len(errors) == 1 and _DEMO not in str(errors[0][1]):
-        return errors[0][1]
+    """The error itself; where there are several, a set has to be named, or files of the demo are missing, one error
+    that tells each with its setting, and what makes those files."""
+    [setting, error], *others = errors
+    if not others and setting.count(".") == 1 and _DEMO not in str(error):
+        return error
     faults = []
     for setting, error in errors:
         fault = f"{setting}: {error}"

@@ -75,16 +75,15 @@ class Progress:
         self._begin = time.monotonic()
 
 
-def next_commands(run_dir: str, validation: str) -> str:
-    """The commands for a finished run, one a line; ``validation`` is a source of its held-out text."""
+def next_commands(run_dir: str) -> str:
+    """The commands for a finished run, one a line."""
     run = shlex.quote(run_dir)
     folder = Path(run_dir)
     export = shlex.quote(str(folder.with_name(f"{folder.name}_export")))
-    data = shlex.quote(validation)
     return "\n".join(
         [
             "next:",
-            f"  python launch/evaluate.py {run} --data={data}",
+            f"  python launch/evaluate.py {run}",
             f"  python launch/export.py {run} {export}",
             f"  python launch/board.py {shlex.quote(str(folder.parent))}    # TensorBoard",
         ]

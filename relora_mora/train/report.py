@@ -12,6 +12,7 @@ from torch import Tensor
 from relora_mora.config import LogConfig
 from relora_mora.data import SKIP_REASONS
 from relora_mora.distributed import sum_over_hosts
+from relora_mora.evaluate import EvalResult
 from relora_mora.merging import MergeRecord
 from relora_mora.system.hardware import peak_flops
 from relora_mora.system.logs import log
@@ -100,6 +101,15 @@ def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_len
         "perf/data_bad_lines": totals["bad"],
         "perf/data_retries": totals["retries"],
         **skipped,
+    }
+
+
+def eval_metrics(results: Mapping[str, EvalResult]) -> dict[str, float | int]:
+    """``eval/<name>/loss`` and so on of each set; ``eval/loss`` for the name ""."""
+    return {
+        f"eval/{name}/{key}" if name else f"eval/{key}": value
+        for name, result in results.items()
+        for key, value in result.as_dict().items()
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Mapping
 from operator import attrgetter
@@ -26,12 +27,13 @@ _GROUPS = {
     "startup/seconds": "training speed/startup_seconds",
     "merge/": "training merges/",
 }
+_OF_A_SET = re.compile("eval/[^/]+/[^/]+")  # a set of held-out text may be called "seconds"
 # the same at every merge or evaluation, or a single number of a start: no curves
 NO_CURVES = ("merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens")
 LAYOUT = {
     "quality": {
-        "perplexity": ["Multiline", ["eval/perplexity", "train/perplexity"]],
-        "loss": ["Multiline", ["eval/loss", "train/loss"]],
+        "perplexity": ["Multiline", ["eval/(.+/)?perplexity$", "train/perplexity"]],
+        "loss": ["Multiline", ["eval/(.+/)?loss$", "train/loss"]],
     },
     "merges, by projection": {
         "norm of what was merged": ["Multiline", ["training merges/delta_norm/.*"]],
@@ -53,6 +55,8 @@ def board_tag(tag: str) -> str | None:
     """The tag of a curve in TensorBoard, from its tag in metrics.jsonl; None for what is no curve."""
     if tag in NO_CURVES:
         return None
+    if _OF_A_SET.fullmatch(tag):
+        return None if tag.endswith("/tokens") else tag
     for prefix, group in _GROUPS.items():
         if tag.startswith(prefix):
             return group + tag.removeprefix(prefix)

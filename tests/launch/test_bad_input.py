@@ -62,7 +62,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> Pat
 @pytest.mark.parametrize(
     ("script", "argv", "message"),
     [
-        (EVALUATE, ["model"], "data"),
+        (EVALUATE, [], "model"),
+        (EVALUATE, ["model", "--data={c4: a, books: [}"], "--data: not YAML: "),
+        (EVALUATE, ["model", "--data={c4: {sourc: a}}"], "--data.c4: "),
+        (EVALUATE, ["model", "--data=[{source: a, splitt: b}]"], "--data.0.splitt: unknown; did you mean split?"),
         (EVALUATE, ["model", "stray", "--data=d"], "stray argument: stray"),
         (EVALUATE, ["model", "--data=d", "--dota=d"], "--dota"),
         (EVALUATE, ["model", "--data=d", "--data=e"], "given twice"),

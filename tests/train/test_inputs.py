@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def settings(**overrides: str) -> Config:
     return load_config(ROOT / "configs" / "run" / "tiny_remora.yaml", overrides, world_size=1)
 
 
-def changed(config: Config, section: str, **values: str) -> Config:
+def changed(config: Config, section: str, **values: Any) -> Config:
     inner = getattr(config, section).model_copy(update=values)
     return config.model_copy(update={section: inner})
 
@@ -60,6 +61,16 @@ def test_a_wrong_column_is_told_with_what_else_is_wrong(config: Config, tmp_path
     validation, train = raised.value.faults
     assert "no file matches" in validation
     assert train == 'data.train: a.parquet has no column "body"; set data.text_column to one of id, text, url'
+
+
+def test_sets_that_are_missing_are_named_all_at_once(config: Config, tmp_path: Path) -> None:
+    gone = {name: str(tmp_path / f"{name}.json") for name in ("books", "web")}
+    for sets in (gone, {"books": gone["books"], "there": config.data.train}):
+        with pytest.raises(ConfigError) as raised:
+            open_inputs(changed(config, "data", validation=sets))
+        named = [f"data.validation.{name}: no file matches {path} " for name, path in gone.items() if name in sets]
+        assert len(raised.value.faults) == len(named) and not raised.value.same_on_all_ranks
+        assert all(map(str.startswith, raised.value.faults, named))
 
 
 def test_one_fault_alone_keeps_its_own_error(config: Config, tmp_path: Path) -> None:

@@ -116,9 +116,13 @@ def test_groups_of_curves_come_in_the_order_of_reading():
     tags = [
         "eval/perplexity",
         "eval/seconds",
+        "eval/seconds/loss",  # of a set of this name
+        "eval/c4/perplexity",
         "train/loss",
         "train/lr_norms",
         "train/tokens",
+        "train/tokens/web",
+        "train/epoch/web",
         "perf/mfu",
         "perf/data_bad_lines",
         "perf/data_wait_seconds",
@@ -134,7 +138,10 @@ def test_groups_of_curves_come_in_the_order_of_reading():
         "training speed",
     ]
     assert len(set(shown)) == len(tags)
-    for tag in ("merge/layers", "eval/tokens", "startup/imports_seconds"):
+    groups = dict(zip(tags, (tag.partition("/")[0] for tag in shown), strict=True))
+    assert {groups["eval/seconds/loss"], groups["eval/c4/perplexity"]} == {"eval"}
+    assert {groups["train/tokens/web"], groups["train/epoch/web"]} == {"training data"}
+    for tag in ("merge/layers", "eval/tokens", "eval/c4/tokens", "startup/imports_seconds"):
         assert board_tag(tag) is None, "no curve"
 
 
@@ -148,6 +155,14 @@ def test_custom_charts_name_curves_that_exist():
     assert len(patterns) == 6
     for pattern in patterns:
         assert any(re.fullmatch(pattern, tag) for tag in written), pattern
+    of_sets = ["eval/c4/loss", "eval/c4/perplexity", "eval/loss/perplexity"]
+    charts = [{tag for tag in of_sets for pattern in two if re.match(pattern, tag)} for two in _quality()]
+    assert charts == [{"eval/c4/perplexity", "eval/loss/perplexity"}, {"eval/c4/loss"}]
+
+
+def _quality():
+    """The patterns of the charts of perplexity and loss; TensorBoard looks for them at the start of a tag."""
+    return [patterns for _, patterns in LAYOUT["quality"].values()]
 
 
 @pytest.mark.parametrize(("method", "uses_rank"), [("remora", True), ("full", False)])

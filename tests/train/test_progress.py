@@ -79,11 +79,11 @@ def test_what_comes_before_the_first_step_is_not_in_the_time_left(monkeypatch: p
 
 
 def test_the_next_commands_are_words_of_a_shell_and_their_scripts_exist() -> None:
-    first, *lines = next_commands("runs/my run", "data/validation/*.json.gz").splitlines()
+    first, *lines = next_commands("runs/my run").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     assert first == "next:"
     assert words == [
-        ["python", "launch/evaluate.py", "runs/my run", "--data=data/validation/*.json.gz"],
+        ["python", "launch/evaluate.py", "runs/my run"],
         ["python", "launch/export.py", "runs/my run", "runs/my run_export"],
         ["python", "launch/board.py", "runs"],
     ]

@@ -1,0 +1,118 @@
+"""Held-out text in sets by name: each is scored as if it were alone, and all of them as one text."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.evaluate import held_out
+from tests.tools.commands import EVALUATE, call, refused
+from tests.tools.data_tools import some_texts, write_shard
+from tests.tools.runs import metrics, run_config, train, write_inputs
+
+pytestmark = pytest.mark.distributed
+KEYS = ("loss", "perplexity", "bits_per_byte", "tokens")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"))
+    write_shard(folder / "books.json", some_texts(20, seed=7, words=12))
+    rows = [json.dumps({"body": text}).encode() for text in some_texts(12, seed=8, words=40)]
+    write_shard(folder / "web.json", rows)
+    return folder
+
+
+def _sets(inputs: Path) -> dict[str, Any]:
+    return {
+        "books": str(inputs / "books.json"),
+        "web": {"source": str(inputs / "web.json"), "text_column": "body"},
+    }
+
+
+def _run(pools, inputs: Path, tokenizer: str, folder: Path, world_size: int, validation: Any) -> list[dict[str, Any]]:
+    """The evaluations before and after the only step."""
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"validation": validation},
+        "method": {"name": "mora"},
+        "optim": {"warmup_steps": 0},
+        "train": {"steps": 1},
+    }
+    pools(world_size)(train, run_config(inputs, tokenizer, folder, world_size, **sections))
+    return [line for line in metrics(folder) if "eval/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def together(pools, inputs, tokenizer_path, tmp_path_factory) -> dict[int, tuple[Path, list[dict[str, Any]]]]:
+    """Runs with both sets, by the number of ranks."""
+    folders = {ranks: tmp_path_factory.mktemp("together") / f"run{ranks}" for ranks in (1, 2)}
+    return {
+        ranks: (folder, _run(pools, inputs, tokenizer_path, folder, ranks, _sets(inputs)))
+        for ranks, folder in folders.items()
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_each_set_is_scored_as_if_alone(pools, inputs, tokenizer_path, tmp_path, together, world_size):
+    _, seen = together[world_size]
+    assert [line["step"] for line in seen] == [0, 1] and seen[0] != seen[1]
+    for name, source in _sets(inputs).items():
+        alone = _run(pools, inputs, tokenizer_path, tmp_path / name, world_size, source)
+        for line, of_set in zip(alone, seen, strict=True):
+            assert set(line) == {"step", "time", "eval/seconds", *(f"eval/{key}" for key in KEYS)}
+            assert [line[f"eval/{key}"] for key in KEYS] == [of_set[f"eval/{name}/{key}"] for key in KEYS]
+            assert line["eval/tokens"] <= 500, "the limit holds for each set"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_whole_is_that_of_one_text(inputs, tokenizer_path, together, tmp_path, world_size):
+    config = run_config(inputs, tokenizer_path, tmp_path, data={"validation": _sets(inputs)})
+    size = sum(each.utf8_bytes for each in held_out(config.data, tokenizer_path, 500).values())
+    for line in together[world_size][1]:
+        nats = sum(line[f"eval/{name}/loss"] * line[f"eval/{name}/tokens"] for name in ("books", "web"))
+        tokens = sum(line[f"eval/{name}/tokens"] for name in ("books", "web"))
+        assert line["eval/tokens"] == tokens > max(line["eval/books/tokens"], line["eval/web/tokens"])
+        assert line["eval/loss"] == pytest.approx(nats / tokens, rel=1e-12)
+        assert line["eval/perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-12)
+        assert line["eval/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-12)
+
+
+def test_the_command_scores_the_text_of_the_run(inputs, together):
+    folder, lines = together[2]
+    answer = call(EVALUATE, folder, "--max_tokens=500")
+    assert answer.code == 0, answer.err
+    values = json.loads(answer.out.splitlines()[-1])
+    assert list(values) == [*KEYS, "sets"] and list(values["sets"]) == ["books", "web"]
+    for prefix, of_text in (("eval", values), *((f"eval/{name}", one) for name, one in values["sets"].items())):
+        assert of_text["loss"] == pytest.approx(lines[-1][f"{prefix}/loss"], abs=2e-5)
+        assert of_text["tokens"] == lines[-1][f"{prefix}/tokens"]
+    heading, *rows = (row.split() for row in answer.err.splitlines()[-4:])
+    assert heading == ["tokens", "loss", "perplexity", "bits", "per", "byte"]
+    assert [row[0] for row in rows] == ["books", "web", "all"]
+    assert float(rows[1][2]) == pytest.approx(values["sets"]["web"]["loss"], abs=1e-4)
+
+
+def test_the_command_takes_sets_and_records(inputs, together):
+    folder, _ = together[1]
+    of_run = call(EVALUATE, folder)
+    given = call(EVALUATE, folder, f"--data={json.dumps(_sets(inputs))}")
+    assert given.out == of_run.out and given.code == 0
+    shared = {"web": str(inputs / "web.json"), "books": {"source": str(inputs / "books.json"), "text_column": "text"}}
+    answer = call(EVALUATE, folder, f"--data={json.dumps(shared)}", "--text_column=body")
+    assert json.loads(answer.out.splitlines()[-1])["sets"] == json.loads(of_run.out.splitlines()[-1])["sets"]
+    alone = call(EVALUATE, folder, f"--data={inputs}/books.json")
+    assert json.loads(alone.out) == json.loads(of_run.out.splitlines()[-1])["sets"]["books"]
+
+
+def test_a_set_that_cannot_be_read_is_named(inputs, together):
+    folder, _ = together[1]
+    books = inputs / "books.json"
+    answer = call(EVALUATE, folder, f"--data={{books: {books}, gone: {inputs}/nowhere.json}}")
+    refused(answer, "--data.gone: no file matches")
+    answer = call(EVALUATE, folder, f"--data={{books: {books}, web: {inputs}/web.json}}")
+    notes = sum(line.endswith("; skipped") for line in answer.err.splitlines())
+    refused(answer, "--data.web: web.json: ", "lines are bad", 'no "text". Repair or drop the shard\n', notes=notes)
