@@ -10,6 +10,7 @@ from pathlib import Path
 
 from relora_mora.config import DataConfig
 from relora_mora.data.errors import SourceError
+from relora_mora.data.token_index import is_token_folder
 
 C4 = "allenai/c4"
 C4_PATTERNS = {
@@ -64,7 +65,7 @@ class DatasetName:
 
 
 def dataset_name(source: str) -> DatasetName | None:
-    """What ``PLACE[:CONFIG[:SPLIT]]`` names; None for a source of another kind.
+    """What ``PLACE[:CONFIG[:SPLIT]]`` names; None for a source of another kind, as a folder of tokens is.
 
     A folder of that name counts before the hub. What is named like a file, or would lie in a folder that there is, is a
     path, so that a slip in one is told at once and the hub is not asked.
@@ -75,7 +76,7 @@ def dataset_name(source: str) -> DatasetName | None:
     place = match["place"]
     name = DatasetName(source, place, match["config"] or None, match["split"] or None, on_hub=False)
     if os.path.isdir(name.folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-        return name
+        return None if is_token_folder(name.folder) else name
     if not _ON_HUB.fullmatch(place) or _FILE.fullmatch(place) or os.path.isdir(name.folder.parent):  # noqa: PTH112
         return None
     return replace(name, on_hub=True)

@@ -63,6 +63,14 @@ class ParquetRows:
     def bad(self) -> int:
         return self._limit.bad
 
+    @property
+    def groups(self) -> list[int]:
+        return self._column.group_rows
+
+    @property
+    def progress(self) -> float:
+        return self._next / max(1, sum(map(self._own_rows, self._groups)))
+
     def skip(self, count: int) -> bool:
         self._next += count
         self._texts = None
@@ -200,7 +208,8 @@ class TextColumn:
 
 def check_columns(shards: Sequence[Shard], timeout_seconds: float) -> None:
     """Looks at the column of one Parquet file of each folder. Raises SourceError as ``TextColumn`` does."""
-    folders = {(shard.location.rpartition("/")[0], shard.text_column): shard for shard in shards if shard.is_parquet}
+    files = [shard for shard in shards if shard.is_parquet and shard.tokens is None]
+    folders = {(shard.location.rpartition("/")[0], shard.text_column): shard for shard in files}
     for shard in folders.values():
         TextColumn(shard, timeout_seconds).close()
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from relora_mora.config import DataConfig
+from relora_mora.data.errors import SourceError
 from relora_mora.data.lines import ShardLines
 from relora_mora.data.parquet import ParquetRows
 from relora_mora.data.parse import parse_line, surely_bad
@@ -21,12 +22,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class TextSource(Rows[str], Protocol):
+    """Rows of text, and what making tokens in advance asks for."""
+
+    @property
+    def groups(self) -> list[int] | None:
+        """Rows of each group that lanes deal out among themselves; None where they take the rows in turn."""
+
+    @property
+    def progress(self) -> float:
+        """The part of the shard that was read, 0 to 1; 0 as long as its size is not known."""
+
+
 class TextRows:
     """The texts of a shard of JSON lines: those of the lines ``phase``, ``phase + stride``, ... (see ``rows.Rows``).
 
     All lines count towards the limit on bad ones, so that lanes which share a shard judge it alike: this lane's are
     parsed, of the others only what shows without parsing is seen. Of ``config`` the limits are used.
     """
+
+    groups = None
 
     def __init__(
         self,
@@ -51,6 +66,10 @@ class TextRows:
     @property
     def is_empty(self) -> bool:
         return not self._lines.row
+
+    @property
+    def progress(self) -> float:
+        return self._lines.progress
 
     def skip(self, count: int) -> bool:
         return self._lines.skip(count * self._stride)
@@ -88,8 +107,13 @@ def open_texts(
     phase: int = 0,
     bad: int = 0,
     note: Callable[[str], None] = log.warning,
-) -> Rows[str]:
-    """The texts of a shard of any format (see ``rows.OpenRows``). Of ``config`` the limits are used."""
+) -> TextSource:
+    """The texts of a shard of any format (see ``rows.OpenRows``). Of ``config`` the limits are used.
+
+    Raises SourceError for a shard of tokens.
+    """
+    if shard.tokens is not None:
+        raise SourceError(f"{shard.location} holds tokens, and text is needed here; give the text that they are of")
     kind = ParquetRows if shard.is_parquet else TextRows
     return kind(config, shard, stride=stride, phase=phase, bad=bad, note=note)
 

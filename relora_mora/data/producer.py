@@ -13,9 +13,10 @@ from relora_mora.config import DataConfig
 from relora_mora.data.lane_states import LaneStates
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Block, Lane, Mask, Tokens
-from relora_mora.data.plain_text import open_texts, text_encoder
+from relora_mora.data.plain_text import text_encoder
 from relora_mora.data.retry import RETRIES
 from relora_mora.data.sources import Shard
+from relora_mora.data.token_rows import only_tokens, open_any, or_tokens
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,23 @@ class Producer:
     def __init__(self, assignment: Assignment) -> None:
         from relora_mora.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(assignment.tokenizer_path)
         config = assignment.config
         shards = assignment.shards
+        made = shards[0].tokens
+        if made is None or any(shard.tokens is None for shard in shards):
+            tokenizer = load_tokenizer(assignment.tokenizer_path)
+            encode = or_tokens(text_encoder(tokenizer))
+            eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        else:
+            encode = only_tokens
+            eos = made.making.eos
         plans = plan_lanes(assignment.lanes_of_all, len(shards))
         self.blocks_per_lane = assignment.blocks_per_lane
         self.lanes = [
             Lane(
-                LaneRows(plans[lane], shards, config, functools.partial(open_texts, config)),
-                text_encoder(tokenizer),
-                eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+                LaneRows(plans[lane], shards, config, functools.partial(open_any, config)),
+                encode,
+                eos=eos,
                 sequence_length=config.sequence_length,
                 restored=assignment.states.get(str(lane)),
             )
