@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
@@ -138,6 +138,11 @@ def iter_texts(sources: str | list[str], *, split: Split, config: DataConfig) ->
         timeout_seconds=config.timeout_seconds,
         text_column=config.text_column,
     )
+    yield from texts_of(shards, config)
+
+
+def texts_of(shards: Iterable[Shard], config: DataConfig) -> Iterator[str]:
+    """Every text of some shards, as ``iter_texts`` gives them."""
     for shard in shards:
         with closing(open_texts(config, shard)) as rows:
             # one at a time: nobody waits for, or hears of, what stands behind the text that is wanted

@@ -20,13 +20,12 @@ from relora_mora.config import DataConfig
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.lanes import plan_lanes
 from relora_mora.data.plain_text import open_texts
-from relora_mora.data.rows import Encode, Encoded, Rows
+from relora_mora.data.rows import Encode, Encoded, Rows, TokenIds
 from relora_mora.data.skipped import BAD_REASONS, SKIP_REASONS, Skipped
 from relora_mora.data.sources import Shard
 from relora_mora.data.token_index import COMMAND, Making, SourceText
 from relora_mora.system.disk_errors import LOST_DISK
 
-TokenIds = npt.NDArray[np.unsignedinteger[Any]]
 METADATA = b"relora_mora"  # in the schema of a file
 
 
@@ -103,7 +102,16 @@ class MappedTokens:
                 if not isinstance(ids, Skipped):
                     yield ids, size
 
-    def bad_before(self, numbers: range) -> int:
+    def counts(self) -> tuple[int, int, int]:
+        """Rows that are not skipped, their tokens without EOS, and the UTF-8 bytes of their texts."""
+        all_columns = [self._batch(number) for number in range(len(self._batches))]
+        return (
+            sum(columns.skipped.null_count for columns in all_columns),
+            sum(len(columns.ids) for columns in all_columns),
+            sum(int(columns.utf8_bytes.sum()) for columns in all_columns),
+        )
+
+    def bad_among(self, numbers: range) -> int:
         """Bad rows among those with these numbers."""
         return sum(
             reason in BAD_REASONS
@@ -186,7 +194,7 @@ class TokenRows:
             wanted = part[max(0, self._next - before) : max(0, self._next + count - before)]
             if wanted:
                 rows += self._tokens.take(wanted)
-                self.bad += self._tokens.bad_before(self._looked_at(wanted, part))
+                self.bad += self._tokens.bad_among(self._looked_at(wanted, part))
             before += len(part)
         self._next += len(rows)
         return rows
@@ -226,7 +234,7 @@ def open_any(
 
 def only_tokens(rows: list[TokenIds]) -> list[Encoded]:
     """The ``rows.Encode`` of rows that are tokens."""
-    return [Encoded(ids) for ids in rows]  # type: ignore[arg-type]
+    return [Encoded(ids) for ids in rows]
 
 
 def or_tokens(encode: Encode[str]) -> Encode[Any]:

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from relora_mora.config import Config, ConfigError, DataConfig
-from relora_mora.data import Shard, SourceError, check_columns, configured_shards
+from relora_mora.config import Config, ConfigError
+from relora_mora.data import Shard, SourceError, check_columns, check_tokens, configured_shards
 from relora_mora.data.sources import Split
 from relora_mora.tokenizer import TokenizerError, load_tokenizer
 
@@ -31,16 +31,20 @@ def open_inputs(config: Config) -> Inputs:
     """
     errors: list[tuple[str, TokenizerError | SourceError]] = []
     tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer.path))
-    _attempt(errors, "data.validation", lambda: _shards(config.data, "validation"))
-    shards = _attempt(errors, "data.train", lambda: _shards(config.data, "train"))
+    _attempt(errors, "data.validation", lambda: _shards(config, "validation", tokenizer))
+    shards = _attempt(errors, "data.train", lambda: _shards(config, "train", tokenizer))
     if tokenizer is None or shards is None or errors:
         raise _one_error(errors, config)
     return Inputs(tokenizer, shards)
 
 
-def _shards(data: DataConfig, split: Split) -> list[Shard]:
+def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | None) -> list[Shard]:
+    data = config.data
     shards = configured_shards(data, split)
     check_columns([shard for shard in shards if not shard.is_remote], data.timeout_seconds)
+    if tokenizer is not None:
+        limits = data if split == "train" else None
+        check_tokens(shards, tokenizer_path=config.tokenizer.path, eos=tokenizer.eos_token_id, limits=limits)
     return shards
 
 
