@@ -113,7 +113,7 @@ class LaneRows(Generic[Row]):
                     if isinstance(row, Skipped):
                         cursor = cursor._replace(item=cursor.item + 1).after_skipping(row.reason)
                     else:
-                        cursor = cursor._replace(item=cursor.item + 1, documents=cursor.documents + 1)
+                        cursor = cursor.after_document()
                         yield row, cursor
                 bad_before = rows.bad
                 block = rows.take(size)

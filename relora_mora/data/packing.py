@@ -75,24 +75,27 @@ class Lane(Generic[Row]):
 
     def next_block(self) -> Block:
         """Raises SourceError when a shard has too many bad rows or cannot be read."""
-        tokens = np.empty(self.sequence_length + 1, np.int32)
+        length = self.sequence_length + 1
+        tokens = np.empty(length, np.int32)
         tokens[0] = self._last
         scored: Mask | None = None
         filled = 1
-        while filled < len(tokens):
-            if self._at == len(self._documents.tokens):
+        while filled < length:
+            begin = self._at
+            packed = self._documents.tokens[begin : begin + length - filled]
+            if not packed.size:
                 self._encode_more()
                 self._at = 0
-            documents = self._documents
-            piece = slice(self._at, self._at + len(tokens) - filled)
-            packed = documents.tokens[piece]
-            end = filled + len(packed)
+                continue
+            end = filled + packed.size
             tokens[filled:end] = packed
-            if documents.scored is not None and not documents.scored[piece].all():
-                if scored is None:
+            self._at = begin + packed.size
+            if self._documents.scored is not None:
+                mask = self._documents.scored[begin : self._at]
+                if scored is None and not mask.all():
                     scored = np.ones(self.sequence_length, np.bool_)
-                scored[filled - 1 : end - 1] = documents.scored[piece]
-            self._at += len(packed)
+                if scored is not None:
+                    scored[filled - 1 : end - 1] = mask
             filled = end
         self._last = int(tokens[-1])
         return Block(tokens, scored)

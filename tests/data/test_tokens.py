@@ -116,9 +116,7 @@ def test_batches_states_and_counts_are_those_of_the_text(folder, tokenizer_path,
 @pytest.mark.parametrize("world_size,workers", [(2, 0), (4, 0), (1, 2)])
 def test_on_any_ranks_and_workers(folder, tokenizer_path, kind, world_size, workers):
     text = _run(folder / kind / "few" / "*", tokenizer_path, steps=8)
-    tokens = _run(
-        folder / kind / "few.tokens", tokenizer_path, steps=8, world_size=world_size, workers=workers
-    )
+    tokens = _run(folder / kind / "few.tokens", tokenizer_path, steps=8, world_size=world_size, workers=workers)
     assert [(rows, state) for rows, _, state in tokens] == [(rows, state) for rows, _, state in text]
 
 
@@ -146,7 +144,18 @@ def test_fingerprints_are_those_of_the_text(folder, tokenizer_path, kind):
         given = {"tokenizer_fingerprint": found, "batch_lanes": 8, "shards": shards}
         config = data_config(source)
         place = describe_position(
-            {"3": {"epoch": 0, "place": 0, "block": 0, "item": 2, "bad": 0, "documents": 2, "skipped": {}, "offset": 5}},
+            {
+                "3": {
+                    "epoch": 0,
+                    "place": 0,
+                    "block": 0,
+                    "item": 2,
+                    "bad": 0,
+                    "documents": 2,
+                    "skipped": {},
+                    "offset": 5,
+                }
+            },
             lanes=8,
             shards=shards,
             config=config,
@@ -217,9 +226,13 @@ def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, 
         check_tokens(shards, tokenizer_path=other_tokenizer, eos=eos)
     with pytest.raises(SourceError, match="of another tokenizer"):
         check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos + 1)
-    with pytest.raises(SourceError, match=r"of up to 16777216 bytes, and data\.max_line_bytes is 99; set it to 16777216"):
+    with pytest.raises(
+        SourceError, match=r"of up to 16777216 bytes, and data\.max_line_bytes is 99; set it to 16777216"
+    ):
         check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos, limits=_with(config, max_line_bytes=99))
-    with pytest.raises(SourceError, match=r"0\.json\.gz in .*: 3 of 26 rows were bad, more than data\.max_bad_fraction"):
+    with pytest.raises(
+        SourceError, match=r"0\.json\.gz in .*: 3 of 26 rows were bad, more than data\.max_bad_fraction"
+    ):
         check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos, limits=_with(config, max_bad_fraction=0.1))
     with pytest.raises(SourceError, match="of another tokenizer"):
         load_eval_set(source, config=config, tokenizer_path=other_tokenizer, sequence_length=9, max_tokens=None)
