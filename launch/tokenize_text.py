@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,4 +119,6 @@ def _settings(source: str, tokenizer: str | None, data: dict[str, Any]) -> Confi
 
 
 if __name__ == "__main__":
+    sys.modules["torch"] = None  # type: ignore[assignment] # transformers would import it, for seconds and for nothing
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     run(main)

@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -35,7 +36,7 @@ from relora_mora.data.token_index import (
     write_index,
 )
 from relora_mora.data.token_rows import Head, MappedTokens
-from relora_mora.data.token_writer import totals_of, write_tokens
+from relora_mora.data.token_writer import UNFINISHED, totals_of, write_tokens
 from relora_mora.system.logs import progress_bar
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def make_tokens(
     Shows a bar over the bytes of the text, or over its shards where their sizes are not known.
 
     Of ``config`` the limits count. Raises SourceError for text that cannot be read, and for a folder that holds
-    something else, TokenizerError for the tokenizer, OSError for the disk, WorkerError where a process was killed.
+    something else, TokenizerError for the tokenizer, OSError for the disk, and where a process was killed.
     """
     if made := next((shard for shard in shards if shard.tokens), None):
         raise SourceError(f"{Path(made.location).parent} holds tokens already; give the text that they are of")
@@ -178,7 +179,11 @@ def _folder(out: Path, index: Index) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SourceError(f"{out}: another command makes its tokens now; wait until it ends") from None
-        yield
+        try:
+            yield
+        finally:  # a process that is killed, as by Ctrl-C, leaves them
+            for path in out.glob(f"*{UNFINISHED}"):
+                path.unlink(missing_ok=True)
 
 
 def _finished(job: Job) -> Totals | None:
@@ -216,7 +221,11 @@ def _here(task: Task, jobs: Sequence[Job], tell: Tell) -> dict[int, Totals]:
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
     """So many of the tokenizer's, while the block lasts; the processes started in it inherit that."""
-    wanted = {"TOKENIZERS_PARALLELISM": "true" if count > 1 else "false", "RAYON_NUM_THREADS": str(count)}
+    wanted = {
+        "TOKENIZERS_PARALLELISM": "true" if count > 1 else "false",
+        "RAYON_NUM_THREADS": str(count),
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # that it misses torch
+    }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -260,7 +269,7 @@ def _in_processes(task: Task, jobs: Sequence[Job], processes: int, tell: Tell) -
                 try:
                     answer = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    raise WorkerError(
+                    raise ChildProcessError(
                         f"the process that made the tokens of {job.shard.name} was killed; "
                         "if memory ran out, give fewer --processes. A second call goes on where this one was"
                     ) from None
@@ -307,6 +316,7 @@ def _workers(task: Task, count: int) -> Iterator[list[Connection]]:
 
 def _work(task: Task, connection: Connection) -> None:
     """Answers each job with numbers, the part that is done, and then its totals; or with an error, the last answer."""
+    sys.modules["torch"] = None  # type: ignore[assignment] # tokenizing needs none: see worker.py
     told = time.monotonic()
 
     def progress(part: float) -> None:

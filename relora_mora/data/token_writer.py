@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 # of a record batch: a lane that reads rows maps one at a time
 BATCH_TOKENS = 1 << 22
 BATCH_ROWS = 1 << 16
+UNFINISHED = ".tmp"  # behind the name of a file that is being written
 TEXTS_PER_CALL = 256  # of the tokenizer: with these several cores are busy in one process
 
 
@@ -124,12 +125,9 @@ def totals_of(path: Path) -> Totals:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A path beside to write to, which becomes ``path`` when the block ends without an error, and is removed else."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with disk_faults_named(path.parent):
-            yield beside
-            beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync(path.parent)
+    """A path beside to write to, which becomes ``path`` when the block ends without an error."""
+    beside = path.with_name(path.name + UNFINISHED)
+    with disk_faults_named(path.parent):
+        yield beside
+        beside.replace(path)
+        sync(path.parent)

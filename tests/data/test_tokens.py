@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -87,7 +88,7 @@ def _run(source, tokenizer_path, *, steps, world_size=1, state=None, lanes=8, **
             rows = [torch.cat([b.input_ids, b.labels, b.document_ids], 1).tolist() for b in batches]
             counts = [{key: count for key, count in b.counts.items() if key != "retries"} for b in batches]
             states = json.loads(json.dumps(merge_states(b.state for b in batches)))
-            taken.append((sorted(sum(rows, [])), counts, states))
+            taken.append((sorted(itertools.chain(*rows)), counts, states))
     finally:
         for stream in streams:
             stream.close()
@@ -213,7 +214,7 @@ def test_totals(folder, tokenizer_path):
     assert [totals.rows for totals in bad] == [26, 26]
 
 
-# ---- another tokenizer, limits, damage ---------------------------------------------------------------------------------
+# ---- another tokenizer, limits, damage -----------------------------------------------------------------------------
 
 
 def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, other_tokenizer):
