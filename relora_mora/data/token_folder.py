@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import logging
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
@@ -38,8 +37,6 @@ from relora_mora.data.token_index import (
 from relora_mora.data.token_rows import Head, MappedTokens
 from relora_mora.data.token_writer import UNFINISHED, totals_of, write_tokens
 from relora_mora.system.logs import progress_bar
-
-log = logging.getLogger(__name__)
 
 Tell = Callable[[int, float], object]  # the number of a shard, and the part of it that is done
 _TELL_SECONDS = 0.5

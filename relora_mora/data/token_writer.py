@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -21,8 +20,6 @@ from relora_mora.data.token_index import Totals
 from relora_mora.data.token_rows import METADATA, Head, MappedTokens
 from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.files import sync
-
-log = logging.getLogger(__name__)
 
 # of a record batch: a lane that reads rows maps one at a time
 BATCH_TOKENS = 1 << 22
