@@ -20,6 +20,7 @@ from pathlib import Path
 from relora_mora.config import DataConfig
 from relora_mora.data.content import content_digests
 from relora_mora.data.errors import SourceError, WorkerError
+from relora_mora.data.parquet import check_columns
 from relora_mora.data.plain_text import text_encoder
 from relora_mora.data.sources import Shard
 from relora_mora.data.token_index import (
@@ -71,13 +72,13 @@ def make_tokens(
 ) -> Totals:
     """Makes what is missing in ``out`` of the tokens of these shards of text; returns what the folder holds.
 
-    Shows a bar over the bytes of the text, or over its shards where their sizes are not known.
-
-    Of ``config`` the limits count. Raises SourceError for text that cannot be read, and for a folder that holds
-    something else, TokenizerError for the tokenizer, OSError for the disk, and where a process was killed.
+    Shows a bar over the bytes of the text, or over its shards where their sizes are not known. Of ``config`` the limits
+    count. Raises SourceError for text that cannot be read, and for a folder that holds something else, TokenizerError
+    for the tokenizer, OSError for the disk, and where a process was killed.
     """
     if made := next((shard for shard in shards if shard.tokens), None):
         raise SourceError(f"{Path(made.location).parent} holds tokens already; give the text that they are of")
+    check_columns(shards, config.timeout_seconds)
     index = _planned(shards, config, tokenizer_path)
     with _folder(out, index):
         jobs = [
@@ -256,8 +257,7 @@ def _in_processes(task: Task, jobs: Sequence[Job], processes: int, tell: Tell) -
     with _threads(task.threads), _workers(task, processes) as connections:
         busy: dict[Connection, Job] = {}
         for connection in connections:
-            busy[connection] = waiting.pop()
-            connection.send(busy[connection])
+            busy[connection] = _start(connection, waiting.pop())
         while busy:
             ready = wait(busy)
             for connection, job in list(busy.items()):
@@ -276,10 +276,15 @@ def _in_processes(task: Task, jobs: Sequence[Job], processes: int, tell: Tell) -
                     done[job.number] = answer
                     del busy[connection]
                     if waiting:
-                        busy[connection] = waiting.pop()
-                        connection.send(busy[connection])
+                        busy[connection] = _start(connection, waiting.pop())
                 tell(job.number, 1.0 if isinstance(answer, Totals) else answer)
     return done
+
+
+def _start(connection: Connection, job: Job) -> Job:
+    with contextlib.suppress(BrokenPipeError):  # it was killed, which is told where its answer is awaited
+        connection.send(job)
+    return job
 
 
 @contextlib.contextmanager
