@@ -14,7 +14,8 @@ from relora_mora.data.positions import describe_position
 from relora_mora.data.skipped import SKIP_REASONS
 from relora_mora.data.sources import Shard, configured_shards, resolve_shards
 from relora_mora.data.stream import TrainStream
-from relora_mora.data.token_folder import check_tokens, epoch_tokens, make_tokens
+from relora_mora.data.token_checks import check_tokens, epoch_tokens
+from relora_mora.data.token_folder import make_tokens
 
 __all__ = [
     "SKIP_REASONS",

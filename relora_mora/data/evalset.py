@@ -17,7 +17,7 @@ from relora_mora.data.packing import Tokens
 from relora_mora.data.plain_text import texts_of
 from relora_mora.data.rows import Ids
 from relora_mora.data.sources import Shard, resolve_shards
-from relora_mora.data.token_folder import check_tokens
+from relora_mora.data.token_checks import check_tokens
 from relora_mora.data.token_rows import open_tokens
 
 if TYPE_CHECKING:
