@@ -30,7 +30,14 @@ INSTRUCTIONS = [
     *ROOT.glob("launch/k8s/*"),
 ]
 SECTIONS = Config.model_fields
-SCRIPTS = ("launch/board.py", "launch/evaluate.py", "launch/export.py", "launch/plan.py", "tokenizer/train.py")
+SCRIPTS = (
+    "launch/board.py",
+    "launch/evaluate.py",
+    "launch/export.py",
+    "launch/plan.py",
+    "launch/tokenize_text.py",
+    "tokenizer/train.py",
+)
 # DOCUMENTS is no test by itself: a glob that matches nothing would make all of them pass
 REQUIRED = (
     "README.md",

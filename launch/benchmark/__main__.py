@@ -12,7 +12,7 @@ KINDS = {
     "steps": "whole training steps of several methods side by side: time, memory, traffic",
     "layers": "the seven linears of a decoder layer, forward and backward",
     "parts": "head and loss, attention, or matrix products by themselves",
-    "data": "text to tokens, beside the bare tokenizer",
+    "data": "text to tokens, beside the bare tokenizer; and tokens made in advance",
     "trainer": "launch/pretrain.py beside bare loops on the same batches",
 }
 USAGE = """usage: python -m launch.benchmark KIND ...    (KIND --help lists its arguments)

@@ -1,4 +1,5 @@
-"""Tokens per second of the data pipeline, per worker, beside the bare tokenizer on the same text; one JSON line."""
+"""Tokens per second of the data pipeline, per worker, beside the bare tokenizer and tokens made in advance; one JSON
+line."""
 
 from __future__ import annotations
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from relora_mora.config import DataConfig
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Lane
-from relora_mora.data.plain_text import open_texts
-from relora_mora.data.rows import Encoded
-from relora_mora.data.sources import configured_shards
+from relora_mora.data.rows import Encode, Encoded
+from relora_mora.data.sources import Shard, configured_shards, resolve_shards
+from relora_mora.data.token_folder import make_tokens
+from relora_mora.data.token_rows import only_tokens, open_any, or_tokens
 
 # by the one worker that is measured; few, so that its blocks of documents are used up and not only loaded
 LANES_READ = 2
+# a round with tokens made in advance reads so many times as many, since it is that much faster
+TIMES_IN_ADVANCE = 20
+IN_ADVANCE = "data/tokens_per_second_in_advance"
 
 
 def pipeline_throughput(
@@ -23,13 +31,17 @@ def pipeline_throughput(
     """Tokens per second of one worker (read, decompress, parse, shuffle, tokenize, pack) and of the bare tokenizer.
 
     Both run in this process on the same documents, in turns, ``rounds`` times over at least ``tokens`` tokens; the
-    fastest round of each counts. ``lanes`` is the number of lanes that share the shards; None: as many as shards, at
-    most 64. Raises SourceError.
+    fastest round of each counts. Then a worker reads the tokens of these documents, made in advance. ``lanes`` is the
+    number of lanes that share the shards; None: as many as shards, at most 64. Where the training data are tokens, only
+    reading them is measured. Raises SourceError.
     """
     from relora_mora.tokenizer import encode, load_tokenizer
 
     shards = configured_shards(config, "train")
     lanes = lanes or min(64, len(shards))
+    numbers = {"data/lanes": lanes, "data/shards": len(shards)}
+    if all(shard.tokens for shard in shards):
+        return {IN_ADVANCE: _tokens_per_second(config, shards, lanes, tokens, rounds), **numbers}
     tokenizer: Any = load_tokenizer(tokenizer_path)
     calls: list[list[str]] = []  # the texts of each call of the tokenizer
 
@@ -43,29 +55,55 @@ def pipeline_throughput(
     made = 0
     for _ in range(rounds):
         calls.clear()
-        read = [
-            Lane(
-                LaneRows(plan, shards, config, partial(open_texts, config)),
-                recorded,
-                eos=tokenizer.eos_token_id,
-                sequence_length=config.sequence_length,
-            )
-            for plan in plan_lanes(lanes, len(shards))[:LANES_READ]
-        ]
-        began = time.perf_counter()
-        for _ in range(-(-tokens // (len(read) * config.sequence_length))):
-            for lane in read:
-                lane.next_block()
-        pipeline_seconds.append(time.perf_counter() - began)
-        for lane in read:
-            lane.close()
+        read = _lanes(config, shards, lanes, or_tokens(recorded), tokenizer.eos_token_id)
+        pipeline_seconds.append(_seconds_for(read, tokens))
         began = time.perf_counter()
         made = sum(len(ids) + 1 for texts in calls for ids in encode(tokenizer, texts))
         bare_seconds.append(time.perf_counter() - began)
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "text.json")
+        text.write_text("\n".join(json.dumps({"text": text}) for texts in calls for text in texts), encoding="utf-8")
+        out = Path(folder, "tokens")
+        plain = config.model_copy(update={"text_column": "text"})
+        make_tokens(resolve_shards(str(text)), out, config=plain, tokenizer_path=tokenizer_path, processes=1)
+        in_advance = _tokens_per_second(plain, resolve_shards(str(out)), LANES_READ, TIMES_IN_ADVANCE * tokens, rounds)
     return {
         "data/tokens_per_second_per_worker": made / min(pipeline_seconds),
         "data/tokens_per_second_tokenizer": made / min(bare_seconds),
         "data/ratio": min(bare_seconds) / min(pipeline_seconds),
-        "data/lanes": lanes,
-        "data/shards": len(shards),
+        IN_ADVANCE: in_advance,
+        **numbers,
     }
+
+
+def _tokens_per_second(config: DataConfig, shards: Sequence[Shard], lanes: int, tokens: int, rounds: int) -> float:
+    """Of a worker that reads tokens made in advance; the fastest round counts."""
+    made = shards[0].tokens
+    assert made is not None, "text"
+    eos = made.making.eos
+    seconds = [_seconds_for(_lanes(config, shards, lanes, only_tokens, eos), tokens) for _ in range(rounds)]
+    return tokens / min(seconds)
+
+
+def _lanes(config: DataConfig, shards: Sequence[Shard], lanes: int, encode: Encode[Any], eos: int) -> list[Lane[Any]]:
+    return [
+        Lane(
+            LaneRows(plan, shards, config, partial(open_any, config)),
+            encode,
+            eos=eos,
+            sequence_length=config.sequence_length,
+        )
+        for plan in plan_lanes(lanes, len(shards))[:LANES_READ]
+    ]
+
+
+def _seconds_for(lanes: Sequence[Lane[Any]], tokens: int) -> float:
+    """Until the lanes have made at least so many tokens together; closes them."""
+    began = time.perf_counter()
+    for _ in range(-(-tokens // (len(lanes) * lanes[0].sequence_length))):
+        for lane in lanes:
+            lane.next_block()
+    seconds = time.perf_counter() - began
+    for lane in lanes:
+        lane.close()
+    return seconds

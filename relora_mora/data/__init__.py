@@ -15,6 +15,8 @@ from relora_mora.data.positions import describe_position
 from relora_mora.data.skipped import SKIP_REASONS
 from relora_mora.data.sources import Shard, configured_shards, resolve_shards
 from relora_mora.data.stream import TrainStream
+from relora_mora.data.token_checks import check_tokens, epoch_tokens
+from relora_mora.data.token_folder import make_tokens
 
 __all__ = [
     "SKIP_REASONS",
@@ -26,17 +28,20 @@ __all__ = [
     "TrainStream",
     "WorkerError",
     "check_columns",
+    "check_tokens",
     "configured_shards",
     "count_tokens",
     "counts_of",
     "describe_position",
     "document_ids",
+    "epoch_tokens",
     "find_datasets",
     "fingerprint",
     "hub_commits",
     "iter_texts",
     "load_eval_set",
     "local_content",
+    "make_tokens",
     "merge_states",
     "mixture_names",
     "order_fingerprint",

@@ -5,9 +5,10 @@ Hub files need none: their commit is part of their name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import xxhash
 
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.sources import Shard
+from relora_mora.data.token_index import COMMAND
 
 if TYPE_CHECKING:
     import requests
@@ -29,10 +31,13 @@ END_BYTES = 8  # enough for how any format ends
 def local_content(shards: Sequence[Shard]) -> str:
     """32 hex digits over the names of local files, their sizes and pieces of their content; "" where no shard is local.
 
-    A gzip or zstd file ends with a checksum of all of its text; in plain text a change in the middle may be missed.
-    Raises SourceError for a file that cannot be read.
+    A gzip or zstd file ends with a checksum of all of its text; in plain text a change in the middle may be missed. Of
+    tokens made in advance that of their text counts, and is kept with them; the tokens are looked at in the same way.
+    Raises SourceError for a file that cannot be read, and for tokens that are not what they were.
     """
-    return _digest_of_each([shard for shard in shards if not shard.is_remote], _samples)
+    near = [shard for shard in shards if not shard.is_remote]
+    seen = dict(zip(near, _each(near, _seen_here), strict=True))
+    return _digest([shard for shard in near if shard.origin == "local"], seen)
 
 
 def remote_content(shards: Sequence[Shard], timeout_seconds: float) -> str:
@@ -41,50 +46,81 @@ def remote_content(shards: Sequence[Shard], timeout_seconds: float) -> str:
     Asks for each file once, several at the same time; meant for one rank, not for all. Raises SourceError for a file
     that is not there.
     """
-    urls = [shard for shard in shards if shard.is_remote and not shard.hub]
-    if not urls:
-        return ""
+    urls = [shard for shard in shards if shard.origin == "server"]
+    return _digest(urls, dict(zip(urls, _versions(urls, timeout_seconds), strict=True)))
+
+
+def content_digests(shards: Sequence[Shard], timeout_seconds: float) -> list[str]:
+    """What ``local_content`` or ``remote_content`` sees of each shard of text: 32 hex digits, "" for one of the hub."""
+    local = [shard for shard in shards if shard.origin == "local"]
+    urls = [shard for shard in shards if shard.origin == "server"]
+    seen = dict(zip(local, _each(local, _seen_here), strict=True))
+    seen |= zip(urls, _versions(urls, timeout_seconds), strict=True)
+    return [seen[shard].hex() if shard in seen else "" for shard in shards]
+
+
+def samples_digest(path: str) -> str:
+    """32 hex digits over the size of a file and pieces of its content. Raises SourceError where it cannot be read."""
+    return xxhash.xxh3_128_hexdigest(_samples(path))
+
+
+def _versions(urls: Sequence[Shard], timeout_seconds: float) -> list[bytes]:
+    if all(shard.tokens for shard in urls):
+        return [_text_of_tokens(shard) for shard in urls]
     import requests
 
     with requests.Session() as session:
         for scheme in ("http://", "https://"):
             session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=THREADS))
-        return _digest_of_each(
-            urls, functools.partial(_version_at_server, session=session, timeout_seconds=timeout_seconds)
-        )
+        return _each(urls, functools.partial(_version_at_server, session=session, timeout_seconds=timeout_seconds))
 
 
-def _digest_of_each(shards: Sequence[Shard], look: Callable[[Shard], bytes]) -> str:
+def _each(shards: Sequence[Shard], look: Callable[[Shard], bytes]) -> list[bytes]:
+    with ThreadPoolExecutor(THREADS) as threads:  # after an error map() starts no more of them
+        return list(threads.map(look, shards))
+
+
+def _digest(shards: Sequence[Shard], seen: Mapping[Shard, bytes]) -> str:
     if not shards:
         return ""
     digest = xxhash.xxh3_128()
-    with ThreadPoolExecutor(THREADS) as threads:  # after an error map() starts no more of them
-        for shard, seen in zip(shards, threads.map(look, shards), strict=True):
-            name = shard.name.encode("utf-8", "surrogatepass")
-            digest.update(xxhash.xxh3_128_digest(name) + xxhash.xxh3_128_digest(seen))
+    for shard in shards:
+        digest.update(xxhash.xxh3_128_digest(shard.name.encode("utf-8", "surrogatepass")) + seen[shard])
     return digest.hexdigest()
 
 
-def _samples(shard: Shard) -> bytes:
-    try:
-        file = os.open(shard.location, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            size = os.fstat(file).st_size
-            if shard.format.ends:
-                _check_end(shard, os.pread(file, END_BYTES, max(0, size - END_BYTES)))
-            if size <= WHOLE_BYTES:
-                return os.pread(file, size, 0)
-            last = size - PIECE_BYTES
-            between = [xxhash.xxh64_intdigest(b"%d %d" % (size, number)) % last for number in range(PIECES_BETWEEN)]
-            return b"%d " % size + b"".join(os.pread(file, PIECE_BYTES, place) for place in (0, *between, last))
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise unreadable(shard.location, error, "check the path and its permissions") from error
+def _seen_here(shard: Shard) -> bytes:
+    if shard.tokens is None:
+        if shard.format.ends:
+            _check_end(shard)
+        return xxhash.xxh3_128_digest(_samples(shard.location))
+    if samples_digest(shard.location) != shard.tokens.totals.digest:
+        raise SourceError(
+            f"{shard.location} is not what it was when its tokens were made; remove it and make it again: {COMMAND}"
+        )
+    return _text_of_tokens(shard)
 
 
-def _check_end(shard: Shard, end: bytes) -> None:
+def _text_of_tokens(shard: Shard) -> bytes:
+    """The digest of their text, as it was seen when they were made."""
+    assert shard.tokens is not None
+    return bytes.fromhex(shard.tokens.text.content)
+
+
+def _samples(path: str) -> bytes:
+    with _opened(path) as file:
+        size = os.fstat(file).st_size
+        if size <= WHOLE_BYTES:
+            return os.pread(file, size, 0)
+        last = size - PIECE_BYTES
+        between = [xxhash.xxh64_intdigest(b"%d %d" % (size, number)) % last for number in range(PIECES_BETWEEN)]
+        return b"%d " % size + b"".join(os.pread(file, PIECE_BYTES, place) for place in (0, *between, last))
+
+
+def _check_end(shard: Shard) -> None:
     """A copy that broke off is found before the run comes to it, where every file of its format ends alike."""
+    with _opened(shard.location) as file:
+        end = os.pread(file, END_BYTES, max(0, os.fstat(file).st_size - END_BYTES))
     if not end.endswith(shard.format.ends):
         raise SourceError(
             f"{shard.location} is no {shard.format.name} or cut short: it ends in {end!r}, "
@@ -92,7 +128,21 @@ def _check_end(shard: Shard, end: bytes) -> None:
         )
 
 
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield file
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise unreadable(path, error, "check the path and its permissions") from error
+
+
 def _version_at_server(shard: Shard, *, session: requests.Session, timeout_seconds: float) -> bytes:
+    if shard.tokens is not None:
+        return _text_of_tokens(shard)
     from relora_mora.data.retry import retrying
     from relora_mora.data.transport import check_status, etag_of, send, size_of
 
@@ -106,6 +156,7 @@ def _version_at_server(shard: Shard, *, session: requests.Session, timeout_secon
                     break
         if response.status_code != 416:  # an empty file has no first byte
             check_status(response, shard.name, hub=shard.hub)
-        return (etag_of(response) or f"{response.headers.get('Last-Modified')} {size_of(response)}").encode()
+        version = etag_of(response) or f"{response.headers.get('Last-Modified')} {size_of(response)}"
+        return xxhash.xxh3_128_digest(version.encode())
 
     return retrying(ask, shard.name, timeout_seconds)

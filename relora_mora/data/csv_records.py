@@ -48,6 +48,10 @@ class CsvRecords:
         self._columns = len(names)
         self._column = names.index(shard.text_column) if names else 0
 
+    @property
+    def progress(self) -> float:
+        return self._lines.progress
+
     def skip(self, count: int) -> bool:
         return all(self.take() is not None for _ in range(count))
 

@@ -24,7 +24,13 @@ Read = Callable[[int], bytes]
 
 
 class ShardBytes(Protocol):
-    """The bytes of a shard as they are stored."""
+    """The bytes of a shard as they are stored; ``position`` of them were read."""
+
+    position: int
+
+    @property
+    def size(self) -> int | None:
+        """All of them; None as long as that is not known."""
 
     def read(self, size: int) -> bytes:
         """The next ``size`` bytes, fewer only at the end."""

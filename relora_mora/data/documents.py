@@ -29,6 +29,10 @@ class TextDocuments:
         self._limit = config.max_line_bytes
         self._lines = _Lines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
 
+    @property
+    def progress(self) -> float:
+        return self._lines.progress
+
     def skip(self, count: int) -> bool:
         return all(self.take() is not None for _ in range(count))
 

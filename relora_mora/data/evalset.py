@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,11 @@ from relora_mora.config import DataConfig, TextSource, as_sources
 from relora_mora.data.batch import UNSCORED, document_ids
 from relora_mora.data.errors import SourceError
 from relora_mora.data.packing import Tokens
-from relora_mora.data.plain_text import iter_texts
+from relora_mora.data.plain_text import texts_of
+from relora_mora.data.rows import Ids
+from relora_mora.data.sources import Shard, resolve_shards
+from relora_mora.data.token_checks import check_tokens
+from relora_mora.data.token_rows import open_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -88,21 +93,39 @@ def load_eval_set(
     pieces: list[Tokens] = [np.array([eos], np.int32)]
     predicted = 0
     utf8_bytes = 0
-    for text, ids in encoded(iter_texts(sources, split="validation", config=config), tokenizer):
+    shards = resolve_shards(
+        sources,
+        config.revision,
+        split="validation",
+        timeout_seconds=config.timeout_seconds,
+        text_column=config.text_column,
+    )
+    check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos)
+    for ids, size in documents(shards, config, tokenizer):
         if max_tokens is not None and len(pieces) > 1 and predicted + len(ids) + 1 > max_tokens:
             break
         pieces.append(np.array([*ids, eos], np.int32))
         predicted += len(ids) + 1
-        utf8_bytes += len(text.encode())
+        utf8_bytes += size
     if len(pieces) == 1:
         given = ", ".join(source.source for source in as_sources(sources))
         raise SourceError(f"the validation data {given} holds no text; give a source with at least one document")
     return EvalSet(np.concatenate(pieces), utf8_bytes, len(pieces) - 1, sequence_length, eos, config.document_mask)
 
 
-def encoded(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
-    """Each text with its ids, encoded many at a time."""
+def documents(
+    shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Ids, int]]:
+    """The tokens of each document and the UTF-8 bytes of its text, made many at a time or in advance."""
     from relora_mora.tokenizer import encode
 
-    while group := list(itertools.islice(texts, _DOCUMENTS_PER_CALL)):
-        yield from zip(group, encode(tokenizer, group), strict=True)
+    for made, some in itertools.groupby(shards, lambda shard: shard.tokens is not None):
+        if made:
+            for shard in some:
+                with closing(open_tokens(shard)) as tokens:
+                    yield from tokens.documents()
+        else:
+            texts = texts_of(some, config)
+            while group := list(itertools.islice(texts, _DOCUMENTS_PER_CALL)):
+                sizes = [len(text.encode()) for text in group]
+                yield from zip(encode(tokenizer, group), sizes, strict=True)

@@ -64,6 +64,14 @@ class GroupRows:
     def bad(self) -> int:
         return self._limit.bad
 
+    @property
+    def groups(self) -> list[int]:
+        return list(self._file.group_rows)
+
+    @property
+    def progress(self) -> float:
+        return self._next / max(1, sum(map(self._own_rows, self._groups)))
+
     def skip(self, count: int) -> bool:
         self._next += count
         self._texts = None

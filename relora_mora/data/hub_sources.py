@@ -11,6 +11,7 @@ from pathlib import Path
 from relora_mora.config import DataConfig, Split, TextSource, as_sources, map_records, texts_in
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats import format_of
+from relora_mora.data.token_index import is_token_folder
 
 C4 = "allenai/c4"
 C4_PATTERNS = {
@@ -70,7 +71,7 @@ class DatasetName:
 
 
 def dataset_name(source: TextSource) -> DatasetName | None:
-    """What ``PLACE[:CONFIG[:SPLIT]]`` names; None for a source of another kind.
+    """What ``PLACE[:CONFIG[:SPLIT]]`` names; None for a source of another kind, as a folder of tokens is.
 
     A folder of that name counts before the hub. What is named like a file, or would lie in a folder that there is, is a
     path, so that a slip in one is told at once and the hub is not asked. Raises SourceError for a path or url with a
@@ -101,7 +102,7 @@ def _named(source: TextSource, match: re.Match[str]) -> DatasetName | None:
         data_files=tuple(files),
     )
     if os.path.isdir(name.folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-        return name
+        return None if is_token_folder(name.folder) else name
     if not _ON_HUB.fullmatch(place) or format_of(place.lower()) or os.path.isdir(name.folder.parent):  # noqa: PTH112
         return None
     return replace(name, on_hub=True)

@@ -142,11 +142,10 @@ class LaneRows(Generic[Row]):
                 block.clear()  # large, as text: with this each row is freed as soon as it is used
                 while remaining:
                     row = remaining.pop()
-                    cursor = cursor._replace(item=cursor.item + 1)
                     if isinstance(row, Skipped):
-                        cursor = cursor.after_skipping(row.reason)
+                        cursor = cursor._replace(item=cursor.item + 1).after_skipping(row.reason)
                     else:
-                        cursor = cursor._replace(documents=cursor.documents + 1)
+                        cursor = cursor.after_document()
                         yield row, cursor
                 bad_before = rows.bad
                 block = rows.take(size)

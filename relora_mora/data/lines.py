@@ -26,6 +26,11 @@ class ShardLines:
         self._partial_bytes = 0
         self._ended = False
 
+    @property
+    def progress(self) -> float:
+        """The part of the shard's bytes that was read, 0 to 1; 0 as long as its size is not known."""
+        return self._bytes.position / self._bytes.size if self._bytes.size else 0.0
+
     def close(self) -> None:
         self._bytes.close()
 

@@ -19,6 +19,8 @@ class LocalBytes:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
+        self.size = shard.size
+        self.position = 0
         self._file = _open(shard)
 
     def read(self, size: int) -> bytes:
@@ -28,6 +30,7 @@ class LocalBytes:
             raise unreadable(self.shard.location, error, "check the disk") from error
         if len(data) < size:
             _check_size(self.shard, self._file)
+        self.position += len(data)
         return data
 
     def recheck_end(self) -> bool:

@@ -7,7 +7,8 @@ predicted once.
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lane_states import Cursor
 from relora_mora.data.lanes import LaneRows
-from relora_mora.data.rows import Encode, Row
+from relora_mora.data.rows import Encode, Encoded, Row
 
 Tokens = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -34,10 +35,14 @@ class Block(NamedTuple):
     scored: Mask | None  # [T]
 
 
-class _Document(NamedTuple):
-    tokens: Tokens  # with its EOS
+class _Documents(NamedTuple):
+    """The rows of one call of ``encode``, each with its EOS."""
+
+    before: Cursor
+    tokens: Tokens  # of all of them
     scored: Mask | None  # of the same length; None where all are
-    after: Cursor
+    ends: list[int]  # in tokens, of each
+    after: list[Cursor]  # behind each
 
 
 class Lane(Generic[Row]):
@@ -59,60 +64,64 @@ class Lane(Generic[Row]):
         self.encode = encode
         self.eos = eos
         self.sequence_length = sequence_length
-        self._cursor = Cursor()
-        self._offset = 0  # tokens of the document at the cursor that are packed already
+        cursor = Cursor()
+        self._at = 0  # tokens of the documents at hand that are packed already
         if restored:
-            self._cursor, self._offset = rows.plan.read(restored)
-        self._source = rows.rows_from(self._cursor)
-        self._pending: deque[_Document] = deque()
+            cursor, self._at = rows.plan.read(restored)
+        self._source = rows.rows_from(cursor)
+        self._documents = _Documents(cursor, np.empty(0, np.int32), None, [], [])
         self._error: SourceError | None = None
         self._last = self._last_token()
 
     def next_block(self) -> Block:
         """Raises SourceError when a shard has too many bad rows or cannot be read."""
-        tokens = np.empty(self.sequence_length + 1, np.int32)
+        length = self.sequence_length + 1
+        tokens = np.empty(length, np.int32)
         tokens[0] = self._last
         scored: Mask | None = None
         filled = 1
-        while filled < len(tokens):
-            if not self._pending:
+        while filled < length:
+            begin = self._at
+            packed = self._documents.tokens[begin : begin + length - filled]
+            if not packed.size:
                 self._encode_more()
-            document = self._pending[0]
-            piece = slice(self._offset, self._offset + len(tokens) - filled)
-            end = filled + len(document.tokens[piece])
-            tokens[filled:end] = document.tokens[piece]
-            if document.scored is not None:
-                if scored is None:
+                self._at = 0
+                continue
+            end = filled + packed.size
+            tokens[filled:end] = packed
+            self._at = begin + packed.size
+            if self._documents.scored is not None:
+                mask = self._documents.scored[begin : self._at]
+                if scored is None and not mask.all():
                     scored = np.ones(self.sequence_length, np.bool_)
-                scored[filled - 1 : end - 1] = document.scored[piece]
-            self._offset += end - filled
+                if scored is not None:
+                    scored[filled - 1 : end - 1] = mask
             filled = end
-            if self._offset == len(document.tokens):
-                self._pending.popleft()
-                self._cursor = document.after
-                self._offset = 0
         self._last = int(tokens[-1])
         return Block(tokens, scored)
 
     def state(self) -> dict[str, Any]:
         """A few numbers, JSON-able: all that ``restored`` needs."""
-        return self._cursor.state(self._offset)
+        documents = self._documents
+        done = bisect_right(documents.ends, self._at)
+        if not done:
+            return documents.before.state(self._at)
+        return documents.after[done - 1].state(self._at - documents.ends[done - 1])
 
     def close(self) -> None:
         self._source.close()
 
     def _last_token(self) -> int:
         """The token before the position: EOS, or one inside the document at the cursor."""
-        if not self._offset:
+        if not self._at:
             return self.eos
         self._encode_more()
-        tokens = self._pending[0].tokens
-        if self._offset >= len(tokens):
+        if self._at >= self._documents.ends[0]:
             raise SourceError(
                 f"lane {self.rows.plan.lane}: the document at the saved position is shorter than it was; "
                 "the source or the tokenizer changed"
             )
-        return int(tokens[self._offset - 1])
+        return int(self._documents.tokens[self._at - 1])
 
     def _encode_more(self) -> None:
         """Make tokens of the next rows. An error waits until the documents before it are used up."""
@@ -131,12 +140,28 @@ class Lane(Generic[Row]):
             self._error = error
             if not rows:
                 raise
-        for encoded, cursor in zip(self.encode(rows), after, strict=True):
-            tokens = np.empty(len(encoded.ids) + 1, np.int32)
-            tokens[:-1] = encoded.ids
-            tokens[-1] = self.eos
-            scored = None if encoded.scored is None else _with_end(encoded.scored)
-            self._pending.append(_Document(tokens, scored, cursor))
+        before = self._documents.after[-1] if self._documents.after else self._documents.before
+        encoded = self.encode(rows)
+        ends = list(itertools.accumulate(len(document.ids) + 1 for document in encoded))
+        tokens = np.empty(ends[-1], np.int32)
+        begin = 0
+        for document, end in zip(encoded, ends, strict=True):
+            tokens[begin : end - 1] = document.ids
+            tokens[end - 1] = self.eos
+            begin = end
+        self._documents = _Documents(before, tokens, _masks(encoded), ends, after)
+
+
+def _masks(encoded: Sequence[Encoded]) -> Mask | None:
+    """The masks of documents, one behind the other, each with that of its EOS; None where all tokens are scored."""
+    if all(document.scored is None for document in encoded):
+        return None
+    return np.concatenate(
+        [
+            np.ones(len(document.ids) + 1, np.bool_) if document.scored is None else _with_end(document.scored)
+            for document in encoded
+        ]
+    )
 
 
 def _with_end(scored: Sequence[bool]) -> Mask:

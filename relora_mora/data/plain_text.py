@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from relora_mora.config import DataConfig, Split, TextSource
 from relora_mora.data.arrow import ArrowColumn
 from relora_mora.data.csv_records import CsvRecords
 from relora_mora.data.documents import TextDocuments
+from relora_mora.data.errors import SourceError
 from relora_mora.data.formats import ARROW, CSV, JSON_LINES, PARQUET, TEXT, Format
 from relora_mora.data.groups import GroupRows, Groups
 from relora_mora.data.json_lines import JsonLines
@@ -34,6 +35,18 @@ _ENTRIES: dict[Format, Callable[[Shard, DataConfig], Entries]] = {
 _GROUPS: dict[Format, Callable[[Shard, float], Groups]] = {PARQUET: ParquetColumn, ARROW: ArrowColumn}
 
 
+class TextRows(Rows[str], Protocol):
+    """Rows of text, and what making tokens in advance asks for."""
+
+    @property
+    def groups(self) -> list[int] | None:
+        """Rows of each group that lanes deal out among themselves; None where they take the rows in turn."""
+
+    @property
+    def progress(self) -> float:
+        """The part of the shard that was read, 0 to 1; 0 as long as its size is not known."""
+
+
 def open_texts(
     config: DataConfig,
     shard: Shard,
@@ -42,8 +55,13 @@ def open_texts(
     phase: int = 0,
     bad: int = 0,
     note: Callable[[str], None] = log.warning,
-) -> Rows[str]:
-    """The texts of a shard of any format (see ``rows.OpenRows``). Of ``config`` limits and ``sample_by`` are used."""
+) -> TextRows:
+    """The texts of a shard of any format (see ``rows.OpenRows``). Of ``config`` limits and ``sample_by`` are used.
+
+    Raises SourceError for a shard of tokens.
+    """
+    if shard.tokens is not None:
+        raise SourceError(f"{shard.location} holds tokens, and text is needed here; give the text that they are of")
     if shard.format.in_groups:
         groups = _GROUPS[shard.format](shard, config.timeout_seconds)
         return GroupRows(groups, config, shard, stride=stride, phase=phase, bad=bad, note=note)
@@ -59,7 +77,7 @@ def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
     looked_at = {
         (shard.location.rpartition("/")[0], shard.format, shard.text_column): shard
         for shard in shards
-        if shard.format is not TEXT and not (shard.format is JSON_LINES and shard.is_remote)
+        if not shard.tokens and shard.format is not TEXT and not (shard.format is JSON_LINES and shard.is_remote)
     }
     for shard in looked_at.values():
         with closing(open_texts(config, shard)) as rows:
@@ -86,6 +104,11 @@ def iter_texts(sources: str | Sequence[str | TextSource], *, split: Split, confi
         timeout_seconds=config.timeout_seconds,
         text_column=config.text_column,
     )
+    yield from texts_of(shards, config)
+
+
+def texts_of(shards: Iterable[Shard], config: DataConfig) -> Iterator[str]:
+    """Every text of some shards, as ``iter_texts`` gives them."""
     for shard in shards:
         with closing(open_texts(config, shard)) as rows:
             # one at a time: nobody waits for, or hears of, what stands behind the text that is wanted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,9 +14,14 @@ from relora_mora.data.lane_states import LaneStates, lane_state, state_key
 from relora_mora.data.lanes import EpochLimit, LaneRows, plan_lanes
 from relora_mora.data.mixture import Mixture
 from relora_mora.data.packing import Block, Lane, Mask, Tokens
-from relora_mora.data.plain_text import open_texts, text_encoder
+from relora_mora.data.plain_text import text_encoder
 from relora_mora.data.retry import RETRIES
+from relora_mora.data.rows import Encode
 from relora_mora.data.sources import Shard
+from relora_mora.data.token_rows import only_tokens, open_any, or_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class LaneBlocks:
 class SourceLane:
     """A lane in one source: what comes next in it, and how many blocks it has given."""
 
-    lane: Lane[str]
+    lane: Lane[Any]
     blocks: int
 
 
@@ -58,9 +63,6 @@ class Producer:
     is_dead = False
 
     def __init__(self, assignment: Assignment) -> None:
-        from relora_mora.tokenizer import load_tokenizer
-
-        self.tokenizer = load_tokenizer(assignment.tokenizer_path)
         self.assignment = assignment
         self.mixture = Mixture(assignment.config, assignment.lanes_of_all, assignment.blocks_per_lane)
         self.batch = assignment.batch
@@ -79,14 +81,28 @@ class Producer:
             limit = EpochLimit(name, record.max_epochs, stops=record.at_max_epochs == "stop")
         plan = plan_lanes(self.assignment.lanes_of_all, len(shards), whole=config.whole_shards)[lane]
         restored = self.assignment.states.get(state_key(lane, name))
+        encode, eos = self._encoder(shards)
         packed = Lane(
-            LaneRows(plan, shards, config, functools.partial(open_texts, config), limit),
-            text_encoder(self.tokenizer),
-            eos=int(self.tokenizer.eos_token_id),  # type: ignore[arg-type]
+            LaneRows(plan, shards, config, functools.partial(open_any, config), limit),
+            encode,
+            eos=eos,
             sequence_length=config.sequence_length,
             restored=restored,
         )
         return SourceLane(packed, restored.get("blocks", 0) if restored else 0)
+
+    def _encoder(self, shards: Sequence[Shard]) -> tuple[Encode[Any], int]:
+        """What makes tokens of the rows of these shards, and EOS. Rows that are tokens need no tokenizer."""
+        made = shards[0].tokens
+        if made is not None and all(shard.tokens for shard in shards):
+            return only_tokens, made.making.eos
+        return or_tokens(text_encoder(self.tokenizer)), int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from relora_mora.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.assignment.tokenizer_path)
 
     def produce(self) -> LaneBlocks:
         """The next global batch's blocks of these lanes. Raises SourceError."""

@@ -59,6 +59,10 @@ class RemoteBytes:
         self._last_read = 0.0
         self._piece = PIECE_BYTES
 
+    @property
+    def size(self) -> int | None:
+        return self._size
+
     def close(self) -> None:
         if self._response is not None:
             self._response.close()

@@ -8,13 +8,18 @@ such pair, in ``plain_text.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
 
 # What a row holds: a text, say, or the messages of a conversation. Its length is about its number of characters.
 Row = TypeVar("Row", bound=Sized)
+TokenIds = npt.NDArray[np.unsignedinteger[Any]]  # made in advance
+Ids = Sequence[int] | TokenIds
 
 
 class Rows(Protocol[Row]):
@@ -58,7 +63,7 @@ class OpenRows(Protocol[Row]):
 class Encoded(NamedTuple):
     """The tokens of a row, and for each whether predicting it counts in the loss; None where all do."""
 
-    ids: Sequence[int]
+    ids: Ids
     scored: Sequence[bool] | None = None
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from relora_mora.config import DataConfig, Split, TextSource, as_sources, is_mixture
@@ -16,6 +17,7 @@ from relora_mora.data.dataset_sources import DatasetName, dataset_files, dataset
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.formats import JSON_LINES, SUFFIXES, Format, format_of
 from relora_mora.data.hub_sources import C4, Commits, hub_parts, hub_source, is_hub
+from relora_mora.data.token_index import TokenFile, file_in, finished_index, is_token_folder
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
@@ -31,6 +33,7 @@ class Shard:
     hub: bool = False  # requests carry the hub's token, where there is one
     text_column: str = "text"  # the key or column that holds the text
     source: str = ""  # the name of its source in a mixture
+    tokens: TokenFile | None = None  # made in advance, at the location; all else but that is said of their text
 
     @property
     def format(self) -> Format:
@@ -39,6 +42,15 @@ class Shard:
     @property
     def is_remote(self) -> bool:
         return self.location.startswith(("http://", "https://"))
+
+    @property
+    def origin(self) -> Literal["local", "server", "hub"]:
+        """Where its text is."""
+        if self.tokens is not None:
+            return self.tokens.text.origin
+        if self.hub:
+            return "hub"
+        return "server" if self.is_remote else "local"
 
 
 def resolve_shards(
@@ -52,7 +64,8 @@ def resolve_shards(
     """The shards of all sources, in the order given; those of a local glob are sorted by path.
 
     A source is ``allenai/c4`` (config ``en``, the files of ``split``), a set ``OWNER/NAME[:CONFIG[:SPLIT]]`` on the hub
-    or ``FOLDER[:CONFIG[:SPLIT]]``, ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local path or a local glob.
+    or ``FOLDER[:CONFIG[:SPLIT]]``, ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local path or a local glob, or a
+    folder of tokens made in advance.
     ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources are addressed at the commit
     that ``revision`` is now. Raises SourceError for what names no file, or one that was
     named before.
@@ -73,7 +86,7 @@ def resolve_shards(
                     f"{source.source}: {shard.name} is a file that {named_by} names already{as_well}; "
                     "its text would be read twice: give each file once"
                 )
-            column = source.text_column or text_column
+            column = shard.text_column if shard.tokens else source.text_column or text_column
             shards.append(replace(shard, text_column=column, source=source.label if mixed else ""))
     if len(shards) > _MAX_SHARDS:
         raise SourceError(
@@ -138,6 +151,8 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
             f"{source.split('://')[0]}:// is no kind of source; "
             "give a path, a glob, an http(s) url or hub:OWNER/NAME/PATTERN"
         )
+    elif is_token_folder(folder := Path(os.path.expanduser(source))):  # noqa: PTH111 - as below
+        yield from _token_shards(folder)
     else:
         yield from _local_shards(source)
 
@@ -145,7 +160,10 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
 def _identity(shard: Shard) -> str | tuple[int, int]:
     """Equal for shards that are one file: by other paths, links, or another spelling of a url."""
     if not shard.is_remote:
-        status = Path(shard.location).stat()
+        try:
+            status = Path(shard.location).stat()
+        except OSError as error:
+            raise unreadable(shard.location, error, "check the path and its permissions") from error
         return status.st_dev, status.st_ino
     from urllib3.util import parse_url
 
@@ -187,6 +205,13 @@ def _shards_at_commit(repo: str, paths: Iterable[str], commit: str) -> Iterator[
     for path in paths:
         url = hf_hub_url(repo, path, repo_type="dataset", revision=commit, endpoint=endpoint())
         yield Shard(f"hub:{repo}@{commit}/{path}", url, hub=True)
+
+
+def _token_shards(folder: Path) -> Iterator[Shard]:
+    for number, file in enumerate(finished_index(folder).token_files()):
+        text = file.text
+        location = str(file_in(folder, number).absolute())
+        yield Shard(text.name, location, size=text.size, text_column=text.text_column, tokens=file)
 
 
 def _local_shards(source: str) -> Iterator[Shard]:

@@ -22,6 +22,10 @@ class Entries(Protocol[Entry]):
     def row(self) -> int:
         """The number of the entry that ``take`` gives next, from 0."""
 
+    @property
+    def progress(self) -> float:
+        """The part of the shard's bytes that was read, 0 to 1; 0 as long as its size is not known."""
+
     def skip(self, count: int) -> bool:
         """Pass over entries without looking into them; False when the shard ends before."""
 
@@ -42,6 +46,8 @@ class TurnRows(Generic[Entry]):
     All entries count towards the limit on bad ones, so that lanes which share a shard judge it alike. Of ``config`` the
     limits are used.
     """
+
+    groups = None
 
     def __init__(
         self,
@@ -67,6 +73,10 @@ class TurnRows(Generic[Entry]):
     @property
     def is_empty(self) -> bool:
         return not self._entries.row
+
+    @property
+    def progress(self) -> float:
+        return self._entries.progress
 
     def skip(self, count: int) -> bool:
         return self._entries.skip(count * self._stride)

@@ -33,7 +33,7 @@ def setup_logging(rank: int) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, unit: str, *, show: bool = True) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(what: str, unit: str, *, show: bool = True) -> Iterator[Callable[[float, float], None]]:
     """While the block lasts, a bar with the time left; nothing where stderr is not a terminal, or without ``show``.
 
     Yields ``update(done, total)``, which moves the bar; both numbers count ``unit``.
@@ -41,7 +41,7 @@ def progress_bar(what: str, unit: str, *, show: bool = True) -> Iterator[Callabl
     hidden = None if show else True  # None: where stderr is not a terminal
     with tqdm(desc=what, unit=f" {unit}", unit_scale=True, dynamic_ncols=True, leave=False, disable=hidden) as bar:
 
-        def update(done: int, total: int) -> None:
+        def update(done: float, total: float) -> None:
             bar.total = total
             bar.update(done - bar.n)
 

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from relora_mora.config import Config, ConfigError, DataConfig, Split, set_setting
-from relora_mora.data import Shard, SourceError, check_columns, configured_shards
+from relora_mora.config import Config, ConfigError, Split, set_setting
+from relora_mora.data import Shard, SourceError, check_columns, check_tokens, configured_shards
 from relora_mora.tokenizer import TokenizerError, load_tokenizer
 
 T = TypeVar("T")
@@ -32,17 +32,22 @@ def open_inputs(config: Config) -> Inputs:
     errors: list[tuple[str, TokenizerError | SourceError]] = []
     tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer.path))
     for name, sources in config.data.validation_sets.items():
-        alone = config.data.model_copy(update={"validation": sources})
-        _attempt(errors, set_setting(name), partial(_shards, alone, "validation"))
-    shards = _attempt(errors, "data.train", lambda: _shards(config.data, "train"))
+        data = config.data.model_copy(update={"validation": sources})
+        alone = config.model_copy(update={"data": data})
+        _attempt(errors, set_setting(name), partial(_shards, alone, "validation", tokenizer))
+    shards = _attempt(errors, "data.train", lambda: _shards(config, "train", tokenizer))
     if tokenizer is None or shards is None or errors:
         raise _one_error(errors, config)
     return Inputs(tokenizer, shards)
 
 
-def _shards(data: DataConfig, split: Split) -> list[Shard]:
+def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | None) -> list[Shard]:
+    data = config.data
     shards = configured_shards(data, split)
     check_columns([shard for shard in shards if not shard.is_remote], data)
+    if tokenizer is not None:
+        limits = data if split == "train" else None
+        check_tokens(shards, tokenizer_path=config.tokenizer.path, eos=tokenizer.eos_token_id, limits=limits)
     return shards
 
 

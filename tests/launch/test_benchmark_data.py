@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from launch.benchmark.pipeline import pipeline_throughput
+from relora_mora.data import make_tokens, resolve_shards
 from tests.tools.data_tools import data_config, write_shards
 
 
@@ -12,3 +13,9 @@ def test_throughput_is_measured(tmp_path, tokenizer_path):
     assert figures["data/lanes"] == figures["data/shards"] == 5
     assert figures["data/tokens_per_second_per_worker"] > 0 and figures["data/tokens_per_second_tokenizer"] > 0
     assert 0 < figures["data/ratio"] < 2
+    assert figures["data/tokens_per_second_in_advance"] > figures["data/tokens_per_second_per_worker"]
+    config = data_config(tmp_path / "*.gz")
+    out = tmp_path / "tokens"
+    make_tokens(resolve_shards(config.train), out, config=config, tokenizer_path=tokenizer_path, processes=1)
+    figures = pipeline_throughput(data_config(out), "none", tokens=2000, rounds=1)
+    assert figures.pop("data/tokens_per_second_in_advance") > 0 and figures == {"data/lanes": 5, "data/shards": 5}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from relora_mora.config import Config, ConfigError, load_config
-from relora_mora.data import SourceError
+from relora_mora.data import SourceError, configured_shards, make_tokens
 from relora_mora.tokenizer import TokenizerError
 from relora_mora.train.inputs import open_inputs
 from tests.tools.data_tools import write_parquet
@@ -71,6 +71,25 @@ def test_sets_that_are_missing_are_named_all_at_once(config: Config, tmp_path: P
         named = [f"data.validation.{name}: no file matches {path} " for name, path in gone.items() if name in sets]
         assert len(raised.value.faults) == len(named) and not raised.value.same_on_all_ranks
         assert all(map(str.startswith, raised.value.faults, named))
+
+
+def test_tokens_of_another_tokenizer_are_told_with_what_else_is_wrong(
+    config: Config, other_tokenizer: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "tokens"
+    shards = configured_shards(config.data, "train")
+    make_tokens(shards, out, config=config.data, tokenizer_path=other_tokenizer, processes=1)
+    wrong = changed(config, "data", train=str(out), validation=str(tmp_path / "b.json"))
+    with pytest.raises(ConfigError) as raised:
+        open_inputs(wrong)
+    validation, train = raised.value.faults
+    assert "no file matches" in validation
+    assert train.startswith(f"data.train: {out} holds tokens of another tokenizer than ")
+    longer = changed(config, "data", train=str(out), max_line_bytes=99)
+    with pytest.raises(SourceError, match=r"and data\.max_line_bytes is 99; set it to 16777216"):
+        open_inputs(changed(longer, "tokenizer", path=other_tokenizer))
+    with pytest.raises(SourceError, match="holds tokens of another tokenizer"):
+        open_inputs(changed(config, "data", validation=str(out)))
 
 
 def test_one_fault_alone_keeps_its_own_error(config: Config, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from relora_mora.data import configured_shards, make_tokens
 from tests.tools.faulty_server import serving
 from tests.tools.runs import metrics, run_config, train, write_inputs
 from tests.train.test_resume import _equal
@@ -279,6 +280,23 @@ def test_a_shard_that_was_mended_is_read_on_from_the_same_line(pools, inputs, to
     assert "files that have changed" in message
     pools(1)(train, run_config(mended, tokenizer_path, folder, train={"allow_changes": ["data"]}))
     assert _equal(*(run / "checkpoints" / "step-00000010" for run in (never, folder))) == []
+
+
+def test_text_goes_on_as_tokens_made_in_advance_and_back(pools, inputs, tokenizer_path, tmp_path):
+    never, folder = tmp_path / "never", tmp_path / "run"
+    text = run_config(inputs, tokenizer_path, folder)
+    tokens = {}
+    for split in ("train", "validation"):
+        tokens[split] = str(tmp_path / split)
+        shards = configured_shards(text.data, split)
+        make_tokens(shards, Path(tokens[split]), config=text.data, tokenizer_path=tokenizer_path, processes=1)
+    pools(1)(train, run_config(inputs, tokenizer_path, never))
+    pools(1)(train, text, stop_after=3)
+    pools(1)(train, run_config(inputs, tokenizer_path, folder, data=tokens), stop_after=7)
+    pools(1)(train, text)
+    assert _equal(*(run / "checkpoints" / "step-00000010" for run in (never, folder))) == []
+    losses = [[line["eval/loss"] for line in metrics(run) if "eval/loss" in line] for run in (never, folder)]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
 def _plain_copy(inputs: Path, folder: Path) -> Path:

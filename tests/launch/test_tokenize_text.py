@@ -1,0 +1,204 @@
+"""launch/tokenize_text.py: what it writes, that it goes on where it was, and how it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from relora_mora.data import resolve_shards
+from tests.tools.commands import Answer, call, disk, left_in, refused
+from tests.tools.data_tools import line, some_texts, write_parquet, write_shard, write_shards
+from tests.tools.helpers import ROOT
+from tests.tools.runs import write_inputs
+
+TOKENIZE = "launch/tokenize_text.py"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_shards(folder, 5, 40)
+    return folder
+
+
+def make(inputs: Path, out: Path, tokenizer: str, *argv: str, processes: int = 1) -> Answer:
+    return call(TOKENIZE, f"{inputs}/*.json.gz", out, f"--tokenizer={tokenizer}", f"--processes={processes}", *argv)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_any_number_of_processes_writes_the_same(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
+    for processes in (1, 2):
+        answer = make(inputs, tmp_path / str(processes), tokenizer_path, processes=processes)
+        assert answer.code == 0 and answer.err == ""
+        assert "tokens of 200 documents" in answer.out and f"--data.train={tmp_path / str(processes)}" in answer.out
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert left_in(tmp_path / "1") == [*(f"{number:05d}.arrow" for number in range(5)), "tokens.json"]
+
+
+def test_a_second_call_makes_what_is_missing_alone(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
+    out = tmp_path / "out"
+    answer = make(inputs, out, tokenizer_path)
+    whole = contents(out)
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.arrow") if path.name != "00003.arrow"}
+    (out / "00003.arrow").unlink()
+    (out / "00003.arrow.tmp").write_bytes(b"of a call that was killed")
+    again = make(inputs, out, tokenizer_path)
+    assert again.out.partition(" in ")[0] == answer.out.partition(" in ")[0]
+    assert contents(out) == whole
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    shutil.copy(out / "00001.arrow", out / "00000.arrow")
+    refused(make(inputs, out, tokenizer_path), "00000.arrow cannot be read (it is another file than its folder says)")
+    (out / "00000.arrow").write_bytes(whole["00000.arrow"][:-9])
+    refused(make(inputs, out, tokenizer_path), "00000.arrow cannot be read", "remove it and make it again")
+
+
+def test_a_folder_of_something_else_is_refused(
+    inputs: Path, tmp_path: Path, tokenizer_path: str, other_tokenizer: str
+) -> None:
+    out = tmp_path / "out"
+    text = tmp_path / "text"
+    shutil.copytree(inputs, text)
+    assert make(text, out, tokenizer_path).code == 0
+    whole = contents(out)
+    refused(make(text, out, other_tokenizer), f"{out} holds tokens made by another tokenizer", "give another folder")
+    refused(make(text, out, tokenizer_path, "--max_line_bytes=99"), "or with another max_line_bytes")
+    write_shard(text / "part-00002.json.gz", some_texts(40, seed=99))
+    refused(make(text, out, tokenizer_path), f"{out} holds tokens of another text, or of what it was before it changed")
+    refused(make(inputs, text, tokenizer_path), f"{text}: exists and holds something else")
+    refused(call(TOKENIZE, out, tmp_path / "x", f"--tokenizer={tokenizer_path}"), f"{out} holds tokens already")
+    with (out / "tokens.json").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(make(inputs, out, tokenizer_path), "another command makes its tokens now")
+    assert contents(out) == whole
+
+
+def test_settings_of_a_run_give_text_tokenizer_and_limits(tmp_path: Path, tokenizer_path: str) -> None:
+    folder = write_inputs(tmp_path)
+    settings = {
+        "model": {"config": str(folder / "model.json")},
+        "tokenizer": {"path": tokenizer_path},
+        "data": {name: f"{folder}/{name}/*.json.gz" for name in ("train", "validation")} | {"max_line_bytes": 12345},
+        "train": {"run_dir": str(folder / "run")},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    for split in ("train", "validation"):
+        answer = call(TOKENIZE, folder / "run.yaml", tmp_path / f"{split}.tokens", f"--split={split}", "--processes=1")
+        assert answer.code == 0 and f"--data.{split}=" in answer.out
+        shards = resolve_shards(str(tmp_path / f"{split}.tokens"))
+        assert [shard.name for shard in shards] == left_in(folder / split)
+        assert {shard.tokens.making.max_line_bytes for shard in shards if shard.tokens} == {12345}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--split=test"], "--split: got 'test', expected train or validation"),
+        (["--processes=0"], "--processes: got 0, expected 1 to 1024"),
+        ([], "--tokenizer: missing; give the folder or .model file"),
+        (["--tokenizer=t", "--max_bad_fraction=7"], "data.max_bad_fraction: got 7"),
+        (["--tokenizer=gone"], "gone: not found"),
+        (["--tokeniser=t"], "--tokeniser"),
+    ],
+)
+def test_arguments(inputs: Path, tmp_path: Path, argv: list[str], message: str) -> None:
+    refused(call(TOKENIZE, f"{inputs}/*.json.gz", tmp_path / "out", *argv), message)
+    assert left_in(tmp_path) == []
+
+
+def test_text_that_cannot_be_used(tmp_path: Path, tokenizer_path: str) -> None:
+    """What was finished stays, and a call that forgives more goes on."""
+    write_shard(tmp_path / "0.json", [line("a text")])
+    write_shard(tmp_path / "1.json", [line("a text"), b"no JSON"])
+    argv = [f"{tmp_path}/*.json", tmp_path / "out", f"--tokenizer={tokenizer_path}"]
+    refused(call(TOKENIZE, *argv, "--processes=2"), "1.json: 1 of 2 lines are bad, more than data.max_bad_fraction")
+    assert "00001.arrow" not in left_in(tmp_path / "out")
+    answer = call(TOKENIZE, *argv, "--max_bad_fraction=0.5", "--processes=1")
+    assert answer.code == 0 and "1 of 3 rows are bad and were skipped" in answer.out
+
+
+def test_a_text_in_another_column(tmp_path: Path, tokenizer_path: str) -> None:
+    write_parquet(tmp_path / "a.parquet", some_texts(20), column="content")
+    argv = [tmp_path / "a.parquet", tmp_path / "out", f"--tokenizer={tokenizer_path}", "--processes=1"]
+    refused(call(TOKENIZE, *argv), 'a.parquet has no column "text"; set data.text_column to one of id, content, url')
+    assert left_in(tmp_path) == ["a.parquet"]
+    assert call(TOKENIZE, *argv, "--text_column=content").code == 0
+
+
+def test_a_full_disk(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
+    with disk(tmp_path / "disk", "size=24k") as folder:
+        refused(make(inputs, folder / "out", tokenizer_path), f"{folder / 'out'}", "No space left on device; free some")
+        assert not [name for name in left_in(folder / "out") if name.endswith(".tmp")]
+
+
+# ---- the end of a command ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def much_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small shards, then large ones."""
+    folder = tmp_path_factory.mktemp("much")
+    texts = some_texts(2000, words=200)
+    for number in range(4):
+        write_shard(folder / f"{number}.json", texts[:20] if number < 2 else texts * 2)
+    return folder
+
+
+def test_ctrl_c_keeps_what_is_finished(much_text: Path, tmp_path: Path, tokenizer_path: str) -> None:
+    out = tmp_path / "out"
+    argv = [TOKENIZE, f"{much_text}/*.json", str(out), f"--tokenizer={tokenizer_path}"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / argv[0]), *argv[1:], "--processes=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.arrow"))) < 2 or len(list(out.glob("*.arrow.tmp"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children()
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n")
+    assert not psutil.wait_procs(children, timeout=30)[1]
+    assert left_in(out) == ["00000.arrow", "00001.arrow", "tokens.json"]
+    with pytest.raises(ValueError, match="its tokens are not finished"):
+        resolve_shards(str(out))
+    answer = call(*argv, "--processes=1")
+    assert answer.code == 0 and len(resolve_shards(str(out))) == 4
+
+
+def test_a_killed_process_is_told(much_text: Path, tmp_path: Path, tokenizer_path: str) -> None:
+    before = psutil.Process().children()  # of pools, for instance
+
+    def kill_one() -> None:
+        while not (
+            found := [
+                child
+                for child in psutil.Process().children()
+                if child not in before and "spawn_main" in " ".join(child.cmdline())
+            ]
+        ):
+            time.sleep(0.01)
+        found[0].kill()
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    answer = call(TOKENIZE, f"{much_text}/*.json", tmp_path / "out", f"--tokenizer={tokenizer_path}", "--processes=2")
+    killer.join()
+    refused(answer, "was killed; if memory ran out, give fewer --processes")
