@@ -10,6 +10,7 @@ from pathlib import Path
 
 try:
     from relora_mora.cli import run
+    from relora_mora.system.imports import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -46,14 +47,15 @@ def main(
     ):
         if value is not None and value < least:
             raise ValueError(f"--{name}: got {value}, expected at least {least}")
-    import torch  # takes seconds: numbers are checked before
+    with many_imports():  # takes seconds: numbers are checked before
+        import torch
 
-    from relora_mora.data import load_eval_set
-    from relora_mora.evaluate import causal_lm_loss, evaluate, is_causal
-    from relora_mora.pretrained import DTYPES, load_any_model, positions_of
-    from relora_mora.system.hardware import ran_out_of_memory
-    from relora_mora.system.logs import progress_bar
-    from relora_mora.tokenizer import check_vocabulary, load_tokenizer
+        from relora_mora.data import load_eval_set
+        from relora_mora.evaluate import causal_lm_loss, evaluate, is_causal
+        from relora_mora.pretrained import DTYPES, load_any_model, positions_of
+        from relora_mora.system.hardware import ran_out_of_memory
+        from relora_mora.system.logs import progress_bar
+        from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -11,8 +12,15 @@ from tests.tools.jobs import kill_all
 from tests.tools.pool import Pool
 from tests.tools.tokenizer_tools import train_tokenizer
 
+gc.disable()  # until all tests are imported: collections would look at torch and transformers again and again
+
 # a shell that starts the tests in the background has them ignore Ctrl-C, and so would every command that they try
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

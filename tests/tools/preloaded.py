@@ -4,14 +4,15 @@ else.
 
 import gc
 
-gc.disable()
+from relora_mora.system.imports import many_imports
 
-import pytest  # noqa: E402, F401
-import transformers.models.llama.modeling_llama  # noqa: E402
+with many_imports():
+    import pytest  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
-import relora_mora.train  # noqa: E402, F401
-from relora_mora.zero.start import import_muon  # noqa: E402
+    import relora_mora.train  # noqa: F401
+    from relora_mora.zero.start import import_muon
 
-import_muon()
+    import_muon()
+
 gc.freeze()
-gc.enable()
