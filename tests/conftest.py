@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Iterator
 
@@ -12,6 +13,8 @@ from tests.tools.jobs import kill_all
 from tests.tools.pool import Pool
 from tests.tools.tokenizer_tools import train_tokenizer
 
+# several tests run at a time: the threads of one would wait for a core, busily, and cost the others time
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.disable()  # until all tests are imported: collections would look at torch and transformers again and again
 
 # a shell that starts the tests in the background has them ignore Ctrl-C, and so would every command that they try

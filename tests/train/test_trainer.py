@@ -24,6 +24,7 @@ from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
 
 pytestmark = pytest.mark.distributed
 METHODS = ("full", "lora", "mora", "relora", "remora")
+UNSAVED: dict[str, dict[str, Any]] = {"checkpoint": {"every_steps": 0}}  # but at the end
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def finished(pools, inputs, tokenizer_path, tmp_path_factory) -> dict[str, Path]
                 2,
                 method={"name": method},
                 log={"tensorboard": True},
-                checkpoint={"every_steps": 0},
+                **UNSAVED,
             ),
         )
     return folders
@@ -131,14 +132,14 @@ def reads_of_validation(config: Any) -> int:
 
 
 def test_one_rank_reads_the_held_out_text(pools, inputs, tokenizer_path, tmp_path):
-    assert pools(2)(reads_of_validation, run_config(inputs, tokenizer_path, tmp_path / "run", 2)) == [1, 0]
+    assert pools(2)(reads_of_validation, run_config(inputs, tokenizer_path, tmp_path / "run", 2, **UNSAVED)) == [1, 0]
 
 
 def test_micro_batches_do_not_change_the_result(pools, inputs, tokenizer_path, tmp_path):
     losses = []
     for micro in (1, 4):
         folder = tmp_path / f"micro{micro}"
-        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, train={"micro_batch_size": micro}))
+        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, train={"micro_batch_size": micro}, **UNSAVED))
         losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -148,7 +149,7 @@ def test_activation_checkpointing_does_not_change_the_result(pools, inputs, toke
     losses = []
     for on in (False, True):
         folder = tmp_path / f"{on}"
-        sections = {"model": {"activation_checkpointing": on}, "train": {"zero_stage": stage}}
+        sections = {"model": {"activation_checkpointing": on}, "train": {"zero_stage": stage}, **UNSAVED}
         pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, **sections))
         losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
     assert losses[0] == losses[1]
@@ -158,7 +159,9 @@ def test_documents_can_be_kept_apart(pools, inputs, tokenizer_path, tmp_path):
     losses = []
     for on in (False, True):
         folder = tmp_path / f"{on}"
-        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, data={"document_mask": on}), stop_after=2)
+        pools(2)(
+            train, run_config(inputs, tokenizer_path, folder, 2, data={"document_mask": on}, **UNSAVED), stop_after=2
+        )
         losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
     assert len(losses[1]) == 2 and losses[0][0] != losses[1][0] and losses[0] == pytest.approx(losses[1], abs=0.3)
 
