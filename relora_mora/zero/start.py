@@ -58,12 +58,13 @@ def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
         with quiet():
             deepspeed.init_distributed(dist_backend=backend_name(), auto_mpi_discovery=False, verbose=False)
         _flag_collectives(deepspeed.comm.comm.cdb)
-        import_muon()
+        _import_muon()
+        # DeepSpeed collects garbage while it makes an engine, several times; of what was imported none is
         gc.freeze()
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def import_muon() -> None:
+def _import_muon() -> None:
     """Imports DeepSpeed's Muon, as every engine of ZeRO does, without torch's compiler.
 
     Nothing here trains with Muon, but its module hands functions to torch.compile, and to import that takes seconds.

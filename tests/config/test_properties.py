@@ -63,7 +63,7 @@ def check_outcome(act: Any) -> Config | None:
 @example(changes={"train.steps": 10**400, "optim.lr": math.nan}, wrong={}, world_size=9, complete=True)
 @example(changes={"data.train": "\0", "train.run_dir": "x" * 5000}, wrong={}, world_size=None, complete=True)
 @example(changes={"method.operators": [True, None]}, wrong={"trian": {}, "": []}, world_size=3, complete=True)
-@example(changes={}, wrong={section: None for section in SECTIONS}, world_size=1, complete=False)
+@example(changes={}, wrong=dict.fromkeys(SECTIONS), world_size=1, complete=False)
 @given(changes=sections, wrong=broken, world_size=st.none() | st.integers(1, 9), complete=st.booleans())
 def test_any_tree_gives_settings_or_faults(
     changes: dict[str, Any], wrong: dict[str, Any], world_size: int | None, complete: bool

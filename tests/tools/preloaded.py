@@ -11,8 +11,5 @@ with many_imports():
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import relora_mora.train  # noqa: F401
-    from relora_mora.zero.start import import_muon
 
-    import_muon()
-
-gc.freeze()
+gc.freeze()  # a collection would write to memory that the workers share
