@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 try:
     from relora_mora.cli import run
+    from relora_mora.system.imports import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -69,14 +70,15 @@ def main(
     from relora_mora.config import parse_sources
 
     given = None if data is None else parse_sources(data, "--data")
-    import torch  # takes seconds: what was typed is checked before
+    with many_imports():  # takes seconds: what was typed is checked before
+        import torch
 
-    from relora_mora.data import SourceError
-    from relora_mora.evaluate import EvalResult, causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal
-    from relora_mora.pretrained import DTYPES, is_foreign, load_any_model, positions_of
-    from relora_mora.system.hardware import ran_out_of_memory
-    from relora_mora.system.logs import progress_bar
-    from relora_mora.tokenizer import check_vocabulary, load_tokenizer
+        from relora_mora.data import SourceError
+        from relora_mora.evaluate import EvalResult, causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal
+        from relora_mora.pretrained import DTYPES, is_foreign, load_any_model, positions_of
+        from relora_mora.system.hardware import ran_out_of_memory
+        from relora_mora.system.logs import progress_bar
+        from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")

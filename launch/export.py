@@ -6,6 +6,7 @@ from pathlib import Path
 
 try:
     from relora_mora.cli import run
+    from relora_mora.system.imports import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -18,8 +19,9 @@ def main(checkpoint: str, out: str, *, dtype: str = "float32") -> None:
         out: the folder to write; it must be new or empty
         dtype: float32, bfloat16 or float16
     """
-    from relora_mora.export import export
-    from relora_mora.pretrained import DTYPES
+    with many_imports():
+        from relora_mora.export import export
+        from relora_mora.pretrained import DTYPES
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype}, expected one of {', '.join(DTYPES)}")

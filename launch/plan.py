@@ -11,6 +11,7 @@ import math
 
 try:
     from relora_mora.cli import run
+    from relora_mora.system.imports import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -58,15 +59,12 @@ def main(
             f"--gpus_per_node: not given with --nodes={nodes}; say how many devices each host has, "
             "e.g. --gpus_per_node=8"
         )
-    from relora_mora.model import check_length, read_model_config
-    from relora_mora.plan import Cluster, make_plan, render
-    from relora_mora.plan.fit import check_adapters
-    from relora_mora.system.devices import named_device
-    from relora_mora.system.hardware import (  # takes seconds: arguments are checked before
-        device_here,
-        fast_bf16,
-        peak_flops,
-    )
+    with many_imports():  # takes seconds: arguments are checked before
+        from relora_mora.model import check_length, read_model_config
+        from relora_mora.plan import Cluster, make_plan, render
+        from relora_mora.plan.fit import check_adapters
+        from relora_mora.system.devices import named_device
+        from relora_mora.system.hardware import device_here, fast_bf16, peak_flops
 
     here = device_here()
     chosen = here if device is None else named_device(device)

@@ -8,6 +8,7 @@ try:
     from relora_mora.cli import run
     from relora_mora.config import load_config
     from relora_mora.supervise import FAILED, LOST, Guard, check_environment, leave_process
+    from relora_mora.system.imports import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -25,9 +26,10 @@ def main(config: str, **overrides: str) -> int:
     rank, world_size = check_environment()
     guard = Guard(rank)  # before anything that takes time
     settings = load_config(config, overrides, world_size=world_size)
-    from relora_mora.distributed.join import JoinError
-    from relora_mora.merging import MergeError
-    from relora_mora.train import TrainingError, pretrain  # takes seconds to import: settings are checked before
+    with many_imports():  # takes seconds: settings are checked before
+        from relora_mora.distributed.join import JoinError
+        from relora_mora.merging import MergeError
+        from relora_mora.train import TrainingError, pretrain
 
     try:
         return pretrain(settings, guard)

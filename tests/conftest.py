@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.tools.jobs import kill_all
 from tests.tools.pool import Pool
 from tests.tools.tokenizer_tools import train_tokenizer
 
+settings.register_profile("patient", deadline=None)  # a busy machine makes nothing wrong
+settings.load_profile("patient")
+# several tests run at a time: the threads of one would wait for a core, busily, and cost the others time
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until all tests are imported: collections would look at torch and transformers again and again
+
 # a shell that starts the tests in the background has them ignore Ctrl-C, and so would every command that they try
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,8 @@ from launch.benchmark.contenders import CONTENDERS, Contender, Ours, Setting
 from launch.benchmark.turns import relative_spread, take_turns
 from relora_mora.distributed.collectives import sum_over_hosts
 
+_LET_GO_SECONDS = 0.1  # gloo's threads keep the tensors of a collective for a moment after its end
+
 
 class StepCost(NamedTuple):
     """What one step took: seconds until the slowest rank was done; of this process, the processor time of all its
@@ -181,6 +183,7 @@ def _held(contender: Contender, before: list[Tensor], device: torch.device) -> d
 
 def live_tensors() -> list[Tensor]:
     """Every tensor of this process. A gradient that nobody has looked at is known to its parameter only."""
+    time.sleep(_LET_GO_SECONDS)
     gc.collect()
     found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and _has_memory(thing)]
     return found + [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]

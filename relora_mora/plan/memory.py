@@ -37,14 +37,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from relora_mora.config import Config
 from relora_mora.methods.inject import decoder_linears
 from relora_mora.methods.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
 from relora_mora.model.shapes import attention_widths
-from relora_mora.plan.flops import meta_model
 
 # DeepSpeed's defaults
 REDUCE_BUCKET_SIZE = 500_000_000
@@ -98,9 +97,8 @@ def count_parameters(model: LlamaForCausalLM) -> Parameters:
     )
 
 
-def peak_memory(model_config: LlamaConfig, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
+def peak_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
     """Memory of one device when a step needs most: at the loss, in the first layers of backward, or in the update."""
-    model = meta_model(model_config, config.method)
     state = state_memory(model, config, stage, world_size, bf16=bf16)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
     before = gradients.between_micro_batches if config.accumulation_steps(world_size) > 1 else gradients.between_steps

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config import Config
 from relora_mora.plan.cluster import Cluster, StepTime, step_time
-from relora_mora.plan.flops import Flops, flops_per_token, meta_model
+from relora_mora.plan.flops import Flops, flops_of, meta_model
 from relora_mora.plan.memory import Memory, Parameters, count_parameters, peak_memory
 from relora_mora.plan.network import Traffic, traffic
 from relora_mora.registry import METHODS
@@ -112,15 +112,16 @@ def make_plan(
         raise ValueError(f"tokens_per_second must be positive, got {tokens_per_second:g}")
     ranks = cluster.world_size
     own = config.method.name
-    flops = flops_per_token(model_config, config)
-    counts = count_parameters(meta_model(model_config, config.method))
+    models: dict[str, LlamaForCausalLM] = {}
     memory: dict[str, dict[int, Memory]] = {}
     network: dict[str, dict[int, Traffic]] = {}
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
-        model = meta_model(model_config, other.method)
-        memory[name] = {stage: peak_memory(model_config, other, stage, ranks, bf16=bf16) for stage in STAGES}
-        network[name] = {stage: traffic(model, other, stage, ranks, bf16=bf16) for stage in STAGES}
+        models[name] = meta_model(model_config, other.method)
+        memory[name] = {stage: peak_memory(models[name], other, stage, ranks, bf16=bf16) for stage in STAGES}
+        network[name] = {stage: traffic(models[name], other, stage, ranks, bf16=bf16) for stage in STAGES}
+    flops = flops_of(models[own], model_config, config)
+    counts = count_parameters(models[own])
     if config.log.peak_tflops is not None:
         peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
     used = ASSUMED_UTILISATION if utilisation is None else utilisation

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import importlib
 import logging
 import os
 import warnings
@@ -18,6 +20,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime import compiler
 
 from relora_mora.distributed.join import backend_name, join
 from relora_mora.distributed.waiting import collective
@@ -55,7 +58,23 @@ def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
         with quiet():
             deepspeed.init_distributed(dist_backend=backend_name(), auto_mpi_discovery=False, verbose=False)
         _flag_collectives(deepspeed.comm.comm.cdb)
+        _import_muon()
+        # DeepSpeed collects garbage while it makes an engine, several times; of what was imported none is
+        gc.freeze()
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _import_muon() -> None:
+    """Imports DeepSpeed's Muon, as every engine of ZeRO does, without torch's compiler.
+
+    Nothing here trains with Muon, but its module hands functions to torch.compile, and to import that takes seconds.
+    """
+    compile_functions = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_functions
 
 
 class _FlaggedWork:

@@ -18,7 +18,7 @@ from tests.tools.config_tools import SECTIONS, SETTINGS, same, tree
 from tests.tools.tiny import tiny_llama
 
 many = settings(
-    max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 words = st.text(max_size=12)
@@ -60,6 +60,10 @@ def check_outcome(act: Any) -> Config | None:
 
 @many
 @example(changes={"model.overrides": {"a": math.inf}}, wrong={}, world_size=None, complete=True)
+@example(changes={"train.steps": 10**400, "optim.lr": math.nan}, wrong={}, world_size=9, complete=True)
+@example(changes={"data.train": "\0", "train.run_dir": "x" * 5000}, wrong={}, world_size=None, complete=True)
+@example(changes={"method.operators": [True, None]}, wrong={"trian": {}, "": []}, world_size=3, complete=True)
+@example(changes={}, wrong=dict.fromkeys(SECTIONS), world_size=1, complete=False)
 @given(changes=sections, wrong=broken, world_size=st.none() | st.integers(1, 9), complete=st.booleans())
 def test_any_tree_gives_settings_or_faults(
     changes: dict[str, Any], wrong: dict[str, Any], world_size: int | None, complete: bool
@@ -76,6 +80,13 @@ def test_any_tree_gives_settings_or_faults(
 
 
 @many
+@example(content=b"")
+@example(content=b"\xff\xfe")
+@example(content=b"a: &a [*a]")
+@example(content=b"<<: 1")
+@example(content=b"? {a: 1}\n: 2")
+@example(content=b"a: !!python/object/apply:os.getcwd []")
+@example(content="train: \ud800".encode("utf-8", "surrogatepass"))
 @given(
     content=st.binary(max_size=60)
     | (
@@ -91,6 +102,9 @@ def test_any_file_gives_settings_or_faults(tmp_path: Path, content: bytes) -> No
 
 
 @many
+@example(overrides={"train.steps": "1_0", "optim.lr": ".inf"})
+@example(overrides={"data.train": '"\\0"', "data.validation": "[", "train.run_dir": "*a"})
+@example(overrides={"": "", "train": "{}", "train.": "1", "train.steps": "2026-11-24"})
 @given(
     overrides=st.dictionaries(
         st.sampled_from(SETTINGS) | words | st.tuples(st.sampled_from(SETTINGS), words).map(".".join),

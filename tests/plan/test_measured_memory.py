@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from transformers import LlamaConfig
 
@@ -33,6 +35,7 @@ def measure(method: str, stage: int, bf16: bool, micro_batch_size: int) -> dict[
     from torch import distributed as dist
 
     others = live_tensors()  # kept, so that nothing new gets an address of theirs
+    gc.freeze()  # only what is new is looked at from here on
     rig = build_rig(_config(method, stage, dist.get_world_size(), micro_batch_size), bf16=bf16, llama=_llama())
     rig.initial.clear()
     others += rig.base.weights.values()

@@ -16,6 +16,7 @@ from relora_mora.config import Config, validate
 from relora_mora.methods.inject import inject
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import describe_trainable, set_trainable
+from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import activation_memory, count_parameters, peak_memory, scratch_memory
 
 MODEL = LlamaConfig(
@@ -153,9 +154,10 @@ def test_parameters_are_those_of_the_real_model(name: str) -> None:
 
 def test_more_ranks_and_higher_stages_never_need_more_state() -> None:
     config = make_config({"name": "remora"})
+    model = meta_model(MODEL, config.method)
     for bf16 in (True, False):
         sizes = {
-            (stage, ranks): peak_memory(MODEL, config, stage, ranks, bf16=bf16)
+            (stage, ranks): peak_memory(model, config, stage, ranks, bf16=bf16)
             for stage in (1, 2, 3)
             for ranks in (1, 2, 4)
         }
@@ -168,5 +170,6 @@ def test_more_ranks_and_higher_stages_never_need_more_state() -> None:
 def test_accumulation_keeps_gradients_through_the_loss() -> None:
     once = make_config({"name": "full"})
     twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
-    gradients = [peak_memory(MODEL, config, 0, 1, bf16=True).gradients for config in (once, twice)]
+    model = meta_model(MODEL, once.method)
+    gradients = [peak_memory(model, config, 0, 1, bf16=True).gradients for config in (once, twice)]
     assert gradients[0] == 0 < gradients[1]

@@ -21,6 +21,7 @@ from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.tools.helpers import ROOT
 
 BIN = Path(sys.executable).parent
+POLL_SECONDS = 0.05
 _OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -94,11 +95,14 @@ class Job:
         """Everything this job has started and that was seen alive, also what has lost its parent since."""
         with contextlib.suppress(psutil.NoSuchProcess):
             self.tree.setdefault(self.process.pid, psutil.Process(self.process.pid))
-        for process in list(self.tree.values()):
-            try:
-                self.tree |= {child.pid: child for child in process.children(recursive=True)}
-            except psutil.NoSuchProcess:
-                continue
+        children: dict[int, list[psutil.Process]] = {}
+        for process in psutil.process_iter(["ppid"]):
+            children.setdefault(process.info["ppid"], []).append(process)
+        parents = [process for process in self.tree.values() if lives(process)]
+        while parents:
+            new = [child for child in children.get(parents.pop().pid, ()) if child.pid not in self.tree]
+            self.tree |= {child.pid: child for child in new}
+            parents += new
         return [process for process in self.tree.values() if lives(process)]
 
     def rank(self, number: int) -> psutil.Process:
@@ -135,7 +139,7 @@ class Job:
             assert self.process.poll() is None or true(), f"the job ended with {self.process.returncode}\n{self.output}"
             assert time.monotonic() < deadline, f"waited for {seconds} s\n{self.output}"
             self.processes()
-            time.sleep(0.02)
+            time.sleep(POLL_SECONDS)
         return value
 
     def wait_for_step(self, run_dir: Path, step: int) -> None:
@@ -147,7 +151,7 @@ class Job:
         while self.process.poll() is None:
             self.processes()
             assert time.monotonic() < end, f"still running after {seconds} s\n{self.output}"
-            time.sleep(0.02)
+            time.sleep(POLL_SECONDS)
         return self.process.returncode
 
     def wait_for_nobody(self, seconds: float) -> float:
@@ -158,7 +162,7 @@ class Job:
                 f"{[p.cmdline()[-3:] for p in alive]} live after {seconds} s\n{self.output}"
             )
             self.process.poll()
-            time.sleep(0.05)
+            time.sleep(POLL_SECONDS)
         return time.monotonic() - begin
 
     def kill(self) -> None:

@@ -11,9 +11,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
@@ -23,6 +25,8 @@ POLL_SECONDS = 0.5
 # of the processor time that a process gets here, by all ranks together: the threads that watch a hanging rank use less
 BUSY_FRACTION = 0.2
 STACKS_SIGNAL = signal.SIGUSR2
+# one thread: the process that is forked must have no other either, so the libraries must see it when they are loaded
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 class PoolError(RuntimeError):
@@ -45,8 +49,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: Path
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
+        **ENVIRONMENT,
     }
     import torch
 
@@ -76,7 +79,10 @@ class Pool:
     """
 
     def __init__(self, world_size: int, idle_seconds: float = IDLE_SECONDS) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.tools.preloaded"])
+        with mock.patch.dict(os.environ, ENVIRONMENT):
+            forkserver.ensure_running()
         port = _free_port()
         pipes = [context.Pipe() for _ in range(world_size)]
         self.idle_seconds = idle_seconds

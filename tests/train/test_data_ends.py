@@ -62,9 +62,9 @@ def test_a_server_that_stays_away_ends_the_run_with_its_state_saved(pools, input
 
 
 def test_too_many_bad_lines_stop_all_ranks_at_the_same_step(pools, inputs, tokenizer_path, tmp_path):
-    good = [json.dumps({"text": f"the rank of a merge {n} " * 5}).encode() for n in range(400)]
+    good = [json.dumps({"text": f"the rank of a merge {n} " * 5}).encode() for n in range(80)]
     for number in range(2):
-        lines = good if number == 0 else good[:200] + [b"{not json"] * 200
+        lines = good if number == 0 else good[:40] + [b"{not json"] * 40
         write_shard(tmp_path / "data" / f"part-{number}.json.gz", lines)
     run_dir = tmp_path / "run"
     data = {"train": str(tmp_path / "data" / "*.json.gz"), "shuffle_documents": 4}

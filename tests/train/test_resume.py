@@ -48,13 +48,14 @@ def test_a_resume_before_at_and_after_a_merge_is_bit_equal(pools, inputs, tokeni
     pool(train, run_config(inputs, tokenizer_path, never, 2, **_sections(stage, bf16)))
     for stop in (3, 4, 5):
         run_dir = tmp_path / f"stop{stop}"
-        config = run_config(inputs, tokenizer_path, run_dir, 2, **_sections(stage, bf16))
+        sections = _sections(stage, bf16)
         if stop == 4:
-            pool(train, config, stop_after=stop)
+            pool(train, run_config(inputs, tokenizer_path, run_dir, 2, **sections), stop_after=stop)
         else:
             _left_by_a_kill(never, run_dir, stop)
         assert max((run_dir / "checkpoints").glob("step-*")).name == f"step-{stop:08d}"
-        pool(train, config)
+        # how often it saves must not matter either
+        pool(train, run_config(inputs, tokenizer_path, run_dir, 2, checkpoint={"every_steps": 0}, **sections))
         assert _equal(never / "checkpoints" / "step-00000010", run_dir / "checkpoints" / "step-00000010") == []
         losses = [
             [line["train/loss"] for line in metrics(folder) if "train/loss" in line] for folder in (never, run_dir)

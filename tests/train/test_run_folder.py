@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.supervise import RunLock
-from tests.tools.commands import disk
+from tests.tools.commands import PRETRAIN, Answer, call, disk
 from tests.tools.jobs import Job, ends, write_config
 from tests.tools.runs import metrics, run_config, write_inputs
 
@@ -37,12 +37,13 @@ def _config(inputs: Path, tokenizer: str, run_dir: Path, config: Path, **train: 
     return write_config(settings, config)
 
 
-def test_a_read_only_run_folder_is_refused_before_the_model_is_built(inputs, tokenizer_path, tmp_path):
+def test_a_read_only_run_folder_is_refused_before_the_model_is_built(pools, inputs, tokenizer_path, tmp_path):
     with disk(tmp_path / "disk", "ro") as folder:
-        job = Job(_config(inputs, tokenizer_path, folder / "run", tmp_path / "run.yaml"))
-        assert job.wait() == 2
-    assert "Read-only file system" in job.output and "Traceback" not in job.output and "adapters on" not in job.output
-    assert job.output.count("Read-only file system") == 1
+        config = _config(inputs, tokenizer_path, folder / "run", tmp_path / "run.yaml")
+        answers = pools(2)(call, PRETRAIN, config)
+    assert [answer.code for answer in answers] == [2, 2]
+    said = "".join(answer.out + answer.err for answer in answers)
+    assert said.count("Read-only file system") == 1 and "Traceback" not in said and "adapters on" not in said
 
 
 @pytest.mark.stops
@@ -89,12 +90,17 @@ def test_a_run_leaves_alone_what_another_trainer_began_in_its_folder(inputs, tok
     other.release()
 
 
-def test_nothing_of_a_run_is_writable_for_everybody(inputs, tokenizer_path, tmp_path):
+def masking_nothing(config: Path) -> Answer:
+    """Trains on every rank, begun where all files may be written by everybody."""
     before = os.umask(0)
     try:
-        config = _config(inputs, tokenizer_path, tmp_path / "run", tmp_path / "run.yaml")
-        assert Job(config, launcher="python", ranks=1).wait() == 0
+        return call(PRETRAIN, config)
     finally:
         os.umask(before)
+
+
+def test_nothing_of_a_run_is_writable_for_everybody(pools, inputs, tokenizer_path, tmp_path):
+    (answer,) = pools(1)(masking_nothing, _config(inputs, tokenizer_path, tmp_path / "run", tmp_path / "run.yaml"))
+    assert answer.code == 0, answer
     paths = list((tmp_path / "run").rglob("*"))
     assert len(paths) > 20 and not [path for path in paths if path.stat().st_mode & stat.S_IWOTH]

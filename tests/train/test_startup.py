@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from relora_mora.train import startup
+from tests.tools.pool import Pool
+from tests.tools.tiny import build_rig, tiny_config
 
 
 def test_what_was_before_an_exec_is_not_counted(tmp_path: Path) -> None:
@@ -25,3 +29,18 @@ def test_what_was_before_an_exec_is_not_counted(tmp_path: Path) -> None:
 
 def test_without_an_exec_both_are_about_the_same() -> None:
     assert 0 < startup._age_of_interpreter() <= startup._age(os.getpid())
+
+
+def has_imported_the_compiler() -> bool:
+    build_rig(tiny_config(1, train={"zero_stage": 1}), bf16=True)
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+@pytest.mark.distributed
+def test_an_engine_does_without_torchs_compiler():
+    """Seconds of each start."""
+    pool = Pool(1)  # of its own: other tests compile
+    try:
+        assert pool(has_imported_the_compiler) == [False]
+    finally:
+        pool.close()

@@ -1,0 +1,15 @@
+"""What the workers of all pools import, once: they are forked from a process that has imported this and does nothing
+else.
+"""
+
+import gc
+
+from relora_mora.system.imports import many_imports
+
+with many_imports():
+    import pytest  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import relora_mora.train  # noqa: F401
+
+gc.freeze()  # a collection would write to memory that the workers share
