@@ -63,7 +63,7 @@ class ColumnFile:
             strings = ", ".join(field.name for field in schema if _is_string(field.type)) or "none"
             raise SourceError(
                 f'{self._shard.name}: the column "{column}" holds {kind}, not strings; '
-                f"set data.text_column to one of those that do ({strings})"
+                f"{_remedy(self._shard)} to one of those that do ({strings})"
             )
 
     @contextmanager
@@ -96,8 +96,13 @@ def check_names(shard: Shard, names: Sequence[str]) -> None:
         there = ", ".join(name[:_NAME_CHARACTERS] for name in names[:_COLUMNS_NAMED])
         raise SourceError(
             f'{shard.name} has {count or "no"} column{"s" if count else ""} "{column}"; '
-            f"set data.text_column to one of {there}{more}"
+            f"{_remedy(shard)} to one of {there}{more}"
         )
+
+
+def _remedy(shard: Shard) -> str:
+    """What to change, up to the name of a column."""
+    return f"set text_column of the source {shard.source}" if shard.source else "set data.text_column"
 
 
 def utf8(column: Any) -> Any:

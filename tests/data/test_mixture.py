@@ -8,7 +8,14 @@ from collections import Counter
 
 import pytest
 
-from relora_mora.data import TrainStream, configured_shards, describe_position, fingerprint, order_fingerprint
+from relora_mora.data import (
+    TrainStream,
+    check_columns,
+    configured_shards,
+    describe_position,
+    fingerprint,
+    order_fingerprint,
+)
 from relora_mora.data.errors import SourceError
 from relora_mora.data.mixture import Mixture
 from tests.tools.data_tools import data_config, write_parquet, write_shards
@@ -151,3 +158,9 @@ def test_positions_of_a_batch_name_the_sources_that_it_took_from(folder):
     after = {"0/web": {**place, "item": 3, "blocks": 2}, "0/books": before["0/books"]}
     (said,) = describe_position(after, lanes=4, shards=shards, config=config, since=before)
     assert said.startswith("lane 0, web: from ")
+
+
+def test_a_wrong_column_is_told_with_the_source_that_it_belongs_to(folder):
+    config = data_config(_records(folder, text_column="contents"))
+    with pytest.raises(SourceError, match=r'no column "contents"; set text_column of the source books to one of id'):
+        check_columns(configured_shards(config, "train"), config)
