@@ -194,7 +194,7 @@ def test_a_command_refuses_and_hides_them(argv: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["https://h.invalid/a.txt?s=Sign4ture", "https://h.invalid/{9..1}.json?s=Sign4ture", "x://a?Sign4ture"]
+    "source", ["https://h.invalid/a.pdf?s=Sign4ture", "https://h.invalid/{9..1}.json?s=Sign4ture", "x://a?Sign4ture"]
 )
 def test_a_command_hides_the_query_of_a_url(tmp_path: Path, source: str) -> None:
     answer = call(TRAIN, f"--data={source}", f"--out={tmp_path / 'out'}")
