@@ -16,6 +16,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's running means, by the names of it
 
 
 @dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters; ``total`` is the model's without adapters, ``trainable`` includes them."""
+
+    total: int
+    trainable: int
+    adapters: int
+    frozen: int
+
+
+@dataclass(frozen=True)
 class ParameterGroup:
     """One group of AdamW: parameter names and their peak rate. ``adapters`` is reset by a merge."""
 
@@ -116,12 +126,13 @@ def _kind(name: str) -> str:
     return "linears"
 
 
-def describe_trainable(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters: total (adapters not counted), trainable, adapters."""
+def count_parameters(model: nn.Module) -> Parameters:
+    """Counts a model whose parameters are marked (``set_trainable``); its tensors may be on ``meta``."""
     adapters = adapter_parameters(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return {
-        "total": sum(size for name, size in sizes.items() if name not in adapters),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "adapters": sum(sizes[name] for name in adapters),
-    }
+    everything = sum(sizes.values())
+    of_adapters = sum(sizes[name] for name in adapters)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Parameters(
+        total=everything - of_adapters, trainable=trainable, adapters=of_adapters, frozen=everything - trainable
+    )

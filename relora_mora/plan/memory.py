@@ -41,9 +41,10 @@ from transformers import LlamaForCausalLM
 
 from relora_mora.config import Config
 from relora_mora.methods.inject import decoder_linears
-from relora_mora.methods.layers import INPUT, AdapterLinear, Kept, adapter_layers
+from relora_mora.methods.layers import INPUT, AdapterLinear, Kept
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
 from relora_mora.model.shapes import attention_widths
+from relora_mora.optim import count_parameters
 
 # DeepSpeed's defaults
 REDUCE_BUCKET_SIZE = 500_000_000
@@ -54,16 +55,6 @@ PERSISTENCE_THRESHOLD = 100_000
 _INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
 
 PARTS = ("weights", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters; ``total`` is the model's without adapters, ``trainable`` includes them."""
-
-    total: int
-    trainable: int
-    adapters: int
-    frozen: int
 
 
 @dataclass(frozen=True)
@@ -84,17 +75,6 @@ class Memory:
     @property
     def device(self) -> float:
         return sum(getattr(self, part) for part in PARTS)
-
-
-def count_parameters(model: LlamaForCausalLM) -> Parameters:
-    adapters = sum(
-        layer.get_parameter(key).numel() for _, layer in adapter_layers(model) for key in layer.adapter_names
-    )
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Parameters(
-        total=everything - adapters, trainable=trainable, adapters=adapters, frozen=everything - trainable
-    )
 
 
 def peak_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:

@@ -31,7 +31,8 @@ from transformers import LlamaForCausalLM
 
 from relora_mora.config import Config
 from relora_mora.methods.layers import adapter_layers
-from relora_mora.plan.memory import PERSISTENCE_THRESHOLD, count_parameters, zero_setting
+from relora_mora.optim import count_parameters
+from relora_mora.plan.memory import PERSISTENCE_THRESHOLD, zero_setting
 
 MAX_REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}

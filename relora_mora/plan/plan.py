@@ -8,9 +8,10 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config import Config
+from relora_mora.optim import Parameters, count_parameters
 from relora_mora.plan.cluster import Cluster, StepTime, step_time
 from relora_mora.plan.flops import Flops, flops_of, meta_model
-from relora_mora.plan.memory import Memory, Parameters, count_parameters, peak_memory
+from relora_mora.plan.memory import Memory, peak_memory
 from relora_mora.plan.network import Traffic, traffic
 from relora_mora.registry import METHODS
 

@@ -17,7 +17,7 @@ from relora_mora.model import LossModel, empty_model, put_values
 from relora_mora.optim import (
     ParameterGroup,
     build_optimizer,
-    describe_trainable,
+    count_parameters,
     make_schedule,
     parameter_groups,
     set_trainable,
@@ -68,7 +68,13 @@ def build(
     if not groups:
         fault = "method: nothing is trained; set method.train_embeddings, train_norms or train_head"
         raise ConfigError([fault], "the settings")
-    log.info("parameters: %s", ", ".join(f"{count:,} {kind}" for kind, count in describe_trainable(lm).items()))
+    counts = count_parameters(lm)
+    log.info(
+        "parameters: %s total, %s trainable, %s adapters",
+        f"{counts.total:,}",
+        f"{counts.trainable:,}",
+        f"{counts.adapters:,}",
+    )
     frozen = [name for name, p in lm.named_parameters() if not p.requires_grad]
     base = FrozenMasters(frozen, rank, world_size)
     # drawn and read while shapes are known; at ZeRO-3 a parameter shows none later

@@ -102,9 +102,8 @@ class Reporting:
             },
         )
         self.progress.show(
-            loss=f"{loss:.3f}",
-            ppl=f"{math.exp(min(loss, 700.0)):.1f}",
-            tok_s=f"{speed['perf/tokens_per_second']:,.0f}",
+            f"loss {loss:.3f}, perplexity {math.exp(min(loss, 700.0)):.1f}, "
+            f"{speed['perf/tokens_per_second']:,.0f} tokens/s"
         )
 
     def _rates(self, step: int) -> dict[str, float]:

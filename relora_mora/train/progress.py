@@ -54,14 +54,13 @@ class Progress:
         self._bar.refresh()
         self._count_from(done)
 
-    def show(self, **values: str) -> None:
+    def show(self, values: str) -> None:
         """One line of the log; it stays above the bars."""
         if not self._show:
             return
         seconds_each = (time.monotonic() - self._begin) / max(1, self.done - self._first)
         left = tqdm.format_interval(seconds_each * (self.total - self.done))
-        said = ", ".join(f"{name} {value}" for name, value in values.items())
-        log.info("step %d/%d: %s, %s left", self.done, self.total, said, left)
+        log.info("step %d/%d: %s, %s left", self.done, self.total, values, left)
 
     def evaluation(self) -> AbstractContextManager[Callable[[int, int], None]]:
         """A second bar, below that of the steps: see :func:`progress_bar`."""

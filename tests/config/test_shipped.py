@@ -12,9 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora_mora.config import load_config, unused_settings
 from relora_mora.data.hub_sources import C4
 from relora_mora.model import check_length, read_model_config
-from relora_mora.optim import make_schedule
+from relora_mora.optim import count_parameters, make_schedule
 from relora_mora.plan.flops import meta_model
-from relora_mora.plan.memory import count_parameters
 from tests.tools.helpers import ROOT
 
 MODELS = sorted((ROOT / "configs" / "model").glob("*.json"))

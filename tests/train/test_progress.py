@@ -33,7 +33,7 @@ def run_of_two_steps(*, show: bool = True) -> None:
             update(done, 3)
     for loss in ("5.0", "4.0"):
         progress.update()
-        progress.show(loss=loss)
+        progress.show(f"loss {loss}")
     progress.close()
 
 
@@ -74,7 +74,7 @@ def test_what_comes_before_the_first_step_is_not_in_the_time_left(monkeypatch: p
     progress = Progress(total=31, done=0, show=True)
     progress.begin()
     progress.update()
-    progress.show(loss="5.0")
+    progress.show("loss 5.0")
     assert stderr.getvalue().endswith("loss 5.0, 01:00 left\n")
 
 
