@@ -37,15 +37,30 @@ def data_faults(config: Config) -> Iterator[Fault]:
     for name, sources in [("data.train", data.train_sources), *((set_setting(name), s) for name, s in sets.items())]:
         for number, source in enumerate(sources):
             yield from _source_faults(f"{name}.{number}", name.split(".")[1], source)
+            if name != "data.train":
+                yield from _held_out_faults(f"{name}.{number}", source)
 
 
 def _source_faults(setting: str, field: str, source: TextSource) -> Iterator[Fault]:
-    named_by_text = source.source.split(":")[1:3] if "://" not in source.source else []
+    is_set = "://" not in source.source and not source.source.startswith("hub:")
+    named_by_text = source.source.split(":")[1:3] if is_set else []
     for key, given in zip(("config", "split"), named_by_text, strict=False):
         if given and getattr(source, key) is not None:
             yield Fault(
                 (f"{setting}.{key}", f"data.{field}"),
                 f"{getattr(source, key)}, and the source {source.source} names {given}; give one of them",
+            )
+
+
+def _held_out_faults(setting: str, source: TextSource) -> Iterator[Fault]:
+    """What only a mixture has, and held-out text would silently do without."""
+    for key in ("name", "weight", "max_epochs", "at_max_epochs"):
+        given = getattr(source, key)
+        if given != TextSource.model_fields[key].default:
+            remedy = f"give sets by name, as {{{given}: {{source: ...}}}}" if key == "name" else "leave it out"
+            yield Fault(
+                (f"{setting}.{key}", "data.validation"),
+                f"{given} is for the sources of a mixture, and held-out text is read as it stands; {remedy}",
             )
 
 

@@ -75,8 +75,14 @@ def _explain(items: list[ErrorDetails]) -> str:
         return f"must be given{_description(location)}"
     shown = redact(repr(given))  # before it is cut: a piece of a token would not be found
     shown = shown if len(shown) < 80 else shown[:77] + "..."
-    wanted = " or ".join(dict.fromkeys(item["msg"][:1].lower() + item["msg"][1:] for item in items))
+    wanted = " or ".join(dict.fromkeys(map(_wanted, items)))
     return f"got {shown}; {wanted}{_description(location)}"
+
+
+def _wanted(item: ErrorDetails) -> str:
+    if item["type"] == "model_type":  # pydantic's own words name a class of ours
+        return "input should be names and values"
+    return item["msg"][:1].lower() + item["msg"][1:]
 
 
 def _setting(location: Location) -> str:

@@ -33,6 +33,7 @@ def split_files(name: DatasetName, split: str, paths: Iterable[str], cards: Mapp
             (root / path).touch()
         for path, text in cards.items():
             (root / path).write_text(text, encoding="utf-8")
+        _refuse_unmatched(name, root)
         splits = _splits(name, split, root)
         if splits is None:
             raise SourceError(f"{source} holds no files of text; check what is in it, or give its files by path")
@@ -48,6 +49,17 @@ def missing_split(name: DatasetName, split: str, splits: Iterable[str]) -> Sourc
         f"{name.source} has no split {split}, but {', '.join(there)}; "
         f"name one as {name.place}:{name.config or ''}:{''.join(there[:1])}"
     )
+
+
+def _refuse_unmatched(name: DatasetName, root: Path) -> None:
+    """Raises SourceError for a pattern of ``data_files`` that finds nothing: ``datasets`` passes over it in silence."""
+    from datasets.data_files import resolve_pattern
+
+    for pattern in name.data_files:
+        try:
+            resolve_pattern(pattern, str(root))
+        except FileNotFoundError as error:
+            raise SourceError(f"{name.source} holds no files {pattern}; check data_files") from error
 
 
 def _splits(name: DatasetName, split: str, root: Path) -> dict[str, list[str]] | None:

@@ -75,7 +75,7 @@ def dataset_name(source: TextSource) -> DatasetName | None:
 
     A folder of that name counts before the hub. What is named like a file, or would lie in a folder that there is, is a
     path, so that a slip in one is told at once and the hub is not asked. Raises SourceError for a path or url with a
-    configuration, split or files, which only sets have.
+    configuration, split or files, which only sets have, and for a revision of what is not on the hub.
     """
     text = source.source
     asks_for_part = bool(source.config or source.data_files)
@@ -86,6 +86,8 @@ def dataset_name(source: TextSource) -> DatasetName | None:
             f"{text}: only a set by name (OWNER/NAME or a folder) has a config, a split or data_files; "
             "name its files in the source, or give the name of the set"
         )
+    if source.revision and not (is_hub(text) or (name is not None and name.on_hub)):
+        raise SourceError(f"{text}: only a source on the hub has a revision ({source.revision}); leave it out")
     return name
 
 

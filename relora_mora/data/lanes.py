@@ -81,7 +81,8 @@ class EpochLimit:
 
     def check(self, epoch: int, note: Callable[[str], None]) -> None:
         """Before an epoch, from 0. Raises SourceError where it may not be read; else says so once."""
-        text = f"the source {self.source} has been read {self.epochs} times, its max_epochs"
+        times = "once" if self.epochs == 1 else f"{self.epochs} times"
+        text = f"the source {self.source} has been read {times}, its max_epochs"
         if epoch >= self.epochs and self.stops:
             raise SourceError(
                 f"{text}; give it less weight, more text or a higher max_epochs, train for fewer steps, "

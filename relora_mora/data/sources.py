@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from relora_mora.config import DataConfig, Split, TextSource, as_sources, is_mixture
 from relora_mora.data.dataset_sources import DatasetName, dataset_files, dataset_name
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.formats import JSON_LINES, SUFFIXES, Format, format_of
+from relora_mora.data.formats import ARROW, JSON_LINES, SUFFIXES, Format, format_of
 from relora_mora.data.hub_sources import C4, Commits, hub_parts, hub_source, is_hub
 from relora_mora.data.token_index import TokenFile, file_in, finished_index, is_token_folder
 
@@ -233,6 +233,9 @@ def _local_shards(source: str) -> Iterator[Shard]:
     if not paths:
         hint = f"; files on the hub are hub:{source}/PATTERN" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
         raise SourceError(f"no file matches {source} (from {Path.cwd()}); check the path{hint}")
+    for folder in {Path(path).parent for path in paths if format_of(path) is ARROW}:
+        if is_token_folder(folder):
+            raise SourceError(f"{source}: {folder} holds tokens made in advance, not text; give the folder itself")
     for path, size in zip(paths, sizes, strict=True):
         _check_suffix(path, source)
         yield Shard(Path(path).name, str(Path(path).absolute()), size=size)

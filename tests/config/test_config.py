@@ -201,6 +201,7 @@ MIXTURE = [{"source": "a/*.json", "weight": 1}, {"source": "b/*.json", "weight":
         ({"train": [{"source": "x/a"}, {"source": "y/a"}]}, "data.train: 2 sources are named a"),
         ({"train": [{"source": "x", "weight": 0}]}, "data.train: all weights are 0"),
         ({"train": [{"source": "o/n:en", "config": "de"}]}, "data.train.0.config: de, and the source o/n:en names en"),
+        ({"train": [{"source": "x"}, 3]}, "data.train.1: got 3; input should be names and values"),
         ({"train": {"a": "x"}}, "data.train: got {'a': 'x'}; input should be a source, or a list"),
         ({"stages": [{"from_step": 5, "weights": {"a": 1}}]}, "data.stages: stages change the weights of a mixture"),
         (
@@ -221,6 +222,8 @@ MIXTURE = [{"source": "a/*.json", "weight": 1}, {"source": "b/*.json", "weight":
         ),
         ({"validation": {"a b": "x"}}, "data.validation.a b: got 'a b'; input should be a name"),
         ({"validation": {"a": {"source": "o/n::x", "split": "y"}}}, "data.validation.a.0.split: y, and the source"),
+        ({"validation": {"source": "x", "weight": 0.5}}, "data.validation.0.weight: 0.5 is for the sources of a mix"),
+        ({"validation": [{"source": "x", "name": "a"}]}, "data.validation.0.name: a is for the sources of a mix"),
     ],
 )
 def test_mixtures_that_cannot_be(data: dict[str, Any], says: str) -> None:

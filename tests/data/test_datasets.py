@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from relora_mora.config import TextSource
 from relora_mora.data import (
     dataset_sources,
     find_datasets,
@@ -111,6 +112,13 @@ def test_a_folder_of_several_formats_is_refused(tmp_path):
     write_shard(tmp_path / "set" / "b.parquet", ["b"])
     with pytest.raises(SourceError, match=r"several formats, such as b\.parquet and a\.jsonl, and only one would be"):
         resolve_shards(str(tmp_path / "set"))
+
+
+def test_each_pattern_of_data_files_finds_something(tmp_path):
+    write_shard(tmp_path / "set" / "a.jsonl", ["a"])
+    source = TextSource(source=str(tmp_path / "set"), data_files=["*.jsonl", "b*.jsonl"])
+    with pytest.raises(SourceError, match=r"set holds no files b\*\.jsonl; check data_files"):
+        resolve_shards([source])
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".csv", ".arrow"])

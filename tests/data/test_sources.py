@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from relora_mora.config import TextSource
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, resolve_shards
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats import format_of
@@ -158,6 +159,11 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
         ("~nobody-of-this-name/a.json", "no file matches ~nobody-of-this-name"),
         (f"{'x' * 300}.json", "cannot be read (File name too long); check the path"),
         ([], "no source"),
+        ([TextSource(source="a.json", revision="main")], "a.json: only a source on the hub has a revision (main)"),
+        (
+            [TextSource(source="hub:a/b/c.json", config="en")],
+            "only a set by name (OWNER/NAME or a folder) has a config",
+        ),
     ],
 )
 def test_what_names_no_shard_is_refused(source, message):

@@ -225,6 +225,13 @@ def test_totals(folder, tokenizer_path):
 # ---- another tokenizer, limits, damage -----------------------------------------------------------------------------
 
 
+def test_the_files_of_a_folder_are_not_text(folder):
+    with pytest.raises(
+        SourceError, match=r"odd\.tokens holds tokens made in advance, not text; give the folder itself"
+    ):
+        resolve_shards(str(folder / ".json.gz" / "odd.tokens" / "*.arrow"))
+
+
 def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, other_tokenizer):
     source = str(folder / ".json.gz" / "bad.tokens")
     shards = resolve_shards(source)

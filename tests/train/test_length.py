@@ -7,7 +7,7 @@ import math
 import pytest
 
 from relora_mora.config import ConfigError
-from relora_mora.data import count_tokens
+from relora_mora.data import SourceError, count_tokens
 from tests.tools.runs import metrics, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
@@ -15,6 +15,12 @@ pytestmark = pytest.mark.distributed
 
 def _refused(config) -> str:
     with pytest.raises(ConfigError) as error:
+        train(config)
+    return str(error.value)
+
+
+def _missing(config) -> str:
+    with pytest.raises(SourceError) as error:
         train(config)
     return str(error.value)
 
@@ -38,3 +44,12 @@ def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer
     again = run_config(inputs, tokenizer_path, tmp_path / "other", 1, **settings)
     (said,) = pools(1)(_refused, again)
     assert f"with {steps} steps for the epochs of {tokens:,} tokens" in said and "method.merge_every" in said
+
+
+def test_nothing_is_counted_where_something_is_missing(pools, tokenizer_path, tmp_path):
+    inputs = write_inputs(tmp_path / "inputs")
+    (inputs / "train" / "bad.json").write_text("counting would stop here\n")
+    data = {"train": f"{inputs}/train/*", "validation": f"{inputs}/nowhere.json"}
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 1, data=data, train={"steps": None, "epochs": 1.0})
+    (said,) = pools(1)(_missing, config)
+    assert "no file matches" in said
