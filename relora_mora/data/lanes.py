@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple
@@ -13,7 +13,7 @@ from relora_mora.config import DataConfig
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lane_states import Cursor, read_state
 from relora_mora.data.rows import OpenRows, Row
-from relora_mora.data.skipped import Skipped
+from relora_mora.data.skipped import SKIP_REASONS, Skipped
 from relora_mora.data.sources import Shard
 
 
@@ -79,17 +79,18 @@ class EpochLimit:
     epochs: int
     stops: bool
 
-    def check(self, epoch: int, note: Callable[[str], None]) -> None:
-        """Before an epoch, from 0. Raises SourceError where it may not be read; else says so once."""
+    @property
+    def reached(self) -> str:
         times = "once" if self.epochs == 1 else f"{self.epochs} times"
-        text = f"the source {self.source} has been read {times}, its max_epochs"
-        if epoch >= self.epochs and self.stops:
+        return f"the source {self.source} has been read {times}, its max_epochs"
+
+    def check(self, epoch: int) -> None:
+        """Before an epoch, from 0. Raises SourceError where it may not be read."""
+        if self.stops and epoch >= self.epochs:
             raise SourceError(
-                f"{text}; give it less weight, more text or a higher max_epochs, train for fewer steps, "
+                f"{self.reached}; give it less weight, more text or a higher max_epochs, train for fewer steps, "
                 "or set at_max_epochs: warn"
             )
-        if epoch == self.epochs:
-            note(f"{text}; it is read again")
 
 
 @dataclass
@@ -110,7 +111,7 @@ class LaneRows(Generic[Row]):
         """Endless. Raises SourceError where a shard cannot be read or has too many bad rows, or there is no text."""
         while True:
             if self.limit is not None:
-                self.limit.check(cursor.epoch, self.notes.append)
+                self.limit.check(cursor.epoch)
             order = self.plan.order(self.config.seed, cursor.epoch)
             epoch_start = cursor
             for place in range(cursor.place, len(order)):
@@ -118,11 +119,7 @@ class LaneRows(Generic[Row]):
                 cursor = cursor._replace(place=place + 1, block=0, item=0, bad=0)
             was_whole = (epoch_start.place, epoch_start.block, epoch_start.item) == (0, 0, 0)
             if was_whole and cursor.documents == epoch_start.documents:
-                raise SourceError(
-                    f"lane {self.plan.lane} found no text in "
-                    f"{', '.join(self.shards[part.shard].name for part in self.plan.parts[:3])}: "
-                    "there are fewer documents than lanes; give more text or lower data.lanes"
-                )
+                raise self._no_text(epoch_start, cursor)
             cursor = cursor._replace(epoch=cursor.epoch + 1, place=0)
 
     def _rows_of_part(self, part: Part, cursor: Cursor) -> Generator[tuple[Row, Cursor], None, Cursor]:
@@ -153,6 +150,19 @@ class LaneRows(Generic[Row]):
                 if block:
                     cursor = cursor._replace(block=cursor.block + 1, item=0, bad=bad_before)
             return cursor.after_skipping("empty_shard") if rows.is_empty else cursor
+
+    def _no_text(self, before: Cursor, now: Cursor) -> SourceError:
+        passed = zip(SKIP_REASONS, before.skipped, now.skipped, strict=True)
+        skipped = [f"{reason}: {to - was}" for reason, was, to in passed if to > was and reason != "empty_shard"]
+        shards = ", ".join(self.shards[part.shard].name for part in self.plan.parts[:3])
+        why = (
+            f"all of its rows were skipped ({', '.join(skipped)})"
+            if skipped
+            else "there are fewer documents than lanes"
+        )
+        return SourceError(
+            f"lane {self.plan.lane} found no text in {shards}: {why}; give more text or lower data.lanes"
+        )
 
     def _became_shorter(self, shard: Shard) -> SourceError:
         return SourceError(

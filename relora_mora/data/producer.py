@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relora_mora.config import DataConfig, TextSource
+from relora_mora.config import DataConfig
 from relora_mora.data.lane_states import LaneStates, lane_state, state_key
 from relora_mora.data.lanes import EpochLimit, LaneRows, plan_lanes
 from relora_mora.data.mixture import Mixture
@@ -67,23 +67,22 @@ class Producer:
         self.mixture = Mixture(assignment.config, assignment.lanes_of_all, assignment.blocks_per_lane)
         self.batch = assignment.batch
         records = assignment.config.train_sources if assignment.config.is_mixture else [None]
-        self.lanes = {
-            (lane, name): self._lane(lane, name, record)
+        self.limits = {
+            name: EpochLimit(name, record.max_epochs, stops=record.at_max_epochs == "stop")
             for name, record in zip(self.mixture.names, records, strict=True)
-            for lane in assignment.lanes
+            if record is not None and record.max_epochs is not None
         }
+        self._told: set[str] = set()  # sources that are known to be read again
+        self.lanes = {(lane, name): self._lane(lane, name) for name in self.mixture.names for lane in assignment.lanes}
 
-    def _lane(self, lane: int, name: str, record: TextSource | None) -> SourceLane:
+    def _lane(self, lane: int, name: str) -> SourceLane:
         config = self.assignment.config
         shards = [shard for shard in self.assignment.shards if shard.source == name]
-        limit = None
-        if record is not None and record.max_epochs is not None:
-            limit = EpochLimit(name, record.max_epochs, stops=record.at_max_epochs == "stop")
         plan = plan_lanes(self.assignment.lanes_of_all, len(shards), whole=config.whole_shards)[lane]
         restored = self.assignment.states.get(state_key(lane, name))
         encode, eos = self._encoder(shards)
         packed = Lane(
-            LaneRows(plan, shards, config, functools.partial(open_any, config), limit),
+            LaneRows(plan, shards, config, functools.partial(open_any, config), self.limits.get(name)),
             encode,
             eos=eos,
             sequence_length=config.sequence_length,
@@ -118,16 +117,25 @@ class Producer:
         notes = [note for one in rows for note in one.notes]
         for one in rows:
             one.notes.clear()
+        states = {
+            state_key(lane, source): lane_state(drawn.lane.state(), source, drawn.blocks)
+            for (lane, source), drawn in self.lanes.items()
+        }
         return LaneBlocks(
             tokens=np.stack([block.tokens for block in blocks]),
             scored=_stacked_masks(blocks),
-            states={
-                state_key(lane, source): lane_state(drawn.lane.state(), source, drawn.blocks)
-                for (lane, source), drawn in self.lanes.items()
-            },
+            states=states,
             retries=RETRIES.retries,
-            notes=notes,
+            notes=[*notes, *self._read_again(states)],
         )
+
+    def _read_again(self, states: LaneStates) -> Iterator[str]:
+        """Said once of a source: when its turn comes, since rows are read long before."""
+        for name, limit in self.limits.items():
+            keys = [state_key(lane, name) for lane in self.assignment.lanes]
+            if not limit.stops and name not in self._told and any(states[key]["epoch"] >= limit.epochs for key in keys):
+                self._told.add(name)
+                yield f"{limit.reached}; it is read again"
 
     def ready(self, timeout_seconds: float) -> bool:
         return True

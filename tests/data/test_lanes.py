@@ -170,6 +170,9 @@ def test_one_document_only(tmp_path):
         SourceError, match=r"lane 1 found no text in a\.json\.gz: there are fewer documents than lanes; .*data\.lanes"
     ):
         make_lane(data_config(path), 2, 1).next_block()
+    (tmp_path / "double.txt").write_text("\n\n".join("abcde"))
+    with pytest.raises(SourceError, match=r"double\.txt: all of its rows were skipped \(empty_text: 4\); "):
+        make_lane(data_config(tmp_path / "double.txt", sample_by="line"), 2, 1).next_block()
 
 
 def test_states_that_do_not_fit_are_refused(tmp_path):

@@ -53,3 +53,7 @@ def test_nothing_is_counted_where_something_is_missing(pools, tokenizer_path, tm
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 1, data=data, train={"steps": None, "epochs": 1.0})
     (said,) = pools(1)(_missing, config)
     assert "no file matches" in said
+    (inputs / "empty.json").touch()
+    empty = run_config(inputs, tokenizer_path, tmp_path / "run", 1, data={"train": f"{inputs}/empty.json"})
+    with pytest.raises(SourceError, match=r"the training data .*empty\.json holds no text"):
+        count_tokens(empty.data, tokenizer_path)
