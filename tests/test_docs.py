@@ -15,6 +15,8 @@ import pytest
 from pydantic import BaseModel
 
 from relora_mora.config import Config
+from relora_mora.data import iter_texts
+from tests.tools.data_tools import data_config
 from tests.tools.helpers import ROOT
 
 DOCUMENTS = sorted(
@@ -180,27 +182,18 @@ def test_the_readme_stays_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 1100
 
 
-def test_the_readme_turns_text_files_into_lines_that_the_trainer_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_readme_reads_lines_of_json_and_folders_of_text(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text()
     [sample] = re.findall(r'^\{"text": .*\}$', readme, re.MULTILINE)
     assert isinstance(json.loads(sample)["text"], str)
-    [snippet] = [
-        code for code in re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL) if "texts" in code
-    ]
-    texts = [f'Text {number}, of two lines:\n"\u00fcber"\n' for number in range(21)]
-    (tmp_path / "texts").mkdir()
+    [(source, sample_by)] = re.findall(r"--data\.train='(\S+\.txt)' .*--data\.sample_by=(\w+)", readme)
+    texts = [f'Text {number}, of two lines:\n"\u00fcber"' for number in range(3)]
     for number, text in enumerate(texts):
-        (tmp_path / "texts" / f"{number:02}.txt").write_text(text, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    exec(snippet, {})
-    train, validation = (
-        [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
-        for name in ("train.jsonl", "validation.jsonl")
-    )
-    assert validation == [{"text": texts[0]}, {"text": texts[20]}]
-    assert train == [{"text": text} for text in texts[1:20]]
+        path = tmp_path / source.replace("*", str(number))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n", encoding="utf-8")
+    config = data_config(tmp_path / source, sample_by=sample_by)
+    assert list(iter_texts(config.train, split="train", config=config)) == texts
 
 
 def test_metrics_that_are_described_are_written_and_the_other_way_round() -> None:

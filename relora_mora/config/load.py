@@ -207,6 +207,8 @@ def validate(
             found.append(str(fault))
     if found or config is None:
         raise ConfigError(found, source)
+    if config.train.tokens is None:
+        return config
     return config.model_copy(update={"train": config.train.model_copy(update={"tokens": None})})
 
 
