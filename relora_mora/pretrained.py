@@ -19,6 +19,7 @@ from relora_mora.checkpoint import CheckpointError, CheckpointReader, read_manif
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.checkpoint.layout import MANIFEST
 from relora_mora.config import DataConfig, Given, TextSource, validate
+from relora_mora.data.hub_sources import hub_repo
 from relora_mora.methods.inject import inject
 from relora_mora.methods.layers import adapter_layers, adapter_parameters
 from relora_mora.model import KEYS, NOTHING, ONLY
@@ -131,7 +132,8 @@ class LoadedModel:
 
     def _with_validation(self, data: DataConfig, validation: Given) -> DataConfig:
         """With other held-out text. The run's revisions hold for its own sources alone."""
-        known = {source.source: source.revision or data.revision for source in data.sources("validation")}
+        own = [source for source in data.sources("validation") if hub_repo(source)]
+        known = {source.source: source.revision or data.revision for source in own}
 
         def pinned(source: TextSource) -> TextSource:
             return source.model_copy(update={"revision": source.revision or known.get(source.source)})

@@ -125,13 +125,15 @@ def test_what_a_command_is_given_as_text():
 def test_the_revisions_of_a_run_hold_for_its_own_text():
     commits = ["a" * 40, "b" * 40]
     own = {"c4": "allenai/c4", "web": [{"source": "some/set", "revision": commits[1]}]}
-    data = DataConfig(train="allenai/c4", validation=own, revision=commits[0])
+    data = DataConfig(train="allenai/c4", validation=own | {"here": "a.jsonl"}, revision=commits[0])
     loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
     assert loaded.data_settings(None, None, None) == data
     for given in ({"web": "some/set", "new": "other/set", "c4": "allenai/c4"}, ["some/set", "other/set", "allenai/c4"]):
         settings = loaded.data_settings(given, 64, None)
         assert [source.revision for source in settings.sources("validation")] == [commits[1], None, commits[0]]
         assert (settings.revision, settings.sequence_length) == ("main", 64)
+    (here,) = loaded.data_settings(["a.jsonl"], None, None).sources("validation")
+    assert here.revision is None  # it is on no hub
 
 
 def _llama() -> LlamaForCausalLM:

@@ -135,7 +135,7 @@ def hub_commits(config: DataConfig) -> dict[Revision, str]:
     commits = Commits(config.revision, config.timeout_seconds)
     for split in SPLITS:
         for source in config.sources(split):
-            repo = _repo(source)
+            repo = hub_repo(source)
             if repo is not None:
                 commits.at(repo, source.revision)
     return commits.known
@@ -150,7 +150,7 @@ def pin_revision(config: DataConfig, commits: Mapping[Revision, str] | None = No
     found = hub_commits(config) if commits is None else commits
 
     def pinned(source: TextSource) -> TextSource:
-        repo = _repo(source)
+        repo = hub_repo(source)
         commit = None if repo is None else found[repo, source.revision or config.revision]
         return source if commit is None else source.model_copy(update={"revision": commit})
 
@@ -159,7 +159,7 @@ def pin_revision(config: DataConfig, commits: Mapping[Revision, str] | None = No
         "validation": map_records(config.validation, pinned),
     }
     texts = as_sources([*texts_in(config.train), *texts_in(config.validation)])
-    repos = {repo for source in texts if (repo := _repo(source)) is not None}
+    repos = {repo for source in texts if (repo := hub_repo(source)) is not None}
     revision = found[repos.pop(), config.revision] if len(repos) == 1 else config.revision
     return config.model_copy(update={**records, "revision": revision})
 
@@ -170,7 +170,7 @@ def remember_commits(commits: Mapping[Revision, str]) -> None:
     _remembered.update(commits)
 
 
-def _repo(source: TextSource) -> str | None:
+def hub_repo(source: TextSource) -> str | None:
     """The hub repository that a source lies in."""
     name = dataset_name(source)
     if name is not None:

@@ -39,6 +39,7 @@ FREE_SETTINGS = {
     "train.peer_timeout_seconds",
     "train.deepspeed",
 }
+ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # what places in the data depend on
 FREE_SECTIONS = {"eval", "checkpoint", "log"}
 
 
@@ -172,9 +173,10 @@ def _tokenizer_changes(saved: Identity, now: Identity, allowed: set[str]) -> Ite
 def _other_data(saved: Identity, now: Identity) -> bool:
     if saved.data_content not in (None, now.data_content):
         return True
-    # the data's fingerprint contains the tokenizer's and settings of data: where those differ, they are named instead
-    explained = saved.tokenizer_fingerprint != now.tokenizer_fingerprint or any(
-        name.startswith("data.") and name not in FREE_SETTINGS for name in changed_settings(saved.config, now.config)
-    )
-    explained = explained or _weights(saved) != _weights(now)
+    # the data's fingerprints contain the tokenizer's and settings of data: where those differ, they are named instead
+    other_tokenizer = saved.tokenizer_fingerprint != now.tokenizer_fingerprint
+    changed = {name for name in changed_settings(saved.config, now.config) if name.startswith("data.")} - FREE_SETTINGS
+    if saved.data_order != now.data_order and not (other_tokenizer or changed & ORDER_SETTINGS):
+        return True  # names of sources, for instance: weights do not explain these
+    explained = other_tokenizer or changed or _weights(saved) != _weights(now)
     return not explained and saved.data_fingerprint != now.data_fingerprint

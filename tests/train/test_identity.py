@@ -75,6 +75,18 @@ def test_a_change_is_named_until_it_is_allowed(other, permission):
     assert list(changes_since(identity(), other, {permission})) == []
 
 
+def test_other_names_of_sources_are_other_data_whatever_their_weights():
+    def mixture(name: str, order: str, weight: float = 1.0) -> Identity:
+        records = [{"source": "a", "name": name, "weight": weight}, {"source": "b", "weight": 1.0}]
+        return replace(with_setting("data", "train", records), data_order=order, data_fingerprint=f"{order}{weight}")
+
+    text = identity(data_fingerprint="text")
+    for before, now in ((mixture("web", "1"), mixture("wev", "2", 3.0)), (text, mixture("web", "1"))):
+        [change] = changes_since(before, now, {"data.train"})
+        assert change.permission == "data"
+    assert list(changes_since(mixture("web", "1"), mixture("web", "1", 3.0), {"data.train"})) == []
+
+
 def test_another_model_cannot_be_allowed():
     other = identity(model_config=plain_model_config(tiny_llama(rms_norm_eps=1e-3)))
     [change] = changes_since(identity(), other, {"model"})
