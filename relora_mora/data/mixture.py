@@ -5,6 +5,7 @@ Nothing of it is saved, so a run may move to any number of ranks, and weights ma
 
 from __future__ import annotations
 
+import functools
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +13,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from relora_mora.config import DataConfig
+from relora_mora.data.lanes import seeded_order
 
-# 2^64 over the golden ratio: multiples of it, modulo 2^64, spread evenly however many there are (Knuth, TAOCP 3, 6.4)
-_GOLDEN = 0x9E3779B97F4A7C15
-_MODULUS = 1 << 64
+_TURNS = 0x7475726E  # keeps the orders of turns apart from those of documents
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ class Mixture:
     def sources(self, batch: int, lanes: Iterable[int]) -> list[list[str]]:
         """For each of these lanes the sources of its blocks in the global batch that comes after ``batch`` others.
 
-        The blocks of a source lie side by side on the lanes, and the whole is turned by the golden ratio from batch to
-        batch: so each lane gets its share of every source, however the weights and the number of lanes divide.
+        The blocks of a source lie side by side on the lanes, and the whole is turned from batch to batch, through all
+        turns there are in a drawn order and then in another one: so each lane gets its share of every source, however
+        often a pattern of the weights repeats.
         """
         if len(self.names) == 1:
             return [[self.names[0]] * self.blocks_per_lane for _ in lanes]
@@ -73,11 +74,16 @@ class Mixture:
         first = (batch - stage.before) * size
         counts = zip(stage.counts(first), stage.counts(first + size), strict=True)
         ends = list(itertools.accumulate(after - before for before, after in counts))
-        turn = (batch * _GOLDEN) % _MODULUS * self.lanes // _MODULUS
+        turn = _turns(self.lanes, batch // self.lanes)[batch % self.lanes]
         return [
             [stage.names[bisect_right(ends, slot)] for slot in range((lane - turn) % self.lanes, size, self.lanes)]
             for lane in lanes
         ]
+
+
+@functools.lru_cache(maxsize=2)
+def _turns(lanes: int, group: int) -> list[int]:
+    return seeded_order(lanes, _TURNS, group)
 
 
 def mixture_names(config: DataConfig) -> Sequence[str]:

@@ -35,6 +35,7 @@ def _mixture_config(weights, **settings):
         (dict.fromkeys("abcdefgh", 1), 8, 1),
         ({"a": 6, "b": 2, "c": 1, "d": 0.5, "e": 0.3, "f": 0.2}, 64, 2),
         ({"a": 0.99, "b": 0.01, "c": 0}, 8, 1),
+        ({"a": 20, "b": 1}, 4, 2),  # the blocks of b come in a pattern of 21 steps
     ],
 )
 def test_every_source_gets_its_share_in_all_and_on_every_lane(weights, lanes, blocks_per_lane):
@@ -52,7 +53,9 @@ def test_every_source_gets_its_share_in_all_and_on_every_lane(weights, lanes, bl
             assert abs(taken[name] - blocks * weight / total) < 2
     for name, weight in weights.items():
         exact = 500 * blocks_per_lane * weight / total
-        assert all(abs(counter[name] - exact) < 8 for counter in of_lanes)
+        assert all(
+            abs(counter[name] - exact) < 2 * exact**0.5 + 2 for counter in of_lanes
+        )  # as draws at random would be
         assert weight or not taken[name]
 
 
