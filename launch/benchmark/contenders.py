@@ -274,12 +274,14 @@ OURS: dict[str, Callable[[Setting], Contender]] = {
     **{name: functools.partial(Ours, method=name) for name in METHODS},
     "frozen": lambda setting: Ours(setting, "full", frozen=True),
     "remora_merged": lambda setting: Ours(setting, "remora", "merged"),
+    "remora_resident": lambda setting: Ours(setting, "remora", "resident"),
     "remora_decoupled": lambda setting: Ours(setting, "remora", "decoupled"),
     "remora_released": lambda setting: Ours(setting, "mora", "released"),
     "remora_r32": lambda setting: Ours(replace(setting, square_multiple=32), "remora"),
     "full_compiled": lambda setting: Ours(setting, "full", compiled=True),
     "remora_compiled": lambda setting: Ours(setting, "remora", compiled=True),
     "relora_merged": lambda setting: Ours(setting, "relora", "merged"),
+    "relora_resident": lambda setting: Ours(setting, "relora", "resident"),
     "relora_decoupled": lambda setting: Ours(setting, "relora", "decoupled"),
 }
 PEERS: dict[str, Callable[[Setting], Contender]] = {
