@@ -64,8 +64,8 @@ class LoRALinear(AdapterLinear):
         product = 2.0 * self.lora_rank * (self.in_features + self.out_features)
         if not self.uses_merged_form(tokens):
             return Flops(product, 3 * product)
-        # W + B A, made once for all tokens in forward and again in backward
-        build = 2.0 * self.in_features * self.out_features * self.lora_rank / tokens
+        # W + B A, made once for all tokens in forward and again in backward, unless it is there already
+        build = 0.0 if self.resident else 2.0 * self.in_features * self.out_features * self.lora_rank / tokens
         return Flops(build, 2 * build + 2 * product)
 
     def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:

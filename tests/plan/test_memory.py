@@ -14,10 +14,17 @@ from transformers import LlamaConfig
 
 from relora_mora.config import Config, validate
 from relora_mora.methods.inject import inject
+from relora_mora.methods.layers import adapter_layers
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import describe_trainable, set_trainable
 from relora_mora.plan.flops import meta_model
-from relora_mora.plan.memory import activation_memory, count_parameters, peak_memory, scratch_memory
+from relora_mora.plan.memory import (
+    activation_memory,
+    count_parameters,
+    merged_memory,
+    peak_memory,
+    scratch_memory,
+)
 
 MODEL = LlamaConfig(
     hidden_size=128,
@@ -88,6 +95,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"name": "lora", "form": "decoupled"}, {}),
     ({"name": "mora", "form": "merged"}, {}),
     ({"name": "mora", "form": "decoupled"}, {}),
+    ({"name": "mora", "form": "resident"}, {}),
+    ({"name": "lora", "form": "resident"}, {"activation_checkpointing": True}),
     ({"name": "mora", "operators": [6], "square_multiple": 2}, {}),
     ({"name": "mora", "train_norms": False}, {}),
     ({"name": "mora", "target_modules": ["q_proj", "down_proj"]}, {}),
@@ -106,7 +115,13 @@ def test_activations_and_peak(method: dict[str, Any], model: dict[str, Any], bf1
     tracker = LiveTensors()
     for parameter in trained.parameters():
         tracker.add(parameter.data)
+    for _, layer in adapter_layers(trained.lm):
+        layer.keep_merged()
+        if layer.merged_weight is not None:
+            tracker.add(layer.merged_weight)
+    before = sum(parameter.nbytes for parameter in trained.parameters())
     weights = tracker.now
+    assert weights == before + merged_memory(trained.lm, bf16=bf16)
     with tracker:
         loss = trained(ids, ids)
         kept = tracker.now - weights

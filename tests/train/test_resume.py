@@ -81,6 +81,26 @@ def test_every_method_resumes_bit_equal(pools, inputs, tokenizer_path, tmp_path,
     assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
 
 
+@pytest.mark.parametrize("method,stage", [("remora", 2), ("relora", 0)])
+def test_the_resident_form_gives_the_bits_of_the_merged_one_also_after_a_resume(
+    pools, inputs, tokenizer_path, tmp_path, method, stage
+):
+    folders = [tmp_path / "merged", tmp_path / "resident"]
+    for folder in folders:
+        sections = _sections(stage, True, method)
+        sections["method"]["form"] = folder.name
+        config = run_config(inputs, tokenizer_path, folder, 1, **sections)
+        if folder.name == "resident":
+            pools(1)(train, config, stop_after=5)
+        pools(1)(train, config)
+    assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
+    logged = [
+        [line[key] for line in metrics(folder) for key in ("train/loss", "eval/loss") if key in line]
+        for folder in folders
+    ]
+    assert logged[0] == logged[1] and len(logged[0]) == 13
+
+
 def seeds_of_forwards(config: Any) -> list[int]:
     """The seed that this rank draws with in each forward of training, in order."""
     from relora_mora.model.llama import LossModel
