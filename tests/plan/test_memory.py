@@ -17,6 +17,7 @@ from relora_mora.methods.inject import inject
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import describe_trainable, set_trainable
+from relora_mora.plan.fit import choose_resident
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import (
     activation_memory,
@@ -188,3 +189,20 @@ def test_accumulation_keeps_gradients_through_the_loss() -> None:
     model = meta_model(MODEL, once.method)
     gradients = [peak_memory(model, config, 0, 1, bf16=True).gradients for config in (once, twice)]
     assert gradients[0] == 0 < gradients[1]
+
+
+def test_auto_keeps_merged_weights_where_a_step_has_several_micro_batches_and_the_memory_is_there() -> None:
+    once = make_config({"name": "remora"})
+    twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
+    compiled = twice.model_copy(update={"model": once.model.model_copy(update={"compile": True})})
+    model = meta_model(MODEL, once.method)
+
+    def kept(config: Config, stage: int = 1, available: float | None = None) -> int:
+        choose_resident(model, config, stage, 1, available, bf16=True)
+        return sum(layer.resident for _, layer in adapter_layers(model))
+
+    assert kept(twice) == 7 * MODEL.num_hidden_layers
+    needed = peak_memory(model, twice, 1, 1, bf16=True)
+    assert needed.merged == 2 * sum(layer.weight.numel() for _, layer in adapter_layers(model))
+    assert kept(twice, available=2 * needed.device) and not kept(twice, available=2 * needed.device - 1)
+    assert kept(twice) and not any((kept(once), kept(twice, stage=3), kept(compiled)))
