@@ -23,6 +23,7 @@ from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.methods.inject import decoder_linears, inject
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import build_optimizer, parameter_groups, set_trainable
+from relora_mora.plan.fit import choose_resident
 from relora_mora.plan.flops import flops_of
 from relora_mora.registry import METHODS
 from relora_mora.zero import ZeroEngine
@@ -93,6 +94,7 @@ class Ours:
         if form == "released":
             use_released_layers(lm)
         set_trainable(lm, config.method)
+        choose_resident(lm, config, setting.zero_stage, dist.get_world_size(), None, bf16=setting.bf16)
         if frozen:
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)
@@ -274,12 +276,14 @@ OURS: dict[str, Callable[[Setting], Contender]] = {
     **{name: functools.partial(Ours, method=name) for name in METHODS},
     "frozen": lambda setting: Ours(setting, "full", frozen=True),
     "remora_merged": lambda setting: Ours(setting, "remora", "merged"),
+    "remora_resident": lambda setting: Ours(setting, "remora", "resident"),
     "remora_decoupled": lambda setting: Ours(setting, "remora", "decoupled"),
     "remora_released": lambda setting: Ours(setting, "mora", "released"),
     "remora_r32": lambda setting: Ours(replace(setting, square_multiple=32), "remora"),
     "full_compiled": lambda setting: Ours(setting, "full", compiled=True),
     "remora_compiled": lambda setting: Ours(setting, "remora", compiled=True),
     "relora_merged": lambda setting: Ours(setting, "relora", "merged"),
+    "relora_resident": lambda setting: Ours(setting, "relora", "resident"),
     "relora_decoupled": lambda setting: Ours(setting, "relora", "decoupled"),
 }
 PEERS: dict[str, Callable[[Setting], Contender]] = {

@@ -88,6 +88,7 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from length_faults(config)
     yield from data_faults(config)
     yield from _target_faults(config)
+    yield from _form_faults(config)
     yield from _square_faults(config)
     yield from _merge_faults(config)
     yield from _schedule_faults(config)
@@ -106,6 +107,15 @@ def _target_faults(config: Config) -> Iterator[Fault]:
         )
     if len(set(names)) < len(names):
         yield Fault(("method.target_modules",), "a name stands there twice; name each once")
+
+
+def _form_faults(config: Config) -> Iterator[Fault]:
+    if config.method.form == "resident" and config.method.uses_adapters and config.train.zero_stage == 3:
+        yield Fault(
+            ("method.form", "train.zero_stage", "method.name"),
+            "resident keeps W + delta whole on each rank, which ZeRO-3 is there to avoid; use method.form=auto, "
+            "or train.zero_stage=2",
+        )
 
 
 def _square_faults(config: Config) -> Iterator[Fault]:

@@ -170,7 +170,7 @@ class MethodConfig(Strict):
     train_embeddings: bool = Field(True, description="train the input embeddings")
     train_norms: bool = Field(True, description="train the norms")
     train_head: bool = Field(True, description="train the output head")
-    form: Literal["auto", "merged", "decoupled"] = Field(
+    form: Literal["auto", "merged", "resident", "decoupled"] = Field(
         "auto", description="how an adapter layer computes: see docs/method.md"
     )
     merge_every: Positive = Field(

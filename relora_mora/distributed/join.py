@@ -43,7 +43,7 @@ def join(timeout_seconds: float) -> None:
         else:
             keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _processes_on_host()))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_on_host()))
 
 
 def backend_name() -> str:
@@ -102,7 +102,7 @@ def store_address() -> tuple[str, int]:
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
-def _processes_on_host() -> int:
+def processes_on_host() -> int:
     """As torchrun, DeepSpeed's launcher and Slurm tell it; Slurm's form is 8(x2),4."""
     told = [os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE")]
     return max([1, *(int(number) for value in told for number in re.findall(r"\d+", value)[:1])])

@@ -1,8 +1,9 @@
 """What an adapter layer is: a frozen weight and what trains beside it.
 
-An adapter layer owns the frozen weight W [out, in] and its trainable parameters, and computes ``(W + delta) x``. Two
+An adapter layer owns the frozen weight W [out, in] and its trainable parameters, and computes ``(W + delta) x``. Three
 forms with the same result exist: ``merged`` builds ``W + delta`` for each use, which is one product with the tokens
-instead of several passes over them; ``decoupled`` is the textbook form, kept as the readable reference.
+instead of several passes over them; ``resident`` builds it once and keeps it until a weight changes; ``decoupled`` is
+the textbook form, kept as the readable reference.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class AdapterLinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.form = form
+        self.resident = form == "resident"
+        self.merged_weight: Tensor | None = None  # W + delta as it is now; never saved
         self.weight: Tensor = linear.weight
         self.weight.requires_grad_(False)
         self.bias: Tensor | None = linear.bias
@@ -77,6 +80,10 @@ class AdapterLinear(nn.Module):
     @abstractmethod
     def delta_of(self, *parameters: Tensor) -> Tensor:
         """What the adapter with these values (in the order of ``adapter_names``) adds to the weight [out, in]."""
+
+    @abstractmethod
+    def build_merged(self) -> Tensor:
+        """W + delta [out, in] of the present values, a new tensor; not differentiable"""
 
     @abstractmethod
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
@@ -105,12 +112,22 @@ class AdapterLinear(nn.Module):
         y = self._merged(x) if self.uses_merged_form(x.numel() // self.in_features) else self._decoupled(x)
         return y if self.bias is None else y + self.bias
 
+    @torch.no_grad()
+    def keep_merged(self) -> None:
+        """Builds ``W + delta`` where the layer is resident and has none; all uses until :meth:`drop_merged` take it."""
+        if self.resident and self.merged_weight is None:
+            self.merged_weight = self.build_merged()
+
+    def drop_merged(self) -> None:
+        """To be called whenever W, the adapter or its operator changes. A use without it builds its own."""
+        self.merged_weight = None
+
     def uses_merged_form(self, tokens: int) -> bool:
         """``auto`` builds ``W + delta`` where its [out, in] elements are few beside the tokens' [tokens, in + out]."""
         if self.form == "auto":
             activations = tokens * (self.in_features + self.out_features)
             return activations >= self.break_even * self.in_features * self.out_features
-        return self.form == "merged"
+        return self.form != "decoupled"
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, form={self.form}"

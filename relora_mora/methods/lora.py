@@ -47,6 +47,9 @@ class LoRALinear(AdapterLinear):
         A, B = parameters
         return self.scale * (B @ A)
 
+    def build_merged(self) -> Tensor:
+        return torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.scale)
+
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         if name == "lora_B":
             return torch.zeros(self.out_features, self.lora_rank)
@@ -61,8 +64,8 @@ class LoRALinear(AdapterLinear):
         product = 2.0 * self.lora_rank * (self.in_features + self.out_features)
         if not self.uses_merged_form(tokens):
             return Flops(product, 3 * product)
-        # W + B A, made once for all tokens in forward and again in backward
-        build = 2.0 * self.in_features * self.out_features * self.lora_rank / tokens
+        # W + B A, made once for all tokens in forward and again in backward, unless it is there already
+        build = 0.0 if self.resident else 2.0 * self.in_features * self.out_features * self.lora_rank / tokens
         return Flops(build, 2 * build + 2 * product)
 
     def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
@@ -70,7 +73,7 @@ class LoRALinear(AdapterLinear):
         return [of_input] if self.uses_merged_form(tokens) else [of_input, Kept("A x", self.lora_rank, shared=False)]
 
     def _merged(self, x: Tensor) -> Tensor:
-        return _MergedLoRA.apply(x, self.weight, self.lora_A, self.lora_B, self.scale)
+        return _MergedLoRA.apply(x, self.weight, self.lora_A, self.lora_B, self.merged_weight, self.scale)
 
     def _decoupled(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
@@ -80,22 +83,29 @@ class LoRALinear(AdapterLinear):
 
 
 class _MergedLoRA(torch.autograd.Function):
-    """``x (W + scale B A)^T``; both gradients go through r features, none through [out, in]."""
+    """``x (W + scale B A)^T``; both gradients go through r features, none through [out, in].
+
+    ``merged`` is ``W + scale B A`` where it is resident; else it is built in forward and again in backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(x, weight, A, B)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, merged: Tensor | None, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, A, B, merged)
         ctx.scale = scale
-        return F.linear(x, torch.addmm(weight, B, A, alpha=scale))
+        return F.linear(x, torch.addmm(weight, B, A, alpha=scale) if merged is None else merged)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        x, weight, A, B = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
+        x, weight, A, B, merged = ctx.saved_tensors
         dy = grads[0]
         scale = ctx.scale
-        dx = dy @ torch.addmm(weight, B, A, alpha=scale) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ (torch.addmm(weight, B, A, alpha=scale) if merged is None else merged)
         x = x.reshape(-1, x.shape[-1])
         dy = dy.reshape(-1, dy.shape[-1])
         dA = scale * ((dy @ B).T @ x) if ctx.needs_input_grad[2] else None
         dB = scale * (dy.T @ (x @ A.T)) if ctx.needs_input_grad[3] else None
-        return dx, None, dA, dB, None
+        return dx, None, dA, dB, None, None

@@ -57,6 +57,7 @@ class MoRALinear(AdapterLinear):
 
     def set_operator(self, mora_type: int) -> None:
         self.operator = make_operator(mora_type, self.in_features, self.out_features, self.square_size)
+        self.drop_merged()
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -64,6 +65,9 @@ class MoRALinear(AdapterLinear):
 
     def delta_of(self, *parameters: Tensor) -> Tensor:
         return self.operator.delta(*parameters)
+
+    def build_merged(self) -> Tensor:
+        return self.operator.add_delta(self.weight, self.mora_M)
 
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         return torch.zeros(self.square_size, self.square_size)
@@ -86,7 +90,9 @@ class MoRALinear(AdapterLinear):
         return [make_operator(kind, self.in_features, self.out_features, self.square_size).blocks for kind in cycle]
 
     def _merged(self, x: Tensor) -> Tensor:
-        return _MergedMoRA.apply(x, self.weight, self.mora_M, self.operator, torch.is_grad_enabled())
+        return _MergedMoRA.apply(
+            x, self.weight, self.mora_M, self.merged_weight, self.operator, torch.is_grad_enabled()
+        )
 
     def _decoupled(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + self.operator.decompress(F.linear(self.operator.compress(x), self.mora_M))
@@ -96,23 +102,30 @@ class MoRALinear(AdapterLinear):
 
 
 class _MergedMoRA(torch.autograd.Function):
-    """``x (W + D M C)^T`` that keeps ``C x`` [..., R] for backward, not x: W is frozen, so only dM needs the input."""
+    """``x (W + D M C)^T`` that keeps ``C x`` [..., R] for backward, not x: W is frozen, so only dM needs the input.
+
+    ``merged`` is ``W + D M C`` where it is resident; else it is built in forward and again in backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, M: Tensor, operator: Operator, training: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, M: Tensor, merged: Tensor | None, operator: Operator, training: bool
+    ) -> Tensor:
         needs_square = training and ctx.needs_input_grad[2]
-        ctx.save_for_backward(_compress_once(x, operator) if needs_square else None, weight, M)
+        ctx.save_for_backward(_compress_once(x, operator) if needs_square else None, weight, M, merged)
         ctx.operator = operator
-        return F.linear(x, operator.add_delta(weight, M))
+        return F.linear(x, operator.add_delta(weight, M) if merged is None else merged)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        compressed, weight, M = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None]:
+        compressed, weight, M, merged = ctx.saved_tensors
         dy = grads[0]
         operator = ctx.operator
-        dx = dy @ operator.add_delta(weight, M) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ (operator.add_delta(weight, M) if merged is None else merged)
         dM = operator.square_gradient(compressed, dy) if compressed is not None else None
-        return dx, None, dM, None, None
+        return dx, None, dM, None, None, None
 
 
 def _compress_once(x: Tensor, operator: Operator) -> Tensor:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config import Config, ConfigError, MethodConfig
 from relora_mora.methods.inject import layer_class
+from relora_mora.methods.layers import adapter_layers
 from relora_mora.model.shapes import linear_shapes
 from relora_mora.plan.flops import meta_model
-from relora_mora.plan.memory import state_memory
+from relora_mora.plan.memory import peak_memory, state_memory
+
+RESIDENT_SHARE = 0.5  # of the memory: a step of a run with resident layers is planned to take no more
 
 
 def check_adapters(model_config: LlamaConfig, method: MethodConfig) -> None:
@@ -59,3 +62,26 @@ def check_memory(model_config: LlamaConfig, config: Config, world_size: int, ava
             f"than train.zero_stage={config.train.zero_stage}: launch/plan.py says what a run needs"
         )
         raise ConfigError([fault], "the settings")
+
+
+def choose_resident(
+    model: LlamaForCausalLM, config: Config, stage: int, world_size: int, available: float | None, *, bf16: bool
+) -> None:
+    """Where ``method.form`` is ``auto``, makes the layers resident that would build ``W + delta`` for each use.
+
+    It does so where a step has several micro-batches and is planned to take at most half of the ``available`` bytes of
+    a rank (None: not known, and taken to be enough). The results are the same bits, so ranks and resumes may choose
+    differently; they might not be in compiled layers, which are left as they are.
+    """
+    if config.method.form != "auto":
+        return
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    pays = config.accumulation_steps(world_size) > 1 and stage < 3 and not config.model.compile
+    layers = [layer for _, layer in adapter_layers(model)]
+    for layer in layers:
+        layer.resident = pays and layer.uses_merged_form(tokens)
+    if available is None or not any(layer.resident for layer in layers):
+        return
+    needed = peak_memory(model, config, stage, world_size, bf16=bf16).device
+    for layer in layers:
+        layer.resident = layer.resident and needed <= RESIDENT_SHARE * available

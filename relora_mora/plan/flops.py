@@ -65,7 +65,7 @@ def flops_of(model: LlamaForCausalLM, model_config: LlamaConfig, config: Config)
     """FLOPs of one token for a model with its adapters and its trainable parameters marked.
 
     The cost of type 6's blocks is averaged over the cycle of operators; LoRA's product ``B A``, made once for each use
-    of a layer, is shared by the tokens of a micro-batch.
+    of a layer, is shared by the tokens of a micro-batch; of a resident layer it is made once a step and not counted.
     """
     tokens = config.train.micro_batch_size * config.data.sequence_length
     linears = adapters = forward = 0.0

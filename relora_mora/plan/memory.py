@@ -9,6 +9,7 @@ After the sources of DeepSpeed 0.19 and transformers 5.24:
 part            bytes
 ==============  ======================================================================================================
 weights         b (T + F); stage 3: b (T + F) / N
+merged          ``W + delta`` of resident linears, from a step's first forward to its last backward: b each element
 gathered        stage 3: what forward gathers of other ranks' weights and keeps for backward (DeepSpeed's default reuse
                 distance keeps it), b min(T + F, ``stage3_max_live_parameters``); parameters of at most
                 ``stage3_param_persistence_threshold`` elements always
@@ -24,7 +25,7 @@ activations     a layer keeps 2 h (4 + b) for its norms, b (2 q + 2 k) for atten
                 which only ``C x`` is kept. With activation checkpointing b h a layer, and one whole layer
 scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient
                 (4 + b) h V; in backward: the gradients of the gated product, 2 b f a token, and ``W + delta`` of one
-                linear
+                linear that is not resident
 ==============  ======================================================================================================
 
 A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N.
@@ -41,7 +42,7 @@ from transformers import LlamaForCausalLM
 
 from relora_mora.config import Config
 from relora_mora.methods.inject import decoder_linears
-from relora_mora.methods.layers import INPUT, AdapterLinear, Kept
+from relora_mora.methods.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
 from relora_mora.model.shapes import attention_widths
 from relora_mora.optim import count_parameters
@@ -54,7 +55,7 @@ PERSISTENCE_THRESHOLD = 100_000
 # linears of a decoder layer that see the same input
 _INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
 
-PARTS = ("weights", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
+PARTS = ("weights", "merged", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Memory:
 
     moment: str  # loss | backward's start | backward's end | step
     weights: float
+    merged: float
     gathered: float
     masters: float
     optimizer: float
@@ -82,8 +84,10 @@ def peak_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size:
     state = state_memory(model, config, stage, world_size, bf16=bf16)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
     before = gradients.between_micro_batches if config.accumulation_steps(world_size) > 1 else gradients.between_steps
+    merged = merged_memory(model, bf16=bf16)
     live = replace(
         state,
+        merged=merged,
         gradients=before,
         gathered=max(state.gathered, gathered_memory(model, config, stage, world_size, bf16=bf16)),
     )
@@ -94,7 +98,12 @@ def peak_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size:
         replace(live, moment="loss", activations=kept, scratch=at_loss),
         replace(live, moment="backward's start", activations=kept + again, scratch=in_backward),
         replace(
-            state, moment="backward's end", gradients=gradients.after_backward, activations=layer, scratch=in_backward
+            state,
+            moment="backward's end",
+            merged=merged,
+            gradients=gradients.after_backward,
+            activations=layer,
+            scratch=in_backward,
         ),
         replace(state, moment="step", gradients=gradients.in_step),
     ]
@@ -115,6 +124,7 @@ def state_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size
     return Memory(
         moment="between steps",
         weights=width * (counts.trainable + counts.frozen) / (world_size if stage == 3 else 1),
+        merged=0,
         gathered=width * persistent if stage == 3 and world_size > 1 else 0,
         masters=4 * part if bf16 or stage > 0 else 0,
         optimizer=8 * part,
@@ -130,6 +140,12 @@ def zero_setting(config: Config, name: str, default: int) -> int:
     """A number of DeepSpeed's ``zero_optimization``, as ``train.deepspeed`` sets it."""
     value = config.train.deepspeed.get("zero_optimization", {}).get(name, default)
     return int(value) if isinstance(value, int | float) else default
+
+
+def merged_memory(model: LlamaForCausalLM, *, bf16: bool) -> float:
+    """Bytes of ``W + delta`` of all layers that keep it within a step."""
+    resident = sum(layer.weight.numel() for _, layer in adapter_layers(model) if layer.resident)
+    return (2 if bf16 else 4) * resident
 
 
 def gathered_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size: int, *, bf16: bool) -> float:
@@ -232,6 +248,6 @@ def scratch_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool) -> tu
     at_loss = chunk * vocabulary * logit + (4 + width) * trains
     built = 0.0
     for _, layer in decoder_linears(model):
-        if isinstance(layer, AdapterLinear) and layer.uses_merged_form(tokens):
+        if isinstance(layer, AdapterLinear) and not layer.resident and layer.uses_merged_form(tokens):
             built = max(built, layer.weights_built * layer.weight.numel())
     return at_loss, width * (2 * tokens * model.config.intermediate_size + built + trains)

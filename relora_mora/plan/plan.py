@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora_mora.config import Config
 from relora_mora.optim import Parameters, count_parameters
 from relora_mora.plan.cluster import Cluster, StepTime, step_time
+from relora_mora.plan.fit import choose_resident
 from relora_mora.plan.flops import Flops, flops_of, meta_model
 from relora_mora.plan.memory import Memory, peak_memory
 from relora_mora.plan.network import Traffic, traffic
@@ -114,12 +115,14 @@ def make_plan(
     ranks = cluster.world_size
     own = config.method.name
     models: dict[str, LlamaForCausalLM] = {}
-    memory: dict[str, dict[int, Memory]] = {}
+    memory: dict[str, dict[int, Memory]] = {name: {} for name in METHODS}
     network: dict[str, dict[int, Traffic]] = {}
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
         models[name] = meta_model(model_config, other.method)
-        memory[name] = {stage: peak_memory(models[name], other, stage, ranks, bf16=bf16) for stage in STAGES}
+        for stage in STAGES:
+            choose_resident(models[name], other, stage, ranks, cluster.device.memory_gb * 1e9 or None, bf16=bf16)
+            memory[name][stage] = peak_memory(models[name], other, stage, ranks, bf16=bf16)
         network[name] = {stage: traffic(models[name], other, stage, ranks, bf16=bf16) for stage in STAGES}
     flops = flops_of(models[own], model_config, config)
     counts = count_parameters(models[own])

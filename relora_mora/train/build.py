@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from relora_mora import kernels
 from relora_mora.config import Config, ConfigError
+from relora_mora.distributed.join import processes_on_host
 from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.methods.inject import inject
 from relora_mora.model import LossModel, empty_model, put_values
@@ -22,7 +23,9 @@ from relora_mora.optim import (
     parameter_groups,
     set_trainable,
 )
+from relora_mora.plan.fit import choose_resident
 from relora_mora.schedule import Schedule
+from relora_mora.system.hardware import memory_bytes
 from relora_mora.system.logs import log
 from relora_mora.train.check import Checked
 from relora_mora.train.initial import initial_values, write_initial_values
@@ -64,6 +67,9 @@ def build(
     if config.method.uses_adapters:
         _add_adapters(lm, config, with_values=not resumes)
     set_trainable(lm, config.method)
+    sharing = 1 if torch.cuda.is_available() else processes_on_host()
+    available = memory_bytes() / sharing
+    choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16)
     groups = parameter_groups(lm, config.optim)
     if not groups:
         fault = "method: nothing is trained; set method.train_embeddings, train_norms or train_head"

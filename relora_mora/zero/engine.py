@@ -11,6 +11,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from relora_mora.config import TrainConfig
+from relora_mora.methods.layers import adapter_layers
 from relora_mora.optim import MOMENTS
 from relora_mora.zero.masters import Fragment, owned_fragments, update_parameters
 from relora_mora.zero.settings import deepspeed_settings
@@ -54,6 +55,7 @@ class ZeroEngine:
         with quiet():
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.device = self.deepspeed.device
+        self.adapters = [layer for _, layer in adapter_layers(lm)]
         self.fragments = list(
             owned_fragments(self.deepspeed.optimizer, self.members, self.parameters, self.shapes, self.rank)
         )
@@ -127,6 +129,7 @@ class ZeroEngine:
 
     def refresh(self) -> None:
         """Makes the parameters what the masters say."""
+        self._drop_merged()
         update_parameters(self.deepspeed.optimizer)
 
     @torch.no_grad()
@@ -169,6 +172,7 @@ class ZeroEngine:
     @torch.no_grad()
     def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
         """Sets a frozen weight from the owner's float32 value on all ranks; a collective."""
+        self._drop_merged()
         parameter = self.parameters[name]
         if self.stage == 3:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner):
@@ -185,6 +189,8 @@ class ZeroEngine:
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """The module's forward: see :class:`relora_mora.model.LossModel`."""
+        for layer in self.adapters:
+            layer.keep_merged()
         return self.deepspeed(*inputs)
 
     def train(self) -> None:
@@ -205,6 +211,7 @@ class ZeroEngine:
         A step with a non-finite gradient is skipped on all ranks, on every stage. At stage 0 in float32 DeepSpeed would
         apply it, so there norm, check and clipping are done here.
         """
+        self._drop_merged()
         for group, rate in zip(self.adam.param_groups, rates, strict=True):
             group["lr"] = rate
         if self.stage == 0 and not self.bf16:
@@ -215,6 +222,11 @@ class ZeroEngine:
         reported = self.deepspeed.get_global_grad_norm()
         norm = float("nan") if reported is None else float(reported)
         return norm, bool(self.deepspeed.was_step_applied()) and math.isfinite(norm)
+
+    def _drop_merged(self) -> None:
+        """No resident layer may go on with the ``W + delta`` of values that are about to change."""
+        for layer in self.adapters:
+            layer.drop_merged()
 
     def _clip_plain(self) -> tuple[float, bool]:
         """Clips the gradients, which backward has averaged over the ranks; drops them where they are not finite."""

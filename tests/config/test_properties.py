@@ -128,7 +128,7 @@ likely = st.fixed_dictionaries(
         "method.square_multiple": st.sampled_from([1, 2, 32, 64]),
         "method.square_size": st.none() | st.integers(1, 80),
         "method.merge_every": st.integers(1, 300),
-        "method.form": st.sampled_from(["auto", "merged", "decoupled"]),
+        "method.form": st.sampled_from(["auto", "merged", "resident", "decoupled"]),
         "method.train_embeddings": st.booleans(),
         "method.target_modules": st.lists(
             st.sampled_from(["q_proj", "o_proj", "up_proj", "x_proj"]), min_size=1, max_size=2, unique=True

@@ -1,4 +1,4 @@
-"""Adapter layers: two forms with one result, injection, and what trains."""
+"""Adapter layers: three forms with one result, injection, and what trains."""
 
 from __future__ import annotations
 
@@ -40,23 +40,32 @@ def _layers(kind: str, inputs: int, outputs: int, size: int, dtype: torch.dtype)
     return layer, other
 
 
+def _made_resident(layer: AdapterLinear) -> AdapterLinear:
+    layer.form = "resident"
+    layer.resident = True
+    layer.keep_merged()
+    return layer
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", ["lora", "1", "2", "3", "4", "6"])
 @pytest.mark.parametrize("inputs,outputs,size", SHAPES)
-def test_merged_and_decoupled_forms_agree(kind, inputs, outputs, size, dtype):
+def test_all_forms_agree(kind, inputs, outputs, size, dtype):
     size += size % 2 if kind == "6" else 0
     merged, decoupled = _layers(kind, inputs, outputs, size, dtype)
+    resident = _made_resident(copy.deepcopy(merged))
     x = torch.randn(3, 5, inputs, dtype=dtype)
     results = []
-    for layer in (merged, decoupled):
+    for layer in (merged, decoupled, resident):
         given = x.clone().requires_grad_()
         y = layer(given)
         y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y))
         results.append([y.detach(), given.grad, *(layer.get_parameter(name).grad for name in layer.adapter_names)])
         assert layer.weight.grad is None
-    for a, b in zip(*results, strict=True):
+    for a, b, c in zip(*results, strict=True):
         scale = max(1.0, float(b.abs().max()))
         assert float((a - b).abs().max()) <= TOLERANCE[dtype] * scale
+        assert torch.equal(a, c)  # the same operations on the same W + delta
 
 
 @pytest.mark.parametrize("kind", ["lora", "1", "2", "6"])
@@ -90,20 +99,27 @@ def _use(norm: nn.Module, pair: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     return pair[0](x) * pair[1](x)
 
 
-@pytest.mark.parametrize("run", ["plain", "recomputed", "recomputed, reentrant", "compiled"])
+@pytest.mark.parametrize(
+    "run", ["plain", "recomputed", "recomputed, reentrant", "compiled", "resident", "resident, compiled"]
+)
 @pytest.mark.parametrize("kinds", ["11", "12", "24", "66"])
 def test_layers_that_see_one_input_get_the_right_gradients(kinds, run):
     """Under every way to run them, over two micro-batches and a switch of operators."""
+    torch.compiler.reset()  # else the programs of other cases count as recompilations
     norm, pair = nn.RMSNorm(12, dtype=torch.float64), _pair(kinds)
     reference = copy.deepcopy(pair)
     for layer in reference:
         layer.form = "decoupled"
-    use = torch.compile(_use, backend="eager", fullgraph=True) if run == "compiled" else _use
+    use = torch.compile(_use, backend="eager", fullgraph=True) if "compiled" in run else _use
     results = []
     for layers, call in ((reference, _use), (pair, use)):
         for switched in (False, True):
             if switched:
                 layers[0].set_operator(3)
+            if layers is pair and "resident" in run:
+                for layer in layers:
+                    assert (layer.merged_weight is None) != (switched and layer is layers[1])
+                    _made_resident(layer)
             for seed in (0, 1):
                 x = torch.randn(
                     5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 from relora_mora.config import Config
 from relora_mora.methods.inject import inject
+from relora_mora.methods.layers import adapter_layers
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import set_trainable
 from relora_mora.plan.flops import Flops, flops_per_token
@@ -44,6 +45,8 @@ def counted(model_config: LlamaConfig, config: Config, operator: int | None = No
     if config.method.uses_adapters:
         inject(lm, config.method, seed=0, mora_type=operator)
     set_trainable(lm, config.method)
+    for _, layer in adapter_layers(lm):
+        layer.keep_merged()
     model = LossModel(lm)
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -55,7 +58,7 @@ def counted(model_config: LlamaConfig, config: Config, operator: int | None = No
     return counter.get_total_flops() / ids.numel()
 
 
-@pytest.mark.parametrize("form", ["merged", "decoupled", "auto"])
+@pytest.mark.parametrize("form", ["merged", "resident", "decoupled", "auto"])
 @pytest.mark.parametrize("name", METHODS)
 def test_total_is_what_torch_counts(name: str, form: str) -> None:
     config = make_config(method={"name": name, "form": form})

@@ -14,10 +14,12 @@ from transformers import LlamaConfig
 
 from relora_mora.config import Config, validate
 from relora_mora.methods.inject import inject
+from relora_mora.methods.layers import adapter_layers
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import count_parameters, set_trainable
+from relora_mora.plan.fit import choose_resident
 from relora_mora.plan.flops import meta_model
-from relora_mora.plan.memory import activation_memory, peak_memory, scratch_memory
+from relora_mora.plan.memory import activation_memory, merged_memory, peak_memory, scratch_memory
 
 MODEL = LlamaConfig(
     hidden_size=128,
@@ -88,6 +90,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"name": "lora", "form": "decoupled"}, {}),
     ({"name": "mora", "form": "merged"}, {}),
     ({"name": "mora", "form": "decoupled"}, {}),
+    ({"name": "mora", "form": "resident"}, {}),
+    ({"name": "lora", "form": "resident"}, {"activation_checkpointing": True}),
     ({"name": "mora", "operators": [6], "square_multiple": 2}, {}),
     ({"name": "mora", "train_norms": False}, {}),
     ({"name": "mora", "target_modules": ["q_proj", "down_proj"]}, {}),
@@ -106,7 +110,13 @@ def test_activations_and_peak(method: dict[str, Any], model: dict[str, Any], bf1
     tracker = LiveTensors()
     for parameter in trained.parameters():
         tracker.add(parameter.data)
+    for _, layer in adapter_layers(trained.lm):
+        layer.keep_merged()
+        if layer.merged_weight is not None:
+            tracker.add(layer.merged_weight)
+    before = sum(parameter.nbytes for parameter in trained.parameters())
     weights = tracker.now
+    assert weights == before + merged_memory(trained.lm, bf16=bf16)
     with tracker:
         loss = trained(ids, ids)
         kept = tracker.now - weights
@@ -171,3 +181,20 @@ def test_accumulation_keeps_gradients_through_the_loss() -> None:
     model = meta_model(MODEL, once.method)
     gradients = [peak_memory(model, config, 0, 1, bf16=True).gradients for config in (once, twice)]
     assert gradients[0] == 0 < gradients[1]
+
+
+def test_auto_keeps_merged_weights_where_a_step_has_several_micro_batches_and_the_memory_is_there() -> None:
+    once = make_config({"name": "remora"})
+    twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
+    compiled = twice.model_copy(update={"model": once.model.model_copy(update={"compile": True})})
+    model = meta_model(MODEL, once.method)
+
+    def kept(config: Config, stage: int = 1, available: float | None = None) -> int:
+        choose_resident(model, config, stage, 1, available, bf16=True)
+        return sum(layer.resident for _, layer in adapter_layers(model))
+
+    assert kept(twice) == 7 * MODEL.num_hidden_layers
+    needed = peak_memory(model, twice, 1, 1, bf16=True)
+    assert needed.merged == 2 * sum(layer.weight.numel() for _, layer in adapter_layers(model))
+    assert kept(twice, available=2 * needed.device) and not kept(twice, available=2 * needed.device - 1)
+    assert kept(twice) and not any((kept(once), kept(twice, stage=3), kept(compiled)))

@@ -81,6 +81,46 @@ def test_every_method_resumes_bit_equal(pools, inputs, tokenizer_path, tmp_path,
     assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
 
 
+def builds(config: Any, **options: Any) -> int:
+    """Trains; how often a layer built the ``W + delta`` that it keeps within a step."""
+    from relora_mora.methods.layers import AdapterLinear
+
+    keep = AdapterLinear.keep_merged
+    built = []
+
+    def counted(layer: AdapterLinear) -> None:
+        before = layer.merged_weight
+        keep(layer)
+        built.append(layer.merged_weight is not before)
+
+    with mock.patch.object(AdapterLinear, "keep_merged", counted):
+        train(config, **options)
+    return sum(built)
+
+
+@pytest.mark.parametrize("method,stage,form", [("remora", 2, "auto"), ("relora", 0, "resident")])
+def test_resident_layers_give_the_bits_of_the_merged_form_also_after_a_resume(
+    pools, inputs, tokenizer_path, tmp_path, method, stage, form
+):
+    folders = [tmp_path / "merged", tmp_path / form]
+    built = []
+    for folder in folders:
+        sections = _sections(stage, True, method)
+        sections["method"]["form"] = folder.name
+        config = run_config(inputs, tokenizer_path, folder, 1, **sections)
+        if folder.name == form:
+            built += pools(1)(builds, config, stop_after=5)
+        built += pools(1)(builds, config)
+    # 14 layers, once for each step, which an evaluation shares with the step that follows, and for the one at the end
+    assert built == [0, 14 * (5 + 1), 14 * (5 + 1)]
+    assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
+    logged = [
+        [line[key] for line in metrics(folder) for key in ("train/loss", "eval/loss") if key in line]
+        for folder in folders
+    ]
+    assert logged[0] == logged[1] and len(logged[0]) == 13
+
+
 def seeds_of_forwards(config: Any) -> list[int]:
     """The seed that this rank draws with in each forward of training, in order."""
     from relora_mora.model.llama import LossModel
