@@ -1,6 +1,6 @@
 """Launches, bytes and kept memory of a decoder layer against ``counts.csv``: less is told, more is an error.
 
-Run by ``make test-fakecuda``; ``make -s count-fakecuda > tests/fakecuda/counts.csv`` writes the table again.
+Run by ``make test-fakecuda``; ``make count-fakecuda > tests/fakecuda/counts.csv`` writes the table again.
 """
 
 from __future__ import annotations
