@@ -64,7 +64,8 @@ def install(folder: Path, python: Path) -> str | None:
         pip = [python, "-m", "pip", "install", "--quiet", *packages]
         done = subprocess.run(pip, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
-            return f"pip cannot install {packages[0]}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
+            return f"pip cannot install {packages[0]}: {' '.join(errors[:1]) or done.stderr.strip()}"
     return None
 
 
