@@ -37,7 +37,7 @@ REACHES = {
     "model.init_from": Reach("export", True, False),
     "model.attention": Reach("eager", False, True),
     "model.activation_checkpointing": Reach(True, False, True),
-    "model.compile": Reach(None, False, False),  # takes a compiler and a minute: tests/kernels/test_kernels.py
+    "model.compile": Reach(None, False, True),  # takes a compiler and a minute: tests/kernels/test_kernels.py
     "data.train": Reach("validation.json", False, False),
     "data.stages": Reach(None, False, False),  # of mixtures only: tests/data/test_mixture.py
     "data.validation": Reach("train.json", True, False),
