@@ -38,7 +38,7 @@ def main(
         device: what they are, such as h100, a100-80gb or cpu; cuda stands for a100-80gb; default: what is here.
         link_gbits: network of one host in Gbit/s, all cards together; default: that of the vendor's host.
         tokens_per_second: a measured rate over all devices, from which the time follows.
-        utilisation: fraction of the devices' peak that is reached while they compute, where no rate was measured.
+        utilisation: fraction of the devices' peak that is reached while they compute; default: calculated for GPUs.
         json: print one JSON object with everything, sizes in bytes.
         overrides: --section.key=value, as for training.
     """

@@ -122,12 +122,27 @@ class LossModel(nn.Module):
         Without ``tokens`` it is the mean over the scored tokens.
         With document_ids [B, T] every document sees what it sees where it is scored alone: itself, from position 0 on.
         """
-        separate: dict[str, Tensor] = {}
-        if document_ids is not None:
-            separate["attention_mask"] = document_mask(document_ids, self.lm.model.norm.weight.dtype)
-            separate["position_ids"] = document_positions(document_ids)
-        hidden = self.lm.model(input_ids=input_ids, use_cache=False, **separate).last_hidden_state
-        return self.lm.lm_head(hidden, labels, tokens)
+        return self.lm.lm_head(self.hidden(input_ids, document_ids), labels, tokens)
+
+    def hidden(self, input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
+        """input_ids [B, T] -> [B, T, H], what ``LlamaModel.forward`` of transformers computes.
+
+        That one looks at the values of positions to find out whether sequences are packed, and so waits for the device
+        at every micro-batch. Here that is known.
+        """
+        model = self.lm.model
+        hidden = model.embed_tokens(input_ids)
+        if document_ids is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        else:
+            positions = document_positions(document_ids)
+        mask = None  # then the kernels are told that attention is causal
+        if document_ids is not None or self.lm.config._attn_implementation == "eager":
+            mask = document_mask(torch.zeros_like(input_ids) if document_ids is None else document_ids, hidden.dtype)
+        rotary = model.rotary_emb(hidden, position_ids=positions)
+        for layer in model.layers:
+            hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+        return model.norm(hidden)
 
 
 def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:

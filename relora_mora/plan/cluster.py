@@ -2,7 +2,7 @@
 
 A step takes compute + optimizer + what the network takes and is not hidden:
 
-compute    FLOPs of the arithmetic / (ranks x peak x utilisation)
+compute    on a GPU by ``compute.py``; FLOPs of the arithmetic / (ranks x peak x utilisation) where that is given
 optimizer  AdamW in float32 reads 16 and writes 12 bytes for each parameter that a rank owns, and writes the weight: at
            the device's memory bandwidth
 network    bytes that a device sends in a ring (``network.py``) / bandwidth, where the slowest part of the ring

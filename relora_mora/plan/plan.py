@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora_mora.config import Config
 from relora_mora.optim import Parameters, count_parameters
 from relora_mora.plan.cluster import Cluster, StepTime, step_time
+from relora_mora.plan.compute import compute_time
 from relora_mora.plan.fit import choose_resident
 from relora_mora.plan.flops import Flops, flops_of, meta_model
 from relora_mora.plan.memory import Memory, peak_memory
@@ -17,7 +18,7 @@ from relora_mora.plan.network import Traffic, traffic
 from relora_mora.registry import METHODS
 
 STAGES = (0, 1, 2, 3)
-ASSUMED_UTILISATION = 0.4
+ASSUMED_UTILISATION = 0.4  # of a CPU; what a GPU reaches is calculated
 USABLE = 0.9  # of a device's memory: the rest is for the CUDA context, NCCL's buffers and fragmentation
 PROCESS_BYTES = (
     0.45 * 2**30
@@ -105,8 +106,8 @@ def make_plan(
 
     ``peak`` is the FLOP/s of one device and where the number comes from; ``log.peak_tflops`` goes first.
     ``tokens_per_second`` is a measured rate over all devices; without it the time follows from the arithmetic, the
-    peak, ``utilisation``, memory and network. Raises ValueError for a utilisation that is not between 0 and 1 and for a
-    rate that is not positive.
+    peak, memory and network: on a GPU as in ``compute.py``, or at ``utilisation`` of the peak where that is given.
+    Raises ValueError for a utilisation that is not between 0 and 1 and for a rate that is not positive.
     """
     if utilisation is not None and not 0 < utilisation <= 1:
         raise ValueError(f"utilisation must be above 0 and at most 1, got {utilisation:g}")
@@ -128,18 +129,24 @@ def make_plan(
     counts = count_parameters(models[own])
     if config.log.peak_tflops is not None:
         peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
-    used = ASSUMED_UTILISATION if utilisation is None else utilisation
-    compute = flops.performed * config.tokens_per_step / (ranks * peak[0] * used)
+    device = f"{peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
+    arithmetic = flops.performed * config.tokens_per_step / (ranks * peak[0])  # seconds of a step at the peak
+    if utilisation is None and cluster.device.memory_gbytes_per_s:
+        time = compute_time(model_config, config, cluster.device, peak=peak[0], flops_per_token=flops.performed)
+        compute = time.total * config.accumulation_steps(ranks)
+        assumption = f"calculated, {arithmetic / compute:.0%} of {device} while it computes ({time})"
+    else:
+        used = ASSUMED_UTILISATION if utilisation is None else utilisation
+        compute = arithmetic / used
+        assumption = f"{'assuming' if utilisation is None else 'at'} {used:.0%} of {device}"
     steps = {
         stage: step_time(
             cluster, config, stage, network[own][stage], compute=compute, trainable=counts.trainable, bf16=bf16
         )
         for stage in STAGES
     }
-    device = f"{peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
     if tokens_per_second is None:
         speed = config.tokens_per_step / steps[config.train.zero_stage].total
-        assumption = f"{'assuming' if utilisation is None else 'at'} {used:.0%} of {device}"
     else:
         speed = tokens_per_second
         assumption = f"the measured rate, which is {speed * flops.total / (ranks * peak[0]):.1%} of {device}"

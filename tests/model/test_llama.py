@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from relora_mora import kernels
 from relora_mora.config import ConfigError, ModelConfig
 from relora_mora.model import check_length, read_model_config
 from relora_mora.model.llama import LossModel, build_model, document_mask, document_positions
@@ -55,6 +57,26 @@ def test_the_wrapped_model_has_transformers_loss_and_gradients(tied):
     for (name, a), (other, b) in zip(wrapped.named_parameters(), plain.named_parameters(), strict=True):
         assert name == other
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+class NoValueIsRead(TorchDispatchMode):
+    """Reading a number back makes the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in {"_local_scalar_dense", "nonzero", "equal"}, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_hidden_states_are_those_of_transformers_and_no_value_is_read_back(attention):
+    lm = build_model(tiny_llama(), seed=5, attention=attention)
+    ids, labels = batch(0)
+    expected = lm.model(ids, use_cache=False).last_hidden_state
+    model = LossModel(lm)
+    assert torch.equal(model.hidden(ids, None), expected)
+    with kernels.disabled(), NoValueIsRead():  # the kernels of CPUs look at labels, those of GPUs do not
+        model(ids, labels, torch.zeros_like(ids), 64.0)
+        model(ids, labels, None, 64.0)
 
 
 def test_evaluation_computes_no_gradients():

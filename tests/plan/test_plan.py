@@ -137,7 +137,7 @@ def test_of_an_unknown_card_only_the_memory_is_known(monkeypatch: pytest.MonkeyP
 def test_time_of_a_step_on_a_cluster() -> None:
     """A network that is a hundred times slower: all of it shows at stage 1, at stage 3 what compute does not hide."""
     cluster = Cluster(2, 4, named_device("h100"), link_gbits=80.0)
-    plan = plan_of(cluster=cluster, **{"train.batch_size": "64"})
+    plan = plan_of(cluster=cluster, utilisation=0.4, **{"train.batch_size": "64"})
     trainable = plan.parameters.trainable
     one = plan.steps[1]
     assert one.network == pytest.approx(

@@ -1,0 +1,73 @@
+"""The time in which a GPU computes a micro-batch, calculated from counts; measured on none.
+
+The decoder layers do their matrix products at ``PRODUCTS_RATE`` of the peak and read and write ``moved`` bytes at the
+memory's bandwidth, one after the other. Meanwhile the host launches their kernels one by one; a device that is faster
+than its host waits. Counts are those of tests/fakecuda, for micro-batches of 8,192 tokens; head, loss and optimizer are
+not among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import LlamaConfig
+
+from relora_mora.config import Config
+from relora_mora.registry import LORA, MORA, Adapter
+from relora_mora.system.devices import Device
+
+PRODUCTS_RATE = 0.6  # of the data sheet's peak: assumed
+# Python, torch and autograd for one operation: measured with tiny tensors on a Zen 4 core (docs/performance.md)
+LAUNCH_SECONDS = 13e-6
+
+
+class LayerWork(NamedTuple):
+    """Of one decoder layer, forward and backward."""
+
+    launches: int
+    moved: float  # bytes for each token and hidden feature
+
+
+EAGER: dict[Adapter | None, LayerWork] = {
+    None: LayerWork(109, 645),
+    LORA: LayerWork(158, 705),
+    MORA: LayerWork(256, 753),
+}
+COMPILED: dict[Adapter | None, LayerWork] = {
+    None: LayerWork(35, 277),
+    LORA: LayerWork(77, 331),
+    MORA: LayerWork(56, 315),
+}
+
+
+@dataclass(frozen=True)
+class ComputeTime:
+    """Seconds of one micro-batch."""
+
+    products: float
+    passes: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        return max(self.products + self.passes, self.host)
+
+    def __str__(self) -> str:
+        device = f"products {self.products * 1e3:.3g} ms, passes over memory {self.passes * 1e3:.3g} ms"
+        return f"a micro-batch: {device}, launching it all {self.host * 1e3:.3g} ms"
+
+
+def compute_time(
+    model_config: LlamaConfig, config: Config, device: Device, *, peak: float, flops_per_token: float
+) -> ComputeTime:
+    """For one micro-batch on a device with ``peak`` FLOP/s; its ``memory_gbytes_per_s`` must be known."""
+    work = (COMPILED if config.model.compile else EAGER)[config.method.record.adapter]
+    layers = model_config.num_hidden_layers
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    moved = layers * work.moved * model_config.hidden_size * tokens
+    return ComputeTime(
+        products=flops_per_token * tokens / (peak * PRODUCTS_RATE),
+        passes=moved / (device.memory_gbytes_per_s * 1e9),
+        host=layers * work.launches * LAUNCH_SECONDS,
+    )

@@ -1,0 +1,76 @@
+"""A whole optimizer step on CUDA as the first of two ranks, on fake tensors: nothing on the wrong device, no more waits
+than are known.
+
+Run by ``make test-fakecuda``. Communication is torch's fake process group; numbers read back are 0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from relora_mora.optim import build_optimizer, parameter_groups
+from relora_mora.zero import ZeroEngine
+from tests.fakecuda.layers import model_with
+from tests.fakecuda.watch import Watch
+from tests.tools.tiny import tiny_config
+
+RANKS = 2
+MICRO_BATCHES = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_ranks() -> Iterator[None]:
+    import deepspeed
+
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    deepspeed.init_distributed(dist_backend="fake", verbose=False)
+    torch.autograd.set_multithreading_enabled(False)  # backward in this thread, inside the modes
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
+    """A fake mode, without what looks into the device or at storage that fake tensors do not have."""
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)  # everything is there already
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@pytest.mark.parametrize("method", ["full", "remora operator 1", "relora"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_step_stays_on_the_device(stage: int, method: str, fake: FakeTensorMode) -> None:
+    train = {"zero_stage": stage, "precision": "bf16", "batch_size": 2 * RANKS * MICRO_BATCHES}
+    config = tiny_config(RANKS, train=train)
+    module = model_with("llama_tiny", method, 2, fake)
+    with fake, Watch() as watch:
+        groups = parameter_groups(module.lm, config.optim)
+        optimizer = build_optimizer(module.lm, groups, config.optim)
+        engine = ZeroEngine(module, module.lm, optimizer, config.train, clip=config.optim.clip, bf16=True)
+        watch.syncs.clear()  # those of its start
+        ids = torch.zeros(2, 16, dtype=torch.long, device="cuda")
+        engine.train()
+        for index in range(MICRO_BATCHES):
+            engine.accumulate(engine(ids, ids, None, 32.0), last=index == MICRO_BATCHES - 1)
+        assert watch.syncs == []
+        _, applied = engine.step([1e-3] * len(groups))
+    assert applied
+    tensors: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
+    tensors |= {f"master of {fragment.name}": fragment.flat for fragment in engine.fragments}
+    for flat in engine.flats():
+        tensors |= {f"{key} of a master": value for key, value in engine.state_of(flat).items() if key != "step"}
+    assert [name for name, tensor in tensors.items() if tensor.device.type != "cuda"] == []
+    trained = sum(map(len, engine.members))
+    # DeepSpeed looks for overflow: at stage 0 in each parameter, at stage 2 in each group; we read the norm
+    known = {0: trained + 2 * len(groups) + 1, 1: 3, 2: len(groups) + 3}
+    assert len(watch.syncs) <= known[stage], watch.syncs

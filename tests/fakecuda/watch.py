@@ -1,0 +1,108 @@
+"""What a program would have a CUDA device do, seen operation by operation on fake tensors."""
+
+from __future__ import annotations
+
+import collections
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.tools.helpers import ROOT
+
+NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_"}
+READS_NOTHING = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill_", "zero_"}
+READS_BACK = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}  # besides copies from the device to the host
+
+
+class Watch(TorchDispatchMode):
+    """Counts inside a fake mode: enter this mode after it.
+
+    launches  operations on CUDA tensors by name, but views and allocations. An operation of several kernels (backward
+              of attention, a sum over a large tensor) counts once, so this is a lower bound
+    bytes     theirs: each input and output once, a broadcast dimension once
+    syncs     where the host waits for a value of the device, as "file:line operation" of the innermost lines of this
+              project and of whatever it called. Every value read back is 0: no overflow, no gradient
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: collections.Counter[str] = collections.Counter()
+        self.bytes: collections.Counter[str] = collections.Counter()
+        self.syncs: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        given = list(cuda_tensors((args, kwargs)))
+        if name == "_local_scalar_dense" and given:
+            self.syncs.append(f"{_place()} {name}")
+            return False if given[0].dtype is torch.bool else 0.0 if given[0].is_floating_point() else 0
+        result = func(*args, **kwargs)
+        made = list(cuda_tensors(result))
+        to_host = name in {"_to_copy", "copy_"} and given and not made
+        if (name in READS_BACK and given) or to_host:
+            self.syncs.append(f"{_place()} {name}")
+        silent = func.is_view or name in NO_KERNEL or func.namespace == "prim" or _onto_itself(name, args)
+        if (given or made) and not silent:
+            self.launches[name] += 1
+            self.bytes[name] += sum(map(size_of, made)) + sum(map(size_of, _read(func, name, args, kwargs)))
+        return result
+
+
+def cuda_tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == "cuda")
+
+
+def _read(func: Any, name: str, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors whose values an operation needs: not those that it only writes."""
+    if name in READS_NOTHING:
+        return []
+    if name == "copy_":
+        args = args[1:]
+    outputs = {argument.name for argument in func._schema.arguments if argument.is_out}
+    return list(cuda_tensors((args, [value for key, value in kwargs.items() if key not in outputs])))
+
+
+def _onto_itself(name: str, args: Any) -> bool:
+    """``x[i] += y`` ends with such a copy, which torch leaves out."""
+    return name == "copy_" and args[0].untyped_storage()._cdata == args[1].untyped_storage()._cdata
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes of memory behind a tensor: those of a broadcast dimension count once."""
+    size = tensor.element_size()
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        size *= length if stride or length == 1 else 1
+    return size
+
+
+def _place() -> str:
+    """The innermost line outside torch, and the one of this project that led to it."""
+    lines = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+    lines = [frame for frame in lines if frame.filename != __file__]
+    ours = [frame for frame in lines if frame.filename.startswith(str(ROOT / "relora_mora"))]
+    shown = [*ours[-1:], *(lines[-1:] if lines[-1:] != ours[-1:] else [])]
+    return " -> ".join(f"{'/'.join(frame.filename.split('/')[-2:])}:{frame.lineno}" for frame in shown)
+
+
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes that autograd keeps for backward, each storage once, without those of parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self.storages: dict[int, Any] = {}
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for key, storage in self.storages.items() if key not in self.parameters)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = storage
+        return tensor

@@ -1,0 +1,68 @@
+"""The planner's time of a micro-batch on a GPU, and that its numbers are those that were counted."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from relora_mora.config import load_config
+from relora_mora.model import read_model_config
+from relora_mora.plan import Cluster, make_plan, named_device
+from relora_mora.plan.compute import COMPILED, EAGER, compute_time
+from relora_mora.registry import METHODS
+from tests.tools.helpers import ROOT
+
+TOKENS = 8192
+COUNTS = list(csv.DictReader((ROOT / "tests/fakecuda/counts.csv").read_text().splitlines()))
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize(("how", "table"), [("eager", EAGER), ("compiled", COMPILED)])
+@pytest.mark.parametrize("method", ["full", "relora", "remora"])
+def test_work_of_a_layer_is_what_was_counted(method, how, table):
+    work = table[METHODS[method].adapter]
+    rows = [row for row in COUNTS if row["method"].split()[0] == method and row["compiled"] == how]
+    assert work.launches == max(int(row["launches"]) for row in rows)
+    width = {"llama_250m": 768, "llama_1_3b": 2048}
+    moved = [int(row["moved_mb"]) * 1e6 / TOKENS / width[row["model"]] for row in rows]
+    assert work.moved == pytest.approx(sum(moved) / len(moved), rel=0.02)
+    assert moved == pytest.approx([work.moved] * len(moved), rel=0.1)  # it grows as the hidden size does
+
+
+def test_a_fast_device_waits_for_its_host_and_a_slow_one_does_not():
+    config = load_config("configs/run/paper_250m_remora.yaml", {}, world_size=1)
+    model = read_model_config(config.model)
+    fast, slow = (
+        compute_time(model, config, device, peak=device.tflops * 1e12, flops_per_token=1.15e9)
+        for device in (named_device("b200"), named_device("l4"))
+    )
+    assert fast.total == fast.host == slow.host
+    assert slow.total == slow.products + slow.passes > slow.host
+
+
+def test_a_given_utilisation_replaces_the_calculation():
+    config = load_config("configs/run/paper_250m_full.yaml", {}, world_size=1)
+    device = named_device("h100")
+    peak = device.tflops * 1e12
+
+    def plan(utilisation=None):
+        return make_plan(
+            read_model_config(config.model),
+            config,
+            cluster=Cluster(1, 1, device),
+            bf16=True,
+            on_cpu=False,
+            peak=(peak, "the test"),
+            utilisation=utilisation,
+        )
+
+    calculated, given = plan(), plan(0.4)
+    arithmetic = given.flops.performed * given.tokens_per_step / peak
+    assert given.steps[1].compute == pytest.approx(arithmetic / 0.4)
+    assert calculated.steps[1].compute > 1.2 * given.steps[1].compute
+    assert f"calculated, {arithmetic / calculated.steps[1].compute:.0%} of 989 TFLOP/s" in calculated.assumption
