@@ -32,7 +32,7 @@ class Shard:
     size: int | None = None  # bytes, local files only
     hub: bool = False  # requests carry the hub's token, where there is one
     text_column: str = "text"  # the key or column that holds the text
-    source: str = ""  # the name of its source in a mixture
+    source: str = ""  # the name of its source, in a mixture and where that has a text_column of its own
     tokens: TokenFile | None = None  # made in advance, at the location; all else but that is said of their text
 
     @property
@@ -87,7 +87,8 @@ def resolve_shards(
                     "its text would be read twice: give each file once"
                 )
             column = shard.text_column if shard.tokens else source.text_column or text_column
-            shards.append(replace(shard, text_column=column, source=source.label if mixed else ""))
+            name = source.label if mixed or source.text_column else ""
+            shards.append(replace(shard, text_column=column, source=name))
     if len(shards) > _MAX_SHARDS:
         raise SourceError(
             f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources"

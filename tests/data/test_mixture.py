@@ -169,3 +169,6 @@ def test_a_wrong_column_is_told_with_the_source_that_it_belongs_to(folder):
     config = data_config(_records(folder, text_column="contents"))
     with pytest.raises(SourceError, match=r'no column "contents"; set text_column of the source books to one of id'):
         check_columns(configured_shards(config, "train"), config)
+    held_out = data_config("a.json", validation=_records(folder, text_column="contents")[1:])
+    with pytest.raises(SourceError, match="set text_column of the source books to one of id"):
+        check_columns(configured_shards(held_out, "validation"), held_out)
