@@ -79,6 +79,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = _from_folder(path) if model is None else _from_model(model, path)
     if tokenizer.eos_token_id is None:
         raise TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {_eos_remedy(model)}")
+    if model is not None:
+        _check_ids(tokenizer, model)
     text = str(tokenizer.eos_token)
     if tokenizer.eos_token_id in encode(tokenizer, [f"a {text} b"])[0]:
         raise TokenizerError(
@@ -260,6 +262,10 @@ def _from_model(model: Path, given: Path) -> PreTrainedTokenizerBase:
     tokenizer.init_kwargs["name_or_path"] = str(given)
     if getattr(tokenizer, "vocab_file", None):
         tokenizer.vocab_file = str(model)
+    return tokenizer
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
     reference = open_sentencepiece(model)
     for text, ids in zip(HARD_TEXTS, encode(tokenizer, HARD_TEXTS), strict=True):
         if ids != reference.encode(text):
@@ -267,7 +273,6 @@ def _from_model(model: Path, given: Path) -> PreTrainedTokenizerBase:
                 f"{model}: transformers converts this model to other ids than sentencepiece's, e.g. for {text!r}; "
                 "update transformers, or train a tokenizer with tokenizer/train.py"
             )
-    return tokenizer
 
 
 def _from_folder(path: Path) -> PreTrainedTokenizerBase:
