@@ -7,7 +7,6 @@ It is not called tokenize.py, which would stand in the way of Python's own modul
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -97,7 +96,7 @@ def main(
 
 def _settings(source: str, tokenizer: str | None, data: dict[str, Any]) -> Config:
     """Those of a run, or of a source of text; what has nothing to do with text has any value there."""
-    from relora_mora.config import load_config, parse_yaml
+    from relora_mora.config import load_config, parse_typed
     from relora_mora.config.load import validate
 
     if source.endswith((".yaml", ".yml")):
@@ -107,10 +106,7 @@ def _settings(source: str, tokenizer: str | None, data: dict[str, Any]) -> Confi
         raise ValueError(
             "--tokenizer: missing; give the folder or .model file of the run, or settings (.yaml) as source"
         )
-    text: Any = source
-    if source.startswith(("[", "{")):
-        with contextlib.suppress(ValueError):  # a glob may begin with a bracket too
-            text = parse_yaml(source)
+    text = parse_typed(source, "SOURCE")
     tree = {
         "model": {"config": "none"},
         "tokenizer": {"path": tokenizer},

@@ -28,7 +28,7 @@ from relora_mora.config.sources import (
     texts_in,
     with_revisions_of,
 )
-from relora_mora.config.typed_sources import parse_sources
+from relora_mora.config.typed_sources import parse_sources, parse_typed
 
 __all__ = [
     "DECODER_LINEARS",
@@ -54,6 +54,7 @@ __all__ = [
     "load_config",
     "map_records",
     "parse_sources",
+    "parse_typed",
     "parse_yaml",
     "set_setting",
     "texts_in",

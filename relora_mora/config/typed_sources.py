@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import yaml
 
 from relora_mora.config.load import ConfigError, explain_yaml, parse_yaml, validate
@@ -9,22 +11,32 @@ from relora_mora.config.sources import Given
 
 
 def parse_sources(text: str, flag: str) -> Given:
-    """YAML of a list, a record or a mapping of sets, as data.validation takes it, or else one source as typed.
+    """Sources as data.validation takes them, from YAML or as typed.
 
-    A glob may begin with a bracket and a range of numbers with a brace: what is no YAML is a source, unless it has
-    keys. Raises :class:`ConfigError`, which calls the setting by the name of the flag.
+    Raises :class:`ConfigError`, which calls the setting by the name of the flag.
     """
-    if not text.startswith(("[", "{")):
-        return text
-    try:
-        value = parse_yaml(text)
-    except yaml.YAMLError as error:
-        if ": " not in text:
-            return text
-        raise ConfigError([f"{flag}: not YAML: {explain_yaml(error)}"], "the command line") from error
+    value = parse_typed(text, flag)
+    if isinstance(value, str):
+        return value
     around = {"model": {"config": "none"}, "tokenizer": {"path": "none"}, "train": {"run_dir": "none"}}
     try:
         return validate({**around, "data": {"train": "none", "validation": value}}, flag).data.validation
     except ConfigError as error:
         faults = [fault.replace("data.validation", flag, 1) for fault in error.faults]
         raise ConfigError(faults, "the command line") from error
+
+
+def parse_typed(text: str, flag: str) -> Any:
+    """The value of YAML of a list, a record or a mapping of sets, or else the one source that was typed.
+
+    A glob may begin with a bracket and a range of numbers with a brace: what is no YAML is a source, unless it has
+    keys. Raises :class:`ConfigError`.
+    """
+    if not text.startswith(("[", "{")):
+        return text
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        if ": " not in text:
+            return text
+        raise ConfigError([f"{flag}: not YAML: {explain_yaml(error)}"], "the command line") from error

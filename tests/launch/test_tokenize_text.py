@@ -183,6 +183,12 @@ def test_ctrl_c_keeps_what_is_finished(much_text: Path, tmp_path: Path, tokenize
     assert answer.code == 0 and len(resolve_shards(str(out))) == 4
 
 
+def test_a_glob_may_begin_with_a_bracket(tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = call(TOKENIZE, "[ab]*.json", "out", f"--tokenizer={tokenizer_path}")
+    refused(answer, "no file matches [ab]*.json")
+
+
 def test_a_killed_process_is_told(much_text: Path, tmp_path: Path, tokenizer_path: str) -> None:
     before = psutil.Process().children()  # of pools, for instance
 
