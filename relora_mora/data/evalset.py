@@ -16,7 +16,7 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.packing import Tokens
 from relora_mora.data.plain_text import texts_of
 from relora_mora.data.rows import Ids
-from relora_mora.data.sources import Shard, resolve_shards
+from relora_mora.data.sources import Shard, shards_of
 from relora_mora.data.token_checks import check_tokens
 from relora_mora.data.token_rows import open_tokens
 
@@ -93,13 +93,7 @@ def load_eval_set(
     pieces: list[Tokens] = [np.array([eos], np.int32)]
     predicted = 0
     utf8_bytes = 0
-    shards = resolve_shards(
-        sources,
-        config.revision,
-        split="validation",
-        timeout_seconds=config.timeout_seconds,
-        text_column=config.text_column,
-    )
+    shards = shards_of(sources, config, "validation")
     check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos)
     for ids, size in documents(shards, config, tokenizer):
         if max_tokens is not None and len(pieces) > 1 and predicted + len(ids) + 1 > max_tokens:

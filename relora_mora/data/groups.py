@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -12,8 +11,6 @@ from relora_mora.data.lanes import plan_lanes
 from relora_mora.data.parse import decode_text
 from relora_mora.data.skipped import BAD_REASONS, BadRowLimit, Skipped
 from relora_mora.data.sources import Shard
-
-log = logging.getLogger(__name__)
 
 
 class Groups(Protocol):
@@ -43,10 +40,10 @@ class GroupRows:
         config: DataConfig,
         shard: Shard,
         *,
-        stride: int = 1,
-        phase: int = 0,
-        bad: int = 0,
-        note: Callable[[str], None] = log.warning,
+        stride: int,
+        phase: int,
+        bad: int,
+        note: Callable[[str], None],
     ) -> None:
         self._max_bytes = config.max_line_bytes
         self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit="row")

@@ -114,11 +114,13 @@ def counts_of(states: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     that order, met or not. ``epoch`` is no total but that of the least advanced lane. For each source of a mixture
     ``blocks/<name>`` and ``epoch/<name>``.
     """
+    by_source: dict[str, list[Mapping[str, Any]]] = {}
+    for key, state in states.items():
+        by_source.setdefault(read_key(key)[1], []).append(state)
     of_sources = {}
-    for source in sorted({read_key(key)[1] for key in states} - {""}):
-        own = [state for key, state in states.items() if read_key(key)[1] == source]
-        of_sources[f"blocks/{source}"] = sum(state["blocks"] for state in own)
-        of_sources[f"epoch/{source}"] = min(state["epoch"] for state in own)
+    for source in sorted(by_source.keys() - {""}):
+        of_sources[f"blocks/{source}"] = sum(state["blocks"] for state in by_source[source])
+        of_sources[f"epoch/{source}"] = min(state["epoch"] for state in by_source[source])
     skipped = {reason: sum(state["skipped"].get(reason, 0) for state in states.values()) for reason in SKIP_REASONS}
     return {
         "documents": sum(state["documents"] for state in states.values()),

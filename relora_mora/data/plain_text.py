@@ -18,7 +18,7 @@ from relora_mora.data.json_lines import JsonLines
 from relora_mora.data.parquet import ParquetColumn
 from relora_mora.data.rows import Encode, Encoded, Rows
 from relora_mora.data.skipped import Skipped
-from relora_mora.data.sources import Shard, resolve_shards
+from relora_mora.data.sources import Shard, shards_of
 from relora_mora.data.turns import Entries, TurnRows
 
 if TYPE_CHECKING:
@@ -97,14 +97,7 @@ def iter_texts(sources: str | Sequence[str | TextSource], *, split: Split, confi
     Of ``config`` the limits, the revision and the text column count. Bad lines are skipped and
     logged; raises SourceError when a shard has too many, or when no shard can be found.
     """
-    shards = resolve_shards(
-        sources,
-        config.revision,
-        split=split,
-        timeout_seconds=config.timeout_seconds,
-        text_column=config.text_column,
-    )
-    yield from texts_of(shards, config)
+    yield from texts_of(shards_of(sources, config, split), config)
 
 
 def texts_of(shards: Iterable[Shard], config: DataConfig) -> Iterator[str]:

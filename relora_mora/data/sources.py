@@ -96,20 +96,21 @@ def resolve_shards(
     return shards
 
 
+def shards_of(sources: str | Sequence[str | TextSource], config: DataConfig, split: Split) -> list[Shard]:
+    """The shards of some sources, for what they do not name themselves as the settings say. Raises SourceError."""
+    return resolve_shards(
+        sources,
+        config.revision,
+        split=split,
+        timeout_seconds=config.timeout_seconds,
+        text_column=config.text_column,
+    )
+
+
 def configured_shards(config: DataConfig, split: Split) -> list[Shard]:
     """The shards of the training or the validation data of a run, those of all sets. Raises SourceError."""
     groups = [config.train] if split == "train" else config.validation_sets.values()
-    return [
-        shard
-        for sources in groups
-        for shard in resolve_shards(
-            sources,
-            config.revision,
-            split=split,
-            timeout_seconds=config.timeout_seconds,
-            text_column=config.text_column,
-        )
-    ]
+    return [shard for sources in groups for shard in shards_of(sources, config, split)]
 
 
 def expand_braces(pattern: str) -> list[str]:

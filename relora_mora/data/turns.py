@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from relora_mora.config import DataConfig
 from relora_mora.data.skipped import BAD_REASONS, BadRowLimit, Skipped
 from relora_mora.data.sources import Shard
-
-log = logging.getLogger(__name__)
 
 Entry = TypeVar("Entry")
 
@@ -55,10 +52,10 @@ class TurnRows(Generic[Entry]):
         config: DataConfig,
         shard: Shard,
         *,
-        stride: int = 1,
-        phase: int = 0,
-        bad: int = 0,
-        note: Callable[[str], None] = log.warning,
+        stride: int,
+        phase: int,
+        bad: int,
+        note: Callable[[str], None],
     ) -> None:
         self._entries = entries
         self._stride = stride

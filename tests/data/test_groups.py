@@ -12,12 +12,11 @@ import numpy as np
 import pyarrow
 import pytest
 
-from relora_mora.data import TrainStream, check_columns, iter_texts, local_content, resolve_shards, retry, transport
+from relora_mora.data import TrainStream, check_columns, iter_texts, local_content, resolve_shards
 from relora_mora.data.errors import SourceError
 from relora_mora.data.local import LocalFile
 from relora_mora.data.plain_text import open_texts
 from relora_mora.data.retry import RETRIES
-from relora_mora.data.sources import Shard
 from tests.tools.data_tools import (
     WRITE_GROUPS,
     assert_resumes_anywhere,
@@ -25,6 +24,7 @@ from tests.tools.data_tools import (
     documents_in,
     epoch_tokens,
     make_lane,
+    rows_of,
     some_texts,
 )
 from tests.tools.faulty_server import FAULTS, serving
@@ -35,33 +35,17 @@ def suffix(request):
     return request.param
 
 
-@pytest.fixture
-def short_waits(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
-    monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.02)
-    monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-def _rows(path, lanes=1, lane=0, skip=0, **settings):
-    """All rows of a lane's share of a file behind the first ``skip``."""
-    config = data_config(path, **settings)
-    with closing(open_texts(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
-        assert rows.skip(skip)
-        return [row for part in iter(lambda: rows.take(5), []) for row in part]
-
-
 @pytest.mark.parametrize("group_rows", [1, 7, 1000])
 @pytest.mark.parametrize("lanes", [1, 2, 3, 8])
 def test_lanes_that_share_a_file_have_each_row_once_and_get_to_any(suffix, tmp_path, group_rows, lanes):
     texts = some_texts(60)
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=group_rows)
-    found = [_rows(path, lanes, lane) for lane in range(lanes)]
+    found = [rows_of(path, lanes, lane) for lane in range(lanes)]
     assert Counter(itertools.chain(*found)) == Counter(texts)
     assert all(found)  # with fewer groups than lanes, too
     for lane, own in enumerate(found):
         for skip in (0, 1, 6, 7, len(own) - 1, len(own)):
-            assert _rows(path, lanes, lane, min(skip, len(own))) == own[skip:]
+            assert rows_of(path, lanes, lane, min(skip, len(own))) == own[skip:]
 
 
 def test_rows_without_text_are_counted_by_kind_and_bad_ones_told_by_their_row(suffix, tmp_path):
@@ -108,7 +92,7 @@ def test_an_epoch_holds_every_document_once(suffix, tmp_path, lanes):
     for number in range(lanes):
         lane = make_lane(data_config(tmp_path / "*"), lanes, number)
         plan = lane.rows.plan
-        share = sum(len(_rows(tmp_path / f"{part.shard}{suffix}", part.stride, part.phase)) for part in plan.parts)
+        share = sum(len(rows_of(tmp_path / f"{part.shard}{suffix}", part.stride, part.phase)) for part in plan.parts)
         found += documents_in(epoch_tokens(lane))[:share]
     assert Counter(found) == Counter(itertools.chain(*written))
 

@@ -13,7 +13,6 @@ import pyarrow.parquet
 import pytest
 
 from relora_mora.data import parquet as parquet_module
-from relora_mora.data import retry, transport
 from relora_mora.data.errors import SourceError
 from relora_mora.data.local import LocalFile
 from relora_mora.data.plain_text import open_texts
@@ -23,26 +22,11 @@ from tests.tools.data_tools import (
     data_config,
     epoch_tokens,
     make_lane,
+    rows_of,
     some_texts,
     write_parquet,
 )
 from tests.tools.faulty_server import serving
-
-
-@pytest.fixture
-def short_waits(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
-    monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.02)
-    monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-def _rows(path, lanes=1, lane=0, skip=0, **settings):
-    """All rows of a lane's share of a file behind the first ``skip``."""
-    config = data_config(path, **settings)
-    with closing(open_texts(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
-        assert rows.skip(skip)
-        return [row for part in iter(lambda: rows.take(5), []) for row in part]
 
 
 def _damaged(path, at, count=1):
@@ -64,7 +48,7 @@ def test_every_kind_of_string_and_compression(tmp_path, kind, compression):
     pyarrow.parquet.write_table(pyarrow.table({"text": values}), path, row_group_size=9, compression=compression)
     kept = {None: Skipped("null_text"), "": Skipped("empty_text")}
     for lanes in (1, 5):
-        found = [row for lane in range(lanes) for row in _rows(path, lanes, lane)]
+        found = [row for lane in range(lanes) for row in rows_of(path, lanes, lane)]
         assert Counter(map(str, found)) == Counter(str(kept.get(text, text)) for text in texts)
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,11 @@ def assert_resumes_anywhere(config: DataConfig, lanes: int) -> None:
             for block, state in list(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True))[:40]:
                 assert np.array_equal(resumed.next_block().tokens, block)
                 assert resumed.state() == state
+
+
+def rows_of(path, lanes=1, lane=0, skip=0, **settings):
+    """All rows of a lane's share of a file behind the first ``skip``."""
+    config = data_config(path, **settings)
+    with closing(open_texts(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
+        assert rows.skip(skip)
+        return [row for part in iter(lambda: rows.take(5), []) for row in part]

@@ -1,0 +1,16 @@
+"""Fixtures of the tests of the data package."""
+
+from __future__ import annotations
+
+import pytest
+
+from relora_mora.data import retry, transport
+
+
+@pytest.fixture
+def short_waits(monkeypatch):
+    """A network whose faults cost no time."""
+    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
+    monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
