@@ -94,7 +94,9 @@ class Ours:
         if form == "released":
             use_released_layers(lm)
         set_trainable(lm, config.method)
-        choose_resident(lm, config, setting.zero_stage, dist.get_world_size(), None, bf16=setting.bf16)
+        on_cuda = torch.cuda.is_available()
+        ranks = dist.get_world_size()
+        choose_resident(lm, config, setting.zero_stage, ranks, None, bf16=setting.bf16, on_cuda=on_cuda)
         if frozen:
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)

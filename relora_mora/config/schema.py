@@ -60,8 +60,8 @@ class ModelConfig(Strict):
     activation_checkpointing: bool = Field(
         False, description="recompute each decoder layer in backward instead of keeping its activations"
     )
-    compile: bool = Field(
-        False, description="torch.compile for the decoder layers, on ZeRO 0-2; see docs/performance.md"
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile for the decoder layers, on ZeRO 0-2; auto: on GPUs; see docs/performance.md"
     )
 
 

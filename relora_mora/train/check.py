@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings, with_revisions_of
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint
 from relora_mora.model import check_length, plain_model_config, read_model_config
-from relora_mora.model.llama import check_attention, check_compiler
+from relora_mora.model.compiler import compiles_here
+from relora_mora.model.llama import check_attention
 from relora_mora.plan.fit import check_adapters, check_memory
 from relora_mora.system.hardware import fast_bf16, memory_bytes
 from relora_mora.system.logs import log
@@ -34,6 +36,7 @@ class Checked:
     data_content: str  # fingerprint of what stands in the shards; of http(s) ones after the first rank has asked
     data_order: str
     bf16: bool
+    compiled: bool  # the decoder layers
 
     @property
     def identity(self) -> Identity:
@@ -73,7 +76,7 @@ def check(config: Config, world_size: int) -> Checked:
     model_config = read_model_config(config.model)
     check_length(model_config, config.data.sequence_length, config.model.config)
     check_adapters(model_config, config.method)
-    check_compiler(config.model)
+    compiled = compiles_here(config.model, config.train.zero_stage, on_cuda=torch.cuda.is_available())
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config.model, bf16=bf16)
     check_memory(model_config, config, world_size, memory_bytes(), bf16=bf16)
@@ -99,6 +102,7 @@ def check(config: Config, world_size: int) -> Checked:
         data_content=local_content(shards),
         data_order=order_fingerprint(data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards),
         bf16=bf16,
+        compiled=compiled,
     )
 
 

@@ -44,6 +44,7 @@ from relora_mora.train.resume import finds_checkpoint, resume
 from relora_mora.train.run_folder import write_run_folder
 from relora_mora.train.startup import Startup, describe
 from relora_mora.train.state import RunState
+from relora_mora.train.warm_up import warm_up
 from relora_mora.zero import init_distributed
 
 COUNTING_SECONDS = 86400.0  # a text that takes longer to read once is no text to read some times
@@ -119,6 +120,9 @@ def _pretrain(config: Config, guard: Guard) -> int:
     state, reader = resume(run) if resumes else (RunState(), None)
     if resumes:
         startup.done("resume")
+    if checked.compiled:
+        warm_up(run, state, guard)
+        startup.done("compile")
     from_first_rank(lambda: write_run_folder(checked, world_size, state.step))
     trainer = Trainer(run, state, guard, startup, resumed_from=reader)
     log.info("%s", describe(run, state))
