@@ -10,10 +10,11 @@ import torch
 
 from relora_mora.config import Config
 from relora_mora.data import Batch, TrainStream
-from relora_mora.distributed.join import device_of_rank
+from relora_mora.distributed.device import device_of_rank
 from relora_mora.methods.inject import inject
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import group_rates, make_schedule, parameter_groups, set_trainable
+from relora_mora.system.hardware import uses_cuda
 from relora_mora.train.build import build
 from relora_mora.train.check import Checked
 from relora_mora.train.loop import micro_batches
@@ -126,6 +127,6 @@ def seconds_of(loop: Loop, batches: Sequence[Batch], *, skip: int) -> float:
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
+    if uses_cuda():
         torch.cuda.synchronize()
     return time.perf_counter()

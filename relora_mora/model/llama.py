@@ -19,6 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from relora_mora.config import ConfigError, ModelConfig
 from relora_mora.model.loss import LossHead
+from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.seeds import derived_seed
 
 RECOMPILE_LIMIT = (
@@ -28,7 +29,7 @@ RECOMPILE_LIMIT = (
 
 def check_compiler(settings: ModelConfig) -> None:
     """Raises :class:`ConfigError` when torch.compile would find no compiler: C++ on a CPU, C (for Triton) on a GPU."""
-    if torch.cuda.is_available():
+    if uses_cuda():
         language = "C"
         variable = "CC"
         names = ("gcc", "clang")

@@ -25,7 +25,7 @@ from relora_mora.optim import (
 )
 from relora_mora.plan.fit import choose_resident
 from relora_mora.schedule import Schedule
-from relora_mora.system.hardware import memory_bytes
+from relora_mora.system.hardware import memory_bytes, uses_cuda
 from relora_mora.system.logs import log
 from relora_mora.train.check import Checked
 from relora_mora.train.initial import initial_values, write_initial_values
@@ -67,7 +67,7 @@ def build(
     if config.method.uses_adapters:
         _add_adapters(lm, config, with_values=not resumes)
     set_trainable(lm, config.method)
-    sharing = 1 if torch.cuda.is_available() else processes_on_host()
+    sharing = 1 if uses_cuda() else processes_on_host()
     available = memory_bytes() / sharing
     choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16)
     groups = parameter_groups(lm, config.optim)
