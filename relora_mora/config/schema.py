@@ -248,6 +248,9 @@ class TrainConfig(Strict):
         "auto", description="auto: bf16 where the hardware does it fast, else fp32"
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="DeepSpeed ZeRO stage")
+    deterministic: bool = Field(
+        False, description="on GPUs: repeat every bit, so that a resume is bit-equal, at some cost; CPUs always do"
+    )
     seed: Seed = Field(0, description="seed of initial weights and LoRA's draws")
     resume: Text = Field(
         "auto",

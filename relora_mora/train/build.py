@@ -25,7 +25,7 @@ from relora_mora.optim import (
 )
 from relora_mora.plan.fit import choose_resident
 from relora_mora.schedule import Schedule
-from relora_mora.system.hardware import memory_bytes
+from relora_mora.system.hardware import memory_bytes, uses_cuda
 from relora_mora.system.logs import log
 from relora_mora.train.check import Checked
 from relora_mora.train.initial import initial_values, write_initial_values
@@ -67,7 +67,7 @@ def build(
     if config.method.uses_adapters:
         _add_adapters(lm, config, with_values=not resumes)
     set_trainable(lm, config.method)
-    on_cuda = torch.cuda.is_available()
+    on_cuda = uses_cuda()
     sharing = 1 if on_cuda else processes_on_host()
     available = memory_bytes() / sharing
     stage = config.train.zero_stage

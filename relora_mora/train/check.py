@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
@@ -15,7 +14,7 @@ from relora_mora.model import check_length, plain_model_config, read_model_confi
 from relora_mora.model.compiler import compiles_here
 from relora_mora.model.llama import check_attention
 from relora_mora.plan.fit import check_adapters, check_memory
-from relora_mora.system.hardware import fast_bf16, memory_bytes
+from relora_mora.system.hardware import fast_bf16, memory_bytes, uses_cuda
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import check_vocabulary, tokenizer_fingerprint
@@ -76,7 +75,7 @@ def check(config: Config, world_size: int) -> Checked:
     model_config = read_model_config(config.model)
     check_length(model_config, config.data.sequence_length, config.model.config)
     check_adapters(model_config, config.method)
-    compiled = compiles_here(config.model, config.train.zero_stage, on_cuda=torch.cuda.is_available())
+    compiled = compiles_here(config.model, config.train.zero_stage, on_cuda=uses_cuda())
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config.model, bf16=bf16)
     check_memory(model_config, config, world_size, memory_bytes(), bf16=bf16)

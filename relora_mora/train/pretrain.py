@@ -31,6 +31,7 @@ from relora_mora.distributed.collectives import (
 from relora_mora.distributed.join import store_address
 from relora_mora.supervise import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
 from relora_mora.supervise.watchdog import Watchdog
+from relora_mora.system.determinism import compute_deterministically
 from relora_mora.system.disk_errors import LOST_DISK
 from relora_mora.system.hardware import ran_out_of_memory
 from relora_mora.system.logs import log, setup_logging
@@ -91,6 +92,8 @@ def _pretrain(config: Config, guard: Guard) -> int:
     startup = Startup()
     startup.done("imports")
     os.umask(os.umask(0o077) | 0o002)  # nothing of a run is writable for everybody
+    if config.train.deterministic:
+        compute_deterministically()
     rank, world_size = init_distributed(config.train.peer_timeout_seconds)
     setup_logging(rank)
     startup.done("rendezvous")
