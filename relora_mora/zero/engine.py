@@ -232,14 +232,15 @@ class ZeroEngine:
         *read, mean = torch.cat([norms.double(), loss.double().view(1)]).cpu().tolist()
         if not all(0 <= norm < math.inf for norm in read):
             with replaced(self.adam, "step", lambda: None):
-                self._deepspeed_step([1.0 for _ in read])
+                self._deepspeed_step(torch.ones(len(read), dtype=norms.dtype))
             return StepDone(mean, math.inf, applied=False)
         if plain:
             _clip(gradients, read[0], self.clip)
-        self._deepspeed_step(read)
+        self._deepspeed_step(torch.tensor(read, dtype=norms.dtype))
         return StepDone(mean, read[0] if plain else float(self.deepspeed.get_global_grad_norm()), applied=True)
 
-    def _deepspeed_step(self, norms: list[float]) -> None:
+    def _deepspeed_step(self, norms: Tensor) -> None:
+        """With these norms [n] on the host."""
         given = given_norms(self.deepspeed.optimizer, norms) if self.stage or self.bf16 else contextlib.nullcontext()
         with given:
             self.deepspeed.step()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def gradient_norms(optimizer: Any) -> Tensor:
-    """float32 [n] on the device: the norms, over all ranks, that a step of DeepSpeed's ``optimizer`` begins with.
+    """[n] on the device: the norms, over all ranks, that a step of DeepSpeed's ``optimizer`` begins with.
 
     At stage 0 in bf16 they are squared. Where gradients are not finite, one is not finite either, or -1.
     """
@@ -42,16 +42,16 @@ def gradient_norms(optimizer: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def given_norms(optimizer: Any, norms: list[float]) -> Iterator[None]:
-    """Within, a step of ``optimizer`` takes these in place of :func:`gradient_norms`; they are finite."""
+def given_norms(optimizer: Any, norms: Tensor) -> Iterator[None]:
+    """Within, a step of ``optimizer`` takes these [n], finite and on the host, in place of :func:`gradient_norms`."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        places = [replaced(optimizer, "_get_norm_groups", lambda: list(torch.tensor(norms)))]
+        places = [replaced(optimizer, "_get_norm_groups", lambda: list(norms))]
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        places = [replaced(optimizer, "scaled_global_norm", lambda: torch.linalg.vector_norm(torch.tensor(norms)))]
+        places = [replaced(optimizer, "scaled_global_norm", lambda: torch.linalg.vector_norm(norms))]
     elif isinstance(optimizer, BF16_Optimizer):
-        places = [replaced(bf16_optimizer, "get_global_norm_of_tensors", lambda *_, **__: torch.tensor(norms[0]))]
+        places = [replaced(bf16_optimizer, "get_global_norm_of_tensors", lambda *_, **__: norms[0])]
     else:
-        roots = iter([square**0.5 for square in norms])
+        roots = iter([square**0.5 for square in norms.tolist()])
         places = [
             replaced(optimizer.overflow_checker, "check", lambda: False),
             replaced(unfused_optimizer, "get_weight_norm", lambda *_, **__: next(roots)),
