@@ -209,8 +209,18 @@ class Trainer:
 
 
 def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """input_ids and labels [micro, T] (document_ids as well where attention is masked), on the device"""
-    for start in range(0, len(batch.input_ids), size):
+    """input_ids and labels [micro, T] (document_ids as well where attention is masked), on the device
+
+    The whole share is copied at once, to a GPU from pinned memory, which the host does not wait for and torch does not
+    use again before the copy is done.
+    """
+
+    def there(tensor: Tensor) -> Tensor:
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+    input_ids = there(batch.input_ids)
+    labels = there(batch.labels)
+    documents = None if batch.document_ids is None else there(batch.document_ids)
+    for start in range(0, len(input_ids), size):
         piece = slice(start, start + size)
-        documents = None if batch.document_ids is None else batch.document_ids[piece].to(device)
-        yield batch.input_ids[piece].to(device), batch.labels[piece].to(device), documents
+        yield input_ids[piece], labels[piece], None if documents is None else documents[piece]

@@ -16,8 +16,11 @@ from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from relora_mora.data import Batch
+from relora_mora.data.lane_states import LaneStates
 from relora_mora.model import put_values
 from relora_mora.optim import build_optimizer, parameter_groups
+from relora_mora.train.loop import micro_batches
 from relora_mora.zero import ZeroEngine
 from tests.fakecuda.layers import model_with
 from tests.fakecuda.watch import Watch
@@ -69,6 +72,18 @@ def test_a_step_stays_on_the_device(stage: int, method: str, fake: FakeTensorMod
 def test_a_step_in_float32_waits_no_more_often(stage: int, fake: FakeTensorMode) -> None:
     _, watch = train_three_steps(stage, "remora operator 1", fake, bf16=False)
     assert len(watch.syncs) == 1 + WAITS_OF_DEEPSPEED[stage], watch.syncs
+
+
+def test_no_batch_is_waited_for(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    with fake, Watch() as watch:
+        ids = torch.zeros(4, 16, dtype=torch.long)
+        batch = Batch(ids, ids, ids.int(), LaneStates(), {}, [])
+        pieces = list(micro_batches(batch, 2, torch.device("cuda")))
+    assert [tensor.device.type for piece in pieces for tensor in piece if tensor is not None] == 6 * ["cuda"]
+    assert len(pinned) == watch.launches.total() == 3
+    assert watch.syncs == []
 
 
 def train_three_steps(stage: int, method: str, fake: FakeTensorMode, *, bf16: bool) -> tuple[ZeroEngine, Watch]:
