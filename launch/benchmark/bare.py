@@ -54,8 +54,7 @@ class EngineLoop:
         for index, piece in enumerate(pieces):
             loss = engine(*piece)
             engine.accumulate(loss, last=index == len(pieces) - 1)
-        engine.step(group_rates(self.run.schedule, self.run.groups, number))
-        return float(loss.detach())
+        return engine.step(group_rates(self.run.schedule, self.run.groups, number), loss.detach()).loss
 
 
 class TorchLoop:

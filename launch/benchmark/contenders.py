@@ -127,8 +127,7 @@ class Ours:
         for index, (ids, labels) in enumerate(self.batches):
             loss = self.engine(ids, labels)
             self.engine.accumulate(loss, last=index == len(self.batches) - 1)
-        self.engine.step(self.rates)
-        return float(loss.detach())
+        return self.engine.step(self.rates, loss.detach()).loss
 
     def parts(self) -> dict[str, list[Tensor]]:
         states = [value for flat in self.engine.flats() for value in self.engine.state_of(flat).values()]

@@ -73,7 +73,7 @@ class MoRALinear(AdapterLinear):
         return torch.zeros(self.square_size, self.square_size)
 
     def singular_values(self, *parameters: Tensor) -> Tensor:
-        return torch.linalg.svdvals(self.operator.delta(*parameters))[: self.square_size * self.operator.blocks]
+        return torch.linalg.svdvals(self.operator.core(*parameters))[: self.square_size * self.operator.blocks]
 
     def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:
         blocks = self._blocks(cycle)
