@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings, with_revisions_of
+from relora_mora.config import Config, DataConfig, parse_yaml, unused_settings, with_revisions_of
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint
 from relora_mora.model import check_length, plain_model_config, read_model_config
 from relora_mora.model.llama import check_attention, check_compiler
@@ -19,6 +19,7 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import check_vocabulary, tokenizer_fingerprint
 from relora_mora.train.identity import Identity
 from relora_mora.train.inputs import open_inputs
+from relora_mora.train.start import check_start
 
 
 @dataclass
@@ -84,7 +85,7 @@ def check(config: Config, world_size: int) -> Checked:
     if remark:
         log.info(remark)
     tokens = tokenizer_fingerprint(config.tokenizer.path)
-    _check_start(config)
+    check_start(config, model_config)
     for name in unused_settings(config):
         log.info("method %s does not use %s", config.method.name, name)
     return Checked(
@@ -100,11 +101,3 @@ def check(config: Config, world_size: int) -> Checked:
         data_order=order_fingerprint(data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards),
         bf16=bf16,
     )
-
-
-def _check_start(config: Config) -> None:
-    start = config.model.init_from
-    if start is not None and not Path(start).exists():
-        raise ConfigError(
-            [f"model.init_from: {start} does not exist; give a Hugging Face LLaMA folder or a run"], "the settings"
-        )
