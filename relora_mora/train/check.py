@@ -19,7 +19,7 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import check_vocabulary, tokenizer_fingerprint
 from relora_mora.train.identity import Identity
 from relora_mora.train.inputs import open_inputs
-from relora_mora.train.start import check_start
+from relora_mora.train.start import check_adapter, check_start
 
 
 @dataclass
@@ -71,9 +71,11 @@ def pinned_before(config: Config) -> DataConfig:
 def check(config: Config, world_size: int) -> Checked:
     """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
     data = config.data
+    check_start(config)
     model_config = read_model_config(config.model)
     check_length(model_config, config.data.sequence_length, config.model.config)
     check_adapters(model_config, config.method)
+    check_adapter(config, model_config)
     check_compiler(config.model)
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config.model, bf16=bf16)
@@ -85,7 +87,6 @@ def check(config: Config, world_size: int) -> Checked:
     if remark:
         log.info(remark)
     tokens = tokenizer_fingerprint(config.tokenizer.path)
-    check_start(config, model_config)
     for name in unused_settings(config):
         log.info("method %s does not use %s", config.method.name, name)
     return Checked(

@@ -18,8 +18,8 @@ from relora_mora.optim import set_trainable
 from relora_mora.system.logs import log
 
 
-def check_start(config: Config, model_config: LlamaConfig) -> None:
-    """Raises :class:`ConfigError` where ``model.init_from`` or ``model.adapter`` cannot be what the run begins with."""
+def check_start(config: Config) -> None:
+    """Raises :class:`ConfigError` where ``model.init_from`` is no model."""
     start = config.model.init_from
     fault = None
     if start is not None and not Path(start).exists():
@@ -28,11 +28,13 @@ def check_start(config: Config, model_config: LlamaConfig) -> None:
         fault = f"{start} holds an adapter without its model; give that model there, and the adapter in model.adapter"
     if fault is not None:
         raise ConfigError([f"model.init_from: {fault}"], "the settings")
-    if config.model.adapter is not None:
-        _check_adapter(AdapterFolder(Path(config.model.adapter)), config, model_config)
 
 
-def _check_adapter(adapter: AdapterFolder, config: Config, model_config: LlamaConfig) -> None:
+def check_adapter(config: Config, model_config: LlamaConfig) -> None:
+    """Raises :class:`ConfigError` with every difference between ``model.adapter`` and the adapters of the settings."""
+    if config.model.adapter is None:
+        return
+    adapter = AdapterFolder(Path(config.model.adapter))
     faults = list(_method_faults(adapter, config.method))
     if not faults:
         lm = empty_model(model_config)
