@@ -24,7 +24,7 @@ from tests.tools.commands import EVALUATE, EXPORT, call, refused
 from tests.tools.data_tools import write_shard
 from tests.tools.helpers import SHARED, needs_shared
 
-ROUNDING = 2e-5  # of logits that are about 10
+ROUNDING = 2e-5  # of logits of up to 5
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def test_peft_computes_what_the_run_does(peft, base, tokenizer_path, tmp_path, n
     theirs = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "peft").eval()
     ours = logits(lm)
     assert (ours - logits(LlamaForCausalLM.from_pretrained(base))).abs().max() > 0.1
-    assert (logits(theirs) - ours).abs().max() < ROUNDING
+    assert (logits(theirs) - ours).abs().max() <= (0 if name == "lora" else ROUNDING)
     assert (logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged")) - ours).abs().max() < ROUNDING
     assert logits(load_model(tmp_path / "peft", torch.float32).model).equal(
         logits(load_any_model(tmp_path / "merged", torch.float32).model)
