@@ -41,7 +41,7 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
         for name in [*reader.manifest.parameters, *reader.manifest.frozen]
         if name.rpartition(".")[0] in modules
     }
-    ranks: dict[str, float] = {}  # by kind of projection: the layers of a kind have one shape
+    ranks: dict[str, float] = {}  # by kind of projection, as the layers of a kind have one shape
     for name, layer in layers.items():
         A, B = _factors(layer, [reader.weight(f"{name}.{key}") for key in layer.adapter_names], released=released)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
@@ -56,7 +56,7 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
             f"{reader.folder}: values too large for {dtype} in {in_short(broken)}; choose another type"
         )
     save_file(cast, out / WEIGHTS, metadata={"format": "pt"})
-    settings = _settings(config.method, ranks) | {
+    settings = _settings(config.method, ranks, released=released) | {
         "base_model_name_or_path": config.model.init_from,
         "modules_to_save": sorted({_kind(module) for module in modules}) or None,
     }
@@ -71,7 +71,7 @@ def _check(reader: CheckpointReader, base: str | None, method: MethodConfig, *, 
     if not method.uses_adapters:
         fault = f"{method.name} trains without adapters"
     elif base is None:
-        fault = "the run began with random weights, so nobody has the model that its adapter would go to"
+        fault = "its settings have no model.init_from, so nobody has the model that its adapter would go to"
     elif manifest.merges_done:
         fault = f"{manifest.merges_done} merges have changed the weights that its adapter goes to"
     elif "model.embed_tokens.weight" in manifest.parameters and manifest.model_config.get("tie_word_embeddings"):
@@ -110,22 +110,17 @@ def _factors(layer: AdapterLinear, values: list[Tensor], *, released: bool) -> t
     return (M, M.clone()) if released else layer.operator.factors(M)
 
 
-def _settings(method: MethodConfig, ranks: Mapping[str, float]) -> dict[str, Any]:
-    alpha: float = method.rank if method.lora_alpha is None else method.lora_alpha
-    patterns: Mapping[str, float] = ranks if method.uses_squares else {}
+def _settings(method: MethodConfig, ranks: Mapping[str, float], *, released: bool) -> dict[str, Any]:
+    alpha: float = method.rank if method.lora_alpha is None or method.uses_squares else method.lora_alpha
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "r": method.rank,
-        "lora_alpha": method.rank if method.uses_squares else int(alpha) if alpha == int(alpha) else alpha,
-        "rank_pattern": patterns,
-        "alpha_pattern": patterns,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "rank_pattern": ranks if method.uses_squares else {},
+        "alpha_pattern": ranks if method.uses_squares and not released else {},
         "lora_dropout": 0.0,
         "target_modules": sorted(method.target_modules),
         "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
     }

@@ -11,8 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora_mora.adapters import AdapterFolder, is_adapter
 from relora_mora.config import Config, ConfigError, MethodConfig
 from relora_mora.methods.inject import inject
-from relora_mora.methods.layers import AdapterLinear, adapter_layers, adapter_parameters
-from relora_mora.methods.lora import LoRALinear
+from relora_mora.methods.layers import adapter_parameters
 from relora_mora.model import empty_model
 from relora_mora.optim import set_trainable
 from relora_mora.system.logs import log
@@ -41,7 +40,7 @@ def check_adapter(config: Config, model_config: LlamaConfig) -> None:
         with torch.device("meta"):
             inject(lm, config.method, seed=config.train.seed)
         set_trainable(lm, config.method)
-        faults = [*_scale_faults(adapter, lm, config.method), *_tensor_faults(adapter, lm)]
+        faults = [*_alpha_faults(adapter, config.method), *_tensor_faults(adapter, lm)]
     if faults:
         raise ConfigError(faults, str(adapter.folder))
     start = str(config.model.init_from)
@@ -70,17 +69,14 @@ def _method_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str
         )
 
 
-def _scale_faults(adapter: AdapterFolder, lm: LlamaForCausalLM, method: MethodConfig) -> Iterator[str]:
-    if adapter.mora_type is not None:
-        return
-    scales = {adapter.alpha(name) / rank for name, rank in adapter.layers.items()}
-    [ours] = {layer.scale for _, layer in adapter_layers(lm) if isinstance(layer, LoRALinear)}
-    if scales != {ours}:
-        remedy = "one scale for all layers is all there is here"
-        if len(scales) == 1:
-            remedy = f"set method.lora_alpha={max(scales) * method.rank:g}"
-        theirs = ", ".join(f"{scale:g}" for scale in sorted(scales))
-        yield f"method.lora_alpha: alpha / r is {ours:g} here and {theirs} in the adapter; {remedy}"
+def _alpha_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str]:
+    here = {float(rank if method.lora_alpha is None else method.lora_alpha) for rank in adapter.layers.values()}
+    there = {adapter.alpha(name) for name in adapter.layers}
+    if adapter.mora_type is None and here != there:
+        alphas = ", ".join(f"{alpha:.17g}" for alpha in sorted(there))
+        remedy = f"set method.lora_alpha={alphas}" if len(there) == 1 else "here all layers have one"
+        given = "r" if method.lora_alpha is None else f"{method.lora_alpha:.17g}"
+        yield f"method.lora_alpha: {given} here and {alphas} in the adapter; {remedy}"
 
 
 def _tensor_faults(adapter: AdapterFolder, lm: LlamaForCausalLM) -> Iterator[str]:
@@ -89,7 +85,7 @@ def _tensor_faults(adapter: AdapterFolder, lm: LlamaForCausalLM) -> Iterator[str
     expected |= {name: tuple(parameters[name].shape) for name in adapter.plain() if name in parameters}
     wrong = sorted(name for name in expected | adapter.shapes if expected.get(name) != adapter.shapes.get(name))
     if wrong:
-        yield _wrong_shape(adapter, wrong, expected, dict(adapter_layers(lm)))
+        yield _wrong_shape(adapter, wrong, expected)
     frozen = sorted(name for name in adapter.plain() if name in parameters and not parameters[name].requires_grad)
     if frozen:
         yield (
@@ -98,26 +94,20 @@ def _tensor_faults(adapter: AdapterFolder, lm: LlamaForCausalLM) -> Iterator[str
         )
 
 
-def _wrong_shape(
-    adapter: AdapterFolder,
-    wrong: list[str],
-    expected: Mapping[str, tuple[int, ...]],
-    layers: Mapping[str, AdapterLinear],
-) -> str:
+def _wrong_shape(adapter: AdapterFolder, wrong: list[str], expected: Mapping[str, tuple[int, ...]]) -> str:
     """In words, how the first of these tensors differs, and of how many it is the first."""
     name = wrong[0]
-    layer, _, _ = name.rpartition(".")
+    rank = adapter.layers.get(name.rpartition(".")[0])
     there = adapter.shapes.get(name)
     here = expected.get(name)
     remedy = "is it the adapter of another model? then give that in model.init_from"
-    if there and here and layer in layers:
-        rank = adapter.layers[layer]
+    if there and here and rank is not None:
         if adapter.mora_type is not None:
             remedy = (
                 f"R is {rank} there: set method.rank and method.square_rounding (nearest: as the released MoRA), or "
                 "method.square_size"
             )
-        elif set(there) - {rank} == set(here) - {here[0] if name.endswith("A") else here[1]}:
+        elif there == ((rank, here[1]) if name.endswith("lora_A") else (here[0], rank)):
             remedy = f"set method.rank={rank}"
     more = f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else ""
     return (

@@ -144,10 +144,10 @@ def refuses(inputs, tokenizer_path, tmp_path):
             ["q_proj, v_proj here", "set method.target_modules=[down_p"],
         ),
         ("mora1", {"operators": [6], "square_multiple": 2}, ["begins with 6 here", "has operator 1"]),
-        ("lora", {"lora_alpha": 4.0}, ["alpha / r is 1 here and 1.5 in the adapter", "set method.lora_alpha=6"]),
+        ("lora", {"lora_alpha": 4.0}, ["method.lora_alpha: 4 here and 6 in the adapter", "set method.lora_alpha=6"]),
         (
             "lora",
-            {"rank": 2, "lora_alpha": 3.0},
+            {"rank": 2},
             ["lora_A is [4, 40]", "and [2, 40] here (28 ten", "set method.rank=4"],
         ),
         ("mora1", {"rank": 5}, ["mora_M is [16, 16]", "and [17, 17] here (14 ten", "R is 16 there"]),
