@@ -33,6 +33,7 @@ def main(
     model: str,
     *,
     data: str | None = None,
+    base: str | None = None,
     tokenizer: str | None = None,
     sequence_length: int | None = None,
     max_tokens: int | None = None,
@@ -45,8 +46,10 @@ def main(
     """Scores text with a model; text in several sets set by set, and as a whole.
 
     Args:
-        model: a checkpoint or run folder of this trainer, or the folder of any Hugging Face causal language model
+        model: a checkpoint or run folder of this trainer, the folder of any Hugging Face causal language model, or that
+            of an adapter as PEFT or the released MoRA writes it
         data: source of the text, or YAML of sets by name as data.validation takes it; default: the run's held-out text
+        base: the model that an adapter was trained on; default: the folder that its config names
         tokenizer: folder or .model file; default: the model's own
         sequence_length: tokens the model sees at once; default: as trained, or the model's maximum up to 2048
         max_tokens: predicted tokens to score of each set, in whole documents; default: all
@@ -73,18 +76,19 @@ def main(
     with many_imports():  # takes seconds: what was typed is checked before
         import torch
 
+        from relora_mora.adapters import is_adapter, load_model
         from relora_mora.data import SourceError
         from relora_mora.evaluate import EvalResult, causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal
-        from relora_mora.pretrained import DTYPES, is_foreign, load_any_model, positions_of
+        from relora_mora.pretrained import DTYPES, is_foreign, positions_of
         from relora_mora.system.hardware import ran_out_of_memory, uses_cuda
         from relora_mora.system.logs import progress_bar
         from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
-    if given is None and is_foreign(Path(model)):
+    if given is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
         raise ValueError(f"--data: {model} is no run and names no text of its own; say what to score, e.g. allenai/c4")
-    loaded = load_any_model(Path(model), DTYPES[precision])
+    loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
     settings = loaded.data_settings(given, sequence_length, document_mask, text_column, sample_by)
     length = settings.sequence_length
     positions = positions_of(loaded.model)

@@ -104,6 +104,13 @@ class Operator(ABC):
     def add_delta(self, weight: Tensor, M: Tensor) -> Tensor:
         """weight + delta(M) [out, in], a new tensor; not differentiable"""
 
+    def factors(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        """A [blocks * R, in] = M C and B [out, blocks * R] = D, so that ``B A = delta(M)``: the same map as LoRA's."""
+        compressed = self.compress(torch.eye(self.in_features, dtype=M.dtype))
+        A = (compressed @ M.T).flatten(1).T
+        B = self.decompress(torch.eye(len(A), dtype=M.dtype).view(-1, *compressed.shape[1:])).T
+        return A, B
+
     def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
         """dM [R, R] = (D^T dy)^T (C x), from compressed = ``compress(x)`` and dy [..., out]."""
         reduced = self.decompress_transposed(dy)

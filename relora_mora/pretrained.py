@@ -34,10 +34,10 @@ transformers_logging.disable_progress_bar()  # it would draw one for each file
 HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by default
 
 
-def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
-    """Every weight of the plain model in float32, ``W + delta`` where there is an adapter.
+def checked_model(reader: CheckpointReader) -> LlamaForCausalLM:
+    """The model that a checkpoint names, with its adapter layers and without values.
 
-    Raises :class:`CheckpointError` where the checkpoint does not hold the tensors of the model it names.
+    Raises :class:`CheckpointError` where the checkpoint does not hold the tensors of that model.
     """
     manifest = reader.manifest
     config = validate(manifest.config, str(reader.folder))
@@ -53,6 +53,16 @@ def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
             f"{reader.folder}: does not hold the model it names: {wrong[0]} is {found.get(wrong[0], 'nothing')} there, "
             f"expected {expected.get(wrong[0], 'nothing')}; use another checkpoint"
         )
+    return skeleton
+
+
+def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
+    """Every weight of the plain model in float32, ``W + delta`` where there is an adapter.
+
+    Raises :class:`CheckpointError` where the checkpoint does not hold the tensors of the model it names.
+    """
+    manifest = reader.manifest
+    skeleton = checked_model(reader)
     adapters = dict(adapter_layers(skeleton))
     own = adapter_parameters(skeleton)
     weights = {name: reader.weight(name) for name in [*manifest.parameters, *manifest.frozen] if name not in own}

@@ -91,6 +91,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there are files of a tokenizer in a folder."""
+    return any((folder / name).is_file() for name in (MODEL_FILE, *_VOCABULARY_FILES))
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text, without any special token: none is added and none is found in the text.
 
@@ -197,7 +202,7 @@ def open_sentencepiece(path: str | Path) -> SentencePieceProcessor:
 
 def _check_exists(path: Path) -> None:
     if path.is_dir():
-        if not any((path / name).is_file() for name in (MODEL_FILE, *_VOCABULARY_FILES)):
+        if not has_tokenizer(path):
             raise TokenizerError(f"{path}: no tokenizer in this folder; {_EXPECTED}; tokenizer/train.py trains one")
     elif not path.exists():
         raise TokenizerError(

@@ -53,6 +53,16 @@ def test_agrees_with_the_released_code():
 
 
 @pytest.mark.parametrize("mora_type,inputs,outputs,size", _operators())
+def test_delta_is_a_product_of_two_factors(mora_type, inputs, outputs, size):
+    op = make_operator(mora_type, inputs, outputs, size)
+    M = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    A, B = op.factors(M)
+    assert (A.shape, B.shape) == ((op.blocks * size, inputs), (outputs, op.blocks * size))
+    exact = size <= inputs and not OPERATORS[mora_type].even_size  # else several numbers add up, in another order
+    assert (B @ A - op.delta(M)).abs().max() <= (0 if exact else 1e-6)
+
+
+@pytest.mark.parametrize("mora_type,inputs,outputs,size", _operators())
 def test_forward_is_the_product_with_delta(mora_type, inputs, outputs, size):
     torch.manual_seed(0)
     op = make_operator(mora_type, inputs, outputs, size)

@@ -21,6 +21,7 @@ LAYERS = [
     ["merging"],
     ["checkpoint"],
     ["evaluate", "pretrained"],
+    ["adapters"],
     ["export"],
     ["train"],
 ]

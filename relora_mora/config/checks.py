@@ -90,6 +90,7 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from _target_faults(config)
     yield from _form_faults(config)
     yield from _square_faults(config)
+    yield from _adapter_faults(config)
     yield from _merge_faults(config)
     yield from _schedule_faults(config)
     yield from _batch_faults(config, world_size)
@@ -142,6 +143,20 @@ def _square_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             ("method.square_size", "method.operators", "method.name"),
             f"operator {even[0]} needs an even size, got {size}; take {size - 1 or 2}",
+        )
+
+
+def _adapter_faults(config: Config) -> Iterator[Fault]:
+    if config.model.adapter is None:
+        return
+    if not config.method.uses_adapters:
+        yield Fault(
+            ("model.adapter", "method.name"),
+            f"{config.method.name} has no adapters that it could give values to; drop it, or set method.name",
+        )
+    if config.model.init_from is None:
+        yield Fault(
+            ("model.adapter", "model.init_from"), "an adapter belongs to a trained model; name that in model.init_from"
         )
 
 

@@ -54,6 +54,11 @@ class ModelConfig(Strict):
     init_from: Text | None = Field(
         None, description="warm start: a Hugging Face LLaMA folder, or a checkpoint or run folder of any method"
     )
+    adapter: Text | None = Field(
+        None,
+        description="start values of the adapters, trained on the model in init_from: a folder in the layout of PEFT "
+        "or of the released MoRA",
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention implementation of transformers"
     )
@@ -157,6 +162,9 @@ class MethodConfig(Strict):
         128, description="LoRA's rank r; MoRA's square has as many parameters: R = floor(sqrt((in + out) r))"
     )
     square_size: Positive | None = Field(None, description="R of every layer; null: from rank")
+    square_rounding: Literal["down", "nearest"] = Field(
+        "down", description="how R comes from rank; nearest: as in the released code, also above LoRA's parameters"
+    )
     square_multiple: Positive = Field(1, description="round R down to a multiple (8, 16, 32 suit matrix units)")
     operators: list[MoraType] = Field(
         [1, 2], min_length=1, description="mora types: mora uses the first, remora cycles through all"

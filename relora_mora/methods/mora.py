@@ -15,13 +15,19 @@ from relora_mora.operators import Operator, make_operator, square_size
 
 
 def layer_square_size(method: MethodConfig, in_features: int, out_features: int) -> int:
-    """R of one layer: ``method.square_size``, or from the rank and rounded down to ``method.square_multiple``.
+    """R of one layer: ``method.square_size``, or sqrt((in + out) r), rounded as ``method.square_rounding`` says.
+
+    Then it is rounded down to ``method.square_multiple``.
 
     Raises ValueError when nothing is left after rounding.
     """
     if method.square_size is not None:
         return method.square_size
-    size = square_size(in_features, out_features, method.rank) // method.square_multiple * method.square_multiple
+    if method.square_rounding == "nearest":  # floor(sqrt(n) + 1/2) in whole numbers
+        size = (square_size(in_features, out_features, 4 * method.rank) + 1) // 2
+    else:
+        size = square_size(in_features, out_features, method.rank)
+    size = size // method.square_multiple * method.square_multiple
     if size == 0:
         raise ValueError(
             f"method.square_multiple: {method.square_multiple} is more than R of a {in_features} -> {out_features} "

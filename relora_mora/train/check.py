@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings, with_revisions_of
+from relora_mora.config import Config, DataConfig, parse_yaml, unused_settings, with_revisions_of
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint
 from relora_mora.model import check_length, plain_model_config, read_model_config
 from relora_mora.model.compiler import compiles_here
@@ -20,6 +20,7 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import check_vocabulary, tokenizer_fingerprint
 from relora_mora.train.identity import Identity
 from relora_mora.train.inputs import open_inputs
+from relora_mora.train.start import check_adapter, check_start
 
 
 @dataclass
@@ -72,9 +73,11 @@ def pinned_before(config: Config) -> DataConfig:
 def check(config: Config, world_size: int) -> Checked:
     """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
     data = config.data
+    check_start(config)
     model_config = read_model_config(config.model)
     check_length(model_config, config.data.sequence_length, config.model.config)
     check_adapters(model_config, config.method)
+    check_adapter(config, model_config)
     compiled = compiles_here(config.model, config.train.zero_stage, on_cuda=uses_cuda())
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config.model, bf16=bf16)
@@ -86,7 +89,6 @@ def check(config: Config, world_size: int) -> Checked:
     if remark:
         log.info(remark)
     tokens = tokenizer_fingerprint(config.tokenizer.path)
-    _check_start(config)
     for name in unused_settings(config):
         log.info("method %s does not use %s", config.method.name, name)
     return Checked(
@@ -103,11 +105,3 @@ def check(config: Config, world_size: int) -> Checked:
         bf16=bf16,
         compiled=compiled,
     )
-
-
-def _check_start(config: Config) -> None:
-    start = config.model.init_from
-    if start is not None and not Path(start).exists():
-        raise ConfigError(
-            [f"model.init_from: {start} does not exist; give a Hugging Face LLaMA folder or a run"], "the settings"
-        )

@@ -17,6 +17,7 @@ FREE_SETTINGS = {
     "model.config",  # the model's own settings are compared instead
     "model.overrides",
     "model.init_from",
+    "model.adapter",
     "model.activation_checkpointing",
     "model.compile",
     "tokenizer.path",  # compared by fingerprint

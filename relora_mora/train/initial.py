@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from relora_mora.adapters import AdapterFolder
 from relora_mora.checkpoint import CheckpointReader
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import Config, ConfigError
@@ -25,13 +26,21 @@ def initial_values(
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Which rank makes which parameter of the plain model, and what this rank has made, in float32.
 
-    A collective. The ranks draw at the same time, a part each; ``model.init_from`` is read by the first rank.
+    A collective. The ranks draw at the same time, a part each; ``model.init_from`` and ``model.adapter``, whose values
+    take the place of those that the adapters were drawn with, are read by the first rank.
     """
     shapes = {name: p.shape for name, p in lm.named_parameters() if p.is_meta}
     made: dict[str, Tensor] = {}
     if config.model.init_from is not None:
-        from_first_rank(lambda: made.update(_foreign_weights(config, lm, shapes)))
-        return dict.fromkeys(shapes, 0), made
+
+        def read() -> list[str]:
+            made.update(_foreign_weights(config, lm, shapes))
+            if config.model.adapter is not None:
+                adapter = AdapterFolder(Path(config.model.adapter))
+                made.update((name, adapter.value(name)) for name in adapter.shapes)
+            return list(made)
+
+        return dict.fromkeys(from_first_rank(read), 0), made
     maker = dict(base.owner)
     load = [0] * world_size
     frozen_first = sorted(shapes.items(), key=lambda item: item[0] not in base.owner)

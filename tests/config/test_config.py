@@ -244,6 +244,12 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
         None,
         "method.square_size: operator 6 needs an even size, got 101; take 100",
     ),
+    ({"model": {"adapter": "a"}}, None, "model.adapter: an adapter belongs to a trained model"),
+    (
+        {"model": {"adapter": "a", "init_from": "b"}, "method": {"name": "full"}},
+        None,
+        "model.adapter: full has no adapters",
+    ),
     ({"method": {"operators": [1, 6]}}, None, "method.square_multiple: operator 6 needs an even R"),
     ({"method": {"name": "mora", "operators": [6], "square_multiple": 3}}, None, "set method.square_multiple=6"),
     (

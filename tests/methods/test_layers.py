@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 
 import pytest
@@ -234,6 +235,10 @@ def test_sizes_and_draws():
     assert layer_square_size(method, 64, 64) == 32
     with pytest.raises(ValueError, match=r"method.square_multiple: 16 is more than R of a 8 -> 8 layer"):
         layer_square_size(MethodConfig(rank=1, square_multiple=16), 8, 8)
+    for inputs, outputs, rank in ((24, 24, 4), (576, 192, 8), (4096, 11008, 7), (1, 2, 1), (50, 50, 1)):
+        nearest = int(math.sqrt((inputs + outputs) * rank) + 0.5)  # as the released code
+        assert layer_square_size(MethodConfig(rank=rank, square_rounding="nearest"), inputs, outputs) == nearest
+        assert layer_square_size(MethodConfig(rank=rank), inputs, outputs) in (nearest, nearest - 1)
     draws = [
         torch.rand(3, generator=layer_generator(*key)).tolist()
         for key in [(0, "a", 0), (0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0)]
