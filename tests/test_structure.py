@@ -23,6 +23,7 @@ LAYERS = [
     ["evaluate", "pretrained"],
     ["export"],
     ["train"],
+    ["start"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 

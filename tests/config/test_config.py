@@ -132,7 +132,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
             "method.nmae",  # misspelt
             "method.operators.1",  # no such operator
             "optim.lr",  # a word
-            "tokenizer",  # missing
+            "tokenizer.path",  # missing
             "train.micro_batch_size",  # does not divide the batch
             "train.steps",  # true is no number
             "train.deepspeed",  # a derived key
