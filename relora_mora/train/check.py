@@ -90,7 +90,7 @@ def check(config: Config, world_size: int) -> Checked:
     inputs = open_inputs(config)
     tokenizer = inputs.tokenizer
     shards = inputs.shards
-    remark = check_vocabulary(tokenizer, model_config.vocab_size)
+    remark = check_vocabulary(tokenizer, model_config.vocab_size, trained=config.model.init_from is not None)
     if remark:
         log.info(remark)
     tokens = tokenizer_fingerprint(config.tokenizer_path)
