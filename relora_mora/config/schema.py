@@ -338,8 +338,11 @@ class Config(Strict):
 
     @property
     def tokenizer_path(self) -> str:
-        """``tokenizer.path`` of a run whose settings have been checked against what they name."""
-        assert self.tokenizer.path is not None
+        """``tokenizer.path``, which the start of a run fills in. Raises ValueError where nobody has named one."""
+        if self.tokenizer.path is None:
+            raise ValueError(
+                "tokenizer.path: null means that of model.init_from, which is not looked at here; name one"
+            )
         return self.tokenizer.path
 
     @property
