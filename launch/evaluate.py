@@ -76,7 +76,7 @@ def main(
         from relora_mora.data import SourceError
         from relora_mora.evaluate import EvalResult, causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal
         from relora_mora.pretrained import DTYPES, is_foreign, load_any_model, positions_of
-        from relora_mora.system.hardware import ran_out_of_memory
+        from relora_mora.system.hardware import ran_out_of_memory, uses_cuda
         from relora_mora.system.logs import progress_bar
         from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
@@ -98,7 +98,7 @@ def main(
             sets = held_out(settings, str(tokenizer_path), max_tokens)
         except SourceError as error:
             raise SourceError(_as_this_command_says(str(error), given is not None)) from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if uses_cuda() else "cpu")
     lm = loaded.model.to(device).eval()
     if not is_causal(lm, device):
         raise ValueError(

@@ -116,6 +116,13 @@ def test_only_zero_imports_deepspeed():
     assert importers == {"zero"}
 
 
+def test_one_function_decides_between_cpu_and_gpu():
+    """It knows DS_ACCELERATOR; torch does not."""
+    sources = [path for folder in ("relora_mora", "launch") for path in (ROOT / folder).rglob("*.py")]
+    asking = [path for path in sources if "cuda.is_available" in path.read_text(encoding="utf-8")]
+    assert asking == [PACKAGE / "system" / "hardware.py"]
+
+
 def test_what_trains_nothing_does_without_deepspeed():
     modules = ", ".join(f"relora_mora.{name}" for name in ("checkpoint", "evaluate", "export", "plan"))
     code = f"import sys, {modules}; print('deepspeed' in sys.modules)"

@@ -8,9 +8,10 @@ from typing import Protocol
 
 import torch
 
+from launch.benchmark.device import synchronize
 from relora_mora.config import Config
 from relora_mora.data import Batch, TrainStream
-from relora_mora.distributed.join import device_of_rank
+from relora_mora.distributed.device import device_of_rank
 from relora_mora.methods.inject import inject
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import group_rates, make_schedule, parameter_groups, set_trainable
@@ -126,6 +127,5 @@ def seconds_of(loop: Loop, batches: Sequence[Batch], *, skip: int) -> float:
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize(device_of_rank())
     return time.perf_counter()

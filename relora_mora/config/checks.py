@@ -297,11 +297,11 @@ def _other_faults(config: Config) -> Iterator[Fault]:
             ("data.document_mask", "model.attention"),
             "flash_attention_2 takes no mask between documents; use model.attention=sdpa",
         )
-    if config.model.compile and config.train.zero_stage == 3:
+    if config.model.compile is True and config.train.zero_stage == 3:
         yield Fault(
             ("model.compile", "train.zero_stage"),
             "torch.compile cannot look through what ZeRO-3 does around each module; use train.zero_stage=2, "
-            "or leave it false",
+            "or leave it at auto",
         )
     sections = {name: getattr(config, name) for name in Config.model_fields}
     known = {f"{name}.{key}" for name, section in sections.items() for key in type(section).model_fields} | {

@@ -66,8 +66,8 @@ class ModelConfig(Strict):
     activation_checkpointing: bool = Field(
         False, description="recompute each decoder layer in backward instead of keeping its activations"
     )
-    compile: bool = Field(
-        False, description="torch.compile for the decoder layers, on ZeRO 0-2; see docs/performance.md"
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile for the decoder layers, on ZeRO 0-2; auto: on GPUs; see docs/performance.md"
     )
 
 
@@ -262,6 +262,9 @@ class TrainConfig(Strict):
         "auto", description="auto: bf16 where the hardware does it fast, else fp32"
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="DeepSpeed ZeRO stage")
+    deterministic: bool = Field(
+        False, description="on GPUs: repeat every bit, so that a resume is bit-equal, at some cost; CPUs always do"
+    )
     seed: Seed = Field(0, description="seed of initial weights and LoRA's draws")
     resume: Text = Field(
         "auto",

@@ -7,8 +7,6 @@ exist as a whole. Shapes: ``B`` sequences, ``T`` tokens, ``H`` hidden size, ``V`
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from typing import TypeGuard
 
@@ -18,33 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from relora_mora.config import ConfigError, ModelConfig
+from relora_mora.model.compiler import compile_layers
 from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.model.loss import LossHead
 from relora_mora.system.seeds import derived_seed
-
-RECOMPILE_LIMIT = (
-    64  # each operator of a cycle, training and evaluation, and the short batch at the end have a program of their own
-)
-
-
-def check_compiler(settings: ModelConfig) -> None:
-    """Raises :class:`ConfigError` when torch.compile would find no compiler: C++ on a CPU, C (for Triton) on a GPU."""
-    if torch.cuda.is_available():
-        language = "C"
-        variable = "CC"
-        names = ("gcc", "clang")
-    else:
-        language = "C++"
-        variable = "CXX"
-        names = ("g++", "clang++")
-    if settings.compile and not any(map(shutil.which, (os.environ.get(variable, names[0]), names[1]))):
-        raise ConfigError(
-            [
-                f"model.compile: torch.compile needs a {language} compiler here, and there is no {names[0]}; "
-                f"install it, name one in {variable}, or leave it false"
-            ],
-            "the settings",
-        )
 
 
 def check_attention(settings: ModelConfig, *, bf16: bool) -> None:
@@ -121,9 +96,7 @@ class LossModel(nn.Module):
         self.lm = lm
         lm.lm_head = LossHead(lm.lm_head)
         if compiled:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-            for layer in lm.model.layers:
-                layer.compile()
+            compile_layers(lm.model.layers)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None, tokens: float | None = None

@@ -67,18 +67,25 @@ def check_memory(
 
 
 def choose_resident(
-    model: PreTrainedModel, config: Config, stage: int, world_size: int, available: float | None, *, bf16: bool
+    model: PreTrainedModel,
+    config: Config,
+    stage: int,
+    world_size: int,
+    available: float | None,
+    *,
+    bf16: bool,
+    on_cuda: bool,
 ) -> None:
     """Where ``method.form`` is ``auto``, makes the layers resident that would build ``W + delta`` for each use.
 
-    It does so where a step has several micro-batches and is planned to take at most half of the ``available`` bytes of
-    a rank (None: not known, and taken to be enough). The results are the same bits, so ranks and resumes may choose
-    differently; they might not be in compiled layers, which are left as they are.
+    It does so where a step is planned to take at most half of the ``available`` bytes of a rank (None: not known, and
+    taken to be enough), on CPUs only where it has several micro-batches. The results are the same bits, so ranks and
+    resumes may choose differently; in compiled layers they are the same up to rounding.
     """
     if config.method.form != "auto":
         return
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    pays = config.accumulation_steps(world_size) > 1 and stage < 3 and not config.model.compile
+    pays = stage < 3 and (on_cuda or config.accumulation_steps(world_size) > 1)
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:
         layer.resident = pays and layer.uses_merged_form(tokens)

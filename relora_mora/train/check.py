@@ -13,10 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings, with_revisions_of
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint
 from relora_mora.model import check_length, plain_model_config
-from relora_mora.model.llama import check_attention, check_compiler
+from relora_mora.model.compiler import compiles_here
+from relora_mora.model.llama import check_attention
 from relora_mora.plan.fit import check_adapters, check_memory
 from relora_mora.pretrained import model_config_of, tokenizer_beside
-from relora_mora.system.hardware import fast_bf16, memory_bytes
+from relora_mora.system.hardware import fast_bf16, memory_bytes, uses_cuda
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import (
@@ -43,6 +44,7 @@ class Checked:
     data_content: str  # fingerprint of what stands in the shards; of http(s) ones after the first rank has asked
     data_order: str
     bf16: bool
+    compiled: bool  # the decoder layers
 
     @property
     def identity(self) -> Identity:
@@ -83,7 +85,7 @@ def check(config: Config, world_size: int) -> Checked:
     model_config = model_config_of(config.model)
     check_length(model_config, config.data.sequence_length, config.model.config or str(config.model.init_from))
     check_adapters(model_config, config.method)
-    check_compiler(config.model)
+    compiled = compiles_here(config.model, config.train.zero_stage, on_cuda=uses_cuda())
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config.model, bf16=bf16)
     check_memory(model_config, config, world_size, memory_bytes(), bf16=bf16)
@@ -109,6 +111,7 @@ def check(config: Config, world_size: int) -> Checked:
         data_content=local_content(shards),
         data_order=order_fingerprint(data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards),
         bf16=bf16,
+        compiled=compiled,
     )
 
 

@@ -30,6 +30,7 @@ FREE_SETTINGS = {
     "train.run_dir",
     "train.micro_batch_size",
     "train.zero_stage",
+    "train.deterministic",
     "train.resume",
     "train.allow_changes",
     "train.max_bad_steps",

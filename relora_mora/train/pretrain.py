@@ -32,6 +32,7 @@ from relora_mora.distributed.join import store_address
 from relora_mora.pretrained import with_tokenizer
 from relora_mora.supervise import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
 from relora_mora.supervise.watchdog import Watchdog
+from relora_mora.system.determinism import compute_deterministically
 from relora_mora.system.disk_errors import LOST_DISK
 from relora_mora.system.hardware import ran_out_of_memory
 from relora_mora.system.logs import log, setup_logging
@@ -45,6 +46,7 @@ from relora_mora.train.resume import finds_checkpoint, resume
 from relora_mora.train.run_folder import write_run_folder
 from relora_mora.train.startup import Startup, describe
 from relora_mora.train.state import RunState
+from relora_mora.train.warm_up import warm_up
 from relora_mora.zero import init_distributed
 
 COUNTING_SECONDS = 86400.0  # a text that takes longer to read once is no text to read some times
@@ -91,6 +93,8 @@ def _pretrain(config: Config, guard: Guard) -> int:
     startup = Startup()
     startup.done("imports")
     os.umask(os.umask(0o077) | 0o002)  # nothing of a run is writable for everybody
+    if config.train.deterministic:
+        compute_deterministically()
     rank, world_size = init_distributed(config.train.peer_timeout_seconds)
     setup_logging(rank)
     startup.done("rendezvous")
@@ -120,6 +124,9 @@ def _pretrain(config: Config, guard: Guard) -> int:
     state, reader = resume(run) if resumes else (RunState(), None)
     if resumes:
         startup.done("resume")
+    if checked.compiled:
+        warm_up(run, state, guard)
+        startup.done("compile")
     from_first_rank(lambda: write_run_folder(checked, world_size, state.step))
     trainer = Trainer(run, state, guard, startup, resumed_from=reader)
     log.info("%s", describe(run, state))

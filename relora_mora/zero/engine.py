@@ -36,6 +36,7 @@ class ZeroEngine:
         clip: float,
         bf16: bool,
     ) -> None:
+        self.module = module
         self.lm = lm
         self.stage = train.zero_stage
         self.clip = clip
@@ -189,9 +190,13 @@ class ZeroEngine:
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """The module's forward: see :class:`relora_mora.model.LossModel`."""
+        self.keep_merged()
+        return self.deepspeed(*inputs)
+
+    def keep_merged(self) -> None:
+        """Has resident layers build their ``W + delta``, those that have none."""
         for layer in self.adapters:
             layer.keep_merged()
-        return self.deepspeed(*inputs)
 
     def train(self) -> None:
         self.deepspeed.train()
