@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaForCausalLM
 
 from relora_mora.config import DataConfig, set_setting
 from relora_mora.data import EvalSet, SourceError, load_eval_set
+from relora_mora.model.llama import is_of_family
 from relora_mora.model.loss import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
 
 MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -191,8 +191,8 @@ def rows_of_documents(input_ids: Tensor, labels: Tensor, document_ids: Tensor) -
 
 
 def _loss_of_rows(lm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean nats of labels [b, T]; a LLaMA's logits are never whole, others' in float32 in chunks."""
-    if isinstance(lm, LlamaForCausalLM):
+    """Mean nats of labels [b, T]; in the LLaMA family logits are never whole, others' in float32 in chunks."""
+    if is_of_family(lm):
         head = lm.get_output_embeddings().weight
         return lambda input_ids, labels: chunked_cross_entropy(
             lm.model(input_ids, use_cache=False).last_hidden_state, head, labels

@@ -116,14 +116,21 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size_of_model: int) -> str | None:
-    """Raises :class:`TokenizerError` when ids do not fit the model; a remark when much of the model is unused."""
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, vocab_size_of_model: int, *, trained: bool = True
+) -> str | None:
+    """Raises :class:`TokenizerError` when ids do not fit the model; a remark when much of the model is unused.
+
+    ``trained``: the model has weights already, so that its vocabulary is what it is.
+    """
     size = vocabulary_size(tokenizer)
     name = tokenizer.name_or_path or "the tokenizer"
     if size > vocab_size_of_model:
+        remedy = f"set --model.overrides='{{vocab_size: {size}}}', or use a smaller tokenizer"
+        if trained:
+            remedy = "take the tokenizer that the model was trained with"
         raise TokenizerError(
-            f"{name}: {size} token ids, but the model has only {vocab_size_of_model} (vocab_size); "
-            f"set --model.overrides='{{vocab_size: {size}}}', or use a smaller tokenizer"
+            f"{name}: {size} token ids, but the model has only {vocab_size_of_model} (vocab_size); {remedy}"
         )
     unused = vocab_size_of_model - size
     if unused >= max(1024, size // 20):

@@ -24,6 +24,7 @@ LAYERS = [
     ["adapters"],
     ["export"],
     ["train"],
+    ["start"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 

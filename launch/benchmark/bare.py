@@ -24,7 +24,7 @@ def make_batches(config: Config, steps: int) -> list[Batch]:
     """The first global batches of the run's training data."""
     with TrainStream(
         config.data,
-        tokenizer_path=config.tokenizer.path,
+        tokenizer_path=config.tokenizer_path,
         batch_size=config.train.batch_size,
         lanes=config.lanes,
         rank=0,

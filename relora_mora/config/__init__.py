@@ -1,6 +1,7 @@
 """Typed settings of a run: schema, combinations that cannot work, reading."""
 
 from relora_mora.config.checks import unused_settings
+from relora_mora.config.finetuning import FINETUNING
 from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate, with_epochs
 from relora_mora.config.schema import (
     DECODER_LINEARS,
@@ -32,6 +33,7 @@ from relora_mora.config.typed_sources import parse_sources, parse_typed
 
 __all__ = [
     "DECODER_LINEARS",
+    "FINETUNING",
     "SAMPLE_BY",
     "CheckpointConfig",
     "Config",

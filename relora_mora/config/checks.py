@@ -85,6 +85,7 @@ def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:
 
 def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     """Each combination that cannot work: what was given, what was expected, the remedy. world_size None: unknown."""
+    yield from _start_faults(config)
     yield from length_faults(config)
     yield from data_faults(config)
     yield from _target_faults(config)
@@ -96,6 +97,15 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from _batch_faults(config, world_size)
     yield from _deepspeed_faults(config)
     yield from _other_faults(config)
+
+
+def _start_faults(config: Config) -> Iterator[Fault]:
+    for setting, given in (("model.config", config.model.config), ("tokenizer.path", config.tokenizer.path)):
+        if given is None and config.model.init_from is None:
+            yield Fault(
+                (setting, "model.init_from"),
+                "must be given, or model.init_from, a model to begin with, of which it is taken then",
+            )
 
 
 def _target_faults(config: Config) -> Iterator[Fault]:
@@ -111,7 +121,14 @@ def _target_faults(config: Config) -> Iterator[Fault]:
 
 
 def _form_faults(config: Config) -> Iterator[Fault]:
-    if config.method.form == "resident" and config.method.uses_adapters and config.train.zero_stage == 3:
+    form = config.method.form
+    if config.method.dropout and form in ("merged", "resident") and config.method.uses_adapters:
+        yield Fault(
+            ("method.dropout", "method.form", "method.name"),
+            f"dropout acts on what an adapter sees beside its weight, and the form {form} makes one weight of both; "
+            "use method.form=auto, or method.dropout=0",
+        )
+    if form == "resident" and config.method.uses_adapters and config.train.zero_stage == 3:
         yield Fault(
             ("method.form", "train.zero_stage", "method.name"),
             "resident keeps W + delta whole on each rank, which ZeRO-3 is there to avoid; use method.form=auto, "

@@ -47,12 +47,18 @@ SAMPLE_BY = get_args(SampleBy)
 
 
 class ModelConfig(Strict):
-    """The LLaMA model. ``config`` is a transformers ``LlamaConfig`` JSON file, ``overrides`` replaces keys of it."""
+    """The model. ``config`` is a config of transformers in JSON, ``overrides`` replaces keys of it."""
 
-    config: Text = Field(description="a LlamaConfig JSON file, relative to this file or the current folder")
-    overrides: dict[str, Any] = Field({}, description="keys of the LlamaConfig to replace, e.g. {hidden_size: 256}")
+    config: Text | None = Field(
+        None,
+        description="a LlamaConfig JSON file (or that of a Mistral, Qwen2 or Qwen3), relative to this file or the "
+        "current folder; null: the config of init_from",
+    )
+    overrides: dict[str, Any] = Field({}, description="keys of that config to replace, e.g. {hidden_size: 256}")
     init_from: Text | None = Field(
-        None, description="warm start: a Hugging Face LLaMA folder, or a checkpoint or run folder of any method"
+        None,
+        description="the weights to begin with: a Hugging Face folder of the LLaMA family, or a checkpoint or run "
+        "folder of any method",
     )
     adapter: Text | None = Field(
         None,
@@ -71,9 +77,10 @@ class ModelConfig(Strict):
 
 
 class TokenizerConfig(Strict):
-    path: Text = Field(
+    path: Text | None = Field(
+        None,
         description="a folder that holds tokenizer.model, a sentencepiece .model file, "
-        "or a Hugging Face tokenizer folder"
+        "or a Hugging Face tokenizer folder; null: the tokenizer of model.init_from",
     )
 
 
@@ -181,6 +188,10 @@ class MethodConfig(Strict):
     form: Literal["auto", "merged", "resident", "decoupled"] = Field(
         "auto", description="how an adapter layer computes: see docs/method.md"
     )
+    dropout: Decay = Field(
+        0.0,
+        description="of an adapter's input, as in LoRA; the layers then train in the decoupled form; 0: none",
+    )
     merge_every: Positive = Field(
         2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
     )
@@ -231,6 +242,9 @@ class OptimConfig(Strict):
         "cosine", description="shape of the rate after warmup; merges restart it"
     )
     warmup_steps: NotNegative = Field(1000, description="steps of linear warmup at the start")
+    warmup_fraction: Decay | None = Field(
+        None, description="linear warmup as a fraction of the run's steps, in place of warmup_steps; 0.03 is 3 %"
+    )
     restart_warmup_steps: NotNegative = Field(50, description="steps of linear warmup after a merge; 0: no restarts")
     decay_steps: Positive | None = Field(None, description="wsd: steps of the final decay; null: a tenth of the run")
     min_ratio: Fraction = Field(0.1, description="the rate ends at this fraction of its peak")
@@ -319,7 +333,7 @@ class Config(Strict):
     """One run. Layered: defaults < YAML file < ``--section.key=value``."""
 
     model: ModelConfig
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     method: MethodConfig = MethodConfig()
     optim: OptimConfig = OptimConfig()
@@ -332,6 +346,15 @@ class Config(Strict):
     def tokens_per_step(self) -> int:
         """Tokens that the model sees per optimizer step, over all ranks."""
         return self.train.batch_size * self.data.sequence_length
+
+    @property
+    def tokenizer_path(self) -> str:
+        """``tokenizer.path``, which the start of a run fills in. Raises ValueError where nobody has named one."""
+        if self.tokenizer.path is None:
+            raise ValueError(
+                "tokenizer.path: null means that of model.init_from, which is not looked at here; name one"
+            )
+        return self.tokenizer.path
 
     @property
     def lanes(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from relora_mora.config import Config
 from relora_mora.registry import LORA, MORA, Adapter
@@ -59,7 +59,13 @@ class ComputeTime:
 
 
 def compute_time(
-    model_config: LlamaConfig, config: Config, device: Device, *, peak: float, flops_per_token: float, compiled: bool
+    model_config: PreTrainedConfig,
+    config: Config,
+    device: Device,
+    *,
+    peak: float,
+    flops_per_token: float,
+    compiled: bool,
 ) -> ComputeTime:
     """For one micro-batch on a device with ``peak`` FLOP/s; its ``memory_gbytes_per_s`` must be known.
 

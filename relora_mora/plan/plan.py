@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.config import Config
 from relora_mora.model.compiler import compiles
@@ -93,7 +93,7 @@ class Plan:
 
 
 def make_plan(
-    model_config: LlamaConfig,
+    model_config: PreTrainedConfig,
     config: Config,
     *,
     cluster: Cluster,
@@ -116,7 +116,7 @@ def make_plan(
         raise ValueError(f"tokens_per_second must be positive, got {tokens_per_second:g}")
     ranks = cluster.world_size
     own = config.method.name
-    models: dict[str, LlamaForCausalLM] = {}
+    models: dict[str, PreTrainedModel] = {}
     memory: dict[str, dict[int, Memory]] = {name: {} for name in METHODS}
     network: dict[str, dict[int, Traffic]] = {}
     for name in METHODS:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from relora_mora import kernels
 from relora_mora.config import Config, ConfigError
@@ -104,7 +104,7 @@ def build(
     return Run(checked, engine, base, merger, groups, schedule)
 
 
-def _add_adapters(lm: LlamaForCausalLM, config: Config, *, with_values: bool) -> None:
+def _add_adapters(lm: PreTrainedModel, config: Config, *, with_values: bool) -> None:
     with contextlib.nullcontext() if with_values else torch.device("meta"):
         injection = inject(lm, config.method, seed=config.train.seed)
     kinds = ", ".join(f"{len(names)} {kind}" for kind, names in injection.by_kind.items())

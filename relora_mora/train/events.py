@@ -154,7 +154,7 @@ class Evaluating:
         return True
 
     def _held_out(self) -> dict[str, EvalSet]:
-        return held_out(self.config.data, self.config.tokenizer.path, self.config.eval.max_tokens)
+        return held_out(self.config.data, self.config.tokenizer_path, self.config.eval.max_tokens)
 
     def _score(self, data: EvalSet, step: int, update: Update) -> EvalResult | None:
         return evaluate(

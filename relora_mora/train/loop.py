@@ -50,7 +50,7 @@ class Trainer:
         self.folder = Path(config.train.run_dir)
         self.data = TrainStream(
             config.data,
-            tokenizer_path=config.tokenizer.path,
+            tokenizer_path=config.tokenizer_path,
             batch_size=config.train.batch_size,
             lanes=config.lanes,
             rank=self.rank,

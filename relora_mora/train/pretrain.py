@@ -29,6 +29,7 @@ from relora_mora.distributed.collectives import (
     leave_together,
 )
 from relora_mora.distributed.join import store_address
+from relora_mora.pretrained import with_tokenizer
 from relora_mora.supervise import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
 from relora_mora.supervise.watchdog import Watchdog
 from relora_mora.system.determinism import compute_deterministically
@@ -104,7 +105,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     data, commits, datasets = from_first_rank(lambda: _pinned(config))
     remember_commits(commits)
     remember_datasets(datasets)
-    config = config.model_copy(update={"data": data})
+    config = with_tokenizer(config.model_copy(update={"data": data}))
     checked = check(config, world_size)
     check_agreement(checked.identity)
     asked = from_first_rank(lambda: _asked(checked.shards, data))
@@ -169,7 +170,7 @@ def _count(config: Config) -> int:
     """The tokens of an epoch. One rank reads all of the text."""
     begin = time.perf_counter()
     log.info("train.epochs: counting the tokens of the training text")
-    tokens = count_tokens(config.data, config.tokenizer.path)
+    tokens = count_tokens(config.data, config.tokenizer_path)
     log.info("the training text has %s tokens (%.1f s)", f"{tokens:,}", time.perf_counter() - begin)
     return tokens
 
