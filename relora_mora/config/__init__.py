@@ -2,6 +2,7 @@
 
 from relora_mora.config.checks import unused_settings
 from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate, with_epochs
+from relora_mora.config.records import Packing, RecordsConfig
 from relora_mora.config.schema import (
     DECODER_LINEARS,
     SAMPLE_BY,
@@ -43,6 +44,8 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "OptimConfig",
+    "Packing",
+    "RecordsConfig",
     "SampleBy",
     "Split",
     "TextSource",

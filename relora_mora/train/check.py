@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import LlamaConfig, PreTrainedTokenizerBase
@@ -87,17 +88,21 @@ def check(config: Config, world_size: int) -> Checked:
     _check_start(config)
     for name in unused_settings(config):
         log.info("method %s does not use %s", config.method.name, name)
+    given: dict[str, Any] = {
+        "tokenizer_fingerprint": tokens,
+        "batch_lanes": config.lanes,
+        "shards": shards,
+        "tokenizer": tokenizer,
+    }
     return Checked(
         config=config,
         model_config=model_config,
         tokenizer=tokenizer,
         tokenizer_fingerprint=tokens,
         shards=shards,
-        data_fingerprint=fingerprint(
-            data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, split="train", shards=shards
-        ),
+        data_fingerprint=fingerprint(data, split="train", **given),
         data_content=local_content(shards),
-        data_order=order_fingerprint(data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards),
+        data_order=order_fingerprint(data, **given),
         bf16=bf16,
     )
 

@@ -42,6 +42,8 @@ REACHES = {
     "data.stages": Reach(None, False, False),  # of mixtures only: tests/data/test_mixture.py
     "data.validation": Reach("train.json", True, False),
     "data.revision": Reach("v2", False, False),
+    "data.records": Reach(None, True, False),  # of other rows: tests/train/test_records_run.py
+    "data.packing": Reach("whole", False, True),
     "data.text_column": Reach("url", True, False),
     "data.sample_by": Reach("line", False, False),  # of .txt alone: tests/data/test_text_files.py
     "data.sequence_length": Reach(16, True, True),
