@@ -29,7 +29,7 @@ from relora_mora.config.sources import (
     texts_in,
     with_revisions_of,
 )
-from relora_mora.config.typed_sources import parse_sources, parse_typed
+from relora_mora.config.typed_sources import parse_records, parse_sources, parse_typed
 
 __all__ = [
     "DECODER_LINEARS",
@@ -56,6 +56,7 @@ __all__ = [
     "is_mixture",
     "load_config",
     "map_records",
+    "parse_records",
     "parse_sources",
     "parse_typed",
     "parse_yaml",

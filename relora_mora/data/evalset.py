@@ -146,9 +146,9 @@ def _whole(
 ) -> tuple[Tokens, Mask, DocumentIds | None]:
     length = config.sequence_length
     blocks = [
-        block
+        each.block
         for group in groups_of(rows, length)
-        for block in packed(group, eos=eos, sequence_length=length, fills=fills)
+        for each in packed(group, eos=eos, sequence_length=length, fills=fills)
     ]
     documents = np.stack([block.documents for block in blocks]) if fills else None  # type: ignore[misc]
     scored = np.stack([block.scored for block in blocks])  # type: ignore[misc]

@@ -3,14 +3,14 @@
 The rows of a lane are taken in groups, and those of a group are put into blocks together: a row that is left over for
 want of room goes into another block of its group. A group ends where its tokens fill ``GROUP_BLOCKS`` blocks or more,
 and at the end of an epoch, so an epoch is whole blocks. A position is where a group begins, and how many of its blocks
-were given.
+and rows were given.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,11 @@ from relora_mora.data.packing import Block
 from relora_mora.data.rows import Encode, Encoded, Row
 
 GROUP_BLOCKS = 16  # more waste less room and make a resume repeat more
+
+
+class WholeBlock(NamedTuple):
+    block: Block
+    rows: int
 
 
 class WholeLane(Generic[Row]):
@@ -48,12 +53,13 @@ class WholeLane(Generic[Row]):
         given = 0
         if restored:
             cursor, given = rows.plan.read(restored)
+            cursor = cursor._replace(documents=cursor.documents - restored.get("documents_given", 0))
         self._source = EncodedRows(rows, encode, cursor)
         self._waiting: deque[tuple[Encoded, Cursor]] = deque()
         self._before = cursor  # of the group
         self._after = cursor
         self._epoch = cursor.epoch
-        self._blocks: list[Block] = []
+        self._blocks: list[WholeBlock] = []
         self._given = 0
         if given:
             self._next_group()
@@ -68,7 +74,7 @@ class WholeLane(Generic[Row]):
         if self._given == len(self._blocks):
             self._next_group()
         self._given += 1
-        return self._blocks[self._given - 1]
+        return self._blocks[self._given - 1].block
 
     def epoch_blocks(self) -> int:
         """How many blocks the first epoch has: for a lane at its start, whose blocks are then given."""
@@ -82,7 +88,9 @@ class WholeLane(Generic[Row]):
     def state(self) -> dict[str, Any]:
         if self._given == len(self._blocks):
             return self._after.state(0)
-        return self._before.state(self._given)
+        documents = sum(block.rows for block in self._blocks[: self._given])
+        before = self._before._replace(documents=self._before.documents + documents)
+        return {**before.state(self._given), "documents_given": documents}
 
     def close(self) -> None:
         self._source.close()
@@ -120,7 +128,7 @@ class WholeLane(Generic[Row]):
             _, rows, after = self._source.next_group()
             self._waiting.extend(zip(rows, after, strict=True))
 
-    def _packed(self, rows: Sequence[Encoded]) -> Iterator[Block]:
+    def _packed(self, rows: Sequence[Encoded]) -> Iterator[WholeBlock]:
         return packed(rows, eos=self.eos, sequence_length=self.sequence_length, fills=self.fills)
 
 
@@ -139,14 +147,16 @@ def groups_of(rows: Sequence[Encoded], sequence_length: int) -> Iterator[list[En
         yield group
 
 
-def packed(rows: Sequence[Encoded], *, eos: int, sequence_length: int, fills: bool) -> Iterator[Block]:
+def packed(rows: Sequence[Encoded], *, eos: int, sequence_length: int, fills: bool) -> Iterator[WholeBlock]:
     """The blocks of some rows, none of which is longer than ``sequence_length`` and the token behind it."""
     if not fills:
         for row in rows:
-            yield block_of([row], eos=eos, sequence_length=sequence_length)._replace(documents=None)
+            block = block_of([row], eos=eos, sequence_length=sequence_length)
+            yield WholeBlock(block._replace(documents=None), 1)
         return
     for numbers in first_fit([len(row.ids) for row in rows], sequence_length + 1):
-        yield block_of([rows[number] for number in numbers], eos=eos, sequence_length=sequence_length)
+        block = block_of([rows[number] for number in numbers], eos=eos, sequence_length=sequence_length)
+        yield WholeBlock(block, len(numbers))
 
 
 def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:

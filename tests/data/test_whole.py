@@ -102,8 +102,9 @@ def test_every_record_once_in_every_epoch(path, tokenizer, packing, lanes):
             epochs[0] += _numbers(lane.next_block(), tokenizer)
         share = lane.state()["documents"]
         assert lane.state()["epoch"] == 0 and share == len(epochs[0])
-        while lane.state()["documents"] < 2 * share:
+        while len(epochs[1]) < share:
             epochs[1] += _numbers(lane.next_block(), tokenizer)
+            assert lane.state()["documents"] == share + len(epochs[1])
         assert lane.state()["epoch"] == 1
         assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
         seen += epochs[0]
