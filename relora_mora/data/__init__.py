@@ -1,6 +1,7 @@
 """Text to token blocks: exact, elastic, streaming. See docs/data.md."""
 
 from relora_mora.data.batch import UNSCORED, Batch, document_ids
+from relora_mora.data.chat import template_in_use
 from relora_mora.data.checked_records import check_records
 from relora_mora.data.content import local_content, remote_content
 from relora_mora.data.counting import count_tokens
@@ -55,4 +56,5 @@ __all__ = [
     "resolve_shards",
     "show_records",
     "start_states",
+    "template_in_use",
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from relora_mora.data.errors import SourceError
 from relora_mora.data.passages import Message, Passage
 from relora_mora.data.record_format import CHATML, RecordFormat
+from relora_mora.data.sources import Shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +59,13 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, record_format: RecordForma
             "set data.records.template to a .jinja file without it"
         )
     return template
+
+
+def template_in_use(shards: Iterable[Shard], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """That of the first conversations among some data, None where there are none. Raises SourceError."""
+    held = (shard.records for shard in shards)
+    found = next((each for each in held if each is not None and each.settings.is_conversation), None)
+    return None if found is None else chat_template(tokenizer, found)
 
 
 def chatml(tokenizer: PreTrainedTokenizerBase) -> str:

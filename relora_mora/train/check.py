@@ -10,7 +10,7 @@ import yaml
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings, with_revisions_of
-from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint
+from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, template_in_use
 from relora_mora.model import check_length, plain_model_config, read_model_config
 from relora_mora.model.llama import check_attention, check_compiler
 from relora_mora.plan.fit import check_adapters, check_memory
@@ -81,6 +81,8 @@ def check(config: Config, world_size: int) -> Checked:
     inputs = open_inputs(config)
     tokenizer = inputs.tokenizer
     shards = inputs.shards
+    if template := template_in_use(shards, tokenizer):
+        tokenizer.chat_template = template  # the run's tokenizer, and that of an export, write what was trained on
     remark = check_vocabulary(tokenizer, model_config.vocab_size)
     if remark:
         log.info(remark)

@@ -9,13 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from relora_mora.config import RecordsConfig
-from relora_mora.data import SourceError, check_records, load_eval_set
+from relora_mora.config import Config, RecordsConfig
+from relora_mora.data import (
+    SourceError,
+    check_records,
+    configured_shards,
+    iter_texts,
+    load_eval_set,
+    make_tokens,
+    show_records,
+)
 from relora_mora.data.chat import chatml
 from relora_mora.data.encoders import encoder_of, record_encoder
 from relora_mora.data.plain_text import open_rows
 from relora_mora.data.record_format import Record, RecordFormat
 from relora_mora.data.rows import Encoded
+from relora_mora.data.show import marked
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import resolve_shards
 from relora_mora.tokenizer import load_tokenizer
@@ -385,3 +394,30 @@ def test_too_many_records_that_cannot_be_used_end_an_evaluation(tokenizer_path, 
     ):
         _held_out(path, tokenizer_path, records=records)
     assert _held_out(path, tokenizer_path, records=records, max_bad_fraction=0.3).documents == 3
+
+
+def test_what_is_trained_on_is_shown(tokenizer_path, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"the rank {n}?", "answer": "one\nmore"}) for n in range(5)))
+    data = data_config(path, records={"kind": "question"}, sequence_length=64)
+    show_records(
+        Config(model={"config": "c"}, tokenizer={"path": tokenizer_path}, data=data, train={"run_dir": "r"}), 2
+    )
+    output = capsys.readouterr().out.replace("·", "")
+    assert "--- row 2: 9 of " in output and "--- row 3" not in output
+    assert "Question: the rank 1?\\n\nAnswer:[ one\\n\nmore</s>]\n" in output
+    assert output.endswith("tokens are scored (the first 5 rows)\n")
+    tokenizer = load_tokenizer(tokenizer_path)
+    ids = [*tokenizer("the").input_ids, *tokenizer("a").input_ids]
+    assert marked(tokenizer, ids, [False, True], colour=True) == "the·\x1b[32ma\x1b[0m"
+
+
+def test_tokens_in_advance_and_training_of_tokenizers_take_text_alone(tokenizer_path, tmp_path):
+    path = _write(tmp_path / "a.jsonl")
+    config = data_config(path, records={"kind": "messages", "template": "chatml"})
+    shards = configured_shards(config, "train")
+    said = r"a\.jsonl is read as records \(data\.records\), and text is needed here; set data\.records=null"
+    with pytest.raises(SourceError, match=said):
+        make_tokens(shards, tmp_path / "out", config=config, tokenizer_path=tokenizer_path, processes=1)
+    with pytest.raises(SourceError, match=said):
+        list(iter_texts(str(path), split="train", config=config))
