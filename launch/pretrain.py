@@ -8,7 +8,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
-def main(config: str, **overrides: str) -> int:
+def main(config: str, *, show: int | None = None, **overrides: str) -> int:
     """Pretrains a model.
 
     Exit codes: 0 done, 1 training cannot go on, 2 a mistake in settings or data, 69 another rank or the launcher is
@@ -16,9 +16,10 @@ def main(config: str, **overrides: str) -> int:
 
     Args:
         config: a YAML file such as configs/run/tiny_remora.yaml
+        show: prints so many rows of the training data as tokens, with the scored part marked, and trains nothing
         overrides: settings as --section.key=value, e.g. --train.steps=100; docs/settings.md lists them
     """
-    return train(config, overrides)
+    return train(config, overrides, show=show)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from relora_mora.config.data_checks import data_faults, length_faults
 from relora_mora.config.fault import Fault
+from relora_mora.config.record_checks import record_faults
 from relora_mora.config.schema import DECODER_LINEARS, Config
 from relora_mora.config.secrets import secrets_in
 from relora_mora.config.types import LARGEST, Whole, as_whole
@@ -88,6 +89,7 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from _start_faults(config)
     yield from length_faults(config)
     yield from data_faults(config)
+    yield from record_faults(config.data)
     yield from _target_faults(config)
     yield from _form_faults(config)
     yield from _square_faults(config)
@@ -307,9 +309,10 @@ def _deepspeed_texts(given: Mapping[str, Any], known: Mapping[str, Any], prefix:
 
 
 def _other_faults(config: Config) -> Iterator[Fault]:
-    if config.data.document_mask and config.model.attention == "flash_attention_2":
+    if config.data.masks_documents and config.model.attention == "flash_attention_2":
+        masked_by = "data.document_mask" if config.data.document_mask else "data.packing"
         yield Fault(
-            ("data.document_mask", "model.attention"),
+            (masked_by, "model.attention", "data.records", "data.train"),
             "flash_attention_2 takes no mask between documents; use model.attention=sdpa",
         )
     if config.model.compile is True and config.train.zero_stage == 3:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
+from relora_mora.config.records import Packing, RecordsConfig
 from relora_mora.config.sources import (
     MixtureStage,
     Sources,
@@ -102,6 +104,14 @@ class DataConfig(Strict):
     text_column: Text = Field(
         "text", description="the key of a JSON line, or the column, that holds the text; of sources that name none"
     )
+    records: RecordsConfig | None = Field(
+        None, description="what rows hold, of sources that do not say it themselves; null: plain text"
+    )
+    packing: Packing | None = Field(
+        None,
+        description="stream: rows one after the other, cut where a sequence ends; whole: whole rows, several in a "
+        "sequence; none: one row in each; null: stream for text, whole for records",
+    )
     sample_by: SampleBy = Field(
         "paragraph",
         description="what a document of a .txt file is: a line, a paragraph (blank lines around it) or the whole file",
@@ -144,6 +154,22 @@ class DataConfig(Strict):
     @property
     def train_sources(self) -> list[TextSource]:
         return as_sources(self.train)
+
+    def records_of(self, source: TextSource) -> RecordsConfig | None:
+        """What the rows of a source hold; None: plain text."""
+        return source.records or self.records
+
+    def packing_of(self, records: Iterable[RecordsConfig | None]) -> Packing:
+        """How rows that hold these become sequences."""
+        is_text = all(each is None or each.is_text for each in records)
+        return self.packing or ("stream" if is_text else "whole")
+
+    @property
+    def masks_documents(self) -> bool:
+        """Whether attention in some training sequences is told where documents begin."""
+        return self.document_mask or any(
+            self.packing_of([self.records_of(source)]) == "whole" for source in self.train_sources
+        )
 
     @property
     def validation_sets(self) -> dict[str, list[TextSource]]:

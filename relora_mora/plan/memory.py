@@ -199,13 +199,13 @@ def activation_memory(model: PreTrainedModel, config: Config, *, bf16: bool) -> 
     normed = hidden * of_norm + 4
     queries, keys = attention_widths(model_config)
     heads_normed = _normed_heads(model) * (queries // heads * of_norm + 4)
-    if config.data.document_mask:
+    if config.data.masks_documents:
         keys = queries  # beside a mask transformers repeats keys and values for every head
     layer: float = 2 * normed + heads_normed + width * (2 * queries + 2 * keys) + 4 * heads + 3 * width * intermediate
     if config.model.attention == "eager":
         layer += heads * length * (6 if bf16 else 4)  # softmax in float32, and its rounded copy
     layer += width * _linear_inputs(model, config)
-    mask = width * length if config.data.document_mask else 0  # one for all layers
+    mask = width * length if config.data.masks_documents else 0  # one for all layers
     layers = model_config.num_hidden_layers
     kept = layers * (width * hidden if config.model.activation_checkpointing else layer)
     return tokens * (kept + normed + 2 * width * hidden + mask), tokens * (

@@ -6,12 +6,13 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from relora_mora.config import Config, DataConfig, parse_yaml, unused_settings, with_revisions_of
-from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint
+from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, template_in_use
 from relora_mora.model import check_length, plain_model_config
 from relora_mora.model.compiler import compiles_here
 from relora_mora.model.llama import check_attention
@@ -94,6 +95,8 @@ def check(config: Config, world_size: int) -> Checked:
     inputs = open_inputs(config)
     tokenizer = inputs.tokenizer
     shards = inputs.shards
+    if template := template_in_use(shards, tokenizer):
+        tokenizer.chat_template = template  # the run's tokenizer, and that of an export, write what was trained on
     remark = check_vocabulary(tokenizer, model_config.vocab_size, trained=config.model.init_from is not None)
     if remark:
         log.info(remark)
@@ -101,17 +104,21 @@ def check(config: Config, world_size: int) -> Checked:
     _check_tokenizer(config, model_config.model_type, tokens)
     for name in unused_settings(config):
         log.info("method %s does not use %s", config.method.name, name)
+    given: dict[str, Any] = {
+        "tokenizer_fingerprint": tokens,
+        "batch_lanes": config.lanes,
+        "shards": shards,
+        "tokenizer": tokenizer,
+    }
     return Checked(
         config=config,
         model_config=model_config,
         tokenizer=tokenizer,
         tokenizer_fingerprint=tokens,
         shards=shards,
-        data_fingerprint=fingerprint(
-            data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, split="train", shards=shards
-        ),
+        data_fingerprint=fingerprint(data, split="train", **given),
         data_content=local_content(shards),
-        data_order=order_fingerprint(data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards),
+        data_order=order_fingerprint(data, **given),
         bf16=bf16,
         compiled=compiled,
     )

@@ -21,6 +21,8 @@ FREE_SETTINGS = {
     "tokenizer.path",  # compared by fingerprint
     "data.train",  # compared by fingerprint, and by weights
     "data.validation",
+    "data.records",  # part of the fingerprint, and so is the text of its template
+    "data.packing",  # part of the fingerprint where it is not "stream"
     "data.text_column",  # part of the fingerprint where it is not "text"
     "data.whole_shards",  # part of the fingerprint where it matters
     "data.sample_by",  # part of the fingerprint where there is a .txt file

@@ -11,7 +11,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from relora_mora.config import Config, ConfigError, Split, set_setting
-from relora_mora.data import Shard, SourceError, check_columns, check_tokens, configured_shards
+from relora_mora.data import Shard, SourceError, check_columns, check_records, check_tokens, configured_shards
 from relora_mora.tokenizer import TokenizerError, load_tokenizer
 
 T = TypeVar("T")
@@ -46,6 +46,7 @@ def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | N
     shards = configured_shards(data, split)
     check_columns([shard for shard in shards if not shard.is_remote], data)
     if tokenizer is not None:
+        check_records([shard for shard in shards if not shard.is_remote], data, tokenizer)
         limits = data if split == "train" else None
         check_tokens(shards, tokenizer_path=config.tokenizer_path, eos=tokenizer.eos_token_id, limits=limits)
     return shards

@@ -170,8 +170,8 @@ def _count(config: Config) -> int:
     """The tokens of an epoch. One rank reads all of the text."""
     begin = time.perf_counter()
     log.info("train.epochs: counting the tokens of the training text")
-    tokens = count_tokens(config.data, config.tokenizer_path)
-    log.info("the training text has %s tokens (%.1f s)", f"{tokens:,}", time.perf_counter() - begin)
+    tokens = count_tokens(config.data, config.tokenizer_path, lanes=config.lanes)
+    log.info("an epoch of it has %s tokens (%.1f s)", f"{tokens:,}", time.perf_counter() - begin)
     return tokens
 
 

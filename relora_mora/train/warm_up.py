@@ -24,7 +24,7 @@ def warm_up(run: Run, state: RunState, guard: Guard) -> None:
         for training, size in sizes.items():
             guard.begin("compiling the decoder layers", within=LONG_SECONDS)
             ids = torch.zeros(size, config.data.sequence_length, dtype=torch.int64, device=run.engine.device)
-            documents = ids.int() if config.data.document_mask else None
+            documents = ids.int() if config.data.masks_documents else None
             run.engine.keep_merged()
             module.train(training)
             with torch.set_grad_enabled(training):
