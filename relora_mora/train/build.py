@@ -106,4 +106,5 @@ def _add_adapters(lm: LlamaForCausalLM, config: Config, *, with_values: bool) ->
     with contextlib.nullcontext() if with_values else torch.device("meta"):
         injection = inject(lm, config.method, seed=config.train.seed)
     kinds = ", ".join(f"{len(names)} {kind}" for kind, names in injection.by_kind.items())
-    log.info("%s adapters on %d layers: %s; %s", config.method.name, injection.layers, kinds, kernels.describe())
+    used = kernels.describe("cuda" if torch.cuda.is_available() else "cpu")
+    log.info("%s adapters on %d layers: %s; %s", config.method.name, injection.layers, kinds, used)
