@@ -154,17 +154,27 @@ def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Groupi
     return result
 
 
-def cross_entropy_(logits: Tensor, labels: Tensor, scale: float, gradient: bool) -> Tensor:
-    """logits [N, V], labels [N], negative: not scored -> losses [N], float32.
+def cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: int, gradient: bool) -> Tensor:
+    """logits [N, V], labels [N] -> losses [N], float32; 0 for ``ignore``, which is negative.
 
-    With ``gradient`` the logits become their gradients times ``scale``.
+    With ``gradient`` the logits become their gradients times ``scale``. Raises IndexError for a label that is not in
+    the vocabulary.
     """
     library = _loaded()
     assert logits.stride(1) == 1
+    vocabulary = logits.shape[1]
+    if int(labels.max()) >= vocabulary or bool(((labels < 0) & (labels != ignore)).any()):
+        raise IndexError(f"labels go from {int(labels.min())} to {int(labels.max())}, the vocabulary has {vocabulary}")
     labels = labels.contiguous()
     losses = torch.empty(len(logits))
     job = _LossJob(
-        logits.data_ptr(), labels.data_ptr(), losses.data_ptr(), logits.shape[1], logits.stride(0), scale, int(gradient)
+        logits.data_ptr(),
+        labels.data_ptr(),
+        losses.data_ptr(),
+        vocabulary,
+        logits.stride(0),
+        float(scale),
+        int(gradient),
     )
     library.remora_loss(_TYPES[logits.dtype], ctypes.byref(job), len(logits), _threads(logits.numel()))
     return losses

@@ -23,7 +23,7 @@ from relora_mora.kernels.grouping import Grouping
 LIBRARY = torch.library.Library("relora_mora", "DEF")
 LIBRARY.define("group_sum(Tensor x, int[] grouping) -> Tensor")
 LIBRARY.define("expand_add(Tensor weight, Tensor square, int[] inputs, int[] outputs) -> Tensor")
-LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor labels, float scale, bool gradient) -> Tensor")
+LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor scale, int ignore, bool gradient) -> Tensor")
 
 
 def kernels_here() -> dict[str, tuple[torch.dtype, ...]]:
@@ -53,7 +53,7 @@ def _fake_expand_add(weight: Tensor, square: Tensor, inputs: Sequence[int], outp
     return weight.new_empty(weight.shape)
 
 
-def _fake_cross_entropy_(logits: Tensor, labels: Tensor, scale: float, gradient: bool) -> Tensor:
+def _fake_cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: int, gradient: bool) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
@@ -69,19 +69,19 @@ def _add_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 _cuda_group_sum = cuda.kernel("relora_mora.kernels.triton_groups:group_sum")
 _cuda_expand_add = cuda.kernel("relora_mora.kernels.triton_groups:expand_add")
+_cuda_cross_entropy_ = cuda.kernel("relora_mora.kernels.triton_loss:cross_entropy_")
 
 # fake, on CPUs, on CUDA devices
-_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any] | None]] = {
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "group_sum": (_fake_group_sum, _sum_by(cpu.group_sum), _sum_by(_cuda_group_sum)),
     "expand_add": (_fake_expand_add, _add_by(cpu.expand_add), _add_by(_cuda_expand_add)),
-    "cross_entropy_": (_fake_cross_entropy_, cpu.cross_entropy_, None),
+    "cross_entropy_": (_fake_cross_entropy_, cpu.cross_entropy_, _cuda_cross_entropy_),
 }
 
 for _name, (_fake, _on_cpu, _on_cuda) in _KERNELS.items():
     torch.library.register_fake(f"relora_mora::{_name}", _fake)
     LIBRARY.impl(_name, _on_cpu, "CPU")
-    if _on_cuda is not None:
-        LIBRARY.impl(_name, _on_cuda, "CUDA")
+    LIBRARY.impl(_name, _on_cuda, "CUDA")
 
 _group_sum = torch.ops.relora_mora.group_sum.default
 _expand_add = torch.ops.relora_mora.expand_add.default
@@ -127,13 +127,14 @@ def cross_entropy_(
     """Negative log-likelihoods of labels [N] under logits [N, V]: their sum, a float32 scalar, and its gradient [N, V].
 
     The gradient, None unless asked for, is that of the sum times ``scale``, in the dtype of the logits, which are
-    overwritten. Labels that are ``ignore`` (a negative number) are not scored. All arithmetic is in float32. Where
-    :func:`takes` says so, there is no copy of the logits, and a label outside the vocabulary raises IndexError.
+    overwritten; ``scale`` is a float32 scalar on their device. Labels that are ``ignore`` (a negative number) are not
+    scored. All arithmetic is in float32. Where :func:`takes` says so, there is no copy of the logits. A label outside
+    the vocabulary raises IndexError in the kernel of CPUs, and makes the sum NaN in that of GPUs, where nobody waits to
+    look at it.
     """
-    if not takes(logits) or logits.is_cuda:
-        return reference.cross_entropy(logits, labels, ignore=ignore, scale=scale, gradient=gradient)
-    vocabulary = logits.shape[1]
-    if int(labels.max()) >= vocabulary or bool(((labels < 0) & (labels != ignore)).any()):
-        raise IndexError(f"labels go from {int(labels.min())} to {int(labels.max())}, the vocabulary has {vocabulary}")
-    losses = _cross_entropy_(logits, labels, float(scale), gradient)
-    return losses.sum(), logits if gradient else None
+    if takes(logits):
+        losses = _cross_entropy_(logits, labels, scale, ignore, gradient)
+        d_logits = logits if gradient else None
+    else:
+        losses, d_logits = reference.cross_entropy(logits, labels, ignore=ignore, scale=scale, gradient=gradient)
+    return losses.sum(), d_logits

@@ -26,7 +26,13 @@ def works_on(device: torch.device) -> bool:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor, ...], numbers: tuple[int, ...], constants: dict[str, Any]
+    kernel: Any,
+    grid: tuple[int, int],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+    constants: dict[str, Any],
+    *,
+    warps: int = 4,
 ) -> None:
     """Runs ``grid`` programs of a kernel with its parameters in this order: tensors, numbers, constants.
 
@@ -39,10 +45,10 @@ def launch(
     pointers = tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
     values = tuple(constants.values())
     with torch.cuda.device_of(tensors[0]):
-        key = kernel, torch.cuda.current_device(), pointers, values
+        key = kernel, torch.cuda.current_device(), pointers, values, warps
         compiled = _compiled.get(key)
         if compiled is None:
-            compiled = _compiled[key] = kernel.warmup(*tensors, *numbers, grid=grid, **constants)
+            compiled = _compiled[key] = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=warps, **constants)
         compiled[*grid, 1](*tensors, *numbers, *values)
 
 

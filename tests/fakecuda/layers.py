@@ -13,7 +13,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -57,9 +57,6 @@ class Counts:
     moved_mb: int
     adapters_mb: int
     kept_mib: int
-
-
-COLUMNS = [field.name for field in fields(Counts)]
 
 
 def model_with(name: str, method: str, layers: int, fake: FakeTensorMode) -> LossModel:
@@ -197,9 +194,10 @@ def count_all() -> list[Counts]:
     return rows
 
 
-def as_csv(rows: list[Counts]) -> str:
+def as_csv(rows: Sequence[Any]) -> str:
+    """A table of dataclasses of one kind."""
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
     table.writeheader()
     table.writerows(map(asdict, rows))
     return text.getvalue()
