@@ -1,6 +1,6 @@
 """Text to token blocks: exact, elastic, streaming. See docs/data.md."""
 
-from relora_mora.data.batch import UNSCORED, Batch, document_ids
+from relora_mora.data.batch import UNSCORED, Batch, document_boundaries, document_ids
 from relora_mora.data.content import local_content, remote_content
 from relora_mora.data.counting import count_tokens
 from relora_mora.data.dataset_sources import find_datasets, remember_datasets
@@ -33,6 +33,7 @@ __all__ = [
     "count_tokens",
     "counts_of",
     "describe_position",
+    "document_boundaries",
     "document_ids",
     "epoch_tokens",
     "find_datasets",

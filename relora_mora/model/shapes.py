@@ -5,12 +5,16 @@ from __future__ import annotations
 from transformers import LlamaConfig
 
 
+def head_width(model_config: LlamaConfig) -> int:
+    """Features of a head of attention."""
+    return model_config.head_dim or model_config.hidden_size // model_config.num_attention_heads
+
+
 def attention_widths(model_config: LlamaConfig) -> tuple[int, int]:
     """Features of all queries, and of all keys (the values have as many), of one token."""
     heads = model_config.num_attention_heads
-    head_dim = model_config.head_dim or model_config.hidden_size // heads
     shared_heads = model_config.num_key_value_heads or heads
-    return heads * head_dim, shared_heads * head_dim
+    return heads * head_width(model_config), shared_heads * head_width(model_config)
 
 
 def linear_shapes(model_config: LlamaConfig) -> dict[str, tuple[int, int]]:

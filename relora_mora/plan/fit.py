@@ -65,7 +65,14 @@ def check_memory(model_config: LlamaConfig, config: Config, world_size: int, ava
 
 
 def choose_resident(
-    model: LlamaForCausalLM, config: Config, stage: int, world_size: int, available: float | None, *, bf16: bool
+    model: LlamaForCausalLM,
+    config: Config,
+    stage: int,
+    world_size: int,
+    available: float | None,
+    *,
+    bf16: bool,
+    on_gpu: bool = False,
 ) -> None:
     """Where ``method.form`` is ``auto``, makes the layers resident that would build ``W + delta`` for each use.
 
@@ -82,6 +89,6 @@ def choose_resident(
         layer.resident = pays and layer.uses_merged_form(tokens)
     if available is None or not any(layer.resident for layer in layers):
         return
-    needed = peak_memory(model, config, stage, world_size, bf16=bf16).device
+    needed = peak_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu).device
     for layer in layers:
         layer.resident = layer.resident and needed <= RESIDENT_SHARE * available

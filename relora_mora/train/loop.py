@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from relora_mora.checkpoint import CheckpointReader, CheckpointWriter
-from relora_mora.data import Batch, TrainStream, merge_states
+from relora_mora.data import Batch, TrainStream, document_boundaries, merge_states
 from relora_mora.optim import group_rates
 from relora_mora.plan.flops import flops_per_token
 from relora_mora.supervise import LONG_SECONDS, Guard
@@ -141,10 +141,10 @@ class Trainer:
         tokens = max(1, share.scored) / (len(pieces) * self.engine.world_size)
         losses = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         self.engine.train()
-        for index, (input_ids, labels, document_ids) in enumerate(pieces):
+        for index, (input_ids, labels, boundaries) in enumerate(pieces):
             self.guard.begin(f"step {step}: micro-batch {index + 1} of {len(pieces)}")
             torch.manual_seed(derived_seed(self.config.train.seed, "dropout", state.step, self.rank, index))
-            loss = self.engine(input_ids, labels, document_ids, tokens)
+            loss = self.engine(input_ids, labels, boundaries, tokens)
             losses += loss.detach()
             # the gradient of a loss that is not finite may be finite; made NaN, it keeps every rank from stepping
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
@@ -214,8 +214,8 @@ class Trainer:
 
 
 def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """input_ids and labels [micro, T] (document_ids as well where attention is masked), on the device"""
+    """input_ids and labels [micro, T] (boundaries of documents as well where attention is masked), on the device"""
     for start in range(0, len(batch.input_ids), size):
         piece = slice(start, start + size)
-        documents = None if batch.document_ids is None else batch.document_ids[piece].to(device)
-        yield batch.input_ids[piece].to(device), batch.labels[piece].to(device), documents
+        boundaries = None if batch.document_ids is None else document_boundaries(batch.document_ids[piece]).to(device)
+        yield batch.input_ids[piece].to(device), batch.labels[piece].to(device), boundaries
