@@ -72,3 +72,11 @@ def test_flash_attention_is_for_bf16_and_even_heads_on_gpus() -> None:
     lm = LossModel(build_model(wide, seed=1)).lm
     assert lm.config._attn_implementation == attention.SDPA_OR_DOCUMENTS
     assert not attention.needs_no_mask(lm.config, torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_the_operator_takes_what_it_is_given() -> None:
+    """It is private to torch: any version may change it."""
+    names = [argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments]
+    lengths = ["cum_seq_q", "cum_seq_k", "max_q", "max_k"]
+    assert names[:10] == ["query", "key", "value", *lengths, "dropout_p", "is_causal", "return_debug_mask"]
+    assert "scale" in names[10:]
