@@ -83,8 +83,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         else:
             scored = torch.full((), tokens, dtype=torch.float32, device=hidden.device)
         scale = 1.0 / scored
-        logit_bytes = bytes_per_logit(hidden.dtype, in_place=takes(hidden))
-        chunk = chunk or loss_chunk(len(hidden), len(weight), logit_bytes, on_gpu=hidden.is_cuda)
+        in_place = takes(hidden)
+        logit_bytes = bytes_per_logit(hidden.dtype, in_place=in_place)
+        chunk = chunk or loss_chunk(len(hidden), len(weight), logit_bytes, on_gpu=in_place and hidden.is_cuda)
         room = _logits(min(chunk, len(hidden)), len(weight), hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -130,8 +131,8 @@ def _logits(rows: int, vocabulary: int, like: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b: parts add up in float32, on a GPU within the product. ``total`` may be overwritten."""
-    if not a.is_cuda:
+    """total + a @ b: parts add up in float32, on NVIDIA's GPUs within the product. ``total`` may be overwritten."""
+    if not (a.is_cuda and torch.version.cuda):
         part = a @ b
         return part if total is None else total.float().add_(part)
     if total is None:
