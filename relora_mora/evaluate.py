@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from relora_mora.config import DataConfig, set_setting
-from relora_mora.data import EvalSet, SourceError, load_eval_set
+from relora_mora.data import EvalSet, SourceError, document_boundaries, load_eval_set
 from relora_mora.model.llama import is_of_family
 from relora_mora.model.loss import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
 
@@ -129,8 +129,9 @@ def evaluate(
 ) -> EvalResult | None:
     """Scores every token of ``data`` once, whatever the number of ranks.
 
-    ``mean_loss(input_ids [b, T], labels [b, T], document_ids [b, T] or None)`` gives the mean nats of the labels that
-    are not -100; with document_ids each document is scored alone. ``all_sum`` sums over the ranks.
+    ``mean_loss(input_ids [b, T], labels [b, T], boundaries [P + 1] or None)`` gives the mean nats of the labels that
+    are not -100; with boundaries (:func:`relora_mora.data.document_boundaries`) each document is scored alone.
+    ``all_sum`` sums over the ranks.
 
     All ranks score the same number of batches, some of them empty, since ZeRO-3 gathers weights in each. Before each
     batch ``stop`` is asked, with the same answer on all ranks: when it is true, the result is None. After each batch
@@ -142,7 +143,8 @@ def evaluate(
         if stop():
             return None
         count = (labels != IGNORE).sum()
-        loss = mean_loss(input_ids.to(device), labels.to(device), None if documents is None else documents.to(device))
+        boundaries = None if documents is None else document_boundaries(documents).to(device)
+        loss = mean_loss(input_ids.to(device), labels.to(device), boundaries)
         totals[0] += loss.double() * count.to(device)
         totals[1] += count.to(device)
         scored += int(count) * world_size
@@ -167,27 +169,25 @@ def causal_lm_loss(lm: nn.Module) -> MeanLoss:
     """
     of_rows = _loss_of_rows(lm)
 
-    def mean_loss(input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        if document_ids is None:
+    def mean_loss(input_ids: Tensor, labels: Tensor, boundaries: Tensor | None = None) -> Tensor:
+        if boundaries is None:
             return of_rows(input_ids, labels)
         total = torch.zeros((), dtype=torch.float64, device=labels.device)
-        for rows, targets in rows_of_documents(input_ids, labels, document_ids):
+        for rows, targets in rows_of_documents(input_ids, labels, boundaries):
             total += of_rows(rows, targets).double() * (targets != IGNORE).sum()
         return total / (labels != IGNORE).sum().clamp(min=1)
 
     return mean_loss
 
 
-def rows_of_documents(input_ids: Tensor, labels: Tensor, document_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def rows_of_documents(input_ids: Tensor, labels: Tensor, boundaries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The documents inside sequences [B, T], each at the start of its own row: (input_ids, labels) [rows, longest].
 
     Rows are filled up at their end, where a causal model does not look and nothing is scored. A batch of rows has at
     most as many tokens as the sequences; the longest documents come first.
     """
-    pieces: list[tuple[Tensor, Tensor]] = []
-    for row, ids in enumerate(document_ids):
-        lengths = ids.unique_consecutive(return_counts=True)[1].tolist()
-        pieces += zip(input_ids[row].split(lengths), labels[row].split(lengths), strict=True)
+    lengths = boundaries.diff().tolist()
+    pieces = list(zip(input_ids.flatten().split(lengths), labels.flatten().split(lengths), strict=True))
     pieces = [piece for piece in pieces if (piece[1] != IGNORE).any()]
     pieces.sort(key=lambda piece: len(piece[0]), reverse=True)
     while pieces:

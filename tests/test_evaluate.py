@@ -23,7 +23,7 @@ from transformers import (
 
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.config import DataConfig, TextSource, parse_sources
-from relora_mora.data import SourceError, load_eval_set
+from relora_mora.data import SourceError, document_boundaries, load_eval_set
 from relora_mora.evaluate import causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal, rows_of_documents
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.pretrained import LoadedModel, load_any_model
@@ -191,7 +191,7 @@ def test_rows_of_documents_hold_every_scored_label_once_and_no_more_tokens_than_
     labels[1, 8:] = -100
     documents = torch.tensor([[1] * 7 + [2] + [3] * 4, [5] * 8 + [6] * 4], dtype=torch.int32)
     seen = []
-    for rows, targets in rows_of_documents(ids, labels, documents):
+    for rows, targets in rows_of_documents(ids, labels, document_boundaries(documents)):
         assert rows.shape == targets.shape and rows.numel() <= ids.numel()
         for row, target in zip(rows, targets, strict=True):
             scored = target != -100

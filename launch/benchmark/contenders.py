@@ -95,9 +95,9 @@ class Ours:
         if form == "released":
             use_released_layers(lm)
         set_trainable(lm, config.method)
-        on_cuda = uses_cuda()
+        on_gpu = uses_cuda()
         ranks = dist.get_world_size()
-        choose_resident(lm, config, setting.zero_stage, ranks, None, bf16=setting.bf16, on_cuda=on_cuda)
+        choose_resident(lm, config, setting.zero_stage, ranks, None, bf16=setting.bf16, on_gpu=on_gpu)
         if frozen:
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)
@@ -218,9 +218,9 @@ def _tensors_in(thing: Any) -> Iterator[Tensor]:
 
 
 def _adamw(lm: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    on_cuda = next(lm.parameters()).is_cuda
+    on_gpu = next(lm.parameters()).is_cuda
     return lm, torch.optim.AdamW(
-        [p for p in lm.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0, fused=on_cuda or None
+        [p for p in lm.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0, fused=on_gpu or None
     )
 
 

@@ -1,6 +1,6 @@
 """Text to token blocks: exact, elastic, streaming. See docs/data.md."""
 
-from relora_mora.data.batch import UNSCORED, Batch, document_ids
+from relora_mora.data.batch import UNSCORED, Batch, document_boundaries, document_ids
 from relora_mora.data.chat import template_in_use
 from relora_mora.data.checked_records import check_records
 from relora_mora.data.content import local_content, remote_content
@@ -37,6 +37,7 @@ __all__ = [
     "count_tokens",
     "counts_of",
     "describe_position",
+    "document_boundaries",
     "document_ids",
     "epoch_tokens",
     "find_datasets",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relora_mora.kernels.grouping import Grouping
+from relora_mora.kernels.grouping import Grouping, as_rows
 
 SOURCE = Path(__file__).with_name("kernels.c")
 LIBRARY = Path(__file__).with_name("_kernels.so")
@@ -99,12 +99,6 @@ def _pieces(grouping: Grouping) -> ctypes.Array[_Piece]:
     return (_Piece * len(grouping.pieces))(*(_Piece(*piece) for piece in grouping.pieces))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x [..., n] as [rows, n] with neighbours in memory, a view where possible"""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def _threads(elements: int) -> int:
     return max(1, min(torch.get_num_threads(), elements // _GRAIN))
 
@@ -112,7 +106,7 @@ def _threads(elements: int) -> int:
 def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
     """x [..., features] -> [..., slots]"""
     library = _loaded()
-    rows = _rows(x)
+    rows = as_rows(x)
     pieces = _pieces(grouping)
     y = torch.empty(rows.shape[0], grouping.slots, dtype=x.dtype)
     threads = _threads(rows.numel())
@@ -136,8 +130,8 @@ def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Groupi
     """weight [out, in] + D square C [out, in]; ``outputs.once`` must hold"""
     library = _loaded()
     assert outputs.once
-    weight = _rows(weight)
-    square = _rows(square)
+    weight = as_rows(weight)
+    square = as_rows(square)
     result = torch.empty(weight.shape, dtype=weight.dtype)
     in_pieces = _pieces(inputs)
     out_pieces = _pieces(outputs)
@@ -160,17 +154,27 @@ def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Groupi
     return result
 
 
-def cross_entropy_(logits: Tensor, labels: Tensor, scale: float, gradient: bool) -> Tensor:
-    """logits [N, V], labels [N], negative: not scored -> losses [N], float32.
+def cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: int, gradient: bool) -> Tensor:
+    """logits [N, V], labels [N] -> losses [N], float32; 0 for ``ignore``, which is negative.
 
-    With ``gradient`` the logits become their gradients times ``scale``.
+    With ``gradient`` the logits become their gradients times ``scale``. Raises IndexError for a label that is not in
+    the vocabulary.
     """
     library = _loaded()
     assert logits.stride(1) == 1
+    vocabulary = logits.shape[1]
+    if int(labels.max()) >= vocabulary or bool(((labels < 0) & (labels != ignore)).any()):
+        raise IndexError(f"labels go from {int(labels.min())} to {int(labels.max())}, the vocabulary has {vocabulary}")
     labels = labels.contiguous()
     losses = torch.empty(len(logits))
     job = _LossJob(
-        logits.data_ptr(), labels.data_ptr(), losses.data_ptr(), logits.shape[1], logits.stride(0), scale, int(gradient)
+        logits.data_ptr(),
+        labels.data_ptr(),
+        losses.data_ptr(),
+        vocabulary,
+        logits.stride(0),
+        float(scale),
+        int(gradient),
     )
     library.remora_loss(_TYPES[logits.dtype], ctypes.byref(job), len(logits), _threads(logits.numel()))
     return losses

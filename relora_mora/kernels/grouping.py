@@ -91,6 +91,12 @@ class Grouping:
         return sum(again, start=torch.cat(wide, -1))
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., n] as [rows, n] with neighbours in memory, a view where possible"""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
 @lru_cache(maxsize=4096)
 def _of_numbers(numbers: tuple[int, ...]) -> Grouping:
     features, slots, *rest = numbers

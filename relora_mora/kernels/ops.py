@@ -1,8 +1,8 @@
 """The kernels as operators of torch, and who calls them.
 
-An operator has a schema, a fake implementation that knows shapes only (for torch.compile), and one kernel a device. A
-device is added by giving ``LIBRARY.impl`` its kernels and naming it in :func:`kernels_here`. Groupings travel as lists
-of whole numbers, since a schema knows no others.
+An operator has a schema, a fake implementation that knows shapes only (for torch.compile), and one kernel a device:
+a line of ``_KERNELS``. The devices are in :func:`kernels_here`. Groupings travel as lists of whole numbers, since a
+schema knows no others.
 
 ``torch.library.define`` and not ``torch.library.custom_op``, whose wrapper takes several times as long
 (docs/performance.md).
@@ -11,23 +11,34 @@ of whole numbers, since a schema knows no others.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from relora_mora.kernels import cpu, reference
+from relora_mora.kernels import cpu, cuda, reference
 from relora_mora.kernels.grouping import Grouping
 
 LIBRARY = torch.library.Library("relora_mora", "DEF")
 LIBRARY.define("group_sum(Tensor x, int[] grouping) -> Tensor")
 LIBRARY.define("expand_add(Tensor weight, Tensor square, int[] inputs, int[] outputs) -> Tensor")
-LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor labels, float scale, bool gradient) -> Tensor")
+LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor scale, int ignore, bool gradient) -> Tensor")
 
 
 def kernels_here() -> dict[str, tuple[torch.dtype, ...]]:
     """The types of numbers that there are kernels for, by the type of device."""
-    return {"cpu": cpu.DTYPES} if cpu.available() else {}
+    devices = {}
+    if cpu.available():
+        devices["cpu"] = cpu.DTYPES
+    if cuda.obstacle() is None:
+        devices["cuda"] = cuda.DTYPES
+    return devices
+
+
+def describe(device: str = "cpu") -> str:
+    """What computes the operators on such a device, and why it is not a kernel of ours."""
+    return cuda.describe() if device == "cuda" else cpu.describe()
 
 
 _DEVICES = kernels_here()
@@ -42,25 +53,35 @@ def _fake_expand_add(weight: Tensor, square: Tensor, inputs: Sequence[int], outp
     return weight.new_empty(weight.shape)
 
 
-def _fake_cross_entropy_(logits: Tensor, labels: Tensor, scale: float, gradient: bool) -> Tensor:
+def _fake_cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: int, gradient: bool) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-def _cpu_group_sum(x: Tensor, grouping: Sequence[int]) -> Tensor:
-    return cpu.group_sum(x, Grouping.of_numbers(grouping))
+def _sum_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, grouping: function(x, Grouping.of_numbers(grouping))
 
 
-def _cpu_expand_add(weight: Tensor, square: Tensor, inputs: Sequence[int], outputs: Sequence[int]) -> Tensor:
-    return cpu.expand_add(weight, square, Grouping.of_numbers(inputs), Grouping.of_numbers(outputs))
+def _add_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda weight, square, inputs, outputs: function(
+        weight, square, Grouping.of_numbers(inputs), Grouping.of_numbers(outputs)
+    )
 
 
-for _name, _fake, _on_cpu in (
-    ("group_sum", _fake_group_sum, _cpu_group_sum),
-    ("expand_add", _fake_expand_add, _cpu_expand_add),
-    ("cross_entropy_", _fake_cross_entropy_, cpu.cross_entropy_),
-):
+_cuda_group_sum = cuda.kernel("relora_mora.kernels.triton_groups:group_sum")
+_cuda_expand_add = cuda.kernel("relora_mora.kernels.triton_groups:expand_add")
+_cuda_cross_entropy_ = cuda.kernel("relora_mora.kernels.triton_loss:cross_entropy_")
+
+# fake, on CPUs, on CUDA devices
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "group_sum": (_fake_group_sum, _sum_by(cpu.group_sum), _sum_by(_cuda_group_sum)),
+    "expand_add": (_fake_expand_add, _add_by(cpu.expand_add), _add_by(_cuda_expand_add)),
+    "cross_entropy_": (_fake_cross_entropy_, cpu.cross_entropy_, _cuda_cross_entropy_),
+}
+
+for _name, (_fake, _on_cpu, _on_cuda) in _KERNELS.items():
     torch.library.register_fake(f"relora_mora::{_name}", _fake)
     LIBRARY.impl(_name, _on_cpu, "CPU")
+    LIBRARY.impl(_name, _on_cuda, "CUDA")
 
 _group_sum = torch.ops.relora_mora.group_sum.default
 _expand_add = torch.ops.relora_mora.expand_add.default
@@ -106,13 +127,14 @@ def cross_entropy_(
     """Negative log-likelihoods of labels [N] under logits [N, V]: their sum, a float32 scalar, and its gradient [N, V].
 
     The gradient, None unless asked for, is that of the sum times ``scale``, in the dtype of the logits, which are
-    overwritten. Labels that are ``ignore`` (a negative number) are not scored. All arithmetic is in float32. Where
-    :func:`takes` says so, there is no copy of the logits, and a label outside the vocabulary raises IndexError.
+    overwritten; ``scale`` is a float32 scalar on their device. Labels that are ``ignore`` (a negative number) are not
+    scored. All arithmetic is in float32. Where :func:`takes` says so, there is no copy of the logits. A label outside
+    the vocabulary raises IndexError in the kernel of CPUs, and makes the sum NaN in that of GPUs, where nobody waits to
+    look at it.
     """
-    if not takes(logits):
-        return reference.cross_entropy(logits, labels, ignore=ignore, scale=scale, gradient=gradient)
-    vocabulary = logits.shape[1]
-    if int(labels.max()) >= vocabulary or bool(((labels < 0) & (labels != ignore)).any()):
-        raise IndexError(f"labels go from {int(labels.min())} to {int(labels.max())}, the vocabulary has {vocabulary}")
-    losses = _cross_entropy_(logits, labels, float(scale), gradient)
-    return losses.sum(), logits if gradient else None
+    if takes(logits):
+        losses = _cross_entropy_(logits, labels, scale, ignore, gradient)
+        d_logits = logits if gradient else None
+    else:
+        losses, d_logits = reference.cross_entropy(logits, labels, ignore=ignore, scale=scale, gradient=gradient)
+    return losses.sum(), d_logits

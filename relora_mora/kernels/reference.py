@@ -37,14 +37,14 @@ def _add_piece(source: Tensor, square: Tensor, result: Tensor, down: Piece, acro
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore: int, scale: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`relora_mora.kernels.cross_entropy_`, with a copy of the logits in float32."""
+    """Losses [N] and their gradient as of :func:`relora_mora.kernels.cross_entropy_`; copies the logits to float32."""
     wide = logits.float()
     log_sum = wide.logsumexp(-1, keepdim=True)
     keep = (labels != ignore).unsqueeze(-1)
     index = labels.clamp(min=0).unsqueeze(-1)
-    loss = ((log_sum - wide.gather(-1, index)) * keep).sum()
+    losses = ((log_sum - wide.gather(-1, index)) * keep).squeeze(-1)
     if not gradient:
-        return loss, None
+        return losses, None
     probabilities = wide.sub_(log_sum).exp_()
     probabilities.scatter_add_(-1, index, torch.full_like(log_sum, -1.0))
-    return loss, probabilities.mul_(keep * scale).to(logits.dtype)
+    return losses, probabilities.mul_(keep * scale).to(logits.dtype)

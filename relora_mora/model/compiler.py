@@ -15,20 +15,20 @@ from relora_mora.system.logs import log
 RECOMPILE_LIMIT = 64
 
 
-def compiles(settings: ModelConfig, zero_stage: int, *, on_cuda: bool) -> bool:
+def compiles(settings: ModelConfig, zero_stage: int, *, on_gpu: bool) -> bool:
     """Whether the decoder layers are compiled: as ``model.compile`` says, with ``auto`` on CUDA on ZeRO 0 to 2."""
-    return on_cuda and zero_stage < 3 if settings.compile == "auto" else settings.compile
+    return on_gpu and zero_stage < 3 if settings.compile == "auto" else settings.compile
 
 
-def compiles_here(settings: ModelConfig, zero_stage: int, *, on_cuda: bool) -> bool:
+def compiles_here(settings: ModelConfig, zero_stage: int, *, on_gpu: bool) -> bool:
     """As :func:`compiles`, but false, with a warning, where ``auto`` finds no compiler for torch.compile.
 
     That is one for C++ on a CPU and one for C, which Triton needs, on a GPU. Raises :class:`ConfigError` where
     ``model.compile`` is true and there is none.
     """
-    if not compiles(settings, zero_stage, on_cuda=on_cuda):
+    if not compiles(settings, zero_stage, on_gpu=on_gpu):
         return False
-    language, variable, names = ("C", "CC", ("gcc", "clang")) if on_cuda else ("C++", "CXX", ("g++", "clang++"))
+    language, variable, names = ("C", "CC", ("gcc", "clang")) if on_gpu else ("C++", "CXX", ("g++", "clang++"))
     if any(map(shutil.which, (os.environ.get(variable, names[0]), names[1]))):
         return True
     missing = f"model.compile: torch.compile needs a {language} compiler here, and there is no {names[0]}"

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from relora_mora.config import ConfigError, ModelConfig
+from relora_mora.model.attention import SDPA_OR_DOCUMENTS, needs_no_mask
 from relora_mora.model.compiler import compile_layers
 from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.model.loss import LossHead
@@ -95,20 +96,23 @@ class LossModel(nn.Module):
         super().__init__()
         self.lm = lm
         lm.lm_head = LossHead(lm.lm_head)
+        if lm.config._attn_implementation == "sdpa":
+            lm.config._attn_implementation = SDPA_OR_DOCUMENTS
         if compiled:
             compile_layers(lm.model.layers)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None, tokens: float | None = None
+        self, input_ids: Tensor, labels: Tensor, boundaries: Tensor | None = None, tokens: float | None = None
     ) -> Tensor:
         """input_ids [B, T] and labels [B, T] (already shifted, -100 is not scored) -> nats / ``tokens``.
 
         Without ``tokens`` it is the mean over the scored tokens.
-        With document_ids [B, T] every document sees what it sees where it is scored alone: itself, from position 0 on.
+        With boundaries [P + 1] (:func:`relora_mora.data.document_boundaries`) every document sees what it sees where it
+        is scored alone: itself, from position 0 on.
         """
-        return self.lm.lm_head(self.hidden(input_ids, document_ids), labels, tokens)
+        return self.lm.lm_head(self.hidden(input_ids, boundaries), labels, tokens)
 
-    def hidden(self, input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
+    def hidden(self, input_ids: Tensor, boundaries: Tensor | None) -> Tensor:
         """input_ids [B, T] -> [B, T, H], what ``LlamaModel.forward`` of transformers computes.
 
         That one looks at the values of positions to find out whether sequences are packed, and so waits for the device
@@ -116,16 +120,20 @@ class LossModel(nn.Module):
         """
         model = self.lm.model
         hidden = model.embed_tokens(input_ids)
-        if document_ids is None:
+        causal: dict[str, Tensor | None] = {"attention_mask": None}  # the kernels are told so
+        if boundaries is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+            if self.lm.config._attn_implementation == "eager":
+                causal["attention_mask"] = document_mask(torch.zeros_like(input_ids), hidden.dtype)
         else:
-            positions = document_positions(document_ids)
-        mask = None  # then the kernels are told that attention is causal
-        if document_ids is not None or self.lm.config._attn_implementation == "eager":
-            mask = document_mask(torch.zeros_like(input_ids) if document_ids is None else document_ids, hidden.dtype)
+            documents, positions = places(boundaries, input_ids.shape)
+            if needs_no_mask(self.lm.config, hidden):
+                causal["boundaries"] = boundaries
+            else:
+                causal["attention_mask"] = document_mask(documents, hidden.dtype)
         rotary = model.rotary_emb(hidden, position_ids=positions)
         for layer in model.layers:
-            hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+            hidden = layer(hidden, position_ids=positions, position_embeddings=rotary, **causal)
         return model.norm(hidden)
 
 
@@ -139,8 +147,8 @@ def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~same.tril(), -math.inf).unsqueeze(1)
 
 
-def document_positions(document_ids: Tensor) -> Tensor:
-    """document_ids [B, T], which never decrease -> int64 [B, T]: the place of each token in its document."""
-    place = torch.arange(document_ids.shape[-1], device=document_ids.device).expand(document_ids.shape)
-    begins = document_ids.diff(dim=-1, prepend=document_ids[:, :1]) != 0
-    return place - (place * begins).cummax(dim=-1).values
+def places(boundaries: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """boundaries [P + 1], shape (B, T) -> int64 [B, T], twice: the document of each token, and its place in there."""
+    token = torch.arange(shape.numel(), device=boundaries.device)
+    document = torch.searchsorted(boundaries, token, right=True) - 1
+    return document.view(shape), (token - boundaries[document]).view(shape)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 
+def head_width(model_config: PreTrainedConfig) -> int:
+    """Features of a head of attention."""
+    width: int = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+    return width
+
+
 def attention_widths(model_config: PreTrainedConfig) -> tuple[int, int]:
     """Features of all queries, and of all keys (the values have as many), of one token."""
     heads = model_config.num_attention_heads
-    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
     shared_heads = model_config.num_key_value_heads or heads
-    return heads * head_dim, shared_heads * head_dim
+    return heads * head_width(model_config), shared_heads * head_width(model_config)
 
 
 def linear_shapes(model_config: PreTrainedConfig) -> dict[str, tuple[int, int]]:

@@ -74,7 +74,7 @@ def choose_resident(
     available: float | None,
     *,
     bf16: bool,
-    on_cuda: bool,
+    on_gpu: bool,
 ) -> None:
     """Where ``method.form`` is ``auto``, makes the layers resident that would build ``W + delta`` for each use.
 
@@ -85,12 +85,12 @@ def choose_resident(
     if config.method.form != "auto":
         return
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    pays = stage < 3 and (on_cuda or config.accumulation_steps(world_size) > 1)
+    pays = stage < 3 and (on_gpu or config.accumulation_steps(world_size) > 1)
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:
         layer.resident = pays and layer.uses_merged_form(tokens)
     if available is None or not any(layer.resident for layer in layers):
         return
-    needed = peak_memory(model, config, stage, world_size, bf16=bf16).device
+    needed = peak_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu).device
     for layer in layers:
         layer.resident = layer.resident and needed <= RESIDENT_SHARE * available

@@ -25,8 +25,8 @@ activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) where q
                 the inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of
                 which only ``C x`` is kept. With activation checkpointing b h a layer, and one whole layer
 scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient
-                (4 + b) h V; in backward: the gradients of the gated product, 2 b f a token, and ``W + delta`` of one
-                linear that is not resident
+                (4 + b) h V; on a GPU b V a token and 4 h V, or then (4 + b) h V; in backward: the gradients of the
+                gated product, 2 b f a token, and ``W + delta`` of one linear that is not resident
 ==============  ======================================================================================================
 
 A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N.
@@ -44,6 +44,7 @@ from transformers import PreTrainedModel
 from relora_mora.config import Config
 from relora_mora.methods.inject import decoder_linears
 from relora_mora.methods.layers import INPUT, AdapterLinear, Kept, adapter_layers
+from relora_mora.model.attention import flash_takes
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
 from relora_mora.model.shapes import attention_widths
 from relora_mora.optim import count_parameters
@@ -80,7 +81,9 @@ class Memory:
         return sum(getattr(self, part) for part in PARTS)
 
 
-def peak_memory(model: PreTrainedModel, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
+def peak_memory(
+    model: PreTrainedModel, config: Config, stage: int, world_size: int, *, bf16: bool, on_gpu: bool = False
+) -> Memory:
     """Memory of one device when a step needs most: at the loss, in the first layers of backward, or in the update."""
     state = state_memory(model, config, stage, world_size, bf16=bf16)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
@@ -92,9 +95,9 @@ def peak_memory(model: PreTrainedModel, config: Config, stage: int, world_size: 
         gradients=before,
         gathered=max(state.gathered, gathered_memory(model, config, stage, world_size, bf16=bf16)),
     )
-    kept, layer = activation_memory(model, config, bf16=bf16)
+    kept, layer = activation_memory(model, config, bf16=bf16, on_gpu=on_gpu)
     again = layer if config.model.activation_checkpointing else 0
-    at_loss, in_backward = scratch_memory(model, config, bf16=bf16)
+    at_loss, in_backward = scratch_memory(model, config, bf16=bf16, on_gpu=on_gpu)
     moments = [
         replace(live, moment="loss", activations=kept, scratch=at_loss),
         replace(live, moment="backward's start", activations=kept + again, scratch=in_backward),
@@ -186,7 +189,9 @@ def gradient_memory(trainable: int, stage: int, world_size: int, *, bf16: bool) 
     return GradientMemory(part if stage == 3 else 0, part, part, in_step)
 
 
-def activation_memory(model: PreTrainedModel, config: Config, *, bf16: bool) -> tuple[float, float]:
+def activation_memory(
+    model: PreTrainedModel, config: Config, *, bf16: bool, on_gpu: bool = False
+) -> tuple[float, float]:
     """Bytes that backward needs of one micro-batch: (kept by forward, needed by one decoder layer)."""
     width = 2 if bf16 else 4
     model_config = model.config
@@ -199,13 +204,15 @@ def activation_memory(model: PreTrainedModel, config: Config, *, bf16: bool) -> 
     normed = hidden * of_norm + 4
     queries, keys = attention_widths(model_config)
     heads_normed = _normed_heads(model) * (queries // heads * of_norm + 4)
-    if config.data.masks_documents:
+    flash = on_gpu and config.model.attention == "sdpa" and flash_takes(model_config, _compute_type(bf16))
+    masked = config.data.masks_documents and not flash
+    if masked:
         keys = queries  # beside a mask transformers repeats keys and values for every head
     layer: float = 2 * normed + heads_normed + width * (2 * queries + 2 * keys) + 4 * heads + 3 * width * intermediate
     if config.model.attention == "eager":
         layer += heads * length * (6 if bf16 else 4)  # softmax in float32, and its rounded copy
     layer += width * _linear_inputs(model, config)
-    mask = width * length if config.data.masks_documents else 0  # one for all layers
+    mask = width * length if masked else 0  # one for all layers
     layers = model_config.num_hidden_layers
     kept = layers * (width * hidden if config.model.activation_checkpointing else layer)
     return tokens * (kept + normed + 2 * width * hidden + mask), tokens * (
@@ -242,20 +249,26 @@ def _kept(layer: nn.Linear | AdapterLinear, config: Config) -> list[Kept]:
     return [Kept(INPUT, layer.in_features, shared=True)] if layer.weight.requires_grad else []
 
 
+def _compute_type(bf16: bool) -> torch.dtype:
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def _tokens(config: Config) -> int:
     return config.train.micro_batch_size * config.data.sequence_length
 
 
-def scratch_memory(model: PreTrainedModel, config: Config, *, bf16: bool) -> tuple[float, float]:
+def scratch_memory(model: PreTrainedModel, config: Config, *, bf16: bool, on_gpu: bool = False) -> tuple[float, float]:
     """Bytes that come and go: (at the loss, in backward)."""
     width = 2 if bf16 else 4
     tokens = _tokens(config)
     vocabulary = model.config.vocab_size
-    logit = bytes_per_logit(torch.bfloat16 if bf16 else torch.float32, in_place=False)
-    chunk = min(tokens, loss_chunk(tokens, vocabulary, logit))
+    logit = bytes_per_logit(_compute_type(bf16), in_place=on_gpu)
+    chunk = min(tokens, loss_chunk(tokens, vocabulary, logit, on_gpu=on_gpu))
     head = model.get_output_embeddings().weight
     trains = head.numel() if head.requires_grad else 0
-    at_loss = chunk * vocabulary * logit + (4 + width) * trains
+    rounded = (4 + width) * trains
+    logits = chunk * vocabulary * logit
+    at_loss = max(logits + 4 * trains, rounded) if on_gpu else logits + rounded
     built = 0.0
     for _, layer in decoder_linears(model):
         if isinstance(layer, AdapterLinear) and not layer.resident and layer.uses_merged_form(tokens):

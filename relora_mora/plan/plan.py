@@ -124,8 +124,8 @@ def make_plan(
         models[name] = meta_model(model_config, other.method)
         for stage in STAGES:
             available = cluster.device.memory_gb * 1e9 or None
-            choose_resident(models[name], other, stage, ranks, available, bf16=bf16, on_cuda=not on_cpu)
-            memory[name][stage] = peak_memory(models[name], other, stage, ranks, bf16=bf16)
+            choose_resident(models[name], other, stage, ranks, available, bf16=bf16, on_gpu=not on_cpu)
+            memory[name][stage] = peak_memory(models[name], other, stage, ranks, bf16=bf16, on_gpu=not on_cpu)
         network[name] = {stage: traffic(models[name], other, stage, ranks, bf16=bf16) for stage in STAGES}
     flops = flops_of(models[own], model_config, config)
     counts = count_parameters(models[own])
@@ -141,7 +141,7 @@ def make_plan(
                 cluster.device,
                 peak=peak[0],
                 flops_per_token=flops.performed,
-                compiled=compiles(config.model, stage, on_cuda=True),
+                compiled=compiles(config.model, stage, on_gpu=True),
             )
             for stage in STAGES
         }

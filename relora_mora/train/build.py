@@ -67,11 +67,9 @@ def build(
     if config.method.uses_adapters:
         _add_adapters(lm, config, with_values=not resumes)
     set_trainable(lm, config.method)
-    on_cuda = uses_cuda()
-    sharing = 1 if on_cuda else processes_on_host()
-    available = memory_bytes() / sharing
-    stage = config.train.zero_stage
-    choose_resident(lm, config, stage, world_size, available, bf16=checked.bf16, on_cuda=on_cuda)
+    on_gpu = uses_cuda()
+    available = memory_bytes() / (1 if on_gpu else processes_on_host())
+    choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
     groups = parameter_groups(lm, config.optim)
     if not groups:
         fault = "method: nothing is trained; set method.train_embeddings, train_norms or train_head"
@@ -108,4 +106,5 @@ def _add_adapters(lm: PreTrainedModel, config: Config, *, with_values: bool) -> 
     with contextlib.nullcontext() if with_values else torch.device("meta"):
         injection = inject(lm, config.method, seed=config.train.seed)
     kinds = ", ".join(f"{len(names)} {kind}" for kind, names in injection.by_kind.items())
-    log.info("%s adapters on %d layers: %s; %s", config.method.name, injection.layers, kinds, kernels.describe())
+    used = kernels.describe("cuda" if torch.cuda.is_available() else "cpu")
+    log.info("%s adapters on %d layers: %s; %s", config.method.name, injection.layers, kinds, used)

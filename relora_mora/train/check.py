@@ -88,7 +88,7 @@ def check(config: Config, world_size: int) -> Checked:
     check_length(model_config, config.data.sequence_length, config.model.config or str(config.model.init_from))
     check_adapters(model_config, config.method)
     check_adapter(config, model_config)
-    compiled = compiles_here(config.model, config.train.zero_stage, on_cuda=uses_cuda())
+    compiled = compiles_here(config.model, config.train.zero_stage, on_gpu=uses_cuda())
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config.model, bf16=bf16)
     check_memory(model_config, config, world_size, memory_bytes(), bf16=bf16)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from relora_mora.checkpoint import CheckpointReader, CheckpointWriter
-from relora_mora.data import Batch, TrainStream, merge_states
+from relora_mora.data import Batch, TrainStream, document_boundaries, merge_states
 from relora_mora.optim import group_rates
 from relora_mora.plan.flops import flops_per_token
 from relora_mora.supervise import LONG_SECONDS, Guard
@@ -141,10 +141,10 @@ class Trainer:
         tokens = max(1, share.scored) / (len(pieces) * self.engine.world_size)
         losses = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         self.engine.train()
-        for index, (input_ids, labels, document_ids) in enumerate(pieces):
+        for index, (input_ids, labels, boundaries) in enumerate(pieces):
             self.guard.begin(f"step {step}: micro-batch {index + 1} of {len(pieces)}")
             torch.manual_seed(derived_seed(self.config.train.seed, "dropout", state.step, self.rank, index))
-            loss = self.engine(input_ids, labels, document_ids, tokens)
+            loss = self.engine(input_ids, labels, boundaries, tokens)
             losses += loss.detach()
             # the gradient of a loss that is not finite may be finite; made NaN, it keeps every rank from stepping
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
@@ -209,7 +209,7 @@ class Trainer:
 
 
 def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """input_ids and labels [micro, T] (document_ids as well where attention is masked), on the device
+    """input_ids and labels [micro, T] (boundaries of documents as well where attention is masked), on the device
 
     The whole share is copied at once, to a GPU from pinned memory, which the host does not wait for and torch does not
     use again before the copy is done.
@@ -220,7 +220,8 @@ def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tup
 
     input_ids = there(batch.input_ids)
     labels = there(batch.labels)
-    documents = None if batch.document_ids is None else there(batch.document_ids)
+    documents = batch.document_ids
     for start in range(0, len(input_ids), size):
         piece = slice(start, start + size)
-        yield input_ids[piece], labels[piece], None if documents is None else documents[piece]
+        boundaries = None if documents is None else there(document_boundaries(documents[piece]))
+        yield input_ids[piece], labels[piece], boundaries

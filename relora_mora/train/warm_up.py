@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from relora_mora.data import document_boundaries
 from relora_mora.schedule import Schedule
 from relora_mora.supervise import LONG_SECONDS, Guard
 from relora_mora.train.build import Run
@@ -24,11 +25,11 @@ def warm_up(run: Run, state: RunState, guard: Guard) -> None:
         for training, size in sizes.items():
             guard.begin("compiling the decoder layers", within=LONG_SECONDS)
             ids = torch.zeros(size, config.data.sequence_length, dtype=torch.int64, device=run.engine.device)
-            documents = ids.int() if config.data.masks_documents else None
+            boundaries = document_boundaries(ids.cpu()).to(ids.device) if config.data.masks_documents else None
             run.engine.keep_merged()
             module.train(training)
             with torch.set_grad_enabled(training):
-                loss = module(ids, ids, documents, float(ids.numel()))
+                loss = module(ids, ids, boundaries, float(ids.numel()))
             if training:  # the gradients go nowhere: no hook of ZeRO hears of them
                 torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
     run.merger.set_operator(before)

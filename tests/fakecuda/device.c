@@ -94,7 +94,6 @@ GIVES(cuCtxGetCurrent, void *, 0)
 GIVES(cuDevicePrimaryCtxRetain, void *, 0)
 GIVES(cuModuleLoadData, void *, handle)
 GIVES(cuModuleGetFunction, void *, handle)
-GIVES(cuFuncGetAttribute, int, 0)
 GIVES(cuCtxGetLimit, size_t, 0)
 GIVES(cuOccupancyMaxActiveClusters, int, 1)
 SUCCEEDS(cuInit)
@@ -106,6 +105,12 @@ SUCCEEDS(cuPointerGetAttribute)
 SUCCEEDS(cuTensorMapEncodeTiled)
 SUCCEEDS(cuLaunchKernel)
 SUCCEEDS(cuLaunchKernelEx)
+
+int cuFuncGetAttribute(int *value, int attribute, void *function) {
+    const int max_threads_per_block = 0; /* of cuda.h's CUfunction_attribute */
+    *value = attribute == max_threads_per_block ? 1024 : 0;
+    return 0;
+}
 
 int cuGetErrorString(int error, const char **text) { *text = "a stand-in for CUDA"; return 0; }
 

@@ -1,6 +1,7 @@
-"""Launches, bytes and kept memory of a decoder layer against ``counts.csv``: less is told, more is an error.
+"""Launches, bytes and kept memory against the tables beside this file: less is told, more is an error.
 
-Run by ``make test-fakecuda``; ``make count-fakecuda > tests/fakecuda/counts.csv`` writes the table again.
+Run by ``make test-fakecuda``; ``make count-fakecuda > tests/fakecuda/counts.csv`` writes the table of layers again,
+``make count-fakecuda COUNT=loss > tests/fakecuda/loss.csv`` that of head and loss.
 """
 
 from __future__ import annotations
@@ -9,21 +10,27 @@ import csv
 import warnings
 from pathlib import Path
 
-from tests.fakecuda.layers import COLUMNS, as_csv, count_all
+import pytest
 
-TABLE = Path(__file__).with_name("counts.csv")
-KEYS = ("model", "method", "compiled")
+from tests.fakecuda import layers, loss
+from tests.fakecuda.layers import as_csv
+
+TABLES = {"counts.csv": layers.count_all, "loss.csv": loss.count_all}
 
 
 def rows_of(text: str) -> dict[tuple[str, ...], dict[str, int]]:
-    """{model, method, eager or compiled: {column: number}}"""
-    rows = csv.DictReader(text.splitlines())
-    return {tuple(row[key] for key in KEYS): {c: int(row[c]) for c in COLUMNS if c not in KEYS} for row in rows}
+    """{what is counted: {column: number}}"""
+    rows = {}
+    for row in csv.DictReader(text.splitlines()):
+        numbers = {column: int(value) for column, value in row.items() if value.lstrip("-").isdigit()}
+        rows[tuple(value for column, value in row.items() if column not in numbers)] = numbers
+    return rows
 
 
-def test_a_layer_launches_moves_and_keeps_no_more_than_before() -> None:
-    before = rows_of(TABLE.read_text())
-    now = rows_of(as_csv(count_all()))
+@pytest.mark.parametrize("table", TABLES)
+def test_nothing_launches_moves_or_keeps_more_than_before(table: str) -> None:
+    before = rows_of(Path(__file__).with_name(table).read_text())
+    now = rows_of(as_csv(TABLES[table]()))
     assert now.keys() == before.keys()
     changes = [
         (now[row][column] - number, f"{', '.join(row)}: {column} {number} -> {now[row][column]}")
@@ -32,5 +39,5 @@ def test_a_layer_launches_moves_and_keeps_no_more_than_before() -> None:
     ]
     smaller = [text for change, text in changes if change < 0]
     if smaller:
-        warnings.warn("less than in counts.csv, write it again:\n" + "\n".join(smaller), stacklevel=1)
+        warnings.warn(f"less than in {table}, write it again:\n" + "\n".join(smaller), stacklevel=1)
     assert [text for change, text in changes if change > 0] == []

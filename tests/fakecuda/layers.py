@@ -13,7 +13,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -59,9 +59,6 @@ class Counts:
     kept_mib: int
 
 
-COLUMNS = [field.name for field in fields(Counts)]
-
-
 def model_with(name: str, method: str, layers: int, fake: FakeTensorMode) -> LossModel:
     """A bf16 model on the device, as the trainer builds it, without values."""
     settings = ModelConfig(config=str(ROOT / f"configs/model/{name}.json"), overrides={"num_hidden_layers": layers})
@@ -84,8 +81,8 @@ def model_with(name: str, method: str, layers: int, fake: FakeTensorMode) -> Los
     return LossModel(lm)
 
 
-def eager(name: str, method: str) -> Counts:
-    """Two layers less one, so that embeddings and head drop out."""
+def eager(name: str, method: str, *, documents: bool = False) -> Counts:
+    """Two layers less one, so that embeddings and head drop out; with ``documents`` attention stays inside these."""
     watches = []
     kept = []
     for layers in (1, 2):
@@ -93,7 +90,7 @@ def eager(name: str, method: str) -> Counts:
         model = model_with(name, method, layers, fake)
         saved = Kept(model)
         with fake, Watch() as watch, saved:
-            _step(model)
+            _step(model, documents)
         watches.append(watch)
         kept.append(saved.bytes)
     one, two = watches
@@ -102,7 +99,7 @@ def eager(name: str, method: str) -> Counts:
     return Counts(name, method, "eager", launches, _mb(moved), 0, (kept[1] - kept[0]) >> 20)
 
 
-def compiled(name: str, method: str) -> Counts:
+def compiled(name: str, method: str, *, documents: bool = False) -> Counts:
     """What is in the programs that Inductor writes for a layer."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     model = model_with(name, method, 1, fake)
@@ -111,7 +108,7 @@ def compiled(name: str, method: str) -> Counts:
     for layer in model.lm.model.layers:
         layer.compile(backend=functools.partial(compile_fx, inner_compile=_count_into(programs)), fullgraph=True)
     with fake, torch._inductor.config.patch(NOTHING_RUNS):
-        _step(model)
+        _step(model, documents)
     launches = sum(program.launches for program in programs)
     moved = sum(program.bytes for program in programs)
     return Counts(name, method, "compiled", launches, _mb(moved), 0, max(program.kept for program in programs) >> 20)
@@ -121,10 +118,11 @@ def _mb(size: int) -> int:
     return round(size / 1e6)
 
 
-def _step(model: LossModel) -> None:
+def _step(model: LossModel, documents: bool) -> None:
     model.train()
     ids = torch.zeros(SEQUENCES, LENGTH, device="cuda", dtype=torch.long)
-    model(ids, ids).backward()
+    boundaries = torch.zeros(2 * SEQUENCES + 1, device="cuda", dtype=torch.int32) if documents else None
+    model(ids, ids, boundaries).backward()
 
 
 @dataclass(frozen=True)
@@ -197,9 +195,10 @@ def count_all() -> list[Counts]:
     return rows
 
 
-def as_csv(rows: list[Counts]) -> str:
+def as_csv(rows: Sequence[Any]) -> str:
+    """A table of dataclasses of one kind."""
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
     table.writeheader()
     table.writerows(map(asdict, rows))
     return text.getvalue()

@@ -85,12 +85,14 @@ def test_a_step_in_float32_waits_no_more_often(stage: int, fake: FakeTensorMode)
 def test_no_batch_is_waited_for(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[Tensor] = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    boundaries = torch.zeros(3, dtype=torch.int32)  # it would look at the values of fake tensors
+    monkeypatch.setattr("relora_mora.train.loop.document_boundaries", lambda ids: boundaries)
+    ids = torch.zeros(4, 16, dtype=torch.long)
+    batch = Batch(ids, ids, ids.int(), LaneStates(), {}, [])
     with fake, Watch() as watch:
-        ids = torch.zeros(4, 16, dtype=torch.long)
-        batch = Batch(ids, ids, ids.int(), LaneStates(), {}, [])
         pieces = list(micro_batches(batch, 2, torch.device("cuda")))
     assert [tensor.device.type for piece in pieces for tensor in piece if tensor is not None] == 6 * ["cuda"]
-    assert len(pinned) == watch.launches.total() == 3
+    assert len(pinned) == watch.launches.total() == 4  # boundaries for each micro-batch
     assert watch.syncs == []
 
 
@@ -107,12 +109,13 @@ def train_three_steps(stage: int, method: str, fake: FakeTensorMode, *, bf16: bo
         optimizer = build_optimizer(module.lm, groups, config.optim)
         engine = ZeroEngine(module, module.lm, optimizer, config.train, clip=config.optim.clip, bf16=bf16)
         ids = torch.zeros(2, 16, dtype=torch.long, device="cuda")
+        boundaries = torch.zeros(5, dtype=torch.int32, device="cuda")
         engine.train()
         for _ in range(3):
             watch.syncs.clear()
             losses = torch.zeros((), device="cuda")
             for index in range(MICRO_BATCHES):
-                loss = engine(ids, ids, None if index else ids.int(), 32.0)
+                loss = engine(ids, ids, None if index else boundaries, 32.0)
                 losses += loss.detach()
                 engine.accumulate(loss, last=index == MICRO_BATCHES - 1)
             assert engine.step([1e-3] * len(groups), losses).applied

@@ -28,7 +28,7 @@ class Watch(TorchDispatchMode):
 
     launches  operations on CUDA tensors by name, but views and allocations. An operation of several kernels (backward
               of attention, a sum over a large tensor) counts once, so this is a lower bound
-    bytes     theirs: each input and output once, a broadcast dimension once
+    bytes     theirs: each input and output once, what is written in place once more, a broadcast dimension once
     syncs     where the host waits for the device, as "file:line operation" of the innermost lines of this project and
               of whatever it called: for a value, all work, a stream, an event or a copy. Every value read back is 0: no
               overflow, no gradient
@@ -67,7 +67,8 @@ class Watch(TorchDispatchMode):
         silent = func.is_view or name in NO_KERNEL or func.namespace == "prim" or _onto_itself(name, args)
         if (given or made) and not silent:
             self.launches[name] += 1
-            self.bytes[name] += sum(map(size_of, made)) + sum(map(size_of, _read(func, name, args, kwargs)))
+            touched = [*made, *_written(func, args, made), *_read(func, name, args, kwargs)]
+            self.bytes[name] += sum(map(size_of, touched))
         return result
 
 
@@ -92,6 +93,13 @@ def _read(func: Any, name: str, args: Any, kwargs: Any) -> list[Tensor]:
         args = args[1:]
     outputs = {argument.name for argument in func._schema.arguments if argument.is_out}
     return list(cuda_tensors((args, [value for key, value in kwargs.items() if key not in outputs])))
+
+
+def _written(func: Any, args: Any, made: list[Tensor]) -> list[Tensor]:
+    """The arguments that an operation writes to and does not return."""
+    arguments = zip(func._schema.arguments, args, strict=False)
+    written = [value for argument, value in arguments if argument.is_write and not argument.is_out]
+    return [value for value in cuda_tensors(written) if not any(value is tensor for tensor in made)]
 
 
 def _onto_itself(name: str, args: Any) -> bool:

@@ -206,7 +206,8 @@ def test_operators_are_what_torch_expects_of_them(make, dtype):
     torch.library.opcheck(operators.expand_add.default, (*matrices, inputs.numbers, outputs.numbers))
     logits = _integers(7, 30, dtype=dtype)
     torch.library.opcheck(
-        operators.cross_entropy_.default, (logits, torch.tensor([3, -100, 0, 1, 2, 29, 5]), 0.5, True)
+        operators.cross_entropy_.default,
+        (logits, torch.tensor([3, -100, 0, 1, 2, 29, 5]), torch.tensor(0.5), -100, True),
     )
 
 

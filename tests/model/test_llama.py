@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from relora_mora import kernels
 from relora_mora.config import ConfigError, ModelConfig
+from relora_mora.data import document_boundaries
 from relora_mora.model import check_length, read_model_config
-from relora_mora.model.llama import LossModel, build_model, document_mask, document_positions
+from relora_mora.model.llama import LossModel, build_model, document_mask, places
 from relora_mora.model.loss import chunked_cross_entropy
 from tests.tools.tiny import batch, tiny_config, tiny_llama
 
@@ -75,7 +76,7 @@ def test_hidden_states_are_those_of_transformers_and_no_value_is_read_back(atten
     model = LossModel(lm)
     assert torch.equal(model.hidden(ids, None), expected)
     with kernels.disabled(), NoValueIsRead():  # the kernels of CPUs look at labels, those of GPUs do not
-        model(ids, labels, torch.zeros_like(ids), 64.0)
+        model(ids, labels, document_boundaries(torch.zeros_like(ids)), 64.0)
         model(ids, labels, None, 64.0)
 
 
@@ -106,6 +107,7 @@ def test_masked_attention_sees_one_document_only(attention):
     ids = batch(0)[0][:1]
     documents = torch.zeros_like(ids, dtype=torch.int32)
     documents[:, 6:] = 1
+    documents = document_boundaries(documents)
     other = ids.clone()
     other[:, :6] = (other[:, :6] + 1) % 64
     labels = ids.clone()
@@ -126,7 +128,11 @@ def test_masked_attention_sees_one_document_only(attention):
 
 def test_positions_begin_anew_with_each_document():
     ids = torch.tensor([[1, 1, 1, 2, 3, 3], [0, 0, 0, 0, 0, 0], [4, 5, 6, 7, 8, 9]], dtype=torch.int32)
-    assert document_positions(ids).tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]]
+    boundaries = document_boundaries(ids)
+    documents, positions = places(boundaries, ids.shape)
+    assert positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]]
+    assert documents.tolist() == [[0, 0, 0, 1, 2, 2], [3, 3, 3, 3, 3, 3], [4, 5, 6, 7, 8, 9]]
+    assert boundaries.tolist() == [0, 3, 4, 6, 12, 13, 14, 15, 16, 17, 18, 18, 18, 18, 18, 18, 18]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -142,7 +148,7 @@ def test_a_document_in_a_sequence_has_the_loss_that_it_has_alone(attention):
     }
     model = LossModel(build_model(tiny_llama(rope_parameters=rope), seed=1, attention=attention))
     ids, labels = (tensor[:1] for tensor in batch(0))
-    documents = torch.tensor([[1] * 3 + [2] * 9 + [3] * 4], dtype=torch.int32)
+    documents = document_boundaries(torch.tensor([[1] * 3 + [2] * 9 + [3] * 4], dtype=torch.int32))
     for document in (slice(0, 3), slice(3, 12), slice(12, 16)):
         inside = torch.full_like(labels, -100)
         inside[:, document] = labels[:, document]

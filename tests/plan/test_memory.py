@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, PreTrainedConfig
 
 from relora_mora.config import Config, validate
+from relora_mora.data import document_boundaries
 from relora_mora.methods.inject import inject
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.model import ARCHITECTURES
@@ -158,13 +159,29 @@ def test_a_document_mask_is_kept_once_for_all_layers(bf16: bool) -> None:
         )
         trained = build(config, bf16)
         ids = torch.randint(0, MODEL.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
-        documents = torch.arange(256).div(50, rounding_mode="floor").expand(4, 256) if masked else None
+        documents = torch.arange(256).div(50, rounding_mode="floor").expand(4, 256)
+        boundaries = document_boundaries(documents) if masked else None
         with LiveTensors() as tracker:
-            loss = trained(ids, ids, documents)
+            loss = trained(ids, ids, boundaries)
             kept.append(tracker.now)
         del loss
         planned.append(activation_memory(trained.lm, config, bf16=bf16)[0])
     assert kept[1] - kept[0] == pytest.approx(planned[1] - planned[0], rel=0.1)
+
+
+def test_on_a_gpu_documents_need_no_mask_and_logits_no_copy() -> None:
+    plain = make_config({"name": "full"})
+    masked = plain.model_copy(update={"data": plain.data.model_copy(update={"document_mask": True})})
+    model = meta_model(MODEL, plain.method)
+
+    def kept(config: Config, **where: bool) -> float:
+        return activation_memory(model, config, **where)[0]
+
+    assert kept(masked, bf16=True, on_gpu=True) == kept(plain, bf16=True, on_gpu=True) < kept(masked, bf16=True)
+    assert kept(masked, bf16=False, on_gpu=True) == kept(masked, bf16=False)  # flash attention knows no float32
+    head = MODEL.vocab_size * MODEL.hidden_size
+    at_loss = [scratch_memory(model, plain, bf16=True, on_gpu=on_gpu)[0] for on_gpu in (False, True)]
+    assert at_loss == [256 * 512 * 6 + 6 * head, max(256 * 512 * 2 + 4 * head, 6 * head)]
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "remora"])
@@ -204,12 +221,12 @@ def test_auto_keeps_merged_weights_where_a_step_has_several_micro_batches_and_th
     twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
     model = meta_model(MODEL, once.method)
 
-    def kept(config: Config, stage: int = 1, available: float | None = None, *, on_cuda: bool = False) -> int:
-        choose_resident(model, config, stage, 1, available, bf16=True, on_cuda=on_cuda)
+    def kept(config: Config, stage: int = 1, available: float | None = None, *, on_gpu: bool = False) -> int:
+        choose_resident(model, config, stage, 1, available, bf16=True, on_gpu=on_gpu)
         return sum(layer.resident for _, layer in adapter_layers(model))
 
     assert kept(twice) == 7 * MODEL.num_hidden_layers
     needed = peak_memory(model, twice, 1, 1, bf16=True)
     assert needed.merged == 2 * sum(layer.weight.numel() for _, layer in adapter_layers(model))
     assert kept(twice, available=2 * needed.device) and not kept(twice, available=2 * needed.device - 1)
-    assert kept(once, on_cuda=True) and not any((kept(once), kept(twice, stage=3), kept(twice, stage=3, on_cuda=True)))
+    assert kept(once, on_gpu=True) and not any((kept(once), kept(twice, stage=3), kept(twice, stage=3, on_gpu=True)))

@@ -1,0 +1,44 @@
+"""Kernels for NVIDIA's GPUs, written in Triton: whether there are any here, and their names. Imports no Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+@functools.cache
+def obstacle() -> str | None:
+    """Why there are no kernels for CUDA devices here, None where there are. Does not start CUDA."""
+    if torch.version.cuda is None:
+        return "torch is not built for CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install it beside torch"
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+        return "Triton needs a C compiler; install gcc, or name one in CC"
+    return None
+
+
+def describe() -> str:
+    """What computes on CUDA devices, and why it is not Triton."""
+    reason = obstacle()
+    return f"torch: {reason}" if reason else "Triton"
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    """The function of this name (``package.module:function``), imported when it is first called."""
+
+    @functools.cache
+    def function() -> Callable[..., Any]:
+        found: Callable[..., Any] = resolve_name(name)
+        return found
+
+    return lambda *arguments: function()(*arguments)

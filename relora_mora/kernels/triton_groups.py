@@ -1,0 +1,214 @@
+"""Sums and copies along groupings on GPUs: the kernels of kernels.c in Triton, each one launch and one pass.
+
+A kernel is compiled for one grouping, whose pieces are constants of its code. All sums are in float32, in a fixed
+order, and rounded once. Offsets of rows have 64 bits. Block sizes follow from a formula and are never tuned, so the
+same shape is always computed alike.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from relora_mora.kernels import reference
+from relora_mora.kernels.grouping import Grouping, Piece, as_rows
+from relora_mora.kernels.triton_launch import launch, power_of_two, works_on
+
+_BLOCK_SLOTS = 256
+_BLOCK_FEATURES = 256
+_ELEMENTS = 2048  # of one program: 16 for each of its 128 threads
+_NEIGHBOURS = 8  # features of a slot that are read at once
+
+
+@triton.jit
+def _sum_piece(
+    x,
+    first,
+    valid,
+    FEATURE: tl.constexpr,
+    SLOT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    REPEATS: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What a piece adds to the slots from ``first`` on: x points to rows [ROWS, 1] -> [ROWS, BLOCK].
+
+    Neighbours are read [ROWS, BLOCK * TOGETHER] in the order of memory.
+    """
+    element = ((first - SLOT) * TOGETHER + tl.arange(0, BLOCK * TOGETHER))[None, :]
+    inside = valid & (element >= 0) & (element < SLOTS * TOGETHER)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, REPEATS, TOGETHER):
+        if NEIGHBOURS and REPEATS != TOGETHER:
+            repeat = start + element % TOGETHER
+            offset = element // TOGETHER * REPEATS + repeat
+            some = tl.load(x + (FEATURE + offset), mask=inside & (repeat < REPEATS), other=0.0)
+        else:
+            some = tl.load(x + (FEATURE + start * SLOTS + element), mask=inside, other=0.0)
+        total += tl.sum(tl.reshape(some.to(tl.float32), [ROWS, BLOCK, TOGETHER]), 2)
+    return total
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _sum_kernel(
+    x,
+    y,
+    rows,
+    x_stride: tl.constexpr,
+    slots: tl.constexpr,
+    pieces: tl.constexpr,
+    n_pieces: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y [rows, slots] of x [rows, features]"""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    first = tl.program_id(1) * BLOCK
+    valid = row < rows
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i in tl.static_range(n_pieces):
+        total += _sum_piece(
+            x + row * x_stride,
+            first,
+            valid,
+            pieces[i * 6],
+            pieces[i * 6 + 1],
+            pieces[i * 6 + 2],
+            pieces[i * 6 + 3],
+            pieces[i * 6 + 4],
+            pieces[i * 6 + 5],
+            ROWS,
+            BLOCK,
+        )
+    slot = (first + tl.arange(0, BLOCK))[None, :]
+    tl.store(y + row * slots + slot, total.to(y.dtype.element_ty), mask=valid & (slot < slots))
+
+
+@triton.jit
+def _slot_of(
+    feature,
+    FEATURE: tl.constexpr,
+    SLOT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    REPEATS: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
+):
+    """The slot of each feature in one piece, and whether it is in that piece."""
+    place = feature - FEATURE
+    inside = (place >= 0) & (place < SLOTS * REPEATS)
+    return SLOT + (place // REPEATS if NEIGHBOURS else place % SLOTS), inside
+
+
+@triton.jit
+def _add_kernel(
+    weight,
+    square,
+    result,
+    outputs: tl.constexpr,
+    inputs: tl.constexpr,
+    weight_stride: tl.constexpr,
+    square_stride: tl.constexpr,
+    out_pieces: tl.constexpr,
+    n_out: tl.constexpr,
+    in_pieces: tl.constexpr,
+    n_in: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """result [outputs, inputs] = weight + D square C"""
+    output = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    feature = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    valid = (output < outputs) & (feature < inputs)
+    row = tl.zeros([ROWS, 1], tl.int32)
+    for i in tl.static_range(n_out):
+        slot, inside = _slot_of(
+            output,
+            out_pieces[i * 6],
+            out_pieces[i * 6 + 1],
+            out_pieces[i * 6 + 2],
+            out_pieces[i * 6 + 3],
+            out_pieces[i * 6 + 4],
+        )
+        row = tl.where(inside, slot, row)
+    wide = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i in tl.static_range(n_in):
+        slot, inside = _slot_of(
+            feature,
+            in_pieces[i * 6],
+            in_pieces[i * 6 + 1],
+            in_pieces[i * 6 + 2],
+            in_pieces[i * 6 + 3],
+            in_pieces[i * 6 + 4],
+        )
+        wide += tl.load(square + (row * square_stride + slot), mask=valid & inside, other=0.0).to(tl.float32)
+    output = output.to(tl.int64)
+    total = tl.load(weight + output * weight_stride + feature, mask=valid, other=0.0).to(tl.float32) + wide
+    tl.store(result + output * inputs + feature, total.to(result.dtype.element_ty), mask=valid)
+
+
+def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
+    """x [..., features] -> [..., slots]"""
+    if not works_on(x.device):
+        return grouping.sum(x)
+    rows = as_rows(x)
+    y = torch.empty(rows.shape[0], grouping.slots, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y.view(*x.shape[:-1], grouping.slots)
+    together = max(map(_together, grouping.pieces))
+    block = min(_BLOCK_SLOTS, power_of_two(grouping.slots))
+    n_rows = max(1, _ELEMENTS // (block * together))
+    constants = {
+        "x_stride": rows.stride(0),
+        "slots": grouping.slots,
+        "pieces": _flat(grouping),
+        "n_pieces": len(grouping.pieces),
+        "ROWS": n_rows,
+        "BLOCK": block,
+    }
+    grid = -(-rows.shape[0] // n_rows), -(-grouping.slots // block)
+    launch(_sum_kernel, grid, (rows, y), (rows.shape[0],), constants)
+    return y.view(*x.shape[:-1], grouping.slots)
+
+
+def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping) -> Tensor:
+    """weight [out, in] + D square C [out, in]; ``outputs.once`` must hold"""
+    if not works_on(weight.device):
+        return reference.expand_add(weight, square, inputs, outputs)
+    assert outputs.once
+    weight = as_rows(weight)
+    square = as_rows(square)
+    result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    block = min(_BLOCK_FEATURES, power_of_two(inputs.features))
+    n_rows = _ELEMENTS // block
+    constants = {
+        "outputs": outputs.features,
+        "inputs": inputs.features,
+        "weight_stride": weight.stride(0),
+        "square_stride": square.stride(0),
+        "out_pieces": _flat(outputs),
+        "n_out": len(outputs.pieces),
+        "in_pieces": _flat(inputs),
+        "n_in": len(inputs.pieces),
+        "ROWS": n_rows,
+        "BLOCK": block,
+    }
+    grid = -(-outputs.features // n_rows), -(-inputs.features // block)
+    launch(_add_kernel, grid, (weight, square, result), (), constants)
+    return result
+
+
+@functools.lru_cache(maxsize=4096)
+def _flat(grouping: Grouping) -> tuple[int, ...]:
+    """The numbers of all pieces, and of each how many features of a slot are read at once."""
+    return tuple(number for piece in grouping.pieces for number in (*map(int, piece), _together(piece)))
+
+
+def _together(piece: Piece) -> int:
+    return power_of_two(min(piece.repeats, _NEIGHBOURS)) if piece.neighbours else 1

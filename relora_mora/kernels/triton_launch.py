@@ -1,0 +1,57 @@
+"""Compiles and launches Triton kernels. Imports Triton, so only files of kernels import this one.
+
+``kernel[grid](...)`` looks at all arguments in Python at each launch, which takes longer than the smaller kernels run.
+:func:`launch` looks only at what changes the compiled code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+OLDEST = (8, 0)  # Triton's own limit: compute capability of an A100
+
+_compiled: dict[Hashable, Any] = {}
+
+
+@functools.cache
+def works_on(device: torch.device) -> bool:
+    """Whether Triton compiles for this device; a CPU has Triton's interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+    constants: dict[str, Any],
+    *,
+    warps: int = 4,
+) -> None:
+    """Runs ``grid`` programs of a kernel with its parameters in this order: tensors, numbers, constants.
+
+    It is compiled for each set of constants, and for pointers that are multiples of 16 bytes or not, which decides how
+    much is loaded at once. Numbers must be named in ``do_not_specialize`` of the kernel, and have 32 bits.
+    """
+    if not isinstance(kernel, JITFunction):  # Triton's interpreter
+        kernel[grid](*tensors, *numbers, **constants)
+        return
+    pointers = tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+    values = tuple(constants.values())
+    with torch.cuda.device_of(tensors[0]):
+        key = kernel, torch.cuda.current_device(), pointers, values, warps
+        compiled = _compiled.get(key)
+        if compiled is None:
+            compiled = _compiled[key] = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=warps, **constants)
+        compiled[*grid, 1](*tensors, *numbers, *values)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()

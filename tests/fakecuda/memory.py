@@ -1,0 +1,42 @@
+"""The planner's bytes against the tensors that live on a CUDA device while a model trains, on fake tensors.
+
+Run by ``make test-fakecuda``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from relora_mora.plan.memory import activation_memory, scratch_memory
+from tests.fakecuda.layers import LENGTH, SEQUENCES, model_with
+from tests.plan.test_memory import LiveTensors, make_config
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_gpu_keeps_what_the_planner_says(documents: bool) -> None:
+    torch.autograd.set_multithreading_enabled(False)  # backward in this thread, inside the modes
+    config = make_config({"name": "full"}, micro_batch_size=SEQUENCES)
+    data = config.data.model_copy(update={"document_mask": documents, "sequence_length": LENGTH})
+    config = config.model_copy(update={"data": data})
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model = model_with("llama_250m", "full", 2, fake)
+    tracker = LiveTensors()
+    for parameter in model.parameters():
+        tracker.add(parameter.data)
+    weights = tracker.now
+    with fake, tracker:
+        ids = torch.zeros(SEQUENCES, LENGTH, dtype=torch.long, device="cuda")
+        boundaries = torch.zeros(2 * SEQUENCES + 1, dtype=torch.int32, device="cuda") if documents else None
+        loss = model(ids, ids, boundaries, float(ids.numel()))
+        kept = tracker.now - weights
+        at_loss = tracker.most - weights
+        tracker.most = 0
+        loss.backward()
+    planned, _ = activation_memory(model.lm, config, bf16=True, on_gpu=True)
+    planned_at_loss, planned_in_backward = scratch_memory(model.lm, config, bf16=True, on_gpu=True)
+    sum_of_head = 4 * model.lm.lm_head.weight.numel()  # kept from the loss to backward; counted as scratch
+    assert kept == pytest.approx(planned + sum_of_head, rel=0.05)
+    assert at_loss == pytest.approx(planned + planned_at_loss, rel=0.05)
+    assert tracker.most - weights == pytest.approx(planned + planned_in_backward, rel=0.05)

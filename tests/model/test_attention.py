@@ -1,0 +1,82 @@
+"""Attention by the boundaries of documents, each computed alone where a GPU has flash attention, against a mask."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from relora_mora.data import document_boundaries
+from relora_mora.model import attention, llama
+from relora_mora.model.llama import LossModel, build_model
+from tests.tools.tiny import batch, tiny_llama
+
+DOCUMENTS = {
+    "several in each row": [[1] * 6 + [2] * 10, [3] * 16, [0] + [1] * 15, [7, 8] + [9] * 13 + [10]],
+    "one in each row": [[0] * 16, [0] * 16, [0] * 16, [0] * 16],
+    "each of one token": [list(range(16))] * 4,
+    "one that ends with its row, before the same number": [[0] * 9 + [1] * 7, [1] * 3 + [2] * 13, [2] * 16, [2] * 16],
+}
+
+
+def each_alone(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *, longest: int, dropout: float, scale: float
+) -> Tensor:
+    """As ``attention.flash``, document by document."""
+    assert boundaries.dtype == torch.int32 and boundaries[0] == 0 and boundaries[-1] == len(query)
+    outputs = []
+    for begin, end in pairwise(boundaries.tolist()):
+        assert 0 <= end - begin <= longest
+        q, k, v = (x[begin:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        done = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True)
+        outputs.append(done.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def loss_and_gradients(model: LossModel, documents: list[list[int]]) -> list[Tensor]:
+    ids, labels = (tensor[: len(documents)] for tensor in batch(0))
+    boundaries = document_boundaries(torch.tensor(documents, dtype=torch.int32))
+    model.zero_grad()
+    loss = model(ids, labels, boundaries)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS.keys())
+def test_boundaries_keep_documents_apart_as_a_mask_does(
+    documents: list[list[int]], kv_heads: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = build_model(tiny_llama(num_attention_heads=4, num_key_value_heads=kv_heads), seed=1)
+    if checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = LossModel(lm)
+    masked = loss_and_gradients(model, documents)
+    calls = []
+    monkeypatch.setattr(attention, "flash", lambda *given, **named: calls.append(1) or each_alone(*given, **named))
+    monkeypatch.setattr(llama, "needs_no_mask", lambda *_: True)
+    for a, b in zip(loss_and_gradients(model, documents), masked, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert len(calls) == lm.config.num_hidden_layers * (2 if checkpointing else 1)
+
+
+def test_flash_attention_is_for_bf16_and_even_heads_on_gpus() -> None:
+    wide = tiny_llama(hidden_size=1024, num_attention_heads=4, num_key_value_heads=4)
+    assert attention.flash_takes(wide, torch.bfloat16) and not attention.flash_takes(wide, torch.float32)
+    assert not attention.flash_takes(tiny_llama(head_dim=12), torch.bfloat16)
+    assert not attention.flash_takes(tiny_llama(head_dim=264), torch.bfloat16)
+    lm = LossModel(build_model(wide, seed=1)).lm
+    assert lm.config._attn_implementation == attention.SDPA_OR_DOCUMENTS
+    assert not attention.needs_no_mask(lm.config, torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_the_operator_takes_what_it_is_given() -> None:
+    """It is private to torch: any version may change it."""
+    names = [argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments]
+    lengths = ["cum_seq_q", "cum_seq_k", "max_q", "max_k"]
+    assert names[:10] == ["query", "key", "value", *lengths, "dropout_p", "is_causal", "return_debug_mask"]
+    assert "scale" in names[10:]
