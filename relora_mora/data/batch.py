@@ -45,15 +45,12 @@ def document_ids(input_ids: npt.NDArray[Any], eos: int) -> npt.NDArray[np.int32]
 def document_boundaries(ids: torch.Tensor) -> torch.Tensor:
     """Document ids [B, T], on the CPU -> int32 [P + 1]: where each document begins among all N = B T tokens, then N.
 
-    The first token of a sequence begins one. P is a power of two, filled up with documents of no token at the end:
-    compiled layers are compiled for each size, and flash attention looks at each document.
+    The first token of a sequence begins one.
     """
     import torch
 
     numbers = ids.numpy()
     begins = np.ones(numbers.shape, np.bool_)
     begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-    places = np.flatnonzero(begins)
-    boundaries = np.full((1 << (len(places) - 1).bit_length()) + 1, numbers.size, np.int32)
-    boundaries[: len(places)] = places
-    return torch.from_numpy(boundaries)
+    boundaries = np.append(np.flatnonzero(begins), numbers.size)
+    return torch.from_numpy(boundaries.astype(np.int32))

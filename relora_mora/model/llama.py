@@ -98,6 +98,7 @@ class LossModel(nn.Module):
         lm.lm_head = LossHead(lm.lm_head)
         if lm.config._attn_implementation == "sdpa":
             lm.config._attn_implementation = SDPA_OR_DOCUMENTS
+        self.compiled = compiled
         if compiled:
             compile_layers(lm.model.layers)
 
@@ -128,6 +129,8 @@ class LossModel(nn.Module):
         else:
             documents, positions = places(boundaries, input_ids.shape)
             if needs_no_mask(self.lm.config, hidden):
+                if self.compiled:  # one program for any number of documents
+                    torch._dynamo.mark_dynamic(boundaries, 0)
                 causal["boundaries"] = boundaries
             else:
                 causal["attention_mask"] = document_mask(documents, hidden.dtype)
