@@ -41,10 +41,9 @@ def with_steps(config: Config) -> Config:
 
 def settled(config: Config) -> Config:
     """Without tokens and fraction, whose place steps have taken."""
-    train = config.train.model_copy(update={"tokens": None})
-    kept = config.optim.warmup_fraction if train.epochs is not None else None
-    optim = config.optim.model_copy(update={"warmup_fraction": kept})
-    return config.model_copy(update={"train": train, "optim": optim})
+    fraction = config.optim.warmup_fraction if config.train.epochs is not None else None
+    train = _derived(config.train, tokens=None)
+    return config.model_copy(update={"train": train, "optim": _derived(config.optim, warmup_fraction=fraction)})
 
 
 def with_counted_epochs(config: Config, tokens: int) -> Config:

@@ -187,6 +187,7 @@ def test_the_warmup_is_given_in_steps_or_as_a_fraction_of_the_run() -> None:
         config = validate(tree(train=train, method=method, optim={"warmup_fraction": 0.1}), "the test")
         assert (config.optim.warmup_steps, config.optim.warmup_fraction) == (steps, None)
         assert validate(parse_yaml(dump(config)), "the test").optim == config.optim
+        assert config.optim.model_fields_set == {"warmup_fraction"}
     counted = validate(tree(train={"epochs": 2}, method=method, optim={"warmup_fraction": 0.1}), "the test")
     config = with_epochs(counted, 40 * 1024 * 512, 1)
     assert (config.train.steps, config.optim.warmup_steps, config.optim.warmup_fraction) == (80, 8, None)
