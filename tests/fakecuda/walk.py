@@ -16,8 +16,10 @@ from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from relora_mora.checkpoint.rank_files import RankFiles
 from relora_mora.data import Batch
 from relora_mora.data.lane_states import LaneStates
+from relora_mora.merging import FrozenMasters
 from relora_mora.model import put_values
 from relora_mora.optim import build_optimizer, parameter_groups
 from relora_mora.train.loop import micro_batches
@@ -84,6 +86,16 @@ def test_no_batch_is_waited_for(fake: FakeTensorMode, monkeypatch: pytest.Monkey
     assert [tensor.device.type for piece in pieces for tensor in piece if tensor is not None] == 6 * ["cuda"]
     assert len(pinned) == watch.launches.total() == 3
     assert watch.syncs == []
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_checkpoint_waits_once_for_its_copies(stage: int, fake: FakeTensorMode) -> None:
+    engine, _ = train_three_steps(stage, "remora operator 1", fake, bf16=True)
+    files = RankFiles(engine, FrozenMasters([], 0, RANKS), {})
+    with fake, Watch() as watch:
+        tensors = files.snapshot()
+    assert len(watch.syncs) == 1, watch.syncs
+    assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
 
 
 def train_three_steps(stage: int, method: str, fake: FakeTensorMode, *, bf16: bool) -> tuple[ZeroEngine, Watch]:
