@@ -23,10 +23,10 @@ from relora_mora.optim import (
     parameter_groups,
     set_trainable,
 )
-from relora_mora.plan.fit import choose_resident
+from relora_mora.plan.fit import choose_resident, stage_advice
 from relora_mora.schedule import Schedule
 from relora_mora.system.hardware import memory_bytes
-from relora_mora.system.logs import log
+from relora_mora.system.logs import log, shared_log
 from relora_mora.train.check import Checked
 from relora_mora.train.initial import initial_values, write_initial_values
 from relora_mora.zero import ZeroEngine
@@ -69,7 +69,11 @@ def build(
     set_trainable(lm, config.method)
     sharing = 1 if torch.cuda.is_available() else processes_on_host()
     available = memory_bytes() / sharing
-    choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16)
+    on_gpu = torch.cuda.is_available()
+    choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
+    advice = stage_advice(lm, config, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
+    if advice:
+        shared_log.warning(advice)
     groups = parameter_groups(lm, config.optim)
     if not groups:
         fault = "method: nothing is trained; set method.train_embeddings, train_norms or train_head"

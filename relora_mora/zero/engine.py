@@ -62,7 +62,9 @@ class ZeroEngine:
         # in float32 DeepSpeed may take over the storage of the parameters
         initial = {name: p.data if bf16 else p.data.clone() for name, p in trained.items()}
         elements = sum(self.shapes[name].numel() for group in self.members for name in group)
-        settings = deepspeed_settings(train, clip=clip, bf16=bf16, trainable=elements)
+        settings = deepspeed_settings(
+            train, self.world_size, clip=clip, bf16=bf16, trainable=elements, on_gpu=torch.cuda.is_available()
+        )
         with quiet():
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.device = self.deepspeed.device
