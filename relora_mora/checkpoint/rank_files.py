@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from relora_mora.system.files import ordinary_mode, sync
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.merging import FrozenMasters
-    from relora_mora.zero import ZeroEngine
+    from relora_mora.zero import Fragment, ZeroEngine
 
 PLACES_KEPT = 12
 
@@ -60,15 +61,17 @@ class RankFiles:
     def snapshot(self) -> dict[str, Tensor]:
         """This rank's fragments, copied to host memory. At stage 0 all ranks own everything, so each takes a share."""
         engine = self.engine
-        tensors = {}
+        pieces: dict[str, tuple[Fragment, Tensor]] = {}
         for index, fragment in enumerate(engine.fragments):
             if engine.stage == 0 and index % engine.world_size != engine.rank:
                 continue
             state = engine.state_of(fragment.flat)
             flats = {"master": fragment.flat, **{kind: state[kind] for kind in MOMENTS}}
             for kind, flat in flats.items():
-                tensors[f"{kind}|{fragment.name}|{fragment.start}"] = fragment.of(flat.detach()).to("cpu", copy=True)
-        return tensors
+                pieces[f"{kind}|{fragment.name}|{fragment.start}"] = fragment, flat
+        whole = {id(flat): flat.detach() for _, flat in pieces.values()}
+        copies = dict(zip(whole, host_copies(whole.values()), strict=True))
+        return {key: fragment.of(copies[id(flat)]) for key, (fragment, flat) in pieces.items()}
 
     def write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
         """Writes the files into ``work``, which will become ``final``, and syncs them; returns them by name.
@@ -118,6 +121,22 @@ class RankFiles:
             places += shared.places
         self._shared = _SharedBase(merges_done, entry, places[:PLACES_KEPT])
         return entry
+
+
+def host_copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Copies in host memory. Those of a GPU go to pinned memory, all at once, and the host waits for them together.
+
+    Torch keeps pinned memory for the next time, in blocks that are rounded up to a power of two.
+    """
+    copies = []
+    device = None
+    for tensor in tensors:
+        device = tensor.device
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type == "cuda")
+        copies.append(copy.copy_(tensor, non_blocking=True))
+    if device is not None and device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return copies
 
 
 def _link_any(sources: list[Path], target: Path) -> bool:

@@ -8,9 +8,9 @@ optimizer  AdamW in float32 reads 16 and writes 12 bytes for each parameter that
 network    bytes that a device sends in a ring (``network.py``) / bandwidth, where the slowest part of the ring
            decides: from device to device within a host, and from host to host, where a ring's bytes leave each host
            once. Latency is not counted
-hidden     DeepSpeed sends while it computes at stage 3, and at stage 2 with ``overlap_comm: true``: at stage 3 all of
-           it behind compute, at stage 2 the gradients behind backward, two thirds of compute. Elsewhere it computes,
-           then sends
+hidden     DeepSpeed sends while it computes at stage 3, and at stage 2 with ``overlap_comm``, the default on GPUs: at
+           stage 3 all of it behind compute, at stage 2 the gradients behind backward, two thirds of compute. Elsewhere
+           it computes, then sends
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from relora_mora.config import Config
+from relora_mora.config.zero_defaults import zero_defaults
+from relora_mora.plan.memory import zero_setting
 from relora_mora.plan.network import Traffic
 from relora_mora.system.devices import Device
 
@@ -65,18 +67,27 @@ class StepTime:
 
 
 def step_time(
-    cluster: Cluster, config: Config, stage: int, moved: Traffic, *, compute: float, trainable: int, bf16: bool
+    cluster: Cluster,
+    config: Config,
+    stage: int,
+    moved: Traffic,
+    *,
+    compute: float,
+    trainable: int,
+    bf16: bool,
+    on_gpu: bool,
 ) -> StepTime:
     """Seconds of a step whose arithmetic takes ``compute``."""
     owned = trainable / (cluster.world_size if stage else 1)
     bandwidth = cluster.device.memory_gbytes_per_s * 1e9
     gradients = cluster.seconds_to_send(moved.sent_gradients)
     weights = cluster.seconds_to_send(moved.sent_weights)
-    overlap = config.train.deepspeed.get("zero_optimization", {}).get("overlap_comm")
+    defaults = zero_defaults(stage, cluster.world_size, trainable, on_gpu=on_gpu)
+    overlaps = zero_setting(config, "overlap_comm", defaults.get("overlap_comm", stage == 3))
     hidden = 0.0
-    if stage == 3 and overlap is not False:
+    if stage == 3 and overlaps:
         hidden = min(gradients + weights, compute)
-    elif stage == 2 and overlap is True:
+    elif stage == 2 and overlaps:
         hidden = min(gradients, BACKWARD_SHARE * compute)
     optimizer = owned * (ADAM_BYTES + (2 if bf16 else 4)) / bandwidth if bandwidth else 0.0
     return StepTime(compute, optimizer, gradients + weights, hidden)

@@ -13,6 +13,7 @@ from relora_mora.model.shapes import linear_shapes
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import peak_memory, state_memory
 
+USABLE = 0.9  # of a device's memory: the rest is for the CUDA context, NCCL's buffers and fragmentation
 RESIDENT_SHARE = 0.5  # of the memory: a step of a run with resident layers is planned to take no more
 
 
@@ -94,3 +95,19 @@ def choose_resident(
     needed = peak_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu).device
     for layer in layers:
         layer.resident = layer.resident and needed <= RESIDENT_SHARE * available
+
+
+def stage_advice(
+    model: PreTrainedModel, config: Config, world_size: int, available: float, *, bf16: bool, on_gpu: bool
+) -> str | None:
+    """Where the settings say stage 2 and stage 1 sends less and fits into the ``available`` bytes of a rank: so."""
+    micro_batches = config.accumulation_steps(world_size)
+    if config.train.zero_stage != 2 or world_size == 1 or micro_batches == 1:
+        return None
+    needed = peak_memory(model, config, 1, world_size, bf16=bf16, on_gpu=on_gpu).device
+    if needed > USABLE * available:
+        return None
+    return (
+        f"train.zero_stage=2 sends the gradients after each of the {micro_batches} micro-batches of a step, "
+        "train.zero_stage=1 once, and there is memory for it"
+    )

@@ -19,7 +19,8 @@ optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N
 gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T that stays.
                 Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N; at stage 3 it stays.
                 A step in fp32 on stages 1-3 copies 4 T / N
-buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages 2 and 3, and 1 in fp32
+buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages 2 and 3, and 1 in fp32; at stages 1 and
+                 2 a second one with ``overlap_comm``
 activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) where queries and keys have norms of their
                 own, b (2 q + 2 k) for attention, 3 b f for the gated product and
                 the inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of
@@ -42,6 +43,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from relora_mora.config import Config
+from relora_mora.config.zero_defaults import zero_defaults
 from relora_mora.methods.inject import decoder_linears
 from relora_mora.methods.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.model.attention import flash_takes
@@ -50,7 +52,6 @@ from relora_mora.model.shapes import attention_widths
 from relora_mora.optim import count_parameters
 
 # DeepSpeed's defaults
-REDUCE_BUCKET_SIZE = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PERSISTENCE_THRESHOLD = 100_000
 
@@ -85,7 +86,7 @@ def peak_memory(
     model: PreTrainedModel, config: Config, stage: int, world_size: int, *, bf16: bool, on_gpu: bool = False
 ) -> Memory:
     """Memory of one device when a step needs most: at the loss, in the first layers of backward, or in the update."""
-    state = state_memory(model, config, stage, world_size, bf16=bf16)
+    state = state_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
     before = gradients.between_micro_batches if config.accumulation_steps(world_size) > 1 else gradients.between_steps
     merged = merged_memory(model, bf16=bf16)
@@ -114,15 +115,17 @@ def peak_memory(
     return max(moments, key=lambda memory: memory.device)
 
 
-def state_memory(model: PreTrainedModel, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
+def state_memory(
+    model: PreTrainedModel, config: Config, stage: int, world_size: int, *, bf16: bool, on_gpu: bool = False
+) -> Memory:
     """What stays between steps, gradients apart."""
     counts = count_parameters(model)
     width = 2 if bf16 else 4
     part = counts.trainable / (world_size if stage else 1)
-    bucket = (
-        zero_setting(config, "reduce_bucket_size", REDUCE_BUCKET_SIZE) if stage >= 2 or (stage == 1 and not bf16) else 0
-    )
-    bucket = min(bucket, counts.trainable)  # as zero/settings.py sets it; a larger one is never filled
+    defaults = zero_defaults(stage, world_size, counts.trainable, on_gpu=on_gpu)
+    bucket = min(counts.trainable, zero_setting(config, "reduce_bucket_size", defaults["reduce_bucket_size"]))
+    overlaps = stage < 3 and zero_setting(config, "overlap_comm", defaults.get("overlap_comm", False))
+    buckets = (2 if overlaps else 1) if stage >= 2 or (stage == 1 and not bf16) else 0
     small = zero_setting(config, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
     return Memory(
@@ -133,7 +136,7 @@ def state_memory(model: PreTrainedModel, config: Config, stage: int, world_size:
         masters=4 * part if bf16 or stage > 0 else 0,
         optimizer=8 * part,
         gradients=0,
-        buffers=width * bucket,
+        buffers=width * bucket * buckets,
         activations=0,
         scratch=0,
         host_base=_host_base(model, world_size),

@@ -12,7 +12,7 @@ from relora_mora.model.compiler import compiles
 from relora_mora.optim import Parameters, count_parameters
 from relora_mora.plan.cluster import Cluster, StepTime, step_time
 from relora_mora.plan.compute import compute_time
-from relora_mora.plan.fit import choose_resident
+from relora_mora.plan.fit import USABLE, choose_resident
 from relora_mora.plan.flops import Flops, flops_of, meta_model
 from relora_mora.plan.memory import Memory, peak_memory
 from relora_mora.plan.network import Traffic, traffic
@@ -20,7 +20,6 @@ from relora_mora.registry import METHODS
 
 STAGES = (0, 1, 2, 3)
 ASSUMED_UTILISATION = 0.4  # of a CPU; what a GPU reaches is calculated
-USABLE = 0.9  # of a device's memory: the rest is for the CUDA context, NCCL's buffers and fragmentation
 PROCESS_BYTES = (
     0.45 * 2**30
 )  # resident in a rank's process on a CPU next to its tensors: Python, torch, DeepSpeed, tokenizer (measured)
@@ -70,6 +69,12 @@ class Plan:
         """Whether a device holds what a rank needs; None where its memory is not known."""
         available = self.cluster.device.memory_gb * 1e9
         return self.memory[method or self.method][stage].device <= USABLE * available if available else None
+
+    @property
+    def sends_less_at_one(self) -> bool:
+        """Whether stage 2 was chosen, and stage 1 fits and sends less: gradients once a step, not per micro-batch."""
+        moved = self.network[self.method]
+        return self.zero_stage == 2 and moved[1].sent < moved[2].sent and self.fits(1) is not False
 
     def as_dict(self) -> dict[str, Any]:
         values = asdict(self)
@@ -155,7 +160,14 @@ def make_plan(
         assumption = f"{'assuming' if utilisation is None else 'at'} {used:.0%} of {device}"
     steps = {
         stage: step_time(
-            cluster, config, stage, network[own][stage], compute=compute[stage], trainable=counts.trainable, bf16=bf16
+            cluster,
+            config,
+            stage,
+            network[own][stage],
+            compute=compute[stage],
+            trainable=counts.trainable,
+            bf16=bf16,
+            on_gpu=not on_cpu,
         )
         for stage in STAGES
     }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from relora_mora.plan.fit import USABLE
 from relora_mora.plan.memory import PARTS
-from relora_mora.plan.plan import PROCESS_BYTES, USABLE, Plan
+from relora_mora.plan.plan import PROCESS_BYTES, Plan
+
+ADVICE = "stage 2 sends the gradients after each micro-batch, stage 1 once a step, and it fits: --train.zero_stage=1"
 
 
 def render(plan: Plan) -> str:
@@ -124,7 +127,7 @@ def _network(plan: Plan) -> list[str]:
         "",
         f"one step in GB (1e9 bytes) and seconds, calculated; {link}",
         _table(columns, rows),
-        *filter(None, [merges]),
+        *filter(None, [merges, ADVICE if plan.sends_less_at_one else ""]),
     ]
 
 

@@ -23,10 +23,10 @@ from relora_mora.optim import (
     parameter_groups,
     set_trainable,
 )
-from relora_mora.plan.fit import choose_resident
+from relora_mora.plan.fit import choose_resident, stage_advice
 from relora_mora.schedule import Schedule
 from relora_mora.system.hardware import memory_bytes, uses_cuda
-from relora_mora.system.logs import log
+from relora_mora.system.logs import log, shared_log
 from relora_mora.train.check import Checked
 from relora_mora.train.initial import initial_values, write_initial_values
 from relora_mora.zero import ZeroEngine
@@ -70,6 +70,9 @@ def build(
     on_gpu = uses_cuda()
     available = memory_bytes() / (1 if on_gpu else processes_on_host())
     choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
+    advice = stage_advice(lm, config, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
+    if advice:
+        shared_log.warning(advice)
     groups = parameter_groups(lm, config.optim)
     if not groups:
         fault = "method: nothing is trained; set method.train_embeddings, train_norms or train_head"
@@ -106,5 +109,5 @@ def _add_adapters(lm: PreTrainedModel, config: Config, *, with_values: bool) -> 
     with contextlib.nullcontext() if with_values else torch.device("meta"):
         injection = inject(lm, config.method, seed=config.train.seed)
     kinds = ", ".join(f"{len(names)} {kind}" for kind, names in injection.by_kind.items())
-    used = kernels.describe("cuda" if torch.cuda.is_available() else "cpu")
+    used = kernels.describe("cuda" if uses_cuda() else "cpu")
     log.info("%s adapters on %d layers: %s; %s", config.method.name, injection.layers, kinds, used)

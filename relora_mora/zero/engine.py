@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from relora_mora.config import TrainConfig
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.optim import MOMENTS
+from relora_mora.system.hardware import uses_cuda
 from relora_mora.zero.masters import Fragment, owned_fragments, update_parameters
 from relora_mora.zero.norms import given_norms, gradient_norms, replaced
 from relora_mora.zero.settings import deepspeed_settings
@@ -63,7 +64,9 @@ class ZeroEngine:
         # in float32 DeepSpeed may take over the storage of the parameters
         initial = {name: p.data if bf16 else p.data.clone() for name, p in trained.items()}
         elements = sum(self.shapes[name].numel() for group in self.members for name in group)
-        settings = deepspeed_settings(train, clip=clip, bf16=bf16, trainable=elements)
+        settings = deepspeed_settings(
+            train, self.world_size, clip=clip, bf16=bf16, trainable=elements, on_gpu=uses_cuda()
+        )
         with quiet():
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.device = self.deepspeed.device

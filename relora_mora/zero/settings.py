@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from relora_mora.config import TrainConfig
+from relora_mora.config.zero_defaults import zero_defaults
 
-REDUCE_BUCKET_SIZE = 500_000_000  # elements, DeepSpeed's default
 
-
-def deepspeed_settings(train: TrainConfig, *, clip: float, bf16: bool, trainable: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours; ``train.deepspeed`` adds what we have no setting for.
-
-    DeepSpeed allocates a whole bucket for reductions; one as large as the ``trainable`` parameters holds all gradients.
-    """
+def deepspeed_settings(
+    train: TrainConfig, world_size: int, *, clip: float, bf16: bool, trainable: int, on_gpu: bool
+) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from ours; ``train.deepspeed`` adds what we have no setting for."""
     zero_optimization = {
-        "reduce_bucket_size": min(REDUCE_BUCKET_SIZE, trainable),
+        **zero_defaults(train.zero_stage, world_size, trainable, on_gpu=on_gpu),
         **train.deepspeed.get("zero_optimization", {}),
         "stage": train.zero_stage,
     }

@@ -17,8 +17,10 @@ from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from relora_mora.checkpoint.rank_files import RankFiles
 from relora_mora.data import Batch
 from relora_mora.data.lane_states import LaneStates
+from relora_mora.merging import FrozenMasters
 from relora_mora.model import put_values
 from relora_mora.optim import build_optimizer, parameter_groups
 from relora_mora.train.loop import micro_batches
@@ -34,8 +36,8 @@ REFUSED = re.compile(
 )
 RANKS = 2
 MICRO_BATCHES = 2
-# stage 3: at the end of each backward for the stream that reduces, and after the step for the small parameters
-WAITS_OF_DEEPSPEED = {0: 0, 1: 0, 2: 0, 3: MICRO_BATCHES + 1}
+# at the end of each backward, for the stream that reduces beside it; at stage 3 after the step, for small parameters
+WAITS_OF_DEEPSPEED = {0: 0, 1: 0, 2: MICRO_BATCHES, 3: MICRO_BATCHES + 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,6 +84,11 @@ def test_a_step_in_float32_waits_no_more_often(stage: int, fake: FakeTensorMode)
     assert len(watch.syncs) == 1 + WAITS_OF_DEEPSPEED[stage], watch.syncs
 
 
+def test_stage_2_waits_once_where_nothing_is_reduced_beside_backward(fake: FakeTensorMode) -> None:
+    _, watch = train_three_steps(2, "remora operator 1", fake, bf16=True, overlap_comm=False)
+    assert len(watch.syncs) == 1, watch.syncs
+
+
 def test_no_batch_is_waited_for(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[Tensor] = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
@@ -96,11 +103,23 @@ def test_no_batch_is_waited_for(fake: FakeTensorMode, monkeypatch: pytest.Monkey
     assert watch.syncs == []
 
 
-def train_three_steps(stage: int, method: str, fake: FakeTensorMode, *, bf16: bool) -> tuple[ZeroEngine, Watch]:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_checkpoint_waits_once_for_its_copies(stage: int, fake: FakeTensorMode) -> None:
+    engine, _ = train_three_steps(stage, "remora operator 1", fake, bf16=True)
+    files = RankFiles(engine, FrozenMasters([], 0, RANKS), {})
+    with fake, Watch() as watch:
+        tensors = files.snapshot()
+    assert len(watch.syncs) == 1, watch.syncs
+    assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
+
+
+def train_three_steps(
+    stage: int, method: str, fake: FakeTensorMode, *, bf16: bool, **zero: bool
+) -> tuple[ZeroEngine, Watch]:
     """The engine, and what it did in the last step; DeepSpeed's timer, if it were on, would wait from the third on."""
     precision = "bf16" if bf16 else "fp32"
     train = {"zero_stage": stage, "precision": precision, "batch_size": 2 * RANKS * MICRO_BATCHES}
-    config = tiny_config(RANKS, train=train)
+    config = tiny_config(RANKS, train=train | {"deepspeed": {"zero_optimization": zero}})
     module = model_with("llama_tiny", method, 2, fake)
     with fake, Watch() as watch:
         if not bf16:

@@ -19,7 +19,7 @@ from relora_mora.methods.layers import adapter_layers
 from relora_mora.model import ARCHITECTURES
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import count_parameters, set_trainable
-from relora_mora.plan.fit import choose_resident
+from relora_mora.plan.fit import choose_resident, stage_advice
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import activation_memory, merged_memory, peak_memory, scratch_memory
 
@@ -214,6 +214,23 @@ def test_accumulation_keeps_gradients_through_the_loss() -> None:
     model = meta_model(MODEL, once.method)
     gradients = [peak_memory(model, config, 0, 1, bf16=True).gradients for config in (once, twice)]
     assert gradients[0] == 0 < gradients[1]
+
+
+def test_stage_1_is_advised_where_it_has_the_memory() -> None:
+    config = make_config({"name": "remora"})
+    once, twice = (
+        config.model_copy(update={"train": config.train.model_copy(update={"zero_stage": 2, "batch_size": size})})
+        for size in (8, 16)
+    )
+    model = meta_model(MODEL, config.method)
+    needed = peak_memory(model, twice, 1, 2, bf16=True, on_gpu=True).device
+
+    def advice(config: Config, available: float) -> str | None:
+        return stage_advice(model, config, 2, available, bf16=True, on_gpu=True)
+
+    assert "train.zero_stage=1" in str(advice(twice, 1.2 * needed))
+    assert advice(twice, needed) is None  # not all of it can be used
+    assert advice(once, 1.2 * needed) is None
 
 
 def test_auto_keeps_merged_weights_where_a_step_has_several_micro_batches_and_the_memory_is_there() -> None:

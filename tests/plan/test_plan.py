@@ -45,6 +45,15 @@ def plan_of(
     )
 
 
+@pytest.mark.parametrize("stage,batch_size,given", [(2, 64, True), (2, 32, False), (1, 64, False)])
+def test_stage_1_is_advised_where_stage_2_sends_gradients_several_times(
+    stage: int, batch_size: int, given: bool
+) -> None:
+    settings = {"train.zero_stage": stage, "train.batch_size": batch_size, "train.micro_batch_size": 16}
+    plan = plan_of(**{name: str(value) for name, value in settings.items()})
+    assert plan.sends_less_at_one == ("--train.zero_stage=1" in render(plan)) == given
+
+
 def test_parameters_and_tokens() -> None:
     plan = plan_of()
     assert plan.parameters.total == 7_358_720
@@ -149,10 +158,10 @@ def test_time_of_a_step_on_a_cluster() -> None:
     assert one.hidden == 0 and one.total == one.compute + one.optimizer + one.network
     three = plan.steps[3]
     assert three.hidden == min(three.network, three.compute) > 0
-    overlapping = plan_of(
-        cluster=cluster, **{"train.batch_size": "64", "train.deepspeed": "{zero_optimization: {overlap_comm: true}}"}
+    waiting = plan_of(
+        cluster=cluster, **{"train.batch_size": "64", "train.deepspeed": "{zero_optimization: {overlap_comm: false}}"}
     )
-    assert plan.steps[2].hidden == 0 < overlapping.steps[2].hidden
+    assert waiting.steps[2].hidden == 0 < plan.steps[2].hidden
     slow = plan_of(cluster=Cluster(2, 4, named_device("h100"), link_gbits=0.8), **{"train.batch_size": "64"})
     assert slow.steps[1].network == pytest.approx(100 * one.network)
     assert slow.steps[3].total == pytest.approx(slow.steps[3].network + slow.steps[3].optimizer)
