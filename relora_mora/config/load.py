@@ -14,8 +14,10 @@ from relora_mora.config.checks import faults, secret_faults
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.finetuning import with_defaults
 from relora_mora.config.lengths import settled, with_counted_epochs, with_steps, without_nulls
+from relora_mora.config.records import CHATML, RecordsConfig
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
+from relora_mora.config.sources import TextSource, map_records
 
 MOST_CHARACTERS = 1 << 22  # tens of thousands of sources still fit
 MOST_VALUES = 100_000
@@ -157,8 +159,8 @@ def load_config(
     """The settings of a run.
 
     ``overrides`` maps dotted names to YAML text; ``defaults`` hold where neither file nor overrides say anything, by
-    section, before those of the schema. ``model.config`` and ``tokenizer.path`` that do not exist below the
-    current folder are looked for beside the file. Raises :class:`ConfigError` with every fault found.
+    section, before those of the schema. ``model.config``, ``tokenizer.path`` and templates of records that do not exist
+    below the current folder are looked for beside the file. Raises :class:`ConfigError` with every fault found.
     """
     path = Path(path)
     found: list[str] = []
@@ -274,10 +276,20 @@ def _resolve_paths(config: Config, beside: Path) -> Config:
             return value
         return str(beside / value) if _exists(beside / value) else value
 
+    def resolve_template(held: RecordsConfig | None) -> RecordsConfig | None:
+        if held is None or held.template in (None, CHATML):
+            return held
+        return held.model_copy(update={"template": resolve(held.template)})
+
+    def resolve_source(source: TextSource) -> TextSource:
+        return source.model_copy(update={"records": resolve_template(source.records)})
+
+    data = {name: map_records(getattr(config.data, name), resolve_source) for name in ("train", "validation")}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"config": resolve(config.model.config)}),
             "tokenizer": config.tokenizer.model_copy(update={"path": resolve(config.tokenizer.path)}),
+            "data": config.data.model_copy(update={**data, "records": resolve_template(config.data.records)}),
         }
     )
 

@@ -24,6 +24,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
 }
 # fields that a row may lack
 OPTIONAL_FIELDS: dict[Kind, tuple[str, ...]] = {"alpaca": ("input",), "sharegpt": ("system",)}
+CHATML = "chatml"  # the template that comes with the package
 CONVERSATIONS: tuple[Kind, ...] = ("messages", "sharegpt")  # kinds that a chat template writes as text
 
 

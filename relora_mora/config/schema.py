@@ -166,10 +166,9 @@ class DataConfig(Strict):
 
     @property
     def masks_documents(self) -> bool:
-        """Whether attention in some training sequences is told where documents begin."""
-        return self.document_mask or any(
-            self.packing_of([self.records_of(source)]) == "whole" for source in self.train_sources
-        )
+        """Whether attention in some sequences is told where documents begin."""
+        sources = [*self.train_sources, *self.sources("validation")]
+        return self.document_mask or any(self.packing_of([self.records_of(source)]) == "whole" for source in sources)
 
     @property
     def validation_sets(self) -> dict[str, list[TextSource]]:

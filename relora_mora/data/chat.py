@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from relora_mora.config.records import CHATML
 from relora_mora.data.errors import SourceError
 from relora_mora.data.passages import Message, Passage
-from relora_mora.data.record_format import CHATML, RecordFormat
+from relora_mora.data.record_format import RecordFormat
 from relora_mora.data.sources import Shard
 
 if TYPE_CHECKING:

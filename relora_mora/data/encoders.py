@@ -123,7 +123,7 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
-    return whole[: next(at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)]
+    return whole[: next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)]
 
 
 def _whole(encode: Encode[Any], begin: list[int], end: list[int], sequence_length: int, *, drops: bool) -> Encode[Any]:
@@ -137,8 +137,9 @@ def _whole(encode: Encode[Any], begin: list[int], end: list[int], sequence_lengt
         ids = np.array([*begin, *row.ids, *end], np.int32)
         scored = None
         if row.scored is not None:
-            ends = bool(len(row.scored)) and bool(row.scored[-1])
-            scored = np.array([*[False] * len(begin), *row.scored, *[ends] * len(end)], np.bool_)
+            scored = np.zeros(len(ids), np.bool_)
+            scored[len(begin) : len(ids) - len(end)] = row.scored
+            scored[len(ids) - len(end) :] = scored[len(ids) - len(end) - 1]
         if len(ids) <= most:
             return Encoded(ids, scored)
         if drops or (scored is not None and not scored[1:most].any()):

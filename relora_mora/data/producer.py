@@ -75,32 +75,21 @@ class Producer:
             if record is not None and record.max_epochs is not None
         }
         self._told: set[str] = set()  # sources that are known to be read again
-        self.lanes = {(lane, name): self._lane(lane, name) for name in self.mixture.names for lane in assignment.lanes}
+        self.lanes: dict[tuple[int, str], SourceLane] = {}
+        for name in self.mixture.names:
+            self._open_source(name)
 
-    def _lane(self, lane: int, name: str) -> SourceLane:
+    def _open_source(self, name: str) -> None:
         config = self.assignment.config
         shards = [shard for shard in self.assignment.shards if shard.source == name]
-        plan = plan_lanes(self.assignment.lanes_of_all, len(shards), whole=config.whole_shards)[lane]
-        restored = self.assignment.states.get(state_key(lane, name))
-        rows = LaneRows(plan, shards, config, functools.partial(open_any, config), self.limits.get(name))
-        return SourceLane(self._packer(rows, restored), restored.get("blocks", 0) if restored else 0)
-
-    def _packer(self, rows: LaneRows[Any], restored: Mapping[str, Any] | None) -> Packer:
-        config = self.assignment.config
-        packing = packing_of(config, rows.shards)
-        encode, eos = self._encoder(rows.shards, packing)
-        length = config.sequence_length
-        if packing == "stream":
-            return Lane(
-                rows,
-                encode,
-                eos=eos,
-                sequence_length=length,
-                document_mask=config.document_mask,
-                restored=restored,
-            )
-        fills = packing == "whole"
-        return WholeLane(rows, encode, eos=eos, sequence_length=length, fills=fills, restored=restored)
+        plans = plan_lanes(self.assignment.lanes_of_all, len(shards), whole=config.whole_shards)
+        packing = packing_of(config, shards)
+        encode, eos = self._encoder(shards, packing)
+        for lane in self.assignment.lanes:
+            rows = LaneRows(plans[lane], shards, config, functools.partial(open_any, config), self.limits.get(name))
+            restored = self.assignment.states.get(state_key(lane, name))
+            packer = _packer(packing, rows, encode, eos, restored)
+            self.lanes[lane, name] = SourceLane(packer, restored.get("blocks", 0) if restored else 0)
 
     def _encoder(self, shards: Sequence[Shard], packing: Packing) -> tuple[Encode[Any], int]:
         """What makes tokens of the rows of these shards, and EOS. Rows that are tokens need no tokenizer."""
@@ -164,6 +153,17 @@ class Producer:
     def close(self) -> None:
         for drawn in self.lanes.values():
             drawn.lane.close()
+
+
+def _packer(
+    packing: Packing, rows: LaneRows[Any], encode: Encode[Any], eos: int, restored: Mapping[str, Any] | None
+) -> Packer:
+    length = rows.config.sequence_length
+    if packing == "stream":
+        mask = rows.config.document_mask
+        return Lane(rows, encode, eos=eos, sequence_length=length, document_mask=mask, restored=restored)
+    fills = packing == "whole"
+    return WholeLane(rows, encode, eos=eos, sequence_length=length, fills=fills, restored=restored)
 
 
 def _stacked_masks(blocks: Sequence[Block]) -> Mask | None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.config import RecordsConfig
+from relora_mora.config.records import CHATML
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.skipped import Skipped
 
-CHATML = "chatml"  # the template that comes with the package
 _NAMES = 20  # of keys, in a message
 _NAME_CHARACTERS = 80
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from relora_mora.config import Config, DataConfig, with_epochs
 from relora_mora.data import (
-    Shard,
     check_columns,
+    check_records,
     count_tokens,
     find_datasets,
     hub_commits,
@@ -39,7 +39,7 @@ from relora_mora.system.logs import log, setup_logging
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.agreement import check_agreement, check_shared
 from relora_mora.train.build import build
-from relora_mora.train.check import check, pinned_before
+from relora_mora.train.check import Checked, check, pinned_before
 from relora_mora.train.errors import MemoryShortage
 from relora_mora.train.loop import Trainer
 from relora_mora.train.resume import finds_checkpoint, resume
@@ -108,7 +108,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     config = with_tokenizer(config.model_copy(update={"data": data}))
     checked = check(config, world_size)
     check_agreement(checked.identity)
-    asked = from_first_rank(lambda: _asked(checked.shards, data))
+    asked = from_first_rank(lambda: _asked(checked, data))
     checked = replace(checked, data_content=checked.data_content + asked)
     lock = from_first_rank(lambda: _lock(guard, folder))
     check_shared(RunFolder(folder).lock, lock)
@@ -175,10 +175,12 @@ def _count(config: Config) -> int:
     return tokens
 
 
-def _asked(shards: list[Shard], data: DataConfig) -> str:
+def _asked(checked: Checked, data: DataConfig) -> str:
     """What servers say of the training data's version. One rank asks."""
-    check_columns([shard for shard in shards if shard.is_remote], data)
-    return remote_content(shards, data.timeout_seconds)
+    remote = [shard for shard in checked.shards if shard.is_remote]
+    check_columns(remote, data)
+    check_records(remote, data, checked.tokenizer)
+    return remote_content(checked.shards, data.timeout_seconds)
 
 
 def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -> None:

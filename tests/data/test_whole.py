@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from relora_mora.config import ConfigError, validate
+from relora_mora.config import ConfigError, load_config, validate
 from relora_mora.data import UNSCORED, SourceError, TrainStream, count_tokens, merge_states
 from relora_mora.data.encoders import encoder_of, packing_of
 from relora_mora.data.lanes import LaneRows, plan_lanes
@@ -291,6 +291,21 @@ def test_a_lane_of_records_that_are_all_too_long_is_told(tmp_path, tokenizer):
     source.write_text("\n".join(json.dumps({"prompt": "the rank " * 40, "completion": "x"}) for _ in range(3)))
     with pytest.raises(SourceError, match=r"lane 0: none of its records .* longer than data\.sequence_length"):
         _lane(_config(source), tokenizer, 1, 0).next_block()
+
+
+def test_a_template_is_found_beside_the_settings(tmp_path):
+    (tmp_path / "own.jinja").write_text("x")
+    records = {"kind": "messages", "template": "own.jinja"}
+    tree = {
+        "model": {"config": "c"},
+        "tokenizer": {"path": "t"},
+        "train": {"run_dir": "r"},
+        "data": {"train": "a", "validation": [{"source": "b", "records": records}], "records": records},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(tree))
+    data = load_config(tmp_path / "run.yaml").data
+    found = [held.template for held in (data.records, data.sources("validation")[0].records) if held]
+    assert found == [str(tmp_path / "own.jinja")] * 2
 
 
 def test_what_cannot_be_packed_so_is_refused():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from relora_mora.tokenizer import load_tokenizer
 from tests.tools.runs import LLAMA, metrics, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
@@ -128,6 +129,7 @@ def _evaluated(run_dir: Path, **settings: Any) -> dict[str, Any]:
 def test_the_command_scores_the_answers_that_the_run_scored(pools, inputs, tokenizer_path, tmp_path):
     config = _config(inputs, tokenizer_path, tmp_path / "run", 1)
     pools(1)(train, config)
+    assert load_tokenizer(tmp_path / "run" / "tokenizer").chat_template == (inputs / "own.jinja").read_text()
     lines = [line for line in metrics(tmp_path / "run") if "eval/loss" in line]
     [seen] = pools(1)(_evaluated, tmp_path / "run")
     assert seen["loss"] == pytest.approx(lines[-1]["eval/loss"], rel=1e-5)
