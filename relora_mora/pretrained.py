@@ -34,7 +34,7 @@ transformers_logging.disable_progress_bar()  # it would draw one for each file
 HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by default
 
 
-def checked_model(reader: CheckpointReader) -> LlamaForCausalLM:
+def checked_model(reader: CheckpointReader) -> PreTrainedModel:
     """The model that a checkpoint names, with its adapter layers and without values.
 
     Raises :class:`CheckpointError` where the checkpoint does not hold the tensors of that model.

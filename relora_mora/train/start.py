@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, PreTrainedModel
 
 from relora_mora.adapters import AdapterFolder, is_adapter
 from relora_mora.config import Config, ConfigError, MethodConfig
@@ -37,6 +37,7 @@ def check_adapter(config: Config, model_config: LlamaConfig) -> None:
     faults = list(_method_faults(adapter, config.method))
     if not faults:
         lm = empty_model(model_config)
+        adapter.check_head(lm)
         with torch.device("meta"):
             inject(lm, config.method, seed=config.train.seed)
         set_trainable(lm, config.method)
@@ -79,7 +80,7 @@ def _alpha_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str]
         yield f"method.lora_alpha: {given} here and {alphas} in the adapter; {remedy}"
 
 
-def _tensor_faults(adapter: AdapterFolder, lm: LlamaForCausalLM) -> Iterator[str]:
+def _tensor_faults(adapter: AdapterFolder, lm: PreTrainedModel) -> Iterator[str]:
     parameters = dict(lm.named_parameters())
     expected = {name: tuple(parameters[name].shape) for name in adapter_parameters(lm)}
     expected |= {name: tuple(parameters[name].shape) for name in adapter.plain() if name in parameters}
