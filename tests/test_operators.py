@@ -90,6 +90,20 @@ def test_gradient_and_transpose_follow_from_explicit_matrices(mora_type, inputs,
     assert torch.equal(D, D_transposed.T)
 
 
+@pytest.mark.parametrize("mora_type,inputs,outputs,size", _operators())
+def test_the_core_has_the_singular_values_of_delta(mora_type, inputs, outputs, size):
+    op = make_operator(mora_type, inputs, outputs, size)
+    M = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    core = op.core(M)
+    assert max(core.shape) <= size or OPERATORS[mora_type].even_size
+    found, expected = torch.linalg.svdvals(core), torch.linalg.svdvals(op.delta(M))
+    longest = max(len(found), len(expected))
+    pad = torch.nn.functional.pad
+    torch.testing.assert_close(
+        pad(found, (0, longest - len(found))), pad(expected, (0, longest - len(expected))), rtol=0, atol=1e-12
+    )
+
+
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 512))
 def test_the_square_never_exceeds_loras_budget(inputs, outputs, rank):
     size = square_size(inputs, outputs, rank)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters import AdapterFolder, is_adapter
 from relora_mora.config import Config, ConfigError, MethodConfig
@@ -22,14 +22,14 @@ def check_start(config: Config) -> None:
     start = config.model.init_from
     fault = None
     if start is not None and not Path(start).exists():
-        fault = f"{start} does not exist; give a Hugging Face LLaMA folder or a run"
+        fault = f"{start} does not exist; give a Hugging Face folder of the LLaMA family or a run"
     elif start is not None and is_adapter(Path(start)):
         fault = f"{start} holds an adapter without its model; give that model there, and the adapter in model.adapter"
     if fault is not None:
         raise ConfigError([f"model.init_from: {fault}"], "the settings")
 
 
-def check_adapter(config: Config, model_config: LlamaConfig) -> None:
+def check_adapter(config: Config, model_config: PreTrainedConfig) -> None:
     """Raises :class:`ConfigError` with every difference between ``model.adapter`` and the adapters of the settings."""
     if config.model.adapter is None:
         return
