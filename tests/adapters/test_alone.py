@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from relora_mora.adapters import AdapterFolder, load_model
 from relora_mora.checkpoint import CheckpointError
@@ -69,6 +69,18 @@ def test_peft_computes_what_the_run_does(peft, base, tokenizer_path, tmp_path, n
         delta = theirs.get_submodule(f"base_model.model.{layer}").get_delta_weight("default")
         apart = (delta - module.delta_of(*values)).abs().max()
         assert apart == 0 if name in ("mora1", "mora2", "mora3", "mora4") else apart < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_peft_computes_what_a_run_of_another_family_does(peft, tokenizer_path, tmp_path, kind):
+    base = save_base(tmp_path / "base", kind, tie_word_embeddings=True)
+    method = METHODS["mora1"] | ALONE | {"dropout": 0.1}
+    lm = adapted(base, method)
+    export(write_run(tmp_path / "run", lm, base, tokenizer_path, method), tmp_path / "peft", form="peft")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft").eval()
+    assert theirs.peft_config["default"].lora_dropout == 0.1
+    assert (logits(theirs) - logits(lm)).abs().max() < ROUNDING
+    assert (logits(load_model(tmp_path / "peft", torch.float32).model) - logits(lm)).abs().max() < ROUNDING
 
 
 @pytest.mark.parametrize(
