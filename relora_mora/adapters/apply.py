@@ -52,6 +52,7 @@ def merge_into(model: PreTrainedModel, adapter: AdapterFolder) -> None:
 
     Raises :class:`CheckpointError` where the adapter is that of another model; the model is then half changed.
     """
+    adapter.check_head(model)
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
     for name in adapter.layers:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.methods.layers import AdapterLinear, layer_generator
@@ -165,6 +166,15 @@ class AdapterFolder:
     def plain(self) -> Iterator[str]:
         """Names of the parameters that are not adapters."""
         return (name for name in self.shapes if name.endswith((".weight", ".bias")))
+
+    def check_head(self, model: PreTrainedModel) -> None:
+        """Raises :class:`CheckpointError` for embeddings that are also the head: PEFT changes one of the two alone."""
+        embedding = model.get_input_embeddings().weight
+        if model.get_output_embeddings().weight is embedding and "model.embed_tokens.weight" in self.shapes:
+            raise CheckpointError(
+                f"{self.file}: brings embeddings for a model in which they are also the head, and is not that model's "
+                f"adapter alone; {_REMEDY}"
+            )
 
     def value(self, name: str) -> Tensor:
         """A tensor in float32, by a name of ``shapes``. Raises :class:`CheckpointError` where it is not finite."""

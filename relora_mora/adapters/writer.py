@@ -120,7 +120,7 @@ def _settings(method: MethodConfig, ranks: Mapping[str, float], *, released: boo
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "rank_pattern": ranks if method.uses_squares else {},
         "alpha_pattern": ranks if method.uses_squares and not released else {},
-        "lora_dropout": 0.0,
+        "lora_dropout": method.dropout,
         "target_modules": sorted(method.target_modules),
         "bias": "none",
     }

@@ -37,6 +37,7 @@ def check_adapter(config: Config, model_config: PreTrainedConfig) -> None:
     faults = list(_method_faults(adapter, config.method))
     if not faults:
         lm = empty_model(model_config)
+        adapter.check_head(lm)
         with torch.device("meta"):
             inject(lm, config.method, seed=config.train.seed)
         set_trainable(lm, config.method)

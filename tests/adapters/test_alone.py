@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from relora_mora.adapters import AdapterFolder, load_model
 from relora_mora.checkpoint import CheckpointError
@@ -71,6 +71,18 @@ def test_peft_computes_what_the_run_does(peft, base, tokenizer_path, tmp_path, n
         assert apart == 0 if name in ("mora1", "mora2", "mora3", "mora4") else apart < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_peft_computes_what_a_run_of_another_family_does(peft, tokenizer_path, tmp_path, kind):
+    base = save_base(tmp_path / "base", kind, tie_word_embeddings=True)
+    method = METHODS["mora1"] | ALONE | {"dropout": 0.1}
+    lm = adapted(base, method)
+    export(write_run(tmp_path / "run", lm, base, tokenizer_path, method), tmp_path / "peft", form="peft")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft").eval()
+    assert theirs.peft_config["default"].lora_dropout == 0.1
+    assert (logits(theirs) - logits(lm)).abs().max() < ROUNDING
+    assert (logits(load_model(tmp_path / "peft", torch.float32).model) - logits(lm)).abs().max() < ROUNDING
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -93,6 +105,14 @@ def test_what_peft_saves_is_what_it_computes(peft, base, tokenizer_path, tmp_pat
     loaded = load_model(tmp_path / "theirs", torch.float32)  # whose base its config names
     assert (logits(theirs) - logits(LlamaForCausalLM.from_pretrained(base))).abs().max() > 0.1
     assert (logits(loaded.model) - logits(theirs)).abs().max() < ROUNDING
+
+
+def test_embeddings_without_the_head_that_they_are_too_are_refused(peft, tmp_path):
+    base = save_base(tmp_path / "base", tie_word_embeddings=True)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match="brings embeddings for a model in which they are also the head"):
+        load_model(tmp_path / "theirs", torch.float32)
 
 
 # ---- the released MoRA ---------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from relora_mora.config import MethodConfig
 from relora_mora.methods.inject import inject
@@ -23,17 +23,22 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def save_base(folder: Path, **changes: Any) -> Path:
-    """A LLaMA whose projections have several shapes, with weights that are large."""
+def save_base(folder: Path, kind: str = "llama", **changes: Any) -> Path:
+    """A model whose projections have several shapes, with weights that are large."""
     torch.manual_seed(7)
-    sizes = LLAMA | {"initializer_range": 0.2, "num_key_value_heads": 1}
-    LlamaForCausalLM(LlamaConfig(**(sizes | changes))).save_pretrained(folder)
+    sizes = LLAMA | {"initializer_range": 0.2, "num_key_value_heads": 1, "head_dim": 12}
+    config = AutoConfig.for_model(kind, **(sizes | changes))
+    lm = AutoModelForCausalLM.from_config(config)
+    for name, parameter in lm.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.normal_()
+    lm.save_pretrained(folder)
     return folder
 
 
-def adapted(base: Path, method: dict[str, Any]) -> LlamaForCausalLM:
+def adapted(base: Path, method: dict[str, Any]) -> PreTrainedModel:
     """The model of a run from ``base``, each of its trainable parameters moved at random."""
-    lm = LlamaForCausalLM.from_pretrained(base)
+    lm = AutoModelForCausalLM.from_pretrained(base)
     settings = MethodConfig(**method, form="decoupled")
     inject(lm, settings, seed=0)
     set_trainable(lm, settings)
@@ -45,7 +50,7 @@ def adapted(base: Path, method: dict[str, Any]) -> LlamaForCausalLM:
     return lm.eval()
 
 
-def write_run(folder: Path, lm: LlamaForCausalLM, base: Path, tokenizer: str, method: dict[str, Any]) -> Path:
+def write_run(folder: Path, lm: PreTrainedModel, base: Path, tokenizer: str, method: dict[str, Any]) -> Path:
     """A checkpoint of that model."""
     [operator] = {getattr(getattr(layer, "operator", None), "mora_type", None) for _, layer in adapter_layers(lm)}
     return write_checkpoint(folder, lm, tokenizer, operator=operator, method=method, model={"init_from": str(base)})
