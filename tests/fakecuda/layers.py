@@ -27,6 +27,7 @@ from transformers import LlamaForCausalLM
 
 from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.methods.inject import inject
+from relora_mora.methods.layers import adapter_layers
 from relora_mora.model import LossModel, empty_model, put_values, read_model_config
 from relora_mora.optim import set_trainable
 from tests.fakecuda.watch import Kept, Watch
@@ -39,7 +40,10 @@ METHODS = {
     "full": MethodConfig(name="full"),
     "remora operator 1": MethodConfig(name="remora", operators=[1]),
     "remora operator 2": MethodConfig(name="remora", operators=[2]),
+    "remora operator 1 resident": MethodConfig(name="remora", operators=[1], form="resident"),
+    "remora operator 2 resident": MethodConfig(name="remora", operators=[2], form="resident"),
     "relora": MethodConfig(name="relora"),
+    "relora resident": MethodConfig(name="relora", form="resident"),
 }
 # folding constants looks at values, padding of products is decided by timing them, a program in a cache is not written
 NOTHING_RUNS = {"joint_graph_constant_folding": False, "shape_padding": False, "force_disable_caches": True}
@@ -81,6 +85,8 @@ def model_with(name: str, method: str, layers: int, fake: FakeTensorMode) -> Los
         put_values(lm, on_device)
         for key, buffer in list(lm.model.rotary_emb.named_buffers()):
             setattr(lm.model.rotary_emb, key, torch.empty(buffer.shape, device="cuda"))
+        for _, layer in adapter_layers(lm):
+            layer.keep_merged()
     return LossModel(lm)
 
 

@@ -138,9 +138,11 @@ def test_layers_that_see_one_input_get_the_right_gradients(kinds, run):
 
 def test_the_compressed_input_is_made_once_and_goes_with_the_input(monkeypatch):
     layers, calls = _pair("11"), []
-    compress = type(layers[0].operator).compress
+    compress = type(layers[0].operator).compress_for_gradient
     monkeypatch.setattr(
-        type(layers[0].operator), "compress", lambda op, x: calls.append(weakref.ref(y := compress(op, x))) or y
+        type(layers[0].operator),
+        "compress_for_gradient",
+        lambda op, x: calls.append(weakref.ref(y := compress(op, x))) or y,
     )
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True) * 1
     alias = x.view_as(x)  # ZeRO-3 gives each layer an alias
