@@ -65,21 +65,28 @@ def check_memory(model_config: LlamaConfig, config: Config, world_size: int, ava
 
 
 def choose_resident(
-    model: LlamaForCausalLM, config: Config, stage: int, world_size: int, available: float | None, *, bf16: bool
+    model: LlamaForCausalLM,
+    config: Config,
+    stage: int,
+    world_size: int,
+    available: float | None,
+    *,
+    bf16: bool,
+    on_gpu: bool,
 ) -> None:
     """Where ``method.form`` is ``auto``, makes the layers resident that would build ``W + delta`` for each use.
 
-    It does so where a step has several micro-batches and is planned to take at most half of the ``available`` bytes of
-    a rank (None: not known, and taken to be enough). The results are the same bits, so ranks and resumes may choose
-    differently; they might not be in compiled layers, which are left as they are.
+    It does so where a step is planned to take at most half of the ``available`` bytes of a rank (None: not known, and
+    taken to be enough); on CPUs, where a step has several micro-batches too, and nothing is compiled, since the
+    compiler may round elsewhere. Otherwise the results are the same bits, so ranks and resumes may choose differently.
     """
     if config.method.form != "auto":
         return
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    pays = config.accumulation_steps(world_size) > 1 and stage < 3 and not config.model.compile
+    pays = on_gpu or (config.accumulation_steps(world_size) > 1 and not config.model.compile)
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:
-        layer.resident = pays and layer.uses_merged_form(tokens)
+        layer.resident = pays and stage < 3 and layer.uses_merged_form(tokens)
     if available is None or not any(layer.resident for layer in layers):
         return
     needed = peak_memory(model, config, stage, world_size, bf16=bf16).device

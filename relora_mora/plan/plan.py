@@ -122,7 +122,8 @@ def make_plan(
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
         models[name] = meta_model(model_config, other.method)
         for stage in STAGES:
-            choose_resident(models[name], other, stage, ranks, cluster.device.memory_gb * 1e9 or None, bf16=bf16)
+            available = cluster.device.memory_gb * 1e9 or None
+            choose_resident(models[name], other, stage, ranks, available, bf16=bf16, on_gpu=not on_cpu)
             memory[name][stage] = peak_memory(models[name], other, stage, ranks, bf16=bf16)
         network[name] = {stage: traffic(models[name], other, stage, ranks, bf16=bf16) for stage in STAGES}
     flops = flops_of(models[own], model_config, config)

@@ -67,9 +67,9 @@ def build(
     if config.method.uses_adapters:
         _add_adapters(lm, config, with_values=not resumes)
     set_trainable(lm, config.method)
-    sharing = 1 if torch.cuda.is_available() else processes_on_host()
-    available = memory_bytes() / sharing
-    choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16)
+    on_gpu = torch.cuda.is_available()
+    available = memory_bytes() / (1 if on_gpu else processes_on_host())
+    choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
     groups = parameter_groups(lm, config.optim)
     if not groups:
         fault = "method: nothing is trained; set method.train_embeddings, train_norms or train_head"

@@ -183,14 +183,14 @@ def test_accumulation_keeps_gradients_through_the_loss() -> None:
     assert gradients[0] == 0 < gradients[1]
 
 
-def test_auto_keeps_merged_weights_where_a_step_has_several_micro_batches_and_the_memory_is_there() -> None:
+def test_auto_keeps_merged_weights_on_a_cpu_where_a_step_has_several_micro_batches_and_the_memory_is_there() -> None:
     once = make_config({"name": "remora"})
     twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
     compiled = twice.model_copy(update={"model": once.model.model_copy(update={"compile": True})})
     model = meta_model(MODEL, once.method)
 
     def kept(config: Config, stage: int = 1, available: float | None = None) -> int:
-        choose_resident(model, config, stage, 1, available, bf16=True)
+        choose_resident(model, config, stage, 1, available, bf16=True, on_gpu=False)
         return sum(layer.resident for _, layer in adapter_layers(model))
 
     assert kept(twice) == 7 * MODEL.num_hidden_layers
@@ -198,3 +198,17 @@ def test_auto_keeps_merged_weights_where_a_step_has_several_micro_batches_and_th
     assert needed.merged == 2 * sum(layer.weight.numel() for _, layer in adapter_layers(model))
     assert kept(twice, available=2 * needed.device) and not kept(twice, available=2 * needed.device - 1)
     assert kept(twice) and not any((kept(once), kept(twice, stage=3), kept(compiled)))
+
+
+def test_auto_keeps_merged_weights_on_a_gpu_wherever_the_memory_is_there() -> None:
+    once = make_config({"name": "remora"})
+    compiled = once.model_copy(update={"model": once.model.model_copy(update={"compile": True})})
+    model = meta_model(MODEL, once.method)
+
+    def kept(config: Config, stage: int = 1, available: float | None = None) -> int:
+        choose_resident(model, config, stage, 1, available, bf16=True, on_gpu=True)
+        return sum(layer.resident for _, layer in adapter_layers(model))
+
+    assert kept(once) and kept(compiled)
+    needed = peak_memory(model, once, 1, 1, bf16=True)
+    assert not kept(once, stage=3) and not kept(once, available=2 * needed.device - 1)
