@@ -13,6 +13,7 @@ from relora_mora.model.shapes import linear_shapes
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import peak_memory, state_memory
 
+VECTOR = 8  # elements
 RESIDENT_SHARE = 0.5  # of the memory: a step of a run with resident layers is planned to take no more
 
 
@@ -47,6 +48,20 @@ def adapter_parameters(method: MethodConfig, shapes: Mapping[str, tuple[int, int
     """Parameters of the adapters of one decoder layer, whose linears have these (in, out)."""
     layer = layer_class(method)
     return sum(layer.parameters_for(method, inputs, outputs) for inputs, outputs in shapes.values())
+
+
+def uneven_widths(model_config: LlamaConfig) -> list[str]:
+    """Widths that a GPU is slow with: rows in bf16 that are not whole vectors of 16 bytes, each with the next good one.
+
+    cuBLAS asks for multiples of 16 bytes in all matrices of a product (its documentation, "Tensor Core Usage").
+    """
+    widths = ("hidden_size", "intermediate_size", "vocab_size")
+    return [
+        f"{name} of {width:,} is no multiple of {VECTOR}: a GPU is slow with its products; "
+        f"{-(-width // VECTOR) * VECTOR:,} would be better for a new model"
+        for name in widths
+        if (width := getattr(model_config, name)) % VECTOR
+    ]
 
 
 def check_memory(model_config: LlamaConfig, config: Config, world_size: int, available: int, *, bf16: bool) -> None:

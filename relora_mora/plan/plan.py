@@ -8,10 +8,11 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config import Config
+from relora_mora.methods.layers import adapter_layers
 from relora_mora.optim import Parameters, count_parameters
 from relora_mora.plan.cluster import Cluster, StepTime, step_time
 from relora_mora.plan.compute import compute_time
-from relora_mora.plan.fit import choose_resident
+from relora_mora.plan.fit import choose_resident, uneven_widths
 from relora_mora.plan.flops import Flops, flops_of, meta_model
 from relora_mora.plan.memory import Memory, peak_memory
 from relora_mora.plan.network import Traffic, traffic
@@ -49,6 +50,7 @@ class Plan:
     tokens: int
     tokens_per_second: float
     assumption: str
+    notes: list[str]  # on the model's widths
 
     @property
     def world_size(self) -> int:
@@ -118,12 +120,15 @@ def make_plan(
     models: dict[str, LlamaForCausalLM] = {}
     memory: dict[str, dict[int, Memory]] = {name: {} for name in METHODS}
     network: dict[str, dict[int, Traffic]] = {}
+    resident = False
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
         models[name] = meta_model(model_config, other.method)
         for stage in STAGES:
             available = cluster.device.memory_gb * 1e9 or None
             choose_resident(models[name], other, stage, ranks, available, bf16=bf16, on_gpu=not on_cpu)
+            if (name, stage) == (own, config.train.zero_stage):
+                resident = any(layer.resident for _, layer in adapter_layers(models[name]))
             memory[name][stage] = peak_memory(models[name], other, stage, ranks, bf16=bf16)
         network[name] = {stage: traffic(models[name], other, stage, ranks, bf16=bf16) for stage in STAGES}
     flops = flops_of(models[own], model_config, config)
@@ -133,7 +138,14 @@ def make_plan(
     device = f"{peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
     arithmetic = flops.performed * config.tokens_per_step / (ranks * peak[0])  # seconds of a step at the peak
     if utilisation is None and cluster.device.memory_gbytes_per_s:
-        time = compute_time(model_config, config, cluster.device, peak=peak[0], flops_per_token=flops.performed)
+        time = compute_time(
+            model_config,
+            config,
+            cluster.device,
+            peak=peak[0],
+            flops_per_token=flops.performed,
+            resident=resident,
+        )
         compute = time.total * config.accumulation_steps(ranks)
         assumption = f"calculated, {arithmetic / compute:.0%} of {device} while it computes ({time})"
     else:
@@ -167,4 +179,5 @@ def make_plan(
         tokens=config.tokens_per_step * config.train.steps,
         tokens_per_second=speed,
         assumption=assumption,
+        notes=[] if on_cpu else uneven_widths(model_config),
     )

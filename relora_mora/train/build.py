@@ -23,10 +23,10 @@ from relora_mora.optim import (
     parameter_groups,
     set_trainable,
 )
-from relora_mora.plan.fit import choose_resident
+from relora_mora.plan.fit import choose_resident, uneven_widths
 from relora_mora.schedule import Schedule
 from relora_mora.system.hardware import memory_bytes
-from relora_mora.system.logs import log
+from relora_mora.system.logs import log, shared_log
 from relora_mora.train.check import Checked
 from relora_mora.train.initial import initial_values, write_initial_values
 from relora_mora.zero import ZeroEngine
@@ -70,6 +70,8 @@ def build(
     on_gpu = torch.cuda.is_available()
     available = memory_bytes() / (1 if on_gpu else processes_on_host())
     choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
+    for note in uneven_widths(checked.model_config) if on_gpu else ():
+        shared_log.warning("model: %s", note)
     groups = parameter_groups(lm, config.optim)
     if not groups:
         fault = "method: nothing is trained; set method.train_embeddings, train_norms or train_head"
