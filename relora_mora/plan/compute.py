@@ -34,14 +34,14 @@ EAGER: dict[tuple[Adapter | None, bool], LayerWork] = {
     (None, False): LayerWork(109, 645),
     (LORA, False): LayerWork(158, 705),
     (LORA, True): LayerWork(144, 688),
-    (MORA, False): LayerWork(141, 703),
-    (MORA, True): LayerWork(127, 670),
+    (MORA, False): LayerWork(141, 681),
+    (MORA, True): LayerWork(127, 663),
 }
 COMPILED: dict[tuple[Adapter | None, bool], LayerWork] = {
     (None, False): LayerWork(35, 277),
     (LORA, False): LayerWork(77, 331),
-    (LORA, True): LayerWork(70, 325),
-    (MORA, False): LayerWork(67, 325),
+    (LORA, True): LayerWork(70, 322),
+    (MORA, False): LayerWork(67, 315),
     (MORA, True): LayerWork(53, 296),
 }
 
