@@ -32,8 +32,8 @@ test-image: $(VENV)/.installed-dev  ## the image built and run for real, with bu
 
 FAKE_CUDA := $(PYTHON) -m tests.fakecuda .venv-fakecuda -m
 test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of torch without a GPU, in .venv-fakecuda (5.3 GB)
-	$(FAKE_CUDA) pytest -rs $(addprefix tests/fakecuda/,growth.py compiled_loss.py documents.py memory.py devices.py walk.py)
-	TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -rs tests/fakecuda/interpreted_loss.py
+	$(FAKE_CUDA) pytest -rs $(addprefix tests/fakecuda/,growth.py compiled_groups.py compiled_loss.py documents.py memory.py devices.py walk.py)
+	TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -rs tests/fakecuda/interpreted_groups.py tests/fakecuda/interpreted_loss.py
 COUNT ?= layers
 count-fakecuda:  ## a table that test-fakecuda compares with: make count-fakecuda > tests/fakecuda/counts.csv; COUNT=loss: loss.csv
 	@$(FAKE_CUDA) tests.fakecuda.$(COUNT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from relora_mora import kernels
-from relora_mora.kernels import Grouping, contiguous, cpu, expand_add, group_sum, interleaved, wrapped_interleaved
+from relora_mora.kernels import Grouping, contiguous, cpu, cuda, expand_add, group_sum, interleaved, wrapped_interleaved
 from relora_mora.registry import OPERATORS
 
 compiled_only = pytest.mark.skipif(not kernels.available(), reason=f"kernels are {kernels.describe()}")
@@ -251,3 +252,27 @@ def test_a_library_that_does_not_fit_is_not_used(monkeypatch, tmp_path):
             cpu.load.cache_clear()
     finally:
         cpu.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "version,triton,compiler,capability,said",
+    [
+        (None, True, "gcc", (9, 0), "torch: torch is not built for CUDA"),
+        ("13.0", False, "gcc", (9, 0), "torch: Triton is not installed"),
+        ("13.0", True, None, (9, 0), "torch: Triton needs a C compiler"),
+        ("13.0", True, "gcc", (7, 5), "torch: Triton needs a compute capability of 8.0"),
+        ("13.0", True, "gcc", (8, 0), "Triton"),
+    ],
+)
+def test_what_computes_on_a_gpu_is_told(version, triton, compiler, capability, said, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    cuda.obstacle.cache_clear()
+    try:
+        assert kernels.describe("cuda").startswith(said)
+        assert ("cuda" in kernels.ops.kernels_here()) == (version is not None and triton and compiler is not None)
+    finally:
+        cuda.obstacle.cache_clear()
