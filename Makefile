@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-fakecuda count-fakecuda bench-cluster bench-smoke lint types checks format env dev clean
+.PHONY: demo test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
+
+# WHEELS: a folder of packages, used in place of a network
+WHEELS ?=
+PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
 
 # files are shared out over two processes: one of them computes while the other waits
 JOBS ?= 2
@@ -35,6 +39,12 @@ test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of t
 	$(FAKE_CUDA) pytest -rs $(addprefix tests/fakecuda/,devices.py walk.py growth.py)
 count-fakecuda:  ## the table that test-fakecuda compares with: make count-fakecuda > tests/fakecuda/counts.csv
 	@$(FAKE_CUDA) tests.fakecuda.layers
+
+test-gpu:  ## tests and benchmarks on a GPU; WHEELS=FOLDER: the packages are installed from there, without a network
+	$(if $(WHEELS),@$(MAKE) --no-print-directory dev)
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.gpu; else $(PYTHON) -m tests.gpu; fi
+wheels: | $(VENV)/bin/python  ## all packages as files in wheels/, for machines with the same Python and no network
+	$(BIN)/python -m pip wheel --wheel-dir wheels '.[dev]' 'setuptools>=69'
 
 bench-cluster: $(VENV)/.installed-dev  ## step times of two hosts over slow links (root)
 	$(BIN)/python -m tests.cluster.slow_links
@@ -94,13 +104,13 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c | $(VENV)/bin/python
 	@echo "installing relora_mora and its dependencies into $(VENV) (minutes, the first time)"
-	@$(BIN)/python -m pip install --quiet --editable .
+	@$(PIP_INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the tools of the tests into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-fakecuda build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-fakecuda build dist wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
