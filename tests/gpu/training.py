@@ -67,7 +67,8 @@ def test_a_command_trains_on_every_gpu(inputs: Path, tokenizer_path: str, tmp_pa
 
 @gpu_only
 def test_two_ranks_on_one_gpu_are_one_message(inputs: Path, tokenizer_path: str, tmp_path: Path) -> None:
+    """``make test-fakecuda`` runs it, too."""
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
     job = Job(write_config(config, tmp_path / "run.yaml"), launcher="torchrun", device="cuda", visible="0")
     assert job.wait() == 1, job.output  # torchrun's own; the ranks end with 2
-    assert job.output.count("ranks 0 and 1") == 1 and f"exitcode  : {USER_ERROR}" in job.output
+    assert job.output.count("see 1 GPU, and it is the same") == 1 and f"exitcode  : {USER_ERROR}" in job.output
