@@ -44,8 +44,9 @@ count-fakecuda:  ## the table that test-fakecuda compares with: make count-fakec
 test-gpu:  ## tests and benchmarks on a GPU; WHEELS=FOLDER: the packages are installed from there, without a network
 	$(if $(WHEELS),@$(MAKE) --no-print-directory dev)
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.gpu; else $(PYTHON) -m tests.gpu; fi
-wheels: | $(VENV)/bin/python  ## all packages as files in wheels/, for machines with the same Python and no network
-	$(BIN)/python -m pip wheel --wheel-dir wheels '.[dev]' 'setuptools>=69'
+TORCH ?= torch
+wheels: | $(VENV)/bin/python  ## all packages as files in wheels/, for machines with the same Python and no network; TORCH='torch===2.13.0'
+	$(BIN)/python -m pip wheel --wheel-dir wheels '.[dev]' 'setuptools>=69' '$(TORCH)'
 
 bench-cluster: $(VENV)/.installed-dev  ## step times of two hosts over slow links (root)
 	$(BIN)/python -m tests.cluster.slow_links
