@@ -66,8 +66,7 @@ class Rig:
     initial: dict[str, Tensor]  # float32, whole, from before the engine
 
     def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        ids, labels = batch(step)
-        ids, labels = ids.to(self.engine.device), labels.to(self.engine.device)
+        ids, labels = (tensor.to(self.engine.device) for tensor in batch(step))
         rank, world, micro = self.engine.rank, self.engine.world_size, self.config.train.micro_batch_size
         return list(zip(ids[rank::world].split(micro), labels[rank::world].split(micro), strict=True))
 
