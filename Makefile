@@ -36,7 +36,7 @@ test-image: $(VENV)/.installed-dev  ## the image built and run for real, with bu
 
 FAKE_CUDA := $(PYTHON) -m tests.fakecuda .venv-fakecuda -m
 test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of torch without a GPU, in .venv-fakecuda (5.3 GB)
-	$(FAKE_CUDA) pytest -rs $(addprefix tests/fakecuda/,devices.py walk.py growth.py) \
+	$(FAKE_CUDA) pytest -rs $(addprefix tests/fakecuda/,devices.py growth.py walk.py) \
 	  tests/gpu/training.py::test_two_ranks_on_one_gpu_are_one_message
 count-fakecuda:  ## the table that test-fakecuda compares with: make count-fakecuda > tests/fakecuda/counts.csv
 	@$(FAKE_CUDA) tests.fakecuda.layers

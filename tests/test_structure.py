@@ -21,8 +21,10 @@ LAYERS = [
     ["merging"],
     ["checkpoint"],
     ["evaluate", "pretrained"],
+    ["adapters"],
     ["export"],
     ["train"],
+    ["start"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 

@@ -24,7 +24,7 @@ def make_batches(config: Config, steps: int) -> list[Batch]:
     """The first global batches of the run's training data."""
     with TrainStream(
         config.data,
-        tokenizer_path=config.tokenizer.path,
+        tokenizer_path=config.tokenizer_path,
         batch_size=config.train.batch_size,
         lanes=config.lanes,
         rank=0,
@@ -54,8 +54,7 @@ class EngineLoop:
         for index, piece in enumerate(pieces):
             loss = engine(*piece)
             engine.accumulate(loss, last=index == len(pieces) - 1)
-        engine.step(group_rates(self.run.schedule, self.run.groups, number))
-        return float(loss.detach())
+        return engine.step(group_rates(self.run.schedule, self.run.groups, number), loss.detach()).loss
 
 
 class TorchLoop:

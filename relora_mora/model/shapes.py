@@ -1,19 +1,19 @@
-"""Shapes of the linears of a LLaMA, from its config alone."""
+"""Shapes of the linears of a decoder layer, from the model's config alone."""
 
 from __future__ import annotations
 
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 
-def attention_widths(model_config: LlamaConfig) -> tuple[int, int]:
+def attention_widths(model_config: PreTrainedConfig) -> tuple[int, int]:
     """Features of all queries, and of all keys (the values have as many), of one token."""
     heads = model_config.num_attention_heads
-    head_dim = model_config.head_dim or model_config.hidden_size // heads
+    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
     shared_heads = model_config.num_key_value_heads or heads
     return heads * head_dim, shared_heads * head_dim
 
 
-def linear_shapes(model_config: LlamaConfig) -> dict[str, tuple[int, int]]:
+def linear_shapes(model_config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
     """(in, out) of each linear of a decoder layer, by its name."""
     hidden = model_config.hidden_size
     intermediate = model_config.intermediate_size

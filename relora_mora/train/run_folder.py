@@ -41,7 +41,7 @@ def _write(folder: Path, checked: Checked, world_size: int, step: int) -> None:
     if not is_tokenizer(tokenizer, checked.tokenizer_fingerprint):  # an earlier start may have had another one
         work = folder / "tokenizer.tmp"
         remove(work)
-        save_tokenizer(checked.config.tokenizer.path, work)
+        save_tokenizer(checked.tokenizer, work)
         remove(tokenizer)
         work.rename(tokenizer)
     with names.starts.open("a", encoding="utf-8") as stream:

@@ -10,13 +10,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from relora_mora.supervise import USER_ERROR
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.gpu.conftest import DEVICE, gpu_only
 from tests.tools.jobs import Job, write_config
 from tests.tools.pool import Pools
-from tests.tools.runs import metrics, run_config, train, write_inputs
+from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
 from tests.train.test_golden_loss import (
     golden,
     test_compiled_layers_train_as_the_reference,
@@ -57,8 +58,23 @@ def test_a_gpu_trains_as_a_cpu(
     assert len(losses[0]) == 10 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_what_a_gpu_does_by_default_resumes_bit_equal(
+    pools: Pools, ranks: int, inputs: Path, tokenizer_path: str, tmp_path: Path
+) -> None:
+    """Compiled layers, which the other runs leave out."""
+    folders = [tmp_path / "never", tmp_path / "stopped"]
+    for folder in folders:
+        sections = {"model": {"compile": "auto"}, "train": {"deterministic": True, "precision": "bf16"}}
+        config = run_config(inputs, tokenizer_path, folder, ranks, **sections)
+        if folder.name == "stopped":
+            pools(ranks)(train, config, stop_after=4)
+        pools(ranks)(train, config)
+    first, second = (tensors(folder / "checkpoints" / "step-00000010") for folder in folders)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_a_command_trains_on_every_gpu(inputs: Path, tokenizer_path: str, tmp_path: Path, ranks: int) -> None:
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", ranks)
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", ranks, model={"compile": "auto"})
     job = Job(write_config(config, tmp_path / "run.yaml"), ranks=ranks, device=DEVICE)
     assert job.wait() == 0, job.output
     [start] = read_json_lines(RunFolder(tmp_path / "run").starts)
