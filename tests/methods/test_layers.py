@@ -54,16 +54,16 @@ def _made_resident(layer: AdapterLinear) -> AdapterLinear:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", ["lora", "1", "2", "3", "4", "6"])
 @pytest.mark.parametrize("inputs,outputs,size", SHAPES)
-def test_all_forms_agree(kind, inputs, outputs, size, dtype):
+def test_all_forms_agree(kind, inputs, outputs, size, dtype, device):
     size += size % 2 if kind == "6" else 0
-    merged, decoupled = _layers(kind, inputs, outputs, size, dtype)
+    merged, decoupled = (layer.to(device) for layer in _layers(kind, inputs, outputs, size, dtype))
     resident = _made_resident(copy.deepcopy(merged))
-    x = torch.randn(3, 5, inputs, dtype=dtype)
+    x = torch.randn(3, 5, inputs, dtype=dtype).to(device)
     results = []
     for layer in (merged, decoupled, resident):
         given = x.clone().requires_grad_()
         y = layer(given)
-        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y))
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y).to(device))
         results.append([y.detach(), given.grad, *(layer.get_parameter(name).grad for name in layer.adapter_names)])
         assert layer.weight.grad is None
     for a, b, c in zip(*results, strict=True):
