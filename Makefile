@@ -32,7 +32,7 @@ test-image: $(VENV)/.installed-dev  ## the image built and run for real, with bu
 
 FAKE_CUDA := $(PYTHON) -m tests.fakecuda .venv-fakecuda -m
 test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of torch without a GPU, in .venv-fakecuda (5.3 GB)
-	$(FAKE_CUDA) pytest -rs tests/fakecuda/walk.py tests/fakecuda/growth.py tests/fakecuda/compiled_loss.py tests/fakecuda/documents.py tests/fakecuda/memory.py
+	$(FAKE_CUDA) pytest -rs $(addprefix tests/fakecuda/,compiled_loss.py devices.py documents.py growth.py memory.py walk.py)
 	TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -rs tests/fakecuda/interpreted_loss.py
 COUNT ?= layers
 count-fakecuda:  ## a table that test-fakecuda compares with: make count-fakecuda > tests/fakecuda/counts.csv; COUNT=loss: loss.csv

@@ -65,7 +65,9 @@ def _ranks() -> int:
     """Every local accelerator, rounded down to a power of two, which divides the batch; on CPUs two processes."""
     import torch
 
-    if torch.cuda.is_available():
+    from relora_mora.system.hardware import uses_cuda
+
+    if uses_cuda():
         return 1 << (min(torch.cuda.device_count(), BATCH_SIZE).bit_length() - 1)
     cores = len(os.sched_getaffinity(0))
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, cores // 2))}

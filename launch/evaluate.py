@@ -25,6 +25,8 @@ _HERE = {
     ", or raise data.max_bad_fraction": "",
     ", or raise data.timeout_seconds": "",
     "set data.text_column": "set --text_column",
+    "set data.records.columns": "set columns of --records",
+    "set data.records.template": "set template of --records",
     "set data.revision to a commit": "name a commit, as in --data='{source: ..., revision: ...}'",
 }
 
@@ -33,26 +35,31 @@ def main(
     model: str,
     *,
     data: str | None = None,
+    base: str | None = None,
     tokenizer: str | None = None,
     sequence_length: int | None = None,
     max_tokens: int | None = None,
     micro_batch_size: int = 8,
     precision: str = "float32",
     document_mask: bool | None = None,
+    records: str | None = None,
     text_column: str | None = None,
     sample_by: str | None = None,
 ) -> None:
     """Scores text with a model; text in several sets set by set, and as a whole.
 
     Args:
-        model: a checkpoint or run folder of this trainer, or the folder of any Hugging Face causal language model
+        model: a checkpoint or run folder of this trainer, the folder of any Hugging Face causal language model, or that
+            of an adapter as PEFT or the released MoRA writes it
         data: source of the text, or YAML of sets by name as data.validation takes it; default: the run's held-out text
+        base: the model that an adapter was trained on; default: the folder that its config names
         tokenizer: folder or .model file; default: the model's own
         sequence_length: tokens the model sees at once; default: as trained, or the model's maximum up to 2048
         max_tokens: predicted tokens to score of each set, in whole documents; default: all
         micro_batch_size: sequences per forward
         precision: float32, bfloat16 or float16
         document_mask: score each document alone, as data.document_mask trains; default: as trained, else false
+        records: what rows hold, as YAML of data.records, or null for plain text; default: as trained, else plain text
         text_column: the key or column that holds the text, of sources that name none; default: as trained, else text
         sample_by: what a document of a .txt file is: line, paragraph or document; default: as trained, else paragraph
     """
@@ -67,25 +74,28 @@ def main(
     ):
         if value is not None and value < least:
             raise ValueError(f"--{name}: got {value}, expected at least {least}")
-    from relora_mora.config import parse_sources
+    from relora_mora.config import parse_records, parse_sources
 
     given = None if data is None else parse_sources(data, "--data")
+    held = {} if records is None else {"records": parse_records(records, "--records"), "packing": None}
     with many_imports():  # takes seconds: what was typed is checked before
         import torch
 
+        from relora_mora.adapters import is_adapter, load_model
         from relora_mora.data import SourceError
         from relora_mora.evaluate import EvalResult, causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal
-        from relora_mora.pretrained import DTYPES, is_foreign, load_any_model, positions_of
-        from relora_mora.system.hardware import ran_out_of_memory
+        from relora_mora.pretrained import DTYPES, is_foreign, positions_of
+        from relora_mora.system.hardware import ran_out_of_memory, uses_cuda
         from relora_mora.system.logs import progress_bar
         from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
-    if given is None and is_foreign(Path(model)):
+    if given is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
         raise ValueError(f"--data: {model} is no run and names no text of its own; say what to score, e.g. allenai/c4")
-    loaded = load_any_model(Path(model), DTYPES[precision])
+    loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
     settings = loaded.data_settings(given, sequence_length, document_mask, text_column, sample_by)
+    settings = settings.model_copy(update=held)
     length = settings.sequence_length
     positions = positions_of(loaded.model)
     if positions is not None and length > positions:
@@ -98,21 +108,21 @@ def main(
             sets = held_out(settings, str(tokenizer_path), max_tokens)
         except SourceError as error:
             raise SourceError(_as_this_command_says(str(error), given is not None)) from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if uses_cuda() else "cpu")
     lm = loaded.model.to(device).eval()
     if not is_causal(lm, device):
         raise ValueError(
             f"{model}: {type(lm).__name__} predicts a token from that token and later ones; "
             "give a causal language model"
         )
-    alone = ", each document alone" if settings.document_mask else ""
+    alone = ", each document alone" if any(each.document_ids is not None for each in sets.values()) else ""
     tokens = sum(each.predicted for each in sets.values())
     documents = sum(each.documents for each in sets.values())
     print(
         f"{loaded.description}: {tokens:,} tokens of {documents:,} documents in sequences of {length}{alone}",
         file=sys.stderr,
     )
-    rows = min(micro_batch_size, -(-max(each.predicted for each in sets.values()) // length))
+    rows = min(micro_batch_size, max(each.blocks for each in sets.values()))
     mean_loss = causal_lm_loss(lm)
     try:
         with progress_bar("evaluation", "token") as progress:
@@ -144,7 +154,7 @@ def _table(results: Mapping[str, EvalResult]) -> str:
     width = max(map(len, results))
     rows = [
         f"{name:<{width}} {result.tokens:>15,} {result.loss:>10.4f} {result.perplexity:>12.2f} "
-        f"{result.bits_per_byte:>15.4f}"
+        f"{'' if result.bits_per_byte is None else f'{result.bits_per_byte:.4f}':>15}"
         for name, result in results.items()
     ]
     return "\n".join([f"{'':<{width}} {'tokens':>15} {'loss':>10} {'perplexity':>12} {'bits per byte':>15}", *rows])

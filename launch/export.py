@@ -1,4 +1,4 @@
-"""Writes the plain LLaMA of a checkpoint, adapters merged, for AutoModelForCausalLM and AutoTokenizer."""
+"""Writes the plain LLaMA of a checkpoint for AutoModelForCausalLM and AutoTokenizer, or its adapter alone for PEFT."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
-def main(checkpoint: str, out: str, *, dtype: str = "float32") -> None:
+def main(checkpoint: str, out: str, *, dtype: str = "float32", format: str = "merged") -> None:
     """Exports a checkpoint.
 
     Args:
         checkpoint: a checkpoint folder, or a run folder (its newest whole checkpoint)
         out: the folder to write; it must be new or empty
         dtype: float32, bfloat16 or float16
+        format: merged: the whole model, adapters merged; peft: the adapter alone, as LoRA; peft-mora: the same as the
+            released MoRA writes it
     """
     with many_imports():
-        from relora_mora.export import export
+        from relora_mora.export import FORMATS, export
         from relora_mora.pretrained import DTYPES
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype}, expected one of {', '.join(DTYPES)}")
-    exported = export(Path(checkpoint), Path(out), DTYPES[dtype])
-    print(f"exported {exported} to {out} ({dtype})")
+    if format not in FORMATS:
+        raise ValueError(f"--format: got {format}, expected one of {', '.join(FORMATS)}")
+    exported = export(Path(checkpoint), Path(out), DTYPES[dtype], format)
+    print(f"exported {exported} to {out} ({format}, {dtype})")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a run needs, before it is started: parameters, memory, arithmetic, network, tokens, time.
 
 python launch/plan.py CONFIG.yaml [--section.key=value ...] [--nodes=4 --gpus_per_node=8] [--device=h100]
-    [--link_gbits=3200] [--world_size=8] [--utilisation=0.4] [--tokens_per_second=51000] [--json]
+    [--link_gbits=3200] [--world_size=8] [--utilisation=0.4] [--tokens_per_second=51000] [--json] [--finetune]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def main(
     tokens_per_second: float | None = None,
     utilisation: float | None = None,
     json: bool = False,
+    finetune: bool = False,
     **overrides: str,
 ) -> None:
     """Prints what a run needs.
@@ -40,9 +41,10 @@ def main(
         tokens_per_second: a measured rate over all devices, from which the time follows.
         utilisation: fraction of the devices' peak that is reached while they compute; default: calculated for GPUs.
         json: print one JSON object with everything, sizes in bytes.
+        finetune: the run is one of launch/finetune.py, with its defaults.
         overrides: --section.key=value, as for training.
     """
-    from relora_mora.config import ConfigError, load_config
+    from relora_mora.config import FINETUNING, ConfigError, load_config
 
     for name, count in (("world_size", world_size), ("nodes", nodes), ("gpus_per_node", gpus_per_node)):
         if count is not None and count < 1:
@@ -60,9 +62,10 @@ def main(
             "e.g. --gpus_per_node=8"
         )
     with many_imports():  # takes seconds: arguments are checked before
-        from relora_mora.model import check_length, read_model_config
+        from relora_mora.model import check_length
         from relora_mora.plan import Cluster, make_plan, render
         from relora_mora.plan.fit import check_adapters
+        from relora_mora.pretrained import model_config_of
         from relora_mora.system.devices import named_device
         from relora_mora.system.hardware import device_here, fast_bf16, peak_flops
 
@@ -70,15 +73,17 @@ def main(
     chosen = here if device is None else named_device(device)
     on_cpu = chosen.name == "cpu"
     cluster = Cluster(nodes or 1, gpus_per_node or world_size or 1, chosen, link_gbits)
-    settings = load_config(config, overrides, world_size=cluster.world_size)
+    defaults = FINETUNING if finetune else None
+    settings = load_config(config, overrides, world_size=cluster.world_size, defaults=defaults)
     if settings.train.epochs is not None:
         fault = (
             "train.epochs: how many steps these are is known when a run has counted its text; "
             "plan with --train.epochs=null and --train.steps or --train.tokens"
         )
         raise ConfigError([fault], config)
-    model_config = read_model_config(settings.model)
-    check_length(model_config, settings.data.sequence_length, settings.model.config)
+    model_config = model_config_of(settings.model)
+    source = settings.model.config or str(settings.model.init_from)
+    check_length(model_config, settings.data.sequence_length, source)
     check_adapters(model_config, settings.method)
     auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"

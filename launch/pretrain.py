@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 try:
-    from relora_mora.cli import run
-    from relora_mora.config import load_config
-    from relora_mora.supervise import FAILED, LOST, Guard, check_environment, leave_process
-    from relora_mora.system.imports import many_imports
+    from relora_mora.start import run_to_the_end, train
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
-def main(config: str, **overrides: str) -> int:
+def main(config: str, *, show: int | None = None, **overrides: str) -> int:
     """Pretrains a model.
 
     Exit codes: 0 done, 1 training cannot go on, 2 a mistake in settings or data, 69 another rank or the launcher is
@@ -21,29 +16,11 @@ def main(config: str, **overrides: str) -> int:
 
     Args:
         config: a YAML file such as configs/run/tiny_remora.yaml
+        show: prints so many rows of the training data as tokens, with the scored part marked, and trains nothing
         overrides: settings as --section.key=value, e.g. --train.steps=100; docs/settings.md lists them
     """
-    rank, world_size = check_environment()
-    guard = Guard(rank)  # before anything that takes time
-    settings = load_config(config, overrides, world_size=world_size)
-    with many_imports():  # takes seconds: settings are checked before
-        from relora_mora.distributed.join import JoinError
-        from relora_mora.merging import MergeError
-        from relora_mora.train import TrainingError, pretrain
-
-    try:
-        return pretrain(settings, guard)
-    except (MergeError, TrainingError) as error:
-        if rank == 0:
-            print(f"the run ended: {error}", file=sys.stderr)
-        return FAILED
-    except JoinError as error:
-        print(f"the run ended: {error}", file=sys.stderr)
-        return LOST
+    return train(config, overrides, show=show)
 
 
 if __name__ == "__main__":
-    try:
-        run(main)
-    except SystemExit as end:
-        leave_process(end.code if isinstance(end.code, int) else FAILED)  # run() always gives a number
+    run_to_the_end(main)

@@ -82,7 +82,7 @@ def main(
         shards,
         Path(out),
         config=data,
-        tokenizer_path=settings.tokenizer.path,
+        tokenizer_path=settings.tokenizer_path,
         processes=processes or len(os.sched_getaffinity(0)),
     )
     print(

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaForCausalLM
 
 from relora_mora.config import DataConfig, set_setting
 from relora_mora.data import EvalSet, SourceError, document_boundaries, load_eval_set
+from relora_mora.model.llama import is_of_family
 from relora_mora.model.loss import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
 
 MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -24,18 +24,24 @@ Update = Callable[[int, int], object]  # (tokens scored, all tokens)
 class EvalResult:
     """``nats`` is the sum over ``tokens`` predicted tokens of text that has ``utf8_bytes`` bytes.
 
-    End-of-document tokens are predicted and counted in ``tokens``; they add no bytes.
+    End-of-document tokens are predicted and counted in ``tokens``; they add no bytes. Where not all of a text is
+    scored, as of records, its bytes are None.
     """
 
     nats: float
     tokens: int
-    utf8_bytes: int
+    utf8_bytes: int | None
 
     @staticmethod
     def of_all(results: Iterable[EvalResult]) -> EvalResult:
         """That of several texts as one, in which every token weighs the same."""
-        nats, tokens, utf8_bytes = zip(*((each.nats, each.tokens, each.utf8_bytes) for each in results), strict=True)
-        return EvalResult(sum(nats), sum(tokens), sum(utf8_bytes))
+        results = list(results)
+        sizes = [each.utf8_bytes for each in results if each.utf8_bytes is not None]
+        return EvalResult(
+            sum(each.nats for each in results),
+            sum(each.tokens for each in results),
+            sum(sizes) if len(sizes) == len(results) else None,
+        )
 
     @property
     def loss(self) -> float:
@@ -46,19 +52,23 @@ class EvalResult:
         return math.exp(min(self.loss, 700.0))
 
     @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.utf8_bytes
+    def bits_per_byte(self) -> float | None:
+        return None if self.utf8_bytes is None else self.nats / math.log(2) / self.utf8_bytes
 
     def as_dict(self) -> dict[str, float | int]:
+        bits = self.bits_per_byte
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
+            **({} if bits is None else {"bits_per_byte": bits}),
             "tokens": self.tokens,
         }
 
     def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.4f} bits per byte"
+        bits = self.bits_per_byte
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}" + (
+            "" if bits is None else f", {bits:.4f} bits per byte"
+        )
 
 
 def held_out(data: DataConfig, tokenizer_path: str, max_tokens: int | None) -> dict[str, EvalSet]:
@@ -191,8 +201,8 @@ def rows_of_documents(input_ids: Tensor, labels: Tensor, boundaries: Tensor) -> 
 
 
 def _loss_of_rows(lm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean nats of labels [b, T]; a LLaMA's logits are never whole, others' in float32 in chunks."""
-    if isinstance(lm, LlamaForCausalLM):
+    """Mean nats of labels [b, T]; in the LLaMA family logits are never whole, others' in float32 in chunks."""
+    if is_of_family(lm):
         head = lm.get_output_embeddings().weight
         return lambda input_ids, labels: chunked_cross_entropy(
             lm.model(input_ids, use_cache=False).last_hidden_state, head, labels

@@ -1,36 +1,46 @@
-"""A checkpoint of any method becomes a plain LLaMA on disk, in which nothing of this project is left."""
+"""A checkpoint becomes a plain LLaMA on disk, or an adapter alone, in which nothing of this project is left."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from relora_mora.checkpoint import tokenizer_of
+from relora_mora.adapters import write_adapter
+from relora_mora.checkpoint import CheckpointReader, tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.pretrained import merged_model
 from relora_mora.system.new_folder import new_folder
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
 
+FORMATS = ("merged", "peft", "peft-mora")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def export(path: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
+def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str = "merged") -> Path:
     """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns the checkpoint used for it.
 
-    Special tokens and their ids are the tokenizer's. No file of the checkpoint is copied: model and tokenizer are
-    written anew. The folder appears whole or not at all. Raises :class:`CheckpointError` for what is not a checkpoint
+    ``form`` is one of ``FORMATS``: the whole model, or its adapter alone (:func:`write_adapter`). Special tokens and
+    their ids are the tokenizer's. No file of the checkpoint is copied: model and tokenizer are written anew. The folder
+    appears whole or not at all. Raises :class:`CheckpointError` for what is not a checkpoint or has no adapter alone,
     and FileExistsError for an output folder that is not empty.
     """
     with new_folder(out) as work:
         checkpoint = find_checkpoint(path)
         with tokenizer_of(checkpoint) as folder:
             tokenizer = load_tokenizer(folder)
-            special = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
-            model = merged_model(checkpoint, dtype)
-            model.config.update({**special, "use_cache": True})
-            model.generation_config = GenerationConfig(**special)
-            model.save_pretrained(work)
+            if form == "merged":
+                _write_model(checkpoint, tokenizer, work, dtype)
+            else:
+                write_adapter(CheckpointReader(checkpoint), work, dtype, released=form == "peft-mora")
             save_tokenizer(tokenizer, work)
     return checkpoint
+
+
+def _write_model(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: torch.dtype) -> None:
+    special = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
+    model = merged_model(checkpoint, dtype)
+    model.config.update({**special, "use_cache": True})
+    model.generation_config = GenerationConfig(**special)
+    model.save_pretrained(out)

@@ -140,7 +140,8 @@ class Merger:
                 f"and the ranks hold {held} adapter elements, expected {self.elements}; "
                 "nothing was merged, go back to an earlier checkpoint"
             )
-        bad = sorted({part.name for part in fragments if not part.of(part.flat).isfinite().all()})
+        finite = torch.stack([part.of(part.flat).isfinite().all() for part in fragments]).tolist() if fragments else []
+        bad = sorted({part.name for part, good in zip(fragments, finite, strict=True) if not good})
         if self.engine.sum_over_ranks(len(bad)):
             where = ", ".join(bad[:3]) or "another rank's part"
             raise MergeError(
@@ -151,12 +152,13 @@ class Merger:
     def _merge_layers(self) -> tuple[dict[str, float], dict[str, float]]:
         """Adds every delta to its base; returns each layer's squared norm of the delta, and the effective ranks.
 
-        In groups of as many layers as there are ranks, so that all owners build their deltas at the same time.
+        In groups of as many layers as there are ranks, so that all owners build their deltas at the same time. What is
+        measured comes after that, when no rank waits for another's weights; the host reads it once.
         """
         engine = self.engine
         names = list(self.layers)
-        squares = torch.zeros(len(names), dtype=torch.float32, device=engine.device)
-        ranks = torch.zeros(len(names), dtype=torch.float32, device=engine.device)
+        found = torch.zeros(2, len(names), dtype=torch.float32, device=engine.device)  # squares, effective ranks
+        to_measure: list[tuple[int, list[Tensor]]] = []
         for start in range(0, len(names), engine.world_size):
             group = range(start, min(start + engine.world_size, len(names)))
             mine: list[tuple[int, list[Tensor]]] = []
@@ -166,19 +168,18 @@ class Merger:
                 if owner == engine.rank:
                     mine.append((index, values))
             for index, values in mine:
-                layer = self.layers[names[index]]
-                delta = layer.delta_of(*values)
-                squares[index] = delta.square().sum()
-                if names[index] in self.measured:
-                    ranks[index] = effective_rank(layer.singular_values(*values))
+                delta = self.layers[names[index]].delta_of(*values)
+                found[0, index] = delta.square().sum()
                 self.base.weights[f"{names[index]}.weight"].add_(delta.cpu())
+            to_measure += [(index, values) for index, values in mine if names[index] in self.measured]
             for index in group:
                 weight = f"{names[index]}.weight"
                 engine.write_weight(weight, self.base.weights.get(weight), self.base.owner[weight])
-        engine.all_reduce(squares)
-        engine.all_reduce(ranks)
-        measured = {name: value for name, value in zip(names, ranks.tolist(), strict=True) if name in self.measured}
-        return dict(zip(names, squares.tolist(), strict=True)), measured
+        for index, values in to_measure:
+            found[1, index] = effective_rank(self.layers[names[index]].singular_values(*values))
+        squares, ranks = engine.all_reduce(found).tolist()
+        measured = {name: value for name, value in zip(names, ranks, strict=True) if name in self.measured}
+        return dict(zip(names, squares, strict=True)), measured
 
     def _reset_masters(self, merges_done: int) -> int:
         """Gives every adapter the values of a fresh one; returns the elements written, over all ranks."""
@@ -228,11 +229,8 @@ class Merger:
             )
 
 
-def effective_rank(singular_values: Tensor) -> float:
-    """exp of the entropy of the normalized singular values (Roy & Vetterli 2007, eq. 2-3); 0 for a zero matrix."""
+def effective_rank(singular_values: Tensor) -> Tensor:
+    """[] exp of the entropy of the normalized singular values [n] (Roy & Vetterli 2007, eq. 2-3); 0 where all are 0"""
     values = singular_values.double()
     total = values.sum()
-    if not total > 0:
-        return 0.0
-    p = values / total
-    return float(torch.exp(torch.special.entr(p).sum()))
+    return torch.where(total > 0, torch.exp(torch.special.entr(values / total).sum()), 0.0)

@@ -96,9 +96,20 @@ class Operator(ABC):
     def delta(self, M: Tensor) -> Tensor:
         """D M C: M [R, R] -> [out, in], what a merge adds to the weight"""
 
+    def core(self, M: Tensor) -> Tensor:
+        """A matrix with the singular values of delta(M), but for zeros; smaller where the operator knows one."""
+        return self.delta(M)
+
     @abstractmethod
     def add_delta(self, weight: Tensor, M: Tensor) -> Tensor:
         """weight + delta(M) [out, in], a new tensor; not differentiable"""
+
+    def factors(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        """A [blocks * R, in] = M C and B [out, blocks * R] = D, so that ``B A = delta(M)``: the same map as LoRA's."""
+        compressed = self.compress(torch.eye(self.in_features, dtype=M.dtype))
+        A = (compressed @ M.T).flatten(1).T
+        B = self.decompress(torch.eye(len(A), dtype=M.dtype).view(-1, *compressed.shape[1:])).T
+        return A, B
 
     def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
         """dM [R, R] = (D^T dy)^T (C x), from compressed = ``compress(x)`` and dy [..., out]."""
@@ -141,8 +152,19 @@ class GroupingOperator(Operator):
     def delta(self, M: Tensor) -> Tensor:
         return self.outputs.copy(self.inputs.copy(M).mT).mT
 
+    def core(self, M: Tensor) -> Tensor:
+        """[<= R, <= R]: with D = Q S and C^T = P T, where Q and P have orthonormal columns, it is S M T^T"""
+        return _without_basis(self.outputs, M) @ M @ _without_basis(self.inputs, M).mT
+
     def add_delta(self, weight: Tensor, M: Tensor) -> Tensor:
         return expand_add(weight, M, self.inputs, self.outputs)
+
+
+def _without_basis(groups: grouping.Grouping, like: Tensor) -> Tensor:
+    """S [<= slots, slots] of Q S, the matrix [features, slots] that copies slots, with orthonormal columns in Q"""
+    if groups.once:  # columns share no feature
+        return torch.diag(groups.sum(like.new_ones(groups.features)).sqrt())
+    return torch.linalg.qr(groups.copy(torch.eye(groups.slots, dtype=like.dtype, device=like.device)).mT)[1]
 
 
 class RotaryOperator(Operator):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from relora_mora.config import MethodConfig, OptimConfig
 from relora_mora.methods.layers import adapter_layers, adapter_parameters
@@ -36,7 +36,7 @@ class ParameterGroup:
     rewarms: bool
 
 
-def set_trainable(model: LlamaForCausalLM, method: MethodConfig) -> None:
+def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
     """Marks what trains: adapters or linears, and embeddings, norms and head as the settings say."""
     adapters = {f"{name}.weight" for name, _ in adapter_layers(model)}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -116,7 +116,7 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
 
 
 def _kind(name: str) -> str:
-    """embeddings, head, norms or linears, by the names of transformers' LLaMA"""
+    """embeddings, head, norms or linears, by the names of transformers' LLaMA family"""
     if "embed_tokens" in name:
         return "embeddings"
     if name.startswith("lm_head"):

@@ -12,19 +12,29 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, read_manifest, tokenizer_of
-from relora_mora.checkpoint.find import find_checkpoint
+from relora_mora.checkpoint.find import find_checkpoint, newest_manifest
 from relora_mora.checkpoint.layout import MANIFEST
-from relora_mora.config import DataConfig, Given, TextSource, validate
+from relora_mora.config import Config, ConfigError, DataConfig, Given, ModelConfig, TextSource, validate
 from relora_mora.data.hub_sources import hub_repo
 from relora_mora.methods.inject import inject
 from relora_mora.methods.layers import adapter_layers, adapter_parameters
-from relora_mora.model import KEYS, NOTHING, ONLY
-from relora_mora.model.llama import empty_model, put_values
+from relora_mora.model import (
+    ARCHITECTURES,
+    empty_model,
+    parse_model_config,
+    plain_model_config,
+    put_values,
+    read_json,
+    read_model_config,
+    stored_model_config,
+)
+from relora_mora.model.config import architecture_of
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import quiet_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,10 +44,10 @@ transformers_logging.disable_progress_bar()  # it would draw one for each file
 HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by default
 
 
-def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
-    """Every weight of the plain model in float32, ``W + delta`` where there is an adapter.
+def checked_model(reader: CheckpointReader) -> PreTrainedModel:
+    """The model that a checkpoint names, with its adapter layers and without values.
 
-    Raises :class:`CheckpointError` where the checkpoint does not hold the tensors of the model it names.
+    Raises :class:`CheckpointError` where the checkpoint does not hold the tensors of that model.
     """
     manifest = reader.manifest
     config = validate(manifest.config, str(reader.folder))
@@ -53,6 +63,16 @@ def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
             f"{reader.folder}: does not hold the model it names: {wrong[0]} is {found.get(wrong[0], 'nothing')} there, "
             f"expected {expected.get(wrong[0], 'nothing')}; use another checkpoint"
         )
+    return skeleton
+
+
+def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
+    """Every weight of the plain model in float32, ``W + delta`` where there is an adapter.
+
+    Raises :class:`CheckpointError` where the checkpoint does not hold the tensors of the model it names.
+    """
+    manifest = reader.manifest
+    skeleton = checked_model(reader)
     adapters = dict(adapter_layers(skeleton))
     own = adapter_parameters(skeleton)
     weights = {name: reader.weight(name) for name in [*manifest.parameters, *manifest.frozen] if name not in own}
@@ -61,7 +81,7 @@ def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
     return weights
 
 
-def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The plain model of a checkpoint folder that :func:`find_checkpoint` has verified.
 
     Raises :class:`CheckpointError` for weights that are too large for ``dtype``.
@@ -80,19 +100,13 @@ def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCaus
     return model.eval()
 
 
-def _empty_model(reader: CheckpointReader) -> LlamaForCausalLM:
+def _empty_model(reader: CheckpointReader) -> PreTrainedModel:
     """The model that a checkpoint names, without values.
 
-    Only LLaMA's own settings are used: no foreign keys, no names of code. Raises :class:`CheckpointError` where they
-    make no model.
+    Raises :class:`CheckpointError` where its settings make no model.
     """
-    settings = {
-        key: value
-        for key, value in reader.manifest.model_config.items()
-        if key in KEYS and KEYS[key].use not in (NOTHING, ONLY)
-    }
     try:
-        return empty_model(LlamaConfig(**settings))
+        return empty_model(stored_model_config(reader.manifest.model_config))
     except Exception as error:  # of nearly any kind
         said = " ".join(str(error).split())
         raise CheckpointError(
@@ -147,6 +161,46 @@ class LoadedModel:
 def is_foreign(path: Path) -> bool:
     """Whether a folder is that of a Hugging Face model, not a checkpoint with a stray config.json."""
     return (path / "config.json").exists() and not (path / MANIFEST).exists()
+
+
+def model_config_of(settings: ModelConfig) -> PreTrainedConfig:
+    """The config of a run's model: that of ``model.config`` or else of ``model.init_from``, with the overrides applied.
+
+    Raises :class:`ConfigError`, and :class:`CheckpointError` where ``model.init_from`` is neither model nor run.
+    """
+    if settings.config is not None:
+        return read_model_config(settings)
+    path = Path(str(settings.init_from))
+    return parse_model_config(plain_model_config(start_config(path)) | settings.overrides, str(path))
+
+
+def start_config(path: Path) -> PreTrainedConfig:
+    """The config of the model in a Hugging Face folder, whose foreign keys transformers ignores, a checkpoint or a run.
+
+    Raises what :func:`model_config_of` raises.
+    """
+    if not is_foreign(path):
+        return stored_model_config(newest_manifest(path).model_config)
+    file = path / "config.json"
+    values = read_json(file, "model.init_from")
+    if values.get("model_type") is None:
+        fault = f"model.init_from: there is no model_type; say in it which of {', '.join(ARCHITECTURES)} the model is"
+        raise ConfigError([fault], str(file))
+    keys = architecture_of(values, str(file)).keys
+    return parse_model_config({key: value for key, value in values.items() if key in keys}, str(file))
+
+
+def with_tokenizer(config: Config) -> Config:
+    """With the tokenizer of ``model.init_from`` where ``tokenizer.path`` is null."""
+    if config.tokenizer.path is not None:
+        return config
+    path = tokenizer_beside(Path(str(config.model.init_from)))
+    return config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"path": str(path)})})
+
+
+def tokenizer_beside(path: Path) -> Path:
+    """Where a Hugging Face folder, a run or a checkpoint has its tokenizer."""
+    return path if is_foreign(path) else RunFolder(path).tokenizer  # a checkpoint's has the same name
 
 
 def load_foreign(

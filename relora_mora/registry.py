@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ADAPTER_SETTINGS = ("method.rank", "method.form", "method.target_modules")
+ADAPTER_SETTINGS = ("method.rank", "method.form", "method.target_modules", "method.dropout")
 MERGE_SETTINGS = (
     "method.merge_every",
     "method.reset",
@@ -35,7 +35,7 @@ class Adapter:
 LORA = Adapter("relora_mora.methods.lora:LoRALinear", ("method.lora_alpha",))
 MORA = Adapter(
     "relora_mora.methods.mora:MoRALinear",
-    ("method.square_size", "method.square_multiple", "method.operators"),
+    ("method.square_size", "method.square_rounding", "method.square_multiple", "method.operators"),
     has_square=True,
 )
 

@@ -77,6 +77,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     model = _sentencepiece_file(path)
     with quiet_transformers():
         tokenizer = _from_folder(path) if model is None else _from_model(model, path)
+        if model is not None and path.is_dir():
+            _take_over(tokenizer, path)
     if tokenizer.eos_token_id is None:
         raise TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {_eos_remedy(model)}")
     if model is not None:
@@ -89,6 +91,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             "tokenizer/train.py"
         )
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there are files of a tokenizer in a folder."""
+    return any((folder / name).is_file() for name in (MODEL_FILE, *_VOCABULARY_FILES))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -111,14 +118,21 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size_of_model: int) -> str | None:
-    """Raises :class:`TokenizerError` when ids do not fit the model; a remark when much of the model is unused."""
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, vocab_size_of_model: int, *, trained: bool = True
+) -> str | None:
+    """Raises :class:`TokenizerError` when ids do not fit the model; a remark when much of the model is unused.
+
+    ``trained``: the model has weights already, so that its vocabulary is what it is.
+    """
     size = vocabulary_size(tokenizer)
     name = tokenizer.name_or_path or "the tokenizer"
     if size > vocab_size_of_model:
+        remedy = f"set --model.overrides='{{vocab_size: {size}}}', or use a smaller tokenizer"
+        if trained:
+            remedy = "take the tokenizer that the model was trained with"
         raise TokenizerError(
-            f"{name}: {size} token ids, but the model has only {vocab_size_of_model} (vocab_size); "
-            f"set --model.overrides='{{vocab_size: {size}}}', or use a smaller tokenizer"
+            f"{name}: {size} token ids, but the model has only {vocab_size_of_model} (vocab_size); {remedy}"
         )
     unused = vocab_size_of_model - size
     if unused >= max(1024, size // 20):
@@ -160,6 +174,7 @@ def is_tokenizer(path: str | Path, fingerprint: str) -> bool:
 def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | Path) -> None:
     """Writes a folder whose ids plain ``AutoTokenizer.from_pretrained(out)`` reproduces; ``tokenizer.model`` included.
 
+    With a chat template, which writes special tokens as text, plain transformers will find these in text again.
     ``tokenizer`` is a path as for :func:`load_tokenizer`, or what it returned. ``out`` may already hold a model with
     its ``config.json``. Raises :class:`TokenizerError` when transformers refuses to write it, or the folder gives other
     ids.
@@ -171,11 +186,11 @@ def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | P
     out.mkdir(parents=True, exist_ok=True)
     try:
         with quiet_transformers():
-            tokenizer.save_pretrained(str(out))
+            _save(tokenizer, out)
             if model is not None and model.resolve() != (out / MODEL_FILE).resolve():
                 shutil.copyfile(model, out / MODEL_FILE)
             saved = _auto(out)
-        written = [saved.encode(text, add_special_tokens=False) for text in HARD_TEXTS]
+        written = [saved.encode(text, add_special_tokens=False, split_special_tokens=True) for text in HARD_TEXTS]
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # what values of another kind end in
         said = " ".join(str(error).split())
         raise TokenizerError(
@@ -185,6 +200,15 @@ def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | P
         raise TokenizerError(
             f"{out}: the saved tokenizer gives other ids than {tokenizer.name_or_path}; report this with the tokenizer"
         )
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    splits = tokenizer.split_special_tokens
+    try:
+        tokenizer.split_special_tokens = tokenizer.chat_template is None
+        tokenizer.save_pretrained(str(out))
+    finally:
+        tokenizer.split_special_tokens = splits
 
 
 def open_sentencepiece(path: str | Path) -> SentencePieceProcessor:
@@ -197,7 +221,7 @@ def open_sentencepiece(path: str | Path) -> SentencePieceProcessor:
 
 def _check_exists(path: Path) -> None:
     if path.is_dir():
-        if not any((path / name).is_file() for name in (MODEL_FILE, *_VOCABULARY_FILES)):
+        if not has_tokenizer(path):
             raise TokenizerError(f"{path}: no tokenizer in this folder; {_EXPECTED}; tokenizer/train.py trains one")
     elif not path.exists():
         raise TokenizerError(
@@ -263,6 +287,22 @@ def _from_model(model: Path, given: Path) -> PreTrainedTokenizerBase:
     if getattr(tokenizer, "vocab_file", None):
         tokenizer.vocab_file = str(model)
     return tokenizer
+
+
+def _take_over(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """What a model says nothing of, from the Hugging Face files beside it: the chat template, and how texts begin."""
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    else:
+        described = (_read_json(folder / "tokenizer_config.json") or {}).get("chat_template")
+        tokenizer.chat_template = described if isinstance(described, str) else None
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        begins = Tokenizer.from_file(str(folder / "tokenizer.json")).post_processor
+        if begins is not None:
+            tokenizer.backend_tokenizer.post_processor = begins  # type: ignore[attr-defined]
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:

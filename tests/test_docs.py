@@ -15,6 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 from relora_mora.config import Config
+from relora_mora.config.explain import model_in
 from relora_mora.data import iter_texts
 from tests.tools.data_tools import data_config
 from tests.tools.helpers import ROOT
@@ -81,12 +82,16 @@ def anchors(text: str) -> set[str]:
 
 
 def is_setting(dotted: str) -> bool:
-    """``section.key`` of the schema, or a key below one that takes names and values."""
+    """``section.key`` of the schema, or a key below one that takes names and values, or a record."""
     section, key, *below = dotted.split(".")
     model = SECTIONS[section].annotation if section in SECTIONS else None
     if not (isinstance(model, type) and issubclass(model, BaseModel)) or key not in model.model_fields:
         return False
-    return not below or "dict" in str(model.model_fields[key].annotation)
+    annotation = model.model_fields[key].annotation
+    record = model_in(annotation)
+    if not below or record is None:
+        return not below or "dict" in str(annotation)
+    return below[0] in record.model_fields or "dict" in str(annotation)
 
 
 def blocks(text: str) -> list[str]:

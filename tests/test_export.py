@@ -15,53 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from relora_mora.checkpoint import CheckpointError, Manifest
+from relora_mora.checkpoint import CheckpointError
 from relora_mora.checkpoint.layout import content_checksum, file_entry
 from relora_mora.export import export
 from relora_mora.pretrained import load_any_model, merged_model
-from relora_mora.system.files import write_synced
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
-from tests.tools.commands import EVALUATE, EXPORT, call, left_in, refused
+from tests.tools.checkpoints import write_checkpoint
+from tests.tools.commands import EVALUATE, EXPORT, call, refused
 from tests.tools.data_tools import write_shard
-from tests.tools.runs import LLAMA, run_config
-
-STATE = "state-00000-of-00001.safetensors"
-
-
-def write_checkpoint(folder: Path, model: LlamaForCausalLM, tokenizer: Path) -> Path:
-    """A checkpoint at step 5 of a full-rank run with these weights."""
-    save_tokenizer(tokenizer, folder / "tokenizer")
-    weights = {name: value.detach().flatten() for name, value in model.named_parameters()}
-    save_file(
-        {f"{kind}|{n}|0": v.clone() for n, v in weights.items() for kind in ("master", "exp_avg", "exp_avg_sq")},
-        folder / STATE,
-    )
-    names = [STATE, *(f"tokenizer/{name}" for name in left_in(folder / "tokenizer"))]
-    manifest = Manifest(
-        step=5,
-        merges_done=0,
-        operator=None,
-        world_size=1,
-        zero_stage=2,
-        bf16=False,
-        group_steps={},
-        parameters={name: list(value.shape) for name, value in model.named_parameters()},
-        frozen={},
-        config=run_config(folder, str(tokenizer), folder, method={"name": "full"}).model_dump(mode="json"),
-        model_config={key: value for key, value in model.config.to_dict().items() if key != "architectures"}
-        | {"use_cache": False},
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        data_fingerprint="",
-        data_order="",
-        data_state={},
-        counters={},
-        files={name: file_entry(folder / name) for name in names},
-    )
-    write_synced(folder / "manifest.json", manifest.dump())
-    return folder
+from tests.tools.runs import LLAMA
 
 
 def change_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:

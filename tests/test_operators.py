@@ -53,6 +53,16 @@ def test_agrees_with_the_released_code():
 
 
 @pytest.mark.parametrize("mora_type,inputs,outputs,size", _operators())
+def test_delta_is_a_product_of_two_factors(mora_type, inputs, outputs, size):
+    op = make_operator(mora_type, inputs, outputs, size)
+    M = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    A, B = op.factors(M)
+    assert (A.shape, B.shape) == ((op.blocks * size, inputs), (outputs, op.blocks * size))
+    exact = size <= inputs and not OPERATORS[mora_type].even_size  # else several numbers add up, in another order
+    assert (B @ A - op.delta(M)).abs().max() <= (0 if exact else 1e-6)
+
+
+@pytest.mark.parametrize("mora_type,inputs,outputs,size", _operators())
 def test_forward_is_the_product_with_delta(mora_type, inputs, outputs, size):
     torch.manual_seed(0)
     op = make_operator(mora_type, inputs, outputs, size)
@@ -78,6 +88,20 @@ def test_gradient_and_transpose_follow_from_explicit_matrices(mora_type, inputs,
     shape = op.compress(x[0]).shape
     D = _columns(lambda unit: op.decompress(unit.reshape(shape)), blocks * size)
     assert torch.equal(D, D_transposed.T)
+
+
+@pytest.mark.parametrize("mora_type,inputs,outputs,size", _operators())
+def test_the_core_has_the_singular_values_of_delta(mora_type, inputs, outputs, size):
+    op = make_operator(mora_type, inputs, outputs, size)
+    M = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    core = op.core(M)
+    assert max(core.shape) <= size or OPERATORS[mora_type].even_size
+    found, expected = torch.linalg.svdvals(core), torch.linalg.svdvals(op.delta(M))
+    longest = max(len(found), len(expected))
+    pad = torch.nn.functional.pad
+    torch.testing.assert_close(
+        pad(found, (0, longest - len(found))), pad(expected, (0, longest - len(expected))), rtol=0, atol=1e-12
+    )
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 512))

@@ -21,8 +21,10 @@ LAYERS = [
     ["merging"],
     ["checkpoint"],
     ["evaluate", "pretrained"],
+    ["adapters"],
     ["export"],
     ["train"],
+    ["start"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
@@ -113,6 +115,13 @@ def test_only_zero_imports_deepspeed():
         module for module, path in _files() if any(name.split(".")[0] == "deepspeed" for name in _imports(path))
     }
     assert importers == {"zero"}
+
+
+def test_one_function_decides_between_cpu_and_gpu():
+    """It knows DS_ACCELERATOR; torch does not."""
+    sources = [path for folder in ("relora_mora", "launch") for path in (ROOT / folder).rglob("*.py")]
+    asking = [path for path in sources if "cuda.is_available" in path.read_text(encoding="utf-8")]
+    assert asking == [PACKAGE / "system" / "hardware.py"]
 
 
 def test_what_trains_nothing_does_without_deepspeed():

@@ -24,6 +24,7 @@ from relora_mora.tokenizer import (
     TokenizerError,
     check_vocabulary,
     encode,
+    is_tokenizer,
     load_tokenizer,
     open_sentencepiece,
     save_tokenizer,
@@ -289,6 +290,8 @@ def test_vocabulary_against_the_model(folder: Path) -> None:
     assert check_vocabulary(tokenizer, 1024) is None
     assert "31000 of them never used" in (check_vocabulary(tokenizer, 32000) or "")
     with pytest.raises(TokenizerError, match=r"1000 token ids, but the model has only 999.*vocab_size: 1000"):
+        check_vocabulary(tokenizer, 999, trained=False)
+    with pytest.raises(TokenizerError, match=r"has only 999.*take the tokenizer that the model was trained with"):
         check_vocabulary(tokenizer, 999)
 
 
@@ -306,3 +309,28 @@ def test_loading_is_silent_and_offline(folder: Path) -> None:
     }
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_chat_template_and_the_beginning_of_texts_go_with_a_sentencepiece_model(folder: Path, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(folder)
+    bos = tokenizer.bos_token_id
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    plain = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    conversation = [{"role": "user", "content": "the rank"}]
+    [text] = encode(tokenizer, ["the rank"])
+    assert plain.apply_chat_template(conversation)["input_ids"] == [bos, *text, tokenizer.eos_token_id]
+    assert plain("the rank").input_ids == [bos, *text]
+    again = load_tokenizer(tmp_path / "saved")
+    assert again.chat_template == tokenizer.chat_template and again("the rank").input_ids == [bos, *text]
+    assert encode(again, ["a</s>b"]) == encode(tokenizer, ["a</s>b"]) and tokenizer.eos_token_id not in encode(
+        again, ["a</s>b"]
+    )
+    assert is_tokenizer(tmp_path / "saved", tokenizer_fingerprint(folder))
+    (tmp_path / "saved" / "chat_template.jinja").unlink()
+    config = tmp_path / "saved" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "older"}))
+    assert load_tokenizer(tmp_path / "saved").chat_template == "older"

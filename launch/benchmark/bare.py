@@ -8,9 +8,10 @@ from typing import Protocol
 
 import torch
 
+from launch.benchmark.device import synchronize
 from relora_mora.config import Config
 from relora_mora.data import Batch, TrainStream
-from relora_mora.distributed.join import device_of_rank
+from relora_mora.distributed.device import device_of_rank
 from relora_mora.methods.inject import inject
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import group_rates, make_schedule, parameter_groups, set_trainable
@@ -23,7 +24,7 @@ def make_batches(config: Config, steps: int) -> list[Batch]:
     """The first global batches of the run's training data."""
     with TrainStream(
         config.data,
-        tokenizer_path=config.tokenizer.path,
+        tokenizer_path=config.tokenizer_path,
         batch_size=config.train.batch_size,
         lanes=config.lanes,
         rank=0,
@@ -53,8 +54,7 @@ class EngineLoop:
         for index, piece in enumerate(pieces):
             loss = engine(*piece)
             engine.accumulate(loss, last=index == len(pieces) - 1)
-        engine.step(group_rates(self.run.schedule, self.run.groups, number))
-        return float(loss.detach())
+        return engine.step(group_rates(self.run.schedule, self.run.groups, number), loss.detach()).loss
 
 
 class TorchLoop:
@@ -126,6 +126,5 @@ def seconds_of(loop: Loop, batches: Sequence[Batch], *, skip: int) -> float:
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize(device_of_rank())
     return time.perf_counter()

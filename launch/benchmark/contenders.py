@@ -26,6 +26,7 @@ from relora_mora.optim import build_optimizer, parameter_groups, set_trainable
 from relora_mora.plan.fit import choose_resident
 from relora_mora.plan.flops import flops_of
 from relora_mora.registry import METHODS
+from relora_mora.system.hardware import uses_cuda
 from relora_mora.zero import ZeroEngine
 
 RATE = 1e-5  # a step costs the same at any rate, and this one keeps the numbers small
@@ -94,7 +95,9 @@ class Ours:
         if form == "released":
             use_released_layers(lm)
         set_trainable(lm, config.method)
-        choose_resident(lm, config, setting.zero_stage, dist.get_world_size(), None, bf16=setting.bf16)
+        on_cuda = uses_cuda()
+        ranks = dist.get_world_size()
+        choose_resident(lm, config, setting.zero_stage, ranks, None, bf16=setting.bf16, on_cuda=on_cuda)
         if frozen:
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)
@@ -124,8 +127,7 @@ class Ours:
         for index, (ids, labels) in enumerate(self.batches):
             loss = self.engine(ids, labels)
             self.engine.accumulate(loss, last=index == len(self.batches) - 1)
-        self.engine.step(self.rates)
-        return float(loss.detach())
+        return self.engine.step(self.rates, loss.detach()).loss
 
     def parts(self) -> dict[str, list[Tensor]]:
         states = [value for flat in self.engine.flats() for value in self.engine.state_of(flat).values()]

@@ -26,5 +26,5 @@ def main(config: str, *, lanes: int | None = None, tokens: int = 1_000_000, roun
     if lanes is not None and not 1 <= lanes <= MAX_LANES:
         raise ValueError(f"--lanes: got {lanes}, expected 1 to {MAX_LANES:,}")
     settings = load_config(config, overrides)
-    found = pipeline_throughput(settings.data, settings.tokenizer.path, lanes=lanes, tokens=tokens, rounds=rounds)
+    found = pipeline_throughput(settings.data, settings.tokenizer_path, lanes=lanes, tokens=tokens, rounds=rounds)
     print(json.dumps(found))

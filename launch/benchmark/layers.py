@@ -1,20 +1,21 @@
 """Forward and backward of the linears of a decoder layer: frozen, trained, and with adapters in each of their forms.
 
 python -m launch.benchmark layers configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
-    [--operator=1]
+    [--operator=1] [--device=cuda]
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from launch.benchmark.device import chosen_device, device_name, seconds_of
 from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
 from relora_mora.config import MethodConfig, ModelConfig
@@ -38,6 +39,7 @@ def main(
     rank: int = 128,
     operator: int = 1,
     repetitions: int = 7,
+    device: str | None = None,
 ) -> None:
     """Prints milliseconds of each variant, its ratio to the frozen linears, and the same as one line of JSON.
 
@@ -51,6 +53,7 @@ def main(
         rank: LoRA's r; the square matrices have as many parameters
         operator: the type of MoRA's operators, 1, 2, 3, 4 or 6
         repetitions: turns of each variant, after one that does not count
+        device: cpu or cuda; default: what a run takes here
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype}, expected {' or '.join(DTYPES)}")
@@ -61,19 +64,20 @@ def main(
             raise ValueError(f"--{name}: got {value}, expected at least 1")
     if threads:
         torch.set_num_threads(threads)
+    place = chosen_device(device)
     method = MethodConfig(rank=rank)
     layers = linears(read_model_config(ModelConfig(config=model)))
-    variants = {name: Variant(name, layers, method, operator, tokens, DTYPES[dtype]) for name in VARIANTS}
+    variants = {name: Variant(name, layers, method, operator, tokens, DTYPES[dtype], place) for name in VARIANTS}
     measures = {name: variant.milliseconds for name, variant in variants.items()}
     milliseconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1)))
     ratios = {name: value / milliseconds["frozen"] for name, value in milliseconds.items()}
     print(
-        f"{tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, operator {operator}; "
-        f"kernels: {kernels.describe()}"
+        f"{device_name(place)}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, "
+        f"operator {operator}; kernels: {kernels.describe()}"
     )
     for name in VARIANTS:
         print(f"{name:20}{milliseconds[name]:10.1f} ms {ratios[name]:8.3f}")
-    print(json.dumps({"milliseconds": milliseconds, "ratio_to_frozen": ratios}))
+    print(json.dumps({"device": device_name(place), "milliseconds": milliseconds, "ratio_to_frozen": ratios}))
 
 
 def linears(model_config: LlamaConfig) -> list[tuple[int, tuple[int, ...]]]:
@@ -95,15 +99,19 @@ class Variant:
         operator: int,
         tokens: int,
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        self.device = device
         self.torch_only = name.endswith("torch")
         generator = torch.Generator().manual_seed(0)
         make = self._maker(name, method, operator, generator)
         self.groups: list[tuple[Tensor, list[nn.Module], list[Tensor]]] = []
         for inputs, outs in shapes:
-            layers = [make(nn.Linear(inputs, out, bias=False, dtype=dtype)) for out in outs]
-            x = torch.randn(tokens, inputs, generator=generator).to(dtype).requires_grad_()
-            self.groups.append((x, layers, [torch.randn(tokens, out, generator=generator).to(dtype) for out in outs]))
+            layers = [make(nn.Linear(inputs, out, bias=False, dtype=dtype)).to(device) for out in outs]
+            x, *gradients = (
+                torch.randn(tokens, width, generator=generator).to(device, dtype) for width in (inputs, *outs)
+            )
+            self.groups.append((x.requires_grad_(), layers, gradients))
 
     @staticmethod
     def _maker(
@@ -127,10 +135,12 @@ class Variant:
         with kernels.disabled() if self.torch_only else contextlib.nullcontext():
             for x, layers, gradients in self.groups:
                 given = x.clone()  # as in a model, where it is the result of another module
-                begin = time.perf_counter()
-                torch.autograd.backward([layer(given) for layer in layers], gradients)
-                taken += time.perf_counter() - begin
+                taken += seconds_of(partial(_there_and_back, layers, given, gradients), self.device)
                 x.grad = None
                 for parameter in nn.ModuleList(layers).parameters():
                     parameter.grad = None
         return 1000 * taken
+
+
+def _there_and_back(layers: Sequence[nn.Module], x: Tensor, gradients: Sequence[Tensor]) -> None:
+    torch.autograd.backward([layer(x) for layer in layers], gradients)

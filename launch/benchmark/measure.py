@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from launch.benchmark.byte_tracker import ByteTracker
 from launch.benchmark.contenders import CONTENDERS, Contender, Ours, Setting
+from launch.benchmark.device import synchronize
 from launch.benchmark.turns import relative_spread, take_turns
 from relora_mora.distributed.collectives import sum_over_hosts
 
@@ -138,8 +139,7 @@ def _seconds(act: Callable[[], object], device: torch.device) -> float:
     sum_over_hosts([0.0])  # all begin together
     begin = time.perf_counter()
     act()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     sum_over_hosts([0.0])
     return time.perf_counter() - begin
 

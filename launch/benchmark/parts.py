@@ -2,13 +2,13 @@
 tried, or the matrix ``products`` of the linears and of MoRA's gradient.
 
 python -m launch.benchmark parts loss configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
+    [--device=cuda]
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig
 
+from launch.benchmark.device import chosen_device, device_name, seconds_of
 from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
 from relora_mora.config import MethodConfig, ModelConfig
@@ -26,6 +27,7 @@ from relora_mora.model.loss import chunked_cross_entropy
 from relora_mora.model.shapes import attention_widths
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Draw = Callable[..., Tensor]  # of a shape
 Ways = dict[str, tuple[Callable[[], object], float]]  # what is done, and its FLOPs where they are known
 
 
@@ -38,6 +40,7 @@ def main(
     dtype: str = "bf16",
     threads: int | None = None,
     repetitions: int = 7,
+    device: str | None = None,
 ) -> None:
     """Prints milliseconds of each way, its ratio to the first, and the same as one line of JSON.
 
@@ -53,6 +56,7 @@ def main(
         dtype: bf16 or fp32
         threads: of torch; default: as torch decides
         repetitions: turns of each way, after one that does not count
+        device: cpu or cuda; default: what a run takes here
     """
     if part not in PARTS:
         raise ValueError(f"got {part}, expected {', '.join(PARTS)}, and then a model's JSON file")
@@ -66,31 +70,36 @@ def main(
         raise ValueError(f"--tokens: {tokens} is no multiple of --sequence_length {sequence_length}")
     if threads:
         torch.set_num_threads(threads)
-    ways = PARTS[part](read_model_config(ModelConfig(config=model)), tokens, sequence_length, DTYPES[dtype])
-    measures = {name: partial(milliseconds_of, act) for name, (act, _) in ways.items()}
-    milliseconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1)))
+    place = chosen_device(device)
+    draw = draws(DTYPES[dtype], place)
+    ways = PARTS[part](read_model_config(ModelConfig(config=model)), tokens, sequence_length, draw)
+    measures = {name: partial(seconds_of, act, place) for name, (act, _) in ways.items()}
+    seconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1)))
+    milliseconds = {name: 1000 * value for name, value in seconds.items()}
     first = next(iter(milliseconds.values()))
-    print(f"{part}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads; kernels: {kernels.describe()}")
+    print(
+        f"{part} on {device_name(place)}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads; "
+        f"kernels: {kernels.describe()}"
+    )
     for name, value in milliseconds.items():
         rate = f"{ways[name][1] / value / 1e9:8.3f} TFLOP/s" if ways[name][1] else ""
         print(f"{name:42}{value:10.1f} ms {value / first:8.3f}{rate}")
     ratios = {name: value / first for name, value in milliseconds.items()}
-    print(json.dumps({"part": part, "milliseconds": milliseconds, "ratio": ratios}))
+    print(json.dumps({"part": part, "device": device_name(place), "milliseconds": milliseconds, "ratio": ratios}))
 
 
-def milliseconds_of(act: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    act()
-    return 1000 * (time.perf_counter() - begin)
-
-
-def loss_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torch.dtype) -> Ways:
-    """Head and cross-entropy from hidden states [N, H] to the gradients of these and of the head [V, H]."""
+def draws(dtype: torch.dtype, device: torch.device) -> Draw:
+    """Normal numbers, the same on every device."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, model.hidden_size, generator=generator).to(dtype).requires_grad_()
-    weight = (0.02 * torch.randn(model.vocab_size, model.hidden_size, generator=generator)).to(dtype).requires_grad_()
-    labels = torch.randint(0, model.vocab_size, (tokens,), generator=generator)
-    d_logits = torch.zeros(tokens, model.vocab_size, dtype=dtype)
+    return lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def loss_ways(model: LlamaConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
+    """Head and cross-entropy from hidden states [N, H] to the gradients of these and of the head [V, H]."""
+    hidden = draw(tokens, model.hidden_size).requires_grad_()
+    weight = draw(model.vocab_size, model.hidden_size).mul_(0.02).requires_grad_()
+    labels = torch.randperm(tokens, generator=torch.Generator().manual_seed(0)).to(hidden.device) % model.vocab_size
+    d_logits = hidden.new_zeros(tokens, model.vocab_size)
 
     def products() -> None:
         with torch.no_grad():
@@ -114,13 +123,12 @@ def loss_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torc
     }
 
 
-def attention_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torch.dtype) -> Ways:
+def attention_ways(model: LlamaConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
     """Causal attention of one layer, without its projections; q, k, v [B, heads, T, D]."""
     heads = model.num_attention_heads
     shape = (tokens // sequence_length, sequence_length, heads, attention_widths(model)[0] // heads)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(shape, generator=generator).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3))
-    d_out = torch.randn(shape, generator=generator).to(dtype).transpose(1, 2)
+    q, k, v = (draw(*shape).transpose(1, 2).requires_grad_() for _ in range(3))
+    d_out = draw(*shape).transpose(1, 2)
 
     def backward(of: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(of(), (q, k, v), d_out)
@@ -144,7 +152,7 @@ def attention_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype:
         )
 
     def masked(size: int, end: int, start: int) -> Tensor:
-        return torch.ones(size, end, dtype=torch.bool).tril(start)
+        return torch.ones(size, end, dtype=torch.bool, device=q.device).tril(start)
 
     def of_torch(queries: Tensor, start: int, end: int) -> Tensor:
         mask = masked(queries.shape[-2], end, start)
@@ -164,16 +172,15 @@ def attention_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype:
     }
 
 
-def product_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: torch.dtype) -> Ways:
+def product_ways(model: LlamaConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
     """The products of each shape of a linear, of its gradients, and of its square matrix's: (D^T dy)^T (C x)."""
-    generator = torch.Generator().manual_seed(0)
     method = MethodConfig()
     ways: Ways = {}
     queries, _ = attention_widths(model)
     for inputs, outputs in sorted({(model.hidden_size, queries), (model.hidden_size, model.intermediate_size)}):
         size = layer_square_size(method, inputs, outputs)
         sizes = ((tokens, inputs), (outputs, inputs), (tokens, outputs), (tokens, size), (tokens, size))
-        x, weight, dy, compressed, reduced = (torch.randn(shape, generator=generator).to(dtype) for shape in sizes)
+        x, weight, dy, compressed, reduced = (draw(*shape) for shape in sizes)
         flops = 2.0 * tokens * inputs * outputs
         shape = f"{inputs} -> {outputs}"
         ways |= {
@@ -185,7 +192,7 @@ def product_ways(model: LlamaConfig, tokens: int, sequence_length: int, dtype: t
     return ways
 
 
-PARTS: dict[str, Callable[[LlamaConfig, int, int, torch.dtype], Ways]] = {
+PARTS: dict[str, Callable[[LlamaConfig, int, int, Draw], Ways]] = {
     "loss": loss_ways,
     "attention": attention_ways,
     "products": product_ways,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import platform
-import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from launch.benchmark.byte_tracker import PARTS
 from launch.benchmark.contenders import Setting
+from launch.benchmark.device import device_name, seconds_of
 from launch.benchmark.measure import Result
 from launch.benchmark.turns import medians, take_turns
 from relora_mora.system.hardware import peak_flops
@@ -24,15 +24,8 @@ def limits(setting: Setting) -> dict[str, float]:
     peak, _ = peak_flops(bf16=setting.bf16)
     source = torch.ones(COPY_BYTES // 4, device=setting.device)
     target = torch.empty_like(source)
-
-    def copy_seconds() -> float:
-        begin = time.perf_counter()
-        target.copy_(source)
-        if setting.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    seconds = medians(list(take_turns({"copy": copy_seconds}, rounds=5, warmup=1)))["copy"]
+    copy = partial(seconds_of, partial(target.copy_, source), setting.device)
+    seconds = medians(list(take_turns({"copy": copy}, rounds=5, warmup=1)))["copy"]
     return {"matrix_product_tflops": peak / 1e12, "copy_gb_per_second": 2 * COPY_BYTES / seconds / 1e9}
 
 
@@ -40,10 +33,9 @@ def as_json(
     results: list[Result], setting: Setting, world_size: int, machine: dict[str, float], command: list[str]
 ) -> dict[str, Any]:
     """Everything that was measured; each ``..._ratio`` refers to the first method."""
-    on_cuda = setting.device.type == "cuda"
     return {
         "command": command,
-        "device": torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine(),
+        "device": device_name(setting.device),
         "threads": torch.get_num_threads(),
         "world_size": world_size,
         "precision": "bf16" if setting.bf16 else "fp32",
@@ -89,9 +81,9 @@ def tables(results: list[Result], setting: Setting, world_size: int, machine: di
     head = (
         f"{setting.model_config.num_hidden_layers} layers, hidden {setting.model_config.hidden_size}, vocabulary "
         f"{setting.model_config.vocab_size}; {setting.tokens} tokens x {setting.accumulation} x {world_size} ranks, "
-        f"{'bf16' if setting.bf16 else 'fp32'}, ZeRO-{setting.zero_stage}, r = {setting.rank}; {setting.device.type}, "
-        f"{torch.get_num_threads()} threads a rank: {machine['matrix_product_tflops']:.2f} TFLOP/s, "
-        f"copy {machine['copy_gb_per_second']:.1f} GB/s"
+        f"{'bf16' if setting.bf16 else 'fp32'}, ZeRO-{setting.zero_stage}, r = {setting.rank}; "
+        f"{device_name(setting.device)}, {torch.get_num_threads()} threads a rank: "
+        f"{machine['matrix_product_tflops']:.2f} TFLOP/s, copy {machine['copy_gb_per_second']:.1f} GB/s"
     )
     times = _times(results, setting, world_size, machine["matrix_product_tflops"])
     return "\n".join([head, *times, "", *_memory(results), "", *_traffic(results)])

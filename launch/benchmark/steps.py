@@ -30,6 +30,7 @@ def main(
     repeats: int = 7,
     warmup: int = 2,
     profile: bool = False,
+    device: str | None = None,
 ) -> int:
     """Measures whole optimizer steps, in turns, and prints tables and, last, a line of JSON.
 
@@ -53,6 +54,7 @@ def main(
         repeats: measured steps of each method
         warmup: steps of each method before those
         profile: show which operations a step of each method spends its time in
+        device: cpu or cuda; default: what a run takes here
     """
     sizes = {
         "tokens": tokens,
@@ -78,10 +80,13 @@ def main(
     settings = ModelConfig(
         config=model, overrides={key: value for key, value in overrides.items() if value is not None}
     )
+    from launch.benchmark.device import chosen_device
+
+    chosen_device(device)
     from launch.benchmark.contenders import Setting, chosen
     from launch.benchmark.measure import run as measure
     from launch.benchmark.report import as_json, limits, tables
-    from relora_mora.distributed.join import device_of_rank
+    from relora_mora.distributed.device import device_of_rank
     from relora_mora.model import read_model_config
     from relora_mora.system.hardware import fast_bf16
     from relora_mora.zero import init_distributed

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from relora_mora.checkpoint import CheckpointError, list_checkpoints, newest_whole, verify
+from relora_mora.checkpoint import CheckpointError, Manifest, list_checkpoints, newest_whole, read_manifest, verify
 from relora_mora.checkpoint.places import list_new
 from relora_mora.system.run_folder import RunFolder
 
@@ -31,3 +32,16 @@ def find_checkpoint(path: Path) -> Path:
             problem if problem.startswith(str(path)) else f"{path}: {problem}; use an older checkpoint"
         )
     return path
+
+
+def newest_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint at ``path``, or the newest that can be read where that is a run folder or its
+    ``checkpoints/``. Whether the checkpoint's files are whole is not looked at.
+
+    Raises :class:`CheckpointError` when there is none.
+    """
+    for folder in (path, RunFolder(path).checkpoints):
+        for checkpoint in list_checkpoints(folder):
+            with contextlib.suppress(CheckpointError):
+                return read_manifest(checkpoint)
+    return read_manifest(path)

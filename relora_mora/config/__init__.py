@@ -1,7 +1,9 @@
 """Typed settings of a run: schema, combinations that cannot work, reading."""
 
 from relora_mora.config.checks import unused_settings
+from relora_mora.config.finetuning import FINETUNING
 from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate, with_epochs
+from relora_mora.config.records import Packing, RecordsConfig
 from relora_mora.config.schema import (
     DECODER_LINEARS,
     SAMPLE_BY,
@@ -28,10 +30,11 @@ from relora_mora.config.sources import (
     texts_in,
     with_revisions_of,
 )
-from relora_mora.config.typed_sources import parse_sources, parse_typed
+from relora_mora.config.typed_sources import parse_records, parse_sources, parse_typed
 
 __all__ = [
     "DECODER_LINEARS",
+    "FINETUNING",
     "SAMPLE_BY",
     "CheckpointConfig",
     "Config",
@@ -43,6 +46,8 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "OptimConfig",
+    "Packing",
+    "RecordsConfig",
     "SampleBy",
     "Split",
     "TextSource",
@@ -53,6 +58,7 @@ __all__ = [
     "is_mixture",
     "load_config",
     "map_records",
+    "parse_records",
     "parse_sources",
     "parse_typed",
     "parse_yaml",

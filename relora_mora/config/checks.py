@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from relora_mora.config.data_checks import data_faults, length_faults
 from relora_mora.config.fault import Fault
+from relora_mora.config.record_checks import record_faults
 from relora_mora.config.schema import DECODER_LINEARS, Config
 from relora_mora.config.secrets import secrets_in
 from relora_mora.config.types import LARGEST, Whole, as_whole
@@ -85,16 +86,28 @@ def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:
 
 def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     """Each combination that cannot work: what was given, what was expected, the remedy. world_size None: unknown."""
+    yield from _start_faults(config)
     yield from length_faults(config)
     yield from data_faults(config)
+    yield from record_faults(config.data)
     yield from _target_faults(config)
     yield from _form_faults(config)
     yield from _square_faults(config)
+    yield from _adapter_faults(config)
     yield from _merge_faults(config)
     yield from _schedule_faults(config)
     yield from _batch_faults(config, world_size)
     yield from _deepspeed_faults(config)
     yield from _other_faults(config)
+
+
+def _start_faults(config: Config) -> Iterator[Fault]:
+    for setting, given in (("model.config", config.model.config), ("tokenizer.path", config.tokenizer.path)):
+        if given is None and config.model.init_from is None:
+            yield Fault(
+                (setting, "model.init_from"),
+                "must be given, or model.init_from, a model to begin with, of which it is taken then",
+            )
 
 
 def _target_faults(config: Config) -> Iterator[Fault]:
@@ -110,7 +123,14 @@ def _target_faults(config: Config) -> Iterator[Fault]:
 
 
 def _form_faults(config: Config) -> Iterator[Fault]:
-    if config.method.form == "resident" and config.method.uses_adapters and config.train.zero_stage == 3:
+    form = config.method.form
+    if config.method.dropout and form in ("merged", "resident") and config.method.uses_adapters:
+        yield Fault(
+            ("method.dropout", "method.form", "method.name"),
+            f"dropout acts on what an adapter sees beside its weight, and the form {form} makes one weight of both; "
+            "use method.form=auto, or method.dropout=0",
+        )
+    if form == "resident" and config.method.uses_adapters and config.train.zero_stage == 3:
         yield Fault(
             ("method.form", "train.zero_stage", "method.name"),
             "resident keeps W + delta whole on each rank, which ZeRO-3 is there to avoid; use method.form=auto, "
@@ -142,6 +162,20 @@ def _square_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             ("method.square_size", "method.operators", "method.name"),
             f"operator {even[0]} needs an even size, got {size}; take {size - 1 or 2}",
+        )
+
+
+def _adapter_faults(config: Config) -> Iterator[Fault]:
+    if config.model.adapter is None:
+        return
+    if not config.method.uses_adapters:
+        yield Fault(
+            ("model.adapter", "method.name"),
+            f"{config.method.name} has no adapters that it could give values to; drop it, or set method.name",
+        )
+    if config.model.init_from is None:
+        yield Fault(
+            ("model.adapter", "model.init_from"), "an adapter belongs to a trained model; name that in model.init_from"
         )
 
 
@@ -275,16 +309,17 @@ def _deepspeed_texts(given: Mapping[str, Any], known: Mapping[str, Any], prefix:
 
 
 def _other_faults(config: Config) -> Iterator[Fault]:
-    if config.data.document_mask and config.model.attention == "flash_attention_2":
+    if config.data.masks_documents and config.model.attention == "flash_attention_2":
+        masked_by = "data.document_mask" if config.data.document_mask else "data.packing"
         yield Fault(
-            ("data.document_mask", "model.attention"),
+            (masked_by, "model.attention", "data.records", "data.train"),
             "flash_attention_2 takes no mask between documents; use model.attention=sdpa",
         )
-    if config.model.compile and config.train.zero_stage == 3:
+    if config.model.compile is True and config.train.zero_stage == 3:
         yield Fault(
             ("model.compile", "train.zero_stage"),
             "torch.compile cannot look through what ZeRO-3 does around each module; use train.zero_stage=2, "
-            "or leave it false",
+            "or leave it at auto",
         )
     sections = {name: getattr(config, name) for name in Config.model_fields}
     known = {f"{name}.{key}" for name, section in sections.items() for key in type(section).model_fields} | {

@@ -6,20 +6,26 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from relora_mora.config.fault import Fault
+from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.config.schema import Config
 from relora_mora.config.sources import TextSource, set_setting
 
-LENGTHS = ("steps", "tokens", "epochs")
+_WHAT = {"train": "the length of a run", "optim": "the warmup"}
 
 
 def length_faults(config: Config) -> Iterator[Fault]:
-    given = [name for name in LENGTHS if name in config.train.model_fields_set and getattr(config.train, name)]
-    if len(given) > 1:
-        yield Fault(
-            (f"train.{given[-1]}",),
-            f"the length of a run is given once, and {' and '.join(f'train.{name}' for name in given)} are set; "
-            "set all but one to null",
-        )
+    for section, names in ALTERNATIVES.items():
+        values = getattr(config, section)
+        given = [
+            f"{section}.{name}"
+            for name in names
+            if name in values.model_fields_set and getattr(values, name) is not None
+        ]
+        if len(given) > 1:
+            yield Fault(
+                (given[-1],),
+                f"{_WHAT[section]} is given once, and {' and '.join(given)} are set; set all but one to null",
+            )
     if config.train.epochs is not None and len(config.data.train_sources) > 1 and config.data.is_mixture:
         yield Fault(
             ("train.epochs", "data.train"),

@@ -125,10 +125,13 @@ def _model_fields(location: Location) -> dict[str, Any]:
 
 def _fields_at(location: Location) -> dict[str, Any]:
     """The names that are known where a location's last part stands, with what is known of them."""
-    if len(location) > 2:
-        record = _record_at(location[:2])
-        return {} if record is None else dict(record.model_fields)
-    return dict(_model_fields(location[:-1]))
+    if len(location) <= 2:
+        return dict(_model_fields(location[:-1]))
+    record = _record_at(location[:2])
+    for part in location[2:-1]:  # a record inside of another one; numbers and tags lead nowhere
+        field = record.model_fields.get(str(part)) if record is not None else None
+        record = record if field is None else model_in(field.annotation)
+    return {} if record is None else dict(record.model_fields)
 
 
 def _nearest(location: Location) -> str | None:

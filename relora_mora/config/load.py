@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ from pydantic import ValidationError
 
 from relora_mora.config.checks import faults, secret_faults
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
+from relora_mora.config.finetuning import with_defaults
+from relora_mora.config.lengths import settled, with_counted_epochs, with_steps, without_nulls
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
 
@@ -147,10 +148,16 @@ def _refuse_other_than_plain(value: Any, count: int) -> None:
         )
 
 
-def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, world_size: int | None = None) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: Mapping[str, str] | None = None,
+    world_size: int | None = None,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Config:
     """The settings of a run.
 
-    ``overrides`` maps dotted names to YAML text. ``model.config`` and ``tokenizer.path`` that do not exist below the
+    ``overrides`` maps dotted names to YAML text; ``defaults`` hold where neither file nor overrides say anything, by
+    section, before those of the schema. ``model.config`` and ``tokenizer.path`` that do not exist below the
     current folder are looked for beside the file. Raises :class:`ConfigError` with every fault found.
     """
     path = Path(path)
@@ -174,6 +181,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None, wo
         problem = _override(tree, name, text)
         if problem:
             found.append(problem)
+    tree = with_defaults(tree, defaults or {})
     source = f"{path} and the command line" if overrides else str(path)
     config = validate(tree, source, found, world_size)
     return _resolve_paths(config, path.parent)
@@ -191,7 +199,7 @@ def validate(
     found = [*(found or []), *map(str, secret_faults(tree))]
     unknown: set[str] = set()
     config: Config | None
-    tree = _without_null_steps(tree)
+    tree = without_nulls(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -200,35 +208,15 @@ def validate(
         config = substitute_defaults(tree, error)
     if config is not None:
         unknown |= {"train.steps"} if config.train.epochs is not None else set()
-        config = _with_steps(config)
+        unknown |= {"optim.warmup_steps"} if config.optim.warmup_fraction and config.train.epochs is not None else set()
+        config = with_steps(config)
     for fault in faults(config, world_size) if config is not None else ():
         # a fault that rests on a setting which is itself wrong would be about a default that nobody asked for
         if not unknown.intersection({*fault.settings, *(name.split(".")[0] for name in fault.settings)}):
             found.append(str(fault))
     if found or config is None:
         raise ConfigError(found, source)
-    if config.train.tokens is None:
-        return config
-    return config.model_copy(update={"train": config.train.model_copy(update={"tokens": None})})
-
-
-def _without_null_steps(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``train.steps: null`` takes back the steps of a file, in favour of tokens or epochs."""
-    train = tree.get("train")
-    if not isinstance(train, dict) or train.get("steps", 0) is not None:
-        return tree
-    return {**tree, "train": {key: value for key, value in train.items() if key != "steps"}}
-
-
-def _with_steps(config: Config) -> Config:
-    """With the steps that ``train.tokens`` are, where these are given."""
-    if config.train.tokens is None:
-        return config
-    steps = -(-config.train.tokens // config.tokens_per_step)
-    train = config.train
-    # a copy with ``update`` would count the steps among what was given
-    train = train.model_construct(_fields_set=train.model_fields_set, **dict(train) | {"steps": steps})
-    return config.model_copy(update={"train": train})
+    return settled(config)
 
 
 def with_epochs(config: Config, tokens: int, world_size: int) -> Config:
@@ -236,13 +224,11 @@ def with_epochs(config: Config, tokens: int, world_size: int) -> Config:
 
     Raises :class:`ConfigError` where other settings do not fit a run of this length.
     """
-    assert config.train.epochs is not None
-    steps = math.ceil(config.train.epochs * tokens / config.tokens_per_step)
-    train = config.train.model_copy(update={"steps": steps, "epochs": None})
-    config = config.model_copy(update={"train": train})
+    config = with_counted_epochs(config, tokens)
     found = [str(fault) for fault in faults(config, world_size)]
     if found:
-        raise ConfigError(found, f"the settings, with {steps:,} steps for the epochs of {tokens:,} tokens")
+        steps = f"{config.train.steps:,} steps"
+        raise ConfigError(found, f"the settings, with {steps} for the epochs of {tokens:,} tokens")
     return config
 
 
@@ -283,8 +269,10 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
 
 
 def _resolve_paths(config: Config, beside: Path) -> Config:
-    def resolve(value: str) -> str:
-        return str(beside / value) if not _exists(Path(value)) and _exists(beside / value) else value
+    def resolve(value: str | None) -> str | None:
+        if value is None or _exists(Path(value)):
+            return value
+        return str(beside / value) if _exists(beside / value) else value
 
     return config.model_copy(
         update={

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
+from relora_mora.config.records import Packing, RecordsConfig
 from relora_mora.config.sources import (
     MixtureStage,
     Sources,
@@ -47,12 +49,23 @@ SAMPLE_BY = get_args(SampleBy)
 
 
 class ModelConfig(Strict):
-    """The LLaMA model. ``config`` is a transformers ``LlamaConfig`` JSON file, ``overrides`` replaces keys of it."""
+    """The model. ``config`` is a config of transformers in JSON, ``overrides`` replaces keys of it."""
 
-    config: Text = Field(description="a LlamaConfig JSON file, relative to this file or the current folder")
-    overrides: dict[str, Any] = Field({}, description="keys of the LlamaConfig to replace, e.g. {hidden_size: 256}")
+    config: Text | None = Field(
+        None,
+        description="a LlamaConfig JSON file (or that of a Mistral, Qwen2 or Qwen3), relative to this file or the "
+        "current folder; null: the config of init_from",
+    )
+    overrides: dict[str, Any] = Field({}, description="keys of that config to replace, e.g. {hidden_size: 256}")
     init_from: Text | None = Field(
-        None, description="warm start: a Hugging Face LLaMA folder, or a checkpoint or run folder of any method"
+        None,
+        description="the weights to begin with: a Hugging Face folder of the LLaMA family, or a checkpoint or run "
+        "folder of any method",
+    )
+    adapter: Text | None = Field(
+        None,
+        description="start values of the adapters, trained on the model in init_from: a folder in the layout of PEFT "
+        "or of the released MoRA",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention implementation of transformers"
@@ -60,15 +73,16 @@ class ModelConfig(Strict):
     activation_checkpointing: bool = Field(
         False, description="recompute each decoder layer in backward instead of keeping its activations"
     )
-    compile: bool = Field(
-        False, description="torch.compile for the decoder layers, on ZeRO 0-2; see docs/performance.md"
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile for the decoder layers, on ZeRO 0-2; auto: on GPUs; see docs/performance.md"
     )
 
 
 class TokenizerConfig(Strict):
-    path: Text = Field(
+    path: Text | None = Field(
+        None,
         description="a folder that holds tokenizer.model, a sentencepiece .model file, "
-        "or a Hugging Face tokenizer folder"
+        "or a Hugging Face tokenizer folder; null: the tokenizer of model.init_from",
     )
 
 
@@ -89,6 +103,14 @@ class DataConfig(Strict):
     )
     text_column: Text = Field(
         "text", description="the key of a JSON line, or the column, that holds the text; of sources that name none"
+    )
+    records: RecordsConfig | None = Field(
+        None, description="what rows hold, of sources that do not say it themselves; null: plain text"
+    )
+    packing: Packing | None = Field(
+        None,
+        description="stream: rows one after the other, cut where a sequence ends; whole: whole rows, several in a "
+        "sequence; none: one row in each; null: stream for text, whole for records",
     )
     sample_by: SampleBy = Field(
         "paragraph",
@@ -133,6 +155,22 @@ class DataConfig(Strict):
     def train_sources(self) -> list[TextSource]:
         return as_sources(self.train)
 
+    def records_of(self, source: TextSource) -> RecordsConfig | None:
+        """What the rows of a source hold; None: plain text."""
+        return source.records or self.records
+
+    def packing_of(self, records: Iterable[RecordsConfig | None]) -> Packing:
+        """How rows that hold these become sequences."""
+        is_text = all(each is None or each.is_text for each in records)
+        return self.packing or ("stream" if is_text else "whole")
+
+    @property
+    def masks_documents(self) -> bool:
+        """Whether attention in some training sequences is told where documents begin."""
+        return self.document_mask or any(
+            self.packing_of([self.records_of(source)]) == "whole" for source in self.train_sources
+        )
+
     @property
     def validation_sets(self) -> dict[str, list[TextSource]]:
         """Sources by the name of their set; without names one set, called ""."""
@@ -157,6 +195,9 @@ class MethodConfig(Strict):
         128, description="LoRA's rank r; MoRA's square has as many parameters: R = floor(sqrt((in + out) r))"
     )
     square_size: Positive | None = Field(None, description="R of every layer; null: from rank")
+    square_rounding: Literal["down", "nearest"] = Field(
+        "down", description="how R comes from rank; nearest: as in the released code, also above LoRA's parameters"
+    )
     square_multiple: Positive = Field(1, description="round R down to a multiple (8, 16, 32 suit matrix units)")
     operators: list[MoraType] = Field(
         [1, 2], min_length=1, description="mora types: mora uses the first, remora cycles through all"
@@ -172,6 +213,10 @@ class MethodConfig(Strict):
     train_head: bool = Field(True, description="train the output head")
     form: Literal["auto", "merged", "resident", "decoupled"] = Field(
         "auto", description="how an adapter layer computes: see docs/method.md"
+    )
+    dropout: Decay = Field(
+        0.0,
+        description="of an adapter's input, as in LoRA; the layers then train in the decoupled form; 0: none",
     )
     merge_every: Positive = Field(
         2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
@@ -223,6 +268,9 @@ class OptimConfig(Strict):
         "cosine", description="shape of the rate after warmup; merges restart it"
     )
     warmup_steps: NotNegative = Field(1000, description="steps of linear warmup at the start")
+    warmup_fraction: Decay | None = Field(
+        None, description="linear warmup as a fraction of the run's steps, in place of warmup_steps; 0.03 is 3 %"
+    )
     restart_warmup_steps: NotNegative = Field(50, description="steps of linear warmup after a merge; 0: no restarts")
     decay_steps: Positive | None = Field(None, description="wsd: steps of the final decay; null: a tenth of the run")
     min_ratio: Fraction = Field(0.1, description="the rate ends at this fraction of its peak")
@@ -248,6 +296,9 @@ class TrainConfig(Strict):
         "auto", description="auto: bf16 where the hardware does it fast, else fp32"
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="DeepSpeed ZeRO stage")
+    deterministic: bool = Field(
+        False, description="on GPUs: repeat every bit, so that a resume is bit-equal, at some cost; CPUs always do"
+    )
     seed: Seed = Field(0, description="seed of initial weights and LoRA's draws")
     resume: Text = Field(
         "auto",
@@ -308,7 +359,7 @@ class Config(Strict):
     """One run. Layered: defaults < YAML file < ``--section.key=value``."""
 
     model: ModelConfig
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     method: MethodConfig = MethodConfig()
     optim: OptimConfig = OptimConfig()
@@ -321,6 +372,15 @@ class Config(Strict):
     def tokens_per_step(self) -> int:
         """Tokens that the model sees per optimizer step, over all ranks."""
         return self.train.batch_size * self.data.sequence_length
+
+    @property
+    def tokenizer_path(self) -> str:
+        """``tokenizer.path``, which the start of a run fills in. Raises ValueError where nobody has named one."""
+        if self.tokenizer.path is None:
+            raise ValueError(
+                "tokenizer.path: null means that of model.init_from, which is not looked at here; name one"
+            )
+        return self.tokenizer.path
 
     @property
     def lanes(self) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from relora_mora.config.records import RecordsConfig
 from relora_mora.config.types import Positive, Strict, Text
 
 _NAME = re.compile(r"[\w.-]{1,64}")
@@ -35,6 +36,7 @@ class TextSource(Strict):
         None, description="pattern or patterns of the files to read of a set by name; null: those of the split"
     )
     text_column: Text | None = Field(None, description="null: data.text_column")
+    records: RecordsConfig | None = Field(None, description="what its rows hold; null: data.records")
     name: Name | None = Field(None, description="for metrics; null: the last part of the source's own name")
     weight: Weight = Field(1.0, description="share of the tokens, relative to the other weights of the mixture")
     max_epochs: Positive | None = Field(None, description="the most times to read it; null: any number")

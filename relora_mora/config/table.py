@@ -37,17 +37,18 @@ def settings_page() -> str:
         section = field.annotation
         assert isinstance(section, type) and issubclass(section, BaseModel)
         parts.append(_section(name, section))
-        parts += [_section(f"{name}.{key}.N", record, level=3) for key, record in _records(section).items()]
+        parts += [_section(f"{name}.{key}", record, level=3) for key, record in _records(section).items()]
     return "\n".join(parts)
 
 
 def _records(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The kinds of records in the lists of a section, each by the first setting that holds it."""
+    """The kinds of records in a section, each by the first setting that holds it, with N for one of a list."""
     found: dict[type[BaseModel], str] = {}
     for key, field in section.model_fields.items():
         record = model_in(field.annotation)
         if record is not None:
-            found.setdefault(record, key)
+            is_alone = get_args(field.annotation) == (record, type(None))
+            found.setdefault(record, key if is_alone else f"{key}.N")
     return {key: record for record, key in found.items()}
 
 

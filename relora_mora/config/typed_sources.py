@@ -1,4 +1,4 @@
-"""Held-out text as the flag of a command names it."""
+"""Held-out text, and what its rows hold, as flags of a command name them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 
 from relora_mora.config.load import ConfigError, explain_yaml, parse_yaml, validate
+from relora_mora.config.records import RecordsConfig
+from relora_mora.config.schema import DataConfig
 from relora_mora.config.sources import Given
 
 
@@ -16,13 +18,24 @@ def parse_sources(text: str, flag: str) -> Given:
     Raises :class:`ConfigError`, which calls the setting by the name of the flag.
     """
     value = parse_typed(text, flag)
-    if isinstance(value, str):
-        return value
-    around = {"model": {"config": "none"}, "tokenizer": {"path": "none"}, "train": {"run_dir": "none"}}
+    return value if isinstance(value, str) else _validated("validation", value, flag).validation
+
+
+def parse_records(text: str, flag: str) -> RecordsConfig | None:
+    """Records as data.records takes them, from YAML; None for ``null``. Raises :class:`ConfigError`."""
     try:
-        return validate({**around, "data": {"train": "none", "validation": value}}, flag).data.validation
+        return _validated("records", parse_yaml(text), flag).records
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{flag}: not YAML: {explain_yaml(error)}"], "the command line") from error
+
+
+def _validated(name: str, value: Any, flag: str) -> DataConfig:
+    around = {"model": {"config": "none"}, "tokenizer": {"path": "none"}, "train": {"run_dir": "none"}}
+    data = {"train": "none", "validation": "none", name: value}
+    try:
+        return validate({**around, "data": data}, flag).data
     except ConfigError as error:
-        faults = [fault.replace("data.validation", flag, 1) for fault in error.faults]
+        faults = [fault.replace(f"data.{name}", flag, 1) for fault in error.faults]
         raise ConfigError(faults, "the command line") from error
 
 

@@ -1,6 +1,8 @@
 """Text to token blocks: exact, elastic, streaming. See docs/data.md."""
 
 from relora_mora.data.batch import UNSCORED, Batch, document_boundaries, document_ids
+from relora_mora.data.chat import template_in_use
+from relora_mora.data.checked_records import check_records
 from relora_mora.data.content import local_content, remote_content
 from relora_mora.data.counting import count_tokens
 from relora_mora.data.dataset_sources import find_datasets, remember_datasets
@@ -12,6 +14,7 @@ from relora_mora.data.lane_states import counts_of, merge_states, start_states
 from relora_mora.data.mixture import mixture_names
 from relora_mora.data.plain_text import check_columns, iter_texts
 from relora_mora.data.positions import describe_position
+from relora_mora.data.show import show_records
 from relora_mora.data.skipped import SKIP_REASONS
 from relora_mora.data.sources import Shard, configured_shards, resolve_shards
 from relora_mora.data.stream import TrainStream
@@ -28,6 +31,7 @@ __all__ = [
     "TrainStream",
     "WorkerError",
     "check_columns",
+    "check_records",
     "check_tokens",
     "configured_shards",
     "count_tokens",
@@ -51,5 +55,7 @@ __all__ = [
     "remember_datasets",
     "remote_content",
     "resolve_shards",
+    "show_records",
     "start_states",
+    "template_in_use",
 ]

@@ -1,4 +1,5 @@
-"""Arrow's format for files and streams, as ``datasets`` writes it: one column, a record batch after the other.
+"""Arrow's format for files and streams, as ``datasets`` writes it: the column of text, or those of records, a record
+batch after the other.
 
 A file holds a stream between two marks. The messages of a stream say how long they are and how many rows they hold, so
 one walk over them, without their bodies, finds every record batch.
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from relora_mora.data.columns import ColumnFile, utf8
+from relora_mora.data.columns import ColumnFile
+from relora_mora.data.groups import Content
 
 FILE_MAGIC = b"ARROW1\0\0"
 CONTINUATION = b"\xff\xff\xff\xff"
@@ -42,16 +44,18 @@ class ArrowColumn(ColumnFile):
 
     head = "its schema"
 
-    def texts(self, group: int, first: int, stride: int) -> Iterator[tuple[int, bytes | None]]:
+    def contents(self, group: int, first: int, stride: int) -> Iterator[tuple[int, Content]]:
         before = self._rows_before[group]
         with self._damage_named(f"record batch {group + 1}, from row {before + 1} on,"):
-            column = self._read(self._batches[group])
-        if len(column) != self.group_rows[group]:
-            raise self._damaged(f"record batch {group + 1}", f"{len(column)} rows, not {self.group_rows[group]}")
-        for start in range(first, len(column), stride * BATCH_ROWS):
-            rows = range(start, min(len(column), start + stride * BATCH_ROWS), stride)
-            for row, text in zip(rows, column[rows.start : rows.stop : stride].to_pylist(), strict=True):
-                yield before + row + 1, text
+            batch = self._read(self._batches[group])
+        count = batch.num_rows
+        if count != self.group_rows[group]:
+            raise self._damaged(f"record batch {group + 1}", f"{count} rows, not {self.group_rows[group]}")
+        for start in range(first, count, stride * BATCH_ROWS):
+            rows = range(start, min(count, start + stride * BATCH_ROWS), stride)
+            contents = self._contents(batch.slice(start, rows.stop - start), 0, stride)
+            for row, content in zip(rows, contents, strict=True):
+                yield before + row + 1, content
 
     def _read_schema(self) -> Any:
         import pyarrow
@@ -66,7 +70,7 @@ class ArrowColumn(ColumnFile):
         return pyarrow.ipc.open_stream(self._schema + END_OF_STREAM).schema
 
     def _count_rows(self, schema: Any) -> list[int]:
-        self._options = {"included_fields": [schema.names.index(self._shard.text_column)], "use_threads": False}
+        self._options = {"included_fields": list(map(schema.names.index, self._columns)), "use_threads": False}
         return [message.rows for message in self._batches]
 
     def _walk(self) -> Iterator[Message]:
@@ -95,19 +99,23 @@ class ArrowColumn(ColumnFile):
             start = message.end
 
     def _read(self, batch: Message) -> Any:
-        """The column in a record batch as bytes, checked, since pyarrow trusts what it reads."""
+        """The columns in a record batch, checked, since pyarrow trusts what it reads; that of text as bytes."""
         import pyarrow
 
         options = pyarrow.ipc.IpcReadOptions(**self._options)
         needed = [message for message in self._dictionaries if message.end <= batch.start]
         stream = b"".join([self._schema, *map(self._message, [*needed, batch]), END_OF_STREAM])
-        column = pyarrow.ipc.open_stream(stream, options=options).read_next_batch().column(0)
+        read = pyarrow.ipc.open_stream(stream, options=options).read_next_batch()
+        if self._shard.holds_records:
+            read.validate(full=True)
+            return read
+        column = read.column(0)
         if isinstance(column, pyarrow.DictionaryArray):
             column = pyarrow.DictionaryArray.from_arrays(column.indices, _as_binary(column.dictionary), safe=True)
         else:
             column = _as_binary(column)
         column.validate(full=True)
-        return utf8(column)
+        return pyarrow.record_batch([column], self._columns)
 
     def _message(self, message: Message) -> bytes:
         return self._bytes.read_at(message.start, message.end - message.start)

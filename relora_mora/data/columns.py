@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from relora_mora.data.errors import SourceError
+from relora_mora.data.groups import Content
 from relora_mora.data.local import LocalFile
 from relora_mora.data.random_access import RandomAccessFile
+from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
 from relora_mora.system.disk_errors import LOST_DISK
 
@@ -19,9 +21,9 @@ _NAME_CHARACTERS = 80
 
 
 class ColumnFile:
-    """The text column of a file with groups of rows (see ``groups.Groups``).
+    """The column of text, or those of records, of a file with groups of rows (see ``groups.Groups``).
 
-    Raises SourceError for a file that is damaged or has no such column of strings, OSError where its disk is gone
+    Raises SourceError for a file that is damaged or has no such columns, OSError where its disk is gone
     (``LOST_DISK``).
     """
 
@@ -41,8 +43,8 @@ class ColumnFile:
         self._rows_before = [0, *itertools.accumulate(self.group_rows)]
 
     @abstractmethod
-    def texts(self, group: int, first: int, stride: int) -> Iterator[tuple[int, bytes | None]]:
-        """Number in the file, from 1, and UTF-8 of the rows ``first``, ``first + stride``, ... of a group."""
+    def contents(self, group: int, first: int, stride: int) -> Iterator[tuple[int, Content]]:
+        """Number in the file, from 1, and content of the rows ``first``, ``first + stride``, ... of a group."""
 
     def close(self) -> None:
         self._bytes.close()
@@ -56,8 +58,11 @@ class ColumnFile:
         """The rows of each group."""
 
     def _check(self, schema: Any) -> None:
-        column = self._shard.text_column
         check_names(self._shard, schema.names)
+        self._columns = [name for name in schema.names if name in self._shard.columns]
+        if self._shard.holds_records:
+            return
+        [column] = self._columns
         kind = schema.field(column).type
         if not _is_string(kind):
             strings = ", ".join(field.name for field in schema if _is_string(field.type)) or "none"
@@ -65,6 +70,14 @@ class ColumnFile:
                 f'{self._shard.name}: the column "{column}" holds {kind}, not strings; '
                 f"{_remedy(self._shard)} to one of those that do ({strings})"
             )
+
+    def _contents(self, batch: Any, first: int, stride: int) -> list[Content]:
+        """What the rows ``first``, ``first + stride``, ... of a record batch of the columns hold."""
+        if not self._shard.holds_records:
+            return utf8(batch.column(0))[first::stride].to_pylist()
+        columns = {name: batch.column(name)[first::stride] for name in self._columns}
+        rows = range(first, batch.num_rows, stride)
+        return [_record(self._shard, columns, at) for at in range(len(rows))]
 
     @contextmanager
     def _damage_named(self, where: str) -> Iterator[None]:
@@ -88,21 +101,30 @@ class ColumnFile:
 
 
 def check_names(shard: Shard, names: Sequence[str]) -> None:
-    """Raises SourceError, with the columns there are, unless one of them is that of the text."""
-    column = shard.text_column
-    count = list(names).count(column)
-    if count != 1:
-        more = ", ..." if len(names) > _COLUMNS_NAMED else ""
-        there = ", ".join(name[:_NAME_CHARACTERS] for name in names[:_COLUMNS_NAMED])
-        raise SourceError(
-            f'{shard.name} has {count or "no"} column{"s" if count else ""} "{column}"; '
-            f"{_remedy(shard)} to one of {there}{more}"
-        )
+    """Raises SourceError, with the columns there are, unless that of the text, or each of a record, is one of them."""
+    for column in shard.columns:
+        count = list(names).count(column)
+        if count > 1 or (count == 0 and column in shard.required_columns):
+            more = ", ..." if len(names) > _COLUMNS_NAMED else ""
+            there = ", ".join(name[:_NAME_CHARACTERS] for name in names[:_COLUMNS_NAMED])
+            raise SourceError(
+                f'{shard.name} has {count or "no"} column{"s" if count else ""} "{column}"; '
+                f"{_remedy(shard)} to one of {there}{more}"
+            )
+
+
+def _record(shard: Shard, columns: dict[str, Any], at: int) -> dict[str, Any] | Skipped:
+    assert shard.records is not None
+    try:
+        return shard.records.fields_of({name: column[at].as_py() for name, column in columns.items()})
+    except UnicodeDecodeError:
+        return Skipped("invalid_utf8")
 
 
 def _remedy(shard: Shard) -> str:
     """What to change, up to the name of a column."""
-    return f"set text_column of the source {shard.source}" if shard.source else "set data.text_column"
+    setting = "records.columns" if shard.holds_records else "text_column"
+    return f"set {setting} of the source {shard.source}" if shard.source else f"set data.{setting}"
 
 
 def utf8(column: Any) -> Any:

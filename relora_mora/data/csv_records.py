@@ -1,10 +1,14 @@
-"""CSV: the rows below a header, one column of each. What a row is Python's ``csv`` says, as strictly as it can."""
+"""CSV: the rows below a header, of each the column of text or those of a record.
+
+What a row is Python's ``csv`` says, as strictly as it can.
+"""
 
 from __future__ import annotations
 
 import csv
 import re
 import sys
+from typing import Any
 
 from relora_mora.config import DataConfig
 from relora_mora.data.columns import check_names
@@ -30,7 +34,7 @@ class _Lines(ShardLines):
 class CsvRecords:
     """The rows of a shard (see ``turns.Entries``); ``max_line_bytes`` limits each as it is written.
 
-    Raises SourceError where the header cannot be read or does not name the column of the text once.
+    Raises SourceError where the header cannot be read or does not name each of the columns once.
     """
 
     def __init__(self, shard: Shard, config: DataConfig) -> None:
@@ -45,8 +49,9 @@ class CsvRecords:
         except BaseException:
             self.close()
             raise
-        self._columns = len(names)
-        self._column = names.index(shard.text_column) if names else 0
+        self._shard = shard
+        self._width = len(names)
+        self._columns = {name: at for at, name in enumerate(names) if name in shard.columns}
 
     @property
     def progress(self) -> float:
@@ -60,15 +65,20 @@ class CsvRecords:
         self.row += row is not None
         return row
 
-    def text(self, entry: list[str] | Skipped) -> str | Skipped:
+    def content(self, entry: list[str] | Skipped) -> str | dict[str, Any] | Skipped:
         if isinstance(entry, Skipped):
             return entry
         if not entry:
             return Skipped("blank_line")
-        if len(entry) != self._columns:
+        if len(entry) != self._width:
             return Skipped("field_count")
-        text = entry[self._column].encode(_BYTES)
-        return Skipped("raw_nul") if b"\0" in text else decode_text(text)
+        if self._shard.records is None or self._shard.records.is_text:
+            return _text(entry[self._columns[self._shard.text_column]])
+        texts = {name: _text(entry[at]) for name, at in self._columns.items()}
+        bad = next((text for text in texts.values() if isinstance(text, Skipped) and text.reason in BAD_REASONS), None)
+        return bad or self._shard.records.fields_of(
+            {name: "" if isinstance(text, Skipped) else text for name, text in texts.items()}
+        )
 
     def seems_good(self, entry: list[str] | Skipped) -> bool:
         return False
@@ -120,6 +130,11 @@ class CsvRecords:
         names = [name.encode(_BYTES).decode("utf-8", "replace") for name in row]
         check_names(shard, names)
         return names
+
+
+def _text(field: str) -> str | Skipped:
+    text = field.encode(_BYTES)
+    return Skipped("raw_nul") if b"\0" in text else decode_text(text)
 
 
 class _BadRow(Exception):

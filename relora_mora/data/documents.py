@@ -41,7 +41,7 @@ class TextDocuments:
         self.row += document is not None
         return document
 
-    def text(self, entry: bytes | Skipped) -> str | Skipped:
+    def content(self, entry: bytes | Skipped) -> str | Skipped:
         if isinstance(entry, Skipped):
             return entry
         text = Skipped("raw_nul") if b"\0" in entry else decode_text(entry)

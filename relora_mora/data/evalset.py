@@ -1,10 +1,9 @@
-"""Held-out text, the same tokens each time on any number of ranks."""
+"""Held-out text or records, the same tokens each time on any number of ranks."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,65 +11,69 @@ import numpy as np
 
 from relora_mora.config import DataConfig, TextSource, as_sources
 from relora_mora.data.batch import UNSCORED, document_ids
+from relora_mora.data.encoders import packing_of
 from relora_mora.data.errors import SourceError
-from relora_mora.data.packing import Tokens
-from relora_mora.data.plain_text import texts_of
-from relora_mora.data.rows import Ids
-from relora_mora.data.sources import Shard, shards_of
+from relora_mora.data.packing import DocumentIds, Mask, Tokens, joined, with_end
+from relora_mora.data.rows import Encoded
+from relora_mora.data.rows_in_order import TokenizedRow, rows_in_order
+from relora_mora.data.sources import shards_of
 from relora_mora.data.token_checks import check_tokens
-from relora_mora.data.token_rows import open_tokens
+from relora_mora.data.whole import groups_of, packed
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
     EvalBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-
-_DOCUMENTS_PER_CALL = 64
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Whole documents as EOS, document, EOS, document, EOS: every token but the first is predicted once.
+    """Whole documents, packed as in training. Plain text is EOS, document, EOS, document, EOS.
 
-    Bits per byte are the summed nats over ``predicted`` tokens / ln 2 / ``utf8_bytes``: EOS is predicted and has no
-    bytes.
+    ``utf8_bytes`` are those of the text where all of it is scored, else None. Bits per byte are the summed nats over
+    ``predicted`` tokens / ln 2 / ``utf8_bytes``: EOS is predicted and has no bytes.
     """
 
-    tokens: Tokens  # int32 [predicted + 1]
-    utf8_bytes: int
+    tokens: Tokens  # int32 [blocks, T + 1]
+    scored: Mask  # [blocks, T]: whether the token behind each input counts
+    document_ids: DocumentIds | None  # [blocks, T], where attention stays within a document
+    utf8_bytes: int | None
     documents: int
-    sequence_length: int
     eos: int
-    document_mask: bool = False
+
+    @functools.cached_property
+    def predicted(self) -> int:
+        """Tokens that are scored."""
+        return int(self.scored.sum())
 
     @property
-    def predicted(self) -> int:
-        return len(self.tokens) - 1
+    def blocks(self) -> int:
+        return len(self.tokens)
 
     def batches(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[EvalBatch]:
         """(input_ids, labels, document_ids), each [micro_batch_size, sequence_length].
 
-        Labels are shifted already, and ``UNSCORED`` where nothing is scored; document_ids are those of training, or
-        None without ``document_mask``. Every rank gets the same number of batches (collectives need that), the last
-        ones filled up with unscored sequences; over all ranks each token is scored once, those of the short last block
-        too. No batch is larger than needed.
+        Labels are shifted already, and ``UNSCORED`` where nothing is scored; document_ids are those of training. Every
+        rank gets the same number of batches (collectives need that), the last ones filled up with unscored sequences;
+        over all ranks each token is scored once, those of the short last block too. No batch is larger than needed.
         """
         import torch
 
-        length = self.sequence_length
-        blocks = -(-self.predicted // length)
-        micro_batch_size = min(micro_batch_size, -(-blocks // world_size))
+        length = self.scored.shape[1]
+        micro_batch_size = min(micro_batch_size, -(-self.blocks // world_size))
         per_round = micro_batch_size * world_size
-        for first in range(rank * micro_batch_size, -(-blocks // per_round) * per_round, per_round):
+        for first in range(rank * micro_batch_size, -(-self.blocks // per_round) * per_round, per_round):
             inputs = np.full((micro_batch_size, length), self.eos, np.int64)
             labels = np.full((micro_batch_size, length), UNSCORED, np.int64)
-            for row, block in enumerate(range(first, min(first + micro_batch_size, blocks))):
-                piece = self.tokens[block * length : (block + 1) * length + 1]
-                inputs[row, : len(piece) - 1] = piece[:-1]
-                labels[row, : len(piece) - 1] = piece[1:]
-            documents = torch.from_numpy(document_ids(inputs, self.eos)) if self.document_mask else None
-            yield torch.from_numpy(inputs), torch.from_numpy(labels), documents
+            documents = np.tile(np.arange(1, length + 1, dtype=np.int32), (micro_batch_size, 1))  # an EOS begins one
+            rows = slice(first, min(first + micro_batch_size, self.blocks))
+            here = slice(0, max(0, rows.stop - first))
+            inputs[here] = self.tokens[rows, :-1]
+            labels[here] = np.where(self.scored[rows], self.tokens[rows, 1:], UNSCORED)
+            if self.document_ids is not None:
+                documents[here] = self.document_ids[rows]
+            told = None if self.document_ids is None else torch.from_numpy(documents)
+            yield torch.from_numpy(inputs), torch.from_numpy(labels), told
 
 
 def load_eval_set(
@@ -81,45 +84,72 @@ def load_eval_set(
     sequence_length: int,
     max_tokens: int | None,
 ) -> EvalSet:
-    """The first documents of the sources' validation split that have at most ``max_tokens`` tokens together; None: all.
+    """The first documents of the sources' validation split that score at most ``max_tokens`` together; None: all.
 
-    Of ``config`` the revision, the limits on lines and ``document_mask`` count. The first document is taken whatever
-    its length. Raises SourceError when there is no text.
+    Of ``config`` the revision, the limits on lines, the records and how they are packed count. The first document is
+    taken whatever its length. Raises SourceError when there is none.
     """
     from relora_mora.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
     eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-    pieces: list[Tokens] = [np.array([eos], np.int32)]
-    predicted = 0
-    utf8_bytes = 0
+    config = config.model_copy(update={"sequence_length": sequence_length})
     shards = shards_of(sources, config, "validation")
     check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos)
-    for ids, size in documents(shards, config, tokenizer):
-        if max_tokens is not None and len(pieces) > 1 and predicted + len(ids) + 1 > max_tokens:
-            break
-        pieces.append(np.array([*ids, eos], np.int32))
-        predicted += len(ids) + 1
-        utf8_bytes += size
-    if len(pieces) == 1:
+    packing = packing_of(config, shards)
+    rows = list(_up_to(max_tokens, rows_in_order(shards, config, tokenizer, packing), stream=packing == "stream"))
+    if not rows:
         given = ", ".join(source.source for source in as_sources(sources))
         raise SourceError(f"the validation data {given} holds no text; give a source with at least one document")
-    return EvalSet(np.concatenate(pieces), utf8_bytes, len(pieces) - 1, sequence_length, eos, config.document_mask)
+    encoded = [row.encoded for row in rows]
+    sizes = [row.utf8_bytes for row in rows if row.utf8_bytes is not None]
+    pack = _stream if packing == "stream" else functools.partial(_whole, fills=packing == "whole")
+    return EvalSet(
+        *pack(encoded, config, eos),
+        utf8_bytes=sum(sizes) if len(sizes) == len(rows) else None,
+        documents=len(rows),
+        eos=eos,
+    )
 
 
-def documents(
-    shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[Ids, int]]:
-    """The tokens of each document and the UTF-8 bytes of its text, made many at a time or in advance."""
-    from relora_mora.tokenizer import encode
+def _up_to(max_tokens: int | None, rows: Iterable[TokenizedRow], *, stream: bool) -> Iterator[TokenizedRow]:
+    total = 0
+    for number, row in enumerate(rows):
+        total += _scored_tokens(row.encoded, stream=stream)
+        if max_tokens is not None and number and total > max_tokens:
+            return
+        yield row
 
-    for made, some in itertools.groupby(shards, lambda shard: shard.tokens is not None):
-        if made:
-            for shard in some:
-                with closing(open_tokens(shard)) as tokens:
-                    yield from tokens.documents()
-        else:
-            texts = texts_of(some, config)
-            while group := list(itertools.islice(texts, _DOCUMENTS_PER_CALL)):
-                sizes = [len(text.encode()) for text in group]
-                yield from zip(encode(tokenizer, group), sizes, strict=True)
+
+def _scored_tokens(row: Encoded, *, stream: bool) -> int:
+    if stream:  # with the EOS behind it
+        return len(row.ids) + 1 if row.scored is None else int(with_end(row.scored).sum())
+    return len(row.ids) - 1 if row.scored is None else int(np.count_nonzero(row.scored[1:]))
+
+
+def _stream(rows: Sequence[Encoded], config: DataConfig, eos: int) -> tuple[Tokens, Mask, DocumentIds | None]:
+    """As the first lane of a stream would have them; the last block is filled up with EOS that are not scored."""
+    length = config.sequence_length
+    row_tokens, row_scored, _ = joined(rows, eos)
+    blocks = -(-len(row_tokens) // length)
+    tokens = np.full(blocks * length + 1, eos, np.int32)
+    tokens[1 : len(row_tokens) + 1] = row_tokens
+    scored = np.zeros(blocks * length, np.bool_)
+    scored[: len(row_tokens)] = True if row_scored is None else row_scored
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+    documents = document_ids(windows[:, :-1], eos) if config.document_mask else None
+    return windows, scored.reshape(blocks, length), documents
+
+
+def _whole(
+    rows: Sequence[Encoded], config: DataConfig, eos: int, *, fills: bool
+) -> tuple[Tokens, Mask, DocumentIds | None]:
+    length = config.sequence_length
+    blocks = [
+        each.block
+        for group in groups_of(rows, length)
+        for each in packed(group, eos=eos, sequence_length=length, fills=fills)
+    ]
+    documents = np.stack([block.documents for block in blocks]) if fills else None  # type: ignore[misc]
+    scored = np.stack([block.scored for block in blocks])  # type: ignore[misc]
+    return np.stack([block.tokens for block in blocks]), scored, documents

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from relora_mora.config import DataConfig, Split
+from relora_mora.data.encoders import how_written, packing_of
 from relora_mora.data.formats import TEXT
+from relora_mora.data.record_format import RecordFormat
 from relora_mora.data.sources import Shard, configured_shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # the rule by which shards become lanes and lanes blocks; a change of it that moves a token gets a new name
 RULE = "lanes-1"
@@ -25,16 +30,17 @@ def fingerprint(
     batch_lanes: int,
     split: Split = "train",
     shards: Sequence[Shard] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> str:
     """32 hex digits over what decides the blocks of a stream.
 
     That is the tokenizer, the shards (names, sizes of local ones, text columns), lanes, sequence length, seed and what
-    limits lines; of a mixture also its weights. Not over ranks, workers or where the files lie. ``shards`` saves
-    resolving the sources again. Raises SourceError.
+    limits lines; of a mixture also its weights, of records what decides their tokens (then ``tokenizer`` is needed).
+    Not over ranks, workers or where the files lie. ``shards`` saves resolving the sources again. Raises SourceError.
     """
     if shards is None:
         shards = configured_shards(config, split)
-    content = _order(config, tokenizer_fingerprint, batch_lanes, shards) | {
+    content = _order(config, tokenizer_fingerprint, batch_lanes, shards, tokenizer) | {
         "split": split,
         "shards": [[shard.name, shard.size] for shard in shards],
         "sequence_length": config.sequence_length,
@@ -47,16 +53,27 @@ def fingerprint(
 
 
 def order_fingerprint(
-    config: DataConfig, *, tokenizer_fingerprint: str, batch_lanes: int, shards: Sequence[Shard]
+    config: DataConfig,
+    *,
+    tokenizer_fingerprint: str,
+    batch_lanes: int,
+    shards: Sequence[Shard],
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> str:
     """32 hex digits over what gives a saved position its meaning: which document and which token comes there.
 
     Not over the sizes of shards: one that was repaired or has grown is read on from the same line.
     """
-    return _digest(_order(config, tokenizer_fingerprint, batch_lanes, shards))
+    return _digest(_order(config, tokenizer_fingerprint, batch_lanes, shards, tokenizer))
 
 
-def _order(config: DataConfig, tokenizer_fingerprint: str, batch_lanes: int, shards: Sequence[Shard]) -> dict[str, Any]:
+def _order(
+    config: DataConfig,
+    tokenizer_fingerprint: str,
+    batch_lanes: int,
+    shards: Sequence[Shard],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> dict[str, Any]:
     uneven = any(count > batch_lanes and count % batch_lanes for count in Counter(s.source for s in shards).values())
     order = {
         "rule": RULE_OF_PARTS if uneven and not config.whole_shards else RULE,
@@ -73,7 +90,29 @@ def _order(config: DataConfig, tokenizer_fingerprint: str, batch_lanes: int, sha
         order["sources"] = [shard.source for shard in shards]
     if any(shard.format is TEXT for shard in shards):
         order["sample_by"] = config.sample_by
+    return order | _record_order(config, shards, tokenizer)
+
+
+def _record_order(
+    config: DataConfig, shards: Sequence[Shard], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """What records add; nothing where all rows are plain text in a stream, as in runs that knew nothing else."""
+    order: dict[str, Any] = {}
+    by_source = {shard.source: shard for shard in shards}
+    records = {source: shard.records for source, shard in by_source.items() if shard.records is not None}
+    if records:
+        assert tokenizer is not None, "how it writes records is part of the fingerprint"
+        order["records"] = {source: _how_read(held, tokenizer) for source, held in records.items()}
+    packings = {source: packing_of(config, [shard]) for source, shard in by_source.items()}
+    if set(packings.values()) != {"stream"}:  # then a position depends on what fits into a sequence
+        order["packing"] = packings
+        order["sequence_length"] = config.sequence_length
     return order
+
+
+def _how_read(held: RecordFormat, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    settings = held.settings.model_dump(exclude={"template"})  # whose text counts
+    return [settings, *(() if held.is_text else how_written(tokenizer, held))]
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from relora_mora.config import DataConfig
+from relora_mora.data.bad_rows import BadRowLimit
 from relora_mora.data.lanes import plan_lanes
 from relora_mora.data.parse import decode_text
-from relora_mora.data.skipped import BAD_REASONS, BadRowLimit, Skipped
+from relora_mora.data.record_format import Record
+from relora_mora.data.skipped import BAD_REASONS, Skipped
 from relora_mora.data.sources import Shard
+
+# UTF-8 of the text, None where there is none; where the shard holds records, their fields
+Content = bytes | None | dict[str, Any] | Skipped
 
 
 class Groups(Protocol):
-    """The texts of a file in groups."""
+    """The texts or records of a file in groups."""
 
     @property
     def group_rows(self) -> Sequence[int]:
         """The number of rows in each group."""
 
-    def texts(self, group: int, first: int, stride: int) -> Iterator[tuple[int, bytes | None]]:
-        """Number in the file, from 1, and UTF-8 of the rows ``first``, ``first + stride``, ... of a group."""
+    def contents(self, group: int, first: int, stride: int) -> Iterator[tuple[int, Content]]:
+        """Number in the file, from 1, and content of the rows ``first``, ``first + stride``, ... of a group."""
 
     def close(self) -> None: ...
 
 
 class GroupRows:
-    """The texts of a lane's share of a file (see ``rows.Rows``).
+    """The texts or records of a lane's share of a file (see ``rows.Rows``).
 
     Lanes that share a file split its groups as lanes split shards: with at least as many groups as lanes each takes
     every ``stride``-th group, with fewer the lanes that fall on the same group take its rows in turn. Each lane judges
@@ -46,6 +51,7 @@ class GroupRows:
         note: Callable[[str], None],
     ) -> None:
         self._max_bytes = config.max_line_bytes
+        self._shard = shard
         self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit="row")
         self._file = groups
         filled = [number for number, rows in enumerate(groups.group_rows) if rows]
@@ -55,7 +61,7 @@ class GroupRows:
         self._stride = parts[0].stride
         self._phase = parts[0].phase
         self._next = 0  # of the own rows
-        self._texts: Iterator[tuple[int, bytes | None]] | None = None
+        self._contents: Iterator[tuple[int, Content]] | None = None
 
     @property
     def bad(self) -> int:
@@ -71,13 +77,13 @@ class GroupRows:
 
     def skip(self, count: int) -> bool:
         self._next += count
-        self._texts = None
+        self._contents = None
         return self._next <= sum(map(self._own_rows, self._groups))
 
-    def take(self, count: int) -> list[str | Skipped]:
-        if self._texts is None:
-            self._texts = self._texts_from(self._next)
-        rows = [self._row(number, text) for number, text in itertools.islice(self._texts, count)]
+    def take(self, count: int) -> list[str | Record | Skipped]:
+        if self._contents is None:
+            self._contents = self._contents_from(self._next)
+        rows = [self._row(number, content) for number, content in itertools.islice(self._contents, count)]
         if not rows and (self._next or self.is_empty):
             self._limit.finish(self._next)
         return rows
@@ -88,23 +94,28 @@ class GroupRows:
     def _own_rows(self, group: int) -> int:
         return len(range(self._phase, self._file.group_rows[group], self._stride))
 
-    def _texts_from(self, start: int) -> Iterator[tuple[int, bytes | None]]:
-        """Number in the file, from 1, and UTF-8 of the own rows from the one numbered ``start`` on."""
+    def _contents_from(self, start: int) -> Iterator[tuple[int, Content]]:
+        """Number in the file, from 1, and content of the own rows from the one numbered ``start`` on."""
         for group in self._groups:
             rows = self._own_rows(group)
             if start < rows:
-                yield from self._file.texts(group, self._phase + start * self._stride, self._stride)
+                yield from self._file.contents(group, self._phase + start * self._stride, self._stride)
             start = max(0, start - rows)
 
-    def _row(self, number: int, text: bytes | None) -> str | Skipped:
-        """The text of the next own row, or the reason why there is none; counts a bad one."""
+    def _row(self, number: int, content: Content) -> str | Record | Skipped:
+        """The text or record of the next own row, or the reason why there is none; counts a bad one."""
         self._next += 1
-        row = self._decoded(text)
+        row = self._decoded(number, content)
         if isinstance(row, Skipped) and row.reason in BAD_REASONS:
-            self._limit.count(number, row.reason, seen=self._next)
+            self._limit.count(number, row, seen=self._next)
         return row
 
-    def _decoded(self, text: bytes | None) -> str | Skipped:
-        if text is None:
+    def _decoded(self, number: int, content: Content) -> str | Record | Skipped:
+        if content is None:
             return Skipped("null_text")
-        return Skipped("too_long") if len(text) > self._max_bytes else decode_text(text)
+        if isinstance(content, Skipped):
+            return content
+        row = Record(content, f"{self._shard.name}, row {number}") if isinstance(content, dict) else content
+        if len(row) > self._max_bytes:
+            return Skipped("too_long")
+        return decode_text(row) if isinstance(row, bytes) else row

@@ -1,14 +1,15 @@
-"""JSON lines: the string under a key of each line."""
+"""JSON lines: the string under a key of each line, or what stands under the keys of a record."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from relora_mora.config import DataConfig
 from relora_mora.data.decompress import BOM, foreign_format
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lines import ShardLines
-from relora_mora.data.parse import parse_line, surely_bad
+from relora_mora.data.parse import parse_line, parse_row, surely_bad
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
 
@@ -23,11 +24,14 @@ class JsonLines(ShardLines):
         self._shard = shard
         self._foreign_format: str | None = None
 
-    def text(self, entry: bytes | Skipped) -> str | Skipped:
-        return parse_line(entry, column=self._shard.text_column, foreign_format=self._foreign_format)
+    def content(self, entry: bytes | Skipped) -> str | dict[str, Any] | Skipped:
+        if self._shard.records is None or self._shard.records.is_text:
+            return parse_line(entry, column=self._shard.text_column, foreign_format=self._foreign_format)
+        row = parse_row(entry, foreign_format=self._foreign_format)
+        return row if isinstance(row, Skipped) else self._shard.records.fields_of(row)
 
     def seems_good(self, entry: bytes | Skipped) -> bool:
-        return not surely_bad(entry, column=self._shard.text_column)
+        return not any(surely_bad(entry, column=column) for column in self._shard.required_columns)
 
     def begin(self, head: bytes) -> None:
         self._foreign_format = foreign_format(head)

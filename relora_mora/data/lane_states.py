@@ -29,13 +29,22 @@ class Cursor(NamedTuple):
 
     def after_skipping(self, reason: str) -> Cursor:
         """The same place with one more skipped row counted."""
+        return self.after_passing(reason, 1, documents=0)
+
+    def after_passing(self, reason: str, count: int, *, documents: int) -> Cursor:
+        """The same place with ``count`` rows more for a reason, of which ``documents`` are no finished documents."""
         at = SKIP_REASONS.index(reason)
         counts = self.skipped
-        return self._replace(skipped=(*counts[:at], counts[at] + 1, *counts[at + 1 :]))
+        return self._replace(
+            documents=self.documents - documents, skipped=(*counts[:at], counts[at] + count, *counts[at + 1 :])
+        )
+
+    def skipped_by_reason(self) -> dict[str, int]:
+        return dict(zip(SKIP_REASONS, self.skipped, strict=True))
 
     def state(self, offset: int) -> dict[str, Any]:
         """What a checkpoint holds of a lane that is ``offset`` tokens into the document at this cursor; JSON-able."""
-        skipped = {reason: count for reason, count in zip(SKIP_REASONS, self.skipped, strict=True) if count}
+        skipped = {reason: count for reason, count in self.skipped_by_reason().items() if count}
         return {**self._asdict(), "skipped": skipped, "offset": offset}
 
 

@@ -1,4 +1,4 @@
-"""Packing: the rows of a lane as token blocks, without padding and without losing a token.
+"""Packing as a stream: the rows of a lane as token blocks, without padding and without losing a token.
 
 The tokens of a lane are EOS, document, EOS, document, EOS, ... Block k is the ``sequence_length + 1`` tokens from
 ``k * sequence_length`` on: its last token is the first of the next block, so every token but the very first is
@@ -10,29 +10,47 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from relora_mora.data.batch import document_ids
+from relora_mora.data.encoded_rows import EncodedRows
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lane_states import Cursor
 from relora_mora.data.lanes import LaneRows
-from relora_mora.data.rows import Encode, Encoded, Row
+from relora_mora.data.rows import Encode, Encoded, Row, Scored
 
 Tokens = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
-
-# rows encoded in one call: enough to make the call cheap, few enough that a resume repeats little
-ENCODE_ROWS = 64
-ENCODE_CHARACTERS = 1 << 15
+DocumentIds = npt.NDArray[np.int32]
 
 
 class Block(NamedTuple):
-    """``scored[j]`` says whether the prediction of ``tokens[j + 1]`` counts in the loss; None where all do."""
+    """``scored[j]`` says whether the prediction of ``tokens[j + 1]`` counts in the loss; None where all do.
+
+    ``documents`` numbers the documents that the inputs, all tokens but the last, belong to; None: attention goes back
+    to the beginning.
+    """
 
     tokens: Tokens  # [T + 1]
     scored: Mask | None  # [T]
+    documents: DocumentIds | None = None  # [T]
+
+
+class Packer(Protocol):
+    """The blocks of a lane, one after the other. ``state()`` is where the one after it begins."""
+
+    rows: LaneRows[Any]
+
+    def next_block(self) -> Block:
+        """Raises SourceError when a shard has too many bad rows or cannot be read."""
+
+    def state(self) -> dict[str, Any]:
+        """A few numbers, JSON-able."""
+
+    def close(self) -> None: ...
 
 
 class _Documents(NamedTuple):
@@ -58,19 +76,19 @@ class Lane(Generic[Row]):
         *,
         eos: int,
         sequence_length: int,
+        document_mask: bool = False,
         restored: Mapping[str, Any] | None = None,
     ) -> None:
         self.rows = rows
-        self.encode = encode
         self.eos = eos
+        self.document_mask = document_mask
         self.sequence_length = sequence_length
         cursor = Cursor()
         self._at = 0  # tokens of the documents at hand that are packed already
         if restored:
             cursor, self._at = rows.plan.read(restored)
-        self._source = rows.rows_from(cursor)
+        self._source = EncodedRows(rows, encode, cursor)
         self._documents = _Documents(cursor, np.empty(0, np.int32), None, [], [])
-        self._error: SourceError | None = None
         self._last = self._last_token()
 
     def next_block(self) -> Block:
@@ -98,7 +116,8 @@ class Lane(Generic[Row]):
                     scored[filled - 1 : end - 1] = mask
             filled = end
         self._last = int(tokens[-1])
-        return Block(tokens, scored)
+        documents = document_ids(tokens[:-1], self.eos) if self.document_mask else None
+        return Block(tokens, scored, documents)
 
     def state(self) -> dict[str, Any]:
         """A few numbers, JSON-able: all that ``restored`` needs."""
@@ -124,46 +143,31 @@ class Lane(Generic[Row]):
         return int(self._documents.tokens[self._at - 1])
 
     def _encode_more(self) -> None:
-        """Make tokens of the next rows. An error waits until the documents before it are used up."""
-        if self._error is not None:
-            raise self._error
-        rows: list[Row] = []
-        after: list[Cursor] = []
-        characters = 0
-        try:
-            while len(rows) < ENCODE_ROWS and characters < ENCODE_CHARACTERS:
-                row, cursor = next(self._source)
-                rows.append(row)
-                after.append(cursor)
-                characters += len(row)
-        except SourceError as error:
-            self._error = error
-            if not rows:
-                raise
-        before = self._documents.after[-1] if self._documents.after else self._documents.before
-        encoded = self.encode(rows)
-        ends = list(itertools.accumulate(len(document.ids) + 1 for document in encoded))
-        tokens = np.empty(ends[-1], np.int32)
-        begin = 0
-        for document, end in zip(encoded, ends, strict=True):
-            tokens[begin : end - 1] = document.ids
-            tokens[end - 1] = self.eos
-            begin = end
-        self._documents = _Documents(before, tokens, _masks(encoded), ends, after)
+        before, encoded, after = self._source.next_group()
+        tokens, scored, ends = joined(encoded, self.eos)
+        self._documents = _Documents(before, tokens, scored, ends, after)
 
 
-def _masks(encoded: Sequence[Encoded]) -> Mask | None:
-    """The masks of documents, one behind the other, each with that of its EOS; None where all tokens are scored."""
-    if all(document.scored is None for document in encoded):
+def joined(rows: Sequence[Encoded], eos: int) -> tuple[Tokens, Mask | None, list[int]]:
+    """Rows, each with an EOS behind it: their tokens, which are scored (None: all), and where each ends."""
+    ends = list(itertools.accumulate(len(row.ids) + 1 for row in rows))
+    tokens = np.empty(ends[-1], np.int32)
+    begin = 0
+    for row, end in zip(rows, ends, strict=True):
+        tokens[begin : end - 1] = row.ids
+        tokens[end - 1] = eos
+        begin = end
+    return tokens, _masks(rows), ends
+
+
+def _masks(rows: Sequence[Encoded]) -> Mask | None:
+    if all(row.scored is None for row in rows):
         return None
     return np.concatenate(
-        [
-            np.ones(len(document.ids) + 1, np.bool_) if document.scored is None else _with_end(document.scored)
-            for document in encoded
-        ]
+        [np.ones(len(row.ids) + 1, np.bool_) if row.scored is None else with_end(row.scored) for row in rows]
     )
 
 
-def _with_end(scored: Sequence[bool]) -> Mask:
-    """The mask of a document with its EOS, which is scored where the token before it is: so an answer learns to end."""
+def with_end(scored: Scored) -> Mask:
+    """The mask of a row with its EOS, which is scored where the token before it is: so an answer learns to end."""
     return np.array([*scored, bool(len(scored)) and scored[-1]], np.bool_)

@@ -1,9 +1,10 @@
-"""The text in a line of JSON, or the reason why it holds none."""
+"""The text, or the whole object, in a line of JSON, or the reason why it holds none."""
 
 from __future__ import annotations
 
 import functools
 import json
+from typing import Any
 
 from relora_mora.data.skipped import Skipped
 
@@ -17,20 +18,12 @@ def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: s
 
     An escaped ``\\u0000`` is text, a raw NUL is not. An escaped lone surrogate cannot be encoded: it is invalid UTF-8.
     """
-    if isinstance(line, Skipped):
-        return line
-    if b"\0" in line:
-        return Skipped(foreign_format or "raw_nul")
-    try:
-        decoded = line.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError:
-        return Skipped(foreign_format or "invalid_utf8")
-    if not decoded.strip(BLANK):
-        return Skipped("blank_line")
-    try:
-        value = json.loads(decoded)
-    except (ValueError, RecursionError):
-        return Skipped(foreign_format or "not_json")
+    decoded = _decode(line, foreign_format)
+    if isinstance(decoded, Skipped):
+        return decoded
+    value = _loads(decoded, foreign_format)
+    if isinstance(value, Skipped):
+        return value
     if not isinstance(value, dict) or column not in value:
         return Skipped("no_text")
     text = value[column]
@@ -41,6 +34,40 @@ def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: s
     if "\\u" in decoded and not _is_encodable(text):
         return Skipped("invalid_utf8")
     return text
+
+
+def parse_row(line: bytes | Skipped, *, foreign_format: str | None = None) -> dict[str, Any] | Skipped:
+    """The whole object, or why there is none: for the same reasons as there is no text."""
+    decoded = _decode(line, foreign_format)
+    if isinstance(decoded, Skipped):
+        return decoded
+    value = _loads(decoded, foreign_format)
+    if isinstance(value, Skipped):
+        return value
+    if not isinstance(value, dict):
+        return Skipped("bad_record", "is no object of keys and values")
+    if "\\u" in decoded and not _is_encodable(json.dumps(value, ensure_ascii=False)):
+        return Skipped("invalid_utf8")
+    return value
+
+
+def _decode(line: bytes | Skipped, foreign_format: str | None) -> str | Skipped:
+    if isinstance(line, Skipped):
+        return line
+    if b"\0" in line:
+        return Skipped(foreign_format or "raw_nul")
+    try:
+        decoded = line.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        return Skipped(foreign_format or "invalid_utf8")
+    return decoded if decoded.strip(BLANK) else Skipped("blank_line")
+
+
+def _loads(decoded: str, foreign_format: str | None) -> Any:
+    try:
+        return json.loads(decoded)
+    except (ValueError, RecursionError):
+        return Skipped(foreign_format or "not_json")
 
 
 def decode_text(text: bytes) -> str | Skipped:

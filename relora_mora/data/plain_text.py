@@ -1,11 +1,11 @@
-"""Plain text: each document is a row, and every one of its tokens is scored. Here is the reader of each format."""
+"""The rows of shards of every format: texts, or records. Of plain text every document is a row."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from relora_mora.config import DataConfig, Split, TextSource
 from relora_mora.data.arrow import ArrowColumn
@@ -16,7 +16,7 @@ from relora_mora.data.formats import ARROW, CSV, JSON_LINES, PARQUET, TEXT, Form
 from relora_mora.data.groups import GroupRows, Groups
 from relora_mora.data.json_lines import JsonLines
 from relora_mora.data.parquet import ParquetColumn
-from relora_mora.data.rows import Encode, Encoded, Rows
+from relora_mora.data.rows import Encoded, EncodeTexts, Rows
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard, shards_of
 from relora_mora.data.turns import Entries, TurnRows
@@ -35,8 +35,8 @@ _ENTRIES: dict[Format, Callable[[Shard, DataConfig], Entries]] = {
 _GROUPS: dict[Format, Callable[[Shard, float], Groups]] = {PARQUET: ParquetColumn, ARROW: ArrowColumn}
 
 
-class TextRows(Rows[str], Protocol):
-    """Rows of text, and what making tokens in advance asks for."""
+class FileRows(Rows[Any], Protocol):
+    """Rows of a file, and what making tokens in advance asks for."""
 
     @property
     def groups(self) -> list[int] | None:
@@ -47,7 +47,7 @@ class TextRows(Rows[str], Protocol):
         """The part of the shard that was read, 0 to 1; 0 as long as its size is not known."""
 
 
-def open_texts(
+def open_rows(
     config: DataConfig,
     shard: Shard,
     *,
@@ -55,13 +55,11 @@ def open_texts(
     phase: int = 0,
     bad: int = 0,
     note: Callable[[str], None] = log.warning,
-) -> TextRows:
-    """The texts of a shard of any format (see ``rows.OpenRows``). Of ``config`` limits and ``sample_by`` are used.
+) -> FileRows:
+    """The texts of a shard of any format, or its records (see ``rows.OpenRows``).
 
-    Raises SourceError for a shard of tokens.
+    Of ``config`` limits and ``sample_by`` are used.
     """
-    if shard.tokens is not None:
-        raise SourceError(f"{shard.location} holds tokens, and text is needed here; give the text that they are of")
     if shard.format.in_groups:
         groups = _GROUPS[shard.format](shard, config.timeout_seconds)
         return GroupRows(groups, config, shard, stride=stride, phase=phase, bad=bad, note=note)
@@ -69,22 +67,33 @@ def open_texts(
     return TurnRows(entries, config, shard, stride=stride, phase=phase, bad=bad, note=note)
 
 
+def check_is_text(shard: Shard) -> None:
+    """Raises SourceError for a shard of tokens or records."""
+    if shard.tokens is not None:
+        raise SourceError(f"{shard.location} holds tokens, and text is needed here; give the text that they are of")
+    if shard.holds_records:
+        raise SourceError(
+            f"{shard.name} is read as records (data.records), and text is needed here; set data.records=null, or its "
+            "kind to text"
+        )
+
+
 def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
     """Looks at one file of each folder and format that can be wrong as a whole.
 
-    That is one without the column of the text or, on a disk, an array in JSON. Raises SourceError.
+    That is one without the columns that are read or, on a disk, an array in JSON. Raises SourceError.
     """
     looked_at = {
-        (shard.location.rpartition("/")[0], shard.format, shard.text_column): shard
+        (shard.location.rpartition("/")[0], shard.format, tuple(shard.columns)): shard
         for shard in shards
         if not shard.tokens and shard.format is not TEXT and not (shard.format is JSON_LINES and shard.is_remote)
     }
     for shard in looked_at.values():
-        with closing(open_texts(config, shard)) as rows:
+        with closing(open_rows(config, shard)) as rows:
             rows.skip(1)
 
 
-def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode[str]:
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> EncodeTexts:
     """The function from texts to their tokens, all of them scored."""
     from relora_mora.tokenizer import encode
 
@@ -103,7 +112,8 @@ def iter_texts(sources: str | Sequence[str | TextSource], *, split: Split, confi
 def texts_of(shards: Iterable[Shard], config: DataConfig) -> Iterator[str]:
     """Every text of some shards, as ``iter_texts`` gives them."""
     for shard in shards:
-        with closing(open_texts(config, shard)) as rows:
+        check_is_text(shard)
+        with closing(open_rows(config, shard)) as rows:
             # one at a time: nobody waits for, or hears of, what stands behind the text that is wanted
             while row := rows.take(1):
                 yield from (text for text in row if not isinstance(text, Skipped))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from relora_mora.config import DataConfig
+from relora_mora.data.encoders import packing_of
 from relora_mora.data.lane_states import Cursor, read_key
 from relora_mora.data.lanes import LanePlan, plan_lanes
 from relora_mora.data.sources import Shard
@@ -30,24 +31,32 @@ def describe_position(
         lane, source = read_key(key)
         own = [shard for shard in shards if shard.source == source]
         plan = plan_lanes(lanes, len(own), whole=config.whole_shards)[lane]
-        here = _place(plan, *plan.read(state[key]), own, config)
+        counted = "tokens of the next document" if packing_of(config, own) == "stream" else "sequences of what follows"
+        here = _place(plan, *plan.read(state[key]), own, config, counted)
         name = f"lane {lane}, {source}" if source else f"lane {lane}"
         if since is None:
             sentences.append(f"{name}: {here}")
         elif since.get(key) != state[key]:  # of a mixture, a batch takes from some sources only
             before = plan.read(since[key]) if key in since else (Cursor(), 0)
-            sentences.append(f"{name}: from {_place(plan, *before, own, config)} to {here}")
+            sentences.append(f"{name}: from {_place(plan, *before, own, config, counted)} to {here}")
     return sentences
 
 
-def _place(plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard], config: DataConfig) -> str:
+def _place(
+    plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard], config: DataConfig, counted: str
+) -> str:
+    place = _rows_behind(plan, cursor, shards, config)
+    return f"{place} and {offset} {counted}" if offset else place
+
+
+def _rows_behind(plan: LanePlan, cursor: Cursor, shards: Sequence[Shard], config: DataConfig) -> str:
     part = plan.order(config.seed, cursor.epoch)[cursor.place]
     shard = shards[part.shard]
     if shard.format.in_groups:  # whose rows these are in the file stands in it
         first = cursor.block * config.shuffle_documents + 1
         share = f" of share {part.phase + 1} of {part.stride}" if part.stride > 1 else ""
         rows = f"behind {cursor.item} of rows {first} to {first + config.shuffle_documents - 1}{share} (shuffled)"
-        return _with_offset(f"epoch {cursor.epoch}, {shard.name}, {rows}", offset)
+        return f"epoch {cursor.epoch}, {shard.name}, {rows}"
     unit = shard.format.unit or config.sample_by
     first = cursor.block * config.shuffle_documents * part.stride + part.phase + 1
     last = first + (config.shuffle_documents - 1) * part.stride
@@ -56,8 +65,4 @@ def _place(plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard],
     else:
         steps = f" in steps of {part.stride}" if part.stride > 1 else ""
         lines = f"behind {cursor.item} of {unit}s {first} to {last}{steps} (shuffled)"
-    return _with_offset(f"epoch {cursor.epoch}, {shard.name}, {lines}", offset)
-
-
-def _with_offset(place: str, offset: int) -> str:
-    return f"{place} and {offset} tokens of the next document" if offset else place
+    return f"epoch {cursor.epoch}, {shard.name}, {lines}"

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relora_mora.config import DataConfig
+from relora_mora.config import DataConfig, Packing
+from relora_mora.data.encoders import encoder_of, packing_of, whole_texts
 from relora_mora.data.lane_states import LaneStates, lane_state, state_key
 from relora_mora.data.lanes import EpochLimit, LaneRows, plan_lanes
 from relora_mora.data.mixture import Mixture
-from relora_mora.data.packing import Block, Lane, Mask, Tokens
-from relora_mora.data.plain_text import text_encoder
+from relora_mora.data.packing import Block, DocumentIds, Lane, Mask, Packer, Tokens
 from relora_mora.data.retry import RETRIES
 from relora_mora.data.rows import Encode
 from relora_mora.data.sources import Shard
-from relora_mora.data.token_rows import only_tokens, open_any, or_tokens
+from relora_mora.data.token_rows import only_tokens, open_any
+from relora_mora.data.whole import WholeLane
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ class LaneBlocks:
 
     tokens: Tokens  # [lanes * blocks_per_lane, T + 1], ordered by lane
     scored: Mask | None  # [lanes * blocks_per_lane, T]; None where all tokens are
+    documents: DocumentIds | None  # [lanes * blocks_per_lane, T]; None where no block tells them
     states: LaneStates
     retries: int  # so far, of all that this process reads
     notes: list[str] = field(default_factory=list)
@@ -53,7 +55,7 @@ class LaneBlocks:
 class SourceLane:
     """A lane in one source: what comes next in it, and how many blocks it has given."""
 
-    lane: Lane[Any]
+    lane: Packer
     blocks: int
 
 
@@ -80,22 +82,37 @@ class Producer:
         shards = [shard for shard in self.assignment.shards if shard.source == name]
         plan = plan_lanes(self.assignment.lanes_of_all, len(shards), whole=config.whole_shards)[lane]
         restored = self.assignment.states.get(state_key(lane, name))
-        encode, eos = self._encoder(shards)
-        packed = Lane(
-            LaneRows(plan, shards, config, functools.partial(open_any, config), self.limits.get(name)),
-            encode,
-            eos=eos,
-            sequence_length=config.sequence_length,
-            restored=restored,
-        )
-        return SourceLane(packed, restored.get("blocks", 0) if restored else 0)
+        rows = LaneRows(plan, shards, config, functools.partial(open_any, config), self.limits.get(name))
+        return SourceLane(self._packer(rows, restored), restored.get("blocks", 0) if restored else 0)
 
-    def _encoder(self, shards: Sequence[Shard]) -> tuple[Encode[Any], int]:
+    def _packer(self, rows: LaneRows[Any], restored: Mapping[str, Any] | None) -> Packer:
+        config = self.assignment.config
+        packing = packing_of(config, rows.shards)
+        encode, eos = self._encoder(rows.shards, packing)
+        length = config.sequence_length
+        if packing == "stream":
+            return Lane(
+                rows,
+                encode,
+                eos=eos,
+                sequence_length=length,
+                document_mask=config.document_mask,
+                restored=restored,
+            )
+        fills = packing == "whole"
+        return WholeLane(rows, encode, eos=eos, sequence_length=length, fills=fills, restored=restored)
+
+    def _encoder(self, shards: Sequence[Shard], packing: Packing) -> tuple[Encode[Any], int]:
         """What makes tokens of the rows of these shards, and EOS. Rows that are tokens need no tokenizer."""
         made = shards[0].tokens
+        length = self.assignment.config.sequence_length
+        record_format = shards[0].records
         if made is not None and all(shard.tokens for shard in shards):
-            return only_tokens, made.making.eos
-        return or_tokens(text_encoder(self.tokenizer)), int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+            eos = made.making.eos
+            whole = whole_texts(only_tokens, eos, record_format, length)
+            return only_tokens if packing == "stream" else whole, eos
+        encode = encoder_of(self.tokenizer, record_format, packing, length)
+        return encode, int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -124,6 +141,7 @@ class Producer:
         return LaneBlocks(
             tokens=np.stack([block.tokens for block in blocks]),
             scored=_stacked_masks(blocks),
+            documents=_stacked_documents(blocks),
             states=states,
             retries=RETRIES.retries,
             notes=[*notes, *self._read_again(states)],
@@ -154,3 +172,11 @@ def _stacked_masks(blocks: Sequence[Block]) -> Mask | None:
         return None
     all_scored = np.ones(len(blocks[0].tokens) - 1, np.bool_)
     return np.stack([all_scored if block.scored is None else block.scored for block in blocks])
+
+
+def _stacked_documents(blocks: Sequence[Block]) -> DocumentIds | None:
+    """The documents [blocks, T] of blocks of which some tell them; the others are one document each."""
+    if all(block.documents is None for block in blocks):
+        return None
+    one = np.zeros(len(blocks[0].tokens) - 1, np.int32)
+    return np.stack([one if block.documents is None else block.documents for block in blocks])

@@ -1,8 +1,8 @@
 """The seam between packing and what is packed.
 
 A lane knows neither the format of its shards nor what their rows mean. It takes two functions: one opens the rows of a
-shard (``OpenRows``), the other makes tokens of rows and says which of these are scored (``Encode``). Plain text is one
-such pair, in ``plain_text.py``.
+shard (``OpenRows``), the other makes tokens of rows and says which of these are scored (``Encode``). ``plain_text.py``
+opens shards of every format, ``encoders.py`` has the functions to tokens.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from relora_mora.data.sources import Shard
 
 # What a row holds: a text, say, or the messages of a conversation. Its length is about its number of characters.
 Row = TypeVar("Row", bound=Sized)
-TokenIds = npt.NDArray[np.unsignedinteger[Any]]  # made in advance
+TokenIds = npt.NDArray[np.integer[Any]]
 Ids = Sequence[int] | TokenIds
+Scored = Sequence[bool] | npt.NDArray[np.bool_]
 
 
 class Rows(Protocol[Row]):
@@ -64,8 +65,10 @@ class Encoded(NamedTuple):
     """The tokens of a row, and for each whether predicting it counts in the loss; None where all do."""
 
     ids: Ids
-    scored: Sequence[bool] | None = None
+    scored: Scored | None = None
+    cut: bool = False  # at its end, because a sequence has no room for more
 
 
 # many rows at once, because a tokenizer's call is not free; what a row becomes must not depend on the others
-Encode = Callable[[list[Row]], list[Encoded]]
+Encode = Callable[[list[Row]], Sequence[Encoded | Skipped]]
+EncodeTexts = Callable[[list[str]], list[Encoded]]

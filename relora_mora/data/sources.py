@@ -6,17 +6,18 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from relora_mora.config import DataConfig, Split, TextSource, as_sources, is_mixture
+from relora_mora.config import DataConfig, RecordsConfig, Split, TextSource, as_sources, is_mixture
 from relora_mora.data.dataset_sources import DatasetName, dataset_files, dataset_name
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.formats import ARROW, JSON_LINES, SUFFIXES, Format, format_of
+from relora_mora.data.formats import ARROW, JSON_LINES, SUFFIXES, TEXT, Format, format_of
 from relora_mora.data.hub_sources import C4, Commits, hub_parts, hub_source, is_hub
+from relora_mora.data.record_format import RecordFormat
 from relora_mora.data.token_index import TokenFile, file_in, finished_index, is_token_folder
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -31,13 +32,33 @@ class Shard:
     location: str
     size: int | None = None  # bytes, local files only
     hub: bool = False  # requests carry the hub's token, where there is one
-    text_column: str = "text"  # the key or column that holds the text
+    text_column: str = "text"  # the key or column that holds the text, where rows are text
+    records: RecordFormat | None = None  # what rows hold; None: text
     source: str = ""  # the name of its source, in a mixture and where that has a text_column of its own
     tokens: TokenFile | None = None  # made in advance, at the location; all else but that is said of their text
 
     @property
     def format(self) -> Format:
         return format_of(self.name) or JSON_LINES  # a url may tell nothing
+
+    @property
+    def holds_records(self) -> bool:
+        """Whether a row is columns, and not a text."""
+        return self.records is not None and not self.records.is_text
+
+    @property
+    def required_columns(self) -> Collection[str]:
+        """The keys or columns that are read, and that every row has."""
+        if self.records is None or self.records.is_text:
+            return (self.text_column,)
+        return self.records.settings.required.values()
+
+    @property
+    def columns(self) -> Collection[str]:
+        """All keys or columns that are read."""
+        if self.records is None or self.records.is_text:
+            return (self.text_column,)
+        return {**self.records.settings.required, **self.records.settings.optional}.values()
 
     @property
     def is_remote(self) -> bool:
@@ -60,6 +81,7 @@ def resolve_shards(
     split: Split = "train",
     timeout_seconds: float = 600.0,
     text_column: str = "text",
+    records: RecordsConfig | None = None,
 ) -> list[Shard]:
     """The shards of all sources, in the order given; those of a local glob are sorted by path.
 
@@ -67,8 +89,8 @@ def resolve_shards(
     or ``FOLDER[:CONFIG[:SPLIT]]``, ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local path or a local glob, or a
     folder of tokens made in advance.
     ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources are addressed at the commit
-    that ``revision`` is now. Raises SourceError for what names no file, or one that was
-    named before.
+    that ``revision`` is now. ``text_column`` and ``records`` are those of sources that name none. Raises SourceError
+    for what names no file, or one that was named before, and for files that cannot hold such records.
     """
     given = as_sources(sources)
     if not given:
@@ -78,6 +100,8 @@ def resolve_shards(
     shards = []
     named: dict[str | tuple[int, int], tuple[Shard, str]] = {}
     for source in given:
+        held = source.records or records
+        record_format = RecordFormat.of(held) if held else None
         for shard in _resolve(source, split, commits):
             before, named_by = named.setdefault(_identity(shard), (shard, source.source))
             if before is not shard:
@@ -86,9 +110,12 @@ def resolve_shards(
                     f"{source.source}: {shard.name} is a file that {named_by} names already{as_well}; "
                     "its text would be read twice: give each file once"
                 )
-            column = shard.text_column if shard.tokens else source.text_column or text_column
-            name = source.label if mixed or source.text_column else ""
-            shards.append(replace(shard, text_column=column, source=name))
+            column = shard.text_column if shard.tokens else _text_column(source, held, text_column)
+            name = source.label if mixed or source.text_column or source.records else ""
+            shard = replace(shard, text_column=column, records=record_format, source=name)
+            if shard.holds_records:
+                _check_columns(shard)
+            shards.append(shard)
     if len(shards) > _MAX_SHARDS:
         raise SourceError(
             f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources"
@@ -104,6 +131,7 @@ def shards_of(sources: str | Sequence[str | TextSource], config: DataConfig, spl
         split=split,
         timeout_seconds=config.timeout_seconds,
         text_column=config.text_column,
+        records=config.records,
     )
 
 
@@ -157,6 +185,21 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
         yield from _token_shards(folder)
     else:
         yield from _local_shards(source)
+
+
+def _text_column(source: TextSource, records: RecordsConfig | None, default: str) -> str:
+    named = records.columns.get("text") if records else None
+    return source.text_column or named or default
+
+
+def _check_columns(shard: Shard) -> None:
+    if shard.tokens is None and shard.format is not TEXT:
+        return
+    holds = "text without columns" if shard.tokens is None else "tokens of plain text"
+    raise SourceError(
+        f"{shard.name} holds {holds}, and its records are to be {shard.records.settings.kind}; "  # type: ignore[union-attr]
+        "give files with columns or keys, or set records.kind=text"
+    )
 
 
 def _identity(shard: Shard) -> str | tuple[int, int]:

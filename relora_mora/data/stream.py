@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from relora_mora.config import DataConfig
-from relora_mora.data.batch import UNSCORED, Batch, document_ids
+from relora_mora.data.batch import UNSCORED, Batch
 from relora_mora.data.errors import WorkerError
 from relora_mora.data.lane_states import LaneStates, check_states, counts_of, merge_states, read_key
 from relora_mora.data.mixture import mixture_names
+from relora_mora.data.packing import DocumentIds
 from relora_mora.data.positions import describe_position
 from relora_mora.data.producer import Assignment, LaneBlocks, Producer
 from relora_mora.data.retry import RETRIES
@@ -63,7 +64,6 @@ class TrainStream:
         self._retries_before = RETRIES.retries
         self._producers: list[Producer | WorkerProcess] = []
         self._start(state or {}, step)
-        self._eos = _eos_token(tokenizer_path) if config.document_mask else -1
 
     def _start(self, states: Mapping[str, Mapping[str, Any]], step: int) -> None:
         workers = min(self.config.workers, len(self._lanes))
@@ -161,7 +161,9 @@ class TrainStream:
         labels = tokens[:, 1:].copy()
         if any(share.scored is not None for share in shares):
             labels[~self._by_lane([_mask(share) for share in shares])] = UNSCORED
-        ids = torch.from_numpy(document_ids(inputs, self._eos)) if self.config.document_mask else None
+        documents = None
+        if any(share.documents is not None for share in shares):
+            documents = torch.from_numpy(self._by_lane([_documents(share) for share in shares]))
         states = merge_states([share.states for share in shares])
         retries = RETRIES.retries - self._retries_before
         if self._has_workers:
@@ -169,7 +171,7 @@ class TrainStream:
         return Batch(
             input_ids=torch.from_numpy(inputs.copy()),
             labels=torch.from_numpy(labels),
-            document_ids=ids,
+            document_ids=documents,
             state=states,
             counts={**counts_of(states), "retries": retries},
             notes=[note for share in shares for note in share.notes],
@@ -194,7 +196,7 @@ def _mask(share: LaneBlocks) -> npt.NDArray[np.bool_]:
     return np.ones_like(share.tokens[:, 1:], np.bool_)
 
 
-def _eos_token(tokenizer_path: str) -> int:
-    from relora_mora.tokenizer import load_tokenizer
-
-    return int(load_tokenizer(tokenizer_path).eos_token_id)  # type: ignore[arg-type]
+def _documents(share: LaneBlocks) -> DocumentIds:
+    if share.documents is not None:
+        return share.documents
+    return np.zeros_like(share.tokens[:, 1:])

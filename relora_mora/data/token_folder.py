@@ -21,7 +21,7 @@ from relora_mora.config import DataConfig
 from relora_mora.data.content import content_digests
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.formats import TEXT
-from relora_mora.data.plain_text import check_columns, text_encoder
+from relora_mora.data.plain_text import check_columns, check_is_text, text_encoder
 from relora_mora.data.sources import Shard
 from relora_mora.data.token_index import (
     INDEX,
@@ -78,6 +78,8 @@ def make_tokens(
     """
     if made := next((shard for shard in shards if shard.tokens), None):
         raise SourceError(f"{Path(made.location).parent} holds tokens already; give the text that they are of")
+    for shard in shards:
+        check_is_text(shard)
     check_columns(shards, config)
     index = _planned(shards, config, tokenizer_path)
     with _folder(out, index):

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from relora_mora.config import DataConfig
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.lanes import plan_lanes
-from relora_mora.data.plain_text import open_texts
-from relora_mora.data.rows import Encode, Encoded, Rows, TokenIds
+from relora_mora.data.plain_text import open_rows
+from relora_mora.data.rows import Encode, Encoded, EncodeTexts, Rows, TokenIds
 from relora_mora.data.skipped import BAD_REASONS, SKIP_REASONS, Skipped
 from relora_mora.data.sources import Shard
 from relora_mora.data.token_index import COMMAND, Making, SourceText
@@ -226,9 +226,9 @@ def open_tokens(shard: Shard) -> MappedTokens:
 def open_any(
     config: DataConfig, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0, note: Callable[[str], None]
 ) -> Rows[Any]:
-    """The rows of a shard of text or of tokens (see ``rows.OpenRows``)."""
+    """The rows of a shard of text, records or tokens (see ``rows.OpenRows``)."""
     if shard.tokens is None:
-        return open_texts(config, shard, stride=stride, phase=phase, bad=bad, note=note)
+        return open_rows(config, shard, stride=stride, phase=phase, bad=bad, note=note)
     return TokenRows(shard, stride=stride, phase=phase, bad=bad)
 
 
@@ -237,7 +237,7 @@ def only_tokens(rows: list[TokenIds]) -> list[Encoded]:
     return [Encoded(ids) for ids in rows]
 
 
-def or_tokens(encode: Encode[str]) -> Encode[Any]:
+def or_tokens(encode: EncodeTexts) -> Encode[Any]:
     """``encode`` for rows of which some are tokens already."""
 
     def encoded(rows: list[Any]) -> list[Encoded]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from relora_mora.config import DataConfig
 from relora_mora.data.content import samples_digest
-from relora_mora.data.plain_text import open_texts
-from relora_mora.data.rows import Encode, Ids, TokenIds
+from relora_mora.data.plain_text import open_rows
+from relora_mora.data.rows import EncodeTexts, Ids, TokenIds
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
 from relora_mora.data.token_index import Totals
@@ -81,7 +81,7 @@ def write_tokens(
     head: Head,
     *,
     config: DataConfig,
-    encode: Encode[str],
+    encode: EncodeTexts,
     vocabulary: int,
     progress: Callable[[float], object] = lambda part: None,
 ) -> Totals:
@@ -90,7 +90,7 @@ def write_tokens(
     ``progress`` is told the part of the shard that was read. Of ``config`` the limits count. Raises SourceError for
     text that cannot be read or has too many bad rows, OSError for a disk that cannot be written.
     """
-    with _whole(path) as beside, closing(open_texts(config, shard)) as texts, beside.open("wb") as stream:
+    with _whole(path) as beside, closing(open_rows(config, shard)) as texts, beside.open("wb") as stream:
         writer = TokenWriter(stream, head._replace(groups=texts.groups), vocabulary)
         while rows := texts.take(TEXTS_PER_CALL):
             made = iter(encode([row for row in rows if not isinstance(row, Skipped)]))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from relora_mora.config import DataConfig
-from relora_mora.data.skipped import BAD_REASONS, BadRowLimit, Skipped
+from relora_mora.data.bad_rows import BadRowLimit
+from relora_mora.data.record_format import Record
+from relora_mora.data.skipped import BAD_REASONS, Skipped
 from relora_mora.data.sources import Shard
 
 Entry = TypeVar("Entry")
 
 
 class Entries(Protocol[Entry]):
-    """What a shard is cut into, in order; each is a text or the reason why there is none."""
+    """What a shard is cut into, in order; each is a text (or a record) or the reason why there is none."""
 
     @property
     def row(self) -> int:
@@ -29,16 +31,17 @@ class Entries(Protocol[Entry]):
     def take(self) -> Entry | None:
         """The next entry; None at the end."""
 
-    def text(self, entry: Entry) -> str | Skipped: ...
+    def content(self, entry: Entry) -> str | dict[str, Any] | Skipped:
+        """The text; where the shard holds records, their fields."""
 
     def seems_good(self, entry: Entry) -> bool:
-        """Whether another lane's entry is passed over; where not, its text decides."""
+        """Whether another lane's entry is passed over; where not, its content decides."""
 
     def close(self) -> None: ...
 
 
 class TurnRows(Generic[Entry]):
-    """The texts of a shard: those of the entries ``phase``, ``phase + stride``, ... (see ``rows.Rows``).
+    """The texts or records of a shard: those of the entries ``phase``, ``phase + stride``, ... (see ``rows.Rows``).
 
     All entries count towards the limit on bad ones, so that lanes which share a shard judge it alike. Of ``config`` the
     limits are used.
@@ -60,8 +63,9 @@ class TurnRows(Generic[Entry]):
         self._entries = entries
         self._stride = stride
         self._phase = phase
-        unit = shard.format.unit or config.sample_by
-        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit=unit)
+        self._shard = shard
+        self._unit = shard.format.unit or config.sample_by
+        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit=self._unit)
 
     @property
     def bad(self) -> int:
@@ -78,16 +82,16 @@ class TurnRows(Generic[Entry]):
     def skip(self, count: int) -> bool:
         return self._entries.skip(count * self._stride)
 
-    def take(self, count: int) -> list[str | Skipped]:
-        rows: list[str | Skipped] = []
+    def take(self, count: int) -> list[str | Record | Skipped]:
+        rows: list[str | Record | Skipped] = []
         for at in range(count * self._stride):
             entry = self._entries.take()
             if entry is None:
                 break
             if at % self._stride == self._phase:
-                rows.append(self._text(entry))
+                rows.append(self._content(entry))
             elif not self._entries.seems_good(entry):
-                self._text(entry)  # for the reason
+                self._content(entry)  # for the reason
         if not rows:
             self._limit.finish(self._entries.row)
         return rows
@@ -95,9 +99,11 @@ class TurnRows(Generic[Entry]):
     def close(self) -> None:
         self._entries.close()
 
-    def _text(self, entry: Entry) -> str | Skipped:
-        """The text of the entry taken last, or the reason why there is none; counts a bad one."""
-        row = self._entries.text(entry)
+    def _content(self, entry: Entry) -> str | Record | Skipped:
+        """That of the entry taken last, or the reason why there is none; counts a bad one."""
+        row = self._entries.content(entry)
+        if isinstance(row, dict):
+            return Record(row, f"{self._shard.name}, {self._unit} {self._entries.row}")
         if isinstance(row, Skipped) and row.reason in BAD_REASONS:
-            self._limit.count(self._entries.row, row.reason)
+            self._limit.count(self._entries.row, row)
         return row

@@ -9,7 +9,8 @@ from relora_mora.distributed.collectives import (
     leave_together,
     sum_over_hosts,
 )
-from relora_mora.distributed.join import JoinError, backend_name, device_of_rank, join, store_address
+from relora_mora.distributed.device import backend_name, device_of_rank
+from relora_mora.distributed.join import JoinError, join, store_address
 
 __all__ = [
     "JoinError",

@@ -12,7 +12,9 @@ import torch
 from torch import distributed as dist
 
 from relora_mora.distributed.collectives import control_group
+from relora_mora.distributed.device import backend_name, bind_device
 from relora_mora.system.allocator import keep_freed_memory
+from relora_mora.system.hardware import uses_cuda
 
 _WITHOUT_LAUNCHER = {
     "RANK": "0",
@@ -32,28 +34,17 @@ def join(timeout_seconds: float) -> None:
     """Joins the process group, unless this process has done so. One process alone needs no launcher.
 
     On a CPU it also keeps freed memory with the process. ``timeout_seconds`` is how long to wait for the other ranks.
-    Raises :class:`JoinError` when they do not come, or when another program holds the port.
+    Raises :class:`JoinError` when they do not come, or when another program holds the port, and ValueError when the
+    ranks and the GPUs do not fit together.
     """
     if not dist.is_initialized():
         for name, value in _WITHOUT_LAUNCHER.items():
             os.environ.setdefault(name, value)
         _meet(timeout_seconds)
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        else:
+        if not uses_cuda():
             keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_on_host()))
-
-
-def backend_name() -> str:
-    """The backend of collectives on the ranks' tensors."""
-    return "nccl" if torch.cuda.is_available() else "gloo"
-
-
-def device_of_rank() -> torch.device:
-    """The device of this rank's model."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _meet(timeout_seconds: float) -> None:
@@ -66,7 +57,15 @@ def _meet(timeout_seconds: float) -> None:
     longest = datetime.timedelta(seconds=2 * timeout_seconds + 60)
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_seconds)))
-        dist.init_process_group(backend_name(), store=store, rank=rank, world_size=world_size, timeout=longest)
+        device = bind_device(store, rank, world_size)
+        dist.init_process_group(
+            backend_name(),
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=longest,
+            device_id=device if world_size > 1 else None,  # NCCL connects at once; one rank has nobody to connect to
+        )
         if world_size > 1:
             control_group()
     except dist.DistError as error:

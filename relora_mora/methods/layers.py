@@ -3,7 +3,7 @@
 An adapter layer owns the frozen weight W [out, in] and its trainable parameters, and computes ``(W + delta) x``. Three
 forms with the same result exist: ``merged`` builds ``W + delta`` for each use, which is one product with the tokens
 instead of several passes over them; ``resident`` builds it once and keeps it until a weight changes; ``decoupled`` is
-the textbook form, kept as the readable reference.
+the textbook form, kept as the readable reference, and the one in which an adapter can have dropout.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_mora.config import MethodConfig
@@ -35,6 +36,7 @@ class Kept(NamedTuple):
 
 
 INPUT = "x"  # ``Kept.what`` of the layer's input itself
+DROPPED = "dropped x"  # what dropout makes of it for one adapter
 
 
 class AdapterLinear(nn.Module):
@@ -49,11 +51,12 @@ class AdapterLinear(nn.Module):
     # tensors [out, in] that exist at once while the merged form builds W + delta
     weights_built: ClassVar[int] = 1
 
-    def __init__(self, linear: nn.Linear, form: str) -> None:
+    def __init__(self, linear: nn.Linear, form: str, dropout: float = 0.0) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.form = form
+        self.dropout = dropout
         self.resident = form == "resident"
         self.merged_weight: Tensor | None = None  # W + delta as it is now; never saved
         self.weight: Tensor = linear.weight
@@ -101,16 +104,29 @@ class AdapterLinear(nn.Module):
     def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
         """What stays of each of ``tokens`` tokens until backward, with the operator of ``cycle`` that needs most."""
 
+    def _kept_by_dropout(self) -> list[Kept]:
+        """What is multiplied with x to drop elements of it; on a GPU it takes a byte each."""
+        return [Kept("kept by dropout", self.in_features, shared=False)] if self.drops else []
+
     @abstractmethod
     def _merged(self, x: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def _decoupled(self, x: Tensor) -> Tensor: ...
+    def _delta(self, x: Tensor) -> Tensor:
+        """x [..., in] -> ``delta x`` [..., out], without building ``delta``"""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
-        y = self._merged(x) if self.uses_merged_form(x.numel() // self.in_features) else self._decoupled(x)
+        if self.uses_merged_form(x.numel() // self.in_features):
+            y = self._merged(x)
+        else:
+            y = F.linear(x, self.weight) + self._delta(F.dropout(x, self.dropout) if self.drops else x)
         return y if self.bias is None else y + self.bias
+
+    @property
+    def drops(self) -> bool:
+        """Whether the adapter sees its input with elements dropped: in training, and nowhere else."""
+        return self.training and self.dropout > 0
 
     @torch.no_grad()
     def keep_merged(self) -> None:
@@ -123,14 +139,20 @@ class AdapterLinear(nn.Module):
         self.merged_weight = None
 
     def uses_merged_form(self, tokens: int) -> bool:
-        """``auto`` builds ``W + delta`` where its [out, in] elements are few beside the tokens' [tokens, in + out]."""
+        """``auto`` builds ``W + delta`` where its [out, in] elements are few beside the tokens' [tokens, in + out].
+
+        Not in training with dropout, where the adapter and the weight see different inputs.
+        """
+        if self.drops:
+            return False
         if self.form == "auto":
             activations = tokens * (self.in_features + self.out_features)
             return activations >= self.break_even * self.in_features * self.out_features
         return self.form != "decoupled"
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, form={self.form}"
+        dropout = f", dropout={self.dropout:g}" if self.dropout else ""
+        return f"{self.in_features} -> {self.out_features}, form={self.form}{dropout}"
 
 
 def layer_generator(seed: int, layer: str, merges_done: int) -> torch.Generator:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_mora.config import MethodConfig
-from relora_mora.methods.layers import INPUT, AdapterLinear, Flops, Kept
+from relora_mora.methods.layers import DROPPED, INPUT, AdapterLinear, Flops, Kept
 
 
 class LoRALinear(AdapterLinear):
@@ -20,9 +20,15 @@ class LoRALinear(AdapterLinear):
     break_even = 1.5
 
     def __init__(
-        self, linear: nn.Linear, lora_rank: int, alpha: float | None, generator: torch.Generator, form: str = "auto"
+        self,
+        linear: nn.Linear,
+        lora_rank: int,
+        alpha: float | None,
+        generator: torch.Generator,
+        form: str = "auto",
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(linear, form)
+        super().__init__(linear, form, dropout)
         self.lora_rank = lora_rank
         self.scale = (lora_rank if alpha is None else alpha) / lora_rank
         dtype = linear.weight.dtype
@@ -33,7 +39,7 @@ class LoRALinear(AdapterLinear):
     def from_settings(
         cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
     ) -> Self:
-        return cls(linear, method.rank, method.lora_alpha, generator, method.form)
+        return cls(linear, method.rank, method.lora_alpha, generator, method.form, method.dropout)
 
     @classmethod
     def parameters_for(cls, method: MethodConfig, in_features: int, out_features: int) -> int:
@@ -69,14 +75,16 @@ class LoRALinear(AdapterLinear):
         return Flops(build, 2 * build + 2 * product)
 
     def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
-        of_input = Kept(INPUT, self.in_features, shared=True)
-        return [of_input] if self.uses_merged_form(tokens) else [of_input, Kept("A x", self.lora_rank, shared=False)]
+        of_input = Kept(DROPPED if self.drops else INPUT, self.in_features, shared=not self.drops)
+        if self.uses_merged_form(tokens):
+            return [of_input]
+        return [of_input, Kept("A x", self.lora_rank, shared=False), *self._kept_by_dropout()]
 
     def _merged(self, x: Tensor) -> Tensor:
         return _MergedLoRA.apply(x, self.weight, self.lora_A, self.lora_B, self.merged_weight, self.scale)
 
-    def _decoupled(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+    def _delta(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.lora_rank}, scale={self.scale:g}"

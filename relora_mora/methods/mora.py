@@ -15,13 +15,19 @@ from relora_mora.operators import Operator, make_operator, square_size
 
 
 def layer_square_size(method: MethodConfig, in_features: int, out_features: int) -> int:
-    """R of one layer: ``method.square_size``, or from the rank and rounded down to ``method.square_multiple``.
+    """R of one layer: ``method.square_size``, or sqrt((in + out) r), rounded as ``method.square_rounding`` says.
+
+    Then it is rounded down to ``method.square_multiple``.
 
     Raises ValueError when nothing is left after rounding.
     """
     if method.square_size is not None:
         return method.square_size
-    size = square_size(in_features, out_features, method.rank) // method.square_multiple * method.square_multiple
+    if method.square_rounding == "nearest":  # floor(sqrt(n) + 1/2) in whole numbers
+        size = (square_size(in_features, out_features, 4 * method.rank) + 1) // 2
+    else:
+        size = square_size(in_features, out_features, method.rank)
+    size = size // method.square_multiple * method.square_multiple
     if size == 0:
         raise ValueError(
             f"method.square_multiple: {method.square_multiple} is more than R of a {in_features} -> {out_features} "
@@ -36,8 +42,8 @@ class MoRALinear(AdapterLinear):
     break_even = 0.25
     weights_built = 2  # delta and W + delta
 
-    def __init__(self, linear: nn.Linear, size: int, mora_type: int, form: str = "auto") -> None:
-        super().__init__(linear, form)
+    def __init__(self, linear: nn.Linear, size: int, mora_type: int, form: str = "auto", dropout: float = 0.0) -> None:
+        super().__init__(linear, form, dropout)
         self.square_size = size
         self.mora_M = nn.Parameter(torch.zeros(size, size, dtype=linear.weight.dtype))
         self.set_operator(mora_type)
@@ -49,7 +55,7 @@ class MoRALinear(AdapterLinear):
         cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
     ) -> Self:
         size = layer_square_size(method, linear.in_features, linear.out_features)
-        return cls(linear, size, mora_type or method.operators[0], method.form)
+        return cls(linear, size, mora_type or method.operators[0], method.form, method.dropout)
 
     @classmethod
     def parameters_for(cls, method: MethodConfig, in_features: int, out_features: int) -> int:
@@ -73,7 +79,7 @@ class MoRALinear(AdapterLinear):
         return torch.zeros(self.square_size, self.square_size)
 
     def singular_values(self, *parameters: Tensor) -> Tensor:
-        return torch.linalg.svdvals(self.operator.delta(*parameters))[: self.square_size * self.operator.blocks]
+        return torch.linalg.svdvals(self.operator.core(*parameters))[: self.square_size * self.operator.blocks]
 
     def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:
         blocks = self._blocks(cycle)
@@ -83,7 +89,8 @@ class MoRALinear(AdapterLinear):
 
     def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
         elements = self.square_size * max(self._blocks(cycle))
-        return [Kept(f"C x of {self.square_size}", elements, shared=self.uses_merged_form(tokens))]
+        of_input = Kept(f"C x of {self.square_size}", elements, shared=self.uses_merged_form(tokens))
+        return [of_input, *self._kept_by_dropout()]
 
     def _blocks(self, cycle: Sequence[int]) -> list[int]:
         """How often M is applied to a token, by each operator."""
@@ -94,8 +101,8 @@ class MoRALinear(AdapterLinear):
             x, self.weight, self.mora_M, self.merged_weight, self.operator, torch.is_grad_enabled()
         )
 
-    def _decoupled(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + self.operator.decompress(F.linear(self.operator.compress(x), self.mora_M))
+    def _delta(self, x: Tensor) -> Tensor:
+        return self.operator.decompress(F.linear(self.operator.compress(x), self.mora_M))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.operator}"

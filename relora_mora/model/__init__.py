@@ -1,4 +1,4 @@
-"""LLaMA: its config, the model, and its loss."""
+"""The LLaMA family: configs, the model, and its loss."""
 
 from relora_mora.model.config import (
     check_length,
@@ -8,17 +8,16 @@ from relora_mora.model.config import (
     plain_model_config,
     read_json,
     read_model_config,
+    stored_model_config,
 )
-from relora_mora.model.config_keys import FUNCTION, KEYS, NOTHING, ONLY, TRAINING
+from relora_mora.model.config_keys import ARCHITECTURES, FUNCTION, TRAINING
 from relora_mora.model.llama import LossModel, build_model, empty_model, initial_value, put_values
 from relora_mora.model.loss import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
 
 __all__ = [
+    "ARCHITECTURES",
     "FUNCTION",
     "IGNORE",
-    "KEYS",
-    "NOTHING",
-    "ONLY",
     "TRAINING",
     "LossModel",
     "build_model",
@@ -35,4 +34,5 @@ __all__ = [
     "put_values",
     "read_json",
     "read_model_config",
+    "stored_model_config",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlamaConfig
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from relora_mora.model.shapes import head_width
@@ -17,13 +17,13 @@ from relora_mora.model.shapes import head_width
 SDPA_OR_DOCUMENTS = "relora_mora_sdpa_or_documents"  # the name under which layers of transformers find ``attend``
 
 
-def flash_takes(model_config: LlamaConfig, dtype: torch.dtype) -> bool:
+def flash_takes(model_config: PreTrainedConfig, dtype: torch.dtype) -> bool:
     """Whether torch's flash attention, called by lengths, computes such a model."""
     width = head_width(model_config)
     return dtype is torch.bfloat16 and width % 8 == 0 and width <= 256
 
 
-def needs_no_mask(model_config: LlamaConfig, hidden: Tensor) -> bool:
+def needs_no_mask(model_config: PreTrainedConfig, hidden: Tensor) -> bool:
     """Whether :func:`attend` keeps documents apart without a mask, for hidden states of this device and dtype."""
     return (
         hidden.is_cuda

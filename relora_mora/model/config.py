@@ -1,4 +1,4 @@
-"""Reads, checks and compares the configs of LLaMAs. The rule for each key is in ``keys``."""
+"""Reads, checks and compares the configs of the LLaMA family. The rule for each key is in ``config_keys``."""
 
 from __future__ import annotations
 
@@ -9,24 +9,36 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from relora_mora.config import ConfigError, ModelConfig
 from relora_mora.config.load import relative_to
-from relora_mora.model.config_keys import ALIAS, EXPORT, FUNCTION, KEYS, ROPE_KEYS, ROPE_VALUES, TRAINING
+from relora_mora.model.config_keys import (
+    ALIAS,
+    ARCHITECTURES,
+    EXPORT,
+    FUNCTION,
+    NOTHING,
+    ONLY,
+    ROPE_KEYS,
+    ROPE_VALUES,
+    TRAINING,
+    Architecture,
+)
 
 LARGEST_FILE = 16 * 2**20  # bytes; a config has a few thousand
 LARGEST_MODEL = 2**42  # parameters
 _STRETCHED = ("dynamic", "yarn", "longrope")  # what they compute may depend on max_position_embeddings
 
 
-def read_model_config(settings: ModelConfig) -> LlamaConfig:
-    """The ``LlamaConfig`` of a JSON file with the overrides applied.
+def read_model_config(settings: ModelConfig) -> PreTrainedConfig:
+    """The config in the JSON file ``model.config`` with the overrides applied.
 
-    Raises :class:`ConfigError` with every fault: unreadable file, not JSON, keys that are unknown, values that a key of
-    ``KEYS`` may not have or that do not fit together.
+    Raises :class:`ConfigError` with every fault: unreadable file, not JSON, keys that are unknown, values that a key
+    may not have or that do not fit together.
     """
+    assert settings.config is not None
     path = Path(settings.config)
     return parse_model_config(read_json(path, "model.config") | settings.overrides, str(path))
 
@@ -45,31 +57,49 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{setting}: not JSON ({error}); give the config.json of a LLaMA"], str(path)) from error
     if not isinstance(values, dict):
-        fault = f"{setting}: holds a {type(values).__name__}, expected the keys of a LlamaConfig"
+        fault = f"{setting}: holds a {type(values).__name__}, expected keys such as those of a LlamaConfig"
         raise ConfigError([fault], str(path))
     return values
 
 
-def parse_model_config(values: Mapping[str, Any], source: str) -> LlamaConfig:
-    """The ``LlamaConfig`` of these keys, without those that do nothing; raises :class:`ConfigError` with every fault.
+def architecture_of(values: Mapping[str, Any], source: str) -> Architecture:
+    """The kind of model that a config's ``model_type`` names; a LLaMA where it has none.
+
+    Raises :class:`ConfigError` for one that is not of the family.
+    """
+    kind = values.get("model_type", "llama")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        fault = (
+            f"model: model_type is {_shown(kind)}, expected one of {', '.join(ARCHITECTURES)}: "
+            "no other kind of model can be built here"
+        )
+        raise ConfigError([fault], source)
+    return ARCHITECTURES[kind]
+
+
+def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConfig:
+    """The config of these keys, without those that do nothing; raises :class:`ConfigError` with every fault.
 
     A key whose value is null and that is not known stands for nothing: so an override leaves a key of the file out.
     """
-    unknown = [key for key, value in values.items() if key not in KEYS and value is not None]
-    bad = [key for key in values if key in KEYS and not KEYS[key].good(values[key])]
+    architecture = architecture_of(values, source)
+    keys = architecture.keys
+    name = architecture.config_class.__name__
+    unknown = [key for key, value in values.items() if key not in keys and value is not None]
+    bad = [key for key in values if key in keys and not keys[key].good(values[key])]
     remedy = "set it to null in model.overrides to leave it out"
-    found = [f"model: {key} is no key of a LlamaConfig; {remedy}" for key in unknown]
-    found += [f"model: {key} is {_shown(values[key])}, expected {KEYS[key].wanted}" for key in bad]
-    kept = {key: value for key, value in values.items() if key in KEYS and _is_kept(KEYS[key].use, value)}
-    if all(KEYS[key].use not in (FUNCTION, ALIAS, EXPORT) for key in bad):
-        found += [*_put_length(kept), *_put_rope(kept), *_shape_faults(kept)]
+    found = [f"model: {key} is no key of a {name}; {remedy}" for key in unknown]
+    found += [f"model: {key} is {_shown(values[key])}, expected {keys[key].wanted}" for key in bad]
+    kept = {key: value for key, value in values.items() if key in keys and _is_kept(keys[key].use, value)}
+    if all(keys[key].use not in (FUNCTION, ALIAS, EXPORT) for key in bad):
+        found += [*_put_length(kept), *_put_rope(kept), *_shape_faults(kept, architecture.config_class)]
     if found:
         raise ConfigError(found, source)
     try:
-        model_config = LlamaConfig(**kept)
-        rotary = LlamaRotaryEmbedding(config=model_config)
+        model_config = _build(architecture, kept)
+        rotary = LlamaRotaryEmbedding(config=model_config)  # type: ignore[arg-type]  # the same in the whole family
     except Exception as error:
-        raise ConfigError([f"model: LlamaConfig refuses it: {' '.join(str(error).split())}"], source) from error
+        raise ConfigError([f"model: {name} refuses it: {' '.join(str(error).split())}"], source) from error
     if not (0 < rotary.inv_freq.min() <= rotary.inv_freq.max() < math.inf and 0 < rotary.attention_scaling < math.inf):
         fault = f"model: rope_parameters: {_shown(kept['rope_parameters'])} give no finite frequencies; correct them"
         raise ConfigError([fault], source)
@@ -79,26 +109,41 @@ def parse_model_config(values: Mapping[str, Any], source: str) -> LlamaConfig:
     return model_config
 
 
+def stored_model_config(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config that a checkpoint's manifest holds, without foreign keys and names of code; raises what transformers
+    raises where it makes none."""
+    architecture = architecture_of(values, "the manifest")
+    uses = {key: architecture.keys[key].use for key in values if key in architecture.keys}
+    return _build(architecture, {key: values[key] for key, use in uses.items() if use not in (NOTHING, ONLY)})
+
+
+def _build(architecture: Architecture, values: Mapping[str, Any]) -> PreTrainedConfig:
+    return architecture.config_class(**{key: value for key, value in values.items() if key != "model_type"})
+
+
 def _is_kept(use: str, value: Any) -> bool:
-    """Null is a value of what only an export carries on, and else stands for LlamaConfig's default."""
+    """Null is a value of what only an export carries on, and else stands for the default of the config's class."""
     return use == EXPORT or (use in (FUNCTION, TRAINING, ALIAS) and value is not None)
 
 
-def keys_with(model_config: LlamaConfig, *uses: str) -> dict[str, Any]:
+def keys_with(model_config: PreTrainedConfig, *uses: str) -> dict[str, Any]:
     """The keys of a config that have one of these uses, in the form in which two configs can be compared."""
-    values = {key: getattr(model_config, key) for key, rule in KEYS.items() if rule.use in uses}
-    if "rope_parameters" in values:
-        rope = values["rope_parameters"]
+    keys = ARCHITECTURES[model_config.model_type].keys
+    values = {key: getattr(model_config, key, None) for key, rule in keys.items() if rule.use in uses}
+    rope = values.get("rope_parameters")
+    if rope is not None:
         nothing = ("type", "partial_rotary_factor")
         values["rope_parameters"] = {key: rope[key] for key in rope if rope[key] is not None and key not in nothing}
     return values
 
 
-def function_differences(theirs: LlamaConfig, ours: LlamaConfig) -> list[tuple[str, Any, Any]]:
+def function_differences(theirs: PreTrainedConfig, ours: PreTrainedConfig) -> list[tuple[str, Any, Any]]:
     """(key, there, here) for every key that makes two models with the same weights compute something else.
 
     The number of positions does not, except where rotary embeddings are stretched to it.
     """
+    if theirs.model_type != ours.model_type:
+        return [("model_type", theirs.model_type, ours.model_type)]
     there = keys_with(theirs, FUNCTION)
     here = keys_with(ours, FUNCTION)
     if here["rope_parameters"]["rope_type"] not in _STRETCHED:
@@ -153,15 +198,15 @@ def _put_rope(values: dict[str, Any]) -> Iterator[str]:
     values["rope_parameters"] = rope
 
 
-def _shape_faults(values: Mapping[str, Any]) -> Iterator[str]:
+def _shape_faults(values: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> Iterator[str]:
     """Sizes that are good each for itself and not together."""
-    fields = dataclasses.fields(LlamaConfig)
-    size: Mapping[str, Any] = {field.name: values.get(field.name, field.default) for field in fields}
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config_class)}
+    size = {**defaults, **values}
     hidden = size["hidden_size"]
     heads = size["num_attention_heads"]
     vocabulary = size["vocab_size"]
     shared: int = size["num_key_value_heads"] or heads
-    head: int = size["head_dim"] or hidden // heads
+    head: int = size.get("head_dim") or hidden // heads
     if hidden % heads:
         yield f"model: hidden_size is {hidden}, expected a multiple of num_attention_heads {heads}"
     elif head % 2:
@@ -181,18 +226,35 @@ def _shape_faults(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"model: pad_token_id is {padding}, expected less than vocab_size {vocabulary}, or null"
 
 
-def check_length(model_config: LlamaConfig, sequence_length: int, source: str) -> None:
-    """Raises :class:`ConfigError` when sequences are longer than the model's positions; ``source``: its config file."""
+def attention_window(model_config: PreTrainedConfig) -> int | None:
+    """How many positions the layers see that see fewest; None: every one before."""
+    layers = getattr(model_config, "layer_types", None)
+    if layers is not None and "sliding_attention" not in layers:
+        return None
+    window: int | None = getattr(model_config, "sliding_window", None)
+    return window
+
+
+def check_length(model_config: PreTrainedConfig, sequence_length: int, source: str) -> None:
+    """Raises :class:`ConfigError` when sequences are longer than the model's positions, or than what its attention
+    sees; ``source``: its config file."""
     positions = model_config.max_position_embeddings
+    window = attention_window(model_config)
     if sequence_length > positions:
         fault = (
             f"data.sequence_length: {sequence_length} is more than the model's max_position_embeddings "
             f"({positions}); shorten it or set model.overrides.max_position_embeddings"
         )
         raise ConfigError([fault], source)
+    if window is not None and sequence_length > window:
+        fault = (
+            f"data.sequence_length: {sequence_length} is more than the model's sliding_window ({window}), "
+            "and attention here sees every position before it; shorten it"
+        )
+        raise ConfigError([fault], source)
 
 
-def plain_model_config(model_config: LlamaConfig) -> dict[str, Any]:
+def plain_model_config(model_config: PreTrainedConfig) -> dict[str, Any]:
     """The model's settings without what transformers adds about itself."""
     values = json.loads(model_config.to_json_string(use_diff=False))
     return {

@@ -1,16 +1,18 @@
-"""The config of a LLaMA: every key that a config.json may hold, what its value may be, and what it does here.
+"""Configs of the LLaMA family: every key that a config.json may hold, what its value may be, and what it does here.
 
-``KEYS`` is the whole rule. What a key of it changes is honoured; a value that would be ignored, or do harm, is refused.
+``KEYS`` is the whole rule for a LLaMA, ``ARCHITECTURES`` that for each kind of model. What a key of it changes is
+honoured; a value that would be ignored, or do harm, is refused.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from transformers import GenerationConfig
+import transformers
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 FUNCTION = "function"  # what the model computes: compared at a warm start and at a resume
@@ -77,6 +79,20 @@ def _is_activation(value: Any) -> bool:
     return isinstance(value, str) and value in ACT2FN and not ACT2FN[value].state_dict()
 
 
+def _classes(prefix: str) -> Key:
+    return Key(
+        NOTHING,
+        f"names of classes such as {prefix}ForCausalLM",
+        lambda value: all(
+            str(name).lower().startswith(prefix.lower()) for name in (value if isinstance(value, list) else [])
+        ),
+    )
+
+
+def _are_layer_types(value: Any) -> bool:
+    return isinstance(value, list) and all(kind in ("full_attention", "sliding_attention") for kind in value)
+
+
 def _are_factors(value: Any) -> bool:
     return isinstance(value, list) and all(_is_number(factor, 1e-6, 1e6) for factor in value)
 
@@ -120,12 +136,8 @@ KEYS: dict[str, Key] = {
         ),
         Key(NOTHING),
     ),
-    "architectures": Key(
-        NOTHING,
-        "names of LLaMA classes such as LlamaForCausalLM",
-        lambda value: all(str(name).lower().startswith("llama") for name in (value if isinstance(value, list) else [])),
-    ),
-    "model_type": _only("llama", remedy="another kind of model cannot be built here"),
+    "architectures": _classes("Llama"),
+    "model_type": Key(FUNCTION),  # one of ARCHITECTURES
     "attn_implementation": _only(None, remedy="set model.attention"),
     "_attn_implementation": _only(None, remedy="set model.attention"),
     "quantization_config": _only(None, remedy="quantized weights cannot be trained here; take the plain ones"),
@@ -185,4 +197,49 @@ ROPE_VALUES: dict[str, Key] = {
     "truncate": _flag(FUNCTION),
     "short_factor": _FACTORS,
     "long_factor": _FACTORS,
+}
+
+
+class Architecture(NamedTuple):
+    """A kind of model. ``prefix`` begins the names of its classes in transformers; ``keys`` is the rule for its config.
+
+    Its modules are named as a LLaMA's, and a decoder layer of it is called with the same arguments.
+    """
+
+    prefix: str
+    keys: Mapping[str, Key]
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        return getattr(transformers, f"{self.prefix}Config")
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        return getattr(transformers, f"{self.prefix}ForCausalLM")
+
+
+def _like_llama(prefix: str, **keys: Key) -> Architecture:
+    return Architecture(prefix, KEYS | {"architectures": _classes(prefix)} | keys)
+
+
+_NO_BIAS = _only(False, remedy="linears have no biases in this kind of model")
+# attention that sees fewer positions than a sequence has is refused, so in training a window does nothing
+_WINDOW = _or_null(_whole(EXPORT))
+_WINDOWS = {
+    "sliding_window": _WINDOW,
+    "use_sliding_window": _flag(EXPORT),
+    "max_window_layers": Key(EXPORT, "a whole number", lambda value: _is_whole(value, 0, LARGEST_SIZE)),
+    "layer_types": _or_null(Key(EXPORT, "a list of full_attention and sliding_attention", _are_layer_types)),
+}
+# by the model_type of a config.json
+ARCHITECTURES = {
+    "llama": Architecture("Llama", KEYS),
+    "mistral": _like_llama("Mistral", attention_bias=_NO_BIAS, mlp_bias=_NO_BIAS, sliding_window=_WINDOW),
+    "qwen2": _like_llama(
+        "Qwen2",
+        attention_bias=_only(None, remedy="in a Qwen2 q, k and v have biases, and no other linear has"),
+        mlp_bias=_NO_BIAS,
+        **_WINDOWS,
+    ),
+    "qwen3": _like_llama("Qwen3", mlp_bias=_NO_BIAS, **_WINDOWS),
 }

@@ -1,4 +1,4 @@
-"""The LLaMA model: built from a ``LlamaConfig`` with a seed, wrapped with its training loss.
+"""A model of the LLaMA family: built from its config with a seed, wrapped with its training loss.
 
 The wrapper computes the loss from hidden states in chunks of tokens, so that float32 logits [tokens, vocabulary] never
 exist as a whole. Shapes: ``B`` sequences, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary, ``N = B * T``.
@@ -7,44 +7,20 @@ exist as a whole. Shapes: ``B`` sequences, ``T`` tokens, ``H`` hidden size, ``V`
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from relora_mora.config import ConfigError, ModelConfig
 from relora_mora.model.attention import SDPA_OR_DOCUMENTS, needs_no_mask
+from relora_mora.model.compiler import any_number_of, compile_layers
+from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.model.loss import LossHead
 from relora_mora.system.seeds import derived_seed
-
-RECOMPILE_LIMIT = (
-    64  # each operator of a cycle, training and evaluation, and the short batch at the end have a program of their own
-)
-
-
-def check_compiler(settings: ModelConfig) -> None:
-    """Raises :class:`ConfigError` when torch.compile would find no compiler: C++ on a CPU, C (for Triton) on a GPU."""
-    if torch.cuda.is_available():
-        language = "C"
-        variable = "CC"
-        names = ("gcc", "clang")
-    else:
-        language = "C++"
-        variable = "CXX"
-        names = ("g++", "clang++")
-    if settings.compile and not any(map(shutil.which, (os.environ.get(variable, names[0]), names[1]))):
-        raise ConfigError(
-            [
-                f"model.compile: torch.compile needs a {language} compiler here, and there is no {names[0]}; "
-                f"install it, name one in {variable}, or leave it false"
-            ],
-            "the settings",
-        )
 
 
 def check_attention(settings: ModelConfig, *, bf16: bool) -> None:
@@ -58,24 +34,34 @@ def check_attention(settings: ModelConfig, *, bf16: bool) -> None:
     raise ConfigError([fault], "the settings")
 
 
-def build_model(model_config: LlamaConfig, *, seed: int, attention: str = "sdpa") -> LlamaForCausalLM:
+def build_model(model_config: PreTrainedConfig, *, seed: int, attention: str = "sdpa") -> PreTrainedModel:
     """A float32 model on the CPU with initial weights that depend on the seed only."""
     lm = empty_model(model_config, attention=attention)
     put_values(lm, {name: initial_value(lm, name, seed) for name, _ in lm.named_parameters()})
     return lm
 
 
-def empty_model(model_config: LlamaConfig, *, attention: str = "sdpa") -> LlamaForCausalLM:
+def model_class(model_config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class in transformers of the models with such a config."""
+    return ARCHITECTURES[model_config.model_type].model_class
+
+
+def is_of_family(lm: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether a model is one that :func:`empty_model` makes."""
+    return any(type(lm) is architecture.model_class for architecture in ARCHITECTURES.values())
+
+
+def empty_model(model_config: PreTrainedConfig, *, attention: str = "sdpa") -> PreTrainedModel:
     """The model with float32 parameters on the meta device, without values: :func:`put_values` gives them."""
     with torch.device("meta"):
-        lm = LlamaForCausalLM._from_config(model_config, attn_implementation=attention, dtype=torch.float32)
-    lm.model.rotary_emb = LlamaRotaryEmbedding(config=model_config)  # the only buffers, which are no drawn values
+        lm = model_class(model_config)._from_config(model_config, attn_implementation=attention, dtype=torch.float32)
+    lm.model.rotary_emb = type(lm.model.rotary_emb)(config=model_config)  # the only buffers, which are no drawn values
     lm.model.embed_tokens.padding_idx = None  # nothing is padded: pad_token_id names a token that trains
     return lm
 
 
 @torch.no_grad()
-def initial_value(lm: LlamaForCausalLM, name: str, seed: int) -> Tensor:
+def initial_value(lm: PreTrainedModel, name: str, seed: int) -> Tensor:
     """The float32 value that a parameter of the plain model begins with; distributed as transformers initializes it.
 
     It follows from seed, name and shape alone: the same on every rank and world size, in whatever order they are drawn.
@@ -106,16 +92,15 @@ class LossModel(nn.Module):
     ``compiled`` has torch.compile make one program of each decoder layer; head and loss have kernels of their own.
     """
 
-    def __init__(self, lm: LlamaForCausalLM, *, compiled: bool = False) -> None:
+    def __init__(self, lm: PreTrainedModel, *, compiled: bool = False) -> None:
         super().__init__()
         self.lm = lm
+        self.compiled = compiled
         lm.lm_head = LossHead(lm.lm_head)
         if lm.config._attn_implementation == "sdpa":
             lm.config._attn_implementation = SDPA_OR_DOCUMENTS
         if compiled:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-            for layer in lm.model.layers:
-                layer.compile()
+            compile_layers(lm.model.layers)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, boundaries: Tensor | None = None, tokens: float | None = None
@@ -144,7 +129,7 @@ class LossModel(nn.Module):
         else:
             documents, positions = places(boundaries, input_ids.shape)
             if needs_no_mask(self.lm.config, hidden):
-                causal["boundaries"] = boundaries
+                causal["boundaries"] = any_number_of(boundaries) if self.compiled else boundaries
             else:
                 causal["attention_mask"] = document_mask(documents, hidden.dtype)
         rotary = model.rotary_emb(hidden, position_ids=positions)

@@ -54,10 +54,10 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(flat, weight, labels.reshape(-1), tokens, chunk_tokens, torch.is_grad_enabled())
 
 
-def loss_chunk(tokens: int, vocabulary: int, bytes_per_logit: int, *, on_gpu: bool = False) -> int:
+def loss_chunk(tokens: int, vocabulary: int, bytes_per_logit: int, *, on_cuda: bool = False) -> int:
     """Tokens whose logits exist at once: equal parts of all, of at most ``CHUNK_BYTES``, or the least on the device."""
     parts = max(1, math.ceil(tokens * vocabulary * bytes_per_logit / CHUNK_BYTES))
-    return max(LEAST_ON_GPU if on_gpu else LEAST, math.ceil(tokens / parts))
+    return max(LEAST_ON_GPU if on_cuda else LEAST, math.ceil(tokens / parts))
 
 
 def bytes_per_logit(dtype: torch.dtype, *, in_place: bool) -> int:
@@ -85,7 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = 1.0 / scored
         in_place = takes(hidden)
         logit_bytes = bytes_per_logit(hidden.dtype, in_place=in_place)
-        chunk = chunk or loss_chunk(len(hidden), len(weight), logit_bytes, on_gpu=in_place and hidden.is_cuda)
+        chunk = chunk or loss_chunk(len(hidden), len(weight), logit_bytes, on_cuda=in_place and hidden.is_cuda)
         room = _logits(min(chunk, len(hidden)), len(weight), hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None

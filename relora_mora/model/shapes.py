@@ -1,23 +1,24 @@
-"""Shapes of the linears of a LLaMA, from its config alone."""
+"""Shapes of the linears of a decoder layer, from the model's config alone."""
 
 from __future__ import annotations
 
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 
-def head_width(model_config: LlamaConfig) -> int:
+def head_width(model_config: PreTrainedConfig) -> int:
     """Features of a head of attention."""
-    return model_config.head_dim or model_config.hidden_size // model_config.num_attention_heads
+    width: int | None = getattr(model_config, "head_dim", None)
+    return width or model_config.hidden_size // model_config.num_attention_heads
 
 
-def attention_widths(model_config: LlamaConfig) -> tuple[int, int]:
+def attention_widths(model_config: PreTrainedConfig) -> tuple[int, int]:
     """Features of all queries, and of all keys (the values have as many), of one token."""
     heads = model_config.num_attention_heads
     shared_heads = model_config.num_key_value_heads or heads
     return heads * head_width(model_config), shared_heads * head_width(model_config)
 
 
-def linear_shapes(model_config: LlamaConfig) -> dict[str, tuple[int, int]]:
+def linear_shapes(model_config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
     """(in, out) of each linear of a decoder layer, by its name."""
     hidden = model_config.hidden_size
     intermediate = model_config.intermediate_size

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from relora_mora.config import Config
 from relora_mora.registry import LORA, MORA, Adapter
@@ -59,10 +59,19 @@ class ComputeTime:
 
 
 def compute_time(
-    model_config: LlamaConfig, config: Config, device: Device, *, peak: float, flops_per_token: float
+    model_config: PreTrainedConfig,
+    config: Config,
+    device: Device,
+    *,
+    peak: float,
+    flops_per_token: float,
+    compiled: bool,
 ) -> ComputeTime:
-    """For one micro-batch on a device with ``peak`` FLOP/s; its ``memory_gbytes_per_s`` must be known."""
-    work = (COMPILED if config.model.compile else EAGER)[config.method.record.adapter]
+    """For one micro-batch on a device with ``peak`` FLOP/s; its ``memory_gbytes_per_s`` must be known.
+
+    ``compiled``: the decoder layers are.
+    """
+    work = (COMPILED if compiled else EAGER)[config.method.record.adapter]
     layers = model_config.num_hidden_layers
     tokens = config.train.micro_batch_size * config.data.sequence_length
     moved = layers * work.moved * model_config.hidden_size * tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.config import Config, ConfigError, MethodConfig
 from relora_mora.methods.inject import layer_class
@@ -16,7 +16,7 @@ from relora_mora.plan.memory import peak_memory, state_memory
 RESIDENT_SHARE = 0.5  # of the memory: a step of a run with resident layers is planned to take no more
 
 
-def check_adapters(model_config: LlamaConfig, method: MethodConfig) -> None:
+def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None:
     """Raises :class:`ConfigError` where adapters are larger than the weights beside them, or a square than a layer."""
     if not method.uses_adapters:
         return
@@ -49,7 +49,9 @@ def adapter_parameters(method: MethodConfig, shapes: Mapping[str, tuple[int, int
     return sum(layer.parameters_for(method, inputs, outputs) for inputs, outputs in shapes.values())
 
 
-def check_memory(model_config: LlamaConfig, config: Config, world_size: int, available: int, *, bf16: bool) -> None:
+def check_memory(
+    model_config: PreTrainedConfig, config: Config, world_size: int, available: int, *, bf16: bool
+) -> None:
     """Raises :class:`ConfigError` when weights, masters and optimizer state alone are more than ``available`` bytes."""
     state = state_memory(
         meta_model(model_config, config.method), config, config.train.zero_stage, world_size, bf16=bf16
@@ -65,30 +67,30 @@ def check_memory(model_config: LlamaConfig, config: Config, world_size: int, ava
 
 
 def choose_resident(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     config: Config,
     stage: int,
     world_size: int,
     available: float | None,
     *,
     bf16: bool,
-    on_gpu: bool = False,
+    on_cuda: bool,
 ) -> None:
     """Where ``method.form`` is ``auto``, makes the layers resident that would build ``W + delta`` for each use.
 
-    It does so where a step has several micro-batches and is planned to take at most half of the ``available`` bytes of
-    a rank (None: not known, and taken to be enough). The results are the same bits, so ranks and resumes may choose
-    differently; they might not be in compiled layers, which are left as they are.
+    It does so where a step is planned to take at most half of the ``available`` bytes of a rank (None: not known, and
+    taken to be enough), on CPUs only where it has several micro-batches. The results are the same bits, so ranks and
+    resumes may choose differently; in compiled layers they are the same up to rounding.
     """
     if config.method.form != "auto":
         return
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    pays = config.accumulation_steps(world_size) > 1 and stage < 3 and not config.model.compile
+    pays = stage < 3 and (on_cuda or config.accumulation_steps(world_size) > 1)
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:
         layer.resident = pays and layer.uses_merged_form(tokens)
     if available is None or not any(layer.resident for layer in layers):
         return
-    needed = peak_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu).device
+    needed = peak_memory(model, config, stage, world_size, bf16=bf16, on_cuda=on_cuda).device
     for layer in layers:
         layer.resident = layer.resident and needed <= RESIDENT_SHARE * available

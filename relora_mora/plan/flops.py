@@ -12,11 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.config import Config, MethodConfig
 from relora_mora.methods.inject import decoder_linears, inject
 from relora_mora.methods.layers import AdapterLinear
+from relora_mora.model.llama import model_class
 from relora_mora.model.shapes import attention_widths
 from relora_mora.optim import set_trainable
 
@@ -46,22 +47,22 @@ class Flops:
         return self.total + self.recomputed
 
 
-def meta_model(model_config: LlamaConfig, method: MethodConfig) -> LlamaForCausalLM:
+def meta_model(model_config: PreTrainedConfig, method: MethodConfig) -> PreTrainedModel:
     """The model with its adapters and its trainable parameters marked, without memory (on the meta device)."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(model_config)
+        model = model_class(model_config)(model_config)
         if method.uses_adapters:
             inject(model, method, seed=0)
     set_trainable(model, method)
     return model
 
 
-def flops_per_token(model_config: LlamaConfig, config: Config) -> Flops:
+def flops_per_token(model_config: PreTrainedConfig, config: Config) -> Flops:
     """FLOPs of one token in training with these settings; nothing is allocated."""
     return flops_of(meta_model(model_config, config.method), model_config, config)
 
 
-def flops_of(model: LlamaForCausalLM, model_config: LlamaConfig, config: Config) -> Flops:
+def flops_of(model: PreTrainedModel, model_config: PreTrainedConfig, config: Config) -> Flops:
     """FLOPs of one token for a model with its adapters and its trainable parameters marked.
 
     The cost of type 6's blocks is averaged over the cycle of operators; LoRA's product ``B A``, made once for each use

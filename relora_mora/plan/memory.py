@@ -20,7 +20,8 @@ gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: 
                 Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N; at stage 3 it stays.
                 A step in fp32 on stages 1-3 copies 4 T / N
 buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages 2 and 3, and 1 in fp32
-activations     a layer keeps 2 h (4 + b) for its norms, b (2 q + 2 k) for attention, 3 b f for the gated product and
+activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) where queries and keys have norms of their
+                own, b (2 q + 2 k) for attention, 3 b f for the gated product and
                 the inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of
                 which only ``C x`` is kept. With activation checkpointing b h a layer, and one whole layer
 scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient
@@ -38,7 +39,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from relora_mora.config import Config
 from relora_mora.methods.inject import decoder_linears
@@ -81,7 +82,7 @@ class Memory:
 
 
 def peak_memory(
-    model: LlamaForCausalLM, config: Config, stage: int, world_size: int, *, bf16: bool, on_gpu: bool = False
+    model: PreTrainedModel, config: Config, stage: int, world_size: int, *, bf16: bool, on_cuda: bool = False
 ) -> Memory:
     """Memory of one device when a step needs most: at the loss, in the first layers of backward, or in the update."""
     state = state_memory(model, config, stage, world_size, bf16=bf16)
@@ -94,9 +95,9 @@ def peak_memory(
         gradients=before,
         gathered=max(state.gathered, gathered_memory(model, config, stage, world_size, bf16=bf16)),
     )
-    kept, layer = activation_memory(model, config, bf16=bf16, on_gpu=on_gpu)
+    kept, layer = activation_memory(model, config, bf16=bf16, on_cuda=on_cuda)
     again = layer if config.model.activation_checkpointing else 0
-    at_loss, in_backward = scratch_memory(model, config, bf16=bf16, on_gpu=on_gpu)
+    at_loss, in_backward = scratch_memory(model, config, bf16=bf16, on_cuda=on_cuda)
     moments = [
         replace(live, moment="loss", activations=kept, scratch=at_loss),
         replace(live, moment="backward's start", activations=kept + again, scratch=in_backward),
@@ -113,7 +114,7 @@ def peak_memory(
     return max(moments, key=lambda memory: memory.device)
 
 
-def state_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
+def state_memory(model: PreTrainedModel, config: Config, stage: int, world_size: int, *, bf16: bool) -> Memory:
     """What stays between steps, gradients apart."""
     counts = count_parameters(model)
     width = 2 if bf16 else 4
@@ -145,13 +146,13 @@ def zero_setting(config: Config, name: str, default: int) -> int:
     return int(value) if isinstance(value, int | float) else default
 
 
-def merged_memory(model: LlamaForCausalLM, *, bf16: bool) -> float:
+def merged_memory(model: PreTrainedModel, *, bf16: bool) -> float:
     """Bytes of ``W + delta`` of all layers that keep it within a step."""
     resident = sum(layer.weight.numel() for _, layer in adapter_layers(model) if layer.resident)
     return (2 if bf16 else 4) * resident
 
 
-def gathered_memory(model: LlamaForCausalLM, config: Config, stage: int, world_size: int, *, bf16: bool) -> float:
+def gathered_memory(model: PreTrainedModel, config: Config, stage: int, world_size: int, *, bf16: bool) -> float:
     """Bytes of the weights that stage 3 has gathered where it has most of them, at the end of forward."""
     if stage < 3 or world_size == 1:
         return 0
@@ -159,7 +160,7 @@ def gathered_memory(model: LlamaForCausalLM, config: Config, stage: int, world_s
     return (2 if bf16 else 4) * min(every, zero_setting(config, "stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
 
 
-def _host_base(model: LlamaForCausalLM, world_size: int) -> float:
+def _host_base(model: PreTrainedModel, world_size: int) -> float:
     """Bytes of the float32 copies on the rank that has most; the i-th frozen weight belongs to rank i mod world size"""
     sizes = [4 * parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
     return max(sum(sizes[rank::world_size]) for rank in range(world_size))
@@ -189,7 +190,7 @@ def gradient_memory(trainable: int, stage: int, world_size: int, *, bf16: bool) 
 
 
 def activation_memory(
-    model: LlamaForCausalLM, config: Config, *, bf16: bool, on_gpu: bool = False
+    model: PreTrainedModel, config: Config, *, bf16: bool, on_cuda: bool = False
 ) -> tuple[float, float]:
     """Bytes that backward needs of one micro-batch: (kept by forward, needed by one decoder layer)."""
     width = 2 if bf16 else 4
@@ -199,13 +200,15 @@ def activation_memory(
     length = config.data.sequence_length
     heads = model_config.num_attention_heads
     tokens = config.train.micro_batch_size * length
-    normed = hidden * (4 + (width if config.method.train_norms else 0)) + 4
+    of_norm = 4 + (width if config.method.train_norms else 0)
+    normed = hidden * of_norm + 4
     queries, keys = attention_widths(model_config)
-    flash = on_gpu and config.model.attention == "sdpa" and flash_takes(model_config, _compute_type(bf16))
-    masked = config.data.document_mask and not flash
+    heads_normed = _normed_heads(model) * (queries // heads * of_norm + 4)
+    flash = on_cuda and config.model.attention == "sdpa" and flash_takes(model_config, _compute_type(bf16))
+    masked = config.data.masks_documents and not flash
     if masked:
         keys = queries  # beside a mask transformers repeats keys and values for every head
-    layer: float = 2 * normed + width * (2 * queries + 2 * keys) + 4 * heads + 3 * width * intermediate
+    layer: float = 2 * normed + heads_normed + width * (2 * queries + 2 * keys) + 4 * heads + 3 * width * intermediate
     if config.model.attention == "eager":
         layer += heads * length * (6 if bf16 else 4)  # softmax in float32, and its rounded copy
     layer += width * _linear_inputs(model, config)
@@ -217,7 +220,14 @@ def activation_memory(
     )  # the final norm, the head's input and its gradient
 
 
-def _linear_inputs(model: LlamaForCausalLM, config: Config) -> float:
+def _normed_heads(model: PreTrainedModel) -> int:
+    """Heads of queries and keys of a token that have a norm of their own, as in a Qwen3."""
+    attention = model.model.layers[0].self_attn
+    shared = model.config.num_key_value_heads
+    return model.config.num_attention_heads + shared if hasattr(attention, "q_norm") else 0
+
+
+def _linear_inputs(model: PreTrainedModel, config: Config) -> float:
     """Elements of one token that a decoder layer's linears keep for their own gradients, averaged over the layers.
 
     An input that several linears share is kept once; the input of ``o_proj`` is attention's output, which is kept
@@ -247,18 +257,18 @@ def _tokens(config: Config) -> int:
     return config.train.micro_batch_size * config.data.sequence_length
 
 
-def scratch_memory(model: LlamaForCausalLM, config: Config, *, bf16: bool, on_gpu: bool = False) -> tuple[float, float]:
+def scratch_memory(model: PreTrainedModel, config: Config, *, bf16: bool, on_cuda: bool = False) -> tuple[float, float]:
     """Bytes that come and go: (at the loss, in backward)."""
     width = 2 if bf16 else 4
     tokens = _tokens(config)
     vocabulary = model.config.vocab_size
-    logit = bytes_per_logit(_compute_type(bf16), in_place=on_gpu)
-    chunk = min(tokens, loss_chunk(tokens, vocabulary, logit, on_gpu=on_gpu))
+    logit = bytes_per_logit(_compute_type(bf16), in_place=on_cuda)
+    chunk = min(tokens, loss_chunk(tokens, vocabulary, logit, on_cuda=on_cuda))
     head = model.get_output_embeddings().weight
     trains = head.numel() if head.requires_grad else 0
     rounded = (4 + width) * trains
     logits = chunk * vocabulary * logit
-    at_loss = max(logits + 4 * trains, rounded) if on_gpu else logits + rounded
+    at_loss = max(logits + 4 * trains, rounded) if on_cuda else logits + rounded
     built = 0.0
     for _, layer in decoder_linears(model):
         if isinstance(layer, AdapterLinear) and not layer.resident and layer.uses_merged_form(tokens):

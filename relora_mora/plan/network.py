@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from relora_mora.config import Config
 from relora_mora.methods.layers import adapter_layers
@@ -75,7 +75,7 @@ class Traffic:
         return self.merge * (self.ranks - 1) / self.ranks
 
 
-def traffic(model: LlamaForCausalLM, config: Config, stage: int, ranks: int, *, bf16: bool) -> Traffic:
+def traffic(model: PreTrainedModel, config: Config, stage: int, ranks: int, *, bf16: bool) -> Traffic:
     """What one step moves; ``model`` may be on the meta device."""
     counts = count_parameters(model)
     width = 2 if bf16 else 4
@@ -96,7 +96,7 @@ def traffic(model: LlamaForCausalLM, config: Config, stage: int, ranks: int, *, 
     return Traffic(ranks, 0, gradients * micro_batches, gathered, merge)
 
 
-def _merge(model: LlamaForCausalLM, stage: int, width: int) -> float:
+def _merge(model: PreTrainedModel, stage: int, width: int) -> float:
     """Adapters reduced to the owners in float32, weights broadcast (at stage 3 gathered before), masters written."""
     counts = count_parameters(model)
     weights = width * sum(layer.weight.numel() for _, layer in adapter_layers(model))

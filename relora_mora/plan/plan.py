@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.config import Config
+from relora_mora.model.compiler import compiles
 from relora_mora.optim import Parameters, count_parameters
 from relora_mora.plan.cluster import Cluster, StepTime, step_time
 from relora_mora.plan.compute import compute_time
@@ -92,7 +93,7 @@ class Plan:
 
 
 def make_plan(
-    model_config: LlamaConfig,
+    model_config: PreTrainedConfig,
     config: Config,
     *,
     cluster: Cluster,
@@ -115,7 +116,7 @@ def make_plan(
         raise ValueError(f"tokens_per_second must be positive, got {tokens_per_second:g}")
     ranks = cluster.world_size
     own = config.method.name
-    models: dict[str, LlamaForCausalLM] = {}
+    models: dict[str, PreTrainedModel] = {}
     memory: dict[str, dict[int, Memory]] = {name: {} for name in METHODS}
     network: dict[str, dict[int, Traffic]] = {}
     for name in METHODS:
@@ -123,8 +124,8 @@ def make_plan(
         models[name] = meta_model(model_config, other.method)
         for stage in STAGES:
             available = cluster.device.memory_gb * 1e9 or None
-            choose_resident(models[name], other, stage, ranks, available, bf16=bf16, on_gpu=not on_cpu)
-            memory[name][stage] = peak_memory(models[name], other, stage, ranks, bf16=bf16, on_gpu=not on_cpu)
+            choose_resident(models[name], other, stage, ranks, available, bf16=bf16, on_cuda=not on_cpu)
+            memory[name][stage] = peak_memory(models[name], other, stage, ranks, bf16=bf16, on_cuda=not on_cpu)
         network[name] = {stage: traffic(models[name], other, stage, ranks, bf16=bf16) for stage in STAGES}
     flops = flops_of(models[own], model_config, config)
     counts = count_parameters(models[own])
@@ -133,16 +134,28 @@ def make_plan(
     device = f"{peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
     arithmetic = flops.performed * config.tokens_per_step / (ranks * peak[0])  # seconds of a step at the peak
     if utilisation is None and cluster.device.memory_gbytes_per_s:
-        time = compute_time(model_config, config, cluster.device, peak=peak[0], flops_per_token=flops.performed)
-        compute = time.total * config.accumulation_steps(ranks)
-        assumption = f"calculated, {arithmetic / compute:.0%} of {device} while it computes ({time})"
+        times = {
+            stage: compute_time(
+                model_config,
+                config,
+                cluster.device,
+                peak=peak[0],
+                flops_per_token=flops.performed,
+                compiled=compiles(config.model, stage, on_cuda=True),
+            )
+            for stage in STAGES
+        }
+        compute = {stage: time.total * config.accumulation_steps(ranks) for stage, time in times.items()}
+        own_stage = config.train.zero_stage
+        reached = f"{arithmetic / compute[own_stage]:.0%} of {device}"
+        assumption = f"calculated, {reached} while it computes ({times[own_stage]})"
     else:
         used = ASSUMED_UTILISATION if utilisation is None else utilisation
-        compute = arithmetic / used
+        compute = dict.fromkeys(STAGES, arithmetic / used)
         assumption = f"{'assuming' if utilisation is None else 'at'} {used:.0%} of {device}"
     steps = {
         stage: step_time(
-            cluster, config, stage, network[own][stage], compute=compute, trainable=counts.trainable, bf16=bf16
+            cluster, config, stage, network[own][stage], compute=compute[stage], trainable=counts.trainable, bf16=bf16
         )
         for stage in STAGES
     }

@@ -14,9 +14,14 @@ from relora_mora.system.devices import CPU, Device, device_of_name
 _PROBES = 5
 
 
+def uses_cuda() -> bool:
+    """Whether this process computes on GPUs: it sees one, and DS_ACCELERATOR in the environment does not say cpu."""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+
+
 def fast_bf16() -> bool:
     """Whether bf16 matrix products are faster than float32 ones: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
-    if torch.cuda.is_available():
+    if uses_cuda():
         return torch.cuda.get_device_capability()[0] >= 8
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
@@ -24,7 +29,7 @@ def fast_bf16() -> bool:
 
 def device_here() -> Device:
     """What this machine computes with; of an unknown card only the memory is known."""
-    if not torch.cuda.is_available():
+    if not uses_cuda():
         return CPU
     name = torch.cuda.get_device_name()
     memory = torch.cuda.get_device_properties(0).total_memory
@@ -33,11 +38,11 @@ def device_here() -> Device:
 
 def peak_flops(*, bf16: bool) -> tuple[float, str]:
     """FLOP/s of one device and the source: a data sheet, or a matrix product measured on this rank's threads."""
-    if torch.cuda.is_available():
+    if uses_cuda():
         device = device_of_name(torch.cuda.get_device_name())
         if bf16 and device is not None:
             return device.tflops * 1e12, device.source
-    on_cuda = torch.cuda.is_available()
+    on_cuda = uses_cuda()
     size = 8192 if on_cuda else 1024  # enough work that starting it does not count
     a = torch.randn(size, size, device="cuda" if on_cuda else "cpu", dtype=torch.bfloat16 if bf16 else torch.float32)
     seconds = []
@@ -52,7 +57,7 @@ def peak_flops(*, bf16: bool) -> tuple[float, str]:
 
 def memory_bytes() -> int:
     """All memory of the device that this process computes with: of the card with CUDA, else of the machine."""
-    if torch.cuda.is_available():
+    if uses_cuda():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -63,6 +68,6 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 def peak_memory_bytes() -> int:
     """Most memory this process has had: allocated on the device with CUDA, else resident."""
-    if torch.cuda.is_available():
+    if uses_cuda():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

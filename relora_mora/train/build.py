@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from relora_mora import kernels
 from relora_mora.config import Config, ConfigError
@@ -25,7 +25,7 @@ from relora_mora.optim import (
 )
 from relora_mora.plan.fit import choose_resident
 from relora_mora.schedule import Schedule
-from relora_mora.system.hardware import memory_bytes
+from relora_mora.system.hardware import memory_bytes, uses_cuda
 from relora_mora.system.logs import log
 from relora_mora.train.check import Checked
 from relora_mora.train.initial import initial_values, write_initial_values
@@ -67,9 +67,11 @@ def build(
     if config.method.uses_adapters:
         _add_adapters(lm, config, with_values=not resumes)
     set_trainable(lm, config.method)
-    on_gpu = torch.cuda.is_available()
-    available = memory_bytes() / (1 if on_gpu else processes_on_host())
-    choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
+    on_cuda = uses_cuda()
+    sharing = 1 if on_cuda else processes_on_host()
+    available = memory_bytes() / sharing
+    stage = config.train.zero_stage
+    choose_resident(lm, config, stage, world_size, available, bf16=checked.bf16, on_cuda=on_cuda)
     groups = parameter_groups(lm, config.optim)
     if not groups:
         fault = "method: nothing is trained; set method.train_embeddings, train_norms or train_head"
@@ -89,7 +91,7 @@ def build(
     # zeros take no memory until they are written to: DeepSpeed places, casts and partitions them
     put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
     done("model")
-    module = LossModel(lm, compiled=config.model.compile)
+    module = LossModel(lm, compiled=checked.compiled)
     engine = ZeroEngine(
         module, lm, build_optimizer(lm, groups, config.optim), config.train, clip=config.optim.clip, bf16=checked.bf16
     )
@@ -102,9 +104,9 @@ def build(
     return Run(checked, engine, base, merger, groups, schedule)
 
 
-def _add_adapters(lm: LlamaForCausalLM, config: Config, *, with_values: bool) -> None:
+def _add_adapters(lm: PreTrainedModel, config: Config, *, with_values: bool) -> None:
     with contextlib.nullcontext() if with_values else torch.device("meta"):
         injection = inject(lm, config.method, seed=config.train.seed)
     kinds = ", ".join(f"{len(names)} {kind}" for kind, names in injection.by_kind.items())
-    used = kernels.describe("cuda" if torch.cuda.is_available() else "cpu")
+    used = kernels.describe("cuda" if uses_cuda() else "cpu")
     log.info("%s adapters on %d layers: %s; %s", config.method.name, injection.layers, kinds, used)

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from relora_mora.config import Config, ConfigError, DataConfig, parse_yaml, unused_settings, with_revisions_of
-from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint
-from relora_mora.model import check_length, plain_model_config, read_model_config
-from relora_mora.model.llama import check_attention, check_compiler
+from relora_mora.config import Config, DataConfig, parse_yaml, unused_settings, with_revisions_of
+from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, template_in_use
+from relora_mora.model import check_length, plain_model_config
+from relora_mora.model.compiler import compiles_here
+from relora_mora.model.llama import check_attention
 from relora_mora.plan.fit import check_adapters, check_memory
-from relora_mora.system.hardware import fast_bf16, memory_bytes
+from relora_mora.pretrained import model_config_of, tokenizer_beside
+from relora_mora.system.hardware import fast_bf16, memory_bytes, uses_cuda
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.tokenizer import check_vocabulary, tokenizer_fingerprint
+from relora_mora.tokenizer import (
+    TokenizerError,
+    check_vocabulary,
+    is_tokenizer,
+    save_tokenizer,
+    tokenizer_fingerprint,
+)
 from relora_mora.train.identity import Identity
 from relora_mora.train.inputs import open_inputs
+from relora_mora.train.start import check_adapter, check_start
 
 
 @dataclass
@@ -26,7 +38,7 @@ class Checked:
     """Settings, and what was found where they point: model and tokenizer fit, the data is there."""
 
     config: Config
-    model_config: LlamaConfig
+    model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     tokenizer_fingerprint: str
     shards: list[Shard]  # of the training data
@@ -34,6 +46,7 @@ class Checked:
     data_content: str  # fingerprint of what stands in the shards; of http(s) ones after the first rank has asked
     data_order: str
     bf16: bool
+    compiled: bool  # the decoder layers
 
     @property
     def identity(self) -> Identity:
@@ -70,41 +83,66 @@ def pinned_before(config: Config) -> DataConfig:
 def check(config: Config, world_size: int) -> Checked:
     """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
     data = config.data
-    model_config = read_model_config(config.model)
-    check_length(model_config, config.data.sequence_length, config.model.config)
+    check_start(config)
+    model_config = model_config_of(config.model)
+    check_length(model_config, config.data.sequence_length, config.model.config or str(config.model.init_from))
     check_adapters(model_config, config.method)
-    check_compiler(config.model)
+    check_adapter(config, model_config)
+    compiled = compiles_here(config.model, config.train.zero_stage, on_cuda=uses_cuda())
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config.model, bf16=bf16)
     check_memory(model_config, config, world_size, memory_bytes(), bf16=bf16)
     inputs = open_inputs(config)
     tokenizer = inputs.tokenizer
     shards = inputs.shards
-    remark = check_vocabulary(tokenizer, model_config.vocab_size)
+    if template := template_in_use(shards, tokenizer):
+        tokenizer.chat_template = template  # the run's tokenizer, and that of an export, write what was trained on
+    remark = check_vocabulary(tokenizer, model_config.vocab_size, trained=config.model.init_from is not None)
     if remark:
         log.info(remark)
-    tokens = tokenizer_fingerprint(config.tokenizer.path)
-    _check_start(config)
+    tokens = tokenizer_fingerprint(config.tokenizer_path)
+    _check_tokenizer(config, model_config.model_type, tokens)
     for name in unused_settings(config):
         log.info("method %s does not use %s", config.method.name, name)
+    given: dict[str, Any] = {
+        "tokenizer_fingerprint": tokens,
+        "batch_lanes": config.lanes,
+        "shards": shards,
+        "tokenizer": tokenizer,
+    }
     return Checked(
         config=config,
         model_config=model_config,
         tokenizer=tokenizer,
         tokenizer_fingerprint=tokens,
         shards=shards,
-        data_fingerprint=fingerprint(
-            data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, split="train", shards=shards
-        ),
+        data_fingerprint=fingerprint(data, split="train", **given),
         data_content=local_content(shards),
-        data_order=order_fingerprint(data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards),
+        data_order=order_fingerprint(data, **given),
         bf16=bf16,
+        compiled=compiled,
     )
 
 
-def _check_start(config: Config) -> None:
-    start = config.model.init_from
-    if start is not None and not Path(start).exists():
-        raise ConfigError(
-            [f"model.init_from: {start} does not exist; give a Hugging Face LLaMA folder or a run"], "the settings"
-        )
+def _check_tokenizer(config: Config, model_type: str, fingerprint: str) -> None:
+    """Says where a model begins with weights that were trained with other tokens.
+
+    Raises :class:`TokenizerError` where an export could not be loaded: in the folder of a Qwen2 transformers takes any
+    tokenizer for one of Qwen's.
+    """
+    path = config.tokenizer_path
+    if config.model.init_from is not None:
+        theirs = tokenizer_beside(Path(config.model.init_from))
+        if theirs != Path(path) and theirs.is_dir() and not is_tokenizer(theirs, fingerprint):
+            log.warning("%s gives other tokens than %s, which model.init_from was trained with", path, theirs)
+    if model_type == "llama":
+        return
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        Path(folder, "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+        try:
+            save_tokenizer(path, folder)
+        except TokenizerError as error:
+            raise TokenizerError(
+                f"{path}: transformers would not read it beside a model of type {model_type} ({error}); "
+                "use a tokenizer of that kind of model"
+            ) from error

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from relora_mora.checkpoint import CheckpointWriter, Manifest
 from relora_mora.config import Config
 from relora_mora.data import EvalSet, mixture_names
@@ -86,8 +84,8 @@ class Reporting:
         state.interval = Interval()
         if not interval.good_steps:
             return
-        mean = torch.as_tensor(interval.loss, dtype=torch.float64, device=self.engine.device) / interval.good_steps
-        loss = float(self.engine.all_reduce(mean)) / self.engine.world_size
+        [total] = sum_over_hosts([interval.loss / interval.good_steps])
+        loss = total / self.engine.world_size
         speed = self.arithmetic.speed(interval)
         self.write(
             state.step,
@@ -156,7 +154,7 @@ class Evaluating:
         return True
 
     def _held_out(self) -> dict[str, EvalSet]:
-        return held_out(self.config.data, self.config.tokenizer.path, self.config.eval.max_tokens)
+        return held_out(self.config.data, self.config.tokenizer_path, self.config.eval.max_tokens)
 
     def _score(self, data: EvalSet, step: int, update: Update) -> EvalResult | None:
         return evaluate(

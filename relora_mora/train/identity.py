@@ -6,22 +6,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import LlamaConfig
-
 from relora_mora.checkpoint import Manifest
 from relora_mora.config import Config, TextSource
-from relora_mora.model import FUNCTION, TRAINING, keys_with
+from relora_mora.model import FUNCTION, TRAINING, keys_with, stored_model_config
 
 # settings that change how a run is done and not what comes out of it: they may differ at a resume
 FREE_SETTINGS = {
     "model.config",  # the model's own settings are compared instead
     "model.overrides",
     "model.init_from",
+    "model.adapter",
     "model.activation_checkpointing",
     "model.compile",
     "tokenizer.path",  # compared by fingerprint
     "data.train",  # compared by fingerprint, and by weights
     "data.validation",
+    "data.records",  # part of the fingerprint, and so is the text of its template
+    "data.packing",  # part of the fingerprint where it is not "stream"
     "data.text_column",  # part of the fingerprint where it is not "text"
     "data.whole_shards",  # part of the fingerprint where it matters
     "data.sample_by",  # part of the fingerprint where there is a .txt file
@@ -32,6 +33,7 @@ FREE_SETTINGS = {
     "train.run_dir",
     "train.micro_batch_size",
     "train.zero_stage",
+    "train.deterministic",
     "train.resume",
     "train.allow_changes",
     "train.max_bad_steps",
@@ -150,11 +152,11 @@ def _weight_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterat
 
 
 def _model_changes(saved: Identity, now: Identity) -> Iterator[Change]:
-    before = keys_with(LlamaConfig(**saved.model_config), FUNCTION, TRAINING)
-    after = keys_with(LlamaConfig(**now.model_config), FUNCTION, TRAINING)
+    before = keys_with(stored_model_config(saved.model_config), FUNCTION, TRAINING)
+    after = keys_with(stored_model_config(now.model_config), FUNCTION, TRAINING)
     for key, value in after.items():
-        if before[key] != value:
-            yield Change(f"model: {key} is {before[key]!r} in the checkpoint, {value!r} now", None)
+        if before.get(key) != value:
+            yield Change(f"model: {key} is {before.get(key)!r} in the checkpoint, {value!r} now", None)
 
 
 def _tokenizer_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:

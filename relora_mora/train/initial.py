@@ -7,31 +7,40 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from relora_mora.adapters import AdapterFolder
 from relora_mora.checkpoint import CheckpointReader
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import Config, ConfigError
 from relora_mora.distributed.collectives import from_first_rank
 from relora_mora.merging import FrozenMasters
-from relora_mora.model import KEYS, function_differences, parse_model_config, read_json
-from relora_mora.model.llama import initial_value
-from relora_mora.pretrained import in_short, is_foreign, load_foreign, merged_weights
+from relora_mora.model import function_differences
+from relora_mora.model.llama import initial_value, model_class
+from relora_mora.pretrained import in_short, is_foreign, load_foreign, merged_weights, start_config
 from relora_mora.zero import ZeroEngine
 
 
 def initial_values(
-    lm: LlamaForCausalLM, base: FrozenMasters, config: Config, world_size: int
+    lm: PreTrainedModel, base: FrozenMasters, config: Config, world_size: int
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Which rank makes which parameter of the plain model, and what this rank has made, in float32.
 
-    A collective. The ranks draw at the same time, a part each; ``model.init_from`` is read by the first rank.
+    A collective. The ranks draw at the same time, a part each; ``model.init_from`` and ``model.adapter``, whose values
+    take the place of those that the adapters were drawn with, are read by the first rank.
     """
     shapes = {name: p.shape for name, p in lm.named_parameters() if p.is_meta}
     made: dict[str, Tensor] = {}
     if config.model.init_from is not None:
-        from_first_rank(lambda: made.update(_foreign_weights(config, lm, shapes)))
-        return dict.fromkeys(shapes, 0), made
+
+        def read() -> list[str]:
+            made.update(_foreign_weights(config, lm, shapes))
+            if config.model.adapter is not None:
+                adapter = AdapterFolder(Path(config.model.adapter))
+                made.update((name, adapter.value(name)) for name in adapter.shapes)
+            return list(made)
+
+        return dict.fromkeys(from_first_rank(read), 0), made
     maker = dict(base.owner)
     load = [0] * world_size
     frozen_first = sorted(shapes.items(), key=lambda item: item[0] not in base.owner)
@@ -67,22 +76,17 @@ def write_initial_values(
     engine.refresh()
 
 
-def _foreign_weights(config: Config, lm: LlamaForCausalLM, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """The float32 weights of ``model.init_from`` by the names of ours.
 
     Raises :class:`ConfigError` where they do not fit, or mean something else in the model that they come from.
     """
     path = Path(str(config.model.init_from))
+    _check_function(start_config(path), lm.config, path)
     if is_foreign(path):
-        file = path / "config.json"
-        values = read_json(file, "model.init_from")
-        known = {key: values[key] for key in values if key in KEYS}  # transformers ignores others
-        _check_function(parse_model_config(known, str(file)), lm.config, path)
-        weights = load_foreign(path, torch.float32, LlamaForCausalLM, whole=True).state_dict()
+        weights = load_foreign(path, torch.float32, model_class(lm.config), whole=True).state_dict()
     else:
-        reader = CheckpointReader(find_checkpoint(path))
-        _check_function(LlamaConfig(**reader.manifest.model_config), lm.config, path)
-        weights = merged_weights(reader)
+        weights = merged_weights(CheckpointReader(find_checkpoint(path)))
     embedding = weights["model.embed_tokens.weight"]
     if lm.config.tie_word_embeddings and not torch.equal(embedding, weights.get("lm_head.weight", embedding)):
         fault = (
@@ -97,11 +101,11 @@ def _foreign_weights(config: Config, lm: LlamaForCausalLM, shapes: Mapping[str, 
     return {name: weights[name] for name in shapes}
 
 
-def _check_function(theirs: LlamaConfig, ours: LlamaConfig, path: Path) -> None:
+def _check_function(theirs: PreTrainedConfig, ours: PreTrainedConfig, path: Path) -> None:
     """Raises :class:`ConfigError` with every difference by which the same weights would compute something else."""
     faults = [
         f"model.init_from: {key} is {there!r} there and {here!r} in model.config; "
-        f"set model.overrides.{key}, or let model.config name its config"
+        f"set model.overrides.{key}, or leave model.config and overrides out"
         for key, there, here in function_differences(theirs, ours)
     ]
     if faults:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from relora_mora.config import Config, ConfigError, Split, set_setting
-from relora_mora.data import Shard, SourceError, check_columns, check_tokens, configured_shards
+from relora_mora.data import Shard, SourceError, check_columns, check_records, check_tokens, configured_shards
 from relora_mora.tokenizer import TokenizerError, load_tokenizer
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def open_inputs(config: Config) -> Inputs:
     Raises TokenizerError or SourceError for one of them that cannot be used, and ConfigError for several.
     """
     errors: list[tuple[str, TokenizerError | SourceError]] = []
-    tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer.path))
+    tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer_path))
     for name, sources in config.data.validation_sets.items():
         data = config.data.model_copy(update={"validation": sources})
         alone = config.model_copy(update={"data": data})
@@ -46,8 +46,9 @@ def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | N
     shards = configured_shards(data, split)
     check_columns([shard for shard in shards if not shard.is_remote], data)
     if tokenizer is not None:
+        check_records([shard for shard in shards if not shard.is_remote], data, tokenizer)
         limits = data if split == "train" else None
-        check_tokens(shards, tokenizer_path=config.tokenizer.path, eos=tokenizer.eos_token_id, limits=limits)
+        check_tokens(shards, tokenizer_path=config.tokenizer_path, eos=tokenizer.eos_token_id, limits=limits)
     return shards
 
 

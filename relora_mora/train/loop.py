@@ -50,7 +50,7 @@ class Trainer:
         self.folder = Path(config.train.run_dir)
         self.data = TrainStream(
             config.data,
-            tokenizer_path=config.tokenizer.path,
+            tokenizer_path=config.tokenizer_path,
             batch_size=config.train.batch_size,
             lanes=config.lanes,
             rank=self.rank,
@@ -150,29 +150,24 @@ class Trainer:
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
             self.engine.accumulate(loss, last=index == len(pieces) - 1)
         self.guard.begin(f"step {step}: optimizer")
-        norm, applied = self.engine.step(group_rates(self.run.schedule, self.run.groups, step))
-        mean = losses / len(pieces)
+        rates = group_rates(self.run.schedule, self.run.groups, step)
+        done = self.engine.step(rates, losses / len(pieces))
         batch = share.batch
-        result = StepResult(
-            loss=float(mean),
-            applied=applied,
-            grad_norm=norm,
-            data=[] if applied else self.data.describe(batch.state, since=state.data),
-        )
+        data = [] if done.applied else self.data.describe(batch.state, since=state.data)
         state.step = self.guard.step = step
         state.tokens += self.config.tokens_per_step
         state.data = batch.state
         interval = state.interval
         interval.data_counts = batch.counts
         interval.steps += 1
-        if applied:
-            interval.loss += mean
+        if done.applied:
+            interval.loss += done.loss
             interval.good_steps += 1
-            interval.grad_norm = norm
+            interval.grad_norm = done.grad_norm
         interval.step_seconds += time.perf_counter() - begin
         self.progress.update()
         self.startup.first_step_done(step, self.write)
-        return result
+        return StepResult(loss=done.loss, applied=done.applied, grad_norm=done.grad_norm, data=data)
 
     def roll_back(self) -> None:
         """Back to a checkpoint from before the trouble; the data goes on where it is."""
@@ -214,8 +209,18 @@ class Trainer:
 
 
 def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """input_ids and labels [micro, T] (boundaries of documents as well where attention is masked), on the device"""
-    for start in range(0, len(batch.input_ids), size):
+    """input_ids and labels [micro, T] (boundaries of documents as well where attention is masked), on the device
+
+    The whole share is copied at once, to a GPU from pinned memory, which the host does not wait for and torch does not
+    use again before the copy is done.
+    """
+
+    def there(tensor: Tensor) -> Tensor:
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+    input_ids = there(batch.input_ids)
+    labels = there(batch.labels)
+    for start in range(0, len(input_ids), size):
         piece = slice(start, start + size)
-        boundaries = None if batch.document_ids is None else document_boundaries(batch.document_ids[piece]).to(device)
-        yield batch.input_ids[piece].to(device), batch.labels[piece].to(device), boundaries
+        boundaries = None if batch.document_ids is None else there(document_boundaries(batch.document_ids[piece]))
+        yield input_ids[piece], labels[piece], boundaries

@@ -29,8 +29,10 @@ from relora_mora.distributed.collectives import (
     leave_together,
 )
 from relora_mora.distributed.join import store_address
+from relora_mora.pretrained import with_tokenizer
 from relora_mora.supervise import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
 from relora_mora.supervise.watchdog import Watchdog
+from relora_mora.system.determinism import compute_deterministically
 from relora_mora.system.disk_errors import LOST_DISK
 from relora_mora.system.hardware import ran_out_of_memory
 from relora_mora.system.logs import log, setup_logging
@@ -44,6 +46,7 @@ from relora_mora.train.resume import finds_checkpoint, resume
 from relora_mora.train.run_folder import write_run_folder
 from relora_mora.train.startup import Startup, describe
 from relora_mora.train.state import RunState
+from relora_mora.train.warm_up import warm_up
 from relora_mora.zero import init_distributed
 
 COUNTING_SECONDS = 86400.0  # a text that takes longer to read once is no text to read some times
@@ -90,6 +93,8 @@ def _pretrain(config: Config, guard: Guard) -> int:
     startup = Startup()
     startup.done("imports")
     os.umask(os.umask(0o077) | 0o002)  # nothing of a run is writable for everybody
+    if config.train.deterministic:
+        compute_deterministically()
     rank, world_size = init_distributed(config.train.peer_timeout_seconds)
     setup_logging(rank)
     startup.done("rendezvous")
@@ -100,7 +105,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     data, commits, datasets = from_first_rank(lambda: _pinned(config))
     remember_commits(commits)
     remember_datasets(datasets)
-    config = config.model_copy(update={"data": data})
+    config = with_tokenizer(config.model_copy(update={"data": data}))
     checked = check(config, world_size)
     check_agreement(checked.identity)
     asked = from_first_rank(lambda: _asked(checked.shards, data))
@@ -119,6 +124,9 @@ def _pretrain(config: Config, guard: Guard) -> int:
     state, reader = resume(run) if resumes else (RunState(), None)
     if resumes:
         startup.done("resume")
+    if checked.compiled:
+        warm_up(run, state, guard)
+        startup.done("compile")
     from_first_rank(lambda: write_run_folder(checked, world_size, state.step))
     trainer = Trainer(run, state, guard, startup, resumed_from=reader)
     log.info("%s", describe(run, state))
@@ -162,8 +170,8 @@ def _count(config: Config) -> int:
     """The tokens of an epoch. One rank reads all of the text."""
     begin = time.perf_counter()
     log.info("train.epochs: counting the tokens of the training text")
-    tokens = count_tokens(config.data, config.tokenizer.path)
-    log.info("the training text has %s tokens (%.1f s)", f"{tokens:,}", time.perf_counter() - begin)
+    tokens = count_tokens(config.data, config.tokenizer_path, lanes=config.lanes)
+    log.info("an epoch of it has %s tokens (%.1f s)", f"{tokens:,}", time.perf_counter() - begin)
     return tokens
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from relora_mora.config import LogConfig
 from relora_mora.data import SKIP_REASONS
 from relora_mora.distributed import sum_over_hosts
@@ -26,7 +24,7 @@ _COUNTED = ("documents", "bad", "retries", *(f"skipped/{reason}" for reason in S
 class Interval:
     """What has been counted since the last line of metrics."""
 
-    loss: Tensor | float = 0.0  # float64, of this rank: summed over the steps that were made
+    loss: float = 0.0  # float64, of this rank: summed over the steps that were made
     good_steps: int = 0
     grad_norm: float = 0.0
     # of this process alone, skipped steps included
@@ -37,7 +35,7 @@ class Interval:
 
     def dump(self, world_size: int) -> dict[str, Any]:
         """What a run that goes on on any number of ranks needs; a collective."""
-        [loss] = sum_over_hosts([float(self.loss)])
+        [loss] = sum_over_hosts([self.loss])
         return {"loss": loss / world_size, "good_steps": self.good_steps, "grad_norm": self.grad_norm}
 
     @staticmethod

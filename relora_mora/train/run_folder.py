@@ -18,6 +18,7 @@ from relora_mora.config import dump
 from relora_mora.model.config import plain_model_config
 from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.files import remove, write_synced
+from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import is_tokenizer, save_tokenizer
 from relora_mora.train.check import Checked
@@ -40,7 +41,7 @@ def _write(folder: Path, checked: Checked, world_size: int, step: int) -> None:
     if not is_tokenizer(tokenizer, checked.tokenizer_fingerprint):  # an earlier start may have had another one
         work = folder / "tokenizer.tmp"
         remove(work)
-        save_tokenizer(checked.config.tokenizer.path, work)
+        save_tokenizer(checked.tokenizer, work)
         remove(tokenizer)
         work.rename(tokenizer)
     with names.starts.open("a", encoding="utf-8") as stream:
@@ -64,7 +65,7 @@ def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any
 
 
 def _device() -> str:
-    if torch.cuda.is_available():
+    if uses_cuda():
         return torch.cuda.get_device_name()
     return platform.processor() or platform.machine()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -14,8 +16,17 @@ from relora_mora.config import TrainConfig
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.optim import MOMENTS
 from relora_mora.zero.masters import Fragment, owned_fragments, update_parameters
+from relora_mora.zero.norms import given_norms, gradient_norms, replaced
 from relora_mora.zero.settings import deepspeed_settings
 from relora_mora.zero.start import quiet
+
+
+class StepDone(NamedTuple):
+    """``loss`` as given to the step; ``grad_norm`` over all parameters, before clipping; ``applied`` by all or none."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
 
 
 class ZeroEngine:
@@ -36,6 +47,7 @@ class ZeroEngine:
         clip: float,
         bf16: bool,
     ) -> None:
+        self.module = module
         self.lm = lm
         self.stage = train.zero_stage
         self.clip = clip
@@ -189,9 +201,13 @@ class ZeroEngine:
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """The module's forward: see :class:`relora_mora.model.LossModel`."""
+        self.keep_merged()
+        return self.deepspeed(*inputs)
+
+    def keep_merged(self) -> None:
+        """Has resident layers build their ``W + delta``, those that have none."""
         for layer in self.adapters:
             layer.keep_merged()
-        return self.deepspeed(*inputs)
 
     def train(self) -> None:
         self.deepspeed.train()
@@ -205,39 +221,49 @@ class ZeroEngine:
         if not last:
             self.deepspeed.step()  # counts the micro-batch
 
-    def step(self, rates: list[float]) -> tuple[float, bool]:
-        """One optimizer step at a rate per group; returns (global gradient norm before clipping, was it applied).
+    def step(self, rates: list[float], loss: Tensor) -> StepDone:
+        """One optimizer step at a rate per group; ``loss`` [] is a number of the device that the host is to know.
 
-        A step with a non-finite gradient is skipped on all ranks, on every stage. At stage 0 in float32 DeepSpeed would
-        apply it, so there norm, check and clipping are done here.
+        It is read together with the gradients' norm, before the optimizer: the only time in a step that the host asks
+        the device for a value. Where that norm is not finite, the step is skipped on all ranks, on every stage: torch's
+        optimizer does nothing then, and DeepSpeed writes the parameters that it has.
         """
         self._drop_merged()
         for group, rate in zip(self.adam.param_groups, rates, strict=True):
             group["lr"] = rate
-        if self.stage == 0 and not self.bf16:
-            norm, applied = self._clip_plain()
+        plain = self.stage == 0 and not self.bf16  # no optimizer of DeepSpeed's around ours
+        gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None] if plain else []
+        norms = _norm(gradients).view(1) if plain else gradient_norms(self.deepspeed.optimizer)
+        *read, mean = torch.cat([norms.double(), loss.double().view(1)]).cpu().tolist()
+        if not all(0 <= norm < math.inf for norm in read):
+            with replaced(self.adam, "step", lambda: None):
+                self._deepspeed_step(torch.ones(len(read), dtype=norms.dtype))
+            return StepDone(mean, math.inf, applied=False)
+        if plain:
+            _clip(gradients, read[0], self.clip)
+        self._deepspeed_step(torch.tensor(read, dtype=norms.dtype))
+        return StepDone(mean, read[0] if plain else float(self.deepspeed.get_global_grad_norm()), applied=True)
+
+    def _deepspeed_step(self, norms: Tensor) -> None:
+        """With these norms [n] on the host."""
+        given = given_norms(self.deepspeed.optimizer, norms) if self.stage or self.bf16 else contextlib.nullcontext()
+        with given:
             self.deepspeed.step()
-            return norm, applied
-        self.deepspeed.step()
-        reported = self.deepspeed.get_global_grad_norm()
-        norm = float("nan") if reported is None else float(reported)
-        return norm, bool(self.deepspeed.was_step_applied()) and math.isfinite(norm)
 
     def _drop_merged(self) -> None:
         """No resident layer may go on with the ``W + delta`` of values that are about to change."""
         for layer in self.adapters:
             layer.drop_merged()
 
-    def _clip_plain(self) -> tuple[float, bool]:
-        """Clips the gradients, which backward has averaged over the ranks; drops them where they are not finite."""
-        trained = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in trained])))
-        if not math.isfinite(norm):
-            for parameter in trained:
-                parameter.grad = None  # AdamW makes no step without a gradient
-            return norm, False
-        scale = self.clip / (norm + 1e-6)
-        if self.clip and scale < 1:
-            for parameter in trained:
-                parameter.grad *= scale
-        return norm, True
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """[] of all together"""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+
+
+def _clip(gradients: list[Tensor], norm: float, limit: float) -> None:
+    """Scales gradients of this norm down to the limit; 0 is none."""
+    scale = limit / (norm + 1e-6)
+    if limit and scale < 1:
+        for gradient in gradients:
+            gradient *= scale

@@ -24,7 +24,8 @@ def deepspeed_settings(train: TrainConfig, *, clip: float, bf16: bool, trainable
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_clipping": 0.0 if plain else clip,  # plain: see ZeroEngine.step
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},  # ZeroEngine.step does
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice at every micro-batch
         "zero_optimization": zero_optimization,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,

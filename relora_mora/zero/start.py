@@ -15,14 +15,17 @@ from typing import Any
 
 import torch
 
-if not torch.cuda.is_available():
+from relora_mora.system.hardware import uses_cuda
+
+if not uses_cuda():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed looks
 
 import deepspeed
 import deepspeed.ops
 from deepspeed.runtime import compiler
 
-from relora_mora.distributed.join import backend_name, join
+from relora_mora.distributed.device import backend_name
+from relora_mora.distributed.join import join
 from relora_mora.distributed.waiting import collective
 
 COLLECTIVES = (  # methods of DeepSpeed's backend

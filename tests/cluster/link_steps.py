@@ -64,8 +64,9 @@ def build(
 
 
 def step(rig: Rig, ids: Tensor, labels: Tensor) -> None:
-    rig.engine.accumulate(rig.engine(ids, labels), last=True)
-    rig.engine.step(group_rates(rig.schedule, rig.groups, 2))
+    loss = rig.engine(ids, labels)
+    rig.engine.accumulate(loss, last=True)
+    rig.engine.step(group_rates(rig.schedule, rig.groups, 2), loss)
 
 
 def main(given: str) -> None:

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import yaml
 
-from relora_mora.config import ConfigError, dump, load_config, parse_yaml, unused_settings, validate, with_epochs
+from relora_mora.config import (
+    FINETUNING,
+    ConfigError,
+    dump,
+    load_config,
+    parse_yaml,
+    unused_settings,
+    validate,
+    with_epochs,
+)
 from relora_mora.config.checks import DERIVED_DEEPSPEED_KEYS
 from relora_mora.config.table import settings_page
 from tests.tools.config_tools import SETTINGS, faults_of, same, tree
@@ -132,7 +141,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
             "method.nmae",  # misspelt
             "method.operators.1",  # no such operator
             "optim.lr",  # a word
-            "tokenizer",  # missing
+            "tokenizer.path",  # missing
             "train.micro_batch_size",  # does not divide the batch
             "train.steps",  # true is no number
             "train.deepspeed",  # a derived key
@@ -170,6 +179,36 @@ def test_the_length_of_a_run_is_given_in_steps_or_tokens_or_epochs() -> None:
     with pytest.raises(ConfigError, match=r"method\.merge_every: 50000 means no merge in a run of 62 steps"):
         with_epochs(config, 100_001, world_size=1)
     assert with_epochs(config, 10**9, world_size=1).train.steps == 610_352
+
+
+def test_the_warmup_is_given_in_steps_or_as_a_fraction_of_the_run() -> None:
+    method = {"name": "mora"}
+    for train, steps in (({"steps": 200}, 20), ({"tokens": 300 * 1024 * 512}, 30)):
+        config = validate(tree(train=train, method=method, optim={"warmup_fraction": 0.1}), "the test")
+        assert (config.optim.warmup_steps, config.optim.warmup_fraction) == (steps, None)
+        assert validate(parse_yaml(dump(config)), "the test").optim == config.optim
+    counted = validate(tree(train={"epochs": 2}, method=method, optim={"warmup_fraction": 0.1}), "the test")
+    config = with_epochs(counted, 40 * 1024 * 512, 1)
+    assert (config.train.steps, config.optim.warmup_steps, config.optim.warmup_fraction) == (80, 8, None)
+    given = {"warmup_steps": None, "warmup_fraction": 0.0}  # null takes the steps of a file back
+    assert validate(tree(method=method, optim=given), "the test").optim.warmup_steps == 0
+    (fault,) = faults_of(tree(method=method, optim={"warmup_steps": 3, "warmup_fraction": 0.1}))
+    assert "the warmup is given once, and optim.warmup_steps and optim.warmup_fraction are set" in fault
+    (fault,) = faults_of(tree(method={"merge_every": 50}, train={"steps": 1000}, optim={"warmup_fraction": 0.1}))
+    assert "comes before the warmup ends (step 100)" in fault
+
+
+def test_the_page_names_every_default_of_fine_tuning() -> None:
+    page = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    told: dict[str, Any] = {}
+    for row in page[page.index("## Defaults") :].splitlines():
+        if row.startswith("| `"):
+            names = re.findall(r"`([a-z_.]+)`", row.split("|")[1])
+            values = parse_yaml(f"[{row.split('|')[2].replace('`', '')}]")
+            told |= zip(names, values if len(values) > 1 else values * len(names), strict=True)
+    assert told == {
+        f"{section}.{key}": value for section, values in FINETUNING.items() for key, value in values.items()
+    }
 
 
 def test_mixtures_and_sets_of_held_out_text() -> None:
@@ -244,6 +283,12 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
         None,
         "method.square_size: operator 6 needs an even size, got 101; take 100",
     ),
+    ({"model": {"adapter": "a"}}, None, "model.adapter: an adapter belongs to a trained model"),
+    (
+        {"model": {"adapter": "a", "init_from": "b"}, "method": {"name": "full"}},
+        None,
+        "model.adapter: full has no adapters",
+    ),
     ({"method": {"operators": [1, 6]}}, None, "method.square_multiple: operator 6 needs an even R"),
     ({"method": {"name": "mora", "operators": [6], "square_multiple": 3}}, None, "set method.square_multiple=6"),
     (
@@ -263,7 +308,7 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
         None,
         "flash_attention_2 takes no mask",
     ),
-    ({"model": {"compile": True}, "train": {"zero_stage": 3}}, None, "use train.zero_stage=2, or leave it false"),
+    ({"model": {"compile": True}, "train": {"zero_stage": 3}}, None, "use train.zero_stage=2, or leave it at auto"),
     ({"method": {"form": "resident"}, "train": {"zero_stage": 3}}, None, "use method.form=auto, or train.zero_stage=2"),
     ({"method": {"operators": [1]}}, None, "method.operators: the cycle [1] repeats an operator"),
     ({"method": {"operators": [1, 1]}}, None, "method.operators: the cycle [1, 1] repeats an operator"),

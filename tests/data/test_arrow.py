@@ -14,7 +14,7 @@ import pytest
 from relora_mora.data import iter_texts, local_content, resolve_shards, retry
 from relora_mora.data.errors import SourceError
 from relora_mora.data.local import LocalFile
-from relora_mora.data.plain_text import open_texts
+from relora_mora.data.plain_text import open_rows
 from relora_mora.data.sources import Shard
 from tests.tools.data_tools import data_config, some_texts, write_arrow, write_shard
 from tests.tools.faulty_server import COMMIT, serving
@@ -38,7 +38,7 @@ def test_files_and_streams_of_every_kind_of_string_and_compression(tmp_path, str
     assert _texts(path) == [text for text in texts if text]
     found = []
     for lane in range(5):
-        with closing(open_texts(data_config(path), Shard("a.arrow", str(path)), stride=5, phase=lane)) as rows:
+        with closing(open_rows(data_config(path), Shard("a.arrow", str(path)), stride=5, phase=lane)) as rows:
             found += rows.take(100)
     assert len(found) == len(texts)
     assert Counter(row for row in found if isinstance(row, str)) == Counter(text for text in texts if text)
@@ -54,7 +54,7 @@ def test_dictionaries_that_grow_are_those_before_a_batch(tmp_path):
         for array in arrays:
             writer.write_batch(pyarrow.record_batch([array], schema=schema))
     assert _texts(path) == [text for part in parts for text in part]
-    with closing(open_texts(data_config(path), Shard("a.arrow", str(path)), stride=3, phase=1)) as rows:
+    with closing(open_rows(data_config(path), Shard("a.arrow", str(path)), stride=3, phase=1)) as rows:
         assert rows.take(9) == parts[1]
 
 
@@ -90,7 +90,7 @@ def test_a_seek_reads_of_other_batches_the_beginning_alone(tmp_path, monkeypatch
     monkeypatch.setattr(
         LocalFile, "read_at", lambda self, position, size: read.append(size) or read_at(self, position, size)
     )
-    with closing(open_texts(data_config(path), Shard("a.arrow", str(path)))) as rows:
+    with closing(open_rows(data_config(path), Shard("a.arrow", str(path)))) as rows:
         assert rows.skip(1501)
         assert rows.take(1) == [texts[1501]]
     assert sum(read) < path.stat().st_size / 5

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from relora_mora.data import iter_texts, skipped
+from relora_mora.data import bad_rows, iter_texts
 from relora_mora.data.errors import SourceError
 from relora_mora.data.skipped import BAD_REASONS
 from tests.tools.data_tools import (
@@ -156,7 +156,7 @@ def test_a_resume_at_every_block_skips_and_stops_as_before(
     if cut:
         path.write_bytes(path.read_bytes()[:-cut])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(skipped, "JUDGED_FROM_ROWS", 8)  # so that some stop inside the shard
+        patch.setattr(bad_rows, "JUDGED_FROM_ROWS", 8)  # so that some stop inside the shard
         for number in range(lanes):
             again = {"max_bad_fraction": fraction, "shuffle_documents": shuffle}
             states, blocks, stop = _until_stop(_lane(path, lanes, number, **again), 24)

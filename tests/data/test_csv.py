@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from relora_mora.data import check_columns, iter_texts, resolve_shards
 from relora_mora.data.errors import SourceError
-from relora_mora.data.plain_text import open_texts
+from relora_mora.data.plain_text import open_rows
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
 from tests.tools.data_tools import data_config, some_texts, write_shard
@@ -22,7 +22,7 @@ from tests.tools.data_tools import data_config, some_texts, write_shard
 def _rows(path, lanes=1, lane=0, skip=0, **changes):
     """All rows of a lane behind the first ``skip``, with those that give no text."""
     config = data_config(path, max_bad_fraction=1.0, **changes)
-    with closing(open_texts(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
+    with closing(open_rows(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
         rows.skip(skip)
         return [row for part in iter(lambda: rows.take(3), []) for row in part]
 
@@ -116,7 +116,7 @@ def test_a_file_without_rows_is_empty(tmp_path, body):
     config = data_config(path)
     check_columns(resolve_shards(str(path)), config)
     notes = []
-    with closing(open_texts(config, Shard("a.csv", str(path)), note=notes.append)) as rows:
+    with closing(open_rows(config, Shard("a.csv", str(path)), note=notes.append)) as rows:
         assert rows.take(1) == [] and rows.is_empty
     assert notes == ["a.csv is empty; skipped"]
 
@@ -126,7 +126,7 @@ def test_the_fraction_of_bad_rows_is_the_files_whatever_the_lanes(tmp_path):
     config = data_config(path, max_bad_fraction=0.001)
     for lane in range(3):
         with (
-            closing(open_texts(config, Shard("a.csv", str(path)), stride=3, phase=lane)) as rows,
+            closing(open_rows(config, Shard("a.csv", str(path)), stride=3, phase=lane)) as rows,
             pytest.raises(SourceError, match=r"a\.csv: 1 of \d+ rows are bad, .*; row 51 has more or fewer fields"),
         ):
             while rows.take(10):

@@ -15,7 +15,7 @@ import pytest
 from relora_mora.data import TrainStream, check_columns, iter_texts, local_content, resolve_shards
 from relora_mora.data.errors import SourceError
 from relora_mora.data.local import LocalFile
-from relora_mora.data.plain_text import open_texts
+from relora_mora.data.plain_text import open_rows
 from relora_mora.data.retry import RETRIES
 from tests.tools.data_tools import (
     WRITE_GROUPS,
@@ -185,7 +185,7 @@ def test_a_seek_over_http_costs_few_requests_and_bytes(suffix, tmp_path, short_w
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=200)
     with serving(tmp_path) as server:
         (shard,) = resolve_shards(f"{server.url}/a{suffix}")
-        with closing(open_texts(data_config(path), shard)) as rows:
+        with closing(open_rows(data_config(path), shard)) as rows:
             assert rows.skip(1501)
             assert rows.take(400) == texts[1501:1901]
         ranges = [headers["range"] for _, headers in server.requests]
@@ -198,7 +198,7 @@ def test_a_file_that_changes_at_the_server_is_refused(suffix, tmp_path, short_wa
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", [random.Random(n).randbytes(500).hex() for n in range(2000)])
     with serving(tmp_path) as server:
         (shard,) = resolve_shards(f"{server.url}/a{suffix}")
-        with closing(open_texts(data_config(path), shard)) as rows:
+        with closing(open_rows(data_config(path), shard)) as rows:
             rows.take(10)
             WRITE_GROUPS[suffix](path, some_texts(10))
             with pytest.raises(SourceError, match=rf"a\{suffix} changed while it was read"):

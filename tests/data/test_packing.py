@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from relora_mora.data import UNSCORED, Shard, TrainStream, producer
+from relora_mora.data import UNSCORED, Shard, TrainStream, encoders
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Block, Lane
@@ -216,7 +216,7 @@ def test_the_labels_of_a_batch_are_unscored_where_the_row_function_says_so(tmp_p
             return [next(stream) for _ in range(3)]
 
     plain = batches()
-    monkeypatch.setattr(producer, "text_encoder", lambda tokenizer: second_halves)
+    monkeypatch.setattr(encoders, "text_encoder", lambda tokenizer: second_halves)
     masked = batches()
     lanes = [
         Lane(

@@ -15,7 +15,7 @@ import pytest
 from relora_mora.data import parquet as parquet_module
 from relora_mora.data.errors import SourceError
 from relora_mora.data.local import LocalFile
-from relora_mora.data.plain_text import open_texts
+from relora_mora.data.plain_text import open_rows
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
 from tests.tools.data_tools import (
@@ -63,7 +63,7 @@ def test_a_resume_reads_the_footer_and_one_group_of_the_text_alone(tmp_path, mon
         return read_at(self, position, size)
 
     monkeypatch.setattr(LocalFile, "read_at", counted)
-    with closing(open_texts(data_config(path), Shard("a.parquet", str(path)))) as rows:
+    with closing(open_rows(data_config(path), Shard("a.parquet", str(path)))) as rows:
         assert rows.skip(1501)
         assert rows.take(1) == [texts[1501]]
     assert sum(read) < path.stat().st_size / 5
@@ -76,7 +76,7 @@ def test_a_large_row_group_is_read_a_part_at_a_time(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet", texts, group_rows=1000, **settings)
     before = pyarrow.total_allocated_bytes()
     most = 0
-    with closing(open_texts(data_config(path), Shard("a.parquet", str(path)))) as rows:
+    with closing(open_rows(data_config(path), Shard("a.parquet", str(path)))) as rows:
         for text in texts:
             assert rows.take(1) == [text]
             most = max(most, pyarrow.total_allocated_bytes() - before)

@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from relora_mora.data import merge_states, packing
+from relora_mora.data import encoded_rows, merge_states
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Lane
 from relora_mora.data.rows import Encoded
@@ -87,7 +87,7 @@ def _steps(ranks, steps, states):
 @pytest.fixture(scope="module", autouse=True)
 def few_rows_at_once():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "ENCODE_ROWS", 8)
+        patch.setattr(encoded_rows, "ENCODE_ROWS", 8)
         yield
 
 

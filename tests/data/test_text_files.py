@@ -10,7 +10,7 @@ import pytest
 
 from relora_mora.data import TrainStream, describe_position, iter_texts, resolve_shards
 from relora_mora.data.errors import SourceError
-from relora_mora.data.plain_text import open_texts
+from relora_mora.data.plain_text import open_rows
 from relora_mora.data.skipped import Skipped
 from tests.tools.data_tools import assert_resumes_anywhere, data_config, some_texts, write_shard
 from tests.tools.faulty_server import serving
@@ -31,7 +31,7 @@ def _rows(path, **settings):
     """All rows, those that were skipped too."""
     config = data_config(path, max_bad_fraction=1.0, **settings)
     (shard,) = resolve_shards(str(path))
-    with closing(open_texts(config, shard)) as rows:
+    with closing(open_rows(config, shard)) as rows:
         return [row for part in iter(lambda: rows.take(3), []) for row in part]
 
 

@@ -28,7 +28,7 @@ from relora_mora.data import (
     resolve_shards,
     token_writer,
 )
-from relora_mora.data.plain_text import open_texts
+from relora_mora.data.plain_text import open_rows
 from relora_mora.data.positions import describe_position
 from relora_mora.data.skipped import BAD_REASONS, Skipped
 from relora_mora.data.token_index import INDEX, Making, SourceText
@@ -216,7 +216,7 @@ def test_totals(folder, tokenizer_path):
     assert epoch_tokens(shards) == held_out.predicted
     assert sum(shard.tokens.totals.documents for shard in shards) == held_out.documents
     for shard, text in zip(shards, resolve_shards(str(folder / ".json.gz" / "few" / "*")), strict=True):
-        with closing(open_texts(data_config("unused", **LIMITS), text)) as rows:
+        with closing(open_rows(data_config("unused", **LIMITS), text)) as rows:
             reasons = [row.reason for row in rows.take(1000) if isinstance(row, Skipped)]
         assert shard.tokens.totals.bad == sum(reason in BAD_REASONS for reason in reasons) > 5
         assert shard.tokens.totals.rows == 45

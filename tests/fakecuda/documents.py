@@ -44,3 +44,24 @@ def test_nothing_is_read_back_and_no_mask_is_made() -> None:
     assert watch.syncs == []
     assert watch.launches["_flash_attention_forward"] == watch.launches["_flash_attention_backward"] == 2
     assert max(storage.nbytes() for storage in saved.storages.values()) < LENGTH * LENGTH
+
+
+def test_one_program_serves_any_number_of_documents() -> None:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model = model_with("llama_tiny", "full", 1, fake)
+    model.compiled = True
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    for layer in model.lm.model.layers:
+        layer.compile(backend=backend, dynamic=False, fullgraph=True)
+    with fake:
+        ids = torch.zeros(2, 64, device="cuda", dtype=torch.long)
+        for documents in (2, 4, 64, 2):
+            boundaries = torch.zeros(documents + 1, device="cuda", dtype=torch.int32)
+            model(ids, ids, boundaries, 128.0).backward()
+    assert len(graphs) == 1

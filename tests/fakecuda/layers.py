@@ -103,6 +103,7 @@ def compiled(name: str, method: str, *, documents: bool = False) -> Counts:
     """What is in the programs that Inductor writes for a layer."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     model = model_with(name, method, 1, fake)
+    model.compiled = True
     programs: list[Program] = []
     torch._dynamo.reset()
     for layer in model.lm.model.layers:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import traceback
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,6 +19,7 @@ from tests.tools.helpers import ROOT
 
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_"}
 READS_NOTHING = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill_", "zero_"}
+WAITS = (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
 READS_BACK = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}  # besides copies from the device to the host
 
 
@@ -25,8 +29,9 @@ class Watch(TorchDispatchMode):
     launches  operations on CUDA tensors by name, but views and allocations. An operation of several kernels (backward
               of attention, a sum over a large tensor) counts once, so this is a lower bound
     bytes     theirs: each input and output once, what is written in place once more, a broadcast dimension once
-    syncs     where the host waits for a value of the device, as "file:line operation" of the innermost lines of this
-              project and of whatever it called. Every value read back is 0: no overflow, no gradient
+    syncs     where the host waits for the device, as "file:line operation" of the innermost lines of this project and
+              of whatever it called: for a value, all work, a stream, an event or a copy. Every value read back is 0: no
+              overflow, no gradient
     """
 
     def __init__(self) -> None:
@@ -34,18 +39,30 @@ class Watch(TorchDispatchMode):
         self.launches: collections.Counter[str] = collections.Counter()
         self.bytes: collections.Counter[str] = collections.Counter()
         self.syncs: list[str] = []
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self) -> Watch:
+        for owner in WAITS:
+            wait = mock.patch.object(owner, "synchronize", lambda *_: self.syncs.append(f"{_place()} synchronize"))
+            self._patches.enter_context(wait)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._patches.close()
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         given = list(cuda_tensors((args, kwargs)))
-        if name == "_local_scalar_dense" and given:
-            self.syncs.append(f"{_place()} {name}")
-            return False if given[0].dtype is torch.bool else 0.0 if given[0].is_floating_point() else 0
+        if name == "_local_scalar_dense" and isinstance(args[0], FakeTensor):
+            if given:
+                self.syncs.append(f"{_place()} {name}")
+            return False if args[0].dtype is torch.bool else 0.0 if args[0].is_floating_point() else 0
         result = func(*args, **kwargs)
         made = list(cuda_tensors(result))
-        to_host = name in {"_to_copy", "copy_"} and given and not made
-        if (name in READS_BACK and given) or to_host:
+        if (name in READS_BACK and given) or _is_blocking_copy(name, args, kwargs, result):
             self.syncs.append(f"{_place()} {name}")
         silent = func.is_view or name in NO_KERNEL or func.namespace == "prim" or _onto_itself(name, args)
         if (given or made) and not silent:
@@ -53,6 +70,15 @@ class Watch(TorchDispatchMode):
             touched = [*made, *_written(func, args, made), *_read(func, name, args, kwargs)]
             self.bytes[name] += sum(map(size_of, touched))
         return result
+
+
+def _is_blocking_copy(name: str, args: Any, kwargs: Any, result: Any) -> bool:
+    """Whether a copy goes between host and device, and the host waits for it."""
+    if name not in {"_to_copy", "copy_"}:
+        return False
+    source = args[1] if name == "copy_" else args[0]
+    asynchronous = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+    return source.device.type != result.device.type and not asynchronous
 
 
 def cuda_tensors(tree: Any) -> Iterator[Tensor]:

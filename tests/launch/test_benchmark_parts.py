@@ -28,7 +28,9 @@ def test_the_ways_of_a_part_have_the_same_gradients(model: str, part: str, monke
     gradients: list[Any] = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: gradients.append(grad(*args, **kwargs)))
-    ways = module_of(SCRIPT).PARTS[part](read_model_config(ModelConfig(config=model)), 1024, 512, torch.float32)
+    module = module_of(SCRIPT)
+    draw = module.draws(torch.float32, torch.device("cpu"))
+    ways = module.PARTS[part](read_model_config(ModelConfig(config=model)), 1024, 512, draw)
     for act, _ in ways.values():
         act()
     assert len(gradients) == len(ways) - 1, "the products alone have none"
@@ -43,7 +45,8 @@ def test_the_output_ends_with_a_line_of_json(model: str, capsys: pytest.CaptureF
         module_of(SCRIPT).main(part, model, tokens=64, sequence_length=32, repetitions=1)
         *table, last = capsys.readouterr().out.splitlines()
         found = json.loads(last)
-        assert found["part"] == part and len(found["milliseconds"]) == len(table) - 1 == ways
+        assert found["part"] == part and found["device"] in table[0]
+        assert len(found["milliseconds"]) == len(table) - 1 == ways
         assert all(value > 0 for value in found["milliseconds"].values())
         assert sum("TFLOP/s" in line for line in table) == (1 if part == "loss" else ways)
 
@@ -56,7 +59,20 @@ def test_the_output_ends_with_a_line_of_json(model: str, capsys: pytest.CaptureF
         (["loss", "MODEL", "--tokens=100"], "--tokens: 100 is no multiple of --sequence_length 512"),
         (["loss", "MODEL", "--dtype=fp16"], "--dtype: got fp16"),
         (["loss", "MODEL", "--repetitions=0"], "--repetitions: got 0"),
+        (["loss", "MODEL", "--device=tpu"], "--device: got tpu, expected cpu or cuda"),
     ],
 )
 def test_wrong_arguments(model: str, arguments: list[str], message: str) -> None:
     refused(call(SCRIPT, *(model if argument == "MODEL" else argument for argument in arguments)), message)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [(SCRIPT, ["loss"]), ("launch/benchmark/layers.py", []), ("launch/benchmark/steps.py", [])],
+)
+def test_a_gpu_that_is_not_there_is_one_message(
+    model: str, script: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the option wins
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(call(script, *words, model, "--device=cuda"), "--device: got cuda, but torch", "sees no GPU here")

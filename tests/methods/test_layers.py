@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 
 import pytest
@@ -167,6 +168,46 @@ def test_auto_builds_the_weight_where_tokens_outweigh_it(kind, tokens):
     assert layer.uses_merged_form(tokens) and not layer.uses_merged_form(tokens - 1)
 
 
+@pytest.mark.parametrize("kind", ["lora", "1", "2", "6"])
+def test_dropout_is_of_the_adapters_input_alone(kind):
+    """Its mean is the layer without dropout; W sees the whole x; in evaluation there is none."""
+    layer, _ = _layers(kind, 12, 20, 6, torch.float64)
+    layer.form = "auto"
+    layer.dropout = 0.25
+    x = torch.randn(1, 12, dtype=torch.float64)
+    plain = x @ layer.weight.T
+    whole = layer.eval()(x)
+    layer.train()
+    torch.manual_seed(0)
+    draws = torch.stack([layer(x) for _ in range(4000)])
+    delta = layer.delta_of(*(layer.get_parameter(name) for name in layer.adapter_names))
+    added = (draws - plain)[:, 0]
+    spread = ((delta * x) ** 2).sum(-1).mul(0.25 / 0.75).sqrt()  # of one draw: elements of x drop independently
+    assert bool(((draws.mean(0) - whole)[0].abs() <= 5 * spread / 4000**0.5 + 1e-12).all())
+    torch.testing.assert_close(added.std(0), spread, rtol=0.1, atol=1e-9)
+    assert not layer.uses_merged_form(10**6) and layer.eval().uses_merged_form(10**6)
+
+
+@pytest.mark.parametrize("method", ["lora", "mora"])
+def test_what_dropout_drops_is_the_same_where_a_layer_is_recomputed(method):
+    config = tiny_config(method={"name": method, "dropout": 0.5, "operators": [1]})
+    gradients = []
+    for recomputes in (False, True):
+        model = build_model(tiny_llama(), seed=0)
+        inject(model, config.method, seed=0)
+        for _, layer in adapter_layers(model):
+            for name in layer.adapter_names:
+                nn.init.normal_(layer.get_parameter(name), std=0.3, generator=torch.Generator().manual_seed(1))
+        if recomputes:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        torch.manual_seed(7)
+        model(input_ids=torch.arange(12).view(1, 12), labels=torch.arange(12).view(1, 12)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    first, second = gradients
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
 def test_injection_changes_nothing_at_the_start(method):
     config = tiny_config(method={"name": method})
@@ -234,6 +275,10 @@ def test_sizes_and_draws():
     assert layer_square_size(method, 64, 64) == 32
     with pytest.raises(ValueError, match=r"method.square_multiple: 16 is more than R of a 8 -> 8 layer"):
         layer_square_size(MethodConfig(rank=1, square_multiple=16), 8, 8)
+    for inputs, outputs, rank in ((24, 24, 4), (576, 192, 8), (4096, 11008, 7), (1, 2, 1), (50, 50, 1)):
+        nearest = int(math.sqrt((inputs + outputs) * rank) + 0.5)  # as the released code
+        assert layer_square_size(MethodConfig(rank=rank, square_rounding="nearest"), inputs, outputs) == nearest
+        assert layer_square_size(MethodConfig(rank=rank), inputs, outputs) in (nearest, nearest - 1)
     draws = [
         torch.rand(3, generator=layer_generator(*key)).tolist()
         for key in [(0, "a", 0), (0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0)]

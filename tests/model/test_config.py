@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
 from relora_mora.config import ConfigError, ModelConfig
-from relora_mora.model import FUNCTION, KEYS, TRAINING, keys_with, read_model_config
+from relora_mora.model import ARCHITECTURES, FUNCTION, TRAINING, check_length, keys_with, read_model_config
 from relora_mora.model.config import plain_model_config
 from relora_mora.model.llama import LossModel, build_model
 from tests.tools.helpers import ROOT
@@ -160,11 +160,24 @@ def test_what_says_nothing_about_the_model_is_left_out(path: Path) -> None:
         ({"pruned_heads": {"0": [1]}}, "pruned_heads is {'0': [1]}, expected {}"),
         ({"attn_implementation": "eager"}, "expected null: set model.attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, expected null"),
-        ({"model_type": "mistral"}, "model_type is 'mistral', expected \"llama\""),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', expected one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "model_type is None, expected one of llama"),
+        ({"model_type": ["llama"]}, "model_type is ['llama'], expected one of llama"),
         (
             {"architectures": ["Qwen2ForCausalLM"]},
-            "architectures is ['Qwen2ForCausalLM'], expected names of LLaMA classes",
+            "architectures is ['Qwen2ForCausalLM'], expected names of classes such as LlamaForCausalLM",
         ),
+        ({"sliding_window": 16}, "sliding_window is 16, expected null"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias is True, expected false: linears have no"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, expected a whole number from 1"),
+        ({"model_type": "qwen2", "attention_bias": True}, "expected null: in a Qwen2 q, k and v have biases"),
+        (
+            {"model_type": "qwen2", "layer_types": ["full"]},
+            "layer_types is ['full'], expected a list of full_attention",
+        ),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"], "num_key_value_heads": 1}, "Qwen2Config refuses"),
+        ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is True, expected false"),
+        ({"model_type": "qwen3", "logit_scale": 2.0}, "logit_scale is no key of a Qwen3Config"),
         ({"head_dim": 3}, "head_dim is 3, expected an even number"),
         ({"hidden_size": 24, "num_attention_heads": 8}, "head_dim is 3, expected an even number"),
         ({"num_attention_heads": "4"}, "num_attention_heads is '4', expected a whole number from 1"),
@@ -207,18 +220,22 @@ def test_activations_without_parameters_work(path: Path, name: str) -> None:
         assert 0 < loss_of(read(path, hidden_act=name)) < 10
 
 
-def test_no_key_of_transformers_is_forgotten() -> None:
-    assert set(LlamaConfig().to_dict()) <= set(KEYS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_no_key_of_transformers_is_forgotten(kind: str) -> None:
+    assert set(ARCHITECTURES[kind].config_class().to_dict()) <= set(ARCHITECTURES[kind].keys)
 
 
 def test_the_documents_name_every_key() -> None:
     page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    missing = [key for key, rule in KEYS.items() if rule.use != "nothing" and f"`{key}`" not in page]
-    assert missing == []
+    used = {key for kind in ARCHITECTURES.values() for key, rule in kind.keys.items() if rule.use != "nothing"}
+    assert [key for key in sorted(used) if f"`{key}`" not in page] == []
 
 
-def test_a_config_that_was_written_is_read_back(path: Path) -> None:
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_config_that_was_written_is_read_back(path: Path, kind: str) -> None:
     overrides = {
+        "model_type": kind,
+        "num_key_value_heads": 1,
         "pad_token_id": 3,
         "rope_parameters": rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0),
     }
@@ -239,3 +256,32 @@ def test_a_checkpoint_from_before_the_rule_goes_on(path: Path) -> None:
     assert keys_with(old, FUNCTION, TRAINING) == keys_with(read(path), FUNCTION, TRAINING)
     old.rms_norm_eps = 1e-5
     assert keys_with(old, FUNCTION, TRAINING) != keys_with(read(path), FUNCTION, TRAINING)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 16}, 16),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mistral"}, 4096),  # the default of transformers
+        ({"model_type": "qwen2", "sliding_window": 16}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, 16),
+        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, 16),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_sequences_are_no_longer_than_what_attention_sees(path: Path, overrides: dict[str, Any], window: int | None):
+    config = read(path, max_position_embeddings=8192, num_key_value_heads=1, **overrides)
+    check_length(config, window or 8192, "x.json")
+    if window is not None:
+        with pytest.raises(ConfigError, match=rf"{window + 1} is more than the model's sliding_window \({window}\)"):
+            check_length(config, window + 1, "x.json")
+    kept = plain_model_config(config)
+    path.write_text(json.dumps(kept))
+    assert plain_model_config(read(path)) == kept
+
+
+def test_null_keeps_a_mistral_from_its_default_window(path: Path) -> None:
+    assert read(path, model_type="mistral", num_key_value_heads=1, sliding_window=None).sliding_window is None

@@ -96,7 +96,7 @@ def test_chunks_are_equal_parts_below_the_limit():
             chunk == 128 or tokens - (parts - 1) * chunk > chunk - parts
         )  # the last one is about as long as the others
     assert loss_chunk(100, 50, 4) == 128 and loss_chunk(4096, 32100, 2) == 2048
-    assert loss_chunk(8192, 32000, 2, on_gpu=True) == 2731 and loss_chunk(8192, 128_256, 2, on_gpu=True) == 2048
+    assert loss_chunk(8192, 32000, 2, on_cuda=True) == 2731 and loss_chunk(8192, 128_256, 2, on_cuda=True) == 2048
 
 
 def test_in_place_is_for_plain_cpu_tensors_only():

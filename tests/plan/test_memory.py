@@ -10,27 +10,30 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from relora_mora.config import Config, validate
 from relora_mora.data import document_boundaries
 from relora_mora.methods.inject import inject
 from relora_mora.methods.layers import adapter_layers
+from relora_mora.model import ARCHITECTURES
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import count_parameters, set_trainable
 from relora_mora.plan.fit import choose_resident
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import activation_memory, merged_memory, peak_memory, scratch_memory
 
-MODEL = LlamaConfig(
-    hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=512,
-    max_position_embeddings=64,
-)
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "max_position_embeddings": 64,
+}
+MODEL = LlamaConfig(**SIZES)
 
 
 class LiveTensors(TorchDispatchMode):
@@ -72,8 +75,8 @@ def make_config(method: dict[str, Any], model: dict[str, Any] | None = None, mic
     return validate(tree, "the test")
 
 
-def build(config: Config, bf16: bool) -> LossModel:
-    lm = build_model(MODEL, seed=0, attention=config.model.attention)
+def build(config: Config, bf16: bool, model_config: PreTrainedConfig = MODEL) -> LossModel:
+    lm = build_model(model_config, seed=0, attention=config.model.attention)
     if config.method.uses_adapters:
         inject(lm, config.method, seed=0)
     set_trainable(lm, config.method)
@@ -99,14 +102,27 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"name": "full"}, {"attention": "eager"}),
     ({"name": "full"}, {"activation_checkpointing": True}),
     ({"name": "mora"}, {"activation_checkpointing": True}),
+    ({"name": "mora", "dropout": 0.1}, {}),
+    ({"name": "lora", "dropout": 0.1}, {}),
+    ({"name": "lora", "dropout": 0.1}, {"activation_checkpointing": True}),
 ]
 
 
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(("method", "model"), CASES, ids=str)
 def test_activations_and_peak(method: dict[str, Any], model: dict[str, Any], bf16: bool) -> None:
-    config = make_config(method, model)
-    trained = build(config, bf16)
+    check_activations_and_peak(make_config(method, model), MODEL, bf16)
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("method", [{"name": "full"}, {"name": "mora", "train_norms": False}], ids=str)
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_activations_and_peak_of_the_family(kind: str, method: dict[str, Any], bf16: bool) -> None:
+    check_activations_and_peak(make_config(method), ARCHITECTURES[kind].config_class(**SIZES), bf16)
+
+
+def check_activations_and_peak(config: Config, model_config: PreTrainedConfig, bf16: bool) -> None:
+    trained = build(config, bf16, model_config).train()
     ids = torch.randint(0, MODEL.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
     tracker = LiveTensors()
     for parameter in trained.parameters():
@@ -161,10 +177,10 @@ def test_on_a_gpu_documents_need_no_mask_and_logits_no_copy() -> None:
     def kept(config: Config, **where: bool) -> float:
         return activation_memory(model, config, **where)[0]
 
-    assert kept(masked, bf16=True, on_gpu=True) == kept(plain, bf16=True, on_gpu=True) < kept(masked, bf16=True)
-    assert kept(masked, bf16=False, on_gpu=True) == kept(masked, bf16=False)  # flash attention knows no float32
+    assert kept(masked, bf16=True, on_cuda=True) == kept(plain, bf16=True, on_cuda=True) < kept(masked, bf16=True)
+    assert kept(masked, bf16=False, on_cuda=True) == kept(masked, bf16=False)  # flash attention knows no float32
     head = MODEL.vocab_size * MODEL.hidden_size
-    at_loss = [scratch_memory(model, plain, bf16=True, on_gpu=on_gpu)[0] for on_gpu in (False, True)]
+    at_loss = [scratch_memory(model, plain, bf16=True, on_cuda=on_cuda)[0] for on_cuda in (False, True)]
     assert at_loss == [256 * 512 * 6 + 6 * head, max(256 * 512 * 2 + 4 * head, 6 * head)]
 
 
@@ -203,15 +219,14 @@ def test_accumulation_keeps_gradients_through_the_loss() -> None:
 def test_auto_keeps_merged_weights_where_a_step_has_several_micro_batches_and_the_memory_is_there() -> None:
     once = make_config({"name": "remora"})
     twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
-    compiled = twice.model_copy(update={"model": once.model.model_copy(update={"compile": True})})
     model = meta_model(MODEL, once.method)
 
-    def kept(config: Config, stage: int = 1, available: float | None = None) -> int:
-        choose_resident(model, config, stage, 1, available, bf16=True)
+    def kept(config: Config, stage: int = 1, available: float | None = None, *, on_cuda: bool = False) -> int:
+        choose_resident(model, config, stage, 1, available, bf16=True, on_cuda=on_cuda)
         return sum(layer.resident for _, layer in adapter_layers(model))
 
     assert kept(twice) == 7 * MODEL.num_hidden_layers
     needed = peak_memory(model, twice, 1, 1, bf16=True)
     assert needed.merged == 2 * sum(layer.weight.numel() for _, layer in adapter_layers(model))
     assert kept(twice, available=2 * needed.device) and not kept(twice, available=2 * needed.device - 1)
-    assert kept(twice) and not any((kept(once), kept(twice, stage=3), kept(compiled)))
+    assert kept(once, on_cuda=True) and not any((kept(once), kept(twice, stage=3), kept(twice, stage=3, on_cuda=True)))

@@ -24,7 +24,7 @@ from tests.tools.helpers import ROOT
 
 NOBODY = 65534
 EVALUATE, EXPORT, PLAN = "launch/evaluate.py", "launch/export.py", "launch/plan.py"
-PRETRAIN = "launch/pretrain.py"
+PRETRAIN, FINETUNE = "launch/pretrain.py", "launch/finetune.py"
 BOARD = "launch/board.py"
 BENCHMARK = "launch/benchmark/data.py"
 DEMO_TEXT = "launch/demo_text.py"

@@ -18,7 +18,7 @@ import zstandard
 from relora_mora.config import DataConfig
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Lane
-from relora_mora.data.plain_text import open_texts
+from relora_mora.data.plain_text import open_rows
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sources import Shard, configured_shards
 
@@ -135,7 +135,7 @@ def make_lane(
     config: DataConfig, lanes: int, lane: int, state: Any = None, shards: list[Shard] | None = None
 ) -> Lane[str]:
     shards = shards or configured_shards(config, "train")
-    rows = LaneRows(plan_lanes(lanes, len(shards))[lane], shards, config, partial(open_texts, config))
+    rows = LaneRows(plan_lanes(lanes, len(shards))[lane], shards, config, partial(open_rows, config))
     return Lane(rows, encode, eos=EOS, sequence_length=config.sequence_length, restored=state)
 
 
@@ -170,6 +170,6 @@ def assert_resumes_anywhere(config: DataConfig, lanes: int) -> None:
 def rows_of(path, lanes=1, lane=0, skip=0, **settings):
     """All rows of a lane's share of a file behind the first ``skip``."""
     config = data_config(path, **settings)
-    with closing(open_texts(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
+    with closing(open_rows(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
         assert rows.skip(skip)
         return [row for part in iter(lambda: rows.take(5), []) for row in part]

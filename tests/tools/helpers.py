@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -12,3 +15,15 @@ SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason=f"the shared test data is not beside the checkout ({SHARED.name}/)"
 )
+
+
+@contextlib.contextmanager
+def arithmetic_put_back() -> Iterator[None]:
+    """Undoes what train.deterministic switches."""
+    import torch
+
+    with mock.patch.dict("os.environ"):
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True

@@ -131,10 +131,12 @@ class Pool:
                 )
 
     def _processor_seconds(self) -> float:
+        """Of the workers and of all that they started: a compiler may be at work for a minute."""
         total = 0.0
         for process in self.processes:
             try:
-                total += sum(psutil.Process(process.pid).cpu_times()[:2])
+                worker = psutil.Process(process.pid)
+                total += sum(sum(each.cpu_times()[:4]) for each in [worker, *worker.children(recursive=True)])
             except psutil.Error:  # gone: its answer or its end is seen elsewhere
                 continue
         return total

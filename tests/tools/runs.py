@@ -31,7 +31,9 @@ def write_inputs(folder: Path) -> Path:
     return folder
 
 
-def run_config(inputs: Path, tokenizer: str, run_dir: Path, world_size: int = 1, **sections: dict[str, Any]) -> Config:
+def run_config(
+    inputs: Path, tokenizer: str | None, run_dir: Path, world_size: int = 1, **sections: dict[str, Any]
+) -> Config:
     """Ten steps with merges after 4 and 8, a checkpoint after each step."""
     tree: dict[str, dict[str, Any]] = {
         "model": {"config": str(inputs / "model.json")},

@@ -82,7 +82,7 @@ class Rig:
                 loss = loss * float("nan")
             total += loss.detach().double()
             self.engine.accumulate(loss, last=index == len(micro) - 1)
-        norm, applied = self.engine.step(group_rates(self.schedule, self.groups, step))
+        _, norm, applied = self.engine.step(group_rates(self.schedule, self.groups, step), total)
         return float(self.engine.all_reduce(total)) / len(micro) / self.engine.world_size, norm, applied
 
     def merge(self, step: int) -> Any:

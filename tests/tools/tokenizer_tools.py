@@ -37,6 +37,16 @@ def train_tokenizer(folder: Path, text: list[str] = TEXT) -> None:
     (folder / "tokenizer.vocab").unlink()
 
 
+def save_bytes_tokenizer(folder: Path) -> None:
+    """Puts a tokenizer of Qwen's class into a folder, whose 257 tokens are the bytes and the end of a document."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    end = "<|endoftext|>"
+    vocabulary = {token: index for index, token in enumerate([*sorted(ByteLevel.alphabet()), end])}
+    Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token=end, unk_token=end, pad_token=end).save_pretrained(folder)
+
+
 def own_text() -> list[str]:
     """Enough text for a small vocabulary wherever the tests run: the project's own sources."""
     return [

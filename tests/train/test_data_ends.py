@@ -25,17 +25,17 @@ def inputs(tmp_path_factory) -> Path:
 
 def ended(config: Any) -> tuple[str, str]:
     """Runs on every rank: the kind of error that ended a run, and its text. Lanes read few documents ahead."""
-    from relora_mora.data import packing
+    from relora_mora.data import encoded_rows
     from relora_mora.train import pretrain
 
-    whole = packing.ENCODE_ROWS
-    packing.ENCODE_ROWS = 2
+    whole = encoded_rows.ENCODE_ROWS
+    encoded_rows.ENCODE_ROWS = 2
     try:
         pretrain(config)
     except Exception as error:
         return type(error).__name__, str(error)
     finally:
-        packing.ENCODE_ROWS = whole
+        encoded_rows.ENCODE_ROWS = whole
     return "", ""
 
 

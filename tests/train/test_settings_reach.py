@@ -35,6 +35,7 @@ REACHES = {
     "model.config": Reach("narrow.json", True, True),
     "model.overrides": Reach({"rms_norm_eps": 0.5}, True, False),
     "model.init_from": Reach("export", True, False),
+    "model.adapter": Reach(None, True, False),  # needs an adapter of the model: tests/adapters
     "model.attention": Reach("eager", False, True),
     "model.activation_checkpointing": Reach(True, False, True),
     "model.compile": Reach(None, False, True),  # takes a compiler and a minute: tests/kernels/test_kernels.py
@@ -42,6 +43,8 @@ REACHES = {
     "data.stages": Reach(None, False, False),  # of mixtures only: tests/data/test_mixture.py
     "data.validation": Reach("train.json", True, False),
     "data.revision": Reach("v2", False, False),
+    "data.records": Reach(None, True, True),  # of other rows: tests/train/test_records_run.py
+    "data.packing": Reach(None, True, True),  # as above: here a stream is evaluated anew
     "data.text_column": Reach("url", True, False),
     "data.sample_by": Reach("line", False, False),  # of .txt alone: tests/data/test_text_files.py
     "data.sequence_length": Reach(16, True, True),
@@ -57,6 +60,7 @@ REACHES = {
     "data.timeout_seconds": Reach(5.0, False, False),
 }
 PATHS = {"model.config", "model.init_from", "data.train", "data.validation"}
+PLANNED = {"model.compile": False, "data.packing": "whole"}  # values with which these change the plan
 CHANGED = [name for name, reach in REACHES.items() if reach.value is not None]
 TOLERANCE = 1e-5
 
@@ -187,8 +191,8 @@ def test_what_training_sees_is_evaluated_and_exported(pools, inputs, tokenizer_p
     assert seen["export"] == pytest.approx(seen["trainer"], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", [*CHANGED, "model.compile"])
+@pytest.mark.parametrize("name", [*CHANGED, *PLANNED])
 def test_what_changes_the_plan(inputs, tokenizer_path, tmp_path, name):
-    with mock.patch.dict(REACHES, {"model.compile": REACHES["model.compile"]._replace(value=True)}):
+    with mock.patch.dict(REACHES, {key: REACHES[key]._replace(value=value) for key, value in PLANNED.items()}):
         plans = [_plan(_config(inputs, tokenizer_path, tmp_path, changed)) for changed in (None, name)]
     assert (plans[0] != plans[1]) == REACHES[name].plan

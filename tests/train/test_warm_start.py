@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from relora_mora.config import ModelConfig
 from relora_mora.export import export
-from relora_mora.model import read_model_config
+from relora_mora.model import ARCHITECTURES, read_model_config
 from relora_mora.model.llama import empty_model
 from tests.tools.commands import EVALUATE, call
 from tests.tools.runs import LLAMA, metrics, run_config, train, write_inputs
+from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 pytestmark = pytest.mark.distributed
 
@@ -37,13 +37,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "biased": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "rms_norm_eps": 1e-3, "pad_token_id": 2},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 32},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True},
 }
 # what exports of transformers 4 carry, and what trainers and the hub add
 OLD_KEYS = {
     "_name_or_path": "./somewhere",
     "torch_dtype": "float32",
     "transformers_version": "4.31.0",
-    "architectures": ["LlamaForCausalLM"],
     "pretraining_tp": 1,
     "use_cache": True,
     "unk_token_id": 0,
@@ -58,13 +60,16 @@ def inputs(tmp_path_factory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def save(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: Any) -> Path:
-    """A LLaMA with weights that are large, so that every change of what it computes is seen in its loss."""
+def save(
+    folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", model_type: str = "llama", **changes: Any
+) -> Path:
+    """A model with weights that are large, so that every change of what it computes is seen in its loss."""
     torch.manual_seed(7)
-    model = LlamaForCausalLM(LlamaConfig(**(LLAMA | {"initializer_range": 0.4} | changes)))
-    for name, value in model.named_parameters():
-        if name.endswith("bias"):
-            value.data.normal_()
+    kind = ARCHITECTURES[model_type]
+    model = kind.model_class(kind.config_class(**(LLAMA | {"initializer_range": 0.4} | changes)))
+    for value in model.parameters():
+        if value.dim() == 1:  # biases and norms
+            value.data += torch.randn(value.shape)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
 
@@ -103,15 +108,23 @@ def scored(inputs: Path, tokenizer: str, folder: Path) -> float:
 @pytest.mark.parametrize("style", ["new", "old"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_first_loss_is_that_of_the_folder(pools, inputs, tokenizer_path, tmp_path, shape, style):
+    if shape == "qwen2":  # beside such a model transformers knows no other tokenizers
+        tokenizer_path = str(tmp_path / "tokenizer")
+        save_bytes_tokenizer(Path(tokenizer_path))
     folder = save(tmp_path / "model", **SHAPES[shape])
+    class_name = json.loads((folder / "config.json").read_text())["architectures"][0]
     if style == "old":
         as_old(folder)
     loss = first_loss(pools, inputs, tokenizer_path, tmp_path / "run", folder)
     assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
+    with pytest.MonkeyPatch.context() as patch:  # and that of plain transformers, from whole logits
+        patch.setattr("relora_mora.evaluate.is_of_family", lambda lm: False)
+        assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
     export(export_of(pools, inputs, tokenizer_path, tmp_path, folder), tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "config.json").read_text())
-    wanted = {"unk_token_id": 0, "pretraining_tp": 1} if style == "old" else {}
-    wanted["pad_token_id"] = None  # the tokenizer has none
+    wanted: dict[str, Any] = {"unk_token_id": 0, "pretraining_tp": 1} if style == "old" else {}
+    wanted["architectures"] = [class_name]
+    wanted["pad_token_id"] = 256 if shape == "qwen2" else None  # as the tokenizer says
     assert {key: kept.get(key) for key in wanted} == wanted
 
 
@@ -217,9 +230,12 @@ def test_another_number_of_positions_is_the_same_function(inputs, pools, tokeniz
 
 
 def test_another_architecture(refuses, tmp_path):
-    sizes = {**LLAMA, "num_key_value_heads": 2}
-    Qwen2ForCausalLM(Qwen2Config(**sizes)).save_pretrained(tmp_path / "qwen")
-    refuses(tmp_path / "qwen", "model_type is 'qwen2', expected \"llama\"", "architectures is ['Qwen2ForCausalLM']")
+    folder = save(tmp_path / "model", model_type="qwen2", num_key_value_heads=2)
+    refuses(folder, "1 fault", "model_type is 'qwen2' there and 'llama' in model.config")
+    rewrite(folder, model_type="gpt2")
+    refuses(folder, "model_type is 'gpt2', expected one of llama, mistral, qwen2, qwen3")
+    rewrite(folder, ("model_type",))
+    refuses(folder, "there is no model_type; say in it which of llama, mistral, qwen2, qwen3 the model is")
 
 
 @pytest.mark.parametrize(

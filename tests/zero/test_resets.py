@@ -211,13 +211,19 @@ def test_stages_agree_in_bf16(pools):
 
 
 def poisoned(world_size: int, stage: int, bf16: bool) -> dict[str, Any]:
+    from relora_mora.optim import MOMENTS
     from tests.tools.tiny import build_rig, tiny_config
 
     rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}), bf16=bf16)
     rig.step(1)
-    before = {name: rig.engine.gather(name) for names in rig.engine.members for name in names}
+    names = [name for group in rig.engine.members for name in group]
+    places = [(name, key) for name in names for key in (None, *MOMENTS)]
+    before = [rig.engine.gather(*place) for place in places]
+    counts = rig.engine.group_steps()
+    logits = rig.logits()
     _, norm, applied = rig.step(2, poison=rig.engine.rank == world_size - 1)
-    same = all(torch.equal(value, rig.engine.gather(name)) for name, value in before.items())
+    same = all(torch.equal(value, rig.engine.gather(*place)) for place, value in zip(places, before, strict=True))
+    same = same and rig.engine.group_steps() == counts and torch.equal(rig.logits(), logits)
     loss, _, after = rig.step(3)
     return {"norm": norm, "applied": applied, "same": same, "next_loss": loss, "next_applied": after}
 

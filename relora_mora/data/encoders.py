@@ -1,0 +1,151 @@
+"""From rows to tokens: plain text, records, tokens made in advance; as parts of a stream, or whole with their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from relora_mora.config import DataConfig, Packing
+from relora_mora.data.chat import chat_template, render
+from relora_mora.data.errors import SourceError
+from relora_mora.data.passages import Passage, messages_of, passage_of
+from relora_mora.data.plain_text import text_encoder
+from relora_mora.data.record_format import Record, RecordFormat
+from relora_mora.data.rows import Encode, Encoded
+from relora_mora.data.skipped import Skipped
+from relora_mora.data.sources import Shard
+from relora_mora.data.token_rows import or_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def packing_of(config: DataConfig, shards: Sequence[Shard]) -> Packing:
+    """How the rows of these shards become sequences."""
+    return config.packing_of(shard.records.settings if shard.records else None for shard in shards)
+
+
+def encoder_of(
+    tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat | None, packing: Packing, sequence_length: int
+) -> Encode[Any]:
+    """The function from rows that hold this to their tokens. Raises SourceError where they cannot be tokenized."""
+    eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    if record_format is None or record_format.is_text:
+        text = or_tokens(text_encoder(tokenizer))
+        return text if packing == "stream" else whole_texts(text, eos, record_format, sequence_length)
+    encode = record_encoder(tokenizer, record_format)
+    if packing == "stream":
+        return encode
+    settings = record_format.settings
+    begin, end = ([], []) if settings.is_conversation else (_prefix(tokenizer), [eos])
+    return _whole(encode, begin, end, sequence_length, drops=settings.too_long == "drop")
+
+
+def whole_texts(encode: Encode[Any], eos: int, record_format: RecordFormat | None, sequence_length: int) -> Encode[Any]:
+    """Texts as whole rows: between two EOS, so that each of their tokens is predicted, as in a stream."""
+    drops = record_format is not None and record_format.settings.too_long == "drop"
+    return _whole(encode, [eos], [eos], sequence_length, drops=drops)
+
+
+def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> Encode[Record]:
+    """The tokens of records, with those of their answers scored (``data.records.score``)."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise SourceError(
+            f"{tokenizer.name_or_path} does not tell which characters its tokens are of, which records need; "
+            "give a tokenizer with a tokenizer.json, or a sentencepiece model"
+        )
+    settings = record_format.settings
+    scores_all = settings.score == "all"
+    template = chat_template(tokenizer, record_format) if settings.is_conversation else None
+
+    def passage(record: Record) -> Passage | Skipped:
+        if template is None:
+            return passage_of(settings.kind, record)
+        messages = messages_of(settings.kind, record)
+        if isinstance(messages, Skipped):
+            return messages
+        try:
+            return render(tokenizer, template, messages, marked=not scores_all)
+        except SourceError:
+            raise
+        except Exception as error:  # whatever a template raises
+            said = " ".join(str(error).split())
+            return Skipped("template_failed", record.told(f"is refused by the chat template ({said:.200})"))
+
+    def encode(records: list[Record]) -> list[Encoded | Skipped]:
+        passages = [passage(record) for record in records]
+        good = [each for each in passages if isinstance(each, Passage)]
+        encoded = iter(_tokens(tokenizer, good, parse_special=template is not None, scores_all=scores_all))
+        rows = [each if isinstance(each, Skipped) else next(encoded) for each in passages]
+        return [_with_answer(row, record) for row, record in zip(rows, records, strict=True)]
+
+    return encode
+
+
+def how_written(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> list[Any]:
+    """What of a tokenizer decides the tokens of records, beside how it tokenizes text; JSON-able."""
+    if record_format.settings.is_conversation:
+        return [chat_template(tokenizer, record_format), tokenizer.special_tokens_map]
+    return [_prefix(tokenizer)]
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], *, parse_special: bool, scores_all: bool
+) -> list[Encoded]:
+    """A token is scored where it holds a character of an answer, as in transformers' ``assistant_masks``."""
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend.encode_special_tokens = not parse_special
+    encodings = backend.encode_batch([passage.text for passage in passages], add_special_tokens=False)
+    rows = []
+    for passage, encoding in zip(passages, encodings, strict=True):
+        if scores_all:
+            rows.append(Encoded(encoding.ids))
+            continue
+        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        scored = np.zeros(len(starts), np.bool_)
+        for begin, end in passage.answers:
+            scored |= (starts < end) & (ends > begin)
+        rows.append(Encoded(encoding.ids, scored))
+    return rows
+
+
+def _with_answer(row: Encoded | Skipped, record: Record) -> Encoded | Skipped:
+    if isinstance(row, Skipped):
+        return row
+    learns = len(row.ids) > 0 if row.scored is None else any(row.scored)
+    return row if learns else Skipped("no_answer", record.told("has no answer to learn"))
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text by itself, such as BOS: so a prompt begins as it does at inference."""
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    plain = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a", add_special_tokens=True).ids
+    return whole[: next(at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)]
+
+
+def _whole(encode: Encode[Any], begin: list[int], end: list[int], sequence_length: int, *, drops: bool) -> Encode[Any]:
+    """Rows with what stands before and behind each, none longer than a sequence and the token behind it.
+
+    The end is scored where the token before it is: so an answer learns to end.
+    """
+    most = sequence_length + 1
+
+    def fitted(row: Encoded) -> Encoded | Skipped:
+        ids = np.array([*begin, *row.ids, *end], np.int32)
+        scored = None
+        if row.scored is not None:
+            ends = bool(len(row.scored)) and bool(row.scored[-1])
+            scored = np.array([*[False] * len(begin), *row.scored, *[ends] * len(end)], np.bool_)
+        if len(ids) <= most:
+            return Encoded(ids, scored)
+        if drops or (scored is not None and not scored[1:most].any()):
+            return Skipped("over_length")
+        return Encoded(ids[:most], None if scored is None else scored[:most], cut=True)
+
+    def encoded(rows: list[Any]) -> list[Encoded | Skipped]:
+        return [row if isinstance(row, Skipped) else fitted(row) for row in encode(rows)]
+
+    return encoded

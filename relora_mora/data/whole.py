@@ -1,0 +1,192 @@
+"""Packing of whole rows: several in a block, as many as fit, or one in each; the rest of a block is filled up.
+
+The rows of a lane are taken in groups, and those of a group are put into blocks together: a row that is left over for
+want of room goes into another block of its group. A group ends where its tokens fill ``GROUP_BLOCKS`` blocks or more,
+and at the end of an epoch, so an epoch is whole blocks. A position is where a group begins, and how many of its blocks
+and rows were given.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Generic, NamedTuple
+
+import numpy as np
+
+from relora_mora.data.encoded_rows import EncodedRows
+from relora_mora.data.errors import SourceError
+from relora_mora.data.lane_states import Cursor
+from relora_mora.data.lanes import LaneRows, seeded_order
+from relora_mora.data.packing import Block
+from relora_mora.data.rows import Encode, Encoded, Row
+
+GROUP_BLOCKS = 16  # more waste less room and make a resume repeat more
+
+
+class WholeBlock(NamedTuple):
+    block: Block
+    rows: int
+
+
+class WholeLane(Generic[Row]):
+    """A ``packing.Packer`` of rows that fit into a block; ``fills``: several in each, else one.
+
+    ``restored`` is a state of this lane. Raises SourceError where the source does not fit it.
+    """
+
+    def __init__(
+        self,
+        rows: LaneRows[Row],
+        encode: Encode[Row],
+        *,
+        eos: int,
+        sequence_length: int,
+        fills: bool,
+        restored: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.rows = rows
+        self.eos = eos
+        self.sequence_length = sequence_length
+        self.fills = fills
+        cursor = Cursor()
+        given = 0
+        if restored:
+            cursor, given = rows.plan.read(restored)
+            cursor = cursor._replace(documents=cursor.documents - restored.get("documents_given", 0))
+        self._source = EncodedRows(rows, encode, cursor)
+        self._waiting: deque[tuple[Encoded, Cursor]] = deque()
+        self._before = cursor  # of the group
+        self._after = cursor
+        self._epoch = cursor.epoch
+        self._blocks: list[WholeBlock] = []
+        self._given = 0
+        if given:
+            self._next_group()
+            if given >= len(self._blocks):
+                raise SourceError(
+                    f"lane {rows.plan.lane}: there are fewer records at the saved position than there were; "
+                    "the source or the tokenizer changed"
+                )
+            self._given = given
+
+    def next_block(self) -> Block:
+        if self._given == len(self._blocks):
+            self._next_group()
+        self._given += 1
+        return self._blocks[self._given - 1].block
+
+    def epoch_blocks(self) -> int:
+        """How many blocks the first epoch has: for a lane at its start, whose blocks are then given."""
+        blocks = 0
+        self._next_group()
+        while self._epoch == 0:
+            blocks += len(self._blocks)
+            self._next_group()
+        return blocks
+
+    def state(self) -> dict[str, Any]:
+        if self._given == len(self._blocks):
+            return self._after.state(0)
+        documents = sum(block.rows for block in self._blocks[: self._given])
+        before = self._before._replace(documents=self._before.documents + documents)
+        return {**before.state(self._given), "documents_given": documents}
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _next_group(self) -> None:
+        before = self._after
+        group = [self._next_row()]
+        epoch = group[0][1].epoch
+        self._epoch = epoch
+        tokens = len(group[0][0].ids)
+        while self.fills and tokens < GROUP_BLOCKS * self.sequence_length and self._goes_on(epoch):
+            group.append(self._next_row())
+            tokens += len(group[-1][0].ids)
+        self._before = before
+        self._after = group[-1][1]
+        self._given = 0
+        key = (self.rows.config.seed, self.rows.plan.lane, epoch, before.place, before.block, before.item)
+        blocks = list(self._packed([row for row, _ in group]))
+        self._blocks = [blocks[at] for at in seeded_order(len(blocks), *key)]
+
+    def _next_row(self) -> tuple[Encoded, Cursor]:
+        self._look_ahead()
+        return self._waiting.popleft()
+
+    def _goes_on(self, epoch: int) -> bool:
+        """Whether there is another row in this epoch."""
+        try:
+            self._look_ahead()
+        except SourceError:
+            return False  # raised again by the next group
+        return self._waiting[0][1].epoch == epoch
+
+    def _look_ahead(self) -> None:
+        if not self._waiting:
+            _, rows, after = self._source.next_group()
+            self._waiting.extend(zip(rows, after, strict=True))
+
+    def _packed(self, rows: Sequence[Encoded]) -> Iterator[WholeBlock]:
+        return packed(rows, eos=self.eos, sequence_length=self.sequence_length, fills=self.fills)
+
+
+def groups_of(rows: Sequence[Encoded], sequence_length: int) -> Iterator[list[Encoded]]:
+    """Groups of rows as a lane takes them."""
+    group: list[Encoded] = []
+    tokens = 0
+    for row in rows:
+        group.append(row)
+        tokens += len(row.ids)
+        if tokens >= GROUP_BLOCKS * sequence_length:
+            yield group
+            group = []
+            tokens = 0
+    if group:
+        yield group
+
+
+def packed(rows: Sequence[Encoded], *, eos: int, sequence_length: int, fills: bool) -> Iterator[WholeBlock]:
+    """The blocks of some rows, none of which is longer than ``sequence_length`` and the token behind it."""
+    if not fills:
+        for row in rows:
+            block = block_of([row], eos=eos, sequence_length=sequence_length)
+            yield WholeBlock(block._replace(documents=None), 1)
+        return
+    for numbers in first_fit([len(row.ids) for row in rows], sequence_length + 1):
+        block = block_of([rows[number] for number in numbers], eos=eos, sequence_length=sequence_length)
+        yield WholeBlock(block, len(numbers))
+
+
+def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Which rows each block holds: the largest first, each put into the first block that has room for it."""
+    blocks: list[list[int]] = []
+    left: list[int] = []
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        size = sizes[number]
+        at = next((at for at, free in enumerate(left) if free >= size), len(left))
+        if at == len(left):
+            blocks.append([])
+            left.append(room)
+        blocks[at].append(number)
+        left[at] -= size
+    return [sorted(numbers) for numbers in blocks]
+
+
+def block_of(rows: Sequence[Encoded], *, eos: int, sequence_length: int) -> Block:
+    """Rows side by side, then EOS that are not scored and are a document of their own.
+
+    Neither is the first token of a row, which nothing stands before.
+    """
+    tokens = np.full(sequence_length + 1, eos, np.int32)
+    scored = np.zeros(sequence_length + 1, np.bool_)
+    documents = np.full(sequence_length + 1, len(rows), np.int32)
+    begin = 0
+    for number, row in enumerate(rows):
+        end = begin + len(row.ids)
+        tokens[begin:end] = row.ids
+        scored[begin + 1 : end] = True if row.scored is None else row.scored[1:]
+        documents[begin:end] = number
+        begin = end
+    return Block(tokens, scored[1:], documents[:-1])

@@ -1,0 +1,94 @@
+"""Which device each rank computes on. It is bound before the process group is made: NCCL connects the ranks by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import distributed as dist
+
+from relora_mora.system.hardware import uses_cuda
+
+_REMEDY = "start one rank for each GPU, or compute on CPUs with DS_ACCELERATOR=cpu in the environment"
+
+
+class Seat(NamedTuple):
+    """Where a rank computes. ``gpu`` is the UUID of its GPU; None on CPUs, and where none of the visible is its own."""
+
+    host: str
+    local_rank: int
+    visible: int  # GPUs
+    gpu: str | None
+
+
+def backend_name() -> str:
+    """The backend of collectives on the ranks' tensors."""
+    return "nccl" if uses_cuda() else "gloo"
+
+
+def device_of_rank() -> torch.device:
+    """The device of this rank's model."""
+    return torch.device("cuda", torch.cuda.current_device()) if uses_cuda() else torch.device("cpu")
+
+
+def bind_device(store: Any, rank: int, world_size: int) -> torch.device | None:
+    """Makes this rank's GPU the current one and returns it, None on CPUs; every rank calls it.
+
+    LOCAL_RANK in the environment becomes the number of the GPU: DeepSpeed computes on the device of that number.
+    Raises ValueError, on every rank, where the GPUs of any rank do not fit.
+    """
+    local_rank = int(os.environ["LOCAL_RANK"])
+    visible = torch.cuda.device_count() if uses_cuda() else 0
+    if not visible and os.environ.get("DS_ACCELERATOR") == "cuda":
+        raise ValueError("DS_ACCELERATOR=cuda in the environment: torch sees no GPU here; unset it to compute on CPUs")
+    index = gpu_of(local_rank, visible)
+    gpu = None
+    if index is not None:
+        torch.cuda.set_device(index)
+        os.environ["LOCAL_RANK"] = str(index)
+        gpu = str(torch.cuda.get_device_properties(index).uuid)
+    seats = _seats_of_ranks(Seat(socket.gethostname(), local_rank, visible, gpu), store, rank, world_size)
+    fault = seat_fault(seats)
+    if fault:
+        error = ValueError(f"{fault}; {_REMEDY}")
+        error.same_on_all_ranks = True  # type: ignore[attr-defined]
+        raise error
+    return None if index is None else torch.device("cuda", index)
+
+
+def gpu_of(local_rank: int, visible: int) -> int | None:
+    """The GPU of a rank among those it sees: the only one, where the launcher shows each rank its own."""
+    if visible == 1:
+        return 0
+    return local_rank if local_rank < visible else None
+
+
+def seat_fault(seats: Sequence[Seat]) -> str | None:
+    """What keeps these ranks from computing together; None if nothing does."""
+    owners: dict[str, int] = {}
+    for rank, seat in enumerate(seats):
+        if not seat.visible:
+            others = [other for other, its in enumerate(seats) if its.visible]
+            if others:
+                return f"rank {rank} on {seat.host} sees no GPU, and rank {others[0]} on {seats[others[0]].host} does"
+            continue
+        if seat.gpu is None:
+            return f"rank {rank} on {seat.host} has LOCAL_RANK={seat.local_rank}, and {seat.visible} GPUs are visible"
+        owner = owners.setdefault(seat.gpu, rank)
+        if owner != rank:
+            return f"ranks {owner} and {rank} on {seat.host} see 1 GPU, and it is the same ({seat.gpu})"
+    return None
+
+
+def _seats_of_ranks(mine: Seat, store: Any, rank: int, world_size: int) -> list[Seat]:
+    if world_size == 1:
+        return [mine]
+    seats = dist.PrefixStore("seats", store)
+    seats.set(str(rank), json.dumps(mine))
+    ranks = [str(other) for other in range(world_size)]
+    seats.wait(ranks)
+    return [Seat(*json.loads(text)) for text in seats.multi_get(ranks)]

@@ -1,0 +1,63 @@
+"""What the commands that train share, from their settings to their exit code. Light to import: settings come first."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from relora_mora.cli import run
+from relora_mora.config import Config, load_config
+from relora_mora.supervise import FAILED, LOST, Guard, check_environment, leave_process
+from relora_mora.system.imports import many_imports
+
+
+def train(
+    config: str,
+    overrides: Mapping[str, str],
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    show: int | None = None,
+) -> int:
+    """Trains the run of a settings file to its end and returns the exit code (docs/reliability.md).
+
+    ``overrides`` and ``defaults`` are those of :func:`relora_mora.config.load_config`. With ``show`` it prints so many
+    rows of the training data instead.
+    """
+    if show is not None:
+        return _show(load_config(config, overrides, defaults=defaults), show)
+    rank, world_size = check_environment()
+    guard = Guard(rank)  # before anything that takes time
+    settings = load_config(config, overrides, world_size=world_size, defaults=defaults)
+    with many_imports():  # takes seconds: settings are checked before
+        from relora_mora.distributed.join import JoinError
+        from relora_mora.merging import MergeError
+        from relora_mora.train import TrainingError, pretrain
+
+    try:
+        return pretrain(settings, guard)
+    except (MergeError, TrainingError) as error:
+        if rank == 0:
+            sys.stderr.write(f"the run ended: {error}\n")
+        return FAILED
+    except JoinError as error:
+        sys.stderr.write(f"the run ended: {error}\n")
+        return LOST
+
+
+def _show(config: Config, count: int) -> int:
+    if count < 1:
+        raise ValueError(f"--show: got {count}, expected at least 1")
+    with many_imports():
+        from relora_mora.data import show_records
+
+    show_records(config, count)
+    return 0
+
+
+def run_to_the_end(main: Callable[..., int]) -> None:
+    """Runs such a command with the arguments of the command line; the process ends here."""
+    try:
+        run(main)
+    except SystemExit as end:
+        leave_process(end.code if isinstance(end.code, int) else FAILED)  # run() always gives a number

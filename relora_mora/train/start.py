@@ -1,0 +1,116 @@
+"""Whether a run can begin with the weights and adapters that its settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from relora_mora.adapters import AdapterFolder, is_adapter
+from relora_mora.config import Config, ConfigError, MethodConfig
+from relora_mora.methods.inject import inject
+from relora_mora.methods.layers import adapter_parameters
+from relora_mora.model import empty_model
+from relora_mora.optim import set_trainable
+from relora_mora.system.logs import log
+
+
+def check_start(config: Config) -> None:
+    """Raises :class:`ConfigError` where ``model.init_from`` is no model."""
+    start = config.model.init_from
+    fault = None
+    if start is not None and not Path(start).exists():
+        fault = f"{start} does not exist; give a Hugging Face folder of the LLaMA family or a run"
+    elif start is not None and is_adapter(Path(start)):
+        fault = f"{start} holds an adapter without its model; give that model there, and the adapter in model.adapter"
+    if fault is not None:
+        raise ConfigError([f"model.init_from: {fault}"], "the settings")
+
+
+def check_adapter(config: Config, model_config: PreTrainedConfig) -> None:
+    """Raises :class:`ConfigError` with every difference between ``model.adapter`` and the adapters of the settings."""
+    if config.model.adapter is None:
+        return
+    adapter = AdapterFolder(Path(config.model.adapter))
+    faults = list(_method_faults(adapter, config.method))
+    if not faults:
+        lm = empty_model(model_config)
+        with torch.device("meta"):
+            inject(lm, config.method, seed=config.train.seed)
+        set_trainable(lm, config.method)
+        faults = [*_alpha_faults(adapter, config.method), *_tensor_faults(adapter, lm)]
+    if faults:
+        raise ConfigError(faults, str(adapter.folder))
+    start = str(config.model.init_from)
+    if adapter.base is not None and Path(adapter.base).name != Path(start).name:
+        log.warning(
+            "model.adapter: %s was trained on %s, and model.init_from is %s", adapter.folder, adapter.base, start
+        )
+
+
+def _method_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str]:
+    if (adapter.mora_type is None) == method.uses_squares:
+        kind = "LoRA" if adapter.mora_type is None else "MoRA"
+        yield f"method.name: {method.name} here, and the adapter is one of {kind}; set method.name={kind.lower()}"
+        return
+    kinds = sorted({name.rpartition(".")[2] for name in adapter.layers})
+    if kinds != sorted(method.target_modules):
+        here = ", ".join(sorted(method.target_modules))
+        yield (
+            f"method.target_modules: {here} here, and {', '.join(kinds)} in the adapter; "
+            f"set method.target_modules=[{','.join(kinds)}]"
+        )
+    if adapter.mora_type is not None and adapter.mora_type != method.cycle[0]:
+        yield (
+            f"method.operators: begins with {method.cycle[0]} here, and the adapter has operator {adapter.mora_type}; "
+            "begin with that"
+        )
+
+
+def _alpha_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str]:
+    here = {float(rank if method.lora_alpha is None else method.lora_alpha) for rank in adapter.layers.values()}
+    there = {adapter.alpha(name) for name in adapter.layers}
+    if adapter.mora_type is None and here != there:
+        alphas = ", ".join(f"{alpha:.17g}" for alpha in sorted(there))
+        remedy = f"set method.lora_alpha={alphas}" if len(there) == 1 else "here all layers have one"
+        given = "r" if method.lora_alpha is None else f"{method.lora_alpha:.17g}"
+        yield f"method.lora_alpha: {given} here and {alphas} in the adapter; {remedy}"
+
+
+def _tensor_faults(adapter: AdapterFolder, lm: PreTrainedModel) -> Iterator[str]:
+    parameters = dict(lm.named_parameters())
+    expected = {name: tuple(parameters[name].shape) for name in adapter_parameters(lm)}
+    expected |= {name: tuple(parameters[name].shape) for name in adapter.plain() if name in parameters}
+    wrong = sorted(name for name in expected | adapter.shapes if expected.get(name) != adapter.shapes.get(name))
+    if wrong:
+        yield _wrong_shape(adapter, wrong, expected)
+    frozen = sorted(name for name in adapter.plain() if name in parameters and not parameters[name].requires_grad)
+    if frozen:
+        yield (
+            f"model.adapter: it brings {frozen[0]} with it, which does not train here; set "
+            "method.train_embeddings, train_norms or train_head, as where it was made"
+        )
+
+
+def _wrong_shape(adapter: AdapterFolder, wrong: list[str], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """In words, how the first of these tensors differs, and of how many it is the first."""
+    name = wrong[0]
+    rank = adapter.layers.get(name.rpartition(".")[0])
+    there = adapter.shapes.get(name)
+    here = expected.get(name)
+    remedy = "is it the adapter of another model? then give that in model.init_from"
+    if there and here and rank is not None:
+        if adapter.mora_type is not None:
+            remedy = (
+                f"R is {rank} there: set method.rank and method.square_rounding (nearest: as the released MoRA), or "
+                "method.square_size"
+            )
+        elif there == ((rank, here[1]) if name.endswith("lora_A") else (here[0], rank)):
+            remedy = f"set method.rank={rank}"
+    more = f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else ""
+    return (
+        f"model.adapter: {name} is {list(there) if there else 'missing'} in {adapter.file} and "
+        f"{list(here) if here else 'nothing'} here{more}; {remedy}"
+    )

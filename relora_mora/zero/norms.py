@@ -1,0 +1,73 @@
+"""The norms of the gradients, on the host before a step.
+
+Each of DeepSpeed's optimizers reads its norms back from the device, once or for each parameter: to look for numbers
+that are not finite, and to clip. Here they are made as it makes them, so that the engine reads them together with the
+loss, and given to it as numbers of the host. What it does with them is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16 import unfused_optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+
+@torch.no_grad()
+def gradient_norms(optimizer: Any) -> Tensor:
+    """[n] on the device: the norms, over all ranks, that a step of DeepSpeed's ``optimizer`` begins with.
+
+    At stage 0 in bf16 they are squared. Where gradients are not finite, one is not finite either, or -1.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return torch.stack(optimizer._get_norm_groups())
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        groups = range(len(optimizer.bit16_groups))
+        parts = [(optimizer.averaged_gradients[i], optimizer.params_in_partition[i]) for i in groups]
+        return torch.stack([optimizer.get_grad_norm_direct(*part) for part in parts])
+    if isinstance(optimizer, BF16_Optimizer):
+        gradients, _ = optimizer.get_grads_for_norm()
+        return bf16_optimizer.get_global_norm_of_tensors(input_tensors=gradients).view(1)
+    assert isinstance(optimizer, FP16_UnfusedOptimizer)
+    members = [[p.grad for p in group if p.grad is not None] for group in optimizer.fp16_groups]
+    return torch.stack([sum(gradient.float().norm() ** 2.0 for gradient in group) for group in members])
+
+
+@contextlib.contextmanager
+def given_norms(optimizer: Any, norms: Tensor) -> Iterator[None]:
+    """Within, a step of ``optimizer`` takes these [n], finite and on the host, in place of :func:`gradient_norms`."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        places = [replaced(optimizer, "_get_norm_groups", lambda: list(norms))]
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        places = [replaced(optimizer, "scaled_global_norm", lambda: torch.linalg.vector_norm(norms))]
+    elif isinstance(optimizer, BF16_Optimizer):
+        places = [replaced(bf16_optimizer, "get_global_norm_of_tensors", lambda *_, **__: norms[0])]
+    else:
+        roots = iter([square**0.5 for square in norms.tolist()])
+        places = [
+            replaced(optimizer.overflow_checker, "check", lambda: False),
+            replaced(unfused_optimizer, "get_weight_norm", lambda *_, **__: next(roots)),
+        ]
+    with contextlib.ExitStack() as stack:
+        for place in places:
+            stack.enter_context(place)
+        yield
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Within, ``owner.name``, a function of a module or a method of an object, is ``function``."""
+    own = vars(owner).get(name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if own is None else setattr(owner, name, own)

@@ -1,0 +1,266 @@
+"""Adapters alone: what PEFT makes of ours, what we make of PEFT's and the released MoRA's, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from relora_mora.adapters import AdapterFolder, load_model
+from relora_mora.checkpoint import CheckpointError
+from relora_mora.export import export
+from relora_mora.methods.layers import adapter_layers
+from relora_mora.pretrained import load_any_model
+from tests.tools.adapter_tools import ALONE, METHODS, adapted, logits, save_base, write_run
+from tests.tools.checkpoints import write_checkpoint
+from tests.tools.commands import EVALUATE, EXPORT, call, refused
+from tests.tools.data_tools import write_shard
+from tests.tools.helpers import SHARED, needs_shared
+
+ROUNDING = 2e-5  # of logits of up to 5
+
+
+@pytest.fixture(scope="session")
+def peft() -> Any:
+    return pytest.importorskip("peft", reason="PEFT is not installed (pip install '.[dev]')")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+def exported(folder: Path, base: Path, tokenizer: str, method: dict[str, Any], form: str) -> Path:
+    checkpoint = write_run(folder / "run", adapted(base, method), base, tokenizer, method)
+    export(checkpoint, folder / form, form=form)
+    return folder / form
+
+
+# ---- PEFT ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "whole"), [*((name, False) for name in METHODS), ("lora", True), ("mora1", True)])
+def test_peft_computes_what_the_run_does(peft, base, tokenizer_path, tmp_path, name, whole):
+    method = METHODS[name] | ({} if whole else ALONE)
+    lm = adapted(base, method)
+    checkpoint = write_run(tmp_path / "run", lm, base, tokenizer_path, method)
+    for form in ("merged", "peft"):
+        export(checkpoint, tmp_path / form, form=form)
+    theirs = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "peft").eval()
+    ours = logits(lm)
+    assert (ours - logits(LlamaForCausalLM.from_pretrained(base))).abs().max() > 0.1
+    assert (logits(theirs) - ours).abs().max() <= (0 if name == "lora" else ROUNDING)
+    assert (logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged")) - ours).abs().max() < ROUNDING
+    assert logits(load_model(tmp_path / "peft", torch.float32).model).equal(
+        logits(load_any_model(tmp_path / "merged", torch.float32).model)
+    ) == (name != "mora6")  # its rotations are rounded once more
+    assert AutoTokenizer.from_pretrained(tmp_path / "peft").vocab_size == 300
+    modules = {"model.embed_tokens", "lm_head", "model.norm", "input_layernorm", "post_attention_layernorm"}
+    assert set(theirs.peft_config["default"].modules_to_save or ()) == (modules if whole else set())
+    for layer, module in adapter_layers(lm):
+        values = [module.get_parameter(key).detach() for key in module.adapter_names]
+        delta = theirs.get_submodule(f"base_model.model.{layer}").get_delta_weight("default")
+        apart = (delta - module.delta_of(*values)).abs().max()
+        assert apart == 0 if name in ("mora1", "mora2", "mora3", "mora4") else apart < 1e-6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 3, "lora_alpha": 5},
+        {"r": 4, "lora_alpha": 3, "use_rslora": True},
+        {"r": 2, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 7, "layers.1.mlp.up_proj": 3}},
+        {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
+        {"r": 2, "layers_to_transform": [1]},
+    ],
+)
+def test_what_peft_saves_is_what_it_computes(peft, base, tokenizer_path, tmp_path, settings):
+    targets = {"target_modules": ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]}
+    config = peft.LoraConfig(**(targets | settings), init_lora_weights=False, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = load_model(tmp_path / "theirs", torch.float32)  # whose base its config names
+    assert (logits(theirs) - logits(LlamaForCausalLM.from_pretrained(base))).abs().max() > 0.1
+    assert (logits(loaded.model) - logits(theirs)).abs().max() < ROUNDING
+
+
+# ---- the released MoRA ---------------------------------------------------------------------------------------------
+
+
+def released_size(inputs: int, outputs: int, rank: float, mora_type: int) -> int:
+    """R as the released code finds it (kongds/MoRA, peft-mora/src/peft/tuners/lora/layer.py, update_layer)."""
+    size = int(math.sqrt((inputs + outputs) * rank) + 0.5)
+    return size // 2 * 2 if mora_type == 6 else size
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "lora"])
+def test_the_released_mora_finds_our_matrices(base, tokenizer_path, tmp_path, name):
+    method = METHODS[name] | ALONE
+    folder = exported(tmp_path, base, tokenizer_path, method, "peft-mora")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    operator = method["operators"][0]
+    assert (config["peft_type"], config["use_mora"], config["mora_type"]) == ("LORA", True, operator)
+    layers = dict(adapter_layers(adapted(base, method)))
+    assert len(tensors) == 2 * len(layers) == 28
+    for layer, module in layers.items():
+        M = module.mora_M.detach()
+        rank = config["rank_pattern"][layer.rpartition(".")[2]]
+        assert released_size(module.in_features, module.out_features, rank, operator) == len(M)
+        assert all(tensors[f"base_model.model.{layer}.lora_{each}.weight"].equal(M) for each in "AB")
+    read = AdapterFolder(folder)
+    assert read.mora_type == operator and read.base == str(base)
+    assert all(read.value(f"{layer}.mora_M").equal(module.mora_M) for layer, module in layers.items())
+    export(tmp_path / "run", tmp_path / "merged")
+    merged = logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert logits(load_model(folder, torch.float32).model).equal(merged)
+
+
+def test_the_rank_that_is_written_gives_every_size_back():
+    for inputs, outputs in ((576, 576), (576, 192), (4096, 11008), (1, 1), (8192, 28672), (2048, 5461)):
+        for size in range(1, 3000):
+            assert released_size(inputs, outputs, size**2 / (inputs + outputs), 1) == size
+
+
+@needs_shared
+def test_what_the_released_mora_saves_is_what_it_computes(tmp_path):
+    golden = np.load(SHARED / "golden" / "mora_operators.npz")
+    for number, case in enumerate(sorted({key.split("/")[0] for key in golden.files})):
+        kind = int(golden[f"{case}/type"])
+        M = torch.from_numpy(golden[f"{case}/M"]).float()
+        delta = torch.from_numpy(golden[f"{case}/delta"])
+        folder = write_adapter_folder(tmp_path / str(number), {"use_mora": True, "mora_type": kind}, A=M, B=M.clone())
+        with torch.device("meta"):
+            layer = AdapterFolder(folder).layer_on("model.q", torch.nn.Linear(delta.shape[1], delta.shape[0]))
+        assert (layer.delta_of(AdapterFolder(folder).value("model.q.mora_M")) - delta).abs().max() < 1e-5
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+def write_adapter_folder(folder: Path, settings: dict[str, Any], **factors: torch.Tensor) -> Path:
+    """An adapter of one layer, ``model.q``."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | settings))
+    tensors = {f"base_model.model.model.q.lora_{name}.weight": value for name, value in factors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+GOOD = {"A": torch.ones(2, 5), "B": torch.ones(3, 2)}
+SQUARE = {"use_mora": True, "mora_type": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "factors", "says"),
+    [
+        ({"peft_type": "IA3"}, GOOD, "peft_type is 'IA3'"),
+        ({"use_dora": True}, GOOD, "use_dora: not supported here"),
+        ({"new_kind": {"of": "adapter"}}, GOOD, "new_kind: not supported here"),
+        ({"bias": "all"}, GOOD, "bias is 'all'"),
+        ({"init_lora_weights": "pissa"}, GOOD, "init_lora_weights is 'pissa'"),
+        ({"lora_alpha": "much"}, GOOD, "lora_alpha is 'much'"),
+        ({"alpha_pattern": {".*_proj": 4}}, GOOD, "alpha_pattern has '.*_proj'"),
+        ({}, {"A": torch.ones(2, 5)}, "model.q has A [2, 5] and B []"),
+        ({}, {"A": torch.ones(2, 5), "B": torch.ones(3, 4)}, "model.q has A [2, 5] and B [3, 4]"),
+        ({}, GOOD | {"magnitude_vector": torch.ones(3)}, "no tensors of LoRA or MoRA"),
+        ({}, {"A": torch.ones(2, 5, dtype=torch.int8), "B": GOOD["B"]}, "no tensors of LoRA or MoRA"),
+        ({}, {}, "no layer has an adapter"),
+        (SQUARE | {"mora_type": 5}, {"A": torch.ones(2, 2)}, "mora_type is 5"),
+        (SQUARE, {"A": torch.ones(2, 3)}, "model.q has M [2, 3], expected [R, R]"),
+    ],
+)
+def test_what_is_no_such_adapter_is_one_message(tmp_path, settings, factors, says):
+    folder = write_adapter_folder(tmp_path / "adapter", settings, **factors)
+    with pytest.raises(CheckpointError) as caught:
+        AdapterFolder(folder)
+    assert says in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("harm", ["nan", "no copy"])
+def test_values_that_cannot_be_are_one_message(tmp_path, harm):
+    M = torch.ones(2, 2)
+    other = M.clone()
+    (M if harm == "nan" else other)[0, 1] = math.nan if harm == "nan" else 2.0
+    folder = write_adapter_folder(tmp_path / "adapter", SQUARE, A=M, B=other)
+    with pytest.raises(CheckpointError, match="not finite" if harm == "nan" else "is no copy of M"):
+        AdapterFolder(folder).value("model.q.mora_M")
+
+
+@pytest.mark.parametrize("harm", ["config", "list", "gone", "pickle"])
+def test_files_that_cannot_be_read_are_one_message(tmp_path, harm):
+    folder = write_adapter_folder(tmp_path / "adapter", {}, **GOOD)
+    if harm in ("config", "list"):
+        (folder / "adapter_config.json").write_text("[]" if harm == "list" else "{")
+    else:
+        file = folder / "adapter_model.safetensors"
+        file.unlink()
+        if harm == "pickle":
+            torch.save(GOOD, file)
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        AdapterFolder(folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "method", "changes", "says"),
+    [
+        ("peft", {"name": "full"}, {}, "full trains without adapters"),
+        ("peft", METHODS["lora"] | ALONE, {"model": {}}, "have no model.init_from, so nobody"),
+        ("peft", METHODS["mora1"] | ALONE, {"merges_done": 2}, "2 merges have changed the weights"),
+        ("peft-mora", METHODS["lora"] | ALONE, {}, "lora is not known to the released MoRA"),
+        ("peft", METHODS["lora"], {"attention_bias": True}, "biases of layers with adapters were trained"),
+        ("peft", METHODS["lora"], {"tie_word_embeddings": True}, "embeddings that are also the head were trained"),
+    ],
+)
+def test_a_run_that_is_more_than_its_adapter_is_refused(tokenizer_path, tmp_path, form, method, changes, says):
+    of_model = {key: changes[key] for key in changes if key in ("attention_bias", "tie_word_embeddings")}
+    base = save_base(tmp_path / "base", **of_model)
+    lm = adapted(base, method) if method["name"] != "full" else LlamaForCausalLM.from_pretrained(base)
+    checkpoint = tmp_path / "run"
+    of_run = {"model": {"init_from": str(base)}} | {key: value for key, value in changes.items() if key not in of_model}
+    operator = method["operators"][0] if method["name"] == "mora" else None
+    write_checkpoint(checkpoint, lm, tokenizer_path, operator=operator, method=method, **of_run)
+    refused(call(EXPORT, checkpoint, tmp_path / "out", f"--format={form}"), says, "--format=merged")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_format_that_is_none_is_refused(tmp_path):
+    refused(call(EXPORT, tmp_path, tmp_path / "out", "--format=gguf"), "--format: got gguf, expected one of merged")
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_scored_on_its_base(base, tokenizer_path, tmp_path):
+    text = write_shard(tmp_path / "text" / "a.json", ["the rank of a merge", "one more matrix of the same rank"])
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft")
+    export(tmp_path / "run", tmp_path / "merged")
+    losses = []
+    for arguments in ([tmp_path / "merged"], [folder], [folder, f"--base={base}"]):
+        answer = call(EVALUATE, *arguments, f"--data={text}", "--sequence_length=32")
+        assert answer.code == 0, answer.err
+        losses.append(json.loads(answer.out.splitlines()[-1])["loss"])
+    assert losses[0] == losses[1] == losses[2]
+    refused(call(EVALUATE, folder), "--data")
+    refused(call(EVALUATE, base, f"--base={base}", f"--data={text}"), "--base", "is no adapter alone")
+    narrow = save_base(tmp_path / "narrow", intermediate_size=32)
+    refused(
+        call(EVALUATE, folder, f"--base={narrow}", f"--data={text}"),
+        f"{folder / 'adapter_model.safetensors'}: model.layers.0.mlp.down_proj.lora_A is [16, 40]",
+        f"{narrow} has [16, 32]",
+    )
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "some/model"}))
+    refused(call(EVALUATE, folder, f"--data={text}"), "its model some/model is no folder here", "--base")

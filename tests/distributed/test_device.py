@@ -1,0 +1,124 @@
+"""The device of each rank: which GPU, what does not fit, and that it is bound before the ranks are joined."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from relora_mora.distributed.device import Seat, backend_name, bind_device, device_of_rank, gpu_of, seat_fault
+from relora_mora.system import hardware
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes torch see GPUs with these UUIDs; returns what was done, in order."""
+    done: list[Any] = []
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+
+    def show(*uuids: str) -> list[Any]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(uuids))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: done[-1])
+        monkeypatch.setattr(torch.cuda, "set_device", done.append)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=uuids[index]))
+        return done
+
+    return show
+
+
+def store_with(*seats: Seat) -> dist.Store:
+    """What the ranks from 1 on have told."""
+    store = dist.HashStore()
+    for rank, seat in enumerate(seats, 1):
+        dist.PrefixStore("seats", store).set(str(rank), json.dumps(seat))
+    return store
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "visible", "index"), [(0, 8, 0), (7, 8, 7), (0, 1, 0), (3, 1, 0), (3, 2, None), (2, 2, None)]
+)
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one(local_rank: int, visible: int, index: int | None) -> None:
+    assert gpu_of(local_rank, visible) == index
+
+
+@pytest.mark.parametrize(
+    ("seats", "says"),
+    [
+        ([("a", 0, 0, None), ("a", 1, 0, None)], None),  # CPUs
+        ([("a", 0, 2, "G0"), ("a", 1, 2, "G1"), ("b", 0, 2, "G2"), ("b", 1, 2, "G3")], None),
+        ([("a", 0, 1, "G0"), ("a", 1, 1, "G1"), ("a", 2, 1, "G2")], None),  # bound by the launcher
+        (
+            [("a", 0, 1, "G0"), ("a", 1, 1, "G0")],
+            "ranks 0 and 1 on a see 1 GPU, and it is the same (G0); start one rank",
+        ),
+        (
+            [("a", 0, 2, "G0"), ("a", 1, 2, "G1"), ("a", 2, 2, None)],
+            "rank 2 on a has LOCAL_RANK=2, and 2 GPUs are visible",
+        ),
+        ([("a", 0, 1, "G0"), ("b", 0, 0, None)], "rank 1 on b sees no GPU, and rank 0 on a does"),
+    ],
+)
+def test_ranks_whose_gpus_do_not_fit_are_told_so_alike(
+    seats: list[tuple[Any, ...]], says: str | None, gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, *others = [Seat(*seat) for seat in seats]
+    fault = seat_fault([mine, *others])
+    assert (fault is None) == (says is None)
+    gpus(*(f"G{number}" for number in range(mine.visible)))
+    monkeypatch.setattr(socket, "gethostname", lambda: mine.host)
+    monkeypatch.setenv("LOCAL_RANK", str(mine.local_rank))
+    if says is None:
+        bind_device(store_with(*others), 0, len(seats))
+        return
+    with pytest.raises(ValueError) as raised:
+        bind_device(store_with(*others), 0, len(seats))
+    assert says in str(raised.value) and str(fault) in str(raised.value)
+    assert raised.value.same_on_all_ranks  # type: ignore[attr-defined]
+
+
+def test_the_only_visible_gpu_is_bound_whatever_the_local_rank(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = gpus("G3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert bind_device(dist.HashStore(), 0, 1) == torch.device("cuda", 0) == device_of_rank()
+    assert done == [0] and os.environ["LOCAL_RANK"] == "0"  # DeepSpeed computes on the device of that number
+
+
+def test_the_device_is_bound_before_the_ranks_are_joined(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = gpus("G0", "G1")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    store = store_with(Seat("b", 0, 1, "G2"))
+    module = importlib.import_module("relora_mora.distributed.join")  # the package shows the function of that name
+    monkeypatch.setattr(module, "control_group", lambda: done.append("control group"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: done.append((backend, given["device_id"])))
+    module.join(1.0)
+    assert done == [1, ("nccl", torch.device("cuda", 1)), "control group"]
+
+
+def test_ds_accelerator_cpu_means_cpus_also_beside_a_gpu(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = gpus("G0")
+    assert hardware.uses_cuda() and backend_name() == "nccl"
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not hardware.uses_cuda() and backend_name() == "gloo" and device_of_rank().type == "cpu"
+    assert bind_device(dist.HashStore(), 0, 1) is None and done == [] and os.environ["LOCAL_RANK"] == "1"
+    assert hardware.device_here() is hardware.CPU
+
+
+def test_asking_for_a_gpu_that_is_not_there_is_one_message(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus()
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="DS_ACCELERATOR=cuda in the environment: torch sees no GPU here"):
+        bind_device(dist.HashStore(), 0, 1)

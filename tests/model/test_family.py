@@ -1,0 +1,198 @@
+"""Configs as the hub has them: which model they make, and what of them goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from relora_mora.config import ModelConfig, validate
+from relora_mora.methods.layers import adapter_layers
+from relora_mora.model import ARCHITECTURES, LossModel, build_model, plain_model_config
+from relora_mora.optim import count_parameters
+from relora_mora.plan.flops import meta_model
+from relora_mora.pretrained import model_config_of
+from tests.tools.config_tools import tree
+from tests.tools.tiny import batch, tiny_llama
+
+# (parameters with tied heads counted once, config.json without what all of them have); read on their pages
+HUB: dict[str, tuple[int, dict[str, Any]]] = {
+    "SmolLM2-135M": (
+        134_515_008,
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "vocab_size": 49152,
+        },
+    ),
+    "Llama-3.2-1B": (
+        1_235_814_400,
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+            "head_dim": 64,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "vocab_size": 128256,
+        },
+    ),
+    "Mistral-7B-v0.1": (
+        7_241_732_096,
+        {
+            "architectures": ["MistralForCausalLM"],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "model_type": "mistral",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+            "vocab_size": 32000,
+        },
+    ),
+    "Qwen2.5-0.5B": (
+        494_032_768,
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "bos_token_id": 151643,
+            "eos_token_id": 151643,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 24,
+            "model_type": "qwen2",
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "tie_word_embeddings": True,
+            "use_mrope": False,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+    ),
+    "Qwen3-0.6B": (
+        596_049_920,
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "attention_bias": False,
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+            "head_dim": 128,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 28,
+            "model_type": "qwen3",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+    ),
+}
+OF_ALL = {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_cache": True,
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_config_of_the_hub_makes_its_model(tmp_path: Path, name: str) -> None:
+    parameters, values = HUB[name]
+    (tmp_path / "config.json").write_text(json.dumps(OF_ALL | values))
+    config = model_config_of(ModelConfig(init_from=str(tmp_path)))
+    method = validate(tree(method={"name": "full"}), "the test").method
+    assert count_parameters(meta_model(config, method)).total == parameters
+    kept = plain_model_config(config)
+    same = {key: value for key, value in values.items() if key in kept and "sliding_window" not in key}
+    assert {key: kept[key] for key in same} == same
+    assert config.rope_parameters["rope_theta"] == values["rope_theta"]
+    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    assert kept.get("sliding_window") == window
+
+
+def test_overrides_apply_to_the_config_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(OF_ALL | HUB["Qwen3-0.6B"][1]))
+    settings = ModelConfig(init_from=str(tmp_path), overrides={"attention_dropout": 0.1})
+    assert model_config_of(settings).attention_dropout == 0.1
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_hidden_states_are_those_of_transformers(kind: str) -> None:
+    sizes = tiny_llama(num_key_value_heads=1, initializer_range=0.3, head_dim=12).to_dict()
+    known = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    more = ("num_key_value_heads", "initializer_range", "head_dim", "max_position_embeddings")
+    config = ARCHITECTURES[kind].config_class(**{key: sizes[key] for key in known + more}, use_cache=False)
+    lm = build_model(config, seed=1)
+    for value in lm.parameters():
+        if value.dim() == 1:  # biases and norms
+            value.data += torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    ids, _ = batch(0)
+    expected = lm.model(ids).last_hidden_state
+    torch.testing.assert_close(LossModel(lm).hidden(ids, None), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_adapters_alone_train_where_the_rest_is_frozen(kind: str) -> None:
+    """Biases and the norms of queries and keys too."""
+    frozen = {"train_embeddings": False, "train_norms": False, "train_head": False}
+    method = validate(tree(method={"name": "mora", "rank": 3, **frozen}), "the test").method
+    model = meta_model(ARCHITECTURES[kind].config_class(num_hidden_layers=1), method)
+    names = {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
+    assert len(names) == 7
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == names

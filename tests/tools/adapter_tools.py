@@ -1,0 +1,56 @@
+"""Adapters without training: on a small LLaMA, and in folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from relora_mora.config import MethodConfig
+from relora_mora.methods.inject import inject
+from relora_mora.methods.layers import adapter_layers
+from relora_mora.optim import set_trainable
+from tests.tools.checkpoints import write_checkpoint
+from tests.tools.runs import LLAMA
+
+ALONE = {"train_embeddings": False, "train_norms": False, "train_head": False}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"name": "lora", "rank": 4, "lora_alpha": 6.0},
+    **{f"mora{operator}": {"name": "mora", "rank": 4, "operators": [operator]} for operator in (1, 2, 3, 4)},
+    "mora6": {"name": "mora", "rank": 4, "operators": [6], "square_multiple": 2},
+}
+
+
+def save_base(folder: Path, **changes: Any) -> Path:
+    """A LLaMA whose projections have several shapes, with weights that are large."""
+    torch.manual_seed(7)
+    sizes = LLAMA | {"initializer_range": 0.2, "num_key_value_heads": 1}
+    LlamaForCausalLM(LlamaConfig(**(sizes | changes))).save_pretrained(folder)
+    return folder
+
+
+def adapted(base: Path, method: dict[str, Any]) -> LlamaForCausalLM:
+    """The model of a run from ``base``, each of its trainable parameters moved at random."""
+    lm = LlamaForCausalLM.from_pretrained(base)
+    settings = MethodConfig(**method, form="decoupled")
+    inject(lm, settings, seed=0)
+    set_trainable(lm, settings)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return lm.eval()
+
+
+def write_run(folder: Path, lm: LlamaForCausalLM, base: Path, tokenizer: str, method: dict[str, Any]) -> Path:
+    """A checkpoint of that model."""
+    [operator] = {getattr(getattr(layer, "operator", None), "mora_type", None) for _, layer in adapter_layers(lm)}
+    return write_checkpoint(folder, lm, tokenizer, operator=operator, method=method, model={"init_from": str(base)})
+
+
+@torch.no_grad()
+def logits(lm: Any) -> torch.Tensor:
+    return lm(input_ids=torch.arange(64).reshape(2, 32)).logits

@@ -1,0 +1,66 @@
+"""train.deterministic: what it switches, where, and when."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from relora_mora.system import determinism
+from relora_mora.system.determinism import compute_deterministically
+from relora_mora.train import pretrain
+from tests.tools.helpers import ROOT, arithmetic_put_back
+from tests.tools.tiny import tiny_config
+
+
+@pytest.fixture
+def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Puts everything back."""
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")
+    with arithmetic_put_back():
+        yield monkeypatch
+
+
+def switched() -> set[bool]:
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention's backward would be the faster one
+    return {
+        torch.are_deterministic_algorithms_enabled(),
+        not torch.backends.cuda.cudnn_sdp_enabled(),
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8",
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1",
+    }
+
+
+def test_cpus_are_left_alone(switches: pytest.MonkeyPatch) -> None:
+    switches.setenv("DS_ACCELERATOR", "cpu")
+    compute_deterministically()
+    assert switched() == {False}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_on_gpus_is_switched_before_the_ranks_meet(switches: pytest.MonkeyPatch, deterministic: bool) -> None:
+    """Later NCCL and cuBLAS would not hear of it."""
+    seen = []
+
+    class StopHere(Exception):
+        """The ranks would meet now."""
+
+    def meet(timeout_seconds: float) -> tuple[int, int]:
+        seen.append(switched())
+        raise StopHere
+
+    switches.setattr(determinism, "uses_cuda", lambda: True)
+    switches.setattr(importlib.import_module("relora_mora.train.pretrain"), "init_distributed", meet)
+    with pytest.raises(StopHere):
+        pretrain(tiny_config(train={"deterministic": deterministic}))
+    assert seen == [{deterministic}]
+
+
+def test_no_kernel_adds_up_in_an_order_that_changes() -> None:
+    """torch knows its own kernels only."""
+    kernels = sorted((ROOT / "relora_mora").rglob("*.py"))
+    assert [path.name for path in kernels if "tl.atomic" in path.read_text(encoding="utf-8")] == []

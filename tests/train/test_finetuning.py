@@ -1,0 +1,191 @@
+"""Fine-tuning: a folder, an export, a run or a checkpoint goes on as it is, and what comes out is loaded by anybody."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from relora_mora.config import FINETUNING, Config, load_config
+from relora_mora.export import export
+from relora_mora.model import ARCHITECTURES
+from relora_mora.system.run_folder import RunFolder
+from tests.tools.commands import EVALUATE, FINETUNE, PLAN, call, refused
+from tests.tools.runs import LLAMA, metrics, run_config, tensors, train, write_inputs
+from tests.tools.tokenizer_tools import save_bytes_tokenizer
+
+pytestmark = pytest.mark.distributed
+
+FROZEN = {"train_embeddings": False, "train_norms": False, "train_head": False}
+# kind: what its config has beside the sizes; ZeRO stage, precision and method of its run
+KINDS: dict[str, tuple[dict[str, Any], int, str, str]] = {
+    "llama": ({"num_key_value_heads": 1, "tie_word_embeddings": True}, 2, "bf16", "remora"),
+    "mistral": ({"num_key_value_heads": 1, "sliding_window": None}, 1, "fp32", "relora"),
+    "qwen2": ({"num_key_value_heads": 2, "tie_word_embeddings": True}, 3, "bf16", "remora"),
+    "qwen3": ({"num_key_value_heads": 1, "head_dim": 16}, 0, "fp32", "lora"),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def save(folder: Path, kind: str = "llama", **changes: Any) -> Path:
+    """A model with its tokenizer in one folder."""
+    torch.manual_seed(5)
+    architecture = ARCHITECTURES[kind]
+    model = architecture.model_class(architecture.config_class(**(LLAMA | {"initializer_range": 0.1} | changes)))
+    model.save_pretrained(folder)
+    save_bytes_tokenizer(folder)
+    return folder
+
+
+def tuned(inputs: Path, folder: Path, run_dir: Path, world_size: int = 1, **sections: dict[str, Any]) -> Config:
+    """A run of ten steps that takes config and tokenizer from the folder, with merges after 4 and 8."""
+    method = {**FROZEN, "dropout": 0.1, **sections.pop("method", {})}
+    model = {"config": None, "init_from": str(folder)}
+    return run_config(inputs, None, run_dir, world_size, model=model, method=method, **sections)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.arange(40).view(2, 20)).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs, tmp_path, kind):
+    changes, stage, precision, method = KINDS[kind]
+    folder = save(tmp_path / "model", kind, **changes)
+    sections = {"train": {"zero_stage": stage, "precision": precision}, "method": {"name": method}}
+    never = tmp_path / "never"
+    pools(2)(train, tuned(inputs, folder, never, 2, **sections))
+    stopped = tmp_path / "stopped"
+    pools(2)(train, tuned(inputs, folder, stopped, 2, **sections), stop_after=5)
+    pools(2)(train, tuned(inputs, folder, stopped, 2, **sections))
+    first, second = (tensors(run / "checkpoints" / "step-00000010") for run in (never, stopped))
+    assert set(first) == set(second) and [key for key in first if not torch.equal(first[key], second[key])] == []
+    assert {key.split("|")[1].rsplit(".", 1)[1] for key in first if key.startswith("master|")} <= {
+        "mora_M",
+        "lora_A",
+        "lora_B",
+    }
+
+    out = tmp_path / "out"
+    export(never, out)
+    assert type(AutoModelForCausalLM.from_pretrained(out)) is ARCHITECTURES[kind].model_class
+    assert AutoTokenizer.from_pretrained(out)("a b").input_ids == AutoTokenizer.from_pretrained(folder)("a b").input_ids
+    assert not torch.allclose(logits(out), logits(folder), atol=1e-3)
+    last = [line["eval/loss"] for line in metrics(never) if "eval/loss" in line][-1]
+    answers = [
+        json.loads(call(EVALUATE, *of, "--sequence_length=32", "--max_tokens=500").out.splitlines()[-1])["loss"]
+        for of in ((never,), (out, f"--data={inputs}/validation/*.json.gz"))
+    ]
+    assert answers[0] == pytest.approx(answers[1], abs=1e-6)
+    assert answers[0] == pytest.approx(last, abs=1e-4 if precision == "fp32" else 2e-2)
+
+    planned = call(PLAN, RunFolder(never).config, "--json")
+    assert planned.code == 0, planned.err
+
+
+def test_a_run_its_checkpoint_and_its_export_are_starts_with_one_loss(pools, inputs, tmp_path):
+    """Each with its own config and tokenizer, and none needs the folder that the run began from."""
+    folder = save(tmp_path / "model", "qwen2", num_key_value_heads=2)
+    run = tmp_path / "run"
+    pools(1)(train, tuned(inputs, folder, run, train={"steps": 5}))
+    export(run, tmp_path / "out")
+    shutil.rmtree(folder)
+    last = [line["eval/loss"] for line in metrics(run) if "eval/loss" in line][-1]
+    for number, start in enumerate([run, run / "checkpoints" / "step-00000005", tmp_path / "out"]):
+        again = tmp_path / f"again{number}"
+        pools(1)(train, tuned(inputs, start, again), stop_after=0)
+        assert next(line["eval/loss"] for line in metrics(again) if "eval/loss" in line) == pytest.approx(
+            last, abs=1e-5
+        )
+        assert yaml.safe_load(RunFolder(again).config.read_text())["tokenizer"]["path"] is not None
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(inputs, tmp_path) -> Path:
+    """The least that a file for fine-tuning says."""
+    folder = save(tmp_path / "model", "qwen3", num_key_value_heads=1)
+    tree = {
+        "model": {"init_from": str(folder)},
+        "data": {
+            "train": f"{inputs}/train/*.json.gz",
+            "validation": f"{inputs}/validation/*.json.gz",
+            "sequence_length": 32,
+            "workers": 0,
+        },
+        "train": {"run_dir": str(tmp_path / "run"), "micro_batch_size": 8, "precision": "fp32"},
+        "log": {"progress": False, "tensorboard": False, "peak_tflops": 1.0},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_a_file_that_names_model_text_and_folder_is_enough(pools, settings, tmp_path):
+    (answer,) = pools(1)(call, FINETUNE, settings, "--train.batch_size=8", "--data.lanes=2")
+    assert answer.code == 0, answer.err
+    saved = yaml.safe_load(RunFolder(tmp_path / "run").config.read_text())
+    assert saved["method"]["name"] == "mora" and saved["method"]["operators"][0] == 6
+    assert not any(saved["method"][key] for key in FROZEN)
+    steps = saved["train"]["steps"]  # of three epochs
+    assert 0 < saved["optim"]["warmup_steps"] == round(0.03 * steps) and saved["optim"]["warmup_fraction"] is None
+    losses = [line["eval/loss"] for line in metrics(tmp_path / "run") if "eval/loss" in line]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    same = load_config(RunFolder(tmp_path / "run").config)  # complete: no defaults of a program are needed
+    assert same.model_dump() == saved | {"optim": same.optim.model_dump()}
+
+
+def test_the_plan_of_a_fine_tuning(settings):
+    planned = call(PLAN, settings, "--finetune", "--train.steps=10", "--json")
+    assert planned.code == 0, planned.err
+    without = call(PLAN, settings, "--train.steps=10", "--optim.warmup_steps=1", "--method.name=full", "--json")
+    assert json.loads(planned.out)["parameters"]["trainable"] < json.loads(without.out)["parameters"]["trainable"]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--model.init_from=nowhere"], ["model.init_from: nowhere does not exist"]),
+        (
+            ["--model.init_from=null"],
+            ["2 faults", "model.config: must be given, or model.init_from", "tokenizer.path:"],
+        ),
+        (["--optim.warmup_steps=5", "--optim.warmup_fraction=0.1"], ["the warmup is given once"]),
+        (["--optim.warmup_fraction=1"], ["optim.warmup_fraction: got 1; input should be less than 1"]),
+        (["--method.dropout=0.1", "--method.form=resident"], ["method.dropout: dropout acts on what an adapter sees"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_settings_that_cannot_work(pools, settings, words, parts):
+    (answer,) = pools(1)(call, FINETUNE, settings, *words)
+    refused(answer, *parts)
+
+
+def test_a_tokenizer_that_does_not_fit_the_model(pools, settings, tokenizer_path, tmp_path):
+    small = save(tmp_path / "small", "qwen3", num_key_value_heads=1, vocab_size=200)
+    (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={small}")
+    refused(answer, "257 token ids, but the model has only 200", "take the tokenizer that the model was trained with")
+    qwen2 = save(tmp_path / "qwen2", "qwen2", num_key_value_heads=1)
+    (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={qwen2}", f"--tokenizer.path={tokenizer_path}")
+    refused(answer, "would not read it beside a model of type qwen2", notes=1)
+
+
+def test_defaults_give_way_to_what_is_said_in_another_way(settings):
+    config = load_config(settings, {"train.tokens": "4096", "optim.warmup_steps": "0"}, defaults=FINETUNING)
+    assert (config.train.steps, config.train.epochs) == (1, None)
+    assert (config.optim.warmup_steps, config.optim.warmup_fraction) == (0, None)
+    lora = load_config(settings, {"method.name": "lora"}, defaults=FINETUNING)
+    assert "operators" not in lora.method.model_fields_set and lora.method.rank == FINETUNING["method"]["rank"]

@@ -1,0 +1,141 @@
+"""A tiny run on records: it learns answers alone, counts epochs, and goes on bit for bit on another number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tools.runs import LLAMA, metrics, run_config, tensors, train
+
+pytestmark = pytest.mark.distributed
+STEPS = 6
+KEYS = ("train/loss", "eval/loss", "train/documents", "train/epoch", "perf/data_skipped/no_answer")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("records")
+    for name, numbers in (("train", range(120)), ("validation", range(200, 220))):
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"the rank {number}" * (1 + number % 2)},
+                    {"role": "assistant", "content": "" if number % 40 == 7 else "matrix " * (1 + number % 3)},
+                ]
+            }
+            for number in numbers
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "own.jinja").write_text(
+        "{% for m in messages %}{{ m.role[0] + ':' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    (folder / "model.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
+def _config(inputs: Path, tokenizer: str, run_dir: Path, world_size: int, **data: Any) -> Any:
+    return run_config(
+        inputs,
+        tokenizer,
+        run_dir,
+        world_size,
+        data={
+            "train": str(inputs / "train.jsonl"),
+            "validation": str(inputs / "validation.jsonl"),
+            "records": {"kind": "messages", "template": str(inputs / "own.jinja")},
+            "sequence_length": 64,
+            "max_bad_fraction": 0.1,
+            **data,
+        },
+        method={"name": "mora", "train_embeddings": False, "train_norms": False, "train_head": False},
+        train={"steps": STEPS, "zero_stage": 2},
+        eval={"every_steps": 3, "max_tokens": None},
+    )
+
+
+def _seen(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [{key: line[key] for key in KEYS if key in line} for line in metrics(run_dir)]
+    return [line for line in lines if line]
+
+
+def test_a_cut_off_run_goes_on_bit_for_bit(pools, inputs, tokenizer_path, tmp_path):
+    whole = tmp_path / "whole"
+    pools(2)(train, _config(inputs, tokenizer_path, whole, 2))
+    cut = _config(inputs, tokenizer_path, tmp_path / "cut", 2)
+    pools(2)(train, cut, 3)
+    pools(2)(train, cut)
+    expected = tensors(whole / "checkpoints" / f"step-{STEPS:08d}")
+    found = tensors(tmp_path / "cut" / "checkpoints" / f"step-{STEPS:08d}")
+    assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert _seen(tmp_path / "cut") == _seen(whole)
+    losses = [line["train/loss"] for line in _seen(whole) if "train/loss" in line]
+    assert losses[-1] < losses[0] < math.log(320) + 0.3
+    last = [line for line in metrics(whole) if "train/documents" in line][-1]
+    assert last["train/documents"] > STEPS * 8
+    assert not any("eval/bits_per_byte" in line for line in metrics(whole))
+
+
+def test_fewer_ranks_go_on_with_the_same_records(pools, inputs, tokenizer_path, tmp_path):
+    on_two = _config(inputs, tokenizer_path, tmp_path / "run", 2)
+    pools(2)(train, on_two, 3)
+    pools(1)(train, on_two)
+    alone = tmp_path / "alone"
+    pools(1)(train, _config(inputs, tokenizer_path, alone, 1))
+    for expected, found in zip(_seen(alone), _seen(tmp_path / "run"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_another_template_is_other_data(pools, inputs, tokenizer_path, tmp_path):
+    config = _config(inputs, tokenizer_path, tmp_path / "run", 1)
+    pools(1)(train, config, 2)
+    template = inputs / "other.jinja"
+    template.write_text((inputs / "own.jinja").read_text().replace("':'", "'='"))
+    records = {"kind": "messages", "template": str(template)}
+    other = _config(inputs, tokenizer_path, tmp_path / "run", 1, records=records)
+    with pytest.raises(AssertionError, match=r"CheckpointError: .*\n.*data: other sources, or files that have changed"):
+        pools(1)(train, other)
+    template.write_text((inputs / "own.jinja").read_text())  # of another name, with the same text
+    pools(1)(train, other)
+
+
+def test_epochs_of_records_are_counted(pools, inputs, tokenizer_path, tmp_path):
+    config = _config(inputs, tokenizer_path, tmp_path / "run", 1, packing="none")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 1.0, "batch_size": 8})})
+    pools(1)(train, config)
+    last = [line for line in metrics(tmp_path / "run") if "train/documents" in line][-1]
+    assert last["step"] == math.ceil((120 - 3) / 8) and last["train/documents"] == 8 * last["step"]
+    assert last["perf/data_skipped/no_answer"] == last["perf/data_bad_lines"] > 0
+
+
+def _evaluated(run_dir: Path, **settings: Any) -> dict[str, Any]:
+    from launch.evaluate import main
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        main(str(run_dir), **settings)
+    answer: dict[str, Any] = json.loads(output.getvalue().splitlines()[-1])
+    return answer
+
+
+def test_the_command_scores_the_answers_that_the_run_scored(pools, inputs, tokenizer_path, tmp_path):
+    config = _config(inputs, tokenizer_path, tmp_path / "run", 1)
+    pools(1)(train, config)
+    lines = [line for line in metrics(tmp_path / "run") if "eval/loss" in line]
+    [seen] = pools(1)(_evaluated, tmp_path / "run")
+    assert seen["loss"] == pytest.approx(lines[-1]["eval/loss"], rel=1e-5)
+    assert seen["tokens"] == lines[-1]["eval/tokens"] and "bits_per_byte" not in seen
+    (inputs / "text.jsonl").write_text("\n".join(json.dumps({"text": "the rank"}) for _ in range(9)))
+    [plain] = pools(1)(_plain, tmp_path / "run", str(inputs / "text.jsonl"))
+    assert plain["bits_per_byte"] > 0
+
+
+def _plain(run_dir: Path, source: str) -> dict[str, Any]:
+    return _evaluated(run_dir, data=source, records="null")
