@@ -129,8 +129,7 @@ def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
     assert sum(int(block.scored.sum()) for block in blocks) == sum(int(row.scored.sum()) for row in rows)
 
 
-@pytest.mark.parametrize("packing", ["whole", "none"])
-@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize("packing,lanes", [("whole", 1), ("whole", 4), ("none", 2)])
 def test_a_resume_anywhere_gives_the_very_next_block(path, tokenizer, packing, lanes):
     config = _config(path, packing)
     for number in range(lanes):
@@ -142,10 +141,10 @@ def test_a_resume_anywhere_gives_the_very_next_block(path, tokenizer, packing, l
             blocks.append(_plain(lane.next_block()))
         offsets = {state["offset"] for state in states}
         assert (len(offsets) > 2) == (packing == "whole")
-        for at in range(0, len(states), 2):
+        for at in range(0, len(states), 3):
             resumed = _lane(config, tokenizer, lanes, number, states[at])
             assert resumed.state() == states[at]
-            for block, state in itertools.islice(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True), 12):
+            for block, state in itertools.islice(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True), 6):
                 assert _plain(resumed.next_block()) == block
                 assert resumed.state() == state
 
