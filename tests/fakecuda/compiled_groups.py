@@ -6,7 +6,6 @@ They are launched on a device that does nothing. Run by ``make test-fakecuda``.
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 
 from relora_mora.kernels import expand_add, group_sum, takes, triton_launch
 from relora_mora.operators import GroupingOperator, make_operator, square_size
+from tests.fakecuda.assembled import resources
 
 ARCHITECTURES = [80, 90, 100]
 RANK = 128
@@ -57,15 +57,6 @@ def accesses(code: dict[str, bytes | str], kind: str) -> set[int]:
     """Bytes of each load (ld) or store (st) of a thread"""
     found = re.findall(rf"{kind}\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)\b", str(code["ptx"]))
     return {int(count or 1) * int(bits) // 8 for count, bits in found}
-
-
-def resources(code: dict[str, bytes | str], folder: Path) -> dict[str, int]:
-    """{REG: registers of a thread, STACK: bytes, LOCAL: bytes spilled}, as the assembler noted them"""
-    file = folder / "kernel.cubin"
-    file.write_bytes(bytes(code["cubin"]))
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    text = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

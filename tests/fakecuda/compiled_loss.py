@@ -6,7 +6,6 @@ Run by ``make test-fakecuda``.
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from triton.compiler import ASTSource
 
 from relora_mora.kernels import cross_entropy_, triton_launch
 from relora_mora.kernels.triton_loss import _BLOCK, _WARPS, _cross_entropy
+from tests.fakecuda.assembled import resources
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -36,15 +36,6 @@ def compiled(architecture: int, dtype: torch.dtype, vocabulary: int, stride: int
     return code
 
 
-def resources(cubin: bytes, folder: Path) -> dict[str, int]:
-    """{REG: registers of a thread, STACK: bytes, LOCAL: bytes spilled}, as the assembler noted them"""
-    file = folder / "kernel.cubin"
-    file.write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    text = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-
-
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_rows_are_read_and_written_in_vectors_and_nothing_spills(
@@ -56,7 +47,7 @@ def test_rows_are_read_and_written_in_vectors_and_nothing_spills(
     assert {found[1] for found in vectors.finditer(code["ptx"])} == {"ld", "st"}
     # the label's logit, the scale; and twice a loss
     assert len(single.findall(code["ptx"])) == 4
-    used = resources(code["cubin"], tmp_path)
+    used = resources(code, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
     assert used["REG"] * 32 * _WARPS * 2 <= 65536  # two rows at once on a multiprocessor
 
@@ -66,7 +57,7 @@ def test_an_odd_vocabulary_is_read_in_vectors_up_to_its_last_block(architecture:
     code = compiled(architecture, torch.bfloat16, 50257, 50272)
     vectors = re.findall(r"(ld|st)\.global\S*\.v4\.b32\b", code["ptx"])
     assert vectors.count("ld") == 4 and vectors.count("st") >= 2
-    used = resources(code["cubin"], tmp_path)
+    used = resources(code, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
 
 

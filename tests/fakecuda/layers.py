@@ -119,10 +119,6 @@ def compiled(name: str, method: str, *, documents: bool = False) -> Counts:
     return Counts(name, method, "compiled", launches, _mb(moved), 0, max(program.kept for program in programs) >> 20)
 
 
-def _mb(size: int) -> int:
-    return round(size / 1e6)
-
-
 def _step(model: LossModel, documents: bool) -> None:
     model.train()
     ids = torch.zeros(SEQUENCES, LENGTH, device="cuda", dtype=torch.long)
