@@ -188,7 +188,8 @@ def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | P
         with quiet_transformers():
             _save(tokenizer, out)
             if model is not None and model.resolve() != (out / MODEL_FILE).resolve():
-                shutil.copyfile(model, out / MODEL_FILE)
+                # of a full disk, copyfile would name the file that it read
+                (out / MODEL_FILE).write_bytes(model.read_bytes())
             saved = _auto(out)
         written = [saved.encode(text, add_special_tokens=False, split_special_tokens=True) for text in HARD_TEXTS]
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # what values of another kind end in

@@ -73,7 +73,7 @@ def main(
     ratios = {name: value / milliseconds["frozen"] for name, value in milliseconds.items()}
     print(
         f"{device_name(place)}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, "
-        f"operator {operator}; kernels: {kernels.describe()}"
+        f"operator {operator}; kernels: {kernels.describe(place.type)}"
     )
     for name in VARIANTS:
         print(f"{name:20}{milliseconds[name]:10.1f} ms {ratios[name]:8.3f}")

@@ -79,7 +79,7 @@ def main(
     first = next(iter(milliseconds.values()))
     print(
         f"{part} on {device_name(place)}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads; "
-        f"kernels: {kernels.describe()}"
+        f"kernels: {kernels.describe(place.type)}"
     )
     for name, value in milliseconds.items():
         rate = f"{ways[name][1] / value / 1e9:8.3f} TFLOP/s" if ways[name][1] else ""

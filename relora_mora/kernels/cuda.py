@@ -31,7 +31,7 @@ def obstacle() -> str | None:
 def describe() -> str:
     """What computes on the CUDA device in use, and why it is not Triton."""
     reason = obstacle()
-    if reason is None and torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
+    if reason is None and torch.cuda.get_device_capability() < OLDEST:
         reason = f"Triton needs a compute capability of {'.'.join(map(str, OLDEST))}"
     return f"torch: {reason}" if reason else "Triton"
 

@@ -143,7 +143,11 @@ def test_a_run_folder_on_a_full_disk(tokenizer_path: str, tmp_path: Path, room: 
     with disk(tmp_path / "disk", f"size={4 * room}k") as folder:
         config = run_config(tmp_path, str(tmp_path / "hf"), folder / "run")
         checked = SimpleNamespace(
-            config=config, model_config=LlamaConfig(**LLAMA), tokenizer_fingerprint="another", bf16=False
+            config=config,
+            model_config=LlamaConfig(**LLAMA),
+            tokenizer=tokenizer,
+            tokenizer_fingerprint="another",
+            bf16=False,
         )
         lock = RunLock(folder / "run")
         with pytest.raises(OSError, match="No space left on device") as error:
