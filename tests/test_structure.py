@@ -20,7 +20,7 @@ LAYERS = [
     ["plan", "zero"],
     ["merging"],
     ["checkpoint"],
-    ["evaluate", "pretrained"],
+    ["evaluate", "generation", "pretrained"],
     ["adapters"],
     ["export"],
     ["train"],
