@@ -13,7 +13,7 @@ WORKDIR /build
 # --without-pip: the base image's pip installs into the environment, which needs none of its own
 RUN python3 -m venv --system-site-packages --without-pip /opt/venv
 
-# The kernels are compiled here; a compiler in the final image can only be one of the base image.
+# The kernels are compiled here.
 # Which version there is depends on the base image's distribution, and nothing of it is kept.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
@@ -40,14 +40,24 @@ RUN useradd --no-log-init --uid 10001 --user-group --no-create-home trainer \
 WORKDIR /app
 
 COPY --from=build /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:${PATH}
+
+# On a GPU Triton compiles at run time, with gcc and Python's headers (200 MB); an image for CPUs needs no compiler.
+# hadolint ignore=DL3008
+RUN if python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then \
+        set -- gcc libc6-dev; \
+        headers=$(python -c "import sysconfig; print(sysconfig.get_path('include'))"); \
+        test -e "$headers/Python.h" || set -- "$@" python3-dev; \
+        apt-get update && apt-get install -y --no-install-recommends "$@" && rm -rf /var/lib/apt/lists/*; \
+    fi
+
 COPY launch launch
 COPY configs configs
 COPY tokenizer tokenizer
 
 # PYTHONNOUSERSITE: apptainer mounts the user's home, and packages in its ~/.local would come before the image's
 # HOME and USER also for `docker run --user`, whose id has no entry in /etc/passwd; HEALTH_MINUTES: see below
-ENV PATH=/opt/venv/bin:${PATH} \
-    PYTHONNOUSERSITE=1 \
+ENV PYTHONNOUSERSITE=1 \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
     USER=trainer \

@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-fakecuda count-fakecuda bench-cluster bench-smoke lint types checks format env dev clean
+.PHONY: demo test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
+
+# WHEELS: a folder of packages, used in place of a network
+WHEELS ?=
+PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
 
 # files are shared out over two processes: one of them computes while the other waits
 JOBS ?= 2
@@ -32,11 +36,19 @@ test-image: $(VENV)/.installed-dev  ## the image built and run for real, with bu
 
 FAKE_CUDA := $(PYTHON) -m tests.fakecuda .venv-fakecuda -m
 test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of torch without a GPU, in .venv-fakecuda (5.3 GB)
-	$(FAKE_CUDA) pytest -rs $(addprefix tests/fakecuda/,growth.py compiled_loss.py documents.py memory.py devices.py walk.py)
-	TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -rs tests/fakecuda/interpreted_loss.py
+	$(FAKE_CUDA) pytest -rs $(addprefix tests/fakecuda/,growth.py compiled_groups.py compiled_loss.py documents.py memory.py devices.py walk.py) \
+	  tests/gpu/training.py::test_two_ranks_on_one_gpu_are_one_message
+	TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -rs $(addprefix tests/fakecuda/,interpreted_groups.py interpreted_loss.py)
 COUNT ?= layers
 count-fakecuda:  ## a table that test-fakecuda compares with: make count-fakecuda > tests/fakecuda/counts.csv; COUNT=loss: loss.csv
 	@$(FAKE_CUDA) tests.fakecuda.$(COUNT)
+
+test-gpu:  ## tests and benchmarks on a GPU; WHEELS=FOLDER: the packages are installed from there, without a network
+	$(if $(WHEELS),@$(MAKE) --no-print-directory dev)
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.gpu; else $(PYTHON) -m tests.gpu; fi
+TORCH ?= torch
+wheels: | $(VENV)/bin/python  ## all packages as files in wheels/, for machines with the same Python and no network; TORCH='torch===2.13.0'
+	$(BIN)/python -m pip wheel --wheel-dir wheels '.[dev]' 'setuptools>=69' '$(TORCH)'
 
 bench-cluster: $(VENV)/.installed-dev  ## step times of two hosts over slow links (root)
 	$(BIN)/python -m tests.cluster.slow_links
@@ -96,13 +108,13 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c | $(VENV)/bin/python
 	@echo "installing relora_mora and its dependencies into $(VENV) (minutes, the first time)"
-	@$(BIN)/python -m pip install --quiet --editable .
+	@$(PIP_INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the tools of the tests into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-fakecuda build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-fakecuda build dist wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

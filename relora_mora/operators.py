@@ -21,11 +21,12 @@ from pkgutil import resolve_name
 import torch
 from torch import Tensor
 
-from relora_mora.kernels import expand_add, group_sum, grouping
+from relora_mora.kernels import Grouping, expand_add, group_sum, grouping
 from relora_mora.registry import OPERATORS
 
 MORA_TYPES = tuple(OPERATORS)
 ROPE_BASE = 10000.0
+ALIGNED = 16  # features: on a GPU, operands of products have rows of whole vectors of its matrix units
 
 
 def square_size(in_features: int, out_features: int, rank: int) -> int:
@@ -59,6 +60,11 @@ def _fold(x: Tensor, width: int) -> Tensor:
         piece = x[..., start : start + width]
         folded[..., : piece.shape[-1]] += piece
     return folded
+
+
+def _product(reduced: Tensor, compressed: Tensor) -> Tensor:
+    """reduced^T compressed [n, n], of [..., n] each"""
+    return reduced.reshape(-1, reduced.shape[-1]).T @ compressed.reshape(-1, compressed.shape[-1])
 
 
 class Operator(ABC):
@@ -101,8 +107,12 @@ class Operator(ABC):
         return self.delta(M)
 
     @abstractmethod
-    def add_delta(self, weight: Tensor, M: Tensor) -> Tensor:
-        """weight + delta(M) [out, in], a new tensor; not differentiable"""
+    def add_delta(self, weight: Tensor, M: Tensor, after: Tensor | None = None) -> Tensor:
+        """weight + delta(M) [out, in], a new tensor; not differentiable. ``after``: as in ``kernels.expand_add``"""
+
+    def compress_for_gradient(self, x: Tensor) -> Tensor:
+        """C x as :meth:`square_gradient` takes it"""
+        return self.compress(x)
 
     def factors(self, M: Tensor) -> tuple[Tensor, Tensor]:
         """A [blocks * R, in] = M C and B [out, blocks * R] = D, so that ``B A = delta(M)``: the same map as LoRA's."""
@@ -112,9 +122,8 @@ class Operator(ABC):
         return A, B
 
     def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
-        """dM [R, R] = (D^T dy)^T (C x), from compressed = ``compress(x)`` and dy [..., out]."""
-        reduced = self.decompress_transposed(dy)
-        return reduced.reshape(-1, self.square_size).T @ compressed.reshape(-1, self.square_size)
+        """dM [R, R] = (D^T dy)^T (C x), from compressed = ``compress_for_gradient(x)`` and dy [..., out]."""
+        return _product(self.decompress_transposed(dy), compressed)
 
     def __repr__(self) -> str:
         return (
@@ -133,8 +142,10 @@ class GroupingOperator(Operator):
         self, mora_type: int, in_features: int, out_features: int, size: int, inputs: str, outputs: str
     ) -> None:
         super().__init__(mora_type, in_features, out_features, size)
-        self.inputs: grouping.Grouping = getattr(grouping, inputs)(in_features, size)
-        self.outputs: grouping.Grouping = getattr(grouping, outputs)(out_features, size)
+        self.inputs: Grouping = getattr(grouping, inputs)(in_features, size)
+        self.outputs: Grouping = getattr(grouping, outputs)(out_features, size)
+        self.padded_inputs = self.inputs.padded(ALIGNED)
+        self.padded_outputs = self.outputs.padded(ALIGNED)
 
     @property
     def input_map(self) -> Hashable:
@@ -156,8 +167,15 @@ class GroupingOperator(Operator):
         """[<= R, <= R]: with D = Q S and C^T = P T, where Q and P have orthonormal columns, it is S M T^T"""
         return _without_basis(self.outputs, M) @ M @ _without_basis(self.inputs, M).mT
 
-    def add_delta(self, weight: Tensor, M: Tensor) -> Tensor:
-        return expand_add(weight, M, self.inputs, self.outputs)
+    def add_delta(self, weight: Tensor, M: Tensor, after: Tensor | None = None) -> Tensor:
+        return expand_add(weight, M, self.inputs, self.outputs, after)
+
+    def compress_for_gradient(self, x: Tensor) -> Tensor:
+        return group_sum(x, self.padded_inputs if x.is_cuda else self.inputs)
+
+    def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
+        reduced = group_sum(dy, self.padded_outputs if dy.is_cuda else self.outputs)
+        return _product(reduced, compressed)[: self.square_size, : self.square_size]
 
 
 def _without_basis(groups: grouping.Grouping, like: Tensor) -> Tensor:
@@ -206,7 +224,7 @@ class RotaryOperator(Operator):
     def delta(self, M: Tensor) -> Tensor:
         return self._add_blocks(M.new_zeros(self.out_features, self.in_features), M)
 
-    def add_delta(self, weight: Tensor, M: Tensor) -> Tensor:
+    def add_delta(self, weight: Tensor, M: Tensor, after: Tensor | None = None) -> Tensor:
         return self._add_blocks(weight.clone(), M)
 
     def _add_blocks(self, total: Tensor, M: Tensor) -> Tensor:

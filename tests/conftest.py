@@ -6,12 +6,13 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from tests.tools.jobs import kill_all
-from tests.tools.pool import Pool
+from tests.tools.pool import Pools
 from tests.tools.tokenizer_tools import train_tokenizer
 
 settings.register_profile("patient", deadline=None)  # a busy machine makes nothing wrong
@@ -51,19 +52,22 @@ def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-class Pools:
-    def __init__(self) -> None:
-        self.by_size: dict[int, Pool] = {}
-
-    def __call__(self, world_size: int) -> Pool:
-        if world_size not in self.by_size or self.by_size[world_size].is_broken:
-            self.by_size[world_size] = Pool(world_size)
-        return self.by_size[world_size]
-
-
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Pools]:
     pools = Pools()
     yield pools
-    for pool in pools.by_size.values():
-        pool.close()
+    pools.close()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> int:
+    """How many ranks a test starts that does with one, too; tests/gpu has fewer where there is one GPU."""
+    return 2
+
+
+@pytest.fixture(scope="session")
+def device() -> Any:
+    """What a test computes on that tests/gpu runs on a GPU."""
+    import torch
+
+    return torch.device("cpu")

@@ -110,15 +110,15 @@ def test_files_of_an_export_have_the_mode_of_the_umask(run: Path, tmp_path: Path
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_export_has_the_logits_of_the_merged_model(
-    run: Path, model: LlamaForCausalLM, tmp_path: Path, dtype: torch.dtype
+    run: Path, model: LlamaForCausalLM, tmp_path: Path, dtype: torch.dtype, device: torch.device
 ) -> None:
     checkpoint = export(run, tmp_path / "out", dtype)
-    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ids = torch.arange(64).reshape(2, 32)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out").to(device)
+    ids = torch.arange(64, device=device).reshape(2, 32)
     with torch.no_grad():
-        assert lm.dtype == dtype and torch.equal(lm(ids).logits, merged_model(checkpoint, dtype)(ids).logits)
+        assert lm.dtype == dtype and torch.equal(lm(ids).logits, merged_model(checkpoint, dtype).to(device)(ids).logits)
         if dtype == torch.float32:
-            assert torch.equal(lm(ids).logits, model(ids).logits)
+            assert torch.equal(lm(ids).logits, copy.deepcopy(model).to(device)(ids).logits)
 
 
 def test_every_form_of_a_model_is_scored_alike(run: Path, checkpoint: Path, text: str, tmp_path: Path) -> None:

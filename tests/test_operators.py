@@ -90,6 +90,34 @@ def test_gradient_and_transpose_follow_from_explicit_matrices(mora_type, inputs,
     assert torch.equal(D, D_transposed.T)
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("mora_type", MORA_TYPES)
+@pytest.mark.parametrize("inputs,outputs,size", [(13, 29, 4), (24, 40, 13), (768, 2048, 443)])
+def test_an_operator_in_the_types_of_training_is_that_in_float64(
+    mora_type, inputs, outputs, size, dtype, tolerance, device
+):
+    size += size % 2 if OPERATORS[mora_type].even_size else 0
+    op = make_operator(mora_type, inputs, outputs, size)
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((5, inputs), (size, size), (5, outputs), (outputs, inputs))
+    x, M, dy, weight = (torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
+    results = []
+    for where, kind in ((device, dtype), (torch.device("cpu"), torch.float64)):
+        here = [tensor.to(where, kind) for tensor in (x, M, dy, weight)]
+        compressed = op.compress(here[0])
+        made = (
+            compressed,
+            op.decompress(compressed),
+            op.decompress_transposed(here[2]),
+            op.delta(here[1]),
+            op.add_delta(here[3], here[1]),
+        )
+        assert {(tensor.device.type, tensor.dtype) for tensor in made} == {(where.type, kind)}
+        results.append([tensor.cpu().double() for tensor in made])
+    for found, expected in zip(*results, strict=True):
+        assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
 @pytest.mark.parametrize("mora_type,inputs,outputs,size", _operators())
 def test_the_core_has_the_singular_values_of_delta(mora_type, inputs, outputs, size):
     op = make_operator(mora_type, inputs, outputs, size)

@@ -34,8 +34,10 @@ def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTra
         encode = record_encoder(tokenizer, shard.records)
         with closing(open_rows(config, shard)) as opened:
             taken = opened.take(_FIRST_ROWS)
-        rows = [*encode([row for row in taken if isinstance(row, Record)])]
-        rows += [row for row in taken if isinstance(row, Skipped)]
-        if rows and not any(isinstance(row, Encoded) for row in rows):
-            told = [row.told or row.reason for row in rows if isinstance(row, Skipped)]
-            raise SourceError(f"{shard.name}: none of its first {len(rows)} rows can be used as a record: {told[0]}")
+        rows = encode([row for row in taken if isinstance(row, Record)])
+        if any(isinstance(row, Encoded) for row in rows):
+            continue
+        told = [row.told for row in rows if isinstance(row, Skipped)]
+        told += [f"one {row.told or row.reason}" for row in taken if isinstance(row, Skipped)]
+        if told:
+            raise SourceError(f"{shard.name}: none of its first {len(taken)} rows can be used as a record; {told[0]}")

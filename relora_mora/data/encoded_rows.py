@@ -42,9 +42,15 @@ class EncodedRows(Generic[Row]):
         """At least one row. Raises SourceError, again and again, when those before the fault are used up."""
         while self._error is None:
             rows, after = self._take()
+            encoded = self._encode(rows)
             before = self._behind
+            whole = [row for row in encoded if isinstance(row, Encoded) and not row.cut]
+            if len(whole) == len(encoded) and not self._passed:  # as always with plain text
+                self._behind = after[-1]
+                self._used_epoch = self._behind.epoch
+                return Group(before, whole, after)
             group = Group(before, [], [])
-            for row, cursor in zip(self._encode(rows), after, strict=True):
+            for row, cursor in zip(encoded, after, strict=True):
                 self._behind = self._counted(row, cursor)
                 if isinstance(row, Encoded):
                     group.rows.append(row)

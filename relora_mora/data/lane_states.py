@@ -44,7 +44,9 @@ class Cursor(NamedTuple):
 
     def state(self, offset: int) -> dict[str, Any]:
         """What a checkpoint holds of a lane that is ``offset`` tokens into the document at this cursor; JSON-able."""
-        skipped = {reason: count for reason, count in self.skipped_by_reason().items() if count}
+        skipped = {}
+        if any(self.skipped):  # most often there are none, and this is asked for every batch
+            skipped = {reason: count for reason, count in self.skipped_by_reason().items() if count}
         return {**self._asdict(), "skipped": skipped, "offset": offset}
 
 

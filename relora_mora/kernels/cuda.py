@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 DTYPES = (torch.bfloat16, torch.float32)
+OLDEST = (8, 0)  # compute capability of an A100: Triton supports none before
 
 
 @functools.cache
@@ -28,8 +29,10 @@ def obstacle() -> str | None:
 
 
 def describe() -> str:
-    """What computes on CUDA devices, and why it is not Triton."""
+    """What computes on the CUDA device in use, and why it is not Triton."""
     reason = obstacle()
+    if reason is None and torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
+        reason = f"Triton needs a compute capability of {'.'.join(map(str, OLDEST))}"
     return f"torch: {reason}" if reason else "Triton"
 
 

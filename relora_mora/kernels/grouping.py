@@ -6,7 +6,7 @@ A grouping maps ``features`` to ``slots``: ``sum`` adds up the features of each 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -45,21 +45,28 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Grouping:
-    """Together the pieces hold every feature, in order; those that follow hold features a second time."""
+    """Together the pieces hold every feature, in order; those that follow hold features a second time.
+
+    ``numbers`` is the grouping as whole numbers, for the schema of an operator of torch.
+    """
 
     features: int
     slots: int
     pieces: tuple[Piece, ...]
+    numbers: list[int] = field(init=False, repr=False, compare=False)
 
-    @property
-    def numbers(self) -> list[int]:
-        """The grouping as whole numbers, for the schema of an operator of torch."""
-        return [self.features, self.slots, *(int(number) for piece in self.pieces for number in piece)]
+    def __post_init__(self) -> None:
+        numbers = [self.features, self.slots, *(int(number) for piece in self.pieces for number in piece)]
+        object.__setattr__(self, "numbers", numbers)
 
     @staticmethod
     def of_numbers(numbers: Sequence[int]) -> Grouping:
         """The grouping whose :attr:`numbers` these are."""
         return _of_numbers(tuple(numbers))
+
+    def padded(self, multiple: int) -> Grouping:
+        """With slots that no feature has, up to a multiple."""
+        return replace(self, slots=-(-self.slots // multiple) * multiple)
 
     @property
     def once(self) -> bool:
@@ -93,7 +100,7 @@ class Grouping:
 
 def as_rows(x: Tensor) -> Tensor:
     """x [..., n] as [rows, n] with neighbours in memory, a view where possible"""
-    x = x.reshape(-1, x.shape[-1])
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 

@@ -21,8 +21,13 @@ from relora_mora.kernels import cpu, cuda, reference
 from relora_mora.kernels.grouping import Grouping
 
 LIBRARY = torch.library.Library("relora_mora", "DEF")
-LIBRARY.define("group_sum(Tensor x, int[] grouping) -> Tensor")
-LIBRARY.define("expand_add(Tensor weight, Tensor square, int[] inputs, int[] outputs) -> Tensor")
+# the compiler need not copy an input into another layout first
+_ANY_LAYOUT = torch.Tag.flexible_layout
+LIBRARY.define("group_sum(Tensor x, int[] grouping) -> Tensor", tags=_ANY_LAYOUT)
+LIBRARY.define(
+    "expand_add(Tensor weight, Tensor square, int[] inputs, int[] outputs, Tensor? after=None) -> Tensor",
+    tags=_ANY_LAYOUT,
+)
 LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor scale, int ignore, bool gradient) -> Tensor")
 
 
@@ -49,7 +54,9 @@ def _fake_group_sum(x: Tensor, grouping: Sequence[int]) -> Tensor:
     return x.new_empty(*x.shape[:-1], Grouping.of_numbers(grouping).slots)
 
 
-def _fake_expand_add(weight: Tensor, square: Tensor, inputs: Sequence[int], outputs: Sequence[int]) -> Tensor:
+def _fake_expand_add(
+    weight: Tensor, square: Tensor, inputs: Sequence[int], outputs: Sequence[int], after: Tensor | None = None
+) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
@@ -62,7 +69,7 @@ def _sum_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _add_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda weight, square, inputs, outputs: function(
+    return lambda weight, square, inputs, outputs, after=None: function(
         weight, square, Grouping.of_numbers(inputs), Grouping.of_numbers(outputs)
     )
 
@@ -114,10 +121,16 @@ def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
     return _group_sum(x, grouping.numbers) if takes(x) else grouping.sum(x)
 
 
-def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping) -> Tensor:
-    """weight [out, in] + D square C: square [R, R], C = ``inputs.sum``, D = ``outputs.copy``; not differentiable."""
+def expand_add(
+    weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping, after: Tensor | None = None
+) -> Tensor:
+    """weight [out, in] + D square C: square [R, R], C = ``inputs.sum``, D = ``outputs.copy``; not differentiable.
+
+    Nothing is read from ``after``: with a gradient there, a compiler makes the sum in backward, as it stands, and does
+    not keep the equal one of forward until then.
+    """
     if outputs.once and takes(weight, square):
-        return _expand_add(weight, square, inputs.numbers, outputs.numbers)
+        return _expand_add(weight, square, inputs.numbers, outputs.numbers, after)
     return reference.expand_add(weight, square, inputs, outputs)
 
 

@@ -8,6 +8,7 @@ same shape is always computed alike.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -18,10 +19,10 @@ from relora_mora.kernels import reference
 from relora_mora.kernels.grouping import Grouping, Piece, as_rows
 from relora_mora.kernels.triton_launch import launch, power_of_two, works_on
 
-_BLOCK_SLOTS = 256
-_BLOCK_FEATURES = 256
-_ELEMENTS = 2048  # of one program: 16 for each of its 128 threads
-_NEIGHBOURS = 8  # features of a slot that are read at once
+_BLOCK = 256  # slots or features
+_ELEMENTS = 2048  # that a program reads at once: 16 for each of its 128 threads
+_MIN_ROWS = 4  # so that each thread has 16 bytes to store
+_NEIGHBOURS = 4  # features of a slot that are read at once
 
 
 @triton.jit
@@ -157,24 +158,18 @@ def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
     """x [..., features] -> [..., slots]"""
     if not works_on(x.device):
         return grouping.sum(x)
-    rows = as_rows(x)
-    y = torch.empty(rows.shape[0], grouping.slots, dtype=x.dtype, device=x.device)
+    y = torch.empty(*x.shape[:-1], grouping.slots, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
-        return y.view(*x.shape[:-1], grouping.slots)
-    together = max(map(_together, grouping.pieces))
-    block = min(_BLOCK_SLOTS, power_of_two(grouping.slots))
-    n_rows = max(1, _ELEMENTS // (block * together))
-    constants = {
-        "x_stride": rows.stride(0),
-        "slots": grouping.slots,
-        "pieces": _flat(grouping),
-        "n_pieces": len(grouping.pieces),
-        "ROWS": n_rows,
-        "BLOCK": block,
-    }
-    grid = -(-rows.shape[0] // n_rows), -(-grouping.slots // block)
-    launch(_sum_kernel, grid, (rows, y), (rows.shape[0],), constants)
-    return y.view(*x.shape[:-1], grouping.slots)
+        return y
+    if x.is_contiguous():
+        stride = grouping.features
+    else:
+        x = as_rows(x)
+        stride = x.stride(0)
+    rows = y.numel() // grouping.slots
+    constants, n_rows, blocks = _sum_constants(grouping, stride)
+    launch(_sum_kernel, (-(-rows // n_rows), blocks), (x, y), (rows,), constants)
+    return y
 
 
 def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping) -> Tensor:
@@ -185,13 +180,39 @@ def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Groupi
     weight = as_rows(weight)
     square = as_rows(square)
     result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    block = min(_BLOCK_FEATURES, power_of_two(inputs.features))
+    constants, grid = _add_constants(inputs, outputs, weight.stride(0), square.stride(0))
+    launch(_add_kernel, grid, (weight, square, result), (), constants)
+    return result
+
+
+@functools.lru_cache(maxsize=4096)
+def _sum_constants(grouping: Grouping, stride: int) -> tuple[dict[str, Any], int, int]:
+    """Of the kernel, with rows of a program, and programs for all slots of a row."""
+    block = min(_BLOCK, power_of_two(grouping.slots))
+    n_rows = max(_MIN_ROWS, _ELEMENTS // (block * max(map(_together, grouping.pieces))))
+    constants = {
+        "x_stride": stride,
+        "slots": grouping.slots,
+        "pieces": _flat(grouping),
+        "n_pieces": len(grouping.pieces),
+        "ROWS": n_rows,
+        "BLOCK": block,
+    }
+    return constants, n_rows, -(-grouping.slots // block)
+
+
+@functools.lru_cache(maxsize=4096)
+def _add_constants(
+    inputs: Grouping, outputs: Grouping, weight_stride: int, square_stride: int
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Of the kernel, with its grid."""
+    block = min(_BLOCK, power_of_two(inputs.features))
     n_rows = _ELEMENTS // block
     constants = {
         "outputs": outputs.features,
         "inputs": inputs.features,
-        "weight_stride": weight.stride(0),
-        "square_stride": square.stride(0),
+        "weight_stride": weight_stride,
+        "square_stride": square_stride,
         "out_pieces": _flat(outputs),
         "n_out": len(outputs.pieces),
         "in_pieces": _flat(inputs),
@@ -199,12 +220,9 @@ def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Groupi
         "ROWS": n_rows,
         "BLOCK": block,
     }
-    grid = -(-outputs.features // n_rows), -(-inputs.features // block)
-    launch(_add_kernel, grid, (weight, square, result), (), constants)
-    return result
+    return constants, (-(-outputs.features // n_rows), -(-inputs.features // block))
 
 
-@functools.lru_cache(maxsize=4096)
 def _flat(grouping: Grouping) -> tuple[int, ...]:
     """The numbers of all pieces, and of each how many features of a slot are read at once."""
     return tuple(number for piece in grouping.pieces for number in (*map(int, piece), _together(piece)))

@@ -130,7 +130,7 @@ class _MergedMoRA(torch.autograd.Function):
         operator = ctx.operator
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ (operator.add_delta(weight, M) if merged is None else merged)
+            dx = dy @ (operator.add_delta(weight, M, after=dy) if merged is None else merged)
         dM = operator.square_gradient(compressed, dy) if compressed is not None else None
         return dx, None, dM, None, None, None
 
@@ -142,10 +142,10 @@ def _compress_once(x: Tensor, operator: Operator) -> Tensor:
     layer an alias of its own. What has no grad_fn may be a buffer that is filled again without autograd's notice.
     """
     if torch.compiler.is_compiling() or x.grad_fn is None:
-        return operator.compress(x)
+        return operator.compress_for_gradient(x)
     storage: Any = x.untyped_storage()
     key = (operator.input_map, x._version, x.storage_offset(), x.shape, x.stride(), x.dtype)
     held = getattr(storage, "_compressed", None)
     if held is None or held[0] != key:
-        held = storage._compressed = key, operator.compress(x)
+        held = storage._compressed = key, operator.compress_for_gradient(x)
     return held[1]

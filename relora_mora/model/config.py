@@ -67,7 +67,8 @@ def architecture_of(values: Mapping[str, Any], source: str) -> Architecture:
 
     Raises :class:`ConfigError` for one that is not of the family.
     """
-    kind = values.get("model_type", "llama")
+    given = values.get("model_type")
+    kind = "llama" if given is None else given
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         fault = (
             f"model: model_type is {_shown(kind)}, expected one of {', '.join(ARCHITECTURES)}: "

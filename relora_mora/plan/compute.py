@@ -29,15 +29,20 @@ class LayerWork(NamedTuple):
     moved: float  # bytes for each token and hidden feature
 
 
-EAGER: dict[Adapter | None, LayerWork] = {
-    None: LayerWork(109, 645),
-    LORA: LayerWork(158, 705),
-    MORA: LayerWork(256, 753),
+# by adapter, and whether W + delta is resident
+EAGER: dict[tuple[Adapter | None, bool], LayerWork] = {
+    (None, False): LayerWork(109, 645),
+    (LORA, False): LayerWork(158, 705),
+    (LORA, True): LayerWork(144, 688),
+    (MORA, False): LayerWork(141, 681),
+    (MORA, True): LayerWork(127, 663),
 }
-COMPILED: dict[Adapter | None, LayerWork] = {
-    None: LayerWork(35, 277),
-    LORA: LayerWork(77, 331),
-    MORA: LayerWork(56, 315),
+COMPILED: dict[tuple[Adapter | None, bool], LayerWork] = {
+    (None, False): LayerWork(35, 277),
+    (LORA, False): LayerWork(77, 331),
+    (LORA, True): LayerWork(70, 322),
+    (MORA, False): LayerWork(67, 315),
+    (MORA, True): LayerWork(53, 296),
 }
 
 
@@ -66,12 +71,14 @@ def compute_time(
     peak: float,
     flops_per_token: float,
     compiled: bool,
+    resident: bool,
 ) -> ComputeTime:
     """For one micro-batch on a device with ``peak`` FLOP/s; its ``memory_gbytes_per_s`` must be known.
 
-    ``compiled``: the decoder layers are.
+    ``compiled``: the decoder layers are. ``resident``: the adapter layers keep ``W + delta`` between the micro-batch's
+    uses.
     """
-    work = (COMPILED if compiled else EAGER)[config.method.record.adapter]
+    work = (COMPILED if compiled else EAGER)[config.method.record.adapter, resident]
     layers = model_config.num_hidden_layers
     tokens = config.train.micro_batch_size * config.data.sequence_length
     moved = layers * work.moved * model_config.hidden_size * tokens

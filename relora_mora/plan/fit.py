@@ -14,6 +14,7 @@ from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import peak_memory, state_memory
 
 USABLE = 0.9  # of a device's memory: the rest is for the CUDA context, NCCL's buffers and fragmentation
+VECTOR = 8  # elements
 RESIDENT_SHARE = 0.5  # of the memory: a step of a run with resident layers is planned to take no more
 
 
@@ -48,6 +49,20 @@ def adapter_parameters(method: MethodConfig, shapes: Mapping[str, tuple[int, int
     """Parameters of the adapters of one decoder layer, whose linears have these (in, out)."""
     layer = layer_class(method)
     return sum(layer.parameters_for(method, inputs, outputs) for inputs, outputs in shapes.values())
+
+
+def uneven_widths(model_config: PreTrainedConfig) -> list[str]:
+    """Widths that a GPU is slow with: rows in bf16 that are not whole vectors of 16 bytes, each with the next good one.
+
+    cuBLAS asks for multiples of 16 bytes in all matrices of a product (its documentation, "Tensor Core Usage").
+    """
+    widths = ("hidden_size", "intermediate_size", "vocab_size")
+    return [
+        f"{name} of {width:,} is no multiple of {VECTOR}: a GPU is slow with its products; "
+        f"{-(-width // VECTOR) * VECTOR:,} would be better for a new model"
+        for name in widths
+        if (width := getattr(model_config, name)) % VECTOR
+    ]
 
 
 def check_memory(
@@ -86,10 +101,10 @@ def choose_resident(
     if config.method.form != "auto":
         return
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    pays = stage < 3 and (on_gpu or config.accumulation_steps(world_size) > 1)
+    pays = on_gpu or config.accumulation_steps(world_size) > 1
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:
-        layer.resident = pays and layer.uses_merged_form(tokens)
+        layer.resident = pays and stage < 3 and layer.uses_merged_form(tokens)
     if available is None or not any(layer.resident for layer in layers):
         return
     needed = peak_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu).device

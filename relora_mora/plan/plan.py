@@ -8,11 +8,12 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.config import Config
+from relora_mora.methods.layers import adapter_layers
 from relora_mora.model.compiler import compiles
 from relora_mora.optim import Parameters, count_parameters
 from relora_mora.plan.cluster import Cluster, StepTime, step_time
 from relora_mora.plan.compute import compute_time
-from relora_mora.plan.fit import USABLE, choose_resident
+from relora_mora.plan.fit import USABLE, choose_resident, uneven_widths
 from relora_mora.plan.flops import Flops, flops_of, meta_model
 from relora_mora.plan.memory import Memory, peak_memory
 from relora_mora.plan.network import Traffic, traffic
@@ -49,6 +50,7 @@ class Plan:
     tokens: int
     tokens_per_second: float
     assumption: str
+    notes: list[str]  # on the model's widths
 
     @property
     def world_size(self) -> int:
@@ -124,6 +126,7 @@ def make_plan(
     models: dict[str, PreTrainedModel] = {}
     memory: dict[str, dict[int, Memory]] = {name: {} for name in METHODS}
     network: dict[str, dict[int, Traffic]] = {}
+    resident: dict[int, bool] = {}
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
         models[name] = meta_model(model_config, other.method)
@@ -131,6 +134,8 @@ def make_plan(
             available = cluster.device.memory_gb * 1e9 or None
             choose_resident(models[name], other, stage, ranks, available, bf16=bf16, on_gpu=not on_cpu)
             memory[name][stage] = peak_memory(models[name], other, stage, ranks, bf16=bf16, on_gpu=not on_cpu)
+            if name == own:
+                resident[stage] = any(layer.resident for _, layer in adapter_layers(models[name]))
         network[name] = {stage: traffic(models[name], other, stage, ranks, bf16=bf16) for stage in STAGES}
     flops = flops_of(models[own], model_config, config)
     counts = count_parameters(models[own])
@@ -147,6 +152,7 @@ def make_plan(
                 peak=peak[0],
                 flops_per_token=flops.performed,
                 compiled=compiles(config.model, stage, on_gpu=True),
+                resident=resident[stage],
             )
             for stage in STAGES
         }
@@ -192,4 +198,5 @@ def make_plan(
         tokens=config.tokens_per_step * config.train.steps,
         tokens_per_second=speed,
         assumption=assumption,
+        notes=[] if on_cpu else uneven_widths(model_config),
     )

@@ -28,6 +28,7 @@ def render(plan: Plan) -> str:
         f"time           {duration(plan.seconds)} at {plan.tokens_per_second:,.0f} tokens/s on {plan.world_size} "
         f"device{'s' if plan.world_size > 1 else ''}, {plan.assumption}",
         *_cluster(plan),
+        *(f"note           {note}" for note in plan.notes),
         "",
         f"memory of a device ({plan.world_size} in all) in GiB, {plan.method} in {precision}, "
         f"when a step needs most (* the stage in the settings)",

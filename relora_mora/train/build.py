@@ -23,7 +23,7 @@ from relora_mora.optim import (
     parameter_groups,
     set_trainable,
 )
-from relora_mora.plan.fit import choose_resident, stage_advice
+from relora_mora.plan.fit import choose_resident, stage_advice, uneven_widths
 from relora_mora.schedule import Schedule
 from relora_mora.system.hardware import memory_bytes, uses_cuda
 from relora_mora.system.logs import log, shared_log
@@ -73,6 +73,8 @@ def build(
     advice = stage_advice(lm, config, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
     if advice:
         shared_log.warning(advice)
+    for note in uneven_widths(checked.model_config) if on_gpu else ():
+        shared_log.warning("model: %s", note)
     groups = parameter_groups(lm, config.optim)
     if not groups:
         fault = "method: nothing is trained; set method.train_embeddings, train_norms or train_head"

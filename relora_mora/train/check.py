@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import (
     TokenizerError,
     check_vocabulary,
-    is_tokenizer,
     save_tokenizer,
     tokenizer_fingerprint,
 )
@@ -133,8 +133,9 @@ def _check_tokenizer(config: Config, model_type: str, fingerprint: str) -> None:
     path = config.tokenizer_path
     if config.model.init_from is not None:
         theirs = tokenizer_beside(Path(config.model.init_from))
-        if theirs != Path(path) and theirs.is_dir() and not is_tokenizer(theirs, fingerprint):
-            log.warning("%s gives other tokens than %s, which model.init_from was trained with", path, theirs)
+        with contextlib.suppress(TokenizerError):  # it may have none
+            if tokenizer_fingerprint(theirs) != fingerprint:
+                log.warning("%s gives other tokens than %s, which model.init_from was trained with", path, theirs)
     if model_type == "llama":
         return
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:

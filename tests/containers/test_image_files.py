@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,6 +65,33 @@ def test_packages_in_the_home_of_a_user_do_not_come_before_those_of_the_image() 
     final = (ROOT / "Dockerfile").read_text().rpartition("\nFROM ")[2]
     assert "--system-site-packages" in (ROOT / "Dockerfile").read_text()
     assert re.search(r"^ENV (?:.*\\\n)*.*\bPYTHONNOUSERSITE=1\b", final, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "headers", "installed"),
+    [("None", True, ""), ("'13.0'", True, "gcc libc6-dev"), ("'13.0'", False, "gcc libc6-dev python3-dev")],
+)
+def test_an_image_for_gpus_has_what_triton_compiles_with(
+    tmp_path: Path, cuda: str, headers: bool, installed: str
+) -> None:
+    """The command of the Dockerfile, with torch, Python's headers and apt-get as the test wants them."""
+    final = (ROOT / "Dockerfile").read_text().rpartition("\nFROM ")[2]
+    found = re.search(r"^RUN (if python (?:.*\\\n)*.*)$", final, re.MULTILINE)
+    assert found is not None
+    command = found[1].replace("\\\n", "").replace("/var/lib/apt/lists", str(tmp_path / "lists"))
+    (tmp_path / "include").mkdir()
+    if headers:
+        (tmp_path / "include" / "Python.h").touch()
+    (tmp_path / "torch.py").write_text(f"class version:\n    cuda = {cuda}\n")
+    (tmp_path / "sysconfig.py").write_text(f"def get_path(name):\n    return {str(tmp_path / 'include')!r}\n")
+    (tmp_path / "python").symlink_to(sys.executable)
+    (tmp_path / "apt-get").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n')
+    (tmp_path / "apt-get").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
+    subprocess.run(["sh", "-c", command], env=environment, check=True)
+    said = (tmp_path / "said").read_text().splitlines() if installed else []
+    assert said == ([] if not installed else ["update", f"install -y --no-install-recommends {installed}"])
+    assert (tmp_path / "said").exists() == bool(installed)
 
 
 def as_compose_says(text: str, **variables: str) -> str:

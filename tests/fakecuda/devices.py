@@ -20,6 +20,7 @@ from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.fakecuda.watch import Watch
 from tests.tools.helpers import arithmetic_put_back
 from tests.tools.jobs import Job, write_config
+from tests.tools.pool import Pools
 from tests.tools.runs import metrics, run_config, write_inputs
 
 
@@ -56,3 +57,16 @@ def test_a_deterministic_run_takes_flash_attention(deterministic: bool, kernel: 
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
     name = f"_scaled_dot_product_{kernel}_attention"
     assert {launch for launch in watch.launches if "attention" in launch} == {name, f"{name}_backward"}
+
+
+def backend_and_device() -> tuple[str, str]:
+    return dist.get_backend(), str(device_of_rank())
+
+
+def test_workers_of_a_pool_on_gpus_join_over_nccl() -> None:
+    """Those of tests/gpu."""
+    pools = Pools("cuda")
+    try:
+        assert pools(1)(backend_and_device) == [("nccl", "cuda:0")]
+    finally:
+        pools.close()

@@ -41,3 +41,11 @@ def test_nothing_launches_moves_or_keeps_more_than_before(table: str) -> None:
     if smaller:
         warnings.warn(f"less than in {table}, write it again:\n" + "\n".join(smaller), stacklevel=1)
     assert [text for change, text in changes if change > 0] == []
+
+
+def test_a_compiled_layer_keeps_no_weight_for_backward() -> None:
+    table = rows_of(Path(__file__).with_name("counts.csv").read_text())
+    for model, method, how in table:
+        resident = table.get((model, f"{method} resident", how))
+        if method.startswith("remora") and how == "compiled" and resident is not None:
+            assert table[model, method, how]["kept_mib"] <= resident["kept_mib"]

@@ -10,7 +10,6 @@ import copy
 import csv
 import functools
 import io
-import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,9 +26,10 @@ from transformers import LlamaForCausalLM
 
 from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.methods.inject import inject
+from relora_mora.methods.layers import adapter_layers
 from relora_mora.model import LossModel, empty_model, put_values, read_model_config
 from relora_mora.optim import set_trainable
-from tests.fakecuda.watch import Kept, Watch
+from tests.fakecuda.watch import AFTER, Kept, Watch, size_of
 from tests.tools.helpers import ROOT
 
 SEQUENCES, LENGTH = 16, 512
@@ -39,7 +39,10 @@ METHODS = {
     "full": MethodConfig(name="full"),
     "remora operator 1": MethodConfig(name="remora", operators=[1]),
     "remora operator 2": MethodConfig(name="remora", operators=[2]),
+    "remora operator 1 resident": MethodConfig(name="remora", operators=[1], form="resident"),
+    "remora operator 2 resident": MethodConfig(name="remora", operators=[2], form="resident"),
     "relora": MethodConfig(name="relora"),
+    "relora resident": MethodConfig(name="relora", form="resident"),
 }
 # folding constants looks at values, padding of products is decided by timing them, a program in a cache is not written
 NOTHING_RUNS = {"joint_graph_constant_folding": False, "shape_padding": False, "force_disable_caches": True}
@@ -78,6 +81,8 @@ def model_with(name: str, method: str, layers: int, fake: FakeTensorMode) -> Los
         put_values(lm, on_device)
         for key, buffer in list(lm.model.rotary_emb.named_buffers()):
             setattr(lm.model.rotary_emb, key, torch.empty(buffer.shape, device="cuda"))
+        for _, layer in adapter_layers(lm):
+            layer.keep_merged()
     return LossModel(lm)
 
 
@@ -148,18 +153,32 @@ def _count_into(programs: list[Program]) -> Any:
                     raise
         [(code, moved)] = written
         body = code[code.index("def call(") :]
-        kept = 0 if kwargs.get("is_backward") else _kept(graph)
-        programs.append(Program(sum(bool(LAUNCH.match(line)) for line in body.splitlines()), moved, kept))
+        launches = sum(bool(LAUNCH.match(line)) for line in body.splitlines())
+        moved -= sum(map(size_of, _only_waited_for(graph)))
+        made = _made(graph)
+        kept = 0
+        if kwargs.get("is_backward"):
+            copied = [value for value in made if not value.is_contiguous()]
+            launches += len(copied)  # autograd does, before it keeps them as gradients of parameters
+            moved += 2 * sum(map(size_of, copied))
+        else:
+            kept = sum(map(size_of, made))
+        programs.append(Program(launches, moved, kept))
         return make_boxed_func(graph.forward)
 
     return inner
 
 
-def _kept(graph: torch.fx.GraphModule) -> int:
+def _only_waited_for(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
+    calls = [node for node in graph.graph.nodes if node.target is torch.ops.relora_mora.expand_add.default]
+    return [call.args[AFTER].meta["val"] for call in calls if len(call.args) > AFTER]
+
+
+def _made(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
+    """The outputs that are no inputs."""
     output = next(node for node in graph.graph.nodes if node.op == "output")
     made = [node for node in output.args[0] if getattr(node, "op", "placeholder") != "placeholder"]
-    values = [node.meta["val"] for node in made if isinstance(node.meta.get("val"), torch.Tensor)]
-    return sum(math.prod(value.shape) * value.element_size() for value in values)
+    return [node.meta["val"] for node in made if isinstance(node.meta.get("val"), torch.Tensor)]
 
 
 @contextlib.contextmanager

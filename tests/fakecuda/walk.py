@@ -20,14 +20,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from relora_mora.checkpoint.rank_files import RankFiles
 from relora_mora.data import Batch
 from relora_mora.data.lane_states import LaneStates
-from relora_mora.merging import FrozenMasters
+from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.model import put_values
-from relora_mora.optim import build_optimizer, parameter_groups
+from relora_mora.optim import build_optimizer, make_schedule, parameter_groups
 from relora_mora.train.loop import micro_batches
 from relora_mora.zero import ZeroEngine
 from tests.fakecuda.layers import model_with
 from tests.fakecuda.watch import Watch
-from tests.tools.tiny import tiny_config
+from tests.tools.tiny import Rig, tiny_config, whole_weights
 
 # what torch.use_deterministic_algorithms refuses on CUDA, by its documentation (2.13), or does for some types only
 REFUSED = re.compile(
@@ -76,6 +76,34 @@ def test_a_step_stays_on_the_device(stage: int, method: str, fake: FakeTensorMod
     assert [name for name, tensor in tensors.items() if tensor.device.type != "cuda"] == []
     # train.deterministic would end with an error
     assert [name for name in watch.launches if REFUSED.fullmatch(name)] == []
+
+
+@pytest.mark.parametrize("method", ["remora operator 1", "relora"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_step_and_a_merge_join_what_the_device_and_the_host_have(
+    stage: int, method: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the tools of the tests that tests/gpu runs. Numbers read back are 0, so counts over ranks are told."""
+    monkeypatch.setattr(Merger, "_over_ranks", lambda merger, _: merger.elements)
+    config = tiny_config(RANKS, method={"name": method.split()[0]}, train={"zero_stage": stage, "precision": "bf16"})
+    module = model_with("llama_tiny", method, 2, fake)
+    names = [name for name, parameter in module.lm.named_parameters() if not parameter.requires_grad]
+    with fake, Watch() as watch:
+        groups = parameter_groups(module.lm, config.optim)
+        optimizer = build_optimizer(module.lm, groups, config.optim)
+        engine = ZeroEngine(module, module.lm, optimizer, config.train, clip=config.optim.clip, bf16=True)
+        base = FrozenMasters(names, 0, RANKS)
+        base.take(engine.parameters)
+        merger = Merger(engine, base, config.method, seed=0)
+        rig = Rig(config, engine, base, merger, groups, make_schedule(config.method, config.optim, 40), {})
+        rig.step(1)
+        record = rig.merge(1)
+        launches = list(watch.launches)
+        on_host = [rig.logits(), *map(rig.gather, engine.members[0]), *whole_weights(engine, names).values()]
+    assert record.layers == 14
+    assert {tensor.device.type for tensor in [*base.weights.values(), *on_host]} == {"cpu"}
+    assert {parameter.device.type for parameter in engine.parameters.values()} == {"cuda"}
+    assert [name for name in launches if REFUSED.fullmatch(name)] == []
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

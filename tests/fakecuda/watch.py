@@ -15,12 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from relora_mora.methods.layers import adapter_layers
 from tests.tools.helpers import ROOT
 
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_"}
 READS_NOTHING = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill_", "zero_"}
 WAITS = (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
 READS_BACK = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}  # besides copies from the device to the host
+
+AFTER = 4  # the place of what expand_add waits for and does not read
 
 
 class Watch(TorchDispatchMode):
@@ -91,6 +94,8 @@ def _read(func: Any, name: str, args: Any, kwargs: Any) -> list[Tensor]:
         return []
     if name == "copy_":
         args = args[1:]
+    if name == "expand_add":
+        args = args[:AFTER]
     outputs = {argument.name for argument in func._schema.arguments if argument.is_out}
     return list(cuda_tensors((args, [value for key, value in kwargs.items() if key not in outputs])))
 
@@ -125,16 +130,17 @@ def _place() -> str:
 
 
 class Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes that autograd keeps for backward, each storage once, without those of parameters."""
+    """Bytes that autograd keeps for backward, each storage once, without parameters and resident weights."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        there = [*model.parameters(), *(layer.merged_weight for _, layer in adapter_layers(model))]
+        self.there = {tensor.untyped_storage()._cdata for tensor in there if tensor is not None}
         self.storages: dict[int, Any] = {}
         super().__init__(self._keep, lambda tensor: tensor)
 
     @property
     def bytes(self) -> int:
-        return sum(storage.nbytes() for key, storage in self.storages.items() if key not in self.parameters)
+        return sum(storage.nbytes() for key, storage in self.storages.items() if key not in self.there)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

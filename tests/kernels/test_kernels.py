@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from relora_mora import kernels
-from relora_mora.kernels import Grouping, contiguous, cpu, expand_add, group_sum, interleaved, wrapped_interleaved
+from relora_mora.kernels import Grouping, contiguous, cpu, cuda, expand_add, group_sum, interleaved, wrapped_interleaved
 from relora_mora.registry import OPERATORS
 
 compiled_only = pytest.mark.skipif(not kernels.available(), reason=f"kernels are {kernels.describe()}")
@@ -73,13 +74,19 @@ def test_sum_and_copy_are_the_matrix_of_the_definition(make, features, slots):
     assert torch.equal(grouping.sum(x), x @ C.T) and torch.equal(grouping.copy(y), y @ C)
 
 
+def _assert_taken(tensor: torch.Tensor) -> None:
+    if tensor.device.type != "cpu" and not kernels.takes(tensor):
+        pytest.skip(f"there are no kernels for {tensor.device.type}: {kernels.describe()}")
+    assert kernels.takes(tensor)
+
+
 @compiled_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("make", GROUPINGS)
 @pytest.mark.parametrize("features,slots", SIZES)
-def test_compiled_sum_rounds_once(make, features, slots, dtype):
-    grouping, x = make(features, slots), _integers(5, 7, features, dtype=dtype)
-    assert kernels.takes(x)
+def test_compiled_sum_rounds_once(make, features, slots, dtype, device):
+    grouping, x = make(features, slots), _integers(5, 7, features, dtype=dtype).to(device)
+    _assert_taken(x)
     y = group_sum(x, grouping)
     assert y.dtype == dtype and torch.equal(y, grouping.sum(x.double()).to(dtype))
 
@@ -91,11 +98,12 @@ def test_compiled_sum_rounds_once(make, features, slots, dtype):
 @pytest.mark.parametrize(
     "out_features,in_features,slots", [(61, 64, 16), (64, 130, 16), (7, 50, 19), (50, 7, 19), (300, 160, 37)]
 )
-def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slots, dtype, library, monkeypatch):
+def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slots, dtype, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     # a feature with two slots is rounded between them by torch, so its sums must be exact there
-    weight = _integers(out_features, in_features, dtype=dtype, bound=255 if library else 60)
-    M = _integers(slots, slots, dtype=dtype, bound=255 if library else 60)
+    rounds_once = kernels.takes(torch.zeros(1, dtype=dtype, device=device))
+    weight = _integers(out_features, in_features, dtype=dtype, bound=255 if rounds_once else 60).to(device)
+    M = _integers(slots, slots, dtype=dtype, bound=255 if rounds_once else 60).to(device)
     columns, rows = inputs(in_features, slots), outputs(out_features, slots)
     exact = weight.double() + rows.copy(columns.copy(M.double()).mT).mT
     assert torch.equal(expand_add(weight, M, columns, rows), exact.to(dtype))
@@ -251,3 +259,27 @@ def test_a_library_that_does_not_fit_is_not_used(monkeypatch, tmp_path):
             cpu.load.cache_clear()
     finally:
         cpu.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "version,triton,compiler,capability,said",
+    [
+        (None, True, "gcc", (9, 0), "torch: torch is not built for CUDA"),
+        ("13.0", False, "gcc", (9, 0), "torch: Triton is not installed"),
+        ("13.0", True, None, (9, 0), "torch: Triton needs a C compiler"),
+        ("13.0", True, "gcc", (7, 5), "torch: Triton needs a compute capability of 8.0"),
+        ("13.0", True, "gcc", (8, 0), "Triton"),
+    ],
+)
+def test_what_computes_on_a_gpu_is_told(version, triton, compiler, capability, said, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    cuda.obstacle.cache_clear()
+    try:
+        assert kernels.describe("cuda").startswith(said)
+        assert ("cuda" in kernels.ops.kernels_here()) == (version is not None and triton and compiler is not None)
+    finally:
+        cuda.obstacle.cache_clear()

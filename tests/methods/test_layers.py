@@ -8,9 +8,12 @@ import weakref
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
+from relora_mora import kernels
 from relora_mora.config import MethodConfig
 from relora_mora.merging import effective_rank
 from relora_mora.methods.inject import inject
@@ -51,16 +54,16 @@ def _made_resident(layer: AdapterLinear) -> AdapterLinear:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", ["lora", "1", "2", "3", "4", "6"])
 @pytest.mark.parametrize("inputs,outputs,size", SHAPES)
-def test_all_forms_agree(kind, inputs, outputs, size, dtype):
+def test_all_forms_agree(kind, inputs, outputs, size, dtype, device):
     size += size % 2 if kind == "6" else 0
-    merged, decoupled = _layers(kind, inputs, outputs, size, dtype)
+    merged, decoupled = (layer.to(device) for layer in _layers(kind, inputs, outputs, size, dtype))
     resident = _made_resident(copy.deepcopy(merged))
-    x = torch.randn(3, 5, inputs, dtype=dtype)
+    x = torch.randn(3, 5, inputs, dtype=dtype).to(device)
     results = []
     for layer in (merged, decoupled, resident):
         given = x.clone().requires_grad_()
         y = layer(given)
-        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y))
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y).to(device))
         results.append([y.detach(), given.grad, *(layer.get_parameter(name).grad for name in layer.adapter_names)])
         assert layer.weight.grad is None
     for a, b, c in zip(*results, strict=True):
@@ -139,9 +142,11 @@ def test_layers_that_see_one_input_get_the_right_gradients(kinds, run):
 
 def test_the_compressed_input_is_made_once_and_goes_with_the_input(monkeypatch):
     layers, calls = _pair("11"), []
-    compress = type(layers[0].operator).compress
+    compress = type(layers[0].operator).compress_for_gradient
     monkeypatch.setattr(
-        type(layers[0].operator), "compress", lambda op, x: calls.append(weakref.ref(y := compress(op, x))) or y
+        type(layers[0].operator),
+        "compress_for_gradient",
+        lambda op, x: calls.append(weakref.ref(y := compress(op, x))) or y,
     )
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True) * 1
     alias = x.view_as(x)  # ZeRO-3 gives each layer an alias
@@ -159,6 +164,28 @@ def test_the_compressed_input_is_made_once_and_goes_with_the_input(monkeypatch):
     assert len(calls) == 3 and calls[0]() is not None
     del outputs, x, alias
     assert [call() for call in calls] == [None] * 3
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"kernels are {kernels.describe()}")
+def test_a_compiled_layer_keeps_no_weight_for_backward():
+    """W + delta of forward and of backward are equal calls, and a compiler would merge them."""
+    layer, _ = _layers("1", 24, 32, 10, torch.float32)
+    kept = []
+
+    def forward(graph, inputs):
+        output = next(node for node in graph.graph.nodes if node.op == "output")
+        kept.extend(tuple(node.meta["val"].shape) for node in output.args[0] if node.op != "placeholder")
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    torch._dynamo.reset()
+    x = torch.randn(9, 24, requires_grad=True)
+    torch.compile(layer, backend=backend, fullgraph=True)(x).sum().backward()
+    assert (9, 10) in kept and (32, 24) not in kept
 
 
 @pytest.mark.parametrize("kind,tokens", [("1", 7), ("lora", 42)])

@@ -29,7 +29,7 @@ def each_alone(
     assert boundaries.dtype == torch.int32 and boundaries[0] == 0 and boundaries[-1] == len(query)
     outputs = []
     for begin, end in pairwise(boundaries.tolist()):
-        assert 0 <= end - begin <= longest
+        assert 0 < end - begin <= longest
         q, k, v = (x[begin:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         done = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True)
         outputs.append(done.squeeze(0).transpose(0, 1))

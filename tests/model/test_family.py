@@ -18,7 +18,7 @@ from relora_mora.pretrained import model_config_of
 from tests.tools.config_tools import tree
 from tests.tools.tiny import batch, tiny_llama
 
-# (parameters with tied heads counted once, config.json without what all of them have); read on their pages
+# (parameters with tied heads counted once, config.json without what all of them have); from memory
 HUB: dict[str, tuple[int, dict[str, Any]]] = {
     "SmolLM2-135M": (
         134_515_008,

@@ -21,10 +21,10 @@ from tests.tools.tiny import batch, tiny_config, tiny_llama
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_chunked_loss_and_gradients_are_those_of_plain_cross_entropy(chunk, dtype, tolerance):
+def test_chunked_loss_and_gradients_are_those_of_plain_cross_entropy(chunk, dtype, tolerance, device):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(2, 10, 6, dtype=dtype), torch.randn(11, 6, dtype=dtype)
-    labels = torch.randint(0, 11, (2, 10))
+    hidden, weight = torch.randn(2, 10, 6, dtype=dtype).to(device), torch.randn(11, 6, dtype=dtype).to(device)
+    labels = torch.randint(0, 11, (2, 10)).to(device)
     labels[0, :4] = -100
     results = []
     for loss_of in (
@@ -47,9 +47,9 @@ def test_without_labels_the_loss_is_zero():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_wrapped_model_has_transformers_loss_and_gradients(tied):
-    plain, wrapped = (build_model(tiny_llama(tie_word_embeddings=tied), seed=5) for _ in range(2))
-    ids, labels = batch(0)
+def test_the_wrapped_model_has_transformers_loss_and_gradients(tied, device):
+    plain, wrapped = (build_model(tiny_llama(tie_word_embeddings=tied), seed=5).to(device) for _ in range(2))
+    ids, labels = (tensor.to(device) for tensor in batch(0))
     expected = F.cross_entropy(plain(ids).logits.flatten(0, 1), labels.flatten())
     expected.backward()
     loss = LossModel(wrapped)(ids, labels)

@@ -23,10 +23,13 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("how", "table"), [("eager", EAGER), ("compiled", COMPILED)])
-@pytest.mark.parametrize("method", ["full", "relora", "remora"])
-def test_work_of_a_layer_is_what_was_counted(method, how, table):
-    work = table[METHODS[method].adapter]
+@pytest.mark.parametrize(
+    "method,resident", [("full", False), ("relora", False), ("relora", True), ("remora", False), ("remora", True)]
+)
+def test_work_of_a_layer_is_what_was_counted(method, resident, how, table):
+    work = table[METHODS[method].adapter, resident]
     rows = [row for row in COUNTS if row["method"].split()[0] == method and row["compiled"] == how]
+    rows = [row for row in rows if row["method"].endswith(" resident") == resident]
     assert work.launches == max(int(row["launches"]) for row in rows)
     width = {"llama_250m": 768, "llama_1_3b": 2048}
     moved = [int(row["moved_mb"]) * 1e6 / TOKENS / width[row["model"]] for row in rows]
@@ -38,7 +41,15 @@ def test_a_fast_device_waits_for_its_host_and_a_slow_one_does_not():
     config = load_config("configs/run/paper_250m_remora.yaml", {}, world_size=1)
     model = read_model_config(config.model)
     fast, slow = (
-        compute_time(model, config, device, peak=device.tflops * 1e12, flops_per_token=1.15e9, compiled=False)
+        compute_time(
+            model,
+            config,
+            device,
+            peak=device.tflops * 1e12,
+            flops_per_token=1.15e9,
+            compiled=False,
+            resident=True,
+        )
         for device in (named_device("b200"), named_device("l4"))
     )
     assert fast.total == fast.host == slow.host

@@ -12,7 +12,7 @@ from relora_mora.config import Config
 from relora_mora.optim import count_parameters
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import gathered_memory, gradient_memory, state_memory
-from tests.conftest import Pools
+from tests.tools.pool import Pools
 from tests.tools.tiny import build_rig, tiny_config, tiny_llama
 
 

@@ -233,7 +233,7 @@ def test_stage_1_is_advised_where_it_has_the_memory() -> None:
     assert advice(once, 1.2 * needed) is None
 
 
-def test_auto_keeps_merged_weights_where_a_step_has_several_micro_batches_and_the_memory_is_there() -> None:
+def test_auto_keeps_merged_weights_where_it_pays_and_the_memory_is_there() -> None:
     once = make_config({"name": "remora"})
     twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
     model = meta_model(MODEL, once.method)

@@ -102,6 +102,17 @@ def test_text_names_every_part() -> None:
     assert f"resident memory of a rank: {plan.resident / 2**30:.3g} GiB" in text
 
 
+def test_widths_that_a_gpu_is_slow_with_are_named() -> None:
+    gpus = Cluster(1, 2, named_device("h100"))
+    assert plan_of(cluster=gpus).notes == []
+    odd = {"model.overrides": "{intermediate_size: 5461}"}
+    plan = plan_of(cluster=gpus, **odd)
+    assert len(plan.notes) == 1 and f"note           {plan.notes[0]}" in render(plan)
+    assert "intermediate_size of 5,461 is no multiple of 8" in plan.notes[0]
+    assert "5,464 would be better" in plan.notes[0]
+    assert plan_of(**odd).notes == []
+
+
 def test_devices_are_found_by_their_names() -> None:
     for cuda_name, name in [
         ("NVIDIA A100-SXM4-40GB", "a100-40gb"),

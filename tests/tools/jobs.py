@@ -55,7 +55,7 @@ def kill_all() -> None:
 
 class Job:
     """A run of launch/pretrain.py (or ``script``) on ``ranks`` processes, started with deepspeed, torchrun or
-    python."""
+    python, on the CPU or on those of the GPUs that are ``visible``."""
 
     def __init__(
         self,
@@ -65,6 +65,8 @@ class Job:
         ranks: int = 2,
         script: Path | None = None,
         port: int | None = None,
+        device: str = "cpu",
+        visible: str | None = None,
     ) -> None:
         self.port, self.ranks = port or free_port(), ranks
         front = {
@@ -73,6 +75,9 @@ class Job:
             "python": [sys.executable],
         }[launcher]
         kept = {key: value for key, value in os.environ.items() if key not in _OF_A_JOB}
+        given = {"DS_ACCELERATOR": device, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if visible is not None:
+            given["CUDA_VISIBLE_DEVICES"] = visible
         self.log = config.with_suffix(f".{time.monotonic_ns()}.log")
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
@@ -81,7 +86,7 @@ class Job:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=ROOT,
-                env=kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                env=kept | given,
                 start_new_session=True,
             )
         self.tree: dict[int, psutil.Process] = {}

@@ -26,7 +26,7 @@ POLL_SECONDS = 0.5
 BUSY_FRACTION = 0.2
 STACKS_SIGNAL = signal.SIGUSR2
 # one thread: the process that is forked must have no other either, so the libraries must see it when they are loaded
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 class PoolError(RuntimeError):
@@ -39,7 +39,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: Path) -> None:
+def _serve(rank: int, world_size: int, port: int, device: str, pipe: Connection, stacks: Path) -> None:
     faulthandler.register(
         STACKS_SIGNAL, file=stacks.open("w"), all_threads=True
     )  # of C: it needs no lock of the interpreter
@@ -49,6 +49,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: Path
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": device,
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS does not look again when train.deterministic is set
         **ENVIRONMENT,
     }
     import torch
@@ -72,17 +74,21 @@ def _share_of_a_processor() -> float:
 
 
 class Pool:
-    """``pool(function, *args)`` runs a module-level function on every rank and returns the list of results.
+    """``pool(function, *args)`` runs a module-level function on every rank and returns the list of results, which holds
+    no tensor of a GPU. ``device``: cpu or cuda.
 
     Workers that have used no processor for ``idle_seconds`` hang. Then, and when one has died, the others are ended and
     :class:`PoolError` says where they stood; ``is_broken`` is true from then on.
     """
 
-    def __init__(self, world_size: int, idle_seconds: float = IDLE_SECONDS) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["tests.tools.preloaded"])
-        with mock.patch.dict(os.environ, ENVIRONMENT):
-            forkserver.ensure_running()
+    def __init__(self, world_size: int, idle_seconds: float = IDLE_SECONDS, device: str = "cpu") -> None:
+        if device == "cpu":
+            context: Any = mp.get_context("forkserver")
+            context.set_forkserver_preload(["tests.tools.preloaded"])
+            with mock.patch.dict(os.environ, ENVIRONMENT | {"DS_ACCELERATOR": device}):
+                forkserver.ensure_running()
+        else:
+            context = mp.get_context("spawn")  # a process that has looked for GPUs may not be forked
         port = _free_port()
         pipes = [context.Pipe() for _ in range(world_size)]
         self.idle_seconds = idle_seconds
@@ -90,10 +96,8 @@ class Pool:
         self.pipes = [ours for ours, _ in pipes]
         self._folder = tempfile.TemporaryDirectory(prefix="pool-")
         self._stacks = [Path(self._folder.name, f"rank-{rank}") for rank in range(world_size)]
-        self.processes = [
-            context.Process(target=_serve, args=(rank, world_size, port, theirs, self._stacks[rank]), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
+        given = [(rank, world_size, port, device, theirs, self._stacks[rank]) for rank, (_, theirs) in enumerate(pipes)]
+        self.processes = [context.Process(target=_serve, args=each, daemon=True) for each in given]
         for process in self.processes:
             process.start()
 
@@ -161,3 +165,20 @@ class Pool:
         for process in self.processes:
             process.join()
         self._folder.cleanup()
+
+
+class Pools:
+    """``pools(world_size)``: a pool of as many workers, which is kept for the next who asks."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.by_size: dict[int, Pool] = {}
+
+    def __call__(self, world_size: int) -> Pool:
+        if world_size not in self.by_size or self.by_size[world_size].is_broken:
+            self.by_size[world_size] = Pool(world_size, device=self.device)
+        return self.by_size[world_size]
+
+    def close(self) -> None:
+        for pool in self.by_size.values():
+            pool.close()

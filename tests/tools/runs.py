@@ -36,7 +36,7 @@ def run_config(
 ) -> Config:
     """Ten steps with merges after 4 and 8, a checkpoint after each step."""
     tree: dict[str, dict[str, Any]] = {
-        "model": {"config": str(inputs / "model.json")},
+        "model": {"config": str(inputs / "model.json"), "compile": False},  # on a GPU most of the time of a tiny run
         "tokenizer": {"path": tokenizer},
         "data": {
             "train": str(inputs / "train" / "*.json.gz"),

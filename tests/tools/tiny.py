@@ -66,7 +66,7 @@ class Rig:
     initial: dict[str, Tensor]  # float32, whole, from before the engine
 
     def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        ids, labels = batch(step)
+        ids, labels = (tensor.to(self.engine.device) for tensor in batch(step))
         rank, world, micro = self.engine.rank, self.engine.world_size, self.config.train.micro_batch_size
         return list(zip(ids[rank::world].split(micro), labels[rank::world].split(micro), strict=True))
 
@@ -75,7 +75,7 @@ class Rig:
         from relora_mora.optim import group_rates
 
         micro = self.micro_batches(step)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         for index, (ids, labels) in enumerate(micro):
             loss = self.engine(ids, labels) * scale
             if poison and index == 0:
@@ -88,12 +88,17 @@ class Rig:
     def merge(self, step: int) -> Any:
         return self.merger.merge(step, self.schedule.merges_done(step), self.schedule.operator(step))
 
+    def gather(self, name: str, key: str | None = None) -> Tensor:
+        """The engine's answer in host memory."""
+        return self.engine.gather(name, key).cpu()
+
     @torch.no_grad()
     def logits(self, step: int = 0) -> Tensor:
         self.engine.eval()
-        out = self.engine.lm(input_ids=batch(step)[0][:2], use_cache=False).logits.float().clone()
+        ids = batch(step)[0][:2].to(self.engine.device)
+        out = self.engine.lm(input_ids=ids, use_cache=False).logits.float().clone()
         self.engine.train()
-        return out
+        return out.cpu()
 
 
 def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None = None) -> Rig:
@@ -119,9 +124,9 @@ def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None =
 
 
 def whole_weights(engine: Any, names: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of whole parameters as the model computes with them, on every rank; a collective on stage 3."""
+    """Copies, in host memory, of whole parameters as the model computes with them; a collective on stage 3."""
     import deepspeed
 
     parameters = {name: engine.parameters[name] for name in names}
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=engine.stage == 3):
-        return {name: parameter.data.clone() for name, parameter in parameters.items()}
+        return {name: parameter.data.clone().cpu() for name, parameter in parameters.items()}

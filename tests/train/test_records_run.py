@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from relora_mora.config import dump
 from relora_mora.tokenizer import load_tokenizer
+from tests.tools.commands import PRETRAIN, call, refused
 from tests.tools.runs import LLAMA, metrics, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
@@ -114,6 +116,19 @@ def test_epochs_of_records_are_counted(pools, inputs, tokenizer_path, tmp_path):
     last = [line for line in metrics(tmp_path / "run") if "train/documents" in line][-1]
     assert last["step"] == math.ceil((120 - 3) / 8) and last["train/documents"] == 8 * last["step"]
     assert last["perf/data_skipped/no_answer"] == last["perf/data_bad_lines"] > 0
+
+
+def test_a_run_can_be_looked_at_before_it_starts(inputs, tokenizer_path, tmp_path):
+    config = _config(inputs, tokenizer_path, tmp_path / "run", 1)
+    (tmp_path / "run.yaml").write_text(dump(config))
+    answer = call(PRETRAIN, tmp_path / "run.yaml", "--show=1")
+    assert answer.code == 0 and not (tmp_path / "run").exists()
+    first, conversation, *_, share = answer.out.replace("·", "").splitlines()
+    assert first.startswith("--- row 1: ") and conversation == "u:the rank 0a:[matrix ]"
+    assert share.endswith("tokens are scored (the first 117 rows)")
+    refused(call(PRETRAIN, tmp_path / "run.yaml", "--show=0"), "--show: got 0, expected at least 1")
+    wrong = "--data.records.kind=sharegpt"
+    refused(call(PRETRAIN, tmp_path / "run.yaml", "--show=1", wrong), 'one has no "conversations"')
 
 
 def _evaluated(run_dir: Path, **settings: Any) -> dict[str, Any]:

@@ -21,7 +21,8 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def _sections(stage: int, bf16: bool, method: str = "remora") -> dict:
-    return {"train": {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32"}, "method": {"name": method}}
+    training = {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32", "deterministic": True}  # for tests/gpu
+    return {"train": training, "method": {"name": method}}
 
 
 def _equal(a: Path, b: Path) -> list[str]:
@@ -42,20 +43,20 @@ CASES = [(stage, bf16) for stage in (0, 1, 2, 3) for bf16 in (False, True)]
 
 
 @pytest.mark.parametrize("stage,bf16", CASES)
-def test_a_resume_before_at_and_after_a_merge_is_bit_equal(pools, inputs, tokenizer_path, tmp_path, stage, bf16):
-    pool = pools(2)
+def test_a_resume_before_at_and_after_a_merge_is_bit_equal(pools, ranks, inputs, tokenizer_path, tmp_path, stage, bf16):
+    pool = pools(ranks)
     never = tmp_path / "never"
-    pool(train, run_config(inputs, tokenizer_path, never, 2, **_sections(stage, bf16)))
+    pool(train, run_config(inputs, tokenizer_path, never, ranks, **_sections(stage, bf16)))
     for stop in (3, 4, 5):
         run_dir = tmp_path / f"stop{stop}"
         sections = _sections(stage, bf16)
         if stop == 4:
-            pool(train, run_config(inputs, tokenizer_path, run_dir, 2, **sections), stop_after=stop)
+            pool(train, run_config(inputs, tokenizer_path, run_dir, ranks, **sections), stop_after=stop)
         else:
             _left_by_a_kill(never, run_dir, stop)
         assert max((run_dir / "checkpoints").glob("step-*")).name == f"step-{stop:08d}"
         # how often it saves must not matter either
-        pool(train, run_config(inputs, tokenizer_path, run_dir, 2, checkpoint={"every_steps": 0}, **sections))
+        pool(train, run_config(inputs, tokenizer_path, run_dir, ranks, checkpoint={"every_steps": 0}, **sections))
         assert _equal(never / "checkpoints" / "step-00000010", run_dir / "checkpoints" / "step-00000010") == []
         losses = [
             [line["train/loss"] for line in metrics(folder) if "train/loss" in line] for folder in (never, run_dir)
@@ -70,11 +71,11 @@ def test_a_resume_before_at_and_after_a_merge_is_bit_equal(pools, inputs, tokeni
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "mora", "relora"])
-def test_every_method_resumes_bit_equal(pools, inputs, tokenizer_path, tmp_path, method):
-    pool = pools(2)
+def test_every_method_resumes_bit_equal(pools, ranks, inputs, tokenizer_path, tmp_path, method):
+    pool = pools(ranks)
     folders = [tmp_path / "never", tmp_path / "stopped"]
     for folder in folders:
-        config = run_config(inputs, tokenizer_path, folder, 2, **_sections(2, True, method))
+        config = run_config(inputs, tokenizer_path, folder, ranks, **_sections(2, True, method))
         if folder.name == "stopped":
             pool(train, config, stop_after=4)
         pool(train, config)

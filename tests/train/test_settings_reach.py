@@ -60,7 +60,7 @@ REACHES = {
     "data.timeout_seconds": Reach(5.0, False, False),
 }
 PATHS = {"model.config", "model.init_from", "data.train", "data.validation"}
-PLANNED = {"model.compile": False, "data.packing": "whole"}  # values with which these change the plan
+PLANNED = {"model.compile": True, "data.packing": "whole"}  # values with which these change the plan
 CHANGED = [name for name, reach in REACHES.items() if reach.value is not None]
 TOLERANCE = 1e-5
 

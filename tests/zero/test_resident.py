@@ -15,7 +15,7 @@ def builds_and_bits(stage: int, bf16: bool) -> dict[str, Any]:
     from unittest import mock
 
     from relora_mora.methods.mora import MoRALinear
-    from tests.tools.tiny import batch, build_rig, tiny_config
+    from tests.tools.tiny import batch, build_rig, tiny_config, whole_weights
 
     seen: dict[str, Any] = {}
     for form in ("merged", "resident"):
@@ -30,10 +30,10 @@ def builds_and_bits(stage: int, bf16: bool) -> dict[str, Any]:
                 kept.append(sum(layer.merged_weight is not None for layer in rig.merger.layers.values()))
                 if step in (2, 4):
                     with torch.no_grad():
-                        numbers.append(float(rig.engine(*batch(step))))
+                        numbers.append(float(rig.engine(*(tensor.to(rig.engine.device) for tensor in batch(step)))))
             seen[form, "builds"] = build.call_count
         seen[form, "kept"] = kept
-        seen[form, "bits"] = {name: value.detach().clone() for name, value in rig.engine.parameters.items()}
+        seen[form, "bits"] = whole_weights(rig.engine, rig.engine.parameters)
         seen[form, "numbers"] = torch.tensor(numbers)
     return seen
 
@@ -59,7 +59,7 @@ def after_changes(stage: int) -> dict[str, tuple[int, bool]]:
 
     def forward() -> None:
         with torch.no_grad():
-            rig.engine(*batch(1))
+            rig.engine(*(tensor.to(rig.engine.device) for tensor in batch(1)))
         assert all(layer.merged_weight is not None for layer in rig.merger.layers.values())
 
     changes = {

@@ -1,0 +1,90 @@
+"""Losses, merges, resets, resumes and commands on one GPU and, where there are two, on two with NCCL: the tests of
+these, with other ``pools``.
+
+Run by ``make test-gpu``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from relora_mora.supervise import USER_ERROR
+from relora_mora.system.run_folder import RunFolder, read_json_lines
+from tests.gpu.conftest import DEVICE, gpu_only
+from tests.tools.jobs import Job, write_config
+from tests.tools.pool import Pools
+from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+from tests.train.test_golden_loss import (
+    golden,
+    test_compiled_layers_train_as_the_reference,
+    test_the_losses_are_the_references,
+)
+from tests.train.test_resume import (
+    test_a_resume_before_at_and_after_a_merge_is_bit_equal,
+    test_every_method_resumes_bit_equal,
+)
+from tests.zero.test_resets import (
+    test_a_merge_from_all_sides,
+    test_a_nan_on_one_rank_stops_the_step_on_all,
+    test_reset_modes,
+    test_stages_agree_around_a_merge,
+    test_stages_agree_in_bf16,
+    test_the_base_is_exact_after_a_hundred_merges,
+)
+from tests.zero.test_resident import (
+    test_it_trains_as_the_merged_form_bit_for_bit_and_builds_once_a_step,
+    test_whatever_changes_a_weight_lets_go_of_it,
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize("method", ["full", "remora"])
+def test_a_gpu_trains_as_a_cpu(
+    method: str, pools: Pools, cpu_pools: Pools, inputs: Path, tokenizer_path: str, tmp_path: Path
+) -> None:
+    losses = []
+    for where in (pools, cpu_pools):
+        folder = tmp_path / str(len(losses))
+        where(1)(train, run_config(inputs, tokenizer_path, folder, method={"name": method}))
+        losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
+    assert len(losses[0]) == 10 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_a_gpu_does_by_default_resumes_bit_equal(
+    pools: Pools, ranks: int, inputs: Path, tokenizer_path: str, tmp_path: Path
+) -> None:
+    """Compiled layers, which the other runs leave out."""
+    folders = [tmp_path / "never", tmp_path / "stopped"]
+    for folder in folders:
+        sections = {"model": {"compile": "auto"}, "train": {"deterministic": True, "precision": "bf16"}}
+        config = run_config(inputs, tokenizer_path, folder, ranks, **sections)
+        if folder.name == "stopped":
+            pools(ranks)(train, config, stop_after=4)
+        pools(ranks)(train, config)
+    first, second = (tensors(folder / "checkpoints" / "step-00000010") for folder in folders)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_command_trains_on_every_gpu(inputs: Path, tokenizer_path: str, tmp_path: Path, ranks: int) -> None:
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", ranks, model={"compile": "auto"})
+    job = Job(write_config(config, tmp_path / "run.yaml"), ranks=ranks, device=DEVICE)
+    assert job.wait() == 0, job.output
+    [start] = read_json_lines(RunFolder(tmp_path / "run").starts)
+    assert start["world_size"] == ranks and ("NVIDIA" in json.dumps(start)) == (DEVICE == "cuda")
+
+
+@gpu_only
+def test_two_ranks_on_one_gpu_are_one_message(inputs: Path, tokenizer_path: str, tmp_path: Path) -> None:
+    """``make test-fakecuda`` runs it, too."""
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
+    job = Job(write_config(config, tmp_path / "run.yaml"), launcher="torchrun", device="cuda", visible="0")
+    assert job.wait() == 1, job.output  # torchrun's own; the ranks end with 2
+    assert job.output.count("see 1 GPU, and it is the same") == 1 and f"exitcode  : {USER_ERROR}" in job.output
