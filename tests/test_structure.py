@@ -22,7 +22,7 @@ LAYERS = [
     ["checkpoint"],
     ["evaluate", "generation", "pretrained"],
     ["adapters"],
-    ["export"],
+    ["export", "harness"],
     ["train"],
     ["start"],
 ]
