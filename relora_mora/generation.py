@@ -115,14 +115,8 @@ def greedy(lm: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int, devi
     found = []
     with _attention_with_a_mask(lm), torch.compiler.set_stance("force_eager"):  # each length would be a new program
         for _ in range(new_tokens):
-            logits = lm(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
+            # by place: what takes the cache has another name in newer versions of transformers
+            logits = lm(ids, mask, positions, cache, use_cache=True, logits_to_keep=1).logits
             ids = logits[:, -1].argmax(-1, keepdim=True)
             found.append(ids)
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
