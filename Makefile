@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke lint types checks format env dev clean
+.PHONY: demo test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-tasks test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
@@ -33,6 +33,11 @@ test-cluster: $(VENV)/.installed-dev  ## two hosts with ssh, and Slurm, in names
 
 test-image: $(VENV)/.installed-dev  ## the image built and run for real, with buildah and debootstrap (root, minutes)
 	$(BIN)/python -m pytest -s -rs tests/containers/image.py
+
+test-tasks:  ## launch/evaluate.py --tasks with lm-evaluation-harness, in .venv-tasks
+	test -d .venv-tasks || $(PYTHON) -m venv .venv-tasks
+	.venv-tasks/bin/python -m pip install --quiet --editable '.[dev,eval]'
+	.venv-tasks/bin/python -m pytest -rs tests/test_harness.py
 
 FAKE_CUDA := $(PYTHON) -m tests.fakecuda .venv-fakecuda -m
 test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of torch without a GPU, in .venv-fakecuda (5.3 GB)

@@ -1,4 +1,7 @@
-"""Held-out loss of a checkpoint, an export or any Hugging Face causal LM; the output ends with a line of JSON."""
+"""Held-out loss of a checkpoint, an export or any Hugging Face causal LM, or its score in tasks of lm-eval.
+
+The output ends with a line of JSON.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ except ModuleNotFoundError as error:
 
 if TYPE_CHECKING:
     from relora_mora.evaluate import EvalResult
+    from relora_mora.pretrained import LoadedModel
 
 # what faults of the text say of a run's settings, and what holds for this command instead
 _HERE = {
@@ -45,8 +49,12 @@ def main(
     records: str | None = None,
     text_column: str | None = None,
     sample_by: str | None = None,
+    tasks: str | None = None,
+    task_data: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
 ) -> None:
-    """Scores text with a model; text in several sets set by set, and as a whole.
+    """Scores text with a model; text in several sets set by set, and as a whole. Or, with --tasks, scores the model.
 
     Args:
         model: a checkpoint or run folder of this trainer, the folder of any Hugging Face causal language model, or that
@@ -62,6 +70,10 @@ def main(
         records: what rows hold, as YAML of data.records, or null for plain text; default: as trained, else plain text
         text_column: the key or column that holds the text, of sources that name none; default: as trained, else text
         sample_by: what a document of a .txt file is: line, paragraph or document; default: as trained, else paragraph
+        tasks: names of tasks of lm-evaluation-harness, with commas between them, in place of text; docs/tasks.md
+        task_data: the rows of local tasks: a folder or a file of JSON lines
+        num_fewshot: rows with their answers before each row of a task; default: what the task says, else none
+        limit: rows of each task to score; default: all
     """
     from relora_mora.config import SAMPLE_BY
 
@@ -71,9 +83,17 @@ def main(
         ("micro_batch_size", micro_batch_size, 1),
         ("sequence_length", sequence_length, 2),
         ("max_tokens", max_tokens, 1),
+        ("num_fewshot", num_fewshot, 0),
+        ("limit", limit, 1),
     ):
         if value is not None and value < least:
             raise ValueError(f"--{name}: got {value}, expected at least {least}")
+    of_tasks = {"task_data": task_data, "num_fewshot": num_fewshot, "limit": limit}
+    of_text = {"data": data, "sequence_length": sequence_length, "max_tokens": max_tokens, "records": records}
+    without_use = [name for name, value in (of_tasks if tasks is None else of_text).items() if value is not None]
+    if without_use:
+        reason = "belongs to --tasks" if tasks is None else "is about text, and --tasks scores none"
+        raise ValueError(f"--{without_use[0]}: {reason}; leave it out")
     from relora_mora.config import parse_records, parse_sources
 
     given = None if data is None else parse_sources(data, "--data")
@@ -91,9 +111,12 @@ def main(
 
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
-    if given is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
+    if tasks is None and given is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
         raise ValueError(f"--data: {model} is no run and names no text of its own; say what to score, e.g. allenai/c4")
     loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
+    if tasks is not None:
+        _score_tasks(Path(model), loaded, tokenizer, tasks.split(","), micro_batch_size, **of_tasks)
+        return
     settings = loaded.data_settings(given, sequence_length, document_mask, text_column, sample_by)
     settings = settings.model_copy(update=held)
     length = settings.sequence_length
@@ -148,6 +171,38 @@ def main(
         return
     print(_table({**results, "all sets": whole}), file=sys.stderr)
     print(json.dumps({**whole.as_dict(), "sets": {name: result.as_dict() for name, result in results.items()}}))
+
+
+def _score_tasks(
+    model: Path,
+    loaded: LoadedModel,
+    tokenizer: str | None,
+    names: list[str],
+    batch_size: int,
+    *,
+    task_data: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+) -> None:
+    """Prints what tasks gave, and keeps it beside a run."""
+    import torch
+
+    from relora_mora.checkpoint.find import newest_manifest
+    from relora_mora.harness import evaluate_tasks, record, table
+    from relora_mora.system.hardware import uses_cuda
+    from relora_mora.system.run_folder import RunFolder
+    from relora_mora.tokenizer import load_tokenizer
+
+    lm = loaded.model.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
+    with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
+        words = load_tokenizer(tokenizer_path)
+    results = evaluate_tasks(
+        lm, words, names, data=task_data, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
+    )
+    if RunFolder(model).checkpoints.is_dir():
+        record(model, newest_manifest(model).step, results)
+    print(f"{loaded.description}\n{table(results)}", file=sys.stderr)
+    print(json.dumps({"tasks": results}))
 
 
 def _table(results: Mapping[str, EvalResult]) -> str:

@@ -71,8 +71,10 @@ class EvalResult:
         )
 
 
-def held_out(data: DataConfig, tokenizer_path: str, max_tokens: int | None) -> dict[str, EvalSet]:
+def held_out(data: DataConfig, tokenizer_path: str, max_tokens: int | None, answers: int = 0) -> dict[str, EvalSet]:
     """The sets of ``data.validation`` by name, each of at most ``max_tokens``; without names one, called "".
+
+    ``answers``: how many of each set are to be generated.
 
     Raises the errors of :func:`load_eval_set`, in which a set that has a name is named.
     """
@@ -85,6 +87,7 @@ def held_out(data: DataConfig, tokenizer_path: str, max_tokens: int | None) -> d
                 tokenizer_path=tokenizer_path,
                 sequence_length=data.sequence_length,
                 max_tokens=max_tokens,
+                answers=answers,
             )
         except SourceError as error:
             if not name:

@@ -20,9 +20,9 @@ LAYERS = [
     ["plan", "zero"],
     ["merging"],
     ["checkpoint"],
-    ["evaluate", "pretrained"],
+    ["evaluate", "generation", "pretrained"],
     ["adapters"],
-    ["export"],
+    ["export", "harness"],
     ["train"],
     ["start"],
 ]

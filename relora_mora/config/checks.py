@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from relora_mora.config.data_checks import data_faults, length_faults
 from relora_mora.config.fault import Fault
-from relora_mora.config.record_checks import record_faults
+from relora_mora.config.record_checks import generation_faults, record_faults
 from relora_mora.config.schema import DECODER_LINEARS, Config
 from relora_mora.config.secrets import secrets_in
 from relora_mora.config.types import LARGEST, Whole, as_whole
@@ -90,6 +90,7 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from length_faults(config)
     yield from data_faults(config)
     yield from record_faults(config.data)
+    yield from generation_faults(config)
     yield from _target_faults(config)
     yield from _form_faults(config)
     yield from _square_faults(config)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from relora_mora.config.fault import Fault
 from relora_mora.config.records import CONVERSATIONS, FIELDS, OPTIONAL_FIELDS, RecordsConfig
-from relora_mora.config.schema import DataConfig
+from relora_mora.config.schema import Config, DataConfig
 from relora_mora.config.sources import set_setting
 
 
@@ -29,6 +29,18 @@ def record_faults(data: DataConfig) -> Iterator[Fault]:
         yield Fault(
             ("data.document_mask", "data.packing"),
             "with data.packing=none each sequence holds one row, and there is nothing to mask; leave it out",
+        )
+
+
+def generation_faults(config: Config) -> Iterator[Fault]:
+    """``eval.generate`` where no held-out source has answers that stand whole in a sequence."""
+    data = config.data
+    records = [data.records_of(source) for source in data.sources("validation")]
+    if config.eval.generate and not any(map(data.has_whole_answers, records)):
+        yield Fault(
+            ("eval.generate", "data.records", "data.packing", "data.validation"),
+            "there are no answers to generate: that takes records with data.records.score=answers, "
+            "and data.packing=whole or none; set it to 0",
         )
 
 

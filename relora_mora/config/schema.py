@@ -164,6 +164,12 @@ class DataConfig(Strict):
         is_text = all(each is None or each.is_text for each in records)
         return self.packing or ("stream" if is_text else "whole")
 
+    def has_whole_answers(self, records: RecordsConfig | None) -> bool:
+        """Whether rows that hold these are answers behind prompts, and none is cut where a sequence ends."""
+        if records is None or records.is_text or records.score == "all":
+            return False
+        return self.packing_of([records]) != "stream"
+
     @property
     def masks_documents(self) -> bool:
         """Whether attention in some sequences is told where documents begin."""
@@ -335,6 +341,9 @@ class EvalConfig(Strict):
         None, description="sequences per forward on one rank; null: train.micro_batch_size"
     )
     at_start: bool = Field(True, description="evaluate before the first step")
+    generate: NotNegative = Field(
+        0, description="records of each held-out set whose answers are generated too, at every evaluation; 0: none"
+    )
 
 
 class CheckpointConfig(Strict):

@@ -1,5 +1,6 @@
 """Text to token blocks: exact, elastic, streaming. See docs/data.md."""
 
+from relora_mora.data.answers import Answer
 from relora_mora.data.batch import UNSCORED, Batch, document_boundaries, document_ids
 from relora_mora.data.chat import template_in_use
 from relora_mora.data.checked_records import check_records
@@ -24,6 +25,7 @@ from relora_mora.data.token_folder import make_tokens
 __all__ = [
     "SKIP_REASONS",
     "UNSCORED",
+    "Answer",
     "Batch",
     "EvalSet",
     "Shard",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relora_mora.config import DataConfig, TextSource, as_sources
+from relora_mora.data.answers import Answer, answer_of
 from relora_mora.data.batch import UNSCORED, document_ids
 from relora_mora.data.encoders import packing_of
 from relora_mora.data.errors import SourceError
@@ -40,6 +42,7 @@ class EvalSet:
     utf8_bytes: int | None
     documents: int
     eos: int
+    answers: Sequence[Answer] = ()  # to generate
 
     @functools.cached_property
     def predicted(self) -> int:
@@ -83,11 +86,13 @@ def load_eval_set(
     tokenizer_path: str,
     sequence_length: int,
     max_tokens: int | None,
+    answers: int = 0,
 ) -> EvalSet:
     """The first documents of the sources' validation split that score at most ``max_tokens`` together; None: all.
 
     Of ``config`` the revision, the limits on lines, the records and how they are packed count. The first document is
-    taken whatever its length. Raises SourceError when there is none.
+    taken whatever its length. The first ``answers`` answers among them are to be generated. Raises SourceError when
+    there is no document.
     """
     from relora_mora.tokenizer import load_tokenizer
 
@@ -109,6 +114,7 @@ def load_eval_set(
         utf8_bytes=sum(sizes) if len(sizes) == len(rows) else None,
         documents=len(rows),
         eos=eos,
+        answers=list(itertools.islice(filter(None, map(answer_of, encoded)), answers)),
     )
 
 

@@ -50,6 +50,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def tasks(self) -> Path:
+        """One JSON object a line for every time that tasks were evaluated, as in ``metrics``."""
+        return self.path / "tasks.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """A folder with the checkpoints, see :mod:`relora_mora.checkpoint.layout`."""
         return self.path / "checkpoints"

@@ -12,6 +12,7 @@ from relora_mora.config import Config
 from relora_mora.data import EvalSet, mixture_names
 from relora_mora.distributed import from_first_rank, gather_from_ranks, sum_over_hosts
 from relora_mora.evaluate import EvalResult, Update, evaluate, evaluate_sets, held_out
+from relora_mora.generation import Generated, generate_answers
 from relora_mora.optim import group_rates
 from relora_mora.supervise import LONG_SECONDS, Guard
 from relora_mora.system.hardware import peak_memory_bytes
@@ -115,6 +116,8 @@ class Evaluating:
 
     def __init__(self, run: Run, guard: Guard, write: Write, progress: Progress) -> None:
         self.config: Config = run.config
+        self.micro_batch_size = run.config.eval.micro_batch_size or run.config.train.micro_batch_size
+        self.tokenizer = run.checked.tokenizer
         self.progress = progress
         self.engine = run.engine
         self.guard = guard
@@ -147,20 +150,22 @@ class Evaluating:
             results = evaluate_sets(
                 lambda data, update: self._score(data, state.step, update), self.sets, progress=progress
             )
-        if results is None:
+        generated = None if results is None else self._generate(state.step)
+        if results is None or generated is None:
             return False
         state.evaluated = state.step
-        self._report(state.step, results, time.perf_counter() - begin)
+        self._report(state.step, results, generated, time.perf_counter() - begin)
         return True
 
     def _held_out(self) -> dict[str, EvalSet]:
-        return held_out(self.config.data, self.config.tokenizer_path, self.config.eval.max_tokens)
+        limits = self.config.eval
+        return held_out(self.config.data, self.config.tokenizer_path, limits.max_tokens, limits.generate)
 
     def _score(self, data: EvalSet, step: int, update: Update) -> EvalResult | None:
         return evaluate(
             self.engine,
             data,
-            micro_batch_size=self.config.eval.micro_batch_size or self.config.train.micro_batch_size,
+            micro_batch_size=self.micro_batch_size,
             device=self.engine.device,
             rank=self.engine.rank,
             world_size=self.engine.world_size,
@@ -169,17 +174,48 @@ class Evaluating:
             progress=update,
         )
 
+    def _generate(self, step: int) -> dict[str, Generated] | None:
+        """Of each set that has answers to generate, and of all as ""; None when the ranks stop before the end.
+
+        A collective.
+        """
+        found: dict[str, Generated] = {}
+        self.engine.keep_merged()
+        for name, data in self.sets.items():
+            if not data.answers:
+                continue
+            result = generate_answers(
+                self.engine.lm,
+                data.answers,
+                tokenizer=self.tokenizer,
+                batch_size=self.micro_batch_size,
+                device=self.engine.device,
+                rank=self.engine.rank,
+                world_size=self.engine.world_size,
+                all_sum=self.engine.all_reduce,
+                stop=lambda: self._stop(step),
+            )
+            if result is None:
+                return None
+            found[name] = result
+        return {**found, "": Generated.of_all(found.values())} if found else {}
+
     def _stop(self, step: int) -> bool:
         self.guard.begin(f"step {step}: evaluation")
         return sum_over_hosts([float(self.guard.stop_reason is not None)]) != [0.0]
 
-    def _report(self, step: int, results: Mapping[str, EvalResult], seconds: float) -> None:
+    def _report(
+        self, step: int, results: Mapping[str, EvalResult], generated: Mapping[str, Generated], seconds: float
+    ) -> None:
         whole = EvalResult.of_all(results.values())
-        self.write(step, {**eval_metrics(results), **eval_metrics({"": whole}), "eval/seconds": seconds})
+        metrics = eval_metrics(results) | eval_metrics({"": whole}) | eval_metrics(generated)
+        self.write(step, {**metrics, "eval/seconds": seconds})
         for name, result in results.items():
             if name:
                 log.info(f"step {step}: validation on {name}: {result} ({result.tokens:,} tokens)")
         log.info(f"step {step}: validation {whole} ({whole.tokens:,} tokens, {seconds:.1f} s)")
+        if generated:
+            log.info(f"step {step}: {generated['']}")
 
 
 class Saving:

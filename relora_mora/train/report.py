@@ -11,6 +11,7 @@ from relora_mora.config import LogConfig
 from relora_mora.data import SKIP_REASONS
 from relora_mora.distributed import sum_over_hosts
 from relora_mora.evaluate import EvalResult
+from relora_mora.generation import Generated
 from relora_mora.merging import MergeRecord
 from relora_mora.system.hardware import peak_flops
 from relora_mora.system.logs import log
@@ -102,7 +103,7 @@ def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_len
     }
 
 
-def eval_metrics(results: Mapping[str, EvalResult]) -> dict[str, float | int]:
+def eval_metrics(results: Mapping[str, EvalResult | Generated]) -> dict[str, float | int]:
     """``eval/<name>/loss`` and so on of each set; ``eval/loss`` for the name ""."""
     return {
         f"eval/{name}/{key}" if name else f"eval/{key}": value

@@ -11,6 +11,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from relora_mora.config import TrainConfig
 from relora_mora.methods.layers import adapter_layers
@@ -41,7 +42,7 @@ class ZeroEngine:
     def __init__(
         self,
         module: nn.Module,
-        lm: nn.Module,
+        lm: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         train: TrainConfig,
         *,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from relora_mora.config import load_config, unused_settings
+from relora_mora.config import FINETUNING, Config, load_config, unused_settings
 from relora_mora.data.hub_sources import C4
 from relora_mora.model import check_length, read_model_config
 from relora_mora.optim import count_parameters, make_schedule
@@ -18,6 +18,7 @@ from tests.tools.helpers import ROOT
 
 MODELS = sorted((ROOT / "configs" / "model").glob("*.json"))
 RUNS = sorted((ROOT / "configs" / "run").glob("*.yaml"))
+TASKS = sorted((ROOT / "configs" / "task").glob("*.yaml"))
 METHODS = ("full", "lora", "mora", "relora", "remora")
 
 # parameters, with untied embeddings: 2 V h + L (4 h^2 + 3 h f + 2 h) + h
@@ -151,3 +152,59 @@ def test_demo_merges_three_times_on_two_processes() -> None:
         tiny.data.validation,
         tiny.tokenizer.path,
     )
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+# kind of the records, tokens of a sequence, records or sequences of a step, epochs
+WHAT_TASKS_ARE = {
+    "biomedical": (None, 512, 128, 1),
+    "finance": (None, 512, 128, 1),
+    "instruction": ("messages", 2048, 128, 2),
+    "math": ("alpaca", 512, 128, 3),
+    "math_gsm_symbolic": ("question", 512, 128, 3),
+    "memory": ("prompt", 96, 1000, 100),
+}
+
+
+def task(name: str, **overrides: str) -> Config:
+    return load_config(f"configs/task/{name}.yaml", overrides, world_size=8, defaults=FINETUNING)
+
+
+def test_all_tasks_are_there() -> None:
+    assert {path.stem for path in TASKS} == set(WHAT_TASKS_ARE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", WHAT_TASKS_ARE)
+def test_a_task_can_be_learned_by_every_method(name: str, method: str) -> None:
+    cycle = {"method.operators": "[1, 2]"} if method == "remora" else {}
+    config = task(name, **{"method.name": method}, **cycle)
+    assert set(unused_settings(config)) <= {"method.operators", "method.rank"}
+    records = config.data.records
+    assert (
+        None if records is None else records.kind,
+        config.data.sequence_length,
+        config.train.batch_size,
+        config.train.epochs,
+    ) == WHAT_TASKS_ARE[name]
+
+
+@pytest.mark.parametrize("name", WHAT_TASKS_ARE)
+def test_a_task_is_mora_on_adapters_alone(name: str) -> None:
+    config = task(name)
+    assert unused_settings(config) == []
+    assert config.method.name == "mora" and config.optim.lr == 3e-4 and config.optim.warmup_fraction == 0.03
+    assert not (config.method.train_embeddings or config.method.train_norms or config.method.train_head)
+    assert config.method.operators[0] == (6 if config.method.rank == 8 else 1)
+    assert config.train.run_dir == f"runs/{name}"
+    text = Path(f"configs/task/{name}.yaml").read_text(encoding="utf-8")
+    assert f"launch/finetune.py configs/task/{name}.yaml" in text
+
+
+def test_the_memory_task_asks_for_what_it_learns_in_sequences_of_one_pair() -> None:
+    config = task("memory")
+    assert config.data.train == config.data.validation and config.data.packing == "none"
+    assert config.eval.generate > 0
+    begin, newline, end = 1, 1, 1
+    assert config.data.sequence_length + 1 >= begin + 36 + newline + 36 + end

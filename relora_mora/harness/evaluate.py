@@ -1,0 +1,114 @@
+"""Runs tasks. lm-evaluation-harness is imported here alone, inside functions."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from relora_mora.harness.local import LOCAL_TASKS, HarnessError, local_task
+from relora_mora.system.logs import log
+
+Results = dict[str, dict[str, float]]  # by task and metric
+
+
+def evaluate_tasks(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    *,
+    data: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+) -> Results:
+    """Scores a model, on the device where it is, with tasks of lm-eval and of :data:`LOCAL_TASKS`.
+
+    ``data`` has the rows of local tasks, ``limit`` is how many rows of each task count. A task whose data cannot be had
+    is left out, and a warning says why. Raises :class:`HarnessError` where that is all of them, for a name that
+    no task has, and where lm-eval is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise HarnessError("--tasks: lm-evaluation-harness is not installed; pip install 'relora_mora[eval]'")
+    with _quiet():
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_defaults=not set(names) <= set(LOCAL_TASKS))
+        _check_names(names, manager.all_tasks)
+        found, missing = _loaded(names, manager, data)
+        if not found:
+            raise HarnessError("; ".join(missing))
+        for text in missing:
+            log.warning("left out: %s", text)
+        results = simple_evaluate(
+            HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=batch_size, max_length=_length(lm)),
+            tasks=found,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+            task_manager=manager,
+        )
+    return {name: _numbers(values) for name, values in {**results["results"], **results.get("groups", {})}.items()}
+
+
+def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in LOCAL_TASKS and name not in known]
+    if unknown:
+        raise HarnessError(
+            f"--tasks: lm-eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists those it has, and here are "
+            f"also {', '.join(LOCAL_TASKS)}"
+        )
+
+
+def _loaded(names: Sequence[str], manager: Any, data: str | None) -> tuple[list[Any], list[str]]:
+    """Tasks and groups of lm-eval with their data, and why others have none."""
+    found: list[Any] = []
+    missing: list[str] = []
+    for name in names:
+        try:
+            loaded = manager.load([local_task(name, data) if name in LOCAL_TASKS else name])
+        except HarnessError as error:
+            missing.append(str(error))
+        except Exception as error:  # whatever a hub, a file or a dataset raises
+            missing.append(f"{name}: its data cannot be had ({' '.join(str(error).split()):.200})")
+        else:
+            inside = {child for children in loaded["group_map"].values() for child in children}
+            whole = {**loaded["groups"], **loaded["tasks"]}
+            found += [task for key, task in whole.items() if key not in inside]
+    return found, missing
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """``acc,none`` as ``acc``, ``exact_match,strict`` as ``exact_match/strict``."""
+    numbers = {}
+    for key, value in values.items():
+        metric, _, kind = key.partition(",")
+        if isinstance(value, int | float) and kind and not metric.endswith("_stderr"):
+            numbers[metric if kind == "none" else f"{metric}/{kind}"] = float(value)
+    return numbers
+
+
+def _length(lm: PreTrainedModel) -> int | None:
+    positions = getattr(lm.config, "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What lm-eval says while it works is about its own insides."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "accelerate", "datasets", "huggingface_hub")]
+    levels = [each.level for each in loggers]
+    try:
+        for each in loggers:
+            each.setLevel(logging.ERROR)
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)

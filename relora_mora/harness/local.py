@@ -1,0 +1,75 @@
+"""Tasks of local data: the files in ``tasks/``, and the lines of JSON that they ask for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from relora_mora.generation import agreeing_characters
+
+_FOLDER = Path(__file__).parent / "tasks"
+LOCAL_TASKS = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
+
+
+class HarnessError(ValueError):
+    """A task cannot be run: which, why, what to do."""
+
+
+def local_task(name: str, data: str | None) -> dict[str, Any]:
+    """The settings of a task of :data:`LOCAL_TASKS` for lm-eval, with its rows.
+
+    ``data`` is their file, or the folder that has it under its name. Raises :class:`HarnessError`.
+    """
+    settings: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    rows = _rows(name, settings["metadata"], data)
+
+    def dataset(**_: Any) -> Any:
+        from datasets import Dataset, DatasetDict
+
+        return DatasetDict({"test": Dataset.from_list(rows)})
+
+    settings["custom_dataset"] = dataset
+    if name == "local_uuid":
+        settings["process_results"] = compared
+    return settings
+
+
+def compared(row: Mapping[str, str], results: list[str]) -> dict[str, float]:
+    """The metrics of one answer that was generated for a pair."""
+    [found] = results
+    expected = row["completion"]
+    return {
+        "exact_match": float(found == expected),
+        "character_accuracy": agreeing_characters(found, expected) / len(expected),
+    }
+
+
+def _rows(name: str, about: Mapping[str, Any], data: str | None) -> list[dict[str, Any]]:
+    if data is None:
+        raise HarnessError(f"{name}: needs --task_data, a folder with {about['file']}, or that file")
+    path = Path(data)
+    if path.is_dir():
+        path /= about["file"]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise HarnessError(f"{name}: {path} cannot be read ({error}); give its file, or its folder") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise HarnessError(f"{name}: {path}, line {number}: is no JSON ({error})") from error
+        missing = [field for field in about["fields"] if not isinstance(row, dict) or row.get(field) in (None, "")]
+        if missing:
+            raise HarnessError(
+                f"{name}: {path}, line {number}: has no {', '.join(missing)}; a row has {', '.join(about['fields'])}"
+            )
+        rows.append({field: row[field] for field in about["fields"]})
+    if not rows:
+        raise HarnessError(f"{name}: {path} holds no line")
+    return rows

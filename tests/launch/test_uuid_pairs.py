@@ -1,0 +1,38 @@
+"""The pairs of the memory task: the same bytes everywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+
+from tests.tools.commands import call, refused
+
+UUID_PAIRS = "launch/uuid_pairs.py"
+
+
+def test_a_seed_gives_the_same_bytes_on_every_machine(tmp_path):
+    answer = call(UUID_PAIRS, tmp_path / "new" / "pairs.jsonl", "--pairs=100", "--seed=7")
+    assert answer.code == 0 and "100 pairs" in answer.out
+    content = (tmp_path / "new" / "pairs.jsonl").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == "897798769238468b82d72ac6ae3e86bbfee344d9e85e350874ff1c1a6cde9fd9"
+    rows = [json.loads(line) for line in content.splitlines()]
+    keys = [row["prompt"].removesuffix("\n") for row in rows]
+    values = [row["completion"] for row in rows]
+    assert len({*keys, *values}) == 200
+    assert all(str(uuid.UUID(text)) == text and uuid.UUID(text).version == 4 for text in [*keys, *values])
+
+
+def test_more_pairs_begin_with_the_same_ones(tmp_path):
+    call(UUID_PAIRS, tmp_path / "few", "--pairs=3")
+    call(UUID_PAIRS, tmp_path / "many", "--pairs=9")
+    call(UUID_PAIRS, tmp_path / "other", "--pairs=3", "--seed=1")
+    few, many, other = ((tmp_path / name).read_text().splitlines() for name in ("few", "many", "other"))
+    assert many[:3] == few and not set(few) & set(other)
+
+
+def test_what_cannot_be_written(tmp_path):
+    (tmp_path / "there").write_text("mine")
+    refused(call(UUID_PAIRS, tmp_path / "there"), "there", "File exists")
+    assert (tmp_path / "there").read_text() == "mine"
+    refused(call(UUID_PAIRS, tmp_path / "new", "--pairs=0"), "--pairs: got 0, expected at least 1")

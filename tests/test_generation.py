@@ -1,0 +1,103 @@
+"""Greedy generation as transformers does it, and how generated answers are compared."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from relora_mora.data import Answer
+from relora_mora.data.answers import answer_of
+from relora_mora.data.rows import Encoded
+from relora_mora.generation import Generated, agreeing_characters, generate_answers, greedy, text_of
+from relora_mora.model import ARCHITECTURES
+from relora_mora.model.llama import LossModel
+from relora_mora.tokenizer import load_tokenizer
+from tests.tools.runs import LLAMA
+
+KINDS = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"num_key_value_heads": 1},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 16},
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def lm(request):
+    torch.manual_seed(3)
+    kind = ARCHITECTURES[request.param]
+    return kind.model_class(kind.config_class(**LLAMA, initializer_range=0.4, **KINDS[request.param])).eval()
+
+
+def prompts() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 320, (length,), generator=generator) for length in (5, 1, 9, 4)]
+
+
+def test_prompts_of_all_lengths_go_on_as_each_does_alone_in_transformers(lm):
+    lm.generation_config.eos_token_id = None
+    alone = [lm.generate(prompt[None], max_new_tokens=7, do_sample=False, pad_token_id=0)[0] for prompt in prompts()]
+    expected = torch.stack([row[-7:] for row in alone])
+    assert len(expected.unique()) > 7
+    assert torch.equal(greedy(lm, prompts(), 7, CPU), expected)
+    wrapped = LossModel(lm)  # as it trains, with attention that takes boundaries in place of masks
+    attention = lm.config._attn_implementation
+    assert torch.equal(greedy(wrapped.lm, prompts(), 7, CPU), expected)
+    assert lm.config._attn_implementation == attention
+
+
+def test_characters_agree_place_by_place():
+    assert agreeing_characters("abcd", "abXd") == 3
+    assert agreeing_characters("bcd", "abcd") == 0
+    assert agreeing_characters("abcdef", "abc") == 3
+    assert agreeing_characters("", "abc") == 0
+
+
+def test_the_last_answer_of_a_record_is_generated():
+    ids = list(range(8))
+
+    def parts(*scored: int, cut: bool = False) -> list[list[int]] | None:
+        found = answer_of(Encoded(ids, [place in scored for place in ids], cut))
+        return None if found is None else [part.tolist() for part in found]
+
+    assert parts(5, 6, 7) == [[0, 1, 2, 3, 4], [5, 6, 7]]
+    assert parts(2, 3, 6) == [[0, 1, 2, 3, 4, 5], [6]]
+    assert parts(*ids) is None and parts(5, 6, 7, cut=True) is None
+    assert answer_of(Encoded(ids)) is None
+
+
+def test_text_ends_at_a_special_token(tokenizer_path):
+    tokenizer = load_tokenizer(tokenizer_path)
+    ids = tokenizer("the rank", add_special_tokens=False).input_ids
+    assert text_of(tokenizer, [*ids, tokenizer.eos_token_id, *ids]) == text_of(tokenizer, ids) == "the rank"
+
+
+def test_every_answer_is_counted_once_on_any_number_of_ranks(lm, tokenizer_path):
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokens = greedy(lm, prompts(), 6, CPU).numpy().astype(np.int32)
+    found = [text_of(tokenizer, row.tolist()) for row in tokens]
+    tokens[1] = tokenizer("the same", add_special_tokens=False).input_ids[:1] * 6
+    answers = [Answer(prompt.numpy().astype(np.int32), row) for prompt, row in zip(prompts(), tokens, strict=True)]
+    expected = [text_of(tokenizer, row.tolist()) for row in tokens]
+    lost = len(expected[1]) - agreeing_characters(found[1], expected[1])
+    for world_size, batch_size in ((1, 8), (1, 3), (2, 1), (3, 1), (8, 2)):
+        results = [
+            generate_answers(
+                lm, answers, tokenizer=tokenizer, batch_size=batch_size, device=CPU, rank=rank, world_size=world_size
+            )
+            for rank in range(world_size)
+        ]
+        whole = Generated.of_all(results)
+        assert (whole.answers, whole.exact, whole.characters) == (4, 3, sum(map(len, expected)))
+        assert lost > 0 and whole.agreeing == whole.characters - lost
+        assert whole.as_dict() == {"exact_match": 0.75, "character_accuracy": whole.agreeing / whole.characters}
+
+
+def test_it_stops_before_a_batch_when_it_is_asked_to(lm, tokenizer_path):
+    tokenizer = load_tokenizer(tokenizer_path)
+    answer = Answer(np.array([5], np.int32), np.array([6], np.int32))
+    settings = {"tokenizer": tokenizer, "batch_size": 1, "device": CPU}
+    assert generate_answers(lm, [answer], stop=lambda: True, **settings) is None
+    assert generate_answers(lm, [answer], **settings).answers == 1

@@ -1,0 +1,190 @@
+"""Tasks of lm-evaluation-harness: ours of local data against counting by hand; what is missing is said in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from launch.uuid_pairs import uuid_pairs
+from relora_mora.harness import LOCAL_TASKS, HarnessError, evaluate_tasks, record, table
+from relora_mora.harness.local import compared, local_task
+from relora_mora.system.run_folder import RunFolder, read_json_lines
+from relora_mora.tokenizer import load_tokenizer
+from tests.tools.commands import EVALUATE, call, refused
+from tests.tools.tokenizer_tools import save_bytes_tokenizer
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "local_pubmedqa": [
+        {"QUESTION": f"Is it {number}?", "CONTEXTS": ["One.", "Two."], "final_decision": answer}
+        for number, answer in enumerate(["yes", "no", "maybe", "yes"])
+    ],
+    "local_medqa": [
+        {"question": f"Which {number}?", "options": {"A": "a", "B": "b", "C": "c", "D": "d"}, "answer_idx": answer}
+        for number, answer in enumerate("ABCD")
+    ],
+    "local_gsm8k": [{"question": "How many?", "answer": "Two and two.\n#### 1,004"}],
+    "local_uuid": list(uuid_pairs(3, 0)),
+}
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'relora_mora[eval]'"
+)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, rows in ROWS.items():
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (folder / f"{name.removeprefix('local_')}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=257, max_position_embeddings=1024, initializer_range=0.3, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    save_bytes_tokenizer(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def nats(lm: LlamaForCausalLM, tokenizer: Any, prompt: str, answer: str) -> float:
+    before = tokenizer(prompt).input_ids
+    ids = torch.tensor([before + tokenizer(answer).input_ids])
+    with torch.no_grad():
+        chances = lm(ids).logits.log_softmax(-1)
+    return sum(float(chances[0, place - 1, ids[0, place]]) for place in range(len(before), ids.shape[1]))
+
+
+def test_every_task_says_what_it_reads():
+    assert set(ROWS) == set(LOCAL_TASKS)
+
+
+@pytest.mark.parametrize("name", LOCAL_TASKS)
+def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
+    file = data / f"{name.removeprefix('local_')}.jsonl"
+    for given in (data, file):
+        assert local_task(name, str(given))["custom_dataset"]()["test"].to_list() == ROWS[name]
+
+
+def test_an_answer_is_compared_place_by_place():
+    assert compared({"completion": "abcd"}, ["abcd"]) == {"exact_match": 1.0, "character_accuracy": 1.0}
+    assert compared({"completion": "abcd"}, ["abXdefg"]) == {"exact_match": 0.0, "character_accuracy": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "local_uuid: .*uuid.jsonl cannot be read"),
+        ("", "holds no line"),
+        ("{}\n", "line 1: has no prompt, completion; a row has prompt, completion"),
+        ('{"prompt": "a", "completion": "b"}\n[]\n', "line 2: has no prompt"),
+        ("{", "line 1: is no JSON"),
+    ],
+)
+def test_data_that_does_not_fit_is_named(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "uuid.jsonl").write_text(content)
+    with pytest.raises(HarnessError, match=said):
+        local_task("local_uuid", str(tmp_path))
+
+
+def test_a_run_keeps_what_its_tasks_gave(tmp_path):
+    results = {"local_uuid": {"exact_match": 0.5, "character_accuracy": 0.75}}
+    for step in (10, 20):
+        record(tmp_path, step, results)
+    lines = read_json_lines(RunFolder(tmp_path).tasks)
+    assert [line["step"] for line in lines] == [10, 20] and lines[0]["tasks/local_uuid/exact_match"] == 0.5
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(RunFolder(tmp_path).tensorboard)).Reload()
+    assert {point.step: point.value for point in events.Scalars("tasks/local_uuid/character_accuracy")} == {
+        10: 0.75,
+        20: 0.75,
+    }
+    assert table(results).splitlines()[1].split() == ["local_uuid", "exact_match", "0.5000"]
+
+
+def test_options_that_have_no_use_are_refused(model):
+    refused(call(EVALUATE, model, "--tasks=local_uuid", "--data=x.jsonl"), "--data: is about text")
+    refused(call(EVALUATE, model, "--data=x.jsonl", "--limit=3"), "--limit: belongs to --tasks")
+    refused(call(EVALUATE, model, "--tasks=local_uuid", "--limit=0"), "--limit: got 0, expected at least 1")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_without_lm_eval_one_line_says_how_to_get_it(model):
+    refused(call(EVALUATE, model, "--tasks=local_uuid"), "--tasks: lm-evaluation-harness is not installed", "[eval]")
+
+
+# ---- with lm-eval: make test-tasks -----------------------------------------------------------------------------------
+
+
+@needs_lm_eval
+def test_tasks_give_what_counting_by_hand_gives(model, data):
+    answer = call(EVALUATE, model, f"--tasks={','.join(LOCAL_TASKS)}", f"--task_data={data}")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out.splitlines()[-1])["tasks"]
+    lm = LlamaForCausalLM.from_pretrained(model).eval()
+    tokenizer = load_tokenizer(model)
+    prompts = {
+        "local_pubmedqa": lambda row: f"Abstract: One.\nTwo.\nQuestion: {row['QUESTION']}\nAnswer:",
+        "local_medqa": lambda row: f"Question: {row['question']}\nA. a\nB. b\nC. c\nD. d\nAnswer:",
+    }
+    choices = {"local_pubmedqa": ["yes", "no", "maybe"], "local_medqa": list("ABCD")}
+    wanted = {"local_pubmedqa": "final_decision", "local_medqa": "answer_idx"}
+    for name, prompt in prompts.items():
+        best = [max(choices[name], key=lambda c, r=row: nats(lm, tokenizer, prompt(r), f" {c}")) for row in ROWS[name]]
+        right = sum(mine == row[wanted[name]] for mine, row in zip(best, ROWS[name], strict=True))
+        assert found[name] == {"acc": right / 4}
+    assert found["local_gsm8k"] == {"exact_match/strict": 0.0, "exact_match/flexible": 0.0}
+    assert found["local_uuid"]["exact_match"] == 0.0 and 0 <= found["local_uuid"]["character_accuracy"] < 0.5
+    assert "local_medqa" in answer.err and "acc" in answer.err
+
+
+@needs_lm_eval
+def test_a_right_number_is_found_behind_its_steps(model, data):
+    class Says(LlamaForCausalLM):
+        said = "So 4 and 1,000 make it.\n#### 1004."
+
+        def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            ids = torch.tensor([load_tokenizer(model)(self.said).input_ids] * len(input_ids))
+            return torch.cat([input_ids, ids], dim=1)
+
+    lm = Says.from_pretrained(model).eval()
+    settings = {"data": str(data), "num_fewshot": None, "limit": None, "batch_size": 2}
+    tokenizer = load_tokenizer(model)
+    assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings) == {
+        "local_gsm8k": {"exact_match/strict": 1.0, "exact_match/flexible": 1.0}
+    }
+    Says.said = ROWS["local_uuid"][1]["completion"] + "\nmore"
+    found = evaluate_tasks(lm, tokenizer, ["local_uuid"], **settings)["local_uuid"]
+    assert found["exact_match"] == pytest.approx(1 / 3) and found["character_accuracy"] < 1
+
+
+@needs_lm_eval
+def test_what_cannot_be_had_is_said_and_the_rest_runs(model, data, monkeypatch):
+    import datasets
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no way to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    answer = call(EVALUATE, model, "--tasks=sciq,local_uuid", f"--task_data={data}", "--limit=1")
+    assert answer.code == 0 and list(json.loads(answer.out.splitlines()[-1])["tasks"]) == ["local_uuid"]
+    refused(call(EVALUATE, model, "--tasks=sciq"), "sciq: its data cannot be had (no way to the hub)")
+    refused(call(EVALUATE, model, "--tasks=local_uuid"), "local_uuid: needs --task_data")
+    refused(call(EVALUATE, model, "--tasks=nonsense"), "lm-eval has no task nonsense")
+
+
+@needs_lm_eval
+def test_rows_with_their_answers_stand_before_each_row(model, data):
+    answer = call(EVALUATE, model, "--tasks=local_medqa", f"--task_data={data}", "--num_fewshot=2", "--limit=2")
+    assert answer.code == 0 and 0 <= json.loads(answer.out.splitlines()[-1])["tasks"]["local_medqa"]["acc"] <= 1

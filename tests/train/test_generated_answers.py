@@ -1,0 +1,108 @@
+"""Answers that a run generates at its evaluations: the same on every ZeRO stage, and training does not see them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch.uuid_pairs import uuid_pairs
+from relora_mora.config import Config, ConfigError
+from relora_mora.export import export
+from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+
+pytestmark = pytest.mark.distributed
+
+PAIRS = 6
+TAGS = ("eval/exact_match", "eval/character_accuracy")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = write_inputs(tmp_path_factory.mktemp("pairs"))
+    rows = [
+        {"prompt": f"{row['prompt'][:7]}\n", "completion": row["completion"][: 4 + number]}
+        for number, row in enumerate(uuid_pairs(PAIRS, 0))
+    ]
+    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
+
+
+def memory(inputs: Path, tokenizer: str, run_dir: Path, world_size: int = 1, **sections: dict[str, Any]) -> Config:
+    """Learns all pairs in each step; what is held out is what is learned."""
+    pairs = str(inputs / "pairs.jsonl")
+    changes: dict[str, dict[str, Any]] = {
+        "data": {
+            "train": pairs,
+            "validation": pairs,
+            "records": {"kind": "prompt"},
+            "packing": "none",
+            "sequence_length": 60,
+            "lanes": 2,
+        },
+        "method": {"name": "mora", "rank": 8, "operators": [1]},
+        "optim": {"warmup_steps": 5, "lr": 1e-2, "lr_other": 1e-2},
+        "train": {"steps": 6, "batch_size": PAIRS, "micro_batch_size": 1},
+        "eval": {"every_steps": 3, "generate": 4},
+        "checkpoint": {"every_steps": 0},
+    }
+    for section, values in sections.items():
+        changes[section] |= values
+    return run_config(inputs, tokenizer, run_dir, world_size, **changes)
+
+
+def generated(run_dir: Path) -> list[list[float]]:
+    return [[line[tag] for tag in TAGS] for line in metrics(run_dir) if TAGS[0] in line]
+
+
+def test_pairs_are_learned_by_heart(pools, inputs, tokenizer_path, tmp_path):
+    sections = {
+        "train": {"steps": 40, "micro_batch_size": 6, "zero_stage": 0},
+        "eval": {"every_steps": 0, "generate": 100},
+    }
+    pools(1)(train, memory(inputs, tokenizer_path, tmp_path / "run", **sections))
+    first, last = generated(tmp_path / "run")
+    assert first[0] == 0 and first[1] < 0.3
+    assert last == [1.0, 1.0]
+    export(tmp_path / "run", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for line in (inputs / "pairs.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+        found = model.generate(ids, max_new_tokens=50, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) == row["completion"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_training_does_not_see_what_is_generated(pools, inputs, tokenizer_path, tmp_path, stage):
+    runs = {}
+    for count in (0, 5):  # two ranks and one answer at a time: the last round has one for the first rank alone
+        runs[count] = tmp_path / f"run{count}"
+        sections = {"train": {"zero_stage": stage}, "eval": {"generate": count}}
+        pools(2)(train, memory(inputs, tokenizer_path, runs[count], 2, **sections))
+    without, with_answers = (tensors(runs[count] / "checkpoints" / "step-00000006") for count in (0, 5))
+    assert without.keys() == with_answers.keys()
+    assert all(torch.equal(with_answers[key], without[key]) for key in without)
+    assert not generated(runs[0]) and len(generated(runs[5])) == 3
+
+
+def test_sets_have_numbers_of_their_own(pools, inputs, tokenizer_path, tmp_path):
+    text = {"source": str(inputs / "validation" / "*.json.gz"), "records": {"kind": "text"}}
+    sets = {"pairs": str(inputs / "pairs.jsonl"), "plain": text}
+    pools(1)(train, memory(inputs, tokenizer_path, tmp_path / "run", data={"validation": sets}, train={"steps": 6}))
+    [*_, last] = [line for line in metrics(tmp_path / "run") if "eval/pairs/exact_match" in line]
+    assert last["eval/pairs/character_accuracy"] == last["eval/character_accuracy"]
+    assert not any("plain" in tag and "match" in tag for tag in last)
+
+
+@pytest.mark.parametrize("changes", [{"records": None}, {"records": {"kind": "prompt", "score": "all"}}])
+def test_where_there_are_no_answers_none_can_be_generated(inputs, tokenizer_path, tmp_path, changes):
+    with pytest.raises(ConfigError, match=r"eval\.generate: there are no answers to generate"):
+        memory(inputs, tokenizer_path, tmp_path / "run", data={**changes, "packing": None})
+    with pytest.raises(ConfigError, match=r"eval\.generate"):
+        memory(inputs, tokenizer_path, tmp_path / "run", data={"packing": "stream"})
