@@ -50,8 +50,9 @@ def _show(config: Config, count: int) -> int:
         raise ValueError(f"--show: got {count}, expected at least 1")
     with many_imports():
         from relora_mora.data import show_records
+        from relora_mora.pretrained import with_tokenizer
 
-    show_records(config, count)
+    show_records(with_tokenizer(config), count)
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from relora_mora.config import DataConfig, Packing
 from relora_mora.data.bad_rows import JUDGED_FROM_ROWS, NOTES_PER_REASON, too_many_records
 from relora_mora.data.encoders import encoder_of
+from relora_mora.data.errors import SourceError
 from relora_mora.data.plain_text import open_rows
 from relora_mora.data.rows import Encoded
 from relora_mora.data.skipped import BAD_REASONS, Skipped
@@ -36,10 +37,11 @@ def rows_in_order(
     """Those that can be used; records that cannot are told to the log.
 
     Raises SourceError where a shard cannot be read, or more than ``max_bad_fraction`` of its rows or of all records
-    are bad.
+    are bad, or where none of them fits into a sequence.
     """
     bad = 0
     seen = 0
+    over_length = 0
     told = ""
     for record_format, some in itertools.groupby(shards, lambda shard: shard.records):
         encode = encoder_of(tokenizer, record_format, packing, config.sequence_length)
@@ -50,6 +52,8 @@ def rows_in_order(
                 seen += 1
                 if isinstance(row, Encoded):
                     yield TokenizedRow(row, None if row.cut else size)
+                elif row.reason == "over_length":
+                    over_length += 1
                 elif row.reason in BAD_REASONS:
                     bad += 1
                     told = row.told
@@ -59,6 +63,11 @@ def rows_in_order(
                         raise too_many_records(bad, seen, config.max_bad_fraction, told)
     if bad > config.max_bad_fraction * seen:
         raise too_many_records(bad, seen, config.max_bad_fraction, told)
+    if over_length and over_length + bad == seen:
+        raise SourceError(
+            f"{shards[0].name}: no record can be used, and {over_length} of {seen} are too long for a sequence of "
+            f"{config.sequence_length} tokens; raise data.sequence_length"
+        )
 
 
 def _read(shards: Iterable[Shard], config: DataConfig) -> Iterator[tuple[Any, int | None]]:

@@ -396,6 +396,13 @@ def test_too_many_records_that_cannot_be_used_end_an_evaluation(tokenizer_path, 
     assert _held_out(path, tokenizer_path, records=records, max_bad_fraction=0.3).documents == 3
 
 
+def test_held_out_records_that_are_all_too_long_are_named_as_such(tokenizer_path, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "the rank of the matrix?", "answer": "one"}))
+    with pytest.raises(SourceError, match=r"1 of 1 are too long for a sequence of 4 tokens; raise"):
+        _held_out(path, tokenizer_path, 4, records={"kind": "question"})
+
+
 def test_what_is_trained_on_is_shown(tokenizer_path, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"question": f"the rank {n}?", "answer": "one\nmore"}) for n in range(5)))

@@ -148,6 +148,12 @@ def test_a_file_that_names_model_text_and_folder_is_enough(pools, settings, tmp_
     assert same.model_dump() == saved | {"optim": same.optim.model_dump()}
 
 
+def test_rows_are_shown_with_the_tokenizer_of_the_model(settings, tmp_path):
+    answer = call(FINETUNE, settings, "--show=1", "--data.sequence_length=64")
+    assert answer.code == 0 and answer.out.startswith("--- row 1: "), answer.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_plan_of_a_fine_tuning(settings):
     planned = call(PLAN, settings, "--finetune", "--train.steps=10", "--json")
     assert planned.code == 0, planned.err
