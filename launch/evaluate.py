@@ -29,6 +29,7 @@ _HERE = {
     ", or raise data.max_bad_fraction": "",
     ", or raise data.timeout_seconds": "",
     "set data.text_column": "set --text_column",
+    "data.text_column names the key of texts, data.records": "--text_column names the key of texts, --records",
     "set data.records.columns": "set columns of --records",
     "set data.records.template": "set template of --records",
     "set data.revision to a commit": "name a commit, as in --data='{source: ..., revision: ...}'",

@@ -12,6 +12,7 @@ from relora_mora.data.sources import Shard
 # before this many rows a fraction says little; at the end of a shard it is exact, however few there are
 JUDGED_FROM_ROWS = 1000
 NOTES_PER_REASON = 3  # of a shard
+_OTHER_KEYS = "data.text_column names the key of texts, data.records what else a line holds"
 
 
 def too_many_records(bad: int, seen: int, max_bad_fraction: float, told: str) -> SourceError:
@@ -71,6 +72,8 @@ class BadRowLimit:
         if self.bad <= self._max_bad_fraction * at_least:
             return
         last = f"; {self._last}" if self._last else ""
+        if self._noted["no_text"] and self._shard.records is None:
+            last += f" ({_OTHER_KEYS})"
         raise SourceError(
             f"{self._shard.name}: {self.bad} of {rows} {self._unit}s are bad, more than data.max_bad_fraction "
             f"({self._max_bad_fraction:g}){last}. Repair or drop the shard, or raise data.max_bad_fraction"

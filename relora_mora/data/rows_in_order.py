@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,16 +33,20 @@ class TokenizedRow(NamedTuple):
 
 
 def rows_in_order(
-    shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase, packing: Packing
+    shards: Sequence[Shard],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    packing: Packing,
+    left_out: Counter[str] | None = None,
 ) -> Iterator[TokenizedRow]:
-    """Those that can be used; records that cannot are told to the log.
+    """Those that can be used; records that cannot are told to the log, and counted in ``left_out`` by the reason.
 
     Raises SourceError where a shard cannot be read, or more than ``max_bad_fraction`` of its rows or of all records
     are bad, or where none of them fits into a sequence.
     """
+    left_out = Counter() if left_out is None else left_out
     bad = 0
     seen = 0
-    over_length = 0
     told = ""
     for record_format, some in itertools.groupby(shards, lambda shard: shard.records):
         encode = encoder_of(tokenizer, record_format, packing, config.sequence_length)
@@ -52,9 +57,9 @@ def rows_in_order(
                 seen += 1
                 if isinstance(row, Encoded):
                     yield TokenizedRow(row, None if row.cut else size)
-                elif row.reason == "over_length":
-                    over_length += 1
-                elif row.reason in BAD_REASONS:
+                    continue
+                left_out[row.reason] += 1
+                if row.reason in BAD_REASONS:
                     bad += 1
                     told = row.told
                     if bad <= NOTES_PER_REASON:
@@ -63,6 +68,7 @@ def rows_in_order(
                         raise too_many_records(bad, seen, config.max_bad_fraction, told)
     if bad > config.max_bad_fraction * seen:
         raise too_many_records(bad, seen, config.max_bad_fraction, told)
+    over_length = left_out["over_length"]
     if over_length and over_length + bad == seen:
         raise SourceError(
             f"{shards[0].name}: no record can be used, and {over_length} of {seen} are too long for a sequence of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,9 @@ def _show_source(
     scored = 0
     tokens = 0
     rows = 0
-    for row in itertools.islice(rows_in_order(shards, config, tokenizer, packing), max(count, SAMPLE_ROWS)):
+    left_out: Counter[str] = Counter()
+    found = rows_in_order(shards, config, tokenizer, packing, left_out)
+    for row in itertools.islice(found, max(count, SAMPLE_ROWS)):
         rows += 1
         encoded = _with_eos(row.encoded, int(tokenizer.eos_token_id)) if in_stream else row.encoded  # type: ignore[arg-type]
         mask = np.ones(len(encoded.ids), np.bool_)
@@ -65,7 +68,8 @@ def _show_source(
             _print(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{', cut' if encoded.cut else ''}")
             _print(marked(tokenizer, encoded.ids, mask, colour=sys.stdout.isatty()))
     name = f"{source}: " if source else ""
-    _print(f"{name}{scored / max(1, tokens):.1%} of {tokens:,} tokens are scored (the first {rows:,} rows)")
+    without = "".join(f", {number:,} left out: {reason}" for reason, number in left_out.items())
+    _print(f"{name}{scored / max(1, tokens):.1%} of {tokens:,} tokens are scored (the first {rows:,} rows{without})")
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, ids: Ids, scored: Scored, *, colour: bool) -> str:

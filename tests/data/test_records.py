@@ -414,6 +414,12 @@ def test_what_is_trained_on_is_shown(tokenizer_path, tmp_path, capsys):
     assert "--- row 2: 9 of " in output and "--- row 3" not in output
     assert "Question: the rank 1?\\n\nAnswer:[ one\\n\nmore</s>]\n" in output
     assert output.endswith("tokens are scored (the first 5 rows)\n")
+    with path.open("a") as stream:
+        stream.write("\n" + json.dumps({"question": "the rank " * 90, "answer": "one"}))
+    show_records(
+        Config(model={"config": "c"}, tokenizer={"path": tokenizer_path}, data=data, train={"run_dir": "r"}), 1
+    )
+    assert capsys.readouterr().out.endswith("(the first 5 rows, 1 left out: over_length)\n")
     tokenizer = load_tokenizer(tokenizer_path)
     ids = [*tokenizer("the").input_ids, *tokenizer("a").input_ids]
     assert marked(tokenizer, ids, [False, True], colour=True) == "the·\x1b[32ma\x1b[0m"
