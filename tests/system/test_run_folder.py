@@ -15,6 +15,7 @@ NAMES = {
     "tokenizer": "tokenizer",
     "starts": "starts.jsonl",
     "metrics": "metrics.jsonl",
+    "tasks": "tasks.jsonl",
     "tensorboard": "tensorboard",
     "checkpoints": "checkpoints",
     "rollbacks": "rollbacks.json",

@@ -128,7 +128,8 @@ def test_a_run_can_be_looked_at_before_it_starts(inputs, tokenizer_path, tmp_pat
     assert share.endswith("tokens are scored (the first 117 rows)")
     refused(call(PRETRAIN, tmp_path / "run.yaml", "--show=0"), "--show: got 0, expected at least 1")
     wrong = "--data.records.kind=sharegpt"
-    refused(call(PRETRAIN, tmp_path / "run.yaml", "--show=1", wrong), 'one has no "conversations"')
+    answer = call(PRETRAIN, tmp_path / "run.yaml", "--show=1", wrong)
+    assert answer.code == 2 and 'one has no "conversations"' in answer.err.splitlines()[-1], answer
 
 
 def _evaluated(run_dir: Path, **settings: Any) -> dict[str, Any]:
