@@ -125,7 +125,7 @@ def test_a_run_can_be_looked_at_before_it_starts(inputs, tokenizer_path, tmp_pat
     assert answer.code == 0 and not (tmp_path / "run").exists()
     first, conversation, *_, share = answer.out.replace("·", "").splitlines()
     assert first.startswith("--- row 1: ") and conversation == "u:the rank 0a:[matrix ]"
-    assert share.endswith("tokens are scored (the first 117 rows)")
+    assert share.endswith("tokens are scored (the first 117 rows, 3 left out: no_answer)")
     refused(call(PRETRAIN, tmp_path / "run.yaml", "--show=0"), "--show: got 0, expected at least 1")
     wrong = "--data.records.kind=sharegpt"
     answer = call(PRETRAIN, tmp_path / "run.yaml", "--show=1", wrong)
