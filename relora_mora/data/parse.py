@@ -18,12 +18,10 @@ def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: s
 
     An escaped ``\\u0000`` is text, a raw NUL is not. An escaped lone surrogate cannot be encoded: it is invalid UTF-8.
     """
-    decoded = _decode(line, foreign_format)
-    if isinstance(decoded, Skipped):
-        return decoded
-    value = _loads(decoded, foreign_format)
-    if isinstance(value, Skipped):
-        return value
+    parsed = _parse(line, foreign_format)
+    if isinstance(parsed, Skipped):
+        return parsed
+    decoded, value = parsed
     if not isinstance(value, dict) or column not in value:
         return Skipped("no_text")
     text = value[column]
@@ -38,12 +36,10 @@ def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: s
 
 def parse_row(line: bytes | Skipped, *, foreign_format: str | None = None) -> dict[str, Any] | Skipped:
     """The whole object, or why there is none: for the same reasons as there is no text."""
-    decoded = _decode(line, foreign_format)
-    if isinstance(decoded, Skipped):
-        return decoded
-    value = _loads(decoded, foreign_format)
-    if isinstance(value, Skipped):
-        return value
+    parsed = _parse(line, foreign_format)
+    if isinstance(parsed, Skipped):
+        return parsed
+    decoded, value = parsed
     if not isinstance(value, dict):
         return Skipped("bad_record", "is no object of keys and values")
     if "\\u" in decoded and not _is_encodable(json.dumps(value, ensure_ascii=False)):
@@ -51,7 +47,8 @@ def parse_row(line: bytes | Skipped, *, foreign_format: str | None = None) -> di
     return value
 
 
-def _decode(line: bytes | Skipped, foreign_format: str | None) -> str | Skipped:
+def _parse(line: bytes | Skipped, foreign_format: str | None) -> tuple[str, Any] | Skipped:
+    """The text of a line and the value that it is of."""
     if isinstance(line, Skipped):
         return line
     if b"\0" in line:
@@ -60,12 +57,10 @@ def _decode(line: bytes | Skipped, foreign_format: str | None) -> str | Skipped:
         decoded = line.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError:
         return Skipped(foreign_format or "invalid_utf8")
-    return decoded if decoded.strip(BLANK) else Skipped("blank_line")
-
-
-def _loads(decoded: str, foreign_format: str | None) -> Any:
+    if not decoded.strip(BLANK):
+        return Skipped("blank_line")
     try:
-        return json.loads(decoded)
+        return decoded, json.loads(decoded)
     except (ValueError, RecursionError):
         return Skipped(foreign_format or "not_json")
 

@@ -48,6 +48,7 @@ def _show_source(
 ) -> None:
     packing = packing_of(config, shards)
     in_stream = packing == "stream"
+    eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
     scored = 0
     tokens = 0
     rows = 0
@@ -55,7 +56,7 @@ def _show_source(
     found = rows_in_order(shards, config, tokenizer, packing, left_out)
     for row in itertools.islice(found, max(count, SAMPLE_ROWS)):
         rows += 1
-        encoded = _with_eos(row.encoded, int(tokenizer.eos_token_id)) if in_stream else row.encoded  # type: ignore[arg-type]
+        encoded = _with_eos(row.encoded, eos) if in_stream else row.encoded
         mask = np.ones(len(encoded.ids), np.bool_)
         if encoded.scored is not None:
             mask[:] = encoded.scored

@@ -195,9 +195,10 @@ def _text_column(source: TextSource, records: RecordsConfig | None, default: str
 def _check_columns(shard: Shard) -> None:
     if shard.tokens is None and shard.format is not TEXT:
         return
+    assert shard.records is not None
     holds = "text without columns" if shard.tokens is None else "tokens of plain text"
     raise SourceError(
-        f"{shard.name} holds {holds}, and its records are to be {shard.records.settings.kind}; "  # type: ignore[union-attr]
+        f"{shard.name} holds {holds}, and its records are to be {shard.records.settings.kind}; "
         "give files with columns or keys, or set records.kind=text"
     )
 

@@ -20,7 +20,7 @@ gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: 
                 Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N; at stage 3 it stays.
                 A step in fp32 on stages 1-3 copies 4 T / N
 buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages 2 and 3, and 1 in fp32; at stages 1 and
-                 2 a second one with ``overlap_comm``
+                2 a second one with ``overlap_comm``
 activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) where queries and keys have norms of their
                 own, b (2 q + 2 k) for attention, 3 b f for the gated product and
                 the inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of

@@ -206,5 +206,5 @@ def test_the_memory_task_asks_for_what_it_learns_in_sequences_of_one_pair() -> N
     config = task("memory")
     assert config.data.train == config.data.validation and config.data.packing == "none"
     assert config.eval.generate > 0
-    begin, newline, end = 1, 1, 1
+    begin = newline = end = 1
     assert config.data.sequence_length + 1 >= begin + 36 + newline + 36 + end
