@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-tasks test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke lint types checks format env dev clean
+.PHONY: demo test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-tasks test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke study-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
@@ -69,6 +69,13 @@ bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether t
 	  --methods=full,remora --zero_stage=2
 	$(BIN)/python $(BENCH) layers $(TINY) --repetitions=1
 	for part in loss attention products; do $(BIN)/python $(BENCH) parts $$part $(TINY) --repetitions=1 || exit 1; done
+
+SMOKE := $(BIN)/python launch/study.py configs/study/smoke.yaml
+study-smoke: $(VENV)/.installed  ## a study of six short runs, and one of them again with the same numbers
+	test -d runs/demo/tokenizer || $(MAKE) --no-print-directory demo
+	rm -rf runs/studies/smoke
+	$(SMOKE)
+	$(SMOKE) --again=name=remora,rank=16,merge_every=4,lr=0.001,seed=0
 
 AGAINST ?= HEAD
 same: $(VENV)/.installed-dev  ## whether the code here trains tiny runs bit for bit as that of a commit: make same AGAINST=main

@@ -24,7 +24,7 @@ LAYERS = [
     ["adapters"],
     ["export", "harness"],
     ["train"],
-    ["start"],
+    ["start", "study"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 

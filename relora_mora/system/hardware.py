@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import resource
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -53,6 +56,15 @@ def peak_flops(*, bf16: bool) -> tuple[float, str]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     return 2 * size**3 / statistics.median(seconds[1:]), f"measured on a {size} x {size} product"
+
+
+def processor_name() -> str:
+    """Of the CPU, as Linux names it; elsewhere only its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def memory_bytes() -> int:

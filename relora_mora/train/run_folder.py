@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from relora_mora.config import dump
 from relora_mora.model.config import plain_model_config
 from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.files import remove, write_synced
-from relora_mora.system.hardware import uses_cuda
+from relora_mora.system.hardware import processor_name, uses_cuda
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import is_tokenizer, save_tokenizer
 from relora_mora.train.check import Checked
@@ -57,6 +58,8 @@ def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any
         "host": socket.gethostname(),
         "world_size": world_size,
         "device": _device(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "bf16": checked.bf16,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -67,7 +70,7 @@ def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any
 def _device() -> str:
     if uses_cuda():
         return torch.cuda.get_device_name()
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def _git_commit() -> str | None:

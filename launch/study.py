@@ -1,0 +1,54 @@
+"""Runs a grid of settings over a base config: ``python launch/study.py STUDY.yaml``. docs/experiments.md"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+try:
+    from relora_mora.cli import run
+    from relora_mora.study import Stopped, StudyFolder, conduct, read_study, run_again
+    from relora_mora.supervise import REQUEUE
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
+
+LAUNCH = Path(__file__).resolve().parent
+
+
+def main(study: str, *, out: str | None = None, jobs: int = 1, again: str | None = None) -> int:
+    """Runs what is not done of a study; what was cut goes on where it was.
+
+    Each run has a complete run folder in OUT/runs; what it printed is in OUT/logs, and a record of all that are done in
+    OUT/cells.jsonl.
+
+    Args:
+        study: a YAML file such as configs/study/memory_tiny.yaml
+        out: the folder of the study; default: runs/studies/NAME
+        jobs: runs at a time
+        again: the name of a run that is done, to run it a second time and compare all its numbers
+    """
+    if jobs < 1:
+        raise ValueError(f"--jobs: got {jobs}, expected at least 1")
+    plan = read_study(study)
+    folder = StudyFolder(Path(out or f"runs/studies/{Path(study).stem}"))
+    program = LAUNCH / f"{plan.command}.py"
+    try:
+        if again is not None:
+            return _say_differences(*run_again(plan, folder, again, program))
+        cells = conduct(plan, folder, program, jobs)
+    except Stopped:
+        sys.stderr.write("stopped; the same command goes on from here\n")
+        return REQUEUE
+    print(f"{cells} runs are done: {folder.records}")
+    return 0
+
+
+def _say_differences(numbers: int, different: list[str]) -> int:
+    for line in different:
+        print(line)
+    print(f"{len(different)} of {numbers:,} numbers are different")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,80 @@
+"""A study from its first run to its last, and one run of it made again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Never
+
+from tqdm import tqdm
+
+from relora_mora.study.cells import Cell, count, first_round, second_round
+from relora_mora.study.design import Study
+from relora_mora.study.folder import StudyFolder, cell_configs
+from relora_mora.study.record import differences, final_metric, write_records
+from relora_mora.study.runner import Runner
+
+
+class CellsFailed(ValueError):
+    """Some runs ended with an error; the message has the last lines that they printed."""
+
+
+def conduct(study: Study, folder: StudyFolder, program: Path, jobs: int) -> int:
+    """Runs what is not done, ``jobs`` runs at a time, and keeps a record of each; returns how many there are.
+
+    ``program`` is the script that trains. Raises :class:`relora_mora.config.ConfigError` before the first run where
+    settings of any are wrong, :class:`relora_mora.study.runner.Stopped` after a signal, and :class:`CellsFailed` when
+    all other runs are done.
+    """
+    cells = first_round(study)
+    configs = cell_configs(study, cells, folder)
+    already = sum(map(folder.fraction, cells))
+    with _bar(count(study), already) as bar:
+        runner = Runner(study, folder, program, jobs, bar)
+        runner.run(configs)
+        more = second_round(study, _results(study, cells, folder))
+        runner.run(cell_configs(study, more, folder))
+    cells += more
+    kept = write_records(cells, folder)
+    if kept < len(cells):
+        raise CellsFailed("\n".join(_last_words(cell, folder) for cell in cells if not folder.is_done(cell)))
+    return kept
+
+
+def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tuple[int, list[str]]:
+    """Runs a cell that is done a second time, in a folder of its own.
+
+    Returns how many numbers were compared, and a line for each that is not exactly the same.
+    """
+    first = first_round(study)
+    cells = [*first, *second_round(study, _results(study, first, folder))]
+    found = [cell for cell in cells if cell.name == name and folder.is_done(cell)]
+    if not found:
+        done = ", ".join(cell.name for cell in cells if folder.is_done(cell)) or "none"
+        raise ValueError(f"--again: no run {name} that is done; there are: {done}")
+    [cell] = found
+    other = StudyFolder(folder.path / "again")
+    shutil.rmtree(other.run(cell).path, ignore_errors=True)
+    with _bar(1, 0) as bar:
+        Runner(study, other, program, 1, bar).run(cell_configs(study, [cell], other))
+    if not other.is_done(cell):
+        raise CellsFailed(_last_words(cell, other))
+    return differences(folder.run(cell).metrics, other.run(cell).metrics)
+
+
+def _bar(total: int, done: float) -> tqdm[Never]:
+    """Counts runs, with the time that is left at the speed of this start."""
+    return tqdm(total=total, initial=done, unit="run", dynamic_ncols=True)
+
+
+def _results(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, float]:
+    if study.choose is None:
+        return {}
+    results = {cell: final_metric(cell, folder, study.choose.metric) for cell in cells}
+    return {cell: result for cell, result in results.items() if result is not None}
+
+
+def _last_words(cell: Cell, folder: StudyFolder) -> str:
+    log = folder.log(cell)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+    return "\n  ".join([f"{cell.name} is not done; the end of {log}:", *lines])

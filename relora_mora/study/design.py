@@ -1,0 +1,78 @@
+"""What a study is: a grid of settings over a base config, read from a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from relora_mora.config import ConfigError, parse_yaml
+from relora_mora.config.types import Positive, Seed, Strict, Text
+
+SEEDS = ("train.seed", "data.seed")  # what a seed of the study sets
+OWN = (*SEEDS, "train.run_dir")  # settings that a study gives
+
+
+class Choice(Strict):
+    """Which values of some settings are best, by a metric of the last evaluation: ``lowest`` or ``highest`` of it."""
+
+    over: list[Text] = Field(min_length=1)
+    lowest: Text | None = None
+    highest: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_metric(self) -> Choice:
+        if (self.lowest is None) == (self.highest is None):
+            raise ValueError("give `lowest` or `highest`, with a metric such as eval/loss")
+        return self
+
+    @property
+    def metric(self) -> str:
+        metric = self.lowest or self.highest
+        assert metric is not None
+        return metric
+
+
+class Study(Strict):
+    """Each entry of ``grid`` maps settings to a value or to a list of them, and stands for all combinations.
+
+    With ``choose`` the grid is run with the first seed, and with the others only what was chosen.
+    """
+
+    command: Literal["pretrain", "finetune"] = "pretrain"
+    base: Text
+    settings: dict[str, Any] = Field(default_factory=dict)
+    grid: list[dict[str, Any]] = Field(min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
+    choose: Choice | None = None
+    threads: Positive = 1  # of a run; the last bits of a result depend on it
+
+    @model_validator(mode="after")
+    def _settings_that_fit(self) -> Study:
+        names = [*self.settings, *(name for entry in self.grid for name in entry)]
+        own = sorted({name for name in names if name in OWN})
+        if own:
+            raise ValueError(f"{', '.join(own)}: set by the study itself; seeds stand in `seeds`")
+        over = self.choose.over if self.choose else []
+        missing = [name for name in over if not any(name in entry for entry in self.grid)]
+        if missing:
+            raise ValueError(f"choose.over: {', '.join(missing)} stands in no entry of the grid")
+        return self
+
+
+def read_study(path: str | Path) -> Study:
+    """Raises :class:`relora_mora.config.ConfigError` with every fault of the file; settings of its runs come later."""
+    try:
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        return Study.model_validate(tree)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"it is not YAML: {' '.join(str(error).split())}"], str(path)) from None
+    except ValidationError as error:
+        raise ConfigError([_say(item["loc"], item["msg"]) for item in error.errors()], str(path)) from None
+
+
+def _say(location: tuple[int | str, ...], message: str) -> str:
+    text = message.removeprefix("Value error, ")
+    return f"{'.'.join(map(str, location))}: {text}" if location else text

@@ -1,0 +1,106 @@
+"""The folder of a study: a run folder for each cell, what they print, and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora_mora.config import FINETUNING, Config, ConfigError, load_config
+from relora_mora.study.cells import Cell
+from relora_mora.study.design import Study
+from relora_mora.supervise import FINISHED
+from relora_mora.system.run_folder import RunFolder, read_json_lines
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Its runs are complete run folders: they can be resumed, exported and looked at like any other."""
+
+    path: Path
+
+    def run(self, cell: Cell) -> RunFolder:
+        return RunFolder(self.path / "runs" / cell.name)
+
+    def settings(self, cell: Cell) -> Path:
+        """The settings that a cell was started with, as JSON."""
+        return self.path / "settings" / f"{cell.name}.json"
+
+    def log(self, cell: Cell) -> Path:
+        """What the run printed."""
+        return self.path / "logs" / f"{cell.name}.txt"
+
+    @property
+    def records(self) -> Path:
+        """One JSON object a line for every run that is done, see :mod:`relora_mora.study.record`."""
+        return self.path / "cells.jsonl"
+
+    def is_done(self, cell: Cell) -> bool:
+        ends = self.run(cell).ends
+        return ends.exists() and read_json_lines(ends)[-1]["code"] == FINISHED
+
+    def fraction(self, cell: Cell) -> float:
+        """How much of the run is done, from 0 to 1."""
+        if self.is_done(cell):
+            return 1.0
+        run = self.run(cell)
+        try:
+            steps = json.loads(self.settings(cell).read_text(encoding="utf-8"))["train"]["steps"]
+            step = last_step(run)
+        except (OSError, ValueError, KeyError):
+            return 0.0
+        return min(1.0, step / steps) if steps else 0.0
+
+    def begin(self, cell: Cell, config: Config) -> None:
+        """Notes the settings of a cell; raises ValueError where it was begun with others."""
+        path = self.settings(cell)
+        new = json.loads(config.model_dump_json())
+        if path.exists():
+            old = json.loads(path.read_text(encoding="utf-8"))
+            changed = sorted(_differences(old, new))
+            if changed:
+                run = self.run(cell).path
+                raise ValueError(
+                    f"{run} was begun with other settings ({', '.join(changed)}); remove {run} and {path}, or give "
+                    "another --out"
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(new) + "\n", encoding="utf-8")
+
+
+def last_step(run: RunFolder) -> int:
+    """The newest step of the run's metrics; raises OSError or ValueError where there is none yet."""
+    with run.metrics.open("rb") as stream:
+        stream.seek(max(0, run.metrics.stat().st_size - 100_000))
+        line = stream.read().splitlines()[-1:]
+    return int(json.loads(line[0])["step"]) if line else 0
+
+
+def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, Config]:
+    """The settings of every cell; raises ConfigError with the faults of all of them, named once each."""
+    defaults = FINETUNING if study.command == "finetune" else None
+    configs = {}
+    faults: dict[str, str] = {}
+    for cell in cells:
+        overrides = cell.overrides(study) | {"train.run_dir": json.dumps(str(folder.run(cell).path))}
+        try:
+            configs[cell] = load_config(study.base, overrides, defaults=defaults)
+        except ConfigError as error:
+            for fault in error.faults:
+                faults.setdefault(fault, cell.name)
+    if faults:
+        raise ConfigError([f"{fault} (in {name})" for fault, name in faults.items()], f"the runs over {study.base}")
+    return configs
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for key in {*old, *new}:
+        before = old.get(key)
+        after = new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            names += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            names.append(f"{prefix}{key}")
+    return names

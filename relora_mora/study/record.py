@@ -1,0 +1,100 @@
+"""What is kept of a run when its folder is gone: enough for tables, plots, and to run it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from relora_mora.study.cells import Cell
+from relora_mora.study.folder import StudyFolder
+from relora_mora.system.run_folder import read_json_lines
+
+KEPT_LINES = 40  # of a run's training, evenly over its steps; evaluations and merges are kept whole
+OF_TRAINING = ("train/loss", "train/lr", "train/tokens", "perf/tokens_per_second", "perf/peak_memory_gib")
+OF_EVENTS = ("eval/", "merge/")
+DIGITS = 8  # of a float; float32 has no more
+
+
+def write_records(cells: Iterable[Cell], folder: StudyFolder) -> int:
+    """Writes a line for each cell that is done, by the order given; returns how many.
+
+    A line has the cell's ``name`` and ``seed``, ``config`` (all settings), ``start`` (commit, versions, machine of the
+    run's last start) and ``metrics``, lines of ``metrics.jsonl`` without the clock.
+    """
+    records = [_record(cell, folder) for cell in cells if folder.is_done(cell)]
+    beside = folder.records.with_name(folder.records.name + ".tmp")
+    beside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    beside.replace(folder.records)
+    return len(records)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    return read_json_lines(path)
+
+
+def final_metric(cell: Cell, folder: StudyFolder, metric: str) -> float | None:
+    """The metric of the last evaluation; None where the run is not done. Raises ValueError where none has it."""
+    if not folder.is_done(cell):
+        return None
+    values = [line[metric] for line in read_json_lines(folder.run(cell).metrics) if line.get(metric) is not None]
+    if not values:
+        raise ValueError(
+            f"choose: no line of {folder.run(cell).metrics} has a number {metric}; docs/metrics.md lists them"
+        )
+    return float(values[-1])
+
+
+def differences(first: Path, second: Path) -> tuple[int, list[str]]:
+    """Compares the numbers of two ``metrics.jsonl`` that do not depend on the clock.
+
+    Returns how many are in the first, and a line for each that is not exactly the same in the second.
+    """
+    numbers = _numbers(first)
+    others = _numbers(second)
+    return len(numbers), [
+        f"{tag} at step {step}: {numbers.get((step, tag))} and {others.get((step, tag))}"
+        for step, tag in sorted({*numbers, *others})
+        if numbers.get((step, tag)) != others.get((step, tag))
+    ]
+
+
+def _numbers(path: Path) -> dict[tuple[int, str], Any]:
+    return {
+        (line["step"], tag): value
+        for line in read_json_lines(path)
+        for tag, value in line.items()
+        if tag.partition("/")[0] in ("train", "eval", "merge") and not tag.endswith("seconds")
+    }
+
+
+def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
+    run = folder.run(cell)
+    return {
+        "name": cell.name,
+        "seed": cell.seed,
+        "config": json.loads(folder.settings(cell).read_text(encoding="utf-8")),
+        "start": read_json_lines(run.starts)[-1],
+        "metrics": _thinned(read_json_lines(run.metrics)),
+    }
+
+
+def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    training = [number for number, line in enumerate(lines) if "train/loss" in line]
+    every = max(1, -(-len(training) // KEPT_LINES))
+    kept = set(training[::every]) | set(training[-1:])
+    result = []
+    for number, line in enumerate(lines):
+        values = {
+            tag: _rounded(value)
+            for tag, value in line.items()
+            if tag.startswith(OF_EVENTS) or (number in kept and tag in OF_TRAINING)
+        }
+        if values:
+            result.append({"step": line["step"], **values})
+    return result
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

@@ -1,0 +1,116 @@
+"""Runs the cells of a study: a process each, so many at a time, with one bar over all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Never
+
+from tqdm import tqdm
+
+from relora_mora.config import Config
+from relora_mora.study.cells import Cell
+from relora_mora.study.design import Study
+from relora_mora.study.folder import StudyFolder
+
+POLL_SECONDS = 0.5
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(Exception):
+    """The study was asked to stop; its runs have ended."""
+
+
+@dataclass(frozen=True)
+class _Running:
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    sent: list[int] = field(default_factory=list)  # signals
+
+
+class Runner:
+    """Starts ``program`` for each cell, with its settings, and shows how far all of them are."""
+
+    def __init__(self, study: Study, folder: StudyFolder, program: Path, jobs: int, bar: tqdm[Never]) -> None:
+        self.study = study
+        self.folder = folder
+        self.program = program
+        self.jobs = jobs
+        self.bar = bar
+        self._done = 0
+
+    def run(self, configs: Mapping[Cell, Config]) -> None:
+        """Runs the cells that are not done; those that were cut go on where they were.
+
+        What a run that failed has printed is in its log. Raises :class:`Stopped` after SIGINT or SIGTERM, which every
+        run is sent: a first one saves and ends, a second one ends at once.
+        """
+        waiting = [cell for cell in configs if not self.folder.is_done(cell)]
+        self._done += len(configs) - len(waiting)
+        for cell in waiting:
+            self.folder.begin(cell, configs[cell])
+        running: list[_Running] = []
+        with _stop_signals() as signals:
+            while running or (waiting and not signals):
+                while waiting and len(running) < self.jobs and not signals:
+                    running.append(self._start(waiting.pop(0)))
+                _pass_on(signals, running)
+                time.sleep(POLL_SECONDS)
+                ended = [one for one in running if one.process.poll() is not None]
+                self._done += sum(self.folder.is_done(one.cell) for one in ended)
+                running = [one for one in running if one not in ended]
+                self._show(running)
+        if signals:
+            raise Stopped
+
+    def _start(self, cell: Cell) -> _Running:
+        log = self.folder.log(cell)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        overrides = cell.overrides(self.study) | {"train.run_dir": str(self.folder.run(cell).path)}
+        flags = [f"--{name}={value}" for name, value in overrides.items()]
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, str(self.program), self.study.base, *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": str(self.study.threads), "TOKENIZERS_PARALLELISM": "false"},
+                start_new_session=True,  # Ctrl-C reaches it through the study alone
+            )
+        return _Running(cell, process)
+
+    def _show(self, running: list[_Running]) -> None:
+        self.bar.n = round(self._done + sum(self.folder.fraction(one.cell) for one in running), 2)
+        self.bar.set_postfix_str(" ".join(one.cell.name for one in running), refresh=False)
+        self.bar.refresh()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that gets each signal that asks for a stop."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass_on(signals: list[int], running: list[_Running]) -> None:
+    for one in running:
+        for number in signals[len(one.sent) :]:
+            one.process.send_signal(signal.SIGTERM)
+            one.sent.append(number)

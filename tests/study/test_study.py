@@ -1,0 +1,220 @@
+"""What a study runs, chooses, keeps and says, with a stand-in for the trainer; and one with the trainer itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from relora_mora.config import ConfigError
+from relora_mora.study import CellsFailed, StudyFolder, conduct, read_records, read_study, run_again
+from relora_mora.study.cells import chosen, count, first_round, second_round
+from relora_mora.study.design import Study
+from tests.tools.helpers import ROOT
+
+BASE = str(ROOT / "configs/run/tiny_mora.yaml")
+TRAINER = Path(__file__).with_name("trainer.py")
+RATES = [1e-3, 3e-3, 1e-2]
+
+
+def _study(**changes: Any) -> Study:
+    grid = [{"method.name": "mora", "method.rank": [8, 16], "optim.lr": RATES}]
+    return Study.model_validate({"base": BASE, "grid": grid} | changes)
+
+
+def _names(study: Study) -> list[str]:
+    return [cell.name for cell in first_round(study)]
+
+
+def test_a_grid_stands_for_all_combinations_and_seeds():
+    study = _study(seeds=[0, 7])
+    cells = first_round(study)
+    assert len(cells) == count(study) == 12
+    assert cells[1].name == "name=mora,rank=8,lr=0.001,seed=7"
+    assert cells[1].overrides(study) == {
+        "method.name": '"mora"',
+        "method.rank": "8",
+        "optim.lr": "0.001",
+        "train.seed": "7",
+        "data.seed": "7",
+    }
+
+
+def test_settings_of_a_cell_win_over_those_of_the_study():
+    study = _study(settings={"optim.lr": 5.0, "train.steps": 3})
+    overrides = first_round(study)[0].overrides(study)
+    assert overrides["optim.lr"] == "0.001"
+    assert overrides["train.steps"] == "3"
+
+
+def test_names_are_those_of_folders_and_tell_settings_apart():
+    grid = [{"method.operators": [[1], [1, 2]]}, {"optim.schedule": "wsd", "eval.every_steps": 3, "log.every_steps": 4}]
+    assert _names(_study(grid=grid)) == [
+        "operators=1,seed=0",
+        "operators=1_2,seed=0",
+        "schedule=wsd,eval.every_steps=3,log.every_steps=4,seed=0",
+    ]
+
+
+def test_the_best_of_a_grid_is_run_with_the_other_seeds():
+    study = _study(seeds=[0, 1, 2], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
+    cells = first_round(study)
+    assert len(cells) == 6
+    assert count(study) == 6 + 2 * 2
+    losses = dict(zip(cells, [3.0, 2.0, 4.0, 1.0, 1.0, 5.0], strict=True))
+    assert [cell.name for cell in chosen(study, losses)] == [cells[1].name, cells[3].name]
+    more = second_round(study, losses)
+    assert [(dict(cell.values)["optim.lr"], cell.seed) for cell in more] == [
+        ("0.003", 1),
+        ("0.003", 2),
+        ("0.001", 1),
+        ("0.001", 2),
+    ]
+    highest = _study(seeds=[0, 1], choose={"over": ["optim.lr"], "highest": "eval/exact_match"})
+    assert [cell.name for cell in chosen(highest, losses)] == [cells[2].name, cells[5].name]
+
+
+def test_what_has_failed_is_not_chosen():
+    study = _study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
+    cells = first_round(study)
+    assert [cell.name for cell in chosen(study, {cells[2]: 9.0})] == [cells[2].name]
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"base": BASE}, "grid: Field required"),
+        ({"base": BASE, "grid": []}, "grid: "),
+        ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "sedes": [1]}, "sedes: "),
+        ({"base": BASE, "grid": [{"train.seed": [1, 2]}]}, "train.seed: set by the study itself"),
+        ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["optim.lr"]}}, "give `lowest` or `highest`"),
+        (
+            {"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["method.rank"], "lowest": "eval/loss"}},
+            "method.rank stands in no entry of the grid",
+        ),
+    ],
+)
+def test_bad_studies_are_told_before_anything_runs(tmp_path: Path, tree: dict[str, Any], said: str):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.dump(tree), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"study\.yaml") as error:
+        read_study(path)
+    assert said in str(error.value)
+
+
+def test_the_same_run_twice_is_refused():
+    with pytest.raises(ValueError, match=r"names the same run twice: lr=0\.001,seed=0"):
+        first_round(_study(grid=[{"optim.lr": [1e-3, 1e-3]}]))
+
+
+def test_faults_of_all_runs_are_told_at_once(tmp_path: Path):
+    study = _study(grid=[{"method.rank": [8, -1], "optim.lr": [1e-3, 100.0]}])
+    with pytest.raises(ConfigError) as error:
+        conduct(study, StudyFolder(tmp_path), TRAINER, 1)
+    assert len(error.value.faults) == 2
+    assert "method.rank" in error.value.faults[1]
+    assert "(in rank=-1,lr=0.001,seed=0)" in error.value.faults[1]
+    assert not any(tmp_path.iterdir())
+
+
+def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
+    study = _study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"}, threads=3)
+    folder = StudyFolder(tmp_path)
+    assert conduct(study, folder, TRAINER, 4) == 8
+    records = read_records(folder.records)
+    best = records[-1]
+    assert best["name"] == "name=mora,rank=16,lr=0.003,seed=1"
+    assert best["config"]["optim"]["lr"] == 0.003
+    assert best["config"]["method"]["rank"] == 16
+    assert best["start"] == {"commit": "abc", "host": "here", "threads": "3"}
+    steps = best["config"]["train"]["steps"]
+    assert best["metrics"] == [{"step": steps // 2, "train/loss": 5.0}, {"step": steps, "eval/loss": 0.01}]
+    assert "some words of the run" in folder.log(first_round(study)[0]).read_text(encoding="utf-8")
+
+    starts = {path: path.read_bytes() for path in tmp_path.rglob("starts.jsonl")}
+    assert len(starts) == 8
+    assert conduct(study, folder, TRAINER, 1) == 8
+    assert {path: path.read_bytes() for path in tmp_path.rglob("starts.jsonl")} == starts
+
+
+def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
+    grid = [{"optim.lr": [1.0]}]
+    folder = StudyFolder(tmp_path)
+    with pytest.raises(CellsFailed):
+        conduct(_study(grid=grid, settings={"method.name": "mora"}), folder, TRAINER, 1)
+    with pytest.raises(ValueError, match=r"begun with other settings \(optim.clip\); remove .*lr=1.0,seed=0"):
+        conduct(_study(grid=grid, settings={"method.name": "mora", "optim.clip": 3.0}), folder, TRAINER, 1)
+
+
+def test_a_run_that_fails_is_named_when_the_others_are_done(tmp_path: Path):
+    study = _study(grid=[{"method.name": "mora", "optim.lr": [1.0, 3e-3]}])
+    folder = StudyFolder(tmp_path)
+    with pytest.raises(CellsFailed, match=r"lr=1.0,seed=0 is not done; the end of .*\n.*\n  it diverged"):
+        conduct(study, folder, TRAINER, 1)
+    assert [record["name"] for record in read_records(folder.records)] == ["name=mora,lr=0.003,seed=0"]
+
+
+def _written(tmp_path: Path, study: dict[str, Any]) -> Path:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.dump({"base": BASE} | study), encoding="utf-8")
+    return path
+
+
+CONDUCT = """
+import sys
+from pathlib import Path
+from relora_mora.study import Stopped, StudyFolder, conduct, read_study
+try:
+    print(conduct(read_study(sys.argv[1]), StudyFolder(Path(sys.argv[2])), Path(sys.argv[3]), 2))
+except Stopped:
+    print("stopped")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals):
+    study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.0, 3e-3, 2.5e-3]}]})
+    folder = StudyFolder(tmp_path / "out")
+    command = [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)]
+    waiting, *others = first_round(read_study(study))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        while not ((folder.run(waiting).path / "waits").exists() and all(map(folder.is_done, others))):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        said, _ = process.communicate(timeout=120)
+    assert said == "stopped\n"
+    assert not folder.is_done(waiting)
+    assert conduct(read_study(study), folder, TRAINER, 1) == 3
+    assert len(folder.run(waiting).starts.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_a_run_made_again_is_compared_number_by_number(tmp_path: Path):
+    study = _study(grid=[{"method.name": ["mora", "lora"], "optim.lr": 3e-3}])
+    folder = StudyFolder(tmp_path)
+    conduct(study, folder, TRAINER, 2)
+    assert run_again(study, folder, "name=mora,lr=0.003,seed=0", TRAINER) == (2, [])
+    numbers, different = run_again(study, folder, "name=lora,lr=0.003,seed=0", TRAINER)
+    assert numbers == 2
+    assert [line.partition(":")[0] for line in different] == ["eval/loss at step 1000"]
+    with pytest.raises(ValueError, match="--again: no run nothing that is done; there are: name=mora"):
+        run_again(study, folder, "nothing", TRAINER)
+
+
+def test_every_study_can_be_run(tmp_path: Path):
+    from relora_mora.study.folder import cell_configs
+
+    paths = sorted((ROOT / "configs/study").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        study = read_study(path)
+        configs = cell_configs(study, first_round(study), StudyFolder(tmp_path))
+        assert len({json.dumps(config.model_dump()) for config in configs.values()}) == len(configs)

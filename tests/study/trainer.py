@@ -1,0 +1,53 @@
+"""A stand-in for a script that trains: it writes the files of a run folder at once.
+
+A run ends by itself unless its rate is 1 (it fails) or 2 (it waits to be stopped, and ends well at its second start).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+REQUEUE = 75
+
+
+def main() -> int:
+    _, base, *flags = sys.argv
+    settings = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    folder = Path(settings["train.run_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    rate = float(settings["optim.lr"])
+    seed = int(settings["train.seed"])
+    first = not (folder / "metrics.jsonl").exists()
+    steps = yaml.safe_load(Path(base).read_text(encoding="utf-8"))["train"]["steps"]
+    _append(folder / "starts.jsonl", {"commit": "abc", "host": "here", "threads": os.environ["OMP_NUM_THREADS"]})
+    _append(folder / "metrics.jsonl", {"step": steps // 2, "time": time.time(), "train/loss": 5.0, "perf/mfu": 0.1})
+    print("some words of the run", flush=True)
+    if rate == 1:
+        print("it diverged", flush=True)
+        return 1
+    if rate == 2 and first:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        _append(folder / "ends.jsonl", {"code": REQUEUE})
+        (folder / "waits").touch()
+        signal.pause()
+        return REQUEUE
+    noise = time.time() if settings["method.name"] == '"lora"' else 0
+    _append(folder / "metrics.jsonl", {"step": steps, "eval/loss": abs(rate - 3e-3) + seed / 100 + noise})
+    _append(folder / "ends.jsonl", {"code": 0})
+    return 0
+
+
+def _append(path: Path, line: dict[str, object]) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
