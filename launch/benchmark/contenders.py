@@ -1,7 +1,8 @@
 """What is compared: this trainer's methods on its own engine, and peers from the package index in loops of plain torch.
 
 Every contender trains the same model, with the same loss in chunks (but ``plain``: transformers' own), on the same
-random tokens. The peers train embeddings, norms and head as well, as pretraining with an adapter method does.
+random tokens. The peers train embeddings, norms and head as well, as pretraining with an adapter method does. In a
+setting of fine-tuning only adapters train, and PEFT's model is called as its users call it, with transformers' loss.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from launch.benchmark.released import RELEASED_TYPE, use_released_layers
-from relora_mora.config import DECODER_LINEARS, Config, ConfigError, validate
+from relora_mora.config import DECODER_LINEARS, FINETUNING, Config, ConfigError, validate, with_defaults
 from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.methods.inject import decoder_linears, inject
 from relora_mora.model.llama import LossModel, build_model
@@ -45,6 +46,7 @@ class Setting:
     square_multiple: int
     bf16: bool
     device: torch.device
+    finetune: bool = False
     seed: int = 0
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
@@ -159,11 +161,13 @@ def ours_config(setting: Setting, method: str, form: str, world_size: int, *, co
             "zero_stage": setting.zero_stage,
         },
     }
+    if setting.finetune:
+        tree = with_defaults(tree, {"method": FINETUNING["method"]})
     if METHODS[method].adapter is not None:
         tree["method"] |= {"rank": setting.rank, "form": "decoupled" if form == "released" else form}
     if form == "released":
         tree["method"]["operators"] = [RELEASED_TYPE]  # it is measured between two merges
-    if "method.square_multiple" in METHODS[method].settings:
+    if "method.square_multiple" in METHODS[method].settings and not setting.finetune:
         tree["method"]["square_multiple"] = setting.square_multiple
     return validate(tree, "the benchmark", world_size=world_size)
 
@@ -234,11 +238,12 @@ def _peft_lora(setting: Setting) -> Contender:
             autocast_adapter_dtype=False,
         )
         for name, parameter in model.named_parameters():
-            if "lora_" in name or not any(f"{kind}." in name for kind in DECODER_LINEARS):
+            of_linears = any(f"{kind}." in name for kind in DECODER_LINEARS)
+            if "lora_" in name or not (of_linears or setting.finetune):
                 parameter.requires_grad_(True)
         return _adamw(model)
 
-    return Plain(setting, prepare)
+    return Plain(setting, prepare, own_loss=setting.finetune)
 
 
 def _low_rank_groups(lm: nn.Module, **low_rank: Any) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ def main(
     precision: str = "auto",
     layers: int | None = None,
     vocab_size: int | None = None,
+    finetune: bool = False,
     repeats: int = 7,
     warmup: int = 2,
     profile: bool = False,
@@ -51,6 +52,7 @@ def main(
         precision: bf16, fp32, or auto: bf16 where the hardware does it fast
         layers: decoder layers; default: as many as the model has
         vocab_size: default: that of the model
+        finetune: only adapters train, those of launch/finetune.py; try --methods=peft_lora,lora,mora
         repeats: measured steps of each method
         warmup: steps of each method before those
         profile: show which operations a step of each method spends its time in
@@ -97,7 +99,16 @@ def main(
     my_rank, world_size = init_distributed()
     bf16 = fast_bf16() if precision == "auto" else precision == "bf16"
     setting = Setting(
-        model_config, tokens, sequence_length, accumulation, zero_stage, rank, square_multiple, bf16, device_of_rank()
+        model_config,
+        tokens,
+        sequence_length,
+        accumulation,
+        zero_stage,
+        rank,
+        square_multiple,
+        bf16,
+        device_of_rank(),
+        finetune,
     )
     show = None if not profile else print if my_rank == 0 else lambda text: None
     results = measure(names, setting, repeats=repeats, warmup=warmup, show=show)

@@ -1,7 +1,7 @@
 """Typed settings of a run: schema, combinations that cannot work, reading."""
 
 from relora_mora.config.checks import unused_settings
-from relora_mora.config.finetuning import FINETUNING
+from relora_mora.config.finetuning import FINETUNING, with_defaults
 from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate, with_epochs
 from relora_mora.config.records import Packing, RecordsConfig
 from relora_mora.config.schema import (
@@ -66,6 +66,7 @@ __all__ = [
     "texts_in",
     "unused_settings",
     "validate",
+    "with_defaults",
     "with_epochs",
     "with_revisions_of",
 ]

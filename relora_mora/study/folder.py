@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relora_mora.config import FINETUNING, Config, ConfigError, load_config
+from relora_mora.config import FINETUNING, Config, ConfigError, load_config, parse_yaml
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.supervise import FINISHED
@@ -46,11 +47,9 @@ class StudyFolder:
             return 1.0
         run = self.run(cell)
         try:
-            steps = json.loads(self.settings(cell).read_text(encoding="utf-8"))["train"]["steps"]
-            step = last_step(run)
-        except (OSError, ValueError, KeyError):
+            return min(1.0, last_step(run) / _steps(run.config))
+        except (OSError, ValueError):
             return 0.0
-        return min(1.0, step / steps) if steps else 0.0
 
     def begin(self, cell: Cell, config: Config) -> None:
         """Notes the settings of a cell; raises ValueError where it was begun with others."""
@@ -67,6 +66,12 @@ class StudyFolder:
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(new) + "\n", encoding="utf-8")
+
+
+@functools.cache
+def _steps(config: Path) -> int:
+    """Of a run that was started: epochs are counted by then."""
+    return int(parse_yaml(config.read_text(encoding="utf-8"))["train"]["steps"])
 
 
 def last_step(run: RunFolder) -> int:

@@ -196,6 +196,14 @@ def test_frozen_linears_train_in_no_way_and_keep_no_input(found: dict[str, Any])
     assert frozen["bytes_kept_by_its_linears"] == 0
 
 
+def test_fine_tuning_trains_adapters_and_nothing_else(one: Pool, model: str) -> None:
+    [text] = one(command, model, "methods=peft_lora,lora,mora", "finetune=1")
+    peft, lora, mora = json.loads(text.splitlines()[-1])["methods"].values()
+    size = LAYERS * RANK * (4 * 2 * HIDDEN + 3 * (HIDDEN + WIDE))
+    assert peft["trainable_parameters"] == lora["trainable_parameters"] == size
+    assert mora["trainable_parameters"] == pytest.approx(size, rel=0.1)
+
+
 def test_the_released_operations_are_the_same_function(one: Pool) -> None:
     [exact] = one(losses_of_the_forms, False)
     [rounded] = one(losses_of_the_forms, True)
