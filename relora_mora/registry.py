@@ -42,9 +42,13 @@ MORA = Adapter(
 
 @dataclass(frozen=True)
 class Method:
-    """A value of ``method.name``. Without an adapter every weight trains; ``merges``: adapters go into the weights."""
+    """A value of ``method.name``. Without an adapter every weight trains; ``merges``: adapters go into the weights.
+
+    ``title`` is what papers call it.
+    """
 
     name: str
+    title: str
     adapter: Adapter | None = None
     merges: bool = False
     note: str = ""
@@ -64,11 +68,11 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("full"),
-        Method("lora", LORA),
-        Method("mora", MORA),
-        Method("relora", LORA, merges=True, note="LoRA with merges"),
-        Method("remora", MORA, merges=True, note="MoRA with merges"),
+        Method("full", "Full rank"),
+        Method("lora", "LoRA", LORA),
+        Method("mora", "MoRA", MORA),
+        Method("relora", "ReLoRA", LORA, merges=True, note="LoRA with merges"),
+        Method("remora", "ReMoRA", MORA, merges=True, note="MoRA with merges"),
     )
 }
 

@@ -23,7 +23,7 @@ LAYERS = [
     ["evaluate", "generation", "pretrained"],
     ["adapters"],
     ["export", "harness"],
-    ["train"],
+    ["compare", "train"],
     ["start", "study"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -17,6 +17,7 @@ from relora_mora.methods.inject import inject
 from relora_mora.model import LossModel, empty_model, put_values
 from relora_mora.optim import (
     ParameterGroup,
+    Parameters,
     build_optimizer,
     count_parameters,
     make_schedule,
@@ -42,6 +43,7 @@ class Run:
     merger: Merger
     groups: list[ParameterGroup]
     schedule: Schedule
+    parameters: Parameters
 
     @property
     def config(self) -> Config:
@@ -104,7 +106,7 @@ def build(
         done("model")
     merger = Merger(engine, base, config.method, seed=config.train.seed)
     schedule = make_schedule(config.method, config.optim, config.train.steps)
-    return Run(checked, engine, base, merger, groups, schedule)
+    return Run(checked, engine, base, merger, groups, schedule, counts)
 
 
 def _add_adapters(lm: PreTrainedModel, config: Config, *, with_values: bool) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from relora_mora.config import dump
 from relora_mora.model.config import plain_model_config
+from relora_mora.optim import Parameters
 from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.files import remove, write_synced
 from relora_mora.system.hardware import processor_name, uses_cuda
@@ -25,16 +27,16 @@ from relora_mora.tokenizer import is_tokenizer, save_tokenizer
 from relora_mora.train.check import Checked
 
 
-def write_run_folder(checked: Checked, world_size: int, step: int) -> Path:
+def write_run_folder(checked: Checked, parameters: Parameters, world_size: int, step: int) -> Path:
     """Writes settings, command, versions, commit, model and tokenizer into the run folder. First rank only."""
     folder = Path(checked.config.train.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with disk_faults_named(folder):
-        _write(folder, checked, world_size, step)
+        _write(folder, checked, _start_record(checked, parameters, world_size, step))
     return folder
 
 
-def _write(folder: Path, checked: Checked, world_size: int, step: int) -> None:
+def _write(folder: Path, checked: Checked, start: dict[str, Any]) -> None:
     names = RunFolder(folder)
     write_synced(names.config, dump(checked.config))  # a resume looks there for the revision of the data
     write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
@@ -46,10 +48,10 @@ def _write(folder: Path, checked: Checked, world_size: int, step: int) -> None:
         remove(tokenizer)
         work.rename(tokenizer)
     with names.starts.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(_start_record(checked, world_size, step)) + "\n")
+        stream.write(json.dumps(start) + "\n")
 
 
-def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any]:
+def _start_record(checked: Checked, parameters: Parameters, world_size: int, step: int) -> dict[str, Any]:
     packages = ("relora_mora", "torch", "deepspeed", "transformers", "safetensors")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -61,6 +63,7 @@ def _start_record(checked: Checked, world_size: int, step: int) -> dict[str, Any
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bf16": checked.bf16,
+        "parameters": asdict(parameters),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "commit": _git_commit(),

@@ -1,0 +1,55 @@
+"""Runs beside each other: ``python launch/compare.py runs/full runs/remora --out=comparison``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+try:
+    from relora_mora.cli import disk_faults_named, run
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
+
+
+def main(*runs: str, out: str | None = None, against: str | None = None) -> None:
+    """Prints a table of runs in Markdown; runs that share all settings but the seed are one row, their mean.
+
+    Args:
+        runs: run folders; of the first one the others' perplexities are given as a multiple
+        out: a folder for compare.md, compare.json and plots as PNG; it is made, and what it has of these is replaced
+        against: the run whose perplexity the others are a multiple of, in place of the first
+    """
+    from relora_mora.compare import (
+        CompareError,
+        as_json,
+        check_plots,
+        compare,
+        group_of,
+        group_runs,
+        markdown,
+        read_run,
+        write_figures,
+    )
+
+    if not runs:
+        raise CompareError("no run given; give run folders, e.g. runs/full runs/remora")
+    if out is not None:
+        check_plots()
+    folders = {Path(name).resolve(): Path(name) for name in [*runs, *([] if against is None else [against])]}
+    groups = group_runs(read_run(folder) for folder in folders.values())
+    reference = None if against is None else group_of(groups, Path(against))
+    rows = compare(groups, reference)
+    table = markdown(rows, reference)
+    print(table, end="", flush=True)
+    if out is None:
+        return
+    folder = Path(out)
+    with disk_faults_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "compare.md").write_text(table, encoding="utf-8")
+        (folder / "compare.json").write_text(json.dumps(as_json(rows, reference), indent=1) + "\n", encoding="utf-8")
+        write_figures(groups, folder)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,22 @@
+"""Runs beside each other: rows of a table, curves and figures, from the files of their folders alone."""
+
+from relora_mora.compare.errors import CompareError
+from relora_mora.compare.figures import check_plots, write_figures
+from relora_mora.compare.groups import Group, group_of, group_runs
+from relora_mora.compare.runs import Run, read_run
+from relora_mora.compare.table import Row, as_json, compare, markdown
+
+__all__ = [
+    "CompareError",
+    "Group",
+    "Row",
+    "Run",
+    "as_json",
+    "check_plots",
+    "compare",
+    "group_of",
+    "group_runs",
+    "markdown",
+    "read_run",
+    "write_figures",
+]

@@ -1,0 +1,267 @@
+"""Figures of a comparison for a page in print: loss against tokens and time, rate, and rank of what was merged."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from relora_mora.compare.curves import Axis, Curve, curve, parting, positions
+from relora_mora.compare.errors import CompareError
+from relora_mora.compare.groups import Group
+from relora_mora.compare.table import common_sets, count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; lines and markers tell as much in grey
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+PAPER: Any = {
+    "figure.dpi": 100,
+    "savefig.dpi": 300,
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.color": "#DDDDDD",
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+}
+WIDTH = 7.0  # inches, of the text of a page
+LEGEND_LINE = 0.2  # inches
+UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+MOST_MARKERS = 12
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def check_plots() -> None:
+    """Raises :class:`CompareError` where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CompareError(
+            "--out: plots need matplotlib, which is not installed: pip install matplotlib, or pip install '.[plot]' in "
+            "the checkout; without --out the table alone is printed"
+        )
+
+
+def write_figures(groups: Sequence[Group], folder: Path) -> list[Path]:
+    """Writes PNG files into a folder and returns them; there is one of ranks where a run has merged."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figures = {"loss_by_tokens": loss_figure(groups, "tokens"), "loss_by_time": loss_figure(groups, "time")}
+    figures["learning_rate"] = rate_figure(groups)
+    ranks = rank_figure(groups)
+    if ranks is not None:
+        figures["effective_rank"] = ranks
+    written = []
+    with matplotlib.rc_context(PAPER):
+        for name, figure in figures.items():
+            FigureCanvasAgg(figure)
+            written.append(folder / f"{name}.png")
+            figure.savefig(written[-1], bbox_inches="tight", pad_inches=0.05)
+    return written
+
+
+def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
+    """Loss against tokens or time: a row for each set of held-out text, on the right where the curves part."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    sets = common_sets(groups)
+    unit, title = _unit(groups, axis)
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(WIDTH, 2.6 * len(sets) + _legend_height(groups)), layout="constrained")
+        panels: Any = figure.subplots(len(sets), 2, squeeze=False)
+        panels[0][1].set_title("enlarged")
+        for (whole, zoomed), name in zip(panels, sets, strict=True):
+            drawings = [Drawing(group, style, axis, unit, name) for group, style in zip(groups, styles(), strict=False)]
+            for panel in (whole, zoomed):
+                for drawing in drawings:
+                    drawing.draw(panel)
+                panel.set_xlabel(title)
+                _count_on(panel, axis)
+            whole.set_ylabel(f"loss on {name}, nats per token" if name else "validation loss, nats per token")
+            _zoom(whole, zoomed, drawings)
+            for drawing in drawings:
+                drawing.draw_training(whole)
+        _legend(figure, panels[0][0], groups, training=True)
+    return figure
+
+
+class Drawing:
+    """The losses of a group on one set of held-out text; ``unit`` is that of the axis, in tokens or seconds."""
+
+    def __init__(self, group: Group, style: dict[str, Any], axis: Axis, unit: float, name: str) -> None:
+        self.group = group
+        self.style = style
+        self.axis = axis
+        self.unit = unit
+        self.by_tokens = curve(group, lambda run: run.evaluations(name), "tokens")
+        self.curve = self._scaled(curve(group, lambda run: run.evaluations(name), axis))
+
+    def _scaled(self, each: Curve) -> Curve:
+        return replace(each, x=each.x / self.unit)
+
+    def draw(self, panel: Axes) -> None:
+        each = self.curve
+        every = -(-len(each.x) // MOST_MARKERS)
+        panel.plot(each.x, each.mean, label=_name(self.group), markevery=every, **self.style)
+        if len(self.group.runs) > 1:
+            panel.fill_between(each.x, each.low, each.high, color=self.style["color"], alpha=0.2, linewidth=0)
+        self._draw_merges(panel)
+
+    def _draw_merges(self, panel: Axes) -> None:
+        merges = [step for step in self.group.runs[0].merges if step <= self.curve.steps[-1]]
+        if merges:
+            x = positions(self.group, merges, self.axis) / self.unit
+            heights = np.interp(x, self.curve.x, self.curve.mean)
+            panel.plot(x, heights, "|", color=self.style["color"], markersize=9, markeredgewidth=1.2, zorder=3)
+
+    def draw_training(self, panel: Axes) -> None:
+        each = self._scaled(curve(self.group, lambda run: run.series("train/loss"), self.axis, smooth=True))
+        panel.plot(each.x, each.mean, color=self.style["color"], linewidth=0.6, alpha=0.6, zorder=1)
+
+
+def _unit(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
+    """What a step of the axis is worth, and its title: the largest unit of time of which a run takes two."""
+    if axis == "tokens":
+        return 1.0, "tokens trained on"
+    longest = max(run.seconds(run.last_step) for group in groups for run in group.runs)
+    size, unit = next((each for each in UNITS if longest >= 2 * each[0]), UNITS[-1])
+    return size, f"time of steps and merges, {unit}"
+
+
+def _count_on(panel: Axes, axis: Axis, ticks: int = 5) -> None:
+    """Few ticks, and 150k in place of 150000."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(ticks))
+    if axis == "tokens":
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+
+
+def _zoom(whole: Axes, zoomed: Axes, drawings: Sequence[Drawing]) -> None:
+    """Shows in the right panel where the curves part, and marks that place in the left one; hides it for one curve."""
+    start = parting([each.by_tokens for each in drawings])
+    if start is None:
+        zoomed.set_visible(False)
+        return
+    curves = [each.curve for each in drawings]
+    left = min(float(np.interp(start, each.by_tokens.x, each.curve.x)) for each in drawings)
+    right = max(each.x[-1] for each in curves)
+    inside = [each.x >= left for each in curves]
+    low = min(each.low[shown].min() for each, shown in zip(curves, inside, strict=True) if shown.any())
+    high = max(each.high[shown].max() for each, shown in zip(curves, inside, strict=True) if shown.any())
+    margin = 0.05 * (high - low)
+    zoomed.set_xlim(left, right + 0.02 * (right - left))
+    zoomed.set_ylim(low - margin, high + margin)
+    whole.indicate_inset((left, low - margin, right - left, high - low + 2 * margin), edgecolor="#777777")
+
+
+def rate_figure(groups: Sequence[Group]) -> Figure:
+    """The learning rate of the linears, or of their adapters, against tokens."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(WIDTH * 0.6, 2.4 + _legend_height(groups)), layout="constrained")
+        panel = figure.subplots()
+        for group, style in zip(groups, styles(), strict=False):
+            each = curve(group, lambda run: run.series("train/lr"), "tokens")
+            panel.plot(each.x, each.mean, label=_name(group), **{**style, "marker": None})
+        panel.set_xlabel("tokens trained on")
+        _count_on(panel, "tokens")
+        panel.set_ylabel("learning rate of the matrices")
+        panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+        _legend(figure, panel, groups)
+    return figure
+
+
+def rank_figure(groups: Sequence[Group]) -> Figure | None:
+    """The effective rank of what each merge added, a panel for each kind of projection; None where nothing was merged.
+
+    The metric is that of a layer in the middle of the model (docs/method.md).
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    tags = {tag for group in groups for run in group.runs for line in run.lines for tag in line}
+    kinds = [kind for kind in PROJECTIONS if f"merge/effective_rank/{kind}" in tags]
+    if not kinds:
+        return None
+    merging = [group for group in groups if all(run.merges for run in group.runs)]
+    with matplotlib.rc_context(PAPER):
+        rows = -(-len(kinds) // 4)
+        figure = Figure(figsize=(WIDTH, 1.8 * rows + _legend_height(merging)), layout="constrained")
+        panels: Any = figure.subplots(rows, min(4, len(kinds)), sharex=True, sharey=True, squeeze=False)
+        for panel, kind in zip(panels.flat, kinds, strict=False):
+            panel.set_title(kind)
+            for group, style in zip(groups, styles(), strict=False):
+                if group in merging:
+                    _draw_ranks(panel, group, f"merge/effective_rank/{kind}", style)
+            panel.xaxis.set_tick_params(labelbottom=True)
+            _count_on(panel, "tokens", ticks=3)
+        for panel in panels.flat[len(kinds) :]:
+            panel.set_visible(False)
+        panels[0][0].set_ylim(bottom=0)
+        panels[0][0].set_xlim(left=0)
+        for panel in panels.flat[max(0, len(kinds) - panels.shape[1]) : len(kinds)]:
+            panel.set_xlabel("tokens")
+        for panel in panels[:, 0]:
+            panel.set_ylabel("effective rank of a merge")
+        _legend(figure, panels[0][0], merging)
+    return figure
+
+
+def _draw_ranks(panel: Axes, group: Group, tag: str, style: dict[str, Any]) -> None:
+    each = curve(group, lambda run: run.series(tag), "tokens")
+    panel.plot(each.x, each.mean, label=_name(group), **style)
+    panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def styles() -> Iterator[dict[str, Any]]:
+    """Colour, line and marker of each group in turn."""
+    for colour, line, marker in zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False):
+        yield {"color": colour, "linestyle": line, "marker": marker}
+
+
+def _name(group: Group) -> str:
+    seeds = f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""
+    return f"{group.label}{seeds}" + (f" [{group.state}]" if group.state else "")
+
+
+def _columns(groups: Sequence[Group]) -> int:
+    return 2 if any(len(_name(group)) > 28 for group in groups) else 3
+
+
+def _legend_height(groups: Sequence[Group]) -> float:
+    return LEGEND_LINE * -(-(len(groups) + 2) // _columns(groups))
+
+
+def _legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training: bool = False) -> None:
+    """Below the panels."""
+    from matplotlib.lines import Line2D
+
+    handles, labels = panel.get_legend_handles_labels()
+    if training:
+        handles.append(Line2D([], [], color="#777777", linewidth=0.6))
+        labels.append("training, running mean")
+        if any(run.merges for group in groups for run in group.runs):
+            handles.append(Line2D([], [], color="#777777", linestyle="", marker="|", markersize=9, markeredgewidth=1.2))
+            labels.append("merge")
+    figure.legend(handles, labels, loc="outside lower center", ncols=_columns(groups), handlelength=3)

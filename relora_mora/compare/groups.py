@@ -1,0 +1,165 @@
+"""Runs that differ in nothing but their seeds belong together; a label says in what the others differ."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora_mora.compare.runs import Run
+from relora_mora.registry import METHODS
+
+SEEDS = ("train.seed", "data.seed")
+# how a run is kept, watched and started, or what follows from it: nothing that its numbers depend on
+_APART_SECTIONS = ("checkpoint", "log")
+_APART = {
+    *SEEDS,
+    "data.max_bad_fraction",
+    "data.prefetch_batches",
+    "data.timeout_seconds",
+    "data.workers",
+    "eval.at_start",
+    "eval.every_steps",
+    "eval.generate",
+    "eval.micro_batch_size",
+    "train.allow_changes",
+    "train.epochs",
+    "train.max_bad_steps",
+    "train.max_rollbacks",
+    "train.peer_timeout_seconds",
+    "train.resume",
+    "train.run_dir",
+    "train.tokens",
+}
+_OF_SOME_METHODS = {setting for method in METHODS.values() for setting in method.settings}
+_IN_TITLE = ("method.name", "method.operators")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that share all settings but the seeds: one row of a table, one line of a figure.
+
+    ``method`` is what papers call the method, ``differs`` the settings in which the groups of a comparison differ.
+    """
+
+    method: str
+    differs: str
+    runs: tuple[Run, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}, {self.differs}" if self.differs else self.method
+
+    @property
+    def is_finished(self) -> bool:
+        return all(run.is_finished for run in self.runs)
+
+    @property
+    def state(self) -> str:
+        """In words, where a run that has not ended stands; empty when all have."""
+        waiting = [run for run in self.runs if not run.is_finished]
+        if not waiting:
+            return ""
+        state = "running" if any(run.is_running for run in waiting) else "unfinished"
+        step = min(run.last_step for run in waiting)
+        return f"{state}, step {step:,} of {waiting[0].steps:,}"
+
+    def common_steps(self, series: Sequence[Mapping[int, float]]) -> list[int]:
+        """The steps at which all of these have a value, in order."""
+        return sorted(set.intersection(*map(set, series)))
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """The runs in groups, in the order in which they are given.
+
+    A run with settings and seed of another one is no further seed: it stands alone, under the name of its folder.
+    """
+    gathered: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = json.dumps(_compared(run), sort_keys=True, default=str)
+        repeat = 0
+        while any(_seed(other) == _seed(run) for other in gathered.get(f"{repeat}{settings}", ())):
+            repeat += 1
+        gathered.setdefault(f"{repeat}{settings}", []).append(run)
+    members = list(gathered.values())
+    compared = [_compared(runs[0]) for runs in members]
+    names = _differing(compared)
+    parts = [(method_title(each), _differences(each, names)) for each in compared]
+    alike = Counter(parts)
+    return [
+        Group(
+            method,
+            ", ".join([differs] * bool(differs) + [runs[0].folder.name] * (alike[method, differs] > 1)),
+            tuple(runs),
+        )
+        for (method, differs), runs in zip(parts, members, strict=True)
+    ]
+
+
+def group_of(groups: Sequence[Group], folder: Path) -> Group | None:
+    """The group that the run of a folder is in."""
+    return next((group for group in groups for run in group.runs if run.folder.resolve() == folder.resolve()), None)
+
+
+def method_title(settings: Mapping[str, Any]) -> str:
+    """Full rank, LoRA, ReLoRA, MoRA, ReMoRA (1, 2): a cycle of operators is part of the name."""
+    method = METHODS.get(settings["method.name"])
+    title = settings["method.name"] if method is None else method.title
+    operators = settings.get("method.operators", ())
+    return f"{title} ({_shown(operators)})" if len(operators) > 1 else title
+
+
+def _compared(run: Run) -> dict[str, Any]:
+    """The settings that count: those that the method uses, without seeds and all that says how a run is kept."""
+    method = METHODS.get(run.settings["method.name"])
+    unused = _OF_SOME_METHODS.difference(_OF_SOME_METHODS if method is None else method.settings)
+    kept = {
+        name: value
+        for name, value in run.settings.items()
+        if name not in _APART and name not in unused and name.partition(".")[0] not in _APART_SECTIONS
+    }
+    if method is not None and not method.merges and "method.operators" in kept:
+        kept["method.operators"] = kept["method.operators"][:1]
+    return kept
+
+
+def _seed(run: Run) -> tuple[Any, ...]:
+    return tuple(run.settings.get(name) for name in SEEDS)
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the settings of which several values are in use; of a setting that one method has, that is one value."""
+    names = dict.fromkeys(name for each in settings for name in each if name not in _IN_TITLE)
+    values = {name: {json.dumps(each[name], default=str) for each in settings if name in each} for name in names}
+    operators = {
+        json.dumps(each["method.operators"]) for each in settings if len(each.get("method.operators", ())) == 1
+    }
+    return [name for name in names if len(values[name]) > 1] + ["method.operators"] * (len(operators) > 1)
+
+
+def _differences(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Rank 32, lr 0.001"""
+    ends = Counter(name.partition(".")[2] for name in names)
+    shown = []
+    for name in names:
+        section, _, key = name.partition(".")
+        if name not in settings or (name == "method.operators" and len(settings[name]) > 1):
+            continue
+        title = section if key == "name" else key if ends[key] == 1 else f"{section} {key}"
+        shown.append(f"{title.replace('_', ' ')} {_shown(settings[name])}")
+    return ", ".join(shown)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "on", False: "off", None: "default"}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
+    return Path(value).stem if isinstance(value, str) and "/" in value else str(value)

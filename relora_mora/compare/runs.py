@@ -1,0 +1,165 @@
+"""One run as its folder tells it: settings, metrics over steps, tokens and time, and whether it is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from relora_mora.compare.errors import CompareError
+from relora_mora.config import Config, parse_yaml
+from relora_mora.supervise.lock import is_held
+from relora_mora.system.run_folder import RunFolder
+
+Series = dict[int, float]  # values of a metric by step, in the order of steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds. ``settings`` by dotted name, those of the newest start; ``lines`` of metrics.jsonl."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    lines: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
+    is_running: bool
+
+    def series(self, tag: str) -> Series:
+        """A metric by step, without numbers that are not finite; the newest where a step has several."""
+        return {line["step"]: line[tag] for line in self.lines if isinstance(line.get(tag), int | float)}
+
+    @property
+    def last_step(self) -> int:
+        return max(line["step"] for line in self.lines)
+
+    @property
+    def steps(self) -> int:
+        """The optimizer steps that it is to make."""
+        return int(self.settings["train.steps"])
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has evaluated its last step."""
+        return self.steps in self.series("eval/loss")
+
+    @property
+    def validation_sets(self) -> list[str]:
+        """Names of its sets of held-out text; "" for one without a name. Empty before the first evaluation."""
+        tags = dict.fromkeys(tag for line in self.lines for tag in line if tag.startswith("eval/"))
+        sets = [tag.split("/")[1] for tag in tags if tag.count("/") == 2 and tag.endswith("/loss")]
+        return sets or ([""] if "eval/loss" in tags else [])
+
+    def evaluations(self, name: str) -> Series:
+        """Validation loss of a set, nats per token, by step."""
+        return self.series(f"eval/{name}/loss" if name else "eval/loss")
+
+    def scored_tokens(self, name: str) -> int | None:
+        """Tokens that an evaluation of a set scores."""
+        scored = self.series(f"eval/{name}/tokens" if name else "eval/tokens")
+        return int(list(scored.values())[-1]) if scored else None
+
+    @property
+    def merges(self) -> list[int]:
+        """The steps after which it merged."""
+        return list(self.series("merge/layers"))
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Numbers of parameters: total, trainable, adapters; empty for runs of versions that did not note them."""
+        return dict(self.starts[-1].get("parameters", {})) if self.starts else {}
+
+    def tokens(self, step: int) -> int:
+        """Tokens trained on when so many steps are done."""
+        known = {self._begin: 0, **self.series("train/tokens")}
+        before = max((other for other in known if other <= step), default=self._begin)
+        per_step = self.settings["train.batch_size"] * self.settings["data.sequence_length"]
+        return int(known[before] + (step - before) * per_step)
+
+    def seconds(self, step: int) -> float:
+        """Time of the steps and merges until then, in seconds; without evaluations, checkpoints, starts and pauses."""
+        steps, seconds = self._clock
+        return float(np.interp(step, steps, seconds))
+
+    @cached_property
+    def _begin(self) -> int:
+        """The step at which its first start began: above 0 after a warm start from another run's checkpoint."""
+        return self.starts[0].get("step", 0) if self.starts else 0
+
+    @cached_property
+    def _clock(self) -> tuple[list[int], list[float]]:
+        steps = [self._begin]
+        seconds = [0.0]
+        merging = 0.0
+        for line in self.lines:
+            merging += line.get("merge/seconds", 0.0)
+            if isinstance(line.get("perf/step_seconds"), float):
+                made = line["step"] - steps[-1]
+                steps.append(line["step"])
+                seconds.append(seconds[-1] + made * line["perf/step_seconds"] + merging)
+                merging = 0.0
+        return steps, seconds
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder, also one in which a trainer is at work.
+
+    Raises :class:`CompareError` where it is none, or has no metrics yet.
+    """
+    files = RunFolder(folder)
+    if not files.config.is_file():
+        raise CompareError(
+            f"{folder}: no run folder, as it has no {files.config.name}; give the train.run_dir of a run"
+        )
+    lines = _json_lines(files.metrics)
+    if not lines:
+        raise CompareError(
+            f"{folder}: no metrics yet ({files.metrics.name}); leave it out, or wait for its first lines"
+        )
+    return Run(folder, _settings(files.config), lines, _json_lines(files.starts), is_held(folder))
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that another process may be writing; none where there is no file."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a kill cut it off
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            found.append(record)
+    return found
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """All settings by dotted name. Those that an older version did not know have their defaults."""
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        given = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
+    except (ValueError, AttributeError, yaml.YAMLError) as error:
+        raise CompareError(
+            f"{path}: cannot be read as the settings of a run ({' '.join(str(error).split())})"
+        ) from error
+    missing = [name for name in ("method.name", "train.steps") if given.get(name) is None]
+    if missing:
+        raise CompareError(
+            f"{path}: without {missing[0]}; give the folder of a run, whose config.yaml has all settings"
+        )
+    return {**_defaults(), **given}
+
+
+def _defaults() -> dict[str, Any]:
+    found = {}
+    for section, field in Config.model_fields.items():
+        for key, setting in getattr(field.annotation, "model_fields", {}).items():
+            if not setting.is_required():
+                found[f"{section}.{key}"] = setting.get_default()
+    return found

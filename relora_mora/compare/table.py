@@ -1,0 +1,207 @@
+"""Rows of a comparison, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, median
+from typing import Any
+
+from relora_mora.compare.errors import CompareError
+from relora_mora.compare.groups import Group
+
+
+@dataclass(frozen=True)
+class Number:
+    """A mean over seeds, with the least and the greatest of them."""
+
+    mean: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Number:
+        return Number(mean(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The last evaluation of a set of held-out text that all runs of a group have made."""
+
+    loss: Number  # nats per token
+    perplexity: Number
+    ratio: float | None  # of perplexities, to that of the row compared with
+    scored_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A group of runs in numbers. Parameters and rates are None where no run has noted them."""
+
+    label: str
+    method: str
+    differs: str
+    folders: list[str]
+    seeds: int
+    state: str  # empty: finished
+    step: int  # of the evaluation
+    tokens: int  # trained on until then
+    total_parameters: int | None
+    trainable_parameters: int | None
+    adapter_parameters: int | None
+    validation: dict[str, Validation]  # by the name of its set, "" for one without a name
+    tokens_per_second: Number | None
+    peak_memory_gib: Number | None
+
+
+def compare(groups: Sequence[Group], against: Group | None = None) -> list[Row]:
+    """A row for each group; perplexities are compared with those of ``against``, by default the first group.
+
+    Raises :class:`CompareError` where the runs share no held-out text.
+    """
+    sets = common_sets(groups)
+    reference = against or groups[0]
+    evaluated = {name: _perplexity(reference, name).mean for name in sets}
+    return [_row(group, evaluated) for group in groups]
+
+
+def common_sets(groups: Sequence[Group]) -> list[str]:
+    """Names of the sets of held-out text that all runs were evaluated on, in the order of the first run.
+
+    Raises :class:`CompareError` where there is none.
+    """
+    runs = [run for group in groups for run in group.runs]
+    for run in runs:
+        if not run.validation_sets:
+            raise CompareError(f"{run.folder}: no evaluation yet (eval/loss); leave it out, or wait for its first one")
+    common = [name for name in runs[0].validation_sets if all(name in run.validation_sets for run in runs)]
+    if not common:
+        named = "; ".join(f"{run.folder}: {', '.join(map(_set_title, run.validation_sets))}" for run in runs)
+        raise CompareError(
+            f"the runs have no validation set in common ({named}); compare runs with the same data.validation"
+        )
+    for name in common:
+        for group in groups:
+            if not group.common_steps([run.evaluations(name) for run in group.runs]):
+                raise CompareError(
+                    f"{group.label}: its seeds have no evaluated step in common; compare them one by one"
+                )
+    return common
+
+
+def _row(group: Group, reference: dict[str, float]) -> Row:
+    first = group.runs[0]
+    step = min(_last_step(group, name) for name in reference)
+    parameters = first.parameters
+    validation = {}
+    for name, compared_with in reference.items():
+        perplexity = _perplexity(group, name)
+        loss = Number.of([run.evaluations(name)[_last_step(group, name)] for run in group.runs])
+        validation[name] = Validation(loss, perplexity, perplexity.mean / compared_with, first.scored_tokens(name))
+    return Row(
+        label=group.label,
+        method=group.method,
+        differs=group.differs,
+        folders=[str(run.folder) for run in group.runs],
+        seeds=len(group.runs),
+        state=group.state,
+        step=step,
+        tokens=first.tokens(step),
+        total_parameters=parameters.get("total"),
+        trainable_parameters=parameters.get("trainable"),
+        adapter_parameters=parameters.get("adapters"),
+        validation=validation,
+        tokens_per_second=_over_seeds(group, "perf/tokens_per_second", median),
+        peak_memory_gib=_over_seeds(group, "perf/peak_memory_gib", max),
+    )
+
+
+def _last_step(group: Group, name: str) -> int:
+    return group.common_steps([run.evaluations(name) for run in group.runs])[-1]
+
+
+def _perplexity(group: Group, name: str) -> Number:
+    step = _last_step(group, name)
+    return Number.of([math.exp(min(run.evaluations(name)[step], 700.0)) for run in group.runs])
+
+
+def _over_seeds(group: Group, tag: str, over_run: Callable[[list[float]], float]) -> Number | None:
+    found = [list(run.series(tag).values()) for run in group.runs]
+    return Number.of([over_run(values) for values in found if values]) if any(found) else None
+
+
+def as_json(rows: Sequence[Row], against: Group | None = None) -> dict[str, Any]:
+    """Everything of the rows, for json.dumps."""
+    return {"against": rows[0].label if against is None else against.label, "rows": [asdict(row) for row in rows]}
+
+
+def markdown(rows: Sequence[Row], against: Group | None = None) -> str:
+    """The table, and below it what a reader must know of it."""
+    sets = list(rows[0].validation)
+    columns: dict[str, list[str]] = {"method": [row.method for row in rows]}
+    if any(row.differs for row in rows):
+        columns["settings"] = [row.differs for row in rows]
+    if any(row.seeds > 1 for row in rows):
+        columns["seeds"] = [str(row.seeds) for row in rows]
+    columns["trainable"] = [count(row.trainable_parameters) for row in rows]
+    columns["adapters"] = [count(row.adapter_parameters) for row in rows]
+    columns["tokens"] = [count(row.tokens) + "*" * bool(row.state) for row in rows]
+    for name in sets:
+        ending = f" ({name})" if name else ""
+        results = [row.validation[name] for row in rows]
+        columns[f"loss{ending}"] = [_number(each.loss, ".4f") for each in results]
+        columns[f"perplexity{ending}"] = [_number(each.perplexity, ".2f") for each in results]
+        columns[f"ratio{ending}"] = [_plain(each.ratio, ".3f") for each in results]
+    columns["tokens/s"] = [_number(row.tokens_per_second, ",.0f") for row in rows]
+    columns["peak memory, GiB"] = [_number(row.peak_memory_gib, ".2f") for row in rows]
+    left = sum(name in ("method", "settings") for name in columns)
+    lines = [
+        " | ".join(columns),
+        " | ".join(["---"] * left + ["---:"] * (len(columns) - left)),
+        *(" | ".join(cells) for cells in zip(*columns.values(), strict=True)),
+    ]
+    table = "".join(f"| {line} |\n" for line in lines)
+    notes = "".join(f"\n{note}\n" for note in _notes(rows, against))
+    return table + notes
+
+
+def _notes(rows: Sequence[Row], against: Group | None) -> list[str]:
+    compared_with = rows[0].label if against is None else against.label
+    notes = [f"Loss in nats per token of held-out text; ratio: of perplexities, to {compared_with}."]
+    if any(row.seeds > 1 for row in rows):
+        notes.append("Means over seeds, with the least and the greatest in parentheses.")
+    notes += [f"\\* {row.label}: {row.state}." for row in rows if row.state]
+    if len({row.tokens for row in rows}) > 1:
+        notes.append("The runs were evaluated after unequal numbers of tokens.")
+    for name in rows[0].validation:
+        if len({row.validation[name].scored_tokens for row in rows}) > 1:
+            notes.append(
+                f"{_set_title(name).capitalize()}: runs were scored on different tokens; their losses do not compare."
+            )
+    return notes
+
+
+def _set_title(name: str) -> str:
+    return f"set {name}" if name else "a set without a name"
+
+
+def count(value: float | None) -> str:
+    """A whole number in three digits and a unit, such as 1.23M."""
+    if value is None:
+        return "–"
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}" if value < 1000 * size else f"{value / size:,.0f}{unit}"
+    return f"{value:g}"
+
+
+def _plain(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def _number(number: Number | None, spec: str) -> str:
+    if number is None:
+        return "–"
+    shown, low, high = (format(value, spec) for value in (number.mean, number.low, number.high))
+    return shown if low == high else f"{shown} ({low}–{high})"
