@@ -35,6 +35,7 @@ INSTRUCTIONS = [
 SECTIONS = Config.model_fields
 SCRIPTS = (
     "launch/board.py",
+    "launch/compare.py",
     "launch/evaluate.py",
     "launch/export.py",
     "launch/plan.py",

@@ -26,6 +26,7 @@ from relora_mora.config.types import (
     Fraction,
     NotNegative,
     Positive,
+    Project,
     Rate,
     Seed,
     Strict,
@@ -357,6 +358,11 @@ class CheckpointConfig(Strict):
 class LogConfig(Strict):
     every_steps: Positive = Field(10, description="steps between lines of metrics.jsonl and TensorBoard")
     tensorboard: bool = Field(True, description="write TensorBoard events")
+    wandb: Project | None = Field(
+        None,
+        description="a project of Weights & Biases to log to as well, PROJECT or ENTITY/PROJECT; null: none; see "
+        "docs/metrics.md",
+    )
     progress: bool = Field(True, description="show a progress bar on the first rank")
     peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="peak of one device in TFLOP/s, for utilisation; null: known or measured at the start"

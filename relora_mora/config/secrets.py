@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 HIDDEN = "***"
+WANDB_REMEDY = "it holds what looks like a key of Weights & Biases; use `wandb login` or WANDB_API_KEY instead"
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_WANDB_KEY = re.compile(r"wandb_v\d+_\w{20,}")
+_OLD_WANDB_KEY = re.compile(r"(\w+-)?[0-9a-f]{40}")  # a commit elsewhere
 # what stands before the @ of scheme://user:password@host, also where the password holds a / that should have been %2F
 _CREDENTIALS = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d+[/?#])\S*)@")
 _QUERY = re.compile(r"(https?://[^\s?#]*[?#])\S*[^\s:;,.)\]'\"]")
@@ -22,13 +25,15 @@ _SIGNATURE = re.compile(
 
 def redact(text: str) -> str:
     """The text without tokens, user and password of urls, and queries of urls, which may be signatures."""
-    return _QUERY.sub(rf"\1{HIDDEN}", _CREDENTIALS.sub(f"{HIDDEN}@", _TOKEN.sub(HIDDEN, text)))
+    return _QUERY.sub(rf"\1{HIDDEN}", _CREDENTIALS.sub(f"{HIDDEN}@", _WANDB_KEY.sub(HIDDEN, _TOKEN.sub(HIDDEN, text))))
 
 
 def secret_in(text: str) -> str | None:
     """What is secret in a text and where it belongs instead; None when there is nothing."""
     if _TOKEN.search(text):
         return "it holds what looks like a token of the Hugging Face hub; use `hf auth login` or HF_TOKEN instead"
+    if _WANDB_KEY.search(text):
+        return WANDB_REMEDY
     if _CREDENTIALS.search(text):
         return "it holds the user or password of a url; put them into ~/.netrc, which is read for http(s) sources"
     if signature := _SIGNATURE.search(text):
@@ -42,7 +47,8 @@ def secret_in(text: str) -> str | None:
 def secrets_in(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """(dotted name, what is secret there) for every text and every key of a tree of settings."""
     if isinstance(value, str):
-        found = secret_in(value)
+        is_key = name == "log.wandb" and _OLD_WANDB_KEY.fullmatch(value)
+        found = WANDB_REMEDY if is_key else secret_in(value)
         if found:
             yield name, found
     elif isinstance(value, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -17,12 +18,19 @@ def _no_nul(text: str) -> str:
     return text
 
 
+def _project(text: str) -> str:
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]{1,128}", text):
+        raise PydanticCustomError("project", "input should be PROJECT or ENTITY/PROJECT, of letters, digits, - _ and .")
+    return text
+
+
 def as_whole(value: Any) -> Any:
     """5e8 is a whole number too."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
+Project = Annotated[Text, AfterValidator(_project)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Whole = Annotated[int, Field(ge=1, le=LARGEST), BeforeValidator(as_whole)]
 NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]

@@ -50,6 +50,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def wandb_id(self) -> Path:
+        """The id of the run at Weights & Biases, which a resume continues."""
+        return self.path / "wandb-id.txt"
+
+    @property
     def tasks(self) -> Path:
         """One JSON object a line for every time that tasks were evaluated, as in ``metrics``."""
         return self.path / "tasks.jsonl"

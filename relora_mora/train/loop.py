@@ -25,6 +25,7 @@ from relora_mora.train.ends import Ends
 from relora_mora.train.events import Evaluating, Merging, Reporting, Saving
 from relora_mora.train.feed import DataFailed, Feed, Share
 from relora_mora.train.judge import Judge, StepResult
+from relora_mora.train.loggers import make_loggers
 from relora_mora.train.metrics import Metrics
 from relora_mora.train.progress import Progress
 from relora_mora.train.report import Arithmetic, peak_of_device
@@ -74,7 +75,9 @@ class Trainer:
         if resumed_from is not None and state.saved is not None:
             self.writer.adopt_base(resumed_from.folder, resumed_from.manifest)
         first = self.rank == 0
-        self.metrics = Metrics(self.folder, step=state.step, tensorboard=config.log.tensorboard) if first else None
+        self.metrics = (
+            Metrics(self.folder, step=state.step, loggers=make_loggers(self.folder, config.log)) if first else None
+        )
         self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
         self.feed = Feed(self.data, config.data, guard)
         self.judge = Judge(config.train, self.rank, run.engine.world_size, self.write)

@@ -1,53 +1,69 @@
-"""Metrics of a run: one JSON object a line, and the same numbers for TensorBoard. First rank only."""
+"""Metrics of a run: one JSON object a line, and the same numbers for other loggers. First rank only."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from relora_mora.config.secrets import redact
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.train.tensorboard import TensorBoard
+
+
+class Logger(Protocol):
+    """Where metrics go beside ``metrics.jsonl``: a class with these, made in ``loggers.py``.
+
+    Any of them may raise whatever it likes, at any time: that is said once, and training goes on. The next ``write`` is
+    tried again.
+    """
+
+    title: str  # in messages
+
+    def open(self, step: int) -> None:
+        """A run begins (0) or goes on behind a step. What was written of later steps will be written again.
+
+        Called before the first ``write``, and again where the run goes back to an earlier step.
+        """
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """The numbers of one event, under the tags of docs/metrics.md; other values than int and float are texts."""
+
+    def close(self) -> None:
+        """The process ends; the run may go on in another one."""
 
 
 class Metrics:
-    """Writes ``metrics.jsonl`` and ``tensorboard/`` of a run folder.
+    """Writes ``metrics.jsonl`` of a run folder, and hands the same to loggers.
 
-    After a resume at ``step``, what an earlier process logged beyond it is dropped from the file and hidden in
-    TensorBoard, because those steps are made again. A line that cannot be written (the disk is full) is lost, with a
-    warning, and training goes on.
+    After a resume at ``step``, what an earlier process logged beyond it is dropped from the file, because those steps
+    are made again. A line that cannot be written (the disk is full) is lost, with a warning, and training goes on.
     """
 
-    def __init__(self, folder: Path, *, step: int, tensorboard: bool) -> None:
-        files = RunFolder(folder)
-        self.path = files.metrics
-        self._board_folder = files.tensorboard if tensorboard else None
-        self._board: TensorBoard | None = None
+    def __init__(self, folder: Path, *, step: int, loggers: Sequence[Logger] = ()) -> None:
+        self.path = RunFolder(folder).metrics
+        self._loggers = loggers
         self._file: int | None = None
-        self._losing = False
+        self._losing: set[str] = set()
         self._open(step)
-        if step == 0 and self._board is not None:
-            self._board.describe(files.config.read_text(encoding="utf-8"))
 
     def go_back(self, step: int) -> None:
         """Drops what was logged beyond ``step``: the run goes on from there."""
-        self.close()
+        self._close_file()
         self._open(step)
 
     def _open(self, step: int) -> None:
         self._keep_until(step)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        self._open_board(step + 1)
-
-    def _open_board(self, step: int) -> None:
-        if self._board_folder is not None:
-            self._board = TensorBoard(self._board_folder, step)
+        for logger in self._loggers:
+            self._try(logger.title, partial(logger.open, step))
 
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
@@ -64,28 +80,30 @@ class Metrics:
         beside.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line of the file, and a point for each number that is a curve in TensorBoard."""
+        """One line of the file, and the same for each logger."""
         finite = {
             tag: None if isinstance(value, float) and not math.isfinite(value) else value
             for tag, value in values.items()
         }
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n"
+        self._try(self.path.name, lambda: self._append(line.encode()))
+        for logger in self._loggers:
+            self._try(logger.title, partial(logger.write, step, values))
+
+    def _try(self, where: str, action: Callable[[], None]) -> None:
         try:
-            self._append(line.encode())
-            if self._board is None:  # closed after a fault of the disk
-                self._open_board(step)
-            if self._board is not None:
-                self._board.write(step, values)
-        except OSError as error:
-            if not self._losing:
+            action()
+        except Exception as error:
+            if where not in self._losing:
+                said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 log.error(
-                    "metrics cannot be written (%s): lines are lost until that is mended; training goes on",
-                    error.strerror or error,
+                    "%s: metrics cannot be written (%s): they are lost there until that is mended; training goes on",
+                    where,
+                    redact(" ".join(said.split()) or type(error).__name__),
                 )
-            self._losing = True
-            self._close_board()
+            self._losing.add(where)
         else:
-            self._losing = False
+            self._losing.discard(where)
 
     def _append(self, line: bytes) -> None:
         """The whole line or nothing: a disk that fills up would take a part of it."""
@@ -97,12 +115,12 @@ class Metrics:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
+        self._close_file()
+        for logger in self._loggers:
+            with contextlib.suppress(Exception):
+                logger.close()
+
+    def _close_file(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        self._close_board()
-
-    def _close_board(self) -> None:
-        if self._board is not None:
-            self._board.close()
-            self._board = None

@@ -41,6 +41,7 @@ from relora_mora.train.agreement import check_agreement, check_shared
 from relora_mora.train.build import build
 from relora_mora.train.check import Checked, check, pinned_before
 from relora_mora.train.errors import MemoryShortage
+from relora_mora.train.loggers import check_loggers
 from relora_mora.train.loop import Trainer
 from relora_mora.train.resume import finds_checkpoint, resume
 from relora_mora.train.run_folder import write_run_folder
@@ -106,6 +107,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     remember_commits(commits)
     remember_datasets(datasets)
     config = with_tokenizer(config.model_copy(update={"data": data}))
+    from_first_rank(lambda: check_loggers(config.log))
     checked = check(config, world_size)
     check_agreement(checked.identity)
     asked = from_first_rank(lambda: _asked(checked, data))

@@ -13,7 +13,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from relora_mora.config import Config, parse_yaml, unused_settings
+from relora_mora.config import Config, dump, parse_yaml, unused_settings
+from relora_mora.system.run_folder import RunFolder
 
 # TensorBoard sorts groups by name and opens the first two: eval and train, as all others come after them
 _GROUPS = {
@@ -43,12 +44,22 @@ LAYOUT = {
 _COMPARED = (
     "method.name",
     "method.rank",
+    "method.operators",
     "method.merge_every",
+    "method.reset",
     "optim.lr",
     "optim.lr_other",
+    "optim.schedule",
+    "optim.warmup_steps",
+    "optim.restart_warmup_steps",
+    "train.steps",
     "train.batch_size",
+    "data.sequence_length",
+    "model.config",
     "train.seed",
+    "data.seed",
 )
+_COSTS = ("perf/tokens_per_second", "perf/peak_memory_gib", "train/tokens")
 
 
 def board_tag(tag: str) -> str | None:
@@ -64,42 +75,80 @@ def board_tag(tag: str) -> str | None:
 
 
 class TensorBoard:
-    """Writes event files into a folder. What earlier files there hold from ``step`` on is hidden.
+    """Writes event files into ``tensorboard/`` of a run folder.
 
-    The methods raise OSError, at once or at a later call, where the disk fails: a thread writes in the background.
+    ``open`` and ``write`` raise OSError, at once or at a later call, where the disk fails: a thread writes in the
+    background. The next ``write`` begins another file.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        threading.excepthook = _without_disk_errors
-        self._writer = SummaryWriter(str(folder), purge_step=step, flush_secs=10)
+    title = "TensorBoard"
 
-    def describe(self, settings: str) -> None:
-        """Once a run: all settings (``config.yaml``) as text and some in the table of runs, and the custom charts."""
-        indented = "".join(f"    {line}\n" for line in settings.splitlines())
-        self._writer.add_text("run/config", indented, 0)
-        self._writer.add_custom_scalars(LAYOUT)
-        metrics = {"eval/perplexity": 0.0, "train/perplexity": 0.0}  # the table takes the newest points of these curves
-        for summary in hparams(_compared(Config.model_validate(parse_yaml(settings))), metrics)[
-            :2
-        ]:  # without the third, the end of the run
-            self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+    def __init__(self, folder: Path) -> None:
+        self._files = RunFolder(folder)
+        self._writer: SummaryWriter | None = None
+
+    def open(self, step: int) -> None:
+        """Hides what earlier files hold beyond ``step``; describes the run where nothing has yet."""
+        self.close()
+        board = self._files.tensorboard
+        is_new = step == 0 or not any(board.glob("events.*"))
+        self._begin_file(step + 1)
+        if is_new:
+            self._describe(Config.model_validate(parse_yaml(self._files.config.read_text(encoding="utf-8"))))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One point for every number, under the tag of metrics.jsonl."""
-        for tag, value in values.items():
-            shown = board_tag(tag)
-            if shown is not None and isinstance(value, int | float):
-                self._writer.add_scalar(shown, value, step)
+        """One point for every number that is a curve."""
+        writer = self._writer or self._begin_file(step)  # closed after a fault of the disk
+        try:
+            for tag, value in values.items():
+                shown = board_tag(tag)
+                if shown is not None and isinstance(value, int | float):
+                    writer.add_scalar(shown, value, step)
+        except OSError:
+            self.close()
+            raise
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._writer.close()
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._writer = None
+
+    def _begin_file(self, step: int) -> SummaryWriter:
+        threading.excepthook = _without_disk_errors
+        self._writer = SummaryWriter(str(self._files.tensorboard), purge_step=step, flush_secs=10)
+        return self._writer
+
+    def _describe(self, config: Config) -> None:
+        """All settings as text and those that tell runs apart in the table of runs, and the custom charts."""
+        assert self._writer is not None
+        indented = "".join(f"    {line}\n" for line in dump(config).splitlines())
+        self._writer.add_text("run/config", indented, 0)
+        self._writer.add_custom_scalars(LAYOUT)
+        values = _compared(config)
+        results = dict.fromkeys(_results(config), 0.0)  # the table takes the newest points of these curves
+        # TensorBoard takes the columns of all runs from the first of them: they are there for every method
+        columns, _, _ = hparams(values, results)
+        used = {name: value for name, value in values.items() if name not in unused_settings(config)}
+        _, start, _ = hparams(used, results)  # without the third, the end of the run
+        for summary in (columns, start):
+            self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
 
 def _compared(config: Config) -> dict[str, Any]:
-    """The settings by which runs are compared, without those that the method does not use."""
-    values = {name: attrgetter(name)(config) for name in set(_COMPARED) - set(unused_settings(config))}
-    return {name: value for name, value in values.items() if value is not None}
+    """The settings by which runs are compared; lists as texts."""
+    values = {name: attrgetter(name)(config) for name in _COMPARED}
+    if config.optim.lr_other is None:
+        values["optim.lr_other"] = config.optim.lr
+    if config.model.config is None:
+        values["model.config"] = config.model.init_from
+    return {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _results(config: Config) -> list[str]:
+    """The curves whose newest points the table of runs shows."""
+    sets = [f"eval/{name}/perplexity" for name in config.data.validation_sets if name]
+    return ["eval/perplexity", "eval/loss", *sets, "train/perplexity", *map(str, map(board_tag, _COSTS))]
 
 
 def _without_disk_errors(args: threading.ExceptHookArgs) -> None:

@@ -17,6 +17,7 @@ NAMES = {
     "metrics": "metrics.jsonl",
     "tasks": "tasks.jsonl",
     "tensorboard": "tensorboard",
+    "wandb_id": "wandb-id.txt",
     "checkpoints": "checkpoints",
     "rollbacks": "rollbacks.json",
     "ends": "ends.jsonl",

@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from relora_mora.config import dump, validate
 from relora_mora.system.logs import log, setup_logging, shared_log
 from relora_mora.train.metrics import Metrics
-from relora_mora.train.tensorboard import LAYOUT, NO_CURVES, board_tag
+from relora_mora.train.tensorboard import LAYOUT, NO_CURVES, TensorBoard, board_tag
 from tests.tools.config_tools import tree
 from tests.tools.helpers import ROOT
 
@@ -39,13 +39,13 @@ def _board(folder, tag):
 
 def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
     _write_config(tmp_path)
-    first = Metrics(tmp_path, step=0, tensorboard=True)
+    first = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
     for step in range(1, 7):
         first.write(step, {"train/loss": float(step), "merge/layers": 3})
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 7, "tra')  # a line that a kill cut off
-    second = Metrics(tmp_path, step=4, tensorboard=True)
+    second = Metrics(tmp_path, step=4, loggers=[TensorBoard(tmp_path)])
     for step in (5, 6):
         second.write(step, {"train/loss": 10.0 * step})
     second.close()
@@ -63,7 +63,7 @@ def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
 
 def test_a_new_start_begins_an_empty_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "train/loss": 1.0}\n')
-    metrics = Metrics(tmp_path, step=0, tensorboard=False)
+    metrics = Metrics(tmp_path, step=0)
     metrics.write(1, {"train/loss": 2.0})
     metrics.close()
     assert [line["train/loss"] for line in _lines(tmp_path)] == [2.0]
@@ -72,7 +72,7 @@ def test_a_new_start_begins_an_empty_file(tmp_path):
 
 def test_a_folder_that_cannot_be_written_for_a_while_costs_lines_and_no_traceback(tmp_path, capfd):
     _write_config(tmp_path)
-    metrics = Metrics(tmp_path, step=0, tensorboard=True)
+    metrics = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
     metrics.write(1, {"train/loss": 1.0})
     board = tmp_path / "tensorboard"
     board.rename(tmp_path / "away")
@@ -97,7 +97,7 @@ def test_a_folder_that_cannot_be_written_for_a_while_costs_lines_and_no_tracebac
 
 def test_bytes_that_a_disk_has_spoilt_cost_a_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xff\x00p": 2}\n{"step": 3}\n')
-    Metrics(tmp_path, step=5, tensorboard=False).close()
+    Metrics(tmp_path, step=5).close()
     assert [line["step"] for line in _lines(tmp_path)] == [1, 3]
 
 
@@ -168,7 +168,7 @@ def _quality():
 @pytest.mark.parametrize(("method", "uses_rank"), [("remora", True), ("full", False)])
 def test_runs_are_compared_by_settings_that_their_method_uses(tmp_path, method, uses_rank):
     _write_config(tmp_path, method={"name": method}, optim={"lr": 0.25})
-    Metrics(tmp_path, step=0, tensorboard=True).close()
+    Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)]).close()
     events = _events(tmp_path)
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     hyperparameters = HParamsPluginData.FromString(content).session_start_info.hparams
