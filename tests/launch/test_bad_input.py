@@ -15,6 +15,7 @@ from relora_mora.config import load_config
 from tests.tools.commands import (
     BENCHMARK,
     BOARD,
+    COMPARE,
     DEMO_TEXT,
     EVALUATE,
     EXPORT,
@@ -153,7 +154,7 @@ def test_in_another_folder_the_message_says_where_relative_paths_start(
     assert "relative" not in absolute.err
 
 
-@pytest.mark.parametrize("script", [PRETRAIN, EVALUATE, EXPORT, PLAN, BOARD, DEMO_TEXT, TRAIN])
+@pytest.mark.parametrize("script", [PRETRAIN, EVALUATE, EXPORT, PLAN, BOARD, COMPARE, DEMO_TEXT, TRAIN])
 def test_outside_the_environment_a_script_says_so(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(  # -S: without site-packages

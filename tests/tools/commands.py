@@ -26,6 +26,7 @@ NOBODY = 65534
 EVALUATE, EXPORT, PLAN = "launch/evaluate.py", "launch/export.py", "launch/plan.py"
 PRETRAIN, FINETUNE = "launch/pretrain.py", "launch/finetune.py"
 BOARD = "launch/board.py"
+COMPARE = "launch/compare.py"
 BENCHMARK = "launch/benchmark/data.py"
 DEMO_TEXT = "launch/demo_text.py"
 TRAIN = "tokenizer/train.py"

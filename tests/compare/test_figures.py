@@ -1,0 +1,138 @@
+"""The curves of the figures are those of the data; nothing is said of how they look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from relora_mora.compare import Group, group_runs, write_figures
+from relora_mora.compare.curves import curve, parting, running_mean
+from relora_mora.compare.figures import loss_figure, rank_figure, rate_figure
+from tests.compare.folders import TOKENS, made_run
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
+
+LOSSES = [9.0, 4.0, 3.0, 2.0, 1.0]
+EVALUATIONS = [TOKENS * step for step in (0, 10, 20, 30, 40)]
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> list[Group]:
+    """Full rank, and ReMoRA with two seeds."""
+    higher = [loss + 0.2 for loss in LOSSES]
+    runs = [
+        made_run(tmp_path / "full", higher, method={"name": "full"}, step_seconds=4000.0),
+        made_run(tmp_path / "remora", LOSSES),
+        made_run(tmp_path / "remora_1", [loss + 0.1 for loss in LOSSES], train={"seed": 1}),
+    ]
+    return group_runs(runs)
+
+
+def _lines(panel: Any) -> dict[str, tuple[list[float], list[float]]]:
+    """The curves of a panel that a legend names."""
+    return {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in panel.get_lines()
+        if not str(line.get_label()).startswith("_")
+    }
+
+
+def test_curves_of_loss_are_means_over_seeds(groups: list[Group]) -> None:
+    figure = loss_figure(groups, "tokens")
+    for panel in figure.axes:
+        lines = _lines(panel)
+        assert list(lines) == ["Full rank", "ReMoRA (1, 2) (2 seeds)"]
+        assert lines["Full rank"][0] == EVALUATIONS and lines["Full rank"][1] == pytest.approx(
+            [9.2, 4.2, 3.2, 2.2, 1.2]
+        )
+        assert lines["ReMoRA (1, 2) (2 seeds)"][1] == pytest.approx([9.05, 4.05, 3.05, 2.05, 1.05])
+    [band] = [each for each in figure.axes[0].collections if hasattr(each, "get_paths")]
+    heights = band.get_paths()[0].vertices
+    assert {1.0, 1.1} <= {round(float(y), 6) for x, y in heights if x == EVALUATIONS[-1]}
+
+
+def test_merges_stand_on_their_curve(groups: list[Group]) -> None:
+    [strokes] = [line for line in loss_figure(groups, "tokens").axes[0].get_lines() if line.get_marker() == "|"]
+    assert list(strokes.get_xdata()) == [20 * TOKENS] and strokes.get_ydata() == pytest.approx([3.05])
+
+
+def test_time_is_in_the_unit_that_the_runs_need(groups: list[Group]) -> None:
+    panel = loss_figure(groups, "time").axes[0]
+    assert panel.get_xlabel() == "time of steps and merges, hours"
+    lines = _lines(panel)
+    assert lines["Full rank"][0] == pytest.approx([step * 4000 / 3600 for step in (0, 10, 20, 30, 40)])
+    assert lines["ReMoRA (1, 2) (2 seeds)"][0][-1] == pytest.approx(85 / 3600)
+
+
+def test_the_second_panel_shows_where_the_curves_part(groups: list[Group]) -> None:
+    whole, zoomed = loss_figure(groups, "tokens").axes[:2]
+    left, right = zoomed.get_xlim()
+    low, high = zoomed.get_ylim()
+    assert EVALUATIONS[1] < left < EVALUATIONS[-1] <= right
+    assert low < 1.0 and 1.2 < high < 4.0, "the last evaluations of both, the band too"
+    assert whole.get_xlim()[0] <= 0
+
+
+def test_one_row_has_no_second_panel(groups: list[Group]) -> None:
+    _, zoomed = loss_figure(groups[:1], "tokens").axes[:2]
+    assert not zoomed.get_visible()
+
+
+def test_each_set_has_a_row_of_panels(tmp_path: Path) -> None:
+    groups = group_runs([made_run(tmp_path / "a", sets=["web", "books"])])
+    panels = loss_figure(groups, "tokens").axes
+    assert [panel.get_ylabel() for panel in panels[::2]] == [
+        "loss on web, nats per token",
+        "loss on books, nats per token",
+    ]
+    assert [_lines(panel)["ReMoRA (1, 2)"][1][-1] for panel in panels[::2]] == [1.0, 2.0]
+
+
+def test_rates_and_ranks(groups: list[Group]) -> None:
+    [rates] = rate_figure(groups).axes
+    x, y = _lines(rates)["Full rank"]
+    assert len(x) == 40 and x[-1] == 40 * TOKENS and y[3] == 1e-3 / 4
+    figure = rank_figure(groups)
+    assert figure is not None and [panel.get_title() for panel in figure.axes] == ["q_proj"]
+    assert _lines(figure.axes[0]) == {"ReMoRA (1, 2) (2 seeds)": ([20 * TOKENS], [7.5])}
+    assert rank_figure(groups[:1]) is None
+
+
+def test_a_run_that_goes_on_is_marked_in_the_legend(tmp_path: Path) -> None:
+    groups = group_runs([made_run(tmp_path / "a", LOSSES[:3])])
+    assert list(_lines(loss_figure(groups, "tokens").axes[0])) == ["ReMoRA (1, 2) [unfinished, step 20 of 40]"]
+
+
+def test_files_are_written(groups: list[Group], tmp_path: Path) -> None:
+    written = write_figures(groups, tmp_path)
+    assert sorted(path.name for path in written) == [
+        "effective_rank.png",
+        "learning_rate.png",
+        "loss_by_time.png",
+        "loss_by_tokens.png",
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    assert len(write_figures(groups[:1], tmp_path)) == 3
+
+
+def test_a_running_mean_takes_as_many_values_on_either_side() -> None:
+    values = np.array([0.0, 3.0, 6.0, 3.0, 0.0])
+    assert list(running_mean(values, 1)) == [0.0, 3.0, 4.0, 3.0, 0.0]
+    assert list(running_mean(values, 2)) == [0.0, 3.0, 12 / 5, 3.0, 0.0]
+    assert list(running_mean(values, 0)) == list(values)
+
+
+def test_curves_part_where_their_last_gap_can_be_seen(tmp_path: Path) -> None:
+    def made(name: str, losses: list[float]) -> Any:
+        group = group_runs([made_run(tmp_path / name, losses)])[0]
+        return curve(group, lambda run: run.evaluations(""), "tokens")
+
+    steep = made("a", [9.0, 8.0, 4.0, 2.0, 1.0])
+    near = made("b", [9.0, 8.0, 4.0, 2.0, 1.8])
+    assert parting([steep]) is None
+    place = parting([steep, near])
+    # 0.8 / 0.4 = 2 above the lowest end: where the curves fall below 3, between the evaluations at 20 and 30 steps
+    assert place is not None and 24 * TOKENS < place < 26 * TOKENS

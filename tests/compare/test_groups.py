@@ -1,0 +1,84 @@
+"""Which runs belong together, and what tells the others apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.compare import group_of, group_runs
+from relora_mora.registry import METHODS
+from tests.compare.folders import made_run
+
+Sections = dict[str, dict[str, Any]]
+
+
+def _labels(folder: Path, *runs: Sections) -> list[str]:
+    return [group.label for group in group_runs(made_run(folder / f"run{i}", **given) for i, given in enumerate(runs))]
+
+
+def test_methods_are_named_as_in_papers(tmp_path: Path) -> None:
+    runs: list[Sections] = [{"method": {"name": name}} for name in METHODS]
+    assert _labels(tmp_path, *runs) == ["Full rank", "LoRA", "MoRA", "ReLoRA", "ReMoRA (1, 2)"]
+
+
+def test_runs_that_differ_in_seeds_are_one(tmp_path: Path) -> None:
+    runs = [
+        made_run(tmp_path / f"run{train}{data}", train={"seed": train}, data={"seed": data, "workers": train})
+        for train, data in ((0, 0), (1, 0), (0, 1))
+    ]
+    [group] = group_runs(runs)
+    assert group.label == "ReMoRA (1, 2)" and list(group.runs) == runs
+    assert group_of([group], tmp_path / "run10") is group and group_of([group], tmp_path) is None
+
+
+def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
+    runs: list[Sections] = [{"train": {"seed": 1}}, {"train": {"seed": 1}}, {"train": {"seed": 2}}]
+    assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        (
+            [{"optim": {"lr": 1e-3}}, {"optim": {"lr": 2e-4}}, {"method": {"name": "full"}, "optim": {"lr": 1e-3}}],
+            ["ReMoRA (1, 2), lr 0.001", "ReMoRA (1, 2), lr 0.0002", "Full rank, lr 0.001"],
+        ),
+        # of a setting that a method does not use
+        ([{"method": {"rank": 2}}, {"method": {"rank": 9, "name": "full"}}], ["ReMoRA (1, 2)", "Full rank"]),
+        (
+            [{"method": {"rank": 2}}, {"method": {"rank": 3}}, {"method": {"name": "full"}}],
+            ["ReMoRA (1, 2), rank 2", "ReMoRA (1, 2), rank 3", "Full rank"],
+        ),
+        (
+            [{"method": {"operators": [1, 2]}}, {"method": {"operators": [1, 2, 3, 4]}}],
+            ["ReMoRA (1, 2)", "ReMoRA (1, 2, 3, 4)"],
+        ),
+        (
+            [{"method": {"name": "mora", "operators": [1, 2]}}, {"method": {"name": "mora", "operators": [3]}}],
+            ["MoRA, operators 1", "MoRA, operators 3"],
+        ),
+        (
+            [{"method": {"merge_every": 20}}, {"method": {"merge_every": 10, "train_norms": False}}],
+            ["ReMoRA (1, 2), train norms on, merge every 20", "ReMoRA (1, 2), train norms off, merge every 10"],
+        ),
+        (
+            [{"model": {"config": "configs/small.json"}}, {"model": {"config": "configs/large.json"}}],
+            ["ReMoRA (1, 2), config small", "ReMoRA (1, 2), config large"],
+        ),
+        (
+            [{"optim": {"lr_other": 0.5}}, {"checkpoint": {"every_steps": 3}, "log": {"every_steps": 2}}],
+            ["ReMoRA (1, 2), lr other 0.5", "ReMoRA (1, 2), lr other default"],
+        ),
+    ],
+)
+def test_a_label_names_what_differs(tmp_path: Path, runs: list[Sections], expected: list[str]) -> None:
+    assert _labels(tmp_path, *runs) == expected
+
+
+def test_a_group_says_which_run_has_not_ended(tmp_path: Path) -> None:
+    runs = [made_run(tmp_path / "a"), made_run(tmp_path / "b", [9.0, 4.0], train={"seed": 1})]
+    [group] = group_runs(runs)
+    assert group.state == "unfinished, step 10 of 40"
+    assert group_runs(runs[:1])[0].state == ""

@@ -1,0 +1,107 @@
+"""What a run folder tells: tokens, time, merges, sets of held-out text, and whether the run has ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relora_mora.compare import CompareError, read_run
+from relora_mora.supervise import RunLock
+from relora_mora.supervise.lock import STALE_SECONDS, is_held
+from relora_mora.system.run_folder import RunFolder
+from tests.compare.folders import PARAMETERS, TOKENS, made_run, write_run
+
+
+def test_tokens_and_time_of_a_step(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "a")
+    assert [run.tokens(step) for step in (0, 7, 40)] == [0, 7 * TOKENS, 40 * TOKENS]
+    assert [run.seconds(step) for step in (0, 7, 19, 20, 40)] == [0, 14, 38, 45, 85], "a merge after step 20 takes 5 s"
+    assert run.merges == [20] and run.parameters == PARAMETERS
+
+
+def test_tokens_beyond_the_last_line_follow_from_the_batch(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "a", [9.0, 4.0])
+    assert run.tokens(13) == 13 * TOKENS
+
+
+def test_a_run_that_began_with_another_ones_checkpoint_counts_from_there(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    files = RunFolder(folder)
+    files.starts.write_text('{"step": 100}\n{"step": 105}\n')
+    lines = [json.loads(line) for line in files.metrics.read_text().splitlines()]
+    files.metrics.write_text("".join(json.dumps({**line, "step": line["step"] + 100}) + "\n" for line in lines))
+    assert read_run(folder).seconds(110) == 20.0 and read_run(folder).parameters == {}
+
+
+@pytest.mark.parametrize(("sets", "expected"), [((), [""]), (("web", "loss"), ["web", "loss"])])
+def test_sets_of_held_out_text(tmp_path: Path, sets: tuple[str, ...], expected: list[str]) -> None:
+    run = made_run(tmp_path / "a", sets=sets)
+    assert run.validation_sets == expected
+    assert run.evaluations(expected[-1]) == {
+        0: 8.0 + len(expected),
+        10: 3.0 + len(expected),
+        20: 2.0 + len(expected),
+    } | {
+        30: 1.0 + len(expected),
+        40: float(len(expected)),
+    }
+
+
+def test_numbers_that_are_not_finite_and_a_line_that_was_cut_off_are_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    with RunFolder(folder).metrics.open("a") as stream:
+        stream.write('{"step": 11, "train/loss": null}\n{"step": 12, "train/lo')
+    assert max(read_run(folder).series("train/loss")) == 10 and read_run(folder).last_step == 11
+
+
+def test_settings_that_an_older_version_did_not_know_have_their_defaults(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    config = RunFolder(folder).config
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if "reset_ratio" not in line))
+    assert read_run(folder).settings["method.reset_ratio"] == 0.9
+
+
+def test_a_run_is_finished_unfinished_or_running(tmp_path: Path) -> None:
+    assert made_run(tmp_path / "whole").is_finished
+    cut = made_run(tmp_path / "cut", [9.0, 4.0])
+    assert not cut.is_finished and not cut.is_running
+    lock = RunLock(cut.folder)
+    lock.acquire()
+    assert read_run(cut.folder).is_running
+    lock.release()
+    assert not read_run(cut.folder).is_running
+
+
+def test_a_holder_on_another_host_is_alive_while_it_touches_the_lock(tmp_path: Path) -> None:
+    path = RunFolder(tmp_path).lock
+    path.write_text(json.dumps({"host_id": "another", "pid": 1, "released": False}))
+    assert is_held(tmp_path)
+    long_ago = path.stat().st_mtime - 2 * STALE_SECONDS
+    os.utime(path, (long_ago, long_ago))
+    assert not is_held(tmp_path)
+    path.write_text("damaged")
+    assert not is_held(tmp_path)
+
+
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CompareError, match=r"no run folder, as it has no config\.yaml"):
+        read_run(tmp_path)
+    folder = write_run(tmp_path / "a", [9.0])
+    RunFolder(folder).metrics.write_text("")
+    with pytest.raises(CompareError, match="no metrics yet"):
+        read_run(folder)
+    RunFolder(folder).metrics.write_text('{"step": 0}\n')
+    for text in ("- a list", "a: {b: c", "method: {name: full}", "train:\n"):
+        RunFolder(folder).config.write_text(text)
+        with pytest.raises(CompareError, match=r"config\.yaml: "):
+            read_run(folder)
+
+
+def test_comparing_needs_neither_torch_nor_matplotlib_to_be_imported() -> None:
+    code = "import sys, relora_mora.compare; print(sorted({'torch', 'matplotlib', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,56 @@
+"""launch/compare.py: the table on stdout, the files, and bad input in one message."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.compare.folders import write_run
+from tests.tools.commands import COMPARE, call, left_in, refused
+
+LOSSES = [9.0, 4.0, 3.0, 2.0, 1.0]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    full = write_run(tmp_path / "full", LOSSES, method={"name": "full"})
+    return [full, write_run(tmp_path / "remora", LOSSES)]
+
+
+def test_the_table_is_printed_and_written_with_the_figures(runs: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
+    out = tmp_path / "new" / "out"
+    for _ in range(2):  # what is there is replaced
+        answer = call(COMPARE, *runs, f"--out={out}")
+        assert answer.code == 0 and answer.err == ""
+    assert (out / "compare.md").read_text() == answer.out
+    assert "| Full rank |" in answer.out and "| ReMoRA (1, 2) |" in answer.out
+    assert json.loads((out / "compare.json").read_text())["rows"][0]["method"] == "Full rank"
+    assert len([name for name in left_in(out) if name.endswith(".png")]) == 4
+
+
+def test_a_run_to_compare_with_need_not_be_named_twice(runs: list[Path]) -> None:
+    answer = call(COMPARE, runs[0], f"--against={runs[1]}")
+    assert answer.code == 0 and "to ReMoRA (1, 2)." in answer.out and "| Full rank |" in answer.out
+    assert call(COMPARE, *runs, runs[0], f"--against={runs[1]}").out == answer.out, "nor is one that stands there twice"
+
+
+def test_bad_input_is_one_message(runs: list[Path], tmp_path: Path) -> None:
+    refused(call(COMPARE), "no run given")
+    refused(call(COMPARE, runs[0], tmp_path / "none"), f"{tmp_path / 'none'}: no run folder")
+    refused(call(COMPARE, runs[0], f"--against={tmp_path}"), "no run folder")
+    other = write_run(tmp_path / "other", LOSSES, sets=["web"])
+    refused(call(COMPARE, runs[0], other), "no validation set in common")
+    (runs[1] / "metrics.jsonl").unlink()
+    refused(call(COMPARE, *runs), "no metrics yet")
+    (tmp_path / "file").write_text("")
+    refused(call(COMPARE, runs[0], f"--out={tmp_path / 'file'}"), "File exists")
+
+
+def test_without_matplotlib_the_table_alone_can_be_had(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused(call(COMPARE, *runs, "--out=out"), "pip install matplotlib", "without --out the table alone is printed")
+    assert call(COMPARE, *runs).code == 0
