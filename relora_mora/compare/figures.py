@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; lines and markers tell as much in grey
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P")
+LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PAPER: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 300,
@@ -167,7 +167,7 @@ def _zoom(whole: Axes, zoomed: Axes, drawings: Sequence[Drawing]) -> None:
     inside = [each.x >= left for each in curves]
     low = min(each.low[shown].min() for each, shown in zip(curves, inside, strict=True) if shown.any())
     high = max(each.high[shown].max() for each, shown in zip(curves, inside, strict=True) if shown.any())
-    margin = 0.05 * (high - low)
+    margin = 0.05 * (high - low) or 0.01
     zoomed.set_xlim(left, right + 0.02 * (right - left))
     zoomed.set_ylim(low - margin, high + margin)
     whole.indicate_inset((left, low - margin, right - left, high - low + 2 * margin), edgecolor="#777777")

@@ -173,7 +173,7 @@ def _notes(rows: Sequence[Row], against: Group | None) -> list[str]:
         notes.append("Means over seeds, with the least and the greatest in parentheses.")
     notes += [f"\\* {row.label}: {row.state}." for row in rows if row.state]
     if len({row.tokens for row in rows}) > 1:
-        notes.append("The runs were evaluated after unequal numbers of tokens.")
+        notes.append("The runs were evaluated after unequal numbers of tokens: their ratios do not compare methods.")
     for name in rows[0].validation:
         if len({row.validation[name].scored_tokens for row in rows}) > 1:
             notes.append(

@@ -97,7 +97,7 @@ class Metrics:
             if where not in self._losing:
                 said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 log.error(
-                    "%s: metrics cannot be written (%s): they are lost there until that is mended; training goes on",
+                    "%s: metrics cannot be written (%s): they are missing there; training goes on",
                     where,
                     redact(" ".join(said.split()) or type(error).__name__),
                 )

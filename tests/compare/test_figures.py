@@ -136,3 +136,12 @@ def test_curves_part_where_their_last_gap_can_be_seen(tmp_path: Path) -> None:
     place = parting([steep, near])
     # 0.8 / 0.4 = 2 above the lowest end: where the curves fall below 3, between the evaluations at 20 and 30 steps
     assert place is not None and 24 * TOKENS < place < 26 * TOKENS
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "losses", [[[9.0], [9.0]], [[9.0], LOSSES], [LOSSES, LOSSES]], ids=["just begun", "one of them", "alike"]
+)
+def test_runs_with_little_to_show_are_drawn_all_the_same(tmp_path: Path, losses: list[list[float]]) -> None:
+    groups = group_runs(made_run(tmp_path / f"run{i}", each, optim={"lr": 0.1 + i}) for i, each in enumerate(losses))
+    assert {path.name for path in write_figures(groups, tmp_path)} >= {"loss_by_tokens.png", "loss_by_time.png"}
