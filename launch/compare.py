@@ -15,9 +15,9 @@ def main(*runs: str, out: str | None = None, against: str | None = None) -> None
     """Prints a table of runs in Markdown; runs that share all settings but the seed are one row, their mean.
 
     Args:
-        runs: run folders; of the first one the others' perplexities are given as a multiple
+        runs: run folders, or the cells.jsonl of a study; the perplexities of all are given as multiples of the first's
         out: a folder for compare.md, compare.json and plots as PNG; it is made, and what it has of these is replaced
-        against: the run whose perplexity the others are a multiple of, in place of the first
+        against: the run folder, or the name of a study's run, that all are compared with in place of the first
     """
     from relora_mora.compare import (
         CompareError,
@@ -27,7 +27,7 @@ def main(*runs: str, out: str | None = None, against: str | None = None) -> None
         group_of,
         group_runs,
         markdown,
-        read_run,
+        read_runs,
         write_figures,
     )
 
@@ -35,8 +35,10 @@ def main(*runs: str, out: str | None = None, against: str | None = None) -> None
         raise CompareError("no run given; give run folders, e.g. runs/full runs/remora")
     if out is not None:
         check_plots()
-    folders = {Path(name).resolve(): Path(name) for name in [*runs, *([] if against is None else [against])]}
-    groups = group_runs(read_run(folder) for folder in folders.values())
+    found = {each.folder.resolve(): each for name in runs for each in read_runs(Path(name))}
+    if against is not None and Path(against).resolve() not in found:
+        found |= {each.folder.resolve(): each for each in read_runs(Path(against))}
+    groups = group_runs(found.values())
     reference = None if against is None else group_of(groups, Path(against))
     rows = compare(groups, reference)
     table = markdown(rows, reference)

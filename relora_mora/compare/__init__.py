@@ -3,7 +3,7 @@
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.figures import check_plots, write_figures
 from relora_mora.compare.groups import Group, group_of, group_runs
-from relora_mora.compare.runs import Run, read_run
+from relora_mora.compare.runs import Run, read_run, read_runs
 from relora_mora.compare.table import Row, as_json, compare, markdown
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "group_runs",
     "markdown",
     "read_run",
+    "read_runs",
     "write_figures",
 ]

@@ -78,13 +78,16 @@ class Run:
         """Tokens trained on when so many steps are done."""
         known = {self._begin: 0, **self.series("train/tokens")}
         before = max((other for other in known if other <= step), default=self._begin)
-        per_step = self.settings["train.batch_size"] * self.settings["data.sequence_length"]
-        return int(known[before] + (step - before) * per_step)
+        return int(known[before] + (step - before) * self._tokens_per_step)
 
     def seconds(self, step: int) -> float:
         """Time of the steps and merges until then, in seconds; without evaluations, checkpoints, starts and pauses."""
         steps, seconds = self._clock
         return float(np.interp(step, steps, seconds))
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return int(self.settings["train.batch_size"] * self.settings["data.sequence_length"])
 
     @cached_property
     def _begin(self) -> int:
@@ -98,12 +101,25 @@ class Run:
         merging = 0.0
         for line in self.lines:
             merging += line.get("merge/seconds", 0.0)
-            if isinstance(line.get("perf/step_seconds"), float):
-                made = line["step"] - steps[-1]
+            if line.get("perf/tokens_per_second"):
+                made = (line["step"] - steps[-1]) * self._tokens_per_step
                 steps.append(line["step"])
-                seconds.append(seconds[-1] + made * line["perf/step_seconds"] + merging)
+                seconds.append(seconds[-1] + made / line["perf/tokens_per_second"] + merging)
                 merging = 0.0
         return steps, seconds
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The run of a run folder, or those that a study has kept in its ``cells.jsonl``.
+
+    Raises :class:`CompareError` for anything else.
+    """
+    if not path.is_file():
+        return [read_run(path)]
+    kept = [_kept_run(path, record) for record in _json_lines(path)]
+    if not kept:
+        raise CompareError(f"{path}: holds no run; give a run folder, or the cells.jsonl of a study that has one done")
+    return kept
 
 
 def read_run(folder: Path) -> Run:
@@ -116,12 +132,23 @@ def read_run(folder: Path) -> Run:
         raise CompareError(
             f"{folder}: no run folder, as it has no {files.config.name}; give the train.run_dir of a run"
         )
-    lines = _json_lines(files.metrics)
+    lines = [line for line in _json_lines(files.metrics) if "step" in line]
     if not lines:
         raise CompareError(
             f"{folder}: no metrics yet ({files.metrics.name}); leave it out, or wait for its first lines"
         )
-    return Run(folder, _settings(files.config), lines, _json_lines(files.starts), is_held(folder))
+    try:
+        tree = parse_yaml(files.config.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise CompareError(f"{files.config}: cannot be read ({' '.join(str(error).split())})") from error
+    return Run(folder, _settings(tree, files.config), lines, _json_lines(files.starts), is_held(folder))
+
+
+def _kept_run(path: Path, record: Mapping[str, Any]) -> Run:
+    if not {"name", "config", "metrics", "start"} <= set(record):
+        raise CompareError(f"{path}: neither a run folder nor the cells.jsonl of a study; give one of these")
+    settings = _settings(record["config"], path)
+    return Run(Path(record["name"]), settings, record["metrics"], [record["start"]], is_running=False)
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -134,25 +161,18 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:  # a kill cut it off
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict):
             found.append(record)
     return found
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(tree: Any, source: Path) -> dict[str, Any]:
     """All settings by dotted name. Those that an older version did not know have their defaults."""
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-        given = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
-    except (ValueError, AttributeError, yaml.YAMLError) as error:
-        raise CompareError(
-            f"{path}: cannot be read as the settings of a run ({' '.join(str(error).split())})"
-        ) from error
+    sections = {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
+    given = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     missing = [name for name in ("method.name", "train.steps") if given.get(name) is None]
     if missing:
-        raise CompareError(
-            f"{path}: without {missing[0]}; give the folder of a run, whose config.yaml has all settings"
-        )
+        raise CompareError(f"{source}: without {missing[0]}, which the settings of every run have")
     return {**_defaults(), **given}
 
 

@@ -62,8 +62,7 @@ def _training(step: int, step_seconds: float) -> dict[str, Any]:
         "train/loss": 100.0 - step,
         "train/lr": 1e-3 / step,
         "train/tokens": step * TOKENS,
-        "perf/step_seconds": step_seconds,
-        "perf/tokens_per_second": TOKENS / step_seconds if step > 1 else 1.0,
+        "perf/tokens_per_second": TOKENS / step_seconds,
         "perf/peak_memory_gib": 1.0 + step / 100,
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.compare import CompareError, read_run
+from relora_mora.compare import CompareError, read_run, read_runs
 from relora_mora.supervise import RunLock
 from relora_mora.supervise.lock import STALE_SECONDS, is_held
 from relora_mora.system.run_folder import RunFolder
@@ -86,6 +86,22 @@ def test_a_holder_on_another_host_is_alive_while_it_touches_the_lock(tmp_path: P
     assert not is_held(tmp_path)
     path.write_text("damaged")
     assert not is_held(tmp_path)
+
+
+def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "a")
+    tree: dict[str, dict[str, object]] = {}
+    for name, value in run.settings.items():
+        section, _, key = name.partition(".")
+        tree.setdefault(section, {})[key] = value
+    record = {"name": "cell", "seed": 0, "config": tree, "start": run.starts[-1], "metrics": run.lines}
+    (tmp_path / "cells.jsonl").write_text(json.dumps(record) + "\n" + json.dumps({**record, "name": "other"}) + "\n")
+    kept, other = read_runs(tmp_path / "cells.jsonl")
+    assert (kept.folder, other.folder) == (Path("cell"), Path("other"))
+    assert kept.is_finished and kept.parameters == PARAMETERS and kept.seconds(40) == 85
+    (tmp_path / "cells.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(CompareError, match=r"neither a run folder nor the cells\.jsonl of a study"):
+        read_runs(tmp_path / "cells.jsonl")
 
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
