@@ -264,4 +264,4 @@ def _legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training: b
         if any(run.merges for group in groups for run in group.runs):
             handles.append(Line2D([], [], color="#777777", linestyle="", marker="|", markersize=9, markeredgewidth=1.2))
             labels.append("merge")
-    figure.legend(handles, labels, loc="outside lower center", ncols=_columns(groups), handlelength=3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=_columns(groups), handlelength=4)
