@@ -71,7 +71,7 @@ bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether t
 	for part in loss attention products; do $(BIN)/python $(BENCH) parts $$part $(TINY) --repetitions=1 || exit 1; done
 
 SMOKE := $(BIN)/python launch/study.py configs/study/smoke.yaml
-study-smoke: $(VENV)/.installed  ## a study of six short runs, and one of them again with the same numbers
+study-smoke: $(VENV)/.installed-dev  ## a study of six short runs, and one of them again with the same numbers
 	test -d runs/demo/tokenizer || $(MAKE) --no-print-directory demo
 	rm -rf runs/studies/smoke
 	$(SMOKE)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 try:
     from relora_mora.cli import run
+    from relora_mora.compare import check_plots, compare, group_runs, markdown, read_runs, write_figures
     from relora_mora.study import Stopped, StudyFolder, conduct, read_study, run_again
     from relora_mora.supervise import REQUEUE
 except ModuleNotFoundError as error:
@@ -19,7 +20,7 @@ def main(study: str, *, out: str | None = None, jobs: int = 1, again: str | None
     """Runs what is not done of a study; what was cut goes on where it was.
 
     Each run has a complete run folder in OUT/runs; what it printed is in OUT/logs, and a record of all that are done in
-    OUT/cells.jsonl.
+    OUT/cells.jsonl. At the end a table (OUT/compare.md) and figures are made of it.
 
     Args:
         study: a YAML file such as configs/study/memory_tiny.yaml
@@ -32,6 +33,8 @@ def main(study: str, *, out: str | None = None, jobs: int = 1, again: str | None
     plan = read_study(study)
     folder = StudyFolder(Path(out or f"runs/studies/{Path(study).stem}"))
     program = LAUNCH / f"{plan.command}.py"
+    if again is None:
+        check_plots()
     try:
         if again is not None:
             return _say_differences(*run_again(plan, folder, again, program))
@@ -39,7 +42,13 @@ def main(study: str, *, out: str | None = None, jobs: int = 1, again: str | None
     except Stopped:
         sys.stderr.write("stopped; the same command goes on from here\n")
         return REQUEUE
-    print(f"{cells} runs are done: {folder.records}")
+    runs = read_runs(folder.records)
+    groups = group_runs(runs)
+    table = markdown(compare(groups, None), None)
+    folder.table.write_text(table, encoding="utf-8")
+    write_figures(groups, folder.path)
+    print(table, end="")
+    print(f"{cells} runs are done: {folder.records}, {folder.table}")
     return 0
 
 

@@ -37,6 +37,10 @@ class StudyFolder:
         """One JSON object a line for every run that is done, see :mod:`relora_mora.study.record`."""
         return self.path / "cells.jsonl"
 
+    @property
+    def table(self) -> Path:
+        return self.path / "compare.md"
+
     def is_done(self, cell: Cell) -> bool:
         ends = self.run(cell).ends
         return ends.exists() and read_json_lines(ends)[-1]["code"] == FINISHED
