@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from relora_mora.config import parse_yaml
 from relora_mora.study.cells import Cell
 from relora_mora.study.folder import StudyFolder
 from relora_mora.system.run_folder import read_json_lines
@@ -20,7 +21,7 @@ DIGITS = 8  # of a float; float32 has no more
 def write_records(cells: Iterable[Cell], folder: StudyFolder) -> int:
     """Writes a line for each cell that is done, by the order given; returns how many.
 
-    A line has the cell's ``name`` and ``seed``, ``config`` (all settings), ``start`` (commit, versions, machine of the
+    A line has the cell's ``name`` and ``seed``, ``config`` (all settings, as the run settled them), ``start`` (commit, versions, machine of the
     run's last start) and ``metrics``, lines of ``metrics.jsonl`` without the clock.
     """
     records = [_record(cell, folder) for cell in cells if folder.is_done(cell)]
@@ -74,7 +75,7 @@ def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
     return {
         "name": cell.name,
         "seed": cell.seed,
-        "config": json.loads(folder.settings(cell).read_text(encoding="utf-8")),
+        "config": parse_yaml(run.config.read_text(encoding="utf-8")),
         "start": read_json_lines(run.starts)[-1],
         "metrics": _thinned(read_json_lines(run.metrics)),
     }

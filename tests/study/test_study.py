@@ -145,6 +145,19 @@ def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("starts.jsonl")} == starts
 
 
+def test_a_run_that_is_under_way_counts_by_its_steps(tmp_path: Path):
+    folder = StudyFolder(tmp_path)
+    [cell] = first_round(_study(grid=[{"optim.lr": 1e-3}]))
+    assert folder.fraction(cell) == 0
+    run = folder.run(cell)
+    run.path.mkdir(parents=True)
+    run.config.write_text("train: {steps: 40}\n", encoding="utf-8")
+    run.metrics.write_text('{"step": 10}\n{"step": 30}\n', encoding="utf-8")
+    assert folder.fraction(cell) == 0.75
+    run.ends.write_text('{"code": 75}\n{"code": 0}\n', encoding="utf-8")
+    assert folder.fraction(cell) == 1
+
+
 def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
     grid = [{"optim.lr": [1.0]}]
     folder = StudyFolder(tmp_path)

@@ -38,6 +38,12 @@ def main() -> int:
         (folder / "waits").touch()
         signal.pause()
         return REQUEUE
+    settled = {
+        "train": {"steps": steps},
+        "method": {"rank": int(settings.get("method.rank", "1"))},
+        "optim": {"lr": rate},
+    }
+    (folder / "config.yaml").write_text(yaml.dump(settled), encoding="utf-8")
     noise = time.time() if settings["method.name"] == '"lora"' else 0
     _append(folder / "metrics.jsonl", {"step": steps, "eval/loss": abs(rate - 3e-3) + seed / 100 + noise})
     _append(folder / "ends.jsonl", {"code": 0})
