@@ -21,8 +21,8 @@ DIGITS = 8  # of a float; float32 has no more
 def write_records(cells: Iterable[Cell], folder: StudyFolder) -> int:
     """Writes a line for each cell that is done, by the order given; returns how many.
 
-    A line has the cell's ``name`` and ``seed``, ``config`` (all settings, as the run settled them), ``start`` (commit, versions, machine of the
-    run's last start) and ``metrics``, lines of ``metrics.jsonl`` without the clock.
+    A line has the cell's ``name`` and ``seed``, ``config`` (all settings, as the run settled them), ``start`` (commit,
+    versions, machine of the run's last start) and ``metrics``, lines of ``metrics.jsonl`` without the clock.
     """
     records = [_record(cell, folder) for cell in cells if folder.is_done(cell)]
     beside = folder.records.with_name(folder.records.name + ".tmp")
