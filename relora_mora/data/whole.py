@@ -54,7 +54,7 @@ class WholeLane(Generic[Row]):
         if restored:
             cursor, given = rows.plan.read(restored)
             cursor = cursor._replace(documents=cursor.documents - restored.get("documents_given", 0))
-        self._source = EncodedRows(rows, encode, cursor)
+        self.encoded = EncodedRows(rows, encode, cursor)
         self._waiting: deque[tuple[Encoded, Cursor]] = deque()
         self._before = cursor  # of the group
         self._after = cursor
@@ -93,7 +93,7 @@ class WholeLane(Generic[Row]):
         return {**before.state(self._given), "documents_given": documents}
 
     def close(self) -> None:
-        self._source.close()
+        self.encoded.close()
 
     def _next_group(self) -> None:
         before = self._after
@@ -125,7 +125,7 @@ class WholeLane(Generic[Row]):
 
     def _look_ahead(self) -> None:
         if not self._waiting:
-            _, rows, after = self._source.next_group()
+            _, rows, after = self.encoded.next_group()
             self._waiting.extend(zip(rows, after, strict=True))
 
     def _packed(self, rows: Sequence[Encoded]) -> Iterator[WholeBlock]:

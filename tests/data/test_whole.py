@@ -290,7 +290,7 @@ def test_too_many_records_that_cannot_be_used_end_the_stream_behind_the_good_one
 def test_a_lane_of_records_that_are_all_too_long_is_told(tmp_path, tokenizer):
     source = tmp_path / "a.jsonl"
     source.write_text("\n".join(json.dumps({"prompt": "the rank " * 40, "completion": "x"}) for _ in range(3)))
-    with pytest.raises(SourceError, match=r"lane 0: none of its records .* longer than data\.sequence_length"):
+    with pytest.raises(SourceError, match=r"lane 0: none of its records .* more than data\.sequence_length \(48\)"):
         _lane(_config(source), tokenizer, 1, 0).next_block()
 
 

@@ -132,6 +132,26 @@ def test_a_run_can_be_looked_at_before_it_starts(inputs, tokenizer_path, tmp_pat
     assert answer.code == 2 and 'one has no "conversations"' in answer.err.splitlines()[-1], answer
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("records={kind: text}", 'has no "text", but messages (data.text_column names the key of texts, data.records'),
+        ("records.kind=sharegpt", 'one has no "conversations" (data.records.columns), but messages'),
+        (
+            "sequence_length=4",
+            "no record can be used (over_length: 117, no_answer: 3); for instance train.jsonl, line ",
+        ),
+        ("max_bad_fraction=0", "3 of 120 records cannot be used, more than data.max_bad_fraction (0); the last one: "),
+    ],
+)
+def test_what_cannot_be_learned_from_is_told_before_the_model_is_built(
+    inputs, tokenizer_path, tmp_path, override, said
+):
+    (tmp_path / "run.yaml").write_text(dump(_config(inputs, tokenizer_path, tmp_path / "run", 1)))
+    refused(call(PRETRAIN, tmp_path / "run.yaml", f"--data.{override}"), said)
+    assert not (tmp_path / "run").exists()
+
+
 def _evaluated(run_dir: Path, **settings: Any) -> dict[str, Any]:
     from launch.evaluate import main
 
