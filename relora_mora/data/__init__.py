@@ -2,7 +2,7 @@
 
 from relora_mora.data.answers import Answer
 from relora_mora.data.batch import UNSCORED, Batch, document_boundaries, document_ids
-from relora_mora.data.chat import template_in_use
+from relora_mora.data.chat import end_of_turn, template_in_use
 from relora_mora.data.checked_rows import check_columns, check_records
 from relora_mora.data.content import local_content, remote_content
 from relora_mora.data.counting import count_tokens
@@ -41,6 +41,7 @@ __all__ = [
     "describe_position",
     "document_boundaries",
     "document_ids",
+    "end_of_turn",
     "epoch_tokens",
     "find_datasets",
     "fingerprint",
