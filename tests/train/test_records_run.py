@@ -114,8 +114,9 @@ def test_epochs_of_records_are_counted(pools, inputs, tokenizer_path, tmp_path):
     config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 1.0, "batch_size": 8})})
     pools(1)(train, config)
     last = [line for line in metrics(tmp_path / "run") if "train/documents" in line][-1]
-    assert last["step"] == math.ceil((120 - 3) / 8) and last["train/documents"] == 8 * last["step"]
-    assert last["perf/data_skipped/no_answer"] == last["perf/data_bad_lines"] > 0
+    # seven of the eight lanes have 15 records, and the other one 12
+    assert last["step"] == 15 and last["train/documents"] == 120 - 3
+    assert last["perf/data_skipped/no_answer"] == last["perf/data_bad_lines"] == 3
 
 
 def test_a_run_can_be_looked_at_before_it_starts(inputs, tokenizer_path, tmp_path):
