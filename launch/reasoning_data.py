@@ -1,6 +1,6 @@
 """Writes problems of mathematics in words, which the package reasoning-gym makes: training and held-out text of a task.
 
-    pip install reasoning-gym
+    pip install -e '.[math]'
     python launch/reasoning_data.py data/gsm_symbolic --count=20000
 
 They are those of GSM-Symbolic (arXiv 2410.05229): templates of GSM8K with other names and numbers.
@@ -45,7 +45,7 @@ def main(out: str, *, count: int = 20_000, held_out: int = 500, seed: int = 0) -
     if not 1 <= held_out < count:
         raise ValueError(f"--held_out: got {held_out} of --count={count}, expected at least 1 and fewer than these")
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ValueError("reasoning-gym: not installed; pip install reasoning-gym")
+        raise ValueError("reasoning-gym is not installed: pip install -e '.[math]', in the checkout")
     lines = [f"{json.dumps(record)}\n" for record in problems(count, seed)]
     if len(lines) <= held_out:
         raise ValueError(

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from relora_mora.adapters import write_adapter
 from relora_mora.checkpoint import CheckpointReader, tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
+from relora_mora.data import end_of_turn
 from relora_mora.pretrained import merged_model
 from relora_mora.system.new_folder import new_folder
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
@@ -22,9 +23,10 @@ def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str 
     """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns the checkpoint used for it.
 
     ``form`` is one of ``FORMATS``: the whole model, or its adapter alone (:func:`write_adapter`). Special tokens and
-    their ids are the tokenizer's. No file of the checkpoint is copied: model and tokenizer are written anew. The folder
-    appears whole or not at all. Raises :class:`CheckpointError` for what is not a checkpoint or has no adapter alone,
-    and FileExistsError for an output folder that is not empty.
+    their ids are the tokenizer's; ``generate`` of transformers also stops where the chat template ends an answer. No
+    file of the checkpoint is copied: model and tokenizer are written anew. The folder appears whole or not at all.
+    Raises :class:`CheckpointError` for what is not a checkpoint or has no adapter alone, and FileExistsError for an
+    output folder that is not empty.
     """
     with new_folder(out) as work:
         checkpoint = find_checkpoint(path)
@@ -43,4 +45,7 @@ def _write_model(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, out: Path
     model = merged_model(checkpoint, dtype)
     model.config.update({**special, "use_cache": True})
     model.generation_config = GenerationConfig(**special)
+    end = end_of_turn(tokenizer)
+    if end not in (None, tokenizer.eos_token_id):
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
     model.save_pretrained(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,7 @@ def generate_answers(
     and ``all_sum`` are those of :func:`relora_mora.evaluate.evaluate`; where ``stop()`` is true the result is None.
     """
     counts = torch.zeros(4, dtype=torch.float64, device=device)
+    special = frozenset(tokenizer.all_special_ids)
     ordered = sorted(answers, key=lambda each: len(each.prompt))  # little to fill up
     per_round = batch_size * world_size
     for first in range(0, len(ordered), per_round):
@@ -82,16 +83,15 @@ def generate_answers(
         prompts = [torch.from_numpy(each.prompt) for each in own or of_all[:1]]
         tokens = greedy(lm, prompts, max(len(each.answer) for each in of_all), device).tolist()
         for ids, (_, answer) in zip(tokens, own, strict=False):
-            expected = text_of(tokenizer, answer.tolist())
-            found = text_of(tokenizer, ids[: len(answer)])
+            expected = text_of(tokenizer, answer.tolist(), special)
+            found = text_of(tokenizer, ids[: len(answer)], special)
             same = agreeing_characters(found, expected)
             counts += counts.new_tensor([1, found == expected, len(expected), same])
     return Generated(*map(round, all_sum(counts).tolist()))
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text up to the first special token."""
-    special = set(tokenizer.all_special_ids)
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], special: Set[int]) -> str:
+    """The text up to the first of the ``special`` tokens."""
     end = next((place for place, token in enumerate(ids) if token in special), len(ids))
     return str(tokenizer.decode(ids[:end]))
 

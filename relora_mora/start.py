@@ -51,7 +51,9 @@ def _show(config: Config, count: int) -> int:
     with many_imports():
         from relora_mora.data import show_records
         from relora_mora.pretrained import with_tokenizer
+        from relora_mora.train.start import check_start
 
+    check_start(config)
     show_records(with_tokenizer(config), count)
     return 0
 

@@ -78,14 +78,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- what transformers makes of it ------------------------------------------------------------------------------
 
 
+def _always(tokenizer: Any, token: str) -> LlamaForCausalLM:
+    """A model that says one token, whatever stands before it."""
+    lm = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            parameter.fill_(1.0 if "norm" in name or "embed" in name else 0.0)
+        lm.lm_head.weight[tokenizer.convert_tokens_to_ids(token)] = 1.0
+    return lm
+
+
 def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path: Path) -> None:
     """A model that always says that the document ends, with a tokenizer whose end is not LlamaConfig's."""
-    ends = LlamaForCausalLM(LlamaConfig(**LLAMA))
     tokenizer = load_tokenizer(hf_tokenizer)
-    with torch.no_grad():
-        for name, parameter in ends.named_parameters():
-            parameter.fill_(1.0 if "norm" in name or "embed" in name else 0.0)
-        ends.lm_head.weight[tokenizer.eos_token_id] = 1.0
+    ends = _always(tokenizer, tokenizer.eos_token)
     export(write_checkpoint(tmp_path / "checkpoint", ends, hf_tokenizer), tmp_path / "out")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     inputs = AutoTokenizer.from_pretrained(tmp_path / "out")("the rank", add_special_tokens=False, return_tensors="pt")
@@ -97,6 +103,34 @@ def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path
         assert {key: values[key] for key in expected} == expected
         assert values.get("use_cache", True), f"{file}: generates without a cache"
     assert lm.generation_config.use_cache in (True, None) and lm.config.use_cache
+
+
+# how a template ends an answer, and the token at which generation stops beside EOS
+ENDS = {
+    "chatml": ("{{ m.content }}<|im_end|>\n", "<|im_end|>"),
+    "a space before it": ("{{ m.content }} <|im_end|>", "<|im_end|>"),
+    "eos": ("{{ m.content + eos_token }}", None),
+    "text": ("{{ m.content }} the end", None),
+    "refuses": ("{{ raise_exception('no') }}", None),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_plain_generate_stops_where_the_template_ends_an_answer(hf_tokenizer: Path, tmp_path: Path, end: str) -> None:
+    written, stop = ENDS[end]
+    tokenizer = load_tokenizer(hf_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = f"{{% for m in messages %}}{written}{{% endfor %}}"
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    lm = _always(tokenizer, stop or "<|im_end|>")
+    export(write_checkpoint(tmp_path / "checkpoint", lm, tmp_path / "tokenizer"), tmp_path / "out")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([plain("the rank", add_special_tokens=False).input_ids])
+    said = lm.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert plain.decode(said) == "<|im_end|>" * (1 if stop else 5)
+    ends = lm.generation_config.eos_token_id
+    assert ends == ([300, tokenizer.convert_tokens_to_ids(stop)] if stop else 300)
 
 
 def test_files_of_an_export_have_the_mode_of_the_umask(run: Path, tmp_path: Path) -> None:

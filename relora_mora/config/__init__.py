@@ -1,22 +1,19 @@
 """Typed settings of a run: schema, combinations that cannot work, reading."""
 
 from relora_mora.config.checks import unused_settings
+from relora_mora.config.data import SAMPLE_BY, DataConfig, SampleBy, Split
 from relora_mora.config.finetuning import FINETUNING, with_defaults
 from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate, with_epochs
 from relora_mora.config.records import Packing, RecordsConfig
 from relora_mora.config.schema import (
     DECODER_LINEARS,
-    SAMPLE_BY,
     CheckpointConfig,
     Config,
-    DataConfig,
     EvalConfig,
     LogConfig,
     MethodConfig,
     ModelConfig,
     OptimConfig,
-    SampleBy,
-    Split,
     TokenizerConfig,
     TrainConfig,
 )

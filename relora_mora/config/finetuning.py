@@ -8,7 +8,7 @@ from typing import Any
 from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.registry import METHODS
 
-# rank, operator 6, rate, batch and epochs are those of the release's own fine-tuning (github.com/kongds/MoRA)
+# rank, operator 6, rate, warmup, batch and epochs are those of the release for mathematics (github.com/kongds/MoRA)
 FINETUNING: dict[str, dict[str, Any]] = {
     "method": {
         "name": "mora",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from relora_mora.config.data import DataConfig
 from relora_mora.config.fault import Fault
 from relora_mora.config.records import CONVERSATIONS, FIELDS, OPTIONAL_FIELDS, RecordsConfig
-from relora_mora.config.schema import Config, DataConfig
+from relora_mora.config.schema import Config
 from relora_mora.config.sources import set_setting
 
 

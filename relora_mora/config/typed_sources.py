@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
+from relora_mora.config.data import DataConfig
 from relora_mora.config.load import ConfigError, explain_yaml, parse_yaml, validate
 from relora_mora.config.records import RecordsConfig
-from relora_mora.config.schema import DataConfig
 from relora_mora.config.sources import Given
 
 

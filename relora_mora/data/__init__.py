@@ -2,10 +2,10 @@
 
 from relora_mora.data.answers import Answer
 from relora_mora.data.batch import UNSCORED, Batch, document_boundaries, document_ids
-from relora_mora.data.chat import template_in_use
-from relora_mora.data.checked_records import check_records
+from relora_mora.data.chat import end_of_turn, template_in_use
+from relora_mora.data.checked_rows import check_columns, check_records
 from relora_mora.data.content import local_content, remote_content
-from relora_mora.data.counting import count_tokens
+from relora_mora.data.counting import count_epoch
 from relora_mora.data.dataset_sources import find_datasets, remember_datasets
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.evalset import EvalSet, load_eval_set
@@ -13,7 +13,7 @@ from relora_mora.data.fingerprint import fingerprint, order_fingerprint
 from relora_mora.data.hub_sources import hub_commits, pin_revision, remember_commits
 from relora_mora.data.lane_states import counts_of, merge_states, start_states
 from relora_mora.data.mixture import mixture_names
-from relora_mora.data.plain_text import check_columns, iter_texts
+from relora_mora.data.plain_text import iter_texts
 from relora_mora.data.positions import describe_position
 from relora_mora.data.show import show_records
 from relora_mora.data.skipped import SKIP_REASONS
@@ -36,11 +36,12 @@ __all__ = [
     "check_records",
     "check_tokens",
     "configured_shards",
-    "count_tokens",
+    "count_epoch",
     "counts_of",
     "describe_position",
     "document_boundaries",
     "document_ids",
+    "end_of_turn",
     "epoch_tokens",
     "find_datasets",
     "fingerprint",

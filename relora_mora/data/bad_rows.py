@@ -12,15 +12,12 @@ from relora_mora.data.sources import Shard
 # before this many rows a fraction says little; at the end of a shard it is exact, however few there are
 JUDGED_FROM_ROWS = 1000
 NOTES_PER_REASON = 3  # of a shard
-_OTHER_KEYS = "data.text_column names the key of texts, data.records what else a line holds"
+OTHER_KEYS = "data.text_column names the key of texts, data.records what else a line holds"
 
 
-def too_many_records(bad: int, seen: int, max_bad_fraction: float, told: str) -> SourceError:
-    """What to raise where records, of any shard, cannot be used; ``told``: the last of them."""
-    return SourceError(
-        f"{bad} of {seen} records cannot be used, more than data.max_bad_fraction ({max_bad_fraction:g}); "
-        f"the last one: {told}"
-    )
+def told_of(skipped: Skipped, shard: Shard) -> str:
+    """What is wrong with a bad row of a shard."""
+    return skipped.told or BAD_REASONS[skipped.reason].format(column=shard.text_column)
 
 
 class BadRowLimit:
@@ -55,8 +52,7 @@ class BadRowLimit:
         seen = number if seen is None else seen
         self.bad += 1
         reason = skipped.reason
-        told = skipped.told or BAD_REASONS[reason].format(column=self._shard.text_column)
-        self._last = f"{self._unit} {number} {told}"
+        self._last = f"{self._unit} {number} {told_of(skipped, self._shard)}"
         self._noted[reason] += 1
         if self._noted[reason] <= NOTES_PER_REASON:
             self._note(f"{self._shard.name}: {self._last}; skipped")
@@ -72,8 +68,8 @@ class BadRowLimit:
         if self.bad <= self._max_bad_fraction * at_least:
             return
         last = f"; {self._last}" if self._last else ""
-        if self._noted["no_text"] and self._shard.records is None:
-            last += f" ({_OTHER_KEYS})"
+        if self._noted["no_text"] and not self._shard.holds_records:
+            last += f" ({OTHER_KEYS})"
         raise SourceError(
             f"{self._shard.name}: {self.bad} of {rows} {self._unit}s are bad, more than data.max_bad_fraction "
             f"({self._max_bad_fraction:g}){last}. Repair or drop the shard, or raise data.max_bad_fraction"

@@ -78,6 +78,23 @@ def chatml(tokenizer: PreTrainedTokenizerBase) -> str:
     return _CHATML.replace("END_OF_TURN", f"'{_END}'" if has_end else "eos_token")
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that a tokenizer's chat template writes behind an answer; None where there is no such token."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if tokenizer.chat_template is None or backend is None:
+        return None
+    answer = "answer"
+    turns: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        written = render(tokenizer, str(tokenizer.get_chat_template()), turns, marked=False).text
+    except Exception:  # whatever a template raises: not every one writes these two turns
+        return None
+    behind = written.rpartition(answer)[2].lstrip()
+    backend.encode_special_tokens = False
+    ids = backend.encode(behind, add_special_tokens=False).ids
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
 def render(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message], *, marked: bool) -> Passage:
     """A conversation as transformers' ``apply_chat_template`` writes it; its answers where they are ``marked``.
 

@@ -12,12 +12,11 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.groups import Content
 from relora_mora.data.local import LocalFile
 from relora_mora.data.random_access import RandomAccessFile
-from relora_mora.data.skipped import Skipped
+from relora_mora.data.skipped import Skipped, names_of
 from relora_mora.data.sources import Shard
 from relora_mora.system.disk_errors import LOST_DISK
 
-_COLUMNS_NAMED = 20
-_NAME_CHARACTERS = 80
+_RECORDS = "; or say in data.records what a row holds, if that is no text"
 
 
 class ColumnFile:
@@ -68,7 +67,7 @@ class ColumnFile:
             strings = ", ".join(field.name for field in schema if _is_string(field.type)) or "none"
             raise SourceError(
                 f'{self._shard.name}: the column "{column}" holds {kind}, not strings; '
-                f"{_remedy(self._shard)} to one of those that do ({strings})"
+                f"{_remedy(self._shard)} to one of those that do ({strings}){_RECORDS}"
             )
 
     def _contents(self, batch: Any, first: int, stride: int) -> list[Content]:
@@ -105,11 +104,9 @@ def check_names(shard: Shard, names: Sequence[str]) -> None:
     for column in shard.columns:
         count = list(names).count(column)
         if count > 1 or (count == 0 and column in shard.required_columns):
-            more = ", ..." if len(names) > _COLUMNS_NAMED else ""
-            there = ", ".join(name[:_NAME_CHARACTERS] for name in names[:_COLUMNS_NAMED])
             raise SourceError(
                 f'{shard.name} has {count or "no"} column{"s" if count else ""} "{column}"; '
-                f"{_remedy(shard)} to one of {there}{more}"
+                f"{_remedy(shard)} to one of {names_of(names)}{'' if shard.holds_records else _RECORDS}"
             )
 
 

@@ -3,35 +3,66 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from contextlib import closing
+from typing import Any, NamedTuple
 
 from relora_mora.config import DataConfig, Packing
+from relora_mora.data.encoded_rows import judged
 from relora_mora.data.encoders import encoder_of, packing_of
 from relora_mora.data.errors import SourceError
+from relora_mora.data.judged_records import too_many_records
 from relora_mora.data.lanes import LaneRows, plan_lanes
+from relora_mora.data.record_format import Record
+from relora_mora.data.rows import Encode, Encoded
 from relora_mora.data.rows_in_order import rows_in_order
+from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard, configured_shards
 from relora_mora.data.token_checks import epoch_tokens
 from relora_mora.data.token_rows import open_any
-from relora_mora.data.whole import WholeLane
+from relora_mora.data.whole import CountedLane
+
+log = logging.getLogger(__name__)
 
 
-def count_tokens(config: DataConfig, tokenizer_path: str, *, lanes: int) -> int:
-    """Tokens of one epoch: in a stream with the EOS behind each document, of whole rows with what fills sequences up.
+class Epoch(NamedTuple):
+    """``tokens``: of a stream with the EOS behind each document; of whole rows with what fills sequences up.
 
-    Reads all of the text; of tokens made in advance the number is known. Raises SourceError, also where there are none.
+    ``blocks``: those that an epoch takes of every lane of whole rows; None in a stream.
+    """
+
+    tokens: int
+    blocks: int | None
+
+
+def count_epoch(
+    config: DataConfig, tokenizer_path: str, *, lanes: int, blocks_per_lane: int = 1, epochs: int = 1
+) -> Epoch:
+    """How long an epoch is; of whole rows the longest of the first ones, for the lane that has most.
+
+    Lanes of whole rows begin each epoch together, and with a global batch, which takes ``blocks_per_lane`` of each.
+    Reads all of the text, and judges all of its records; of tokens made in advance the number is known. Raises
+    SourceError, also where there are none.
     """
     shards = configured_shards(config, "train")
     packing = packing_of(config, shards)
     if packing == "stream":
-        tokens = _stream_tokens(shards, config, tokenizer_path)
+        epoch = Epoch(_stream_tokens(shards, config, tokenizer_path), None)
     else:
-        tokens = _blocks(shards, config, tokenizer_path, lanes, packing) * config.sequence_length
-    if not tokens:
+        most, rows = _most_blocks(shards, config, tokenizer_path, lanes, packing, epochs)
+        blocks = -(-most // blocks_per_lane) * blocks_per_lane
+        epoch = Epoch(blocks * lanes * config.sequence_length, blocks)
+        if rows < 0.9 * blocks * lanes:
+            log.warning(
+                "%.0f %% of the sequences of an epoch are empty: %s lanes wait for the one with most; lower data.lanes",
+                100 - 100 * rows / (blocks * lanes),
+                lanes,
+            )
+    if not epoch.tokens:
         given = ", ".join(source.source for source in config.train_sources)
         raise SourceError(f"the training data {given} holds no text; give a source with at least one document")
-    return tokens
+    return epoch
 
 
 def _stream_tokens(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> int:
@@ -44,22 +75,55 @@ def _stream_tokens(shards: Sequence[Shard], config: DataConfig, tokenizer_path: 
     return sum(len(row.encoded.ids) + 1 for row in rows)
 
 
-def _blocks(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str, lanes: int, packing: Packing) -> int:
-    """Those that all lanes give in their first epoch."""
+def _most_blocks(
+    shards: Sequence[Shard], config: DataConfig, tokenizer_path: str, lanes: int, packing: Packing, epochs: int
+) -> tuple[int, int]:
+    """(blocks of the longest epoch of a lane, blocks of all lanes in the first one).
+
+    Raises SourceError where too many records are bad.
+    """
     from relora_mora.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
-    length = config.sequence_length
-    encode = encoder_of(tokenizer, shards[0].records, packing, length)
-    blocks = 0
-    for plan in plan_lanes(lanes, len(shards), whole=config.whole_shards):
-        lane = WholeLane(
+    encode = encoder_of(tokenizer, shards[0].records, packing, config.sequence_length)
+    fills = packing == "whole"
+    most = first = bad = seen = 0
+    last_bad = ""
+    for plan in plan_lanes(lanes, len(shards), whole=config.whole_shards, even=True):
+        lane = CountedLane(
             LaneRows(plan, shards, config, functools.partial(open_any, config)),
-            encode,
+            _remembered(encode) if fills and epochs > 1 else encode,
             eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
-            sequence_length=length,
-            fills=packing == "whole",
+            sequence_length=config.sequence_length,
+            fills=fills,
         )
         with closing(lane):
-            blocks += lane.epoch_blocks()
-    return blocks
+            blocks = lane.epoch_blocks(epochs if fills else 1)
+        most = max(most, *blocks)
+        first += blocks[0]
+        of_lane = judged(lane.encoded.first_epoch)
+        bad += of_lane[0]
+        seen += of_lane[1]
+        last_bad = lane.encoded.last_bad or last_bad
+    if fault := too_many_records(bad, seen, config.max_bad_fraction, last_bad, whole=True):
+        raise fault
+    return most, first
+
+
+def _remembered(encode: Encode[Any]) -> Encode[Any]:
+    """Tokenizes each row once and remembers how long it is, since other epochs only pack it with other ones."""
+    lengths: dict[int, Encoded | Skipped] = {}
+
+    def key_of(row: Any) -> int:
+        if isinstance(row, Record):
+            return hash(row.place)
+        return hash(row if isinstance(row, str) else bytes(row))  # a text, or tokens
+
+    def remembered(rows: list[Any]) -> list[Encoded | Skipped]:
+        keys = [key_of(row) for row in rows]
+        new = [at for at, key in enumerate(keys) if key not in lengths]
+        for at, found in zip(new, encode([rows[at] for at in new]), strict=True):
+            lengths[keys[at]] = found if isinstance(found, Skipped) else Encoded(range(len(found.ids)), cut=found.cut)
+        return [lengths[key] for key in keys]
+
+    return remembered

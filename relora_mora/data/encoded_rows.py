@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Generic, NamedTuple
 
-from relora_mora.data.bad_rows import JUDGED_FROM_ROWS, NOTES_PER_REASON, too_many_records
+from relora_mora.data.bad_rows import NOTES_PER_REASON
 from relora_mora.data.errors import SourceError
+from relora_mora.data.judged_records import TOO_LONG, too_many_records
 from relora_mora.data.lane_states import Cursor
 from relora_mora.data.lanes import LaneRows
 from relora_mora.data.rows import Encode, Encoded, Row
-from relora_mora.data.skipped import BAD_REASONS, ENCODING_REASONS, Skipped
+from relora_mora.data.skipped import ENCODING_REASONS, Skipped
 
 # rows encoded in one call: enough to make the call cheap, few enough that a resume repeats little
 ENCODE_ROWS = 64
@@ -26,13 +27,18 @@ class Group(NamedTuple):
 
 
 class EncodedRows(Generic[Row]):
-    """``next_group()`` goes on behind the group before it, at first behind ``cursor``."""
+    """``next_group()`` goes on behind the group before it, at first behind ``cursor``.
+
+    ``first_epoch`` is behind the last row of the first epoch that was tokenized, ``last_bad`` tells of a bad one.
+    """
 
     def __init__(self, rows: LaneRows[Row], encode: Encode[Row], cursor: Cursor) -> None:
         self._rows = rows
         self._encode = encode
         self._source = rows.rows_from(cursor)
         self._behind = cursor
+        self.first_epoch = cursor
+        self.last_bad = ""
         self._used_epoch = cursor.epoch  # of the last row that could be used
         self._passed = Counter[str]()  # reasons why rows were cut or passed over: the source counts them as documents
         self._noted = Counter[str]()
@@ -48,10 +54,14 @@ class EncodedRows(Generic[Row]):
             if len(whole) == len(encoded) and not self._passed:  # as always with plain text
                 self._behind = after[-1]
                 self._used_epoch = self._behind.epoch
+                if after[0].epoch == 0:
+                    self.first_epoch = next(cursor for cursor in reversed(after) if cursor.epoch == 0)
                 return Group(before, whole, after)
             group = Group(before, [], [])
             for row, cursor in zip(encoded, after, strict=True):
                 self._behind = self._counted(row, cursor)
+                if cursor.epoch == 0:
+                    self.first_epoch = self._behind
                 if isinstance(row, Encoded):
                     group.rows.append(row)
                     group.after.append(self._behind)
@@ -94,17 +104,31 @@ class EncodedRows(Generic[Row]):
         return cursor
 
     def _fault(self, skipped: Skipped) -> SourceError | None:
-        """The error where too many rows cannot be used, judged by what was counted since the start of the run."""
-        if skipped.reason in BAD_REASONS:
+        """The error where too many rows cannot be used, judged by what was counted since the start of the run.
+
+        The first epoch decides: what comes in the others is the same.
+        """
+        if skipped.reason in ENCODING_REASONS:
+            self.last_bad = skipped.told
             self._noted[skipped.reason] += 1
             if self._noted[skipped.reason] <= NOTES_PER_REASON:
                 self._rows.notes.append(f"{skipped.told}; skipped")
-            counts = self._behind.skipped_by_reason()
-            bad = sum(counts[reason] for reason in ENCODING_REASONS)
-            seen = self._behind.documents + sum(counts.values())
-            if bad > self._rows.config.max_bad_fraction * max(seen, JUDGED_FROM_ROWS):
-                return too_many_records(bad, seen, self._rows.config.max_bad_fraction, skipped.told)
+            if self._behind.epoch == 0:
+                bad, seen = judged(self._behind)
+                if fault := too_many_records(bad, seen, self._rows.config.max_bad_fraction, skipped.told):
+                    return fault
         if self._behind.epoch > self._used_epoch + 1:
-            told = skipped.told or "it is longer than data.sequence_length"
-            return SourceError(f"lane {self._rows.plan.lane}: none of its records can be used; the last one: {told}")
+            remedy = (
+                "raise data.sequence_length or lower data.lanes" if skipped.reason == TOO_LONG else "lower data.lanes"
+            )
+            return SourceError(
+                f"lane {self._rows.plan.lane}: none of its records can be used; the last one: {skipped.told}; {remedy}"
+            )
         return None
+
+
+def judged(cursor: Cursor) -> tuple[int, int]:
+    """How many records before it were of no use, and how many were tokenized."""
+    counts = cursor.skipped_by_reason()
+    bad = sum(counts[reason] for reason in ENCODING_REASONS)
+    return bad, cursor.documents + bad + counts[TOO_LONG]

@@ -133,7 +133,7 @@ def _whole(encode: Encode[Any], begin: list[int], end: list[int], sequence_lengt
     """
     most = sequence_length + 1
 
-    def fitted(row: Encoded) -> Encoded | Skipped:
+    def fitted(row: Encoded, given: Any) -> Encoded | Skipped:
         ids = np.array([*begin, *row.ids, *end], np.int32)
         scored = None
         if row.scored is not None:
@@ -143,10 +143,12 @@ def _whole(encode: Encode[Any], begin: list[int], end: list[int], sequence_lengt
         if len(ids) <= most:
             return Encoded(ids, scored)
         if drops or (scored is not None and not scored[1:most].any()):
-            return Skipped("over_length")
+            told = f"has {len(ids):,} tokens, more than data.sequence_length ({sequence_length:,})"
+            return Skipped("over_length", given.told(told) if isinstance(given, Record) else f"a text {told}")
         return Encoded(ids[:most], None if scored is None else scored[:most], cut=True)
 
-    def encoded(rows: list[Any]) -> list[Encoded | Skipped]:
-        return [row if isinstance(row, Skipped) else fitted(row) for row in encode(rows)]
+    def fitted_rows(rows: list[Any]) -> list[Encoded | Skipped]:
+        encoded = zip(encode(rows), rows, strict=True)
+        return [row if isinstance(row, Skipped) else fitted(row, given) for row, given in encoded]
 
-    return encoded
+    return fitted_rows

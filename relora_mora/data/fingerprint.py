@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # the rule by which shards become lanes and lanes blocks; a change of it that moves a token gets a new name
 RULE = "lanes-1"
+RULE_OF_WHOLE_ROWS = "lanes-3"  # where it differs: lanes of whole rows all share the shards that are fewer than lanes
 RULE_OF_PARTS = "lanes-2"  # where it differs: lanes share the shards that are left when each has as many as the others
 
 
@@ -75,8 +76,11 @@ def _order(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[str, Any]:
     uneven = any(count > batch_lanes and count % batch_lanes for count in Counter(s.source for s in shards).values())
+    whole = [s.source for s in shards if packing_of(config, [s]) != "stream"]
+    spread = any(1 < count < batch_lanes for count in Counter(whole).values())
+    rule = RULE_OF_PARTS if uneven and not config.whole_shards else RULE
     order = {
-        "rule": RULE_OF_PARTS if uneven and not config.whole_shards else RULE,
+        "rule": RULE_OF_WHOLE_ROWS if spread else rule,
         "tokenizer": tokenizer_fingerprint,
         "shards": [shard.name for shard in shards],
         "lanes": batch_lanes,

@@ -47,13 +47,17 @@ class LanePlan:
         return cursor, offset
 
 
-def plan_lanes(lanes: int, shards: int, *, whole: bool = False) -> list[LanePlan]:
+def plan_lanes(lanes: int, shards: int, *, whole: bool = False, even: bool = False) -> list[LanePlan]:
     """Every row of every shard belongs to exactly one lane.
 
     Lane l reads the shards l, l + lanes, ..., as long as there is one for each lane. The lanes share those that are
     left, or all where there are fewer than lanes: of n shards lane l reads a part of the one numbered ``l mod n``. With
-    ``whole`` nobody shares what is left: some lanes read a shard more than others.
+    ``whole`` nobody shares what is left: some lanes read a shard more than others. With ``even`` fewer shards than
+    lanes are each shared by all of these, so that all have as many rows.
     """
+    if even and shards < lanes:
+        shares = [[Part(shard, lanes, (lane + shard) % lanes) for shard in range(shards)] for lane in range(lanes)]
+        return [LanePlan(lane, tuple(parts)) for lane, parts in enumerate(shares)]
     left = shards if shards < lanes else 0 if whole else shards % lanes
     alone = shards - left
     parts = [[Part(shard) for shard in range(lane, alone, lanes)] for lane in range(lanes)]

@@ -6,7 +6,7 @@ import functools
 import json
 from typing import Any
 
-from relora_mora.data.skipped import Skipped
+from relora_mora.data.skipped import Skipped, names_of
 
 BLANK = " \t\r\n\v\f"  # what bytes.strip strips
 
@@ -23,13 +23,15 @@ def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: s
         return parsed
     decoded, value = parsed
     if not isinstance(value, dict) or column not in value:
-        return Skipped("no_text")
+        return Skipped(
+            "no_text", f'has no "{column}", but {names_of(value)}' if isinstance(value, dict) and value else ""
+        )
     text = value[column]
     if not isinstance(text, str):
         return Skipped("text_not_string")
     if not text:
         return Skipped("empty_text")
-    if "\\u" in decoded and not _is_encodable(text):
+    if "\\u" in decoded and not is_encodable(text):
         return Skipped("invalid_utf8")
     return text
 
@@ -42,7 +44,7 @@ def parse_row(line: bytes | Skipped, *, foreign_format: str | None = None) -> di
     decoded, value = parsed
     if not isinstance(value, dict):
         return Skipped("bad_record", "is no object of keys and values")
-    if "\\u" in decoded and not _is_encodable(json.dumps(value, ensure_ascii=False)):
+    if "\\u" in decoded and not is_encodable(json.dumps(value, ensure_ascii=False)):
         return Skipped("invalid_utf8")
     return value
 
@@ -102,7 +104,7 @@ def _quoted(column: str) -> bytes:
     return json.dumps(column, ensure_ascii=False).encode()
 
 
-def _is_encodable(text: str) -> bool:
+def is_encodable(text: str) -> bool:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from relora_mora.data.parse import is_encodable
 from relora_mora.data.record_format import Record
 from relora_mora.data.skipped import Skipped
 
@@ -63,6 +64,8 @@ def messages_of(kind: str, record: Record) -> list[Message] | Skipped:
             given = json.loads(given)
         except (ValueError, RecursionError):
             return _bad(record, f'has a "{name}" that is a text and no JSON')
+        if not is_encodable(json.dumps(given, ensure_ascii=False)):
+            return _bad(record, f'has a "{name}" with half of a surrogate pair')
     if not isinstance(given, list) or not given:
         return _bad(record, f'has a "{name}" that is no list of messages')
     messages: list[Message] = []

@@ -78,21 +78,6 @@ def check_is_text(shard: Shard) -> None:
         )
 
 
-def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
-    """Looks at one file of each folder and format that can be wrong as a whole.
-
-    That is one without the columns that are read or, on a disk, an array in JSON. Raises SourceError.
-    """
-    looked_at = {
-        (shard.location.rpartition("/")[0], shard.format, tuple(shard.columns)): shard
-        for shard in shards
-        if not shard.tokens and shard.format is not TEXT and not (shard.format is JSON_LINES and shard.is_remote)
-    }
-    for shard in looked_at.values():
-        with closing(open_rows(config, shard)) as rows:
-            rows.skip(1)
-
-
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> EncodeTexts:
     """The function from texts to their tokens, all of them scored."""
     from relora_mora.tokenizer import encode

@@ -30,8 +30,9 @@ def describe_position(
     for key in sorted(state, key=read_key):
         lane, source = read_key(key)
         own = [shard for shard in shards if shard.source == source]
-        plan = plan_lanes(lanes, len(own), whole=config.whole_shards)[lane]
-        counted = "tokens of the next document" if packing_of(config, own) == "stream" else "sequences of what follows"
+        in_stream = packing_of(config, own) == "stream"
+        plan = plan_lanes(lanes, len(own), whole=config.whole_shards, even=not in_stream)[lane]
+        counted = "tokens of the next document" if in_stream else "sequences of what follows"
         here = _place(plan, *plan.read(state[key]), own, config, counted)
         name = f"lane {lane}, {source}" if source else f"lane {lane}"
         if since is None:

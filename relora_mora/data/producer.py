@@ -37,6 +37,7 @@ class Assignment:
     blocks_per_lane: int
     batch: int  # global batches before the first
     states: Mapping[str, Mapping[str, Any]]  # of these lanes; empty at the start of a run
+    epoch_blocks: int | None = None  # of a lane of whole rows, where lanes wait for each other (``counting.Epoch``)
 
 
 @dataclass
@@ -82,13 +83,15 @@ class Producer:
     def _open_source(self, name: str) -> None:
         config = self.assignment.config
         shards = [shard for shard in self.assignment.shards if shard.source == name]
-        plans = plan_lanes(self.assignment.lanes_of_all, len(shards), whole=config.whole_shards)
         packing = packing_of(config, shards)
+        plans = plan_lanes(
+            self.assignment.lanes_of_all, len(shards), whole=config.whole_shards, even=packing != "stream"
+        )
         encode, eos = self._encoder(shards, packing)
         for lane in self.assignment.lanes:
             rows = LaneRows(plans[lane], shards, config, functools.partial(open_any, config), self.limits.get(name))
             restored = self.assignment.states.get(state_key(lane, name))
-            packer = _packer(packing, rows, encode, eos, restored)
+            packer = _packer(packing, rows, encode, eos, restored, self.assignment.epoch_blocks)
             self.lanes[lane, name] = SourceLane(packer, restored.get("blocks", 0) if restored else 0)
 
     def _encoder(self, shards: Sequence[Shard], packing: Packing) -> tuple[Encode[Any], int]:
@@ -156,14 +159,27 @@ class Producer:
 
 
 def _packer(
-    packing: Packing, rows: LaneRows[Any], encode: Encode[Any], eos: int, restored: Mapping[str, Any] | None
+    packing: Packing,
+    rows: LaneRows[Any],
+    encode: Encode[Any],
+    eos: int,
+    restored: Mapping[str, Any] | None,
+    epoch_blocks: int | None,
 ) -> Packer:
     length = rows.config.sequence_length
     if packing == "stream":
         mask = rows.config.document_mask
         return Lane(rows, encode, eos=eos, sequence_length=length, document_mask=mask, restored=restored)
     fills = packing == "whole"
-    return WholeLane(rows, encode, eos=eos, sequence_length=length, fills=fills, restored=restored)
+    return WholeLane(
+        rows,
+        encode,
+        eos=eos,
+        sequence_length=length,
+        fills=fills,
+        epoch_blocks=epoch_blocks,
+        restored=restored,
+    )
 
 
 def _stacked_masks(blocks: Sequence[Block]) -> Mask | None:

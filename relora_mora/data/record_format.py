@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +11,7 @@ from typing import Any
 from relora_mora.config import RecordsConfig
 from relora_mora.config.records import CHATML
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.skipped import Skipped
-
-_NAMES = 20  # of keys, in a message
-_NAME_CHARACTERS = 80
+from relora_mora.data.skipped import Skipped, names_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +31,7 @@ class RecordFormat:
         fields: dict[str, Any] = {}
         for field, column in self.settings.required.items():
             if column not in row:
-                there = ", ".join(name[:_NAME_CHARACTERS] for name in itertools.islice(row, _NAMES))
-                return Skipped("no_text", f'has no "{column}" (data.records.columns), but {there or "nothing"}')
+                return Skipped("no_text", f'has no "{column}" (data.records.columns), but {names_of(row)}')
             fields[field] = row[column]
         for field, column in self.settings.optional.items():
             if row.get(column) is not None:

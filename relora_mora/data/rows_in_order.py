@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relora_mora.config import DataConfig, Packing
-from relora_mora.data.bad_rows import JUDGED_FROM_ROWS, NOTES_PER_REASON, too_many_records
+from relora_mora.data.bad_rows import NOTES_PER_REASON
 from relora_mora.data.encoders import encoder_of
-from relora_mora.data.errors import SourceError
+from relora_mora.data.judged_records import RecordsFound
 from relora_mora.data.plain_text import open_rows
 from relora_mora.data.rows import Encoded
-from relora_mora.data.skipped import BAD_REASONS, Skipped
+from relora_mora.data.skipped import ENCODING_REASONS, Skipped
 from relora_mora.data.sources import Shard
 from relora_mora.data.token_rows import open_tokens
 
@@ -37,43 +36,30 @@ def rows_in_order(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     packing: Packing,
-    left_out: Counter[str] | None = None,
+    found: RecordsFound | None = None,
 ) -> Iterator[TokenizedRow]:
-    """Those that can be used; records that cannot are told to the log, and counted in ``left_out`` by the reason.
+    """Those that can be used; records that cannot are told to the log, and counted in ``found``.
 
     Raises SourceError where a shard cannot be read, or more than ``max_bad_fraction`` of its rows or of all records
     are bad, or where none of them fits into a sequence.
     """
-    left_out = Counter() if left_out is None else left_out
-    bad = 0
-    seen = 0
-    told = ""
+    found = RecordsFound() if found is None else found
     for record_format, some in itertools.groupby(shards, lambda shard: shard.records):
         encode = encoder_of(tokenizer, record_format, packing, config.sequence_length)
         rows = _read(some, config)
         while group := list(itertools.islice(rows, _ROWS_PER_CALL)):
             sizes = [size for _, size in group]
             for row, size in zip(encode([row for row, _ in group]), sizes, strict=True):
-                seen += 1
+                found.add(row)
                 if isinstance(row, Encoded):
                     yield TokenizedRow(row, None if row.cut else size)
-                    continue
-                left_out[row.reason] += 1
-                if row.reason in BAD_REASONS:
-                    bad += 1
-                    told = row.told
-                    if bad <= NOTES_PER_REASON:
-                        log.warning("%s; skipped", told)
-                    if bad > config.max_bad_fraction * max(seen, JUDGED_FROM_ROWS):
-                        raise too_many_records(bad, seen, config.max_bad_fraction, told)
-    if bad > config.max_bad_fraction * seen:
-        raise too_many_records(bad, seen, config.max_bad_fraction, told)
-    over_length = left_out["over_length"]
-    if over_length and over_length + bad == seen:
-        raise SourceError(
-            f"{shards[0].name}: no record can be used, and {over_length} of {seen} are too long for a sequence of "
-            f"{config.sequence_length} tokens; raise data.sequence_length"
-        )
+                elif row.reason in ENCODING_REASONS:
+                    if found.bad <= NOTES_PER_REASON:
+                        log.warning("%s; skipped", row.told)
+                    if fault := found.too_many(config.max_bad_fraction):
+                        raise fault
+    if fault := found.fault(shards[0].name, config.max_bad_fraction, whole=True):
+        raise fault
 
 
 def _read(shards: Iterable[Shard], config: DataConfig) -> Iterator[tuple[Any, int | None]]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from relora_mora.config import Config, DataConfig
-from relora_mora.data.checked_records import check_records
+from relora_mora.data.checked_rows import check_columns, check_records
 from relora_mora.data.encoders import packing_of
+from relora_mora.data.judged_records import RecordsFound
 from relora_mora.data.packing import with_end
-from relora_mora.data.plain_text import check_columns
 from relora_mora.data.rows import Encoded, Ids, Scored
 from relora_mora.data.rows_in_order import rows_in_order
 from relora_mora.data.sources import Shard, configured_shards
@@ -52,9 +51,9 @@ def _show_source(
     scored = 0
     tokens = 0
     rows = 0
-    left_out: Counter[str] = Counter()
-    found = rows_in_order(shards, config, tokenizer, packing, left_out)
-    for row in itertools.islice(found, max(count, SAMPLE_ROWS)):
+    found = RecordsFound()
+    in_order = rows_in_order(shards, config, tokenizer, packing, found)
+    for row in itertools.islice(in_order, max(count, SAMPLE_ROWS)):
         rows += 1
         encoded = _with_eos(row.encoded, eos) if in_stream else row.encoded
         mask = np.ones(len(encoded.ids), np.bool_)
@@ -69,7 +68,7 @@ def _show_source(
             _print(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{', cut' if encoded.cut else ''}")
             _print(marked(tokenizer, encoded.ids, mask, colour=sys.stdout.isatty()))
     name = f"{source}: " if source else ""
-    without = "".join(f", {number:,} left out: {reason}" for reason, number in left_out.items())
+    without = "".join(f", {number:,} left out: {reason}" for reason, number in found.left_out.items())
     _print(f"{name}{scored / max(1, tokens):.1%} of {tokens:,} tokens are scored (the first {rows:,} rows{without})")
 
 

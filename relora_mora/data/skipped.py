@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+_NAMES = 20  # of keys, in a message
+_NAME_CHARACTERS = 80
 
 # bad rows, which may be up to data.max_bad_fraction of a shard: the reason, and how it is told of a line or row
 BAD_REASONS = {
@@ -38,3 +43,10 @@ class Skipped:
 
     reason: str
     told: str = field(default="", compare=False)
+
+
+def names_of(keys: Iterable[str]) -> str:
+    """The keys of a row, to be told."""
+    names = [name[:_NAME_CHARACTERS] for name in itertools.islice(keys, _NAMES + 1)]
+    more = ["..."] if len(names) > _NAMES else []
+    return ", ".join(names[:_NAMES] + more) or "nothing"

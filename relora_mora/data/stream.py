@@ -28,8 +28,9 @@ class TrainStream:
 
     ``lanes`` is the number of lanes of all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
     the merged states of all ranks (``merge_states``), from any number of ranks and workers, and ``step`` the global
-    batches before the next one, on which a mixture depends; ``shards`` saves resolving the sources again. Build it in a
-    thread that lives as long as the stream: its workers end with that thread. Raises SourceError for sources that
+    batches before the next one, on which a mixture depends; ``shards`` saves resolving the sources again. With
+    ``epoch_blocks`` (``count_epoch``) lanes of whole rows begin each epoch together; a state brings its own. Build it
+    in a thread that lives as long as the stream: its workers end with that thread. Raises SourceError for sources that
     cannot be read, ValueError for numbers that do not divide.
     """
 
@@ -45,6 +46,7 @@ class TrainStream:
         state: Mapping[str, Mapping[str, Any]] | None = None,
         step: int = 0,
         shards: Sequence[Shard] | None = None,
+        epoch_blocks: int | None = None,
     ) -> None:
         if batch_size % lanes or lanes % world_size or not 0 <= rank < world_size:
             raise ValueError(
@@ -58,6 +60,7 @@ class TrainStream:
         self.config = config
         self._tokenizer_path = tokenizer_path
         self._shards = shards
+        self._epoch_blocks = epoch_blocks
         self._lanes_of_all = lanes
         self._lanes = list(range(rank, lanes, world_size))
         self._blocks_per_lane = batch_size // lanes
@@ -78,6 +81,7 @@ class TrainStream:
                 blocks_per_lane=self._blocks_per_lane,
                 batch=step,
                 states=_of_lanes(states, share),
+                epoch_blocks=self._epoch_blocks,
             )
             for share in shares
         ]

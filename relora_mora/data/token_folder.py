@@ -18,10 +18,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from relora_mora.config import DataConfig
+from relora_mora.data.checked_rows import check_columns
 from relora_mora.data.content import content_digests
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.formats import TEXT
-from relora_mora.data.plain_text import check_columns, check_is_text, text_encoder
+from relora_mora.data.plain_text import check_is_text, text_encoder
 from relora_mora.data.sources import Shard
 from relora_mora.data.token_index import (
     INDEX,

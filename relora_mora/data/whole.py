@@ -4,6 +4,9 @@ The rows of a lane are taken in groups, and those of a group are put into blocks
 want of room goes into another block of its group. A group ends where its tokens fill ``GROUP_BLOCKS`` blocks or more,
 and at the end of an epoch, so an epoch is whole blocks. A position is where a group begins, and how many of its blocks
 and rows were given.
+
+Lanes have unequal numbers of blocks. Where the largest is known (``counting.py``), a lane that has given all of an
+epoch gives blocks without rows until the others have done so too: nobody begins an epoch before its time.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from relora_mora.data.rows import Encode, Encoded, Row
 GROUP_BLOCKS = 16  # more waste less room and make a resume repeat more
 
 
+_NOT_FILLED = Block(np.empty(0, np.int32), None)
+
+
 class WholeBlock(NamedTuple):
     block: Block
     rows: int
@@ -32,7 +38,8 @@ class WholeBlock(NamedTuple):
 class WholeLane(Generic[Row]):
     """A ``packing.Packer`` of rows that fit into a block; ``fills``: several in each, else one.
 
-    ``restored`` is a state of this lane. Raises SourceError where the source does not fit it.
+    ``epoch_blocks`` are those that an epoch takes of every lane; None: each begins the next one at once. ``restored``
+    is a state of this lane, which keeps that number. Raises SourceError where the source does not fit it.
     """
 
     def __init__(
@@ -43,18 +50,23 @@ class WholeLane(Generic[Row]):
         eos: int,
         sequence_length: int,
         fills: bool,
+        epoch_blocks: int | None = None,
         restored: Mapping[str, Any] | None = None,
     ) -> None:
         self.rows = rows
         self.eos = eos
         self.sequence_length = sequence_length
         self.fills = fills
+        self._epoch_blocks = epoch_blocks
+        self._turn = 0  # blocks given in this epoch
         cursor = Cursor()
         given = 0
         if restored:
             cursor, given = rows.plan.read(restored)
+            self._epoch_blocks = restored.get("epoch_blocks")
+            self._turn = restored.get("turn", 0)
             cursor = cursor._replace(documents=cursor.documents - restored.get("documents_given", 0))
-        self._source = EncodedRows(rows, encode, cursor)
+        self.encoded = EncodedRows(rows, encode, cursor)
         self._waiting: deque[tuple[Encoded, Cursor]] = deque()
         self._before = cursor  # of the group
         self._after = cursor
@@ -72,28 +84,37 @@ class WholeLane(Generic[Row]):
 
     def next_block(self) -> Block:
         if self._given == len(self._blocks):
+            if self._waits():
+                self._turn += 1
+                return self._block_without_rows()
             self._next_group()
         self._given += 1
+        self._turn += 1
         return self._blocks[self._given - 1].block
 
-    def epoch_blocks(self) -> int:
-        """How many blocks the first epoch has: for a lane at its start, whose blocks are then given."""
-        blocks = 0
-        self._next_group()
-        while self._epoch == 0:
-            blocks += len(self._blocks)
-            self._next_group()
-        return blocks
-
     def state(self) -> dict[str, Any]:
+        turn = {} if self._epoch_blocks is None else {"epoch_blocks": self._epoch_blocks, "turn": self._turn}
         if self._given == len(self._blocks):
-            return self._after.state(0)
+            return {**self._after.state(0), **turn}
         documents = sum(block.rows for block in self._blocks[: self._given])
         before = self._before._replace(documents=self._before.documents + documents)
-        return {**before.state(self._given), "documents_given": documents}
+        return {**before.state(self._given), "documents_given": documents, **turn}
 
     def close(self) -> None:
-        self._source.close()
+        self.encoded.close()
+
+    def _waits(self) -> bool:
+        """Whether all rows of this epoch were given, and other lanes may have some. At a group's end."""
+        if self._epoch_blocks is None or self._goes_on(self._epoch, hides_errors=self.rows.limit is not None):
+            return False
+        if self._turn < self._epoch_blocks:
+            return True
+        self._turn -= self._epoch_blocks
+        return False
+
+    def _block_without_rows(self) -> Block:
+        block = block_of([], eos=self.eos, sequence_length=self.sequence_length)
+        return block if self.fills else block._replace(documents=None)
 
     def _next_group(self) -> None:
         before = self._after
@@ -115,21 +136,40 @@ class WholeLane(Generic[Row]):
         self._look_ahead()
         return self._waiting.popleft()
 
-    def _goes_on(self, epoch: int) -> bool:
-        """Whether there is another row in this epoch."""
+    def _goes_on(self, epoch: int, *, hides_errors: bool = True) -> bool:
+        """Whether there is another row in this epoch. An error that is hidden is raised again by the next group."""
         try:
             self._look_ahead()
         except SourceError:
-            return False  # raised again by the next group
+            if not hides_errors:
+                raise
+            return False
         return self._waiting[0][1].epoch == epoch
 
     def _look_ahead(self) -> None:
         if not self._waiting:
-            _, rows, after = self._source.next_group()
+            _, rows, after = self.encoded.next_group()
             self._waiting.extend(zip(rows, after, strict=True))
 
     def _packed(self, rows: Sequence[Encoded]) -> Iterator[WholeBlock]:
         return packed(rows, eos=self.eos, sequence_length=self.sequence_length, fills=self.fills)
+
+
+class CountedLane(WholeLane[Row]):
+    """Knows how many blocks there are, and does not fill them."""
+
+    def epoch_blocks(self, epochs: int) -> list[int]:
+        """How many blocks each of the first epochs has: for a lane at its start, whose blocks are then given."""
+        blocks = [0] * epochs
+        self._next_group()
+        while self._epoch < epochs:
+            blocks[self._epoch] += len(self._blocks)
+            self._next_group()
+        return blocks
+
+    def _packed(self, rows: Sequence[Encoded]) -> Iterator[WholeBlock]:
+        numbers = first_fit([len(row.ids) for row in rows], self.sequence_length + 1) if self.fills else rows
+        return (WholeBlock(_NOT_FILLED, 1) for _ in numbers)
 
 
 def groups_of(rows: Sequence[Encoded], sequence_length: int) -> Iterator[list[Encoded]]:

@@ -47,6 +47,7 @@ class Checked:
     data_order: str
     bf16: bool
     compiled: bool  # the decoder layers
+    epoch_blocks: int | None = None  # that a lane of whole rows has in each of train.epochs, which are counted
 
     @property
     def identity(self) -> Identity:

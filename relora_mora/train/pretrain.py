@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import replace
@@ -11,7 +12,7 @@ from relora_mora.config import Config, DataConfig, with_epochs
 from relora_mora.data import (
     check_columns,
     check_records,
-    count_tokens,
+    count_epoch,
     find_datasets,
     hub_commits,
     pin_revision,
@@ -19,6 +20,7 @@ from relora_mora.data import (
     remember_datasets,
     remote_content,
 )
+from relora_mora.data.counting import Epoch
 from relora_mora.data.dataset_sources import Datasets
 from relora_mora.data.hub_sources import Revision
 from relora_mora.distributed.collectives import (
@@ -116,9 +118,9 @@ def _pretrain(config: Config, guard: Guard) -> int:
     check_shared(RunFolder(folder).lock, lock)
     if config.train.epochs is not None:  # takes long: all else that can be wrong has been found
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
-        tokens = from_first_rank(lambda: _count(config))
-        config = with_epochs(config, tokens, world_size)
-        checked = replace(checked, config=config)
+        epoch = from_first_rank(lambda: _count(config))
+        config = with_epochs(config, epoch.tokens, world_size)
+        checked = replace(checked, config=config, epoch_blocks=epoch.blocks)
     guard.begin("building the model", within=LONG_SECONDS)
     startup.done("checks")
     resumes = from_first_rank(lambda: finds_checkpoint(config.train))
@@ -168,13 +170,20 @@ def _pinned(config: Config) -> tuple[DataConfig, dict[Revision, str], Datasets]:
     return data, commits, find_datasets(data)
 
 
-def _count(config: Config) -> int:
-    """The tokens of an epoch. One rank reads all of the text."""
+def _count(config: Config) -> Epoch:
+    """How long an epoch is. One rank reads all of the text."""
     begin = time.perf_counter()
     log.info("train.epochs: counting the tokens of the training text")
-    tokens = count_tokens(config.data, config.tokenizer_path, lanes=config.lanes)
-    log.info("an epoch of it has %s tokens (%.1f s)", f"{tokens:,}", time.perf_counter() - begin)
-    return tokens
+    lanes = config.lanes
+    epoch = count_epoch(
+        config.data,
+        config.tokenizer_path,
+        lanes=lanes,
+        blocks_per_lane=config.train.batch_size // lanes,
+        epochs=math.ceil(config.train.epochs or 1),
+    )
+    log.info("an epoch of it has %s tokens (%.1f s)", f"{epoch.tokens:,}", time.perf_counter() - begin)
+    return epoch
 
 
 def _asked(checked: Checked, data: DataConfig) -> str:

@@ -9,24 +9,34 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters import AdapterFolder, is_adapter
+from relora_mora.checkpoint import list_checkpoints
+from relora_mora.checkpoint.layout import MANIFEST
 from relora_mora.config import Config, ConfigError, MethodConfig
 from relora_mora.methods.inject import inject
 from relora_mora.methods.layers import adapter_parameters
 from relora_mora.model import empty_model
 from relora_mora.optim import set_trainable
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
+
+_MODELS = ("config.json", MANIFEST, RunFolder(Path()).checkpoints.name)  # in a Hugging Face folder, a checkpoint, a run
+_REMEDY = "give a Hugging Face folder of the LLaMA family or a run"
 
 
 def check_start(config: Config) -> None:
     """Raises :class:`ConfigError` where ``model.init_from`` is no model."""
-    start = config.model.init_from
+    if config.model.init_from is None:
+        return
+    start = Path(config.model.init_from)
     fault = None
-    if start is not None and not Path(start).exists():
-        fault = f"{start} does not exist; give a Hugging Face folder of the LLaMA family or a run"
-    elif start is not None and is_adapter(Path(start)):
-        fault = f"{start} holds an adapter without its model; give that model there, and the adapter in model.adapter"
+    if not start.exists():
+        fault = f"does not exist; {_REMEDY}"
+    elif is_adapter(start):
+        fault = "holds an adapter without its model; give that model there, and the adapter in model.adapter"
+    elif not any((start / name).exists() for name in _MODELS) and not list_checkpoints(start):
+        fault = f"holds neither a config.json nor checkpoints; {_REMEDY}"
     if fault is not None:
-        raise ConfigError([f"model.init_from: {fault}"], "the settings")
+        raise ConfigError([f"model.init_from: {start} {fault}"], "the settings")
 
 
 def check_adapter(config: Config, model_config: PreTrainedConfig) -> None:

@@ -240,7 +240,8 @@ def test_too_many_bad_lines_are_a_clear_stop(tmp_path):
 def test_a_wrong_column_is_named(tmp_path):
     path = write_shard(tmp_path / "a.json", ["a text"] * 30)
     with pytest.raises(
-        SourceError, match=r'11 of 11 lines are bad, .*; line 11 has no "content" \(data.text_column names '
+        SourceError,
+        match=r'11 of 11 lines are bad, .*; line 11 has no "content", but url, text \(data.text_column names ',
     ):
         list(iter_texts(str(path), split="train", config=data_config(path, text_column="content")))
 

@@ -333,7 +333,7 @@ def test_a_column_that_is_not_there_is_told(tokenizer, tmp_path, suffix):
     path = _write(tmp_path / f"a{suffix}")
     shards = resolve_shards(str(path), records=RecordsConfig(kind="sharegpt", template="chatml"))
     said = (
-        r'a\.jsonl: none of its first 3 rows .* has no "conversations" \(data\.records\.columns\), but messages, id'
+        r'a\.jsonl: 3 of 3 lines are bad, .* line 3 has no "conversations" \(data\.records\.columns\), but messages, id'
         if suffix == ".jsonl"
         else 'no column "conversations"; set data.records.columns to one of messages, id'
     )
@@ -399,7 +399,7 @@ def test_too_many_records_that_cannot_be_used_end_an_evaluation(tokenizer_path, 
 def test_held_out_records_that_are_all_too_long_are_named_as_such(tokenizer_path, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"question": "the rank of the matrix?", "answer": "one"}))
-    with pytest.raises(SourceError, match=r"1 of 1 are too long for a sequence of 4 tokens; raise"):
+    with pytest.raises(SourceError, match=r"no record can be used \(over_length: 1\); .* 36 tokens, .*; raise"):
         _held_out(path, tokenizer_path, 4, records={"kind": "question"})
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from relora_mora.config import ConfigError, load_config, validate
-from relora_mora.data import UNSCORED, SourceError, TrainStream, count_tokens, merge_states
+from relora_mora.data import UNSCORED, SourceError, TrainStream, count_epoch, merge_states
 from relora_mora.data.encoders import encoder_of, packing_of
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Block
@@ -21,7 +21,7 @@ from relora_mora.data.record_format import Record
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sources import configured_shards
 from relora_mora.data.token_rows import open_any
-from relora_mora.data.whole import WholeLane, block_of, first_fit
+from relora_mora.data.whole import CountedLane, WholeLane, block_of, first_fit
 from relora_mora.tokenizer import load_tokenizer
 from tests.tools.data_tools import EOS, data_config
 
@@ -53,17 +53,26 @@ def _config(path: Path, packing: str = "whole", **settings: Any) -> Any:
     return data_config(path, packing=packing, records=records, sequence_length=LENGTH, **settings)
 
 
-def _lane(config: Any, tokenizer: Any, lanes: int, number: int, restored: Any = None) -> WholeLane:
+def _lane(
+    config: Any, tokenizer: Any, lanes: int, number: int, restored: Any = None, kind: type[WholeLane] = WholeLane
+) -> WholeLane:
     shards = configured_shards(config, "train")
     packing = packing_of(config, shards)
-    return WholeLane(
-        LaneRows(plan_lanes(lanes, len(shards))[number], shards, config, functools.partial(open_any, config)),
+    plans = plan_lanes(lanes, len(shards), even=True)
+    return kind(
+        LaneRows(plans[number], shards, config, functools.partial(open_any, config)),
         encoder_of(tokenizer, shards[0].records, packing, config.sequence_length),
         eos=tokenizer.eos_token_id,
         sequence_length=config.sequence_length,
         fills=packing == "whole",
         restored=restored,
     )
+
+
+def _blocks(config: Any, tokenizer: Any, lanes: int, number: int) -> int:
+    """Of the first epoch of a lane."""
+    [blocks] = _lane(config, tokenizer, lanes, number, kind=CountedLane).epoch_blocks(1)
+    return blocks
 
 
 def _plain(block: Block) -> tuple[Any, ...]:
@@ -98,7 +107,7 @@ def test_every_record_once_in_every_epoch(path, tokenizer, packing, lanes):
     for number in range(lanes):
         lane = _lane(config, tokenizer, lanes, number)
         epochs: list[list[int]] = [[], []]
-        for _ in range(_lane(config, tokenizer, lanes, number).epoch_blocks()):
+        for _ in range(_blocks(config, tokenizer, lanes, number)):
             epochs[0] += _numbers(lane.next_block(), tokenizer)
         share = lane.state()["documents"]
         assert lane.state()["epoch"] == 0 and share == len(epochs[0])
@@ -117,7 +126,7 @@ def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
     encode = encoder_of(tokenizer, shard.records, "whole", LENGTH)
     rows = encode([Record(_row(number), "here") for number in range(RECORDS)])
     lane = _lane(config, tokenizer, 1, 0)
-    blocks = [lane.next_block() for _ in range(_lane(config, tokenizer, 1, 0).epoch_blocks())]
+    blocks = [lane.next_block() for _ in range(_blocks(config, tokenizer, 1, 0))]
     expected = Counter(tuple(row.ids.tolist()) for row in rows)
     found = Counter()
     for block in blocks:
@@ -232,10 +241,11 @@ def test_sources_of_text_and_of_records_are_mixed(path, tokenizer, tokenizer_pat
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_an_epoch_is_counted_in_the_blocks_of_its_lanes(path, tokenizer, tokenizer_path, packing, lanes):
     config = _config(path, packing)
-    blocks = count_tokens(config, tokenizer_path, lanes=lanes) // LENGTH
-    assert blocks == sum(_lane(config, tokenizer, lanes, number).epoch_blocks() for number in range(lanes))
+    epoch = count_epoch(config, tokenizer_path, lanes=lanes)
+    blocks = [_blocks(config, tokenizer, lanes, number) for number in range(lanes)]
+    assert epoch.blocks == max(blocks) and epoch.tokens == max(blocks) * lanes * LENGTH
     if packing == "none":
-        assert blocks == RECORDS
+        assert sum(blocks) == RECORDS
 
 
 def _usable(numbers: range) -> list[dict[str, Any]]:
@@ -290,7 +300,7 @@ def test_too_many_records_that_cannot_be_used_end_the_stream_behind_the_good_one
 def test_a_lane_of_records_that_are_all_too_long_is_told(tmp_path, tokenizer):
     source = tmp_path / "a.jsonl"
     source.write_text("\n".join(json.dumps({"prompt": "the rank " * 40, "completion": "x"}) for _ in range(3)))
-    with pytest.raises(SourceError, match=r"lane 0: none of its records .* longer than data\.sequence_length"):
+    with pytest.raises(SourceError, match=r"lane 0: none of its records .* more than data\.sequence_length \(48\)"):
         _lane(_config(source), tokenizer, 1, 0).next_block()
 
 

@@ -18,7 +18,8 @@ from relora_mora.pretrained import model_config_of
 from tests.tools.config_tools import tree
 from tests.tools.tiny import batch, tiny_llama
 
-# (parameters with tied heads counted once, config.json without what all of them have); from memory
+# (parameters with tied heads counted once, config.json without what all of them have); compared with copies of these
+# files that others have put on the hub
 HUB: dict[str, tuple[int, dict[str, Any]]] = {
     "SmolLM2-135M": (
         134_515_008,
@@ -27,6 +28,7 @@ HUB: dict[str, tuple[int, dict[str, Any]]] = {
             "bos_token_id": 0,
             "eos_token_id": 0,
             "hidden_size": 576,
+            "initializer_range": 0.041666666666666664,
             "intermediate_size": 1536,
             "is_llama_config": True,
             "max_position_embeddings": 8192,
@@ -42,7 +44,7 @@ HUB: dict[str, tuple[int, dict[str, Any]]] = {
             "vocab_size": 49152,
         },
     ),
-    "Llama-3.2-1B": (
+    "Llama-3.2-1B-Instruct": (
         1_235_814_400,
         {
             "architectures": ["LlamaForCausalLM"],

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from tests.tools.helpers import ROOT
+from tests.tools.jobs import free_port
 from tests.tools.runs import metrics, run_config, tensors, write_inputs
 from tests.tools.tokenizer_tools import train_tokenizer
 
@@ -86,7 +87,11 @@ def train(checkout: Path, config: Any, ranks: int) -> None:
     run_dir = Path(config.train.run_dir)
     settings = run_dir.with_suffix(".yaml")
     settings.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master-port=29631"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master-port={free_port()}"]
+        if ranks > 1
+        else []
+    )
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, *launcher, "launch/pretrain.py", str(settings)]
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)

@@ -165,6 +165,13 @@ def test_the_plan_of_a_fine_tuning(settings):
     ("words", "parts"),
     [
         (["--model.init_from=nowhere"], ["model.init_from: nowhere does not exist"]),
+        (["--model.init_from=nowhere", "--show=1"], ["model.init_from: nowhere does not exist"]),
+        (
+            ["--model.init_from=/"],
+            ["model.init_from: / holds neither a config.json nor checkpoints; give a Hugging Face"],
+        ),
+        (["--model.init_from=/", "--show=1"], ["model.init_from: / holds neither a config.json nor checkpoints"]),
+        (["--tokenizer.path=nowhere", "--show=1"], ["nowhere: not found; expected a folder with tokenizer.model"]),
         (
             ["--model.init_from=null"],
             ["2 faults", "model.config: must be given, or model.init_from", "tokenizer.path:"],

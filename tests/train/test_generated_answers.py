@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch.uuid_pairs import uuid_pairs
 from relora_mora.config import Config, ConfigError
 from relora_mora.export import export
+from relora_mora.tokenizer import load_tokenizer
 from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
 
 pytestmark = pytest.mark.distributed
@@ -76,6 +77,30 @@ def test_pairs_are_learned_by_heart(pools, inputs, tokenizer_path, tmp_path):
         ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
         found = model.generate(ids, max_new_tokens=50, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) == row["completion"]
+
+
+def test_a_chat_that_was_learned_stops_by_itself_in_plain_transformers(pools, inputs, tokenizer_path, tmp_path):
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(str(tmp_path / "tokenizer"))
+    rows = [json.loads(line) for line in (inputs / "pairs.jsonl").read_text().splitlines()[:3]]
+    turns = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        for row in rows
+    ]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join(json.dumps({"messages": each}) for each in turns))
+    data = {"train": str(chats), "validation": str(chats), "records": {"kind": "messages", "template": "chatml"}}
+    sections = {"data": data, "train": {"steps": 70, "micro_batch_size": 6}, "eval": {"every_steps": 0}}
+    pools(1)(train, memory(inputs, str(tmp_path / "tokenizer"), tmp_path / "run", **sections))
+    assert generated(tmp_path / "run")[-1] == [1.0, 1.0]
+    export(tmp_path / "run", tmp_path / "out")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for each in turns:
+        ids = plain.apply_chat_template(each[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        found = model.generate(**ids, max_new_tokens=50, do_sample=False, pad_token_id=plain.eos_token_id)
+        assert plain.decode(found[0, ids.input_ids.shape[1] :]) == each[1]["content"] + "<|im_end|>"
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from relora_mora.config import ConfigError
-from relora_mora.data import SourceError, count_tokens
+from relora_mora.data import SourceError, count_epoch
 from tests.tools.runs import metrics, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
@@ -33,7 +33,7 @@ def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer
         "method": {"merge_every": 4},
     }
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 1, **settings)
-    tokens = count_tokens(config.data, tokenizer_path, lanes=config.lanes)
+    tokens = count_epoch(config.data, tokenizer_path, lanes=config.lanes).tokens
     steps = math.ceil(2 * tokens / (24 * 32))
     pools(1)(train, config)
     (last,) = [line for line in metrics(tmp_path / "run") if line["step"] == steps and "train/epoch" in line]
@@ -56,4 +56,4 @@ def test_nothing_is_counted_where_something_is_missing(pools, tokenizer_path, tm
     (inputs / "empty.json").touch()
     empty = run_config(inputs, tokenizer_path, tmp_path / "run", 1, data={"train": f"{inputs}/empty.json"})
     with pytest.raises(SourceError, match=r"the training data .*empty\.json holds no text"):
-        count_tokens(empty.data, tokenizer_path, lanes=empty.lanes)
+        count_epoch(empty.data, tokenizer_path, lanes=empty.lanes)

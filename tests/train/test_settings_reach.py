@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from relora_mora.config import Config
-from relora_mora.config.schema import DataConfig, ModelConfig
+from relora_mora.config.data import DataConfig
+from relora_mora.config.schema import ModelConfig
 from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.runs import LLAMA, metrics, run_config, train
 

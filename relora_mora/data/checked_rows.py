@@ -1,0 +1,106 @@
+"""Whether rows are what the settings say and can be learned from: seen in the first ones, before anything expensive."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from relora_mora.config import DataConfig
+from relora_mora.data.bad_rows import JUDGED_FROM_ROWS, OTHER_KEYS, told_of
+from relora_mora.data.encoders import encoder_of, packing_of
+from relora_mora.data.errors import SourceError
+from relora_mora.data.formats import JSON_LINES, TEXT
+from relora_mora.data.judged_records import TOO_LONG, RecordsFound
+from relora_mora.data.plain_text import open_rows
+from relora_mora.data.skipped import BAD_REASONS, Skipped
+from relora_mora.data.sources import Shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_FIRST_LINES = 16
+_ROWS_PER_CALL = 64
+_CHARACTERS = 1 << 22  # no more are tokenized, which takes a second or two
+
+
+def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
+    """Looks at one file of each folder and format that can be wrong as a whole.
+
+    That is one without the columns that are read, or an array in JSON; of JSON lines the first are judged. Raises
+    SourceError.
+    """
+    looked_at = {
+        (shard.location.rpartition("/")[0], shard.format, tuple(shard.columns)): shard
+        for shard in shards
+        if not shard.tokens and shard.format is not TEXT
+    }
+    for shard in looked_at.values():
+        with closing(open_rows(config, shard, note=_unheard)) as rows:
+            if shard.format is not JSON_LINES:
+                rows.skip(1)
+                continue
+            first = rows.take(_FIRST_LINES)
+            if len(first) < _FIRST_LINES:
+                rows.take(1)  # at the end all of it is judged
+        bad = [row for row in first if isinstance(row, Skipped) and row.reason in BAD_REASONS]
+        if bad and len(bad) == len(first):
+            hint = f" ({OTHER_KEYS})" if bad[0].reason == "no_text" and not shard.holds_records else ""
+            raise SourceError(
+                f"{shard.name}: none of its first {len(first)} lines can be used; one {told_of(bad[0], shard)}{hint}"
+            )
+
+
+def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokenizes the first rows of each source of records, or of whole texts, and judges them as a run does.
+
+    Those are 1,000 or, where they are long, fewer; of a server's only some of the first file. Raises SourceError where
+    the tokenizer or the template cannot be used, where too many of the rows cannot, or none of them; warns where most
+    are too long.
+    """
+    for _, some in itertools.groupby(shards, lambda shard: (shard.source, shard.records)):
+        group = [shard for shard in some if shard.tokens is None]
+        if group and (packing_of(config, group) != "stream" or group[0].holds_records):
+            _check_rows(group, config, tokenizer)
+
+
+def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    encode = encoder_of(tokenizer, shards[0].records, packing_of(config, shards), config.sequence_length)
+    looked_at = shards[:1] if shards[0].is_remote else shards
+    found = RecordsFound()
+    characters = 0
+    whole = len(looked_at) == len(shards)
+    with closing(_rows(looked_at, config)) as rows:
+        for some in rows:
+            if found.seen >= JUDGED_FROM_ROWS or characters >= _CHARACTERS:
+                whole = False
+                break
+            for row in encode(some):
+                found.add(row)
+            characters += sum(map(len, some))
+    if fault := found.fault(shards[0].name, config.max_bad_fraction, whole=whole):
+        raise fault
+    if found.too_long * 2 > found.seen:
+        log.warning(
+            "%s: %d of the first %d records are too long and left out, for instance %s; raise data.sequence_length",
+            shards[0].name,
+            found.too_long,
+            found.seen,
+            found.told[TOO_LONG],
+        )
+
+
+def _rows(shards: Sequence[Shard], config: DataConfig) -> Generator[list[Any]]:
+    """All rows that can be read, some at a time."""
+    for shard in shards:
+        with closing(open_rows(config, shard, note=_unheard)) as opened:
+            while taken := opened.take(_ROWS_PER_CALL):
+                yield [row for row in taken if not isinstance(row, Skipped)]
+
+
+def _unheard(note: str) -> None:
+    """The run tells of rows that are skipped, when it reads them."""

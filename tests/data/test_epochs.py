@@ -1,0 +1,132 @@
+"""Over some epochs every record is seen as often as that, whatever lanes, ranks and stops there are."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.data import UNSCORED, Batch, TrainStream, count_epoch, merge_states
+from relora_mora.tokenizer import load_tokenizer
+from tests.tools.data_tools import data_config
+
+LENGTH = 48
+LANES = 4
+BATCH = 8
+EPOCHS = 3
+SIZES = (50, 31, 6)  # of the files: lanes have unequal shares of each
+
+
+def _completion(number: int) -> str:
+    return f" {number}" + " matrix" * (1 + number % 3)
+
+
+@pytest.fixture(scope="module", params=["many", "one"])
+def path(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("records")
+    rows = [
+        {"prompt": "the" + " rank" * (number % 5), "completion": _completion(number)} for number in range(sum(SIZES))
+    ]
+    rows[9]["completion"] = ""  # has no answer
+    for part, size in enumerate(SIZES if request.param == "many" else (sum(SIZES),)):
+        begin = sum(SIZES[:part])
+        (folder / f"part-{part}.jsonl").write_text("\n".join(map(json.dumps, rows[begin : begin + size])) + "\n")
+    return folder / "*.jsonl"
+
+
+def _config(path: Path, packing: str, **settings: Any) -> Any:
+    records = {"kind": "prompt"}
+    given = {"packing": packing, "records": records, "sequence_length": LENGTH, "max_bad_fraction": 0.1, **settings}
+    return data_config(path, **given)
+
+
+def _stream(config: Any, tokenizer: str, rank: int = 0, ranks: int = 1, **settings: Any) -> TrainStream:
+    return TrainStream(
+        config, tokenizer_path=tokenizer, batch_size=BATCH, lanes=LANES, rank=rank, world_size=ranks, **settings
+    )
+
+
+def _count(config: Any, tokenizer: str) -> Any:
+    return count_epoch(config, tokenizer, lanes=LANES, blocks_per_lane=BATCH // LANES, epochs=EPOCHS)
+
+
+def _answers(batch: Batch, tokenizer: Any) -> list[str]:
+    """What is scored in a batch, record by record."""
+    texts = [tokenizer.decode([int(label) for label in labels if label != UNSCORED]) for labels in batch.labels]
+    return [answer for text in texts for answer in text.split("</s>") if answer]
+
+
+EXPECTED = [_completion(number) for number in range(sum(SIZES)) if number != 9]
+
+
+@pytest.mark.parametrize("packing", ["whole", "none"])
+def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packing):
+    config = _config(path, packing)
+    tokenizer = load_tokenizer(tokenizer_path)
+    epoch = _count(config, tokenizer_path)
+    assert epoch.blocks % (BATCH // LANES) == 0 and epoch.tokens == epoch.blocks * LANES * LENGTH
+    steps = epoch.blocks * LANES // BATCH
+    with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
+        for number in range(EPOCHS):
+            batches = [next(stream) for _ in range(steps)]
+            assert sorted(answer for batch in batches for answer in _answers(batch, tokenizer)) == sorted(EXPECTED)
+            assert all((batch.labels != UNSCORED).any() for batch in batches), "no batch is empty"
+            assert batches[-1].counts["epoch"] == number
+            assert batches[-1].counts["documents"] == (number + 1) * len(EXPECTED)
+
+
+@pytest.mark.parametrize("packing", ["whole", "none"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stops_and_other_numbers_of_ranks_change_none_of_it(path, tokenizer_path, packing, workers):
+    config = _config(path, packing, workers=workers)
+    tokenizer = load_tokenizer(tokenizer_path)
+    epoch = _count(config, tokenizer_path)
+    steps = EPOCHS * epoch.blocks * LANES // BATCH
+    seen: Counter[str] = Counter()
+    state = None
+    step = 0
+    with _stream(_config(path, packing), tokenizer_path, epoch_blocks=epoch.blocks) as stream:
+        expected = [next(stream).state for _ in range(steps)]
+    while step < steps:
+        ranks = 1 + step % 2
+        # a run that goes on takes the number from its state: the settings that it saved have steps, and no epochs
+        given = epoch.blocks if state is None else None
+        parts = [
+            _stream(config, tokenizer_path, rank, ranks, state=state, step=step, epoch_blocks=given)
+            for rank in range(ranks)
+        ]
+        for _ in range(min(3, steps - step)):
+            batches = [next(part) for part in parts]
+            for batch in batches:
+                seen.update(_answers(batch, tokenizer))
+            step += 1
+        for part in parts:
+            part.close()
+        state = merge_states([json.loads(json.dumps(batch.state)) for batch in batches])
+        assert state == merge_states([expected[step - 1]])
+    assert seen == Counter(dict.fromkeys(EXPECTED, EPOCHS))
+
+
+def test_without_a_count_each_lane_begins_its_next_epoch_at_once(path, tokenizer_path):
+    config = _config(path, "none")
+    tokenizer = load_tokenizer(tokenizer_path)
+    seen: Counter[str] = Counter()
+    with _stream(config, tokenizer_path) as stream:
+        for _ in range(EPOCHS * len(EXPECTED) // BATCH):
+            batch = next(stream)
+            assert (batch.labels != UNSCORED).any(dim=1).all(), "no sequence is empty"
+            seen.update(_answers(batch, tokenizer))
+    assert set(seen.values()) <= {EPOCHS - 1, EPOCHS, EPOCHS + 1} and set(seen) == set(EXPECTED)
+
+
+def test_much_waiting_is_warned_of(tokenizer_path, tmp_path, caplog):
+    for part, size in enumerate((40, 3, 3, 3)):  # a file for each lane
+        rows = [{"prompt": "the", "completion": _completion(number)} for number in range(size)]
+        (tmp_path / f"part-{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    epoch = _count(_config(tmp_path / "*.jsonl", "none"), tokenizer_path)
+    assert epoch.blocks == 40
+    [said] = caplog.messages
+    assert said == ("69 % of the sequences of an epoch are empty: 4 lanes wait for the one with most; lower data.lanes")
