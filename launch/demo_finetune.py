@@ -6,6 +6,7 @@ the package index; where that cannot be had, the one that `make demo` trains.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -55,6 +56,8 @@ class Start:
 
 def main() -> int:
     """Model, pairs, two runs, their curves, an export and a chat, into runs/demo_finetune; what is there is kept."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib: not installed; run make demo-finetune, or pip install -e '.[plot]'")
     os.chdir(ROOT)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     begin = time.monotonic()

@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config import FINETUNING, load_config, unused_settings
-from tests.tools.commands import call, module_of
+from tests.tools.commands import call, module_of, refused, run_main
 from tests.tools.helpers import ROOT
 from tests.tools.pool import Pools
 from tests.tools.tokenizer_tools import train_tokenizer
@@ -90,6 +90,12 @@ def test_a_model_that_is_there_is_used(finetuning: ModuleType, monkeypatch: pyte
     save_demo_model(tmp_path / "home" / "smollm2" / "model")
     start = finetuning._start()
     assert start.model == tmp_path / "home" / "smollm2" / "model" and not start.settings
+
+
+def test_what_draws_is_asked_for_first(finetuning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetuning.importlib.util, "find_spec", lambda _: None)
+    refused(run_main(finetuning.main), "matplotlib: not installed", "make demo-finetune")
+    assert not finetuning.HOME.exists()
 
 
 def test_steps_to_a_share(finetuning: ModuleType) -> None:
