@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-tasks test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke study-smoke lint types checks format env dev clean
+.PHONY: demo demo-finetune test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-tasks test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke study-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
+
+demo-finetune: $(VENV)/.installed-plot  ## set up, then teach SmolLM2-135M-Instruct pairs of UUIDs, with MoRA and with LoRA
+	@$(BIN)/python launch/demo_finetune.py
 
 # WHEELS: a folder of packages, used in place of a network
 WHEELS ?=
@@ -121,6 +124,11 @@ $(VENV)/bin/python:
 $(VENV)/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c | $(VENV)/bin/python
 	@echo "installing relora_mora and its dependencies into $(VENV) (minutes, the first time)"
 	@$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-plot: $(VENV)/.installed
+	@echo "installing matplotlib into $(VENV)"
+	@$(PIP_INSTALL) --editable '.[plot]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

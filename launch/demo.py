@@ -31,31 +31,31 @@ def main() -> int:
     data = DEMO / "data"
     tokenizer = DEMO / "tokenizer"
     export = DEMO / "export"
-    _run(
+    step(
         "1/5 text: docstrings and the language reference of this Python",
         [python, "launch/demo_text.py", f"--out={data}"],
     )
     if (tokenizer / "tokenizer.model").exists():
-        _say(f"2/5 tokenizer: {tokenizer} is there already")
+        say(f"2/5 tokenizer: {tokenizer} is there already")
     else:
-        _run(
+        step(
             "2/5 tokenizer: sentencepiece BPE with 8,192 pieces",
             [python, "tokenizer/train.py", f"--data={data}/train/*.json.gz", f"--out={tokenizer}", "--vocab_size=8192"],
         )
     ranks = _ranks()
     launcher = [str(Path(python).parent / "deepspeed"), "--log_level=warning", f"--num_gpus={ranks}"]
-    _run(
+    step(
         f"3/5 pretraining with ReMoRA, DeepSpeed ZeRO-2: {CONFIG}",
         [*launcher, "launch/pretrain.py", CONFIG, f"--train.micro_batch_size={min(8, BATCH_SIZE // ranks)}"],
     )
     if (export / "config.json").exists():
-        _say(f"4/5 export: {export} is there already")
+        say(f"4/5 export: {export} is there already")
     else:
-        _run(
+        step(
             "4/5 export: adapters merged, a plain LLaMA",
             [python, "launch/export.py", str(DEMO / "run"), str(export)],
         )
-    _say("5/5 the export continues text, with plain transformers")
+    say("5/5 the export continues text, with plain transformers")
     _generate()
     _report(time.monotonic() - begin)
     return 0
@@ -74,17 +74,19 @@ def _ranks() -> int:
     return 2
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A heading."""
     print(f"\n== {text}", flush=True)
 
 
-def _run(title: str, command: list[str]) -> None:
-    _say(title)
+def step(title: str, command: list[str], target: str = "demo") -> None:
+    """Shows and runs a command, one step of what ``make TARGET`` does; where it fails, the program ends."""
+    say(title)
     program, *arguments = command
     print(f"$ {shlex.join([Path(program).name, *arguments])}", flush=True)
     code = subprocess.run(command, check=False).returncode
     if code:
-        raise SystemExit(f"this step ended with code {code}; run `make demo` again to go on from here")
+        raise SystemExit(f"this step ended with code {code}; run `make {target}` again to go on from here")
 
 
 def _generate() -> None:
@@ -110,7 +112,7 @@ def _report(seconds: float) -> None:
     tag = "eval/perplexity"
     evaluations = [f"step {line['step']}: {line[tag]:.1f}" for line in lines if tag in line]
     merges = [str(line["step"]) for line in lines if "merge/layers" in line]
-    _say(f"done in {seconds:.0f} s")
+    say(f"done in {seconds:.0f} s")
     print(f"validation perplexity: {', '.join(evaluations)}")
     print(f"merges after steps {', '.join(merges)}")
     print(f"""

@@ -10,6 +10,7 @@ import random
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 try:
     from relora_mora.cli import run
@@ -17,8 +18,11 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
-def uuid_pairs(pairs: int, seed: int) -> Iterator[dict[str, str]]:
-    """Records of the kind ``prompt``. The first pairs of a seed are the same whatever their number.
+Kind = Literal["prompt", "messages"]
+
+
+def uuid_pairs(pairs: int, seed: int, kind: Kind = "prompt") -> Iterator[dict[str, Any]]:
+    """Records of that kind of ``data.records``. The first pairs of a seed are the same whatever their number.
 
     A prompt ends in a newline, which no tokenizer joins with the digits behind it.
     """
@@ -26,23 +30,28 @@ def uuid_pairs(pairs: int, seed: int) -> Iterator[dict[str, str]]:
     generator = random.Random(seed)
     for _ in range(pairs):
         key, value = (uuid.UUID(int=generator.getrandbits(128), version=4) for _ in range(2))
-        yield {"prompt": f"{key}\n", "completion": str(value)}
+        if kind == "prompt":
+            yield {"prompt": f"{key}\n", "completion": str(value)}
+        else:
+            turns = (("user", key), ("assistant", value))
+            yield {"messages": [{"role": role, "content": str(content)} for role, content in turns]}
 
 
-def main(out: str, *, pairs: int = 10_000, seed: int = 0) -> None:
+def main(out: str, *, pairs: int = 10_000, seed: int = 0, kind: Kind = "prompt") -> None:
     """Writes the pairs as JSON lines, the same bytes everywhere.
 
     Args:
         out: the file to write, such as data/uuid.jsonl; it must not be there yet
         pairs: how many
         seed: of the pairs
+        kind: what a line holds: prompt and completion, or messages of a conversation (docs/data.md, Records)
     """
     if pairs < 1:
         raise ValueError(f"--pairs: got {pairs}, expected at least 1")
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:
-        file.writelines(f"{json.dumps(pair)}\n" for pair in uuid_pairs(pairs, seed))
+        file.writelines(f"{json.dumps(pair)}\n" for pair in uuid_pairs(pairs, seed, kind))
     print(f"wrote {pairs:,} pairs to {out}")
 
 

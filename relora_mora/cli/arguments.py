@@ -130,4 +130,11 @@ def _typed(value: Any, expected: Any) -> Any:
     try:
         return TypeAdapter(expected).validate_python(parse_yaml(value), strict=True)
     except (yaml.YAMLError, ValidationError):
-        raise ValueError(f"got {value!r}, expected {getattr(expected, '__name__', expected)}") from None
+        raise ValueError(f"got {value!r}, expected {_name_of(expected)}") from None
+
+
+def _name_of(expected: Any) -> str:
+    """A type as messages call it."""
+    if typing.get_origin(expected) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(expected)))
+    return str(getattr(expected, "__name__", expected))

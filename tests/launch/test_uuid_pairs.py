@@ -31,8 +31,19 @@ def test_more_pairs_begin_with_the_same_ones(tmp_path):
     assert many[:3] == few and not set(few) & set(other)
 
 
+def test_the_same_pairs_as_conversations(tmp_path):
+    call(UUID_PAIRS, tmp_path / "pairs", "--pairs=3")
+    call(UUID_PAIRS, tmp_path / "talks", "--pairs=3", "--kind=messages")
+    pairs, talks = (list(map(json.loads, (tmp_path / name).read_text().splitlines())) for name in ("pairs", "talks"))
+    for pair, talk in zip(pairs, talks, strict=True):
+        question, answer = talk["messages"]
+        assert question == {"role": "user", "content": pair["prompt"].strip()}
+        assert answer == {"role": "assistant", "content": pair["completion"]}
+
+
 def test_what_cannot_be_written(tmp_path):
     (tmp_path / "there").write_text("mine")
     refused(call(UUID_PAIRS, tmp_path / "there"), "there", "File exists")
     assert (tmp_path / "there").read_text() == "mine"
     refused(call(UUID_PAIRS, tmp_path / "new", "--pairs=0"), "--pairs: got 0, expected at least 1")
+    refused(call(UUID_PAIRS, tmp_path / "new", "--kind=text"), "--kind: got 'text', expected prompt or messages")

@@ -1,0 +1,117 @@
+"""The demo of fine-tuning, where SmolLM2 cannot be had: from the pairs to the picture and the chat."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from relora_mora.config import FINETUNING, load_config, unused_settings
+from tests.tools.commands import call, module_of, refused, run_main
+from tests.tools.helpers import ROOT
+from tests.tools.pool import Pools
+from tests.tools.tokenizer_tools import train_tokenizer
+
+DEMO_FINETUNE = "launch/demo_finetune.py"
+PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture
+def finetuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The program with its folders in ``tmp_path``, without a package index, and four steps with the demo's model."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    module = module_of(DEMO_FINETUNE)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(module, "HOME", tmp_path / "home")
+    monkeypatch.setattr(module.demo, "DEMO", tmp_path / "demo")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setitem(module.OF_DEMO, "train.epochs", 4)
+    monkeypatch.setitem(module.OF_DEMO, "eval.every_steps", 2)
+    return module
+
+
+def save_demo_model(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    train_tokenizer(folder)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=320, max_position_embeddings=256, **sizes)).save_pretrained(folder)
+
+
+@pytest.mark.distributed
+def test_without_smollm2_the_model_of_the_demo_learns(
+    finetuning: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    pools: Pools,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ran = []
+
+    def step(title: str, command: list[str], target: str) -> None:
+        assert command[0] == sys.executable and target == "demo-finetune"
+        ran.append(command[1])
+        if command[1] == "launch/demo.py":
+            save_demo_model(tmp_path / "demo" / "export")
+            return
+        (answer,) = pools(1)(call, *command[1:])
+        assert answer.code == 0, answer
+
+    monkeypatch.setattr(finetuning.demo, "step", step)
+    assert finetuning.main() == 0
+    assert ran == [f"launch/{name}.py" for name in ("demo", "uuid_pairs", "finetune", "finetune", "export")]
+    out = capsys.readouterr().out
+    [line] = [line for line in out.splitlines() if "cannot be had" in line]
+    assert "No matching distribution found for" in line and "`make demo`" in line
+    assert out.count("  before: ") == out.count("  after:  ") == 2 and finetuning.ENGLISH in out
+    heads, *rows = re.search(r"^ +parameters.*\n.*MoRA.*\n.*LoRA.*$", out, re.MULTILINE)[0].splitlines()
+    assert heads.split("  ")[-1] == "at the end" and all(row.endswith("%") for row in rows)
+    for method in ("mora", "lora"):
+        curve = finetuning.accuracy_curve(tmp_path / "home" / "demo" / method)
+        assert [at for at, _ in curve] == [0, 2, 4]
+    picture = tmp_path / "home" / "demo" / "accuracy.png"
+    assert picture.read_bytes().startswith(PNG)
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["demo", "pairs.jsonl"]
+
+    metrics = tmp_path / "home" / "demo" / "mora" / "metrics.jsonl"
+    before = metrics.read_bytes()
+    ran.clear()
+    assert finetuning.main() == 0
+    assert ran == ["launch/finetune.py"] * 2  # which find that all steps are done
+    assert metrics.read_bytes() == before
+
+
+def test_a_model_that_is_there_is_used(finetuning: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(finetuning, "_fetch", None)
+    save_demo_model(tmp_path / "home" / "smollm2" / "model")
+    start = finetuning._start()
+    assert start.model == tmp_path / "home" / "smollm2" / "model" and not start.settings
+
+
+def test_what_draws_is_asked_for_first(finetuning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetuning.importlib.util, "find_spec", lambda _: None)
+    refused(run_main(finetuning.main), "matplotlib: not installed", "make demo-finetune")
+    assert not finetuning.HOME.exists()
+
+
+def test_steps_to_a_share(finetuning: ModuleType) -> None:
+    curve = [(0, 0.0), (5, 0.5), (10, 0.94), (15, 0.4), (20, 0.95)]
+    assert [finetuning.first_step(curve, share) for share in (0.5, 0.51, 0.95, 0.96)] == [
+        "5",
+        "10",
+        "20",
+        "not reached",
+    ]
+
+
+def test_settings_are_of_all_pairs_in_every_step(finetuning: ModuleType) -> None:
+    config = load_config(finetuning.CONFIG, defaults=FINETUNING)
+    assert unused_settings(config) == []
+    assert config.train.batch_size == finetuning.PAIRS and config.data.lanes == 1
+    assert config.data.train == config.data.validation and config.data.packing == "none"
+    assert config.eval.generate == finetuning.PAIRS
+    assert config.optim.lr == float(finetuning.RATES["mora"])
