@@ -11,13 +11,14 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
-def main(*runs: str, out: str | None = None, against: str | None = None) -> None:
+def main(*runs: str, out: str | None = None, against: str | None = None, reach: str | None = None) -> None:
     """Prints a table of runs in Markdown; runs that share all settings but the seed are one row, their mean.
 
     Args:
         runs: run folders, or the cells.jsonl of a study; the perplexities of all are given as multiples of the first's
         out: a folder for compare.md, compare.json and plots as PNG; it is made, and what it has of these is replaced
         against: the run folder, or the name of a study's run, that all are compared with in place of the first
+        reach: a metric and values, such as eval/character_accuracy=0.5,0.95: adds the steps at which it reached them
     """
     from relora_mora.compare import (
         CompareError,
@@ -27,7 +28,9 @@ def main(*runs: str, out: str | None = None, against: str | None = None) -> None
         group_of,
         group_runs,
         markdown,
+        parse_reach,
         read_runs,
+        step_cells,
         write_figures,
     )
 
@@ -41,7 +44,8 @@ def main(*runs: str, out: str | None = None, against: str | None = None) -> None
     groups = group_runs(found.values())
     reference = None if against is None else group_of(groups, Path(against))
     rows = compare(groups, reference)
-    table = markdown(rows, reference)
+    more = None if reach is None else step_cells(parse_reach(reach, groups), groups)
+    table = markdown(rows, reference, more)
     print(table, end="", flush=True)
     if out is None:
         return

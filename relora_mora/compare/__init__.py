@@ -3,12 +3,14 @@
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.figures import check_plots, write_figures
 from relora_mora.compare.groups import Group, group_of, group_runs
+from relora_mora.compare.reach import Reach, parse_reach, step_cells
 from relora_mora.compare.runs import Run, read_run, read_runs
 from relora_mora.compare.table import Row, as_json, compare, markdown
 
 __all__ = [
     "CompareError",
     "Group",
+    "Reach",
     "Row",
     "Run",
     "as_json",
@@ -17,7 +19,9 @@ __all__ = [
     "group_of",
     "group_runs",
     "markdown",
+    "parse_reach",
     "read_run",
     "read_runs",
+    "step_cells",
     "write_figures",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import Any
@@ -136,8 +136,8 @@ def as_json(rows: Sequence[Row], against: Group | None = None) -> dict[str, Any]
     return {"against": rows[0].label if against is None else against.label, "rows": [asdict(row) for row in rows]}
 
 
-def markdown(rows: Sequence[Row], against: Group | None = None) -> str:
-    """The table, and below it what a reader must know of it."""
+def markdown(rows: Sequence[Row], against: Group | None = None, more: Mapping[str, list[str]] | None = None) -> str:
+    """The table, and below it what a reader must know of it. ``more`` are columns to add, with a cell for each row."""
     sets = list(rows[0].validation)
     columns: dict[str, list[str]] = {"method": [row.method for row in rows]}
     if any(row.differs for row in rows):
@@ -153,6 +153,7 @@ def markdown(rows: Sequence[Row], against: Group | None = None) -> str:
         columns[f"loss{ending}"] = [_number(each.loss, ".4f") for each in results]
         columns[f"perplexity{ending}"] = [_number(each.perplexity, ".2f") for each in results]
         columns[f"ratio{ending}"] = [_plain(each.ratio, ".3f") for each in results]
+    columns |= more or {}
     columns["tokens/s"] = [_number(row.tokens_per_second, ",.0f") for row in rows]
     columns["peak memory, GiB"] = [_number(row.peak_memory_gib, ".2f") for row in rows]
     left = sum(name in ("method", "settings") for name in columns)

@@ -1,0 +1,72 @@
+"""When a metric reaches some values, for results that are no loss, such as the accuracy of generated answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from relora_mora.compare.errors import CompareError
+from relora_mora.compare.groups import Group
+from relora_mora.compare.runs import Run
+
+
+@dataclass(frozen=True)
+class Reach:
+    """A metric of ``metrics.jsonl`` and values of it."""
+
+    tag: str
+    values: tuple[float, ...]
+
+    @property
+    def title(self) -> str:
+        return self.tag.rpartition("/")[2].replace("_", " ")
+
+    def steps(self, run: Run, value: float) -> int | None:
+        """The first step with the value or more; or less, where the metric began above it."""
+        series = run.series(self.tag)
+        begin = next(iter(series.values()), math.nan)
+        beyond = (step for step, now in series.items() if (now >= value if begin < value else now <= value))
+        return next(beyond, None)
+
+    def last(self, run: Run) -> float:
+        return list(run.series(self.tag).values())[-1]
+
+
+def parse_reach(text: str, groups: Sequence[Group]) -> Reach:
+    """Reads ``eval/character_accuracy=0.5,0.95``; raises :class:`CompareError` where a run does not have the metric."""
+    tag, _, values = text.partition("=")
+    try:
+        reach = Reach(tag, tuple(float(value) for value in values.split(",")))
+    except ValueError:
+        raise CompareError(
+            f"--reach: got {text}, expected a metric and numbers, such as eval/character_accuracy=0.5,0.95"
+        ) from None
+    for run in (run for group in groups for run in group.runs):
+        if not run.series(tag):
+            known = sorted({name for line in run.lines for name in line if name.startswith("eval/")})
+            raise CompareError(f"--reach: {run.folder} has no numbers {tag}; it has {', '.join(known)}")
+    return reach
+
+
+def step_cells(reach: Reach, groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Columns of a table: for each value the mean step at which the groups' runs reached it, and the metric's last."""
+    columns = {
+        f"{reach.title} {value:g}, step": [_steps(reach, group, value) for group in groups] for value in reach.values
+    }
+    columns[f"{reach.title} at the end"] = [_shown([reach.last(run) for run in group.runs], ".3f") for group in groups]
+    return columns
+
+
+def _steps(reach: Reach, group: Group, value: float) -> str:
+    found = [reach.steps(run, value) for run in group.runs]
+    reached = [step for step in found if step is not None]
+    if not reached:
+        return "not reached"
+    shown = _shown([float(step) for step in reached], ",.0f")
+    return shown if len(reached) == len(found) else f"{shown}; {len(reached)} of {len(found)} runs"
+
+
+def _shown(values: Sequence[float], spec: str) -> str:
+    mean, low, high = (format(value, spec) for value in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low}–{high})"

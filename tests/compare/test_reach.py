@@ -1,0 +1,53 @@
+"""The steps at which a metric reaches values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from relora_mora.compare import CompareError, group_runs, parse_reach, read_run, step_cells
+from relora_mora.compare.groups import Group
+from tests.compare.folders import write_run
+
+ACCURACY = "eval/character_accuracy"
+
+
+def _runs(tmp_path: Path, *curves: list[float]) -> list[Group]:
+    """A group whose runs have these accuracies at steps 0, 100, ..."""
+    found = []
+    for seed, accuracies in enumerate(curves):
+        folder = write_run(tmp_path / str(seed), [5.0, 4.0], train={"seed": seed})
+        lines = [json.dumps({"step": 100 * index, ACCURACY: value}) for index, value in enumerate(accuracies)]
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write("\n".join(lines) + "\n")
+        found.append(read_run(folder))
+    return group_runs(found)
+
+
+def test_the_first_step_counts_and_seeds_are_a_mean_with_its_range(tmp_path: Path):
+    groups = _runs(tmp_path, [0.0, 0.6, 0.4, 1.0], [0.0, 0.1, 0.2, 0.9])
+    reach = parse_reach(f"{ACCURACY}=0.5,0.95,1.5", groups)
+    assert step_cells(reach, groups) == {
+        "character accuracy 0.5, step": ["200 (100–300)"],
+        "character accuracy 0.95, step": ["300; 1 of 2 runs"],
+        "character accuracy 1.5, step": ["not reached"],
+        "character accuracy at the end": ["0.950 (0.900–1.000)"],
+    }
+
+
+def test_a_metric_that_falls_reaches_what_is_below_its_beginning(tmp_path: Path):
+    groups = _runs(tmp_path, [9.0, 5.0, 3.0])
+    assert step_cells(parse_reach(f"{ACCURACY}=4", groups), groups)["character accuracy 4, step"] == ["200"]
+
+
+@pytest.mark.parametrize("text", ["eval/loss", "eval/loss=", "eval/loss=a"])
+def test_what_is_no_metric_with_numbers_is_refused(tmp_path: Path, text: str):
+    with pytest.raises(CompareError, match="expected a metric and numbers"):
+        parse_reach(text, _runs(tmp_path, [0.0]))
+
+
+def test_a_metric_that_no_run_has_is_told_with_those_there_are(tmp_path: Path):
+    with pytest.raises(CompareError, match=rf"has no numbers eval/nothing; it has {ACCURACY}, eval/loss"):
+        parse_reach("eval/nothing=1", _runs(tmp_path, [0.0]))
