@@ -22,7 +22,7 @@ LAYERS = [
     ["checkpoint"],
     ["evaluate", "generation", "pretrained"],
     ["adapters"],
-    ["export", "harness"],
+    ["export", "harness", "spectrum"],
     ["compare", "train"],
     ["start", "study"],
 ]

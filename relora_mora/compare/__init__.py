@@ -1,11 +1,11 @@
 """Runs beside each other: rows of a table, curves and figures, from the files of their folders alone."""
 
 from relora_mora.compare.errors import CompareError
-from relora_mora.compare.figures import check_plots, write_figures
+from relora_mora.compare.figures import check_plots, save, write_figures
 from relora_mora.compare.groups import Group, group_of, group_runs
 from relora_mora.compare.reach import Reach, parse_reach, step_cells
 from relora_mora.compare.runs import Run, read_run, read_runs
-from relora_mora.compare.table import Row, as_json, compare, markdown
+from relora_mora.compare.table import Row, as_json, compare, markdown, table_of
 
 __all__ = [
     "CompareError",
@@ -22,6 +22,8 @@ __all__ = [
     "parse_reach",
     "read_run",
     "read_runs",
+    "save",
     "step_cells",
+    "table_of",
     "write_figures",
 ]

@@ -60,21 +60,24 @@ def check_plots() -> None:
 
 def write_figures(groups: Sequence[Group], folder: Path) -> list[Path]:
     """Writes PNG files into a folder and returns them; there is one of ranks where a run has merged."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     figures = {"loss_by_tokens": loss_figure(groups, "tokens"), "loss_by_time": loss_figure(groups, "time")}
     figures["learning_rate"] = rate_figure(groups)
     ranks = rank_figure(groups)
     if ranks is not None:
         figures["effective_rank"] = ranks
-    written = []
+    for name, figure in figures.items():
+        save(figure, folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in figures]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As PNG."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     with matplotlib.rc_context(PAPER):
-        for name, figure in figures.items():
-            FigureCanvasAgg(figure)
-            written.append(folder / f"{name}.png")
-            figure.savefig(written[-1], bbox_inches="tight", pad_inches=0.05)
-    return written
+        FigureCanvasAgg(figure)
+        figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
 
 
 def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
@@ -85,7 +88,7 @@ def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
     sets = common_sets(groups)
     unit, title = _unit(groups, axis)
     with matplotlib.rc_context(PAPER):
-        figure = Figure(figsize=(WIDTH, 2.6 * len(sets) + _legend_height(groups)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 2.6 * len(sets) + legend_height(groups)), layout="constrained")
         panels: Any = figure.subplots(len(sets), 2, squeeze=False)
         panels[0][1].set_title("enlarged")
         for (whole, zoomed), name in zip(panels, sets, strict=True):
@@ -99,7 +102,7 @@ def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
             _zoom(whole, zoomed, drawings)
             for drawing in drawings:
                 drawing.draw_training(whole)
-        _legend(figure, panels[0][0], groups, training=True)
+        add_legend(figure, panels[0][0], groups, training=True)
     return figure
 
 
@@ -179,7 +182,7 @@ def rate_figure(groups: Sequence[Group]) -> Figure:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(PAPER):
-        figure = Figure(figsize=(WIDTH * 0.6, 2.4 + _legend_height(groups)), layout="constrained")
+        figure = Figure(figsize=(WIDTH * 0.6, 2.4 + legend_height(groups)), layout="constrained")
         panel = figure.subplots()
         for group, style in zip(groups, styles(), strict=False):
             each = curve(group, lambda run: run.series("train/lr"), "tokens")
@@ -188,7 +191,7 @@ def rate_figure(groups: Sequence[Group]) -> Figure:
         _count_on(panel, "tokens")
         panel.set_ylabel("learning rate of the matrices")
         panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-        _legend(figure, panel, groups)
+        add_legend(figure, panel, groups)
     return figure
 
 
@@ -207,7 +210,7 @@ def rank_figure(groups: Sequence[Group]) -> Figure | None:
     merging = [group for group in groups if all(run.merges for run in group.runs)]
     with matplotlib.rc_context(PAPER):
         rows = -(-len(kinds) // 4)
-        figure = Figure(figsize=(WIDTH, 1.8 * rows + _legend_height(merging)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.8 * rows + legend_height(merging)), layout="constrained")
         panels: Any = figure.subplots(rows, min(4, len(kinds)), sharex=True, sharey=True, squeeze=False)
         for panel, kind in zip(panels.flat, kinds, strict=False):
             panel.set_title(kind)
@@ -224,7 +227,7 @@ def rank_figure(groups: Sequence[Group]) -> Figure | None:
             panel.set_xlabel("tokens")
         for panel in panels[:, 0]:
             panel.set_ylabel("effective rank of a merge")
-        _legend(figure, panels[0][0], merging)
+        add_legend(figure, panels[0][0], merging)
     return figure
 
 
@@ -249,11 +252,11 @@ def _columns(groups: Sequence[Group]) -> int:
     return 2 if any(len(_name(group)) > 28 for group in groups) else 3
 
 
-def _legend_height(groups: Sequence[Group]) -> float:
+def legend_height(groups: Sequence[Group]) -> float:
     return LEGEND_LINE * -(-(len(groups) + 2) // _columns(groups))
 
 
-def _legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training: bool = False) -> None:
+def add_legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training: bool = False) -> None:
     """Below the panels."""
     from matplotlib.lines import Line2D
 

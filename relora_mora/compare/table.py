@@ -156,15 +156,19 @@ def markdown(rows: Sequence[Row], against: Group | None = None, more: Mapping[st
     columns |= more or {}
     columns["tokens/s"] = [_number(row.tokens_per_second, ",.0f") for row in rows]
     columns["peak memory, GiB"] = [_number(row.peak_memory_gib, ".2f") for row in rows]
-    left = sum(name in ("method", "settings") for name in columns)
+    table = table_of(columns, left=sum(name in ("method", "settings") for name in columns))
+    notes = "".join(f"\n{note}\n" for note in _notes(rows, against))
+    return table + notes
+
+
+def table_of(columns: Mapping[str, Sequence[str]], *, left: int) -> str:
+    """A table in Markdown, from its columns; the first ``left`` of them are words, the others numbers."""
     lines = [
         " | ".join(columns),
         " | ".join(["---"] * left + ["---:"] * (len(columns) - left)),
         *(" | ".join(cells) for cells in zip(*columns.values(), strict=True)),
     ]
-    table = "".join(f"| {line} |\n" for line in lines)
-    notes = "".join(f"\n{note}\n" for note in _notes(rows, against))
-    return table + notes
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def _notes(rows: Sequence[Row], against: Group | None) -> list[str]:

@@ -1,0 +1,61 @@
+"""Singular values of what a run has added to the weights that it began with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from relora_mora.checkpoint import CheckpointError, CheckpointReader
+from relora_mora.checkpoint.find import find_checkpoint
+from relora_mora.config import DECODER_LINEARS, validate
+from relora_mora.model.llama import initial_value, model_class
+from relora_mora.pretrained import checked_model, is_foreign, load_foreign, merged_weights
+
+Spectra = dict[str, list[Tensor]]  # of each layer, first to last, by the kind of projection; descending, float32
+
+
+@torch.no_grad()
+def update_spectra(path: Path) -> Spectra:
+    """The singular values of W - W_0 of every linear of the decoder; W has adapters and merges in it.
+
+    ``path`` is a run folder (its newest whole checkpoint) or a checkpoint. W_0 is what the run began with: drawn again
+    from its seed, or read from its ``model.init_from``. Raises :class:`CheckpointError` for what is no checkpoint, or
+    where W_0 is not of the same shapes any more.
+    """
+    reader = CheckpointReader(find_checkpoint(path))
+    weights = merged_weights(reader)
+    found: Spectra = {}
+    for name in weights:
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        if kind in DECODER_LINEARS:
+            found.setdefault(kind, [])
+    begin = _initial_weights(reader, [name for name in weights if name.split(".")[-2] in found])
+    for name, before in begin.items():
+        if before.shape != weights[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} began as {list(before.shape)}, and is {list(weights[name].shape)} now"
+            )
+        found[name.split(".")[-2]].append(torch.linalg.svdvals(weights[name] - before))
+    return {kind: found[kind] for kind in DECODER_LINEARS if kind in found}
+
+
+def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor]:
+    config = validate(reader.manifest.config, str(reader.folder))
+    model = checked_model(reader)
+    if config.model.init_from is None:
+        return {name: initial_value(model, name, config.train.seed) for name in names}
+    source = Path(config.model.init_from)
+    if is_foreign(source):
+        return _of(
+            load_foreign(source, torch.float32, model_class(model.config), whole=True).state_dict(), names, source
+        )
+    return _of(merged_weights(CheckpointReader(find_checkpoint(source))), names, source)
+
+
+def _of(weights: dict[str, Tensor], names: list[str], source: Path) -> dict[str, Tensor]:
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise CheckpointError(f"{source}: has no {missing[0]}, which the run began with; it has changed since")
+    return {name: weights[name] for name in names}

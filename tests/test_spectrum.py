@@ -1,0 +1,80 @@
+"""Singular values of updates: LoRA's has the rank of its adapters, ReLoRA's of all that it merged, MoRA's up to R."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from relora_mora.compare.spectra import effective_rank, rank_columns
+from relora_mora.merging import effective_rank as of_a_merge
+from relora_mora.spectrum import update_spectra
+from tests.tools.commands import call, refused
+from tests.tools.runs import run_config, train, write_inputs
+
+SPECTRUM = "launch/spectrum.py"
+RANK = 3
+LAYERS = 2
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def runs(inputs: Path, tokenizer_path: str, pools: Any) -> dict[str, Path]:
+    """LoRA, ReLoRA after two merges, MoRA, and LoRA that began with the ReLoRA run."""
+    begins = {"lora": None, "relora": None, "mora": None, "further": str(inputs / "relora")}
+    for name, init_from in begins.items():
+        method = {"name": "lora" if name == "further" else name, "rank": RANK}
+        config = run_config(inputs, tokenizer_path, inputs / name, method=method, model={"init_from": init_from})
+        pools(1)(train, config)
+    return {name: inputs / name for name in begins}
+
+
+def _ranks(run: Path) -> set[int]:
+    """Of the updates of all layers; what is below is rounding."""
+    spectra = update_spectra(run)
+    assert [len(layers) for layers in spectra.values()] == [LAYERS] * 7
+    return {int((values > 1e-4 * values[0]).sum()) for layers in spectra.values() for values in layers}
+
+
+def test_an_update_has_the_rank_of_what_trained(runs: dict[str, Path]) -> None:
+    assert _ranks(runs["lora"]) == {RANK}
+    assert _ranks(runs["relora"]) == {3 * RANK}, "of two merges, and of the adapter since"
+    assert min(_ranks(runs["mora"])) > RANK
+
+
+def test_a_run_is_compared_with_what_it_began_with(runs: dict[str, Path]) -> None:
+    assert _ranks(runs["further"]) == {RANK}
+
+
+def test_the_table_has_means_over_layers() -> None:
+    flat = np.ones(4)
+    steep = np.array([1.0, 0.0, 0.0, 0.0])
+    assert rank_columns([[{"q_proj": [flat, steep]}], [{"q_proj": [steep, steep]}]], 0.5) == {
+        "q_proj": ["2; 2", "1; 1"]
+    }
+    values = np.array([3.0, 2.0, 0.5, 0.0])
+    assert effective_rank(values) == pytest.approx(float(of_a_merge(torch.from_numpy(values))))
+    assert effective_rank(np.zeros(3)) == 0
+
+
+def test_the_command_prints_a_table_and_draws(runs: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
+    answer = call(SPECTRUM, runs["lora"], runs["relora"], f"--out={tmp_path / 'out'}")
+    assert answer.code == 0, answer
+    assert "| LoRA |" in answer.out and "| ReLoRA |" in answer.out and "| down_proj |" in answer.out
+    assert (tmp_path / "out" / "spectrum.md").read_text() == answer.out
+    assert (tmp_path / "out" / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_input_is_one_message(runs: dict[str, Path], tmp_path: Path) -> None:
+    refused(call(SPECTRUM), "no run given")
+    refused(call(SPECTRUM, tmp_path / "none"), "no run folder")
