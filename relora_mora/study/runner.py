@@ -67,7 +67,7 @@ class Runner:
                 ended = [one for one in running if one.process.poll() is not None]
                 self._done += sum(self.folder.is_done(one.cell) for one in ended)
                 running = [one for one in running if one not in ended]
-                self._show(running)
+                self._show(waiting, running)
         if signals:
             raise Stopped
 
@@ -87,8 +87,9 @@ class Runner:
             )
         return _Running(cell, process)
 
-    def _show(self, running: list[_Running]) -> None:
-        self.bar.n = round(self._done + sum(self.folder.fraction(one.cell) for one in running), 2)
+    def _show(self, waiting: list[Cell], running: list[_Running]) -> None:
+        begun = [*waiting, *(one.cell for one in running)]
+        self.bar.n = round(self._done + sum(map(self.folder.fraction, begun)), 2)
         self.bar.set_postfix_str(" ".join(one.cell.name for one in running), refresh=False)
         self.bar.refresh()
 

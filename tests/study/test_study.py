@@ -18,6 +18,7 @@ from relora_mora.config import ConfigError
 from relora_mora.study import CellsFailed, StudyFolder, conduct, read_records, read_study, run_again
 from relora_mora.study.cells import chosen, count, first_round, second_round
 from relora_mora.study.design import Study
+from relora_mora.study.runner import Runner
 from tests.tools.helpers import ROOT
 
 BASE = str(ROOT / "configs/run/tiny_mora.yaml")
@@ -156,6 +157,27 @@ def test_a_run_that_is_under_way_counts_by_its_steps(tmp_path: Path):
     assert folder.fraction(cell) == 0.75
     run.ends.write_text('{"code": 75}\n{"code": 0}\n', encoding="utf-8")
     assert folder.fraction(cell) == 1
+
+
+def test_the_bar_never_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that was cut counts while it waits for its turn."""
+    study = _study(grid=[{"method.name": "mora", "optim.lr": [1e-3, 3e-3]}])
+    folder = StudyFolder(tmp_path)
+    cut = folder.run(first_round(study)[1])
+    cut.path.mkdir(parents=True)
+    cut.config.write_text("train: {steps: 1000}\n", encoding="utf-8")
+    cut.metrics.write_text('{"step": 500}\n', encoding="utf-8")
+    seen = []
+    show = Runner._show
+
+    def noted(self: Runner, waiting: list[Any], running: list[Any]) -> None:
+        show(self, waiting, running)
+        seen.append(self.bar.n)
+
+    monkeypatch.setattr(Runner, "_show", noted)
+    conduct(study, folder, TRAINER, 1)
+    assert seen == sorted(seen)
+    assert seen[0] >= 0.5 and seen[-1] == 2
 
 
 def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
