@@ -19,7 +19,6 @@ from torch import Tensor
 from relora_mora.config import MethodConfig
 from relora_mora.methods.layers import AdapterLinear, adapter_layers, layer_generator
 from relora_mora.methods.mora import MoRALinear
-from relora_mora.optim import MOMENTS
 from relora_mora.zero import ZeroEngine
 
 
@@ -205,17 +204,17 @@ class Merger:
                     self._prune(parameter, generator)
 
     def _prune(self, parameter: str, generator: torch.Generator) -> None:
-        """Sets ``reset_ratio`` of a parameter's moments to zero: where exp_avg is smallest, or at random elements.
+        """Sets ``reset_ratio`` of a parameter's moments to zero: where the first is smallest, or at random elements.
 
-        Both moments at the same elements: one with exp_avg and no exp_avg_sq would be moved by exp_avg / eps.
+        All moments at the same elements: one with exp_avg and no exp_avg_sq would be moved by exp_avg / eps.
         """
-        moments = {key: self.engine.gather(parameter, key).reshape(-1) for key in MOMENTS}
-        size = moments["exp_avg"].numel()
-        drop = round(self.method.reset_ratio * size)
+        moments = {key: self.engine.gather(parameter, key).reshape(-1) for key in self.engine.moments[parameter]}
+        first = next(iter(moments.values()))
+        drop = round(self.method.reset_ratio * first.numel())
         if self.method.reset == "magnitude":
-            chosen = moments["exp_avg"].abs().topk(drop, largest=False).indices
+            chosen = first.abs().topk(drop, largest=False).indices
         else:
-            chosen = torch.randperm(size, generator=generator)[:drop].to(self.engine.device)
+            chosen = torch.randperm(first.numel(), generator=generator)[:drop].to(self.engine.device)
         for key, moment in moments.items():
             moment[chosen] = 0.0
             self.engine.scatter(parameter, moment, key)

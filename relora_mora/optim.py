@@ -1,18 +1,25 @@
-"""Parameter groups and AdamW: which parameters train, at which rate."""
+"""Parameter groups and their optimizers: which parameters train, by which rule, at which rate."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from relora_mora.config import MethodConfig, OptimConfig
 from relora_mora.methods.layers import adapter_layers, adapter_parameters
+from relora_mora.registry import MATRIX_OPTIMIZERS
 from relora_mora.schedule import Schedule
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's running means, by the names of its state
+ADAMW = MATRIX_OPTIMIZERS["adamw"]
+MATRIX_GROUPS = ("adapters", "linears")  # of nothing but matrices
+GPU_BATCH = 2**22  # elements of the matrices that a rule updates together
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,54 @@ class Parameters:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """One group of AdamW: parameter names and their peak rate. ``adapters`` is reset by a merge."""
+    """Parameter names, their peak rate, and the names of their optimizer's state. ``adapters`` is reset by a merge."""
 
     name: str  # adapters | linears | embeddings | norms
     parameters: tuple[str, ...]
     peak_lr: float
     weight_decay: float
     rewarms: bool
+    moments: tuple[str, ...] = ADAMW.moments
 
+
+class MatrixRule(Protocol):
+    """How matrices step where that is no function of single elements: what ``MatrixOptimizer.rule`` makes.
+
+    A step is cut in two, for ZeRO lays parameters end to end and cuts them anywhere: what goes element by element is
+    done where the elements are, and only its result is put together to whole matrices.
+    """
+
+    def blend(self, gradient: Tensor, moments: Mapping[str, Tensor]) -> None:
+        """Element by element, all of one shape: updates the moments, and makes of the gradient what is to be whole."""
+
+    def update(self, matrices: Tensor) -> Tensor:
+        """[k, m, n], k whole matrices after :meth:`blend` -> [k, m, n], what a rate of 1 subtracts from each."""
+
+    @staticmethod
+    def flops(rows: int, columns: int) -> float:
+        """FLOPs of :meth:`update` for one matrix."""
+
+    @staticmethod
+    def scratch(rows: int, columns: int) -> int:
+        """Elements that :meth:`update` needs beside one matrix."""
+
+
+class WholeMatrices(Protocol):
+    """Where the matrices lie in the flat tensors that an optimizer steps; the engine knows."""
+
+    def replace(self, gradients: Mapping[Tensor, Tensor], update: Callable[[Tensor], Tensor]) -> None:
+        """Replaces all matrices in the gradients, by flat tensor, by what ``update`` makes of them; a collective."""
+
+
+def state_of(optimizer: torch.optim.Optimizer, flat: Tensor, moments: Iterable[str]) -> dict[str, Tensor]:
+    """The moments of a flat tensor and the ``step`` count of Adam: zeros where the optimizer has not made them yet."""
+    state: dict[str, Tensor] = optimizer.state[flat]
+    for key in moments:
+        if key not in state:
+            state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+    return state
 
 def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
     """Marks what trains: adapters or linears, and embeddings, norms and head as the settings say."""
@@ -71,29 +118,84 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
             peak_lr=optim.lr if kind == main else other,
             weight_decay=0.0 if kind == "norms" else optim.weight_decay,
             rewarms=optim.rewarm == "all" or kind == main,
+            moments=group_moments(kind, optim.matrices),
         )
         for kind, names in members.items()
         if names
     ]
 
 
+class MatrixAdamW(torch.optim.AdamW):
+    """AdamW, but for the groups of matrices, which step by a :class:`MatrixRule`.
+
+    Those are left alone until ``matrices`` is set: DeepSpeed makes steps while it builds an engine.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], rule: MatrixRule, **settings: Any) -> None:
+        super().__init__(groups, **settings)
+        self.rule = rule
+        self.matrices: WholeMatrices | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Steps all parameters that have gradients; of matrices the gradients are overwritten. No closure."""
+        groups = self.param_groups
+        self._step_matrices([group for group in groups if group["name"] in MATRIX_GROUPS])
+        self.param_groups = [group for group in groups if group["name"] not in MATRIX_GROUPS]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+
+    def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
+        rates = {flat: group for group in groups for flat in group["params"] if flat.grad is not None}
+        if self.matrices is None or not rates:
+            return
+        for flat, group in rates.items():
+            self.rule.blend(flat.grad, state_of(self, flat, group["moments"]))
+        self.matrices.replace({flat: flat.grad for flat in rates}, self.rule.update)
+        for flat, group in rates.items():
+            flat.mul_(1 - group["lr"] * group["weight_decay"])
+            flat.add_(flat.grad, alpha=-group["lr"])
+
+
+def matrix_rule(optim: OptimConfig) -> MatrixRule | None:
+    """The rule of ``optim.matrices``; None for AdamW, which has none."""
+    name = MATRIX_OPTIMIZERS[optim.matrices].rule
+    rule: MatrixRule | None = None if name is None else resolve_name(name)(optim)
+    return rule
+
+
+def matrices_at_once(shape: Sequence[int], *, on_gpu: bool) -> int:
+    """How many matrices of a shape a rule updates together: on a GPU a small one alone is all launches."""
+    return max(1, GPU_BATCH // math.prod(shape)) if on_gpu else 1
+
+
 def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the groups, built at rate 0: the trainer sets each group's rate before every step."""
+    """The optimizer of the groups, built at rate 0: the trainer sets each group's rate before every step."""
     parameters = dict(model.named_parameters())
-    return torch.optim.AdamW(
-        [
-            {
-                "params": [parameters[name] for name in group.parameters],
-                "weight_decay": group.weight_decay,
-                "name": group.name,
-            }
-            for group in groups
-        ],
-        lr=0.0,
-        betas=optim.betas,
-        eps=optim.eps,
-        fused=True,
-    )
+    members = [
+        {
+            "params": [parameters[name] for name in group.parameters],
+            "weight_decay": group.weight_decay,
+            "name": group.name,
+            "moments": group.moments,
+        }
+        for group in groups
+    ]
+    settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "fused": True}
+    rule = matrix_rule(optim)
+    return torch.optim.AdamW(members, **settings) if rule is None else MatrixAdamW(members, rule, **settings)
+
+
+def group_moments(group: str, matrices: str) -> tuple[str, ...]:
+    """The names of a group's optimizer state, where ``matrices`` is the value of ``optim.matrices``."""
+    return (MATRIX_OPTIMIZERS[matrices] if group in MATRIX_GROUPS else ADAMW).moments
+
+
+def parameter_moments(name: str, matrices: str) -> tuple[str, ...]:
+    """The names of the optimizer state of a parameter that trains: see :func:`group_moments`."""
+    return group_moments(_kind(name), matrices)
 
 
 def group_rates(schedule: Schedule, groups: list[ParameterGroup], step: int) -> list[float]:

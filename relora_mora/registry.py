@@ -1,4 +1,4 @@
-"""What methods and operators there are: one record each.
+"""What methods, operators and optimizers there are: one record each.
 
 Settings are checked against these records before anything slow is imported, so this module imports nothing of the
 package. A record names its code as ``package.module:object``, and that is imported when a model is built.
@@ -101,4 +101,28 @@ OPERATORS = {
     3: _grouped("contiguous", "interleaved"),
     4: _grouped("wrapped_interleaved", "contiguous"),
     6: OperatorType("relora_mora.operators:RotaryOperator", even_size=True),
+}
+
+
+@dataclass(frozen=True)
+class MatrixOptimizer:
+    """A value of ``optim.matrices``: what trains the decoder's linears or their adapters. AdamW trains all else.
+
+    ``moments`` are the names of its state, which has one value of each for every element. ``rule`` makes a
+    :class:`relora_mora.optim.MatrixRule` of the settings of ``optim``; None for AdamW. ``settings`` are those that no
+    other uses.
+    """
+
+    name: str
+    moments: tuple[str, ...]
+    rule: str | None = None
+    settings: tuple[str, ...] = ()
+
+
+MATRIX_OPTIMIZERS = {
+    optimizer.name: optimizer
+    for optimizer in (
+        MatrixOptimizer("adamw", ("exp_avg", "exp_avg_sq")),
+        MatrixOptimizer("muon", ("momentum",), "relora_mora.muon:Muon", ("optim.momentum", "optim.nesterov")),
+    )
 }

@@ -10,9 +10,9 @@
         base-00000-of-00002.safetensors        the frozen weights that rank 0 owned, float32
         tokenizer/...                          what AutoTokenizer loads; damage here does not cost the tensors
 
-A tensor of a state file is a piece of one parameter: its key is ``kind|name|start`` with the kind master, exp_avg or
-exp_avg_sq, the parameter's name, and the index of the first element in the flattened parameter. A reader puts pieces
-together for any world size and ZeRO stage. Base files are shared between checkpoints by hard links until a merge
+A tensor of a state file is a piece of one parameter: its key is ``kind|name|start`` with the kind master, exp_avg,
+exp_avg_sq or momentum, the parameter's name, and the index of the first element in the flattened parameter. A reader
+puts pieces together for any world size and ZeRO stage. Base files are shared between checkpoints by hard links until a merge
 changes the base. Nothing is pickled.
 """
 
@@ -29,14 +29,14 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
-from relora_mora.optim import MOMENTS
+from relora_mora.optim import parameter_moments
+from relora_mora.registry import MATRIX_OPTIMIZERS
 
 FORMAT = "relora_mora checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 TOKENIZER = "tokenizer"
-TENSOR_KINDS = ("master", *MOMENTS)
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]  # also exact as a float
 
@@ -107,6 +107,16 @@ class Manifest:
         """Whether a run can go back to it: not made amid steps with non-finite numbers, or after a loss spike."""
         return not (self.counters.get("bad_steps") or self.counters.get("trouble"))
 
+    @property
+    def matrices(self) -> str:
+        """What trained the matrices: ``optim.matrices``, which earlier versions did not have."""
+        name: str = self.config.get("optim", {}).get("matrices", "adamw")
+        return name
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """What a state file holds of a parameter that trains."""
+        return ("master", *parameter_moments(name, self.matrices))
+
     def numel(self, name: str) -> int:
         """Elements of a trainable or frozen parameter."""
         return math.prod(self.parameters[name] if name in self.parameters else self.frozen[name])
@@ -157,11 +167,17 @@ def read_manifest(folder: Path) -> Manifest:
 def _checked(path: Path, values: dict[str, Any]) -> Manifest:
     del values["format"], values["version"]
     try:
-        return _MANIFEST.validate_python(values)
+        manifest = _MANIFEST.validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: damaged, {where}: {first['msg']}; use an older checkpoint") from error
+    if manifest.matrices not in list(MATRIX_OPTIMIZERS):
+        raise CheckpointError(
+            f"{path}: its matrices trained with {manifest.matrices!r}, this program knows {', '.join(MATRIX_OPTIMIZERS)}; "
+            "use the release that wrote it"
+        )
+    return manifest
 
 
 def file_entry(path: Path) -> FileEntry:

@@ -17,7 +17,6 @@ from torch import Tensor
 from relora_mora.checkpoint.layout import TOKENIZER, FileEntry, Manifest, file_entry
 from relora_mora.checkpoint.places import NEW
 from relora_mora.checkpoint.tokenizer import write_tokenizer
-from relora_mora.optim import MOMENTS
 from relora_mora.system.files import ordinary_mode, sync
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
@@ -66,7 +65,7 @@ class RankFiles:
             if engine.stage == 0 and index % engine.world_size != engine.rank:
                 continue
             state = engine.state_of(fragment.flat)
-            flats = {"master": fragment.flat, **{kind: state[kind] for kind in MOMENTS}}
+            flats = {"master": fragment.flat, **{kind: state[kind] for kind in engine.moments[fragment.name]}}
             for kind, flat in flats.items():
                 pieces[f"{kind}|{fragment.name}|{fragment.start}"] = fragment, flat
         whole = {id(flat): flat.detach() for _, flat in pieces.values()}

@@ -11,10 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from relora_mora.checkpoint.layout import MANIFEST, TENSOR_KINDS, CheckpointError, Manifest, damage, read_manifest
+from relora_mora.checkpoint.layout import MANIFEST, CheckpointError, Manifest, damage, read_manifest
 from relora_mora.checkpoint.places import list_checkpoints, list_new, step_of
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks
-from relora_mora.optim import MOMENTS
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.merging import FrozenMasters
@@ -42,7 +41,7 @@ class CheckpointReader:
         self.manifest: Manifest = read_manifest(folder)
         self._files: dict[str, Any] = {}
         self._pieces: dict[tuple[str, str], list[_Piece]] = {
-            (kind, name): [] for name in self.manifest.parameters for kind in TENSOR_KINDS
+            (kind, name): [] for name in self.manifest.parameters for kind in self.manifest.kinds(name)
         }
         self._pieces |= {("base", name): [] for name in self.manifest.frozen}
         for file in self.manifest.tensor_files:
@@ -132,6 +131,12 @@ class CheckpointReader:
                 f"{self.folder}: its trainable parameters are not this run's ({different}); "
                 "resume with the settings it was made with"
             )
+        own = {name: tuple(self.manifest.kinds(name)[1:]) for name in trained}
+        if own != engine.moments:
+            raise CheckpointError(
+                f"{self.folder}: its matrices trained with {self.manifest.matrices}, and the state of one optimizer is "
+                f"nothing to another; resume with optim.matrices={self.manifest.matrices}"
+            )
         if set(self.manifest.group_steps) != set(engine.group_names):
             raise CheckpointError(
                 f"{self.folder}: its parameter groups are not this run's; resume with the settings it was made with"
@@ -154,8 +159,8 @@ class CheckpointReader:
         }
         for fragment in engine.fragments:
             state = engine.state_of(fragment.flat)
-            for kind in TENSOR_KINDS:
-                target = fragment.of(state[kind] if kind in MOMENTS else fragment.flat.data)
+            for kind in self.manifest.kinds(fragment.name):
+                target = fragment.of(fragment.flat.data if kind == "master" else state[kind])
                 target.copy_(self.piece(kind, fragment.name, fragment.start, fragment.numel))
             state["step"].fill_(float(self.manifest.group_steps[groups[fragment.name]]))
         for name in base.owned:

@@ -13,7 +13,7 @@ from relora_mora.config.record_checks import generation_faults, record_faults
 from relora_mora.config.schema import DECODER_LINEARS, Config
 from relora_mora.config.secrets import secrets_in
 from relora_mora.config.types import LARGEST, Whole, as_whole
-from relora_mora.registry import METHODS, OPERATORS
+from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS
 
 DERIVED_DEEPSPEED_KEYS = {
     "train_batch_size": "train.batch_size",
@@ -67,15 +67,16 @@ DEEPSPEED_KEYS: dict[str, Any] = {
 
 
 def unused_settings(config: Config) -> list[str]:
-    """Settings that were given but belong to other methods, so that the trainer can say that it does not use them."""
+    """Settings that were given and belong to another method or optimizer: the trainer says that it does not use them."""
     given = [
         f"{section}.{key}"
         for section in Config.model_fields
         for key in type(getattr(config, section)).model_fields
         if key in getattr(config, section).model_fields_set
     ]
-    of_some_methods = {setting for method in METHODS.values() for setting in method.settings}
-    return [setting for setting in given if setting in of_some_methods.difference(config.method.record.settings)]
+    of_some = {setting for record in (*METHODS.values(), *MATRIX_OPTIMIZERS.values()) for setting in record.settings}
+    used = {*config.method.record.settings, *MATRIX_OPTIMIZERS[config.optim.matrices].settings}
+    return [setting for setting in given if setting in of_some - used]
 
 
 def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:

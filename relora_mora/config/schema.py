@@ -24,12 +24,14 @@ from relora_mora.config.types import (
     Text,
     Whole,
 )
-from relora_mora.registry import METHODS, OPERATORS, Method
+from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, Method
 
 if TYPE_CHECKING:
+    MatrixOptimizerName = str
     MethodName = str
     MoraType = int
 else:  # a type checker takes no choices that are known at run time only
+    MatrixOptimizerName = Literal[tuple(MATRIX_OPTIMIZERS)]
     MethodName = Literal[tuple(METHODS)]
     MoraType = Literal[tuple(OPERATORS)]
 
@@ -141,10 +143,15 @@ class MethodConfig(Strict):
 
 
 class OptimConfig(Strict):
-    """AdamW with one peak rate for linears or their adapters and one for embeddings, norms and head."""
+    """One peak rate for linears or their adapters and one for embeddings, norms and head, which AdamW trains."""
 
     lr: Rate = Field(5e-4, description="peak rate of the decoder's linears (full) or adapters (others)")
     lr_other: Rate | None = Field(None, description="peak rate of embeddings, norms and head; null: the same as lr")
+    matrices: MatrixOptimizerName = Field(
+        "adamw", description="optimizer of the decoder's linears (full) or adapters (others): see docs/method.md"
+    )
+    momentum: Decay = Field(0.95, description="Muon's momentum")
+    nesterov: bool = Field(True, description="Muon: Nesterov's momentum")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False, description="AdamW's betas")
     eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = Field(1e-8, description="AdamW's epsilon")
     weight_decay: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from relora_mora.config import TrainConfig
 from relora_mora.methods.layers import adapter_layers
-from relora_mora.optim import MOMENTS
+from relora_mora.optim import MATRIX_GROUPS, MatrixAdamW, state_of
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.zero.masters import Fragment, owned_fragments, update_parameters
+from relora_mora.zero.matrices import CutMatrices
 from relora_mora.zero.norms import given_norms, gradient_norms, replaced
 from relora_mora.zero.settings import deepspeed_settings
-from relora_mora.zero.start import quiet
+from relora_mora.zero.start import allow_optimizer, quiet
 
 
 class StepDone(NamedTuple):
@@ -61,6 +62,11 @@ class ZeroEngine:
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.group_names = [group["name"] for group in optimizer.param_groups]
         self.members = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+        self.moments: dict[str, tuple[str, ...]] = {  # names of each trained parameter's optimizer state
+            name: group["moments"]
+            for group, members in zip(optimizer.param_groups, self.members, strict=True)
+            for name in members
+        }
         trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         # in float32 DeepSpeed may take over the storage of the parameters
         initial = {name: p.data if bf16 else p.data.clone() for name, p in trained.items()}
@@ -68,23 +74,37 @@ class ZeroEngine:
         settings = deepspeed_settings(
             train, self.world_size, clip=clip, bf16=bf16, trainable=elements, on_gpu=uses_cuda()
         )
+        allow_optimizer(type(optimizer))
         with quiet():
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.device = self.deepspeed.device
         self.adapters = [layer for _, layer in adapter_layers(lm)]
-        self.fragments = list(
-            owned_fragments(self.deepspeed.optimizer, self.members, self.parameters, self.shapes, self.rank)
-        )
+        self.fragments = self._fragments(self.rank)
         self.fragments_of: dict[str, list[Fragment]] = {}
         for fragment in self.fragments:
             self.fragments_of.setdefault(fragment.name, []).append(fragment)
+        self.moments_of_flat = {id(part.flat): self.moments[part.name] for part in self.fragments}
+        if isinstance(self.optimizer, MatrixAdamW):
+            self.optimizer.matrices = self._cut_matrices()
         self.clear_state()
         self.write_masters(initial)
+
+    def _cut_matrices(self) -> CutMatrices:
+        groups = zip(self.group_names, self.members, strict=True)
+        names = [name for group, members in groups if group in MATRIX_GROUPS for name in members]
+        ranks = range(self.world_size) if self.stage else [self.rank]  # at stage 0 each has everything
+        fragments = {rank: self._fragments(rank) for rank in ranks}
+        return CutMatrices(names, fragments, self.shapes, rank=self.rank, world_size=self.world_size)
+
+    def _fragments(self, rank: int) -> list[Fragment]:
+        """What a rank owns; that of another rank with this rank's flat tensors."""
+        optimizer = self.deepspeed.optimizer
+        return list(owned_fragments(optimizer, self.members, self.parameters, self.shapes, rank))
 
     # ---- masters and optimizer state --------------------------------------------------------------------------
 
     @property
-    def adam(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer whose state hangs at the flat masters."""
         optimizer = self.deepspeed.optimizer
         return getattr(optimizer, "optimizer", optimizer)
@@ -96,18 +116,12 @@ class ZeroEngine:
         return list(found.values())
 
     def state_of(self, flat: Tensor) -> dict[str, Tensor]:
-        """Adam's ``exp_avg``, ``exp_avg_sq`` and ``step`` of a flat master: zeros where Adam has not made them yet."""
-        state = self.adam.state[flat]
-        for key in MOMENTS:
-            if key not in state:
-                state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-        return state
+        """Moments and ``step`` of a flat master: zeros where the optimizer has not made them yet."""
+        return state_of(self.optimizer, flat, self.moments_of_flat[id(flat)])
 
     @torch.no_grad()
     def clear_state(self, group: str | None = None) -> None:
-        """Forgets the optimizer state of a parameter group (default: of all): both moments and the step count.
+        """Forgets the optimizer state of a parameter group (default: of all): moments and step count.
 
         Also needed at the start: DeepSpeed's wrapper for stage 0 in bf16 has made one step with zero gradients by then.
         """
@@ -116,7 +130,7 @@ class ZeroEngine:
                 value.zero_()
 
     def group_steps(self) -> dict[str, int]:
-        """Adam's step count of each group on this rank (-1 where the rank owns nothing of the group)."""
+        """Adam's step count of each group on this rank: 0 for a group with another rule, -1 where it owns nothing."""
         counts = {}
         for group in self.group_names:
             flats = self.flats(group)
@@ -233,14 +247,14 @@ class ZeroEngine:
         optimizer does nothing then, and DeepSpeed writes the parameters that it has.
         """
         self._drop_merged()
-        for group, rate in zip(self.adam.param_groups, rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         plain = self.stage == 0 and not self.bf16  # no optimizer of DeepSpeed's around ours
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None] if plain else []
         norms = _norm(gradients).view(1) if plain else gradient_norms(self.deepspeed.optimizer)
         *read, mean = torch.cat([norms.double(), loss.double().view(1)]).cpu().tolist()
         if not all(0 <= norm < math.inf for norm in read):
-            with replaced(self.adam, "step", lambda: None):
+            with replaced(self.optimizer, "step", lambda: None):
                 self._deepspeed_step(torch.ones(len(read), dtype=norms.dtype))
             return StepDone(mean, math.inf, applied=False)
         if plain:

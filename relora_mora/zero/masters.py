@@ -1,6 +1,6 @@
 """Where DeepSpeed keeps the float32 masters of the trainable parameters, on each ZeRO stage.
 
-They are in flat tensors that differ by stage and precision, and Adam's state hangs at those (DeepSpeed 0.19):
+They are in flat tensors that differ by stage and precision, and the optimizer's state hangs at those (DeepSpeed 0.19):
 
 =========  ======================================================================================
 stage      masters
@@ -46,6 +46,10 @@ class Fragment:
     def of(self, flat: Tensor) -> Tensor:
         """The piece of ``flat`` (the master, or a moment of the same layout) that belongs to this fragment."""
         return flat.view(-1).narrow(0, self.offset, self.numel)
+
+    def of_whole(self, values: Tensor) -> Tensor:
+        """The same piece of the whole parameter's values."""
+        return values.view(-1).narrow(0, self.start, self.numel)
 
 
 def owned_fragments(

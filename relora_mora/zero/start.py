@@ -23,6 +23,7 @@ if not uses_cuda():
 import deepspeed
 import deepspeed.ops
 from deepspeed.runtime import compiler
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from relora_mora.distributed.device import backend_name
 from relora_mora.distributed.join import join
@@ -35,6 +36,7 @@ COLLECTIVES = (  # methods of DeepSpeed's backend
     "all_gather_object",
     "all_reduce",
     "all_reduce_coalesced",
+    "all_to_all_single",
     "barrier",
     "broadcast",
     "broadcast_object_list",
@@ -70,7 +72,8 @@ def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
 def _import_muon() -> None:
     """Imports DeepSpeed's Muon, as every engine of ZeRO does, without torch's compiler.
 
-    Nothing here trains with Muon, but its module hands functions to torch.compile, and to import that takes seconds.
+    Nothing here trains with it (docs/method.md says why), but its module hands functions to torch.compile, and to
+    import that takes seconds.
     """
     compile_functions = compiler.compile
     compiler.compile = lambda: lambda function: function
@@ -78,6 +81,12 @@ def _import_muon() -> None:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = compile_functions
+
+
+def allow_optimizer(kind: type[torch.optim.Optimizer]) -> None:
+    """Has ZeRO take optimizers of a class, which it looks up in a list."""
+    if kind not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(kind)
 
 
 class _FlaggedWork:

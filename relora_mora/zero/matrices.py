@@ -1,0 +1,152 @@
+"""Whole matrices out of flat tensors that ZeRO has cut between the ranks, for optimizers that need them whole.
+
+A matrix that lies on one rank is taken where it is. A cut one goes to one of the ranks that hold it, its owner, and
+comes back changed: two all-to-all exchanges for each call of the optimizer, of nothing but the pieces of cut matrices.
+At stages 1 and 2 those are the matrices at the borders between ranks, at stage 3 all, at stage 0 none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from relora_mora.optim import matrices_at_once
+from relora_mora.zero.masters import Fragment
+
+Update = Callable[[Tensor], Tensor]
+
+
+class Piece(NamedTuple):
+    """What a rank holds of a matrix."""
+
+    rank: int
+    fragment: Fragment
+
+
+class Matrix(NamedTuple):
+    """Where a matrix lies; the rank ``owner`` changes it."""
+
+    shape: torch.Size
+    pieces: Sequence[Piece]
+    owner: int
+
+
+class CutMatrices:
+    """The matrices ``names`` of an engine, as its optimizer asks for them.
+
+    ``fragments`` has by rank what that rank owns, in flat tensors of this ``rank``: the engine's order, which is the
+    same on all ranks.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        fragments: Mapping[int, Iterable[Fragment]],
+        shapes: Mapping[str, torch.Size],
+        *,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        pieces: dict[str, list[Piece]] = {name: [] for name in names}
+        for owner, parts in fragments.items():
+            for part in parts:
+                if part.name in pieces:
+                    pieces[part.name].append(Piece(owner, part))
+        self._of_flat: dict[int, list[Matrix]] = {}
+        for name, owner in _owners(pieces, shapes):
+            flat = pieces[name][0].fragment.flat
+            self._of_flat.setdefault(id(flat), []).append(Matrix(shapes[name], pieces[name], owner))
+        self._exchanges: dict[tuple[int, ...], Exchange] = {}
+
+    @torch.no_grad()
+    def replace(self, gradients: Mapping[Tensor, Tensor], update: Update) -> None:
+        """Replaces all matrices in the gradients, by flat tensor, by what ``update`` makes of them: [k, m, n] each time.
+
+        A collective where one of them is cut: all ranks call it for the same flat tensors.
+        """
+        flats = tuple(id(flat) for flat in gradients)
+        if flats not in self._exchanges:
+            matrices = [matrix for flat in flats for matrix in self._of_flat.get(flat, ())]
+            self._exchanges[flats] = Exchange(matrices, self.rank, self.world_size)
+        self._exchanges[flats].replace({id(flat): gradient for flat, gradient in gradients.items()}, update)
+
+
+class Exchange:
+    """Brings the matrices of some flat tensors to their owners, and back."""
+
+    def __init__(self, matrices: Sequence[Matrix], rank: int, world_size: int) -> None:
+        self.whole = [
+            (matrix.shape, matrix.pieces[0].fragment)
+            for matrix in matrices
+            if matrix.owner == rank and len(matrix.pieces) == 1
+        ]
+        cut = [matrix for matrix in matrices if len(matrix.pieces) > 1]
+        self.is_needed = bool(cut)
+        self.shapes = [matrix.shape for matrix in cut]
+        # pieces by the rank that they go to or come from, each with the number of its matrix; some stay where they are
+        self.outgoing = [_pieces(cut, owner=other, holder=rank) for other in range(world_size)]
+        self.incoming = [_pieces(cut, owner=rank, holder=other) for other in range(world_size)]
+
+    def replace(self, gradients: Mapping[int, Tensor], update: Update) -> None:
+        """See :meth:`CutMatrices.replace`; gradients by the id of their flat tensor."""
+        whole = [(shape, part.of(gradients[id(part.flat)])) for shape, part in self.whole]
+        if not self.is_needed:
+            _change(whole, update)
+            return
+        leaving = [part.of(gradients[id(part.flat)]) for parts in self.outgoing for _, part in parts]
+        arriving = [piece for pieces in self.incoming for piece in pieces]
+        sizes = [[sum(part.numel for _, part in parts) for parts in pieces] for pieces in (self.incoming, self.outgoing)]
+        example = next(iter(gradients.values()))
+        sent = torch.cat([*leaving, example.new_empty(0)])
+        received = example.new_empty(sum(sizes[0]))
+        dist.all_to_all_single(received, sent, *sizes)
+        places = received.split([part.numel for _, part in arriving])
+        cut = {number: example.new_empty(self.shapes[number].numel()) for number, _ in arriving}
+        for (number, part), place in zip(arriving, places, strict=True):
+            part.of_whole(cut[number]).copy_(place)
+        _change([*whole, *((self.shapes[number], values) for number, values in cut.items())], update)
+        for (number, part), place in zip(arriving, places, strict=True):
+            place.copy_(part.of_whole(cut[number]))
+        dist.all_to_all_single(sent, received, *reversed(sizes))
+        for values, place in zip(leaving, sent.split([values.numel() for values in leaving]), strict=True):
+            values.copy_(place)
+
+
+def _pieces(matrices: Iterable[Matrix], *, owner: int, holder: int) -> list[tuple[int, Fragment]]:
+    """What one rank holds of the matrices of another, with the matrix's number."""
+    return [
+        (number, piece.fragment)
+        for number, matrix in enumerate(matrices)
+        for piece in matrix.pieces
+        if (matrix.owner, piece.rank) == (owner, holder)
+    ]
+
+
+def _change(matrices: Iterable[tuple[torch.Size, Tensor]], update: Update) -> None:
+    """Replaces matrices, each flattened and with its shape, by what ``update`` makes of them, as many at once as fit."""
+    of_shape: dict[torch.Size, list[Tensor]] = {}
+    for shape, values in matrices:
+        of_shape.setdefault(shape, []).append(values.view(shape))
+    for shape, members in of_shape.items():
+        count = matrices_at_once(shape, on_gpu=members[0].is_cuda)
+        for start in range(0, len(members), count):
+            together = members[start : start + count]
+            for matrix, changed in zip(together, update(torch.stack(together)), strict=True):
+                matrix.copy_(changed)
+
+
+def _owners(pieces: Mapping[str, Sequence[Piece]], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, int]]:
+    """The rank that changes each matrix: of those that hold much of it the one that has least to do so far."""
+    work: dict[int, float] = {}
+    for name, parts in pieces.items():
+        most = max(piece.fragment.numel for piece in parts)
+        able = [piece.rank for piece in parts if 2 * piece.fragment.numel >= most]
+        owner = min(able, key=lambda rank: (work.get(rank, 0.0), rank))
+        work[owner] = work.get(owner, 0.0) + shapes[name].numel() * min(shapes[name])
+        yield name, owner
