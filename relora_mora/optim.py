@@ -55,7 +55,7 @@ class MatrixRule(Protocol):
         """Element by element, all of one shape: updates the moments, and makes of the gradient what is to be whole."""
 
     def update(self, matrices: Tensor) -> Tensor:
-        """[k, m, n], k whole matrices after :meth:`blend` -> [k, m, n], what a rate of 1 subtracts from each."""
+        """[k, m, n], whole matrices after :meth:`blend`, as they are -> [k, m, n], what a rate of 1 subtracts."""
 
     @staticmethod
     def flops(rows: int, columns: int) -> float:
@@ -82,6 +82,7 @@ def state_of(optimizer: torch.optim.Optimizer, flat: Tensor, moments: Iterable[s
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
     return state
+
 
 def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
     """Marks what trains: adapters or linears, and embeddings, norms and head as the settings say."""
@@ -155,13 +156,14 @@ class MatrixAdamW(torch.optim.AdamW):
             self.rule.blend(flat.grad, state_of(self, flat, group["moments"]))
         self.matrices.replace({flat: flat.grad for flat in rates}, self.rule.update)
         for flat, group in rates.items():
-            flat.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["weight_decay"]:
+                flat.mul_(1 - group["lr"] * group["weight_decay"])
             flat.add_(flat.grad, alpha=-group["lr"])
 
 
 def matrix_rule(optim: OptimConfig) -> MatrixRule | None:
     """The rule of ``optim.matrices``; None for AdamW, which has none."""
-    name = MATRIX_OPTIMIZERS[optim.matrices].rule
+    name = optim.record.rule
     rule: MatrixRule | None = None if name is None else resolve_name(name)(optim)
     return rule
 
@@ -195,7 +197,12 @@ def group_moments(group: str, matrices: str) -> tuple[str, ...]:
 
 def parameter_moments(name: str, matrices: str) -> tuple[str, ...]:
     """The names of the optimizer state of a parameter that trains: see :func:`group_moments`."""
-    return group_moments(_kind(name), matrices)
+    return (MATRIX_OPTIMIZERS[matrices] if is_matrix(name) else ADAMW).moments
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is one of the groups of matrices: a decoder's linear, or of an adapter."""
+    return _kind(name) in MATRIX_GROUPS
 
 
 def group_rates(schedule: Schedule, groups: list[ParameterGroup], step: int) -> list[float]:

@@ -12,8 +12,8 @@
 
 A tensor of a state file is a piece of one parameter: its key is ``kind|name|start`` with the kind master, exp_avg,
 exp_avg_sq or momentum, the parameter's name, and the index of the first element in the flattened parameter. A reader
-puts pieces together for any world size and ZeRO stage. Base files are shared between checkpoints by hard links until a merge
-changes the base. Nothing is pickled.
+puts pieces together for any world size and ZeRO stage. Base files are shared between checkpoints by hard links until a
+merge changes the base. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def _checked(path: Path, values: dict[str, Any]) -> Manifest:
         raise CheckpointError(f"{path}: damaged, {where}: {first['msg']}; use an older checkpoint") from error
     if manifest.matrices not in list(MATRIX_OPTIMIZERS):
         raise CheckpointError(
-            f"{path}: its matrices trained with {manifest.matrices!r}, this program knows {', '.join(MATRIX_OPTIMIZERS)}; "
-            "use the release that wrote it"
+            f"{path}: its matrices trained with {manifest.matrices!r}, and this program knows "
+            f"{', '.join(MATRIX_OPTIMIZERS)}; use the release that wrote it"
         )
     return manifest
 

@@ -67,15 +67,16 @@ DEEPSPEED_KEYS: dict[str, Any] = {
 
 
 def unused_settings(config: Config) -> list[str]:
-    """Settings that were given and belong to another method or optimizer: the trainer says that it does not use them."""
+    """Settings that were given but belong to other methods or optimizers, so that the trainer can say so."""
     given = [
         f"{section}.{key}"
         for section in Config.model_fields
         for key in type(getattr(config, section)).model_fields
         if key in getattr(config, section).model_fields_set
     ]
-    of_some = {setting for record in (*METHODS.values(), *MATRIX_OPTIMIZERS.values()) for setting in record.settings}
-    used = {*config.method.record.settings, *MATRIX_OPTIMIZERS[config.optim.matrices].settings}
+    of_some = {setting for method in METHODS.values() for setting in method.settings}
+    of_some |= {setting for optimizer in MATRIX_OPTIMIZERS.values() for setting in optimizer.settings}
+    used = {*config.method.record.settings, *config.optim.record.settings}
     return [setting for setting in given if setting in of_some - used]
 
 

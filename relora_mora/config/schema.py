@@ -24,7 +24,7 @@ from relora_mora.config.types import (
     Text,
     Whole,
 )
-from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, Method
+from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, MatrixOptimizer, Method
 
 if TYPE_CHECKING:
     MatrixOptimizerName = str
@@ -173,6 +173,11 @@ class OptimConfig(Strict):
     rewarm: Literal["all", "linears"] = Field(
         "all", description="which parameter groups restart their rate after a merge"
     )
+
+    @property
+    def record(self) -> MatrixOptimizer:
+        """What is known of the optimizer of matrices."""
+        return MATRIX_OPTIMIZERS[self.matrices]
 
 
 class TrainConfig(Strict):

@@ -4,7 +4,8 @@ A step takes compute + optimizer + what the network takes and is not hidden:
 
 compute    on a GPU by ``compute.py``; FLOPs of the arithmetic / (ranks x peak x utilisation) where that is given
 optimizer  AdamW in float32 reads 16 and writes 12 bytes for each parameter that a rank owns, and writes the weight: at
-           the device's memory bandwidth
+           the device's memory bandwidth. Where matrices have another optimizer, its passes and its products
+           (``optimizer.py``), the products at the rate of the arithmetic
 network    bytes that a device sends in a ring (``network.py``) / bandwidth, where the slowest part of the ring
            decides: from device to device within a host, and from host to host, where a ring's bytes leave each host
            once. Latency is not counted
@@ -24,7 +25,6 @@ from relora_mora.plan.network import Traffic
 from relora_mora.system.devices import Device
 
 BACKWARD_SHARE = 2 / 3
-ADAM_BYTES = 28  # reads master, both moments, gradient; writes master, both moments
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,17 @@ def step_time(
     *,
     compute: float,
     trainable: int,
+    passes: float,
+    products: float,
     bf16: bool,
     on_gpu: bool,
 ) -> StepTime:
-    """Seconds of a step whose arithmetic takes ``compute``."""
-    owned = trainable / (cluster.world_size if stage else 1)
+    """Seconds of a step whose arithmetic takes ``compute``.
+
+    The optimizer reads and writes ``passes`` bytes beside the weights of the ``trainable`` parameters, and its matrix
+    products take ``products`` seconds: of all ranks together, who share them from stage 1 on.
+    """
+    sharers = cluster.world_size if stage else 1
     bandwidth = cluster.device.memory_gbytes_per_s * 1e9
     gradients = cluster.seconds_to_send(moved.sent_gradients)
     weights = cluster.seconds_to_send(moved.sent_weights)
@@ -89,5 +95,6 @@ def step_time(
         hidden = min(gradients + weights, compute)
     elif stage == 2 and overlaps:
         hidden = min(gradients, BACKWARD_SHARE * compute)
-    optimizer = owned * (ADAM_BYTES + (2 if bf16 else 4)) / bandwidth if bandwidth else 0.0
-    return StepTime(compute, optimizer, gradients + weights, hidden)
+    moved_bytes = passes + trainable * (2 if bf16 else 4)
+    optimizer = (products + (moved_bytes / bandwidth if bandwidth else 0.0)) / sharers
+    return StepTime(compute, optimizer, gradients + weights + cluster.seconds_to_send(moved.sent_matrices), hidden)

@@ -15,7 +15,7 @@ gathered        stage 3: what forward gathers of other ranks' weights and keeps 
                 ``stage3_param_persistence_threshold`` elements always
 masters         float32 copies of what trains: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at stages 1-3
                 DeepSpeed clones them though the parameters are float32 already
-optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N
+optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; of matrices that Muon trains its momentum alone
 gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T that stays.
                 Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N; at stage 3 it stays.
                 A step in fp32 on stages 1-3 copies 4 T / N
@@ -27,7 +27,8 @@ activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) where q
                 which only ``C x`` is kept. With activation checkpointing b h a layer, and one whole layer
 scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient
                 (4 + b) h V; on a GPU b V a token and 4 h V, or then (4 + b) h V; in backward: the gradients of the
-                gated product, 2 b f a token, and ``W + delta`` of one linear that is not resident
+                gated product, 2 b f a token, and ``W + delta`` of one linear that is not resident; in the step what
+                an optimizer of whole matrices needs (``optimizer.py``)
 ==============  ======================================================================================================
 
 A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N.
@@ -50,6 +51,7 @@ from relora_mora.model.attention import flash_takes
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
 from relora_mora.model.shapes import attention_widths
 from relora_mora.optim import count_parameters
+from relora_mora.plan import optimizer
 
 # DeepSpeed's defaults
 MAX_LIVE_PARAMETERS = 1_000_000_000
@@ -110,7 +112,12 @@ def peak_memory(
             activations=layer,
             scratch=in_backward,
         ),
-        replace(state, moment="step", gradients=gradients.in_step),
+        replace(
+            state,
+            moment="step",
+            gradients=gradients.in_step,
+            scratch=optimizer.scratch_bytes(model, config.optim, stage, world_size, on_gpu=on_gpu),
+        ),
     ]
     return max(moments, key=lambda memory: memory.device)
 
@@ -134,7 +141,7 @@ def state_memory(
         merged=0,
         gathered=width * persistent if stage == 3 and world_size > 1 else 0,
         masters=4 * part if bf16 or stage > 0 else 0,
-        optimizer=8 * part,
+        optimizer=optimizer.state_bytes(model, config.optim) / (world_size if stage else 1),
         gradients=0,
         buffers=width * bucket * buckets,
         activations=0,

@@ -33,6 +33,7 @@ from relora_mora.config import Config
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.optim import count_parameters
 from relora_mora.plan.memory import PERSISTENCE_THRESHOLD, zero_setting
+from relora_mora.plan.optimizer import exchanged_bytes
 
 MAX_REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
@@ -44,7 +45,8 @@ class Traffic:
 
     ``all_reduced`` are gradients whose sum every rank gets, ``reduced`` those whose sum only its owner gets;
     ``gathered`` the weights that training waits for: after the step, or in forward and backward at stage 3. ``merge``
-    is one merge event: adapters to the owners of the base, new weights back.
+    is one merge event: adapters to the owners of the base, new weights back. ``exchanged`` are the pieces of matrices
+    that an optimizer needs whole (``optimizer.py``), there and back.
     """
 
     ranks: int
@@ -52,10 +54,11 @@ class Traffic:
     reduced: float
     gathered: float
     merge: float
+    exchanged: float = 0.0
 
     @property
     def given(self) -> float:
-        return self.all_reduced + self.reduced + self.gathered
+        return self.all_reduced + self.reduced + self.gathered + self.exchanged
 
     @property
     def sent_gradients(self) -> float:
@@ -67,8 +70,12 @@ class Traffic:
         return self.gathered * (self.ranks - 1) / self.ranks
 
     @property
+    def sent_matrices(self) -> float:
+        return self.exchanged * (self.ranks - 1) / self.ranks
+
+    @property
     def sent(self) -> float:
-        return self.sent_gradients + self.sent_weights
+        return self.sent_gradients + self.sent_weights + self.sent_matrices
 
     @property
     def sent_in_merge(self) -> float:
@@ -93,7 +100,8 @@ def traffic(model: PreTrainedModel, config: Config, stage: int, ranks: int, *, b
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
     again = max(0, every - zero_setting(config, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE) / 2)
     gathered = width * (micro_batches * (every - persistent + again) + persistent)
-    return Traffic(ranks, 0, gradients * micro_batches, gathered, merge)
+    exchanged = exchanged_bytes(model, config.optim, stage, ranks)
+    return Traffic(ranks, 0, gradients * micro_batches, gathered, merge, exchanged)
 
 
 def _merge(model: PreTrainedModel, stage: int, width: int) -> float:

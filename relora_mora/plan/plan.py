@@ -12,11 +12,12 @@ from relora_mora.methods.layers import adapter_layers
 from relora_mora.model.compiler import compiles
 from relora_mora.optim import Parameters, count_parameters
 from relora_mora.plan.cluster import Cluster, StepTime, step_time
-from relora_mora.plan.compute import compute_time
+from relora_mora.plan.compute import PRODUCTS_RATE, compute_time
 from relora_mora.plan.fit import USABLE, choose_resident, uneven_widths
 from relora_mora.plan.flops import Flops, flops_of, meta_model
 from relora_mora.plan.memory import Memory, peak_memory
 from relora_mora.plan.network import Traffic, traffic
+from relora_mora.plan.optimizer import passes_bytes, product_flops
 from relora_mora.registry import METHODS
 
 STAGES = (0, 1, 2, 3)
@@ -37,6 +38,8 @@ class Plan:
 
     parameters: Parameters
     flops: Flops
+    matrices: str  # optim.matrices
+    optimizer_flops: float  # its matrix products in a step, of all ranks together
     memory: dict[str, dict[int, Memory]]
     network: dict[str, dict[int, Traffic]]
     steps: dict[int, StepTime]
@@ -164,6 +167,8 @@ def make_plan(
         used = ASSUMED_UTILISATION if utilisation is None else utilisation
         compute = dict.fromkeys(STAGES, arithmetic / used)
         assumption = f"{'assuming' if utilisation is None else 'at'} {used:.0%} of {device}"
+    optimizer_flops = product_flops(models[own], config.optim)
+    rate = utilisation or (ASSUMED_UTILISATION if on_cpu else PRODUCTS_RATE)
     steps = {
         stage: step_time(
             cluster,
@@ -172,6 +177,8 @@ def make_plan(
             network[own][stage],
             compute=compute[stage],
             trainable=counts.trainable,
+            passes=passes_bytes(models[own], config.optim),
+            products=optimizer_flops / (peak[0] * rate),
             bf16=bf16,
             on_gpu=not on_cpu,
         )
@@ -185,6 +192,8 @@ def make_plan(
     return Plan(
         parameters=counts,
         flops=flops,
+        matrices=config.optim.matrices,
+        optimizer_flops=optimizer_flops,
         memory=memory,
         network=network,
         steps=steps,

@@ -23,6 +23,7 @@ def render(plan: Plan) -> str:
             f"{name} {getattr(flops, name) / flops.total:.0%}" for name in ("linears", "adapters", "attention", "head")
         )
         + (f"; {flops.recomputed / 1e9:.4g} more for activation checkpointing" if flops.recomputed else ""),
+        *_optimizer(plan),
         f"data           {plan.tokens_per_step:,} tokens a step, {plan.tokens:,} in all, "
         f"{flops.total * plan.tokens:.3g} FLOP",
         f"time           {duration(plan.seconds)} at {plan.tokens_per_second:,.0f} tokens/s on {plan.world_size} "
@@ -62,6 +63,15 @@ def render(plan: Plan) -> str:
             "torch and DeepSpeed; a tenth is for malloc's fragmentation",
         )
     return "\n".join(parts)
+
+
+def _optimizer(plan: Plan) -> list[str]:
+    """What whole matrices cost; nothing where AdamW trains all"""
+    if not plan.optimizer_flops:
+        return []
+    share = plan.optimizer_flops / (plan.flops.total * plan.tokens_per_step)
+    who = "each device does all of it" if plan.zero_stage == 0 else "the devices share it"
+    return [f"optimizer      {plan.matrices}: {plan.optimizer_flops / 1e12:.3g} TFLOP a step, {share:.2%} more; {who}"]
 
 
 def _cluster(plan: Plan) -> list[str]:

@@ -19,6 +19,7 @@ from relora_mora.model.compiler import compiles_here
 from relora_mora.model.llama import check_attention
 from relora_mora.plan.fit import check_adapters, check_memory
 from relora_mora.pretrained import model_config_of, tokenizer_beside
+from relora_mora.registry import METHODS
 from relora_mora.system.hardware import fast_bf16, memory_bytes, uses_cuda
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
@@ -104,7 +105,9 @@ def check(config: Config, world_size: int) -> Checked:
     tokens = tokenizer_fingerprint(config.tokenizer_path)
     _check_tokenizer(config, model_config.model_type, tokens)
     for name in unused_settings(config):
-        log.info("method %s does not use %s", config.method.name, name)
+        of_method = any(name in method.settings for method in METHODS.values())
+        who = f"method {config.method.name}" if of_method else f"optim.matrices={config.optim.matrices}"
+        log.info("%s does not use %s", who, name)
     given: dict[str, Any] = {
         "tokenizer_fingerprint": tokens,
         "batch_lanes": config.lanes,

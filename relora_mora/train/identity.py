@@ -41,6 +41,10 @@ FREE_SETTINGS = {
     "train.peer_timeout_seconds",
     "train.deepspeed",
 }
+# settings that no permission lets differ at a resume, and why
+FIXED_SETTINGS = {
+    "optim.matrices": "the state of one optimizer means nothing to another; begin anew with model.init_from"
+}
 ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # what places in the data depend on
 FREE_SECTIONS = {"eval", "checkpoint", "log"}
 
@@ -90,9 +94,9 @@ def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator
     """The differences between a checkpoint and a run that would change the result and are not in ``allowed``."""
     settings = [name for name in changed_settings(saved.config, now.config) if _counts(name, allowed)]
     for name in settings:
-        yield Change(
-            f"{name}: {_value(saved.config, name)!r} in the checkpoint, {_value(now.config, name)!r} now", name
-        )
+        difference = f"{name}: {_value(saved.config, name)!r} in the checkpoint, {_value(now.config, name)!r} now"
+        fixed = FIXED_SETTINGS.get(name)
+        yield Change(difference, name) if fixed is None else Change(f"{difference}; {fixed}", None)
     yield from _weight_changes(saved, now, allowed)
     yield from _model_changes(saved, now)
     yield from _tokenizer_changes(saved, now, allowed)
@@ -121,12 +125,12 @@ def _default(section: str, key: str) -> Any:
 
 def _counts(name: str, allowed: set[str]) -> bool:
     section = name.partition(".")[0]
-    return section not in FREE_SECTIONS and name not in FREE_SETTINGS and name not in allowed
+    return name in FIXED_SETTINGS or not (section in FREE_SECTIONS or name in FREE_SETTINGS | allowed)
 
 
 def _value(tree: dict[str, Any], name: str) -> Any:
     section, _, key = name.partition(".")
-    return tree.get(section, {}).get(key)
+    return tree.get(section, {}).get(key, _default(section, key))
 
 
 def _weights(identity: Identity) -> dict[str, float] | None:

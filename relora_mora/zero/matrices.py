@@ -66,7 +66,7 @@ class CutMatrices:
 
     @torch.no_grad()
     def replace(self, gradients: Mapping[Tensor, Tensor], update: Update) -> None:
-        """Replaces all matrices in the gradients, by flat tensor, by what ``update`` makes of them: [k, m, n] each time.
+        """Replaces all matrices in the gradients, by flat tensor, by what ``update`` makes of them, [k, m, n].
 
         A collective where one of them is cut: all ranks call it for the same flat tensors.
         """
@@ -101,7 +101,9 @@ class Exchange:
             return
         leaving = [part.of(gradients[id(part.flat)]) for parts in self.outgoing for _, part in parts]
         arriving = [piece for pieces in self.incoming for piece in pieces]
-        sizes = [[sum(part.numel for _, part in parts) for parts in pieces] for pieces in (self.incoming, self.outgoing)]
+        sizes = [
+            [sum(part.numel for _, part in parts) for parts in pieces] for pieces in (self.incoming, self.outgoing)
+        ]
         example = next(iter(gradients.values()))
         sent = torch.cat([*leaving, example.new_empty(0)])
         received = example.new_empty(sum(sizes[0]))
@@ -129,7 +131,7 @@ def _pieces(matrices: Iterable[Matrix], *, owner: int, holder: int) -> list[tupl
 
 
 def _change(matrices: Iterable[tuple[torch.Size, Tensor]], update: Update) -> None:
-    """Replaces matrices, each flattened and with its shape, by what ``update`` makes of them, as many at once as fit."""
+    """Replaces matrices, each flattened and with its shape, by what ``update`` makes of some of one shape at a time."""
     of_shape: dict[torch.Size, list[Tensor]] = {}
     for shape, values in matrices:
         of_shape.setdefault(shape, []).append(values.view(shape))
@@ -137,7 +139,8 @@ def _change(matrices: Iterable[tuple[torch.Size, Tensor]], update: Update) -> No
         count = matrices_at_once(shape, on_gpu=members[0].is_cuda)
         for start in range(0, len(members), count):
             together = members[start : start + count]
-            for matrix, changed in zip(together, update(torch.stack(together)), strict=True):
+            stacked = torch.stack(together) if len(together) > 1 else together[0].unsqueeze(0)
+            for matrix, changed in zip(together, update(stacked), strict=True):
                 matrix.copy_(changed)
 
 

@@ -1,0 +1,76 @@
+"""What the optimizer keeps and does in a step, from shapes: nothing is allocated.
+
+Where matrices have a rule of their own (``optim.matrices``), with T parameters in them and N ranks:
+
+========  ============================================================================================================
+state     4 bytes for each moment of an element: 8 with AdamW, 4 with Muon; stages 1-3: a part of 1 / N
+products  a rule's FLOPs of each matrix, on one of the ranks; at stage 0 on every one
+exchange  stage 3: 4 T / N bytes of a rank's pieces to the owners of the matrices, and 4 T / N back. At stages 1 and 2
+          only the matrices at the borders between ranks, which are not counted
+scratch   what a rule needs beside the matrices that it updates at once, and their copies where they are several;
+          stage 3: what is sent, what is received, and the whole matrices of a rank, 12 T / N
+========  ============================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from relora_mora.config import OptimConfig
+from relora_mora.optim import is_matrix, matrices_at_once, matrix_rule, parameter_moments
+
+ADAM_BYTES = 28  # reads master, both moments, gradient; writes master, both moments
+RULE_BYTES = (
+    44  # of an element, before and after its products: momentum, Nesterov, decay and step in passes of their own
+)
+
+
+def state_bytes(model: PreTrainedModel, optim: OptimConfig) -> int:
+    """Of all ranks together; counted once at stage 0, where each has it all."""
+    return sum(4 * numel * len(parameter_moments(name, optim.matrices)) for name, numel in _trained(model))
+
+
+def passes_bytes(model: PreTrainedModel, optim: OptimConfig) -> int:
+    """What a step reads and writes element by element, the parameters that compute apart; of all ranks together."""
+    of_matrices = ADAM_BYTES if matrix_rule(optim) is None else RULE_BYTES
+    return sum(numel * (of_matrices if is_matrix(name) else ADAM_BYTES) for name, numel in _trained(model))
+
+
+def product_flops(model: PreTrainedModel, optim: OptimConfig) -> float:
+    """FLOPs of a step for all matrices, each once; 0 with AdamW."""
+    rule = matrix_rule(optim)
+    return 0.0 if rule is None else sum(rule.flops(*shape) for shape in _matrices(model))
+
+
+def exchanged_bytes(model: PreTrainedModel, optim: OptimConfig, stage: int, ranks: int) -> float:
+    """Bytes that a rank gives to the exchanges of cut matrices in a step."""
+    if stage < 3 or ranks == 1 or matrix_rule(optim) is None:
+        return 0
+    return 8 * sum(shape.numel() for shape in _matrices(model)) / ranks
+
+
+def scratch_bytes(model: PreTrainedModel, optim: OptimConfig, stage: int, ranks: int, *, on_gpu: bool) -> float:
+    """Bytes that come and go while matrices are updated."""
+    rule = matrix_rule(optim)
+    if rule is None:
+        return 0
+    width = 2 if on_gpu else 4
+    shapes = list(_matrices(model))
+    largest = 0
+    for shape in set(shapes):
+        count = min(shapes.count(shape), matrices_at_once(shape, on_gpu=on_gpu))
+        copied = 4 * shape.numel() if count > 1 else 0
+        largest = max(largest, count * (copied + width * rule.scratch(*shape)))
+    return largest + 1.5 * exchanged_bytes(model, optim, stage, ranks)
+
+
+def _trained(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
+    return ((name, parameter.numel()) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _matrices(model: PreTrainedModel) -> Iterator[torch.Size]:
+    named = model.named_parameters()
+    return (parameter.shape for name, parameter in named if parameter.requires_grad and is_matrix(name))
