@@ -7,7 +7,7 @@ At stages 1 and 2 those are the matrices at the borders between ranks, at stage 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,9 +59,10 @@ class CutMatrices:
                 if part.name in pieces:
                     pieces[part.name].append(Piece(owner, part))
         self._of_flat: dict[int, list[Matrix]] = {}
-        for name, owner in _owners(pieces, shapes):
-            flat = pieces[name][0].fragment.flat
-            self._of_flat.setdefault(id(flat), []).append(Matrix(shapes[name], pieces[name], owner))
+        owners = _owners(pieces, shapes)
+        for name, held in pieces.items():
+            matrix = Matrix(shapes[name], held, owners[name])
+            self._of_flat.setdefault(id(held[0].fragment.flat), []).append(matrix)
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
 
     @torch.no_grad()
@@ -144,12 +145,15 @@ def _change(matrices: Iterable[tuple[torch.Size, Tensor]], update: Update) -> No
                 matrix.copy_(changed)
 
 
-def _owners(pieces: Mapping[str, Sequence[Piece]], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, int]]:
-    """The rank that changes each matrix: of those that hold much of it the one that has least to do so far."""
-    work: dict[int, float] = {}
-    for name, parts in pieces.items():
-        most = max(piece.fragment.numel for piece in parts)
-        able = [piece.rank for piece in parts if 2 * piece.fragment.numel >= most]
-        owner = min(able, key=lambda rank: (work.get(rank, 0.0), rank))
-        work[owner] = work.get(owner, 0.0) + shapes[name].numel() * min(shapes[name])
-        yield name, owner
+def _owners(pieces: Mapping[str, Sequence[Piece]], shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+    """The rank that changes each matrix: of those that hold much of it the one with least to do, large ones first."""
+    costs = {name: shapes[name].numel() * min(shapes[name]) for name in pieces}
+    work: dict[int, int] = {}
+    owners: dict[str, int] = {}
+    for name in sorted(pieces, key=lambda name: -costs[name]):
+        most = max(piece.fragment.numel for piece in pieces[name])
+        able = [piece.rank for piece in pieces[name] if 2 * piece.fragment.numel >= most]
+        owner = min(able, key=lambda rank: (work.get(rank, 0), rank))
+        work[owner] = work.get(owner, 0) + costs[name]
+        owners[name] = owner
+    return owners

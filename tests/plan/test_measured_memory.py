@@ -22,22 +22,24 @@ def _llama() -> LlamaConfig:
     )
 
 
-def _config(method: str, stage: int, world_size: int, micro_batch_size: int) -> Config:
+def _config(method: str, stage: int, world_size: int, micro_batch_size: int, matrices: str) -> Config:
     zero = {"reduce_bucket_size": 10_000, "stage3_param_persistence_threshold": 0}
     return tiny_config(
         world_size,
         method={"name": method, "rank": 16},
+        optim={"matrices": matrices},
         train={"zero_stage": stage, "micro_batch_size": micro_batch_size, "deepspeed": {"zero_optimization": zero}},
     )
 
 
-def measure(method: str, stage: int, bf16: bool, micro_batch_size: int) -> dict[str, int]:
+def measure(method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str) -> dict[str, int]:
     """Runs on every rank: bytes held after a step, between its micro-batches and when the last backward is done."""
     from torch import distributed as dist
 
     others = live_tensors()  # kept, so that nothing new gets an address of theirs
     gc.freeze()  # only what is new is looked at from here on
-    rig = build_rig(_config(method, stage, dist.get_world_size(), micro_batch_size), bf16=bf16, llama=_llama())
+    config = _config(method, stage, dist.get_world_size(), micro_batch_size, matrices)
+    rig = build_rig(config, bf16=bf16, llama=_llama())
     rig.initial.clear()
     others += rig.base.weights.values()
 
@@ -58,16 +60,17 @@ def measure(method: str, stage: int, bf16: bool, micro_batch_size: int) -> dict[
     return {**result, "after_backward": held()}
 
 
-CASES = [("remora", stage, bf16, 2, 2) for stage in (0, 1, 2, 3) for bf16 in (False, True)]
-CASES += [("full", 0, True, 2, 2), ("full", 3, True, 1, 8), ("remora", 1, True, 1, 8)]
+CASES = [("remora", stage, bf16, 2, 2, "adamw") for stage in (0, 1, 2, 3) for bf16 in (False, True)]
+CASES += [("full", 0, True, 2, 2, "adamw"), ("full", 3, True, 1, 8, "adamw"), ("remora", 1, True, 1, 8, "adamw")]
+CASES += [("full", stage, stage % 2 == 1, 2, 2, "muon") for stage in (0, 1, 2, 3)] + [("remora", 2, True, 2, 2, "muon")]
 
 
-@pytest.mark.parametrize(("method", "stage", "bf16", "world_size", "micro_batch_size"), CASES)
+@pytest.mark.parametrize(("method", "stage", "bf16", "world_size", "micro_batch_size", "matrices"), CASES)
 def test_state_and_gradients(
-    pools: Pools, method: str, stage: int, bf16: bool, world_size: int, micro_batch_size: int
+    pools: Pools, method: str, stage: int, bf16: bool, world_size: int, micro_batch_size: int, matrices: str
 ) -> None:
-    measured = pools(world_size)(measure, method, stage, bf16, micro_batch_size)
-    config = _config(method, stage, world_size, micro_batch_size)
+    measured = pools(world_size)(measure, method, stage, bf16, micro_batch_size, matrices)
+    config = _config(method, stage, world_size, micro_batch_size, matrices)
     model = meta_model(_llama(), config.method)
     state = state_memory(model, config, stage, world_size, bf16=bf16)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)

@@ -27,9 +27,9 @@ def _llama() -> Any:
     return tiny_llama(num_hidden_layers=3, intermediate_size=52)  # with two ranks a border lies within a matrix
 
 
-def _config(world_size: int, stage: int, method: str, **optim: Any) -> Config:
-    settings = {"name": method, "rank": 5}
-    return tiny_config(world_size, method=settings, optim={**OPTIM, **optim}, train={"zero_stage": stage})
+def _config(world_size: int, stage: int, method: str, zero: dict[str, Any] | None = None, **optim: Any) -> Config:
+    train = {"zero_stage": stage, "deepspeed": {"zero_optimization": zero or {}}}
+    return tiny_config(world_size, method={"name": method, "rank": 5}, optim={**OPTIM, **optim}, train=train)
 
 
 # ---- the reference: one process, plain torch ----------------------------------------------------------------------
@@ -137,11 +137,11 @@ def _reference(method: str, **optim: Any) -> tuple[Reference, list[float]]:
 # ---- the engine ---------------------------------------------------------------------------------------------------
 
 
-def trained(world_size: int, stage: int, method: str, bf16: bool, optim: dict[str, Any]) -> dict[str, Any]:
+def trained(world_size: int, stage: int, method: str, bf16: bool = False, **settings: Any) -> dict[str, Any]:
     """Losses, and what the run ends with: masters, momentum, frozen weights."""
     from tests.tools.tiny import build_rig, whole_weights
 
-    rig = build_rig(_config(world_size, stage, method, **optim), bf16=bf16, llama=_llama())
+    rig = build_rig(_config(world_size, stage, method, **settings), bf16=bf16, llama=_llama())
     losses = _run(rig, rig.config.method.merges)
     matrices = [name for name, moments in rig.engine.moments.items() if moments == ("momentum",)]
     exchanges = rig.engine.optimizer.matrices._exchanges.values()
@@ -177,7 +177,7 @@ def test_every_stage_trains_as_plain_torch_does(pools, world, method, stage):
     start = {name: p.detach() for name, p in Reference(reference.config).lm.named_parameters()}
     parameters = {name: p.detach() for name, p in reference.lm.named_parameters()}
     masters = {name: parameters[name] for name in reference.parameters}
-    for found in pools(world)(trained, world, stage, method, False, {}):
+    for found in pools(world)(trained, world, stage, method):
         assert found["losses"] == pytest.approx(losses, rel=2e-6)
         assert _distance(found["masters"], masters, start) < 5e-5
         assert _distance(found["momentum"], reference.momentum, {}) < 2e-5
@@ -191,20 +191,36 @@ def test_every_stage_trains_as_plain_torch_does(pools, world, method, stage):
 def test_without_nesterov(pools, stage):
     losses = _reference("remora", nesterov=False)[1]
     assert losses != pytest.approx(_reference("remora")[1], rel=2e-6)
-    [found] = pools(1)(trained, 1, stage, "remora", False, {"nesterov": False})
+    [found] = pools(1)(trained, 1, stage, "remora", nesterov=False)
     assert found["losses"] == pytest.approx(losses, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    "stage,zero",
+    [
+        (1, {"round_robin_gradients": True}),
+        (2, {"round_robin_gradients": True}),
+        (2, {"overlap_comm": True, "reduce_bucket_size": 1000}),
+        (3, {"sub_group_size": 1000, "reduce_bucket_size": 1000}),
+    ],
+)
+def test_with_deepspeeds_own_settings(pools, stage, zero):
+    for found in pools(2)(trained, 2, stage, "full", zero=zero):
+        assert found["cut"] and found["losses"] == pytest.approx(_reference("full")[1], rel=2e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding(pools, ranks, stage):
     losses = _reference("remora")[1]
-    for found in pools(ranks)(trained, ranks, stage, "remora", True, {}):
+    for found in pools(ranks)(trained, ranks, stage, "remora", bf16=True):
         assert found["losses"] == pytest.approx(losses, rel=1e-3)
 
 
 # ---- whole matrices -----------------------------------------------------------------------------------------------
 
-SHAPES = {f"m{number}": torch.Size(shape) for number, shape in enumerate([(3, 4), (5, 5), (2, 9), (5, 5), (7, 1), (3, 4)])}
+SHAPES = {
+    f"m{number}": torch.Size(shape) for number, shape in enumerate([(3, 4), (5, 5), (2, 9), (5, 5), (7, 1), (3, 4)])
+}
 FLATS = (("m0", "m1", "vector", "m2"), ("m3", "m4", "m5"))
 
 

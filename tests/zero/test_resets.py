@@ -209,14 +209,13 @@ def test_stages_agree_in_bf16(pools):
         assert pools(2)(losses, 2, stage, bf16=True)[0] == pytest.approx(plain, rel=1e-3), stage
 
 
-def poisoned(world_size: int, stage: int, bf16: bool) -> dict[str, Any]:
-    from relora_mora.optim import MOMENTS
+def poisoned(world_size: int, stage: int, bf16: bool, matrices: str) -> dict[str, Any]:
     from tests.tools.tiny import build_rig, tiny_config
 
-    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}), bf16=bf16)
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, optim={"matrices": matrices}), bf16=bf16)
     rig.step(1)
     names = [name for group in rig.engine.members for name in group]
-    places = [(name, key) for name in names for key in (None, *MOMENTS)]
+    places = [(name, key) for name in names for key in (None, *rig.engine.moments[name])]
     before = [rig.gather(*place) for place in places]
     counts = rig.engine.group_steps()
     logits = rig.logits()
@@ -228,28 +227,32 @@ def poisoned(world_size: int, stage: int, bf16: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_nan_on_one_rank_stops_the_step_on_all(pools, stage, bf16):
-    for seen in pools(2)(poisoned, 2, stage, bf16):
+@pytest.mark.parametrize("bf16,matrices", [(False, "adamw"), (True, "adamw"), (True, "muon")])
+def test_a_nan_on_one_rank_stops_the_step_on_all(pools, stage, bf16, matrices):
+    for seen in pools(2)(poisoned, 2, stage, bf16, matrices):
         assert not math.isfinite(seen["norm"]) and not seen["applied"] and seen["same"]
         assert seen["next_applied"] and math.isfinite(seen["next_loss"])
 
 
-def reset_mode(world_size: int, stage: int, mode: str) -> dict[str, Any]:
+def reset_mode(world_size: int, stage: int, mode: str, matrices: str) -> dict[str, Any]:
     from tests.tools.tiny import build_rig, tiny_config
 
-    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method={"reset": mode, "reset_ratio": 0.75}))
+    method = {"reset": mode, "reset_ratio": 0.75}
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method=method, optim={"matrices": matrices}))
     for step in range(1, MERGE_AT + 1):
         rig.step(step)
     names = [name for parameters in rig.merger.parameters.values() for name in parameters]
-    before = {name: rig.gather(name, "exp_avg") for name in names}
+    first, *others = rig.engine.moments[names[0]]
+    before = {name: rig.gather(name, first) for name in names}
     rig.merge(MERGE_AT)
     return {
         "before": before,
-        "after": {name: rig.gather(name, "exp_avg") for name in names},
+        "after": {name: rig.gather(name, first) for name in names},
         "masters": {name: float(rig.gather(name).abs().max()) for name in names},
         "pruned_alike": all(
-            torch.equal(rig.gather(name, "exp_avg") == 0, rig.gather(name, "exp_avg_sq") == 0) for name in names
+            torch.equal(rig.gather(name, first) == 0, rig.gather(name, other) == 0)
+            for name in names
+            for other in others
         ),
         "steps": rig.engine.group_steps()["adapters"],
     }
@@ -258,12 +261,13 @@ def reset_mode(world_size: int, stage: int, mode: str) -> dict[str, Any]:
 RESETS = ("full", "magnitude", "random", "none")
 
 
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
 @pytest.mark.parametrize("mode", RESETS)
-def test_reset_modes(pools, ranks, mode):
-    seen = pools(ranks)(reset_mode, ranks, 2, mode)[0]
+def test_reset_modes(pools, ranks, mode, matrices):
+    seen = pools(ranks)(reset_mode, ranks, 2, mode, matrices)[0]
     assert all(value == 0 for value in seen["masters"].values())
     assert seen["pruned_alike"]
-    assert seen["steps"] == (0 if mode == "full" else MERGE_AT)
+    assert seen["steps"] == (0 if mode == "full" or matrices == "muon" else MERGE_AT)
     for name, before in seen["before"].items():
         after = seen["after"][name]
         kept = after != 0

@@ -1,0 +1,121 @@
+"""Whole runs with Muon: they resume to the bit, move between ranks and stages, and stay with their optimizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+
+pytestmark = pytest.mark.distributed
+
+LAST = "step-00000010"
+MUON = {"matrices": "muon", "momentum": 0.9}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def config(inputs, tokenizer_path):
+    """The settings of a run in a folder; merges after the steps 4 and 8."""
+
+    def make(folder: Path, world_size: int = 1, **sections: dict[str, Any]) -> Any:
+        sections = {**sections, "optim": MUON | sections.get("optim", {})}
+        return run_config(inputs, tokenizer_path, folder, world_size, **sections)
+
+    return make
+
+
+def _losses(folder: Path) -> list[float]:
+    return [line["train/loss"] for line in metrics(folder) if "train/loss" in line]
+
+
+CASES = [("remora", stage, stage % 2 == 0) for stage in (0, 1, 2, 3)] + [("full", 3, True), ("relora", 1, True)]
+
+
+@pytest.mark.parametrize("method,stage,bf16", CASES)
+def test_a_resume_is_bit_equal(pools, ranks, config, tmp_path, method, stage, bf16):
+    """Before a merge, and at one."""
+    sections = {
+        "method": {"name": method, "reset": "random"},
+        "train": {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32", "deterministic": True},
+    }
+    never = tmp_path / "never"
+    pools(ranks)(train, config(never, ranks, **sections))
+    expected = tensors(never / "checkpoints" / LAST)
+    for stop in (3, 4):
+        folder = tmp_path / f"stop{stop}"
+        shutil.copytree(never, folder)
+        for number in range(stop + 1, 11):
+            shutil.rmtree(folder / "checkpoints" / f"step-{number:08d}")
+        pools(ranks)(train, config(folder, ranks, **sections, checkpoint={"every_steps": 0}))
+        found = tensors(folder / "checkpoints" / LAST)
+        assert found.keys() == expected.keys()
+        assert [key for key, value in found.items() if not torch.equal(value, expected[key])] == []
+        assert _losses(folder) == _losses(never)
+
+
+MOVES = [(1, 0, 2, 3), (2, 3, 1, 2), (2, 2, 4, 1), (4, 1, 2, 0), (4, 3, 1, 0)]
+
+
+@pytest.mark.parametrize("world,stage,to_world,to_stage", MOVES)
+def test_a_moved_run_goes_on_as_if_it_had_stayed(
+    pools, config, tmp_path_factory, tmp_path, world, stage, to_world, to_stage
+):
+    folder = tmp_path / "run"
+    reference = tmp_path_factory.getbasetemp() / "muon-that-never-moved"
+    small = {"micro_batch_size": 1}
+    if not reference.exists():
+        pools(1)(train, config(reference, train={"zero_stage": 0} | small))
+    pools(world)(train, config(folder, world, train={"zero_stage": stage} | small), stop_after=5)
+    pools(to_world)(train, config(folder, to_world, train={"zero_stage": to_stage, "micro_batch_size": 2}))
+    assert _losses(folder) == pytest.approx(_losses(reference), rel=0, abs=1e-5)
+    assert len(_losses(folder)) == 10
+
+
+def test_a_checkpoint_holds_one_moment_of_matrices(pools, config, tmp_path):
+    pools(2)(train, config(tmp_path / "run", 2), stop_after=1)
+    kinds: dict[str, set[str]] = {}
+    for key in tensors(tmp_path / "run" / "checkpoints" / "step-00000001"):
+        kind, name, _ = key.split("|")
+        if kind != "base":
+            kinds.setdefault(name, set()).add(kind)
+    assert len(kinds) == 2 * 7 + 2 + 5  # adapters, embeddings and head, norms
+    for name, found in kinds.items():
+        assert found == ({"master", "momentum"} if "mora_M" in name else {"master", "exp_avg", "exp_avg_sq"}), name
+
+
+def refused(config: Any) -> str:
+    from relora_mora.checkpoint import CheckpointError
+    from relora_mora.train import pretrain
+
+    with pytest.raises(CheckpointError) as caught:
+        pretrain(config)
+    return str(caught.value)
+
+
+def test_a_resume_with_another_optimizer_is_refused_whatever_is_allowed(pools, config, tmp_path):
+    folder = tmp_path / "run"
+    pools(1)(train, config(folder), stop_after=1)
+    for allowed in ([], ["optim.matrices"]):
+        changed = config(folder, optim={"matrices": "adamw"}, train={"allow_changes": allowed})
+        (message,) = pools(1)(refused, changed)
+        assert "optim.matrices: 'muon' in the checkpoint, 'adamw' now; the state of one" in message
+        assert "to allow" not in message
+    (message,) = pools(1)(refused, config(folder, optim={"momentum": 0.5}))
+    assert "optim.momentum: 0.9 in the checkpoint, 0.5 now; to allow it: '--train.allow_changes" in message
+
+
+def test_settings_that_the_optimizer_does_not_use_are_named(pools, config, tmp_path, capfd):
+    pools(1)(train, config(tmp_path / "run", optim={"matrices": "adamw"}), stop_after=0)
+    assert "optim.matrices=adamw does not use optim.momentum\n" in capfd.readouterr().err
+    pools(1)(train, config(tmp_path / "muon", method={"name": "full"}), stop_after=0)
+    said = capfd.readouterr().err
+    assert "method full does not use optim.restart_warmup_steps\n" in said and "optim.matrices" not in said
