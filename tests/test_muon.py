@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from relora_mora.config import OptimConfig
@@ -73,6 +77,40 @@ def test_flops_are_what_torch_counts(shape):
     with FlopCounterMode(display=False) as counter:
         orthogonalize(_matrices(shape, 1))
     assert counter.get_total_flops() == Muon.flops(*shape)
+
+
+class _Peak(TorchDispatchMode):
+    """The most bytes that results of operations held at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self.known: set[int] = set()
+        self.given: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.known | self.given:
+                self.known.add(storage.data_ptr())
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.data_ptr(), storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return result
+
+    def _free(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.held -= size
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (40, 120), (120, 40)])
+def test_scratch_is_what_an_update_allocates(shape):
+    matrices = _matrices(shape, 1)
+    with _Peak() as peak:
+        peak.given = {matrices.untyped_storage().data_ptr()}
+        Muon(OptimConfig()).update(matrices)
+    assert peak.peak == pytest.approx(4 * Muon.scratch(*shape), rel=0.01)
 
 
 def test_the_settings_name_the_rule():
