@@ -7,13 +7,15 @@ import sys
 from pkgutil import resolve_name
 
 import pytest
+import torch
 
-from relora_mora.config import Config, MethodConfig
+from relora_mora.config import Config, MethodConfig, OptimConfig
 from relora_mora.kernels import grouping
 from relora_mora.methods.inject import layer_class
 from relora_mora.methods.layers import AdapterLinear
 from relora_mora.operators import Operator
-from relora_mora.registry import METHODS, OPERATORS
+from relora_mora.optim import matrix_rule
+from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -32,6 +34,23 @@ def test_an_operator_names_its_code_and_groupings(mora_type):
     record = OPERATORS[mora_type]
     assert issubclass(resolve_name(record.code), Operator)
     assert all(callable(getattr(grouping, name)) for name in record.groupings)
+
+
+@pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
+def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
+    optim = OptimConfig(matrices=name)
+    record = optim.record
+    assert record.name == name and record.moments
+    assert {setting.removeprefix("optim.") for setting in record.settings} <= OptimConfig.model_fields.keys()
+    rule = matrix_rule(optim)
+    if rule is None:
+        return
+    moments = {key: torch.zeros(6, 9) for key in record.moments}
+    gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    rule.blend(gradient, moments)
+    assert any(moment.any() for moment in moments.values())
+    assert rule.update(gradient[None]).shape == (1, 6, 9)
+    assert rule.flops(6, 9) > 0 and rule.scratch(6, 9) > 0
 
 
 @pytest.mark.parametrize(

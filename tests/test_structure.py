@@ -14,7 +14,7 @@ PACKAGE = ROOT / "relora_mora"
 LAYERS = [
     ["registry", "system"],
     ["config", "distributed", "kernels", "schedule"],
-    ["cli", "supervise", "operators", "tokenizer"],
+    ["cli", "supervise", "operators", "muon", "tokenizer"],
     ["data", "methods", "model"],
     ["optim"],
     ["plan", "zero"],

@@ -436,6 +436,8 @@ def test_settings_of_other_methods_are_named() -> None:
         "optim.rewarm",
     ]
     assert unused_settings(validate(tree(method={"name": "remora", "lora_alpha": 8.0}), "t")) == ["method.lora_alpha"]
+    assert unused_settings(validate(tree(optim={"momentum": 0.9}), "t")) == ["optim.momentum"]
+    assert unused_settings(validate(tree(optim={"matrices": "muon", "nesterov": False}), "t")) == []
     assert unused_settings(validate(tree(), "t")) == []
 
 

@@ -93,6 +93,16 @@ def test_another_model_cannot_be_allowed():
     assert change.permission is None and "rms_norm_eps" in change.text
 
 
+def test_another_optimizer_cannot_be_allowed():
+    [change] = changes_since(identity(), with_setting("optim", "matrices", "muon"), {"optim.matrices"})
+    assert change.permission is None and "'adamw' in the checkpoint, 'muon' now" in change.text
+    older = identity()
+    del older.config["optim"]["matrices"]  # as a version without it wrote
+    assert list(changes_since(older, identity(), set())) == []
+    [change] = changes_since(older, with_setting("optim", "matrices", "muon"), set())
+    assert "'adamw' in the checkpoint, 'muon' now" in change.text
+
+
 @pytest.mark.parametrize("name", ["data.workers", "train.zero_stage", "eval.every_steps", "log.progress"])
 def test_how_a_run_is_done_may_change(name):
     section, key = name.split(".")
