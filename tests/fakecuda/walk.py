@@ -64,10 +64,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-@pytest.mark.parametrize("method", ["full", "remora operator 1", "relora"])
+@pytest.mark.parametrize(
+    "method,matrices",
+    [(method, "adamw") for method in ("full", "remora operator 1", "relora")] + [("remora operator 1", "muon")],
+)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_stays_on_the_device(stage: int, method: str, fake: FakeTensorMode) -> None:
-    engine, watch = train_three_steps(stage, method, fake, bf16=True)
+def test_a_step_stays_on_the_device(stage: int, method: str, matrices: str, fake: FakeTensorMode) -> None:
+    engine, watch = train_three_steps(stage, method, fake, bf16=True, matrices=matrices)
     assert len(watch.syncs) == 1 + WAITS_OF_DEEPSPEED[stage], watch.syncs
     tensors: dict[str, Tensor] = dict(engine.lm.named_parameters()) | dict(engine.lm.named_buffers())
     tensors |= {f"master of {fragment.name}": fragment.flat for fragment in engine.fragments}
@@ -142,12 +145,13 @@ def test_a_checkpoint_waits_once_for_its_copies(stage: int, fake: FakeTensorMode
 
 
 def train_three_steps(
-    stage: int, method: str, fake: FakeTensorMode, *, bf16: bool, **zero: bool
+    stage: int, method: str, fake: FakeTensorMode, *, bf16: bool, matrices: str = "adamw", **zero: bool
 ) -> tuple[ZeroEngine, Watch]:
     """The engine, and what it did in the last step; DeepSpeed's timer, if it were on, would wait from the third on."""
     precision = "bf16" if bf16 else "fp32"
     train = {"zero_stage": stage, "precision": precision, "batch_size": 2 * RANKS * MICRO_BATCHES}
-    config = tiny_config(RANKS, train=train | {"deepspeed": {"zero_optimization": zero}})
+    train |= {"deepspeed": {"zero_optimization": zero}}
+    config = tiny_config(RANKS, train=train, optim={"matrices": matrices})
     module = model_with("llama_tiny", method, 2, fake)
     with fake, Watch() as watch:
         if not bf16:
