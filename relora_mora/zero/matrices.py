@@ -54,10 +54,10 @@ class CutMatrices:
         self.rank = rank
         self.world_size = world_size
         pieces: dict[str, list[Piece]] = {name: [] for name in names}
-        for owner, parts in fragments.items():
+        for holder, parts in fragments.items():
             for part in parts:
                 if part.name in pieces:
-                    pieces[part.name].append(Piece(owner, part))
+                    pieces[part.name].append(Piece(holder, part))
         self._of_flat: dict[int, list[Matrix]] = {}
         owners = _owners(pieces, shapes)
         for name, held in pieces.items():
@@ -90,9 +90,17 @@ class Exchange:
         cut = [matrix for matrix in matrices if len(matrix.pieces) > 1]
         self.is_needed = bool(cut)
         self.shapes = [matrix.shape for matrix in cut]
-        # pieces by the rank that they go to or come from, each with the number of its matrix; some stay where they are
-        self.outgoing = [_pieces(cut, owner=other, holder=rank) for other in range(world_size)]
-        self.incoming = [_pieces(cut, owner=rank, holder=other) for other in range(world_size)]
+        # by the rank that a piece goes to, and, with the number of its matrix, comes from; some stay where they are
+        self.outgoing: list[list[Fragment]] = [[] for _ in range(world_size)]
+        self.incoming: list[list[tuple[int, Fragment]]] = [[] for _ in range(world_size)]
+        for number, matrix in enumerate(cut):
+            for piece in matrix.pieces:
+                if piece.rank == rank:
+                    self.outgoing[matrix.owner].append(piece.fragment)
+                if matrix.owner == rank:
+                    self.incoming[piece.rank].append((number, piece.fragment))
+        self.sent_to = [sum(part.numel for part in parts) for parts in self.outgoing]  # elements
+        self.received_from = [sum(part.numel for _, part in parts) for parts in self.incoming]
 
     def replace(self, gradients: Mapping[int, Tensor], update: Update) -> None:
         """See :meth:`CutMatrices.replace`; gradients by the id of their flat tensor."""
@@ -100,15 +108,12 @@ class Exchange:
         if not self.is_needed:
             _change(whole, update)
             return
-        leaving = [part.of(gradients[id(part.flat)]) for parts in self.outgoing for _, part in parts]
+        leaving = [part.of(gradients[id(part.flat)]) for parts in self.outgoing for part in parts]
         arriving = [piece for pieces in self.incoming for piece in pieces]
-        sizes = [
-            [sum(part.numel for _, part in parts) for parts in pieces] for pieces in (self.incoming, self.outgoing)
-        ]
         example = next(iter(gradients.values()))
         sent = torch.cat([*leaving, example.new_empty(0)])
-        received = example.new_empty(sum(sizes[0]))
-        dist.all_to_all_single(received, sent, *sizes)
+        received = example.new_empty(sum(self.received_from))
+        dist.all_to_all_single(received, sent, self.received_from, self.sent_to)
         places = received.split([part.numel for _, part in arriving])
         cut = {number: example.new_empty(self.shapes[number].numel()) for number, _ in arriving}
         for (number, part), place in zip(arriving, places, strict=True):
@@ -116,19 +121,9 @@ class Exchange:
         _change([*whole, *((self.shapes[number], values) for number, values in cut.items())], update)
         for (number, part), place in zip(arriving, places, strict=True):
             place.copy_(part.of_whole(cut[number]))
-        dist.all_to_all_single(sent, received, *reversed(sizes))
+        dist.all_to_all_single(sent, received, self.sent_to, self.received_from)
         for values, place in zip(leaving, sent.split([values.numel() for values in leaving]), strict=True):
             values.copy_(place)
-
-
-def _pieces(matrices: Iterable[Matrix], *, owner: int, holder: int) -> list[tuple[int, Fragment]]:
-    """What one rank holds of the matrices of another, with the matrix's number."""
-    return [
-        (number, piece.fragment)
-        for number, matrix in enumerate(matrices)
-        for piece in matrix.pieces
-        if (matrix.owner, piece.rank) == (owner, holder)
-    ]
 
 
 def _change(matrices: Iterable[tuple[torch.Size, Tensor]], update: Update) -> None:
