@@ -278,6 +278,12 @@ HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [
     ("step count", lambda values: values["group_steps"].update(adapters=-1), "group_steps.adapters"),
     ("no ranks", lambda values: values.update(world_size=0), "world_size"),
     ("other type", lambda values: values.update(config={"optim": 3}), "config.optim"),
+    (
+        "other optimizer",
+        lambda values: values["config"]["optim"].update(matrices=["x"]),
+        "its matrices trained with ['x'], and this program knows adamw, muon; use the release that wrote it",
+    ),
+    ("matrices of Muon", lambda values: values["config"]["optim"].update(matrices="muon"), "is not a float32 piece"),
     ("unknown field", lambda values: values.update(trust_me=1), "trust_me"),
     ("another version", lambda values: values.update(version=99), "format version 99, this program reads version 1"),
     ("another step", lambda values: values.update(step=14), "manifest.json: is that of step 14"),
