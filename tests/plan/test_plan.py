@@ -90,6 +90,22 @@ def test_every_method_on_every_stage() -> None:
     assert plan.memory["mora"][1].activations < plan.memory["lora"][1].activations
 
 
+def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
+    adamw, muon = plan_of(), plan_of(**{"optim.matrices": "muon"})
+    # R of the four squares of attention and of the three of the MLP, in each of four layers
+    assert muon.optimizer_flops == 4 * (4 * 30 * 128**3 + 3 * 30 * 173**3)
+    assert adamw.optimizer_flops == 0 and "muon" not in render(adamw)
+    share = muon.optimizer_flops / (muon.flops.total * muon.tokens_per_step)
+    assert f"TFLOP a step, {share:.2%} more; the devices share it" in render(muon)
+    saved = adamw.memory["remora"][0].optimizer - muon.memory["remora"][0].optimizer
+    assert saved == 4 * muon.parameters.adapters
+    # on a CPU, whose memory's bandwidth is not known, what is left are the products
+    assert muon.steps[0].optimizer == pytest.approx(muon.optimizer_flops / 0.4e12)
+    assert muon.steps[1].optimizer == pytest.approx(muon.steps[0].optimizer / 2)
+    moved = muon.network["remora"]
+    assert moved[3].exchanged == pytest.approx(8 * muon.parameters.adapters / 2) and moved[2].exchanged == 0
+
+
 def test_text_names_every_part() -> None:
     plan = plan_of()
     text = render(plan)
