@@ -23,10 +23,12 @@ from tests.train.test_golden_loss import (
     test_compiled_layers_train_as_the_reference,
     test_the_losses_are_the_references,
 )
+from tests.train.test_muon_run import config, test_a_resume_is_bit_equal
 from tests.train.test_resume import (
     test_a_resume_before_at_and_after_a_merge_is_bit_equal,
     test_every_method_resumes_bit_equal,
 )
+from tests.zero.test_matrices import test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding
 from tests.zero.test_resets import (
     test_a_merge_from_all_sides,
     test_a_nan_on_one_rank_stops_the_step_on_all,
