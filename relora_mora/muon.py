@@ -7,7 +7,7 @@ With the gradient G [m, n], momentum mu and rate eta, a step of W is::
     W <- (1 - eta lambda) W - eta 0.2 sqrt(max(m, n)) NS(U)
 
 NS makes the singular values of U about one, so the step's elements have a root mean square of about 0.2, as AdamW's:
-the factor and the decay are those of Moonlight (arXiv 2502.16982, eq. 4), and rates that suit AdamW are a beginning.
+the factor and the decay are those of Moonlight (arXiv 2502.16982, section 2.2), and rates that suit AdamW are a beginning.
 """
 
 from __future__ import annotations
