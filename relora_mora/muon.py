@@ -6,8 +6,8 @@ With the gradient G [m, n], momentum mu and rate eta, a step of W is::
     U  = mu B + (1 - mu) G        with ``optim.nesterov``, else B
     W <- (1 - eta lambda) W - eta 0.2 sqrt(max(m, n)) NS(U)
 
-NS makes the singular values of U about one, so the step's elements have a root mean square of about 0.2, as AdamW's:
-the factor and the decay are those of Moonlight (arXiv 2502.16982, section 2.2), and rates that suit AdamW are a beginning.
+NS makes the singular values of U about one, so the step's elements have a root mean square of about 0.2, as AdamW's.
+Factor and decay are those of Moonlight (arXiv 2502.16982, section 2.2).
 """
 
 from __future__ import annotations
