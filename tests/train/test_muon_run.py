@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -113,9 +114,18 @@ def test_a_resume_with_another_optimizer_is_refused_whatever_is_allowed(pools, c
     assert "optim.momentum: 0.9 in the checkpoint, 0.5 now; to allow it: '--train.allow_changes" in message
 
 
-def test_settings_that_the_optimizer_does_not_use_are_named(pools, config, tmp_path, capfd):
-    pools(1)(train, config(tmp_path / "run", optim={"matrices": "adamw"}), stop_after=0)
-    assert "optim.matrices=adamw does not use optim.momentum\n" in capfd.readouterr().err
-    pools(1)(train, config(tmp_path / "muon", method={"name": "full"}), stop_after=0)
-    said = capfd.readouterr().err
-    assert "method full does not use optim.restart_warmup_steps\n" in said and "optim.matrices" not in said
+def said(config: Any) -> list[str]:
+    """What the check of a run's settings logs."""
+    from relora_mora.train import check
+
+    with mock.patch.object(check, "log") as log:
+        train(config, stop_after=0)
+    return [call.args[0] % call.args[1:] for call in log.info.call_args_list]
+
+
+def test_settings_that_the_optimizer_does_not_use_are_named(pools, config, tmp_path):
+    (messages,) = pools(1)(said, config(tmp_path / "run", optim={"matrices": "adamw"}))
+    assert messages == ["optim.matrices=adamw does not use optim.momentum"]
+    (messages,) = pools(1)(said, config(tmp_path / "muon", method={"name": "full"}))
+    assert "method full does not use optim.restart_warmup_steps" in messages
+    assert not any("optim.matrices" in message for message in messages)
