@@ -47,6 +47,7 @@ _COMPARED = (
     "method.operators",
     "method.merge_every",
     "method.reset",
+    "optim.matrices",
     "optim.lr",
     "optim.lr_other",
     "optim.schedule",
