@@ -93,7 +93,7 @@ def common_sets(groups: Sequence[Group]) -> list[str]:
 def _row(group: Group, reference: dict[str, float]) -> Row:
     first = group.runs[0]
     step = min(_last_step(group, name) for name in reference)
-    parameters = first.parameters
+    parameters = next((run.parameters for run in group.runs if run.parameters), {})
     validation = {}
     for name, compared_with in reference.items():
         perplexity = _perplexity(group, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Never
 
@@ -64,7 +65,8 @@ def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tu
 
 def _bar(total: int, done: float) -> tqdm[Never]:
     """Counts runs, with the time that is left at the speed of this start."""
-    return tqdm(total=total, initial=done, unit="run", dynamic_ncols=True)
+    interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a file gets a line each time
+    return tqdm(total=total, initial=done, unit="run", dynamic_ncols=True, mininterval=interval, miniters=0)
 
 
 def _results(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, float]:

@@ -89,9 +89,9 @@ class Runner:
 
     def _show(self, waiting: list[Cell], running: list[_Running]) -> None:
         begun = [*waiting, *(one.cell for one in running)]
-        self.bar.n = round(self._done + sum(map(self.folder.fraction, begun)), 2)
+        done = self._done + sum(map(self.folder.fraction, begun))
         self.bar.set_postfix_str(" ".join(one.cell.name for one in running), refresh=False)
-        self.bar.refresh()
+        self.bar.update(round(done - self.bar.n, 2))
 
 
 @contextmanager
