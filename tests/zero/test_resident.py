@@ -65,7 +65,7 @@ def after_changes(stage: int) -> dict[str, tuple[int, bool]]:
     changes = {
         "masters": lambda: rig.engine.write_masters({f"{name}.mora_M": torch.ones(layer.mora_M.shape)}),
         "base": lambda: rig.engine.write_weight(f"{name}.weight", torch.ones(layer.weight.shape), 0),
-        "operator": lambda: rig.merger.set_operator(2),
+        "operator": lambda: rig.merger.set_operator(2, Draw()),
     }
     seen = {}
     for what, change in changes.items():
