@@ -202,7 +202,7 @@ def _reach(operators, size: int) -> int:
 
 
 def test_merges_of_new_draws_reach_further_than_a_cycle():
-    """docs/method.md has these numbers. With 7 all runs of an input's delta have equal sums, so (24 - 3)^2 is the end."""
+    """docs/method.md has these numbers, and why 7 ends at (24 - 3)^2."""
     found = {
         cycle: [
             _reach([make_operator(cycle[n % len(cycle)], 24, 24, 6, Draw(0, n)) for n in range(merges)], 6)
