@@ -58,7 +58,8 @@ class Merging:
         self.write(step, merge_metrics(record))
         switched = ""
         if record.operator_after is not None:
-            switched = f", operator {record.operator_before} -> {record.operator_after}"
+            anew = " (drawn anew)" if is_drawn(record.operator_after) else ""
+            switched = f", operator {record.operator_before} -> {record.operator_after}{anew}"
         log.info(f"step {step}: merged {record.layers} layers in {record.seconds:.2f} s{switched}")
 
 
