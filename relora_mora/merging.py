@@ -19,6 +19,7 @@ from torch import Tensor
 from relora_mora.config import MethodConfig
 from relora_mora.methods.layers import AdapterLinear, adapter_layers, layer_generator
 from relora_mora.methods.mora import MoRALinear
+from relora_mora.operators import Draw
 from relora_mora.zero import ZeroEngine
 
 
@@ -71,6 +72,7 @@ class Merger:
         self.base = base
         self.method = method
         self.seed = seed
+        self.draw = Draw(seed)  # of the operator in use
         self.layers: dict[str, AdapterLinear] = dict(adapter_layers(engine.lm))
         self.parameters = {
             name: [f"{name}.{key}" for key in layer.adapter_names] for name, layer in self.layers.items()
@@ -81,11 +83,12 @@ class Merger:
             self.by_kind.setdefault(name.rpartition(".")[2], []).append(name)
         self.measured = {names[len(names) // 2] for names in self.by_kind.values()}
 
-    def set_operator(self, mora_type: int | None) -> None:
+    def set_operator(self, mora_type: int | None, draw: Draw) -> None:
+        self.draw = draw
         if mora_type is not None:
             for layer in self.layers.values():
                 if isinstance(layer, MoRALinear):
-                    layer.set_operator(mora_type)
+                    layer.set_operator(mora_type, draw)
 
     def operator(self) -> int | None:
         """The operator in use, None for methods without; all layers agree."""
@@ -113,7 +116,7 @@ class Merger:
             )
         zeroed = self._reset_masters(merges_done)
         self._reset_state(merges_done)
-        self.set_operator(next_operator)
+        self.set_operator(next_operator, Draw(self.seed, merges_done))
         self.engine.refresh()
         self._check_counts(step, len(squares), zeroed)
         return MergeRecord(

@@ -17,16 +17,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from functools import lru_cache
 from pkgutil import resolve_name
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from relora_mora.kernels import Grouping, expand_add, group_sum, grouping
-from relora_mora.registry import OPERATORS
+from relora_mora.registry import OPERATORS, is_drawn
+from relora_mora.system.seeds import derived_seed
 
 MORA_TYPES = tuple(OPERATORS)
 ROPE_BASE = 10000.0
 ALIGNED = 16  # features: on a GPU, operands of products have rows of whole vectors of its matrix units
+
+
+class Draw(NamedTuple):
+    """What the draw of an operator follows from: ``train.seed``, and the merges done when it came into use."""
+
+    seed: int = 0
+    merges_done: int = 0
 
 
 def square_size(in_features: int, out_features: int, rank: int) -> int:
@@ -135,15 +144,23 @@ class Operator(ABC):
 class GroupingOperator(Operator):
     """A grouping of the inputs is summed, a grouping of the outputs copied.
 
-    ``inputs`` and ``outputs`` are names of functions in ``kernels/grouping.py``.
+    ``inputs`` and ``outputs`` are names of functions in ``kernels/grouping.py``. With ``draw`` they take a seed, which
+    follows from the width and R and not from the layer: layers with the same input still share C x.
     """
 
     def __init__(
-        self, mora_type: int, in_features: int, out_features: int, size: int, inputs: str, outputs: str
+        self,
+        mora_type: int,
+        in_features: int,
+        out_features: int,
+        size: int,
+        inputs: str,
+        outputs: str,
+        draw: Draw | None = None,
     ) -> None:
         super().__init__(mora_type, in_features, out_features, size)
-        self.inputs: Grouping = getattr(grouping, inputs)(in_features, size)
-        self.outputs: Grouping = getattr(grouping, outputs)(out_features, size)
+        self.inputs = _grouping(inputs, in_features, size, "inputs", draw)
+        self.outputs = _grouping(outputs, out_features, size, "outputs", draw)
         self.padded_inputs = self.inputs.padded(ALIGNED)
         self.padded_outputs = self.outputs.padded(ALIGNED)
 
@@ -176,6 +193,12 @@ class GroupingOperator(Operator):
     def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
         reduced = group_sum(dy, self.padded_outputs if dy.is_cuda else self.outputs)
         return _product(reduced, compressed)[: self.square_size, : self.square_size]
+
+
+def _grouping(name: str, features: int, size: int, side: str, draw: Draw | None) -> Grouping:
+    seed = () if draw is None else (derived_seed(*draw, side, features, size),)
+    made: Grouping = getattr(grouping, name)(features, size, *seed)
+    return made
 
 
 def _without_basis(groups: grouping.Grouping, like: Tensor) -> Tensor:
@@ -254,9 +277,13 @@ def _rope_table(positions: int, size: int, dtype: torch.dtype, device: torch.dev
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-@lru_cache(maxsize=1024)
-def make_operator(mora_type: int, in_features: int, out_features: int, square_size: int) -> Operator:
-    """The operator of the released code's ``mora_type`` (kongds/MoRA, peft ``lora/layer.py``) for one layer's shape.
+def make_operator(
+    mora_type: int, in_features: int, out_features: int, square_size: int, draw: Draw | None = None
+) -> Operator:
+    """The operator ``mora_type`` for one layer's shape.
+
+    Types up to 6 are those of the released code (kongds/MoRA, peft ``lora/layer.py``). ``draw`` matters to drawn types
+    alone; by default it is ``Draw()``.
 
     Raises ValueError for an unknown type, a size that is not positive, and an odd size of type 6.
     """
@@ -264,6 +291,13 @@ def make_operator(mora_type: int, in_features: int, out_features: int, square_si
         raise ValueError(f"an operator needs positive sizes, got {in_features} -> {square_size} -> {out_features}")
     if mora_type not in OPERATORS:
         raise ValueError(f"mora_type must be one of {', '.join(map(str, MORA_TYPES))}, got {mora_type}")
+    given = (draw or Draw()) if is_drawn(mora_type) else None
+    return _made(mora_type, in_features, out_features, square_size, given)
+
+
+@lru_cache(maxsize=1024)
+def _made(mora_type: int, in_features: int, out_features: int, square_size: int, draw: Draw | None) -> Operator:
     record = OPERATORS[mora_type]
-    operator: Operator = resolve_name(record.code)(mora_type, in_features, out_features, square_size, *record.groupings)
+    arguments = record.groupings if draw is None else (*record.groupings, draw)
+    operator: Operator = resolve_name(record.code)(mora_type, in_features, out_features, square_size, *arguments)
     return operator

@@ -54,7 +54,7 @@ def checked_model(reader: CheckpointReader) -> PreTrainedModel:
     skeleton = _empty_model(reader)
     if config.method.uses_adapters:
         with torch.device("meta"):
-            inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator)
+            inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator, draw=manifest.draw)
     expected = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}
     found = manifest.parameters | manifest.frozen
     wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))

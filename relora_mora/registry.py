@@ -82,26 +82,34 @@ class OperatorType:
     """A value of ``method.operators``: a pair of maps C and D (docs/method.md).
 
     ``code`` makes a :class:`relora_mora.operators.Operator` of (mora type, in, out, R, *groupings), where ``groupings``
-    are names of functions in ``relora_mora.kernels.grouping``. ``even_size``: R must be even.
+    are names of functions in ``relora_mora.kernels.grouping``. ``even_size``: R must be even. ``drawn``: it is another
+    operator after every merge, and takes a :class:`relora_mora.operators.Draw` as well.
     """
 
     code: str
     groupings: tuple[str, ...] = ()
     even_size: bool = False
+    drawn: bool = False
 
 
 def _grouped(inputs: str, outputs: str) -> OperatorType:
     return OperatorType("relora_mora.operators:GroupingOperator", (inputs, outputs))
 
 
-# the numbers are those of the released code (kongds/MoRA)
+# the numbers up to 6 are those of the released code (kongds/MoRA)
 OPERATORS = {
     1: _grouped("wrapped_interleaved", "interleaved"),
     2: _grouped("contiguous", "contiguous"),
     3: _grouped("contiguous", "interleaved"),
     4: _grouped("wrapped_interleaved", "contiguous"),
     6: OperatorType("relora_mora.operators:RotaryOperator", even_size=True),
+    7: OperatorType("relora_mora.operators:GroupingOperator", ("rotated", "rotated"), drawn=True),
 }
+
+
+def is_drawn(operator: int | None) -> bool:
+    """Whether every merge draws this operator anew."""
+    return operator is not None and OPERATORS[operator].drawn
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from relora_mora.registry import is_drawn
+
 
 def lr_multiplier(
     step: int,
@@ -109,4 +111,18 @@ class Schedule:
 
     def operator(self, step: int) -> int | None:
         """The mora type in use when ``step`` steps are done, their merge included; None without operators."""
-        return self.operators[self.merges_done(step) % len(self.operators)] if self.operators else None
+        return self._operator_after(self.merges_done(step))
+
+    def operators_left(self, step: int) -> list[tuple[int | None, int]]:
+        """The mora types in use from ``step`` to the end, and the merges done when each first is.
+
+        Each once, but drawn types, which every merge draws anew.
+        """
+        left: dict[tuple[int | None, int], int] = {}
+        for done in range(self.merges_done(step), self.merges_done(self.total_steps) + 1):
+            operator = self._operator_after(done)
+            left.setdefault((operator, done if is_drawn(operator) else 0), done)
+        return [(operator, done) for (operator, _), done in left.items()]
+
+    def _operator_after(self, merges_done: int) -> int | None:
+        return self.operators[merges_done % len(self.operators)] if self.operators else None

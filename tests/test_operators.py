@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora_mora.operators import MORA_TYPES, make_operator, square_size
+from relora_mora.operators import MORA_TYPES, Draw, make_operator, square_size
 from relora_mora.registry import OPERATORS
 from tests.tools.helpers import SHARED, needs_shared
 
@@ -147,6 +149,72 @@ def test_what_cannot_be_built_is_refused():
         make_operator(1, 8, 8, 0)
     with pytest.raises(ValueError, match="positive"):
         square_size(8, 0, 4)
+
+
+def _shifts(mora_type: int, draw: Draw, inputs: int, outputs: int, size: int) -> tuple[list[int], list[int]]:
+    """Where the first feature of each run of R features goes, of the inputs and of the outputs."""
+    op = make_operator(mora_type, inputs, outputs, size, draw)
+    slots = torch.arange(size)
+    columns = op.inputs.copy(slots)[::size].tolist()
+    return columns, op.outputs.copy(slots)[::size].tolist()
+
+
+def test_a_draw_is_the_same_wherever_it_is_made():
+    """The numbers follow from SHA-256: another version of Python or torch must find them too."""
+    shifts = _shifts(7, Draw(5, 3), 70, 40, 16)
+    assert shifts == ([0, 10, 4, 13, 4], [0, 15, 5])
+    digest = hashlib.sha256(b"5/3/inputs/70/16").digest()
+    seed = int.from_bytes(digest[:8], "little") >> 1
+    second = hashlib.sha256(f"{seed}/1".encode()).digest()
+    assert shifts[0][1] == (int.from_bytes(second[:8], "little") >> 1) % 16
+
+
+def test_a_draw_follows_from_seed_merge_width_and_size():
+    draws = [Draw(seed, merges) for seed in range(3) for merges in range(3)]
+    assert len({make_operator(7, 300, 200, 50, draw).inputs for draw in draws}) == 9
+    op = make_operator(7, 300, 200, 50, Draw(1, 2))
+    assert make_operator(7, 300, 450, 50, Draw(1, 2)).input_map == op.input_map  # layers of one input share C x
+    assert make_operator(7, 300, 200, 60, Draw(1, 2)).inputs.pieces[1] != op.inputs.pieces[1]
+    square = make_operator(7, 300, 300, 50, Draw(1, 2))
+    assert square.inputs == op.inputs != square.outputs
+    assert make_operator(7, 300, 200, 50) is make_operator(7, 300, 200, 50, Draw())
+    assert make_operator(1, 300, 200, 50, Draw(1, 2)) is make_operator(1, 300, 200, 50)
+
+
+def test_shifts_are_uniform_and_independent():
+    """Chi-square of 4,000 draws of two shifts mod 5, alone and together, below its 99.9 % quantile."""
+    shifts = torch.tensor([_shifts(7, Draw(0, merges), 15, 1, 5)[0] for merges in range(4000)])
+    assert (shifts[:, 0] == 0).all()
+    for counts, quantile in (
+        (shifts[:, 1].bincount(minlength=5), 18.5),
+        (shifts[:, 2].bincount(minlength=5), 18.5),
+        ((5 * shifts[:, 1] + shifts[:, 2]).bincount(minlength=25), 51.2),
+    ):
+        expected = 4000 / len(counts)
+        assert float(((counts - expected) ** 2 / expected).sum()) < quantile
+
+
+def _reach(operators, size: int) -> int:
+    """Dimensions of the sums of deltas of these operators."""
+    units = torch.eye(size * size, dtype=torch.float64).view(-1, size, size)
+    deltas = [op.delta(unit).flatten() for op in operators for unit in units]
+    return int(torch.linalg.matrix_rank(torch.stack(deltas)))
+
+
+def test_merges_of_new_draws_reach_further_than_a_cycle():
+    """docs/method.md has these numbers, and why 7 ends at (24 - 3)^2."""
+    found = {
+        cycle: [
+            _reach([make_operator(cycle[n % len(cycle)], 24, 24, 6, Draw(0, n)) for n in range(merges)], 6)
+            for merges in (1, 2, 4, 8, 16, 32)
+        ]
+        for cycle in ((1, 2), (1, 2, 3, 4), (7,))
+    }
+    assert found == {
+        (1, 2): [36, 71, 71, 71, 71, 71],
+        (1, 2, 3, 4): [36, 71, 121, 121, 121, 121],
+        (7,): [36, 71, 135, 240, 430, 441],
+    }
 
 
 def test_contiguous_longer_slots_come_first():

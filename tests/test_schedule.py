@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -18,6 +19,9 @@ REMORA = Schedule(
     restart_warmup_steps=5,
     operators=(1, 2, 3),
 )
+
+
+DRAWN = dataclasses.replace(REMORA, operators=(1, 7))
 
 
 @needs_shared
@@ -59,6 +63,23 @@ def test_events_around_every_boundary(step, merge, done, since, operator):
     assert REMORA.merges_done(step) == done
     assert REMORA.steps_since_merge(step) == since
     assert REMORA.operator(step) == operator
+
+
+@pytest.mark.parametrize(
+    "schedule,step,left",
+    [
+        (REMORA, 0, [(1, 0), (2, 1), (3, 2)]),
+        (REMORA, 40, [(3, 2), (1, 3), (2, 4)]),
+        (REMORA, 100, [(2, 4)]),
+        (DRAWN, 0, [(1, 0), (7, 1), (7, 3)]),  # every merge draws another 7
+        (DRAWN, 20, [(7, 1), (1, 2), (7, 3)]),
+        (dataclasses.replace(DRAWN, operators=(7,)), 59, [(7, 2), (7, 3), (7, 4)]),
+        (dataclasses.replace(DRAWN, operators=(7,), merge_every=0), 0, [(7, 0)]),
+        (dataclasses.replace(REMORA, operators=()), 0, [(None, 0)]),
+    ],
+)
+def test_operators_that_are_still_to_come(schedule, step, left):
+    assert schedule.operators_left(step) == left
 
 
 def test_rates_around_a_merge():

@@ -51,7 +51,7 @@ def main(
         dtype: bf16 or fp32
         threads: of torch and of the compiled kernels; default: as torch decides
         rank: LoRA's r; the square matrices have as many parameters
-        operator: the type of MoRA's operators, 1, 2, 3, 4 or 6
+        operator: the type of MoRA's operators, 1, 2, 3, 4, 6 or 7
         repetitions: turns of each variant, after one that does not count
         device: cpu or cuda; default: what a run takes here
     """

@@ -27,12 +27,12 @@ from relora_mora.checkpoint import CheckpointError
 from relora_mora.methods.layers import AdapterLinear, layer_generator
 from relora_mora.methods.lora import LoRALinear
 from relora_mora.methods.mora import MoRALinear
-from relora_mora.operators import MORA_TYPES
 from relora_mora.pretrained import in_short
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+RELEASED_TYPES = (1, 2, 3, 4, 6)  # of kongds/MoRA
 
 # of PEFT's LoraConfig: where an adapter comes from, how it was trained, and what the tensors themselves say
 _SAYS_NOTHING = {
@@ -104,8 +104,8 @@ class AdapterFolder:
         others = [key for key, value in (settings.model_extra or {}).items() if value and key not in _SAYS_NOTHING]
         if others:
             raise CheckpointError(f"{path}: {', '.join(others)}: not supported here; {_REMEDY}")
-        if settings.use_mora and settings.mora_type not in MORA_TYPES:
-            known = ", ".join(map(str, MORA_TYPES))
+        if settings.use_mora and settings.mora_type not in RELEASED_TYPES:
+            known = ", ".join(map(str, RELEASED_TYPES))
             raise CheckpointError(f"{path}: mora_type is {settings.mora_type}, expected one of {known}; {_REMEDY}")
         patterns = [key for key in settings.alpha_pattern if not key.replace(".", "").replace("_", "").isalnum()]
         if patterns:

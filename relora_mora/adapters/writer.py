@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relora_mora.adapters.folder import CONFIG, PREFIX, WEIGHTS
+from relora_mora.adapters.folder import CONFIG, PREFIX, RELEASED_TYPES, WEIGHTS
 from relora_mora.checkpoint import CheckpointError, CheckpointReader
 from relora_mora.config import MethodConfig, validate
 from relora_mora.methods.layers import AdapterLinear, adapter_layers, adapter_parameters
 from relora_mora.methods.mora import MoRALinear
 from relora_mora.pretrained import checked_model, in_short
 
-RELEASED_TYPES = (1, 2, 3, 4, 6)  # of kongds/MoRA
 _MERGED = "export it with --format=merged"
 
 

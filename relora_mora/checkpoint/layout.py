@@ -29,6 +29,7 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
+from relora_mora.operators import Draw
 from relora_mora.optim import parameter_moments
 from relora_mora.registry import MATRIX_OPTIMIZERS
 
@@ -87,11 +88,19 @@ class Manifest:
     # not in the checkpoints of earlier versions
     data_content: str | None = None  # fingerprint of the text of the training data
     eos_token_id: int | None = None  # ends a document; not part of the fingerprint of a Hugging Face tokenizer
+    operator_seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None  # of a drawn operator
 
     def dump(self) -> str:
         """As JSON, with a checksum of its own content beside those of the other files."""
         values = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
+        if self.operator_seed is None:  # the manifest of a run that draws none is as it was
+            del values["operator_seed"]
         return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
+
+    @property
+    def draw(self) -> Draw:
+        """Of the operator in use."""
+        return Draw(self.operator_seed or 0, self.merges_done)
 
     @property
     def tokenizer_files(self) -> list[str]:

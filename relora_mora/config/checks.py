@@ -13,7 +13,7 @@ from relora_mora.config.record_checks import generation_faults, record_faults
 from relora_mora.config.schema import DECODER_LINEARS, Config
 from relora_mora.config.secrets import secrets_in
 from relora_mora.config.types import LARGEST, Whole, as_whole
-from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS
+from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, is_drawn
 
 DERIVED_DEEPSPEED_KEYS = {
     "train_batch_size": "train.batch_size",
@@ -188,7 +188,7 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
     if not method.merges:
         return
     cycle = method.cycle
-    if any(a == b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
+    if any(a == b and not is_drawn(a) for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
         yield Fault(
             ("method.operators", "method.name"),
             f"the cycle {list(cycle)} repeats an operator across a merge, which cannot raise the rank; "

@@ -200,7 +200,7 @@ class TrainConfig(Strict):
     deterministic: bool = Field(
         False, description="on GPUs: repeat every bit, so that a resume is bit-equal, at some cost; CPUs always do"
     )
-    seed: Seed = Field(0, description="seed of initial weights and LoRA's draws")
+    seed: Seed = Field(0, description="seed of initial weights, LoRA's draws and those of operator 7")
     resume: Text = Field(
         "auto",
         description="auto: from the newest good checkpoint of run_dir; never: refuse a used run_dir; "

@@ -7,7 +7,7 @@ bfloat16 in float32 and round once, torch rounds after every piece of a grouping
 """
 
 from relora_mora.kernels.cpu import available
-from relora_mora.kernels.grouping import Grouping, contiguous, interleaved, wrapped_interleaved
+from relora_mora.kernels.grouping import Grouping, contiguous, interleaved, rotated, wrapped_interleaved
 from relora_mora.kernels.ops import cross_entropy_, describe, disabled, expand_add, group_sum, takes
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "expand_add",
     "group_sum",
     "interleaved",
+    "rotated",
     "takes",
     "wrapped_interleaved",
 ]

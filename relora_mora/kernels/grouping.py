@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relora_mora.system.seeds import derived_seed
+
 
 class Piece(NamedTuple):
     """``slots`` slots from ``slot`` on, with ``repeats`` features each, from ``feature`` on.
@@ -137,6 +139,22 @@ def contiguous(features: int, slots: int) -> Grouping:
     per_slot, longer = divmod(features, slots)
     head = longer * (per_slot + 1)
     pieces = [Piece(0, 0, longer, per_slot + 1, True), Piece(head, longer, slots - longer, per_slot, True)]
+    return Grouping(features, slots, _without_empty(pieces))
+
+
+def rotated(features: int, slots: int, seed: int = 0) -> Grouping:
+    """As :func:`interleaved`, but the k-th run of ``slots`` features is rotated by a shift that ``seed`` decides.
+
+    Feature ``k * slots + j`` belongs to slot ``(j + s_k) mod slots``. The first shift is 0, since to rotate all runs
+    alike only renames the slots. The others are independent and uniform, so features of two runs share a slot with
+    probability ``1 / slots``. A run is one or two pieces.
+    """
+    pieces = []
+    for begin in range(0, features, slots):
+        length = min(slots, features - begin)
+        shift = derived_seed(seed, begin // slots) % slots if begin else 0
+        first = min(length, slots - shift)  # the others come out at the front
+        pieces += [Piece(begin, shift, first, 1, False), Piece(begin + first, 0, length - first, 1, False)]
     return Grouping(features, slots, _without_empty(pieces))
 
 

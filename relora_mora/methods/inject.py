@@ -10,6 +10,7 @@ from torch import nn
 
 from relora_mora.config import MethodConfig
 from relora_mora.methods.layers import AdapterLinear, adapter_parameters, layer_generator
+from relora_mora.operators import Draw
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,21 @@ def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Adapter
             yield name, module
 
 
-def inject(model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None) -> Injection:
+def inject(
+    model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None, draw: Draw | None = None
+) -> Injection:
     """Replaces the target linears of the decoder by adapter layers, in place.
 
-    ``mora_type`` is the operator to begin with (default: the first of the cycle). Raises ValueError when a target name
-    matches no layer, or when an operator cannot be built for a layer's shape.
+    ``mora_type`` is the operator to begin with (default: the first of the cycle), ``draw`` its draw (default: that of a
+    run's beginning). Raises ValueError when a target name matches no layer, or when an operator cannot be built for a
+    layer's shape.
     """
     layer = layer_class(method)
     by_kind: dict[str, list[str]] = {kind: [] for kind in method.target_modules}
     for name, module in list(decoder_linears(model)):
         parent_name, _, kind = name.rpartition(".")
         if kind in by_kind and isinstance(module, nn.Linear):
-            adapter = layer.from_settings(module, method, layer_generator(seed, name, 0), mora_type)
+            adapter = layer.from_settings(module, method, layer_generator(seed, name, 0), mora_type, draw or Draw(seed))
             setattr(model.get_submodule(parent_name), kind, adapter)
             by_kind[kind].append(name)
     unmatched = [kind for kind, names in by_kind.items() if not names]

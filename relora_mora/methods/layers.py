@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_mora.config import MethodConfig
+from relora_mora.operators import Draw
 from relora_mora.system.seeds import derived_seed
 
 
@@ -66,9 +67,9 @@ class AdapterLinear(nn.Module):
     @classmethod
     @abstractmethod
     def from_settings(
-        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
+        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None, draw: Draw
     ) -> Self:
-        """The layer in place of a linear; ``generator`` gives its draws, ``mora_type`` is its first operator."""
+        """The layer in place of a linear; ``generator`` gives its values, ``mora_type`` and ``draw`` its operator."""
 
     @classmethod
     @abstractmethod

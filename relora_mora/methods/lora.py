@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from relora_mora.config import MethodConfig
 from relora_mora.methods.layers import DROPPED, INPUT, AdapterLinear, Flops, Kept
+from relora_mora.operators import Draw
 
 
 class LoRALinear(AdapterLinear):
@@ -37,7 +38,7 @@ class LoRALinear(AdapterLinear):
 
     @classmethod
     def from_settings(
-        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
+        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None, draw: Draw
     ) -> Self:
         return cls(linear, method.rank, method.lora_alpha, generator, method.form, method.dropout)
 

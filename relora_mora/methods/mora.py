@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from relora_mora.config import MethodConfig
 from relora_mora.methods.layers import AdapterLinear, Flops, Kept
-from relora_mora.operators import Operator, make_operator, square_size
+from relora_mora.operators import Draw, Operator, make_operator, square_size
 
 
 def layer_square_size(method: MethodConfig, in_features: int, out_features: int) -> int:
@@ -42,27 +42,35 @@ class MoRALinear(AdapterLinear):
     break_even = 0.25
     weights_built = 2  # delta and W + delta
 
-    def __init__(self, linear: nn.Linear, size: int, mora_type: int, form: str = "auto", dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        size: int,
+        mora_type: int,
+        form: str = "auto",
+        dropout: float = 0.0,
+        draw: Draw | None = None,
+    ) -> None:
         super().__init__(linear, form, dropout)
         self.square_size = size
         self.mora_M = nn.Parameter(torch.zeros(size, size, dtype=linear.weight.dtype))
-        self.set_operator(mora_type)
+        self.set_operator(mora_type, draw)
 
     operator: Operator
 
     @classmethod
     def from_settings(
-        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
+        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None, draw: Draw
     ) -> Self:
         size = layer_square_size(method, linear.in_features, linear.out_features)
-        return cls(linear, size, mora_type or method.operators[0], method.form, method.dropout)
+        return cls(linear, size, mora_type or method.operators[0], method.form, method.dropout, draw)
 
     @classmethod
     def parameters_for(cls, method: MethodConfig, in_features: int, out_features: int) -> int:
         return layer_square_size(method, in_features, out_features) ** 2
 
-    def set_operator(self, mora_type: int) -> None:
-        self.operator = make_operator(mora_type, self.in_features, self.out_features, self.square_size)
+    def set_operator(self, mora_type: int, draw: Draw | None = None) -> None:
+        self.operator = make_operator(mora_type, self.in_features, self.out_features, self.square_size, draw)
         self.drop_merged()
 
     @property

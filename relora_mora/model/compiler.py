@@ -11,7 +11,7 @@ from torch import nn
 from relora_mora.config import ConfigError, ModelConfig
 from relora_mora.system.logs import log
 
-# programs of one layer: each operator of a cycle, training and evaluation, and each size of a batch have their own
+# programs of one layer: training and evaluation, and each size of a batch have their own
 RECOMPILE_LIMIT = 64
 
 
@@ -39,8 +39,15 @@ def compiles_here(settings: ModelConfig, zero_stage: int, *, on_gpu: bool) -> bo
     raise ConfigError([f"{missing}; {remedy}, or leave it at auto"], "the settings")
 
 
+def allow_programs(count: int) -> None:
+    """Lets torch.compile make this many programs of one layer: each operator of a run has its own."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, count)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, count)
+
+
 def compile_layers(layers: nn.ModuleList) -> None:
     """Has torch.compile make one program of each decoder layer, for each shape and operator at its first use."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    allow_programs(RECOMPILE_LIMIT)
     for layer in layers:
         layer.compile(dynamic=False)

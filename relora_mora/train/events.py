@@ -14,6 +14,7 @@ from relora_mora.distributed import from_first_rank, gather_from_ranks, sum_over
 from relora_mora.evaluate import EvalResult, Update, evaluate, evaluate_sets, held_out
 from relora_mora.generation import Generated, generate_answers
 from relora_mora.optim import group_rates
+from relora_mora.registry import is_drawn
 from relora_mora.supervise import LONG_SECONDS, Guard
 from relora_mora.system.hardware import peak_memory_bytes
 from relora_mora.system.logs import log
@@ -57,7 +58,8 @@ class Merging:
         self.write(step, merge_metrics(record))
         switched = ""
         if record.operator_after is not None:
-            switched = f", operator {record.operator_before} -> {record.operator_after}"
+            anew = " (drawn anew)" if is_drawn(record.operator_after) else ""
+            switched = f", operator {record.operator_before} -> {record.operator_after}{anew}"
         log.info(f"step {step}: merged {record.layers} layers in {record.seconds:.2f} s{switched}")
 
 
@@ -262,6 +264,7 @@ class Saving:
             step=state.step,
             merges_done=run.schedule.merges_done(state.step),
             operator=run.merger.operator(),
+            operator_seed=run.merger.draw.seed if is_drawn(run.merger.operator()) else None,
             world_size=engine.world_size,
             zero_stage=engine.stage,
             group_steps=engine.group_steps(),

@@ -18,7 +18,7 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     checkpoints = RunFolder(Path(run.config.train.run_dir)).checkpoints
     manifest = reader.manifest
     reader.restore(run.engine, run.base)
-    run.merger.set_operator(manifest.operator)
+    run.merger.set_operator(manifest.operator, manifest.draw)
     if run.engine.rank == 0:
         _abandon_later(checkpoints, manifest.step)
     return RunState.load(manifest, own=is_own(run, reader))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from relora_mora.data import document_boundaries
-from relora_mora.schedule import Schedule
+from relora_mora.model.compiler import allow_programs
+from relora_mora.operators import Draw
 from relora_mora.supervise import LONG_SECONDS, Guard
+from relora_mora.system.logs import log
 from relora_mora.train.build import Run
 from relora_mora.train.state import RunState
 
@@ -14,14 +16,21 @@ from relora_mora.train.state import RunState
 def warm_up(run: Run, state: RunState, guard: Guard) -> None:
     """One micro-batch of training and one of evaluation with each operator that is still to come, on this rank alone.
 
-    Nothing of the run changes. Only for layers that torch.compile compiles.
+    Nothing of the run changes. Only for layers that torch.compile compiles. An operator that is drawn anew at every
+    merge is another one to the compiler each time, since pieces of groupings are constants of its programs.
     """
     config = run.config
     sizes = {True: config.train.micro_batch_size, False: config.eval.micro_batch_size or config.train.micro_batch_size}
     module = run.engine.module
-    before = run.merger.operator()
-    for operator in operators_left(run.schedule, state.step):
-        run.merger.set_operator(operator)
+    merger = run.merger
+    before = merger.operator(), merger.draw
+    left = run.schedule.operators_left(state.step)
+    allow_programs(len(sizes) * len(left))
+    if len(left) > 1:
+        log.info("compiling the decoder layers for %d operators", len(left))
+    for operator, merges_done in left:
+        now = merges_done == merger.draw.merges_done
+        merger.set_operator(operator, merger.draw if now else Draw(merger.seed, merges_done))
         for training, size in sizes.items():
             guard.begin("compiling the decoder layers", within=LONG_SECONDS)
             ids = torch.zeros(size, config.data.sequence_length, dtype=torch.int64, device=run.engine.device)
@@ -32,12 +41,4 @@ def warm_up(run: Run, state: RunState, guard: Guard) -> None:
                 loss = module(ids, ids, boundaries, float(ids.numel()))
             if training:  # the gradients go nowhere: no hook of ZeRO hears of them
                 torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
-    run.merger.set_operator(before)
-
-
-def operators_left(schedule: Schedule, step: int) -> list[int | None]:
-    """Those in use from ``step`` to the end, each once; None for methods without."""
-    if not schedule.operators:
-        return [None]
-    merges = range(schedule.merges_done(step), schedule.merges_done(schedule.total_steps) + 1)
-    return list(dict.fromkeys(schedule.operators[done % len(schedule.operators)] for done in merges))
+    merger.set_operator(*before)

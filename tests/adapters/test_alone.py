@@ -68,7 +68,7 @@ def test_peft_computes_what_the_run_does(peft, base, tokenizer_path, tmp_path, n
         values = [module.get_parameter(key).detach() for key in module.adapter_names]
         delta = theirs.get_submodule(f"base_model.model.{layer}").get_delta_weight("default")
         apart = (delta - module.delta_of(*values)).abs().max()
-        assert apart == 0 if name in ("mora1", "mora2", "mora3", "mora4") else apart < 1e-6
+        assert apart == 0 if name in ("mora1", "mora2", "mora3", "mora4", "mora7") else apart < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
@@ -124,7 +124,7 @@ def released_size(inputs: int, outputs: int, rank: float, mora_type: int) -> int
     return size // 2 * 2 if mora_type == 6 else size
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "lora"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lora", "mora7")])
 def test_the_released_mora_finds_our_matrices(base, tokenizer_path, tmp_path, name):
     method = METHODS[name] | ALONE
     folder = exported(tmp_path, base, tokenizer_path, method, "peft-mora")
@@ -198,6 +198,7 @@ SQUARE = {"use_mora": True, "mora_type": 1}
         ({}, {"A": torch.ones(2, 5, dtype=torch.int8), "B": GOOD["B"]}, "no tensors of LoRA or MoRA"),
         ({}, {}, "no layer has an adapter"),
         (SQUARE | {"mora_type": 5}, {"A": torch.ones(2, 2)}, "mora_type is 5"),
+        (SQUARE | {"mora_type": 7}, {"A": torch.ones(2, 2)}, "mora_type is 7, expected one of 1, 2, 3, 4, 6"),
         (SQUARE, {"A": torch.ones(2, 3)}, "model.q has M [2, 3], expected [R, R]"),
     ],
 )
@@ -240,6 +241,7 @@ def test_files_that_cannot_be_read_are_one_message(tmp_path, harm):
         ("peft", METHODS["lora"] | ALONE, {"model": {}}, "have no model.init_from, so nobody"),
         ("peft", METHODS["mora1"] | ALONE, {"merges_done": 2}, "2 merges have changed the weights"),
         ("peft-mora", METHODS["lora"] | ALONE, {}, "lora is not known to the released MoRA"),
+        ("peft-mora", METHODS["mora7"] | ALONE, {}, "operator 7 is not known to the released MoRA"),
         ("peft", METHODS["lora"], {"attention_bias": True}, "biases of layers with adapters were trained"),
         ("peft", METHODS["lora"], {"tie_word_embeddings": True}, "embeddings that are also the head were trained"),
     ],

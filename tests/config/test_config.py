@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -161,6 +162,12 @@ def test_one_line_for_a_setting_of_two_types() -> None:
         "data.train: got 3; input should be a source, or a list of sources or of records such as {source: ..., "
         "weight: 0.7, name: web} (source or sources of training text; records are mixed by their weights)"
     ]
+
+
+@pytest.mark.parametrize("operators", ["[7]", "[1, 7]", "[7, 7]"])
+def test_an_operator_that_is_drawn_anew_may_follow_itself(operators: str) -> None:
+    config = load_config("configs/run/tiny_remora.yaml", {"method.operators": operators})
+    assert config.method.cycle == tuple(json.loads(operators))
 
 
 def test_the_length_of_a_run_is_given_in_steps_or_tokens_or_epochs() -> None:

@@ -13,10 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relora_mora.kernels import Grouping, contiguous, interleaved, ops, reference, triton_groups, wrapped_interleaved
+from relora_mora.kernels import (
+    Grouping,
+    contiguous,
+    interleaved,
+    ops,
+    reference,
+    rotated,
+    triton_groups,
+    wrapped_interleaved,
+)
 from relora_mora.methods.mora import MoRALinear
 
-GROUPINGS = [interleaved, wrapped_interleaved, contiguous]
+GROUPINGS = [interleaved, wrapped_interleaved, contiguous, rotated]
 # whole and broken groups, slots than features, powers of two, more than a block of slots and of repeats
 SIZES = [
     (64, 16),
@@ -95,7 +104,7 @@ def test_what_is_not_finite_stays_so() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("outputs", [interleaved, contiguous])
+@pytest.mark.parametrize("outputs", [interleaved, contiguous, rotated])
 @pytest.mark.parametrize("inputs", GROUPINGS)
 @pytest.mark.parametrize(
     "out_features,in_features,slots",
@@ -133,7 +142,7 @@ def kernels_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("kernels_of_gpus")
-@pytest.mark.parametrize("mora_type", [1, 2, 3, 4])
+@pytest.mark.parametrize("mora_type", [1, 2, 3, 4, 7])
 def test_a_layer_with_them_has_the_gradients_of_the_textbook_form(mora_type: int) -> None:
     torch.manual_seed(0)
     layer = MoRALinear(nn.Linear(50, 61, bias=False), 19, mora_type, "merged")

@@ -18,7 +18,7 @@ from tests.tools.runs import LLAMA
 ALONE = {"train_embeddings": False, "train_norms": False, "train_head": False}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": 4, "lora_alpha": 6.0},
-    **{f"mora{operator}": {"name": "mora", "rank": 4, "operators": [operator]} for operator in (1, 2, 3, 4)},
+    **{f"mora{operator}": {"name": "mora", "rank": 4, "operators": [operator]} for operator in (1, 2, 3, 4, 7)},
     "mora6": {"name": "mora", "rank": 4, "operators": [6], "square_multiple": 2},
 }
 

@@ -52,6 +52,7 @@ def test_it_trains_as_the_merged_form_bit_for_bit_and_builds_once_a_step(pools, 
 
 def after_changes(stage: int) -> dict[str, tuple[int, bool]]:
     """For each way to change a weight: how many layers still keep ``W + delta``, and whether the next is right."""
+    from relora_mora.operators import Draw
     from tests.tools.tiny import batch, build_rig, tiny_config
 
     rig = build_rig(tiny_config(1, train={"zero_stage": stage}, method={"form": "resident"}))
@@ -65,7 +66,7 @@ def after_changes(stage: int) -> dict[str, tuple[int, bool]]:
     changes = {
         "masters": lambda: rig.engine.write_masters({f"{name}.mora_M": torch.ones(layer.mora_M.shape)}),
         "base": lambda: rig.engine.write_weight(f"{name}.weight", torch.ones(layer.weight.shape), 0),
-        "operator": lambda: rig.merger.set_operator(2),
+        "operator": lambda: rig.merger.set_operator(2, Draw()),
     }
     seen = {}
     for what, change in changes.items():
