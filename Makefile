@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-finetune test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-tasks test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke study-smoke lint types checks format env dev clean
+.PHONY: demo demo-finetune test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-tasks test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke study study-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
@@ -72,6 +72,12 @@ bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether t
 	  --methods=full,remora --zero_stage=2
 	$(BIN)/python $(BENCH) layers $(TINY) --repetitions=1
 	for part in loss attention products; do $(BIN)/python $(BENCH) parts $$part $(TINY) --repetitions=1 || exit 1; done
+
+COMPARE := $(BIN)/python launch/compare.py
+REACH := --reach=eval/character_accuracy=0.5,0.95
+study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
+	$(COMPARE) docs/studies/memory_tiny.jsonl --seeds=2 $(REACH) --out=docs/studies/memory_tiny
+	for name in biomedical_tiny math_tiny; do $(COMPARE) docs/studies/$$name.jsonl --seeds=2 --out=docs/studies/$$name || exit 1; done
 
 SMOKE := $(BIN)/python launch/study.py configs/study/smoke.yaml
 study-smoke: $(VENV)/.installed-dev  ## a study of six short runs, and one of them again with the same numbers

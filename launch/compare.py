@@ -11,14 +11,18 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
-def main(*runs: str, out: str | None = None, against: str | None = None, reach: str | None = None) -> None:
+def main(
+    *runs: str, out: str | None = None, against: str | None = None, reach: str | None = None, seeds: int = 1
+) -> None:
     """Prints a table of runs in Markdown; runs that share all settings but the seed are one row, their mean.
 
     Args:
         runs: run folders, or the cells.jsonl of a study; the perplexities of all are given as multiples of the first's
         out: a folder for compare.md, compare.json and plots as PNG; it is made, and what it has of these is replaced
         against: the run folder, or the name of a study's run, that all are compared with in place of the first
-        reach: a metric and values, such as eval/character_accuracy=0.5,0.95: adds the steps at which it reached them
+        reach: a metric and values, such as eval/character_accuracy=0.5,0.95: adds the steps at which it reached them,
+            and a plot of the metric
+        seeds: leaves out settings with fewer runs than this, such as the rates that a study did not choose
     """
     from relora_mora.compare import (
         CompareError,
@@ -41,11 +45,13 @@ def main(*runs: str, out: str | None = None, against: str | None = None, reach: 
     found = {each.folder.resolve(): each for name in runs for each in read_runs(Path(name))}
     if against is not None and Path(against).resolve() not in found:
         found |= {each.folder.resolve(): each for each in read_runs(Path(against))}
-    groups = group_runs(found.values())
+    groups = [group for group in group_runs(found.values()) if len(group.runs) >= seeds]
+    if not groups:
+        raise CompareError(f"--seeds={seeds}: no settings have so many runs; give a smaller number")
     reference = None if against is None else group_of(groups, Path(against))
     rows = compare(groups, reference)
-    more = None if reach is None else step_cells(parse_reach(reach, groups), groups)
-    table = markdown(rows, reference, more)
+    reached = None if reach is None else parse_reach(reach, groups)
+    table = markdown(rows, reference, None if reached is None else step_cells(reached, groups))
     print(table, end="", flush=True)
     if out is None:
         return
@@ -54,7 +60,7 @@ def main(*runs: str, out: str | None = None, against: str | None = None, reach: 
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "compare.md").write_text(table, encoding="utf-8")
         (folder / "compare.json").write_text(json.dumps(as_json(rows, reference), indent=1) + "\n", encoding="utf-8")
-        write_figures(groups, folder)
+        write_figures(groups, folder, None if reached is None else reached.tag)
 
 
 if __name__ == "__main__":

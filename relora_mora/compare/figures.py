@@ -58,13 +58,16 @@ def check_plots() -> None:
         )
 
 
-def write_figures(groups: Sequence[Group], folder: Path) -> list[Path]:
-    """Writes PNG files into a folder and returns them; there is one of ranks where a run has merged."""
+def write_figures(groups: Sequence[Group], folder: Path, metric: str | None = None) -> list[Path]:
+    """Writes PNG files into a folder and returns them; one of ranks where a run has merged, and one of a ``metric``."""
     figures = {"loss_by_tokens": loss_figure(groups, "tokens"), "loss_by_time": loss_figure(groups, "time")}
     figures["learning_rate"] = rate_figure(groups)
     ranks = rank_figure(groups)
     if ranks is not None:
         figures["effective_rank"] = ranks
+    if metric is not None:
+        name = metric.rpartition("/")[2]
+        figures[name] = metric_figure(groups, metric, name.replace("_", " "))
     for name, figure in figures.items():
         save(figure, folder / f"{name}.png")
     return [folder / f"{name}.png" for name in figures]
@@ -178,6 +181,13 @@ def _zoom(whole: Axes, zoomed: Axes, drawings: Sequence[Drawing]) -> None:
 
 def rate_figure(groups: Sequence[Group]) -> Figure:
     """The learning rate of the linears, or of their adapters, against tokens."""
+    figure = metric_figure(groups, "train/lr", "learning rate of the matrices", markers=False)
+    figure.axes[0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    return figure
+
+
+def metric_figure(groups: Sequence[Group], tag: str, title: str, *, markers: bool = True) -> Figure:
+    """Any metric against tokens, with the band of the seeds."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -185,12 +195,12 @@ def rate_figure(groups: Sequence[Group]) -> Figure:
         figure = Figure(figsize=(WIDTH * 0.6, 2.4 + legend_height(groups)), layout="constrained")
         panel = figure.subplots()
         for group, style in zip(groups, styles(), strict=False):
-            each = curve(group, lambda run: run.series("train/lr"), "tokens")
-            panel.plot(each.x, each.mean, label=_name(group), **{**style, "marker": None})
+            each = curve(group, lambda run: run.series(tag), "tokens")
+            panel.plot(each.x, each.mean, label=_name(group), **(style if markers else {**style, "marker": None}))
+            panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
         panel.set_xlabel("tokens trained on")
         _count_on(panel, "tokens")
-        panel.set_ylabel("learning rate of the matrices")
-        panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+        panel.set_ylabel(title)
         add_legend(figure, panel, groups)
     return figure
 

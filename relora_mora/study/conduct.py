@@ -66,7 +66,8 @@ def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tu
 def _bar(total: int, done: float) -> tqdm[Never]:
     """Counts runs, with the time that is left at the speed of this start."""
     interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a file gets a line each time
-    return tqdm(total=total, initial=done, unit="run", dynamic_ncols=True, mininterval=interval, miniters=0)
+    form = "{percentage:3.0f}%|{bar}| {n:.2f} of {total} runs, {remaining} left{postfix}"
+    return tqdm(total=total, initial=done, bar_format=form, dynamic_ncols=True, mininterval=interval, miniters=0)
 
 
 def _results(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, float]:

@@ -22,7 +22,8 @@ def write_records(cells: Iterable[Cell], folder: StudyFolder) -> int:
     """Writes a line for each cell that is done, by the order given; returns how many.
 
     A line has the cell's ``name`` and ``seed``, ``config`` (all settings, as the run settled them), ``start`` (commit,
-    versions, machine of the run's last start) and ``metrics``, lines of ``metrics.jsonl`` without the clock.
+    versions and machine of the run's last start, without the command, which names places of the machine) and
+    ``metrics``, lines of ``metrics.jsonl`` without the clock.
     """
     records = [_record(cell, folder) for cell in cells if folder.is_done(cell)]
     beside = folder.records.with_name(folder.records.name + ".tmp")
@@ -76,7 +77,7 @@ def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
         "name": cell.name,
         "seed": cell.seed,
         "config": parse_yaml(run.config.read_text(encoding="utf-8")),
-        "start": read_json_lines(run.starts)[-1],
+        "start": {key: value for key, value in read_json_lines(run.starts)[-1].items() if key != "command"},
         "metrics": _thinned(read_json_lines(run.metrics)),
     }
 

@@ -91,7 +91,7 @@ class Runner:
         begun = [*waiting, *(one.cell for one in running)]
         done = self._done + sum(map(self.folder.fraction, begun))
         self.bar.set_postfix_str(" ".join(one.cell.name for one in running), refresh=False)
-        self.bar.update(round(done - self.bar.n, 2))
+        self.bar.update(done - self.bar.n)
 
 
 @contextmanager

@@ -38,6 +38,16 @@ def test_a_run_to_compare_with_need_not_be_named_twice(runs: list[Path]) -> None
     assert call(COMPARE, *runs, runs[0], f"--against={runs[1]}").out == answer.out, "nor is one that stands there twice"
 
 
+def test_a_metric_and_what_has_several_seeds_can_be_asked_for(runs: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
+    again = write_run(tmp_path / "again", LOSSES, train={"seed": 1})
+    answer = call(COMPARE, *runs, again, "--seeds=2", "--reach=eval/loss=3.5", f"--out={tmp_path / 'out'}")
+    assert answer.code == 0
+    assert "loss 3.5, step" in answer.out and "| Full rank |" not in answer.out
+    assert (tmp_path / "out" / "loss.png").exists()
+    refused(call(COMPARE, *runs, again, "--seeds=3"), "--seeds=3: no settings have so many runs")
+
+
 def test_bad_input_is_one_message(runs: list[Path], tmp_path: Path) -> None:
     refused(call(COMPARE), "no run given")
     refused(call(COMPARE, runs[0], tmp_path / "none"), f"{tmp_path / 'none'}: no run folder")
