@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from relora_mora.compare.errors import CompareError
 from relora_mora.compare.runs import Run
 from relora_mora.registry import METHODS
 
@@ -99,9 +100,13 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     ]
 
 
-def group_of(groups: Sequence[Group], folder: Path) -> Group | None:
-    """The group that the run of a folder is in."""
-    return next((group for group in groups for run in group.runs if run.folder.resolve() == folder.resolve()), None)
+def group_of(groups: Sequence[Group], name: str) -> Group:
+    """The group that a run is in, by the path or the name of its folder; raises CompareError unless it is one run."""
+    found = [(group, run) for group in groups for run in group.runs if run.is_named(name)]
+    if len(found) != 1:
+        folders = ", ".join(str(run.folder) for _, run in found)
+        raise CompareError(f"{name}: is {folders or 'none of the runs'}; give the path of one run's folder")
+    return found[0][0]
 
 
 def method_title(settings: Mapping[str, Any]) -> str:

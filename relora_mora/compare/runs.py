@@ -34,6 +34,10 @@ class Run:
         """A metric by step, without numbers that are not finite; the newest where a step has several."""
         return {line["step"]: line[tag] for line in self.lines if isinstance(line.get(tag), int | float)}
 
+    def is_named(self, name: str) -> bool:
+        """Whether that is the path of its folder, or the folder's name."""
+        return self.folder.name == name or self.folder.resolve() == Path(name).resolve()
+
     @property
     def last_step(self) -> int:
         return max(line["step"] for line in self.lines)
@@ -148,7 +152,8 @@ def _kept_run(path: Path, record: Mapping[str, Any]) -> Run:
     if not {"name", "config", "metrics", "start"} <= set(record):
         raise CompareError(f"{path}: neither a run folder nor the cells.jsonl of a study; give one of these")
     settings = _settings(record["config"], path)
-    return Run(Path(record["name"]), settings, record["metrics"], [record["start"]], is_running=False)
+    folder = path.parent / "runs" / record["name"]  # it need not be there any more; two studies may have one name
+    return Run(folder, settings, record["metrics"], [record["start"]], is_running=False)
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

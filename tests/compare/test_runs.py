@@ -97,7 +97,7 @@ def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
     record = {"name": "cell", "seed": 0, "config": tree, "start": run.starts[-1], "metrics": run.lines}
     (tmp_path / "cells.jsonl").write_text(json.dumps(record) + "\n" + json.dumps({**record, "name": "other"}) + "\n")
     kept, other = read_runs(tmp_path / "cells.jsonl")
-    assert (kept.folder, other.folder) == (Path("cell"), Path("other"))
+    assert (kept.folder, other.folder) == (tmp_path / "runs/cell", tmp_path / "runs/other")
     assert kept.is_finished and kept.parameters == PARAMETERS and kept.seconds(40) == 85
     (tmp_path / "cells.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(CompareError, match=r"neither a run folder nor the cells\.jsonl of a study"):
