@@ -68,6 +68,12 @@ class Run:
         scored = self.series(f"eval/{name}/tokens" if name else "eval/tokens")
         return int(list(scored.values())[-1]) if scored else None
 
+    def held_out(self, name: str) -> str:
+        """The text of a set, and the tokenizer, as the settings name them."""
+        validation = self.settings.get("data.validation")
+        text = validation[name] if name and isinstance(validation, dict) else validation
+        return json.dumps([text, self.settings.get("tokenizer.path")])
+
     @property
     def merges(self) -> list[int]:
         """The steps after which it merged."""

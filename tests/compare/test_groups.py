@@ -73,6 +73,10 @@ def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
             ["ReMoRA (1, 2), config small", "ReMoRA (1, 2), config large"],
         ),
         (
+            [{"data": {"validation": "a/held.jsonl"}}, {"data": {"validation": "b/held.jsonl"}}],
+            ["ReMoRA (1, 2), validation a/held.jsonl", "ReMoRA (1, 2), validation b/held.jsonl"],
+        ),
+        (
             [{"optim": {"lr_other": 0.5}}, {"checkpoint": {"every_steps": 3}, "log": {"every_steps": 2}}],
             ["ReMoRA (1, 2), lr other 0.5", "ReMoRA (1, 2), lr other default"],
         ),
