@@ -99,6 +99,11 @@ def test_what_has_failed_is_not_chosen():
         ({"base": BASE, "grid": [{"train.seed": [1, 2]}]}, "train.seed: set by the study itself"),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["optim.lr"]}}, "give `lowest` or `highest`"),
         (
+            {"base": BASE, "grid": [{"optim.lr": [1.0]}], "choose": {"over": ["optim.lr"], "lowest": "eval/los"}},
+            "eval/los: expected eval/NAME or eval/SET/NAME with a name of loss, perplexity,",
+        ),
+        ({"base": BASE, "grid": [{"optim.lr": []}]}, "grid: optim.lr has an empty list"),
+        (
             {"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["method.rank"], "lowest": "eval/loss"}},
             "method.rank stands in no entry of the grid",
         ),
