@@ -86,8 +86,8 @@ class Run:
 
     def tokens(self, step: int) -> int:
         """Tokens trained on when so many steps are done."""
-        known = {self._begin: 0, **self.series("train/tokens")}
-        before = max((other for other in known if other <= step), default=self._begin)
+        known = {0: 0, **self.series("train/tokens")}
+        before = max(other for other in known if other <= step)
         return int(known[before] + (step - before) * self._tokens_per_step)
 
     def seconds(self, step: int) -> float:
@@ -101,7 +101,7 @@ class Run:
 
     @cached_property
     def _begin(self) -> int:
-        """The step at which its first start began: above 0 after a warm start from another run's checkpoint."""
+        """The step at which its first start began: above 0 where that was a resume of another run's checkpoint."""
         return self.starts[0].get("step", 0) if self.starts else 0
 
     @cached_property
