@@ -85,9 +85,10 @@ def test_the_table_has_means_over_layers() -> None:
 
 def test_the_command_prints_a_table_and_draws(runs: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
-    answer = call(SPECTRUM, runs["lora"], runs["relora"], f"--out={tmp_path / 'out'}")
+    answer = call(SPECTRUM, runs["lora"], runs["relora"], runs["relora"] / "../lora", f"--out={tmp_path / 'out'}")
     assert answer.code == 0, answer
-    assert "| LoRA |" in answer.out and "| ReLoRA |" in answer.out and "| down_proj |" in answer.out
+    assert "| LoRA |" in answer.out and answer.out.count("| LoRA |") == 1, "a run that stands there twice is one"
+    assert "| ReLoRA |" in answer.out and "| down_proj |" in answer.out
     assert (tmp_path / "out" / "spectrum.md").read_text() == answer.out
     assert (tmp_path / "out" / "spectrum.png").read_bytes().startswith(b"\x89PNG")
 

@@ -42,8 +42,11 @@ class StudyFolder:
         return self.path / "compare.md"
 
     def is_done(self, cell: Cell) -> bool:
-        ends = self.run(cell).ends
-        return ends.exists() and read_json_lines(ends)[-1]["code"] == FINISHED
+        try:
+            ends = read_json_lines(self.run(cell).ends)
+        except (OSError, ValueError):  # not there, or cut off where the disk was full: it is run, and ends again
+            return False
+        return bool(ends) and ends[-1]["code"] == FINISHED
 
     def fraction(self, cell: Cell) -> float:
         """How much of the run is done, from 0 to 1."""

@@ -161,6 +161,9 @@ def test_a_run_that_is_under_way_counts_by_its_steps(tmp_path: Path):
     run.config.write_text("train: {steps: 40}\n", encoding="utf-8")
     run.metrics.write_text('{"step": 10}\n{"step": 30}\n', encoding="utf-8")
     assert folder.fraction(cell) == 0.75
+    for cut in ("", '{"code": 0'):
+        run.ends.write_text(cut, encoding="utf-8")
+        assert folder.fraction(cell) == 0.75
     run.ends.write_text('{"code": 75}\n{"code": 0}\n', encoding="utf-8")
     assert folder.fraction(cell) == 1
 
