@@ -33,6 +33,7 @@ def main(
         group_runs,
         markdown,
         parse_reach,
+        read_run,
         read_runs,
         step_cells,
         write_figures,
@@ -43,12 +44,12 @@ def main(
     if out is not None:
         check_plots()
     found = {each.folder.resolve(): each for name in runs for each in read_runs(Path(name))}
-    if against is not None and Path(against).resolve() not in found:
-        found |= {each.folder.resolve(): each for each in read_runs(Path(against))}
+    if against is not None and not any(each.is_named(against) for each in found.values()):
+        found[Path(against).resolve()] = read_run(Path(against))
     groups = [group for group in group_runs(found.values()) if len(group.runs) >= seeds]
     if not groups:
         raise CompareError(f"--seeds={seeds}: no settings have so many runs; give a smaller number")
-    reference = None if against is None else group_of(groups, Path(against))
+    reference = None if against is None else group_of(groups, against)
     rows = compare(groups, reference)
     reached = None if reach is None else parse_reach(reach, groups)
     table = markdown(rows, reference, None if reached is None else step_cells(reached, groups))

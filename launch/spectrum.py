@@ -34,7 +34,7 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
         raise CompareError("no run given; give run folders, e.g. runs/lora runs/remora")
     if out is not None:
         check_plots()
-    groups = group_runs([read_run(Path(name)) for name in dict.fromkeys(runs)])
+    groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())
     with many_imports():
         from relora_mora.spectrum import update_spectra
     spectra = [[_as_numbers(update_spectra(each.folder)) for each in group.runs] for group in groups]

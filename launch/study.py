@@ -1,4 +1,4 @@
-"""Runs a grid of settings over a base config: ``python launch/study.py STUDY.yaml``. docs/experiments.md"""
+"""Runs a grid of settings over a base config: ``python launch/study.py STUDY.yaml``. docs/studies.md"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import DECODER_LINEARS, validate
 from relora_mora.model.llama import initial_value, model_class
 from relora_mora.pretrained import checked_model, is_foreign, load_foreign, merged_weights
+from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 Spectra = dict[str, list[Tensor]]  # of each layer, first to last, by the kind of projection; descending, float32
 
@@ -22,7 +24,7 @@ def update_spectra(path: Path) -> Spectra:
 
     ``path`` is a run folder (its newest whole checkpoint) or a checkpoint. W_0 is what the run began with: drawn again
     from its seed, or read from its ``model.init_from``. Raises :class:`CheckpointError` for what is no checkpoint, or
-    where W_0 is not of the same shapes any more.
+    where that is not there any more, was started again, or is of other shapes.
     """
     reader = CheckpointReader(find_checkpoint(path))
     weights = merged_weights(reader)
@@ -47,11 +49,22 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     if config.model.init_from is None:
         return {name: initial_value(model, name, config.train.seed) for name in names}
     source = Path(config.model.init_from)
+    if not source.exists():
+        raise CheckpointError(f"{reader.folder}: began with {source} (model.init_from), which is not there any more")
+    if 0 < _began(reader.folder.resolve().parents[1]) < _began(source, last=True):
+        raise CheckpointError(f"{reader.folder}: began with {source} (model.init_from), which was started again since")
     if is_foreign(source):
         return _of(
             load_foreign(source, torch.float32, model_class(model.config), whole=True).state_dict(), names, source
         )
     return _of(merged_weights(CheckpointReader(find_checkpoint(source))), names, source)
+
+
+def _began(run: Path, *, last: bool = False) -> float:
+    """When a run began, or was started last, in seconds since 1970; 0 for what is no run folder."""
+    path = RunFolder(run).starts
+    times = [start["time"] for start in read_json_lines(path)] if path.exists() else []
+    return datetime.fromisoformat(times[-1 if last else 0]).timestamp() if times else 0.0
 
 
 def _of(weights: dict[str, Tensor], names: list[str], source: Path) -> dict[str, Tensor]:

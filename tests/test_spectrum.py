@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from relora_mora.checkpoint import CheckpointError
 from relora_mora.compare.spectra import effective_rank, rank_columns
 from relora_mora.merging import effective_rank as of_a_merge
 from relora_mora.spectrum import update_spectra
@@ -55,6 +57,21 @@ def test_a_run_is_compared_with_what_it_began_with(runs: dict[str, Path]) -> Non
     assert _ranks(runs["further"]) == {RANK}
 
 
+def test_what_a_run_began_with_must_be_as_it_was(runs: dict[str, Path], tmp_path: Path) -> None:
+    source = runs["relora"]
+    starts = source / "starts.jsonl"
+    noted = starts.read_text()
+    starts.write_text(noted + json.dumps({"time": "2999-01-01T00:00:00+0000", "step": 10}) + "\n")
+    with pytest.raises(CheckpointError, match=r"further.*began with .*relora .*, which was started again since"):
+        update_spectra(runs["further"])
+    starts.write_text(noted)
+    source.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"further.*began with .*relora .*, which is not there any more"):
+        update_spectra(runs["further"])
+    (tmp_path / "moved").rename(source)
+    assert _ranks(runs["further"]) == {RANK}
+
+
 def test_the_table_has_means_over_layers() -> None:
     flat = np.ones(4)
     steep = np.array([1.0, 0.0, 0.0, 0.0])
@@ -68,9 +85,10 @@ def test_the_table_has_means_over_layers() -> None:
 
 def test_the_command_prints_a_table_and_draws(runs: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
-    answer = call(SPECTRUM, runs["lora"], runs["relora"], f"--out={tmp_path / 'out'}")
+    answer = call(SPECTRUM, runs["lora"], runs["relora"], runs["relora"] / "../lora", f"--out={tmp_path / 'out'}")
     assert answer.code == 0, answer
-    assert "| LoRA |" in answer.out and "| ReLoRA |" in answer.out and "| down_proj |" in answer.out
+    assert "| LoRA |" in answer.out and answer.out.count("| LoRA |") == 1, "a run that stands there twice is one"
+    assert "| ReLoRA |" in answer.out and "| down_proj |" in answer.out
     assert (tmp_path / "out" / "spectrum.md").read_text() == answer.out
     assert (tmp_path / "out" / "spectrum.png").read_bytes().startswith(b"\x89PNG")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from relora_mora.compare.errors import CompareError
 from relora_mora.compare.runs import Run
 from relora_mora.registry import METHODS
 
@@ -87,7 +88,8 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     members = list(gathered.values())
     compared = [_compared(runs[0]) for runs in members]
     names = _differing(compared)
-    parts = [(method_title(each), _differences(each, names)) for each in compared]
+    whole = {name for name in names if _is_one_word(name, compared)}
+    parts = [(method_title(each), _differences(each, names, whole)) for each in compared]
     alike = Counter(parts)
     return [
         Group(
@@ -99,9 +101,13 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     ]
 
 
-def group_of(groups: Sequence[Group], folder: Path) -> Group | None:
-    """The group that the run of a folder is in."""
-    return next((group for group in groups for run in group.runs if run.folder.resolve() == folder.resolve()), None)
+def group_of(groups: Sequence[Group], name: str) -> Group:
+    """The group that a run is in, by the path or the name of its folder; raises CompareError unless it is one run."""
+    found = [(group, run) for group in groups for run in group.runs if run.is_named(name)]
+    if len(found) != 1:
+        folders = ", ".join(str(run.folder) for _, run in found)
+        raise CompareError(f"{name}: is {folders or 'none of the runs'}; give the path of one run's folder")
+    return found[0][0]
 
 
 def method_title(settings: Mapping[str, Any]) -> str:
@@ -140,8 +146,14 @@ def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if len(values[name]) > 1] + ["method.operators"] * (len(operators) > 1)
 
 
-def _differences(settings: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Rank 32, lr 0.001"""
+def _is_one_word(name: str, settings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a setting's different values look the same when paths are cut short."""
+    values = {json.dumps(each[name], default=str): _shown(each[name]) for each in settings if name in each}
+    return len(set(values.values())) < len(values)
+
+
+def _differences(settings: Mapping[str, Any], names: Sequence[str], whole: Set[str]) -> str:
+    """Rank 32, lr 0.001; the paths of the settings ``whole`` in full"""
     ends = Counter(name.partition(".")[2] for name in names)
     shown = []
     for name in names:
@@ -149,17 +161,17 @@ def _differences(settings: Mapping[str, Any], names: Sequence[str]) -> str:
         if name not in settings or (name == "method.operators" and len(settings[name]) > 1):
             continue
         title = section if key == "name" else key if ends[key] == 1 else f"{section} {key}"
-        shown.append(f"{title.replace('_', ' ')} {_shown(settings[name])}")
+        shown.append(f"{title.replace('_', ' ')} {_shown(settings[name], whole=name in whole)}")
     return ", ".join(shown)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, *, whole: bool = False) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "on", False: "off", None: "default"}[value]
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value))
+        return ", ".join(_shown(each, whole=whole) for each in value)
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
-    return Path(value).stem if isinstance(value, str) and "/" in value else str(value)
+        return ", ".join(f"{key} {_shown(inner, whole=whole)}" for key, inner in value.items())
+    return Path(value).stem if isinstance(value, str) and "/" in value and not whole else str(value)

@@ -34,6 +34,10 @@ class Run:
         """A metric by step, without numbers that are not finite; the newest where a step has several."""
         return {line["step"]: line[tag] for line in self.lines if isinstance(line.get(tag), int | float)}
 
+    def is_named(self, name: str) -> bool:
+        """Whether that is the path of its folder, or the folder's name."""
+        return self.folder.name == name or self.folder.resolve() == Path(name).resolve()
+
     @property
     def last_step(self) -> int:
         return max(line["step"] for line in self.lines)
@@ -64,6 +68,12 @@ class Run:
         scored = self.series(f"eval/{name}/tokens" if name else "eval/tokens")
         return int(list(scored.values())[-1]) if scored else None
 
+    def held_out(self, name: str) -> str:
+        """The text of a set, and the tokenizer, as the settings name them."""
+        validation = self.settings.get("data.validation")
+        text = validation[name] if name and isinstance(validation, dict) else validation
+        return json.dumps([text, self.settings.get("tokenizer.path")])
+
     @property
     def merges(self) -> list[int]:
         """The steps after which it merged."""
@@ -76,8 +86,8 @@ class Run:
 
     def tokens(self, step: int) -> int:
         """Tokens trained on when so many steps are done."""
-        known = {self._begin: 0, **self.series("train/tokens")}
-        before = max((other for other in known if other <= step), default=self._begin)
+        known = {0: 0, **self.series("train/tokens")}
+        before = max(other for other in known if other <= step)
         return int(known[before] + (step - before) * self._tokens_per_step)
 
     def seconds(self, step: int) -> float:
@@ -91,7 +101,7 @@ class Run:
 
     @cached_property
     def _begin(self) -> int:
-        """The step at which its first start began: above 0 after a warm start from another run's checkpoint."""
+        """The step at which its first start began: above 0 where that was a resume of another run's checkpoint."""
         return self.starts[0].get("step", 0) if self.starts else 0
 
     @cached_property
@@ -148,7 +158,8 @@ def _kept_run(path: Path, record: Mapping[str, Any]) -> Run:
     if not {"name", "config", "metrics", "start"} <= set(record):
         raise CompareError(f"{path}: neither a run folder nor the cells.jsonl of a study; give one of these")
     settings = _settings(record["config"], path)
-    return Run(Path(record["name"]), settings, record["metrics"], [record["start"]], is_running=False)
+    folder = path.parent / "runs" / record["name"]  # it need not be there any more; two studies may have one name
+    return Run(folder, settings, record["metrics"], [record["start"]], is_running=False)
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

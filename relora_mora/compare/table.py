@@ -33,6 +33,7 @@ class Validation:
     perplexity: Number
     ratio: float | None  # of perplexities, to that of the row compared with
     scored_tokens: int | None
+    text: str  # what was scored, and the tokenizer, as the settings name them
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def _row(group: Group, reference: dict[str, float]) -> Row:
     for name, compared_with in reference.items():
         perplexity = _perplexity(group, name)
         loss = Number.of([run.evaluations(name)[_last_step(group, name)] for run in group.runs])
-        validation[name] = Validation(loss, perplexity, perplexity.mean / compared_with, first.scored_tokens(name))
+        ratio = perplexity.mean / compared_with
+        validation[name] = Validation(loss, perplexity, ratio, first.scored_tokens(name), first.held_out(name))
     return Row(
         label=group.label,
         method=group.method,
@@ -180,9 +182,13 @@ def _notes(rows: Sequence[Row], against: Group | None) -> list[str]:
     if len({row.tokens for row in rows}) > 1:
         notes.append("The runs were evaluated after unequal numbers of tokens: their ratios do not compare methods.")
     for name in rows[0].validation:
+        title = _set_title(name).capitalize()
         if len({row.validation[name].scored_tokens for row in rows}) > 1:
+            notes.append(f"{title}: runs were scored on different tokens; their losses do not compare.")
+        elif len({row.validation[name].text for row in rows}) > 1:
             notes.append(
-                f"{_set_title(name).capitalize()}: runs were scored on different tokens; their losses do not compare."
+                f"{title}: runs name different data.validation or tokenizer.path; their losses compare only where text "
+                "and tokenizer are the same."
             )
     return notes
 

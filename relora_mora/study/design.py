@@ -12,6 +12,7 @@ from relora_mora.config import ConfigError, parse_yaml
 from relora_mora.config.types import Positive, Seed, Strict, Text
 
 SEEDS = ("train.seed", "data.seed")  # what a seed of the study sets
+METRICS = ("loss", "perplexity", "bits_per_byte", "exact_match", "character_accuracy")  # to choose by
 OWN = (*SEEDS, "train.run_dir")  # settings that a study gives
 
 
@@ -26,6 +27,9 @@ class Choice(Strict):
     def _one_metric(self) -> Choice:
         if (self.lowest is None) == (self.highest is None):
             raise ValueError("give `lowest` or `highest`, with a metric such as eval/loss")
+        parts = self.metric.split("/")
+        if parts[0] != "eval" or parts[-1] not in METRICS or len(parts) > 3:
+            raise ValueError(f"{self.metric}: expected eval/NAME or eval/SET/NAME with a name of {', '.join(METRICS)}")
         return self
 
     @property
@@ -55,6 +59,9 @@ class Study(Strict):
         own = sorted({name for name in names if name in OWN})
         if own:
             raise ValueError(f"{', '.join(own)}: set by the study itself; seeds stand in `seeds`")
+        empty = sorted({name for entry in self.grid for name, given in entry.items() if given == []})
+        if empty:
+            raise ValueError(f"grid: {', '.join(empty)} has an empty list; give it values, or leave it out")
         over = self.choose.over if self.choose else []
         missing = [name for name in over if not any(name in entry for entry in self.grid)]
         if missing:

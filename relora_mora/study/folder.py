@@ -42,8 +42,11 @@ class StudyFolder:
         return self.path / "compare.md"
 
     def is_done(self, cell: Cell) -> bool:
-        ends = self.run(cell).ends
-        return ends.exists() and read_json_lines(ends)[-1]["code"] == FINISHED
+        try:
+            ends = read_json_lines(self.run(cell).ends)
+        except (OSError, ValueError):  # not there, or cut off where the disk was full: it is run, and ends again
+            return False
+        return bool(ends) and ends[-1]["code"] == FINISHED
 
     def fraction(self, cell: Cell) -> float:
         """How much of the run is done, from 0 to 1."""
@@ -55,13 +58,15 @@ class StudyFolder:
         except (OSError, ValueError):
             return 0.0
 
-    def begin(self, cell: Cell, config: Config) -> None:
-        """Notes the settings of a cell; raises ValueError where it was begun with others."""
+    def begin(self, cell: Cell, config: Config, threads: int) -> None:
+        """Notes the settings of a cell; raises ValueError where it was begun, or is done, with others."""
         path = self.settings(cell)
-        new = json.loads(config.model_dump_json())
+        new = {**json.loads(config.model_dump_json()), "threads": threads}
         if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
-            changed = sorted(_differences(old, new))
+            noted = json.loads(path.read_text(encoding="utf-8"))
+            before = noted.pop("threads", threads)
+            known = Config.model_validate(noted)  # with the defaults of settings that have come since
+            changed = sorted(_differences({**json.loads(known.model_dump_json()), "threads": before}, new))
             if changed:
                 run = self.run(cell).path
                 raise ValueError(

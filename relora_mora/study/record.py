@@ -22,8 +22,8 @@ def write_records(cells: Iterable[Cell], folder: StudyFolder) -> int:
     """Writes a line for each cell that is done, by the order given; returns how many.
 
     A line has the cell's ``name`` and ``seed``, ``config`` (all settings, as the run settled them), ``start`` (commit,
-    versions and machine of the run's last start, without the command, which names places of the machine) and
-    ``metrics``, lines of ``metrics.jsonl`` without the clock.
+    versions and machine of the run's last start, without the command, which names places of the machine; the ``step``
+    of its first) and ``metrics``, lines of ``metrics.jsonl`` without the clock.
     """
     records = [_record(cell, folder) for cell in cells if folder.is_done(cell)]
     beside = folder.records.with_name(folder.records.name + ".tmp")
@@ -37,15 +37,18 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def final_metric(cell: Cell, folder: StudyFolder, metric: str) -> float | None:
-    """The metric of the last evaluation; None where the run is not done. Raises ValueError where none has it."""
+    """The metric of the last evaluation; None where it is not finite, or the run is not done.
+
+    Raises ValueError where no evaluation has it.
+    """
     if not folder.is_done(cell):
         return None
-    values = [line[metric] for line in read_json_lines(folder.run(cell).metrics) if line.get(metric) is not None]
+    values = [line[metric] for line in read_json_lines(folder.run(cell).metrics) if metric in line]
     if not values:
         raise ValueError(
             f"choose: no line of {folder.run(cell).metrics} has a number {metric}; docs/metrics.md lists them"
         )
-    return float(values[-1])
+    return None if values[-1] is None else float(values[-1])
 
 
 def differences(first: Path, second: Path) -> tuple[int, list[str]]:
@@ -73,11 +76,12 @@ def _numbers(path: Path) -> dict[tuple[int, str], Any]:
 
 def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
     run = folder.run(cell)
+    starts = read_json_lines(run.starts)
     return {
         "name": cell.name,
         "seed": cell.seed,
         "config": parse_yaml(run.config.read_text(encoding="utf-8")),
-        "start": {key: value for key, value in read_json_lines(run.starts)[-1].items() if key != "command"},
+        "start": {key: value for key, value in starts[-1].items() if key != "command"} | {"step": starts[0]["step"]},
         "metrics": _thinned(read_json_lines(run.metrics)),
     }
 

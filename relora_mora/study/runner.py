@@ -55,8 +55,8 @@ class Runner:
         """
         waiting = [cell for cell in configs if not self.folder.is_done(cell)]
         self._done += len(configs) - len(waiting)
-        for cell in waiting:
-            self.folder.begin(cell, configs[cell])
+        for cell, config in configs.items():
+            self.folder.begin(cell, config, self.study.threads)
         running: list[_Running] = []
         with _stop_signals() as signals:
             while running or (waiting and not signals):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from relora_mora.compare import group_of, group_runs
+from relora_mora.compare import CompareError, group_of, group_runs
 from relora_mora.registry import METHODS
 from tests.compare.folders import made_run
 
@@ -30,7 +30,12 @@ def test_runs_that_differ_in_seeds_are_one(tmp_path: Path) -> None:
     ]
     [group] = group_runs(runs)
     assert group.label == "ReMoRA (1, 2)" and list(group.runs) == runs
-    assert group_of([group], tmp_path / "run10") is group and group_of([group], tmp_path) is None
+    assert group_of([group], str(tmp_path / "run10")) is group and group_of([group], "run10") is group
+    with pytest.raises(CompareError, match="is none of the runs"):
+        group_of([group], str(tmp_path))
+    twin = made_run(tmp_path / "study/run10", train={"seed": 7})
+    with pytest.raises(CompareError, match=r"run10, .*study/run10; give the path of one"):
+        group_of(group_runs([*runs, twin]), "run10")
 
 
 def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
@@ -66,6 +71,10 @@ def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
         (
             [{"model": {"config": "configs/small.json"}}, {"model": {"config": "configs/large.json"}}],
             ["ReMoRA (1, 2), config small", "ReMoRA (1, 2), config large"],
+        ),
+        (
+            [{"data": {"validation": "a/held.jsonl"}}, {"data": {"validation": "b/held.jsonl"}}],
+            ["ReMoRA (1, 2), validation a/held.jsonl", "ReMoRA (1, 2), validation b/held.jsonl"],
         ),
         (
             [{"optim": {"lr_other": 0.5}}, {"checkpoint": {"every_steps": 3}, "log": {"every_steps": 2}}],

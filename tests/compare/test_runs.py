@@ -29,13 +29,19 @@ def test_tokens_beyond_the_last_line_follow_from_the_batch(tmp_path: Path) -> No
     assert run.tokens(13) == 13 * TOKENS
 
 
-def test_a_run_that_began_with_another_ones_checkpoint_counts_from_there(tmp_path: Path) -> None:
+def test_time_begins_with_another_runs_checkpoint_and_tokens_before_it(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", [9.0, 4.0])
     files = RunFolder(folder)
     files.starts.write_text('{"step": 100}\n{"step": 105}\n')
     lines = [json.loads(line) for line in files.metrics.read_text().splitlines()]
-    files.metrics.write_text("".join(json.dumps({**line, "step": line["step"] + 100}) + "\n" for line in lines))
-    assert read_run(folder).seconds(110) == 20.0 and read_run(folder).parameters == {}
+    for line in lines:
+        line["step"] += 100
+        if "train/tokens" in line:
+            line["train/tokens"] += 100 * TOKENS  # the checkpoint's are counted on
+    files.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    assert run.seconds(110) == 20.0 and run.parameters == {}
+    assert [run.tokens(step) for step in (100, 101, 111)] == [100 * TOKENS, 101 * TOKENS, 111 * TOKENS]
 
 
 @pytest.mark.parametrize(("sets", "expected"), [((), [""]), (("web", "loss"), ["web", "loss"])])
@@ -97,7 +103,7 @@ def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
     record = {"name": "cell", "seed": 0, "config": tree, "start": run.starts[-1], "metrics": run.lines}
     (tmp_path / "cells.jsonl").write_text(json.dumps(record) + "\n" + json.dumps({**record, "name": "other"}) + "\n")
     kept, other = read_runs(tmp_path / "cells.jsonl")
-    assert (kept.folder, other.folder) == (Path("cell"), Path("other"))
+    assert (kept.folder, other.folder) == (tmp_path / "runs/cell", tmp_path / "runs/other")
     assert kept.is_finished and kept.parameters == PARAMETERS and kept.seconds(40) == 85
     (tmp_path / "cells.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(CompareError, match=r"neither a run folder nor the cells\.jsonl of a study"):

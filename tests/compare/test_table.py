@@ -101,6 +101,13 @@ def test_losses_on_different_tokens_are_told(tmp_path: Path) -> None:
     assert "scored on different tokens" in markdown(compare(groups))
 
 
+@pytest.mark.parametrize("given", [{"data": {"validation": "other.jsonl"}}, {"tokenizer": {"path": "other"}}])
+def test_as_many_tokens_of_another_text_or_tokenizer_are_told(tmp_path: Path, given: dict[str, Any]) -> None:
+    said = "compare only where text and tokenizer are the same"
+    assert said in markdown(compare(_groups(tmp_path, FULL, given)))
+    assert said not in markdown(compare(_groups(tmp_path / "alike", FULL, {})))
+
+
 def test_json_has_every_number_of_the_rows(tmp_path: Path) -> None:
     rows = compare(_groups(tmp_path, FULL, {}))
     read = json.loads(json.dumps(as_json(rows)))

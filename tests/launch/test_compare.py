@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.compare.folders import write_run
 from tests.tools.commands import COMPARE, call, left_in, refused
@@ -48,10 +49,28 @@ def test_a_metric_and_what_has_several_seeds_can_be_asked_for(runs: list[Path], 
     refused(call(COMPARE, *runs, again, "--seeds=3"), "--seeds=3: no settings have so many runs")
 
 
+def test_studies_may_have_runs_of_one_name(runs: list[Path], tmp_path: Path) -> None:
+    given = []
+    for run in runs:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        record = {"name": "seed=0", "seed": 0, "config": config, "start": {"step": 0}, "metrics": metrics}
+        given.append(tmp_path / f"study_{run.name}" / "cells.jsonl")
+        given[-1].parent.mkdir()
+        given[-1].write_text(json.dumps(record) + "\n")
+    answer = call(COMPARE, *given)
+    assert answer.code == 0 and "| Full rank |" in answer.out and "| ReMoRA (1, 2) |" in answer.out
+    refused(call(COMPARE, *given, "--against=seed=0"), "study_full", "study_remora", "give the path of one")
+    second = given[1].parent / "runs/seed=0"
+    assert "to ReMoRA (1, 2)." in call(COMPARE, *given, f"--against={second}").out
+    assert "to ReMoRA (1, 2)." in call(COMPARE, runs[0], given[1], "--against=seed=0").out
+
+
 def test_bad_input_is_one_message(runs: list[Path], tmp_path: Path) -> None:
     refused(call(COMPARE), "no run given")
     refused(call(COMPARE, runs[0], tmp_path / "none"), f"{tmp_path / 'none'}: no run folder")
     refused(call(COMPARE, runs[0], f"--against={tmp_path}"), "no run folder")
+    refused(call(COMPARE, runs[0], f"--against={runs[1] / 'metrics.jsonl'}"), "no run folder")
     other = write_run(tmp_path / "other", LOSSES, sets=["web"])
     refused(call(COMPARE, runs[0], other), "no validation set in common")
     (runs[1] / "metrics.jsonl").unlink()

@@ -18,6 +18,7 @@ from relora_mora.config import ConfigError
 from relora_mora.study import CellsFailed, StudyFolder, conduct, read_records, read_study, run_again
 from relora_mora.study.cells import chosen, count, first_round, second_round
 from relora_mora.study.design import Study
+from relora_mora.study.record import final_metric
 from relora_mora.study.runner import Runner
 from tests.tools.helpers import ROOT
 
@@ -98,6 +99,11 @@ def test_what_has_failed_is_not_chosen():
         ({"base": BASE, "grid": [{"train.seed": [1, 2]}]}, "train.seed: set by the study itself"),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["optim.lr"]}}, "give `lowest` or `highest`"),
         (
+            {"base": BASE, "grid": [{"optim.lr": [1.0]}], "choose": {"over": ["optim.lr"], "lowest": "eval/los"}},
+            "eval/los: expected eval/NAME or eval/SET/NAME with a name of loss, perplexity,",
+        ),
+        ({"base": BASE, "grid": [{"optim.lr": []}]}, "grid: optim.lr has an empty list"),
+        (
             {"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["method.rank"], "lowest": "eval/loss"}},
             "method.rank stands in no entry of the grid",
         ),
@@ -135,7 +141,7 @@ def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
     assert best["name"] == "name=mora,rank=16,lr=0.003,seed=1"
     assert best["config"]["optim"]["lr"] == 0.003
     assert best["config"]["method"]["rank"] == 16
-    assert best["start"] == {"commit": "abc", "host": "here", "threads": "3"}
+    assert best["start"] == {"commit": "abc", "host": "here", "threads": "3", "step": 0}
     steps = best["config"]["train"]["steps"]
     assert best["metrics"] == [{"step": steps // 2, "train/loss": 5.0}, {"step": steps, "eval/loss": 0.01}]
     assert "some words of the run" in folder.log(first_round(study)[0]).read_text(encoding="utf-8")
@@ -155,6 +161,9 @@ def test_a_run_that_is_under_way_counts_by_its_steps(tmp_path: Path):
     run.config.write_text("train: {steps: 40}\n", encoding="utf-8")
     run.metrics.write_text('{"step": 10}\n{"step": 30}\n', encoding="utf-8")
     assert folder.fraction(cell) == 0.75
+    for cut in ("", '{"code": 0'):
+        run.ends.write_text(cut, encoding="utf-8")
+        assert folder.fraction(cell) == 0.75
     run.ends.write_text('{"code": 75}\n{"code": 0}\n', encoding="utf-8")
     assert folder.fraction(cell) == 1
 
@@ -187,6 +196,41 @@ def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
         conduct(_study(grid=grid, settings={"method.name": "mora"}), folder, TRAINER, 1)
     with pytest.raises(ValueError, match=r"begun with other settings \(optim.clip\); remove .*lr=1.0,seed=0"):
         conduct(_study(grid=grid, settings={"method.name": "mora", "optim.clip": 3.0}), folder, TRAINER, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"settings": {"optim.clip": 3.0}}, "optim.clip"), ({"threads": 2}, "threads")]
+)
+def test_nor_is_it_where_all_runs_are_done(tmp_path: Path, changes: dict[str, Any], named: str):
+    grid = [{"method.name": "mora", "optim.lr": 3e-3}]
+    folder = StudyFolder(tmp_path)
+    conduct(_study(grid=grid), folder, TRAINER, 1)
+    with pytest.raises(ValueError, match=rf"begun with other settings \({named}\); remove .*lr=0.003,seed=0"):
+        conduct(_study(grid=grid, **changes), folder, TRAINER, 1)
+
+
+def test_a_setting_that_has_come_since_had_its_default(tmp_path: Path):
+    study = _study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
+    folder = StudyFolder(tmp_path)
+    conduct(study, folder, TRAINER, 1)
+    path = folder.settings(first_round(study)[0])
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    del noted["optim"]["matrices"]
+    path.write_text(json.dumps(noted), encoding="utf-8")
+    assert conduct(study, folder, TRAINER, 1) == 1
+    path.write_text(json.dumps(noted), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"begun with other settings \(optim.matrices\)"):
+        conduct(_study(grid=study.grid, settings={"optim.matrices": "muon"}), folder, TRAINER, 1)
+
+
+def test_a_run_whose_last_evaluation_is_not_finite_is_not_chosen(tmp_path: Path):
+    folder = StudyFolder(tmp_path)
+    [cell] = first_round(_study(grid=[{"optim.lr": 1e-3}]))
+    run = folder.run(cell)
+    run.path.mkdir(parents=True)
+    run.ends.write_text('{"code": 0}\n', encoding="utf-8")
+    run.metrics.write_text('{"step": 1, "eval/loss": 2.0}\n{"step": 2, "eval/loss": null}\n', encoding="utf-8")
+    assert final_metric(cell, folder, "eval/loss") is None
 
 
 def test_a_run_that_fails_is_named_when_the_others_are_done(tmp_path: Path):
@@ -230,6 +274,7 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
     assert not folder.is_done(waiting)
     assert conduct(read_study(study), folder, TRAINER, 1) == 3
     assert len(folder.run(waiting).starts.read_text(encoding="utf-8").splitlines()) == 2
+    assert read_records(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"
 
 
 def test_a_run_made_again_is_compared_number_by_number(tmp_path: Path):
@@ -251,5 +296,8 @@ def test_every_study_can_be_run(tmp_path: Path):
     assert paths
     for path in paths:
         study = read_study(path)
-        configs = cell_configs(study, first_round(study), StudyFolder(tmp_path))
+        folder = StudyFolder(tmp_path / path.stem)
+        configs = cell_configs(study, first_round(study), folder)
+        for cell, config in [*configs.items()] * 2:
+            folder.begin(cell, config, study.threads)
         assert len({json.dumps(config.model_dump()) for config in configs.values()}) == len(configs)

@@ -26,10 +26,8 @@ def main() -> int:
     seed = int(settings["train.seed"])
     first = not (folder / "metrics.jsonl").exists()
     steps = yaml.safe_load(Path(base).read_text(encoding="utf-8"))["train"]["steps"]
-    _append(
-        folder / "starts.jsonl",
-        {"command": sys.argv, "commit": "abc", "host": "here", "threads": os.environ["OMP_NUM_THREADS"]},
-    )
+    start = {"command": sys.argv, "commit": "abc", "host": "here", "threads": os.environ["OMP_NUM_THREADS"]}
+    _append(folder / "starts.jsonl", {**start, "step": 0 if first else steps // 2})
     _append(folder / "metrics.jsonl", {"step": steps // 2, "time": time.time(), "train/loss": 5.0, "perf/mfu": 0.1})
     print("some words of the run", flush=True)
     if rate == 1:
