@@ -48,7 +48,7 @@ def main(study: str, *, out: str | None = None, jobs: int = 1, again: str | None
     folder.table.write_text(table, encoding="utf-8")
     write_figures(groups, folder.path)
     print(table, end="")
-    print(f"{cells} runs are done: {folder.records}, {folder.table}")
+    print(f"done: {cells}; {folder.records}, {folder.table}")
     return 0
 
 
