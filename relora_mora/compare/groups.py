@@ -35,6 +35,7 @@ _APART = {
     "train.run_dir",
     "train.tokens",
 }
+_FOLLOWS_EPOCHS = ("train.steps", "optim.warmup_steps", "optim.decay_steps")
 _OF_SOME_METHODS = {setting for method in METHODS.values() for setting in method.settings}
 _IN_TITLE = ("method.name", "method.operators")
 
@@ -127,6 +128,10 @@ def _compared(run: Run) -> dict[str, Any]:
         for name, value in run.settings.items()
         if name not in _APART and name not in unused and name.partition(".")[0] not in _APART_SECTIONS
     }
+    if run.settings.get("train.epochs") is not None:  # how many steps these are depends on the order, so on the seed
+        kept |= {"train.epochs": run.settings["train.epochs"]}
+        for name in _FOLLOWS_EPOCHS:
+            kept.pop(name, None)
     if method is not None and not method.merges and "method.operators" in kept:
         kept["method.operators"] = kept["method.operators"][:1]
     return kept

@@ -10,6 +10,7 @@ from typing import Any
 
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.groups import Group
+from relora_mora.compare.runs import Run
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,12 @@ def common_sets(groups: Sequence[Group]) -> list[str]:
 
 def _row(group: Group, reference: dict[str, float]) -> Row:
     first = group.runs[0]
-    step = min(_last_step(group, name) for name in reference)
+    step = min(_step(group, first, name) for name in reference)
     parameters = next((run.parameters for run in group.runs if run.parameters), {})
     validation = {}
     for name, compared_with in reference.items():
         perplexity = _perplexity(group, name)
-        loss = Number.of([run.evaluations(name)[_last_step(group, name)] for run in group.runs])
+        loss = Number.of([run.evaluations(name)[_step(group, run, name)] for run in group.runs])
         ratio = perplexity.mean / compared_with
         validation[name] = Validation(loss, perplexity, ratio, first.scored_tokens(name), first.held_out(name))
     return Row(
@@ -119,13 +120,16 @@ def _row(group: Group, reference: dict[str, float]) -> Row:
     )
 
 
-def _last_step(group: Group, name: str) -> int:
-    return group.common_steps([run.evaluations(name) for run in group.runs])[-1]
+def _step(group: Group, run: Run, name: str) -> int:
+    """At which a run is judged: its last evaluation when all of the group have ended, until then one that all have."""
+    if group.is_finished:
+        return max(run.evaluations(name))
+    return group.common_steps([each.evaluations(name) for each in group.runs])[-1]
 
 
 def _perplexity(group: Group, name: str) -> Number:
-    step = _last_step(group, name)
-    return Number.of([math.exp(min(run.evaluations(name)[step], 700.0)) for run in group.runs])
+    losses = [run.evaluations(name)[_step(group, run, name)] for run in group.runs]
+    return Number.of([math.exp(min(loss, 700.0)) for loss in losses])
 
 
 def _over_seeds(group: Group, tag: str, over_run: Callable[[list[float]], float]) -> Number | None:

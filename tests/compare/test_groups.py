@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from relora_mora.compare import CompareError, group_of, group_runs
+from relora_mora.compare import CompareError, compare, group_of, group_runs, read_run
 from relora_mora.registry import METHODS
-from tests.compare.folders import made_run
+from tests.compare.folders import made_run, write_run
 
 Sections = dict[str, dict[str, Any]]
 
@@ -91,3 +91,18 @@ def test_a_group_says_which_run_has_not_ended(tmp_path: Path) -> None:
     [group] = group_runs(runs)
     assert group.state == "unfinished, step 10 of 40"
     assert group_runs(runs[:1])[0].state == ""
+
+
+def test_epochs_of_another_order_may_be_other_steps(tmp_path: Path) -> None:
+    """Each seed is judged at its own end."""
+    runs = []
+    for steps, loss in ((40, 2.0), (30, 1.0)):
+        losses = [9.0] * (steps // 10) + [loss]
+        folder = write_run(tmp_path / str(steps), losses, train={"steps": steps, "seed": steps})
+        config = folder / "config.yaml"
+        config.write_text(config.read_text().replace("epochs: null", "epochs: 3.0"))
+        runs.append(read_run(folder))
+    [group] = group_runs(runs)
+    [row] = compare([group])
+    assert (row.validation[""].loss.low, row.validation[""].loss.high) == (1.0, 2.0)
+    assert row.state == ""
