@@ -115,4 +115,4 @@ def test_a_set_that_cannot_be_read_is_named(inputs, together):
     refused(answer, "--data.gone: no file matches")
     answer = call(EVALUATE, folder, f"--data={{books: {books}, web: {inputs}/web.json}}")
     notes = sum(line.endswith("; skipped") for line in answer.err.splitlines())
-    refused(answer, "--data.web: web.json: ", "lines are bad", 'no "text" (--text_column names', notes=notes)
+    refused(answer, "--data.web: web.json: ", "lines are bad", 'no "text", but body (--text_column names', notes=notes)
