@@ -1,7 +1,7 @@
 """Muon: the momentum of a matrix, made orthogonal, is its step.
 
-By Keller Jordan, https://kellerjordan.github.io/posts/muon. With the gradient G [m, n], momentum mu and rate eta, a step
-of W is::
+By Keller Jordan, https://kellerjordan.github.io/posts/muon. With the gradient G [m, n], momentum mu and rate eta,
+a step of W is::
 
     B <- mu B + (1 - mu) G
     U  = mu B + (1 - mu) G        with ``optim.nesterov``, else B
