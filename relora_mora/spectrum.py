@@ -28,19 +28,16 @@ def update_spectra(path: Path) -> Spectra:
     """
     reader = CheckpointReader(find_checkpoint(path))
     weights = merged_weights(reader)
-    found: Spectra = {}
-    for name in weights:
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        if kind in DECODER_LINEARS:
-            found.setdefault(kind, [])
-    begin = _initial_weights(reader, [name for name in weights if name.split(".")[-2] in found])
+    found: Spectra = {kind: [] for kind in DECODER_LINEARS}
+    linears = tuple(f".{kind}.weight" for kind in DECODER_LINEARS)
+    begin = _initial_weights(reader, [name for name in weights if name.endswith(linears)])
     for name, before in begin.items():
         if before.shape != weights[name].shape:
             raise CheckpointError(
                 f"{path}: {name} began as {list(before.shape)}, and is {list(weights[name].shape)} now"
             )
         found[name.split(".")[-2]].append(torch.linalg.svdvals(weights[name] - before))
-    return {kind: found[kind] for kind in DECODER_LINEARS if kind in found}
+    return found
 
 
 def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor]:

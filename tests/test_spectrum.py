@@ -72,6 +72,13 @@ def test_what_a_run_began_with_must_be_as_it_was(runs: dict[str, Path], tmp_path
     assert _ranks(runs["further"]) == {RANK}
 
 
+def test_biases_are_no_matrices(inputs: Path, tokenizer_path: str, pools: Any) -> None:
+    biased = {"overrides": {"attention_bias": True}}
+    config = run_config(inputs, tokenizer_path, inputs / "biased", method={"name": "lora", "rank": RANK}, model=biased)
+    pools(1)(train, config)
+    assert _ranks(inputs / "biased") == {RANK}
+
+
 def test_the_table_has_means_over_layers() -> None:
     flat = np.ones(4)
     steep = np.array([1.0, 0.0, 0.0, 0.0])
