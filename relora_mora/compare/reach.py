@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.groups import Group
 from relora_mora.compare.runs import Run
+from relora_mora.compare.table import Number, number_cell
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def step_cells(reach: Reach, groups: Sequence[Group]) -> dict[str, list[str]]:
     columns = {
         f"{reach.title} {value:g}, step": [_steps(reach, group, value) for group in groups] for value in reach.values
     }
-    columns[f"{reach.title} at the end"] = [_shown([reach.last(run) for run in group.runs], ".3f") for group in groups]
+    columns[f"{reach.title} at the end"] = [
+        number_cell(Number.of([reach.last(run) for run in group.runs]), ".3f") for group in groups
+    ]
     return columns
 
 
@@ -63,10 +66,5 @@ def _steps(reach: Reach, group: Group, value: float) -> str:
     reached = [step for step in found if step is not None]
     if not reached:
         return "not reached"
-    shown = _shown([float(step) for step in reached], ",.0f")
+    shown = number_cell(Number.of(reached), ",.0f")
     return shown if len(reached) == len(found) else f"{shown}; {len(reached)} of {len(found)} runs"
-
-
-def _shown(values: Sequence[float], spec: str) -> str:
-    mean, low, high = (format(value, spec) for value in (sum(values) / len(values), min(values), max(values)))
-    return mean if low == high else f"{mean} ({low}–{high})"

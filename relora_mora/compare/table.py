@@ -156,12 +156,12 @@ def markdown(rows: Sequence[Row], against: Group | None = None, more: Mapping[st
     for name in sets:
         ending = f" ({name})" if name else ""
         results = [row.validation[name] for row in rows]
-        columns[f"loss{ending}"] = [_number(each.loss, ".4f") for each in results]
-        columns[f"perplexity{ending}"] = [_number(each.perplexity, ".2f") for each in results]
+        columns[f"loss{ending}"] = [number_cell(each.loss, ".4f") for each in results]
+        columns[f"perplexity{ending}"] = [number_cell(each.perplexity, ".2f") for each in results]
         columns[f"ratio{ending}"] = [_plain(each.ratio, ".3f") for each in results]
     columns |= more or {}
-    columns["tokens/s"] = [_number(row.tokens_per_second, ",.0f") for row in rows]
-    columns["peak memory, GiB"] = [_number(row.peak_memory_gib, ".2f") for row in rows]
+    columns["tokens/s"] = [number_cell(row.tokens_per_second, ",.0f") for row in rows]
+    columns["peak memory, GiB"] = [number_cell(row.peak_memory_gib, ".2f") for row in rows]
     table = table_of(columns, left=sum(name in ("method", "settings") for name in columns))
     notes = "".join(f"\n{note}\n" for note in _notes(rows, against))
     return table + notes
@@ -215,7 +215,8 @@ def _plain(value: float | None, spec: str) -> str:
     return "–" if value is None else format(value, spec)
 
 
-def _number(number: Number | None, spec: str) -> str:
+def number_cell(number: Number | None, spec: str) -> str:
+    """The mean, with the least and the greatest in parentheses where they look different."""
     if number is None:
         return "–"
     shown, low, high = (format(value, spec) for value in (number.mean, number.low, number.high))

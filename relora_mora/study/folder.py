@@ -24,6 +24,10 @@ class StudyFolder:
     def run(self, cell: Cell) -> RunFolder:
         return RunFolder(self.path / "runs" / cell.name)
 
+    def overrides(self, cell: Cell, study: Study) -> dict[str, str]:
+        """The cell's, with its run folder."""
+        return cell.overrides(study) | {"train.run_dir": json.dumps(str(self.run(cell).path))}
+
     def settings(self, cell: Cell) -> Path:
         """The settings that a cell was started with, as JSON."""
         return self.path / "settings" / f"{cell.name}.json"
@@ -97,9 +101,8 @@ def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[C
     configs = {}
     faults: dict[str, str] = {}
     for cell in cells:
-        overrides = cell.overrides(study) | {"train.run_dir": json.dumps(str(folder.run(cell).path))}
         try:
-            configs[cell] = load_config(study.base, overrides, defaults=defaults)
+            configs[cell] = load_config(study.base, folder.overrides(cell, study), defaults=defaults)
         except ConfigError as error:
             for fault in error.faults:
                 faults.setdefault(fault, cell.name)

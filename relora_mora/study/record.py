@@ -32,10 +32,6 @@ def write_records(cells: Iterable[Cell], folder: StudyFolder) -> int:
     return len(records)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    return read_json_lines(path)
-
-
 def final_metric(cell: Cell, folder: StudyFolder, metric: str) -> float | None:
     """The metric of the last evaluation; None where it is not finite, or the run is not done.
 

@@ -74,8 +74,7 @@ class Runner:
     def _start(self, cell: Cell) -> _Running:
         log = self.folder.log(cell)
         log.parent.mkdir(parents=True, exist_ok=True)
-        overrides = cell.overrides(self.study) | {"train.run_dir": str(self.folder.run(cell).path)}
-        flags = [f"--{name}={value}" for name, value in overrides.items()]
+        flags = [f"--{name}={value}" for name, value in self.folder.overrides(cell, self.study).items()]
         with log.open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, str(self.program), self.study.base, *flags],

@@ -15,11 +15,12 @@ import pytest
 import yaml
 
 from relora_mora.config import ConfigError
-from relora_mora.study import CellsFailed, StudyFolder, conduct, read_records, read_study, run_again
+from relora_mora.study import CellsFailed, StudyFolder, conduct, read_study, run_again
 from relora_mora.study.cells import chosen, count, first_round, second_round
 from relora_mora.study.design import Study
 from relora_mora.study.record import final_metric
 from relora_mora.study.runner import Runner
+from relora_mora.system.run_folder import read_json_lines
 from tests.tools.helpers import ROOT
 
 BASE = str(ROOT / "configs/run/tiny_mora.yaml")
@@ -136,7 +137,7 @@ def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
     study = _study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"}, threads=3)
     folder = StudyFolder(tmp_path)
     assert conduct(study, folder, TRAINER, 4) == 8
-    records = read_records(folder.records)
+    records = read_json_lines(folder.records)
     best = records[-1]
     assert best["name"] == "name=mora,rank=16,lr=0.003,seed=1"
     assert best["config"]["optim"]["lr"] == 0.003
@@ -238,7 +239,7 @@ def test_a_run_that_fails_is_named_when_the_others_are_done(tmp_path: Path):
     folder = StudyFolder(tmp_path)
     with pytest.raises(CellsFailed, match=r"lr=1.0,seed=0 is not done; the end of .*\n.*\n  it diverged"):
         conduct(study, folder, TRAINER, 1)
-    assert [record["name"] for record in read_records(folder.records)] == ["name=mora,lr=0.003,seed=0"]
+    assert [record["name"] for record in read_json_lines(folder.records)] == ["name=mora,lr=0.003,seed=0"]
 
 
 def _written(tmp_path: Path, study: dict[str, Any]) -> Path:
@@ -274,7 +275,7 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
     assert not folder.is_done(waiting)
     assert conduct(read_study(study), folder, TRAINER, 1) == 3
     assert len(folder.run(waiting).starts.read_text(encoding="utf-8").splitlines()) == 2
-    assert read_records(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"
+    assert read_json_lines(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"
 
 
 def test_a_run_made_again_is_compared_number_by_number(tmp_path: Path):

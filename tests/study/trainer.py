@@ -20,7 +20,7 @@ REQUEUE = 75
 def main() -> int:
     _, base, *flags = sys.argv
     settings = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
-    folder = Path(settings["train.run_dir"])
+    folder = Path(json.loads(settings["train.run_dir"]))
     folder.mkdir(parents=True, exist_ok=True)
     rate = float(settings["optim.lr"])
     seed = int(settings["train.seed"])
