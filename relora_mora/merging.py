@@ -19,7 +19,7 @@ from torch import Tensor
 from relora_mora.config import MethodConfig
 from relora_mora.methods.layers import AdapterLinear, adapter_layers, layer_generator
 from relora_mora.methods.mora import MoRALinear
-from relora_mora.operators import Draw
+from relora_mora.operators import Draw, GroupingOperator, Operator
 from relora_mora.zero import ZeroEngine
 
 
@@ -90,9 +90,12 @@ class Merger:
                 if isinstance(layer, MoRALinear):
                     layer.set_operator(mora_type, draw)
 
+    def _operators(self) -> dict[str, Operator]:
+        return {name: layer.operator for name, layer in self.layers.items() if isinstance(layer, MoRALinear)}
+
     def operator(self) -> int | None:
         """The operator in use, None for methods without; all layers agree."""
-        used = {layer.operator.mora_type for layer in self.layers.values() if isinstance(layer, MoRALinear)}
+        used = {operator.mora_type for operator in self._operators().values()}
         assert len(used) <= 1, f"layers disagree about the operator: {sorted(used)}"
         return used.pop() if used else None
 
@@ -115,8 +118,9 @@ class Merger:
                 "the merge is spoiled and was saved nowhere, go back to an earlier checkpoint"
             )
         zeroed = self._reset_masters(merges_done)
-        self._reset_state(merges_done)
+        used = self._operators()
         self.set_operator(next_operator, Draw(self.seed, merges_done))
+        self._reset_state(merges_done, used)
         self.engine.refresh()
         self._check_counts(step, len(squares), zeroed)
         return MergeRecord(
@@ -196,15 +200,33 @@ class Merger:
         """Elements over all ranks; at stage 0 every rank has them all."""
         return elements if self.engine.stage == 0 else int(self.engine.sum_over_ranks(elements))
 
-    def _reset_state(self, merges_done: int) -> None:
-        """Resets the adapters' optimizer state as ``method.reset`` says (ReLoRA, arXiv 2307.05695, section 3)."""
+    def _reset_state(self, merges_done: int, used: Mapping[str, Operator]) -> None:
+        """Resets the adapters' optimizer state as ``method.reset`` says (ReLoRA, arXiv 2307.05695, section 3).
+
+        ``used`` has the operators from before the merge, which ``carry`` moves the state of to the new ones.
+        """
         if self.method.reset == "full":
             self.engine.clear_state("adapters")
+        elif self.method.reset == "carry":
+            for layer_name, before in used.items():
+                self._carry(layer_name, before)
         elif self.method.reset != "none":
             for layer_name, parameters in self.parameters.items():
                 for parameter in parameters:
                     generator = layer_generator(self.seed, f"{layer_name}/{parameter}/exp_avg", merges_done)
                     self._prune(parameter, generator)
+
+    def _carry(self, layer_name: str, before: Operator) -> None:
+        """Moves the moments of a layer's square to the operator in use; the same numbers on all ranks."""
+        layer = self.layers[layer_name]
+        assert isinstance(layer, MoRALinear)
+        after = layer.operator
+        assert isinstance(before, GroupingOperator)
+        assert isinstance(after, GroupingOperator)
+        [parameter] = self.parameters[layer_name]
+        for key in self.engine.moments[parameter]:
+            moment = self.engine.gather(parameter, key)
+            self.engine.scatter(parameter, after.carry(moment, before), key)
 
     def _prune(self, parameter: str, generator: torch.Generator) -> None:
         """Sets ``reset_ratio`` of a parameter's moments to zero: where the first is smallest, or at random elements.

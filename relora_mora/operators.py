@@ -187,6 +187,16 @@ class GroupingOperator(Operator):
     def add_delta(self, weight: Tensor, M: Tensor, after: Tensor | None = None) -> Tensor:
         return expand_add(weight, M, self.inputs, self.outputs, after)
 
+    def carry(self, moment: Tensor, before: GroupingOperator) -> Tensor:
+        """A moment [R, R] of M's gradient under the operator ``before`` -> [R, R], an estimate of it under this one.
+
+        dM = D^T dW C^T sums elements of the weight's gradient. Each is taken for an equal share of the sum that it is
+        in, and these shares are summed again. That holds for first moments; for second moments, since variances of
+        uncorrelated elements add up as well.
+        """
+        of_inputs = self.inputs.sum(before.inputs.share(moment))
+        return self.outputs.sum(before.outputs.share(of_inputs.mT)).mT
+
     def compress_for_gradient(self, x: Tensor) -> Tensor:
         return group_sum(x, self.padded_inputs if x.is_cuda else self.inputs)
 

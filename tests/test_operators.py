@@ -217,6 +217,43 @@ def test_merges_of_new_draws_reach_further_than_a_cycle():
     }
 
 
+def _matrices(op) -> tuple[torch.Tensor, torch.Tensor]:
+    """C [R, in] and D [out, R]"""
+    return _columns(op.compress, op.in_features), _columns(op.decompress, op.square_size)
+
+
+@pytest.mark.parametrize("before,after", [(1, 2), (2, 3), (3, 7), (7, 7)])
+def test_a_carried_moment_is_that_of_the_smallest_gradient_of_the_weight(before, after):
+    """The gradient with the least norm under which M's gradient was what it was, by pseudo-inverses."""
+    old = make_operator(before, 24, 40, 12, Draw(0, 1))  # 12 divides 24: type 1 does not wrap
+    new = make_operator(after, 24, 40, 12, Draw(0, 2))
+    moment = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (C, D), (C2, D2) = _matrices(old), _matrices(new)
+    gradient = torch.linalg.pinv(D.T) @ moment @ torch.linalg.pinv(C.T)
+    assert torch.allclose(D.T @ gradient @ C.T, moment)
+    assert torch.allclose(new.carry(moment, old), D2.T @ gradient @ C2.T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [2, 3, 7])
+@pytest.mark.parametrize("inputs,outputs,size", SHAPES)
+def test_a_moment_stays_what_it_is_under_the_same_operator(kind, inputs, outputs, size):
+    op = make_operator(kind, inputs, outputs, size)
+    of_outputs, of_inputs = (groups.sum(torch.ones(groups.features)) > 0 for groups in (op.outputs, op.inputs))
+    # a slot without features has no gradient
+    moment = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * of_outputs[:, None] * of_inputs
+    assert torch.allclose(op.carry(moment, op), moment, atol=1e-6)
+
+
+@pytest.mark.parametrize("before,after", [(1, 2), (2, 1), (4, 7), (7, 7)])
+@pytest.mark.parametrize("inputs,outputs,size", SHAPES)
+def test_carried_second_moments_are_no_less_than_the_squares_of_the_first(before, after, inputs, outputs, size):
+    """By Cauchy and Schwarz, up to the sum of the shares that a slot gets: so no step is many times the rate."""
+    old, new = make_operator(before, inputs, outputs, size, Draw(0, 1)), make_operator(after, inputs, outputs, size)
+    first = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    shares = new.carry(torch.ones(size, size), old)
+    assert (new.carry(first, old).square() <= shares * new.carry(first.square(), old) + 1e-5).all()
+
+
 def test_contiguous_longer_slots_come_first():
     op = make_operator(2, 7, 5, 3)
     assert op.compress(torch.arange(7.0)).tolist() == [0 + 1 + 2, 3 + 4, 5 + 6]

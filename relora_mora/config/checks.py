@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from relora_mora.config.data_checks import data_faults, length_faults
 from relora_mora.config.fault import Fault
 from relora_mora.config.record_checks import generation_faults, record_faults
-from relora_mora.config.schema import DECODER_LINEARS, Config
+from relora_mora.config.schema import DECODER_LINEARS, Config, MethodConfig
 from relora_mora.config.secrets import secrets_in
 from relora_mora.config.types import LARGEST, Whole, as_whole
 from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, is_drawn
@@ -199,11 +199,13 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             ("method.reset_ratio", "method.reset", "method.name"),
             f"0 with method.reset={method.reset} resets nothing; use method.reset=none",
         )
+    yield from _carry_faults(method)
     every = method.merge_every
-    if every < optim.warmup_steps:
+    if every < optim.warmup_steps and optim.restart_warmup_steps:
         yield Fault(
             ("method.merge_every", "optim.warmup_steps", "method.name"),
-            f"the first merge (step {every}) comes before the warmup ends (step {optim.warmup_steps}); raise it",
+            f"the first merge (step {every}) comes before the warmup ends (step {optim.warmup_steps}); raise it, "
+            "or set optim.restart_warmup_steps=0",
         )
     if every < optim.restart_warmup_steps:
         yield Fault(
@@ -217,6 +219,23 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             f"{every} means no merge in a run of {config.train.steps} steps; lower it, "
             f"or use method.name={method.record.without_merges}",
         )
+
+
+def _carry_faults(method: MethodConfig) -> Iterator[Fault]:
+    if method.reset != "carry":
+        return
+    if not method.cycle:
+        yield Fault(
+            ("method.reset", "method.name"),
+            f"carry moves the state of square matrices to their next operator, and {method.name} has none; "
+            "use method.reset=full",
+        )
+    for operator in sorted(set(method.cycle)):
+        if not OPERATORS[operator].groupings:
+            yield Fault(
+                ("method.reset", "method.operators", "method.name"),
+                f"carry needs operators that group features, and {operator} rotates them; use method.reset=full",
+            )
 
 
 def _schedule_faults(config: Config) -> Iterator[Fault]:

@@ -112,7 +112,7 @@ class MethodConfig(Strict):
     merge_every: Positive = Field(
         2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
     )
-    reset: Literal["full", "magnitude", "random", "none"] = Field(
+    reset: Literal["full", "magnitude", "random", "none", "carry"] = Field(
         "full", description="what a merge does to the adapters' optimizer state"
     )
     reset_ratio: Fraction = Field(0.9, description="fraction of the state that magnitude and random set to zero")

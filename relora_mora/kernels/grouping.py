@@ -83,6 +83,11 @@ class Grouping:
             total[..., piece.places] += part.sum(repeats)
         return total
 
+    def share(self, y: Tensor) -> Tensor:
+        """y [..., slots] -> [..., features]: to each feature an equal share of its slot's value, of two slots the mean"""
+        sizes = self.sum(y.new_ones(self.features)).clamp(min=1)
+        return self.copy(y / sizes) / self.copy(y.new_ones(self.slots))
+
     def copy(self, y: Tensor) -> Tensor:
         """y [..., slots] -> [..., features], differentiable"""
         wide: list[Tensor] = []

@@ -323,6 +323,8 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     ({"method": {"operators": [1, 2, 1]}}, None, "method.operators: the cycle [1, 2, 1] repeats an operator"),
     ({"method": {"reset": "magnitude", "reset_ratio": 0.0}}, None, "method.reset_ratio: 0 with method.reset=magnitude"),
     ({"method": {"reset": "random", "reset_ratio": 0.0}}, None, "method.reset_ratio: 0 with method.reset=random"),
+    ({"method": {"name": "relora", "reset": "carry"}}, None, "and relora has none; use method.reset=full"),
+    ({"method": {"operators": [2, 6], "reset": "carry", "square_multiple": 2}}, None, "and 6 rotates them"),
     (
         {"method": {"merge_every": 999}},
         None,
@@ -388,6 +390,7 @@ def test_combination_that_cannot_work(
         {"method": {"merge_every": 1000}},
         {"method": {"merge_every": 9999}},
         {"method": {"merge_every": 50}, "optim": {"warmup_steps": 50}},
+        {"method": {"merge_every": 10}, "optim": {"warmup_steps": 50, "restart_warmup_steps": 0}},
         {"method": {"name": "mora", "merge_every": 1, "operators": [1, 6]}},
         {"method": {"name": "full", "target_modules": ["experts"], "operators": [1, 1]}},
         {"method": {"operators": [6, 1], "square_multiple": 2}},

@@ -87,7 +87,7 @@ def scenario(world_size: int, stage: int, bf16: bool, method: str, threshold: in
     still = _adapters(rig)
     seen["zero_gradient_moves_nothing"] = all(torch.equal(fresh[name], still[name]) for name in fresh)
     seen["adds_nothing_after_zero_gradient"] = torch.equal(rig.logits(), _plain_logits(rig))
-    rig.merger._reset_state(2)
+    rig.merger._reset_state(2, {})
     rate = rig.groups[0].peak_lr * rig.schedule.rate(6)
     seen["losses"].append(rig.step(6)[0])
     moved = _adapters(rig)
@@ -279,13 +279,45 @@ def test_reset_modes(pools, ranks, mode, matrices):
             assert before[kept].abs().min() >= before[~kept].abs().max()
 
 
+def carried(world_size: int, stage: int, matrices: str) -> dict[str, Any]:
+    """How far the moments after a merge are from what the operators make of those before it, relative to these."""
+    from tests.tools.tiny import build_rig, tiny_config
+
+    method = {"reset": "carry", "operators": [7]}
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method=method, optim={"matrices": matrices}))
+    for step in range(1, MERGE_AT + 1):
+        rig.step(step)
+    moments = {
+        (layer, key): rig.gather(*names, key)
+        for layer, names in rig.merger.parameters.items()
+        for key in rig.engine.moments[names[0]]
+    }
+    before = {name: layer.operator for name, layer in rig.merger.layers.items()}
+    rig.merge(MERGE_AT)
+    far, moved = 0.0, 0.0
+    for (layer, key), moment in moments.items():
+        now = rig.gather(*rig.merger.parameters[layer], key)
+        expected = rig.merger.layers[layer].operator.carry(moment, before[layer])
+        far = max(far, float((now - expected).abs().max() / moment.abs().max()))
+        moved = max(moved, float((now - moment).abs().max() / moment.abs().max()))
+    return {"far": far, "moved": moved, "steps": rig.engine.group_steps()["adapters"]}
+
+
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_carry_moves_the_state_to_the_new_operators(pools, ranks, stage, matrices):
+    seen = pools(ranks)(carried, ranks, stage, matrices)[0]
+    assert seen["far"] <= 1e-6 and seen["moved"] > 0.1
+    assert seen["steps"] == (MERGE_AT if matrices == "adamw" else 0)
+
+
 def largest_moves(world_size: int, stage: int, method: str) -> dict[str, float]:
     """The largest move of an adapter's element in the first step after each kind of reset, in multiples of the rate."""
     from relora_mora.optim import group_rates
     from tests.tools.tiny import build_rig, tiny_config
 
     moves = {}
-    for mode in RESETS:
+    for mode in (*RESETS, "carry") if method == "remora" else RESETS:
         settings = {"name": method, "reset": mode, "reset_ratio": 0.75}
         rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method=settings))
         for step in range(1, MERGE_AT + 1):
