@@ -82,8 +82,9 @@ class OperatorType:
     """A value of ``method.operators``: a pair of maps C and D (docs/method.md).
 
     ``code`` makes a :class:`relora_mora.operators.Operator` of (mora type, in, out, R, *groupings), where ``groupings``
-    are names of functions in ``relora_mora.kernels.grouping``; those of ``method.reset: carry`` have some. ``even_size``: R must be even. ``drawn``: it is another
-    operator after every merge, and takes a :class:`relora_mora.operators.Draw` as well.
+    are names of functions in ``relora_mora.kernels.grouping``. ``even_size``: R must be even. ``drawn``: it is another
+    operator after every merge, and takes a :class:`relora_mora.operators.Draw` as well. ``method.reset: carry`` needs
+    groupings.
     """
 
     code: str

@@ -84,7 +84,7 @@ class Grouping:
         return total
 
     def share(self, y: Tensor) -> Tensor:
-        """y [..., slots] -> [..., features]: to each feature an equal share of its slot's value, of two slots the mean"""
+        """y [..., slots] -> [..., features]: to each its equal share of the slot's value, of two slots the mean"""
         sizes = self.sum(y.new_ones(self.features)).clamp(min=1)
         return self.copy(y / sizes) / self.copy(y.new_ones(self.slots))
 
