@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ADAPTER_SETTINGS = ("method.rank", "method.form", "method.target_modules", "method.dropout")
+ADAPTER_SETTINGS = ("method.rank", "method.rank_pattern", "method.form", "method.target_modules", "method.dropout")
 MERGE_SETTINGS = (
     "method.merge_every",
     "method.reset",

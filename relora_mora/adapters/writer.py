@@ -111,14 +111,16 @@ def _factors(layer: AdapterLinear, values: list[Tensor], *, released: bool) -> t
 
 def _settings(method: MethodConfig, ranks: Mapping[str, float], *, released: bool) -> dict[str, Any]:
     alpha: float = method.rank if method.lora_alpha is None or method.uses_squares else method.lora_alpha
+    patterns = ranks if method.uses_squares else method.rank_pattern
+    fixed = released if method.uses_squares else method.lora_alpha is not None  # one alpha for all
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "r": method.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "rank_pattern": ranks if method.uses_squares else {},
-        "alpha_pattern": ranks if method.uses_squares and not released else {},
+        "rank_pattern": patterns,
+        "alpha_pattern": {} if fixed else patterns,
         "lora_dropout": method.dropout,
         "target_modules": sorted(method.target_modules),
         "bias": "none",

@@ -94,6 +94,7 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from record_faults(config.data)
     yield from generation_faults(config)
     yield from _target_faults(config)
+    yield from _pattern_faults(config)
     yield from _form_faults(config)
     yield from _square_faults(config)
     yield from _adapter_faults(config)
@@ -123,6 +124,23 @@ def _target_faults(config: Config) -> Iterator[Fault]:
         )
     if len(set(names)) < len(names):
         yield Fault(("method.target_modules",), "a name stands there twice; name each once")
+
+
+def _pattern_faults(config: Config) -> Iterator[Fault]:
+    method = config.method
+    if not method.rank_pattern or not method.uses_adapters:
+        return
+    unknown = [name for name in method.rank_pattern if name not in method.target_modules]
+    if unknown:
+        yield Fault(
+            ("method.rank_pattern", "method.target_modules", "method.name"),
+            f"{', '.join(unknown)} is none of method.target_modules ({', '.join(method.target_modules)})",
+        )
+    if method.uses_squares and method.square_size is not None:
+        yield Fault(
+            ("method.rank_pattern", "method.square_size", "method.name"),
+            f"ranks change nothing with method.square_size={method.square_size}, R of every layer; drop one of them",
+        )
 
 
 def _form_faults(config: Config) -> Iterator[Fault]:

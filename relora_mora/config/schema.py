@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -85,6 +85,9 @@ class MethodConfig(Strict):
     rank: Positive = Field(
         128, description="LoRA's rank r; MoRA's square has as many parameters: R = floor(sqrt((in + out) r))"
     )
+    rank_pattern: dict[str, Positive] = Field(
+        {}, description="ranks of projections that have another, e.g. {down_proj: 64}"
+    )
     square_size: Positive | None = Field(None, description="R of every layer; null: from rank")
     square_rounding: Literal["down", "nearest"] = Field(
         "down", description="how R comes from rank; nearest: as in the released code, also above LoRA's parameters"
@@ -121,6 +124,10 @@ class MethodConfig(Strict):
     def record(self) -> Method:
         """What is known of the method."""
         return METHODS[self.name]
+
+    def of(self, projection: str) -> Self:
+        """The settings for the layers of one kind of projection, such as ``q_proj``."""
+        return self.model_copy(update={"rank": self.rank_pattern.get(projection, self.rank)})
 
     @property
     def uses_adapters(self) -> bool:

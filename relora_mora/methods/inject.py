@@ -46,7 +46,8 @@ def inject(
     for name, module in list(decoder_linears(model)):
         parent_name, _, kind = name.rpartition(".")
         if kind in by_kind and isinstance(module, nn.Linear):
-            adapter = layer.from_settings(module, method, layer_generator(seed, name, 0), mora_type, draw or Draw(seed))
+            generator = layer_generator(seed, name, 0)
+            adapter = layer.from_settings(module, method.of(kind), generator, mora_type, draw or Draw(seed))
             setattr(model.get_submodule(parent_name), kind, adapter)
             by_kind[kind].append(name)
     unmatched = [kind for kind, names in by_kind.items() if not names]

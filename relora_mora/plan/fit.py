@@ -33,7 +33,7 @@ def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None
     adapters = adapter_parameters(method, shapes)
     if adapters > weights and not faults:
         largest = weights // sum(inputs + outputs for inputs, outputs in shapes.values())
-        by_rank = method.model_copy(update={"square_size": None})
+        by_rank = method.model_copy(update={"square_size": None, "rank_pattern": {}})
         while adapter_parameters(by_rank.model_copy(update={"rank": largest + 1}), shapes) <= weights:
             largest += 1
         faults.append(
@@ -48,7 +48,7 @@ def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None
 def adapter_parameters(method: MethodConfig, shapes: Mapping[str, tuple[int, int]]) -> int:
     """Parameters of the adapters of one decoder layer, whose linears have these (in, out)."""
     layer = layer_class(method)
-    return sum(layer.parameters_for(method, inputs, outputs) for inputs, outputs in shapes.values())
+    return sum(layer.parameters_for(method.of(kind), inputs, outputs) for kind, (inputs, outputs) in shapes.items())
 
 
 def uneven_widths(model_config: PreTrainedConfig) -> list[str]:

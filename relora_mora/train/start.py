@@ -119,7 +119,11 @@ def _wrong_shape(adapter: AdapterFolder, wrong: list[str], expected: Mapping[str
                 "method.square_size"
             )
         elif there == ((rank, here[1]) if name.endswith("lora_A") else (here[0], rank)):
-            remedy = f"set method.rank={rank}"
+            ranks = {layer.rpartition(".")[2]: rank for layer, rank in adapter.layers.items()}
+            pattern = ", ".join(f"{kind}: {rank}" for kind, rank in ranks.items())
+            remedy = (
+                f"set method.rank={rank}" if len(set(ranks.values())) == 1 else f"set method.rank_pattern={{{pattern}}}"
+            )
     more = f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else ""
     return (
         f"model.adapter: {name} is {list(there) if there else 'missing'} in {adapter.file} and "

@@ -32,7 +32,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base, tokenizer_path, tmp_path_factory) -> dict[str, Path]:
-    """Adapters of ``base``: lora, mora1 and mora6 alone, and lora with the modules that trained beside it."""
+    """Adapters of ``base``: some methods alone, and lora with the modules that trained beside it."""
     folder = tmp_path_factory.mktemp("adapters")
     found = {}
     for name, form, beside in (
@@ -40,8 +40,9 @@ def adapters(base, tokenizer_path, tmp_path_factory) -> dict[str, Path]:
         ("mora1", "peft-mora", ALONE),
         ("mora6", "peft-mora", ALONE),
         ("lora_with_modules", "peft", {}),
+        ("lora_pattern", "peft", ALONE),
     ):
-        method = METHODS[name.partition("_")[0]] | beside
+        method = METHODS[name.removesuffix("_with_modules")] | beside
         write_run(folder / f"run_{name}", adapted(base, method), base, tokenizer_path, method)
         export(folder / f"run_{name}", folder / name, form=form)
         found[name] = folder / name
@@ -81,7 +82,7 @@ def masters(config: Config) -> dict[str, torch.Tensor]:
 def test_a_run_begins_with_the_values_in_the_file(
     pools, inputs, base, adapters, tokenizer_path, tmp_path, name, stage, precision, world
 ):
-    method = METHODS[name.partition("_")[0]] | ({} if name.endswith("modules") else ALONE)
+    method = METHODS[name.removesuffix("_with_modules")] | ({} if name.endswith("modules") else ALONE)
     started = {"zero_stage": stage, "precision": precision}
     config = config_of(inputs, tokenizer_path, tmp_path / "run", base, adapters[name], method, world, **started)
     adapter = AdapterFolder(adapters[name])
@@ -150,13 +151,24 @@ def refuses(inputs, tokenizer_path, tmp_path):
             {"rank": 2},
             ["lora_A is [4, 40]", "and [2, 40] here (28 ten", "set method.rank=4"],
         ),
+        (
+            "lora_pattern",
+            {"rank_pattern": {}},
+            ["lora_A", "(8 ten", "set method.rank_pattern={down_proj: 6, gate_proj: 4,"],
+        ),
         ("mora1", {"rank": 5}, ["mora_M is [16, 16]", "and [17, 17] here (14 ten", "R is 16 there"]),
         ("lora_with_modules", ALONE, ["it brings lm_head.weight with it"]),
     ],
 )
 def test_settings_that_are_not_those_of_the_adapter(refuses, base, adapters, name, changes, parts):
     beside = {} if name.endswith("modules") else ALONE
-    refuses(base, adapters[name], METHODS[name.partition("_")[0]] | beside | changes, str(adapters[name]), *parts)
+    refuses(
+        base,
+        adapters[name],
+        METHODS[name.removesuffix("_with_modules")] | beside | changes,
+        str(adapters[name]),
+        *parts,
+    )
 
 
 def test_an_adapter_of_another_model(refuses, adapters, tmp_path):

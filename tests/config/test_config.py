@@ -323,6 +323,12 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     ({"method": {"operators": [1, 2, 1]}}, None, "method.operators: the cycle [1, 2, 1] repeats an operator"),
     ({"method": {"reset": "magnitude", "reset_ratio": 0.0}}, None, "method.reset_ratio: 0 with method.reset=magnitude"),
     ({"method": {"reset": "random", "reset_ratio": 0.0}}, None, "method.reset_ratio: 0 with method.reset=random"),
+    ({"method": {"rank_pattern": {"down": 4}}}, None, "method.rank_pattern: down is none of method.target_modules"),
+    (
+        {"method": {"rank_pattern": {"up_proj": 4}, "square_size": 8}},
+        None,
+        "ranks change nothing with method.square_size",
+    ),
     ({"method": {"name": "relora", "reset": "carry"}}, None, "and relora has none; use method.reset=full"),
     ({"method": {"operators": [2, 6], "reset": "carry", "square_multiple": 2}}, None, "and 6 rotates them"),
     (

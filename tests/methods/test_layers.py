@@ -21,7 +21,10 @@ from relora_mora.methods.layers import AdapterLinear, adapter_layers, layer_gene
 from relora_mora.methods.lora import LoRALinear
 from relora_mora.methods.mora import MoRALinear, layer_square_size
 from relora_mora.model.llama import build_model
+from relora_mora.model.shapes import linear_shapes
+from relora_mora.operators import square_size
 from relora_mora.optim import parameter_groups, set_trainable
+from relora_mora.plan.fit import adapter_parameters
 from relora_mora.registry import METHODS
 from tests.tools.tiny import tiny_config, tiny_llama
 
@@ -271,6 +274,22 @@ def test_trainable_is_exactly_what_the_method_says(method):
     rates = {group.name: group.peak_lr for group in groups}
     assert rates.pop("linears" if method == "full" else "adapters") == config.optim.lr
     assert set(rates.values()) == {config.optim.lr_other}
+
+
+@pytest.mark.parametrize("method", ["lora", "mora"])
+def test_a_projection_may_have_a_rank_of_its_own(method):
+    config = tiny_config(method={"name": method, "rank": 3, "rank_pattern": {"down_proj": 5}})
+    model = build_model(tiny_llama(), seed=0)
+    found = inject(model, config.method, seed=0)
+    shapes = linear_shapes(tiny_llama())
+    for name, layer in adapter_layers(model):
+        kind = name.rpartition(".")[2]
+        rank = 5 if kind == "down_proj" else 3
+        if method == "lora":
+            assert layer.lora_A.shape == (rank, shapes[kind][0]) and layer.lora_B.shape == (shapes[kind][1], rank)
+        else:
+            assert layer.mora_M.shape == (square_size(*shapes[kind], rank),) * 2
+    assert found.parameters == 2 * adapter_parameters(config.method, shapes)  # two decoder layers, as planned
 
 
 def test_embeddings_norms_and_head_can_be_frozen():
