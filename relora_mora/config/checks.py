@@ -199,6 +199,12 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             ("method.reset_ratio", "method.reset", "method.name"),
             f"0 with method.reset={method.reset} resets nothing; use method.reset=none",
         )
+    if method.reset in ("magnitude", "random") and not optim.record.moments:
+        yield Fault(
+            ("method.reset", "optim.matrices", "method.name"),
+            f"{method.reset} prunes moments element by element, and those of {optim.matrices} are not of elements; "
+            "use method.reset=full or none",
+        )
     every = method.merge_every
     if every < optim.warmup_steps:
         yield Fault(

@@ -43,7 +43,8 @@ FREE_SETTINGS = {
 }
 # settings that no permission lets differ at a resume, and why
 FIXED_SETTINGS = {
-    "optim.matrices": "the state of one optimizer means nothing to another; begin anew with model.init_from"
+    "optim.matrices": "the state of one optimizer means nothing to another; begin anew with model.init_from",
+    "optim.projection_rank": "moments of one rank are none of another; begin anew with model.init_from",
 }
 ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # what places in the data depend on
 FREE_SECTIONS = {"eval", "checkpoint", "log"}
