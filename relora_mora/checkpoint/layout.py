@@ -136,7 +136,7 @@ class Manifest:
 
     def numel(self, name: str, kind: str = "master") -> int:
         """Elements of a trainable or frozen parameter, or of its tensor ``kind``."""
-        shape = self._state(name).get(kind)
+        shape = None if kind in ("master", "base") else self._state(name).get(kind)
         if shape is None:
             shape = self.parameters[name] if name in self.parameters else self.frozen[name]
         return math.prod(shape)
