@@ -27,7 +27,7 @@ SMALLEST_NORM = 1e-7  # a smaller U is not scaled up to one
 
 
 class Muon:
-    """The rule by which Muon steps; see :class:`relora_mora.optim.MatrixRule`."""
+    """The rule by which Muon steps; see :class:`relora_mora.rules.MatrixRule`."""
 
     def __init__(self, optim: OptimConfig) -> None:
         self.momentum = optim.momentum
@@ -41,9 +41,13 @@ class Muon:
         else:
             gradient.copy_(momentum)
 
-    def update(self, matrices: Tensor) -> Tensor:
+    def update(self, matrices: Tensor, states: object = None) -> Tensor:
         rows, columns = matrices.shape[-2:]
         return 0.2 * math.sqrt(max(rows, columns)) * orthogonalize(matrices)
+
+    @staticmethod
+    def kept(rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {}
 
     @staticmethod
     def flops(rows: int, columns: int) -> float:
@@ -51,9 +55,9 @@ class Muon:
         return ITERATIONS * (4.0 * short * short * long + 2.0 * short**3)
 
     @staticmethod
-    def scratch(rows: int, columns: int) -> int:
+    def scratch(rows: int, columns: int, *, on_gpu: bool) -> int:
         short, long = sorted((rows, columns))
-        return 2 * short * long + 2 * short * short
+        return (2 if on_gpu else 4) * (2 * short * long + 2 * short * short)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from relora_mora.config import MethodConfig, OptimConfig
 from relora_mora.methods.layers import adapter_layers, adapter_parameters
 from relora_mora.registry import MATRIX_OPTIMIZERS
+from relora_mora.rules import MatrixRule, MatrixState
 from relora_mora.schedule import Schedule
 
 ADAMW = MATRIX_OPTIMIZERS["adamw"]
@@ -44,33 +45,14 @@ class ParameterGroup:
     moments: tuple[str, ...] = ADAMW.moments
 
 
-class MatrixRule(Protocol):
-    """How matrices step where that is no function of single elements: what ``MatrixOptimizer.rule`` makes.
-
-    A step is cut in two, for ZeRO lays parameters end to end and cuts them anywhere: what goes element by element is
-    done where the elements are, and only its result is put together to whole matrices.
-    """
-
-    def blend(self, gradient: Tensor, moments: Mapping[str, Tensor]) -> None:
-        """Element by element, all of one shape: updates the moments, and makes of the gradient what is to be whole."""
-
-    def update(self, matrices: Tensor) -> Tensor:
-        """[k, m, n], whole matrices after :meth:`blend`, as they are -> [k, m, n], what a rate of 1 subtracts."""
-
-    @staticmethod
-    def flops(rows: int, columns: int) -> float:
-        """FLOPs of :meth:`update` for one matrix."""
-
-    @staticmethod
-    def scratch(rows: int, columns: int) -> int:
-        """Elements that :meth:`update` needs beside one matrix."""
-
-
 class WholeMatrices(Protocol):
     """Where the matrices lie in the flat tensors that an optimizer steps; the engine knows."""
 
-    def replace(self, gradients: Mapping[Tensor, Tensor], update: Callable[[Tensor], Tensor]) -> None:
-        """Replaces all matrices in the gradients, by flat tensor, by what ``update`` makes of them; a collective."""
+    def replace(self, gradients: Mapping[Tensor, Tensor], update: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
+        """Replaces all matrices in the gradients, by flat tensor, by what ``update`` makes of them; a collective.
+
+        Of each, with its name, on one rank, its owner.
+        """
 
 
 def state_of(optimizer: torch.optim.Optimizer, flat: Tensor, moments: Iterable[str]) -> dict[str, Tensor]:
@@ -129,13 +111,15 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
 class MatrixAdamW(torch.optim.AdamW):
     """AdamW, but for the groups of matrices, which step by a :class:`MatrixRule`.
 
-    Those are left alone until ``matrices`` is set: DeepSpeed makes steps while it builds an engine.
+    Those are left alone until ``matrices`` is set: DeepSpeed makes steps while it builds an engine. ``states`` are, by
+    name, those of the matrices that this rank owns.
     """
 
     def __init__(self, groups: list[dict[str, Any]], rule: MatrixRule, **settings: Any) -> None:
         super().__init__(groups, **settings)
         self.rule = rule
         self.matrices: WholeMatrices | None = None
+        self.states: dict[str, MatrixState] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -154,11 +138,14 @@ class MatrixAdamW(torch.optim.AdamW):
             return
         for flat, group in rates.items():
             self.rule.blend(flat.grad, state_of(self, flat, group["moments"]))
-        self.matrices.replace({flat: flat.grad for flat in rates}, self.rule.update)
+        self.matrices.replace({flat: flat.grad for flat in rates}, self._update)
         for flat, group in rates.items():
             if group["weight_decay"]:
                 flat.mul_(1 - group["lr"] * group["weight_decay"])
             flat.add_(flat.grad, alpha=-group["lr"])
+
+    def _update(self, matrices: Tensor, names: Sequence[str]) -> Tensor:
+        return self.rule.update(matrices, [self.states[name] for name in names])
 
 
 def matrix_rule(optim: OptimConfig) -> MatrixRule | None:

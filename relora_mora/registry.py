@@ -16,6 +16,7 @@ MERGE_SETTINGS = (
     "optim.restart_warmup_steps",
     "optim.rewarm",
 )
+PROJECTION_SETTINGS = ("optim.projection_rank", "optim.projection_every", "optim.projection_scale")
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,14 @@ def is_drawn(operator: int | None) -> bool:
 class MatrixOptimizer:
     """A value of ``optim.matrices``: what trains the decoder's linears or their adapters. AdamW trains all else.
 
-    ``moments`` are the names of its state, which has one value of each for every element. ``rule`` makes a
-    :class:`relora_mora.optim.MatrixRule` of the settings of ``optim``; None for AdamW. ``settings`` are those that no
-    other uses.
+    ``title`` is what papers call it. ``moments`` are the names of its state that has one value of each for every
+    element; of whole matrices a rule may keep more. ``rule`` makes a :class:`relora_mora.rules.MatrixRule` of the
+    settings of ``optim``; None for AdamW. ``settings`` are those that not all use.
     """
 
     name: str
-    moments: tuple[str, ...]
+    title: str
+    moments: tuple[str, ...] = ()
     rule: str | None = None
     settings: tuple[str, ...] = ()
 
@@ -131,7 +133,10 @@ class MatrixOptimizer:
 MATRIX_OPTIMIZERS = {
     optimizer.name: optimizer
     for optimizer in (
-        MatrixOptimizer("adamw", ("exp_avg", "exp_avg_sq")),
-        MatrixOptimizer("muon", ("momentum",), "relora_mora.muon:Muon", ("optim.momentum", "optim.nesterov")),
+        MatrixOptimizer("adamw", "AdamW", ("exp_avg", "exp_avg_sq")),
+        MatrixOptimizer("muon", "Muon", ("momentum",), "relora_mora.muon:Muon", ("optim.momentum", "optim.nesterov")),
+        MatrixOptimizer("galore", "GaLore", (), "relora_mora.projected:GaLore", PROJECTION_SETTINGS),
+        MatrixOptimizer("fira", "Fira", (), "relora_mora.projected:Fira", PROJECTION_SETTINGS),
+        MatrixOptimizer("apollo", "APOLLO", (), "relora_mora.projected:Apollo", PROJECTION_SETTINGS),
     )
 }

@@ -90,7 +90,7 @@ class _Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self.known | self.given:
                 self.known.add(storage.data_ptr())
@@ -110,7 +110,7 @@ def test_scratch_is_what_an_update_allocates(shape):
     with _Peak() as peak:
         peak.given = {matrices.untyped_storage().data_ptr()}
         Muon(OptimConfig()).update(matrices)
-    assert peak.peak == pytest.approx(4 * Muon.scratch(*shape), rel=0.01)
+    assert peak.peak == pytest.approx(Muon.scratch(*shape, on_gpu=False), rel=0.01)
 
 
 def test_the_settings_name_the_rule():

@@ -16,6 +16,7 @@ from relora_mora.methods.layers import AdapterLinear
 from relora_mora.operators import Operator
 from relora_mora.optim import matrix_rule
 from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS
+from relora_mora.rules import MatrixState
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -40,17 +41,18 @@ def test_an_operator_names_its_code_and_groupings(mora_type):
 def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
     optim = OptimConfig(matrices=name)
     record = optim.record
-    assert record.name == name and record.moments
+    assert record.name == name and record.title
     assert {setting.removeprefix("optim.") for setting in record.settings} <= OptimConfig.model_fields.keys()
     rule = matrix_rule(optim)
     if rule is None:
         return
     moments = {key: torch.zeros(6, 9) for key in record.moments}
     gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    state = MatrixState(0, {key: torch.zeros(shape) for key, shape in rule.kept(6, 9).items()})
     rule.blend(gradient, moments)
-    assert any(moment.any() for moment in moments.values())
-    assert rule.update(gradient[None]).shape == (1, 6, 9)
-    assert rule.flops(6, 9) > 0 and rule.scratch(6, 9) > 0
+    assert rule.update(gradient[None], [state]).shape == (1, 6, 9)
+    assert all(moment.any() for moment in {**moments, **state.tensors}.values()) and (moments or state.tensors)
+    assert rule.flops(6, 9) > 0 and rule.scratch(6, 9, on_gpu=False) > 0
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "relora_mora"
 # a package or module imports only what stands in a line above its own
 LAYERS = [
     ["registry", "system"],
-    ["config", "distributed", "kernels", "schedule"],
-    ["cli", "supervise", "operators", "muon", "tokenizer"],
+    ["config", "distributed", "kernels", "rules", "schedule"],
+    ["cli", "supervise", "operators", "muon", "projected", "tokenizer"],
     ["data", "methods", "model"],
     ["optim"],
     ["plan", "zero"],

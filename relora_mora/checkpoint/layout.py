@@ -6,14 +6,15 @@
       latest                                   the name of the newest checkpoint, replaced by rename
       step-00000200/
         manifest.json                          written last: step, settings, data state, size and checksum of every file
-        state-00000-of-00002.safetensors       what rank 0 owned of the masters and moments, float32
+        state-00000-of-00002.safetensors       what rank 0 owned of masters, moments and states of matrices, float32
         base-00000-of-00002.safetensors        the frozen weights that rank 0 owned, float32
         tokenizer/...                          what AutoTokenizer loads; damage here does not cost the tensors
 
 A tensor of a state file is a piece of one parameter: its key is ``kind|name|start`` with the kind master, exp_avg,
-exp_avg_sq or momentum, the parameter's name, and the index of the first element in the flattened parameter. A reader
-puts pieces together for any world size and ZeRO stage. Base files are shared between checkpoints by hard links until a
-merge changes the base. Nothing is pickled.
+exp_avg_sq or momentum, the parameter's name, and the index of the first element in the flattened parameter. What an
+optimizer keeps of a whole matrix (``matrix_states`` of the manifest) has kinds of its own; those tensors are whole. A
+reader puts pieces together for any world size and ZeRO stage. Base files are shared between checkpoints by hard links
+until a merge changes the base. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -89,12 +90,15 @@ class Manifest:
     data_content: str | None = None  # fingerprint of the text of the training data
     eos_token_id: int | None = None  # ends a document; not part of the fingerprint of a Hugging Face tokenizer
     operator_seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None  # of a drawn operator
+    # of each matrix of which the optimizer keeps more than moments: the kinds of its state, and their shapes
+    matrix_states: dict[str, dict[str, list[Count]]] | None = None
 
     def dump(self) -> str:
         """As JSON, with a checksum of its own content beside those of the other files."""
         values = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
-        if self.operator_seed is None:  # the manifest of a run that draws none is as it was
-            del values["operator_seed"]
+        for key in ("operator_seed", "matrix_states"):  # the manifest of a run without them is as it was
+            if values[key] is None:
+                del values[key]
         return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
 
     @property
@@ -124,11 +128,21 @@ class Manifest:
 
     def kinds(self, name: str) -> tuple[str, ...]:
         """What a state file holds of a parameter that trains."""
-        return ("master", *parameter_moments(name, self.matrices))
+        return ("master", *self.moments(name), *self._state(name))
 
-    def numel(self, name: str) -> int:
-        """Elements of a trainable or frozen parameter."""
-        return math.prod(self.parameters[name] if name in self.parameters else self.frozen[name])
+    def moments(self, name: str) -> tuple[str, ...]:
+        """The optimizer state with a value for each element of a parameter that trains."""
+        return parameter_moments(name, self.matrices)
+
+    def numel(self, name: str, kind: str = "master") -> int:
+        """Elements of a trainable or frozen parameter, or of its tensor ``kind``."""
+        shape = None if kind in ("master", "base") else self._state(name).get(kind)
+        if shape is None:
+            shape = self.parameters[name] if name in self.parameters else self.frozen[name]
+        return math.prod(shape)
+
+    def _state(self, name: str) -> dict[str, list[int]]:
+        return (self.matrix_states or {}).get(name, {})
 
 
 _MANIFEST = TypeAdapter(Manifest)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.zero import Fragment, ZeroEngine
 
 PLACES_KEPT = 12
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -36,7 +38,7 @@ class _SharedBase:
 
 
 class RankFiles:
-    """Writes what ``engine``'s rank owns: fragments of the masters and moments, and frozen weights.
+    """Writes what ``engine``'s rank owns: fragments of the masters and moments, states of matrices, frozen weights.
 
     The first rank adds the tokenizer: content of its files by name, as :func:`read_tokenizer` gives it.
     """
@@ -60,17 +62,27 @@ class RankFiles:
     def snapshot(self) -> dict[str, Tensor]:
         """This rank's fragments, copied to host memory. At stage 0 all ranks own everything, so each takes a share."""
         engine = self.engine
-        pieces: dict[str, tuple[Fragment, Tensor]] = {}
-        for index, fragment in enumerate(engine.fragments):
-            if engine.stage == 0 and index % engine.world_size != engine.rank:
-                continue
+        pieces: dict[str, tuple[Fragment | None, Tensor]] = {}
+        for fragment in self._share(engine.fragments):
             state = engine.state_of(fragment.flat)
             flats = {"master": fragment.flat, **{kind: state[kind] for kind in engine.moments[fragment.name]}}
             for kind, flat in flats.items():
                 pieces[f"{kind}|{fragment.name}|{fragment.start}"] = fragment, flat
+        for name, matrix in self._share(engine.matrix_states.items()):
+            for kind, value in matrix.tensors.items():
+                pieces[f"{kind}|{name}|0"] = None, value
         whole = {id(flat): flat.detach() for _, flat in pieces.values()}
         copies = dict(zip(whole, host_copies(whole.values()), strict=True))
-        return {key: fragment.of(copies[id(flat)]) for key, (fragment, flat) in pieces.items()}
+        return {
+            key: copies[id(flat)] if fragment is None else fragment.of(copies[id(flat)])
+            for key, (fragment, flat) in pieces.items()
+        }
+
+    def _share(self, owned: Iterable[_T]) -> Iterator[_T]:
+        """All that this rank owns; at stage 0, where each owns everything, every n-th."""
+        everywhere = self.engine.stage == 0
+        ranks = self.engine.world_size if everywhere else 1
+        return itertools.islice(owned, self.engine.rank if everywhere else 0, None, ranks)
 
     def write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
         """Writes the files into ``work``, which will become ``final``, and syncs them; returns them by name.
@@ -128,12 +140,12 @@ def host_copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     Torch keeps pinned memory for the next time, in blocks that are rounded up to a power of two.
     """
     copies = []
-    device = None
+    device = None  # of a GPU
     for tensor in tensors:
-        device = tensor.device
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type == "cuda")
+        device = tensor.device if tensor.is_cuda else device
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         copies.append(copy.copy_(tensor, non_blocking=True))
-    if device is not None and device.type == "cuda":
+    if device is not None:
         torch.cuda.current_stream(device).synchronize()
     return copies
 

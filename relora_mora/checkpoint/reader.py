@@ -70,7 +70,7 @@ class CheckpointReader:
             if piece.start > end:
                 break
             end += piece.numel
-        numel = self.manifest.numel(name)
+        numel = self.manifest.numel(name, kind)
         if end > numel:
             raise self._damaged(f"{pieces[-1].file}: {pieces[-1].key} has {end - numel} elements too many")
         if end < numel:
@@ -131,11 +131,12 @@ class CheckpointReader:
                 f"{self.folder}: its trainable parameters are not this run's ({different}); "
                 "resume with the settings it was made with"
             )
-        own = {name: tuple(self.manifest.kinds(name)[1:]) for name in trained}
-        if own != engine.moments:
+        own = {name: self.manifest.moments(name) for name in trained}
+        if (own, self.manifest.matrix_states or {}) != (engine.moments, engine.matrix_shapes):
             raise CheckpointError(
                 f"{self.folder}: its matrices trained with {self.manifest.matrices}, and the state of one optimizer is "
                 f"nothing to another; resume with optim.matrices={self.manifest.matrices}"
+                + (" and its optim.projection_rank" if self.manifest.matrix_states else "")
             )
         if set(self.manifest.group_steps) != set(engine.group_names):
             raise CheckpointError(
@@ -159,10 +160,13 @@ class CheckpointReader:
         }
         for fragment in engine.fragments:
             state = engine.state_of(fragment.flat)
-            for kind in self.manifest.kinds(fragment.name):
+            for kind in ("master", *self.manifest.moments(fragment.name)):
                 target = fragment.of(fragment.flat.data if kind == "master" else state[kind])
                 target.copy_(self.piece(kind, fragment.name, fragment.start, fragment.numel))
             state["step"].fill_(float(self.manifest.group_steps[groups[fragment.name]]))
+        for name, matrix in engine.matrix_states.items():
+            for kind, value in matrix.tensors.items():
+                value.copy_(self.piece(kind, name, 0, value.numel()).view(value.shape))
         for name in base.owned:
             base.weights[name] = self.weight(name)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.runs import Run
-from relora_mora.registry import METHODS
+from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS
 
 SEEDS = ("train.seed", "data.seed")
 # how a run is kept, watched and started, or what follows from it: nothing that its numbers depend on
@@ -37,6 +37,7 @@ _APART = {
 }
 _FOLLOWS_EPOCHS = ("train.steps", "optim.warmup_steps", "optim.decay_steps")
 _OF_SOME_METHODS = {setting for method in METHODS.values() for setting in method.settings}
+_OF_SOME_OPTIMIZERS = {setting for optimizer in MATRIX_OPTIMIZERS.values() for setting in optimizer.settings}
 _IN_TITLE = ("method.name", "method.operators")
 
 
@@ -120,9 +121,11 @@ def method_title(settings: Mapping[str, Any]) -> str:
 
 
 def _compared(run: Run) -> dict[str, Any]:
-    """The settings that count: those that the method uses, without seeds and all that says how a run is kept."""
+    """The settings that count: those that method and optimizer use, without seeds and what says how a run is kept."""
     method = METHODS.get(run.settings["method.name"])
+    optimizer = MATRIX_OPTIMIZERS.get(run.settings["optim.matrices"])
     unused = _OF_SOME_METHODS.difference(_OF_SOME_METHODS if method is None else method.settings)
+    unused |= _OF_SOME_OPTIMIZERS.difference(_OF_SOME_OPTIMIZERS if optimizer is None else optimizer.settings)
     kept = {
         name: value
         for name, value in run.settings.items()
@@ -158,12 +161,15 @@ def _is_one_word(name: str, settings: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _differences(settings: Mapping[str, Any], names: Sequence[str], whole: Set[str]) -> str:
-    """Rank 32, lr 0.001; the paths of the settings ``whole`` in full"""
+    """Rank 32, lr 0.001; the paths of the settings ``whole`` in full, optimizers by their names alone"""
     ends = Counter(name.partition(".")[2] for name in names)
     shown = []
     for name in names:
         section, _, key = name.partition(".")
         if name not in settings or (name == "method.operators" and len(settings[name]) > 1):
+            continue
+        if name == "optim.matrices" and settings[name] in MATRIX_OPTIMIZERS:
+            shown.append(MATRIX_OPTIMIZERS[settings[name]].title)
             continue
         title = section if key == "name" else key if ends[key] == 1 else f"{section} {key}"
         shown.append(f"{title.replace('_', ' ')} {_shown(settings[name], whole=name in whole)}")

@@ -217,6 +217,12 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             ("method.reset_ratio", "method.reset", "method.name"),
             f"0 with method.reset={method.reset} resets nothing; use method.reset=none",
         )
+    if method.reset not in ("full", "none") and not optim.record.moments:
+        yield Fault(
+            ("method.reset", "optim.matrices", "method.name"),
+            f"{method.reset} changes moments element by element, and those of {optim.matrices} are not of elements; "
+            "use method.reset=full or none",
+        )
     yield from _carry_faults(method)
     every = method.merge_every
     if every < optim.warmup_steps and optim.restart_warmup_steps:

@@ -159,8 +159,21 @@ class OptimConfig(Strict):
     )
     momentum: Decay = Field(0.95, description="Muon's momentum")
     nesterov: bool = Field(True, description="Muon: Nesterov's momentum")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False, description="AdamW's betas")
-    eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = Field(1e-8, description="AdamW's epsilon")
+    projection_rank: Positive = Field(
+        128, description="GaLore, Fira, APOLLO: rank r of a gradient's projection, at most its shorter side"
+    )
+    projection_every: Positive = Field(
+        200, description="GaLore, Fira, APOLLO: steps between renewals of the projection"
+    )
+    projection_scale: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
+        None,
+        description="GaLore, Fira: factor of the projected step, null: 0.25; APOLLO: the step is multiplied by its "
+        "square root, null: 1",
+    )
+    betas: tuple[Decay, Decay] = Field(
+        (0.9, 0.95), strict=False, description="betas of AdamW, and of Adam on a projection"
+    )
+    eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = Field(1e-8, description="epsilon of the same")
     weight_decay: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
         0.0, description="decoupled weight decay of everything but the norms"
     )

@@ -15,7 +15,7 @@ gathered        stage 3: what forward gathers of other ranks' weights and keeps 
                 ``stage3_param_persistence_threshold`` elements always
 masters         float32 copies of what trains: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at stages 1-3
                 DeepSpeed clones them though the parameters are float32 already
-optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; of matrices that Muon trains its momentum alone
+optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; other optimizers of matrices: ``optimizer.py``
 gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T that stays.
                 Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N; at stage 3 it stays.
                 A step in fp32 on stages 1-3 copies 4 T / N

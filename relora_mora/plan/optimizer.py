@@ -3,8 +3,11 @@
 Where matrices have a rule of their own (``optim.matrices``), with T parameters in them and N ranks:
 
 ========  ============================================================================================================
-state     4 bytes for each moment of an element: 8 with AdamW, 4 with Muon; stages 1-3: a part of 1 / N
-products  a rule's FLOPs of each matrix, on one of the ranks; at stage 0 on every one
+state     4 bytes for each moment of an element: 8 with AdamW, 4 with Muon; with GaLore, Fira and APOLLO, and rank r,
+          8 r l for a matrix with sides s <= l, and 4 r s for the projection of the first two. Stages 1-3: a part of
+          1 / N, as if matrices were shared evenly
+products  a rule's FLOPs of each matrix, on one of the ranks; at stage 0 on every one. Without the singular vectors
+          that GaLore and Fira compute once in ``optim.projection_every`` steps
 exchange  stage 3: 4 T / N bytes of a rank's pieces to the owners of the matrices, and 4 T / N back. At stages 1 and 2
           only the matrices at the borders between ranks, which are not counted
 scratch   what a rule needs beside the matrices that it updates at once, and their copies where they are several;
@@ -14,6 +17,7 @@ scratch   what a rule needs beside the matrices that it updates at once, and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -30,7 +34,10 @@ RULE_BYTES = (
 
 def state_bytes(model: PreTrainedModel, optim: OptimConfig) -> int:
     """Of all ranks together; counted once at stage 0, where each has it all."""
-    return sum(4 * numel * len(parameter_moments(name, optim.matrices)) for name, numel in _trained(model))
+    rule = matrix_rule(optim)
+    of_elements = sum(4 * numel * len(parameter_moments(name, optim.matrices)) for name, numel in _trained(model))
+    kept = [] if rule is None else [shape for sizes in _matrices(model) for shape in rule.kept(*sizes).values()]
+    return of_elements + 4 * sum(map(math.prod, kept))
 
 
 def passes_bytes(model: PreTrainedModel, optim: OptimConfig) -> int:
@@ -57,13 +64,12 @@ def scratch_bytes(model: PreTrainedModel, optim: OptimConfig, stage: int, ranks:
     rule = matrix_rule(optim)
     if rule is None:
         return 0
-    width = 2 if on_gpu else 4
     shapes = list(_matrices(model))
     largest = 0
     for shape in set(shapes):
         count = min(shapes.count(shape), matrices_at_once(shape, on_gpu=on_gpu))
         copied = 4 * shape.numel() if count > 1 else 0
-        largest = max(largest, count * (copied + width * rule.scratch(*shape)))
+        largest = max(largest, count * (copied + rule.scratch(*shape, on_gpu=on_gpu)))
     return largest + 1.5 * exchanged_bytes(model, optim, stage, ranks)
 
 

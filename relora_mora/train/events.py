@@ -273,5 +273,6 @@ class Saving:
             data_state={},
             counters=state.dump(engine.world_size, evaluated=not self.evaluating.is_missing(state)),
             files={},
+            matrix_states=engine.matrix_shapes or None,
             **identity,
         )

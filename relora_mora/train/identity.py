@@ -9,6 +9,7 @@ from typing import Any
 from relora_mora.checkpoint import Manifest
 from relora_mora.config import Config, TextSource
 from relora_mora.model import FUNCTION, TRAINING, keys_with, stored_model_config
+from relora_mora.registry import MATRIX_OPTIMIZERS
 
 # settings that change how a run is done and not what comes out of it: they may differ at a resume
 FREE_SETTINGS = {
@@ -43,7 +44,8 @@ FREE_SETTINGS = {
 }
 # settings that no permission lets differ at a resume, and why
 FIXED_SETTINGS = {
-    "optim.matrices": "the state of one optimizer means nothing to another; begin anew with model.init_from"
+    "optim.matrices": "the state of one optimizer means nothing to another; begin anew with model.init_from",
+    "optim.projection_rank": "moments of one rank are none of another; begin anew with model.init_from",
 }
 ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # what places in the data depend on
 FREE_SECTIONS = {"eval", "checkpoint", "log"}
@@ -92,10 +94,13 @@ def unlike(first: Identity, other: Identity) -> list[str]:
 
 def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
     """The differences between a checkpoint and a run that would change the result and are not in ``allowed``."""
-    settings = [name for name in changed_settings(saved.config, now.config) if _counts(name, allowed)]
+    fixed_settings = _fixed_settings(saved)
+    settings = [
+        name for name in changed_settings(saved.config, now.config) if name in fixed_settings or _counts(name, allowed)
+    ]
     for name in settings:
         difference = f"{name}: {_value(saved.config, name)!r} in the checkpoint, {_value(now.config, name)!r} now"
-        fixed = FIXED_SETTINGS.get(name)
+        fixed = fixed_settings.get(name)
         yield Change(difference, name) if fixed is None else Change(f"{difference}; {fixed}", None)
     yield from _weight_changes(saved, now, allowed)
     yield from _model_changes(saved, now)
@@ -125,7 +130,14 @@ def _default(section: str, key: str) -> Any:
 
 def _counts(name: str, allowed: set[str]) -> bool:
     section = name.partition(".")[0]
-    return name in FIXED_SETTINGS or not (section in FREE_SECTIONS or name in FREE_SETTINGS | allowed)
+    return not (section in FREE_SECTIONS or name in FREE_SETTINGS | allowed)
+
+
+def _fixed_settings(saved: Identity) -> dict[str, str]:
+    """Those of ``FIXED_SETTINGS`` that the run uses."""
+    optimizer = MATRIX_OPTIMIZERS[_value(saved.config, "optim.matrices")]
+    unused = {name for other in MATRIX_OPTIMIZERS.values() for name in other.settings}.difference(optimizer.settings)
+    return {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
 
 
 def _value(tree: dict[str, Any], name: str) -> Any:

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from relora_mora.config import TrainConfig
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.optim import MATRIX_GROUPS, MatrixAdamW, state_of
+from relora_mora.rules import COUNT, MatrixState
 from relora_mora.system.hardware import uses_cuda
+from relora_mora.system.seeds import derived_seed
 from relora_mora.zero.masters import Fragment, owned_fragments, update_parameters
 from relora_mora.zero.matrices import CutMatrices
 from relora_mora.zero.norms import given_norms, gradient_norms, replaced
@@ -84,17 +86,33 @@ class ZeroEngine:
         for fragment in self.fragments:
             self.fragments_of.setdefault(fragment.name, []).append(fragment)
         self.moments_of_flat = {id(part.flat): self.moments[part.name] for part in self.fragments}
+        self.matrix_states: dict[str, MatrixState] = {}  # of the matrices that this rank updates
+        self.matrix_shapes: dict[str, dict[str, list[int]]] = {}  # in the states of all that have any
         if isinstance(self.optimizer, MatrixAdamW):
-            self.optimizer.matrices = self._cut_matrices()
+            self._add_matrices(self.optimizer, train.seed)
         self.clear_state()
         self.write_masters(initial)
 
-    def _cut_matrices(self) -> CutMatrices:
+    def _add_matrices(self, optimizer: MatrixAdamW, seed: int) -> None:
+        """Tells the optimizer where the matrices are, and makes the states of those that this rank updates."""
         groups = zip(self.group_names, self.members, strict=True)
         names = [name for group, members in groups if group in MATRIX_GROUPS for name in members]
         ranks = range(self.world_size) if self.stage else [self.rank]  # at stage 0 each has everything
         fragments = {rank: self._fragments(rank) for rank in ranks}
-        return CutMatrices(names, fragments, self.shapes, rank=self.rank, world_size=self.world_size)
+        matrices = CutMatrices(names, fragments, self.shapes, rank=self.rank, world_size=self.world_size)
+        kept = {name: optimizer.rule.kept(*self.shapes[name]) for name in names}
+        for name in matrices.owned:
+            # counts stay with the host, which asks for them
+            tensors = {
+                key: torch.zeros(shape, dtype=torch.float32, device="cpu" if key == COUNT else self.device)
+                for key, shape in kept[name].items()
+            }
+            self.matrix_states[name] = MatrixState(derived_seed(seed, name), tensors)
+        self.matrix_shapes = {
+            name: {key: list(shape) for key, shape in shapes.items()} for name, shapes in kept.items() if shapes
+        }
+        optimizer.states = self.matrix_states
+        optimizer.matrices = matrices
 
     def _fragments(self, rank: int) -> list[Fragment]:
         """What a rank owns; that of another rank with this rank's flat tensors."""
@@ -121,12 +139,16 @@ class ZeroEngine:
 
     @torch.no_grad()
     def clear_state(self, group: str | None = None) -> None:
-        """Forgets the optimizer state of a parameter group (default: of all): moments and step count.
+        """Forgets the optimizer state of a parameter group (default: of all): moments, counts, states of matrices.
 
         Also needed at the start: DeepSpeed's wrapper for stage 0 in bf16 has made one step with zero gradients by then.
         """
         for flat in self.flats(group):
             for value in self.state_of(flat).values():
+                value.zero_()
+        cleared = self.parameters if group is None else self.members[self.group_names.index(group)]
+        for name in self.matrix_states.keys() & set(cleared):
+            for value in self.matrix_states[name].tensors.values():
                 value.zero_()
 
     def group_steps(self) -> dict[str, int]:

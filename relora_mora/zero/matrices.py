@@ -17,7 +17,7 @@ from torch import Tensor
 from relora_mora.optim import matrices_at_once
 from relora_mora.zero.masters import Fragment
 
-Update = Callable[[Tensor], Tensor]
+Update = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 class Piece(NamedTuple):
@@ -30,6 +30,7 @@ class Piece(NamedTuple):
 class Matrix(NamedTuple):
     """Where a matrix lies; the rank ``owner`` changes it."""
 
+    name: str
     shape: torch.Size
     pieces: Sequence[Piece]
     owner: int
@@ -39,7 +40,7 @@ class CutMatrices:
     """The matrices ``names`` of an engine, as its optimizer asks for them.
 
     ``fragments`` has by rank what that rank owns, in flat tensors of this ``rank``: the engine's order, which is the
-    same on all ranks.
+    same on all ranks. ``owned`` are the names of the matrices that this rank changes; at stage 0 each changes all.
     """
 
     def __init__(
@@ -60,14 +61,16 @@ class CutMatrices:
                     pieces[part.name].append(Piece(holder, part))
         self._of_flat: dict[int, list[Matrix]] = {}
         owners = _owners(pieces, shapes)
+        self.owned = [name for name, owner in owners.items() if owner == rank]
         for name, held in pieces.items():
-            matrix = Matrix(shapes[name], held, owners[name])
+            matrix = Matrix(name, shapes[name], held, owners[name])
             self._of_flat.setdefault(id(held[0].fragment.flat), []).append(matrix)
         self._exchanges: dict[tuple[int, ...], Exchange] = {}
 
     @torch.no_grad()
     def replace(self, gradients: Mapping[Tensor, Tensor], update: Update) -> None:
-        """Replaces all matrices in the gradients, by flat tensor, by what ``update`` makes of them, [k, m, n].
+        """Replaces all matrices in the gradients, by flat tensor, by what ``update`` makes of them, [k, m, n],
+        and of their names.
 
         A collective where one of them is cut: all ranks call it for the same flat tensors.
         """
@@ -83,17 +86,16 @@ class Exchange:
 
     def __init__(self, matrices: Sequence[Matrix], rank: int, world_size: int) -> None:
         self.whole = [
-            (matrix.shape, matrix.pieces[0].fragment)
+            (matrix, matrix.pieces[0].fragment)
             for matrix in matrices
             if matrix.owner == rank and len(matrix.pieces) == 1
         ]
-        cut = [matrix for matrix in matrices if len(matrix.pieces) > 1]
-        self.is_needed = bool(cut)
-        self.shapes = [matrix.shape for matrix in cut]
+        self.cut = [matrix for matrix in matrices if len(matrix.pieces) > 1]
+        self.is_needed = bool(self.cut)
         # by the rank that a piece goes to, and, with the number of its matrix, comes from; some stay where they are
         self.outgoing: list[list[Fragment]] = [[] for _ in range(world_size)]
         self.incoming: list[list[tuple[int, Fragment]]] = [[] for _ in range(world_size)]
-        for number, matrix in enumerate(cut):
+        for number, matrix in enumerate(self.cut):
             for piece in matrix.pieces:
                 if piece.rank == rank:
                     self.outgoing[matrix.owner].append(piece.fragment)
@@ -104,7 +106,7 @@ class Exchange:
 
     def replace(self, gradients: Mapping[int, Tensor], update: Update) -> None:
         """See :meth:`CutMatrices.replace`; gradients by the id of their flat tensor."""
-        whole = [(shape, part.of(gradients[id(part.flat)])) for shape, part in self.whole]
+        whole = [(matrix, part.of(gradients[id(part.flat)])) for matrix, part in self.whole]
         if not self.is_needed:
             _change(whole, update)
             return
@@ -115,10 +117,10 @@ class Exchange:
         received = example.new_empty(sum(self.received_from))
         dist.all_to_all_single(received, sent, self.received_from, self.sent_to)
         places = received.split([part.numel for _, part in arriving])
-        cut = {number: example.new_empty(self.shapes[number].numel()) for number, _ in arriving}
+        cut = {number: example.new_empty(self.cut[number].shape.numel()) for number, _ in arriving}
         for (number, part), place in zip(arriving, places, strict=True):
             part.of_whole(cut[number]).copy_(place)
-        _change([*whole, *((self.shapes[number], values) for number, values in cut.items())], update)
+        _change([*whole, *((self.cut[number], values) for number, values in cut.items())], update)
         for (number, part), place in zip(arriving, places, strict=True):
             place.copy_(part.of_whole(cut[number]))
         dist.all_to_all_single(sent, received, self.sent_to, self.received_from)
@@ -126,18 +128,18 @@ class Exchange:
             values.copy_(place)
 
 
-def _change(matrices: Iterable[tuple[torch.Size, Tensor]], update: Update) -> None:
-    """Replaces matrices, each flattened and with its shape, by what ``update`` makes of some of one shape at a time."""
-    of_shape: dict[torch.Size, list[Tensor]] = {}
-    for shape, values in matrices:
-        of_shape.setdefault(shape, []).append(values.view(shape))
+def _change(matrices: Iterable[tuple[Matrix, Tensor]], update: Update) -> None:
+    """Replaces matrices, each with its values flattened, by what ``update`` makes of some of one shape at a time."""
+    of_shape: dict[torch.Size, list[tuple[str, Tensor]]] = {}
+    for matrix, values in matrices:
+        of_shape.setdefault(matrix.shape, []).append((matrix.name, values.view(matrix.shape)))
     for shape, members in of_shape.items():
-        count = matrices_at_once(shape, on_gpu=members[0].is_cuda)
+        count = matrices_at_once(shape, on_gpu=members[0][1].is_cuda)
         for start in range(0, len(members), count):
-            together = members[start : start + count]
+            names, together = zip(*members[start : start + count], strict=True)
             stacked = torch.stack(together) if len(together) > 1 else together[0].unsqueeze(0)
-            for matrix, changed in zip(together, update(stacked), strict=True):
-                matrix.copy_(changed)
+            for values, changed in zip(together, update(stacked, names), strict=True):
+                values.copy_(changed)
 
 
 def _owners(pieces: Mapping[str, Sequence[Piece]], shapes: Mapping[str, torch.Size]) -> dict[str, int]:

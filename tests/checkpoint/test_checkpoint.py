@@ -281,9 +281,11 @@ HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [
     (
         "other optimizer",
         lambda values: values["config"]["optim"].update(matrices=["x"]),
-        "its matrices trained with ['x'], and this program knows adamw, muon; use the release that wrote it",
+        "its matrices trained with ['x'], and this program knows adamw, muon, galore, fira, apollo; use the release",
     ),
     ("matrices of Muon", lambda values: values["config"]["optim"].update(matrices="muon"), "is not a float32 piece"),
+    ("a matrix's state", lambda values: values.update(matrix_states={"a": {"updates": []}}), "(of 1) of updates of a"),
+    ("shape of a state", lambda values: values.update(matrix_states={"a": {"x": [-1]}}), "matrix_states.a.x.0"),
     ("unknown field", lambda values: values.update(trust_me=1), "trust_me"),
     ("another version", lambda values: values.update(version=99), "format version 99, this program reads version 1"),
     ("another step", lambda values: values.update(step=14), "manifest.json: is that of step 14"),

@@ -50,6 +50,28 @@ def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
             [{"optim": {"lr": 1e-3}}, {"optim": {"lr": 2e-4}}, {"method": {"name": "full"}, "optim": {"lr": 1e-3}}],
             ["ReMoRA (1, 2), lr 0.001", "ReMoRA (1, 2), lr 0.0002", "Full rank, lr 0.001"],
         ),
+        (
+            [{"optim": {"matrices": name}} for name in ("adamw", "muon")],
+            ["ReMoRA (1, 2), AdamW", "ReMoRA (1, 2), Muon"],
+        ),
+        (
+            [
+                {"method": {"name": "full"}, "optim": {"matrices": name, "projection_rank": rank}}
+                for name, rank in (("adamw", 4), ("muon", 5), ("galore", 8), ("galore", 16), ("apollo", 8))
+            ],
+            [
+                "Full rank, AdamW",
+                "Full rank, Muon",
+                "Full rank, GaLore, projection rank 8",
+                "Full rank, GaLore, projection rank 16",
+                "Full rank, APOLLO, projection rank 8",
+            ],
+        ),
+        # of a setting that an optimizer does not use
+        (
+            [{"optim": {"matrices": "galore", "momentum": 0.5}}, {"optim": {"projection_every": 7}}],
+            ["ReMoRA (1, 2), GaLore", "ReMoRA (1, 2), AdamW"],
+        ),
         # of a setting that a method does not use
         ([{"method": {"rank": 2}}, {"method": {"rank": 9, "name": "full"}}], ["ReMoRA (1, 2)", "Full rank"]),
         (

@@ -331,6 +331,15 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     ),
     ({"method": {"name": "relora", "reset": "carry"}}, None, "and relora has none; use method.reset=full"),
     ({"method": {"operators": [2, 6], "reset": "carry", "square_multiple": 2}}, None, "and 6 rotates them"),
+    *(
+        (
+            {"method": {"reset": reset}, "optim": {"matrices": "galore"}},
+            None,
+            f"method.reset: {reset} changes moments element by element, and those of galore are not of elements; "
+            "use method.reset=full or none",
+        )
+        for reset in ("magnitude", "random", "carry")
+    ),
     (
         {"method": {"merge_every": 999}},
         None,
@@ -438,6 +447,11 @@ def test_combination_at_the_border_that_works(sections_given: dict[str, dict[str
         ("method", "operators", []),
         ("method", "operators", [5]),
         ("method", "name", "galore"),
+        ("optim", "matrices", "adafactor"),
+        ("optim", "projection_rank", 0),
+        ("optim", "projection_every", 0),
+        ("optim", "projection_scale", 0.0),
+        ("optim", "projection_scale", float("nan")),
         ("log", "tensorboard", "yes"),
     ],
 )
@@ -454,6 +468,10 @@ def test_settings_of_other_methods_are_named() -> None:
     assert unused_settings(validate(tree(method={"name": "remora", "lora_alpha": 8.0}), "t")) == ["method.lora_alpha"]
     assert unused_settings(validate(tree(optim={"momentum": 0.9}), "t")) == ["optim.momentum"]
     assert unused_settings(validate(tree(optim={"matrices": "muon", "nesterov": False}), "t")) == []
+    assert unused_settings(validate(tree(optim={"matrices": "muon", "projection_scale": 0.5}), "t")) == [
+        "optim.projection_scale"
+    ]
+    assert unused_settings(validate(tree(optim={"matrices": "apollo", "projection_scale": 0.5}), "t")) == []
     assert unused_settings(validate(tree(), "t")) == []
 
 

@@ -63,6 +63,7 @@ def measure(method: str, stage: int, bf16: bool, micro_batch_size: int, matrices
 CASES = [("remora", stage, bf16, 2, 2, "adamw") for stage in (0, 1, 2, 3) for bf16 in (False, True)]
 CASES += [("full", 0, True, 2, 2, "adamw"), ("full", 3, True, 1, 8, "adamw"), ("remora", 1, True, 1, 8, "adamw")]
 CASES += [("full", stage, stage % 2 == 1, 2, 2, "muon") for stage in (0, 1, 2, 3)] + [("remora", 2, True, 2, 2, "muon")]
+CASES += [("full", 0, True, 2, 2, "apollo"), ("full", 2, False, 2, 2, "galore"), ("full", 3, True, 2, 2, "fira")]
 
 
 @pytest.mark.parametrize(("method", "stage", "bf16", "world_size", "micro_batch_size", "matrices"), CASES)

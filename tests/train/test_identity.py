@@ -103,6 +103,20 @@ def test_another_optimizer_cannot_be_allowed():
     assert "'adamw' in the checkpoint, 'muon' now" in change.text
 
 
+def test_another_rank_can_be_allowed_where_nothing_has_that_rank():
+    changed = with_setting("optim", "projection_rank", 7)
+    assert list(changes_since(identity(), changed, {"optim.projection_rank"})) == []
+    [change] = changes_since(identity(), changed, set())
+    assert change.permission == "optim.projection_rank"
+    galore, other = (replace(each, config=_with_matrices(each.config, "galore")) for each in (identity(), changed))
+    [change] = changes_since(galore, other, {"optim.projection_rank"})
+    assert change.permission is None and "128 in the checkpoint, 7 now; moments of one rank" in change.text
+
+
+def _with_matrices(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return {**config, "optim": {**config["optim"], "matrices": name}}
+
+
 @pytest.mark.parametrize("name", ["data.workers", "train.zero_stage", "eval.every_steps", "log.progress"])
 def test_how_a_run_is_done_may_change(name):
     section, key = name.split(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -256,7 +257,8 @@ def put_together(rank: int, world_size: int, seed: int, together: int) -> tuple[
             offset += shapes[name].numel()
     counts: list[int] = []
 
-    def update(stack: Tensor) -> Tensor:
+    def update(stack: Tensor, names: Sequence[str]) -> Tensor:
+        assert all(torch.equal(matrix, _values(name, SHAPES[name])) for matrix, name in zip(stack, names, strict=True))
         counts.append(len(stack))
         return _less_its_mean(stack)
 

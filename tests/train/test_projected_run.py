@@ -1,0 +1,115 @@
+"""Runs with GaLore, Fira and APOLLO: they resume to the bit, move between ranks and stages, and keep their rank."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+from tests.train.test_muon_run import refused
+
+pytestmark = pytest.mark.distributed
+
+LAST = "step-00000010"
+PROJECTED = {"projection_rank": 4, "projection_every": 3}  # renewed in the steps 1, 4, 7 and 10, or 1, 4, 5, 8 and 9
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def config(inputs, tokenizer_path):
+    """The settings of a run of full rank in a folder."""
+
+    def make(folder: Path, world_size: int = 1, **sections: dict[str, Any]) -> Any:
+        sections = {"method": {"name": "full"}, **sections, "optim": PROJECTED | sections.get("optim", {})}
+        return run_config(inputs, tokenizer_path, folder, world_size, **sections)
+
+    return make
+
+
+def _losses(folder: Path) -> list[float]:
+    return [line["train/loss"] for line in metrics(folder) if "train/loss" in line]
+
+
+CASES = [(2, "full", "fira", 0, True), (2, "full", "galore", 2, False), (2, "full", "fira", 3, True)]
+CASES += [(1, "remora", "apollo", 1, True)]
+
+
+@pytest.mark.parametrize("world,method,matrices,stage,bf16", CASES)
+def test_a_resume_is_bit_equal(pools, config, tmp_path, world, method, matrices, stage, bf16):
+    """Before a renewal and after one, which is also a merge of remora."""
+    sections = {
+        "method": {"name": method},
+        "optim": {"matrices": matrices},
+        "train": {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32"},
+    }
+    never = tmp_path / "never"
+    pools(world)(train, config(never, world, **sections))
+    expected = tensors(never / "checkpoints" / LAST)
+    for stop in (3, 4):
+        folder = tmp_path / f"stop{stop}"
+        shutil.copytree(never, folder)
+        for number in range(stop + 1, 11):
+            shutil.rmtree(folder / "checkpoints" / f"step-{number:08d}")
+        pools(world)(train, config(folder, world, **sections, checkpoint={"every_steps": 0}))
+        found = tensors(folder / "checkpoints" / LAST)
+        assert found.keys() == expected.keys()
+        assert [key for key, value in found.items() if not torch.equal(value, expected[key])] == []
+        assert _losses(folder) == _losses(never)
+
+
+MOVES = [(1, 0, 2, 3), (2, 3, 1, 2), (2, 1, 4, 2), (2, 0, 1, 1)]
+
+
+@pytest.mark.parametrize("world,stage,to_world,to_stage", MOVES)
+def test_a_moved_run_goes_on_as_if_it_had_stayed(
+    pools, config, tmp_path_factory, tmp_path, world, stage, to_world, to_stage
+):
+    folder = tmp_path / "run"
+    reference = tmp_path_factory.getbasetemp() / "fira-that-never-moved"
+    fira = {"matrices": "fira"}
+    small = {"micro_batch_size": 1}
+    if not reference.exists():
+        pools(1)(train, config(reference, optim=fira, train={"zero_stage": 0} | small))
+    pools(world)(train, config(folder, world, optim=fira, train={"zero_stage": stage} | small), stop_after=5)
+    pools(to_world)(train, config(folder, to_world, optim=fira, train={"zero_stage": to_stage, "micro_batch_size": 2}))
+    assert _losses(folder) == pytest.approx(_losses(reference), rel=0, abs=1e-5)
+    assert len(_losses(folder)) == 10
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("matrices,more", [("galore", {"projection"}), ("apollo", {"limited_norm"})])
+def test_a_checkpoint_holds_the_state_of_each_matrix_once(pools, config, tmp_path, matrices, more, stage):
+    pools(2)(
+        train, config(tmp_path / "run", 2, optim={"matrices": matrices}, train={"zero_stage": stage}), stop_after=1
+    )
+    found: dict[str, set[str]] = {}
+    for key, value in tensors(tmp_path / "run" / "checkpoints" / "step-00000001").items():
+        kind, name, start = key.split("|")
+        found.setdefault(name, set()).add(kind)
+        if "down_proj" in name and kind.startswith("proj"):  # [24, 40]
+            assert start == "0" and list(value.shape) == ([24, 4] if kind == "projection" else [4, 40])
+    assert len(found) == 2 * 7 + 2 + 5  # linears, embeddings and head, norms
+    for name, kinds in found.items():
+        of_matrix = {"master", "projected_avg", "projected_avg_sq", "updates"} | more
+        assert kinds == (of_matrix if "_proj" in name else {"master", "exp_avg", "exp_avg_sq"}), name
+
+
+def test_a_resume_with_another_rank_or_rule_is_refused_whatever_is_allowed(pools, config, tmp_path):
+    folder = tmp_path / "run"
+    pools(1)(train, config(folder, optim={"matrices": "galore"}), stop_after=1)
+    for name, value in (("projection_rank", 5), ("matrices", "fira")):
+        for allowed in ([], [f"optim.{name}"]):
+            changed = {"matrices": "galore", name: value}
+            (message,) = pools(1)(refused, config(folder, optim=changed, train={"allow_changes": allowed}))
+            assert f"optim.{name}: " in message and f"{value!r} now; " in message and "model.init_from" in message
+            assert "to allow" not in message
+    (message,) = pools(1)(refused, config(folder, optim={"matrices": "galore", "projection_every": 9}))
+    assert "optim.projection_every: 3 in the checkpoint, 9 now; to allow it: '--train.allow_changes" in message
