@@ -61,7 +61,7 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "compare.md").write_text(table, encoding="utf-8")
         (folder / "compare.json").write_text(json.dumps(as_json(rows, reference), indent=1) + "\n", encoding="utf-8")
-        write_figures(groups, folder, None if reached is None else reached.tag)
+        write_figures(groups, folder, reached)
 
 
 if __name__ == "__main__":

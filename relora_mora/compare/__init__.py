@@ -1,7 +1,7 @@
 """Runs beside each other: rows of a table, curves and figures, from the files of their folders alone."""
 
 from relora_mora.compare.errors import CompareError
-from relora_mora.compare.figures import check_plots, save, write_figures
+from relora_mora.compare.figures import check_plots, reach_figure, save, write_figures
 from relora_mora.compare.groups import Group, group_of, group_runs
 from relora_mora.compare.reach import Reach, parse_reach, step_cells
 from relora_mora.compare.runs import Run, read_run, read_runs
@@ -20,6 +20,7 @@ __all__ = [
     "group_runs",
     "markdown",
     "parse_reach",
+    "reach_figure",
     "read_run",
     "read_runs",
     "save",

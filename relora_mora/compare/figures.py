@@ -14,6 +14,7 @@ import numpy as np
 from relora_mora.compare.curves import Axis, Curve, curve, parting, positions
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.groups import Group
+from relora_mora.compare.reach import Reach
 from relora_mora.compare.table import common_sets, count
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ PAPER: Any = {
 }
 WIDTH = 7.0  # inches, of the text of a page
 LEGEND_LINE = 0.2  # inches
+TITLES = {"steps": "steps", "tokens": "tokens trained on"}
 UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 MOST_MARKERS = 12
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -58,16 +60,15 @@ def check_plots() -> None:
         )
 
 
-def write_figures(groups: Sequence[Group], folder: Path, metric: str | None = None) -> list[Path]:
-    """Writes PNG files into a folder and returns them; one of ranks where a run has merged, and one of a ``metric``."""
+def write_figures(groups: Sequence[Group], folder: Path, reach: Reach | None = None) -> list[Path]:
+    """Writes PNG files into a folder and returns them; one of ranks where a run has merged, and one of ``reach``."""
     figures = {"loss_by_tokens": loss_figure(groups, "tokens"), "loss_by_time": loss_figure(groups, "time")}
     figures["learning_rate"] = rate_figure(groups)
     ranks = rank_figure(groups)
     if ranks is not None:
         figures["effective_rank"] = ranks
-    if metric is not None:
-        name = metric.rpartition("/")[2]
-        figures[name] = metric_figure(groups, metric, name.replace("_", " "))
+    if reach is not None:
+        figures[reach.title.replace(" ", "_")] = reach_figure(reach, groups)
     for name, figure in figures.items():
         save(figure, folder / f"{name}.png")
     return [folder / f"{name}.png" for name in figures]
@@ -145,8 +146,8 @@ class Drawing:
 
 def _unit(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
     """What a step of the axis is worth, and its title: the largest unit of time of which a run takes two."""
-    if axis == "tokens":
-        return 1.0, "tokens trained on"
+    if axis != "time":
+        return 1.0, TITLES[axis]
     longest = max(run.seconds(run.last_step) for group in groups for run in group.runs)
     size, unit = next((each for each in UNITS if longest >= 2 * each[0]), UNITS[-1])
     return size, f"time of steps and merges, {unit}"
@@ -186,8 +187,18 @@ def rate_figure(groups: Sequence[Group]) -> Figure:
     return figure
 
 
-def metric_figure(groups: Sequence[Group], tag: str, title: str, *, markers: bool = True) -> Figure:
-    """Any metric against tokens, with the band of the seeds."""
+def reach_figure(reach: Reach, groups: Sequence[Group]) -> Figure:
+    """The metric against steps, with a line across at each value."""
+    figure = metric_figure(groups, reach.tag, reach.title, axis="steps")
+    for value in reach.values:
+        figure.axes[0].axhline(value, color="#777777", linestyle=":", linewidth=1.0, zorder=1)
+    return figure
+
+
+def metric_figure(
+    groups: Sequence[Group], tag: str, title: str, *, axis: Axis = "tokens", markers: bool = True
+) -> Figure:
+    """Any metric, with the band of the seeds."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -195,11 +206,11 @@ def metric_figure(groups: Sequence[Group], tag: str, title: str, *, markers: boo
         figure = Figure(figsize=(WIDTH * 0.6, 2.4 + legend_height(groups)), layout="constrained")
         panel = figure.subplots()
         for group, style in zip(groups, styles(), strict=False):
-            each = curve(group, lambda run: run.series(tag), "tokens")
+            each = curve(group, lambda run: run.series(tag), axis)
             panel.plot(each.x, each.mean, label=_name(group), **(style if markers else {**style, "marker": None}))
             panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
-        panel.set_xlabel("tokens trained on")
-        _count_on(panel, "tokens")
+        panel.set_xlabel(_unit(groups, axis)[1])
+        _count_on(panel, axis)
         panel.set_ylabel(title)
         add_legend(figure, panel, groups)
     return figure

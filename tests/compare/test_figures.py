@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from relora_mora.compare import Group, group_runs, write_figures
+from relora_mora.compare import Group, Reach, group_runs, reach_figure, write_figures
 from relora_mora.compare.curves import curve, parting, running_mean
 from relora_mora.compare.figures import loss_figure, rank_figure, rate_figure
 from tests.compare.folders import TOKENS, made_run
@@ -99,6 +99,13 @@ def test_rates_and_ranks(groups: list[Group]) -> None:
     assert figure is not None and [panel.get_title() for panel in figure.axes] == ["q_proj"]
     assert _lines(figure.axes[0]) == {"ReMoRA (1, 2) (2 seeds)": ([20 * TOKENS], [7.5])}
     assert rank_figure(groups[:1]) is None
+
+
+def test_a_metric_is_drawn_by_step_with_the_values_that_were_asked_for(groups: list[Group]) -> None:
+    [panel] = reach_figure(Reach("eval/loss", (1.5, 3.5)), groups).axes
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("steps", "loss")
+    assert _lines(panel)["Full rank"][0] == [0, 10, 20, 30, 40]
+    assert [line.get_ydata()[0] for line in panel.get_lines() if line.get_linestyle() == ":"] == [1.5, 3.5]
 
 
 def test_a_run_that_goes_on_is_marked_in_the_legend(tmp_path: Path) -> None:
