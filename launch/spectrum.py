@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from relora_mora.compare.spectra import Values
-    from relora_mora.spectrum import Spectra
 
 try:
     from relora_mora.cli import disk_faults_named, run
@@ -28,7 +23,6 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
         above: what a large singular value is above
     """
     from relora_mora.compare import CompareError, check_plots, group_runs, read_run, save, table_of
-    from relora_mora.compare.spectra import rank_columns, spectrum_figure
 
     if not runs:
         raise CompareError("no run given; give run folders, e.g. runs/lora runs/remora")
@@ -36,8 +30,9 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
         check_plots()
     groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())
     with many_imports():
+        from relora_mora.compare.spectra import rank_columns, spectrum_figure
         from relora_mora.spectrum import update_spectra
-    spectra = [[_as_numbers(update_spectra(each.folder)) for each in group.runs] for group in groups]
+    spectra = [[update_spectra(each.folder) for each in group.runs] for group in groups]
     columns = {"method": [group.method for group in groups], "settings": [group.differs for group in groups]}
     note = f"Effective rank of W - W_0; singular values above {above:g}. Means over layers."
     table = table_of(columns | rank_columns(spectra, above), left=2) + f"\n{note}\n"
@@ -49,10 +44,6 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "spectrum.md").write_text(table, encoding="utf-8")
         save(spectrum_figure(groups, spectra), folder / "spectrum.png")
-
-
-def _as_numbers(spectra: Spectra) -> dict[str, list[Values]]:
-    return {kind: [values.double().numpy() for values in layers] for kind, layers in spectra.items()}
 
 
 if __name__ == "__main__":

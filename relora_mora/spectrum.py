@@ -15,7 +15,7 @@ from relora_mora.model.llama import initial_value, model_class
 from relora_mora.pretrained import checked_model, is_foreign, load_foreign, merged_weights
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
-Spectra = dict[str, list[Tensor]]  # of each layer, first to last, by the kind of projection; descending, float32
+Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def update_spectra(path: Path) -> Spectra:
     """
     reader = CheckpointReader(find_checkpoint(path))
     weights = merged_weights(reader)
-    found: Spectra = {kind: [] for kind in DECODER_LINEARS}
+    found: dict[str, list[Tensor]] = {kind: [] for kind in DECODER_LINEARS}
     linears = tuple(f".{kind}.weight" for kind in DECODER_LINEARS)
     begin = _initial_weights(reader, [name for name in weights if name.endswith(linears)])
     for name, before in begin.items():
@@ -37,7 +37,7 @@ def update_spectra(path: Path) -> Spectra:
                 f"{path}: {name} began as {list(before.shape)}, and is {list(weights[name].shape)} now"
             )
         found[name.split(".")[-2]].append(torch.linalg.svdvals(weights[name] - before))
-    return found
+    return {kind: torch.stack(layers) for kind, layers in found.items()}
 
 
 def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor]:
