@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 try:
-    from relora_mora.cli import disk_faults_named, run
+    from relora_mora.cli import run
     from relora_mora.system.imports import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
@@ -22,7 +22,7 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
         out: a folder for spectrum.md and spectrum.png; it is made, and what it has of these is replaced
         above: what a large singular value is above
     """
-    from relora_mora.compare import CompareError, check_plots, group_runs, read_run, save, table_of
+    from relora_mora.compare import CompareError, check_plots, group_runs, read_run, table_of, write_files
 
     if not runs:
         raise CompareError("no run given; give run folders, e.g. runs/lora runs/remora")
@@ -37,13 +37,8 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
     note = f"Effective rank of W - W_0; singular values above {above:g}. Means over layers."
     table = table_of(columns | rank_columns(spectra, above), left=2) + f"\n{note}\n"
     print(table, end="", flush=True)
-    if out is None:
-        return
-    folder = Path(out)
-    with disk_faults_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "spectrum.md").write_text(table, encoding="utf-8")
-        save(spectrum_figure(groups, spectra), folder / "spectrum.png")
+    if out is not None:
+        write_files(Path(out), {"spectrum.md": table}, {"spectrum": spectrum_figure(groups, spectra)})
 
 
 if __name__ == "__main__":

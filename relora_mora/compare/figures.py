@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from relora_mora.compare.curves import Axis, Curve, curve, parting, positions
-from relora_mora.compare.errors import CompareError
 from relora_mora.compare.groups import Group
 from relora_mora.compare.reach import Reach
 from relora_mora.compare.table import common_sets, count
@@ -51,17 +48,8 @@ MOST_MARKERS = 12
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def check_plots() -> None:
-    """Raises :class:`CompareError` where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CompareError(
-            "--out: plots need matplotlib, which is not installed: pip install matplotlib, or pip install '.[plot]' in "
-            "the checkout; without --out the table alone is printed"
-        )
-
-
-def write_figures(groups: Sequence[Group], folder: Path, reach: Reach | None = None) -> list[Path]:
-    """Writes PNG files into a folder and returns them; one of ranks where a run has merged, and one of ``reach``."""
+def figures_of(groups: Sequence[Group], reach: Reach | None = None) -> dict[str, Figure]:
+    """All figures of a comparison by name; one of ranks where a run has merged, and one of ``reach``."""
     figures = {"loss_by_tokens": loss_figure(groups, "tokens"), "loss_by_time": loss_figure(groups, "time")}
     figures["learning_rate"] = rate_figure(groups)
     ranks = rank_figure(groups)
@@ -69,19 +57,7 @@ def write_figures(groups: Sequence[Group], folder: Path, reach: Reach | None = N
         figures["effective_rank"] = ranks
     if reach is not None:
         figures[reach.title.replace(" ", "_")] = reach_figure(reach, groups)
-    for name, figure in figures.items():
-        save(figure, folder / f"{name}.png")
-    return [folder / f"{name}.png" for name in figures]
-
-
-def save(figure: Figure, path: Path) -> None:
-    """As PNG."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    with matplotlib.rc_context(PAPER):
-        FigureCanvasAgg(figure)
-        figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
+    return figures
 
 
 def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
