@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from relora_mora.config import Config
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.study.folder import StudyFolder
+from relora_mora.system.parent import ending_with_me
 
 POLL_SECONDS = 0.5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -51,7 +51,8 @@ class Runner:
         """Runs the cells that are not done; those that were cut go on where they were.
 
         What a run that failed has printed is in its log. Raises :class:`Stopped` after SIGINT or SIGTERM, which every
-        run is sent: a first one saves and ends, a second one ends at once.
+        run is sent: a first one saves and ends, a second one ends at once. Where this process is killed, the kernel
+        sends them a first one (Linux).
         """
         waiting = [cell for cell in configs if not self.folder.is_done(cell)]
         self._done += len(configs) - len(waiting)
@@ -77,7 +78,7 @@ class Runner:
         flags = [f"--{name}={value}" for name, value in self.folder.overrides(cell, self.study).items()]
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, str(self.program), self.study.base, *flags],
+                ending_with_me([str(self.program), self.study.base, *flags]),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

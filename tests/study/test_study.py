@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -22,6 +23,7 @@ from relora_mora.study.record import final_metric
 from relora_mora.study.runner import Runner
 from relora_mora.system.run_folder import read_json_lines
 from tests.tools.helpers import ROOT
+from tests.tools.jobs import lives
 
 BASE = str(ROOT / "configs/run/tiny_mora.yaml")
 TRAINER = Path(__file__).with_name("trainer.py")
@@ -276,6 +278,30 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
     assert conduct(read_study(study), folder, TRAINER, 1) == 3
     assert len(folder.run(waiting).starts.read_text(encoding="utf-8").splitlines()) == 2
     assert read_json_lines(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_the_runs_of_a_study_that_is_killed_end_with_it(tmp_path: Path):
+    study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.0]}]})
+    folder = StudyFolder(tmp_path / "out")
+    [waiting] = first_round(read_study(study))
+    run = folder.run(waiting).path
+    with subprocess.Popen(
+        [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)], cwd=ROOT
+    ) as process:
+        while not (run / "waits").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        trainer = psutil.Process(int((run / "pid").read_text()))
+        assert lives(trainer)
+        process.kill()
+    deadline = time.monotonic() + 120
+    while lives(trainer) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if lives(trainer):
+        trainer.kill()
+        pytest.fail("the run goes on without its study")
+    assert conduct(read_study(study), folder, TRAINER, 1) == 1
 
 
 def test_a_run_made_again_is_compared_number_by_number(tmp_path: Path):

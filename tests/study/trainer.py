@@ -34,11 +34,11 @@ def main() -> int:
         print("it diverged", flush=True)
         return 1
     if rate == 2 and first:
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(REQUEUE))
         _append(folder / "ends.jsonl", {"code": REQUEUE})
+        (folder / "pid").write_text(str(os.getpid()))
         (folder / "waits").touch()
         signal.pause()
-        return REQUEUE
     settled = {
         "train": {"steps": steps},
         "method": {"rank": int(settings.get("method.rank", "1"))},
