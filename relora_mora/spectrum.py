@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -12,8 +11,8 @@ from relora_mora.checkpoint import CheckpointError, CheckpointReader
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import DECODER_LINEARS, validate
 from relora_mora.model.llama import initial_value, model_class
+from relora_mora.origin import changed_start
 from relora_mora.pretrained import checked_model, is_foreign, load_foreign, merged_weights
-from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32
 
@@ -24,7 +23,7 @@ def update_spectra(path: Path) -> Spectra:
 
     ``path`` is a run folder (its newest whole checkpoint) or a checkpoint. W_0 is what the run began with: drawn again
     from its seed, or read from its ``model.init_from``. Raises :class:`CheckpointError` for what is no checkpoint, or
-    where that is not there any more, was started again, or is of other shapes.
+    where that is not there any more, or is not what it was.
     """
     reader = CheckpointReader(find_checkpoint(path))
     weights = merged_weights(reader)
@@ -48,20 +47,14 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     source = Path(config.model.init_from)
     if not source.exists():
         raise CheckpointError(f"{reader.folder}: began with {source} (model.init_from), which is not there any more")
-    if 0 < _began(reader.folder.resolve().parents[1]) < _began(source, last=True):
-        raise CheckpointError(f"{reader.folder}: began with {source} (model.init_from), which was started again since")
+    changed = changed_start(reader.folder.resolve().parents[1], config.model)
+    if changed is not None:
+        raise CheckpointError(f"{reader.folder}: began with {changed}")
     if is_foreign(source):
         return _of(
             load_foreign(source, torch.float32, model_class(model.config), whole=True).state_dict(), names, source
         )
     return _of(merged_weights(CheckpointReader(find_checkpoint(source))), names, source)
-
-
-def _began(run: Path, *, last: bool = False) -> float:
-    """When a run began, or was started last, in seconds since 1970; 0 for what is no run folder."""
-    path = RunFolder(run).starts
-    times = [start["time"] for start in read_json_lines(path)] if path.exists() else []
-    return datetime.fromisoformat(times[-1 if last else 0]).timestamp() if times else 0.0
 
 
 def _of(weights: dict[str, Tensor], names: list[str], source: Path) -> dict[str, Tensor]:

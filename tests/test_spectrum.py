@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +56,11 @@ def test_a_run_is_compared_with_what_it_began_with(runs: dict[str, Path]) -> Non
 
 def test_what_a_run_began_with_must_be_as_it_was(runs: dict[str, Path], tmp_path: Path) -> None:
     source = runs["relora"]
-    starts = source / "starts.jsonl"
-    noted = starts.read_text()
-    starts.write_text(noted + json.dumps({"time": "2999-01-01T00:00:00+0000", "step": 10}) + "\n")
-    with pytest.raises(CheckpointError, match=r"further.*began with .*relora .*, which was started again since"):
+    newest = source / "checkpoints" / "step-00000010"
+    newest.rename(tmp_path / newest.name)
+    with pytest.raises(CheckpointError, match=r"further.*began with other weights than those in .*relora now"):
         update_spectra(runs["further"])
-    starts.write_text(noted)
+    (tmp_path / newest.name).rename(newest)
     source.rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"further.*began with .*relora .*, which is not there any more"):
         update_spectra(runs["further"])

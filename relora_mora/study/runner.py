@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Never
 
 from tqdm import tqdm
 
-from relora_mora.config import Config
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.study.folder import StudyFolder
@@ -47,17 +46,15 @@ class Runner:
         self.bar = bar
         self._done = 0
 
-    def run(self, configs: Mapping[Cell, Config]) -> None:
+    def run(self, cells: Sequence[Cell]) -> None:
         """Runs the cells that are not done; those that were cut go on where they were.
 
         What a run that failed has printed is in its log. Raises :class:`Stopped` after SIGINT or SIGTERM, which every
         run is sent: a first one saves and ends, a second one ends at once. Where this process is killed, the kernel
         sends them a first one (Linux).
         """
-        waiting = [cell for cell in configs if not self.folder.is_done(cell)]
-        self._done += len(configs) - len(waiting)
-        for cell, config in configs.items():
-            self.folder.begin(cell, config, self.study.threads)
+        waiting = [cell for cell in cells if not self.folder.is_done(cell)]
+        self._done += len(cells) - len(waiting)
         running: list[_Running] = []
         with _stop_signals() as signals:
             while running or (waiting and not signals):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,56 @@ def test_nor_is_it_where_all_runs_are_done(tmp_path: Path, changes: dict[str, An
         conduct(_study(grid=grid, **changes), folder, TRAINER, 1)
 
 
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """The folder of a model to begin with, as far as the stand-in looks at it."""
+    folder = tmp_path / "start"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"a" * 100_000)
+    return folder
+
+
+OTHER_WEIGHTS = (
+    r"lr=0.003,seed=0 was begun with other weights than those in .*start now \(model.init_from\); remove .*lr="
+)
+
+
+def test_a_model_to_begin_with_that_has_changed_is_not_mixed_either(tmp_path: Path, start: Path):
+    study = _study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
+    folder = StudyFolder(tmp_path / "out")
+    for _ in range(2):
+        assert conduct(study, folder, TRAINER, 1) == 1
+    (start / "model.safetensors").write_bytes(b"b" * 100_000)
+    with pytest.raises(ValueError, match=OTHER_WEIGHTS):
+        conduct(study, folder, TRAINER, 1)
+    with pytest.raises(ValueError, match=OTHER_WEIGHTS):
+        run_again(study, folder, "name=mora,lr=0.003,seed=0", TRAINER)
+    kept = folder.run(first_round(study)[0]).starts
+    [line] = read_json_lines(kept)
+    kept.write_text(json.dumps({**line, "began_with": {}}) + "\n", encoding="utf-8")
+    assert conduct(study, folder, TRAINER, 1) == 1, "an earlier version did not note it"
+    kept.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    shutil.rmtree(start)
+    assert conduct(study, folder, TRAINER, 1) == 1, "all is done, and the model is needed no more"
+
+
+def test_nor_is_one_that_changes_between_the_rounds(tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch):
+    choose = {"over": ["optim.lr"], "lowest": "eval/loss"}
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+    study = _study(grid=grid, seeds=[0, 1], choose=choose, settings={"model.init_from": str(start)})
+
+    def changed(*given: Any) -> Any:
+        (start / "model.safetensors").write_bytes(b"b" * 100_000)
+        return second_round(*given)
+
+    monkeypatch.setitem(conduct.__globals__, "second_round", changed)
+    folder = StudyFolder(tmp_path / "out")
+    with pytest.raises(ValueError, match=OTHER_WEIGHTS):
+        conduct(study, folder, TRAINER, 1)
+    assert len(list((folder.path / "runs").iterdir())) == 2
+
+
 def test_a_setting_that_has_come_since_had_its_default(tmp_path: Path):
     study = _study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)
@@ -325,6 +376,6 @@ def test_every_study_can_be_run(tmp_path: Path):
         study = read_study(path)
         folder = StudyFolder(tmp_path / path.stem)
         configs = cell_configs(study, first_round(study), folder)
-        for cell, config in [*configs.items()] * 2:
-            folder.begin(cell, config, study.threads)
+        for _ in range(2):
+            folder.begin(configs, study.threads)
         assert len({json.dumps(config.model_dump()) for config in configs.values()}) == len(configs)
