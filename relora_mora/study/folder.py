@@ -108,16 +108,21 @@ def last_step(run: RunFolder) -> int:
 
 
 def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, Config]:
-    """The settings of every cell; raises ConfigError with the faults of all of them, named once each."""
+    """The settings of every cell; raises ConfigError with the faults of all of them, named once each.
+
+    One that will not have the metric to choose by is a fault, too.
+    """
     defaults = FINETUNING if study.command == "finetune" else None
     configs = {}
     faults: dict[str, str] = {}
     for cell in cells:
         try:
             configs[cell] = load_config(study.base, folder.overrides(cell, study), defaults=defaults)
+            found = [] if study.choose is None else study.choose.faults(configs[cell])
         except ConfigError as error:
-            for fault in error.faults:
-                faults.setdefault(fault, cell.name)
+            found = error.faults
+        for fault in found:
+            faults.setdefault(fault, cell.name)
     if faults:
         raise ConfigError([f"{fault} (in {name})" for fault, name in faults.items()], f"the runs over {study.base}")
     return configs
