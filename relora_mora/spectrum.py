@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from relora_mora.checkpoint import CheckpointError, CheckpointReader
+from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, read_manifest
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import DECODER_LINEARS, validate
 from relora_mora.model.llama import initial_value, model_class
 from relora_mora.origin import changed_start
 from relora_mora.pretrained import checked_model, is_foreign, load_foreign, merged_weights
+from relora_mora.system.run_folder import RunFolder
 
 Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32
 
@@ -37,6 +39,12 @@ def update_spectra(path: Path) -> Spectra:
             )
         found[name.split(".")[-2]].append(torch.linalg.svdvals(weights[name] - before))
     return {kind: torch.stack(layers) for kind, layers in found.items()}
+
+
+def spectra_by_step(run: Path) -> Iterator[tuple[int, Spectra]]:
+    """Those of every checkpoint in a run folder, oldest first; raises what :func:`update_spectra` raises."""
+    for folder in reversed(list_checkpoints(RunFolder(run).checkpoints)):
+        yield read_manifest(folder).step, update_spectra(folder)
 
 
 def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor]:

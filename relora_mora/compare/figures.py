@@ -192,28 +192,30 @@ def metric_figure(
     return figure
 
 
-def rank_figure(groups: Sequence[Group]) -> Figure | None:
-    """The effective rank of what each merge added, a panel for each kind of projection; None where nothing was merged.
+def rank_figure(
+    groups: Sequence[Group], tag: str = "merge/effective_rank", title: str = "effective rank of a merge"
+) -> Figure | None:
+    """Effective ranks, a panel for each kind of projection, of the groups that have them; None where there are none.
 
-    The metric is that of a layer in the middle of the model (docs/method.md).
+    Those of a merge are of a layer in the middle of the model (docs/method.md).
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    tags = {tag for group in groups for run in group.runs for line in run.lines for tag in line}
-    kinds = [kind for kind in PROJECTIONS if f"merge/effective_rank/{kind}" in tags]
+    tags = {name for group in groups for run in group.runs for line in run.lines for name in line}
+    kinds = [kind for kind in PROJECTIONS if f"{tag}/{kind}" in tags]
     if not kinds:
         return None
-    merging = [group for group in groups if all(run.merges for run in group.runs)]
+    shown = [group for group in groups if all(run.series(f"{tag}/{kinds[0]}") for run in group.runs)]
     with matplotlib.rc_context(PAPER):
         rows = -(-len(kinds) // 4)
-        figure = Figure(figsize=(WIDTH, 1.8 * rows + legend_height(merging)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.8 * rows + legend_height(shown)), layout="constrained")
         panels: Any = figure.subplots(rows, min(4, len(kinds)), sharex=True, sharey=True, squeeze=False)
         for panel, kind in zip(panels.flat, kinds, strict=False):
             panel.set_title(kind)
             for group, style in zip(groups, styles(), strict=False):
-                if group in merging:
-                    _draw_ranks(panel, group, f"merge/effective_rank/{kind}", style)
+                if group in shown:
+                    _draw_ranks(panel, group, f"{tag}/{kind}", style)
             panel.xaxis.set_tick_params(labelbottom=True)
             _count_on(panel, "tokens", ticks=3)
         for panel in panels.flat[len(kinds) :]:
@@ -223,8 +225,8 @@ def rank_figure(groups: Sequence[Group]) -> Figure | None:
         for panel in panels.flat[max(0, len(kinds) - panels.shape[1]) : len(kinds)]:
             panel.set_xlabel("tokens")
         for panel in panels[:, 0]:
-            panel.set_ylabel("effective rank of a merge")
-        add_legend(figure, panels[0][0], merging)
+            panel.set_ylabel(title)
+        add_legend(figure, panels[0][0], shown)
     return figure
 
 

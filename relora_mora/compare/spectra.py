@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from relora_mora.compare.figures import PAPER, WIDTH, add_legend, legend_height, styles
+from relora_mora.compare.figures import PAPER, WIDTH, add_legend, legend_height, rank_figure, styles
 from relora_mora.compare.groups import Group
+from relora_mora.compare.runs import Run
 from relora_mora.methods.layers import effective_rank
-from relora_mora.spectrum import Spectra
+from relora_mora.spectrum import Spectra, spectra_by_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +32,27 @@ def rank_columns(spectra: Sequence[Sequence[Spectra]], above: float) -> dict[str
         kind: [f"{_mean(group, kind, effective_rank):.0f}; {_mean(group, kind, large):.0f}" for group in spectra]
         for kind in spectra[0][0]
     }
+
+
+def accumulated_figure(groups: Sequence[Group]) -> Figure | None:
+    """The effective rank of W - W_0 at each checkpoint that the runs have kept, means over layers; None without any.
+
+    Raises what :func:`update_spectra` raises.
+    """
+    tag = "update/effective_rank"
+
+    def measured(run: Run) -> Run:
+        ranks = [
+            {
+                "step": step,
+                **{f"{tag}/{kind}": float(effective_rank(values).mean()) for kind, values in spectra.items()},
+            }
+            for step, spectra in spectra_by_step(run.folder)
+        ]
+        return replace(run, lines=[*run.lines, *ranks])
+
+    with_ranks = [replace(group, runs=tuple(measured(run) for run in group.runs)) for group in groups]
+    return rank_figure(with_ranks, tag, "effective rank of W - W_0")
 
 
 def _mean(group: Sequence[Spectra], kind: str, number: Callable[[Tensor], Tensor]) -> float:
