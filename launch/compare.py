@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 try:
-    from relora_mora.cli import disk_faults_named, run
+    from relora_mora.cli import run
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -29,6 +29,7 @@ def main(
         as_json,
         check_plots,
         compare,
+        figures_of,
         group_of,
         group_runs,
         markdown,
@@ -36,7 +37,7 @@ def main(
         read_run,
         read_runs,
         step_cells,
-        write_figures,
+        write_files,
     )
 
     if not runs:
@@ -56,12 +57,8 @@ def main(
     print(table, end="", flush=True)
     if out is None:
         return
-    folder = Path(out)
-    with disk_faults_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "compare.md").write_text(table, encoding="utf-8")
-        (folder / "compare.json").write_text(json.dumps(as_json(rows, reference), indent=1) + "\n", encoding="utf-8")
-        write_figures(groups, folder, None if reached is None else reached.tag)
+    texts = {"compare.md": table, "compare.json": json.dumps(as_json(rows, reference), indent=1) + "\n"}
+    write_files(Path(out), texts, figures_of(groups, reached))
 
 
 if __name__ == "__main__":

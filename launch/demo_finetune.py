@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,19 +22,18 @@ from demo import ROOT, say
 from smollm2 import PACKAGES  # launch/smollm2.py
 
 from relora_mora.cli import run
-from relora_mora.system.run_folder import RunFolder, read_json_lines
+from relora_mora.compare import Group, Reach, group_runs, reach_figure, read_run, save
 
 HOME = Path("runs/demo_finetune")
 CONFIG = "configs/run/demo_finetune.yaml"
 PAIRS = 16  # that config's train.batch_size
 NAMES = {"mora": "MoRA", "lora": "LoRA"}
-SHARES = (0.5, 0.95)  # of characters, whose steps the table tells
+REACH = Reach("eval/character_accuracy", (0.5, 0.95))  # whose steps the table tells
 # a rate of each method that suits the model; of the demo's model also what its size and its many tokens ask for
 RATES = {"mora": "2e-3", "lora": "5e-3"}
 RATES_OF_DEMO = {"mora": "5e-3", "lora": "2e-2"}
 OF_DEMO: dict[str, object] = {"data.sequence_length": 128, "train.epochs": 300, "eval.every_steps": 20}
 ENGLISH = "What is the capital of France?"
-Curve = list[tuple[int, float]]  # steps and shares of characters that are right
 
 
 @dataclass(frozen=True)
@@ -166,12 +165,11 @@ def _answers(model_folder: Path, tokenizer_folder: Path, questions: list[str]) -
 
 
 def _report(start: Start, seconds: float) -> None:
-    curves = {method: accuracy_curve(start.run_dir(method)) for method in NAMES}
+    groups = group_runs(read_run(start.run_dir(method)) for method in NAMES)
     picture = start.home / "accuracy.png"
-    labelled = {f"{NAMES[name]}, rate {start.rates[name]}": curve for name, curve in curves.items()}
-    draw(labelled, picture)
+    draw(groups, picture)
     say(f"done in {seconds:.0f} s")
-    print("\n".join(table(start, curves)))
+    print("\n".join(table(groups)))
     print(f"""
 The two curves:           {picture}
 All of their numbers:     .venv/bin/python launch/board.py {start.home}
@@ -179,53 +177,27 @@ Fine-tune on your own:    docs/finetuning.md says how; configs/task/*.yaml are t
 Start again from nothing: rm -r {HOME}""")
 
 
-def accuracy_curve(run_dir: Path) -> Curve:
-    """Of the run's evaluations."""
-    tag = "eval/character_accuracy"
-    return [(line["step"], line[tag]) for line in read_json_lines(RunFolder(run_dir).metrics) if tag in line]
-
-
-def first_step(curve: Curve, share: float) -> str:
-    """The first evaluation with that share of the characters."""
-    return next((str(step) for step, right in curve if right >= share), "not reached")
-
-
-def table(start: Start, curves: Mapping[str, Curve]) -> list[str]:
-    heads = ("", "parameters", "rate", *(f"step of {share:.0%}" for share in SHARES), "at the end")
-    rows = [heads]
-    for method, curve in curves.items():
-        steps = [first_step(curve, share) for share in SHARES]
-        parameters = f"{_trained_parameters(start.run_dir(method)):,}"
-        rows.append((NAMES[method], parameters, start.rates[method], *steps, f"{curve[-1][1]:.1%}"))
+def table(groups: Sequence[Group]) -> list[str]:
+    """A line for each method, of one run each."""
+    rows = [("", "parameters", *(f"step of {share:.0%}" for share in REACH.values), "at the end")]
+    for group in groups:
+        [run] = group.runs
+        steps = [REACH.steps(run, share) for share in REACH.values]
+        told = ["not reached" if step is None else str(step) for step in steps]
+        rows.append((group.label, f"{run.parameters['trainable']:,}", *told, f"{REACH.last(run):.1%}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _trained_parameters(run_dir: Path) -> int:
-    from relora_mora.config import load_config
-    from relora_mora.model import stored_model_config
-    from relora_mora.optim import count_parameters
-    from relora_mora.plan.flops import meta_model
+def draw(groups: Sequence[Group], picture: Path) -> None:
+    """Right characters of generated answers by step, as a PNG."""
+    from matplotlib.ticker import PercentFormatter
 
-    folder = RunFolder(run_dir)
-    model = stored_model_config(json.loads(folder.model_config.read_text(encoding="utf-8")))
-    return count_parameters(meta_model(model, load_config(folder.config).method)).trainable
-
-
-def draw(curves: Mapping[str, Curve], picture: Path) -> None:
-    """Right characters of generated answers by step, as a PNG; ``curves`` by what the legend calls them."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        steps, right = zip(*curve, strict=True)
-        axes.plot(steps, [100 * share for share in right], "o-", markersize=4, label=name)
-    for share in SHARES:
-        axes.axhline(100 * share, color="gray", linestyle=":", linewidth=1)
-    axes.set(xlabel="step", ylabel="characters right, %", ylim=(0, 102), title=f"{PAIRS} UUID pairs by heart")
-    axes.legend(loc="lower right")
-    figure.savefig(picture, dpi=120)
+    figure = reach_figure(REACH, groups)
+    [panel] = figure.axes
+    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+    panel.set(ylabel="characters right", ylim=(0, 1.02), title=f"{PAIRS} UUID pairs by heart")
+    save(figure, picture)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from relora_mora.compare.spectra import Values
-    from relora_mora.spectrum import Spectra
 
 try:
-    from relora_mora.cli import disk_faults_named, run
+    from relora_mora.cli import run
     from relora_mora.system.imports import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
-def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
+def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bool = False) -> None:
     """Prints, for each kind of projection, the effective rank of W - W_0 and how many of its singular values are large.
 
     W is that of each run's newest checkpoint, adapters and merges included, and W_0 what the run began with. Numbers
@@ -26,33 +21,31 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
         runs: run folders
         out: a folder for spectrum.md and spectrum.png; it is made, and what it has of these is replaced
         above: what a large singular value is above
+        checkpoints: draws the effective rank at every checkpoint that the runs have kept, too (effective_rank.png)
     """
-    from relora_mora.compare import CompareError, check_plots, group_runs, read_run, save, table_of
-    from relora_mora.compare.spectra import rank_columns, spectrum_figure
+    from relora_mora.compare import CompareError, check_plots, group_runs, read_run, table_of, write_files
 
     if not runs:
         raise CompareError("no run given; give run folders, e.g. runs/lora runs/remora")
     if out is not None:
         check_plots()
+    elif checkpoints:
+        raise CompareError("--checkpoints: draws a figure; give --out, a folder for it")
     groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())
     with many_imports():
+        from relora_mora.compare.spectra import accumulated_figure, rank_columns, spectrum_figure
         from relora_mora.spectrum import update_spectra
-    spectra = [[_as_numbers(update_spectra(each.folder)) for each in group.runs] for group in groups]
+    spectra = [[update_spectra(each.folder) for each in group.runs] for group in groups]
     columns = {"method": [group.method for group in groups], "settings": [group.differs for group in groups]}
     note = f"Effective rank of W - W_0; singular values above {above:g}. Means over layers."
     table = table_of(columns | rank_columns(spectra, above), left=2) + f"\n{note}\n"
     print(table, end="", flush=True)
     if out is None:
         return
-    folder = Path(out)
-    with disk_faults_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "spectrum.md").write_text(table, encoding="utf-8")
-        save(spectrum_figure(groups, spectra), folder / "spectrum.png")
-
-
-def _as_numbers(spectra: Spectra) -> dict[str, list[Values]]:
-    return {kind: [values.double().numpy() for values in layers] for kind, layers in spectra.items()}
+    figures = {"spectrum": spectrum_figure(groups, spectra)}
+    if checkpoints and (ranks := accumulated_figure(groups)) is not None:
+        figures["effective_rank"] = ranks
+    write_files(Path(out), {"spectrum.md": table}, figures)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 try:
     from relora_mora.cli import run
-    from relora_mora.compare import check_plots, compare, group_runs, markdown, read_runs, write_figures
+    from relora_mora.compare import check_plots, compare, figures_of, group_runs, markdown, read_runs, write_files
     from relora_mora.study import Stopped, StudyFolder, conduct, read_study, run_again
     from relora_mora.supervise import REQUEUE
 except ModuleNotFoundError as error:
@@ -45,8 +45,7 @@ def main(study: str, *, out: str | None = None, jobs: int = 1, again: str | None
     runs = read_runs(folder.records)
     groups = group_runs(runs)
     table = markdown(compare(groups, None), None)
-    folder.table.write_text(table, encoding="utf-8")
-    write_figures(groups, folder.path)
+    write_files(folder.path, {folder.table.name: table}, figures_of(groups))
     print(table, end="")
     print(f"done: {cells}; {folder.records}, {folder.table}")
     return 0

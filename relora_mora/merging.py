@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from relora_mora.config import MethodConfig
-from relora_mora.methods.layers import AdapterLinear, adapter_layers, layer_generator
+from relora_mora.methods.layers import AdapterLinear, adapter_layers, effective_rank, layer_generator
 from relora_mora.methods.mora import MoRALinear
 from relora_mora.operators import Draw, GroupingOperator, Operator
 from relora_mora.zero import ZeroEngine
@@ -35,7 +35,9 @@ class MergeRecord:
     layers: int
     zeroed: int  # adapter elements whose master is zero or freshly drawn
     delta_norm: dict[str, float]  # Frobenius norm over all layers
-    effective_rank: dict[str, float]  # see :func:`effective_rank`; of the layer in the middle of the model
+    effective_rank: dict[
+        str, float
+    ]  # see :func:`relora_mora.methods.layers.effective_rank`; of the layer in the middle of the model
     operator_before: int | None
     operator_after: int | None
     seconds: float
@@ -251,10 +253,3 @@ class Merger:
                 f"and reset {zeroed} of {self.elements} adapter elements; "
                 "this run cannot be trusted from here, go back to an earlier checkpoint"
             )
-
-
-def effective_rank(singular_values: Tensor) -> Tensor:
-    """[] exp of the entropy of the normalized singular values [n] (Roy & Vetterli 2007, eq. 2-3); 0 where all are 0"""
-    values = singular_values.double()
-    total = values.sum()
-    return torch.where(total > 0, torch.exp(torch.special.entr(values / total).sum()), 0.0)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from relora_mora.checkpoint import CheckpointError, CheckpointReader
+from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, read_manifest
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import DECODER_LINEARS, validate
 from relora_mora.model.llama import initial_value, model_class
+from relora_mora.origin import changed_start
 from relora_mora.pretrained import checked_model, is_foreign, load_foreign, merged_weights
-from relora_mora.system.run_folder import RunFolder, read_json_lines
+from relora_mora.system.run_folder import RunFolder
 
-Spectra = dict[str, list[Tensor]]  # of each layer, first to last, by the kind of projection; descending, float32
+Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32
 
 
 @torch.no_grad()
@@ -24,11 +25,11 @@ def update_spectra(path: Path) -> Spectra:
 
     ``path`` is a run folder (its newest whole checkpoint) or a checkpoint. W_0 is what the run began with: drawn again
     from its seed, or read from its ``model.init_from``. Raises :class:`CheckpointError` for what is no checkpoint, or
-    where that is not there any more, was started again, or is of other shapes.
+    where that is not there any more, or is not what it was.
     """
     reader = CheckpointReader(find_checkpoint(path))
     weights = merged_weights(reader)
-    found: Spectra = {kind: [] for kind in DECODER_LINEARS}
+    found: dict[str, list[Tensor]] = {kind: [] for kind in DECODER_LINEARS}
     linears = tuple(f".{kind}.weight" for kind in DECODER_LINEARS)
     begin = _initial_weights(reader, [name for name in weights if name.endswith(linears)])
     for name, before in begin.items():
@@ -37,7 +38,13 @@ def update_spectra(path: Path) -> Spectra:
                 f"{path}: {name} began as {list(before.shape)}, and is {list(weights[name].shape)} now"
             )
         found[name.split(".")[-2]].append(torch.linalg.svdvals(weights[name] - before))
-    return found
+    return {kind: torch.stack(layers) for kind, layers in found.items()}
+
+
+def spectra_by_step(run: Path) -> Iterator[tuple[int, Spectra]]:
+    """Those of every checkpoint in a run folder, oldest first; raises what :func:`update_spectra` raises."""
+    for folder in reversed(list_checkpoints(RunFolder(run).checkpoints)):
+        yield read_manifest(folder).step, update_spectra(folder)
 
 
 def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor]:
@@ -48,20 +55,14 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     source = Path(config.model.init_from)
     if not source.exists():
         raise CheckpointError(f"{reader.folder}: began with {source} (model.init_from), which is not there any more")
-    if 0 < _began(reader.folder.resolve().parents[1]) < _began(source, last=True):
-        raise CheckpointError(f"{reader.folder}: began with {source} (model.init_from), which was started again since")
+    changed = changed_start(reader.folder.resolve().parents[1], config.model)
+    if changed is not None:
+        raise CheckpointError(f"{reader.folder}: began with {changed}")
     if is_foreign(source):
         return _of(
             load_foreign(source, torch.float32, model_class(model.config), whole=True).state_dict(), names, source
         )
     return _of(merged_weights(CheckpointReader(find_checkpoint(source))), names, source)
-
-
-def _began(run: Path, *, last: bool = False) -> float:
-    """When a run began, or was started last, in seconds since 1970; 0 for what is no run folder."""
-    path = RunFolder(run).starts
-    times = [start["time"] for start in read_json_lines(path)] if path.exists() else []
-    return datetime.fromisoformat(times[-1 if last else 0]).timestamp() if times else 0.0
 
 
 def _of(weights: dict[str, Tensor], names: list[str], source: Path) -> dict[str, Tensor]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from relora_mora.checkpoint import CheckpointError
-from relora_mora.compare.spectra import effective_rank, rank_columns
-from relora_mora.merging import effective_rank as of_a_merge
+from relora_mora.compare import group_runs, read_run
+from relora_mora.compare.spectra import accumulated_figure, rank_columns
 from relora_mora.spectrum import update_spectra
 from tests.tools.commands import call, refused
 from tests.tools.runs import run_config, train, write_inputs
@@ -59,12 +57,11 @@ def test_a_run_is_compared_with_what_it_began_with(runs: dict[str, Path]) -> Non
 
 def test_what_a_run_began_with_must_be_as_it_was(runs: dict[str, Path], tmp_path: Path) -> None:
     source = runs["relora"]
-    starts = source / "starts.jsonl"
-    noted = starts.read_text()
-    starts.write_text(noted + json.dumps({"time": "2999-01-01T00:00:00+0000", "step": 10}) + "\n")
-    with pytest.raises(CheckpointError, match=r"further.*began with .*relora .*, which was started again since"):
+    newest = source / "checkpoints" / "step-00000010"
+    newest.rename(tmp_path / newest.name)
+    with pytest.raises(CheckpointError, match=r"further.*began with other weights than those in .*relora now"):
         update_spectra(runs["further"])
-    starts.write_text(noted)
+    (tmp_path / newest.name).rename(newest)
     source.rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"further.*began with .*relora .*, which is not there any more"):
         update_spectra(runs["further"])
@@ -80,26 +77,37 @@ def test_biases_are_no_matrices(inputs: Path, tokenizer_path: str, pools: Any) -
 
 
 def test_the_table_has_means_over_layers() -> None:
-    flat = np.ones(4)
-    steep = np.array([1.0, 0.0, 0.0, 0.0])
-    assert rank_columns([[{"q_proj": [flat, steep]}], [{"q_proj": [steep, steep]}]], 0.5) == {
-        "q_proj": ["2; 2", "1; 1"]
-    }
-    values = np.array([3.0, 2.0, 0.5, 0.0])
-    assert effective_rank(values) == pytest.approx(float(of_a_merge(torch.from_numpy(values))))
-    assert effective_rank(np.zeros(3)) == 0
+    mixed = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])  # 4 and 1
+    steep = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    groups = [[{"q_proj": mixed}], [{"q_proj": steep}], [{"q_proj": mixed}, {"q_proj": steep.repeat(5, 1)}]]
+    assert rank_columns(groups, 0.5) == {"q_proj": ["2; 2", "1; 1", "1; 1"]}
+
+
+def test_ranks_accumulate_from_merge_to_merge(runs: dict[str, Path]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
+    figure = accumulated_figure(group_runs([read_run(runs["relora"]), read_run(runs["lora"])]))
+    assert figure is not None and len([panel for panel in figure.axes if panel.get_visible()]) == 7
+    relora, lora = figure.axes[0].get_lines()
+    assert list(relora.get_xdata()) == list(lora.get_xdata()) == [8 * 32 * step for step in range(1, 11)]
+    assert max(lora.get_ydata()) <= RANK
+    merged = dict(zip(range(1, 11), relora.get_ydata(), strict=True))  # after the steps 4 and 8
+    assert max(merged[step] for step in (1, 2, 3, 4)) <= RANK < merged[8] <= 2 * RANK
+    assert merged[8] < merged[10] <= 3 * RANK
 
 
 def test_the_command_prints_a_table_and_draws(runs: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
-    answer = call(SPECTRUM, runs["lora"], runs["relora"], runs["relora"] / "../lora", f"--out={tmp_path / 'out'}")
+    given = (runs["lora"], runs["relora"], runs["relora"] / "../lora")
+    answer = call(SPECTRUM, *given, "--checkpoints", f"--out={tmp_path / 'out'}")
     assert answer.code == 0, answer
     assert "| LoRA |" in answer.out and answer.out.count("| LoRA |") == 1, "a run that stands there twice is one"
     assert "| ReLoRA |" in answer.out and "| down_proj |" in answer.out
     assert (tmp_path / "out" / "spectrum.md").read_text() == answer.out
-    assert (tmp_path / "out" / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("spectrum", "effective_rank"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_input_is_one_message(runs: dict[str, Path], tmp_path: Path) -> None:
     refused(call(SPECTRUM), "no run given")
+    refused(call(SPECTRUM, runs["lora"], "--checkpoints"), "--checkpoints: draws a figure; give --out")
     refused(call(SPECTRUM, tmp_path / "none"), "no run folder")

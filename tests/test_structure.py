@@ -16,7 +16,7 @@ LAYERS = [
     ["config", "distributed", "kernels", "rules", "schedule"],
     ["cli", "supervise", "operators", "muon", "projected", "tokenizer"],
     ["data", "methods", "model"],
-    ["optim"],
+    ["optim", "origin"],
     ["plan", "zero"],
     ["merging"],
     ["checkpoint"],

@@ -1,7 +1,8 @@
 """Runs beside each other: rows of a table, curves and figures, from the files of their folders alone."""
 
 from relora_mora.compare.errors import CompareError
-from relora_mora.compare.figures import check_plots, save, write_figures
+from relora_mora.compare.figures import figures_of, reach_figure
+from relora_mora.compare.files import check_plots, save, write_files
 from relora_mora.compare.groups import Group, group_of, group_runs
 from relora_mora.compare.reach import Reach, parse_reach, step_cells
 from relora_mora.compare.runs import Run, read_run, read_runs
@@ -16,14 +17,16 @@ __all__ = [
     "as_json",
     "check_plots",
     "compare",
+    "figures_of",
     "group_of",
     "group_runs",
     "markdown",
     "parse_reach",
+    "reach_figure",
     "read_run",
     "read_runs",
     "save",
     "step_cells",
     "table_of",
-    "write_figures",
+    "write_files",
 ]

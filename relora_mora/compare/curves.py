@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from relora_mora.compare.groups import Group
 from relora_mora.compare.runs import Run, Series
 
-Axis = Literal["tokens", "time"]
+Axis = Literal["steps", "tokens", "time"]
 Values = NDArray[np.float64]
 VISIBLE = 0.4  # of the height of a zoomed panel that the last gap between curves fills
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A mean over seeds with the least and the greatest; all [n]. ``x`` is in tokens or in seconds."""
+    """A mean over seeds with the least and the greatest; all [n]. ``x`` is in steps, tokens or seconds."""
 
     steps: list[int]
     x: Values
@@ -43,7 +43,9 @@ def curve(group: Group, series: Callable[[Run], Series], axis: Axis, *, smooth: 
 
 
 def positions(group: Group, steps: Sequence[int], axis: Axis) -> Values:
-    """Where steps stand on an axis: tokens trained on, or seconds of training, a mean over the runs."""
+    """Where steps stand on an axis: themselves, tokens trained on, or seconds of training, a mean over the runs."""
+    if axis == "steps":
+        return np.array(steps, dtype=float)
     if axis == "tokens":
         return np.array([group.runs[0].tokens(step) for step in steps], dtype=float)
     return np.mean([[run.seconds(step) for step in steps] for run in group.runs], axis=0)

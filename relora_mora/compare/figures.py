@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from relora_mora.compare.curves import Axis, Curve, curve, parting, positions
-from relora_mora.compare.errors import CompareError
 from relora_mora.compare.groups import Group
+from relora_mora.compare.reach import Reach
 from relora_mora.compare.table import common_sets, count
 
 if TYPE_CHECKING:
@@ -44,43 +42,22 @@ PAPER: Any = {
 }
 WIDTH = 7.0  # inches, of the text of a page
 LEGEND_LINE = 0.2  # inches
+TITLES = {"steps": "steps", "tokens": "tokens trained on"}
 UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 MOST_MARKERS = 12
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def check_plots() -> None:
-    """Raises :class:`CompareError` where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CompareError(
-            "--out: plots need matplotlib, which is not installed: pip install matplotlib, or pip install '.[plot]' in "
-            "the checkout; without --out the table alone is printed"
-        )
-
-
-def write_figures(groups: Sequence[Group], folder: Path, metric: str | None = None) -> list[Path]:
-    """Writes PNG files into a folder and returns them; one of ranks where a run has merged, and one of a ``metric``."""
+def figures_of(groups: Sequence[Group], reach: Reach | None = None) -> dict[str, Figure]:
+    """All figures of a comparison by name; one of ranks where a run has merged, and one of ``reach``."""
     figures = {"loss_by_tokens": loss_figure(groups, "tokens"), "loss_by_time": loss_figure(groups, "time")}
     figures["learning_rate"] = rate_figure(groups)
     ranks = rank_figure(groups)
     if ranks is not None:
         figures["effective_rank"] = ranks
-    if metric is not None:
-        name = metric.rpartition("/")[2]
-        figures[name] = metric_figure(groups, metric, name.replace("_", " "))
-    for name, figure in figures.items():
-        save(figure, folder / f"{name}.png")
-    return [folder / f"{name}.png" for name in figures]
-
-
-def save(figure: Figure, path: Path) -> None:
-    """As PNG."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    with matplotlib.rc_context(PAPER):
-        FigureCanvasAgg(figure)
-        figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
+    if reach is not None:
+        figures[reach.title.replace(" ", "_")] = reach_figure(reach, groups)
+    return figures
 
 
 def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
@@ -145,8 +122,8 @@ class Drawing:
 
 def _unit(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
     """What a step of the axis is worth, and its title: the largest unit of time of which a run takes two."""
-    if axis == "tokens":
-        return 1.0, "tokens trained on"
+    if axis != "time":
+        return 1.0, TITLES[axis]
     longest = max(run.seconds(run.last_step) for group in groups for run in group.runs)
     size, unit = next((each for each in UNITS if longest >= 2 * each[0]), UNITS[-1])
     return size, f"time of steps and merges, {unit}"
@@ -186,8 +163,18 @@ def rate_figure(groups: Sequence[Group]) -> Figure:
     return figure
 
 
-def metric_figure(groups: Sequence[Group], tag: str, title: str, *, markers: bool = True) -> Figure:
-    """Any metric against tokens, with the band of the seeds."""
+def reach_figure(reach: Reach, groups: Sequence[Group]) -> Figure:
+    """The metric against steps, with a line across at each value."""
+    figure = metric_figure(groups, reach.tag, reach.title, axis="steps")
+    for value in reach.values:
+        figure.axes[0].axhline(value, color="#777777", linestyle=":", linewidth=1.0, zorder=1)
+    return figure
+
+
+def metric_figure(
+    groups: Sequence[Group], tag: str, title: str, *, axis: Axis = "tokens", markers: bool = True
+) -> Figure:
+    """Any metric, with the band of the seeds."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -195,38 +182,40 @@ def metric_figure(groups: Sequence[Group], tag: str, title: str, *, markers: boo
         figure = Figure(figsize=(WIDTH * 0.6, 2.4 + legend_height(groups)), layout="constrained")
         panel = figure.subplots()
         for group, style in zip(groups, styles(), strict=False):
-            each = curve(group, lambda run: run.series(tag), "tokens")
+            each = curve(group, lambda run: run.series(tag), axis)
             panel.plot(each.x, each.mean, label=_name(group), **(style if markers else {**style, "marker": None}))
             panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
-        panel.set_xlabel("tokens trained on")
-        _count_on(panel, "tokens")
+        panel.set_xlabel(_unit(groups, axis)[1])
+        _count_on(panel, axis)
         panel.set_ylabel(title)
         add_legend(figure, panel, groups)
     return figure
 
 
-def rank_figure(groups: Sequence[Group]) -> Figure | None:
-    """The effective rank of what each merge added, a panel for each kind of projection; None where nothing was merged.
+def rank_figure(
+    groups: Sequence[Group], tag: str = "merge/effective_rank", title: str = "effective rank of a merge"
+) -> Figure | None:
+    """Effective ranks, a panel for each kind of projection, of the groups that have them; None where there are none.
 
-    The metric is that of a layer in the middle of the model (docs/method.md).
+    Those of a merge are of a layer in the middle of the model (docs/method.md).
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    tags = {tag for group in groups for run in group.runs for line in run.lines for tag in line}
-    kinds = [kind for kind in PROJECTIONS if f"merge/effective_rank/{kind}" in tags]
+    tags = {name for group in groups for run in group.runs for line in run.lines for name in line}
+    kinds = [kind for kind in PROJECTIONS if f"{tag}/{kind}" in tags]
     if not kinds:
         return None
-    merging = [group for group in groups if all(run.merges for run in group.runs)]
+    shown = [group for group in groups if all(run.series(f"{tag}/{kinds[0]}") for run in group.runs)]
     with matplotlib.rc_context(PAPER):
         rows = -(-len(kinds) // 4)
-        figure = Figure(figsize=(WIDTH, 1.8 * rows + legend_height(merging)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.8 * rows + legend_height(shown)), layout="constrained")
         panels: Any = figure.subplots(rows, min(4, len(kinds)), sharex=True, sharey=True, squeeze=False)
         for panel, kind in zip(panels.flat, kinds, strict=False):
             panel.set_title(kind)
             for group, style in zip(groups, styles(), strict=False):
-                if group in merging:
-                    _draw_ranks(panel, group, f"merge/effective_rank/{kind}", style)
+                if group in shown:
+                    _draw_ranks(panel, group, f"{tag}/{kind}", style)
             panel.xaxis.set_tick_params(labelbottom=True)
             _count_on(panel, "tokens", ticks=3)
         for panel in panels.flat[len(kinds) :]:
@@ -236,8 +225,8 @@ def rank_figure(groups: Sequence[Group]) -> Figure | None:
         for panel in panels.flat[max(0, len(kinds) - panels.shape[1]) : len(kinds)]:
             panel.set_xlabel("tokens")
         for panel in panels[:, 0]:
-            panel.set_ylabel("effective rank of a merge")
-        add_legend(figure, panels[0][0], merging)
+            panel.set_ylabel(title)
+        add_legend(figure, panels[0][0], shown)
     return figure
 
 

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-from relora_mora.compare.figures import PAPER, WIDTH, add_legend, legend_height, styles
+from relora_mora.compare.figures import PAPER, WIDTH, add_legend, legend_height, rank_figure, styles
 from relora_mora.compare.groups import Group
+from relora_mora.compare.runs import Run
+from relora_mora.methods.layers import effective_rank
+from relora_mora.spectrum import Spectra, spectra_by_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Values = NDArray[np.float64]
-Spectra = Mapping[str, Sequence[Values]]  # singular values of each layer, descending, by the kind of projection
-
-
-def effective_rank(values: Values) -> float:
-    """exp of the entropy of the normalized singular values [n] (Roy & Vetterli 2007, eq. 2-3); 0 where all are 0"""
-    total = values.sum()
-    if total == 0:
-        return 0.0
-    shares = values[values > 0] / total
-    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def rank_columns(spectra: Sequence[Sequence[Spectra]], above: float) -> dict[str, list[str]]:
@@ -32,17 +24,44 @@ def rank_columns(spectra: Sequence[Sequence[Spectra]], above: float) -> dict[str
 
     For each kind of projection the effective rank, and how many singular values are above ``above``.
     """
-    columns: dict[str, list[str]] = {}
-    for kind in spectra[0][0]:
-        columns[kind] = [
-            f"{_mean(group, kind, effective_rank):.0f}; {_mean(group, kind, lambda s: float((s > above).sum())):.0f}"
-            for group in spectra
+
+    def large(values: Tensor) -> Tensor:
+        return (values > above).sum(-1)
+
+    return {
+        kind: [f"{_mean(group, kind, effective_rank):.0f}; {_mean(group, kind, large):.0f}" for group in spectra]
+        for kind in spectra[0][0]
+    }
+
+
+def accumulated_figure(groups: Sequence[Group]) -> Figure | None:
+    """The effective rank of W - W_0 at each checkpoint that the runs have kept, means over layers; None without any.
+
+    Raises what :func:`update_spectra` raises.
+    """
+    tag = "update/effective_rank"
+
+    def measured(run: Run) -> Run:
+        ranks = [
+            {
+                "step": step,
+                **{f"{tag}/{kind}": float(effective_rank(values).mean()) for kind, values in spectra.items()},
+            }
+            for step, spectra in spectra_by_step(run.folder)
         ]
-    return columns
+        return replace(run, lines=[*run.lines, *ranks])
+
+    with_ranks = [replace(group, runs=tuple(measured(run) for run in group.runs)) for group in groups]
+    return rank_figure(with_ranks, tag, "effective rank of W - W_0")
 
 
-def _mean(group: Sequence[Spectra], kind: str, number: Any) -> float:
-    return float(np.mean([number(values) for spectra in group for values in spectra[kind]]))
+def _mean(group: Sequence[Spectra], kind: str, number: Callable[[Tensor], Tensor]) -> float:
+    return float(number(_values(group, kind)).double().mean())
+
+
+def _values(group: Sequence[Spectra], kind: str) -> Tensor:
+    """[layers of all runs, n]"""
+    return torch.cat([spectra[kind] for spectra in group])
 
 
 def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Sequence[Spectra]]) -> Figure:
@@ -58,8 +77,8 @@ def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Sequence[Spectra]
         for panel, kind in zip(panels.flat, kinds, strict=False):
             panel.set_title(kind)
             for group, of_runs, style in zip(groups, spectra, styles(), strict=False):
-                values = np.mean([each for run in of_runs for each in run[kind]], axis=0)
-                places = np.arange(1, len(values) + 1)
+                values = _values(of_runs, kind).double().mean(0).tolist()
+                places = range(1, len(values) + 1)
                 panel.plot(places, values, label=group.label, **{**style, "markevery": max(1, len(values) // 6)})
             panel.set_yscale("log")
             panel.set_xlabel("number")
@@ -67,9 +86,7 @@ def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Sequence[Spectra]
             panel.set_visible(False)
         for panel in panels[:, 0]:
             panel.set_ylabel("singular value")
-        largest = max(
-            values.max() for of_runs in spectra for run in of_runs for each in run.values() for values in each
-        )
+        largest = max(float(_values(of_runs, kind).max()) for of_runs in spectra for kind in kinds)
         panels[0][0].set_ylim(largest * 1e-4, largest * 2)  # what is below is rounding
         add_legend(figure, panels[0][0], groups)
     return figure

@@ -6,7 +6,6 @@ trainer's end (``worker_process.py``) and dies with its parent.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import signal
@@ -19,8 +18,7 @@ from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.producer import Assignment, LaneBlocks, Producer
 from relora_mora.data.worker_process import IGNORED_SIGNALS
 from relora_mora.system.disk_errors import LOST_DISK
-
-_PR_SET_PDEATHSIG = 1
+from relora_mora.system.parent import end_with_parent
 
 Answers = queue.Queue[LaneBlocks | Exception]  # an exception is the last of them
 
@@ -30,10 +28,7 @@ def main(descriptor: int, parent: int) -> None:
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # gone before it could be watched
-        os._exit(1)
+    end_with_parent(parent, signal.SIGKILL)
     # tokenizing needs no torch, but transformers imports it where it can: 190 MB and more than a second in every worker
     sys.modules["torch"] = None  # type: ignore[assignment]
     connection = Connection(descriptor)

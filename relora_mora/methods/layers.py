@@ -171,3 +171,14 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
 def adapter_parameters(model: nn.Module) -> set[str]:
     """The names of all adapters' trainable parameters."""
     return {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
+
+
+def effective_rank(singular_values: Tensor) -> Tensor:
+    """[..., n] -> [...] exp of the entropy of the normalized singular values; 0 where all are 0
+
+    Roy & Vetterli 2007, eq. 2-3.
+    """
+    values = singular_values.double()
+    total = values.sum(-1, keepdim=True)
+    entropy = torch.special.entr(values / total).sum(-1)
+    return torch.where(total.squeeze(-1) > 0, torch.exp(entropy), 0.0)

@@ -24,18 +24,19 @@ def conduct(study: Study, folder: StudyFolder, program: Path, jobs: int) -> int:
     """Runs what is not done, ``jobs`` runs at a time, and keeps a record of each; returns how many there are.
 
     ``program`` is the script that trains. Raises :class:`relora_mora.config.ConfigError` before the first run where
-    settings of any are wrong, :class:`relora_mora.study.runner.Stopped` after a signal, and :class:`CellsFailed` when
-    all other runs are done.
+    settings of any are wrong, ValueError where they, or the model to begin with, are not those of runs before,
+    :class:`relora_mora.study.runner.Stopped` after a signal, and :class:`CellsFailed` when all other runs are done.
     """
     cells = first_round(study)
-    configs = cell_configs(study, cells, folder)
+    folder.begin(cell_configs(study, cells, folder), study.threads)
     already = sum(map(folder.fraction, cells))
     with _bar(count(study), already) as bar:
         runner = Runner(study, folder, program, jobs, bar)
-        runner.run(configs)
+        runner.run(cells)
         more = second_round(study, _results(study, cells, folder))
-        runner.run(cell_configs(study, more, folder))
-    cells += more
+        cells += more
+        folder.begin(cell_configs(study, cells, folder), study.threads)  # all of them begin with the same model
+        runner.run(more)
     kept = write_records(cells, folder)
     if kept < len(cells):
         raise CellsFailed("\n".join(_last_words(cell, folder) for cell in cells if not folder.is_done(cell)))
@@ -54,10 +55,11 @@ def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tu
         done = ", ".join(cell.name for cell in cells if folder.is_done(cell)) or "none"
         raise ValueError(f"--again: no run {name} that is done; there are: {done}")
     [cell] = found
+    folder.begin(cell_configs(study, [cell], folder), study.threads)
     other = StudyFolder(folder.path / "again")
     shutil.rmtree(other.run(cell).path, ignore_errors=True)
     with _bar(1, 0) as bar:
-        Runner(study, other, program, 1, bar).run(cell_configs(study, [cell], other))
+        Runner(study, other, program, 1, bar).run([cell])
     if not other.is_done(cell):
         raise CellsFailed(_last_words(cell, other))
     return differences(folder.run(cell).metrics, other.run(cell).metrics)

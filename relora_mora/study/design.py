@@ -8,11 +8,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from relora_mora.config import ConfigError, parse_yaml
+from relora_mora.config import Config, ConfigError, parse_yaml
 from relora_mora.config.types import Positive, Seed, Strict, Text
 
 SEEDS = ("train.seed", "data.seed")  # what a seed of the study sets
-METRICS = ("loss", "perplexity", "bits_per_byte", "exact_match", "character_accuracy")  # to choose by
+OF_ANSWERS = ("exact_match", "character_accuracy")
+METRICS = ("loss", "perplexity", "bits_per_byte", *OF_ANSWERS)  # to choose by
 OWN = (*SEEDS, "train.run_dir")  # settings that a study gives
 
 
@@ -37,6 +38,21 @@ class Choice(Strict):
         metric = self.lowest or self.highest
         assert metric is not None
         return metric
+
+    def faults(self, config: Config) -> list[str]:
+        """Why a run with these settings will have no such metric, as far as settings tell."""
+        _, *given, name = self.metric.split("/")
+        data = config.data
+        named = {key: sources for key, sources in data.validation_sets.items() if key}
+        if given and given[0] not in named:
+            return [f"choose: {self.metric}: data.validation names {', '.join(named) or 'no sets'}"]
+        sources = named[given[0]] if given else data.sources("validation")
+        records = [data.records_of(source) for source in sources]
+        if name in OF_ANSWERS and not (config.eval.generate and any(map(data.has_whole_answers, records))):
+            return [f"choose: {self.metric}: no such answers are generated; set eval.generate (docs/tasks.md)"]
+        if name == "bits_per_byte" and not all(each is None or each.is_text for each in records):
+            return [f"choose: {self.metric}: only plain text has that, not records; choose by a loss"]
+        return []
 
 
 class Study(Strict):

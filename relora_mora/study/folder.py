@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from relora_mora.config import FINETUNING, Config, ConfigError, load_config, parse_yaml
+from relora_mora.origin import changed_start
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.supervise import FINISHED
@@ -62,23 +64,33 @@ class StudyFolder:
         except (OSError, ValueError):
             return 0.0
 
-    def begin(self, cell: Cell, config: Config, threads: int) -> None:
-        """Notes the settings of a cell; raises ValueError where it was begun, or is done, with others."""
+    def begin(self, configs: Mapping[Cell, Config], threads: int) -> None:
+        """Notes the settings of cells; raises ValueError where one was begun, or is done, with others.
+
+        So it does where the model that one began with is not what it was.
+        """
+        for cell, config in configs.items():
+            self._begin(cell, {**json.loads(config.model_dump_json()), "threads": threads})
+            changed = changed_start(self.run(cell).path, config.model)
+            if changed is not None:
+                raise ValueError(f"{self.run(cell).path} was begun with {changed}; {self._remedy(cell)}")
+
+    def _begin(self, cell: Cell, new: dict[str, Any]) -> None:
         path = self.settings(cell)
-        new = {**json.loads(config.model_dump_json()), "threads": threads}
         if path.exists():
             noted = json.loads(path.read_text(encoding="utf-8"))
-            before = noted.pop("threads", threads)
+            before = noted.pop("threads", new["threads"])
             known = Config.model_validate(noted)  # with the defaults of settings that have come since
             changed = sorted(_differences({**json.loads(known.model_dump_json()), "threads": before}, new))
             if changed:
-                run = self.run(cell).path
                 raise ValueError(
-                    f"{run} was begun with other settings ({', '.join(changed)}); remove {run} and {path}, or give "
-                    "another --out"
+                    f"{self.run(cell).path} was begun with other settings ({', '.join(changed)}); {self._remedy(cell)}"
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(new) + "\n", encoding="utf-8")
+
+    def _remedy(self, cell: Cell) -> str:
+        return f"remove {self.run(cell).path} and {self.settings(cell)}, or give another --out"
 
 
 @functools.cache
@@ -96,16 +108,21 @@ def last_step(run: RunFolder) -> int:
 
 
 def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, Config]:
-    """The settings of every cell; raises ConfigError with the faults of all of them, named once each."""
+    """The settings of every cell; raises ConfigError with the faults of all of them, named once each.
+
+    One that will not have the metric to choose by is a fault, too.
+    """
     defaults = FINETUNING if study.command == "finetune" else None
     configs = {}
     faults: dict[str, str] = {}
     for cell in cells:
         try:
             configs[cell] = load_config(study.base, folder.overrides(cell, study), defaults=defaults)
+            found = [] if study.choose is None else study.choose.faults(configs[cell])
         except ConfigError as error:
-            for fault in error.faults:
-                faults.setdefault(fault, cell.name)
+            found = error.faults
+        for fault in found:
+            faults.setdefault(fault, cell.name)
     if faults:
         raise ConfigError([f"{fault} (in {name})" for fault, name in faults.items()], f"the runs over {study.base}")
     return configs

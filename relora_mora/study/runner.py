@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Never
 
 from tqdm import tqdm
 
-from relora_mora.config import Config
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.study.folder import StudyFolder
+from relora_mora.system.parent import ending_with_me
 
 POLL_SECONDS = 0.5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -47,16 +46,15 @@ class Runner:
         self.bar = bar
         self._done = 0
 
-    def run(self, configs: Mapping[Cell, Config]) -> None:
+    def run(self, cells: Sequence[Cell]) -> None:
         """Runs the cells that are not done; those that were cut go on where they were.
 
         What a run that failed has printed is in its log. Raises :class:`Stopped` after SIGINT or SIGTERM, which every
-        run is sent: a first one saves and ends, a second one ends at once.
+        run is sent: a first one saves and ends, a second one ends at once. Where this process is killed, the kernel
+        sends them a first one (Linux).
         """
-        waiting = [cell for cell in configs if not self.folder.is_done(cell)]
-        self._done += len(configs) - len(waiting)
-        for cell, config in configs.items():
-            self.folder.begin(cell, config, self.study.threads)
+        waiting = [cell for cell in cells if not self.folder.is_done(cell)]
+        self._done += len(cells) - len(waiting)
         running: list[_Running] = []
         with _stop_signals() as signals:
             while running or (waiting and not signals):
@@ -77,7 +75,7 @@ class Runner:
         flags = [f"--{name}={value}" for name, value in self.folder.overrides(cell, self.study).items()]
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, str(self.program), self.study.base, *flags],
+                ending_with_me([str(self.program), self.study.base, *flags]),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -131,7 +131,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     if checked.compiled:
         warm_up(run, state, guard)
         startup.done("compile")
-    from_first_rank(lambda: write_run_folder(checked, run.parameters, world_size, state.step))
+    from_first_rank(lambda: write_run_folder(checked, run.parameters, world_size, state.step, resumes=resumes))
     trainer = Trainer(run, state, guard, startup, resumed_from=reader)
     log.info("%s", describe(run, state))
     try:

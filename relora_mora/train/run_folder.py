@@ -19,6 +19,7 @@ import torch
 from relora_mora.config import dump
 from relora_mora.model.config import plain_model_config
 from relora_mora.optim import Parameters
+from relora_mora.origin import NOTED, start_digests
 from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.files import remove, write_synced
 from relora_mora.system.hardware import processor_name, uses_cuda
@@ -27,12 +28,18 @@ from relora_mora.tokenizer import is_tokenizer, save_tokenizer
 from relora_mora.train.check import Checked
 
 
-def write_run_folder(checked: Checked, parameters: Parameters, world_size: int, step: int) -> Path:
-    """Writes settings, command, versions, commit, model and tokenizer into the run folder. First rank only."""
+def write_run_folder(checked: Checked, parameters: Parameters, world_size: int, step: int, *, resumes: bool) -> Path:
+    """Writes settings, command, versions, commit, model and tokenizer into the run folder. First rank only.
+
+    A run that does not resume has read the weights that it begins with: what they were is noted, too.
+    """
     folder = Path(checked.config.train.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with disk_faults_named(folder):
-        _write(folder, checked, _start_record(checked, parameters, world_size, step))
+        start = _start_record(checked, parameters, world_size, step)
+        if not resumes:
+            start[NOTED] = start_digests(checked.config.model)
+        _write(folder, checked, start)
     return folder
 
 

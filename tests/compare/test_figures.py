@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from relora_mora.compare import Group, group_runs, write_figures
+from relora_mora.compare import Group, Reach, figures_of, group_runs, reach_figure, write_files
 from relora_mora.compare.curves import curve, parting, running_mean
 from relora_mora.compare.figures import loss_figure, rank_figure, rate_figure
 from tests.compare.folders import TOKENS, made_run
+from tests.tools.commands import left_in
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
 
@@ -101,21 +102,32 @@ def test_rates_and_ranks(groups: list[Group]) -> None:
     assert rank_figure(groups[:1]) is None
 
 
+def test_a_metric_is_drawn_by_step_with_the_values_that_were_asked_for(groups: list[Group]) -> None:
+    [panel] = reach_figure(Reach("eval/loss", (1.5, 3.5)), groups).axes
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("steps", "loss")
+    assert _lines(panel)["Full rank"][0] == [0, 10, 20, 30, 40]
+    assert [line.get_ydata()[0] for line in panel.get_lines() if line.get_linestyle() == ":"] == [1.5, 3.5]
+
+
 def test_a_run_that_goes_on_is_marked_in_the_legend(tmp_path: Path) -> None:
     groups = group_runs([made_run(tmp_path / "a", LOSSES[:3])])
     assert list(_lines(loss_figure(groups, "tokens").axes[0])) == ["ReMoRA (1, 2) [unfinished, step 20 of 40]"]
 
 
 def test_files_are_written(groups: list[Group], tmp_path: Path) -> None:
-    written = write_figures(groups, tmp_path)
-    assert sorted(path.name for path in written) == [
+    figures = figures_of(groups)
+    out = tmp_path / "new" / "out"
+    write_files(out, {"table.md": "a table"}, figures)
+    assert (out / "table.md").read_text() == "a table"
+    assert left_in(out) == [
         "effective_rank.png",
         "learning_rate.png",
         "loss_by_time.png",
         "loss_by_tokens.png",
+        "table.md",
     ]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
-    assert len(write_figures(groups[:1], tmp_path)) == 3
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
+    assert "effective_rank" not in figures_of(groups[:1])
 
 
 def test_a_running_mean_takes_as_many_values_on_either_side() -> None:
@@ -144,4 +156,6 @@ def test_curves_part_where_their_last_gap_can_be_seen(tmp_path: Path) -> None:
 )
 def test_runs_with_little_to_show_are_drawn_all_the_same(tmp_path: Path, losses: list[list[float]]) -> None:
     groups = group_runs(made_run(tmp_path / f"run{i}", each, optim={"lr": 0.1 + i}) for i, each in enumerate(losses))
-    assert {path.name for path in write_figures(groups, tmp_path)} >= {"loss_by_tokens.png", "loss_by_time.png"}
+    figures = figures_of(groups)
+    assert {"loss_by_tokens", "loss_by_time"} <= set(figures)
+    write_files(tmp_path, {}, figures)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from relora_mora.compare import CompareError, group_runs, parse_reach, read_run, step_cells
 from relora_mora.compare.groups import Group
-from tests.compare.folders import write_run
+from tests.compare.folders import append_metrics, write_run
 
 ACCURACY = "eval/character_accuracy"
 
@@ -19,9 +18,7 @@ def _runs(tmp_path: Path, *curves: list[float]) -> list[Group]:
     found = []
     for seed, accuracies in enumerate(curves):
         folder = write_run(tmp_path / str(seed), [5.0, 4.0], train={"seed": seed})
-        lines = [json.dumps({"step": 100 * index, ACCURACY: value}) for index, value in enumerate(accuracies)]
-        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write("\n".join(lines) + "\n")
+        append_metrics(folder, ACCURACY, accuracies)
         found.append(read_run(folder))
     return group_runs(found)
 

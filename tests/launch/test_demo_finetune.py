@@ -10,7 +10,9 @@ from types import ModuleType
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from relora_mora.compare import Group, group_runs, read_run
 from relora_mora.config import FINETUNING, load_config, unused_settings
+from tests.compare.folders import append_metrics, write_run
 from tests.tools.commands import call, module_of, refused, run_main
 from tests.tools.helpers import ROOT
 from tests.tools.pool import Pools
@@ -71,8 +73,8 @@ def test_without_smollm2_the_model_of_the_demo_learns(
     heads, *rows = re.search(r"^ +parameters.*\n.*MoRA.*\n.*LoRA.*$", out, re.MULTILINE)[0].splitlines()
     assert heads.split("  ")[-1] == "at the end" and all(row.endswith("%") for row in rows)
     for method in ("mora", "lora"):
-        curve = finetuning.accuracy_curve(tmp_path / "home" / "demo" / method)
-        assert [at for at, _ in curve] == [0, 2, 4]
+        run = read_run(tmp_path / "home" / "demo" / method)
+        assert list(run.series(finetuning.REACH.tag)) == [0, 2, 4]
     picture = tmp_path / "home" / "demo" / "accuracy.png"
     assert picture.read_bytes().startswith(PNG)
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["demo", "pairs.jsonl"]
@@ -98,14 +100,32 @@ def test_what_draws_is_asked_for_first(finetuning: ModuleType, monkeypatch: pyte
     assert not finetuning.HOME.exists()
 
 
-def test_steps_to_a_share(finetuning: ModuleType) -> None:
-    curve = [(0, 0.0), (5, 0.5), (10, 0.94), (15, 0.4), (20, 0.95)]
-    assert [finetuning.first_step(curve, share) for share in (0.5, 0.51, 0.95, 0.96)] == [
-        "5",
-        "10",
-        "20",
-        "not reached",
+@pytest.fixture
+def groups(finetuning: ModuleType, tmp_path: Path) -> list[Group]:
+    """A made-up run of each method; LoRA's forgets again and does not get to the end."""
+    curves = {"mora": [0.0, 0.5, 0.94, 0.95, 1.0], "lora": [0.0, 0.1, 0.6, 0.4, 0.45]}
+    runs = []
+    for method, curve in curves.items():
+        name = {"name": method}
+        folder = write_run(tmp_path / method, [1.0], method=name, optim={"lr": float(finetuning.RATES[method])})
+        append_metrics(folder, finetuning.REACH.tag, curve)
+        runs.append(read_run(folder))
+    return group_runs(runs)
+
+
+def test_the_table_has_the_steps_to_each_share(finetuning: ModuleType, groups: list[Group]) -> None:
+    assert finetuning.table(groups) == [
+        "                parameters  step of 50%  step of 95%  at the end",
+        "MoRA, lr 0.002   1,234,567          100          300      100.0%",
+        "LoRA, lr 0.005   1,234,567          200  not reached       45.0%",
     ]
+
+
+def test_the_picture_is_drawn(finetuning: ModuleType, groups: list[Group], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
+    picture = tmp_path / "accuracy.png"
+    finetuning.draw(groups, picture)
+    assert picture.read_bytes().startswith(PNG)
 
 
 def test_settings_are_of_all_pairs_in_every_step(finetuning: ModuleType) -> None:

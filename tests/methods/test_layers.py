@@ -15,9 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from relora_mora import kernels
 from relora_mora.config import MethodConfig
-from relora_mora.merging import effective_rank
 from relora_mora.methods.inject import inject
-from relora_mora.methods.layers import AdapterLinear, adapter_layers, layer_generator
+from relora_mora.methods.layers import AdapterLinear, adapter_layers, effective_rank, layer_generator
 from relora_mora.methods.lora import LoRALinear
 from relora_mora.methods.mora import MoRALinear, layer_square_size
 from relora_mora.model.llama import build_model
@@ -336,3 +335,4 @@ def test_effective_rank():
     assert effective_rank(torch.ones(5)) == pytest.approx(5)
     assert effective_rank(torch.tensor([3.0, 0.0])) == pytest.approx(1)
     assert effective_rank(torch.zeros(4)) == 0
+    assert effective_rank(torch.tensor([[1.0, 1.0], [0.0, 0.0], [2.0, 0.0]])).tolist() == pytest.approx([2, 0, 1])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -18,19 +19,13 @@ from relora_mora.config import ConfigError
 from relora_mora.study import CellsFailed, StudyFolder, conduct, read_study, run_again
 from relora_mora.study.cells import chosen, count, first_round, second_round
 from relora_mora.study.design import Study
+from relora_mora.study.folder import cell_configs
 from relora_mora.study.record import final_metric
 from relora_mora.study.runner import Runner
 from relora_mora.system.run_folder import read_json_lines
+from tests.study.tools import BASE, TRAINER, made_study
 from tests.tools.helpers import ROOT
-
-BASE = str(ROOT / "configs/run/tiny_mora.yaml")
-TRAINER = Path(__file__).with_name("trainer.py")
-RATES = [1e-3, 3e-3, 1e-2]
-
-
-def _study(**changes: Any) -> Study:
-    grid = [{"method.name": "mora", "method.rank": [8, 16], "optim.lr": RATES}]
-    return Study.model_validate({"base": BASE, "grid": grid} | changes)
+from tests.tools.jobs import lives
 
 
 def _names(study: Study) -> list[str]:
@@ -38,7 +33,7 @@ def _names(study: Study) -> list[str]:
 
 
 def test_a_grid_stands_for_all_combinations_and_seeds():
-    study = _study(seeds=[0, 7])
+    study = made_study(seeds=[0, 7])
     cells = first_round(study)
     assert len(cells) == count(study) == 12
     assert cells[1].name == "name=mora,rank=8,lr=0.001,seed=7"
@@ -52,7 +47,7 @@ def test_a_grid_stands_for_all_combinations_and_seeds():
 
 
 def test_settings_of_a_cell_win_over_those_of_the_study():
-    study = _study(settings={"optim.lr": 5.0, "train.steps": 3})
+    study = made_study(settings={"optim.lr": 5.0, "train.steps": 3})
     overrides = first_round(study)[0].overrides(study)
     assert overrides["optim.lr"] == "0.001"
     assert overrides["train.steps"] == "3"
@@ -60,7 +55,7 @@ def test_settings_of_a_cell_win_over_those_of_the_study():
 
 def test_names_are_those_of_folders_and_tell_settings_apart():
     grid = [{"method.operators": [[1], [1, 2]]}, {"optim.schedule": "wsd", "eval.every_steps": 3, "log.every_steps": 4}]
-    assert _names(_study(grid=grid)) == [
+    assert _names(made_study(grid=grid)) == [
         "operators=1,seed=0",
         "operators=1_2,seed=0",
         "schedule=wsd,eval.every_steps=3,log.every_steps=4,seed=0",
@@ -68,7 +63,7 @@ def test_names_are_those_of_folders_and_tell_settings_apart():
 
 
 def test_the_best_of_a_grid_is_run_with_the_other_seeds():
-    study = _study(seeds=[0, 1, 2], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
+    study = made_study(seeds=[0, 1, 2], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
     cells = first_round(study)
     assert len(cells) == 6
     assert count(study) == 6 + 2 * 2
@@ -81,12 +76,12 @@ def test_the_best_of_a_grid_is_run_with_the_other_seeds():
         ("0.001", 1),
         ("0.001", 2),
     ]
-    highest = _study(seeds=[0, 1], choose={"over": ["optim.lr"], "highest": "eval/exact_match"})
+    highest = made_study(seeds=[0, 1], choose={"over": ["optim.lr"], "highest": "eval/exact_match"})
     assert [cell.name for cell in chosen(highest, losses)] == [cells[2].name, cells[5].name]
 
 
 def test_what_has_failed_is_not_chosen():
-    study = _study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
+    study = made_study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
     cells = first_round(study)
     assert [cell.name for cell in chosen(study, {cells[2]: 9.0})] == [cells[2].name]
 
@@ -120,11 +115,11 @@ def test_bad_studies_are_told_before_anything_runs(tmp_path: Path, tree: dict[st
 
 def test_the_same_run_twice_is_refused():
     with pytest.raises(ValueError, match=r"names the same run twice: lr=0\.001,seed=0"):
-        first_round(_study(grid=[{"optim.lr": [1e-3, 1e-3]}]))
+        first_round(made_study(grid=[{"optim.lr": [1e-3, 1e-3]}]))
 
 
 def test_faults_of_all_runs_are_told_at_once(tmp_path: Path):
-    study = _study(grid=[{"method.rank": [8, -1], "optim.lr": [1e-3, 100.0]}])
+    study = made_study(grid=[{"method.rank": [8, -1], "optim.lr": [1e-3, 100.0]}])
     with pytest.raises(ConfigError) as error:
         conduct(study, StudyFolder(tmp_path), TRAINER, 1)
     assert len(error.value.faults) == 2
@@ -133,8 +128,39 @@ def test_faults_of_all_runs_are_told_at_once(tmp_path: Path):
     assert not any(tmp_path.iterdir())
 
 
+SETS = {"web": "a.txt", "pairs": {"source": "b.jsonl", "records": {"kind": "prompt"}}}
+
+
+@pytest.mark.parametrize(
+    ("metric", "settings", "said"),
+    [
+        ("eval/books/loss", {}, "data.validation names no sets"),
+        ("eval//loss", {}, "data.validation names no sets"),
+        ("eval/books/loss", {"data.validation": SETS}, "data.validation names web, pairs"),
+        ("eval/exact_match", {}, "no such answers are generated; set eval.generate"),
+        ("eval/web/exact_match", {"data.validation": SETS, "eval.generate": 5}, "no such answers are generated"),
+        ("eval/bits_per_byte", {"data.validation": SETS}, "only plain text has that"),
+    ],
+)
+def test_a_metric_that_no_run_will_have_is_told_before_the_first(
+    tmp_path: Path, metric: str, settings: dict[str, Any], said: str
+):
+    study = made_study(settings=settings, choose={"over": ["optim.lr"], "lowest": metric})
+    with pytest.raises(ConfigError) as error:
+        conduct(study, StudyFolder(tmp_path), TRAINER, 1)
+    assert [fault.startswith(f"choose: {metric}: {said}") for fault in error.value.faults] == [True]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("metric", ["eval/loss", "eval/web/loss", "eval/web/bits_per_byte", "eval/pairs/exact_match"])
+def test_one_that_they_will_have_is_not(tmp_path: Path, metric: str):
+    settings = {"data.validation": SETS, "eval.generate": 5}
+    study = made_study(settings=settings, choose={"over": ["optim.lr"], "lowest": metric})
+    assert len(cell_configs(study, first_round(study), StudyFolder(tmp_path))) == 6
+
+
 def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
-    study = _study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"}, threads=3)
+    study = made_study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"}, threads=3)
     folder = StudyFolder(tmp_path)
     assert conduct(study, folder, TRAINER, 4) == 8
     records = read_json_lines(folder.records)
@@ -155,7 +181,7 @@ def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
 
 def test_a_run_that_is_under_way_counts_by_its_steps(tmp_path: Path):
     folder = StudyFolder(tmp_path)
-    [cell] = first_round(_study(grid=[{"optim.lr": 1e-3}]))
+    [cell] = first_round(made_study(grid=[{"optim.lr": 1e-3}]))
     assert folder.fraction(cell) == 0
     run = folder.run(cell)
     run.path.mkdir(parents=True)
@@ -171,7 +197,7 @@ def test_a_run_that_is_under_way_counts_by_its_steps(tmp_path: Path):
 
 def test_the_bar_never_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A run that was cut counts while it waits for its turn."""
-    study = _study(grid=[{"method.name": "mora", "optim.lr": [1e-3, 3e-3]}])
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": [1e-3, 3e-3]}])
     folder = StudyFolder(tmp_path)
     cut = folder.run(first_round(study)[1])
     cut.path.mkdir(parents=True)
@@ -190,43 +216,9 @@ def test_the_bar_never_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert seen[0] >= 0.5 and seen[-1] == pytest.approx(2)
 
 
-def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
-    grid = [{"optim.lr": [1.0]}]
-    folder = StudyFolder(tmp_path)
-    with pytest.raises(CellsFailed):
-        conduct(_study(grid=grid, settings={"method.name": "mora"}), folder, TRAINER, 1)
-    with pytest.raises(ValueError, match=r"begun with other settings \(optim.clip\); remove .*lr=1.0,seed=0"):
-        conduct(_study(grid=grid, settings={"method.name": "mora", "optim.clip": 3.0}), folder, TRAINER, 1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"), [({"settings": {"optim.clip": 3.0}}, "optim.clip"), ({"threads": 2}, "threads")]
-)
-def test_nor_is_it_where_all_runs_are_done(tmp_path: Path, changes: dict[str, Any], named: str):
-    grid = [{"method.name": "mora", "optim.lr": 3e-3}]
-    folder = StudyFolder(tmp_path)
-    conduct(_study(grid=grid), folder, TRAINER, 1)
-    with pytest.raises(ValueError, match=rf"begun with other settings \({named}\); remove .*lr=0.003,seed=0"):
-        conduct(_study(grid=grid, **changes), folder, TRAINER, 1)
-
-
-def test_a_setting_that_has_come_since_had_its_default(tmp_path: Path):
-    study = _study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
-    folder = StudyFolder(tmp_path)
-    conduct(study, folder, TRAINER, 1)
-    path = folder.settings(first_round(study)[0])
-    noted = json.loads(path.read_text(encoding="utf-8"))
-    del noted["optim"]["matrices"]
-    path.write_text(json.dumps(noted), encoding="utf-8")
-    assert conduct(study, folder, TRAINER, 1) == 1
-    path.write_text(json.dumps(noted), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"begun with other settings \(optim.matrices\)"):
-        conduct(_study(grid=study.grid, settings={"optim.matrices": "muon"}), folder, TRAINER, 1)
-
-
 def test_a_run_whose_last_evaluation_is_not_finite_is_not_chosen(tmp_path: Path):
     folder = StudyFolder(tmp_path)
-    [cell] = first_round(_study(grid=[{"optim.lr": 1e-3}]))
+    [cell] = first_round(made_study(grid=[{"optim.lr": 1e-3}]))
     run = folder.run(cell)
     run.path.mkdir(parents=True)
     run.ends.write_text('{"code": 0}\n', encoding="utf-8")
@@ -235,7 +227,7 @@ def test_a_run_whose_last_evaluation_is_not_finite_is_not_chosen(tmp_path: Path)
 
 
 def test_a_run_that_fails_is_named_when_the_others_are_done(tmp_path: Path):
-    study = _study(grid=[{"method.name": "mora", "optim.lr": [1.0, 3e-3]}])
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": [1.0, 3e-3]}])
     folder = StudyFolder(tmp_path)
     with pytest.raises(CellsFailed, match=r"lr=1.0,seed=0 is not done; the end of .*\n.*\n  it diverged"):
         conduct(study, folder, TRAINER, 1)
@@ -278,8 +270,32 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
     assert read_json_lines(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_the_runs_of_a_study_that_is_killed_end_with_it(tmp_path: Path):
+    study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.0]}]})
+    folder = StudyFolder(tmp_path / "out")
+    [waiting] = first_round(read_study(study))
+    run = folder.run(waiting).path
+    with subprocess.Popen(
+        [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)], cwd=ROOT
+    ) as process:
+        while not (run / "waits").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        trainer = psutil.Process(int((run / "pid").read_text()))
+        assert lives(trainer)
+        process.kill()
+    deadline = time.monotonic() + 120
+    while lives(trainer) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if lives(trainer):
+        trainer.kill()
+        pytest.fail("the run goes on without its study")
+    assert conduct(read_study(study), folder, TRAINER, 1) == 1
+
+
 def test_a_run_made_again_is_compared_number_by_number(tmp_path: Path):
-    study = _study(grid=[{"method.name": ["mora", "lora"], "optim.lr": 3e-3}])
+    study = made_study(grid=[{"method.name": ["mora", "lora"], "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)
     conduct(study, folder, TRAINER, 2)
     assert run_again(study, folder, "name=mora,lr=0.003,seed=0", TRAINER) == (2, [])
@@ -291,14 +307,12 @@ def test_a_run_made_again_is_compared_number_by_number(tmp_path: Path):
 
 
 def test_every_study_can_be_run(tmp_path: Path):
-    from relora_mora.study.folder import cell_configs
-
     paths = sorted((ROOT / "configs/study").glob("*.yaml"))
     assert paths
     for path in paths:
         study = read_study(path)
         folder = StudyFolder(tmp_path / path.stem)
         configs = cell_configs(study, first_round(study), folder)
-        for cell, config in [*configs.items()] * 2:
-            folder.begin(cell, config, study.threads)
+        for _ in range(2):
+            folder.begin(configs, study.threads)
         assert len({json.dumps(config.model_dump()) for config in configs.values()}) == len(configs)

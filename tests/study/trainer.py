@@ -26,7 +26,17 @@ def main() -> int:
     seed = int(settings["train.seed"])
     first = not (folder / "metrics.jsonl").exists()
     steps = yaml.safe_load(Path(base).read_text(encoding="utf-8"))["train"]["steps"]
-    start = {"command": sys.argv, "commit": "abc", "host": "here", "threads": os.environ["OMP_NUM_THREADS"]}
+    start: dict[str, object] = {
+        "command": sys.argv,
+        "commit": "abc",
+        "host": "here",
+        "threads": os.environ["OMP_NUM_THREADS"],
+    }
+    if "model.init_from" in settings:
+        from relora_mora.config import ModelConfig
+        from relora_mora.origin import start_digests
+
+        start["began_with"] = start_digests(ModelConfig(init_from=json.loads(settings["model.init_from"])))
     _append(folder / "starts.jsonl", {**start, "step": 0 if first else steps // 2})
     _append(folder / "metrics.jsonl", {"step": steps // 2, "time": time.time(), "train/loss": 5.0, "perf/mfu": 0.1})
     print("some words of the run", flush=True)
@@ -34,11 +44,11 @@ def main() -> int:
         print("it diverged", flush=True)
         return 1
     if rate == 2 and first:
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(REQUEUE))
         _append(folder / "ends.jsonl", {"code": REQUEUE})
+        (folder / "pid").write_text(str(os.getpid()))
         (folder / "waits").touch()
         signal.pause()
-        return REQUEUE
     settled = {
         "train": {"steps": steps},
         "method": {"rank": int(settings.get("method.rank", "1"))},

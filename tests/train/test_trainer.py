@@ -15,9 +15,12 @@ from unittest import mock
 import pytest
 import torch
 
+from relora_mora.config import ModelConfig
 from relora_mora.data import load_eval_set
 from relora_mora.evaluate import causal_lm_loss, evaluate
 from relora_mora.export import export
+from relora_mora.origin import start_digests
+from relora_mora.system.run_folder import read_json_lines
 from tests.tools.commands import PRETRAIN, call
 from tests.tools.helpers import ROOT
 from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
@@ -120,6 +123,9 @@ def test_a_warm_start_begins_with_the_weights_of_the_other_run(
         train, run_config(inputs, tokenizer_path, folder, 2, model={"init_from": str(given)}), stop_after=2
     )  # resumes: no second start
     assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [0]
+    began, resumed = read_json_lines(folder / "starts.jsonl")
+    assert began["began_with"] == start_digests(ModelConfig(init_from=str(given))) != {}
+    assert "began_with" not in resumed, "it has not read them"
 
 
 def reads_of_validation(config: Any) -> int:

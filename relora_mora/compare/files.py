@@ -1,0 +1,44 @@
+"""What a comparison leaves in a folder: tables as text, and figures as PNG."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relora_mora.compare.errors import CompareError
+from relora_mora.compare.figures import PAPER
+from relora_mora.system.disk_errors import disk_faults_named
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def check_plots() -> None:
+    """Raises :class:`CompareError` where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CompareError(
+            "--out: plots need matplotlib, which is not installed: pip install matplotlib, or pip install '.[plot]' in "
+            "the checkout; without --out the table alone is printed"
+        )
+
+
+def write_files(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Figure]) -> None:
+    """Texts by the names of their files, figures by those without ``.png``; what is there of these is replaced."""
+    with disk_faults_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        for name, figure in figures.items():
+            save(figure, folder / f"{name}.png")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As PNG."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with matplotlib.rc_context(PAPER):
+        FigureCanvasAgg(figure)
+        figure.savefig(path, bbox_inches="tight", pad_inches=0.05)

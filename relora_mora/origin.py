@@ -1,0 +1,56 @@
+"""What a run began with, as digests: other weights under the same name are noticed, without reading them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import xxhash
+
+from relora_mora.config import ModelConfig
+from relora_mora.data.content import samples_digest
+from relora_mora.system.run_folder import RunFolder, read_json_lines
+
+FILES = ("manifest.json", "config.json", "adapter_config.json", "*.safetensors", "*.bin")  # of a model or an adapter
+NOTED = "began_with"  # in a line of starts.jsonl
+
+
+def start_digests(model: ModelConfig) -> dict[str, str]:
+    """32 hex digits for each of the settings ``init_from`` and ``adapter`` that names what is there.
+
+    They are over names, sizes and samples of the files that hold a model; of a run, those of its newest checkpoint.
+    """
+    given = {"init_from": model.init_from, "adapter": model.adapter}
+    found = {name: _files(Path(path)) for name, path in given.items() if path is not None}
+    return {name: _digest(files) for name, files in found.items() if files}
+
+
+def changed_start(run: Path, model: ModelConfig) -> str | None:
+    """In words, what is not as it was when a run began with it; None where nothing is known to be.
+
+    Runs of earlier versions noted no digests, and of what is not there any more there is none.
+    """
+    try:
+        noted = [start[NOTED] for start in read_json_lines(RunFolder(run).starts) if NOTED in start]
+    except (OSError, ValueError):  # not there, or cut off where the disk was full
+        noted = []
+    now = start_digests(model)
+    for name, digest in (noted[-1] if noted else {}).items():
+        if now.get(name, digest) != digest:
+            return f"other weights than those in {getattr(model, name)} now (model.{name})"
+    return None
+
+
+def _files(path: Path) -> list[Path]:
+    checkpoints = [
+        each for folder in (path, RunFolder(path).checkpoints) for each in sorted(folder.glob("step-*[0-9]"))[::-1]
+    ]
+    for folder in (path, *checkpoints):
+        files = [file for pattern in FILES for file in sorted(folder.glob(pattern))]
+        if files:
+            return files
+    return []
+
+
+def _digest(files: list[Path]) -> str:
+    seen = "".join(f"{file.name} {samples_digest(str(file))}\n" for file in files)
+    return xxhash.xxh3_128_hexdigest(seen.encode())

@@ -1,0 +1,99 @@
+"""A study that is not what it was when its runs began is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.study import CellsFailed, StudyFolder, conduct, run_again
+from relora_mora.study.cells import first_round, second_round
+from relora_mora.system.run_folder import read_json_lines
+from tests.study.tools import TRAINER, made_study
+
+
+def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
+    grid = [{"optim.lr": [1.0]}]
+    folder = StudyFolder(tmp_path)
+    with pytest.raises(CellsFailed):
+        conduct(made_study(grid=grid, settings={"method.name": "mora"}), folder, TRAINER, 1)
+    with pytest.raises(ValueError, match=r"begun with other settings \(optim.clip\); remove .*lr=1.0,seed=0"):
+        conduct(made_study(grid=grid, settings={"method.name": "mora", "optim.clip": 3.0}), folder, TRAINER, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"settings": {"optim.clip": 3.0}}, "optim.clip"), ({"threads": 2}, "threads")]
+)
+def test_nor_is_it_where_all_runs_are_done(tmp_path: Path, changes: dict[str, Any], named: str):
+    grid = [{"method.name": "mora", "optim.lr": 3e-3}]
+    folder = StudyFolder(tmp_path)
+    conduct(made_study(grid=grid), folder, TRAINER, 1)
+    with pytest.raises(ValueError, match=rf"begun with other settings \({named}\); remove .*lr=0.003,seed=0"):
+        conduct(made_study(grid=grid, **changes), folder, TRAINER, 1)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """The folder of a model to begin with, as far as the stand-in looks at it."""
+    folder = tmp_path / "start"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"a" * 100_000)
+    return folder
+
+
+OTHER_WEIGHTS = (
+    r"lr=0.003,seed=0 was begun with other weights than those in .*start now \(model.init_from\); remove .*lr="
+)
+
+
+def test_a_model_to_begin_with_that_has_changed_is_not_mixed_either(tmp_path: Path, start: Path):
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
+    folder = StudyFolder(tmp_path / "out")
+    for _ in range(2):
+        assert conduct(study, folder, TRAINER, 1) == 1
+    (start / "model.safetensors").write_bytes(b"b" * 100_000)
+    with pytest.raises(ValueError, match=OTHER_WEIGHTS):
+        conduct(study, folder, TRAINER, 1)
+    with pytest.raises(ValueError, match=OTHER_WEIGHTS):
+        run_again(study, folder, "name=mora,lr=0.003,seed=0", TRAINER)
+    kept = folder.run(first_round(study)[0]).starts
+    [line] = read_json_lines(kept)
+    kept.write_text(json.dumps({**line, "began_with": {}}) + "\n", encoding="utf-8")
+    assert conduct(study, folder, TRAINER, 1) == 1, "an earlier version did not note it"
+    kept.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    shutil.rmtree(start)
+    assert conduct(study, folder, TRAINER, 1) == 1, "all is done, and the model is needed no more"
+
+
+def test_nor_is_one_that_changes_between_the_rounds(tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch):
+    choose = {"over": ["optim.lr"], "lowest": "eval/loss"}
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+    study = made_study(grid=grid, seeds=[0, 1], choose=choose, settings={"model.init_from": str(start)})
+
+    def changed(*given: Any) -> Any:
+        (start / "model.safetensors").write_bytes(b"b" * 100_000)
+        return second_round(*given)
+
+    monkeypatch.setitem(conduct.__globals__, "second_round", changed)
+    folder = StudyFolder(tmp_path / "out")
+    with pytest.raises(ValueError, match=OTHER_WEIGHTS):
+        conduct(study, folder, TRAINER, 1)
+    assert len(list((folder.path / "runs").iterdir())) == 2
+
+
+def test_a_setting_that_has_come_since_had_its_default(tmp_path: Path):
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
+    folder = StudyFolder(tmp_path)
+    conduct(study, folder, TRAINER, 1)
+    path = folder.settings(first_round(study)[0])
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    del noted["optim"]["matrices"]
+    path.write_text(json.dumps(noted), encoding="utf-8")
+    assert conduct(study, folder, TRAINER, 1) == 1
+    path.write_text(json.dumps(noted), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"begun with other settings \(optim.matrices\)"):
+        conduct(made_study(grid=study.grid, settings={"optim.matrices": "muon"}), folder, TRAINER, 1)

@@ -1,0 +1,76 @@
+"""Digests of what runs begin with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from relora_mora.config import ModelConfig
+from relora_mora.origin import changed_start, start_digests
+
+HARMS = {"config.json": b"{ }", "model-00002-of-00002.safetensors": b"x" * 200_000}
+
+
+def _digest(folder: Path) -> str | None:
+    return start_digests(ModelConfig(init_from=str(folder))).get("init_from")
+
+
+def _write(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = _write(tmp_path / "model", **{"config.json": "{}", "README.md": "a model"})
+    for number in (1, 2):
+        (folder / f"model-0000{number}-of-00002.safetensors").write_bytes(bytes([number]) * 200_000)
+    return folder
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_another_config_or_weights_are_noticed(model: Path, name: str):
+    before = _digest(model)
+    assert before is not None and len(before) == 32
+    (model / "README.md").write_text("other words")
+    assert _digest(model) == before
+    (model / name).write_bytes(HARMS[name])
+    assert _digest(model) != before
+
+
+def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path):
+    run = tmp_path / "run"
+    for step in (9, 10):
+        _write(run / "checkpoints" / f"step-{step:08d}", **{"manifest.json": f"of step {step}"})
+    newest = run / "checkpoints" / "step-00000010"
+    assert _digest(run) == _digest(run / "checkpoints") == _digest(newest) is not None
+    _write(run / "checkpoints" / "step-00000011.tmp", **{"manifest.json": "being removed"})
+    assert _digest(run) == _digest(newest)
+    newest.rename(tmp_path / "aside")
+    assert _digest(run) == _digest(run / "checkpoints" / "step-00000009") != _digest(tmp_path / "aside")
+
+
+def test_what_is_not_there_has_none(tmp_path: Path, model: Path):
+    adapter = _write(tmp_path / "adapter", **{"adapter_config.json": "{}"})
+    assert start_digests(ModelConfig(init_from=str(tmp_path / "none"))) == {}
+    assert set(start_digests(ModelConfig(init_from=str(model), adapter=str(adapter)))) == {"init_from", "adapter"}
+    assert start_digests(ModelConfig(config="model.json")) == {}
+
+
+def test_a_run_is_compared_with_its_newest_start_that_read_weights(tmp_path: Path, model: Path):
+    given = ModelConfig(init_from=str(model))
+    run = tmp_path / "run"
+    assert changed_start(run, given) is None
+    noted = start_digests(given)
+    starts = [{"began_with": {"init_from": "0" * 32}}, {"began_with": noted}, {"step": 5}]
+    lines = "".join(json.dumps(start) + "\n" for start in starts)
+    _write(run, **{"starts.jsonl": lines})
+    assert changed_start(run, given) is None
+    (model / "config.json").write_text("{ }")
+    assert changed_start(run, given) == f"other weights than those in {model} now (model.init_from)"
+    (run / "starts.jsonl").write_text(lines + '{"cut')
+    assert changed_start(run, given) is None
