@@ -45,6 +45,7 @@ LEGEND_LINE = 0.2  # inches
 TITLES = {"steps": "steps", "tokens": "tokens trained on"}
 UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 MOST_MARKERS = 12
+MOST_MERGES = 25  # of a run, that are marked
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -109,7 +110,7 @@ class Drawing:
         self._draw_merges(panel)
 
     def _draw_merges(self, panel: Axes) -> None:
-        merges = [step for step in self.group.runs[0].merges if step <= self.curve.steps[-1]]
+        merges = [step for step in _marked_merges(self.group) if step <= self.curve.steps[-1]]
         if merges:
             x = positions(self.group, merges, self.axis) / self.unit
             heights = np.interp(x, self.curve.x, self.curve.mean)
@@ -118,6 +119,12 @@ class Drawing:
     def draw_training(self, panel: Axes) -> None:
         each = self._scaled(curve(self.group, lambda run: run.series("train/loss"), self.axis, smooth=True))
         panel.plot(each.x, each.mean, color=self.style["color"], linewidth=0.6, alpha=0.6, zorder=1)
+
+
+def _marked_merges(group: Group) -> list[int]:
+    """The steps of a group's merges; none where there are too many to tell apart."""
+    merges = group.runs[0].merges
+    return merges if len(merges) <= MOST_MERGES else []
 
 
 def _unit(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
@@ -263,7 +270,7 @@ def add_legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training
     if training:
         handles.append(Line2D([], [], color="#777777", linewidth=0.6))
         labels.append("training, running mean")
-        if any(run.merges for group in groups for run in group.runs):
+        if any(_marked_merges(group) for group in groups):
             handles.append(Line2D([], [], color="#777777", linestyle="", marker="|", markersize=9, markeredgewidth=1.2))
             labels.append("merge")
     figure.legend(handles, labels, loc="outside lower center", ncols=_columns(groups), handlelength=4)

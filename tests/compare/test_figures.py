@@ -60,6 +60,13 @@ def test_merges_stand_on_their_curve(groups: list[Group]) -> None:
     assert list(strokes.get_xdata()) == [20 * TOKENS] and strokes.get_ydata() == pytest.approx([3.05])
 
 
+def test_merges_too_many_to_tell_apart_are_not_marked(groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relora_mora.compare.figures.MOST_MERGES", 0)
+    figure = loss_figure(groups, "tokens")
+    assert not [line for line in figure.axes[0].get_lines() if line.get_marker() == "|"]
+    assert "merge" not in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_time_is_in_the_unit_that_the_runs_need(groups: list[Group]) -> None:
     panel = loss_figure(groups, "time").axes[0]
     assert panel.get_xlabel() == "time of steps and merges, hours"

@@ -171,12 +171,14 @@ def test_ctrl_c_keeps_what_is_finished(much_text: Path, tmp_path: Path, tokenize
     while len(list(out.glob("*.arrow"))) < 2 or len(list(out.glob("*.arrow.tmp"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
+    finished = {path.name for path in out.glob("*.arrow")}  # any two: one process may have made both
     children = psutil.Process(process.pid).children()
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "interrupted\n")
     assert not psutil.wait_procs(children, timeout=30)[1]
-    assert left_in(out) == ["00000.arrow", "00001.arrow", "tokens.json"]
+    left = set(left_in(out))
+    assert left >= finished | {"tokens.json"} and not any(name.endswith(".tmp") for name in left)
     with pytest.raises(ValueError, match="its tokens are not finished"):
         resolve_shards(str(out))
     answer = call(*argv, "--processes=1")
