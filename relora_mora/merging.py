@@ -35,9 +35,7 @@ class MergeRecord:
     layers: int
     zeroed: int  # adapter elements whose master is zero or freshly drawn
     delta_norm: dict[str, float]  # Frobenius norm over all layers
-    effective_rank: dict[
-        str, float
-    ]  # see :func:`relora_mora.methods.layers.effective_rank`; of the layer in the middle of the model
+    effective_rank: dict[str, float]  # of the layer in the middle of the model; see methods/layers.py
     operator_before: int | None
     operator_after: int | None
     seconds: float

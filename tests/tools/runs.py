@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +96,27 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return read_json_lines(RunFolder(run_dir).metrics)
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Of training, each step's."""
+    return [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
+
+
+def assert_resumes_are_bit_equal(pool: Any, config: Callable[..., Config], folder: Path) -> None:
+    """Whether a run of ten steps that goes on after step 3, or 4, ends with the tensors and losses of one that was not
+    stopped; ``config`` makes its settings for a run folder, and changes of their sections."""
+    last = "step-00000010"
+    never = folder / "never"
+    pool(train, config(never))
+    expected = tensors(never / "checkpoints" / last)
+    for stop in (3, 4):
+        resumed = folder / f"stop{stop}"
+        shutil.copytree(never, resumed)
+        for number in range(stop + 1, 11):
+            shutil.rmtree(resumed / "checkpoints" / f"step-{number:08d}")
+        pool(train, config(resumed, checkpoint={"every_steps": 0}))
+        found = tensors(resumed / "checkpoints" / last)
+        assert found.keys() == expected.keys()
+        assert [key for key, value in found.items() if not torch.equal(value, expected[key])] == []
+        assert losses(resumed) == losses(never)

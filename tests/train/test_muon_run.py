@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
-from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+from tests.tools.runs import assert_resumes_are_bit_equal, losses, run_config, tensors, train, write_inputs
 
 pytestmark = pytest.mark.distributed
 
-LAST = "step-00000010"
 MUON = {"matrices": "muon", "momentum": 0.9}
 
 
@@ -34,10 +32,6 @@ def config(inputs, tokenizer_path):
     return make
 
 
-def _losses(folder: Path) -> list[float]:
-    return [line["train/loss"] for line in metrics(folder) if "train/loss" in line]
-
-
 CASES = [("remora", stage, stage % 2 == 0) for stage in (0, 1, 2, 3)] + [("full", 3, True), ("relora", 1, True)]
 
 
@@ -48,19 +42,7 @@ def test_a_resume_is_bit_equal(pools, ranks, config, tmp_path, method, stage, bf
         "method": {"name": method, "reset": "random"},
         "train": {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32", "deterministic": True},
     }
-    never = tmp_path / "never"
-    pools(ranks)(train, config(never, ranks, **sections))
-    expected = tensors(never / "checkpoints" / LAST)
-    for stop in (3, 4):
-        folder = tmp_path / f"stop{stop}"
-        shutil.copytree(never, folder)
-        for number in range(stop + 1, 11):
-            shutil.rmtree(folder / "checkpoints" / f"step-{number:08d}")
-        pools(ranks)(train, config(folder, ranks, **sections, checkpoint={"every_steps": 0}))
-        found = tensors(folder / "checkpoints" / LAST)
-        assert found.keys() == expected.keys()
-        assert [key for key, value in found.items() if not torch.equal(value, expected[key])] == []
-        assert _losses(folder) == _losses(never)
+    assert_resumes_are_bit_equal(pools(ranks), partial(config, world_size=ranks, **sections), tmp_path)
 
 
 MOVES = [(1, 0, 2, 3), (2, 3, 1, 2), (2, 2, 4, 1), (4, 1, 2, 0), (4, 3, 1, 0)]
@@ -77,8 +59,8 @@ def test_a_moved_run_goes_on_as_if_it_had_stayed(
         pools(1)(train, config(reference, train={"zero_stage": 0} | small))
     pools(world)(train, config(folder, world, train={"zero_stage": stage} | small), stop_after=5)
     pools(to_world)(train, config(folder, to_world, train={"zero_stage": to_stage, "micro_batch_size": 2}))
-    assert _losses(folder) == pytest.approx(_losses(reference), rel=0, abs=1e-5)
-    assert len(_losses(folder)) == 10
+    assert losses(folder) == pytest.approx(losses(reference), rel=0, abs=1e-5)
+    assert len(losses(folder)) == 10
 
 
 def test_a_checkpoint_holds_one_moment_of_matrices(pools, config, tmp_path):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+from tests.tools.runs import assert_resumes_are_bit_equal, losses, run_config, tensors, train, write_inputs
 from tests.train.test_muon_run import refused
 
 pytestmark = pytest.mark.distributed
 
-LAST = "step-00000010"
 PROJECTED = {"projection_rank": 4, "projection_every": 3}  # renewed in the steps 1, 4, 7 and 10, or 1, 4, 5, 8 and 9
 
 
@@ -34,10 +32,6 @@ def config(inputs, tokenizer_path):
     return make
 
 
-def _losses(folder: Path) -> list[float]:
-    return [line["train/loss"] for line in metrics(folder) if "train/loss" in line]
-
-
 CASES = [(2, "full", "fira", 0, True), (2, "full", "galore", 2, False), (2, "full", "fira", 3, True)]
 CASES += [(1, "remora", "apollo", 1, True)]
 
@@ -50,19 +44,7 @@ def test_a_resume_is_bit_equal(pools, config, tmp_path, world, method, matrices,
         "optim": {"matrices": matrices},
         "train": {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32"},
     }
-    never = tmp_path / "never"
-    pools(world)(train, config(never, world, **sections))
-    expected = tensors(never / "checkpoints" / LAST)
-    for stop in (3, 4):
-        folder = tmp_path / f"stop{stop}"
-        shutil.copytree(never, folder)
-        for number in range(stop + 1, 11):
-            shutil.rmtree(folder / "checkpoints" / f"step-{number:08d}")
-        pools(world)(train, config(folder, world, **sections, checkpoint={"every_steps": 0}))
-        found = tensors(folder / "checkpoints" / LAST)
-        assert found.keys() == expected.keys()
-        assert [key for key, value in found.items() if not torch.equal(value, expected[key])] == []
-        assert _losses(folder) == _losses(never)
+    assert_resumes_are_bit_equal(pools(world), partial(config, world_size=world, **sections), tmp_path)
 
 
 MOVES = [(1, 0, 2, 3), (2, 3, 1, 2), (2, 1, 4, 2), (2, 0, 1, 1)]
@@ -80,8 +62,8 @@ def test_a_moved_run_goes_on_as_if_it_had_stayed(
         pools(1)(train, config(reference, optim=fira, train={"zero_stage": 0} | small))
     pools(world)(train, config(folder, world, optim=fira, train={"zero_stage": stage} | small), stop_after=5)
     pools(to_world)(train, config(folder, to_world, optim=fira, train={"zero_stage": to_stage, "micro_batch_size": 2}))
-    assert _losses(folder) == pytest.approx(_losses(reference), rel=0, abs=1e-5)
-    assert len(_losses(folder)) == 10
+    assert losses(folder) == pytest.approx(losses(reference), rel=0, abs=1e-5)
+    assert len(losses(folder)) == 10
 
 
 @pytest.mark.parametrize("stage", [0, 2])
