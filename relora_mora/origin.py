@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -24,15 +26,21 @@ def start_digests(model: ModelConfig) -> dict[str, str]:
     return {name: _digest(files) for name, files in found.items() if files}
 
 
-def changed_start(run: Path, model: ModelConfig) -> str | None:
+def starts_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of its ``starts.jsonl``; none where it is not there, or was cut off where the disk was full."""
+    try:
+        return read_json_lines(RunFolder(run).starts)
+    except (OSError, ValueError):
+        return []
+
+
+def changed_start(starts: Iterable[Mapping[str, Any]], model: ModelConfig) -> str | None:
     """In words, what is not as it was when a run began with it; None where nothing is known to be.
 
-    Runs of earlier versions noted no digests, and of what is not there any more there is none.
+    ``starts`` is what :func:`starts_of` it gives. Runs of earlier versions noted no digests, and of what is not
+    there any more there is none.
     """
-    try:
-        noted = [start[NOTED] for start in read_json_lines(RunFolder(run).starts) if NOTED in start]
-    except (OSError, ValueError):  # not there, or cut off where the disk was full
-        noted = []
+    noted = [start[NOTED] for start in starts if NOTED in start]
     now = start_digests(model)
     for name, digest in (noted[-1] if noted else {}).items():
         if now.get(name, digest) != digest:

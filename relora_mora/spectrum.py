@@ -12,7 +12,7 @@ from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_check
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import DECODER_LINEARS, validate
 from relora_mora.model.llama import initial_value, model_class
-from relora_mora.origin import changed_start
+from relora_mora.origin import changed_start, starts_of
 from relora_mora.pretrained import checked_model, is_foreign, load_foreign, merged_weights
 from relora_mora.system.run_folder import RunFolder
 
@@ -55,7 +55,7 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     source = Path(config.model.init_from)
     if not source.exists():
         raise CheckpointError(f"{reader.folder}: began with {source} (model.init_from), which is not there any more")
-    changed = changed_start(reader.folder.resolve().parents[1], config.model)
+    changed = changed_start(starts_of(reader.folder.resolve().parents[1]), config.model)
     if changed is not None:
         raise CheckpointError(f"{reader.folder}: began with {changed}")
     if is_foreign(source):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.config import ModelConfig
-from relora_mora.origin import changed_start, start_digests
+from relora_mora.origin import changed_start, start_digests, starts_of
 
 HARMS = {"config.json": b"{ }", "model-00002-of-00002.safetensors": b"x" * 200_000}
 
@@ -64,13 +64,13 @@ def test_what_is_not_there_has_none(tmp_path: Path, model: Path):
 def test_a_run_is_compared_with_its_newest_start_that_read_weights(tmp_path: Path, model: Path):
     given = ModelConfig(init_from=str(model))
     run = tmp_path / "run"
-    assert changed_start(run, given) is None
+    assert changed_start(starts_of(run), given) is None
     noted = start_digests(given)
     starts = [{"began_with": {"init_from": "0" * 32}}, {"began_with": noted}, {"step": 5}]
     lines = "".join(json.dumps(start) + "\n" for start in starts)
     _write(run, **{"starts.jsonl": lines})
-    assert changed_start(run, given) is None
+    assert changed_start(starts_of(run), given) is None
     (model / "config.json").write_text("{ }")
-    assert changed_start(run, given) == f"other weights than those in {model} now (model.init_from)"
+    assert changed_start(starts_of(run), given) == f"other weights than those in {model} now (model.init_from)"
     (run / "starts.jsonl").write_text(lines + '{"cut')
-    assert changed_start(run, given) is None
+    assert changed_start(starts_of(run), given) is None

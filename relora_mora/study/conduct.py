@@ -31,7 +31,7 @@ def conduct(study: Study, folder: StudyFolder, program: Path, jobs: int) -> int:
     folder.begin(cell_configs(study, cells, folder), study.threads)
     already = sum(map(folder.fraction, cells))
     with _bar(count(study), already) as bar:
-        runner = Runner(study, folder, program, jobs, bar)
+        runner = Runner(study, folder, program, jobs, bar, lambda: write_records(cells, folder))
         runner.run(cells)
         more = second_round(study, _results(study, cells, folder))
         cells += more
@@ -57,12 +57,12 @@ def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tu
     [cell] = found
     folder.begin(cell_configs(study, [cell], folder), study.threads)
     other = StudyFolder(folder.path / "again")
-    shutil.rmtree(other.run(cell).path, ignore_errors=True)
+    shutil.rmtree(other.path, ignore_errors=True)
     with _bar(1, 0) as bar:
         Runner(study, other, program, 1, bar).run([cell])
     if not other.is_done(cell):
         raise CellsFailed(_last_words(cell, other))
-    return differences(folder.run(cell).metrics, other.run(cell).metrics)
+    return differences(cell, folder, other)
 
 
 def _bar(total: int, done: float) -> tqdm[Never]:

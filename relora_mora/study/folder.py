@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.config import FINETUNING, Config, ConfigError, load_config, parse_yaml
-from relora_mora.origin import changed_start
+from relora_mora.origin import changed_start, starts_of
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.supervise import FINISHED
 from relora_mora.system.run_folder import RunFolder, read_json_lines
+
+PLACES = {"train.run_dir"}  # settings that do not matter for a run's numbers
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,25 @@ class StudyFolder:
     def table(self) -> Path:
         return self.path / "compare.md"
 
-    def is_done(self, cell: Cell) -> bool:
+    def kept(self) -> dict[str, dict[str, Any]]:
+        """The records by the names of their cells. The runs may have been made on another machine."""
+        try:
+            changed = self.records.stat().st_mtime_ns
+        except FileNotFoundError:
+            return {}
+        return _kept(self.records, changed)
+
+    def has_run(self, cell: Cell) -> bool:
+        """Whether the run ended well and its folder is here."""
         try:
             ends = read_json_lines(self.run(cell).ends)
         except (OSError, ValueError):  # not there, or cut off where the disk was full: it is run, and ends again
             return False
         return bool(ends) and ends[-1]["code"] == FINISHED
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether the run ended well, here or where its record was made."""
+        return cell.name in self.kept() or self.has_run(cell)
 
     def fraction(self, cell: Cell) -> float:
         """How much of the run is done, from 0 to 1."""
@@ -71,26 +86,47 @@ class StudyFolder:
         """
         for cell, config in configs.items():
             self._begin(cell, {**json.loads(config.model_dump_json()), "threads": threads})
-            changed = changed_start(self.run(cell).path, config.model)
+            changed = changed_start(self._starts(cell), config.model)
             if changed is not None:
                 raise ValueError(f"{self.run(cell).path} was begun with {changed}; {self._remedy(cell)}")
 
     def _begin(self, cell: Cell, new: dict[str, Any]) -> None:
-        path = self.settings(cell)
-        if path.exists():
-            noted = json.loads(path.read_text(encoding="utf-8"))
+        noted = self.given(cell)
+        if noted is not None:
             before = noted.pop("threads", new["threads"])
             known = Config.model_validate(noted)  # with the defaults of settings that have come since
-            changed = sorted(_differences({**json.loads(known.model_dump_json()), "threads": before}, new))
+            changed = set(_differences({**json.loads(known.model_dump_json()), "threads": before}, new)) - PLACES
             if changed:
                 raise ValueError(
-                    f"{self.run(cell).path} was begun with other settings ({', '.join(changed)}); {self._remedy(cell)}"
+                    f"{self.run(cell).path} was begun with other settings ({', '.join(sorted(changed))}); "
+                    f"{self._remedy(cell)}"
                 )
+        path = self.settings(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(new) + "\n", encoding="utf-8")
 
+    def given(self, cell: Cell) -> dict[str, Any] | None:
+        """The settings that the cell was begun with, and its threads; None where it was not begun."""
+        path = self.settings(cell)
+        if path.exists():
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        record = self.kept().get(cell.name)
+        return None if record is None else dict(record.get("given", record["config"]))
+
+    def _starts(self, cell: Cell) -> list[dict[str, Any]]:
+        """Lines of ``starts.jsonl``: the run's own, or that of its record; none where it has not started."""
+        record = self.kept().get(cell.name)
+        return starts_of(self.run(cell).path) or ([] if record is None else [record["start"]])
+
     def _remedy(self, cell: Cell) -> str:
-        return f"remove {self.run(cell).path} and {self.settings(cell)}, or give another --out"
+        record = f" and its line in {self.records}" if cell.name in self.kept() else ""
+        return f"remove {self.run(cell).path}, {self.settings(cell)}{record}, or give another --out"
+
+
+@functools.lru_cache(maxsize=2)
+def _kept(records: Path, changed: int) -> dict[str, dict[str, Any]]:
+    """``changed`` is the time of the file's last change; it is read once while that stays."""
+    return {record["name"]: record for record in read_json_lines(records)}
 
 
 @functools.cache

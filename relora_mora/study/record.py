@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from relora_mora.config import parse_yaml
@@ -18,18 +17,23 @@ OF_EVENTS = ("eval/", "merge/")
 DIGITS = 8  # of a float; float32 has no more
 
 
-def write_records(cells: Iterable[Cell], folder: StudyFolder) -> int:
+def write_records(cells: Sequence[Cell], folder: StudyFolder) -> int:
     """Writes a line for each cell that is done, by the order given; returns how many.
 
-    A line has the cell's ``name`` and ``seed``, ``config`` (all settings, as the run settled them), ``start`` (commit,
-    versions and machine of the run's last start, without the command, which names places of the machine; the ``step``
-    of its first) and ``metrics``, lines of ``metrics.jsonl`` without the clock.
+    A line has the cell's ``name`` and ``seed``, ``given`` (all settings that it was begun with), ``config`` (the same,
+    as the run settled them), ``start`` (commit, versions and machine of the last start, without the command, which
+    names places of the machine; the ``step`` of the first) and ``metrics``, lines of ``metrics.jsonl`` without the
+    clock. Lines that are there already stay, also those that name none of the cells; they come last.
     """
-    records = [_record(cell, folder) for cell in cells if folder.is_done(cell)]
+    kept = folder.kept()
+    new = {cell.name: _record(cell, folder) for cell in cells if cell.name not in kept and folder.has_run(cell)}
+    named = {cell.name: None for cell in cells}
+    found = {**kept, **new}
+    lines = [json.dumps(found[name]) + "\n" for name in {**named, **found} if name in found]
     beside = folder.records.with_name(folder.records.name + ".tmp")
-    beside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    beside.write_text("".join(lines), encoding="utf-8")
     beside.replace(folder.records)
-    return len(records)
+    return len(found.keys() & named)
 
 
 def final_metric(cell: Cell, folder: StudyFolder, metric: str) -> float | None:
@@ -39,21 +43,25 @@ def final_metric(cell: Cell, folder: StudyFolder, metric: str) -> float | None:
     """
     if not folder.is_done(cell):
         return None
-    values = [line[metric] for line in read_json_lines(folder.run(cell).metrics) if metric in line]
+    run = folder.run(cell).metrics
+    lines = read_json_lines(run) if folder.has_run(cell) else folder.kept()[cell.name]["metrics"]
+    values = [line[metric] for line in lines if metric in line]
     if not values:
-        raise ValueError(
-            f"choose: no line of {folder.run(cell).metrics} has a number {metric}; docs/metrics.md lists them"
-        )
+        raise ValueError(f"choose: no line of {run} has a number {metric}; docs/metrics.md lists them")
     return None if values[-1] is None else float(values[-1])
 
 
-def differences(first: Path, second: Path) -> tuple[int, list[str]]:
-    """Compares the numbers of two ``metrics.jsonl`` that do not depend on the clock.
+def differences(cell: Cell, first: StudyFolder, second: StudyFolder) -> tuple[int, list[str]]:
+    """Compares the numbers of a run in two folders that do not depend on the clock.
 
-    Returns how many are in the first, and a line for each that is not exactly the same in the second.
+    Where the first has no more than a record of it, those that records keep. Returns how many the first has, and a line
+    for each that is not exactly the same in the second.
     """
-    numbers = _numbers(first)
-    others = _numbers(second)
+    if first.has_run(cell):
+        numbers, others = (_numbers(read_json_lines(folder.run(cell).metrics)) for folder in (first, second))
+    else:
+        numbers = _numbers(first.kept()[cell.name]["metrics"])
+        others = _numbers(_record(cell, second)["metrics"])
     return len(numbers), [
         f"{tag} at step {step}: {numbers.get((step, tag))} and {others.get((step, tag))}"
         for step, tag in sorted({*numbers, *others})
@@ -61,10 +69,10 @@ def differences(first: Path, second: Path) -> tuple[int, list[str]]:
     ]
 
 
-def _numbers(path: Path) -> dict[tuple[int, str], Any]:
+def _numbers(lines: Iterable[dict[str, Any]]) -> dict[tuple[int, str], Any]:
     return {
         (line["step"], tag): value
-        for line in read_json_lines(path)
+        for line in lines
         for tag, value in line.items()
         if tag.partition("/")[0] in ("train", "eval", "merge") and not tag.endswith("seconds")
     }
@@ -76,6 +84,7 @@ def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
     return {
         "name": cell.name,
         "seed": cell.seed,
+        "given": folder.given(cell),
         "config": parse_yaml(run.config.read_text(encoding="utf-8")),
         "start": {key: value for key, value in starts[-1].items() if key != "command"} | {"step": starts[0]["step"]},
         "metrics": _thinned(read_json_lines(run.metrics)),

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,14 +36,26 @@ class _Running:
 
 
 class Runner:
-    """Starts ``program`` for each cell, with its settings, and shows how far all of them are."""
+    """Starts ``program`` for each cell, with its settings, and shows how far all of them are.
 
-    def __init__(self, study: Study, folder: StudyFolder, program: Path, jobs: int, bar: tqdm[Never]) -> None:
+    ``note`` is called when some have ended.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        folder: StudyFolder,
+        program: Path,
+        jobs: int,
+        bar: tqdm[Never],
+        note: Callable[[], object] = lambda: None,
+    ) -> None:
         self.study = study
         self.folder = folder
         self.program = program
         self.jobs = jobs
         self.bar = bar
+        self.note = note
         self._done = 0
 
     def run(self, cells: Sequence[Cell]) -> None:
@@ -65,6 +77,8 @@ class Runner:
                 ended = [one for one in running if one.process.poll() is not None]
                 self._done += sum(self.folder.is_done(one.cell) for one in ended)
                 running = [one for one in running if one not in ended]
+                if ended:
+                    self.note()
                 self._show(waiting, running)
         if signals:
             raise Stopped

@@ -173,6 +173,9 @@ def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
     assert best["metrics"] == [{"step": steps // 2, "train/loss": 5.0}, {"step": steps, "eval/loss": 0.01}]
     assert "some words of the run" in folder.log(first_round(study)[0]).read_text(encoding="utf-8")
 
+    assert best["given"]["optim"]["lr"] == 0.003
+    assert best["given"]["threads"] == 3
+
     starts = {path: path.read_bytes() for path in tmp_path.rglob("starts.jsonl")}
     assert len(starts) == 8
     assert conduct(study, folder, TRAINER, 1) == 8
@@ -265,6 +268,7 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
         said, _ = process.communicate(timeout=120)
     assert said == "stopped\n"
     assert not folder.is_done(waiting)
+    assert [record["name"] for record in read_json_lines(folder.records)] == [cell.name for cell in others]
     assert conduct(read_study(study), folder, TRAINER, 1) == 3
     assert len(folder.run(waiting).starts.read_text(encoding="utf-8").splitlines()) == 2
     assert read_json_lines(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"

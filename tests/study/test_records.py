@@ -1,0 +1,97 @@
+"""A study goes on from its records alone, as on another machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.study import StudyFolder, conduct, run_again
+from relora_mora.study.cells import first_round
+from relora_mora.study.design import Study
+from relora_mora.system.run_folder import read_json_lines
+from tests.study.tools import TRAINER, made_study
+
+CHOOSE = {"over": ["optim.lr"], "lowest": "eval/loss"}
+
+
+def _moved(study: Study, path: Path, keep: int) -> StudyFolder:
+    """Another folder, with the first records of a study that was conducted."""
+    first = StudyFolder(path / "here")
+    conduct(study, first, TRAINER, 4)
+    there = StudyFolder(path / "there")
+    there.path.mkdir()
+    lines = first.records.read_text(encoding="utf-8").splitlines(keepends=True)
+    there.records.write_text("".join(lines[:keep]), encoding="utf-8")
+    return there
+
+
+def test_what_has_a_record_is_not_run(tmp_path: Path):
+    study = made_study(seeds=[0, 1], choose=CHOOSE)
+    folder = _moved(study, tmp_path, 5)
+    before = folder.records.read_text(encoding="utf-8")
+    assert conduct(study, folder, TRAINER, 4) == 8
+    names = [record["name"] for record in read_json_lines(folder.records)]
+    assert folder.records.read_text(encoding="utf-8").startswith(before)
+    assert {path.name for path in (folder.path / "runs").iterdir()} == set(names[5:])
+    assert names[-2:] == ["name=mora,rank=8,lr=0.003,seed=1", "name=mora,rank=16,lr=0.003,seed=1"]
+
+
+def test_a_record_of_a_run_that_the_grid_names_no_more_stays(tmp_path: Path):
+    folder = _moved(made_study(), tmp_path, 6)
+    kept = read_json_lines(folder.records)
+    less = made_study(grid=[{"method.name": "mora", "method.rank": 16, "optim.lr": 3e-3}])
+    assert conduct(less, folder, TRAINER, 1) == 1
+    assert [record["name"] for record in read_json_lines(folder.records)] == [
+        "name=mora,rank=16,lr=0.003,seed=0",
+        *(record["name"] for record in kept if record["name"] != "name=mora,rank=16,lr=0.003,seed=0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"settings": {"optim.clip": 3.0}}, "optim.clip"), ({"threads": 2}, "threads")]
+)
+def test_a_record_of_other_settings_is_refused(tmp_path: Path, changes: dict[str, Any], named: str):
+    folder = _moved(made_study(), tmp_path, 1)
+    said = rf"rank=8,lr=0.001,seed=0 was begun with other settings \({named}\); remove .* and its line in .*cells.jsonl"
+    with pytest.raises(ValueError, match=said):
+        conduct(made_study(**changes), folder, TRAINER, 1)
+    assert not (folder.path / "runs").exists()
+
+
+def test_a_record_of_other_weights_is_refused(tmp_path: Path):
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "config.json").write_text("{}", encoding="utf-8")
+    (start / "model.safetensors").write_bytes(b"a" * 100_000)
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
+    folder = _moved(study, tmp_path, 1)
+    (start / "model.safetensors").write_bytes(b"b" * 100_000)
+    with pytest.raises(ValueError, match=r"other weights than those in .*start now .*its line in .*cells.jsonl"):
+        conduct(study, folder, TRAINER, 1)
+
+
+def test_a_run_made_again_is_compared_with_its_record(tmp_path: Path):
+    study = made_study(grid=[{"method.name": ["mora", "lora"], "optim.lr": 3e-3}])
+    folder = _moved(study, tmp_path, 2)
+    for _ in range(2):
+        assert run_again(study, folder, "name=mora,lr=0.003,seed=0", TRAINER) == (2, [])
+    _, different = run_again(study, folder, "name=lora,lr=0.003,seed=0", TRAINER)
+    assert [line.partition(":")[0] for line in different] == ["eval/loss at step 1000"]
+
+
+def test_records_of_earlier_versions_had_no_settings_of_their_own(tmp_path: Path):
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
+    folder = _moved(study, tmp_path, 1)
+    [record] = read_json_lines(folder.records)
+    given = record.pop("given")
+    del given["threads"]
+    folder.records.write_text(json.dumps({**record, "config": given}) + "\n", encoding="utf-8")
+    assert conduct(study, folder, TRAINER, 1) == 1
+    assert not folder.has_run(first_round(study)[0])
+    shutil.rmtree(folder.path / "settings")
+    with pytest.raises(ValueError, match=r"other settings \(optim.clip\)"):
+        conduct(made_study(grid=study.grid, settings={"optim.clip": 3.0}), folder, TRAINER, 1)
