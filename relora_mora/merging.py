@@ -20,6 +20,7 @@ from relora_mora.config import MethodConfig
 from relora_mora.methods.layers import AdapterLinear, adapter_layers, effective_rank, layer_generator
 from relora_mora.methods.mora import MoRALinear
 from relora_mora.operators import Draw, GroupingOperator, Operator
+from relora_mora.system.hardware import uses_cuda
 from relora_mora.zero import ZeroEngine
 
 
@@ -42,7 +43,11 @@ class MergeRecord:
 
 
 class FrozenMasters:
-    """float32 copies of the frozen weights, each on its owner: weight i belongs to rank i mod world size."""
+    """float32 copies of the frozen weights, each on its owner: weight i belongs to rank i mod world size.
+
+    They are in host memory, which is pinned where there is a GPU. That computes the sums of a merge, for a host takes
+    longer to add than to copy both ways.
+    """
 
     def __init__(self, names: Iterable[str], rank: int, world_size: int) -> None:
         self.owner = {name: index % world_size for index, name in enumerate(names)}
@@ -53,10 +58,21 @@ class FrozenMasters:
     def owned(self) -> list[str]:
         return [name for name, owner in self.owner.items() if owner == self.rank]
 
-    def take(self, values: Mapping[str, Tensor]) -> None:
-        """Copies the weights that this rank owns."""
-        for name in self.owned:
-            self.weights[name] = values[name].detach().to("cpu", torch.float32).clone()
+    def put(self, name: str, value: Tensor) -> None:
+        """Copies one weight, which this rank owns."""
+        master = torch.empty(value.shape, dtype=torch.float32, pin_memory=uses_cuda())
+        self.weights[name] = master.copy_(value.detach())
+
+    def add(self, name: str, delta: Tensor) -> Tensor:
+        """Adds to one weight; returns the sum, on the device of ``delta``.
+
+        A GPU is not waited for: the master has its value once what was asked of the device so far is done.
+        """
+        master = self.weights[name]
+        total = master.to(delta.device, non_blocking=True).add_(delta)  # in place where that is the same device
+        if total is not master:
+            master.copy_(total, non_blocking=True)
+        return total
 
     def push(self, engine: ZeroEngine) -> None:
         """Sets every rank's frozen weights from the owners' copies; a collective."""
@@ -146,7 +162,9 @@ class Merger:
                 f"and the ranks hold {held} adapter elements, expected {self.elements}; "
                 "nothing was merged, go back to an earlier checkpoint"
             )
-        finite = torch.stack([part.of(part.flat).isfinite().all() for part in fragments]).tolist() if fragments else []
+        finite = (
+            torch.stack([part.of(part.flat).isfinite().all() for part in fragments]).cpu().tolist() if fragments else []
+        )
         bad = sorted({part.name for part, good in zip(fragments, finite, strict=True) if not good})
         if self.engine.sum_over_ranks(len(bad)):
             where = ", ".join(bad[:3]) or "another rank's part"
@@ -168,6 +186,7 @@ class Merger:
         for start in range(0, len(names), engine.world_size):
             group = range(start, min(start + engine.world_size, len(names)))
             mine: list[tuple[int, list[Tensor]]] = []
+            sums: dict[str, Tensor] = {}
             for index in group:
                 owner = self.base.owner[f"{names[index]}.weight"]
                 values = [engine.gather(parameter, to=owner) for parameter in self.parameters[names[index]]]
@@ -176,14 +195,14 @@ class Merger:
             for index, values in mine:
                 delta = self.layers[names[index]].delta_of(*values)
                 found[0, index] = delta.square().sum()
-                self.base.weights[f"{names[index]}.weight"].add_(delta.cpu())
+                sums[f"{names[index]}.weight"] = self.base.add(f"{names[index]}.weight", delta)
             to_measure += [(index, values) for index, values in mine if names[index] in self.measured]
             for index in group:
                 weight = f"{names[index]}.weight"
-                engine.write_weight(weight, self.base.weights.get(weight), self.base.owner[weight])
+                engine.write_weight(weight, sums.get(weight), self.base.owner[weight])
         for index, values in to_measure:
             found[1, index] = effective_rank(self.layers[names[index]].singular_values(*values))
-        squares, ranks = engine.all_reduce(found).tolist()
+        squares, ranks = engine.all_reduce(found).cpu().tolist()
         measured = {name: value for name, value in zip(names, ranks, strict=True) if name in self.measured}
         return dict(zip(names, squares, strict=True)), measured
 

@@ -168,7 +168,7 @@ class CheckpointReader:
             for kind, value in matrix.tensors.items():
                 value.copy_(self.piece(kind, name, 0, value.numel()).view(value.shape))
         for name in base.owned:
-            base.weights[name] = self.weight(name)
+            base.put(name, self.weight(name))
 
 
 def verify(folder: Path, engine: ZeroEngine | None = None) -> str | None:

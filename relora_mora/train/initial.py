@@ -71,7 +71,7 @@ def write_initial_values(
             engine.scatter(name, value)
         elif owner == engine.rank:
             assert value is not None
-            base.weights[name] = value.cpu()
+            base.put(name, value)
     base.push(engine)
     engine.refresh()
 

@@ -175,7 +175,8 @@ class ZeroEngine:
         written = 0
         for fragment in self.fragments_of.get(name, ()):
             target = fragment.flat if key is None else self.state_of(fragment.flat)[key]
-            fragment.of(target).copy_(value.reshape(-1)[fragment.start : fragment.start + fragment.numel])
+            piece = value.reshape(-1)[fragment.start : fragment.start + fragment.numel]
+            fragment.of(target).copy_(piece, non_blocking=True)  # a value of the host is not waited for
             written += fragment.numel
         return written
 

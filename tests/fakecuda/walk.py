@@ -81,14 +81,18 @@ def test_a_step_stays_on_the_device(stage: int, method: str, matrices: str, fake
     assert [name for name in watch.launches if REFUSED.fullmatch(name)] == []
 
 
-@pytest.mark.parametrize("method", ["remora operator 1", "relora"])
+@pytest.mark.parametrize(
+    ("method", "reset"), [("remora operator 1", "full"), ("remora operator 1", "carry"), ("relora", "full")]
+)
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_step_and_a_merge_join_what_the_device_and_the_host_have(
-    stage: int, method: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+    stage: int, method: str, reset: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the tools of the tests that tests/gpu runs. Numbers read back are 0, so counts over ranks are told."""
     monkeypatch.setattr(Merger, "_over_ranks", lambda merger, _: merger.elements)
-    config = tiny_config(RANKS, method={"name": method.split()[0]}, train={"zero_stage": stage, "precision": "bf16"})
+    config = tiny_config(
+        RANKS, method={"name": method.split()[0], "reset": reset}, train={"zero_stage": stage, "precision": "bf16"}
+    )
     module = model_with("llama_tiny", method, 2, fake)
     names = [name for name, parameter in module.lm.named_parameters() if not parameter.requires_grad]
     with fake, Watch() as watch:
@@ -96,17 +100,21 @@ def test_a_step_and_a_merge_join_what_the_device_and_the_host_have(
         optimizer = build_optimizer(module.lm, groups, config.optim)
         engine = ZeroEngine(module, module.lm, optimizer, config.train, clip=config.optim.clip, bf16=True)
         base = FrozenMasters(names, 0, RANKS)
-        base.take(engine.parameters)
+        for name in base.owned:
+            base.put(name, engine.parameters[name])
         merger = Merger(engine, base, config.method, seed=0)
         rig = Rig(config, engine, base, merger, groups, make_schedule(config.method, config.optim, 40), {})
         rig.step(1)
+        before = len(watch.syncs)
         record = rig.merge(1)
+        waits = watch.syncs[before:]
         launches = list(watch.launches)
         on_host = [rig.logits(), *map(rig.gather, engine.members[0]), *whole_weights(engine, names).values()]
     assert record.layers == 14
     assert {tensor.device.type for tensor in [*base.weights.values(), *on_host]} == {"cpu"}
     assert {parameter.device.type for parameter in engine.parameters.values()} == {"cuda"}
     assert [name for name in launches if REFUSED.fullmatch(name)] == []
+    assert len(waits) == 3, waits  # are the adapters finite, here and on other ranks; what was merged
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
