@@ -53,7 +53,7 @@ def stem(path: Path) -> str:
 def test_all_sizes_and_runs_are_there() -> None:
     assert {path.stem.removeprefix("llama_") for path in MODELS} == set(PARAMETERS)
     groups = [f"{group}_{method}" for group in ("paper_250m", "paper_1_3b", "tiny") for method in METHODS]
-    assert {path.stem for path in RUNS} == {*groups, "demo"}
+    assert {path.stem for path in RUNS} == {*groups, "demo", "tiny_remora_paper"}
 
 
 @pytest.mark.parametrize("path", MODELS, ids=stem)
@@ -96,7 +96,7 @@ def test_run_loads(path: Path, world_size: int) -> None:
 def test_run_says_what_its_name_says(path: Path) -> None:
     config = load_config(path)
     if path.stem != "demo":
-        assert path.stem.endswith(f"_{config.method.name}")
+        assert path.stem.removesuffix("_paper").endswith(f"_{config.method.name}")
         assert config.train.run_dir == f"runs/{path.stem}"
     if config.method.uses_adapters:
         counts = count_parameters(meta_model(read_model_config(config.model), config.method))
@@ -130,7 +130,8 @@ def test_paper_run(size: str, method: str) -> None:
 
 @pytest.mark.parametrize("group", ["paper_250m", "paper_1_3b", "tiny"])
 def test_methods_of_a_group_differ_in_nothing_else(group: str) -> None:
-    configs = {method: load_config(f"configs/run/{group}_{method}.yaml") for method in METHODS}
+    paper = {"remora": "remora_paper"} if group == "tiny" else {}
+    configs = {method: load_config(f"configs/run/{group}_{paper.get(method, method)}.yaml") for method in METHODS}
     settings = {}
     for method, config in configs.items():
         values = config.model_dump()
@@ -139,6 +140,24 @@ def test_methods_of_a_group_differ_in_nothing_else(group: str) -> None:
             values["optim"]["restart_warmup_steps"] = configs["remora"].optim.restart_warmup_steps
         settings[method] = values
     assert all(values == settings["full"] for values in settings.values())
+
+
+def test_frequent_merges_are_beside_those_of_the_paper() -> None:
+    here, paper = (
+        load_config(f"configs/run/{name}.yaml").model_dump() for name in ("tiny_remora", "tiny_remora_paper")
+    )
+    different = {
+        f"{section}.{key}" for section in paper for key in paper[section] if here[section][key] != paper[section][key]
+    }
+    assert different == {
+        "method.merge_every",
+        "method.reset",
+        "optim.lr",
+        "optim.matrices",
+        "optim.momentum",
+        "optim.restart_warmup_steps",
+        "train.run_dir",
+    }
 
 
 def test_demo_merges_three_times_on_two_processes() -> None:

@@ -18,7 +18,7 @@ from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_devic
 from relora_mora.system.hardware import device_here
 from tests.tools.helpers import ROOT
 
-CONFIG = ROOT / "configs" / "run" / "tiny_remora.yaml"
+CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
 
 
 @pytest.fixture(autouse=True)

@@ -220,7 +220,7 @@ def test_mistakes_end_before_anything_is_loaded_without_a_traceback(pools, input
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "remora_paper"])
 def test_every_tiny_config_trains_as_shipped(pools, inputs, tokenizer_path, tmp_path, method):
     """A few steps on other text, by the command that the README names; one thread."""
     arguments = [
