@@ -111,10 +111,10 @@ def _report(seconds: float) -> None:
     lines = read_json_lines(RunFolder(DEMO / "run").metrics)
     tag = "eval/perplexity"
     evaluations = [f"step {line['step']}: {line[tag]:.1f}" for line in lines if tag in line]
-    merges = [str(line["step"]) for line in lines if "merge/layers" in line]
+    merges = [line["step"] for line in lines if "merge/layers" in line]
     say(f"done in {seconds:.0f} s")
     print(f"validation perplexity: {', '.join(evaluations)}")
-    print(f"merges after steps {', '.join(merges)}")
+    print(f"{len(merges)} merges, after steps {merges[0]} to {merges[-1]}")
     print(f"""
 Look at the curves:       .venv/bin/python launch/board.py {DEMO / "run"}
 Score any text:           .venv/bin/python launch/evaluate.py {export} --data='{DEMO}/data/validation/*.json.gz'
