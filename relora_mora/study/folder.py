@@ -125,8 +125,20 @@ class StudyFolder:
 
 @functools.lru_cache(maxsize=2)
 def _kept(records: Path, changed: int) -> dict[str, dict[str, Any]]:
-    """``changed`` is the time of the file's last change; it is read once while that stays."""
-    return {record["name"]: record for record in read_json_lines(records)}
+    """``changed`` is the time of the file's last change; it is read once while that stays.
+
+    Raises ValueError where a line is not what :func:`relora_mora.study.record.write_records` writes.
+    """
+    kept = {}
+    for number, line in enumerate(records.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not set(record) >= {"name", "config", "start", "metrics"}:
+            raise ValueError(f"{records}, line {number}: no record of a run; remove the line, or copy the file again")
+        kept[record["name"]] = record
+    return kept
 
 
 @functools.cache

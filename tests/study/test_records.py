@@ -74,6 +74,16 @@ def test_a_record_of_other_weights_is_refused(tmp_path: Path):
         conduct(study, folder, TRAINER, 1)
 
 
+@pytest.mark.parametrize("line", ['{"name": "cut', "[1]", '{"name": "a"}', ""])
+def test_what_is_no_record_is_told(tmp_path: Path, line: str):
+    folder = StudyFolder(tmp_path)
+    whole = json.dumps({"name": "a", "config": {}, "start": {}, "metrics": []})
+    folder.records.write_text(f"{whole}\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"cells\.jsonl, line 2: no record of a run; remove the line, or copy"):
+        conduct(made_study(), folder, TRAINER, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
+
+
 def test_a_run_made_again_is_compared_with_its_record(tmp_path: Path):
     study = made_study(grid=[{"method.name": ["mora", "lora"], "optim.lr": 3e-3}])
     folder = _moved(study, tmp_path, 2)
