@@ -111,7 +111,7 @@ class StudyFolder:
         if path.exists():
             return dict(json.loads(path.read_text(encoding="utf-8")))
         record = self.kept().get(cell.name)
-        return None if record is None else dict(record.get("given", record["config"]))
+        return None if record is None else dict(record["given"])
 
     def _starts(self, cell: Cell) -> list[dict[str, Any]]:
         """Lines of ``starts.jsonl``: the run's own, or that of its record; none where it has not started."""
@@ -135,7 +135,7 @@ def _kept(records: Path, changed: int) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or not set(record) >= {"name", "config", "start", "metrics"}:
+        if not isinstance(record, dict) or not set(record) >= {"name", "given", "config", "start", "metrics"}:
             raise ValueError(f"{records}, line {number}: no record of a run; remove the line, or copy the file again")
         kept[record["name"]] = record
     return kept

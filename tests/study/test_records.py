@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from relora_mora.study import StudyFolder, conduct, run_again
-from relora_mora.study.cells import first_round
+from relora_mora.study import StudyFolder, conduct, read_study, run_again
+from relora_mora.study.cells import Cell, first_round
 from relora_mora.study.design import Study
+from relora_mora.study.folder import cell_configs
 from relora_mora.system.run_folder import read_json_lines
 from tests.study.tools import TRAINER, made_study
+from tests.tools.helpers import ROOT
 
 CHOOSE = {"over": ["optim.lr"], "lowest": "eval/loss"}
 
@@ -77,7 +79,7 @@ def test_a_record_of_other_weights_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("line", ['{"name": "cut', "[1]", '{"name": "a"}', ""])
 def test_what_is_no_record_is_told(tmp_path: Path, line: str):
     folder = StudyFolder(tmp_path)
-    whole = json.dumps({"name": "a", "config": {}, "start": {}, "metrics": []})
+    whole = json.dumps({"name": "a", "given": {}, "config": {}, "start": {}, "metrics": []})
     folder.records.write_text(f"{whole}\n{line}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"cells\.jsonl, line 2: no record of a run; remove the line, or copy"):
         conduct(made_study(), folder, TRAINER, 1)
@@ -93,15 +95,21 @@ def test_a_run_made_again_is_compared_with_its_record(tmp_path: Path):
     assert [line.partition(":")[0] for line in different] == ["eval/loss at step 1000"]
 
 
-def test_records_of_earlier_versions_had_no_settings_of_their_own(tmp_path: Path):
-    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
-    folder = _moved(study, tmp_path, 1)
-    [record] = read_json_lines(folder.records)
-    given = record.pop("given")
-    del given["threads"]
-    folder.records.write_text(json.dumps({**record, "config": given}) + "\n", encoding="utf-8")
-    assert conduct(study, folder, TRAINER, 1) == 1
-    assert not folder.has_run(first_round(study)[0])
-    shutil.rmtree(folder.path / "settings")
-    with pytest.raises(ValueError, match=r"other settings \(optim.clip\)"):
-        conduct(made_study(grid=study.grid, settings={"optim.clip": 3.0}), folder, TRAINER, 1)
+@pytest.mark.parametrize("records", sorted((ROOT / "docs/studies").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_what_is_kept_in_the_documents_is_of_the_studies_as_they_are(
+    tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(ROOT)
+    study = read_study(ROOT / f"configs/study/{records.stem}.yaml")
+    folder = StudyFolder(tmp_path)
+    shutil.copy(records, folder.records)
+    kept = [cell for cell in all_rounds(study) if cell.name in folder.kept()]
+    assert len(kept) == len(folder.kept())
+    folder.begin(cell_configs(study, kept, folder), study.threads)
+
+
+def all_rounds(study: Study) -> list[Cell]:
+    """The cells of the first round, each with every seed."""
+    return [
+        cell for seed in study.seeds for cell in first_round(study.model_copy(update={"seeds": [seed], "choose": None}))
+    ]
