@@ -12,7 +12,12 @@ except ModuleNotFoundError as error:
 
 
 def main(
-    *runs: str, out: str | None = None, against: str | None = None, reach: str | None = None, seeds: int = 1
+    *runs: str,
+    out: str | None = None,
+    against: str | None = None,
+    reach: str | None = None,
+    seeds: int = 1,
+    unnamed: str = "",
 ) -> None:
     """Prints a table of runs in Markdown; runs that share all settings but the seed are one row, their mean.
 
@@ -23,6 +28,7 @@ def main(
         reach: a metric and values, such as eval/character_accuracy=0.5,0.95: adds the steps at which it reached them,
             and a plot of the metric
         seeds: leaves out settings with fewer runs than this, such as the rates that a study did not choose
+        unnamed: settings that rows are not named after, such as optim.lr,optim.restart_warmup_steps
     """
     from relora_mora.compare import (
         CompareError,
@@ -47,7 +53,8 @@ def main(
     found = {each.folder.resolve(): each for name in runs for each in read_runs(Path(name))}
     if against is not None and not any(each.is_named(against) for each in found.values()):
         found[Path(against).resolve()] = read_run(Path(against))
-    groups = [group for group in group_runs(found.values()) if len(group.runs) >= seeds]
+    without = [name.strip() for name in unnamed.split(",") if name.strip()]
+    groups = [group for group in group_runs(found.values(), without) if len(group.runs) >= seeds]
     if not groups:
         raise CompareError(f"--seeds={seeds}: no settings have so many runs; give a smaller number")
     reference = None if against is None else group_of(groups, against)
@@ -58,7 +65,7 @@ def main(
     if out is None:
         return
     texts = {"compare.md": table, "compare.json": json.dumps(as_json(rows, reference), indent=1) + "\n"}
-    write_files(Path(out), texts, figures_of(groups, reached))
+    write_files(Path(out), texts, figures_of(groups, reached, reference))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
@@ -12,7 +13,7 @@ import numpy as np
 from relora_mora.compare.curves import Axis, Curve, curve, parting, positions
 from relora_mora.compare.groups import Group
 from relora_mora.compare.reach import Reach
-from relora_mora.compare.table import common_sets, count
+from relora_mora.compare.table import common_sets, count, perplexities
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,6 +43,7 @@ PAPER: Any = {
 }
 WIDTH = 7.0  # inches, of the text of a page
 LEGEND_LINE = 0.2  # inches
+LABEL_WIDTH = 40  # letters of a line beside a panel
 TITLES = {"steps": "steps", "tokens": "tokens trained on"}
 UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 MOST_MARKERS = 12
@@ -49,9 +51,10 @@ MOST_MERGES = 25  # of a run, that are marked
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def figures_of(groups: Sequence[Group], reach: Reach | None = None) -> dict[str, Figure]:
+def figures_of(groups: Sequence[Group], reach: Reach | None = None, against: Group | None = None) -> dict[str, Figure]:
     """All figures of a comparison by name; one of ranks where a run has merged, and one of ``reach``."""
     figures = {"loss_by_tokens": loss_figure(groups, "tokens"), "loss_by_time": loss_figure(groups, "time")}
+    figures["perplexity"] = perplexity_figure(groups, against)
     figures["learning_rate"] = rate_figure(groups)
     ranks = rank_figure(groups)
     if ranks is not None:
@@ -161,6 +164,33 @@ def _zoom(whole: Axes, zoomed: Axes, drawings: Sequence[Drawing]) -> None:
     zoomed.set_xlim(left, right + 0.02 * (right - left))
     zoomed.set_ylim(low - margin, high + margin)
     whole.indicate_inset((left, low - margin, right - left, high - low + 2 * margin), edgecolor="#777777")
+
+
+def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> Figure:
+    """The last perplexity of each run as a dot, and of each group the mean as a stroke; a panel for each held-out set.
+
+    The dashed line is the mean of ``against``, by default the first group.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    sets = common_sets(groups)
+    labels = [textwrap.fill(group.label, LABEL_WIDTH) for group in groups]
+    lines = sum(label.count("\n") + 1.6 for label in labels)
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(WIDTH, 0.6 + 0.15 * lines), layout="constrained")
+        panels: Any = figure.subplots(1, len(sets), sharey=True, squeeze=False)
+        for panel, name in zip(panels[0], sets, strict=True):
+            found = [perplexities(group, name) for group in groups]
+            reference = np.mean(perplexities(against or groups[0], name))
+            panel.axvline(reference, color="#777777", linestyle="--", linewidth=1.0, zorder=1)
+            for place, (values, style) in enumerate(zip(found, styles(), strict=False)):
+                panel.plot(values, [place] * len(values), "o", color=style["color"], markerfacecolor="none")
+                panel.plot(np.mean(values), place, "|", color=style["color"], markersize=11, markeredgewidth=1.5)
+            panel.set_xlabel(f"perplexity on {name}" if name else "validation perplexity")
+        panels[0][0].set_yticks(range(len(labels)), labels)
+        panels[0][0].invert_yaxis()
+    return figure
 
 
 def rate_figure(groups: Sequence[Group]) -> Figure:

@@ -75,10 +75,13 @@ class Group:
         return sorted(set.intersection(*map(set, series)))
 
 
-def group_runs(runs: Iterable[Run]) -> list[Group]:
+def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = ()) -> list[Group]:
     """The runs in groups, in the order in which they are given.
 
     A run with settings and seed of another one is no further seed: it stands alone, under the name of its folder.
+    ``unnamed`` are settings that groups differ in and are not named after, such as ``optim.lr``.
+
+    Raises :class:`CompareError` where there is no such setting.
     """
     gathered: dict[str, list[Run]] = {}
     for run in runs:
@@ -89,7 +92,10 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
         gathered.setdefault(f"{repeat}{settings}", []).append(run)
     members = list(gathered.values())
     compared = [_compared(runs[0]) for runs in members]
-    names = _differing(compared)
+    for name in unnamed:
+        if not any(name in runs[0].settings for runs in members):
+            raise CompareError(f"--unnamed: no run has a setting {name}; docs/settings.md lists them")
+    names = [name for name in _differing(compared) if name not in unnamed]
     whole = {name for name in names if _is_one_word(name, compared)}
     parts = [(method_title(each), _differences(each, names, whole)) for each in compared]
     alike = Counter(parts)

@@ -64,7 +64,7 @@ def compare(groups: Sequence[Group], against: Group | None = None) -> list[Row]:
     """
     sets = common_sets(groups)
     reference = against or groups[0]
-    evaluated = {name: _perplexity(reference, name).mean for name in sets}
+    evaluated = {name: mean(perplexities(reference, name)) for name in sets}
     return [_row(group, evaluated) for group in groups]
 
 
@@ -98,7 +98,7 @@ def _row(group: Group, reference: dict[str, float]) -> Row:
     parameters = next((run.parameters for run in group.runs if run.parameters), {})
     validation = {}
     for name, compared_with in reference.items():
-        perplexity = _perplexity(group, name)
+        perplexity = Number.of(perplexities(group, name))
         loss = Number.of([run.evaluations(name)[_step(group, run, name)] for run in group.runs])
         ratio = perplexity.mean / compared_with
         validation[name] = Validation(loss, perplexity, ratio, first.scored_tokens(name), first.held_out(name))
@@ -127,9 +127,10 @@ def _step(group: Group, run: Run, name: str) -> int:
     return group.common_steps([each.evaluations(name) for each in group.runs])[-1]
 
 
-def _perplexity(group: Group, name: str) -> Number:
+def perplexities(group: Group, name: str) -> list[float]:
+    """Of each run of a group, on a set of held-out text, at the evaluation that it is judged by."""
     losses = [run.evaluations(name)[_step(group, run, name)] for run in group.runs]
-    return Number.of([math.exp(min(loss, 700.0)) for loss in losses])
+    return [math.exp(min(loss, 700.0)) for loss in losses]
 
 
 def _over_seeds(group: Group, tag: str, over_run: Callable[[list[float]], float]) -> Number | None:

@@ -48,6 +48,7 @@ _COMPARED = (
     "method.merge_every",
     "method.reset",
     "optim.matrices",
+    "optim.momentum",
     "optim.projection_rank",
     "optim.lr",
     "optim.lr_other",

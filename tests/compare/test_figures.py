@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from relora_mora.compare import Group, Reach, figures_of, group_runs, reach_figure, write_files
 from relora_mora.compare.curves import curve, parting, running_mean
-from relora_mora.compare.figures import loss_figure, rank_figure, rate_figure
+from relora_mora.compare.figures import loss_figure, perplexity_figure, rank_figure, rate_figure
 from tests.compare.folders import TOKENS, made_run
 from tests.tools.commands import left_in
 
@@ -99,6 +100,19 @@ def test_each_set_has_a_row_of_panels(tmp_path: Path) -> None:
     assert [_lines(panel)["ReMoRA (1, 2)"][1][-1] for panel in panels[::2]] == [1.0, 2.0]
 
 
+def test_the_last_perplexities_are_dots_beside_the_names_of_the_groups(groups: list[Group]) -> None:
+    for against, line in ((None, math.exp(1.2)), (groups[1], (math.exp(1.0) + math.exp(1.1)) / 2)):
+        [panel] = perplexity_figure(groups, against).axes
+        dots = [list(each.get_xdata()) for each in panel.get_lines() if each.get_marker() == "o"]
+        assert dots == [pytest.approx([math.exp(1.2)]), pytest.approx([math.exp(1.0), math.exp(1.1)])]
+        strokes = [float(each.get_xdata()[0]) for each in panel.get_lines() if each.get_marker() == "|"]
+        assert strokes == pytest.approx([math.exp(1.2), (math.exp(1.0) + math.exp(1.1)) / 2])
+        [dashed] = [each.get_xdata()[0] for each in panel.get_lines() if each.get_linestyle() == "--"]
+        assert dashed == pytest.approx(line)
+        assert [text.get_text() for text in panel.get_yticklabels()] == ["Full rank", "ReMoRA (1, 2)"]
+        assert panel.get_ylim()[0] > panel.get_ylim()[1], "the first row is at the top"
+
+
 def test_rates_and_ranks(groups: list[Group]) -> None:
     [rates] = rate_figure(groups).axes
     x, y = _lines(rates)["Full rank"]
@@ -131,6 +145,7 @@ def test_files_are_written(groups: list[Group], tmp_path: Path) -> None:
         "learning_rate.png",
         "loss_by_time.png",
         "loss_by_tokens.png",
+        "perplexity.png",
         "table.md",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))

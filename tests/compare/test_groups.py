@@ -23,6 +23,18 @@ def test_methods_are_named_as_in_papers(tmp_path: Path) -> None:
     assert _labels(tmp_path, *runs) == ["Full rank", "LoRA", "MoRA", "ReLoRA", "ReMoRA (1, 2)"]
 
 
+def test_settings_that_are_not_to_be_named_still_tell_runs_apart(tmp_path: Path) -> None:
+    given = [(1e-3, 16), (2e-3, 32), (4e-3, 32)]
+    runs = [
+        made_run(tmp_path / f"run{rate:g}", optim={"lr": rate}, method={"name": "mora", "rank": rank})
+        for rate, rank in given
+    ]
+    labels = [group.label for group in group_runs(runs, ["optim.lr"])]
+    assert labels == ["MoRA, rank 16", "MoRA, rank 32, run0.002", "MoRA, rank 32, run0.004"]
+    with pytest.raises(CompareError, match=r"--unnamed: no run has a setting lr; docs/settings\.md"):
+        group_runs(runs, ["lr"])
+
+
 def test_runs_that_differ_in_seeds_are_one(tmp_path: Path) -> None:
     runs = [
         made_run(tmp_path / f"run{train}{data}", train={"seed": train}, data={"seed": data, "workers": train})

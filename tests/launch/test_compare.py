@@ -30,7 +30,7 @@ def test_the_table_is_printed_and_written_with_the_figures(runs: list[Path], tmp
     assert (out / "compare.md").read_text() == answer.out
     assert "| Full rank |" in answer.out and "| ReMoRA (1, 2) |" in answer.out
     assert json.loads((out / "compare.json").read_text())["rows"][0]["method"] == "Full rank"
-    assert len([name for name in left_in(out) if name.endswith(".png")]) == 4
+    assert len([name for name in left_in(out) if name.endswith(".png")]) == 5
 
 
 def test_a_run_to_compare_with_need_not_be_named_twice(runs: list[Path]) -> None:
@@ -47,6 +47,16 @@ def test_a_metric_and_what_has_several_seeds_can_be_asked_for(runs: list[Path], 
     assert "loss 3.5, step" in answer.out and "| Full rank |" not in answer.out
     assert (tmp_path / "out" / "loss.png").exists()
     refused(call(COMPARE, *runs, again, "--seeds=3"), "--seeds=3: no settings have so many runs")
+
+
+def test_rows_are_not_named_after_what_is_unnamed(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, LOSSES, optim={"lr": lr}, method={"name": name})
+        for name, lr in (("full", 1e-3), ("mora", 2e-3))
+    ]
+    assert "lr 0.002" in call(COMPARE, *runs).out
+    assert "lr 0.002" not in call(COMPARE, *runs, "--unnamed=optim.lr,optim.eps").out
+    refused(call(COMPARE, *runs, "--unnamed=optim.lr,rank"), "--unnamed: no run has a setting rank")
 
 
 def test_studies_may_have_runs_of_one_name(runs: list[Path], tmp_path: Path) -> None:
