@@ -118,7 +118,7 @@ def _report(seconds: float) -> None:
     print(f"""
 Look at the curves:       .venv/bin/python launch/board.py {DEMO / "run"}
 Score any text:           .venv/bin/python launch/evaluate.py {export} --data='{DEMO}/data/validation/*.json.gz'
-Train on your own text:   README.md says how; configs/run/tiny_*.yaml compare the five methods
+Train on your own text:   README.md says how; configs/run/tiny_*.yaml train the five methods
 Start again from nothing: rm -r {DEMO}""")
 
 

@@ -1,7 +1,7 @@
 """A merge: deltas go into the base, adapters back to fresh values, their optimizer state is reset, operators change.
 
 A bf16 weight loses every delta below about 1/256 of it. So each frozen weight has a float32 copy, its master, in the
-host memory of one rank, its owner. A merge adds the delta there and sends all ranks the rounded result: all hold the
+host memory of one rank, its owner. A merge adds the delta to that and sends all ranks the rounded result: all hold the
 same bits, and after many merges the base is the sum to float32 rounding.
 """
 

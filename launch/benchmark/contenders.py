@@ -108,7 +108,8 @@ class Ours:
         groups = parameter_groups(lm, config.optim)
         fixed = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
         self.base = FrozenMasters(fixed, dist.get_rank(), dist.get_world_size())
-        self.base.take(fixed)
+        for name in self.base.owned:
+            self.base.put(name, fixed[name])
         self.engine = ZeroEngine(
             LossModel(lm, compiled=compiled),
             lm,

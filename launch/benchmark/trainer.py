@@ -1,6 +1,7 @@
 """The trainer's own share of the time: tokens per second of launch/pretrain.py against bare loops; one JSON line.
 
-    python -m launch.benchmark trainer configs/run/tiny_remora.yaml [--section.key=value ...] [--steps=25] [--rounds=3]
+    python -m launch.benchmark trainer configs/run/tiny_remora_paper.yaml [--section.key=value ...]
+        [--steps=25] [--rounds=3]
 
 The text is that of ``make demo``, which is made where it is missing, unless --data.train names another.
 """
@@ -37,7 +38,7 @@ def main(config: str, *, steps: int = 25, rounds: int = 3, **overrides: str) -> 
     The ratios are those of the trainer with a checkpoint every checkpoint.every_steps.
 
     Args:
-        config: a YAML file such as configs/run/tiny_remora.yaml
+        config: a YAML file such as configs/run/tiny_remora_paper.yaml
         steps: optimizer steps of a round; the first fifth does not count
         rounds: rounds of each; medians count
         overrides: settings as --section.key=value

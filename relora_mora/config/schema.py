@@ -116,7 +116,9 @@ class MethodConfig(Strict):
         2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
     )
     reset: Literal["full", "magnitude", "random", "none", "carry"] = Field(
-        "full", description="what a merge does to the adapters' optimizer state"
+        "full",
+        description="what a merge does to the adapters' optimizer state, see docs/method.md; carry goes with "
+        "optim.restart_warmup_steps=0",
     )
     reset_ratio: Fraction = Field(0.9, description="fraction of the state that magnitude and random set to zero")
 

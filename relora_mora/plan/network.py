@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from relora_mora.config import Config
 from relora_mora.methods.layers import adapter_layers
-from relora_mora.optim import count_parameters
+from relora_mora.optim import count_parameters, group_moments
 from relora_mora.plan.memory import PERSISTENCE_THRESHOLD, zero_setting
 from relora_mora.plan.optimizer import exchanged_bytes
 
@@ -45,8 +45,9 @@ class Traffic:
 
     ``all_reduced`` are gradients whose sum every rank gets, ``reduced`` those whose sum only its owner gets;
     ``gathered`` the weights that training waits for: after the step, or in forward and backward at stage 3. ``merge``
-    is one merge event: adapters to the owners of the base, new weights back. ``exchanged`` are the pieces of matrices
-    that an optimizer needs whole (``optimizer.py``), there and back.
+    is one merge event: adapters to the owners of the base, new weights back; ``state`` are the adapters' moments, which
+    every rank gets whole in it for a reset that keeps some of them. ``exchanged`` are the pieces of matrices that an
+    optimizer needs whole (``optimizer.py``), there and back.
     """
 
     ranks: int
@@ -54,6 +55,7 @@ class Traffic:
     reduced: float
     gathered: float
     merge: float
+    state: float = 0.0
     exchanged: float = 0.0
 
     @property
@@ -79,7 +81,7 @@ class Traffic:
 
     @property
     def sent_in_merge(self) -> float:
-        return self.merge * (self.ranks - 1) / self.ranks
+        return (self.merge + 2 * self.state) * (self.ranks - 1) / self.ranks
 
 
 def traffic(model: PreTrainedModel, config: Config, stage: int, ranks: int, *, bf16: bool) -> Traffic:
@@ -88,20 +90,22 @@ def traffic(model: PreTrainedModel, config: Config, stage: int, ranks: int, *, b
     width = 2 if bf16 else 4
     gradients = _WIDTHS.get(str(config.train.deepspeed.get("communication_data_type")), width) * counts.trainable
     micro_batches = config.accumulation_steps(ranks)
-    merge = _merge(model, stage, width) if config.method.merges and ranks > 1 else 0
+    merges = config.method.merges and ranks > 1
+    merge = _merge(model, stage, width) if merges else 0
+    state = _state(counts.adapters, config) if merges and stage else 0
     if stage < 3:
         gradients *= micro_batches if stage == 2 else 1
         honours = stage == 2 or (stage == 1 and not bf16)  # BF16_Optimizer has its own way
         to_owners = honours and not zero_setting(config, "use_multi_rank_bucket_allreduce", True)
         everywhere, to_one = (0.0, gradients) if to_owners else (gradients, 0.0)
-        return Traffic(ranks, everywhere, to_one, width * counts.trainable if stage else 0, merge)
+        return Traffic(ranks, everywhere, to_one, width * counts.trainable if stage else 0, merge, state)
     every = counts.trainable + counts.frozen
     small = zero_setting(config, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
     again = max(0, every - zero_setting(config, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE) / 2)
     gathered = width * (micro_batches * (every - persistent + again) + persistent)
     exchanged = exchanged_bytes(model, config.optim, stage, ranks)
-    return Traffic(ranks, 0, gradients * micro_batches, gathered, merge, exchanged)
+    return Traffic(ranks, 0, gradients * micro_batches, gathered, merge, state, exchanged)
 
 
 def _merge(model: PreTrainedModel, stage: int, width: int) -> float:
@@ -111,3 +115,10 @@ def _merge(model: PreTrainedModel, stage: int, width: int) -> float:
     if stage == 0:
         return weights
     return 4 * counts.adapters + (2 * weights if stage == 3 else weights + width * counts.trainable)
+
+
+def _state(adapters: int, config: Config) -> float:
+    """What of the adapters' moments, in float32, a reset looks at whole."""
+    if config.method.reset in ("full", "none"):
+        return 0.0
+    return 4.0 * adapters * len(group_moments("adapters", config.optim.matrices))

@@ -33,13 +33,14 @@ _KINDS = {
 }
 
 
-def _config(method: str, stage: int, micro_batch_size: int, matrices: str, **zero: int) -> Config:
+def _config(method: str, stage: int, micro_batch_size: int, matrices: str, reset: str = "full", **zero: Any) -> Config:
     train = {"zero_stage": stage, "micro_batch_size": micro_batch_size, "deepspeed": {"zero_optimization": zero}}
-    return tiny_config(2, method={"name": method, "rank": 16}, optim={"matrices": matrices}, train=train)
+    given = {"name": method, "rank": 16, "reset": reset}
+    return tiny_config(2, method=given, optim={"matrices": matrices}, train=train)
 
 
 def count(
-    method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str, zero: dict[str, int]
+    method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str, zero: dict[str, Any]
 ) -> dict[str, int]:
     """Runs on every rank: bytes given to collectives, by kind, in a step once DeepSpeed knows the order of the layers,
     and in a merge.
@@ -88,6 +89,7 @@ CASES += [
 ]
 CASES += [("remora", 3, True, 2, "adamw", {"stage3_param_persistence_threshold": 2000})]
 CASES += [(method, 3, True, 2, "muon", {}) for method in ("remora", "full")] + [("full", 0, True, 2, "muon", {})]
+CASES += [("remora", 2, True, 2, "adamw", {"reset": "magnitude"}), ("remora", 3, True, 2, "muon", {"reset": "carry"})]
 # large models let weights go and fetch them again: DeepSpeed's defaults, as small beside this model as they are beside
 # one of 7b and 1.3b
 CASES += [
@@ -109,7 +111,7 @@ CASES += [
 
 @pytest.mark.parametrize(("method", "stage", "bf16", "micro_batch_size", "matrices", "zero"), CASES)
 def test_bytes_of_a_step_and_a_merge(
-    pools: Pools, method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str, zero: dict[str, int]
+    pools: Pools, method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str, zero: dict[str, Any]
 ) -> None:
     if stage == 3:
         zero = {"stage3_param_persistence_threshold": 0, **zero}
@@ -127,6 +129,6 @@ def test_bytes_of_a_step_and_a_merge(
         0.9 if "stage3_max_reuse_distance" in zero else 0.97
     )  # weights are let go by whole layers: the plan is a bound there
     for rank in measured:
-        for kind, size in {**kinds, "merge": planned.merge if method == "remora" else 0}.items():
+        for kind, size in {**kinds, "merge": planned.merge + planned.state if method == "remora" else 0}.items():
             # norms and flags are a few bytes, partitions are padded
             assert least * size - 200 <= rank.get(kind, 0) <= 1.03 * size + 200, kind
