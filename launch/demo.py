@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from relora_mora.cli import run
 from relora_mora.system.run_folder import RunFolder, read_json_lines
@@ -95,7 +96,7 @@ def _generate() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "export")
+    tokenizer: Any = AutoTokenizer.from_pretrained(DEMO / "export")
     model = AutoModelForCausalLM.from_pretrained(DEMO / "export")
     torch.manual_seed(0)
     for prompt in PROMPTS:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import demo  # launch/demo.py
 from demo import ROOT, say
@@ -70,9 +71,9 @@ def main() -> int:
             f"2/6 pairs: {PAIRS} UUIDs, each to be answered with another one",
             [python, "launch/uuid_pairs.py", str(pairs), f"--pairs={PAIRS}", "--kind=messages"],
         )
-    data = {"model.init_from": start.model, "data.train": pairs, "data.validation": pairs}
+    data: dict[str, object] = {"model.init_from": start.model, "data.train": pairs, "data.validation": pairs}
     for number, method in enumerate(NAMES, 3):
-        settings = data | start.settings
+        settings = {**data, **start.settings}
         settings |= {"method.name": method, "optim.lr": start.rates[method], "train.run_dir": start.run_dir(method)}
         _step(
             f"{number}/6 fine-tuning with {NAMES[method]}: {CONFIG}",
@@ -148,7 +149,7 @@ def _answers(model_folder: Path, tokenizer_folder: Path, questions: list[str]) -
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     answers = []
     for question in questions:

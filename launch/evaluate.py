@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 try:
     from relora_mora.cli import run
@@ -89,7 +89,7 @@ def main(
     ):
         if value is not None and value < least:
             raise ValueError(f"--{name}: got {value}, expected at least {least}")
-    of_tasks = {"task_data": task_data, "num_fewshot": num_fewshot, "limit": limit}
+    of_tasks: dict[str, Any] = {"task_data": task_data, "num_fewshot": num_fewshot, "limit": limit}
     of_text = {"data": data, "sequence_length": sequence_length, "max_tokens": max_tokens, "records": records}
     without_use = [name for name, value in (of_tasks if tasks is None else of_text).items() if value is not None]
     if without_use:
@@ -133,7 +133,8 @@ def main(
         except SourceError as error:
             raise SourceError(_as_this_command_says(str(error), given is not None)) from error
     device = torch.device("cuda" if uses_cuda() else "cpu")
-    lm = loaded.model.to(device).eval()
+    lm: Any = loaded.model
+    lm = lm.to(device).eval()
     if not is_causal(lm, device):
         raise ValueError(
             f"{model}: {type(lm).__name__} predicts a token from that token and later ones; "
@@ -194,7 +195,8 @@ def _score_tasks(
     from relora_mora.system.run_folder import RunFolder
     from relora_mora.tokenizer import load_tokenizer
 
-    lm = loaded.model.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
+    lm: Any = loaded.model
+    lm = lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
     with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
         words = load_tokenizer(tokenizer_path)
     results = evaluate_tasks(

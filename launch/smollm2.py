@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 try:
     from relora_mora.cli import new_folder, run
@@ -40,7 +41,8 @@ def smollm2_folder(out: Path) -> None:
     [file] = Path(package.origin).parent.glob("*.gguf")
     with new_folder(out) as work, quiet_transformers():
         quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-        model = LlamaForCausalLM(stored_model_config(quantized.config.to_dict()))  # without how it was quantized
+        config: Any = stored_model_config(quantized.config.to_dict())  # without how it was quantized
+        model = LlamaForCausalLM(config)
         model.load_state_dict(quantized.state_dict())
         model.save_pretrained(work)
         save_tokenizer(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), work)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from launch.benchmark.released import RELEASED_TYPE, use_released_layers
 from relora_mora.config import DECODER_LINEARS, FINETUNING, Config, ConfigError, validate, with_defaults
@@ -37,7 +37,7 @@ RATE = 1e-5  # a step costs the same at any rate, and this one keeps the numbers
 class Setting:
     """What all contenders share. ``tokens`` are those of a micro-batch on one rank."""
 
-    model_config: LlamaConfig
+    model_config: PreTrainedConfig
     tokens: int
     sequence_length: int
     accumulation: int

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from launch.benchmark.device import chosen_device, device_name, seconds_of
 from launch.benchmark.turns import medians, take_turns
@@ -80,7 +80,7 @@ def main(
     print(json.dumps({"device": device_name(place), "milliseconds": milliseconds, "ratio_to_frozen": ratios}))
 
 
-def linears(model_config: LlamaConfig) -> list[tuple[int, tuple[int, ...]]]:
+def linears(model_config: PreTrainedConfig) -> list[tuple[int, tuple[int, ...]]]:
     """(in, outs) of the linears that share an input: q, k, v; o; gate, up; down"""
     queries, keys = attention_widths(model_config)
     hidden = model_config.hidden_size

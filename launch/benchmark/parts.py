@@ -15,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from launch.benchmark.device import chosen_device, device_name, seconds_of
 from launch.benchmark.turns import medians, take_turns
@@ -81,10 +81,10 @@ def main(
         f"{part} on {device_name(place)}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads; "
         f"kernels: {kernels.describe(place.type)}"
     )
-    for name, value in milliseconds.items():
-        rate = f"{ways[name][1] / value / 1e9:8.3f} TFLOP/s" if ways[name][1] else ""
-        print(f"{name:42}{value:10.1f} ms {value / first:8.3f}{rate}")
-    ratios = {name: value / first for name, value in milliseconds.items()}
+    for name, taken in milliseconds.items():
+        rate = f"{ways[name][1] / taken / 1e9:8.3f} TFLOP/s" if ways[name][1] else ""
+        print(f"{name:42}{taken:10.1f} ms {taken / first:8.3f}{rate}")
+    ratios = {name: taken / first for name, taken in milliseconds.items()}
     print(json.dumps({"part": part, "device": device_name(place), "milliseconds": milliseconds, "ratio": ratios}))
 
 
@@ -94,7 +94,7 @@ def draws(dtype: torch.dtype, device: torch.device) -> Draw:
     return lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)
 
 
-def loss_ways(model: LlamaConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
+def loss_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
     """Head and cross-entropy from hidden states [N, H] to the gradients of these and of the head [V, H]."""
     hidden = draw(tokens, model.hidden_size).requires_grad_()
     weight = draw(model.vocab_size, model.hidden_size).mul_(0.02).requires_grad_()
@@ -123,7 +123,7 @@ def loss_ways(model: LlamaConfig, tokens: int, sequence_length: int, draw: Draw)
     }
 
 
-def attention_ways(model: LlamaConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
+def attention_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
     """Causal attention of one layer, without its projections; q, k, v [B, heads, T, D]."""
     heads = model.num_attention_heads
     shape = (tokens // sequence_length, sequence_length, heads, attention_widths(model)[0] // heads)
@@ -172,7 +172,7 @@ def attention_ways(model: LlamaConfig, tokens: int, sequence_length: int, draw: 
     }
 
 
-def product_ways(model: LlamaConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
+def product_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
     """The products of each shape of a linear, of its gradients, and of its square matrix's: (D^T dy)^T (C x)."""
     method = MethodConfig()
     ways: Ways = {}
@@ -192,7 +192,7 @@ def product_ways(model: LlamaConfig, tokens: int, sequence_length: int, draw: Dr
     return ways
 
 
-PARTS: dict[str, Callable[[LlamaConfig, int, int, Draw], Ways]] = {
+PARTS: dict[str, Callable[[PreTrainedConfig, int, int, Draw], Ways]] = {
     "loss": loss_ways,
     "attention": attention_ways,
     "products": product_ways,
