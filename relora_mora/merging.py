@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from relora_mora.methods.mora import MoRALinear
 from relora_mora.operators import Draw, GroupingOperator, Operator
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.zero import ZeroEngine
+
+MEASURED_STEPS = 100  # the effective rank is measured so often at most; singular values take longer than the merge
 
 
 class MergeError(RuntimeError):
@@ -36,7 +38,7 @@ class MergeRecord:
     layers: int
     zeroed: int  # adapter elements whose master is zero or freshly drawn
     delta_norm: dict[str, float]  # Frobenius norm over all layers
-    effective_rank: dict[str, float]  # of the layer in the middle of the model; see methods/layers.py
+    effective_rank: dict[str, float]  # of the layer in the middle of the model, or empty; see methods/layers.py
     operator_before: int | None
     operator_after: int | None
     seconds: float
@@ -126,7 +128,7 @@ class Merger:
         begin = time.perf_counter()
         before = self.operator()
         self._check_adapters(step)
-        squares, ranks = self._merge_layers()
+        squares, ranks = self._merge_layers(self.measured if self._is_measured(step, merges_done) else set())
         spoiled = [name for name, square in squares.items() if not math.isfinite(square)]
         if spoiled:
             raise MergeError(
@@ -149,6 +151,11 @@ class Merger:
             operator_after=self.operator(),
             seconds=time.perf_counter() - begin,
         )
+
+    def _is_measured(self, step: int, merges_done: int) -> bool:
+        """Whether the effective rank is: at the first merge, and at the first one in each hundred steps."""
+        before = step - self.method.merge_every
+        return merges_done == 1 or step // MEASURED_STEPS > before // MEASURED_STEPS
 
     def _check_adapters(self, step: int) -> None:
         names = {name for parameters in self.parameters.values() for name in parameters}
@@ -173,11 +180,11 @@ class Merger:
                 "nothing was merged, go back to an earlier checkpoint"
             )
 
-    def _merge_layers(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Adds every delta to its base; returns each layer's squared norm of the delta, and the effective ranks.
+    def _merge_layers(self, measured: Set[str]) -> tuple[dict[str, float], dict[str, float]]:
+        """Adds every delta to its base; returns each layer's squared norm of the delta, and some effective ranks.
 
         In groups of as many layers as there are ranks, so that all owners build their deltas at the same time. What is
-        measured comes after that, when no rank waits for another's weights; the host reads it once.
+        ``measured`` comes after that, when no rank waits for another's weights; the host reads it once.
         """
         engine = self.engine
         names = list(self.layers)
@@ -196,15 +203,15 @@ class Merger:
                 delta = self.layers[names[index]].delta_of(*values)
                 found[0, index] = delta.square().sum()
                 sums[f"{names[index]}.weight"] = self.base.add(f"{names[index]}.weight", delta)
-            to_measure += [(index, values) for index, values in mine if names[index] in self.measured]
+            to_measure += [(index, values) for index, values in mine if names[index] in measured]
             for index in group:
                 weight = f"{names[index]}.weight"
                 engine.write_weight(weight, sums.get(weight), self.base.owner[weight])
         for index, values in to_measure:
             found[1, index] = effective_rank(self.layers[names[index]].singular_values(*values))
         squares, ranks = engine.all_reduce(found).cpu().tolist()
-        measured = {name: value for name, value in zip(names, ranks, strict=True) if name in self.measured}
-        return dict(zip(names, squares, strict=True)), measured
+        of_measured = {name: value for name, value in zip(names, ranks, strict=True) if name in measured}
+        return dict(zip(names, squares, strict=True)), of_measured
 
     def _reset_masters(self, merges_done: int) -> int:
         """Gives every adapter the values of a fresh one; returns the elements written, over all ranks."""

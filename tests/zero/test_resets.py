@@ -365,7 +365,9 @@ def hundred_merges(world_size: int, bf16: bool) -> dict[str, Any]:
     """100 merges of adapters drawn at random; the float64 sum of the same deltas beside it."""
     from tests.tools.tiny import build_rig, tiny_config
 
-    rig = build_rig(tiny_config(world_size, train={"zero_stage": 2}, method={"operators": [1, 2, 3, 4]}), bf16=bf16)
+    method = {"operators": [1, 2, 3, 4], "merge_every": 3}
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": 2}, method=method), bf16=bf16)
+    ranked = []
     reference = {name: rig.initial[name].double() for name in rig.base.owned}
     for merge in range(1, 101):
         generator = torch.Generator().manual_seed(merge)
@@ -378,12 +380,14 @@ def hundred_merges(world_size: int, bf16: bool) -> dict[str, Any]:
         for name, layer in rig.merger.layers.items():
             if f"{name}.weight" in reference:
                 reference[f"{name}.weight"] += layer.delta_of(values[f"{name}.mora_M"].double())
-        rig.merger.merge(merge, merge, (1, 2, 3, 4)[merge % 4])
+        record = rig.merger.merge(3 * merge, merge, (1, 2, 3, 4)[merge % 4])
+        ranked += [3 * merge] if record.effective_rank else []
     errors = {name: float((rig.base.weights[name].double() - reference[name]).abs().max()) for name in reference}
     moved = {name: float((reference[name] - rig.initial[name].double()).abs().max()) for name in reference}
     return {
         "errors": errors,
         "moved": moved,
+        "ranked": ranked,
         "largest": max(float(value.abs().max()) for value in reference.values()),
         "bits": _frozen_bits(rig),
     }
@@ -399,6 +403,7 @@ def test_the_base_is_exact_after_a_hundred_merges(pools, ranks, bf16):
         # 100 additions, each off by at most half a unit in the last place (2^-24); a bf16 base would be off by 2^-9
         assert max(seen["errors"].values()) <= 100 * 2**-24 * seen["largest"]
         assert min(seen["moved"].values()) > 1e-3
+        assert seen["ranked"] == [3, 102, 201, 300], "the first, and one in each hundred steps"
 
 
 def frozen_masters(stage: int) -> list[str]:
