@@ -23,7 +23,7 @@ from relora_mora.operators import Draw, GroupingOperator, Operator
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.zero import ZeroEngine
 
-MEASURED_STEPS = 100  # the effective rank is measured so often at most; singular values take longer than the merge
+MEASURED_STEPS = 100  # the effective rank is measured at most so often; singular values take longer than the merge
 
 
 class MergeError(RuntimeError):
@@ -128,7 +128,7 @@ class Merger:
         begin = time.perf_counter()
         before = self.operator()
         self._check_adapters(step)
-        squares, ranks = self._merge_layers(self.measured if self._is_measured(step, merges_done) else set())
+        squares, ranks = self._merge_layers(self.measured if self.is_measured(step, merges_done) else set())
         spoiled = [name for name, square in squares.items() if not math.isfinite(square)]
         if spoiled:
             raise MergeError(
@@ -152,7 +152,7 @@ class Merger:
             seconds=time.perf_counter() - begin,
         )
 
-    def _is_measured(self, step: int, merges_done: int) -> bool:
+    def is_measured(self, step: int, merges_done: int) -> bool:
         """Whether the effective rank is: at the first merge, and at the first one in each hundred steps."""
         before = step - self.method.merge_every
         return merges_done == 1 or step // MEASURED_STEPS > before // MEASURED_STEPS

@@ -54,13 +54,16 @@ class Merging:
             return
         self.guard.begin(f"step {step}: merge", within=LONG_SECONDS)
         self.before()
-        record = self.merger.merge(step, self.schedule.merges_done(step), self.schedule.operator(step))
+        done = self.schedule.merges_done(step)
+        record = self.merger.merge(step, done, self.schedule.operator(step))
         self.write(step, merge_metrics(record))
+        if not self.merger.is_measured(step, done):  # of frequent merges some lines are enough
+            return
         switched = ""
         if record.operator_after is not None:
             anew = " (drawn anew)" if is_drawn(record.operator_after) else ""
             switched = f", operator {record.operator_before} -> {record.operator_after}{anew}"
-        log.info(f"step {step}: merged {record.layers} layers in {record.seconds:.2f} s{switched}")
+        log.info(f"step {step}: merge {done} of {record.layers} layers in {record.seconds:.2f} s{switched}")
 
 
 class Reporting:
