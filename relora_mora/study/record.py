@@ -11,9 +11,9 @@ from relora_mora.study.cells import Cell
 from relora_mora.study.folder import StudyFolder
 from relora_mora.system.run_folder import read_json_lines
 
-KEPT_LINES = 40  # of a run's training, evenly over its steps; evaluations and merges are kept whole
+KEPT_LINES = 40  # of a run's training, evenly over its steps, and of what merges did; evaluations are kept whole
 OF_TRAINING = ("train/loss", "train/lr", "train/tokens", "perf/tokens_per_second", "perf/peak_memory_gib")
-OF_EVENTS = ("eval/", "merge/")
+OF_ALL_MERGES = ("merge/layers", "merge/seconds")
 DIGITS = 8  # of a float; float32 has no more
 
 
@@ -92,19 +92,25 @@ def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
 
 
 def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    training = [number for number, line in enumerate(lines) if "train/loss" in line]
-    every = max(1, -(-len(training) // KEPT_LINES))
-    kept = set(training[::every]) | set(training[-1:])
+    training = _evenly([number for number, line in enumerate(lines) if "train/loss" in line])
+    merges = _evenly([number for number, line in enumerate(lines) if "merge/layers" in line])
     result = []
     for number, line in enumerate(lines):
         values = {
             tag: _rounded(value)
             for tag, value in line.items()
-            if tag.startswith(OF_EVENTS) or (number in kept and tag in OF_TRAINING)
+            if tag.startswith("eval/")
+            or (tag.startswith("merge/") and (number in merges or tag in OF_ALL_MERGES))
+            or (number in training and tag in OF_TRAINING)
         }
         if values:
             result.append({"step": line["step"], **values})
     return result
+
+
+def _evenly(numbers: list[int]) -> set[int]:
+    every = max(1, -(-len(numbers) // KEPT_LINES))
+    return {*numbers[::every], *numbers[-1:]}
 
 
 def _rounded(value: Any) -> Any:

@@ -113,3 +113,23 @@ def all_rounds(study: Study) -> list[Cell]:
     return [
         cell for seed in study.seeds for cell in first_round(study.model_copy(update={"seeds": [seed], "choose": None}))
     ]
+
+
+def test_of_many_merges_and_steps_some_are_kept_whole(tmp_path: Path):
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
+    folder = StudyFolder(tmp_path)
+    conduct(study, folder, TRAINER, 1)
+    folder.records.unlink()
+    [cell] = first_round(study)
+    merge = {"merge/layers": 28, "merge/seconds": 0.5, "merge/delta_norm/q_proj": 1.0}
+    with folder.run(cell).metrics.open("a", encoding="utf-8") as stream:
+        for step in range(1001, 1101):
+            stream.writelines(json.dumps({"step": step, **line}) + "\n" for line in (merge, {"train/loss": 4.0}))
+    assert conduct(study, folder, TRAINER, 1) == 1
+    [record] = read_json_lines(folder.records)
+    kept = {
+        tag: [line["step"] for line in record["metrics"] if tag in line] for tag in (*merge, "train/loss", "eval/loss")
+    }
+    assert kept["merge/layers"] == kept["merge/seconds"] == list(range(1001, 1101))
+    assert kept["merge/delta_norm/q_proj"] == [*range(1001, 1101, 3)]
+    assert kept["train/loss"] == [500, *range(1003, 1101, 3), 1100] and kept["eval/loss"] == [1000]
