@@ -54,7 +54,7 @@ def main(
     if against is not None and not any(each.is_named(against) for each in found.values()):
         found[Path(against).resolve()] = read_run(Path(against))
     without = [name.strip() for name in unnamed.split(",") if name.strip()]
-    groups = [group for group in group_runs(found.values(), without) if len(group.runs) >= seeds]
+    groups = group_runs(found.values(), without, seeds)
     if not groups:
         raise CompareError(f"--seeds={seeds}: no settings have so many runs; give a smaller number")
     reference = None if against is None else group_of(groups, against)

@@ -75,8 +75,8 @@ class Group:
         return sorted(set.intersection(*map(set, series)))
 
 
-def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = ()) -> list[Group]:
-    """The runs in groups, in the order in which they are given.
+def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), seeds: int = 1) -> list[Group]:
+    """The runs in groups of at least ``seeds``, in the order in which they are given.
 
     A run with settings and seed of another one is no further seed: it stands alone, under the name of its folder.
     ``unnamed`` are settings that groups differ in and are not named after, such as ``optim.lr``.
@@ -90,10 +90,10 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = ()) -> list[Group]:
         while any(_seed(other) == _seed(run) for other in gathered.get(f"{repeat}{settings}", ())):
             repeat += 1
         gathered.setdefault(f"{repeat}{settings}", []).append(run)
-    members = list(gathered.values())
+    members = [group for group in gathered.values() if len(group) >= seeds]
     compared = [_compared(runs[0]) for runs in members]
     for name in unnamed:
-        if not any(name in runs[0].settings for runs in members):
+        if not any(name in group[0].settings for group in gathered.values()):
             raise CompareError(f"--unnamed: no run has a setting {name}; docs/settings.md lists them")
     names = [name for name in _differing(compared) if name not in unnamed]
     whole = {name for name in names if _is_one_word(name, compared)}

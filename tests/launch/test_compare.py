@@ -45,6 +45,7 @@ def test_a_metric_and_what_has_several_seeds_can_be_asked_for(runs: list[Path], 
     answer = call(COMPARE, *runs, again, "--seeds=2", "--reach=eval/loss=3.5", f"--out={tmp_path / 'out'}")
     assert answer.code == 0
     assert "loss 3.5, step" in answer.out and "| Full rank |" not in answer.out
+    assert "| ReMoRA (1, 2) | 2 |" in answer.out, "named by what tells it from the rows that are left"
     assert (tmp_path / "out" / "loss.png").exists()
     refused(call(COMPARE, *runs, again, "--seeds=3"), "--seeds=3: no settings have so many runs")
 
