@@ -74,10 +74,12 @@ bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether t
 	for part in loss attention products; do $(BIN)/python $(BENCH) parts $$part $(TINY) --repetitions=1 || exit 1; done
 
 COMPARE := $(BIN)/python launch/compare.py
+UNNAMED := optim.lr,optim.momentum,optim.restart_warmup_steps,method.operators
 REACH := --reach=eval/character_accuracy=0.5,0.95
 study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
 	$(COMPARE) docs/studies/memory_tiny.jsonl --seeds=2 $(REACH) --out=docs/studies/memory_tiny
 	$(COMPARE) docs/studies/merges_tiny.jsonl --out=docs/studies/merges_tiny
+	$(COMPARE) docs/studies/paper_tiny.jsonl docs/studies/muon_tiny.jsonl --seeds=2 --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
 	for name in biomedical_tiny math_tiny; do $(COMPARE) docs/studies/$$name.jsonl --seeds=2 --out=docs/studies/$$name || exit 1; done
 
 SMOKE := $(BIN)/python launch/study.py configs/study/smoke.yaml

@@ -368,7 +368,6 @@ def test_launches_of_every_kind_are_found() -> None:
     assert where >= {
         "README.md",
         "docs/clusters.md",
-        "docs/experiments.md",
         "launch/slurm/pretrain.sbatch",
         "compose.yaml",
     }

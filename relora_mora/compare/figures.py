@@ -189,7 +189,7 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
                 panel.plot(np.mean(values), place, "|", color=style["color"], markersize=11, markeredgewidth=1.5)
             panel.set_xlabel(f"perplexity on {name}" if name else "validation perplexity")
         panels[0][0].set_yticks(range(len(labels)), labels)
-        panels[0][0].invert_yaxis()
+        panels[0][0].set_ylim(len(labels) - 0.5, -0.5)  # the first row at the top
     return figure
 
 
