@@ -63,7 +63,7 @@ class Merging:
         if record.operator_after is not None:
             anew = " (drawn anew)" if is_drawn(record.operator_after) else ""
             switched = f", operator {record.operator_before} -> {record.operator_after}{anew}"
-        log.info(f"step {step}: merge {done} of {record.layers} layers in {record.seconds:.2f} s{switched}")
+        log.info(f"step {step}: merge {done}, {record.layers} layers in {record.seconds:.2f} s{switched}")
 
 
 class Reporting:
