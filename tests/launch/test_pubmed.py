@@ -130,6 +130,7 @@ def test_the_side_of_an_abstract_follows_from_its_text_and_the_seed(tmp_path: Pa
         (gzip.compress(b"<html></html>"), ("a <html>", "<PubmedArticleSet>")),
         (gzip.compress(f"{HEAD}<PubmedArticleSet>&eacute;</PubmedArticleSet>".encode()), ("undefined entity",)),
     ],
+    ids=["no gzip", "cut off", "not closed", "another page", "unknown entity"],
 )
 def test_what_is_no_dump_is_named(tmp_path: Path, content: bytes, parts: tuple[str, ...]) -> None:
     (tmp_path / "pubmed1.xml.gz").write_bytes(content)
