@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from relora_mora.cli import missing_package, run
+from relora_mora.supervise import leave_process
 
 KINDS = {
     "steps": "whole training steps of several methods side by side: time, memory, traffic",
@@ -48,4 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            leave_process(end.code)  # a rank of several may otherwise abort after its work is done
+        raise

@@ -90,7 +90,6 @@ def main(
     from launch.benchmark.report import as_json, limits, tables
     from relora_mora.distributed.device import device_of_rank
     from relora_mora.model import read_model_config
-    from relora_mora.supervise.exits import leave_process
     from relora_mora.system.hardware import fast_bf16
     from relora_mora.zero import init_distributed
 
@@ -120,7 +119,4 @@ def main(
     lost = [result.name for result in results if not math.isfinite(result.loss)]
     if lost:
         print(f"the loss is not finite: {', '.join(lost)}; try --precision=fp32", file=sys.stderr)
-    code = int(bool(lost))
-    if world_size > 1:
-        leave_process(code)
-    return code
+    return int(bool(lost))
