@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,11 @@ class FrozenMasters:
     @property
     def owned(self) -> list[str]:
         return [name for name, owner in self.owner.items() if owner == self.rank]
+
+    def take(self, value_of: Callable[[str], Tensor]) -> None:
+        """Copies the weights that this rank owns; ``value_of`` gives each by its name."""
+        for name in self.owned:
+            self.put(name, value_of(name))
 
     def put(self, name: str, value: Tensor) -> None:
         """Copies one weight, which this rank owns."""
@@ -128,7 +133,7 @@ class Merger:
         begin = time.perf_counter()
         before = self.operator()
         self._check_adapters(step)
-        squares, ranks = self._merge_layers(self.measured if self.is_measured(step, merges_done) else set())
+        squares, ranks = self._merge_layers(self.measured if self._is_measured(step, merges_done) else set())
         spoiled = [name for name, square in squares.items() if not math.isfinite(square)]
         if spoiled:
             raise MergeError(
@@ -152,7 +157,7 @@ class Merger:
             seconds=time.perf_counter() - begin,
         )
 
-    def is_measured(self, step: int, merges_done: int) -> bool:
+    def _is_measured(self, step: int, merges_done: int) -> bool:
         """Whether the effective rank is: at the first merge, and at the first one in each hundred steps."""
         before = step - self.method.merge_every
         return merges_done == 1 or step // MEASURED_STEPS > before // MEASURED_STEPS

@@ -108,8 +108,7 @@ class Ours:
         groups = parameter_groups(lm, config.optim)
         fixed = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
         self.base = FrozenMasters(fixed, dist.get_rank(), dist.get_world_size())
-        for name in self.base.owned:
-            self.base.put(name, fixed[name])
+        self.base.take(fixed.__getitem__)
         self.engine = ZeroEngine(
             LossModel(lm, compiled=compiled),
             lm,

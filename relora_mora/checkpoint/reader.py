@@ -167,8 +167,7 @@ class CheckpointReader:
         for name, matrix in engine.matrix_states.items():
             for kind, value in matrix.tensors.items():
                 value.copy_(self.piece(kind, name, 0, value.numel()).view(value.shape))
-        for name in base.owned:
-            base.put(name, self.weight(name))
+        base.take(self.weight)
 
 
 def verify(folder: Path, engine: ZeroEngine | None = None) -> str | None:

@@ -164,7 +164,7 @@ def test_the_demo_merges_on_two_processes() -> None:
     config = load_config("configs/run/demo.yaml", world_size=2)
     schedule = make_schedule(config.method, config.optim, config.train.steps)
     assert config.method.name == "remora"
-    assert schedule.merges_done(config.train.steps) > 0
+    assert schedule.merges_done(config.train.steps) >= 3
     tiny = load_config("configs/run/tiny_remora.yaml")
     assert (config.data.train, config.data.validation, config.tokenizer.path) == (
         tiny.data.train,

@@ -100,8 +100,7 @@ def test_a_step_and_a_merge_join_what_the_device_and_the_host_have(
         optimizer = build_optimizer(module.lm, groups, config.optim)
         engine = ZeroEngine(module, module.lm, optimizer, config.train, clip=config.optim.clip, bf16=True)
         base = FrozenMasters(names, 0, RANKS)
-        for name in base.owned:
-            base.put(name, engine.parameters[name])
+        base.take(engine.parameters.__getitem__)
         merger = Merger(engine, base, config.method, seed=0)
         rig = Rig(config, engine, base, merger, groups, make_schedule(config.method, config.optim, 40), {})
         rig.step(1)

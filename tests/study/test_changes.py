@@ -12,7 +12,7 @@ import pytest
 from relora_mora.study import CellsFailed, StudyFolder, conduct, run_again
 from relora_mora.study.cells import first_round, second_round
 from relora_mora.system.run_folder import read_json_lines
-from tests.study.tools import TRAINER, made_study
+from tests.study.tools import CHANGES, TRAINER, made_start, made_study
 
 
 def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
@@ -24,9 +24,7 @@ def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
         conduct(made_study(grid=grid, settings={"method.name": "mora", "optim.clip": 3.0}), folder, TRAINER, 1)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"), [({"settings": {"optim.clip": 3.0}}, "optim.clip"), ({"threads": 2}, "threads")]
-)
+@pytest.mark.parametrize(("changes", "named"), CHANGES)
 def test_nor_is_it_where_all_runs_are_done(tmp_path: Path, changes: dict[str, Any], named: str):
     grid = [{"method.name": "mora", "optim.lr": 3e-3}]
     folder = StudyFolder(tmp_path)
@@ -37,12 +35,7 @@ def test_nor_is_it_where_all_runs_are_done(tmp_path: Path, changes: dict[str, An
 
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
-    """The folder of a model to begin with, as far as the stand-in looks at it."""
-    folder = tmp_path / "start"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}", encoding="utf-8")
-    (folder / "model.safetensors").write_bytes(b"a" * 100_000)
-    return folder
+    return made_start(tmp_path / "start")
 
 
 OTHER_WEIGHTS = (

@@ -14,7 +14,7 @@ from relora_mora.study.cells import Cell, first_round
 from relora_mora.study.design import Study
 from relora_mora.study.folder import cell_configs
 from relora_mora.system.run_folder import read_json_lines
-from tests.study.tools import TRAINER, made_study
+from tests.study.tools import CHANGES, TRAINER, made_start, made_study
 from tests.tools.helpers import ROOT
 
 CHOOSE = {"over": ["optim.lr"], "lowest": "eval/loss"}
@@ -53,9 +53,7 @@ def test_a_record_of_a_run_that_the_grid_names_no_more_stays(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"), [({"settings": {"optim.clip": 3.0}}, "optim.clip"), ({"threads": 2}, "threads")]
-)
+@pytest.mark.parametrize(("changes", "named"), CHANGES)
 def test_a_record_of_other_settings_is_refused(tmp_path: Path, changes: dict[str, Any], named: str):
     folder = _moved(made_study(), tmp_path, 1)
     said = rf"rank=8,lr=0.001,seed=0 was begun with other settings \({named}\); remove .* and its line in .*cells.jsonl"
@@ -65,10 +63,7 @@ def test_a_record_of_other_settings_is_refused(tmp_path: Path, changes: dict[str
 
 
 def test_a_record_of_other_weights_is_refused(tmp_path: Path):
-    start = tmp_path / "start"
-    start.mkdir()
-    (start / "config.json").write_text("{}", encoding="utf-8")
-    (start / "model.safetensors").write_bytes(b"a" * 100_000)
+    start = made_start(tmp_path / "start")
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
     folder = _moved(study, tmp_path, 1)
     (start / "model.safetensors").write_bytes(b"b" * 100_000)

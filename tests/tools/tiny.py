@@ -115,8 +115,7 @@ def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None =
     base = FrozenMasters(
         [name for name, p in lm.named_parameters() if not p.requires_grad], dist.get_rank(), dist.get_world_size()
     )
-    for name in base.owned:
-        base.put(name, initial[name])
+    base.take(initial.__getitem__)
     optimizer = build_optimizer(lm, groups, config.optim)
     engine = ZeroEngine(LossModel(lm), lm, optimizer, config.train, clip=config.optim.clip, bf16=bf16)
     merger = Merger(engine, base, config.method, seed=config.train.seed)
