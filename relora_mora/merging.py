@@ -107,6 +107,7 @@ class Merger:
         self.measured = {names[len(names) // 2] for names in self.by_kind.values()}
 
     def set_operator(self, mora_type: int | None, draw: Draw) -> None:
+        self.engine.drop_merged()
         self.draw = draw
         if mora_type is not None:
             for layer in self.layers.values():

@@ -151,12 +151,6 @@ def _form_faults(config: Config) -> Iterator[Fault]:
             f"dropout acts on what an adapter sees beside its weight, and the form {form} makes one weight of both; "
             "use method.form=auto, or method.dropout=0",
         )
-    if form == "resident" and config.method.uses_adapters and config.train.zero_stage == 3:
-        yield Fault(
-            ("method.form", "train.zero_stage", "method.name"),
-            "resident keeps W + delta whole on each rank, which ZeRO-3 is there to avoid; use method.form=auto, "
-            "or train.zero_stage=2",
-        )
 
 
 def _square_faults(config: Config) -> Iterator[Fault]:

@@ -60,6 +60,7 @@ class AdapterLinear(nn.Module):
         self.dropout = dropout
         self.resident = form == "resident"
         self.merged_weight: Tensor | None = None  # W + delta as it is now; never saved
+        self.in_place = False  # the weight itself is W + delta: at ZeRO-3, see zero/slices.py
         self.weight: Tensor = linear.weight
         self.weight.requires_grad_(False)
         self.bias: Tensor | None = linear.bias
@@ -86,8 +87,8 @@ class AdapterLinear(nn.Module):
         """What the adapter with these values (in the order of ``adapter_names``) adds to the weight [out, in]."""
 
     @abstractmethod
-    def build_merged(self) -> Tensor:
-        """W + delta [out, in] of the present values, a new tensor; not differentiable"""
+    def build_merged(self, weight: Tensor) -> Tensor:
+        """weight + delta [out, in] of the present values, a new tensor; not differentiable"""
 
     @abstractmethod
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
@@ -118,7 +119,7 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
-        if self.uses_merged_form(x.numel() // self.in_features):
+        if self.in_place or self.uses_merged_form(x.numel() // self.in_features):
             y = self._merged(x)
         else:
             y = F.linear(x, self.weight) + self._delta(F.dropout(x, self.dropout) if self.drops else x)
@@ -133,11 +134,17 @@ class AdapterLinear(nn.Module):
     def keep_merged(self) -> None:
         """Builds ``W + delta`` where the layer is resident and has none; all uses until :meth:`drop_merged` take it."""
         if self.resident and self.merged_weight is None:
-            self.merged_weight = self.build_merged()
+            self.merged_weight = self.build_merged(self.weight)
 
     def drop_merged(self) -> None:
         """To be called whenever W, the adapter or its operator changes. A use without it builds its own."""
+        assert not self.in_place, "only what put W + delta in place of W has W"
         self.merged_weight = None
+
+    @property
+    def built(self) -> Tensor | None:
+        """W + delta, where it is there already."""
+        return self.weight if self.in_place else self.merged_weight
 
     def uses_merged_form(self, tokens: int) -> bool:
         """``auto`` builds ``W + delta`` where its [out, in] elements are few beside the tokens' [tokens, in + out].

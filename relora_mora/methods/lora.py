@@ -54,8 +54,8 @@ class LoRALinear(AdapterLinear):
         A, B = parameters
         return self.scale * (B @ A)
 
-    def build_merged(self) -> Tensor:
-        return torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.scale)
+    def build_merged(self, weight: Tensor) -> Tensor:
+        return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale)
 
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         if name == "lora_B":
@@ -82,7 +82,7 @@ class LoRALinear(AdapterLinear):
         return [of_input, Kept("A x", self.lora_rank, shared=False), *self._kept_by_dropout()]
 
     def _merged(self, x: Tensor) -> Tensor:
-        return _MergedLoRA.apply(x, self.weight, self.lora_A, self.lora_B, self.merged_weight, self.scale)
+        return _MergedLoRA.apply(x, self.weight, self.lora_A, self.lora_B, self.built, self.scale)
 
     def _delta(self, x: Tensor) -> Tensor:
         return self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)

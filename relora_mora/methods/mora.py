@@ -80,8 +80,8 @@ class MoRALinear(AdapterLinear):
     def delta_of(self, *parameters: Tensor) -> Tensor:
         return self.operator.delta(*parameters)
 
-    def build_merged(self) -> Tensor:
-        return self.operator.add_delta(self.weight, self.mora_M)
+    def build_merged(self, weight: Tensor) -> Tensor:
+        return self.operator.add_delta(weight, self.mora_M)
 
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         return torch.zeros(self.square_size, self.square_size)
@@ -105,9 +105,7 @@ class MoRALinear(AdapterLinear):
         return [make_operator(kind, self.in_features, self.out_features, self.square_size).blocks for kind in cycle]
 
     def _merged(self, x: Tensor) -> Tensor:
-        return _MergedMoRA.apply(
-            x, self.weight, self.mora_M, self.merged_weight, self.operator, torch.is_grad_enabled()
-        )
+        return _MergedMoRA.apply(x, self.weight, self.mora_M, self.built, self.operator, torch.is_grad_enabled())
 
     def _delta(self, x: Tensor) -> Tensor:
         return self.operator.decompress(F.linear(self.operator.compress(x), self.mora_M))

@@ -91,7 +91,7 @@ def peak_memory(
     state = state_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
     before = gradients.between_micro_batches if config.accumulation_steps(world_size) > 1 else gradients.between_steps
-    merged = merged_memory(model, bf16=bf16)
+    merged = merged_memory(model, stage, world_size, bf16=bf16)
     live = replace(
         state,
         merged=merged,
@@ -156,10 +156,10 @@ def zero_setting(config: Config, name: str, default: int) -> int:
     return int(value) if isinstance(value, int | float) else default
 
 
-def merged_memory(model: PreTrainedModel, *, bf16: bool) -> float:
-    """Bytes of ``W + delta`` of all layers that keep it within a step."""
+def merged_memory(model: PreTrainedModel, stage: int, world_size: int, *, bf16: bool) -> float:
+    """Bytes of ``W + delta`` of all layers that keep it within a step, at stage 3 a slice of each."""
     resident = sum(layer.weight.numel() for _, layer in adapter_layers(model) if layer.resident)
-    return (2 if bf16 else 4) * resident
+    return (2 if bf16 else 4) * resident / (world_size if stage == 3 else 1)
 
 
 def gathered_memory(model: PreTrainedModel, config: Config, stage: int, world_size: int, *, bf16: bool) -> float:

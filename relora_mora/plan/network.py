@@ -14,7 +14,8 @@ stage  tensors given to collectives in one step
        ``use_multi_rank_bucket_allreduce: false`` reduce each part to its rank (and at stage 1 in fp32)
 3      reduce-scatter b T at every micro-batch. All-gather w P at every micro-batch, in forward; in backward at most
        P - D / 2 again, where D is ``stage3_max_reuse_distance``: the last layers are kept, their next use is near.
-       Parameters of at most ``stage3_param_persistence_threshold`` elements once a step
+       Parameters of at most ``stage3_param_persistence_threshold`` elements once a step, and larger adapters of
+       resident layers once more
 =====  ================================================================================================================
 
 Frozen weights have no gradient: below stage 3 a step moves adapters, embeddings, norms and head only. In a ring of N
@@ -25,6 +26,7 @@ through hosts in order, each host sends as much to the next one as each of its d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -103,9 +105,17 @@ def traffic(model: PreTrainedModel, config: Config, stage: int, ranks: int, *, b
     small = zero_setting(config, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
     again = max(0, every - zero_setting(config, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE) / 2)
-    gathered = width * (micro_batches * (every - persistent + again) + persistent)
+    to_build = sum(size for size in _resident_adapters(model) if size > small)
+    gathered = width * (micro_batches * (every - persistent + again) + persistent + to_build)
     exchanged = exchanged_bytes(model, config.optim, stage, ranks)
     return Traffic(ranks, 0, gradients * micro_batches, gathered, merge, state, exchanged)
+
+
+def _resident_adapters(model: PreTrainedModel) -> Iterator[int]:
+    """Elements of each adapter parameter of the resident layers."""
+    for _, layer in adapter_layers(model):
+        if layer.resident:
+            yield from (getattr(layer, name).numel() for name in layer.adapter_names)
 
 
 def _merge(model: PreTrainedModel, stage: int, width: int) -> float:

@@ -128,7 +128,7 @@ def make_plan(
     own = config.method.name
     models: dict[str, PreTrainedModel] = {}
     memory: dict[str, dict[int, Memory]] = {name: {} for name in METHODS}
-    network: dict[str, dict[int, Traffic]] = {}
+    network: dict[str, dict[int, Traffic]] = {name: {} for name in METHODS}
     resident: dict[int, bool] = {}
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
@@ -137,9 +137,9 @@ def make_plan(
             available = cluster.device.memory_gb * 1e9 or None
             choose_resident(models[name], other, stage, ranks, available, bf16=bf16, on_gpu=not on_cpu)
             memory[name][stage] = peak_memory(models[name], other, stage, ranks, bf16=bf16, on_gpu=not on_cpu)
+            network[name][stage] = traffic(models[name], other, stage, ranks, bf16=bf16)
             if name == own:
                 resident[stage] = any(layer.resident for _, layer in adapter_layers(models[name]))
-        network[name] = {stage: traffic(models[name], other, stage, ranks, bf16=bf16) for stage in STAGES}
     flops = flops_of(models[own], model_config, config)
     counts = count_parameters(models[own])
     if config.log.peak_tflops is not None:

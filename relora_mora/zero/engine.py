@@ -23,6 +23,7 @@ from relora_mora.zero.masters import Fragment, owned_fragments, update_parameter
 from relora_mora.zero.matrices import CutMatrices
 from relora_mora.zero.norms import given_norms, gradient_norms, replaced
 from relora_mora.zero.settings import deepspeed_settings
+from relora_mora.zero.slices import MergedSlices
 from relora_mora.zero.start import allow_optimizer, quiet
 
 
@@ -81,6 +82,7 @@ class ZeroEngine:
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.device = self.deepspeed.device
         self.adapters = [layer for _, layer in adapter_layers(lm)]
+        self.slices = MergedSlices([layer for layer in self.adapters if layer.resident], self.rank)
         self.fragments = self._fragments(self.rank)
         self.fragments_of: dict[str, list[Fragment]] = {}
         for fragment in self.fragments:
@@ -182,7 +184,7 @@ class ZeroEngine:
 
     def refresh(self) -> None:
         """Makes the parameters what the masters say."""
-        self._drop_merged()
+        self.drop_merged()
         update_parameters(self.deepspeed.optimizer)
 
     @torch.no_grad()
@@ -225,7 +227,7 @@ class ZeroEngine:
     @torch.no_grad()
     def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
         """Sets a frozen weight from the owner's float32 value on all ranks; a collective."""
-        self._drop_merged()
+        self.drop_merged()
         parameter = self.parameters[name]
         if self.stage == 3:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner):
@@ -246,9 +248,20 @@ class ZeroEngine:
         return self.deepspeed(*inputs)
 
     def keep_merged(self) -> None:
-        """Has resident layers build their ``W + delta``, those that have none."""
+        """Has resident layers build their ``W + delta``, those that have none; at stage 3 a collective."""
+        if self.stage == 3:
+            self.slices.keep()
+            return
         for layer in self.adapters:
             layer.keep_merged()
+
+    def drop_merged(self) -> None:
+        """No resident layer may go on with the ``W + delta`` of values that are about to change."""
+        if self.stage == 3:
+            self.slices.drop()
+            return
+        for layer in self.adapters:
+            layer.drop_merged()
 
     def train(self) -> None:
         self.deepspeed.train()
@@ -269,7 +282,7 @@ class ZeroEngine:
         the device for a value. Where that norm is not finite, the step is skipped on all ranks, on every stage: torch's
         optimizer does nothing then, and DeepSpeed writes the parameters that it has.
         """
-        self._drop_merged()
+        self.drop_merged()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         plain = self.stage == 0 and not self.bf16  # no optimizer of DeepSpeed's around ours
@@ -290,11 +303,6 @@ class ZeroEngine:
         given = given_norms(self.deepspeed.optimizer, norms) if self.stage or self.bf16 else contextlib.nullcontext()
         with given:
             self.deepspeed.step()
-
-    def _drop_merged(self) -> None:
-        """No resident layer may go on with the ``W + delta`` of values that are about to change."""
-        for layer in self.adapters:
-            layer.drop_merged()
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

@@ -317,7 +317,6 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
         "flash_attention_2 takes no mask",
     ),
     ({"model": {"compile": True}, "train": {"zero_stage": 3}}, None, "use train.zero_stage=2, or leave it at auto"),
-    ({"method": {"form": "resident"}, "train": {"zero_stage": 3}}, None, "use method.form=auto, or train.zero_stage=2"),
     ({"method": {"operators": [1]}}, None, "method.operators: the cycle [1] repeats an operator"),
     ({"method": {"operators": [1, 1]}}, None, "method.operators: the cycle [1, 1] repeats an operator"),
     ({"method": {"operators": [1, 2, 1]}}, None, "method.operators: the cycle [1, 2, 1] repeats an operator"),

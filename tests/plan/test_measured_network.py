@@ -33,9 +33,17 @@ _KINDS = {
 }
 
 
-def _config(method: str, stage: int, micro_batch_size: int, matrices: str, reset: str = "full", **zero: Any) -> Config:
+def _config(
+    method: str,
+    stage: int,
+    micro_batch_size: int,
+    matrices: str,
+    reset: str = "full",
+    form: str = "auto",
+    **zero: Any,
+) -> Config:
     train = {"zero_stage": stage, "micro_batch_size": micro_batch_size, "deepspeed": {"zero_optimization": zero}}
-    given = {"name": method, "rank": 16, "reset": reset}
+    given = {"name": method, "rank": 16, "reset": reset, "form": form}
     return tiny_config(2, method=given, optim={"matrices": matrices}, train=train)
 
 
@@ -90,6 +98,7 @@ CASES += [
 CASES += [("remora", 3, True, 2, "adamw", {"stage3_param_persistence_threshold": 2000})]
 CASES += [(method, 3, True, 2, "muon", {}) for method in ("remora", "full")] + [("full", 0, True, 2, "muon", {})]
 CASES += [("remora", 2, True, 2, "adamw", {"reset": "magnitude"}), ("remora", 3, True, 2, "muon", {"reset": "carry"})]
+CASES += [("remora", 3, True, 2, "adamw", {"form": "resident"})]
 # large models let weights go and fetch them again: DeepSpeed's defaults, as small beside this model as they are beside
 # one of 7b and 1.3b
 CASES += [

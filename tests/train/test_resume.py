@@ -82,44 +82,50 @@ def test_every_method_resumes_bit_equal(pools, ranks, inputs, tokenizer_path, tm
     assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
 
 
-def builds(config: Any, **options: Any) -> int:
-    """Trains; how often a layer built the ``W + delta`` that it keeps within a step."""
-    from relora_mora.methods.layers import AdapterLinear
+def builds(config: Any, memory: list[int], **options: Any) -> int:
+    """Trains, with so many bytes for each rank; how often a layer built the ``W + delta`` that it keeps."""
+    from torch import distributed as dist
 
-    keep = AdapterLinear.keep_merged
-    built = []
+    from relora_mora.methods.inject import layer_class
 
-    def counted(layer: AdapterLinear) -> None:
-        before = layer.merged_weight
-        keep(layer)
-        built.append(layer.merged_weight is not before)
-
-    with mock.patch.object(AdapterLinear, "keep_merged", counted):
+    layer = layer_class(config.method)
+    here = memory[dist.get_rank()] * dist.get_world_size()
+    with (
+        mock.patch("relora_mora.train.build.memory_bytes", return_value=here),
+        mock.patch.object(layer, "build_merged", autospec=True, side_effect=layer.build_merged) as build,
+    ):
         train(config, **options)
-    return sum(built)
+    return build.call_count
 
 
-@pytest.mark.parametrize("method,stage,form", [("remora", 2, "auto"), ("relora", 0, "resident")])
+@pytest.mark.parametrize("method,stage,form", [("remora", 2, "auto"), ("relora", 0, "resident"), ("remora", 3, "auto")])
 def test_resident_layers_give_the_bits_of_the_merged_form_also_after_a_resume(
     pools, inputs, tokenizer_path, tmp_path, method, stage, form
 ):
+    world_size = 2 if stage == 3 else 1
     folders = [tmp_path / "merged", tmp_path / form]
+    memory = [2**35] * world_size
     built = []
     for folder in folders:
         sections = _sections(stage, True, method)
         sections["method"]["form"] = folder.name
-        config = run_config(inputs, tokenizer_path, folder, 1, **sections)
+        config = run_config(inputs, tokenizer_path, folder, world_size, **sections)
         if folder.name == form:
-            built += pools(1)(builds, config, stop_after=5)
-        built += pools(1)(builds, config)
+            built.append(pools(world_size)(builds, config, memory, stop_after=5))
+        built.append(pools(world_size)(builds, config, memory))
     # 14 layers, once for each step, which an evaluation shares with the step that follows, and for the one at the end
-    assert built == [0, 14 * (5 + 1), 14 * (5 + 1)]
+    assert built == [[times * 14] * world_size for times in (0, 5 + 1, 5 + 1)]
     assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
     logged = [
         [line[key] for line in metrics(folder) for key in ("train/loss", "eval/loss") if key in line]
         for folder in folders
     ]
     assert logged[0] == logged[1] and len(logged[0]) == 13
+
+
+def test_ranks_with_unequal_memory_choose_the_same_form(pools, inputs, tokenizer_path, tmp_path):
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, **_sections(3, True, "remora"))
+    assert pools(2)(builds, config, [2**35, 2**10]) == [0, 0]
 
 
 def seeds_of_forwards(config: Any) -> list[int]:
