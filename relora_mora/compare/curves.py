@@ -37,7 +37,7 @@ def curve(group: Group, series: Callable[[Run], Series], axis: Axis, *, smooth: 
     steps = group.common_steps(found)
     values = [np.array([each[step] for step in steps], dtype=float) for each in found]
     if smooth:
-        values = [running_mean(each, len(steps) // 50) for each in values]
+        values = [running_mean(each, max(1, len(steps) // 50)) for each in values]
     rows = np.stack(values)
     return Curve(steps, positions(group, steps, axis), rows.mean(axis=0), rows.min(axis=0), rows.max(axis=0))
 

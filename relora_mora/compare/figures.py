@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import numpy as np
 from relora_mora.compare.curves import Axis, Curve, curve, parting, positions
 from relora_mora.compare.groups import Group
 from relora_mora.compare.reach import Reach
+from relora_mora.compare.runs import Run, Series
 from relora_mora.compare.table import common_sets, count, perplexities
 
 if TYPE_CHECKING:
@@ -70,13 +71,17 @@ def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
     from matplotlib.figure import Figure
 
     sets = common_sets(groups)
+    merging = [group for group in groups if _marked_merges(group)]
     unit, title = _unit(groups, axis)
     with matplotlib.rc_context(PAPER):
         figure = Figure(figsize=(WIDTH, 2.6 * len(sets) + legend_height(groups)), layout="constrained")
         panels: Any = figure.subplots(len(sets), 2, squeeze=False)
         panels[0][1].set_title("enlarged")
         for (whole, zoomed), name in zip(panels, sets, strict=True):
-            drawings = [Drawing(group, style, axis, unit, name) for group, style in zip(groups, styles(), strict=False)]
+            drawings = [
+                Drawing(group, style, axis, unit, name, merging.index(group) if group in merging else 0)
+                for group, style in zip(groups, styles(), strict=False)
+            ]
             for panel in (whole, zoomed):
                 for drawing in drawings:
                     drawing.draw(panel)
@@ -91,10 +96,14 @@ def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
 
 
 class Drawing:
-    """The losses of a group on one set of held-out text; ``unit`` is that of the axis, in tokens or seconds."""
+    """The losses of a group on one set of held-out text; ``unit`` is that of the axis, in tokens or seconds.
 
-    def __init__(self, group: Group, style: dict[str, Any], axis: Axis, unit: float, name: str) -> None:
+    Its merges are marked along the axis, in the row ``place``.
+    """
+
+    def __init__(self, group: Group, style: dict[str, Any], axis: Axis, unit: float, name: str, place: int) -> None:
         self.group = group
+        self.place = place
         self.style = style
         self.axis = axis
         self.unit = unit
@@ -116,8 +125,16 @@ class Drawing:
         merges = [step for step in _marked_merges(self.group) if step <= self.curve.steps[-1]]
         if merges:
             x = positions(self.group, merges, self.axis) / self.unit
-            heights = np.interp(x, self.curve.x, self.curve.mean)
-            panel.plot(x, heights, "|", color=self.style["color"], markersize=9, markeredgewidth=1.2, zorder=3)
+            heights = [0.03 + 0.05 * self.place] * len(x)
+            panel.plot(
+                x,
+                heights,
+                "|",
+                color=self.style["color"],
+                markersize=5,
+                markeredgewidth=1.2,
+                transform=panel.get_xaxis_transform(),
+            )
 
     def draw_training(self, panel: Axes) -> None:
         each = self._scaled(curve(self.group, lambda run: run.series("train/loss"), self.axis, smooth=True))
@@ -195,23 +212,28 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
 
 def rate_figure(groups: Sequence[Group]) -> Figure:
     """The learning rate of the linears, or of their adapters, against tokens."""
-    figure = metric_figure(groups, "train/lr", "learning rate of the matrices", markers=False)
+    figure = metric_figure(groups, Run.rates, "learning rate of the matrices", markers=False)
     figure.axes[0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     return figure
 
 
 def reach_figure(reach: Reach, groups: Sequence[Group]) -> Figure:
     """The metric against steps, with a line across at each value."""
-    figure = metric_figure(groups, reach.tag, reach.title, axis="steps")
+    figure = metric_figure(groups, lambda run: run.series(reach.tag), reach.title, axis="steps")
     for value in reach.values:
         figure.axes[0].axhline(value, color="#777777", linestyle=":", linewidth=1.0, zorder=1)
     return figure
 
 
 def metric_figure(
-    groups: Sequence[Group], tag: str, title: str, *, axis: Axis = "tokens", markers: bool = True
+    groups: Sequence[Group],
+    series: Callable[[Run], Series],
+    title: str,
+    *,
+    axis: Axis = "tokens",
+    markers: bool = True,
 ) -> Figure:
-    """Any metric, with the band of the seeds."""
+    """Any metric of the runs, with the band of the seeds."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -219,7 +241,7 @@ def metric_figure(
         figure = Figure(figsize=(WIDTH * 0.6, 2.4 + legend_height(groups)), layout="constrained")
         panel = figure.subplots()
         for group, style in zip(groups, styles(), strict=False):
-            each = curve(group, lambda run: run.series(tag), axis)
+            each = curve(group, series, axis)
             panel.plot(each.x, each.mean, label=_name(group), **(style if markers else {**style, "marker": None}))
             panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
         panel.set_xlabel(_unit(groups, axis)[1])
@@ -257,7 +279,7 @@ def rank_figure(
             _count_on(panel, "tokens", ticks=3)
         for panel in panels.flat[len(kinds) :]:
             panel.set_visible(False)
-        panels[0][0].set_ylim(bottom=0)
+        panels[0][0].set_ylim(0, 1.08 * max(panel.dataLim.ymax for panel in panels.flat[: len(kinds)]))
         panels[0][0].set_xlim(left=0)
         for panel in panels.flat[max(0, len(kinds) - panels.shape[1]) : len(kinds)]:
             panel.set_xlabel("tokens")
@@ -285,7 +307,8 @@ def _name(group: Group) -> str:
 
 
 def _columns(groups: Sequence[Group]) -> int:
-    return 2 if any(len(_name(group)) > 28 for group in groups) else 3
+    longest = max((len(_name(group)) for group in groups), default=0)
+    return 1 if longest > 50 else 2 if longest > 28 else 3
 
 
 def legend_height(groups: Sequence[Group]) -> float:
@@ -301,6 +324,6 @@ def add_legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training
         handles.append(Line2D([], [], color="#777777", linewidth=0.6))
         labels.append("training, running mean")
         if any(_marked_merges(group) for group in groups):
-            handles.append(Line2D([], [], color="#777777", linestyle="", marker="|", markersize=9, markeredgewidth=1.2))
+            handles.append(Line2D([], [], color="#777777", linestyle="", marker="|", markersize=5, markeredgewidth=1.2))
             labels.append("merge")
     figure.legend(handles, labels, loc="outside lower center", ncols=_columns(groups), handlelength=4)

@@ -114,7 +114,9 @@ def group_of(groups: Sequence[Group], name: str) -> Group:
     found = [(group, run) for group in groups for run in group.runs if run.is_named(name)]
     if len(found) != 1:
         folders = ", ".join(str(run.folder) for _, run in found)
-        raise CompareError(f"{name}: is {folders or 'none of the runs'}; give the path of one run's folder")
+        raise CompareError(
+            f"{name}: is {folders or 'none of the runs, or --seeds left it out'}; give the path of one run's folder"
+        )
     return found[0][0]
 
 

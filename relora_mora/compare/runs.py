@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import yaml
+from pydantic import BaseModel
 
 from relora_mora.compare.errors import CompareError
-from relora_mora.config import Config, parse_yaml
+from relora_mora.config import Config, MethodConfig, OptimConfig, parse_yaml
 from relora_mora.supervise.lock import is_held
 from relora_mora.system.run_folder import RunFolder
 
+RECORDS = "cells.jsonl"  # in the folder of a study
 Series = dict[int, float]  # values of a metric by step, in the order of steps
 
 
@@ -29,6 +31,7 @@ class Run:
     lines: list[dict[str, Any]]
     starts: list[dict[str, Any]]
     is_running: bool
+    is_record: bool = False  # of a study; it has a few of the lines
 
     def series(self, tag: str) -> Series:
         """A metric by step, without numbers that are not finite; the newest where a step has several."""
@@ -79,6 +82,22 @@ class Run:
         """The steps after which it merged."""
         return list(self.series("merge/layers"))
 
+    def rates(self) -> Series:
+        """The rate of the matrices by step; where few of the lines are there, as the settings have it."""
+        return self._scheduled if self.is_record else self.series("train/lr")
+
+    @cached_property
+    def _scheduled(self) -> Series:
+        from relora_mora.optim import make_schedule  # with torch, which nothing else here needs
+
+        def section(name: str, kind: type[BaseModel]) -> dict[str, Any]:
+            return {key: self.settings[f"{name}.{key}"] for key in kind.model_fields}
+
+        method = MethodConfig.model_validate(section("method", MethodConfig))
+        optim = OptimConfig.model_validate(section("optim", OptimConfig))
+        schedule = make_schedule(method, optim, self.steps)
+        return {step: optim.lr * schedule.rate(step) for step in range(1, self.last_step + 1)}
+
     @property
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters: total, trainable, adapters; empty for runs of versions that did not note them."""
@@ -120,13 +139,16 @@ class Run:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """The run of a run folder, or those that a study has kept in its ``cells.jsonl``.
+    """The run of a run folder, or those that a study has kept in its ``cells.jsonl``, which its folder may stand for.
 
     Raises :class:`CompareError` for anything else.
     """
+    if (path / RECORDS).is_file() and not RunFolder(path).config.is_file():
+        path /= RECORDS
     if not path.is_file():
         return [read_run(path)]
-    kept = [_kept_run(path, record) for record in _json_lines(path)]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [_kept_run(path, number, line) for number, line in enumerate(lines, start=1)]
     if not kept:
         raise CompareError(f"{path}: holds no run; give a run folder, or the cells.jsonl of a study that has one done")
     return kept
@@ -154,12 +176,20 @@ def read_run(folder: Path) -> Run:
     return Run(folder, _settings(tree, files.config), lines, _json_lines(files.starts), is_held(folder))
 
 
-def _kept_run(path: Path, record: Mapping[str, Any]) -> Run:
-    if not {"name", "config", "metrics", "start"} <= set(record):
-        raise CompareError(f"{path}: neither a run folder nor the cells.jsonl of a study; give one of these")
+def _kept_run(path: Path, number: int, line: str) -> Run:
+    record = _object(line)
+    if record is None or not {"name", "config", "metrics", "start"} <= set(record):
+        raise CompareError(
+            f"{path}, line {number}: no record of a run; give a run folder, or the cells.jsonl of a study, whole"
+        )
+    lines = record["metrics"]
+    metrics_are_lines = isinstance(lines, list) and all(isinstance(line, dict) and "step" in line for line in lines)
+    if not (metrics_are_lines and lines and isinstance(record["start"], dict)):
+        raise CompareError(f"{path}, line {number}: a record whose metrics or start are damaged; copy the file again")
     settings = _settings(record["config"], path)
-    folder = path.parent / "runs" / record["name"]  # it need not be there any more; two studies may have one name
-    return Run(folder, settings, record["metrics"], [record["start"]], is_running=False)
+    study = path.parent if path.name == RECORDS else path.with_suffix("")
+    folder = study / "runs" / record["name"]  # it need not be there any more
+    return Run(folder, settings, lines, [record["start"]], is_running=False, is_record=True)
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -168,13 +198,18 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # a kill cut it off
-            continue
-        if isinstance(record, dict):
+        record = _object(line)
+        if record is not None:  # a kill may have cut it off
             found.append(record)
     return found
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _settings(tree: Any, source: Path) -> dict[str, Any]:

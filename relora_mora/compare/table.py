@@ -79,7 +79,10 @@ def common_sets(groups: Sequence[Group]) -> list[str]:
             raise CompareError(f"{run.folder}: no evaluation yet (eval/loss); leave it out, or wait for its first one")
     common = [name for name in runs[0].validation_sets if all(name in run.validation_sets for run in runs)]
     if not common:
-        named = "; ".join(f"{run.folder}: {', '.join(map(_set_title, run.validation_sets))}" for run in runs)
+        firsts: dict[str, Run] = {}
+        for run in runs:
+            firsts.setdefault(", ".join(map(_set_title, run.validation_sets)), run)
+        named = "; ".join(f"{run.folder}: {sets}" for sets, run in firsts.items())
         raise CompareError(
             f"the runs have no validation set in common ({named}); compare runs with the same data.validation"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from relora_mora.compare import Group, Reach, figures_of, group_runs, reach_figure, write_files
+from relora_mora.compare import Group, Reach, Run, figures_of, group_runs, reach_figure, write_files
 from relora_mora.compare.curves import curve, parting, running_mean
 from relora_mora.compare.figures import loss_figure, perplexity_figure, rank_figure, rate_figure
 from tests.compare.folders import TOKENS, made_run
@@ -56,9 +56,21 @@ def test_curves_of_loss_are_means_over_seeds(groups: list[Group]) -> None:
     assert {1.0, 1.1} <= {round(float(y), 6) for x, y in heights if x == EVALUATIONS[-1]}
 
 
-def test_merges_stand_on_their_curve(groups: list[Group]) -> None:
-    [strokes] = [line for line in loss_figure(groups, "tokens").axes[0].get_lines() if line.get_marker() == "|"]
-    assert list(strokes.get_xdata()) == [20 * TOKENS] and strokes.get_ydata() == pytest.approx([3.05])
+def test_merges_stand_along_the_axis(groups: list[Group]) -> None:
+    panel = loss_figure(groups, "tokens").axes[0]
+    [strokes] = [line for line in panel.get_lines() if line.get_marker() == "|"]
+    assert list(strokes.get_xdata()) == [20 * TOKENS] and 0 < strokes.get_ydata()[0] < 0.2
+    assert strokes.get_transform() == panel.get_xaxis_transform()
+
+
+def test_rates_of_a_record_are_those_of_its_settings(groups: list[Group]) -> None:
+    run = groups[1].runs[0]
+    record = Run(run.folder, run.settings, run.lines[::7], run.starts, is_running=False, is_record=True)
+    rates = record.rates()
+    peak = run.settings["optim.lr"]
+    assert list(rates) == [*range(1, record.last_step + 1)]
+    # the end of warmup; a merge after step 20 and two steps of warmup, which meet the cosine again
+    assert rates[2] == peak and rates[21] == pytest.approx(rates[22] / 2) and rates[22] < rates[20] < peak
 
 
 def test_merges_too_many_to_tell_apart_are_not_marked(groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,9 +105,15 @@ def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
     kept, other = read_runs(tmp_path / "cells.jsonl")
     assert (kept.folder, other.folder) == (tmp_path / "runs/cell", tmp_path / "runs/other")
     assert kept.is_finished and kept.parameters == PARAMETERS and kept.seconds(40) == 85
-    (tmp_path / "cells.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(CompareError, match=r"neither a run folder nor the cells\.jsonl of a study"):
-        read_runs(tmp_path / "cells.jsonl")
+    assert [run.folder for run in read_runs(tmp_path)] == [kept.folder, other.folder], "by the study's folder"
+    for copy in ("first", "second"):
+        (tmp_path / f"{copy}.jsonl").write_text(json.dumps(record) + "\n")
+        assert read_runs(tmp_path / f"{copy}.jsonl")[0].folder == tmp_path / copy / "runs/cell"
+    damages = ({"metrics": 3}, {"metrics": [{"eval/loss": 2.0}]}, {"start": None})
+    for line in ["{}", *(json.dumps({**record, **damage}) for damage in damages), json.dumps(record)[:-40]]:
+        (tmp_path / "cells.jsonl").write_text(json.dumps(record) + f"\n{line}\n")
+        with pytest.raises(CompareError, match=r"cells\.jsonl, line 2: (no record|a record whose metrics)"):
+            read_runs(tmp_path / "cells.jsonl")
 
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:

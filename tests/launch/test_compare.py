@@ -89,7 +89,10 @@ def test_bad_input_is_one_message(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(call(COMPARE, tmp_path / "file"), "holds no run")
     (tmp_path / "file").write_text("{}")
-    refused(call(COMPARE, runs[0], tmp_path / "file"), "neither a run folder nor the cells.jsonl of a study")
+    refused(
+        call(COMPARE, runs[0], tmp_path / "file"),
+        "line 1: no record of a run",
+    )
     refused(call(COMPARE, runs[0], f"--out={tmp_path / 'file'}"), "File exists")
 
 
