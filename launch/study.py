@@ -8,7 +8,7 @@ from pathlib import Path
 try:
     from relora_mora.cli import run
     from relora_mora.compare import check_plots, compare, figures_of, group_runs, markdown, read_runs, write_files
-    from relora_mora.study import Stopped, StudyFolder, conduct, read_study, run_again
+    from relora_mora.study import CellsFailed, Stopped, StudyFolder, check_inputs, conduct, read_study, run_again
     from relora_mora.supervise import REQUEUE
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
@@ -33,22 +33,30 @@ def main(study: str, *, out: str | None = None, jobs: int = 1, again: str | None
     plan = read_study(study)
     folder = StudyFolder(Path(out or f"runs/studies/{Path(study).stem}"))
     program = LAUNCH / f"{plan.command}.py"
-    if again is None:
-        check_plots()
     try:
         if again is not None:
             return _say_differences(*run_again(plan, folder, again, program))
+        check_plots()
+        check_inputs(plan, folder)
         cells = conduct(plan, folder, program, jobs)
     except Stopped:
         sys.stderr.write("stopped; the same command goes on from here\n")
         return REQUEUE
-    runs = read_runs(folder.records)
-    groups = group_runs(runs)
-    table = markdown(compare(groups, None), None)
-    write_files(folder.path, {folder.table.name: table}, figures_of(groups))
-    print(table, end="")
+    except CellsFailed:
+        if folder.kept():
+            _write_table(folder)
+        raise
+    _write_table(folder)
     print(f"done: {cells}; {folder.records}, {folder.table}")
     return 0
+
+
+def _write_table(folder: StudyFolder) -> None:
+    """Prints the table of the runs that are done, and writes it and their figures into the folder."""
+    groups = group_runs(read_runs(folder.records))
+    table = markdown(compare(groups))
+    write_files(folder.path, {folder.table.name: table}, figures_of(groups))
+    print(table, end="", flush=True)
 
 
 def _say_differences(numbers: int, different: list[str]) -> int:

@@ -85,13 +85,13 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), seeds: int = 1)
     """
     gathered: dict[str, list[Run]] = {}
     for run in runs:
-        settings = json.dumps(_compared(run), sort_keys=True, default=str)
+        settings = json.dumps(compared_settings(run.settings), sort_keys=True, default=str)
         repeat = 0
         while any(_seed(other) == _seed(run) for other in gathered.get(f"{repeat}{settings}", ())):
             repeat += 1
         gathered.setdefault(f"{repeat}{settings}", []).append(run)
     members = [group for group in gathered.values() if len(group) >= seeds]
-    compared = [_compared(runs[0]) for runs in members]
+    compared = [compared_settings(runs[0].settings) for runs in members]
     for name in unnamed:
         if not any(name in group[0].settings for group in gathered.values()):
             raise CompareError(f"--unnamed: no run has a setting {name}; docs/settings.md lists them")
@@ -128,19 +128,19 @@ def method_title(settings: Mapping[str, Any]) -> str:
     return f"{title} ({_shown(operators)})" if len(operators) > 1 else title
 
 
-def _compared(run: Run) -> dict[str, Any]:
-    """The settings that count: those that method and optimizer use, without seeds and what says how a run is kept."""
-    method = METHODS.get(run.settings["method.name"])
-    optimizer = MATRIX_OPTIMIZERS.get(run.settings["optim.matrices"])
+def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that count: what method and optimizer use, without seeds and what says how a run is kept."""
+    method = METHODS.get(settings["method.name"])
+    optimizer = MATRIX_OPTIMIZERS.get(settings["optim.matrices"])
     unused = _OF_SOME_METHODS.difference(_OF_SOME_METHODS if method is None else method.settings)
     unused |= _OF_SOME_OPTIMIZERS.difference(_OF_SOME_OPTIMIZERS if optimizer is None else optimizer.settings)
     kept = {
         name: value
-        for name, value in run.settings.items()
+        for name, value in settings.items()
         if name not in _APART and name not in unused and name.partition(".")[0] not in _APART_SECTIONS
     }
-    if run.settings.get("train.epochs") is not None:  # how many steps these are depends on the order, so on the seed
-        kept |= {"train.epochs": run.settings["train.epochs"]}
+    if settings.get("train.epochs") is not None:  # how many steps these are depends on the order, so on the seed
+        kept |= {"train.epochs": settings["train.epochs"]}
         for name in _FOLLOWS_EPOCHS:
             kept.pop(name, None)
     if method is not None and not method.merges and "method.operators" in kept:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from relora_mora.config import Config, ConfigError, parse_yaml
 from relora_mora.config.types import Positive, Seed, Strict, Text
@@ -75,9 +76,16 @@ class Study(Strict):
         own = sorted({name for name in names if name in OWN})
         if own:
             raise ValueError(f"{', '.join(own)}: set by the study itself; seeds stand in `seeds`")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds} has one twice")
         empty = sorted({name for entry in self.grid for name, given in entry.items() if given == []})
         if empty:
             raise ValueError(f"grid: {', '.join(empty)} has an empty list; give it values, or leave it out")
+        flat = sorted({name for entry in self.grid for name, given in entry.items() if _lacks_brackets(name, given)})
+        if flat:
+            raise ValueError(
+                f"grid: the value of {', '.join(flat)} is a list itself: such as [[1, 2]] for the value [1, 2]"
+            )
         over = self.choose.over if self.choose else []
         missing = [name for name in over if not any(name in entry for entry in self.grid)]
         if missing:
@@ -85,17 +93,33 @@ class Study(Strict):
         return self
 
 
+def _lacks_brackets(name: str, given: Any) -> bool:
+    section, _, key = name.partition(".")
+    settings = getattr(Config.model_fields.get(section), "annotation", None)
+    field = getattr(settings, "model_fields", {}).get(key)
+    takes_lists = field is not None and get_origin(field.annotation) in (list, tuple)
+    return takes_lists and not (isinstance(given, list) and all(isinstance(value, list) for value in given))
+
+
 def read_study(path: str | Path) -> Study:
     """Raises :class:`relora_mora.config.ConfigError` with every fault of the file; settings of its runs come later."""
     try:
         tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise ConfigError(["expected a mapping with `base` and `grid`; docs/studies.md has an example"], str(path))
         return Study.model_validate(tree)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"it is not YAML: {' '.join(str(error).split())}"], str(path)) from None
     except ValidationError as error:
-        raise ConfigError([_say(item["loc"], item["msg"]) for item in error.errors()], str(path)) from None
+        raise ConfigError([_say(item) for item in error.errors()], str(path)) from None
 
 
-def _say(location: tuple[int | str, ...], message: str) -> str:
-    text = message.removeprefix("Value error, ")
+def _say(fault: ErrorDetails) -> str:
+    location = fault["loc"]
+    text = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        known = Choice.model_fields if location[0] == "choose" else Study.model_fields
+        text = f"unknown; known here: {', '.join(known)}"
+    elif location == ("grid",) and fault["type"] == "list_type":
+        text = "expected a list of mappings, such as `- {optim.lr: [1e-3, 3e-3]}`"
     return f"{'.'.join(map(str, location))}: {text}" if location else text

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from relora_mora.compare.groups import compared_settings
 from relora_mora.config import FINETUNING, Config, ConfigError, load_config, parse_yaml
 from relora_mora.origin import changed_start, starts_of
 from relora_mora.study.cells import Cell
@@ -163,17 +164,31 @@ def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[C
     defaults = FINETUNING if study.command == "finetune" else None
     configs = {}
     faults: dict[str, str] = {}
+    alike: dict[str, str] = {}
     for cell in cells:
         try:
             configs[cell] = load_config(study.base, folder.overrides(cell, study), defaults=defaults)
-            found = [] if study.choose is None else study.choose.faults(configs[cell])
         except ConfigError as error:
             found = error.faults
+        else:
+            found = [] if study.choose is None else study.choose.faults(configs[cell])
+            other = alike.setdefault(_numbers_of(configs[cell], cell.seed), cell.name)
+            if other != cell.name:
+                found.append(
+                    f"grid: {cell.name} has the settings of {other}, as far as numbers depend on them; leave one out"
+                )
         for fault in found:
             faults.setdefault(fault, cell.name)
     if faults:
         raise ConfigError([f"{fault} (in {name})" for fault, name in faults.items()], f"the runs over {study.base}")
     return configs
+
+
+def _numbers_of(config: Config, seed: int) -> str:
+    """Equal for two runs that would make the same numbers."""
+    sections = json.loads(config.model_dump_json())
+    settings = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return json.dumps([compared_settings(settings), seed], sort_keys=True)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

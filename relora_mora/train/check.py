@@ -82,14 +82,20 @@ def pinned_before(config: Config) -> DataConfig:
     return pinned
 
 
-def check(config: Config, world_size: int) -> Checked:
-    """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
-    data = config.data
+def check_model(config: Config) -> PreTrainedConfig:
+    """The model that the settings ask for; raises ValueErrors of the package where it cannot be made."""
     check_start(config)
     model_config = model_config_of(config.model)
     check_length(model_config, config.data.sequence_length, config.model.config or str(config.model.init_from))
     check_adapters(model_config, config.method)
     check_adapter(config, model_config)
+    return model_config
+
+
+def check(config: Config, world_size: int) -> Checked:
+    """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
+    data = config.data
+    model_config = check_model(config)
     compiled = compiles_here(config.model, config.train.zero_stage, on_gpu=uses_cuda())
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config.model, bf16=bf16)

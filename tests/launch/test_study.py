@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 
-from tests.tools.commands import call, refused
+from relora_mora.study import CellsFailed, Study, StudyFolder
+from tests.tools.commands import call, module_of, refused
 from tests.tools.helpers import ROOT
 
 STUDY = "launch/study.py"
@@ -22,6 +24,35 @@ def test_bad_arguments_are_told_before_anything_runs(tmp_path: Path):
     study.write_text("grid: [", encoding="utf-8")
     refused(call(STUDY, study), "study.yaml", "not YAML")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_runs_would_not_find_is_told_before_the_first(tmp_path: Path):
+    study = tmp_path / "study.yaml"
+    base = str(ROOT / "configs/run/tiny_mora.yaml")
+    settings = {"data.train": str(tmp_path / "no.json"), "tokenizer.path": str(tmp_path / "none")}
+    grid = [{"method.name": "mora", "method.rank": [8, 1_000_000], "optim.lr": [1e-3, 3e-3]}]
+    study.write_text(yaml.dump({"base": base, "settings": settings, "grid": grid}), encoding="utf-8")
+    result = call(STUDY, study, f"--out={tmp_path / 'out'}")
+    refused(result, "no.json", "none", "the adapters of a layer have", "(in name=mora,rank=1000000,lr=0.001,seed=0)")
+    assert result.err.count("no.json") == 1, "the same for all runs"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_others_are_in_the_table_where_a_run_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    records = ROOT / "docs/studies/merges_tiny.jsonl"
+
+    def failing(plan: Study, folder: StudyFolder, *_: object) -> int:
+        folder.path.mkdir()
+        folder.records.write_bytes(records.read_bytes())
+        raise CellsFailed("name=lora,seed=0 is not done")
+
+    module = module_of(STUDY)
+    monkeypatch.setattr(module, "check_inputs", lambda *_: None)
+    monkeypatch.setattr(module, "conduct", failing)
+    result = call(STUDY, ROOT / "configs/study/merges_tiny.yaml", f"--out={tmp_path / 'out'}")
+    refused(result, "name=lora,seed=0 is not done")
+    assert "| ReMoRA (3, 4) |" in result.out and "| ReMoRA (3, 4) |" in (tmp_path / "out/compare.md").read_text()
+    assert (tmp_path / "out/loss_by_tokens.png").exists()
 
 
 def test_a_run_that_is_not_done_cannot_be_made_again(tmp_path: Path):

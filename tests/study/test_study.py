@@ -91,7 +91,12 @@ def test_what_has_failed_is_not_chosen():
     [
         ({"base": BASE}, "grid: Field required"),
         ({"base": BASE, "grid": []}, "grid: "),
-        ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "sedes": [1]}, "sedes: "),
+        ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "sedes": [1]}, "sedes: unknown; known here: command, base,"),
+        ([BASE], "expected a mapping with `base` and `grid`"),
+        ("", "expected a mapping with `base` and `grid`"),
+        ({"base": BASE, "grid": {"optim.lr": 1e-3}}, "grid: expected a list of mappings"),
+        ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "seeds": [0, 0]}, "seeds: [0, 0] has one twice"),
+        ({"base": BASE, "grid": [{"method.operators": [1, 2]}]}, "the value of method.operators is a list itself"),
         ({"base": BASE, "grid": [{"train.seed": [1, 2]}]}, "train.seed: set by the study itself"),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["optim.lr"]}}, "give `lowest` or `highest`"),
         (
@@ -105,7 +110,7 @@ def test_what_has_failed_is_not_chosen():
         ),
     ],
 )
-def test_bad_studies_are_told_before_anything_runs(tmp_path: Path, tree: dict[str, Any], said: str):
+def test_bad_studies_are_told_before_anything_runs(tmp_path: Path, tree: Any, said: str):
     path = tmp_path / "study.yaml"
     path.write_text(yaml.dump(tree), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"study\.yaml") as error:
@@ -116,6 +121,20 @@ def test_bad_studies_are_told_before_anything_runs(tmp_path: Path, tree: dict[st
 def test_the_same_run_twice_is_refused():
     with pytest.raises(ValueError, match=r"names the same run twice: lr=0\.001,seed=0"):
         first_round(made_study(grid=[{"optim.lr": [1e-3, 1e-3]}]))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        [{"method.name": "full", "optim.lr": 1e-3}, {"optim.lr": 1e-3, "method.name": "full"}],
+        [{"method.name": "full", "method.rank": [8, 16]}],
+        [{"method.name": "mora", "checkpoint.every_steps": [100, 200]}],
+    ],
+)
+def test_so_is_one_by_another_name(tmp_path: Path, grid: list[dict[str, Any]]):
+    study = made_study(grid=grid)
+    with pytest.raises(ConfigError, match=r"has the settings of .*, as far as numbers depend on them; leave one out"):
+        cell_configs(study, first_round(study), StudyFolder(tmp_path))
 
 
 def test_faults_of_all_runs_are_told_at_once(tmp_path: Path):
