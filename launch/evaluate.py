@@ -90,7 +90,15 @@ def main(
         if value is not None and value < least:
             raise ValueError(f"--{name}: got {value}, expected at least {least}")
     of_tasks: dict[str, Any] = {"task_data": task_data, "num_fewshot": num_fewshot, "limit": limit}
-    of_text = {"data": data, "sequence_length": sequence_length, "max_tokens": max_tokens, "records": records}
+    of_text = {
+        "data": data,
+        "sequence_length": sequence_length,
+        "max_tokens": max_tokens,
+        "records": records,
+        "document_mask": document_mask,
+        "text_column": text_column,
+        "sample_by": sample_by,
+    }
     without_use = [name for name, value in (of_tasks if tasks is None else of_text).items() if value is not None]
     if without_use:
         reason = "belongs to --tasks" if tasks is None else "is about text, and --tasks scores none"
@@ -112,11 +120,15 @@ def main(
 
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
+    if tasks is not None:
+        from relora_mora.harness import check_tasks
+
+        check_tasks(tasks.split(","), task_data)
     if tasks is None and given is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
         raise ValueError(f"--data: {model} is no run and names no text of its own; say what to score, e.g. allenai/c4")
     loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
     if tasks is not None:
-        _score_tasks(Path(model), loaded, tokenizer, tasks.split(","), micro_batch_size, **of_tasks)
+        _score_tasks(loaded, tokenizer, tasks.split(","), micro_batch_size, **of_tasks)
         return
     settings = loaded.data_settings(given, sequence_length, document_mask, text_column, sample_by)
     settings = settings.model_copy(update=held)
@@ -176,7 +188,6 @@ def main(
 
 
 def _score_tasks(
-    model: Path,
     loaded: LoadedModel,
     tokenizer: str | None,
     names: list[str],
@@ -189,21 +200,24 @@ def _score_tasks(
     """Prints what tasks gave, and keeps it beside a run."""
     import torch
 
-    from relora_mora.checkpoint.find import newest_manifest
     from relora_mora.harness import evaluate_tasks, record, table
     from relora_mora.system.hardware import uses_cuda
     from relora_mora.system.run_folder import RunFolder
-    from relora_mora.tokenizer import load_tokenizer
+    from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
     lm: Any = loaded.model
     lm = lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
     with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
         words = load_tokenizer(tokenizer_path)
+    check_vocabulary(words, lm.config.vocab_size)
     results = evaluate_tasks(
         lm, words, names, data=task_data, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
     )
-    if RunFolder(model).checkpoints.is_dir():
-        record(model, newest_manifest(model).step, results)
+    if loaded.checkpoint is not None:
+        checkpoint, step = loaded.checkpoint
+        run = checkpoint.resolve().parent.parent
+        if RunFolder(run).config.is_file():
+            record(run, step, results)
     print(f"{loaded.description}\n{table(results)}", file=sys.stderr)
     print(json.dumps({"tasks": results}))
 

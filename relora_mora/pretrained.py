@@ -119,12 +119,14 @@ class LoadedModel:
     """A causal LM to score text with.
 
     ``tokenizer`` is a context manager that gives the tokenizer's folder; ``data`` says how the training text was read.
+    ``checkpoint`` is that of this trainer which the weights are from, and its step.
     """
 
     model: PreTrainedModel
     tokenizer: AbstractContextManager[Path]
     data: DataConfig
     description: str
+    checkpoint: tuple[Path, int] | None = None
 
     def data_settings(
         self,
@@ -289,5 +291,9 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     manifest = read_manifest(checkpoint)
     data = validate(manifest.config, str(checkpoint)).data
     return LoadedModel(
-        merged_model(checkpoint, dtype), tokenizer_of(checkpoint), data, f"{checkpoint} (step {manifest.step})"
+        merged_model(checkpoint, dtype),
+        tokenizer_of(checkpoint),
+        data,
+        f"{checkpoint} (step {manifest.step})",
+        (checkpoint, manifest.step),
     )

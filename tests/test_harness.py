@@ -97,6 +97,25 @@ def test_data_that_does_not_fit_is_named(tmp_path, content, said):
         local_task("local_uuid", str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("local_uuid", {"completion": 3}, "completion is 3, expected: text"),
+        ("local_medqa", {"question": 7}, "question is 7, expected: text"),
+        ("local_medqa", {"options": ["a", "b"]}, r'options is \["a", "b"\], expected: texts by name'),
+        ("local_medqa", {"answer_idx": "Z"}, 'answer_idx is "Z", expected: key of options'),
+        ("local_pubmedqa", {"final_decision": "Yes"}, 'final_decision is "Yes", expected: yes or no or maybe'),
+        ("local_pubmedqa", {"CONTEXTS": "One."}, 'CONTEXTS is "One.", expected: list of texts'),
+    ],
+)
+def test_a_row_of_another_kind_is_named(tmp_path, name, change, said):
+    rows = [ROWS[name][0], {**ROWS[name][0], **change}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(HarnessError, match=f"{name}: .*rows.jsonl, line 2: {said}"):
+        local_task(name, str(file))
+
+
 def test_a_run_keeps_what_its_tasks_gave(tmp_path):
     results = {"local_uuid": {"exact_match": 0.5, "character_accuracy": 0.75}}
     for step in (10, 20):
@@ -115,6 +134,8 @@ def test_a_run_keeps_what_its_tasks_gave(tmp_path):
 
 def test_options_that_have_no_use_are_refused(model):
     refused(call(EVALUATE, model, "--tasks=local_uuid", "--data=x.jsonl"), "--data: is about text")
+    for option in ("--document_mask=true", "--text_column=x", "--sample_by=line"):
+        refused(call(EVALUATE, model, "--tasks=local_uuid", option), f"{option.partition('=')[0]}: is about text")
     refused(call(EVALUATE, model, "--data=x.jsonl", "--limit=3"), "--limit: belongs to --tasks")
     refused(call(EVALUATE, model, "--tasks=local_uuid", "--limit=0"), "--limit: got 0, expected at least 1")
 
@@ -147,6 +168,21 @@ def test_tasks_give_what_counting_by_hand_gives(model, data):
     assert found["local_gsm8k"] == {"exact_match/strict": 0.0, "exact_match/flexible": 0.0}
     assert found["local_uuid"]["exact_match"] == 0.0 and 0 <= found["local_uuid"]["character_accuracy"] < 0.5
     assert "local_medqa" in answer.err and "acc" in answer.err
+
+
+@needs_lm_eval
+def test_what_does_not_fit_the_model_is_said(model, data, tmp_path):
+    save_bytes_tokenizer(tmp_path / "wider")
+    wider = load_tokenizer(tmp_path / "wider")
+    wider.add_tokens([f"more{number}" for number in range(50)])
+    wider.save_pretrained(tmp_path / "wider")
+    task = ("--tasks=local_gsm8k", f"--task_data={data}")
+    refused(call(EVALUATE, model, *task, f"--tokenizer={tmp_path / 'wider'}"), "token ids, but the model has only 257")
+    small = LlamaForCausalLM.from_pretrained(model)
+    small.config.max_position_embeddings = 256
+    small.save_pretrained(model)
+    refused(call(EVALUATE, model, *task), "local_gsm8k: its answers have up to 256 tokens, and the model 256 positions")
+    refused(call(EVALUATE, tmp_path / "none", "--tasks=local_uuid", "--task_data=nowhere"), "nowhere cannot be read")
 
 
 @needs_lm_eval

@@ -16,6 +16,14 @@ from relora_mora.system.logs import log
 Results = dict[str, dict[str, float]]  # by task and metric
 
 
+def check_tasks(names: Sequence[str], data: str | None) -> None:
+    """Raises :class:`HarnessError` where lm-eval is not installed, or a local task cannot use its rows in ``data``."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise HarnessError("--tasks: lm-evaluation-harness is not installed; pip install 'relora_mora[eval]'")
+    for name in set(names) & set(LOCAL_TASKS):
+        local_task(name, data)
+
+
 def evaluate_tasks(
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -28,12 +36,11 @@ def evaluate_tasks(
 ) -> Results:
     """Scores a model, on the device where it is, with tasks of lm-eval and of :data:`LOCAL_TASKS`.
 
-    ``data`` has the rows of local tasks, ``limit`` is how many rows of each task count. A task whose data cannot be had
-    is left out, and a warning says why. Raises :class:`HarnessError` where that is all of them, for a name that
-    no task has, and where lm-eval is not installed.
+    ``data`` has the rows of local tasks, ``limit`` is how many rows of each task count. A task of the hub whose data
+    cannot be had is left out, and a warning says why. Raises :class:`HarnessError` where that is all of them, for a
+    name that no task has, and as :func:`check_tasks` does.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise HarnessError("--tasks: lm-evaluation-harness is not installed; pip install 'relora_mora[eval]'")
+    check_tasks(names, data)
     with _quiet():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -46,6 +53,7 @@ def evaluate_tasks(
             raise HarnessError("; ".join(missing))
         for text in missing:
             log.warning("left out: %s", text)
+        _check_answers_fit(found, _length(lm))
         results = simple_evaluate(
             HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=batch_size, max_length=_length(lm)),
             tasks=found,
@@ -74,8 +82,6 @@ def _loaded(names: Sequence[str], manager: Any, data: str | None) -> tuple[list[
     for name in names:
         try:
             loaded = manager.load([local_task(name, data) if name in LOCAL_TASKS else name])
-        except HarnessError as error:
-            missing.append(str(error))
         except Exception as error:  # whatever a hub, a file or a dataset raises
             missing.append(f"{name}: its data cannot be had ({' '.join(str(error).split()):.200})")
         else:
@@ -83,6 +89,17 @@ def _loaded(names: Sequence[str], manager: Any, data: str | None) -> tuple[list[
             whole = {**loaded["groups"], **loaded["tasks"]}
             found += [task for key, task in whole.items() if key not in inside]
     return found, missing
+
+
+def _check_answers_fit(tasks: Sequence[Any], positions: int | None) -> None:
+    for task in tasks:
+        config: Any = getattr(task, "config", None)
+        longest = (getattr(config, "generation_kwargs", None) or {}).get("max_gen_toks")
+        if positions is not None and longest is not None and longest >= positions:
+            raise HarnessError(
+                f"{config.task}: its answers have up to {longest} tokens, and the model {positions} positions with the "
+                "prompt; leave the task out"
+            )
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

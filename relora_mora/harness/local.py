@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,20 @@ from relora_mora.generation import agreeing_characters
 
 _FOLDER = Path(__file__).parent / "tasks"
 LOCAL_TASKS = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
+
+
+def _is_text(value: Any, _: Mapping[str, Any]) -> bool:
+    return isinstance(value, str)
+
+
+# what a field of a row is, in the words of the task's file
+_KINDS: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
+    "text": _is_text,
+    "list of texts": lambda value, _: isinstance(value, list) and all(isinstance(each, str) for each in value),
+    "texts by name": lambda value, _: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
+    "key of options": lambda value, row: isinstance(value, str) and value in row["options"],
+    "yes or no or maybe": lambda value, _: value in ("yes", "no", "maybe"),
+}
 
 
 class HarnessError(ValueError):
@@ -69,6 +83,11 @@ def _rows(name: str, about: Mapping[str, Any], data: str | None) -> list[dict[st
             raise HarnessError(
                 f"{name}: {path}, line {number}: has no {', '.join(missing)}; a row has {', '.join(about['fields'])}"
             )
+        for field, kind in about["fields"].items():
+            if not _KINDS[kind](row[field], row):
+                raise HarnessError(
+                    f"{name}: {path}, line {number}: {field} is {json.dumps(row[field]):.80}, expected: {kind}"
+                )
         rows.append({field: row[field] for field in about["fields"]})
     if not rows:
         raise HarnessError(f"{name}: {path} holds no line")
