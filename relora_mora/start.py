@@ -51,10 +51,15 @@ def _show(config: Config, count: int) -> int:
     with many_imports():
         from relora_mora.data import show_records
         from relora_mora.pretrained import with_tokenizer
-        from relora_mora.train.start import check_start
+        from relora_mora.tokenizer import check_vocabulary
+        from relora_mora.train.check import check_model
+        from relora_mora.train.inputs import open_inputs
 
-    check_start(config)
-    show_records(with_tokenizer(config), count)
+    model = check_model(config)
+    config = with_tokenizer(config)
+    tokenizer = open_inputs(config).tokenizer
+    check_vocabulary(tokenizer, model.vocab_size, trained=config.model.init_from is not None)
+    show_records(config, count)
     return 0
 
 

@@ -55,11 +55,18 @@ def merge_into(model: PreTrainedModel, adapter: AdapterFolder) -> None:
     adapter.check_head(model)
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
+    adapter.check_base(parameters.get, str(model.name_or_path))
     for name in adapter.layers:
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(
                 f"{adapter.file}: {name} is no linear layer of {model.name_or_path}; give its own base"
+            )
+        if not adapter.fits(name, linear.in_features, linear.out_features):
+            raise CheckpointError(
+                f"{adapter.file}: {name} has an M of {adapter.layers[name]}, and its rank makes another size of the "
+                f"layer {linear.in_features} -> {linear.out_features} of {model.name_or_path}; give the model that the "
+                "adapter was trained on"
             )
         with torch.device("meta"):
             layer = adapter.layer_on(name, linear)

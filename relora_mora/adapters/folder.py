@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from relora_mora.adapters.base import KEY, is_of_another
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.methods.layers import AdapterLinear, layer_generator
 from relora_mora.methods.lora import LoRALinear
@@ -37,10 +38,12 @@ RELEASED_TYPES = (1, 2, 3, 4, 6)  # of kongds/MoRA
 # of PEFT's LoraConfig: where an adapter comes from, how it was trained, and what the tensors themselves say
 _SAYS_NOTHING = {
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config"),
-    *("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "lora_dropout", "ensure_weight_tying", "qalora_group_size", "megatron_core"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of an init_lora_weights
 }
+T = TypeVar("T")
+_ROUNDING = 2.0  # of R
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _REMEDY = "save the model with the adapter merged in, and give that"
 
@@ -51,6 +54,8 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="allow")
     peft_type: Literal["LORA"]
     base_model_name_or_path: str | None = None
+    r: FiniteFloat | None = None
+    rank_pattern: dict[str, FiniteFloat] = {}
     lora_alpha: FiniteFloat = 8
     alpha_pattern: dict[str, FiniteFloat] = {}
     use_rslora: bool = False
@@ -156,11 +161,29 @@ class AdapterFolder:
             raise CheckpointError(f"{self.file}: no layer has an adapter; save it again")
         return layers
 
+    def check_base(self, weight_of: Callable[[str], Tensor | None], base: str) -> None:
+        """Raises :class:`CheckpointError` where a model has other weights than the one that the adapter was made on.
+
+        Adapters that this package has written know that; those of others do not.
+        """
+        noted = (self._tensors.metadata() or {}).get(KEY)
+        if noted is not None and is_of_another(noted, weight_of):
+            raise CheckpointError(
+                f"{self.file}: was trained on other weights than those of {base}; give the model that it was trained "
+                f"on ({self.base})"
+            )
+
+    def fits(self, layer: str, in_features: int, out_features: int) -> bool:
+        """Whether R of a MoRA layer is what the adapter's rank makes of these sizes, rounded in any way."""
+        rank = _of_layer(self._settings.rank_pattern, layer, self._settings.r)
+        if self.mora_type is None or rank is None:
+            return True
+        return abs(math.sqrt((in_features + out_features) * rank) - self.layers[layer]) <= _ROUNDING
+
     def alpha(self, layer: str) -> float:
         """LoRA's alpha of a layer: delta is ``alpha / r`` times B A."""
         settings = self._settings
-        patterns = (alpha for key, alpha in settings.alpha_pattern.items() if f".{layer}".endswith(f".{key}"))
-        alpha = next(patterns, settings.lora_alpha)
+        alpha = _of_layer(settings.alpha_pattern, layer, settings.lora_alpha)
         return alpha * math.sqrt(self.layers[layer]) if settings.use_rslora else alpha
 
     def plain(self) -> Iterator[str]:
@@ -191,6 +214,11 @@ class AdapterFolder:
         if self.mora_type is not None:
             return MoRALinear(linear, self.layers[name], self.mora_type)
         return LoRALinear(linear, self.layers[name], self.alpha(name), layer_generator(0, name, 0))
+
+
+def _of_layer(pattern: Mapping[str, float], layer: str, default: T) -> float | T:
+    """What PEFT takes for a layer from names of modules and their values."""
+    return next((value for key, value in pattern.items() if f".{layer}".endswith(f".{key}")), default)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

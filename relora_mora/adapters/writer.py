@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from relora_mora.adapters.base import KEY, note_of
 from relora_mora.adapters.folder import CONFIG, PREFIX, RELEASED_TYPES, WEIGHTS
 from relora_mora.checkpoint import CheckpointError, CheckpointReader
 from relora_mora.config import MethodConfig, validate
@@ -54,7 +55,8 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
         raise CheckpointError(
             f"{reader.folder}: values too large for {dtype} in {in_short(broken)}; choose another type"
         )
-    save_file(cast, out / WEIGHTS, metadata={"format": "pt"})
+    first = f"{next(iter(layers))}.weight"
+    save_file(cast, out / WEIGHTS, metadata={"format": "pt", KEY: note_of(first, reader.weight(first))})
     settings = _settings(config.method, ranks, released=released) | {
         "base_model_name_or_path": config.model.init_from,
         "modules_to_save": sorted({_kind(module) for module in modules}) or None,

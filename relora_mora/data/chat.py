@@ -48,7 +48,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, record_format: RecordForma
                 f"{tokenizer.name_or_path} has no chat template; set data.records.template to chatml or a .jinja file"
             )
         template = str(tokenizer.get_chat_template())
-    where = f"the template {name}" if name else f"the chat template of {tokenizer.name_or_path}"
+    where = template_name(tokenizer, record_format)
     if record_format.settings.score == "answers" and not _MARK.search(template):
         raise SourceError(
             f"{where} does not mark answers ({{% generation %}} ... {{% endgeneration %}}), so nothing would be "
@@ -60,6 +60,12 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, record_format: RecordForma
             "set data.records.template to a .jinja file without it"
         )
     return template
+
+
+def template_name(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> str:
+    """What messages call the template of a set of conversations."""
+    name = record_format.settings.template
+    return f"the template {name}" if name else f"the chat template of {tokenizer.name_or_path}"
 
 
 def template_in_use(shards: Iterable[Shard], tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -98,19 +104,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def render(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message], *, marked: bool) -> Passage:
     """A conversation as transformers' ``apply_chat_template`` writes it; its answers where they are ``marked``.
 
-    Raises SourceError for a template that is no Jinja, and whatever a template raises for messages that it refuses.
+    Raises jinja2's TemplateSyntaxError for a template that is no Jinja, and whatever a template raises for messages
+    that it refuses.
     """
-    from jinja2 import TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     variables: dict[str, Any] = {"date_string": _DATE, **tokenizer.special_tokens_map}
-    try:
-        rendered: Any = render_jinja_template(
-            [messages], chat_template=template, return_assistant_tokens_mask=marked, **variables
-        )
-    except TemplateSyntaxError as error:
-        raise SourceError(
-            f"the chat template is no Jinja: line {error.lineno}: {error.message}; correct data.records.template"
-        ) from error
+    rendered: Any = render_jinja_template(
+        [messages], chat_template=template, return_assistant_tokens_mask=marked, **variables
+    )
     [text], answers = rendered
     return Passage(text, list(answers[0]) if marked else [(0, len(text))])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relora_mora.config import DataConfig, Packing
-from relora_mora.data.chat import chat_template, render
+from relora_mora.data.chat import chat_template, render, template_name
 from relora_mora.data.errors import SourceError
 from relora_mora.data.passages import Passage, messages_of, passage_of
 from relora_mora.data.plain_text import text_encoder
@@ -51,6 +51,8 @@ def whole_texts(encode: Encode[Any], eos: int, record_format: RecordFormat | Non
 
 def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> Encode[Record]:
     """The tokens of records, with those of their answers scored (``data.records.score``)."""
+    from jinja2 import TemplateSyntaxError
+
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise SourceError(
             f"{tokenizer.name_or_path} does not tell which characters its tokens are of, which records need; "
@@ -59,6 +61,7 @@ def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordForm
     settings = record_format.settings
     scores_all = settings.score == "all"
     template = chat_template(tokenizer, record_format) if settings.is_conversation else None
+    where = template_name(tokenizer, record_format)
 
     def passage(record: Record) -> Passage | Skipped:
         if template is None:
@@ -67,12 +70,18 @@ def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordForm
         if isinstance(messages, Skipped):
             return messages
         try:
-            return render(tokenizer, template, messages, marked=not scores_all)
-        except SourceError:
-            raise
+            rendered = render(tokenizer, template, messages, marked=not scores_all)
+        except TemplateSyntaxError as error:
+            raise SourceError(
+                f"{where} is no Jinja: line {error.lineno}: {error.message}; correct it, or name another in "
+                "data.records.template"
+            ) from error
         except Exception as error:  # whatever a template raises
             said = " ".join(str(error).split())
-            return Skipped("template_failed", record.told(f"is refused by the chat template ({said:.200})"))
+            return Skipped("template_failed", record.told(f"is refused by {where} ({said:.200})"))
+        if not rendered.answers and any(message["role"] == "assistant" for message in messages):
+            return Skipped("no_answer", record.told(f"has an answer that {where} does not mark"))
+        return rendered
 
     def encode(records: list[Record]) -> list[Encoded | Skipped]:
         passages = [passage(record) for record in records]

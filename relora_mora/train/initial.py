@@ -37,6 +37,7 @@ def initial_values(
             made.update(_foreign_weights(config, lm, shapes))
             if config.model.adapter is not None:
                 adapter = AdapterFolder(Path(config.model.adapter))
+                adapter.check_base(made.get, config.model.init_from or "model.init_from")
                 made.update((name, adapter.value(name)) for name in adapter.shapes)
             return list(made)
 

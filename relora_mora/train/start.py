@@ -13,7 +13,7 @@ from relora_mora.checkpoint import list_checkpoints
 from relora_mora.checkpoint.layout import MANIFEST
 from relora_mora.config import Config, ConfigError, MethodConfig
 from relora_mora.methods.inject import inject
-from relora_mora.methods.layers import adapter_parameters
+from relora_mora.methods.layers import AdapterLinear, adapter_layers, adapter_parameters
 from relora_mora.model import empty_model
 from relora_mora.optim import set_trainable
 from relora_mora.system.logs import log
@@ -96,13 +96,25 @@ def _tensor_faults(adapter: AdapterFolder, lm: PreTrainedModel) -> Iterator[str]
     expected |= {name: tuple(parameters[name].shape) for name in adapter.plain() if name in parameters}
     wrong = sorted(name for name in expected | adapter.shapes if expected.get(name) != adapter.shapes.get(name))
     if wrong:
-        yield _wrong_shape(adapter, wrong, expected)
+        layers = {name: layer for name, layer in adapter_layers(lm) if name in adapter.layers}
+        foreign = [
+            name for name, layer in layers.items() if not adapter.fits(name, layer.in_features, layer.out_features)
+        ]
+        yield _other_sizes(adapter, foreign[0], layers) if foreign else _wrong_shape(adapter, wrong, expected)
     frozen = sorted(name for name in adapter.plain() if name in parameters and not parameters[name].requires_grad)
     if frozen:
         yield (
             f"model.adapter: it brings {frozen[0]} with it, which does not train here; set "
             "method.train_embeddings, train_norms or train_head, as where it was made"
         )
+
+
+def _other_sizes(adapter: AdapterFolder, name: str, layers: Mapping[str, AdapterLinear]) -> str:
+    sizes = f"{layers[name].in_features} -> {layers[name].out_features}"
+    return (
+        f"model.adapter: {name} has an M of {adapter.layers[name]} in {adapter.file}, which its rank does not make of "
+        f"the layer {sizes} here; give the model that it was trained on in model.init_from ({adapter.base})"
+    )
 
 
 def _wrong_shape(adapter: AdapterFolder, wrong: list[str], expected: Mapping[str, tuple[int, ...]]) -> str:

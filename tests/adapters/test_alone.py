@@ -266,6 +266,25 @@ def test_a_format_that_is_none_is_refused(tmp_path):
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
+def test_a_square_of_another_model_is_told_by_its_rank(base, tokenizer_path, tmp_path):
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft-mora")
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    wide = save_base(tmp_path / "wide", intermediate_size=80)
+    refused(
+        call(EVALUATE, folder, f"--base={wide}", "--data=none.txt"),
+        f"{file}: model.layers.0.mlp.down_proj has an M of 16",
+        f"of {wide}; give the model that the adapter was trained on",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_saved_in_another_precision_is_the_same(base, tokenizer_path, tmp_path, dtype):
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ALONE, "peft")
+    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(tmp_path / "half")
+    load_model(folder, torch.float32, tmp_path / "half")
+
+
 def test_an_adapter_is_scored_on_its_base(base, tokenizer_path, tmp_path):
     text = write_shard(tmp_path / "text" / "a.json", ["the rank of a merge", "one more matrix of the same rank"])
     folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft")
@@ -278,10 +297,17 @@ def test_an_adapter_is_scored_on_its_base(base, tokenizer_path, tmp_path):
     assert losses[0] == losses[1] == losses[2]
     refused(call(EVALUATE, folder), "--data")
     refused(call(EVALUATE, base, f"--base={base}", f"--data={text}"), "--base", "is no adapter alone")
+    file = folder / "adapter_model.safetensors"
+    other = save_base(tmp_path / "other", seed=8)
+    refused(
+        call(EVALUATE, folder, f"--base={other}", f"--data={text}"),
+        f"{file}: was trained on other weights than those of {other}; give the model that it was trained on ({base})",
+    )
+    save_file(load_file(file), file, metadata={"format": "pt"})  # as PEFT writes it
     narrow = save_base(tmp_path / "narrow", intermediate_size=32)
     refused(
         call(EVALUATE, folder, f"--base={narrow}", f"--data={text}"),
-        f"{folder / 'adapter_model.safetensors'}: model.layers.0.mlp.down_proj.lora_A is [16, 40]",
+        f"{file}: model.layers.0.mlp.down_proj.lora_A is [16, 40]",
         f"{narrow} has [16, 32]",
     )
     config = folder / "adapter_config.json"

@@ -180,6 +180,19 @@ def test_an_adapter_of_another_model(refuses, adapters, tmp_path):
     refuses(deeper, adapters["lora"], METHODS["lora"] | ALONE, *said)
 
 
+def test_a_square_of_another_model(refuses, adapters, tmp_path):
+    wide = save_base(tmp_path / "wide", intermediate_size=80)
+    said = ("has an M of 16", str(adapters["mora1"]), "does not make of the layer 24 -> 80", "in model.init_from")
+    refuses(wide, adapters["mora1"], METHODS["mora1"] | ALONE, *said)
+
+
+def test_an_adapter_of_other_weights_of_the_same_sizes(pools, adapters, inputs, tokenizer_path, tmp_path):
+    other = save_base(tmp_path / "base", seed=8)
+    config = config_of(inputs, tokenizer_path, tmp_path / "run", other, adapters["mora1"], METHODS["mora1"] | ALONE)
+    with pytest.raises(Exception, match=f"was trained on other weights than those of {other}; give the model"):
+        pools(1)(masters, config)
+
+
 def test_an_adapter_is_no_model_to_begin_with(base, adapters, inputs, tokenizer_path, tmp_path):
     from relora_mora.train.start import check_start
 

@@ -196,7 +196,11 @@ def test_the_tokenizers_own_template_is_used(tokenizer_path):
             "answers",
             r"the template .*own\.jinja does not mark answers .* data\.records\.template=chatml",
         ),
-        ("{% generation %}{{ messages", "answers", "the chat template is no Jinja: line 1: .*; correct"),
+        (
+            "{% generation %}{{ messages",
+            "answers",
+            r"the template .*own\.jinja is no Jinja: line 1: .*; correct it, or",
+        ),
         ("{% generation %}{{ strftime_now('%d') }}{% endgeneration %}", "answers", "writes the time of day"),
         ("{% for %}", "all", "is no Jinja"),
     ],
@@ -208,6 +212,13 @@ def test_a_template_that_cannot_be_used_is_refused(tokenizer, tmp_path, template
         Path(name).write_text(template)
     with pytest.raises(SourceError, match=said):
         _encoded(tokenizer, {"messages": CONVERSATION}, kind="messages", template=name, score=score)
+
+
+def test_an_answer_that_the_template_does_not_mark_is_said(tokenizer, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text("{{ messages[0].content }}{% if false %}{% generation %}x{% endgeneration %}{% endif %}")
+    row = _encoded(tokenizer, {"messages": CONVERSATION}, kind="messages", template=str(path))
+    assert row == Skipped("no_answer") and f"has an answer that the template {path} does not mark" in row.told
 
 
 def test_a_template_that_is_not_there_is_refused(tmp_path):

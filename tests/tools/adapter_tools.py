@@ -25,9 +25,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def save_base(folder: Path, kind: str = "llama", **changes: Any) -> Path:
+def save_base(folder: Path, kind: str = "llama", seed: int = 7, **changes: Any) -> Path:
     """A model whose projections have several shapes, with weights that are large."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     sizes = LLAMA | {"initializer_range": 0.2, "num_key_value_heads": 1, "head_dim": 12}
     config = AutoConfig.for_model(kind, **(sizes | changes))
     lm = AutoModelForCausalLM.from_config(config)

@@ -94,6 +94,31 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
     assert planned.code == 0, planned.err
 
 
+# with those of KINDS, and tests/train/test_records_run.py's, every method is on every stage that differs for it
+ON_STAGES = [("full", 0), ("full", 2), ("full", 3), ("mora", 0), ("mora", 1), ("mora", 3), ("lora", 1), ("lora", 3)]
+ON_STAGES += [("relora", 0), ("relora", 3), ("remora", 0), ("remora", 1)]
+
+
+@pytest.mark.parametrize(("method", "stage"), ON_STAGES)
+def test_every_method_is_tuned_and_resumed_on_every_stage(pools, inputs, tmp_path, method, stage):
+    folder = save(tmp_path / "model", num_key_value_heads=1)
+    operators = {"operators": [6], "square_multiple": 2} if method == "mora" else {}
+    dropout = {"dropout": 0.0} if method == "full" else {}
+    runs = [tmp_path / "never", tmp_path / "stopped"]
+    for run in runs:
+        settings = {"name": method, **operators, **dropout}
+        config = tuned(inputs, folder, run, 2, train={"zero_stage": stage, "precision": "bf16"}, method=settings)
+        if run.name == "stopped":
+            pools(2)(train, config, stop_after=5)
+        pools(2)(train, config)
+    first, second = (tensors(run / "checkpoints" / "step-00000010") for run in runs)
+    assert set(first) == set(second) and [key for key in first if not torch.equal(first[key], second[key])] == []
+    losses = [line["eval/loss"] for line in metrics(runs[0]) if "eval/loss" in line]
+    assert losses[-1] < losses[0]
+    export(runs[0], tmp_path / "out")
+    assert not torch.allclose(logits(tmp_path / "out"), logits(folder), atol=1e-3)
+
+
 def test_a_run_its_checkpoint_and_its_export_are_starts_with_one_loss(pools, inputs, tmp_path):
     """Each with its own config and tokenizer, and none needs the folder that the run began from."""
     folder = save(tmp_path / "model", "qwen2", num_key_value_heads=2)
@@ -171,6 +196,7 @@ def test_the_plan_of_a_fine_tuning(settings):
             ["model.init_from: / holds neither a config.json nor checkpoints; give a Hugging Face"],
         ),
         (["--model.init_from=/", "--show=1"], ["model.init_from: / holds neither a config.json nor checkpoints"]),
+        (["--data.validation=nowhere.jsonl", "--show=1"], ["nowhere.jsonl"]),
         (["--tokenizer.path=nowhere", "--show=1"], ["nowhere: not found; expected a folder with tokenizer.model"]),
         (
             ["--model.init_from=null"],
@@ -189,8 +215,11 @@ def test_settings_that_cannot_work(pools, settings, words, parts):
 
 def test_a_tokenizer_that_does_not_fit_the_model(pools, settings, tokenizer_path, tmp_path):
     small = save(tmp_path / "small", "qwen3", num_key_value_heads=1, vocab_size=200)
-    (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={small}")
-    refused(answer, "257 token ids, but the model has only 200", "take the tokenizer that the model was trained with")
+    for show in ((), ("--show=1",)):
+        (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={small}", *show)
+        refused(
+            answer, "257 token ids, but the model has only 200", "take the tokenizer that the model was trained with"
+        )
     qwen2 = save(tmp_path / "qwen2", "qwen2", num_key_value_heads=1)
     (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={qwen2}", f"--tokenizer.path={tokenizer_path}")
     refused(answer, "would not read it beside a model of type qwen2", notes=1)
