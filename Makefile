@@ -79,10 +79,11 @@ COMPARE := $(BIN)/python launch/compare.py
 UNNAMED := optim.lr,optim.momentum,optim.restart_warmup_steps,method.operators
 REACH := --reach=eval/character_accuracy=0.5,0.95
 study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
-	$(COMPARE) docs/studies/memory_tiny.jsonl --seeds=2 $(REACH) --out=docs/studies/memory_tiny
+	$(COMPARE) docs/studies/memory_tiny.jsonl --best=optim.lr $(REACH) --out=docs/studies/memory_tiny
 	$(COMPARE) docs/studies/merges_tiny.jsonl --out=docs/studies/merges_tiny
-	$(COMPARE) docs/studies/paper_tiny.jsonl docs/studies/muon_tiny.jsonl --seeds=2 --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
-	for name in biomedical_tiny math_tiny; do $(COMPARE) docs/studies/$$name.jsonl --seeds=2 --out=docs/studies/$$name || exit 1; done
+	$(COMPARE) docs/studies/paper_tiny.jsonl docs/studies/muon_tiny.jsonl --best=optim.lr --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
+	$(COMPARE) docs/studies/biomedical_tiny.jsonl --best=optim.lr --out=docs/studies/biomedical_tiny
+	$(COMPARE) docs/studies/math_tiny.jsonl --best=optim.lr --out=docs/studies/math_tiny
 
 SMOKE := $(BIN)/python launch/study.py configs/study/smoke.yaml
 study-smoke: $(VENV)/.installed-dev  ## a study of six short runs, and one of them again with the same numbers

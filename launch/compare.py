@@ -16,8 +16,8 @@ def main(
     out: str | None = None,
     against: str | None = None,
     reach: str | None = None,
-    seeds: int = 1,
     unnamed: str = "",
+    best: str = "",
 ) -> None:
     """Prints a table of runs in Markdown; runs that share all settings but the seed are one row, their mean.
 
@@ -27,8 +27,9 @@ def main(
         against: the run folder, or the name of a study's run, that all are compared with in place of the first
         reach: a metric and values, such as eval/character_accuracy=0.5,0.95: adds the steps at which it reached them,
             and a plot of the metric
-        seeds: leaves out settings with fewer runs than this, such as the rates that a study did not choose
         unnamed: settings that rows are not named after, such as optim.lr,optim.restart_warmup_steps
+        best: settings such as optim.lr; of rows that differ in these alone, the one with most seeds or else the lowest
+            validation loss is left
     """
     from relora_mora.compare import (
         CompareError,
@@ -53,10 +54,7 @@ def main(
     found = {each.folder.resolve(): each for name in runs for each in read_runs(Path(name))}
     if against is not None and not any(each.is_named(against) for each in found.values()):
         found[Path(against).resolve()] = read_run(Path(against))
-    without = [name.strip() for name in unnamed.split(",") if name.strip()]
-    groups = group_runs(found.values(), without, seeds)
-    if not groups:
-        raise CompareError(f"--seeds={seeds}: no settings have so many runs; give a smaller number")
+    groups = group_runs(found.values(), *(_names(option) for option in (unnamed, best)))
     reference = None if against is None else group_of(groups, against)
     rows = compare(groups, reference)
     reached = None if reach is None else parse_reach(reach, groups)
@@ -66,6 +64,10 @@ def main(
         return
     texts = {"compare.md": table, "compare.json": json.dumps(as_json(rows, reference), indent=1) + "\n"}
     write_files(Path(out), texts, figures_of(groups, reached, reference))
+
+
+def _names(option: str) -> list[str]:
+    return [name.strip() for name in option.split(",") if name.strip()]
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_without_lm_eval_one_line_says_how_to_get_it(model):
     refused(call(EVALUATE, model, "--tasks=local_uuid"), "--tasks: lm-evaluation-harness is not installed", "[eval]")
 
 
-# ---- with lm-eval: make test-extras -----------------------------------------------------------------------------------
+# ---- with lm-eval: make test-extras ----------------------------------------------------------------------------------
 
 
 @needs_lm_eval

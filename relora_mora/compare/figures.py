@@ -186,16 +186,19 @@ def _zoom(whole: Axes, zoomed: Axes, drawings: Sequence[Drawing]) -> None:
 def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> Figure:
     """The last perplexity of each run as a dot, and of each group the mean as a stroke; a panel for each held-out set.
 
-    The dashed line is the mean of ``against``, by default the first group.
+    The dashed line is the mean of ``against``, by default the first group. Groups of one run among larger ones say so.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     sets = common_sets(groups)
-    labels = [textwrap.fill(group.label, LABEL_WIDTH) for group in groups]
+    several = any(len(group.runs) > 1 for group in groups)
+    alone = [" (1 seed)" if several and len(group.runs) == 1 else "" for group in groups]
+    labels = [textwrap.fill(group.label + seeds, LABEL_WIDTH) for group, seeds in zip(groups, alone, strict=True)]
+    line = textwrap.fill(f"dashed: {(against or groups[0]).label}", LABEL_WIDTH)
     lines = sum(label.count("\n") + 1.6 for label in labels)
     with matplotlib.rc_context(PAPER):
-        figure = Figure(figsize=(WIDTH, 0.6 + 0.15 * lines), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.8 + 0.15 * lines), layout="constrained")
         panels: Any = figure.subplots(1, len(sets), sharey=True, squeeze=False)
         for panel, name in zip(panels[0], sets, strict=True):
             found = [perplexities(group, name) for group in groups]
@@ -204,7 +207,7 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
             for place, (values, style) in enumerate(zip(found, styles(), strict=False)):
                 panel.plot(values, [place] * len(values), "o", color=style["color"], markerfacecolor="none")
                 panel.plot(np.mean(values), place, "|", color=style["color"], markersize=11, markeredgewidth=1.5)
-            panel.set_xlabel(f"perplexity on {name}" if name else "validation perplexity")
+            panel.set_xlabel(f"perplexity on {name}\n{line}" if name else f"validation perplexity\n{line}")
         panels[0][0].set_yticks(range(len(labels)), labels)
         panels[0][0].set_ylim(len(labels) - 0.5, -0.5)  # the first row at the top
     return figure

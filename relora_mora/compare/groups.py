@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -75,11 +76,12 @@ class Group:
         return sorted(set.intersection(*map(set, series)))
 
 
-def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), seeds: int = 1) -> list[Group]:
-    """The runs in groups of at least ``seeds``, in the order in which they are given.
+def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[str] = ()) -> list[Group]:
+    """The runs in groups, in the order in which they are given.
 
     A run with settings and seed of another one is no further seed: it stands alone, under the name of its folder.
-    ``unnamed`` are settings that groups differ in and are not named after, such as ``optim.lr``.
+    ``unnamed`` are settings that groups differ in and are not named after, such as ``optim.lr``. Of groups that differ
+    in the settings ``best`` alone there is one: that with most seeds, or else with the lowest last validation loss.
 
     Raises :class:`CompareError` where there is no such setting.
     """
@@ -90,11 +92,12 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), seeds: int = 1)
         while any(_seed(other) == _seed(run) for other in gathered.get(f"{repeat}{settings}", ())):
             repeat += 1
         gathered.setdefault(f"{repeat}{settings}", []).append(run)
-    members = [group for group in gathered.values() if len(group) >= seeds]
+    for option, names in (("unnamed", unnamed), ("best", best)):
+        for name in names:
+            if not any(name in group[0].settings for group in gathered.values()):
+                raise CompareError(f"--{option}: no run has a setting {name}; docs/settings.md lists them")
+    members = _best(list(gathered.values()), best) if best else list(gathered.values())
     compared = [compared_settings(runs[0].settings) for runs in members]
-    for name in unnamed:
-        if not any(name in group[0].settings for group in gathered.values()):
-            raise CompareError(f"--unnamed: no run has a setting {name}; docs/settings.md lists them")
     names = [name for name in _differing(compared) if name not in unnamed]
     whole = {name for name in names if _is_one_word(name, compared)}
     parts = [(method_title(each), _differences(each, names, whole)) for each in compared]
@@ -109,13 +112,27 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), seeds: int = 1)
     ]
 
 
+def _best(members: Sequence[list[Run]], settings: Sequence[str]) -> list[list[Run]]:
+    chosen: dict[str, list[Run]] = {}
+    for runs in members:
+        others = {name: value for name, value in compared_settings(runs[0].settings).items() if name not in settings}
+        key = json.dumps(others, sort_keys=True, default=str)
+        chosen[key] = min(chosen.get(key, runs), runs, key=lambda each: (-len(each), _last_loss(each)))
+    return list(chosen.values())
+
+
+def _last_loss(runs: Sequence[Run]) -> float:
+    last = [list(run.series("eval/loss").values())[-1:] for run in runs]
+    return max((loss for losses in last for loss in losses), default=math.inf)
+
+
 def group_of(groups: Sequence[Group], name: str) -> Group:
     """The group that a run is in, by the path or the name of its folder; raises CompareError unless it is one run."""
     found = [(group, run) for group in groups for run in group.runs if run.is_named(name)]
     if len(found) != 1:
         folders = ", ".join(str(run.folder) for _, run in found)
         raise CompareError(
-            f"{name}: is {folders or 'none of the runs, or --seeds left it out'}; give the path of one run's folder"
+            f"{name}: is {folders or 'none of the runs, or --best left it out'}; give the path of one run's folder"
         )
     return found[0][0]
 

@@ -121,7 +121,8 @@ def test_the_last_perplexities_are_dots_beside_the_names_of_the_groups(groups: l
         assert strokes == pytest.approx([math.exp(1.2), (math.exp(1.0) + math.exp(1.1)) / 2])
         [dashed] = [each.get_xdata()[0] for each in panel.get_lines() if each.get_linestyle() == "--"]
         assert dashed == pytest.approx(line)
-        assert [text.get_text() for text in panel.get_yticklabels()] == ["Full rank", "ReMoRA (1, 2)"]
+        assert [text.get_text() for text in panel.get_yticklabels()] == ["Full rank (1 seed)", "ReMoRA (1, 2)"]
+        assert panel.get_xlabel() == f"validation perplexity\ndashed: {(against or groups[0]).label}"
         assert panel.get_ylim()[0] > panel.get_ylim()[1], "the first row is at the top"
 
 

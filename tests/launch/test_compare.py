@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import yaml
 
 from tests.compare.folders import write_run
 from tests.tools.commands import COMPARE, call, left_in, refused
+from tests.tools.helpers import ROOT
 
 LOSSES = [9.0, 4.0, 3.0, 2.0, 1.0]
 
@@ -39,15 +43,43 @@ def test_a_run_to_compare_with_need_not_be_named_twice(runs: list[Path]) -> None
     assert call(COMPARE, *runs, runs[0], f"--against={runs[1]}").out == answer.out, "nor is one that stands there twice"
 
 
-def test_a_metric_and_what_has_several_seeds_can_be_asked_for(runs: list[Path], tmp_path: Path) -> None:
+def test_a_metric_can_be_asked_for(runs: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
-    again = write_run(tmp_path / "again", LOSSES, train={"seed": 1})
-    answer = call(COMPARE, *runs, again, "--seeds=2", "--reach=eval/loss=3.5", f"--out={tmp_path / 'out'}")
-    assert answer.code == 0
-    assert "loss 3.5, step" in answer.out and "| Full rank |" not in answer.out
-    assert "| ReMoRA (1, 2) | 2 |" in answer.out, "named by what tells it from the rows that are left"
+    answer = call(COMPARE, *runs, "--reach=eval/loss=3.5", f"--out={tmp_path / 'out'}")
+    assert answer.code == 0 and "loss 3.5, step" in answer.out
     assert (tmp_path / "out" / "loss.png").exists()
-    refused(call(COMPARE, *runs, again, "--seeds=3"), "--seeds=3: no settings have so many runs")
+
+
+def test_of_rows_that_differ_in_a_setting_the_best_is_left(tmp_path: Path) -> None:
+    given = [("full", 1e-3, 0, 0.2), ("full", 2e-3, 0, 0.1), ("mora", 1e-3, 0, 0.0), ("mora", 2e-3, 0, 0.3)]
+    given += [("mora", 2e-3, 1, 0.3)]
+    runs = [
+        write_run(
+            tmp_path / f"{name}{lr}{seed}",
+            [loss + more for loss in LOSSES],
+            optim={"lr": lr},
+            method={"name": name},
+            train={"seed": seed},
+        )
+        for name, lr, seed, more in given
+    ]
+    answer = call(COMPARE, *runs, "--best=optim.lr")
+    assert answer.code == 0 and "| Full rank | 1 |" in answer.out, "the lower loss, as each has one seed"
+    assert "| MoRA | 2 |" in answer.out and answer.out.count("| MoRA |") == 1, "more seeds, whatever the loss"
+    assert f"{math.exp(LOSSES[-1] + 0.1):.2f}" in answer.out and f"{math.exp(LOSSES[-1] + 0.3):.2f}" in answer.out
+    refused(call(COMPARE, *runs, "--best=lr"), "--best: no run has a setting lr")
+
+
+def test_the_tables_in_the_documents_are_those_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    lines = subprocess.run(["make", "-n", "study"], capture_output=True, text=True, check=True).stdout.splitlines()
+    commands = [shlex.split(line) for line in lines if COMPARE in line]
+    kept = {path.parent for path in (ROOT / "docs/studies").glob("*/compare.md")}
+    for _, _, *words, out in commands:
+        folder = Path(out.removeprefix("--out="))
+        assert call(COMPARE, *words).out == (folder / "compare.md").read_text(), f"{folder}: make study"
+        kept.remove(ROOT / folder)
+    assert not kept
 
 
 def test_rows_are_not_named_after_what_is_unnamed(tmp_path: Path) -> None:
