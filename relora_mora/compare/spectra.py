@@ -81,11 +81,11 @@ def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Sequence[Spectra]
                 places = range(1, len(values) + 1)
                 panel.plot(places, values, label=group.label, **{**style, "markevery": max(1, len(values) // 6)})
             panel.set_yscale("log")
-            panel.set_xlabel("number")
+            panel.set_xlabel("index")
         for panel in panels.flat[len(kinds) :]:
             panel.set_visible(False)
         for panel in panels[:, 0]:
-            panel.set_ylabel("singular value")
+            panel.set_ylabel("singular value of W - W_0")
         largest = max(float(_values(of_runs, kind).max()) for of_runs in spectra for kind in kinds)
         panels[0][0].set_ylim(largest * 1e-4, largest * 2)  # what is below is rounding
         add_legend(figure, panels[0][0], groups)
