@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,17 +232,14 @@ def load_foreign(
         said = " ".join(str(error).split())
         file = _damaged_file(path) or path
         raise CheckpointError(f"{file}: transformers cannot load it as a causal language model: {said}") from error
-    wrong = {
-        "missing": info["missing_keys"],
-        "of another shape": [key for key, *_ in info["mismatched_keys"]],
-        "left over": info["unexpected_keys"] if whole else (),
-    }
-    if any(wrong.values()):
-        said = "; ".join(f"{what}: {in_short(names)}" for what, names in wrong.items() if names)
-        raise CheckpointError(
-            f"{path}: its weights are not those that its config.json asks for; {said}; "
-            "fetch it again, or correct that file"
-        )
+    _refuse_weights(
+        path,
+        {
+            "missing": info["missing_keys"],
+            "of another shape": [key for key, *_ in info["mismatched_keys"]],
+            "left over": info["unexpected_keys"] if whole else (),
+        },
+    )
     if info["unexpected_keys"]:
         log.warning(
             "%s: its model has no place for these weights, which are left out: %s",
@@ -250,6 +247,43 @@ def load_foreign(
             in_short(info["unexpected_keys"]),
         )
     return model
+
+
+def check_headers(path: Path) -> None:
+    """Looks at names and shapes in the safetensors of a Hugging Face folder, without reading a weight.
+
+    Raises :class:`CheckpointError` where they are not those of the model in its config.json, as :func:`load_foreign`
+    would after it has read them.
+    """
+    files = sorted(path.glob("*.safetensors")) if is_foreign(path) else []
+    if not files:
+        return
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
+    expected = {name: tuple(p.shape) for name, p in empty_model(start_config(path)).named_parameters()}
+    shapes = {name: found.get(name, found.get(name.removeprefix("model."))) for name in expected}
+    _refuse_weights(
+        path,
+        {
+            "missing": [name for name, shape in shapes.items() if shape is None],
+            "of another shape": [name for name, shape in shapes.items() if shape not in (None, expected[name])],
+        },
+    )
+
+
+def _refuse_weights(path: Path, wrong: Mapping[str, Sequence[str]]) -> None:
+    """Raises :class:`CheckpointError` where there are any, by what is wrong with them."""
+    if any(wrong.values()):
+        said = "; ".join(f"{what}: {in_short(names)}" for what, names in wrong.items() if names)
+        raise CheckpointError(
+            f"{path}: its weights are not those that its config.json asks for; {said}; "
+            "fetch it again, or correct that file"
+        )
 
 
 def in_short(names: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from relora_mora.model import check_length, plain_model_config
 from relora_mora.model.compiler import compiles_here
 from relora_mora.model.llama import check_attention
 from relora_mora.plan.fit import check_adapters, check_memory
-from relora_mora.pretrained import model_config_of, tokenizer_beside
+from relora_mora.pretrained import check_headers, model_config_of, tokenizer_beside
 from relora_mora.registry import METHODS
 from relora_mora.system.hardware import fast_bf16, memory_bytes, uses_cuda
 from relora_mora.system.logs import log
@@ -88,6 +88,8 @@ def check_model(config: Config) -> PreTrainedConfig:
     model_config = model_config_of(config.model)
     check_length(model_config, config.data.sequence_length, config.model.config or str(config.model.init_from))
     check_adapters(model_config, config.method)
+    if config.model.init_from is not None:
+        check_headers(Path(config.model.init_from))
     check_adapter(config, model_config)
     return model_config
 

@@ -225,6 +225,24 @@ def test_a_tokenizer_that_does_not_fit_the_model(pools, settings, tokenizer_path
     refused(answer, "would not read it beside a model of type qwen2", notes=1)
 
 
+def test_weights_that_are_not_the_models_are_told_before_any_text_is_read(pools, settings, tmp_path):
+    def told(folder: Path, *parts: str) -> None:
+        (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={folder}")
+        refused(answer, *parts)
+        assert "counting" not in answer.err and not (tmp_path / "run").exists()
+
+    folder = save(tmp_path / "start", num_key_value_heads=1)
+    config = folder / "config.json"
+    own = config.read_text()
+    config.write_text(json.dumps(json.loads(own) | {"num_hidden_layers": 3}))
+    told(folder, f"{folder}: its weights are not those", "missing: model.layers.2.input_layernorm.weight")
+    config.write_text(json.dumps(json.loads(own) | {"intermediate_size": 80}))
+    told(folder, f"{folder}: its weights are not those", "of another shape: model.layers.*.mlp.down_proj.weight (2)")
+    config.write_text(own)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    told(folder, "model.safetensors: cannot be read as safetensors", "fetch it again")
+
+
 def test_defaults_give_way_to_what_is_said_in_another_way(settings):
     config = load_config(settings, {"train.tokens": "4096", "optim.warmup_steps": "0"}, defaults=FINETUNING)
     assert (config.train.steps, config.train.epochs) == (1, None)
