@@ -72,12 +72,18 @@ def messages_of(kind: str, record: Record) -> list[Message] | Skipped:
     if system := record.fields.get("system"):
         messages.append({"role": "system", "content": system})
     for number, message in enumerate(given, start=1):
-        read = _of_sharegpt(message) if kind == "sharegpt" else message
+        read = _of_sharegpt(message) if kind == "sharegpt" else _with_content(message)
         fault = _fault(read, ("from", "value") if kind == "sharegpt" else ("role", "content"))
         if fault:
             return _bad(record, f"has a message {number} {fault}")
         messages.append({key: value for key, value in read.items() if value is not None})
     return messages
+
+
+def _with_content(message: Any) -> Any:
+    """A message that calls tools need not say anything."""
+    calls = isinstance(message, dict) and message.get("tool_calls") and message.get("content") is None
+    return {**message, "content": ""} if calls else message
 
 
 def _of_sharegpt(message: Any) -> Any:

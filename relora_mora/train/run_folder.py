@@ -84,14 +84,17 @@ def _device() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout this package runs from, ``+`` when it has uncommitted changes; None outside one."""
+    """The commit of the checkout this package runs from, ``+`` when its code has uncommitted changes; None outside one."""
     root = Path(__file__).resolve().parents[2]
     try:
         commit = subprocess.run(
             ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
         dirty = subprocess.run(
-            ["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True, check=True
+            ["git", "-C", root, "status", "--porcelain", "--", "relora_mora", "launch"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None

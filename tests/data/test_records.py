@@ -261,6 +261,20 @@ def test_a_record_that_is_none_is_told_with_its_place(tokenizer, kind, fields, r
     assert row.told.startswith("a.jsonl, line 1, ") and said in row.told and str(fields)[:50] in row.told
 
 
+def test_a_message_that_calls_a_tool_need_not_have_content(tokenizer, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% for call in m.tool_calls %}{{ call.function.name }}{% endfor %}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "matrix"}}]}
+    messages = [{"role": "user", "content": "rank"}, call, {"role": "tool", "content": "over"}]
+    row = _encoded(tokenizer, {"messages": messages}, kind="messages", template=str(path))
+    assert isinstance(row, Encoded) and tokenizer.decode(row.ids) == "rankmatrixover"
+    assert tokenizer.decode(np.array(row.ids)[row.scored]) == "matrix"
+
+
 def test_a_record_that_the_template_refuses_is_told(tokenizer, tmp_path):
     path = tmp_path / "own.jinja"
     path.write_text(ALTERNATES)
