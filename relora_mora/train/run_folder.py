@@ -84,7 +84,7 @@ def _device() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout this package runs from, ``+`` when its code has uncommitted changes; None outside one."""
+    """The commit of the checkout this package runs from, ``+`` when that has uncommitted code; None outside one."""
     root = Path(__file__).resolve().parents[2]
     try:
         commit = subprocess.run(
