@@ -139,7 +139,7 @@ def main(
             f"--sequence_length: got {length}, but {model} has {positions} positions; give at most {positions}"
         )
     with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
-        check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.vocab_size)
+        check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.get_text_config().vocab_size)
         try:
             sets = held_out(settings, str(tokenizer_path), max_tokens)
         except SourceError as error:
@@ -209,7 +209,7 @@ def _score_tasks(
     lm = lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
     with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
         words = load_tokenizer(tokenizer_path)
-    check_vocabulary(words, lm.config.vocab_size)
+    check_vocabulary(words, lm.config.get_text_config().vocab_size)
     results = evaluate_tasks(
         lm, words, names, data=task_data, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
     )

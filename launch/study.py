@@ -7,7 +7,16 @@ from pathlib import Path
 
 try:
     from relora_mora.cli import run
-    from relora_mora.compare import check_plots, compare, figures_of, group_runs, markdown, read_runs, write_files
+    from relora_mora.compare import (
+        CompareError,
+        check_plots,
+        compare,
+        figures_of,
+        group_runs,
+        markdown,
+        read_runs,
+        write_files,
+    )
     from relora_mora.study import CellsFailed, Stopped, StudyFolder, check_inputs, conduct, read_study, run_again
     from relora_mora.supervise import REQUEUE
 except ModuleNotFoundError as error:
@@ -44,7 +53,10 @@ def main(study: str, *, out: str | None = None, jobs: int = 1, again: str | None
         return REQUEUE
     except CellsFailed:
         if folder.kept():
-            _write_table(folder)
+            try:
+                _write_table(folder)
+            except CompareError as error:
+                sys.stderr.write(f"{error}\n")
         raise
     _write_table(folder)
     print(f"done: {cells}; {folder.records}, {folder.table}")

@@ -255,25 +255,41 @@ def check_headers(path: Path) -> None:
     Raises :class:`CheckpointError` where they are not those of the model in its config.json, as :func:`load_foreign`
     would after it has read them.
     """
-    files = sorted(path.glob("*.safetensors")) if is_foreign(path) else []
-    if not files:
-        return
     found: dict[str, tuple[int, ...]] = {}
-    for file in files:
+    for file in _safetensors(path) if is_foreign(path) else ():
         try:
             with safe_open(file, framework="pt") as tensors:
-                found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+                found |= {_bare(key): tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
-    expected = {name: tuple(p.shape) for name, p in empty_model(start_config(path)).named_parameters()}
-    shapes = {name: found.get(name, found.get(name.removeprefix("model."))) for name in expected}
+    if not found:
+        return
+    lm = empty_model(start_config(path))
+    expected = {_bare(name): (name, tuple(p.shape)) for name, p in lm.named_parameters()}
+    if lm.config.tie_word_embeddings and "embed_tokens.weight" not in found and "lm_head.weight" in found:
+        found["embed_tokens.weight"] = found["lm_head.weight"]  # of the two names a file may have either
     _refuse_weights(
         path,
         {
-            "missing": [name for name, shape in shapes.items() if shape is None],
-            "of another shape": [name for name, shape in shapes.items() if shape not in (None, expected[name])],
+            "missing": [name for key, (name, _) in expected.items() if key not in found],
+            "of another shape": [name for key, (name, shape) in expected.items() if found.get(key, shape) != shape],
         },
     )
+
+
+def _safetensors(path: Path) -> list[Path]:
+    """The files that transformers reads in a folder."""
+    whole = path / "model.safetensors"
+    index = path / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole] if whole.exists() else []
+    shards = read_json(index, "model.init_from").get("weight_map")
+    return [path / name for name in sorted(set(shards.values()))] if isinstance(shards, dict) else []
+
+
+def _bare(name: str) -> str:
+    """A weight's name without those of the models around it."""
+    return re.sub(r"^(?:model\.)+", "", name)
 
 
 def _refuse_weights(path: Path, wrong: Mapping[str, Sequence[str]]) -> None:

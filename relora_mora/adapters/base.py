@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-KEY = "base_sample"
+KEY = "base_weight"
 _SAMPLES = 32
 _TOLERANCE = 1 / 64  # of the largest: a model saved in bf16 or fp16 is the same
 
@@ -32,4 +32,5 @@ def is_of_another(noted: str, weight_of: Callable[[str], Tensor | None]) -> bool
 
 def _sample(weight: Tensor) -> Tensor:
     flat = weight.detach().reshape(-1)
-    return flat[torch.linspace(0, flat.numel() - 1, _SAMPLES).long()].float().cpu()
+    places = [number * (flat.numel() - 1) // (_SAMPLES - 1) for number in range(_SAMPLES)]
+    return flat[places].float().cpu()

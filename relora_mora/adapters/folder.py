@@ -112,7 +112,7 @@ class AdapterFolder:
         if settings.use_mora and settings.mora_type not in RELEASED_TYPES:
             known = ", ".join(map(str, RELEASED_TYPES))
             raise CheckpointError(f"{path}: mora_type is {settings.mora_type}, expected one of {known}; {_REMEDY}")
-        patterns = [key for key in settings.alpha_pattern if not key.replace(".", "").replace("_", "").isalnum()]
+        patterns = [key for key in settings.alpha_pattern if not _is_plain(key)]
         if patterns:
             raise CheckpointError(
                 f"{path}: alpha_pattern has {patterns[0]!r}, expected names such as q_proj; name the modules instead"
@@ -175,8 +175,9 @@ class AdapterFolder:
 
     def fits(self, layer: str, in_features: int, out_features: int) -> bool:
         """Whether R of a MoRA layer is what the adapter's rank makes of these sizes, rounded in any way."""
-        rank = _of_layer(self._settings.rank_pattern, layer, self._settings.r)
-        if self.mora_type is None or rank is None:
+        pattern = self._settings.rank_pattern
+        rank = _of_layer(pattern, layer, self._settings.r)
+        if self.mora_type is None or rank is None or not all(map(_is_plain, pattern)):
             return True
         return abs(math.sqrt((in_features + out_features) * rank) - self.layers[layer]) <= _ROUNDING
 
@@ -214,6 +215,11 @@ class AdapterFolder:
         if self.mora_type is not None:
             return MoRALinear(linear, self.layers[name], self.mora_type)
         return LoRALinear(linear, self.layers[name], self.alpha(name), layer_generator(0, name, 0))
+
+
+def _is_plain(key: str) -> bool:
+    """Whether a key of a pattern is the name of modules, and no regular expression."""
+    return key.replace(".", "").replace("_", "").isalnum()
 
 
 def _of_layer(pattern: Mapping[str, float], layer: str, default: T) -> float | T:

@@ -81,7 +81,8 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
 
     A run with settings and seed of another one is no further seed: it stands alone, under the name of its folder.
     ``unnamed`` are settings that groups differ in and are not named after, such as ``optim.lr``. Of groups that differ
-    in the settings ``best`` alone there is one: that with most seeds, or else with the lowest last validation loss.
+    in the settings ``best`` alone there is one: that with most seeds, or else with the lowest last validation loss (of
+    its worst seed) among those that have finished.
 
     Raises :class:`CompareError` where there is no such setting.
     """
@@ -117,8 +118,13 @@ def _best(members: Sequence[list[Run]], settings: Sequence[str]) -> list[list[Ru
     for runs in members:
         others = {name: value for name, value in compared_settings(runs[0].settings).items() if name not in settings}
         key = json.dumps(others, sort_keys=True, default=str)
-        chosen[key] = min(chosen.get(key, runs), runs, key=lambda each: (-len(each), _last_loss(each)))
+        chosen[key] = min(chosen.get(key, runs), runs, key=_rank)
     return list(chosen.values())
+
+
+def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:
+    """The lower, the better: runs with an end that is not finite have not finished."""
+    return -len(runs), not all(run.is_finished for run in runs), _last_loss(runs)
 
 
 def _last_loss(runs: Sequence[Run]) -> float:
@@ -148,9 +154,7 @@ def method_title(settings: Mapping[str, Any]) -> str:
 def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those that count: what method and optimizer use, without seeds and what says how a run is kept."""
     method = METHODS.get(settings["method.name"])
-    optimizer = MATRIX_OPTIMIZERS.get(settings["optim.matrices"])
-    unused = _OF_SOME_METHODS.difference(_OF_SOME_METHODS if method is None else method.settings)
-    unused |= _OF_SOME_OPTIMIZERS.difference(_OF_SOME_OPTIMIZERS if optimizer is None else optimizer.settings)
+    unused = without_use(settings)
     kept = {
         name: value
         for name, value in settings.items()
@@ -163,6 +167,14 @@ def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     if method is not None and not method.merges and "method.operators" in kept:
         kept["method.operators"] = kept["method.operators"][:1]
     return kept
+
+
+def without_use(settings: Mapping[str, Any]) -> set[str]:
+    """The names of settings that belong to other methods and optimizers."""
+    method = METHODS.get(settings["method.name"])
+    optimizer = MATRIX_OPTIMIZERS.get(settings["optim.matrices"])
+    unused = _OF_SOME_METHODS.difference(_OF_SOME_METHODS if method is None else method.settings)
+    return unused | _OF_SOME_OPTIMIZERS.difference(_OF_SOME_OPTIMIZERS if optimizer is None else optimizer.settings)
 
 
 def _seed(run: Run) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +36,8 @@ class Run:
 
     def series(self, tag: str) -> Series:
         """A metric by step, without numbers that are not finite; the newest where a step has several."""
-        return {line["step"]: line[tag] for line in self.lines if isinstance(line.get(tag), int | float)}
+        found = {line["step"]: line[tag] for line in self.lines if isinstance(line.get(tag), int | float)}
+        return {step: value for step, value in found.items() if math.isfinite(value)}
 
     def is_named(self, name: str) -> bool:
         """Whether that is the path of its folder, or the folder's name."""

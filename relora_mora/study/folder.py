@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relora_mora.compare.groups import compared_settings
+from relora_mora.compare.groups import without_use
 from relora_mora.config import FINETUNING, Config, ConfigError, load_config, parse_yaml
 from relora_mora.origin import changed_start, starts_of
 from relora_mora.study.cells import Cell
@@ -175,7 +175,8 @@ def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[C
             other = alike.setdefault(_numbers_of(configs[cell], cell.seed), cell.name)
             if other != cell.name:
                 found.append(
-                    f"grid: {cell.name} has the settings of {other}, as far as numbers depend on them; leave one out"
+                    f"grid: {cell.name} has the settings of {other}, but for those that its method does not use; "
+                    "leave one out"
                 )
         for fault in found:
             faults.setdefault(fault, cell.name)
@@ -185,10 +186,11 @@ def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[C
 
 
 def _numbers_of(config: Config, seed: int) -> str:
-    """Equal for two runs that would make the same numbers."""
+    """Equal for two runs that have all settings in common, but for those that neither uses."""
     sections = json.loads(config.model_dump_json())
     settings = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return json.dumps([compared_settings(settings), seed], sort_keys=True)
+    used = {name: value for name, value in settings.items() if name not in without_use(settings) | PLACES}
+    return json.dumps([used, seed], sort_keys=True)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

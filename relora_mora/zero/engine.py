@@ -82,7 +82,8 @@ class ZeroEngine:
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.device = self.deepspeed.device
         self.adapters = [layer for _, layer in adapter_layers(lm)]
-        self.slices = MergedSlices([layer for layer in self.adapters if layer.resident], self.rank)
+        resident = [layer for layer in self.adapters if layer.resident]
+        self.slices = MergedSlices(resident, self.deepspeed.optimizer, self.rank)
         self.fragments = self._fragments(self.rank)
         self.fragments_of: dict[str, list[Fragment]] = {}
         for fragment in self.fragments:

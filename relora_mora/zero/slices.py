@@ -16,38 +16,50 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
 from relora_mora.methods.layers import AdapterLinear
+from relora_mora.system.hardware import uses_cuda
 
 TOGETHER = 7  # layers whose adapters are gathered at a time, as many as a decoder layer has
 
 
 class MergedSlices:
-    """Puts ``W + delta`` in place of W in this rank's slices of the ``layers``, and W back."""
+    """Puts ``W + delta`` in place of W in this rank's slices of the ``layers``, and W back.
 
-    def __init__(self, layers: Sequence[AdapterLinear], rank: int) -> None:
+    ``optimizer`` is DeepSpeed's.
+    """
+
+    def __init__(self, layers: Sequence[AdapterLinear], optimizer: Any, rank: int) -> None:
         self.layers = layers
+        self.optimizer = optimizer
         self.rank = rank
         self.bases: list[Tensor] = []  # slices of W, layer by layer, while their places hold W + delta
 
     @torch.no_grad()
     def keep(self) -> None:
         """Builds ``W + delta`` unless it is there; a collective, since a delta needs whole adapters."""
-        if self.bases:
+        if self.bases or not self.layers:
             return
-        for start in range(0, len(self.layers), TOGETHER):
-            some = self.layers[start : start + TOGETHER]
-            parameters = [getattr(layer, name) for layer in some for name in layer.adapter_names]
-            with _gathered([parameter for parameter in parameters if not _is_whole(parameter)]):
-                merged = [self._merged(layer) for layer in some]
-            self.bases += [_replace(layer, values, in_place=True) for layer, values in zip(some, merged, strict=True)]
+        try:
+            for start in range(0, len(self.layers), TOGETHER):
+                self._put(self.layers[start : start + TOGETHER])
+        except BaseException:
+            self.drop()
+            raise
         self._release()
+        self._before_gathers()
 
     def drop(self) -> None:
         """Puts W back unless it is there."""
         if self.bases:
-            for layer, base in zip(self.layers, self.bases, strict=True):
+            for layer, base in zip(self.layers, self.bases, strict=False):  # an error may have left fewer
                 _replace(layer, base, in_place=False)
             self.bases = []
             self._release()
+
+    def _put(self, layers: Sequence[AdapterLinear]) -> None:
+        parameters = [getattr(layer, name) for layer in layers for name in layer.adapter_names]
+        with _gathered([parameter for parameter in parameters if not _is_whole(parameter)]):
+            merged = [self._merged(layer) for layer in layers]
+        self.bases += [_replace(layer, values, in_place=True) for layer, values in zip(layers, merged, strict=True)]
 
     def _merged(self, layer: AdapterLinear) -> Tensor:
         """``W + delta`` of this rank's slice. What others have is arbitrary in the weight that it is built with."""
@@ -68,14 +80,28 @@ class MergedSlices:
         if whole:
             whole[0].partition(whole)
 
+    def _before_gathers(self) -> None:
+        """Has DeepSpeed's gathers, on a stream of their own, find the slices built: it does not wait for this one."""
+        if uses_cuda():
+            coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+            gathers = getattr(coordinator, "_PartitionedParameterCoordinator__allgather_stream", None)
+            builds = torch.cuda.current_stream()
+            if gathers is None:  # another DeepSpeed
+                builds.synchronize()
+            else:
+                gathers.wait_stream(builds)
+
 
 @contextlib.contextmanager
 def _gathered(parameters: list[Any]) -> Iterator[None]:
     """They are whole inside. DeepSpeed's own ``GatheredParameters`` has the host wait for the device."""
-    if parameters:
-        parameters[0].all_gather_coalesced(parameters).wait()
-    yield
-    if parameters:
+    if not parameters:
+        yield
+        return
+    parameters[0].all_gather_coalesced(parameters).wait()
+    try:
+        yield
+    finally:
         parameters[0].partition(parameters)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from relora_mora.adapters import AdapterFolder, load_model
+from relora_mora.adapters.base import is_of_another, note_of
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.export import export
 from relora_mora.methods.layers import adapter_layers
@@ -276,6 +277,22 @@ def test_a_square_of_another_model_is_told_by_its_rank(base, tokenizer_path, tmp
         f"{file}: model.layers.0.mlp.down_proj has an M of 16",
         f"of {wide}; give the model that the adapter was trained on",
     )
+
+
+def test_a_large_weight_can_be_noted():
+    weight = torch.zeros(5120, 5120, dtype=torch.bfloat16)
+    weight[-1, -1] = 1.0
+    noted = note_of("w", weight)
+    assert not is_of_another(noted, {"w": weight}.get) and is_of_another(noted, {"w": torch.zeros(5120, 5120)}.get)
+
+
+def test_a_pattern_of_ranks_that_is_an_expression_tells_nothing_of_the_base(base, tokenizer_path, tmp_path):
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft-mora")
+    config = folder / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    assert not AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 80)
+    config.write_text(json.dumps(settings | {"rank_pattern": {r".*\.up_proj": 4}}))
+    assert AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 80)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

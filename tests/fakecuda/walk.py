@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -71,8 +72,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     + [("remora operator 1", "muon")],
 )
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_stays_on_the_device(stage: int, method: str, matrices: str, fake: FakeTensorMode) -> None:
+def test_a_step_stays_on_the_device(
+    stage: int, method: str, matrices: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[str] = []
+    monkeypatch.setattr(torch.cuda.Stream, "wait_stream", lambda *_: waits.append(sys._getframe(1).f_code.co_filename))
     engine, watch = train_three_steps(stage, method, fake, bf16=True, matrices=matrices)
+    # DeepSpeed's gathers find W + delta built, once for each time that it is
+    assert sum(name.endswith("zero/slices.py") for name in waits) == (3 if "resident" in method and stage == 3 else 0)
     assert len(watch.syncs) == 1 + WAITS_OF_DEEPSPEED[stage], watch.syncs
     tensors: dict[str, Tensor] = dict(engine.lm.named_parameters()) | dict(engine.lm.named_buffers())
     tensors |= {f"master of {fragment.name}": fragment.flat for fragment in engine.fragments}

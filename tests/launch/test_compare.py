@@ -70,6 +70,12 @@ def test_of_rows_that_differ_in_a_setting_the_best_is_left(tmp_path: Path) -> No
     refused(call(COMPARE, *runs, "--best=lr"), "--best: no run has a setting lr")
 
 
+def test_a_run_that_diverged_or_has_not_ended_is_not_the_best(tmp_path: Path) -> None:
+    losses = [[9.0, 4.0, 3.5, 3.4, 3.3], [9.0, 4.0, 3.0], [9.0, 4.0, 3.0, 2.9, math.nan]]
+    runs = [write_run(tmp_path / f"run{lr}", each, optim={"lr": lr / 1000}) for lr, each in enumerate(losses, start=1)]
+    assert f"{math.exp(3.3):.2f}" in call(COMPARE, *runs[::-1], "--best=optim.lr").out
+
+
 def test_the_tables_in_the_documents_are_those_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     lines = subprocess.run(["make", "-n", "study"], capture_output=True, text=True, check=True).stdout.splitlines()

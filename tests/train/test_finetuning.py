@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from relora_mora.checkpoint import CheckpointError
 from relora_mora.config import FINETUNING, Config, load_config
 from relora_mora.export import export
 from relora_mora.model import ARCHITECTURES
+from relora_mora.pretrained import check_headers, load_foreign
 from relora_mora.system.run_folder import RunFolder
 from tests.tools.commands import EVALUATE, FINETUNE, PLAN, call, refused
 from tests.tools.runs import LLAMA, metrics, run_config, tensors, train, write_inputs
@@ -241,6 +244,28 @@ def test_weights_that_are_not_the_models_are_told_before_any_text_is_read(pools,
     config.write_text(own)
     (folder / "model.safetensors").write_bytes(b"no weights")
     told(folder, "model.safetensors: cannot be read as safetensors", "fetch it again")
+
+
+def test_files_that_transformers_takes_are_taken(tmp_path):
+    folder = save(tmp_path / "tied", num_key_value_heads=1, tie_word_embeddings=True)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")  # safetensors' save_model keeps this name
+    save_file(weights, file, metadata={"format": "pt"})
+    (folder / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    check_headers(folder)
+    load_foreign(folder, torch.float32, whole=True)
+    bare = {name.removeprefix("model."): value for name, value in weights.items()}
+    file.unlink()
+    halves = [dict(list(bare.items())[::2]), dict(list(bare.items())[1::2])]
+    for number, half in enumerate(halves):
+        save_file(half, folder / f"model-{number}.safetensors", metadata={"format": "pt"})
+    places = {name: f"model-{number}.safetensors" for number, half in enumerate(halves) for name in half}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    check_headers(folder)
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: cannot be read as safetensors"):
+        check_headers(folder)
 
 
 def test_defaults_give_way_to_what_is_said_in_another_way(settings):
