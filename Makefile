@@ -80,7 +80,9 @@ UNNAMED := optim.lr,optim.momentum,optim.restart_warmup_steps,method.operators
 REACH := --reach=eval/character_accuracy=0.5,0.95
 study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
 	$(COMPARE) docs/studies/memory_tiny.jsonl --best=optim.lr $(REACH) --out=docs/studies/memory_tiny
+	$(COMPARE) docs/studies/memory_1000_tiny.jsonl $(REACH) --out=docs/studies/memory_1000_tiny
 	$(COMPARE) docs/studies/merges_tiny.jsonl --out=docs/studies/merges_tiny
+	$(COMPARE) docs/studies/length_tiny.jsonl --out=docs/studies/length_tiny
 	$(COMPARE) docs/studies/paper_tiny.jsonl docs/studies/muon_tiny.jsonl --best=optim.lr --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
 	$(COMPARE) docs/studies/biomedical_tiny.jsonl --best=optim.lr --out=docs/studies/biomedical_tiny
 	$(COMPARE) docs/studies/math_tiny.jsonl --best=optim.lr --out=docs/studies/math_tiny
