@@ -95,14 +95,14 @@ def choose_resident(
     """Where ``method.form`` is ``auto``, makes the layers resident that would build ``W + delta`` for each use.
 
     It does so where a step is planned to take at most half of the ``available`` bytes of a rank (None: not known, and
-    taken to be enough), on CPUs and at stage 3 only where it has several micro-batches. All ranks have to choose alike,
-    as those of stage 3 build together. The results are the same bits, so a resume may choose differently; in compiled
-    layers they are the same up to rounding.
+    taken to be enough), on CPUs only where it has several micro-batches, and not at stage 3, where no gain has been
+    measured. The results are the same bits, so ranks and resumes may choose differently; in compiled layers they are
+    the same up to rounding.
     """
     if config.method.form != "auto":
         return
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    pays = (on_gpu and stage < 3) or config.accumulation_steps(world_size) > 1
+    pays = stage < 3 and (on_gpu or config.accumulation_steps(world_size) > 1)
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:
         layer.resident = pays and layer.uses_merged_form(tokens)

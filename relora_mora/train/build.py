@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from relora_mora import kernels
 from relora_mora.config import Config, ConfigError
-from relora_mora.distributed.collectives import gather_from_ranks
 from relora_mora.distributed.join import processes_on_host
 from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.methods.inject import inject
@@ -71,7 +70,7 @@ def build(
         _add_adapters(lm, config, with_values=not resumes)
     set_trainable(lm, config.method)
     on_gpu = uses_cuda()
-    available = min(gather_from_ranks(memory_bytes() / (1 if on_gpu else processes_on_host())))
+    available = memory_bytes() / (1 if on_gpu else processes_on_host())
     choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
     advice = stage_advice(lm, config, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
     if advice:

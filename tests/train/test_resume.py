@@ -82,37 +82,32 @@ def test_every_method_resumes_bit_equal(pools, ranks, inputs, tokenizer_path, tm
     assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
 
 
-def builds(config: Any, memory: list[int], **options: Any) -> int:
-    """Trains, with so many bytes for each rank; how often a layer built the ``W + delta`` that it keeps."""
-    from torch import distributed as dist
-
+def builds(config: Any, **options: Any) -> int:
+    """Trains; how often a layer built the ``W + delta`` that it keeps within a step."""
     from relora_mora.methods.inject import layer_class
 
     layer = layer_class(config.method)
-    here = memory[dist.get_rank()] * dist.get_world_size()
-    with (
-        mock.patch("relora_mora.train.build.memory_bytes", return_value=here),
-        mock.patch.object(layer, "build_merged", autospec=True, side_effect=layer.build_merged) as build,
-    ):
+    with mock.patch.object(layer, "build_merged", autospec=True, side_effect=layer.build_merged) as build:
         train(config, **options)
     return build.call_count
 
 
-@pytest.mark.parametrize("method,stage,form", [("remora", 2, "auto"), ("relora", 0, "resident"), ("remora", 3, "auto")])
+@pytest.mark.parametrize(
+    "method,stage,form", [("remora", 2, "auto"), ("relora", 0, "resident"), ("remora", 3, "resident")]
+)
 def test_resident_layers_give_the_bits_of_the_merged_form_also_after_a_resume(
     pools, inputs, tokenizer_path, tmp_path, method, stage, form
 ):
     world_size = 2 if stage == 3 else 1
     folders = [tmp_path / "merged", tmp_path / form]
-    memory = [2**35] * world_size
     built = []
     for folder in folders:
         sections = _sections(stage, True, method)
         sections["method"]["form"] = folder.name
         config = run_config(inputs, tokenizer_path, folder, world_size, **sections)
         if folder.name == form:
-            built.append(pools(world_size)(builds, config, memory, stop_after=5))
-        built.append(pools(world_size)(builds, config, memory))
+            built.append(pools(world_size)(builds, config, stop_after=5))
+        built.append(pools(world_size)(builds, config))
     # 14 layers, once for each step, which an evaluation shares with the step that follows, and for the one at the end
     assert built == [[times * 14] * world_size for times in (0, 5 + 1, 5 + 1)]
     assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
@@ -121,11 +116,6 @@ def test_resident_layers_give_the_bits_of_the_merged_form_also_after_a_resume(
         for folder in folders
     ]
     assert logged[0] == logged[1] and len(logged[0]) == 13
-
-
-def test_ranks_with_unequal_memory_choose_the_same_form(pools, inputs, tokenizer_path, tmp_path):
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, **_sections(3, True, "remora"))
-    assert pools(2)(builds, config, [2**35, 2**10]) == [0, 0]
 
 
 def seeds_of_forwards(config: Any) -> list[int]:
