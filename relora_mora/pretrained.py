@@ -259,7 +259,8 @@ def check_headers(path: Path) -> None:
     for file in _safetensors(path) if is_foreign(path) else ():
         try:
             with safe_open(file, framework="pt") as tensors:
-                found |= {_bare(key): tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+                names = tensors.keys()  # a safetensors handle is no mapping
+                found |= {_bare(name): tuple(tensors.get_slice(name).get_shape()) for name in names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
     if not found:
