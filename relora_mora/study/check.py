@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from relora_mora.config import ConfigError
+from collections.abc import Callable
+
+from relora_mora.config import Config, ConfigError
+from relora_mora.pretrained import with_tokenizer
 from relora_mora.study.cells import first_round
 from relora_mora.study.design import Study
-from relora_mora.study.folder import StudyFolder, cell_configs
+from relora_mora.study.folder import StudyFolder, cell_configs, refuse
 from relora_mora.train.check import check_model
 from relora_mora.train.inputs import open_inputs
 
@@ -19,20 +22,21 @@ def check_inputs(study: Study, folder: StudyFolder) -> None:
     faults: dict[str, str] = {}
     opened: set[str] = set()
     for cell, config in cell_configs(study, cells, folder).items():
+        found = _faults(check_model, config)
         read = config.model_dump_json(include={"data": True, "tokenizer": True, "model": {"init_from"}})
-        for look in (check_model, open_inputs):
-            if look is open_inputs and read in opened:
-                continue
-            try:
-                look(config)
-            except ConfigError as error:
-                found = error.faults
-            except (ValueError, OSError) as error:
-                found = [str(error)]
-            else:
-                continue
-            for fault in found:
-                faults.setdefault(fault, cell.name)
-        opened.add(read)
-    if faults:
-        raise ConfigError([f"{fault} (in {name})" for fault, name in faults.items()], f"the runs over {study.base}")
+        if read not in opened:
+            opened.add(read)
+            found += _faults(lambda each: open_inputs(with_tokenizer(each)), config)
+        for fault in found:
+            faults.setdefault(fault, cell.name)
+    refuse(faults, study)
+
+
+def _faults(look: Callable[[Config], object], config: Config) -> list[str]:
+    try:
+        look(config)
+    except ConfigError as error:
+        return error.faults
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return []

@@ -180,9 +180,14 @@ def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[C
                 )
         for fault in found:
             faults.setdefault(fault, cell.name)
+    refuse(faults, study)
+    return configs
+
+
+def refuse(faults: Mapping[str, str], study: Study) -> None:
+    """Raises ConfigError where there are faults, each with the first cell that has it."""
     if faults:
         raise ConfigError([f"{fault} (in {name})" for fault, name in faults.items()], f"the runs over {study.base}")
-    return configs
 
 
 def _numbers_of(config: Config, seed: int) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from relora_mora.study import CellsFailed, Study, StudyFolder
+from launch.uuid_pairs import uuid_pairs
+from relora_mora.config import ConfigError
+from relora_mora.study import CellsFailed, Study, StudyFolder, check_inputs
+from tests.tools.adapter_tools import save_base
 from tests.tools.commands import call, module_of, refused
 from tests.tools.helpers import ROOT
+from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 STUDY = "launch/study.py"
 
@@ -36,6 +41,31 @@ def test_what_runs_would_not_find_is_told_before_the_first(tmp_path: Path):
     refused(result, "no.json", "none", "the adapters of a layer have", "(in name=mora,rank=1000000,lr=0.001,seed=0)")
     assert result.err.count("no.json") == 1, "the same for all runs"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_takes_text_and_tokenizer_of_its_model_finds_them(tmp_path: Path):
+    start = save_base(tmp_path / "start", max_position_embeddings=128)
+    save_bytes_tokenizer(start)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(f"{json.dumps(pair)}\n" for pair in uuid_pairs(4, 0)), encoding="utf-8")
+    study = Study.model_validate(
+        {
+            "command": "finetune",
+            "base": str(ROOT / "configs/task/memory.yaml"),
+            "settings": {
+                "model.init_from": str(start),
+                "data.train": str(data),
+                "data.validation": str(data),
+                "data.sequence_length": 80,
+            },
+            "grid": [{"method.name": ["mora", "lora"]}],
+        }
+    )
+    folder = StudyFolder(tmp_path / "out")
+    check_inputs(study, folder)
+    data.unlink()
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl.*\(in name=mora,seed=0\)"):
+        check_inputs(study, folder)
 
 
 def test_the_others_are_in_the_table_where_a_run_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
