@@ -38,9 +38,8 @@ def evaluate_tasks(
 
     ``data`` has the rows of local tasks, ``limit`` is how many rows of each task count. A task of the hub whose data
     cannot be had is left out, and a warning says why. Raises :class:`HarnessError` where that is all of them, for a
-    name that no task has, and as :func:`check_tasks` does.
+    name that no task has. :func:`check_tasks` comes first.
     """
-    check_tasks(names, data)
     with _quiet():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

@@ -15,13 +15,9 @@ _FOLDER = Path(__file__).parent / "tasks"
 LOCAL_TASKS = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 
 
-def _is_text(value: Any, _: Mapping[str, Any]) -> bool:
-    return isinstance(value, str)
-
-
 # what a field of a row is, in the words of the task's file
 _KINDS: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
-    "text": _is_text,
+    "text": lambda value, _: isinstance(value, str),
     "list of texts": lambda value, _: isinstance(value, list) and all(isinstance(each, str) for each in value),
     "texts by name": lambda value, _: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
     "key of options": lambda value, row: isinstance(value, str) and value in row["options"],
