@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Sequence
 from functools import lru_cache
 from pkgutil import resolve_name
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from relora_mora.kernels import Grouping, expand_add, group_sum, grouping
+from relora_mora.kernels import Grouping, expand_add, group_sum, group_sums, grouping
 from relora_mora.registry import OPERATORS, is_drawn
 from relora_mora.system.seeds import derived_seed
 
@@ -72,7 +72,7 @@ def _fold(x: Tensor, width: int) -> Tensor:
 
 
 def _product(reduced: Tensor, compressed: Tensor) -> Tensor:
-    """reduced^T compressed [n, n], of [..., n] each"""
+    """reduced^T compressed [m, n], of reduced [..., m] and compressed [..., n]"""
     return reduced.reshape(-1, reduced.shape[-1]).T @ compressed.reshape(-1, compressed.shape[-1])
 
 
@@ -89,11 +89,6 @@ class Operator(ABC):
         self.in_features = in_features
         self.out_features = out_features
         self.square_size = size
-
-    @property
-    @abstractmethod
-    def input_map(self) -> Hashable:
-        """Equal for two operators exactly when their ``compress`` is the same map."""
 
     @abstractmethod
     def compress(self, x: Tensor) -> Tensor:
@@ -130,9 +125,9 @@ class Operator(ABC):
         B = self.decompress(torch.eye(len(A), dtype=M.dtype).view(-1, *compressed.shape[1:])).T
         return A, B
 
-    def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
-        """dM [R, R] = (D^T dy)^T (C x), from compressed = ``compress_for_gradient(x)`` and dy [..., out]."""
-        return _product(self.decompress_transposed(dy), compressed)
+    def square_gradients(self, compressed: Tensor, dys: Sequence[Tensor]) -> Sequence[Tensor]:
+        """dM [R, R] = (D^T dy)^T (C x) for each dy [..., out], from compressed = ``compress_for_gradient(x)``."""
+        return [_product(self.decompress_transposed(dy), compressed) for dy in dys]
 
     def __repr__(self) -> str:
         return (
@@ -163,10 +158,6 @@ class GroupingOperator(Operator):
         self.outputs = _grouping(outputs, out_features, size, "outputs", draw)
         self.padded_inputs = self.inputs.padded(ALIGNED)
         self.padded_outputs = self.outputs.padded(ALIGNED)
-
-    @property
-    def input_map(self) -> Hashable:
-        return self.inputs
 
     def compress(self, x: Tensor) -> Tensor:
         return group_sum(x, self.inputs)
@@ -200,9 +191,10 @@ class GroupingOperator(Operator):
     def compress_for_gradient(self, x: Tensor) -> Tensor:
         return group_sum(x, self.padded_inputs if x.is_cuda else self.inputs)
 
-    def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
-        reduced = group_sum(dy, self.padded_outputs if dy.is_cuda else self.outputs)
-        return _product(reduced, compressed)[: self.square_size, : self.square_size]
+    def square_gradients(self, compressed: Tensor, dys: Sequence[Tensor]) -> Sequence[Tensor]:
+        reduced = group_sums(dys, self.padded_outputs if dys[0].is_cuda else self.outputs)
+        products = _product(reduced, compressed).unflatten(0, (len(dys), -1))
+        return products[:, : self.square_size, : self.square_size].contiguous().unbind()
 
 
 def _grouping(name: str, features: int, size: int, side: str, draw: Draw | None) -> Grouping:
@@ -233,10 +225,6 @@ class RotaryOperator(Operator):
             )
         super().__init__(mora_type, in_features, out_features, size)
         self.blocks = -(-in_features // size)
-
-    @property
-    def input_map(self) -> Hashable:
-        return "rotary", self.in_features, self.square_size
 
     def _angles(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, R] of block j and feature i, halves paired"""

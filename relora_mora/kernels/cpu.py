@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,27 +104,29 @@ def _threads(elements: int) -> int:
     return max(1, min(torch.get_num_threads(), elements // _GRAIN))
 
 
-def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
-    """x [..., features] -> [..., slots]"""
+def group_sums(xs: Sequence[Tensor], grouping: Grouping) -> Tensor:
+    """n tensors [..., features] -> [..., n * slots]"""
     library = _loaded()
-    rows = as_rows(x)
+    first = xs[0]
     pieces = _pieces(grouping)
-    y = torch.empty(rows.shape[0], grouping.slots, dtype=x.dtype)
-    threads = _threads(rows.numel())
+    y = torch.empty(first.numel() // grouping.features, len(xs), grouping.slots, dtype=first.dtype)
+    threads = _threads(first.numel())
     scratch = torch.empty(threads, grouping.slots + 16)
-    job = _SumJob(
-        rows.data_ptr(),
-        y.data_ptr(),
-        rows.shape[0],
-        rows.shape[1],
-        grouping.slots,
-        rows.stride(0),
-        y.stride(0),
-        pieces,
-        len(pieces),
-    )
-    library.remora_sum(_TYPES[x.dtype], ctypes.byref(job), threads, scratch.data_ptr(), scratch.shape[1])
-    return y.view(*x.shape[:-1], grouping.slots)
+    for place, x in enumerate(xs):
+        rows = as_rows(x)
+        job = _SumJob(
+            rows.data_ptr(),
+            y[:, place].data_ptr(),
+            rows.shape[0],
+            rows.shape[1],
+            grouping.slots,
+            rows.stride(0),
+            y.stride(0),
+            pieces,
+            len(pieces),
+        )
+        library.remora_sum(_TYPES[x.dtype], ctypes.byref(job), threads, scratch.data_ptr(), scratch.shape[1])
+    return y.view(*first.shape[:-1], len(xs) * grouping.slots)
 
 
 def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping) -> Tensor:

@@ -23,7 +23,7 @@ from relora_mora.kernels.grouping import Grouping
 LIBRARY = torch.library.Library("relora_mora", "DEF")
 # the compiler need not copy an input into another layout first
 _ANY_LAYOUT = torch.Tag.flexible_layout
-LIBRARY.define("group_sum(Tensor x, int[] grouping) -> Tensor", tags=_ANY_LAYOUT)
+LIBRARY.define("group_sums(Tensor[] xs, int[] grouping) -> Tensor", tags=_ANY_LAYOUT)
 LIBRARY.define(
     "expand_add(Tensor weight, Tensor square, int[] inputs, int[] outputs, Tensor? after=None) -> Tensor",
     tags=_ANY_LAYOUT,
@@ -50,8 +50,8 @@ _DEVICES = kernels_here()
 _enabled = True
 
 
-def _fake_group_sum(x: Tensor, grouping: Sequence[int]) -> Tensor:
-    return x.new_empty(*x.shape[:-1], Grouping.of_numbers(grouping).slots)
+def _fake_group_sums(xs: Sequence[Tensor], grouping: Sequence[int]) -> Tensor:
+    return xs[0].new_empty(*xs[0].shape[:-1], len(xs) * Grouping.of_numbers(grouping).slots)
 
 
 def _fake_expand_add(
@@ -65,7 +65,7 @@ def _fake_cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: 
 
 
 def _sum_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda x, grouping: function(x, Grouping.of_numbers(grouping))
+    return lambda xs, grouping: function(xs, Grouping.of_numbers(grouping))
 
 
 def _add_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -74,13 +74,13 @@ def _add_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     )
 
 
-_cuda_group_sum = cuda.kernel("relora_mora.kernels.triton_groups:group_sum")
+_cuda_group_sums = cuda.kernel("relora_mora.kernels.triton_groups:group_sums")
 _cuda_expand_add = cuda.kernel("relora_mora.kernels.triton_groups:expand_add")
 _cuda_cross_entropy_ = cuda.kernel("relora_mora.kernels.triton_loss:cross_entropy_")
 
 # fake, on CPUs, on CUDA devices
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "group_sum": (_fake_group_sum, _sum_by(cpu.group_sum), _sum_by(_cuda_group_sum)),
+    "group_sums": (_fake_group_sums, _sum_by(cpu.group_sums), _sum_by(_cuda_group_sums)),
     "expand_add": (_fake_expand_add, _add_by(cpu.expand_add), _add_by(_cuda_expand_add)),
     "cross_entropy_": (_fake_cross_entropy_, cpu.cross_entropy_, _cuda_cross_entropy_),
 }
@@ -90,7 +90,7 @@ for _name, (_fake, _on_cpu, _on_cuda) in _KERNELS.items():
     LIBRARY.impl(_name, _on_cpu, "CPU")
     LIBRARY.impl(_name, _on_cuda, "CUDA")
 
-_group_sum = torch.ops.relora_mora.group_sum.default
+_group_sums = torch.ops.relora_mora.group_sums.default
 _expand_add = torch.ops.relora_mora.expand_add.default
 _cross_entropy_ = torch.ops.relora_mora.cross_entropy_.default
 
@@ -118,7 +118,12 @@ def takes(*tensors: Tensor) -> bool:
 
 def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
     """x [..., features] -> [..., slots], the sum of each slot's features; differentiable."""
-    return _group_sum(x, grouping.numbers) if takes(x) else grouping.sum(x)
+    return _group_sums([x], grouping.numbers) if takes(x) else grouping.sum(x)
+
+
+def group_sums(xs: Sequence[Tensor], grouping: Grouping) -> Tensor:
+    """n tensors [..., features] of one shape -> [..., n * slots], their sums side by side; differentiable."""
+    return _group_sums(xs, grouping.numbers) if takes(*xs) else torch.cat([grouping.sum(x) for x in xs], -1)
 
 
 def expand_add(

@@ -8,6 +8,7 @@ same shape is always computed alike.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,16 +61,24 @@ def _sum_piece(
 @triton.jit(do_not_specialize=["rows"])
 def _sum_kernel(
     x,
+    second,
+    third,
     y,
     rows,
     x_stride: tl.constexpr,
+    y_stride: tl.constexpr,
     slots: tl.constexpr,
     pieces: tl.constexpr,
     n_pieces: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y [rows, slots] of x [rows, features]"""
+    """y [rows, slots] of x [rows, features], and beside it those of second and third"""
+    which = tl.program_id(2)
+    if which == 1:
+        x = second
+    elif which == 2:
+        x = third
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     first = tl.program_id(1) * BLOCK
     valid = row < rows
@@ -89,7 +98,7 @@ def _sum_kernel(
             BLOCK,
         )
     slot = (first + tl.arange(0, BLOCK))[None, :]
-    tl.store(y + row * slots + slot, total.to(y.dtype.element_ty), mask=valid & (slot < slots))
+    tl.store(y + row * y_stride + (which * slots + slot), total.to(y.dtype.element_ty), mask=valid & (slot < slots))
 
 
 @triton.jit
@@ -154,21 +163,25 @@ def _add_kernel(
     tl.store(result + output * inputs + feature, total.to(result.dtype.element_ty), mask=valid)
 
 
-def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
-    """x [..., features] -> [..., slots]"""
-    if not works_on(x.device):
-        return grouping.sum(x)
-    y = torch.empty(*x.shape[:-1], grouping.slots, dtype=x.dtype, device=x.device)
+def group_sums(xs: Sequence[Tensor], grouping: Grouping) -> Tensor:
+    """At most three tensors [..., features] -> [..., n * slots]"""
+    first = xs[0]
+    if not works_on(first.device):
+        return torch.cat([grouping.sum(x) for x in xs], -1)
+    y = torch.empty(*first.shape[:-1], len(xs) * grouping.slots, dtype=first.dtype, device=first.device)
     if y.numel() == 0:
         return y
-    if x.is_contiguous():
-        stride = grouping.features
-    else:
-        x = as_rows(x)
-        stride = x.stride(0)
-    rows = y.numel() // grouping.slots
-    constants, n_rows, blocks = _sum_constants(grouping, stride)
-    launch(_sum_kernel, (-(-rows // n_rows), blocks), (x, y), (rows,), constants)
+    stride = grouping.features
+    if not all(x.is_contiguous() for x in xs):
+        xs = [as_rows(x) for x in xs]
+        stride = xs[0].stride(0)
+        if any(x.stride(0) != stride for x in xs):
+            xs = [x.contiguous() for x in xs]
+            stride = grouping.features
+    rows = first.numel() // grouping.features
+    constants, n_rows, blocks = _sum_constants(grouping, stride, y.shape[-1])
+    x, second, third = (*xs, *[xs[0]] * (3 - len(xs)))
+    launch(_sum_kernel, (-(-rows // n_rows), blocks, len(xs)), (x, second, third, y), (rows,), constants)
     return y
 
 
@@ -186,12 +199,13 @@ def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Groupi
 
 
 @functools.lru_cache(maxsize=4096)
-def _sum_constants(grouping: Grouping, stride: int) -> tuple[dict[str, Any], int, int]:
+def _sum_constants(grouping: Grouping, x_stride: int, y_stride: int) -> tuple[dict[str, Any], int, int]:
     """Of the kernel, with rows of a program, and programs for all slots of a row."""
     block = min(_BLOCK, power_of_two(grouping.slots))
     n_rows = max(_MIN_ROWS, _ELEMENTS // (block * max(map(_together, grouping.pieces))))
     constants = {
-        "x_stride": stride,
+        "x_stride": x_stride,
+        "y_stride": y_stride,
         "slots": grouping.slots,
         "pieces": _flat(grouping),
         "n_pieces": len(grouping.pieces),
@@ -204,7 +218,7 @@ def _sum_constants(grouping: Grouping, stride: int) -> tuple[dict[str, Any], int
 @functools.lru_cache(maxsize=4096)
 def _add_constants(
     inputs: Grouping, outputs: Grouping, weight_stride: int, square_stride: int
-) -> tuple[dict[str, Any], tuple[int, int]]:
+) -> tuple[dict[str, Any], tuple[int, int, int]]:
     """Of the kernel, with its grid."""
     block = min(_BLOCK, power_of_two(inputs.features))
     n_rows = _ELEMENTS // block
@@ -220,7 +234,7 @@ def _add_constants(
         "ROWS": n_rows,
         "BLOCK": block,
     }
-    return constants, (-(-outputs.features // n_rows), -(-inputs.features // block))
+    return constants, (-(-outputs.features // n_rows), -(-inputs.features // block), 1)
 
 
 def _flat(grouping: Grouping) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ def works_on(device: torch.device) -> bool:
 
 def launch(
     kernel: Any,
-    grid: tuple[int, int],
+    grid: tuple[int, int, int],
     tensors: tuple[Tensor, ...],
     numbers: tuple[int, ...],
     constants: dict[str, Any],
@@ -49,7 +49,7 @@ def launch(
         compiled = _compiled.get(key)
         if compiled is None:
             compiled = _compiled[key] = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=warps, **constants)
-        compiled[*grid, 1](*tensors, *numbers, *values)
+        compiled[grid](*tensors, *numbers, *values)
 
 
 def power_of_two(n: int) -> int:

@@ -104,5 +104,5 @@ def cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: int, g
         "block": min(_BLOCK, power_of_two(vocabulary)),
     }
     if rows:
-        launch(_cross_entropy, (rows, 1), (logits, labels.contiguous(), scale, losses), (), constants, warps=_WARPS)
+        launch(_cross_entropy, (rows, 1, 1), (logits, labels.contiguous(), scale, losses), (), constants, warps=_WARPS)
     return losses

@@ -12,6 +12,9 @@ from relora_mora.config import MethodConfig
 from relora_mora.methods.layers import AdapterLinear, adapter_parameters, layer_generator
 from relora_mora.operators import Draw
 
+# what the linears of a decoder layer see, where several see the same
+INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
+
 
 @dataclass(frozen=True)
 class Injection:
@@ -43,6 +46,7 @@ def inject(
     """
     layer = layer_class(method)
     by_kind: dict[str, list[str]] = {kind: [] for kind in method.target_modules}
+    by_input: dict[tuple[str, str], list[AdapterLinear]] = {}
     for name, module in list(decoder_linears(model)):
         parent_name, _, kind = name.rpartition(".")
         if kind in by_kind and isinstance(module, nn.Linear):
@@ -50,6 +54,7 @@ def inject(
             adapter = layer.from_settings(module, method.of(kind), generator, mora_type, draw or Draw(seed))
             setattr(model.get_submodule(parent_name), kind, adapter)
             by_kind[kind].append(name)
+            by_input.setdefault((parent_name, INPUTS.get(kind, kind)), []).append(adapter)
     unmatched = [kind for kind, names in by_kind.items() if not names]
     if unmatched:
         present = sorted({name.rpartition(".")[2] for name, _ in decoder_linears(model)})
@@ -57,6 +62,8 @@ def inject(
             f"method.target_modules: no linear of the decoder is named {', '.join(unmatched)}; it has "
             f"{', '.join(present)}"
         )
+    for layers in by_input.values():
+        layer.share_input(layers)
     count = sum(model.get_parameter(name).numel() for name in adapter_parameters(model))
     return Injection({kind: tuple(names) for kind, names in by_kind.items()}, count)
 

@@ -60,6 +60,7 @@ class AdapterLinear(nn.Module):
         self.dropout = dropout
         self.resident = form == "resident"
         self.merged_weight: Tensor | None = None  # W + delta as it is now; never saved
+        self.gathered = False  # ZeRO-3: its parameters are there while it runs, and only then
         self.in_place = False  # the weight itself is W + delta: at ZeRO-3, see zero/slices.py
         self.weight: Tensor = linear.weight
         self.weight.requires_grad_(False)
@@ -71,6 +72,10 @@ class AdapterLinear(nn.Module):
         cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None, draw: Draw
     ) -> Self:
         """The layer in place of a linear; ``generator`` gives its values, ``mora_type`` and ``draw`` its operator."""
+
+    @classmethod
+    def share_input(cls, layers: Sequence[Self]) -> None:
+        """Told which layers of a model see the same input, in the order of their calls; nothing must follow from it."""
 
     @classmethod
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,7 @@ class MoRALinear(AdapterLinear):
         super().__init__(linear, form, dropout)
         self.square_size = size
         self.mora_M = nn.Parameter(torch.zeros(size, size, dtype=linear.weight.dtype))
+        self.input = _SharedInput([self])
         self.set_operator(mora_type, draw)
 
     operator: Operator
@@ -68,6 +69,12 @@ class MoRALinear(AdapterLinear):
     @classmethod
     def parameters_for(cls, method: MethodConfig, in_features: int, out_features: int) -> int:
         return layer_square_size(method, in_features, out_features) ** 2
+
+    @classmethod
+    def share_input(cls, layers: Sequence[Self]) -> None:
+        shared = _SharedInput(layers)
+        for layer in layers:
+            layer.input = shared
 
     def set_operator(self, mora_type: int, draw: Draw | None = None) -> None:
         self.operator = make_operator(mora_type, self.in_features, self.out_features, self.square_size, draw)
@@ -97,7 +104,9 @@ class MoRALinear(AdapterLinear):
 
     def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
         elements = self.square_size * max(self._blocks(cycle))
-        of_input = Kept(f"C x of {self.square_size}", elements, shared=self.uses_merged_form(tokens))
+        of_input = Kept(
+            f"C x for {self.square_size} -> {self.out_features}", elements, shared=self.uses_merged_form(tokens)
+        )
         return [of_input, *self._kept_by_dropout()]
 
     def _blocks(self, cycle: Sequence[int]) -> list[int]:
@@ -105,7 +114,14 @@ class MoRALinear(AdapterLinear):
         return [make_operator(kind, self.in_features, self.out_features, self.square_size).blocks for kind in cycle]
 
     def _merged(self, x: Tensor) -> Tensor:
-        return _MergedMoRA.apply(x, self.weight, self.mora_M, self.built, self.operator, torch.is_grad_enabled())
+        handle = self.input.handle(self, x) if torch.is_grad_enabled() and self.mora_M.requires_grad else None
+        return _MergedMoRA.apply(x, self.weight, self.mora_M, self.built, self.operator, handle)
+
+    def joins(self, other: MoRALinear, x: Tensor) -> bool:
+        """Whether this layer will ask for the gradient of its M as ``other`` does, if it gets the same x."""
+        if self.gathered or self.operator is not other.operator:
+            return False
+        return self.mora_M.requires_grad and self.uses_merged_form(x.numel() // self.in_features)
 
     def _delta(self, x: Tensor) -> Tensor:
         return self.operator.decompress(F.linear(self.operator.compress(x), self.mora_M))
@@ -114,44 +130,99 @@ class MoRALinear(AdapterLinear):
         return f"{super().extra_repr()}, {self.operator}"
 
 
-class _MergedMoRA(torch.autograd.Function):
-    """``x (W + D M C)^T`` that keeps ``C x`` [..., R] for backward, not x: W is frozen, so only dM needs the input.
+class _SharedInput:
+    """MoRA layers that see the same input x, in the order of their calls: C x is made once, and so are all their dM.
 
-    ``merged`` is ``W + D M C`` where it is resident; else it is built in forward and again in backward.
+    The first layer that is called opens a node of autograd for those that follow it as well, and gets a handle from it,
+    as they do when they are called. A handle has the shape of y and no memory; its gradient is dy. When the node has
+    every dy, it makes all dM. Under ZeRO-3 each layer has a node of its own, for autograd wants its M to be there when
+    the node is opened and when dM is put beside it; C x is still made once.
+    """
+
+    def __init__(self, layers: Sequence[MoRALinear]) -> None:
+        self.layers = list(layers)
+        self.seen: _Seen | None = None  # from the first layer's call to the last one's
+
+    def handle(self, layer: MoRALinear, x: Tensor) -> Tensor:
+        """x [..., in] -> a handle [..., out] for this layer"""
+        seen = self.seen
+        if seen is None or seen.operator is not layer.operator or not seen.holds(x):
+            with torch.no_grad():
+                compressed = layer.operator.compress_for_gradient(x)
+            seen = self.seen = _Seen(x, x._version, layer.operator, compressed, [])
+        if not seen.waiting or seen.waiting[0][0] is not layer:
+            following = self.layers[self.layers.index(layer) + 1 :]
+            together = [layer, *(other for other in following if other.joins(layer, x))]
+            squares = [member.mora_M for member in together]
+            handles = _SquareGradients.apply(seen.compressed, x.shape[:-1], layer.operator, *squares)
+            seen.waiting[:] = zip(together, handles, strict=True)
+        _, handle = seen.waiting.pop(0)
+        if layer is self.layers[-1]:
+            self.seen = None
+        return handle
+
+
+class _Seen(NamedTuple):
+    """An input, ``version`` at that time, its C x, and the layers that were not called yet with their handles."""
+
+    x: Tensor
+    version: int
+    operator: Operator
+    compressed: Tensor
+    waiting: list[tuple[MoRALinear, Tensor]]
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether C x is of this x: itself, or as under ZeRO-3 an alias, and not written to since."""
+        if torch.compiler.is_compiling():
+            return x is self.x
+        same_memory = x.untyped_storage()._cdata == self.x.untyped_storage()._cdata
+        return same_memory and x._version == self.version and _layout(x) == _layout(self.x)
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return x.storage_offset(), x.shape, x.stride(), x.dtype
+
+
+class _SquareGradients(torch.autograd.Function):
+    """Gives handles [..., out], and makes the dM of all of them of their gradients dy and of C x [..., R]."""
+
+    @staticmethod
+    def forward(ctx: Any, compressed: Tensor, rows: Any, operator: Operator, *squares: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(compressed)
+        ctx.operator = operator
+        return tuple(compressed.new_empty(()).expand(*rows, operator.out_features) for _ in squares)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (compressed,) = ctx.saved_tensors
+        return None, None, None, *ctx.operator.square_gradients(compressed, grads)
+
+
+class _MergedMoRA(torch.autograd.Function):
+    """``x (W + D M C)^T``, which keeps nothing of x: W is frozen, and the gradient of M is made where dy is sent to.
+
+    ``merged`` is ``W + D M C`` where it is resident; else it is built of M in forward and again in backward.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, M: Tensor, merged: Tensor | None, operator: Operator, training: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        M: Tensor,
+        merged: Tensor | None,
+        operator: Operator,
+        handle: Tensor | None,
     ) -> Tensor:
-        needs_square = training and ctx.needs_input_grad[2]
-        ctx.save_for_backward(_compress_once(x, operator) if needs_square else None, weight, M, merged)
+        ctx.save_for_backward(weight, M, merged)
         ctx.operator = operator
         return F.linear(x, operator.add_delta(weight, M) if merged is None else merged)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None]:
-        compressed, weight, M, merged = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, Tensor | None]:
+        weight, M, merged = ctx.saved_tensors
         dy = grads[0]
-        operator = ctx.operator
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ (operator.add_delta(weight, M, after=dy) if merged is None else merged)
-        dM = operator.square_gradient(compressed, dy) if compressed is not None else None
-        return dx, None, dM, None, None, None
-
-
-def _compress_once(x: Tensor, operator: Operator) -> Tensor:
-    """``C x``, made once for layers that see the same input and have the same C: q, k and v; gate and up.
-
-    It is an attribute of the storage of x, so it goes when x goes. The storage and not x, because ZeRO-3 hands each
-    layer an alias of its own. What has no grad_fn may be a buffer that is filled again without autograd's notice.
-    """
-    if torch.compiler.is_compiling() or x.grad_fn is None:
-        return operator.compress_for_gradient(x)
-    storage: Any = x.untyped_storage()
-    key = (operator.input_map, x._version, x.storage_offset(), x.shape, x.stride(), x.dtype)
-    held = getattr(storage, "_compressed", None)
-    if held is None or held[0] != key:
-        held = storage._compressed = key, operator.compress_for_gradient(x)
-    return held[1]
+            dx = dy @ (ctx.operator.add_delta(weight, M, after=dy) if merged is None else merged)
+        return dx, None, None, None, None, dy if ctx.needs_input_grad[5] else None

@@ -34,15 +34,15 @@ EAGER: dict[tuple[Adapter | None, bool], LayerWork] = {
     (None, False): LayerWork(109, 645),
     (LORA, False): LayerWork(158, 705),
     (LORA, True): LayerWork(144, 688),
-    (MORA, False): LayerWork(141, 681),
-    (MORA, True): LayerWork(127, 663),
+    (MORA, False): LayerWork(132, 678),
+    (MORA, True): LayerWork(118, 660),
 }
 COMPILED: dict[tuple[Adapter | None, bool], LayerWork] = {
     (None, False): LayerWork(35, 277),
     (LORA, False): LayerWork(77, 331),
     (LORA, True): LayerWork(70, 322),
-    (MORA, False): LayerWork(67, 315),
-    (MORA, True): LayerWork(53, 296),
+    (MORA, False): LayerWork(58, 311),
+    (MORA, True): LayerWork(44, 293),
 }
 
 

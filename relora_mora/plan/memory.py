@@ -45,7 +45,7 @@ from transformers import PreTrainedModel
 
 from relora_mora.config import Config
 from relora_mora.config.zero_defaults import zero_defaults
-from relora_mora.methods.inject import decoder_linears
+from relora_mora.methods.inject import INPUTS, decoder_linears
 from relora_mora.methods.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.model.attention import flash_takes
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
@@ -56,9 +56,6 @@ from relora_mora.plan import optimizer
 # DeepSpeed's defaults
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PERSISTENCE_THRESHOLD = 100_000
-
-# linears of a decoder layer that see the same input
-_INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
 
 PARTS = ("weights", "merged", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
 
@@ -246,7 +243,7 @@ def _linear_inputs(model: PreTrainedModel, config: Config) -> float:
     elements: dict[tuple[str, str, str], int] = {}
     for name, layer in decoder_linears(model):
         prefix, _, kind = name.rpartition(".")
-        source = _INPUTS.get(kind, kind)
+        source = INPUTS.get(kind, kind)
         for kept in _kept(layer, config):
             if (source, kept.what) != ("o_proj", INPUT):
                 elements[prefix, source if kept.shared else kind, kept.what] = kept.elements

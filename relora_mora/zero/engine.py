@@ -82,6 +82,8 @@ class ZeroEngine:
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.device = self.deepspeed.device
         self.adapters = [layer for _, layer in adapter_layers(lm)]
+        for layer in self.adapters:
+            layer.gathered = train.zero_stage == 3
         resident = [layer for layer in self.adapters if layer.resident]
         self.slices = MergedSlices(resident, self.deepspeed.optimizer, self.rank)
         self.fragments = self._fragments(self.rank)

@@ -19,6 +19,7 @@ from relora_mora.kernels import (
     cuda,
     expand_add,
     group_sum,
+    group_sums,
     interleaved,
     rotated,
     wrapped_interleaved,
@@ -107,6 +108,22 @@ def test_compiled_sum_rounds_once(make, features, slots, dtype, device):
     _assert_taken(x)
     y = group_sum(x, grouping)
     assert y.dtype == dtype and torch.equal(y, grouping.sum(x.double()).to(dtype))
+
+
+@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
+@pytest.mark.parametrize("make", GROUPINGS)
+def test_sums_of_several_tensors_stand_side_by_side(make, library, device, monkeypatch):
+    monkeypatch.setattr(kernels.ops, "_enabled", library)
+    grouping = make(61, 16)
+    for rows in ((2, 3), (0,), ()):
+        x = _integers(*rows, 61, dtype=torch.float32).to(device)
+        for xs in (
+            [x],
+            [x, -x],
+            [x, x.repeat(*[1] * len(rows), 2)[..., :61], 3 * x],
+        ):  # the second is no matrix of its own
+            y = group_sums(xs, grouping)
+            assert torch.equal(y, torch.cat([grouping.sum(x) for x in xs], -1)) and y.is_contiguous()
 
 
 @pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
@@ -216,7 +233,7 @@ def test_torch_compile_sees_through(library, monkeypatch):
 
     for a, b in zip(torch.compile(_both, backend=backend, fullgraph=True)(*given), _both(*given), strict=True):
         assert torch.equal(a, b)
-    operators = {torch.ops.relora_mora.group_sum.default, torch.ops.relora_mora.expand_add.default}
+    operators = {torch.ops.relora_mora.group_sums.default, torch.ops.relora_mora.expand_add.default}
     assert len(graphs) == 1 and graphs[0] & operators == (operators if library else set())
 
 
@@ -227,7 +244,8 @@ def test_operators_are_what_torch_expects_of_them(make, dtype):
     """Schema, fake implementation, and the same result when compiled, also for sizes that are not known beforehand."""
     operators = torch.ops.relora_mora
     inputs, outputs = make(61, 16), contiguous(50, 16)
-    torch.library.opcheck(operators.group_sum.default, (_integers(3, 2, 61, dtype=dtype), inputs.numbers))
+    x = _integers(3, 2, 61, dtype=dtype)
+    torch.library.opcheck(operators.group_sums.default, ([x, -x], inputs.numbers))
     matrices = _integers(50, 61, dtype=dtype), _integers(16, 16, dtype=dtype)
     torch.library.opcheck(operators.expand_add.default, (*matrices, inputs.numbers, outputs.numbers))
     logits = _integers(7, 30, dtype=dtype)

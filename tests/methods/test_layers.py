@@ -21,7 +21,7 @@ from relora_mora.methods.lora import LoRALinear
 from relora_mora.methods.mora import MoRALinear, layer_square_size
 from relora_mora.model.llama import build_model
 from relora_mora.model.shapes import linear_shapes
-from relora_mora.operators import square_size
+from relora_mora.operators import GroupingOperator, square_size
 from relora_mora.optim import parameter_groups, set_trainable
 from relora_mora.plan.fit import adapter_parameters
 from relora_mora.registry import METHODS
@@ -97,7 +97,9 @@ def test_the_merged_form_keeps_the_compressed_input_only():
 
 
 def _pair(kinds: str) -> nn.ModuleList:
-    return nn.ModuleList(_layers(kind, 12, 20, 6, torch.float64)[0] for kind in kinds)
+    pair = [_layers(kind, 12, 20, 6, torch.float64)[0] for kind in kinds]
+    MoRALinear.share_input(pair)
+    return nn.ModuleList(pair)
 
 
 def _use(norm: nn.Module, pair: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
@@ -142,30 +144,79 @@ def test_layers_that_see_one_input_get_the_right_gradients(kinds, run):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def test_the_compressed_input_is_made_once_and_goes_with_the_input(monkeypatch):
-    layers, calls = _pair("11"), []
-    compress = type(layers[0].operator).compress_for_gradient
+@pytest.fixture
+def compressions(monkeypatch):
+    """[weak reference to C x] of each time that it is made"""
+    made = []
+    compress = GroupingOperator.compress_for_gradient
     monkeypatch.setattr(
-        type(layers[0].operator),
+        GroupingOperator,
         "compress_for_gradient",
-        lambda op, x: calls.append(weakref.ref(y := compress(op, x))) or y,
+        lambda op, x: made.append(weakref.ref(y := compress(op, x))) or y,
     )
+    return made
+
+
+def test_the_compressed_input_is_made_once_and_goes_with_the_graph(compressions):
+    layers = _pair("11")
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True) * 1
     alias = x.view_as(x)  # ZeRO-3 gives each layer an alias
     outputs = [layers[0](x), layers[1](alias)]
-    assert len(calls) == 1
+    assert len(compressions) == 1 and compressions[0]() is not None
     with torch.no_grad():
-        x.add_(1)
-    outputs.append(layers[0](x))
-    assert len(calls) == 2  # another value, the same memory
-    layers[1].set_operator(2)
-    outputs.append(layers[1](x))
-    assert len(calls) == 3
-    with torch.no_grad():
-        layers[0](x)
-    assert len(calls) == 3 and calls[0]() is not None
-    del outputs, x, alias
-    assert [call() for call in calls] == [None] * 3
+        outputs += [layers[0](x), layers[1](x)]
+    assert len(compressions) == 1
+    del outputs
+    assert compressions[0]() is None
+
+
+@pytest.mark.parametrize("between", ["x is written to", "another x", "another operator", "M does not train", "in vain"])
+def test_no_layer_takes_what_was_made_for_another_use(between, compressions):
+    layers = _pair("11")
+    reference = copy.deepcopy(layers)
+    for layer in reference:
+        layer.form = "decoupled"
+    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for first, second in (layers, reference):
+        seen = x * 1
+        outputs = [first(seen)]
+        if between == "x is written to":
+            outputs.clear()  # autograd could not go back through it
+            with torch.no_grad():
+                seen.add_(1)
+        elif between == "another x":
+            seen = x * 2
+        elif between == "another operator":
+            second.set_operator(2)
+        elif between == "M does not train":
+            second.mora_M.requires_grad_(False)
+        else:  # the first is called again, and the second never was
+            outputs = [first(seen)]
+        outputs.append(second(seen))
+        torch.stack([y.square().sum() for y in outputs]).sum().backward()
+        gradients.append([layer.mora_M.grad for layer in (first, second)])
+    assert len(compressions) == (1 if between in ("M does not train", "in vain") else 2)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_layers_with_one_input_make_their_gradients_in_one_product(monkeypatch):
+    """Those with the same maps, whichever of them are called and however often."""
+    asked = []
+    make = GroupingOperator.square_gradients
+    monkeypatch.setattr(
+        GroupingOperator, "square_gradients", lambda op, *given: asked.append(len(given[1])) or make(op, *given)
+    )
+    config = tiny_config(method={"name": "mora", "operators": [1], "form": "merged"})
+    for model_config, expected in ((tiny_llama(), [1, 1, 2, 3]), (tiny_llama(num_key_value_heads=1), [1, 1, 1, 2, 2])):
+        model = build_model(model_config, seed=0)
+        inject(model, config.method, seed=0)
+        set_trainable(model, config.method)
+        model(torch.arange(10).view(1, 10)).logits.sum().backward()
+        assert sorted(asked) == sorted(expected * model_config.num_hidden_layers)
+        assert all(layer.mora_M.grad is not None for _, layer in adapter_layers(model))
+        asked.clear()
 
 
 @pytest.mark.skipif(not kernels.available(), reason=f"kernels are {kernels.describe()}")
