@@ -115,7 +115,7 @@ class Operator(ABC):
         """weight + delta(M) [out, in], a new tensor; not differentiable. ``after``: as in ``kernels.expand_add``"""
 
     def compress_for_gradient(self, x: Tensor) -> Tensor:
-        """C x as :meth:`square_gradient` takes it"""
+        """C x as :meth:`square_gradients` takes it"""
         return self.compress(x)
 
     def factors(self, M: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ class GroupingOperator(Operator):
     """A grouping of the inputs is summed, a grouping of the outputs copied.
 
     ``inputs`` and ``outputs`` are names of functions in ``kernels/grouping.py``. With ``draw`` they take a seed, which
-    follows from the width and R and not from the layer: layers with the same input still share C x.
+    follows from the width and R and not from the layer: layers of one shape have the same.
     """
 
     def __init__(

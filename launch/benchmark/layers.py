@@ -108,6 +108,7 @@ class Variant:
         self.groups: list[tuple[Tensor, list[nn.Module], list[Tensor]]] = []
         for inputs, outs in shapes:
             layers = [make(nn.Linear(inputs, out, bias=False, dtype=dtype)).to(device) for out in outs]
+            MoRALinear.share_input([layer for layer in layers if isinstance(layer, MoRALinear)])
             x, *gradients = (
                 torch.randn(tokens, width, generator=generator).to(device, dtype) for width in (inputs, *outs)
             )

@@ -75,7 +75,7 @@ class AdapterLinear(nn.Module):
 
     @classmethod
     def share_input(cls, layers: Sequence[Self]) -> None:
-        """Told which layers of a model see the same input, in the order of their calls; nothing must follow from it."""
+        """Told which layers of a model see the same input, in the order of their calls; a method may ignore it."""
 
     @classmethod
     @abstractmethod

@@ -54,7 +54,8 @@ class MoRALinear(AdapterLinear):
         super().__init__(linear, form, dropout)
         self.square_size = size
         self.mora_M = nn.Parameter(torch.zeros(size, size, dtype=linear.weight.dtype))
-        self.input = _SharedInput([self])
+        self.shared_input = _SharedInput()
+        self.following: tuple[MoRALinear, ...] = ()  # layers with the same input that are called after this one
         self.set_operator(mora_type, draw)
 
     operator: Operator
@@ -72,9 +73,11 @@ class MoRALinear(AdapterLinear):
 
     @classmethod
     def share_input(cls, layers: Sequence[Self]) -> None:
-        shared = _SharedInput(layers)
-        for layer in layers:
-            layer.input = shared
+        """At most three. One backward must reach all of them that are called, and one checkpointed region hold them."""
+        shared = _SharedInput()
+        for place, layer in enumerate(layers):
+            layer.shared_input = shared
+            layer.following = tuple(layers[place + 1 :])
 
     def set_operator(self, mora_type: int, draw: Draw | None = None) -> None:
         self.operator = make_operator(mora_type, self.in_features, self.out_features, self.square_size, draw)
@@ -114,14 +117,13 @@ class MoRALinear(AdapterLinear):
         return [make_operator(kind, self.in_features, self.out_features, self.square_size).blocks for kind in cycle]
 
     def _merged(self, x: Tensor) -> Tensor:
-        handle = self.input.handle(self, x) if torch.is_grad_enabled() and self.mora_M.requires_grad else None
+        handle = self.shared_input.handle(self, x) if torch.is_grad_enabled() and self.mora_M.requires_grad else None
         return _MergedMoRA.apply(x, self.weight, self.mora_M, self.built, self.operator, handle)
 
-    def joins(self, other: MoRALinear, x: Tensor) -> bool:
-        """Whether this layer will ask for the gradient of its M as ``other`` does, if it gets the same x."""
-        if self.gathered or self.operator is not other.operator:
-            return False
-        return self.mora_M.requires_grad and self.uses_merged_form(x.numel() // self.in_features)
+    def asks(self, x: Tensor) -> bool:
+        """Whether this layer will ask for a handle if it gets this x."""
+        merged = self.in_place or self.uses_merged_form(x.numel() // self.in_features)
+        return merged and self.mora_M.requires_grad
 
     def _delta(self, x: Tensor) -> Tensor:
         return self.operator.decompress(F.linear(self.operator.compress(x), self.mora_M))
@@ -131,7 +133,7 @@ class MoRALinear(AdapterLinear):
 
 
 class _SharedInput:
-    """MoRA layers that see the same input x, in the order of their calls: C x is made once, and so are all their dM.
+    """C x of MoRA layers that see the same input x and have the same operator, and the node that makes all their dM.
 
     The first layer that is called opens a node of autograd for those that follow it as well, and gets a handle from it,
     as they do when they are called. A handle has the shape of y and no memory; its gradient is dy. When the node has
@@ -139,40 +141,43 @@ class _SharedInput:
     the node is opened and when dM is put beside it; C x is still made once.
     """
 
-    def __init__(self, layers: Sequence[MoRALinear]) -> None:
-        self.layers = list(layers)
-        self.seen: _Seen | None = None  # from the first layer's call to the last one's
+    def __init__(self) -> None:
+        self.seen: _Seen | None = None  # while layers are waited for
 
     def handle(self, layer: MoRALinear, x: Tensor) -> Tensor:
         """x [..., in] -> a handle [..., out] for this layer"""
         seen = self.seen
-        if seen is None or seen.operator is not layer.operator or not seen.holds(x):
+        if seen is None or not seen.is_for(layer, x):
+            operator = layer.operator
             with torch.no_grad():
-                compressed = layer.operator.compress_for_gradient(x)
-            seen = self.seen = _Seen(x, x._version, layer.operator, compressed, [])
-        if not seen.waiting or seen.waiting[0][0] is not layer:
-            following = self.layers[self.layers.index(layer) + 1 :]
-            together = [layer, *(other for other in following if other.joins(layer, x))]
+                compressed = operator.compress_for_gradient(x)
+            following = [other for other in layer.following if other.operator is operator and other.asks(x)]
+            seen = _Seen(x, x._version, operator, compressed, [layer, *following], [])
+        while seen.waiting[0] is not layer:  # what was not called
+            del seen.waiting[:1], seen.handles[:1]
+        if not seen.handles:
+            together = [layer] if layer.gathered else seen.waiting
             squares = [member.mora_M for member in together]
-            handles = _SquareGradients.apply(seen.compressed, x.shape[:-1], layer.operator, *squares)
-            seen.waiting[:] = zip(together, handles, strict=True)
-        _, handle = seen.waiting.pop(0)
-        if layer is self.layers[-1]:
-            self.seen = None
-        return handle
+            seen.handles.extend(_SquareGradients.apply(seen.compressed, x.shape[:-1], seen.operator, *squares))
+        del seen.waiting[0]
+        self.seen = seen if seen.waiting else None
+        return seen.handles.pop(0)
 
 
 class _Seen(NamedTuple):
-    """An input, ``version`` at that time, its C x, and the layers that were not called yet with their handles."""
+    """An input, ``version`` at that time, its C x, the layers that were not called yet, and their handles, if any."""
 
     x: Tensor
     version: int
     operator: Operator
     compressed: Tensor
-    waiting: list[tuple[MoRALinear, Tensor]]
+    waiting: list[MoRALinear]
+    handles: list[Tensor]
 
-    def holds(self, x: Tensor) -> bool:
-        """Whether C x is of this x: itself, or as under ZeRO-3 an alias, and not written to since."""
+    def is_for(self, layer: MoRALinear, x: Tensor) -> bool:
+        """Whether the layer is waited for, and C x is of this x: itself, or as under ZeRO-3 an alias."""
+        if self.operator is not layer.operator or not any(other is layer for other in self.waiting):
+            return False
         if torch.compiler.is_compiling():
             return x is self.x
         same_memory = x.untyped_storage()._cdata == self.x.untyped_storage()._cdata
@@ -190,12 +195,14 @@ class _SquareGradients(torch.autograd.Function):
     def forward(ctx: Any, compressed: Tensor, rows: Any, operator: Operator, *squares: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(compressed)
         ctx.operator = operator
+        ctx.set_materialize_grads(False)
         return tuple(compressed.new_empty(()).expand(*rows, operator.out_features) for _ in squares)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (compressed,) = ctx.saved_tensors
-        return None, None, None, *ctx.operator.square_gradients(compressed, grads)
+        made = iter(ctx.operator.square_gradients(compressed, [dy for dy in grads if dy is not None]))
+        return None, None, None, *(None if dy is None else next(made) for dy in grads)
 
 
 class _MergedMoRA(torch.autograd.Function):

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from relora_mora.config import ModelConfig
+from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.model import read_model_config
+from relora_mora.operators import GroupingOperator
 from tests.tools.commands import call, module_of, refused
 
 SCRIPT = "launch/benchmark/parts.py"
@@ -76,3 +78,23 @@ def test_a_gpu_that_is_not_there_is_one_message(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the option wins
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(call(script, *words, model, "--device=cuda"), "--device: got cuda, but torch", "sees no GPU here")
+
+
+def test_the_linears_of_a_layer_share_what_they_share_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = module_of("launch/benchmark/layers.py")
+    made: list[int] = []
+    compress = GroupingOperator.compress_for_gradient
+    monkeypatch.setattr(
+        GroupingOperator, "compress_for_gradient", lambda op, x: made.append(op.square_size) or compress(op, x)
+    )
+    variant = layers.Variant(
+        "mora merged",
+        layers.linears(LlamaConfig(**MODEL)),
+        MethodConfig(name="mora", rank=4),
+        operator=1,
+        tokens=6,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    variant.milliseconds()
+    assert len(made) == 4

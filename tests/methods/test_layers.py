@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import weakref
 
@@ -196,9 +197,39 @@ def test_no_layer_takes_what_was_made_for_another_use(between, compressions):
         outputs.append(second(seen))
         torch.stack([y.square().sum() for y in outputs]).sum().backward()
         gradients.append([layer.mora_M.grad for layer in (first, second)])
-    assert len(compressions) == (1 if between in ("M does not train", "in vain") else 2)
+    assert len(compressions) == (1 if between == "M does not train" else 2)
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("last", ["is not called", "is frozen", "has no gradient"])
+def test_nothing_is_kept_of_a_forward_and_no_gradient_is_none(last):
+    layers = _pair("11")
+    if last == "is frozen":
+        layers[1].mora_M.requires_grad_(False)
+    for _ in range(2):  # the second forward finds what the first has left
+        x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True) * 1
+        seen = weakref.ref(x)
+        y = layers[0](x)
+        unused = None if last == "is not called" else layers[1](x)
+        y.sum().backward()
+        assert layers[1].mora_M.grad is None
+        if last != "is not called":
+            assert layers[0].shared_input.seen is None
+            del x, y, unused
+            assert seen() is None
+
+
+def test_layers_are_freed_with_the_last_name_that_they_have():
+    layers = _pair("11")
+    layers[1](x := torch.randn(5, 12, dtype=torch.float64)), layers[0](x), layers[1](x)
+    freed = [weakref.ref(layer) for layer in layers]
+    gc.disable()
+    try:
+        del layers
+        assert [layer() for layer in freed] == [None, None]  # no cycle
+    finally:
+        gc.enable()
 
 
 def test_layers_with_one_input_make_their_gradients_in_one_product(monkeypatch):
@@ -208,8 +239,13 @@ def test_layers_with_one_input_make_their_gradients_in_one_product(monkeypatch):
     monkeypatch.setattr(
         GroupingOperator, "square_gradients", lambda op, *given: asked.append(len(given[1])) or make(op, *given)
     )
-    config = tiny_config(method={"name": "mora", "operators": [1], "form": "merged"})
-    for model_config, expected in ((tiny_llama(), [1, 1, 2, 3]), (tiny_llama(num_key_value_heads=1), [1, 1, 1, 2, 2])):
+    grouped = tiny_llama(num_key_value_heads=1)
+    for model_config, pattern, expected in (
+        (tiny_llama(), {}, [1, 1, 2, 3]),
+        (grouped, {}, [1, 1, 1, 2, 2]),
+        (tiny_llama(), {"k_proj": 2}, [1, 1, 1, 1, 1, 2]),
+    ):
+        config = tiny_config(method={"name": "mora", "operators": [1], "form": "merged", "rank_pattern": pattern})
         model = build_model(model_config, seed=0)
         inject(model, config.method, seed=0)
         set_trainable(model, config.method)
