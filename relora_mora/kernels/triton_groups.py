@@ -181,8 +181,8 @@ def group_sums(xs: Sequence[Tensor], grouping: Grouping) -> Tensor:
             stride = grouping.features
     rows = first.numel() // grouping.features
     constants, n_rows, blocks = _sum_constants(grouping, stride, y.shape[-1])
-    x, second, third = (*xs, *[xs[0]] * (3 - len(xs)))
-    launch(_sum_kernel, (-(-rows // n_rows), blocks, len(xs)), (x, second, third, y), (rows,), constants)
+    three = [*xs, *[xs[0]] * (3 - len(xs))]
+    launch(_sum_kernel, (-(-rows // n_rows), blocks, len(xs)), (*three, y), (rows,), constants)
     return y
 
 
