@@ -108,7 +108,6 @@ def group_sums(xs: Sequence[Tensor], grouping: Grouping) -> Tensor:
     """n tensors [..., features] -> [..., n * slots]"""
     library = _loaded()
     first = xs[0]
-    assert all(x.shape == first.shape for x in xs)
     pieces = _pieces(grouping)
     y = torch.empty(first.numel() // grouping.features, len(xs), grouping.slots, dtype=first.dtype)
     threads = _threads(first.numel())

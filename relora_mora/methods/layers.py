@@ -124,11 +124,15 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
-        if self.in_place or self.uses_merged_form(x.numel() // self.in_features):
+        if self.multiplies_merged(x):
             y = self._merged(x)
         else:
             y = F.linear(x, self.weight) + self._delta(F.dropout(x, self.dropout) if self.drops else x)
         return y if self.bias is None else y + self.bias
+
+    def multiplies_merged(self, x: Tensor) -> bool:
+        """Whether x [..., in] is multiplied with ``W + delta``."""
+        return self.in_place or self.uses_merged_form(x.numel() // self.in_features)
 
     @property
     def drops(self) -> bool:

@@ -122,8 +122,7 @@ class MoRALinear(AdapterLinear):
 
     def asks(self, x: Tensor) -> bool:
         """Whether this layer will ask for a handle if it gets this x."""
-        merged = self.in_place or self.uses_merged_form(x.numel() // self.in_features)
-        return merged and self.mora_M.requires_grad
+        return self.multiplies_merged(x) and self.mora_M.requires_grad
 
     def _delta(self, x: Tensor) -> Tensor:
         return self.operator.decompress(F.linear(self.operator.compress(x), self.mora_M))
