@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "tokenizer.model"
 _EXPECTED = "expected a folder with tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder"
+_OF_NO_ID = ("version", "truncation", "padding", "post_processor", "decoder")  # they change no id of a text
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 # Where conversions of a sentencepiece model go wrong: spaces at either end, the names of special and byte tokens, bytes
@@ -144,21 +145,21 @@ def check_vocabulary(
 
 
 def tokenizer_fingerprint(path: str | Path) -> str:
-    """16 hex digits over what decides the ids, the same for a folder and for the ``tokenizer.model`` in it."""
+    """16 hex digits over what decides the ids, the same for a folder and for the ``tokenizer.model`` in it.
+
+    It is of the tokenizer as it is loaded: ``tokenizer.json`` can be written in several ways, and transformers rewrites
+    parts of some. Raises :class:`TokenizerError` as :func:`load_tokenizer` does.
+    """
     path = Path(path)
     _check_exists(path)
     model = _sentencepiece_file(path)
     if model is not None:
         return xxhash.xxh64(model.read_bytes()).hexdigest()
-    content: Any = _read_json(path / "tokenizer.json")
-    if content is None:
-        content = sorted(load_tokenizer(path).get_vocab().items())
-    else:  # what follows changes no id of a text
-        content = {
-            key: value
-            for key, value in content.items()
-            if key not in ("truncation", "padding", "post_processor", "decoder")
-        }
+    tokenizer = load_tokenizer(path)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: Any = sorted(tokenizer.get_vocab().items())
+    if backend is not None:
+        content = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _OF_NO_ID}
     return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

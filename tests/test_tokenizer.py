@@ -172,6 +172,27 @@ def test_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
     assert _plain(tmp_path / "export", [text]) == encode(tokenizer, [text])
 
 
+OLD_FORMS = {
+    "merges as strings": lambda model: {"merges": [" ".join(pair) for pair in model["merges"]]},
+    "no ignore_merges": lambda model: {"ignore_merges": ...},
+}
+
+
+@pytest.mark.parametrize("form", OLD_FORMS)
+def test_a_tokenizer_written_in_an_older_form_is_the_same_one(folder: Path, tmp_path: Path, form: str) -> None:
+    path = _hugging_face(folder, tmp_path / "hf")
+    expected = tokenizer_fingerprint(path)
+    model = json.loads((path / "tokenizer.json").read_text())["model"]
+    assert {"merges", "ignore_merges"} <= set(model)
+    changed = {key: value for key, value in (model | OLD_FORMS[form](model)).items() if value is not ...}
+    older = _hugging_face(folder, tmp_path / "older", model=changed)
+    assert (older / "tokenizer.json").read_text() != (path / "tokenizer.json").read_text()
+    save_tokenizer(older, tmp_path / "saved")
+    assert tokenizer_fingerprint(older) == tokenizer_fingerprint(tmp_path / "saved") == expected
+    fewer = _hugging_face(folder, tmp_path / "fewer", model=model | {"merges": model["merges"][:-1]})
+    assert tokenizer_fingerprint(fewer) != expected
+
+
 def test_code_of_a_tokenizer_is_neither_run_nor_saved(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
