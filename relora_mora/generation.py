@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from relora_mora.data import Answer
+from relora_mora.data.chat import end_of_turn
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def generate_answers(
     and ``all_sum`` are those of :func:`relora_mora.evaluate.evaluate`; where ``stop()`` is true the result is None.
     """
     counts = torch.zeros(4, dtype=torch.float64, device=device)
-    special = frozenset(tokenizer.all_special_ids)
+    special = special_tokens(tokenizer)
     ordered = sorted(answers, key=lambda each: len(each.prompt))  # little to fill up
     per_round = batch_size * world_size
     for first in range(0, len(ordered), per_round):
@@ -88,6 +89,13 @@ def generate_answers(
             same = agreeing_characters(found, expected)
             counts += counts.new_tensor([1, found == expected, len(expected), same])
     return Generated(*map(round, all_sum(counts).tolist()))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that are no part of an answer, such as EOS, and the end of a turn where the tokenizer gives it no role."""
+    added = {token for token, described in tokenizer.added_tokens_decoder.items() if described.special}
+    end = end_of_turn(tokenizer)
+    return frozenset(added | set(tokenizer.all_special_ids) | ({end} if end is not None else set()))
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], special: Set[int]) -> str:

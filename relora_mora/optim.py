@@ -67,13 +67,15 @@ def state_of(optimizer: torch.optim.Optimizer, flat: Tensor, moments: Iterable[s
 
 
 def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
-    """Marks what trains: adapters or linears, and embeddings, norms and head as the settings say."""
-    adapters = {f"{name}.weight" for name, _ in adapter_layers(model)}
+    """Marks what trains: adapters, other linears, embeddings, norms and head as the settings say."""
+    adapters = adapter_parameters(model)
+    under_adapters = {f"{name}.weight" for name, _ in adapter_layers(model)}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
-        kind = _kind(name)
+        kind = "adapters" if name in adapters else _kind(name)
         train = {
-            "linears": name not in adapters,
+            "adapters": True,
+            "linears": method.trains_linears and name not in under_adapters,
             "embeddings": method.train_embeddings or (tied and method.train_head),
             "head": method.train_head,
             "norms": method.train_norms,
@@ -84,7 +86,7 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGroup]:
     """The groups of trainable parameters, in a fixed order; empty ones are left out.
 
-    Linears of the decoder that have no adapter train in full, at ``optim.lr_other`` when the others have adapters.
+    Linears of the decoder that train without an adapter do so at ``optim.lr_other`` where the others have adapters.
     """
     other = optim.lr if optim.lr_other is None else optim.lr_other
     adapters = adapter_parameters(model)

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ADAPTER_SETTINGS = ("method.rank", "method.rank_pattern", "method.form", "method.target_modules", "method.dropout")
+ADAPTER_SETTINGS = (
+    "method.rank",
+    "method.rank_pattern",
+    "method.form",
+    "method.target_modules",
+    "method.train_linears",
+    "method.dropout",
+)
 MERGE_SETTINGS = (
     "method.merge_every",
     "method.reset",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import AddedToken
 
 from relora_mora.data import Answer
 from relora_mora.data.answers import answer_of
 from relora_mora.data.rows import Encoded
-from relora_mora.generation import Generated, agreeing_characters, generate_answers, greedy, text_of
+from relora_mora.generation import Generated, agreeing_characters, generate_answers, greedy, special_tokens, text_of
 from relora_mora.model import ARCHITECTURES
 from relora_mora.model.llama import LossModel
 from relora_mora.tokenizer import load_tokenizer
@@ -73,6 +74,18 @@ def test_text_ends_at_a_special_token(tokenizer_path):
     ids = tokenizer("the rank", add_special_tokens=False).input_ids
     end = tokenizer.eos_token_id
     assert text_of(tokenizer, [*ids, end, *ids], {end}) == text_of(tokenizer, ids, {end}) == "the rank"
+
+
+def test_the_end_of_a_turn_is_no_part_of_an_answer(tokenizer_path):
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=True), AddedToken("<|eot|>", special=False)])
+    ids = tokenizer("the rank", add_special_tokens=False).input_ids
+    of_a_turn, named = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot|>"])
+    assert of_a_turn not in tokenizer.all_special_ids
+    assert text_of(tokenizer, [*ids, of_a_turn], special_tokens(tokenizer)) == "the rank"
+    assert named not in special_tokens(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"
+    assert named in special_tokens(tokenizer)
 
 
 def test_every_answer_is_counted_once_on_any_number_of_ranks(lm, tokenizer_path):

@@ -23,7 +23,11 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
 }
 # fields that a row may lack
-OPTIONAL_FIELDS: dict[Kind, tuple[str, ...]] = {"alpaca": ("input",), "sharegpt": ("system",)}
+OPTIONAL_FIELDS: dict[Kind, tuple[str, ...]] = {
+    "messages": ("tools",),
+    "alpaca": ("input",),
+    "sharegpt": ("system", "tools"),
+}
 CHATML = "chatml"  # the template that comes with the package
 CONVERSATIONS: tuple[Kind, ...] = ("messages", "sharegpt")  # kinds that a chat template writes as text
 

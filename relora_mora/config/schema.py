@@ -102,6 +102,10 @@ class MethodConfig(Strict):
     target_modules: list[str] = Field(
         list(DECODER_LINEARS), min_length=1, description="linear layers of the decoder that get an adapter"
     )
+    train_linears: bool | None = Field(
+        None,
+        description="train linears of the decoder that have no adapter; null: where embeddings, norms or head train",
+    )
     train_embeddings: bool = Field(True, description="train the input embeddings")
     train_norms: bool = Field(True, description="train the norms")
     train_head: bool = Field(True, description="train the output head")
@@ -138,6 +142,15 @@ class MethodConfig(Strict):
     @property
     def uses_squares(self) -> bool:
         return self.record.adapter is not None and self.record.adapter.has_square
+
+    @property
+    def trains_linears(self) -> bool:
+        """Whether linears of the decoder that have no adapter train."""
+        if not self.uses_adapters:
+            return True
+        if self.train_linears is not None:
+            return self.train_linears
+        return self.train_embeddings or self.train_norms or self.train_head
 
     @property
     def merges(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from relora_mora.config.records import CHATML
 from relora_mora.data.errors import SourceError
-from relora_mora.data.passages import Message, Passage
+from relora_mora.data.passages import Conversation, Passage
 from relora_mora.data.record_format import RecordFormat
 from relora_mora.data.sources import Shard
 
@@ -90,9 +90,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.chat_template is None or backend is None:
         return None
     answer = "answer"
-    turns: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        written = render(tokenizer, str(tokenizer.get_chat_template()), turns, marked=False).text
+        written = render(tokenizer, str(tokenizer.get_chat_template()), Conversation(turns, []), marked=False).text
     except Exception:  # whatever a template raises: not every one writes these two turns
         return None
     behind = written.rpartition(answer)[2].lstrip()
@@ -101,7 +101,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
-def render(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message], *, marked: bool) -> Passage:
+def render(tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, *, marked: bool) -> Passage:
     """A conversation as transformers' ``apply_chat_template`` writes it; its answers where they are ``marked``.
 
     Raises jinja2's TemplateSyntaxError for a template that is no Jinja, and whatever a template raises for messages
@@ -111,7 +111,11 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Mes
 
     variables: dict[str, Any] = {"date_string": _DATE, **tokenizer.special_tokens_map}
     rendered: Any = render_jinja_template(
-        [messages], chat_template=template, return_assistant_tokens_mask=marked, **variables
+        [conversation.messages],
+        tools=conversation.tools or None,  # type: ignore[arg-type]
+        chat_template=template,
+        return_assistant_tokens_mask=marked,
+        **variables,
     )
     [text], answers = rendered
     return Passage(text, list(answers[0]) if marked else [(0, len(text))])

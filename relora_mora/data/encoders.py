@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from relora_mora.config import DataConfig, Packing
 from relora_mora.data.chat import chat_template, render, template_name
 from relora_mora.data.errors import SourceError
-from relora_mora.data.passages import Passage, messages_of, passage_of
+from relora_mora.data.passages import Conversation, Passage, conversation_of, passage_of
 from relora_mora.data.plain_text import text_encoder
 from relora_mora.data.record_format import Record, RecordFormat
 from relora_mora.data.rows import Encode, Encoded
@@ -66,11 +67,11 @@ def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordForm
     def passage(record: Record) -> Passage | Skipped:
         if template is None:
             return passage_of(settings.kind, record)
-        messages = messages_of(settings.kind, record)
-        if isinstance(messages, Skipped):
-            return messages
+        conversation = conversation_of(settings.kind, record)
+        if isinstance(conversation, Skipped):
+            return conversation
         try:
-            rendered = render(tokenizer, template, messages, marked=not scores_all)
+            rendered = render(tokenizer, template, conversation, marked=not scores_all)
         except TemplateSyntaxError as error:
             raise SourceError(
                 f"{where} is no Jinja: line {error.lineno}: {error.message}; correct it, or name another in "
@@ -79,9 +80,17 @@ def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordForm
         except Exception as error:  # whatever a template raises
             said = " ".join(str(error).split())
             return Skipped("template_failed", record.told(f"is refused by {where} ({said:.200})"))
-        if not rendered.answers and any(message["role"] == "assistant" for message in messages):
+        if not rendered.answers and any(message["role"] == "assistant" for message in conversation.messages):
             return Skipped("no_answer", record.told(f"has an answer that {where} does not mark"))
-        return rendered
+        if any(_writes_the_same(tokenizer, template, other, rendered.text) for other in conversation.without_tools()):
+            return Skipped("template_failed", record.told(f"has tools, which {where} does not write"))
+        learned = conversation.learned()
+        if scores_all or all(learned):
+            return rendered
+        if len(rendered.answers) != len(learned):
+            told = f"has a weight, and {where} marks {len(rendered.answers)} of its {len(learned)} answers"
+            return Skipped("template_failed", record.told(told))
+        return rendered._replace(answers=list(itertools.compress(rendered.answers, learned)))
 
     def encode(records: list[Record]) -> list[Encoded | Skipped]:
         passages = [passage(record) for record in records]
@@ -91,6 +100,15 @@ def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordForm
         return [_with_answer(row, record) for row, record in zip(rows, records, strict=True)]
 
     return encode
+
+
+def _writes_the_same(
+    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, written: str
+) -> bool:
+    try:
+        return render(tokenizer, template, conversation, marked=False).text == written
+    except Exception:  # a template may refuse it: then it has looked at what is left out
+        return False
 
 
 def how_written(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> list[Any]:

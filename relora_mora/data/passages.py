@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from relora_mora.data.parse import is_encodable
@@ -27,6 +28,25 @@ _ALPACA_WITH_INPUT = (
 _QUESTION = "Question: {question}\nAnswer:"
 
 Message = dict[str, Any]
+
+
+class Conversation(NamedTuple):
+    """What a chat template writes; ``tools`` are descriptions of functions, as JSON."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+
+    def without_tools(self) -> Iterator[Conversation]:
+        """The same where no tool is described, and where none is called; neither where it has none."""
+        if self.tools:
+            yield Conversation(self.messages, [])
+        plain = [{key: value for key, value in each.items() if key != "tool_calls"} for each in self.messages]
+        if plain != self.messages:
+            yield Conversation(plain, self.tools)
+
+    def learned(self) -> list[bool]:
+        """Of each answer, whether it is; ``weight: 0`` says that it is not."""
+        return [each.get("weight", 1) == 1 for each in self.messages if each["role"] == "assistant"]
 
 
 class Passage(NamedTuple):
@@ -55,19 +75,26 @@ def passage_of(kind: str, record: Record) -> Passage | Skipped:
     return Passage(prompt + answer, [(len(prompt), len(prompt) + len(answer))])
 
 
-def messages_of(kind: str, record: Record) -> list[Message] | Skipped:
-    """The messages of a conversation, each with a role and its content; keys that hold nothing are left out."""
+def conversation_of(kind: str, record: Record) -> Conversation | Skipped:
+    """The messages of a conversation and the tools that it has; keys that hold nothing are left out."""
     [name] = {"messages", "conversations"} & set(record.fields)
-    given = record.fields[name]
-    if isinstance(given, str):  # as in CSV, which has no lists
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError):
-            return _bad(record, f'has a "{name}" that is a text and no JSON')
-        if not is_encodable(json.dumps(given, ensure_ascii=False)):
-            return _bad(record, f'has a "{name}" with half of a surrogate pair')
+    found: dict[str, Any] = {}
+    for field in {name, "tools"} & set(record.fields):
+        given = record.fields[field]
+        if isinstance(given, str):  # as in CSV, which has no lists
+            try:
+                given = json.loads(given)
+            except (ValueError, RecursionError):
+                return _bad(record, f'has a "{field}" that is a text and no JSON')
+            if not is_encodable(json.dumps(given, ensure_ascii=False)):
+                return _bad(record, f'has a "{field}" with half of a surrogate pair')
+        found[field] = _without_nulls(given)
+    given = found[name]
     if not isinstance(given, list) or not given:
         return _bad(record, f'has a "{name}" that is no list of messages')
+    tools = found.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return _bad(record, 'has "tools" that are no list of descriptions')
     messages: list[Message] = []
     if system := record.fields.get("system"):
         messages.append({"role": "system", "content": system})
@@ -76,8 +103,15 @@ def messages_of(kind: str, record: Record) -> list[Message] | Skipped:
         fault = _fault(read, ("from", "value") if kind == "sharegpt" else ("role", "content"))
         if fault:
             return _bad(record, f"has a message {number} {fault}")
-        messages.append({key: value for key, value in read.items() if value is not None})
-    return messages
+        messages.append(read)
+    return Conversation(messages, tools)
+
+
+def _without_nulls(value: Any) -> Any:
+    """As it was written: Parquet gives every object the keys of all others, with null for what it has not."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _with_content(message: Any) -> Any:
@@ -99,6 +133,8 @@ def _fault(message: Any, names: tuple[str, str]) -> str | None:
         return "that has no keys and values"
     if message.get("role") not in ROLES:
         return f'with the "{names[0]}" {message.get("role")!r:.40}, expected one of {", ".join(ROLES)}'
+    if message.get("weight", 1) not in (0, 1):
+        return f'with the "weight" {message["weight"]!r:.40}, expected 0 or 1'
     return None if isinstance(message.get("content"), str) else f'whose "{names[1]}" is no text'
 
 

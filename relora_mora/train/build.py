@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from relora_mora import kernels
-from relora_mora.config import Config, ConfigError
+from relora_mora.config import Config
 from relora_mora.distributed.join import processes_on_host
 from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.methods.inject import inject
@@ -78,9 +78,6 @@ def build(
     for note in uneven_widths(checked.model_config) if on_gpu else ():
         shared_log.warning("model: %s", note)
     groups = parameter_groups(lm, config.optim)
-    if not groups:
-        fault = "method: nothing is trained; set method.train_embeddings, train_norms or train_head"
-        raise ConfigError([fault], "the settings")
     counts = count_parameters(lm)
     log.info(
         "parameters: %s total, %s trainable, %s adapters",

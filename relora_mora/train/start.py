@@ -105,7 +105,7 @@ def _tensor_faults(adapter: AdapterFolder, lm: PreTrainedModel) -> Iterator[str]
     if frozen:
         yield (
             f"model.adapter: it brings {frozen[0]} with it, which does not train here; set "
-            "method.train_embeddings, train_norms or train_head, as where it was made"
+            "method.train_linears, train_embeddings, train_norms or train_head, as where it was made"
         )
 
 

@@ -275,6 +275,59 @@ def test_a_message_that_calls_a_tool_need_not_have_content(tokenizer, tmp_path):
     assert tokenizer.decode(np.array(row.ids)[row.scored]) == "matrix"
 
 
+TOOLS = [{"function": {"name": "matrix", "parameters": {}}}]
+CALL = {
+    "role": "assistant",
+    "content": "one",
+    "tool_calls": [{"function": {"name": "matrix", "arguments": {"rank": "over"}}}],
+}
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}{% endgeneration %}"
+    "{% else %}{{ m.content }}:{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_tools_and_calls_of_them_are_written(tokenizer, tmp_path, as_json):
+    path = tmp_path / "own.jinja"
+    path.write_text(WITH_TOOLS)
+    messages = [{"role": "user", "content": "rank", "tool_calls": None}, CALL]
+    given = {"messages": messages, "tools": TOOLS}
+    fields = {name: json.dumps(value) for name, value in given.items()} if as_json else given
+    row = _encoded(tokenizer, fields, kind="messages", template=str(path))
+    assert _parts(tokenizer, row) == [(False, "matrix rank:"), (True, 'one{"rank": "over"}')]
+    filled = CALL | {"tool_calls": [{"function": {"name": "matrix", "arguments": {"rank": "over", "one": None}}}]}
+    as_parquet_has_it, plain = (
+        _encoded(tokenizer, {"messages": [message]}, kind="messages", template=str(path)) for message in (filled, CALL)
+    )
+    assert list(as_parquet_has_it.ids) == list(plain.ids)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"messages": [CALL]}, {"messages": CONVERSATION, "tools": TOOLS}], ids=["calls", "tools"]
+)
+def test_tools_that_a_template_leaves_out_are_told(tokenizer, fields):
+    row = _encoded(tokenizer, fields, kind="messages", template="chatml")
+    assert row == Skipped("template_failed") and "has tools, which the template chatml does not write" in row.told
+
+
+def test_an_answer_without_weight_is_not_learned(tokenizer, tmp_path):
+    weighed = [message | {"weight": int(at != 2)} for at, message in enumerate(CONVERSATION)]
+    plain = _encoded(tokenizer, {"messages": CONVERSATION}, kind="messages", template="chatml")
+    row = _encoded(tokenizer, {"messages": weighed}, kind="messages", template="chatml")
+    scored = [text for is_scored, text in _parts(tokenizer, plain) if is_scored]
+    assert len(scored) == 2 and [text for is_scored, text in _parts(tokenizer, row) if is_scored] == scored[1:]
+    assert list(row.ids) == list(plain.ids)
+    half = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x", "weight": 0.5}]
+    assert 'with the "weight" 0.5' in _encoded(tokenizer, {"messages": half}, kind="messages", template="chatml").told
+    path = tmp_path / "last.jinja"
+    path.write_text("{% generation %}{{ messages[-1].content }}{% endgeneration %}")
+    told = _encoded(tokenizer, {"messages": weighed}, kind="messages", template=str(path)).told
+    assert "marks 1 of its 2 answers" in told
+
+
 def test_a_record_that_the_template_refuses_is_told(tokenizer, tmp_path):
     path = tmp_path / "own.jinja"
     path.write_text(ALTERNATES)

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -378,12 +379,26 @@ def test_a_projection_may_have_a_rank_of_its_own(method):
     assert found.parameters == 2 * adapter_parameters(config.method, shapes)  # two decoder layers, as planned
 
 
-def test_embeddings_norms_and_head_can_be_frozen():
-    config = tiny_config(method={"train_embeddings": False, "train_norms": False, "train_head": False})
+ALONE = {"train_embeddings": False, "train_norms": False, "train_head": False}
+
+
+@pytest.mark.parametrize(
+    ("method", "groups"),
+    [
+        (ALONE, ["adapters"]),
+        (ALONE | {"target_modules": ["q_proj"]}, ["adapters"]),
+        (ALONE | {"target_modules": ["q_proj"], "train_linears": True}, ["adapters", "linears"]),
+        (ALONE | {"target_modules": ["q_proj"], "train_norms": True}, ["adapters", "linears", "norms"]),
+        ({"target_modules": ["q_proj"], "train_linears": False}, ["adapters", "embeddings", "norms"]),
+        (ALONE | {"name": "lora", "target_modules": ["q_proj"]}, ["adapters"]),
+    ],
+)
+def test_everything_beside_the_adapters_can_be_frozen(method: dict[str, Any], groups: list[str]):
+    config = tiny_config(method=method)
     model = build_model(tiny_llama(), seed=0)
     inject(model, config.method, seed=0)
     set_trainable(model, config.method)
-    assert [group.name for group in parameter_groups(model, config.optim)] == ["adapters"]
+    assert [group.name for group in parameter_groups(model, config.optim)] == groups
 
 
 def test_targets_that_match_nothing_are_an_error():

@@ -70,6 +70,7 @@ def test_total_is_what_torch_counts(name: str, form: str) -> None:
     [
         {"name": "mora", "operators": [6], "square_size": 20},
         {"name": "mora", "target_modules": ["q_proj", "down_proj"]},
+        {"name": "mora", "target_modules": ["q_proj", "down_proj"], "train_linears": False},
         {"name": "remora", "square_multiple": 8},
         {"name": "lora", "train_head": False},
         {"name": "full", "train_head": False},

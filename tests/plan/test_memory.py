@@ -99,6 +99,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"name": "mora", "operators": [6], "square_multiple": 2}, {}),
     ({"name": "mora", "train_norms": False}, {}),
     ({"name": "mora", "target_modules": ["q_proj", "down_proj"]}, {}),
+    ({"name": "mora", "target_modules": ["q_proj", "down_proj"], "train_linears": False}, {}),
     ({"name": "full"}, {"attention": "eager"}),
     ({"name": "full"}, {"activation_checkpointing": True}),
     ({"name": "mora"}, {"activation_checkpointing": True}),
