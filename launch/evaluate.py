@@ -20,6 +20,8 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 if TYPE_CHECKING:
+    import torch
+
     from relora_mora.evaluate import EvalResult
     from relora_mora.pretrained import LoadedModel
 
@@ -123,12 +125,13 @@ def main(
     if tasks is not None:
         from relora_mora.harness import check_tasks
 
-        check_tasks(tasks.split(","), task_data)
+        names = [name.strip() for name in tasks.split(",")]
+        check_tasks(names, task_data, num_fewshot)
     if tasks is None and given is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
         raise ValueError(f"--data: {model} is no run and names no text of its own; say what to score, e.g. allenai/c4")
     loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
     if tasks is not None:
-        _score_tasks(loaded, tokenizer, tasks.split(","), micro_batch_size, **of_tasks)
+        _score_tasks(loaded, tokenizer, names, micro_batch_size, **of_tasks)
         return
     settings = loaded.data_settings(given, sequence_length, document_mask, text_column, sample_by)
     settings = settings.model_copy(update=held)
@@ -145,8 +148,7 @@ def main(
         except SourceError as error:
             raise SourceError(_as_this_command_says(str(error), given is not None)) from error
     device = torch.device("cuda" if uses_cuda() else "cpu")
-    lm: Any = loaded.model
-    lm = lm.to(device).eval()
+    lm = _on(device, loaded.model)
     if not is_causal(lm, device):
         raise ValueError(
             f"{model}: {type(lm).__name__} predicts a token from that token and later ones; "
@@ -205,8 +207,7 @@ def _score_tasks(
     from relora_mora.system.run_folder import RunFolder
     from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
-    lm: Any = loaded.model
-    lm = lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
+    lm = _on(torch.device("cuda" if uses_cuda() else "cpu"), loaded.model)
     with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
         words = load_tokenizer(tokenizer_path)
     check_vocabulary(words, lm.config.get_text_config().vocab_size)
@@ -220,6 +221,10 @@ def _score_tasks(
             record(run, step, results)
     print(f"{loaded.description}\n{table(results)}", file=sys.stderr)
     print(json.dumps({"tasks": results}))
+
+
+def _on(device: torch.device, lm: Any) -> Any:  # torch's types do not know that a model takes a device
+    return lm.to(device).eval()
 
 
 def _table(results: Mapping[str, EvalResult]) -> str:

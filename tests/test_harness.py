@@ -12,6 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.uuid_pairs import uuid_pairs
+from relora_mora.data.passages import passage_of
+from relora_mora.data.record_format import Record
 from relora_mora.harness import LOCAL_TASKS, HarnessError, evaluate_tasks, record, table
 from relora_mora.harness.local import compared, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
@@ -29,10 +31,14 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         for number, answer in enumerate("ABCD")
     ],
     "local_gsm8k": [{"question": "How many?", "answer": "Two and two.\n#### 1,004"}],
+    "local_metamath": [
+        {"question": "How many?", "answer": "#### 1,004"},
+        {"question": "What part?", "answer": "\\frac{1}{2}"},
+    ],
     "local_uuid": list(uuid_pairs(3, 0)),
 }
 needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'relora_mora[eval]'"
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[eval]'"
 )
 
 
@@ -200,6 +206,16 @@ def test_a_right_number_is_found_behind_its_steps(model, data):
     assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings) == {
         "local_gsm8k": {"exact_match/strict": 1.0, "exact_match/flexible": 1.0}
     }
+    for said, right in {
+        "2 and 2.\nThe answer is: 1004": 0.5,
+        " $0.5$. The answer is: $\\frac{1}{2}$.": 0.5,
+        "#### 1004": 0.0,
+        "The answer is: 1004\nThe answer is: 4": 0.0,
+    }.items():
+        Says.said = said
+        assert evaluate_tasks(lm, tokenizer, ["local_metamath"], **settings) == {
+            "local_metamath": {"exact_match": right}
+        }
     Says.said = ROWS["local_uuid"][1]["completion"] + "\nmore"
     found = evaluate_tasks(lm, tokenizer, ["local_uuid"], **settings)["local_uuid"]
     assert found["exact_match"] == pytest.approx(1 / 3) and found["character_accuracy"] < 1
@@ -222,5 +238,17 @@ def test_what_cannot_be_had_is_said_and_the_rest_runs(model, data, monkeypatch):
 
 @needs_lm_eval
 def test_rows_with_their_answers_stand_before_each_row(model, data):
-    answer = call(EVALUATE, model, "--tasks=local_medqa", f"--task_data={data}", "--num_fewshot=2", "--limit=2")
+    answer = call(
+        EVALUATE, model, "--tasks=local_medqa, local_uuid", f"--task_data={data}", "--num_fewshot=2", "--limit=2"
+    )
     assert answer.code == 0 and 0 <= json.loads(answer.out.splitlines()[-1])["tasks"]["local_medqa"]["acc"] <= 1
+    refused(
+        call(EVALUATE, model, "--tasks=local_uuid", f"--task_data={data}", "--num_fewshot=3"),
+        "--num_fewshot: got 3, and local_uuid has 3 rows with the one that is asked",
+    )
+
+
+def test_the_prompt_of_metamath_is_the_one_that_was_learned(data):
+    asked = str(local_task("local_metamath", str(data))["doc_to_text"])
+    learned = passage_of("alpaca", Record({"instruction": "{{question}}", "output": "x"}, "a row"))
+    assert asked + "x" == learned.text

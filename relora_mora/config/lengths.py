@@ -25,6 +25,17 @@ def without_nulls(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     return tree
 
 
+def without_replaced(tree: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """A file's settings without the length, and the warmup, of which the command line has the same in another way."""
+    result = dict(tree)
+    for section, names in ALTERNATIVES.items():
+        given = tree.get(section)
+        here = {name for name in names if f"{section}.{name}" in overrides}
+        if here and isinstance(given, dict):
+            result[section] = {key: value for key, value in given.items() if key not in names or key in here}
+    return result
+
+
 def with_steps(config: Config) -> Config:
     """With the steps that ``train.tokens`` and ``optim.warmup_fraction`` are, which stay beside them.
 

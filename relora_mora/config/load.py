@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from relora_mora.config.checks import faults, secret_faults
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.finetuning import with_defaults
-from relora_mora.config.lengths import settled, with_counted_epochs, with_steps, without_nulls
+from relora_mora.config.lengths import settled, with_counted_epochs, with_steps, without_nulls, without_replaced
 from relora_mora.config.records import CHATML, RecordsConfig
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
@@ -179,6 +179,7 @@ def load_config(
         found.append(str(error))
     if found:
         raise ConfigError(found, str(path))
+    tree = without_replaced(tree, overrides or {})
     for name, text in (overrides or {}).items():
         problem = _override(tree, name, text)
         if problem:

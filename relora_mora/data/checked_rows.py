@@ -59,8 +59,8 @@ def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTra
     """Tokenizes the first rows of each source of records, or of whole texts, and judges them as a run does.
 
     Those are 1,000 or, where they are long, fewer; of a server's only some of the first file. Raises SourceError where
-    the tokenizer or the template cannot be used, where too many of the rows cannot, or none of them; warns where most
-    are too long.
+    the tokenizer or the template cannot be used, where too many of the rows cannot, or none of them, or where there are
+    none; warns where most are too long.
     """
     for _, some in itertools.groupby(shards, lambda shard: (shard.source, shard.records)):
         group = [shard for shard in some if shard.tokens is None]
@@ -82,6 +82,8 @@ def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrain
             for row in encode(some):
                 found.add(row)
             characters += sum(map(len, some))
+    if whole and not found.seen:
+        raise SourceError(f"{shards[0].name}: holds no record; give a file with at least one")
     if fault := found.fault(shards[0].name, config.max_bad_fraction, whole=whole):
         raise fault
     if found.too_long * 2 > found.seen:

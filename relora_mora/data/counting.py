@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -87,7 +88,8 @@ def _most_blocks(
     tokenizer = load_tokenizer(tokenizer_path)
     encode = encoder_of(tokenizer, shards[0].records, packing, config.sequence_length)
     fills = packing == "whole"
-    most = first = bad = seen = 0
+    most = first = bad = seen = used = tokens = 0
+    passed = Counter[str]()
     last_bad = ""
     for plan in plan_lanes(lanes, len(shards), whole=config.whole_shards, even=True):
         lane = CountedLane(
@@ -104,9 +106,19 @@ def _most_blocks(
         of_lane = judged(lane.encoded.first_epoch)
         bad += of_lane[0]
         seen += of_lane[1]
+        used += lane.encoded.first_epoch.documents
+        tokens += lane.tokens
+        passed.update(lane.encoded.first_epoch.skipped_by_reason())
         last_bad = lane.encoded.last_bad or last_bad
     if fault := too_many_records(bad, seen, config.max_bad_fraction, last_bad, whole=True):
         raise fault
+    log.info(
+        "%s records in %s sequences, which they fill to %.0f %%%s",
+        f"{used:,}",
+        f"{first:,}",
+        100 * tokens / (first * config.sequence_length),
+        "".join(f"; {reason}: {count:,}" for reason, count in passed.items() if count),
+    )
     return most, first
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from relora_mora.data.answers import Answer, answer_of
 from relora_mora.data.batch import UNSCORED, document_ids
 from relora_mora.data.encoders import packing_of
 from relora_mora.data.errors import SourceError
+from relora_mora.data.judged_records import RecordsFound
 from relora_mora.data.packing import DocumentIds, Mask, Tokens, joined, with_end
 from relora_mora.data.rows import Encoded
 from relora_mora.data.rows_in_order import TokenizedRow, rows_in_order
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     EvalBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,16 @@ def load_eval_set(
     shards = shards_of(sources, config, "validation")
     check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos)
     packing = packing_of(config, shards)
-    rows = list(_up_to(max_tokens, rows_in_order(shards, config, tokenizer, packing), stream=packing == "stream"))
+    found = RecordsFound()
+    in_order = rows_in_order(shards, config, tokenizer, packing, found)
+    rows = list(_up_to(max_tokens, in_order, stream=packing == "stream"))
+    given = ", ".join(source.source for source in as_sources(sources))
     if not rows:
-        given = ", ".join(source.source for source in as_sources(sources))
         raise SourceError(f"the validation data {given} holds no text; give a source with at least one document")
     encoded = [row.encoded for row in rows]
+    if found.left_out:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in found.left_out.items())
+        log.info("%s: %s rows are scored; left out: %s", given, f"{len(rows):,}", reasons)
     sizes = [row.utf8_bytes for row in rows if row.utf8_bytes is not None]
     pack = _stream if packing == "stream" else functools.partial(_whole, fills=packing == "whole")
     return EvalSet(

@@ -12,6 +12,7 @@ import numpy as np
 from relora_mora.config import Config, DataConfig
 from relora_mora.data.checked_rows import check_columns, check_records
 from relora_mora.data.encoders import packing_of
+from relora_mora.data.errors import SourceError
 from relora_mora.data.judged_records import RecordsFound
 from relora_mora.data.packing import with_end
 from relora_mora.data.rows import Encoded, Ids, Scored
@@ -67,6 +68,8 @@ def _show_source(
             name = f" of {source}" if source else ""
             _print(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{', cut' if encoded.cut else ''}")
             _print(marked(tokenizer, encoded.ids, mask, colour=sys.stdout.isatty()))
+    if not rows:
+        raise SourceError(f"the training data {source or shards[0].name} holds no text; give a file with at least one")
     name = f"{source}: " if source else ""
     without = "".join(f", {number:,} left out: {reason}" for reason, number in found.left_out.items())
     _print(f"{name}{scored / max(1, tokens):.1%} of {tokens:,} tokens are scored (the first {rows:,} rows{without})")

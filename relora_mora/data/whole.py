@@ -156,7 +156,9 @@ class WholeLane(Generic[Row]):
 
 
 class CountedLane(WholeLane[Row]):
-    """Knows how many blocks there are, and does not fill them."""
+    """Knows how many blocks there are, and does not fill them. ``tokens`` are those of the first epoch's rows."""
+
+    tokens = 0
 
     def epoch_blocks(self, epochs: int) -> list[int]:
         """How many blocks each of the first epochs has: for a lane at its start, whose blocks are then given."""
@@ -168,7 +170,10 @@ class CountedLane(WholeLane[Row]):
         return blocks
 
     def _packed(self, rows: Sequence[Encoded]) -> Iterator[WholeBlock]:
-        numbers = first_fit([len(row.ids) for row in rows], self.sequence_length + 1) if self.fills else rows
+        sizes = [len(row.ids) for row in rows]
+        if self._epoch == 0:
+            self.tokens += sum(sizes)
+        numbers = first_fit(sizes, self.sequence_length + 1) if self.fills else sizes
         return (WholeBlock(_NOT_FILLED, 1) for _ in numbers)
 
 

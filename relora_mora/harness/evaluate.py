@@ -10,18 +10,23 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from relora_mora.harness.local import LOCAL_TASKS, HarnessError, local_task
+from relora_mora.harness.local import LOCAL_TASKS, HarnessError, local_rows, local_task
 from relora_mora.system.logs import log
 
 Results = dict[str, dict[str, float]]  # by task and metric
 
 
-def check_tasks(names: Sequence[str], data: str | None) -> None:
+def check_tasks(names: Sequence[str], data: str | None, num_fewshot: int | None = None) -> None:
     """Raises :class:`HarnessError` where lm-eval is not installed, or a local task cannot use its rows in ``data``."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise HarnessError("--tasks: lm-evaluation-harness is not installed; pip install 'relora_mora[eval]'")
+        raise HarnessError("--tasks: lm-evaluation-harness is not installed; pip install -e '.[eval]', in the checkout")
     for name in set(names) & set(LOCAL_TASKS):
-        local_task(name, data)
+        rows = len(local_rows(name, data))
+        if num_fewshot is not None and rows <= num_fewshot:
+            raise HarnessError(
+                f"--num_fewshot: got {num_fewshot}, and {name} has {rows} rows with the one that is asked; "
+                "give fewer, or more rows"
+            )
 
 
 def evaluate_tasks(

@@ -34,8 +34,8 @@ def local_task(name: str, data: str | None) -> dict[str, Any]:
 
     ``data`` is their file, or the folder that has it under its name. Raises :class:`HarnessError`.
     """
-    settings: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    rows = _rows(name, settings["metadata"], data)
+    settings = _settings(name)
+    rows = local_rows(name, data)
 
     def dataset(**_: Any) -> Any:
         from datasets import Dataset, DatasetDict
@@ -45,6 +45,16 @@ def local_task(name: str, data: str | None) -> dict[str, Any]:
     settings["custom_dataset"] = dataset
     if name == "local_uuid":
         settings["process_results"] = compared
+    return settings
+
+
+def local_rows(name: str, data: str | None) -> list[dict[str, Any]]:
+    """The rows of a local task. Raises :class:`HarnessError` where they cannot be used."""
+    return _rows(name, _settings(name)["metadata"], data)
+
+
+def _settings(name: str) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     return settings
 
 

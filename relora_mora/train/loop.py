@@ -97,13 +97,16 @@ class Trainer:
             self.ends.fail_for_data(self.state, error)
 
     def _fit(self) -> int:
+        first = None
         if self.evaluating.is_due_at_start(self.state):
-            if not self.evaluating.evaluate(self.state):
+            first = self.next_batch()  # text that cannot be used is told before an evaluation, which can take long
+            if first is None or not self.evaluating.evaluate(self.state):
                 return self.ends.stop(self.state)
             self.startup.done("evaluation")
         self.progress.begin()
         while self.state.step < self.config.train.steps or self.state.trouble:
-            share = self.next_batch()
+            share = first or self.next_batch()
+            first = None
             if share is None:
                 return self.ends.stop(self.state)
             if self.state.trouble:

@@ -170,6 +170,28 @@ def test_an_operator_that_is_drawn_anew_may_follow_itself(operators: str) -> Non
     assert config.method.cycle == tuple(json.loads(operators))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "steps", "epochs", "warmup"),
+    [
+        ({}, 10_000, 3, 1000),  # as long as the text has not been counted
+        ({"train.epochs": "2"}, 10_000, 2, 1000),
+        ({"train.steps": "300"}, 300, None, 9),
+        ({"train.tokens": "1e8"}, 1526, None, 46),
+        ({"train.steps": "300", "optim.warmup_steps": "4"}, 300, None, 4),
+    ],
+)
+def test_the_command_line_gives_the_length_in_its_own_way(
+    overrides: dict[str, str], steps: int, epochs: float | None, warmup: int
+) -> None:
+    config = load_config(ROOT / "configs/task/math.yaml", overrides, defaults=FINETUNING)
+    assert (config.train.steps, config.train.epochs, config.optim.warmup_steps) == (steps, epochs, warmup)
+
+
+def test_two_lengths_on_one_command_line_are_a_fault() -> None:
+    with pytest.raises(ConfigError, match=r"train\.tokens and train\.epochs are set"):
+        load_config(ROOT / "configs/task/math.yaml", {"train.tokens": "1e6", "train.epochs": "2"})
+
+
 def test_the_length_of_a_run_is_given_in_steps_or_tokens_or_epochs() -> None:
     settings = tree(
         train={"steps": None, "tokens": 1e6, "batch_size": 8, "micro_batch_size": 8}, method={"name": "mora"}

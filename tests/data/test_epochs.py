@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,24 @@ def test_without_a_count_each_lane_begins_its_next_epoch_at_once(path, tokenizer
             assert (batch.labels != UNSCORED).any(dim=1).all(), "no sequence is empty"
             seen.update(_answers(batch, tokenizer))
     assert set(seen.values()) <= {EPOCHS - 1, EPOCHS, EPOCHS + 1} and set(seen) == set(EXPECTED)
+
+
+def test_what_becomes_of_the_records_is_told(tokenizer_path, tmp_path, caplog):
+    rows = [{"prompt": "the", "completion": _completion(number)} for number in range(20)]
+    rows[3]["completion"] = ""
+    rows[7]["prompt"] = "the rank " * LENGTH
+    rows[8]["completion"] = " matrix" * 2 * LENGTH
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with caplog.at_level("INFO", "relora_mora.data.counting"):
+        epoch = _count(_config(tmp_path / "a.jsonl", "whole"), tokenizer_path)
+    [said] = [message for message in caplog.messages if "sequences, which" in message]
+    found = re.fullmatch(r"18 records in (\d+) sequences, which they fill to (\d+) %(.*)", said)
+    assert found is not None and found[3] == "; no_answer: 1; over_length: 1; cut: 1"
+    tokenizer = load_tokenizer(tokenizer_path)
+    texts = [row["prompt"] + row["completion"] for at, row in enumerate(rows) if at not in (3, 7, 8)]
+    tokens = LENGTH + 1 + sum(len(tokenizer(text).input_ids) + 1 for text in texts)
+    assert int(found[1]) <= epoch.blocks * LANES
+    assert int(found[2]) == round(100 * tokens / (int(found[1]) * LENGTH))
 
 
 def test_much_waiting_is_warned_of(tokenizer_path, tmp_path, caplog):

@@ -419,6 +419,19 @@ def test_a_column_that_is_not_there_is_told(tokenizer, tmp_path, suffix):
         check_records(shards, data_config(path), tokenizer)
 
 
+@pytest.mark.parametrize("content", ["", "\n \n\n"])
+def test_a_file_without_records_is_refused(tokenizer, tokenizer_path, tmp_path, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    held = RecordsConfig(kind="prompt")
+    shards = resolve_shards(str(tmp_path / "a.jsonl"), records=held)
+    with pytest.raises(SourceError, match=r"a\.jsonl: holds no record; give a file with at least one"):
+        check_records(shards, data_config(tmp_path / "a.jsonl", records=held), tokenizer)
+    settings = {"model": {"config": "c"}, "tokenizer": {"path": tokenizer_path}, "train": {"run_dir": "r"}}
+    config = Config(data=data_config(tmp_path / "a.jsonl"), **settings)
+    with pytest.raises(SourceError, match=r"the training data .*a\.jsonl holds no text; give a file with at least one"):
+        show_records(config, 1)
+
+
 def test_text_files_hold_no_records(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("the rank")

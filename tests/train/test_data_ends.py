@@ -61,6 +61,14 @@ def test_a_server_that_stays_away_ends_the_run_with_its_state_saved(pools, input
     assert _equal(never / "checkpoints" / "step-00000040", run_dir / "checkpoints" / "step-00000040") == []
 
 
+def test_text_that_is_too_little_is_told_before_the_first_evaluation(pools, inputs, tokenizer_path, tmp_path):
+    write_shard(tmp_path / "a.json.gz", [b'{"text": "the rank"}'])
+    settings = {"data": {"train": str(tmp_path / "a.json.gz")}, "eval": {"at_start": True}}
+    [(kind, text)] = pools(1)(ended, run_config(inputs, tokenizer_path, tmp_path / "run", **settings))
+    assert kind == "DataError" and "there are fewer documents than lanes" in text
+    assert not any("eval/loss" in line for line in metrics(tmp_path / "run"))
+
+
 def test_too_many_bad_lines_stop_all_ranks_at_the_same_step(pools, inputs, tokenizer_path, tmp_path):
     good = [json.dumps({"text": f"the rank of a merge {n} " * 5}).encode() for n in range(80)]
     for number in range(2):
