@@ -87,6 +87,7 @@ study: $(VENV)/.installed-dev  ## tables and figures of the studies in the docum
 	$(COMPARE) $(addprefix docs/studies/,paper_tiny.jsonl muon_tiny.jsonl projected_tiny.jsonl) --best=optim.lr $(AGAINST) --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
 	$(COMPARE) docs/studies/biomedical_tiny.jsonl --best=optim.lr --out=docs/studies/biomedical_tiny
 	$(COMPARE) docs/studies/math_tiny.jsonl --best=optim.lr --out=docs/studies/math_tiny
+	$(COMPARE) docs/studies/math_smollm2.jsonl --out=docs/studies/math_smollm2
 
 SMOKE := $(BIN)/python launch/study.py configs/study/smoke.yaml
 study-smoke: $(VENV)/.installed-dev  ## a study of six short runs, and one of them again with the same numbers

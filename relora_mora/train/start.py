@@ -20,7 +20,7 @@ from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 
 _MODELS = ("config.json", MANIFEST, RunFolder(Path()).checkpoints.name)  # in a Hugging Face folder, a checkpoint, a run
-_REMEDY = "give a run, or a Hugging Face folder of the LLaMA family (`hf download REPO --local-dir DIR` fetches one)"
+_REMEDY = "give a Hugging Face folder of the LLaMA family (`hf download REPO --local-dir DIR` fetches one) or a run"
 
 
 def check_start(config: Config) -> None:
