@@ -144,21 +144,24 @@ def check_vocabulary(
     return None
 
 
-def tokenizer_fingerprint(path: str | Path) -> str:
+def tokenizer_fingerprint(path: str | Path, loaded: PreTrainedTokenizerBase | None = None) -> str:
     """16 hex digits over what decides the ids, the same for a folder and for the ``tokenizer.model`` in it.
 
     It is of the tokenizer as it is loaded: ``tokenizer.json`` can be written in several ways, and transformers rewrites
-    parts of some. Raises :class:`TokenizerError` as :func:`load_tokenizer` does.
+    parts of some. ``loaded`` is what :func:`load_tokenizer` gave for the path, where that was called already. Raises
+    :class:`TokenizerError` as it does.
     """
     path = Path(path)
     _check_exists(path)
     model = _sentencepiece_file(path)
     if model is not None:
         return xxhash.xxh64(model.read_bytes()).hexdigest()
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path) if loaded is None else loaded
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content: Any = sorted(tokenizer.get_vocab().items())
-    if backend is not None:
+    content: Any
+    if backend is None:
+        content = sorted(tokenizer.get_vocab().items())
+    else:
         content = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _OF_NO_ID}
     return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -166,8 +169,7 @@ def tokenizer_fingerprint(path: str | Path) -> str:
 def is_tokenizer(path: str | Path, fingerprint: str) -> bool:
     """Whether there is a tokenizer at a path that can be loaded and has this fingerprint."""
     try:
-        load_tokenizer(path)
-        return tokenizer_fingerprint(path) == fingerprint
+        return tokenizer_fingerprint(path, load_tokenizer(path)) == fingerprint
     except (ValueError, OSError):
         return False
 

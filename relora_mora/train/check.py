@@ -110,7 +110,7 @@ def check(config: Config, world_size: int) -> Checked:
     remark = check_vocabulary(tokenizer, model_config.vocab_size, trained=config.model.init_from is not None)
     if remark:
         log.info(remark)
-    tokens = tokenizer_fingerprint(config.tokenizer_path)
+    tokens = tokenizer_fingerprint(config.tokenizer_path, tokenizer)
     _check_tokenizer(config, model_config.model_type, tokens)
     for name in unused_settings(config):
         of_method = any(name in method.settings for method in METHODS.values())
