@@ -213,8 +213,9 @@ def _without_basis(groups: grouping.Grouping, like: Tensor) -> Tensor:
 class RotaryOperator(Operator):
     """Type 6: the (wrapped) input is cut into blocks of R, block j is rotated by RoPE position j, M maps each block.
 
-    The mapped blocks are concatenated, tiled where ``out`` is longer and cut to ``out``. Angles are float32 as torch
-    computes them, then cast to the dtype of x, as the released code (kongds/MoRA) does.
+    The mapped blocks are concatenated, tiled where ``out`` is longer and cut to ``out``: inputs whose blocks lie beyond
+    it have no part in y. Angles are float32 as torch computes them, then cast to the dtype of x, as the released code
+    (kongds/MoRA) does.
     """
 
     def __init__(self, mora_type: int, in_features: int, out_features: int, size: int) -> None:
@@ -224,7 +225,7 @@ class RotaryOperator(Operator):
                 "set method.square_multiple to an even number or give an even method.square_size"
             )
         super().__init__(mora_type, in_features, out_features, size)
-        self.blocks = -(-in_features // size)
+        self.blocks = -(-min(in_features, out_features) // size)
 
     def _angles(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, R] of block j and feature i, halves paired"""
