@@ -208,6 +208,7 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
         min_ratio=optim.min_ratio,
         decay_steps=optim.decay_steps or max(1, steps // 10),
         merge_every=method.merge_every if method.merges else 0,
+        merge_until_step=method.merge_until_step,
         restart_warmup_steps=optim.restart_warmup_steps if method.merges else 0,
         operators=method.cycle,
     )

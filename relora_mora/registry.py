@@ -18,6 +18,7 @@ ADAPTER_SETTINGS = (
 )
 MERGE_SETTINGS = (
     "method.merge_every",
+    "method.merge_until_step",
     "method.reset",
     "method.reset_ratio",
     "optim.restart_warmup_steps",

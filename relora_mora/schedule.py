@@ -59,8 +59,9 @@ def rewarmed(envelope: Callable[[int], float], step: int, since: int, warmup_ste
 class Schedule:
     """Everything about a run that follows from ``step``.
 
-    ``merge_every`` 0 means that the method never merges; ``operators`` is the cycle of mora types, empty for other
-    methods. ``decay_steps`` belongs to ``wsd`` only: the length of its linear decay at the end.
+    ``merge_every`` 0 means that the method never merges, and ``merge_until_step`` None that it does so to the end;
+    ``operators`` is the cycle of mora types, empty for other methods. ``decay_steps`` belongs to ``wsd`` only: the
+    length of its linear decay at the end.
     """
 
     kind: str  # cosine | linear | wsd | constant
@@ -69,6 +70,7 @@ class Schedule:
     min_ratio: float
     decay_steps: int = 0
     merge_every: int = 0
+    merge_until_step: int | None = None
     restart_warmup_steps: int = 0
     operators: Sequence[int] = ()
 
@@ -97,13 +99,13 @@ class Schedule:
 
     def merge_after(self, step: int) -> bool:
         """Is there a merge at the end of step ``step``? None after the last step: the export merges."""
-        return bool(self.merge_every) and 0 < step < self.total_steps and step % self.merge_every == 0
+        return bool(self.merge_every) and 0 < step <= self._last_step_to_merge and step % self.merge_every == 0
 
     def merges_done(self, step: int) -> int:
         """Merges done when ``step`` steps, and what is due at the end of the last of them, are done."""
         if not self.merge_every or step <= 0:
             return 0
-        return min(step, self.total_steps - 1) // self.merge_every
+        return min(step, self._last_step_to_merge) // self.merge_every
 
     def steps_since_merge(self, step: int) -> int:
         """Steps made since the last merge (since the start, before the first)."""
@@ -123,6 +125,11 @@ class Schedule:
             operator = self._operator_after(done)
             left.setdefault((operator, done if is_drawn(operator) else 0), done)
         return [(operator, done) for (operator, _), done in left.items()]
+
+    @property
+    def _last_step_to_merge(self) -> int:
+        before_the_end = self.total_steps - 1
+        return before_the_end if self.merge_until_step is None else min(self.merge_until_step, before_the_end)
 
     def _operator_after(self, merges_done: int) -> int | None:
         return self.operators[merges_done % len(self.operators)] if self.operators else None

@@ -65,9 +65,23 @@ def test_events_around_every_boundary(step, merge, done, since, operator):
     assert REMORA.operator(step) == operator
 
 
+@pytest.mark.parametrize("until", [40, 59])
+def test_no_merge_comes_after_the_last_step_that_may_merge(until):
+    schedule = dataclasses.replace(REMORA, merge_until_step=until)
+    assert [step for step in range(101) if schedule.merge_after(step)] == [20, 40]
+    assert [schedule.merges_done(step) for step in (39, 40, 60, 100)] == [1, 2, 2, 2]
+    assert [schedule.steps_since_merge(step) for step in (40, 60, 100)] == [0, 20, 60]
+    assert schedule.operator(100) == 3
+    assert schedule.rate(41) == REMORA.rate(41)
+    assert schedule.rate(61) == REMORA.envelope(61) > REMORA.rate(61)
+
+
 @pytest.mark.parametrize(
     "schedule,step,left",
     [
+        (dataclasses.replace(REMORA, merge_until_step=59), 0, [(1, 0), (2, 1), (3, 2)]),
+        (dataclasses.replace(REMORA, merge_until_step=100), 80, [(2, 4)]),
+        (dataclasses.replace(REMORA, merge_until_step=39), 0, [(1, 0), (2, 1)]),
         (REMORA, 0, [(1, 0), (2, 1), (3, 2)]),
         (REMORA, 40, [(3, 2), (1, 3), (2, 4)]),
         (REMORA, 100, [(2, 4)]),

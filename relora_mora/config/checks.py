@@ -237,6 +237,12 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             f"{every} means no merge in a run of {config.train.steps} steps; lower it, "
             f"or use method.name={method.record.without_merges}",
         )
+    if method.merge_until_step is not None and method.merge_until_step < every:
+        yield Fault(
+            ("method.merge_until_step", "method.merge_every", "method.name"),
+            f"{method.merge_until_step} comes before the first merge (step {every}); raise it, "
+            f"or use method.name={method.record.without_merges}",
+        )
 
 
 def _carry_faults(method: MethodConfig) -> Iterator[Fault]:

@@ -119,6 +119,7 @@ class MethodConfig(Strict):
     merge_every: Positive = Field(
         2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
     )
+    merge_until_step: Positive | None = Field(None, description="the last step that may merge; null: all but the last")
     reset: Literal["full", "magnitude", "random", "none", "carry"] = Field(
         "full",
         description="what a merge does to the adapters' optimizer state, see docs/method.md; carry goes with "

@@ -130,7 +130,7 @@ def _network(plan: Plan) -> list[str]:
     own = moved[plan.zero_stage]
     merges = (
         f"a merge: a device sends {_gb(own.sent_in_merge)} GB at stage {plan.zero_stage}, "
-        f"{_gb(own.sent_in_merge / plan.merge_every)} GB for each step"
+        f"{_gb(own.sent_in_merge / plan.merge_every)} GB for each step between merges"
         if plan.merge_every
         else ""
     )

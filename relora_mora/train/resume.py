@@ -117,7 +117,7 @@ def _catch_up(run: Run, state: RunState, reader: CheckpointReader) -> None:
     elif due != manifest.merges_done:
         raise CheckpointError(
             f"{reader.folder}: has merged {manifest.merges_done} times, with these settings a run at step {state.step} "
-            f"has merged {due} times; resume with the method.merge_every it was made with"
+            f"has merged {due} times; resume with the method.merge_every and method.merge_until_step it was made with"
         )
     elif operator != manifest.operator:
         raise CheckpointError(

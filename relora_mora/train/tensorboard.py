@@ -46,6 +46,7 @@ _COMPARED = (
     "method.rank",
     "method.operators",
     "method.merge_every",
+    "method.merge_until_step",
     "method.reset",
     "optim.matrices",
     "optim.momentum",

@@ -378,6 +378,11 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     ),
     ({"method": {"name": "relora", "merge_every": 10_000}}, None, "use method.name=lora"),
     (
+        {"method": {"merge_until_step": 1999}},
+        None,
+        "method.merge_until_step: 1999 comes before the first merge (step 2000); raise it, or use method.name=mora",
+    ),
+    (
         {"method": {"name": "full"}, "optim": {"warmup_steps": 10_000}},
         None,
         "optim.warmup_steps: 10000 warmup steps leave nothing",

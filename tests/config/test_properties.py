@@ -128,6 +128,7 @@ likely = st.fixed_dictionaries(
         "method.square_multiple": st.sampled_from([1, 2, 32, 64]),
         "method.square_size": st.none() | st.integers(1, 80),
         "method.merge_every": st.integers(1, 300),
+        "method.merge_until_step": st.none() | st.integers(1, 300),
         "method.form": st.sampled_from(["auto", "merged", "resident", "decoupled"]),
         "method.train_embeddings": st.booleans(),
         "method.target_modules": st.lists(
