@@ -12,8 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.uuid_pairs import uuid_pairs
+from relora_mora.config import RecordsConfig
 from relora_mora.data.passages import passage_of
-from relora_mora.data.record_format import Record
+from relora_mora.data.record_format import Record, RecordFormat
 from relora_mora.harness import LOCAL_TASKS, HarnessError, evaluate_tasks, record, table
 from relora_mora.harness.local import compared, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
@@ -250,5 +251,6 @@ def test_rows_with_their_answers_stand_before_each_row(model, data):
 
 def test_the_prompt_of_metamath_is_the_one_that_was_learned(data):
     asked = str(local_task("local_metamath", str(data))["doc_to_text"])
-    learned = passage_of("alpaca", Record({"instruction": "{{question}}", "output": "x"}, "a row"))
+    alpaca = RecordFormat(RecordsConfig(kind="alpaca"))
+    learned = passage_of("alpaca", Record({"instruction": "{{question}}", "output": "x"}, "a row", alpaca))
     assert asked + "x" == learned.text

@@ -26,11 +26,14 @@ SAMPLE_BY = get_args(SampleBy)
 class DataConfig(Strict):
     """Sources are sets by name (``allenai/c4``), ``hub:REPO/PATTERN``, http(s) urls, local paths and globs.
 
-    They hold JSON lines, text, CSV, Parquet or Arrow. A list of records (see ``data.train.N`` below) is a mixture; see
-    docs/data.md.
+    They hold JSON lines, text, CSV, Parquet or Arrow. A list of records (see ``data.train.N`` below) is a mixture,
+    unless ``concatenate`` makes it one text; see docs/data.md.
     """
 
     train: Sources = Field(description="source or sources of training text; records are mixed by their weights")
+    concatenate: bool = Field(
+        False, description="read a list of records as one text, each source once an epoch, and mix by no weights"
+    )
     stages: list[MixtureStage] = Field([], description="other weights of a mixture from some steps on")
     validation: SourcesOrSets = Field(
         description="source or sources of held-out text, or several sets of them by name, scored one by one"
@@ -86,7 +89,7 @@ class DataConfig(Strict):
     @property
     def is_mixture(self) -> bool:
         """Whether training text is drawn from several sources by weight."""
-        return is_mixture(self.train)
+        return is_mixture(self.train) and not self.concatenate
 
     @property
     def train_sources(self) -> list[TextSource]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from relora_mora.config.data import DataConfig
 from relora_mora.config.fault import Fault
 from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.config.schema import Config
-from relora_mora.config.sources import TextSource, set_setting
+from relora_mora.config.sources import TextSource, is_mixture, set_setting
 
 _WHAT = {"train": "the length of a run", "optim": "the warmup"}
 
@@ -29,15 +30,19 @@ def length_faults(config: Config) -> Iterator[Fault]:
     if config.train.epochs is not None and len(config.data.train_sources) > 1 and config.data.is_mixture:
         yield Fault(
             ("train.epochs", "data.train"),
-            "each source of a mixture has epochs of its own; give train.tokens or train.steps, and max_epochs of a "
-            "source that may not be read more often",
+            "each source of a mixture has epochs of its own; set data.concatenate=true to read each once an epoch, "
+            "or give train.tokens or train.steps, and max_epochs of a source that may not be read more often",
         )
 
 
 def data_faults(config: Config) -> Iterator[Fault]:
     data = config.data
-    if data.is_mixture:
-        yield from _mixture_faults(data.train_sources)
+    if is_mixture(data.train):
+        yield from _name_faults(data.train_sources)
+    if data.is_mixture and not any(source.weight for source in data.train_sources):
+        yield Fault(("data.train",), "all weights are 0; give at least one source a positive weight")
+    if data.concatenate:
+        yield from _concatenation_faults(data)
     yield from _stage_faults(config)
     sets = data.validation_sets
     for name, sources in [("data.train", data.train_sources), *((set_setting(name), s) for name, s in sets.items())]:
@@ -70,7 +75,37 @@ def _held_out_faults(setting: str, source: TextSource) -> Iterator[Fault]:
             )
 
 
-def _mixture_faults(sources: Sequence[TextSource]) -> Iterator[Fault]:
+def _concatenation_faults(data: DataConfig) -> Iterator[Fault]:
+    if not is_mixture(data.train):
+        yield Fault(
+            ("data.concatenate", "data.train"),
+            "it is for a list of records {source: ..., records: ...}, and other sources are one text already; "
+            "leave it out",
+        )
+        return
+    for number, source in enumerate(data.train_sources):
+        for key in ("weight", "max_epochs", "at_max_epochs"):
+            given = getattr(source, key)
+            if given != TextSource.model_fields[key].default:
+                yield Fault(
+                    (f"data.train.{number}.{key}", "data.concatenate", "data.train"),
+                    f"{given} is for the sources of a mixture, and data.concatenate makes them one text; "
+                    "leave one of the two out",
+                )
+    held = [data.records_of(source) for source in data.train_sources]
+    if len({data.packing_of([records]) for records in held}) > 1:
+        yield Fault(
+            ("data.packing", "data.concatenate", "data.train"),
+            "sources of text and of records become sequences in different ways; set data.packing for all of them",
+        )
+    if len({records.too_long if records else "cut" for records in held if records is None or records.is_text}) > 1:
+        yield Fault(
+            ("data.concatenate", "data.train"),
+            "sources of plain text have different records.too_long; give all of them the same",
+        )
+
+
+def _name_faults(sources: Sequence[TextSource]) -> Iterator[Fault]:
     labels = [source.label for source in sources]
     for number, label in enumerate(labels):
         if not label:
@@ -81,8 +116,6 @@ def _mixture_faults(sources: Sequence[TextSource]) -> Iterator[Fault]:
     for label, count in Counter(labels).items():
         if count > 1 and label:
             yield Fault(("data.train",), f"{count} sources are named {label}; give each a name of its own (name: ...)")
-    if not any(source.weight for source in sources):
-        yield Fault(("data.train",), "all weights are 0; give at least one source a positive weight")
 
 
 def _stage_faults(config: Config) -> Iterator[Fault]:
@@ -92,7 +125,7 @@ def _stage_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             ("data.stages", "data.train"),
             "stages change the weights of a mixture, and data.train is none; give it as a list of records "
-            "{source: ..., weight: ..., name: ...}",
+            "{source: ..., weight: ..., name: ...}, without data.concatenate",
         )
         return
     labels = [source.label for source in data.train_sources]

@@ -69,7 +69,7 @@ def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTra
 
 
 def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    encode = encoder_of(tokenizer, shards[0].records, packing_of(config, shards), config.sequence_length)
+    encode = encoder_of(tokenizer, [shards[0].records], packing_of(config, shards), config.sequence_length)
     looked_at = shards[:1] if shards[0].is_remote else shards
     found = RecordsFound()
     characters = 0

@@ -86,7 +86,7 @@ def _most_blocks(
     from relora_mora.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
-    encode = encoder_of(tokenizer, shards[0].records, packing, config.sequence_length)
+    encode = encoder_of(tokenizer, (shard.records for shard in shards), packing, config.sequence_length)
     fills = packing == "whole"
     most = first = bad = seen = used = tokens = 0
     passed = Counter[str]()
@@ -128,7 +128,7 @@ def _remembered(encode: Encode[Any]) -> Encode[Any]:
 
     def key_of(row: Any) -> int:
         if isinstance(row, Record):
-            return hash(row.place)
+            return hash((str(row.fields), row.format))
         return hash(row if isinstance(row, str) else bytes(row))  # a text, or tokens
 
     def remembered(rows: list[Any]) -> list[Encoded | Skipped]:

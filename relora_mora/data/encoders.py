@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,9 +29,37 @@ def packing_of(config: DataConfig, shards: Sequence[Shard]) -> Packing:
 
 
 def encoder_of(
+    tokenizer: PreTrainedTokenizerBase,
+    formats: Iterable[RecordFormat | None],
+    packing: Packing,
+    sequence_length: int,
+) -> Encode[Any]:
+    """The function from rows in these formats to their tokens; at most one of them is of plain text.
+
+    Raises SourceError where rows cannot be tokenized.
+    """
+    encoders = {
+        _format_of_rows(record_format): _encoder(tokenizer, record_format, packing, sequence_length)
+        for record_format in dict.fromkeys(formats)
+    }
+    if len(encoders) == 1:
+        return next(iter(encoders.values()))
+
+    def encode(rows: list[Any]) -> list[Encoded | Skipped]:
+        groups = itertools.groupby(rows, lambda row: row.format if isinstance(row, Record) else None)
+        return [row for record_format, group in groups for row in encoders[record_format](list(group))]
+
+    return encode
+
+
+def _format_of_rows(record_format: RecordFormat | None) -> RecordFormat | None:
+    """None for rows of plain text, which do not say what they are."""
+    return None if record_format is None or record_format.is_text else record_format
+
+
+def _encoder(
     tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat | None, packing: Packing, sequence_length: int
 ) -> Encode[Any]:
-    """The function from rows that hold this to their tokens. Raises SourceError where they cannot be tokenized."""
     eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
     if record_format is None or record_format.is_text:
         text = or_tokens(text_encoder(tokenizer))

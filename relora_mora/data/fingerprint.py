@@ -75,8 +75,9 @@ def _order(
     shards: Sequence[Shard],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[str, Any]:
-    uneven = any(count > batch_lanes and count % batch_lanes for count in Counter(s.source for s in shards).values())
-    whole = [s.source for s in shards if packing_of(config, [s]) != "stream"]
+    read_by = [shard.source if config.is_mixture else "" for shard in shards]
+    uneven = any(count > batch_lanes and count % batch_lanes for count in Counter(read_by).values())
+    whole = [name for name, shard in zip(read_by, shards, strict=True) if packing_of(config, [shard]) != "stream"]
     spread = any(1 < count < batch_lanes for count in Counter(whole).values())
     rule = RULE_OF_PARTS if uneven and not config.whole_shards else RULE
     order = {
@@ -92,6 +93,8 @@ def _order(
         order["columns"] = columns
     if any(shard.source for shard in shards):
         order["sources"] = [shard.source for shard in shards]
+    if config.concatenate:
+        order["concatenate"] = True
     if any(shard.format is TEXT for shard in shards):
         order["sample_by"] = config.sample_by
     return order | _record_order(config, shards, tokenizer)

@@ -115,7 +115,7 @@ class GroupRows:
             return Skipped("null_text")
         if isinstance(content, Skipped):
             return content
-        row = Record(content, f"{self._shard.name}, row {number}") if isinstance(content, dict) else content
+        row = self._shard.record(content, f"row {number}") if isinstance(content, dict) else content
         if len(row) > self._max_bytes:
             return Skipped("too_long")
         return decode_text(row) if isinstance(row, bytes) else row

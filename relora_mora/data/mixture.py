@@ -14,6 +14,7 @@ from fractions import Fraction
 
 from relora_mora.config import DataConfig
 from relora_mora.data.lanes import seeded_order
+from relora_mora.data.sources import Shard
 
 _TURNS = 0x7475726E  # keeps the orders of turns apart from those of documents
 
@@ -89,3 +90,8 @@ def _turns(lanes: int, group: int) -> list[int]:
 def mixture_names(config: DataConfig) -> Sequence[str]:
     """The names of the sources, in the order of the settings; [""] where the training text is no mixture."""
     return [source.label for source in config.train_sources] if config.is_mixture else [""]
+
+
+def shards_of_source(shards: Sequence[Shard], config: DataConfig, name: str) -> list[Shard]:
+    """Those that one of :func:`mixture_names` stands for."""
+    return [shard for shard in shards if shard.source == name] if config.is_mixture else list(shards)

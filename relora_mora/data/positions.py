@@ -9,6 +9,7 @@ from relora_mora.config import DataConfig
 from relora_mora.data.encoders import packing_of
 from relora_mora.data.lane_states import Cursor, read_key
 from relora_mora.data.lanes import LanePlan, plan_lanes
+from relora_mora.data.mixture import shards_of_source
 from relora_mora.data.sources import Shard
 
 
@@ -29,7 +30,7 @@ def describe_position(
     sentences = []
     for key in sorted(state, key=read_key):
         lane, source = read_key(key)
-        own = [shard for shard in shards if shard.source == source]
+        own = shards_of_source(shards, config, source)
         in_stream = packing_of(config, own) == "stream"
         plan = plan_lanes(lanes, len(own), whole=config.whole_shards, even=not in_stream)[lane]
         counted = "tokens of the next document" if in_stream else "sequences of what follows"

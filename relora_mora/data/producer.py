@@ -13,7 +13,7 @@ from relora_mora.config import DataConfig, Packing
 from relora_mora.data.encoders import encoder_of, packing_of, whole_texts
 from relora_mora.data.lane_states import LaneStates, lane_state, state_key
 from relora_mora.data.lanes import EpochLimit, LaneRows, plan_lanes
-from relora_mora.data.mixture import Mixture
+from relora_mora.data.mixture import Mixture, shards_of_source
 from relora_mora.data.packing import Block, DocumentIds, Lane, Mask, Packer, Tokens
 from relora_mora.data.retry import RETRIES
 from relora_mora.data.rows import Encode
@@ -82,7 +82,7 @@ class Producer:
 
     def _open_source(self, name: str) -> None:
         config = self.assignment.config
-        shards = [shard for shard in self.assignment.shards if shard.source == name]
+        shards = shards_of_source(self.assignment.shards, config, name)
         packing = packing_of(config, shards)
         plans = plan_lanes(
             self.assignment.lanes_of_all, len(shards), whole=config.whole_shards, even=packing != "stream"
@@ -98,12 +98,11 @@ class Producer:
         """What makes tokens of the rows of these shards, and EOS. Rows that are tokens need no tokenizer."""
         made = shards[0].tokens
         length = self.assignment.config.sequence_length
-        record_format = shards[0].records
         if made is not None and all(shard.tokens for shard in shards):
             eos = made.making.eos
-            whole = whole_texts(only_tokens, eos, record_format, length)
+            whole = whole_texts(only_tokens, eos, shards[0].records, length)
             return only_tokens if packing == "stream" else whole, eos
-        encode = encoder_of(self.tokenizer, record_format, packing, length)
+        encode = encoder_of(self.tokenizer, (shard.records for shard in shards), packing, length)
         return encode, int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
 
     @functools.cached_property

@@ -58,6 +58,7 @@ class Record:
 
     fields: dict[str, Any]  # by the names of the kind
     place: str
+    format: RecordFormat
 
     def __len__(self) -> int:
         """About its number of characters."""

@@ -45,7 +45,7 @@ def rows_in_order(
     """
     found = RecordsFound() if found is None else found
     for record_format, some in itertools.groupby(shards, lambda shard: shard.records):
-        encode = encoder_of(tokenizer, record_format, packing, config.sequence_length)
+        encode = encoder_of(tokenizer, [record_format], packing, config.sequence_length)
         rows = _read(some, config)
         while group := list(itertools.islice(rows, _ROWS_PER_CALL)):
             sizes = [size for _, size in group]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from relora_mora.config import DataConfig, RecordsConfig, Split, TextSource, as_sources, is_mixture
@@ -17,7 +17,7 @@ from relora_mora.data.dataset_sources import DatasetName, dataset_files, dataset
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.formats import ARROW, JSON_LINES, SUFFIXES, TEXT, Format, format_of
 from relora_mora.data.hub_sources import C4, Commits, hub_parts, hub_source, is_hub
-from relora_mora.data.record_format import RecordFormat
+from relora_mora.data.record_format import Record, RecordFormat
 from relora_mora.data.token_index import TokenFile, file_in, finished_index, is_token_folder
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -59,6 +59,11 @@ class Shard:
         if self.records is None or self.records.is_text:
             return (self.text_column,)
         return {**self.records.settings.required, **self.records.settings.optional}.values()
+
+    def record(self, fields: dict[str, Any], where: str) -> Record:
+        """A row of this shard, which holds records, with these fields."""
+        assert self.records is not None
+        return Record(fields, f"{self.name}, {where}", self.records)
 
     @property
     def is_remote(self) -> bool:

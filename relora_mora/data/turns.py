@@ -103,7 +103,7 @@ class TurnRows(Generic[Entry]):
         """That of the entry taken last, or the reason why there is none; counts a bad one."""
         row = self._entries.content(entry)
         if isinstance(row, dict):
-            return Record(row, f"{self._shard.name}, {self._unit} {self._entries.row}")
+            return self._shard.record(row, f"{self._unit} {self._entries.row}")
         if isinstance(row, Skipped) and row.reason in BAD_REASONS:
             self._limit.count(self._entries.row, row)
         return row

@@ -289,6 +289,31 @@ MIXTURE = [{"source": "a/*.json", "weight": 1}, {"source": "b/*.json", "weight":
             {"train": MIXTURE, "stages": [{"from_step": 10**7, "weights": {"a": 1, "b": 1}}]},
             "data.stages.0.from_step: 10000000 is never reached",
         ),
+        ({"train": "x/a", "concatenate": True}, "data.concatenate: it is for a list of records"),
+        (
+            {"train": [{"source": "x/a", "weight": 2}, {"source": "x/b"}], "concatenate": True},
+            "data.train.0.weight: 2.0 is for the sources of a mixture, and data.concatenate makes them one text",
+        ),
+        (
+            {"train": [{"source": "x/a"}, {"source": "x/b", "records": {"kind": "question"}}], "concatenate": True},
+            "data.packing: sources of text and of records become sequences in different ways",
+        ),
+        (
+            {
+                "train": [{"source": "x/a"}, {"source": "x/b", "records": {"kind": "text", "too_long": "drop"}}],
+                "concatenate": True,
+                "packing": "whole",
+            },
+            "data.concatenate: sources of plain text have different records.too_long",
+        ),
+        (
+            {
+                "train": [{"source": "x/a"}, {"source": "x/b"}],
+                "concatenate": True,
+                "stages": [{"from_step": 5, "weights": {"a": 1, "b": 1}}],
+            },
+            "data.stages: stages change the weights of a mixture",
+        ),
         ({"validation": {"a b": "x"}}, "data.validation.a b: got 'a b'; input should be a name"),
         ({"validation": {"a": {"source": "o/n::x", "split": "y"}}}, "data.validation.a.0.split: y, and the source"),
         ({"validation": {"source": "x", "weight": 0.5}}, "data.validation.0.weight: 0.5 is for the sources of a mix"),

@@ -46,7 +46,7 @@ def tokenizer(tokenizer_path):
 
 def _encoded(tokenizer, fields: dict[str, Any], packing: str = "whole", length: int = 1000, **settings: Any) -> Any:
     held = RecordFormat.of(RecordsConfig(**settings))
-    [row] = encoder_of(tokenizer, held, packing, length)([Record(fields, "a.jsonl, line 1")])
+    [row] = encoder_of(tokenizer, [held], packing, length)([Record(fields, "a.jsonl, line 1", held)])
     return row
 
 
@@ -114,7 +114,7 @@ def test_columns_may_have_other_names(tokenizer, tmp_path):
     records = RecordsConfig(kind="question", columns={"question": "q", "answer": "a"})
     [shard] = resolve_shards(str(path), records=records)
     [record] = open_rows(data_config(path), shard).take(5)
-    assert record == Record(FORMS["question"][0], "a.jsonl, line 1")
+    assert record == Record(FORMS["question"][0], "a.jsonl, line 1", shard.records)
 
 
 def test_every_turn_of_the_assistant_is_scored_with_its_end(tokenizer):
@@ -332,7 +332,7 @@ def test_a_record_that_the_template_refuses_is_told(tokenizer, tmp_path):
     path = tmp_path / "own.jinja"
     path.write_text(ALTERNATES)
     held = RecordFormat.of(RecordsConfig(kind="messages", template=str(path)))
-    records = [Record({"messages": CONVERSATION[first:]}, f"row {first}") for first in range(2)]
+    records = [Record({"messages": CONVERSATION[first:]}, f"row {first}", held) for first in range(2)]
     refused, good = record_encoder(tokenizer, held)(records)
     assert refused == Skipped("template_failed") and "row 0, is refused" in refused.told
     assert "begin with the user" in refused.told and isinstance(good, Encoded)
@@ -394,7 +394,7 @@ def test_every_format_with_columns_holds_records(tokenizer, tmp_path, suffix):
     held = RecordsConfig(kind="messages", template="chatml")
     config = data_config(path, records=held)
     [shard] = resolve_shards(str(path), records=held)
-    encode = encoder_of(tokenizer, shard.records, "whole", 1000)
+    encode = encoder_of(tokenizer, [shard.records], "whole", 1000)
     expected = [_encoded(tokenizer, {"messages": row["messages"]}, kind="messages", template="chatml") for row in ROWS]
     rows = []
     for lane in range(2):

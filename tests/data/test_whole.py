@@ -61,7 +61,7 @@ def _lane(
     plans = plan_lanes(lanes, len(shards), even=True)
     return kind(
         LaneRows(plans[number], shards, config, functools.partial(open_any, config)),
-        encoder_of(tokenizer, shards[0].records, packing, config.sequence_length),
+        encoder_of(tokenizer, [shards[0].records], packing, config.sequence_length),
         eos=tokenizer.eos_token_id,
         sequence_length=config.sequence_length,
         fills=packing == "whole",
@@ -123,8 +123,8 @@ def test_every_record_once_in_every_epoch(path, tokenizer, packing, lanes):
 def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
     config = _config(path)
     [shard, *_] = configured_shards(config, "train")
-    encode = encoder_of(tokenizer, shard.records, "whole", LENGTH)
-    rows = encode([Record(_row(number), "here") for number in range(RECORDS)])
+    encode = encoder_of(tokenizer, [shard.records], "whole", LENGTH)
+    rows = encode([Record(_row(number), "here", shard.records) for number in range(RECORDS)])
     lane = _lane(config, tokenizer, 1, 0)
     blocks = [lane.next_block() for _ in range(_blocks(config, tokenizer, 1, 0))]
     expected = Counter(tuple(row.ids.tolist()) for row in rows)
