@@ -21,7 +21,7 @@ from relora_mora.config import (
     validate,
     with_epochs,
 )
-from relora_mora.config.checks import DERIVED_DEEPSPEED_KEYS
+from relora_mora.config.deepspeed_checks import DERIVED_DEEPSPEED_KEYS
 from relora_mora.config.table import settings_page
 from tests.tools.config_tools import SETTINGS, faults_of, same, tree
 from tests.tools.helpers import ROOT

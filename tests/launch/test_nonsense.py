@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from relora_mora.config import Config
-from relora_mora.config.checks import DEEPSPEED_KEYS
+from relora_mora.config.deepspeed_checks import DEEPSPEED_KEYS
 from relora_mora.model.config_keys import KEYS
 from tests.tools.runs import metrics, run_config, train, write_inputs
 

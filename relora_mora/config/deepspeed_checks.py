@@ -1,0 +1,95 @@
+"""Which keys of DeepSpeed's own configuration may be set, and faults of ``train.deepspeed``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+
+from relora_mora.config.fault import Fault
+from relora_mora.config.schema import Config
+from relora_mora.config.types import LARGEST, Whole, as_whole
+
+DERIVED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
+    "gradient_clipping": "optim.clip",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "data_types": "train.precision",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "zero_optimization.stage": "train.zero_stage",
+    "steps_per_print": "log.every_steps",
+    "activation_checkpointing": "model.activation_checkpointing",
+}
+
+_Elements = Whole
+_Threshold = Annotated[int, Field(ge=0, le=LARGEST), BeforeValidator(as_whole)]
+
+# tried with the view of masters and state in zero/engine.py; offloading, quantized weights and the like were not
+DEEPSPEED_ZERO_KEYS: dict[str, Any] = {
+    "allgather_bucket_size": Annotated[_Elements, Field(multiple_of=2)],  # aligned to 4 bytes of bf16
+    "allgather_partitions": bool,
+    "contiguous_gradients": bool,
+    "overlap_comm": bool,
+    "reduce_bucket_size": _Elements,
+    "reduce_scatter": bool,
+    "round_robin_gradients": bool,
+    "stage3_max_live_parameters": _Threshold,
+    "stage3_max_reuse_distance": _Threshold,
+    "stage3_param_persistence_threshold": _Threshold,
+    "stage3_prefetch_bucket_size": _Threshold,
+    "sub_group_size": _Elements,
+    "use_multi_rank_bucket_allreduce": bool,
+}
+DEEPSPEED_KEYS: dict[str, Any] = {
+    "zero_optimization": DEEPSPEED_ZERO_KEYS,
+    "communication_data_type": Literal["fp16", "bf16", "fp32"],
+    "comms_logger": {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool, "prof_ops": list[str]},
+    "flops_profiler": {
+        "enabled": bool,
+        "profile_step": _Elements,
+        "module_depth": Annotated[int, Field(ge=-1, le=1000)],
+        "top_modules": Annotated[int, Field(ge=1, le=1000)],
+        "detailed": bool,
+        "output_file": str | None,
+        "recompute_fwd_factor": Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)],
+    },
+    "prescale_gradients": bool,
+}
+
+
+def deepspeed_faults(config: Config) -> Iterator[Fault]:
+    for text in _texts(config.train.deepspeed, DEEPSPEED_KEYS, ""):
+        yield Fault(("train.deepspeed",), text)
+    zero = config.train.deepspeed.get("zero_optimization")
+    scatters = zero.get("reduce_scatter", True) if isinstance(zero, dict) else True
+    if config.train.deepspeed.get("prescale_gradients") is True and scatters and config.train.zero_stage > 0:
+        yield Fault(
+            ("train.deepspeed", "train.zero_stage"),
+            f"prescale_gradients does not go with reduce_scatter on ZeRO-{config.train.zero_stage}; leave it out, "
+            "or set zero_optimization.reduce_scatter=false",
+        )
+
+
+def _texts(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in given.items():
+        name = prefix + key
+        kind = known.get(key)
+        if name in DERIVED_DEEPSPEED_KEYS:
+            yield f"{name} is derived from {DERIVED_DEEPSPEED_KEYS[name]}; set that instead"
+        elif kind is None:
+            yield f"{name}: not supported here; use some of {', '.join(sorted(known))}"
+        elif not isinstance(kind, dict):
+            try:
+                TypeAdapter(kind).validate_python(value, strict=True)
+            except ValidationError as error:
+                said = error.errors()[0]["msg"]
+                yield f"{name} is {value!r}; {said[:1].lower()}{said[1:]}"
+        elif isinstance(value, dict):
+            yield from _texts(value, kind, f"{name}.")
+        else:
+            yield f"{name} is {value!r}, expected its keys, some of {', '.join(sorted(kind))}"
