@@ -77,14 +77,14 @@ bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether t
 
 COMPARE := $(BIN)/python launch/compare.py
 UNNAMED := optim.lr,optim.momentum,optim.restart_warmup_steps,method.operators
-AGAINST := --against=name=full,lr=0.0005,seed=0
+FULL_RANK := --against=name=full,lr=0.0005,seed=0
 REACH := --reach=eval/character_accuracy=0.5,0.95
 study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
 	$(COMPARE) docs/studies/memory_tiny.jsonl --best=optim.lr $(REACH) --out=docs/studies/memory_tiny
 	$(COMPARE) docs/studies/memory_1000_tiny.jsonl --best=optim.lr $(REACH) --out=docs/studies/memory_1000_tiny
 	$(COMPARE) docs/studies/merges_tiny.jsonl --out=docs/studies/merges_tiny
 	$(COMPARE) docs/studies/length_tiny.jsonl --out=docs/studies/length_tiny
-	$(COMPARE) $(addprefix docs/studies/,paper_tiny.jsonl muon_tiny.jsonl projected_tiny.jsonl) --best=optim.lr $(AGAINST) --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
+	$(COMPARE) $(addprefix docs/studies/,paper_tiny.jsonl muon_tiny.jsonl projected_tiny.jsonl) --best=optim.lr $(FULL_RANK) --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
 	$(COMPARE) docs/studies/biomedical_tiny.jsonl --best=optim.lr --out=docs/studies/biomedical_tiny
 	$(COMPARE) docs/studies/math_tiny.jsonl --best=optim.lr --out=docs/studies/math_tiny
 	$(COMPARE) docs/studies/math_smollm2.jsonl --out=docs/studies/math_smollm2

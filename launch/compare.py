@@ -50,7 +50,7 @@ def main(
     if not runs:
         raise CompareError("no run given; give run folders, e.g. runs/full runs/remora")
     if out is not None:
-        check_plots()
+        check_plots(Path(out))
     found = {each.folder.resolve(): each for name in runs for each in read_runs(Path(name))}
     if against is not None and not any(each.is_named(against) for each in found.values()):
         found[Path(against).resolve()] = read_run(Path(against))

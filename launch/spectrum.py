@@ -27,8 +27,10 @@ def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bo
 
     if not runs:
         raise CompareError("no run given; give run folders, e.g. runs/lora runs/remora")
+    if not above >= 0:
+        raise CompareError(f"--above: got {above}, and singular values are not negative; give a number from 0 on")
     if out is not None:
-        check_plots()
+        check_plots(Path(out))
     elif checkpoints:
         raise CompareError("--checkpoints: draws a figure; give --out, a folder for it")
     groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())

@@ -45,7 +45,7 @@ def main(study: str, *, out: str | None = None, jobs: int = 1, again: str | None
     try:
         if again is not None:
             return _say_differences(*run_again(plan, folder, again, program))
-        check_plots()
+        check_plots(folder.path)
         check_inputs(plan, folder)
         cells = conduct(plan, folder, program, jobs)
     except Stopped:

@@ -182,8 +182,8 @@ class GroupingOperator(Operator):
         """A moment [R, R] of M's gradient under the operator ``before`` -> [R, R], an estimate of it under this one.
 
         dM = D^T dW C^T sums elements of the weight's gradient. Each is taken for an equal share of the sum that it is
-        in, and these shares are summed again. That holds for first moments; for second moments, since variances of
-        uncorrelated elements add up as well.
+        in (of two sums, for the mean of the two shares), and these shares are summed again. That holds for first
+        moments; for second moments, since variances of uncorrelated elements add up as well.
         """
         of_inputs = self.inputs.sum(before.inputs.share(moment))
         return self.outputs.sum(before.outputs.share(of_inputs.mT)).mT

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import inspect
 import io
+import itertools
 import typing
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -34,8 +35,9 @@ def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.
     """The values to call ``command`` with; raises ConfigError with the faults of the command line."""
     words = _without_local_rank(argv)
     _raise(_faults_of_words(words, name))
-    arguments = _parsed(command, words, name)
     hints = typing.get_type_hints(command)
+    _raise(_faults_of_flags(words, hints))
+    arguments = _parsed(command, words, name)
     faults = []
     for parameter in arguments.signature.parameters.values():
         if parameter.name in arguments.arguments and parameter.kind is not parameter.VAR_KEYWORD:
@@ -77,6 +79,17 @@ def _faults_of_words(words: list[str], name: str) -> list[str]:
     faults += [f"{word.partition('=')[0]}: {secret}" for word in words if (secret := secret_in(word))]
     faults += [f"{word!a}: is not UTF-8; check the terminal's locale" for word in not_utf8]
     faults += [f"{flag}: given twice; give it once" for flag in twice]
+    return faults
+
+
+def _faults_of_flags(words: list[str], hints: dict[str, Any]) -> list[str]:
+    """Flags of parameters that hold no bool, and stand without a value: fire would make it ``True``."""
+    faults = []
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
+        expected = hints.get(word.removeprefix("--").replace("-", "_"))
+        holds_bool = expected is bool or bool in typing.get_args(expected)
+        if word.startswith("--") and following.startswith("--") and expected is not None and not holds_bool:
+            faults.append(f"{word}: has no value; give it as {word}=VALUE")
     return faults
 
 

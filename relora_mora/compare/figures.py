@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; lines and markers tell as much in grey
+# Okabe and Ito's colours, which the colour-blind can tell apart; lines and markers tell as much in grey, and come round
+# after other numbers of curves than colours do
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 PAPER: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 300,
@@ -115,10 +116,7 @@ class Drawing:
 
     def draw(self, panel: Axes) -> None:
         each = self.curve
-        every = -(-len(each.x) // MOST_MARKERS)
-        panel.plot(each.x, each.mean, label=_name(self.group), markevery=every, **self.style)
-        if len(self.group.runs) > 1:
-            panel.fill_between(each.x, each.low, each.high, color=self.style["color"], alpha=0.2, linewidth=0)
+        _draw_curve(panel, each, self.group, self.style)
         self._draw_merges(panel)
 
     def _draw_merges(self, panel: Axes) -> None:
@@ -245,8 +243,7 @@ def metric_figure(
         panel = figure.subplots()
         for group, style in zip(groups, styles(), strict=False):
             each = curve(group, series, axis)
-            panel.plot(each.x, each.mean, label=_name(group), **(style if markers else {**style, "marker": None}))
-            panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
+            _draw_curve(panel, each, group, style if markers else {**style, "marker": None})
         panel.set_xlabel(_unit(groups, axis)[1])
         _count_on(panel, axis)
         panel.set_ylabel(title)
@@ -282,7 +279,10 @@ def rank_figure(
             _count_on(panel, "tokens", ticks=3)
         for panel in panels.flat[len(kinds) :]:
             panel.set_visible(False)
-        panels[0][0].set_ylim(0, 1.08 * max(panel.dataLim.ymax for panel in panels.flat[: len(kinds)]))
+        limits = [panel.dataLim for panel in panels.flat[: len(kinds)]]
+        low, high = min(each.ymin for each in limits), max(each.ymax for each in limits)
+        margin = 0.08 * (high - low) or 1.0
+        panels[0][0].set_ylim(max(0.0, low - margin), high + margin)
         panels[0][0].set_xlim(left=0)
         for panel in panels.flat[max(0, len(kinds) - panels.shape[1]) : len(kinds)]:
             panel.set_xlabel("tokens")
@@ -293,9 +293,14 @@ def rank_figure(
 
 
 def _draw_ranks(panel: Axes, group: Group, tag: str, style: dict[str, Any]) -> None:
-    each = curve(group, lambda run: run.series(tag), "tokens")
-    panel.plot(each.x, each.mean, label=_name(group), **style)
-    panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
+    _draw_curve(panel, curve(group, lambda run: run.series(tag), "tokens"), group, style)
+
+
+def _draw_curve(panel: Axes, each: Curve, group: Group, style: dict[str, Any]) -> None:
+    """The mean over the seeds, and their band."""
+    panel.plot(each.x, each.mean, label=_name(group), markevery=-(-len(each.x) // MOST_MARKERS), **style)
+    if len(group.runs) > 1:
+        panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def styles() -> Iterator[dict[str, Any]]:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def check_plots() -> None:
-    """Raises :class:`CompareError` where matplotlib is not installed."""
+def check_plots(folder: Path) -> None:
+    """Raises :class:`CompareError` where matplotlib is not installed, or there is a file in place of the folder."""
+    if folder.exists() and not folder.is_dir():
+        raise CompareError(f"--out: {folder} is a file, and a folder is needed; give another one")
     if importlib.util.find_spec("matplotlib") is None:
         raise CompareError(
             "--out: plots need matplotlib, which is not installed: pip install matplotlib, or pip install '.[plot]' in "
@@ -25,11 +27,15 @@ def check_plots() -> None:
 
 
 def write_files(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Figure]) -> None:
-    """Texts by the names of their files, figures by those without ``.png``; what is there of these is replaced."""
+    """Texts by the names of their files, figures by those without ``.png``; what is there of these is replaced.
+
+    An older figure of ranks, which not every comparison has, does not stay beside them.
+    """
     with disk_faults_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
+        (folder / "effective_rank.png").unlink(missing_ok=True)
         for name, figure in figures.items():
             save(figure, folder / f"{name}.png")
 

@@ -67,6 +67,8 @@ class Group:
         waiting = [run for run in self.runs if not run.is_finished]
         if not waiting:
             return ""
+        if any(run.has_diverged for run in waiting):
+            return "its last loss is not finite"
         state = "running" if any(run.is_running for run in waiting) else "unfinished"
         step = min(run.last_step for run in waiting)
         return f"{state}, step {step:,} of {waiting[0].steps:,}"
@@ -153,28 +155,30 @@ def method_title(settings: Mapping[str, Any]) -> str:
 
 def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those that count: what method and optimizer use, without seeds and what says how a run is kept."""
-    method = METHODS.get(settings["method.name"])
-    unused = without_use(settings)
     kept = {
         name: value
-        for name, value in settings.items()
-        if name not in _APART and name not in unused and name.partition(".")[0] not in _APART_SECTIONS
+        for name, value in used_settings(settings).items()
+        if name not in _APART and name.partition(".")[0] not in _APART_SECTIONS
     }
     if settings.get("train.epochs") is not None:  # how many steps these are depends on the order, so on the seed
         kept |= {"train.epochs": settings["train.epochs"]}
         for name in _FOLLOWS_EPOCHS:
             kept.pop(name, None)
-    if method is not None and not method.merges and "method.operators" in kept:
-        kept["method.operators"] = kept["method.operators"][:1]
     return kept
 
 
-def without_use(settings: Mapping[str, Any]) -> set[str]:
-    """The names of settings that belong to other methods and optimizers."""
+def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that method and optimizer use; of operators that never alternate, the first."""
     method = METHODS.get(settings["method.name"])
     optimizer = MATRIX_OPTIMIZERS.get(settings["optim.matrices"])
     unused = _OF_SOME_METHODS.difference(_OF_SOME_METHODS if method is None else method.settings)
-    return unused | _OF_SOME_OPTIMIZERS.difference(_OF_SOME_OPTIMIZERS if optimizer is None else optimizer.settings)
+    unused |= _OF_SOME_OPTIMIZERS.difference(_OF_SOME_OPTIMIZERS if optimizer is None else optimizer.settings)
+    if settings.get("method.reset") not in ("magnitude", "random"):
+        unused.add("method.reset_ratio")
+    used = {name: value for name, value in settings.items() if name not in unused}
+    if method is not None and not method.merges and "method.operators" in used:
+        used["method.operators"] = used["method.operators"][:1]
+    return used
 
 
 def _seed(run: Run) -> tuple[Any, ...]:
@@ -203,7 +207,7 @@ def _differences(settings: Mapping[str, Any], names: Sequence[str], whole: Set[s
     shown = []
     for name in names:
         section, _, key = name.partition(".")
-        if name not in settings or (name == "method.operators" and len(settings[name]) > 1):
+        if settings.get(name) is None or (name == "method.operators" and len(settings[name]) > 1):
             continue
         if name == "optim.matrices" and settings[name] in MATRIX_OPTIMIZERS:
             shown.append(MATRIX_OPTIMIZERS[settings[name]].title)

@@ -39,6 +39,8 @@ def parse_reach(text: str, groups: Sequence[Group]) -> Reach:
     tag, _, values = text.partition("=")
     try:
         reach = Reach(tag, tuple(float(value) for value in values.split(",")))
+        if not all(map(math.isfinite, reach.values)):
+            raise ValueError
     except ValueError:
         raise CompareError(
             f"--reach: got {text}, expected a metric and numbers, such as eval/character_accuracy=0.5,0.95"

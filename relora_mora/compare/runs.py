@@ -58,6 +58,11 @@ class Run:
         return self.steps in self.series("eval/loss")
 
     @property
+    def has_diverged(self) -> bool:
+        """Whether it has evaluated its last step, and the loss is not a finite number."""
+        return not self.is_finished and any("eval/loss" in line and line["step"] == self.steps for line in self.lines)
+
+    @property
     def validation_sets(self) -> list[str]:
         """Names of its sets of held-out text; "" for one without a name. Empty before the first evaluation."""
         tags = dict.fromkeys(tag for line in self.lines for tag in line if tag.startswith("eval/"))

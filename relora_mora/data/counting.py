@@ -14,7 +14,7 @@ from relora_mora.data.encoded_rows import judged
 from relora_mora.data.encoders import encoder_of, packing_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.judged_records import too_many_records
-from relora_mora.data.lanes import LaneRows, plan_lanes
+from relora_mora.data.lanes import LanePlan, LaneRows, lane_plans
 from relora_mora.data.record_format import Record
 from relora_mora.data.rows import Encode, Encoded
 from relora_mora.data.rows_in_order import rows_in_order
@@ -50,20 +50,45 @@ def count_epoch(
     packing = packing_of(config, shards)
     if packing == "stream":
         epoch = Epoch(_stream_tokens(shards, config, tokenizer_path), None)
+        late = _read_late(shards, lane_plans(config, lanes, len(shards), packing))
+        if late > 0.05:
+            log.warning(
+                "about %.0f %% of the text comes after an epoch's end, and other text twice before it: lanes have "
+                "unequal shares of %s files; make them of equal sizes, or give few of them as records with "
+                "data.concatenate=true",
+                100 * late,
+                len(shards),
+            )
     else:
         most, rows = _most_blocks(shards, config, tokenizer_path, lanes, packing, epochs)
         blocks = -(-most // blocks_per_lane) * blocks_per_lane
         epoch = Epoch(blocks * lanes * config.sequence_length, blocks)
         if rows < 0.9 * blocks * lanes:
+            lanes_wait = rows < 0.9 * most * lanes
             log.warning(
-                "%.0f %% of the sequences of an epoch are empty: %s lanes wait for the one with most; lower data.lanes",
+                "%.0f %% of the sequences of an epoch are empty: %s",
                 100 - 100 * rows / (blocks * lanes),
-                lanes,
+                f"{lanes} lanes wait for the one with most; lower data.lanes"
+                if lanes_wait
+                else "its end does not fill a global batch; lower train.batch_size",
             )
     if not epoch.tokens:
         given = ", ".join(source.source for source in config.train_sources)
         raise SourceError(f"the training data {given} holds no text; give a source with at least one document")
     return epoch
+
+
+def _read_late(shards: Sequence[Shard], plans: Sequence[LanePlan]) -> float:
+    """The fraction of a stream that the lanes have not read when they have read as much as there is.
+
+    By the sizes of files, so about; 0 where a size is not known.
+    """
+    sizes = [shard.size for shard in shards]
+    if None in sizes or not any(sizes):
+        return 0.0
+    shares = [sum((sizes[part.shard] or 0) / part.stride for part in plan.parts) for plan in plans]
+    mean = sum(shares) / len(shares)
+    return sum(max(0.0, share - mean) for share in shares) / sum(shares)
 
 
 def _stream_tokens(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> int:
@@ -91,7 +116,7 @@ def _most_blocks(
     most = first = bad = seen = used = tokens = 0
     passed = Counter[str]()
     last_bad = ""
-    for plan in plan_lanes(lanes, len(shards), whole=config.whole_shards, even=True):
+    for plan in lane_plans(config, lanes, len(shards), packing):
         lane = CountedLane(
             LaneRows(plan, shards, config, functools.partial(open_any, config)),
             _remembered(encode) if fills and epochs > 1 else encode,

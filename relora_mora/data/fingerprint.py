@@ -77,8 +77,12 @@ def _order(
 ) -> dict[str, Any]:
     read_by = [shard.source if config.is_mixture else "" for shard in shards]
     uneven = any(count > batch_lanes and count % batch_lanes for count in Counter(read_by).values())
-    whole = [name for name, shard in zip(read_by, shards, strict=True) if packing_of(config, [shard]) != "stream"]
-    spread = any(1 < count < batch_lanes for count in Counter(whole).values())
+    even = [
+        name
+        for name, shard in zip(read_by, shards, strict=True)
+        if config.concatenate or packing_of(config, [shard]) != "stream"
+    ]
+    spread = any(1 < count < batch_lanes for count in Counter(even).values())
     rule = RULE_OF_PARTS if uneven and not config.whole_shards else RULE
     order = {
         "rule": RULE_OF_WHOLE_ROWS if spread else rule,

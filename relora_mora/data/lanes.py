@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
-from relora_mora.config import DataConfig
+from relora_mora.config import DataConfig, Packing
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lane_states import Cursor, read_state
 from relora_mora.data.rows import OpenRows, Row
@@ -65,6 +65,12 @@ def plan_lanes(lanes: int, shards: int, *, whole: bool = False, even: bool = Fal
         first = lane % left
         parts[lane].append(Part(alone + first, stride=len(range(first, lanes, left)), phase=lane // left))
     return [LanePlan(lane, tuple(parts[lane])) for lane in range(lanes)]
+
+
+def lane_plans(config: DataConfig, lanes: int, shards: int, packing: Packing) -> list[LanePlan]:
+    """How the lanes of a run share shards whose rows become sequences like this."""
+    even = packing != "stream" or config.concatenate
+    return plan_lanes(lanes, shards, whole=config.whole_shards, even=even)
 
 
 def seeded_order(count: int, *key: int) -> list[int]:

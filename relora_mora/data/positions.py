@@ -8,7 +8,7 @@ from typing import Any
 from relora_mora.config import DataConfig
 from relora_mora.data.encoders import packing_of
 from relora_mora.data.lane_states import Cursor, read_key
-from relora_mora.data.lanes import LanePlan, plan_lanes
+from relora_mora.data.lanes import LanePlan, lane_plans
 from relora_mora.data.mixture import shards_of_source
 from relora_mora.data.sources import Shard
 
@@ -31,9 +31,9 @@ def describe_position(
     for key in sorted(state, key=read_key):
         lane, source = read_key(key)
         own = shards_of_source(shards, config, source)
-        in_stream = packing_of(config, own) == "stream"
-        plan = plan_lanes(lanes, len(own), whole=config.whole_shards, even=not in_stream)[lane]
-        counted = "tokens of the next document" if in_stream else "sequences of what follows"
+        packing = packing_of(config, own)
+        plan = lane_plans(config, lanes, len(own), packing)[lane]
+        counted = "tokens of the next document" if packing == "stream" else "sequences of what follows"
         here = _place(plan, *plan.read(state[key]), own, config, counted)
         name = f"lane {lane}, {source}" if source else f"lane {lane}"
         if since is None:

@@ -12,7 +12,7 @@ import numpy as np
 from relora_mora.config import DataConfig, Packing
 from relora_mora.data.encoders import encoder_of, packing_of, whole_texts
 from relora_mora.data.lane_states import LaneStates, lane_state, state_key
-from relora_mora.data.lanes import EpochLimit, LaneRows, plan_lanes
+from relora_mora.data.lanes import EpochLimit, LaneRows, lane_plans
 from relora_mora.data.mixture import Mixture, shards_of_source
 from relora_mora.data.packing import Block, DocumentIds, Lane, Mask, Packer, Tokens
 from relora_mora.data.retry import RETRIES
@@ -84,9 +84,7 @@ class Producer:
         config = self.assignment.config
         shards = shards_of_source(self.assignment.shards, config, name)
         packing = packing_of(config, shards)
-        plans = plan_lanes(
-            self.assignment.lanes_of_all, len(shards), whole=config.whole_shards, even=packing != "stream"
-        )
+        plans = lane_plans(config, self.assignment.lanes_of_all, len(shards), packing)
         encode, eos = self._encoder(shards, packing)
         for lane in self.assignment.lanes:
             rows = LaneRows(plans[lane], shards, config, functools.partial(open_any, config), self.limits.get(name))

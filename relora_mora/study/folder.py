@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relora_mora.compare.groups import without_use
+from relora_mora.compare.groups import used_settings
 from relora_mora.config import FINETUNING, Config, ConfigError, load_config, parse_yaml
 from relora_mora.origin import changed_start, starts_of
 from relora_mora.study.cells import Cell
@@ -17,6 +17,7 @@ from relora_mora.study.design import Study
 from relora_mora.supervise import FINISHED
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
+_RECORD = {"name": str, "given": dict, "config": dict, "start": dict, "metrics": list}
 PLACES = {"train.run_dir"}  # settings that do not matter for a run's numbers
 
 
@@ -104,13 +105,21 @@ class StudyFolder:
                 )
         path = self.settings(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(new) + "\n", encoding="utf-8")
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_text(json.dumps(new) + "\n", encoding="utf-8")
+        beside.replace(path)
 
     def given(self, cell: Cell) -> dict[str, Any] | None:
-        """The settings that the cell was begun with, and its threads; None where it was not begun."""
+        """The settings that the cell was begun with, and its threads; None where it was not begun.
+
+        Raises ValueError where they cannot be read.
+        """
         path = self.settings(cell)
         if path.exists():
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            try:
+                return dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} does not hold the settings of a run; {self._remedy(cell)}") from error
         record = self.kept().get(cell.name)
         return None if record is None else dict(record["given"])
 
@@ -136,7 +145,7 @@ def _kept(records: Path, changed: int) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or not set(record) >= {"name", "given", "config", "start", "metrics"}:
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in _RECORD.items()):
             raise ValueError(f"{records}, line {number}: no record of a run; remove the line, or copy the file again")
         kept[record["name"]] = record
     return kept
@@ -194,7 +203,7 @@ def _numbers_of(config: Config, seed: int) -> str:
     """Equal for two runs that have all settings in common, but for those that neither uses."""
     sections = json.loads(config.model_dump_json())
     settings = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    used = {name: value for name, value in settings.items() if name not in without_use(settings) | PLACES}
+    used = {name: value for name, value in used_settings(settings).items() if name not in PLACES}
     return json.dumps([used, seed], sort_keys=True)
 
 

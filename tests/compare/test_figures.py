@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from relora_mora.compare import Group, Reach, Run, figures_of, group_runs, reach_figure, write_files
 from relora_mora.compare.curves import curve, parting, running_mean
-from relora_mora.compare.figures import loss_figure, perplexity_figure, rank_figure, rate_figure
+from relora_mora.compare.figures import loss_figure, perplexity_figure, rank_figure, rate_figure, styles
 from tests.compare.folders import TOKENS, made_run
 from tests.tools.commands import left_in
 
@@ -146,6 +147,19 @@ def test_a_metric_is_drawn_by_step_with_the_values_that_were_asked_for(groups: l
 def test_a_run_that_goes_on_is_marked_in_the_legend(tmp_path: Path) -> None:
     groups = group_runs([made_run(tmp_path / "a", LOSSES[:3])])
     assert list(_lines(loss_figure(groups, "tokens").axes[0])) == ["ReMoRA (1, 2) [unfinished, step 20 of 40]"]
+
+
+def test_an_older_figure_of_ranks_does_not_stay(groups: list[Group], tmp_path: Path) -> None:
+    write_files(tmp_path, {}, figures_of(groups))
+    assert "effective_rank.png" in left_in(tmp_path)
+    write_files(tmp_path, {}, figures_of(groups[:1]))
+    assert "effective_rank.png" not in left_in(tmp_path)
+
+
+def test_many_curves_differ_in_more_than_their_dashes() -> None:
+    given = list(itertools.islice(styles(), 40))
+    for key in ("marker", "linestyle"):
+        assert len({(style["color"], str(style[key])) for style in given[:35]}) == 35
 
 
 def test_files_are_written(groups: list[Group], tmp_path: Path) -> None:

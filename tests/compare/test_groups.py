@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,10 @@ def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
             ["ReMoRA (1, 2), lr 0.001", "ReMoRA (1, 2), lr 0.0002", "Full rank, lr 0.001"],
         ),
         (
+            [{"method": {"merge_until_step": step}} for step in (None, 30)],
+            ["ReMoRA (1, 2)", "ReMoRA (1, 2), merge until step 30"],
+        ),
+        (
             [{"optim": {"matrices": name}} for name in ("adamw", "muon")],
             ["ReMoRA (1, 2), AdamW", "ReMoRA (1, 2), Muon"],
         ),
@@ -112,7 +117,7 @@ def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
         ),
         (
             [{"optim": {"lr_other": 0.5}}, {"checkpoint": {"every_steps": 3}, "log": {"every_steps": 2}}],
-            ["ReMoRA (1, 2), lr other 0.5", "ReMoRA (1, 2), lr other default"],
+            ["ReMoRA (1, 2), lr other 0.5", "ReMoRA (1, 2)"],
         ),
     ],
 )
@@ -125,6 +130,11 @@ def test_a_group_says_which_run_has_not_ended(tmp_path: Path) -> None:
     [group] = group_runs(runs)
     assert group.state == "unfinished, step 10 of 40"
     assert group_runs(runs[:1])[0].state == ""
+
+
+def test_a_group_says_that_a_run_has_diverged(tmp_path: Path) -> None:
+    [group] = group_runs([made_run(tmp_path / "a", [9.0, 4.0, 3.0, 2.0, math.nan])])
+    assert group.state == "its last loss is not finite"
 
 
 def test_epochs_of_another_order_may_be_other_steps(tmp_path: Path) -> None:

@@ -90,6 +90,29 @@ def test_every_row_of_every_source_is_learned_once_in_each_epoch(sources, tokeni
             assert seen == expected
 
 
+def test_a_stream_comes_once_in_an_epoch_but_for_its_ends(tokenizer_path, tmp_path):
+    """Files of other sizes: all lanes share each of them."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    sizes = {"large": 180, "small": 20}
+    given = [
+        {"source": _write(tmp_path / f"{name}.jsonl", [{"text": f"<{name} {n:03}>"} for n in range(size)])}
+        for name, size in sizes.items()
+    ]
+    config = _config(given, "stream")
+    steps = _count(config, tokenizer_path).tokens // (BATCH * LENGTH)
+    with _stream(config, tokenizer_path) as stream:
+        batches = [next(stream) for _ in range(steps)]
+    lanes: list[list[int]] = [[] for _ in range(LANES)]
+    for batch in batches:
+        for lane, rows in enumerate(batch.labels.unflatten(0, (LANES, -1))):
+            lanes[lane] += rows.flatten().tolist()
+    texts = [text.strip() for tokens in lanes for text in tokenizer.decode(tokens).split("</s>")]
+    seen = Counter(text for text in texts if text.startswith("<") and text.endswith(">"))
+    assert max(seen.values()) <= 2 and len(seen) >= 0.9 * sum(sizes.values())
+    for name, size in sizes.items():
+        assert abs(sum(count for text, count in seen.items() if name in text) - size) <= 2 * LANES
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("packing", ["whole", "stream"])
 def test_stops_and_other_numbers_of_ranks_change_none_of_it(sources, tokenizer_path, packing, workers):

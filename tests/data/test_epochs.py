@@ -149,3 +149,24 @@ def test_much_waiting_is_warned_of(tokenizer_path, tmp_path, caplog):
     assert epoch.blocks == 40
     [said] = caplog.messages
     assert said == ("69 % of the sequences of an epoch are empty: 4 lanes wait for the one with most; lower data.lanes")
+
+
+def test_an_end_that_does_not_fill_a_batch_is_warned_of(tokenizer_path, tmp_path, caplog):
+    rows = [{"prompt": "the", "completion": _completion(number)} for number in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    count_epoch(_config(tmp_path / "a.jsonl", "none"), tokenizer_path, lanes=1, blocks_per_lane=8)
+    assert caplog.messages == [
+        "62 % of the sequences of an epoch are empty: its end does not fill a global batch; lower train.batch_size"
+    ]
+
+
+def test_a_stream_whose_lanes_have_unequal_shares_is_warned_of(tokenizer_path, tmp_path, caplog):
+    for part, size in enumerate((90, 10)):
+        (tmp_path / f"part-{part}.jsonl").write_text((json.dumps({"text": "the rank"}) + "\n") * size)
+    config = data_config(tmp_path / "*.jsonl", sequence_length=LENGTH)
+    count_epoch(config, tokenizer_path, lanes=LANES)
+    [said] = caplog.messages
+    assert said.startswith("about 40 % of the text comes after an epoch's end")
+    caplog.clear()
+    count_epoch(config.model_copy(update={"concatenate": True}), tokenizer_path, lanes=LANES)
+    assert not caplog.messages

@@ -131,7 +131,7 @@ def test_bad_input_is_one_message(runs: list[Path], tmp_path: Path) -> None:
         call(COMPARE, runs[0], tmp_path / "file"),
         "line 1: no record of a run",
     )
-    refused(call(COMPARE, runs[0], f"--out={tmp_path / 'file'}"), "File exists")
+    refused(call(COMPARE, runs[0], f"--out={tmp_path / 'file'}"), "is a file, and a folder is needed")
 
 
 def test_without_matplotlib_the_table_alone_can_be_had(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

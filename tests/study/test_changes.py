@@ -33,6 +33,17 @@ def test_nor_is_it_where_all_runs_are_done(tmp_path: Path, changes: dict[str, An
         conduct(made_study(grid=grid, **changes), folder, TRAINER, 1)
 
 
+@pytest.mark.parametrize("text", ["", "{", "3"])
+def test_settings_that_were_cut_off_are_told(tmp_path: Path, text: str):
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
+    folder = StudyFolder(tmp_path)
+    conduct(study, folder, TRAINER, 1)
+    [settings] = (tmp_path / "settings").iterdir()
+    settings.write_text(text)
+    with pytest.raises(ValueError, match=r"lr=0\.003,seed=0\.json does not hold the settings of a run; remove "):
+        conduct(study, folder, TRAINER, 1)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
     return made_start(tmp_path / "start")

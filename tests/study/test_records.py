@@ -71,7 +71,10 @@ def test_a_record_of_other_weights_is_refused(tmp_path: Path):
         conduct(study, folder, TRAINER, 1)
 
 
-@pytest.mark.parametrize("line", ['{"name": "cut', "[1]", '{"name": "a"}', ""])
+@pytest.mark.parametrize(
+    "line",
+    ['{"name": "cut', "[1]", '{"name": "a"}', "", '{"name": 1, "given": 2, "config": 3, "start": 4, "metrics": 5}'],
+)
 def test_what_is_no_record_is_told(tmp_path: Path, line: str):
     folder = StudyFolder(tmp_path)
     whole = json.dumps({"name": "a", "given": {}, "config": {}, "start": {}, "metrics": []})
