@@ -150,6 +150,7 @@ def test_frequent_merges_are_beside_those_of_the_paper() -> None:
     }
     assert different == {
         "method.merge_every",
+        "method.merge_until_step",
         "method.reset",
         "optim.lr",
         "optim.matrices",
