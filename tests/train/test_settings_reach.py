@@ -41,6 +41,7 @@ REACHES = {
     "model.activation_checkpointing": Reach(True, False, True),
     "model.compile": Reach(None, False, True),  # takes a compiler and a minute: tests/kernels/test_kernels.py
     "data.train": Reach("validation.json", False, False),
+    "data.concatenate": Reach(None, False, False),  # of records alone: tests/data/test_concatenation.py
     "data.stages": Reach(None, False, False),  # of mixtures only: tests/data/test_mixture.py
     "data.validation": Reach("train.json", True, False),
     "data.revision": Reach("v2", False, False),
