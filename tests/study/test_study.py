@@ -129,7 +129,14 @@ def test_the_same_run_twice_is_refused():
         [{"method.name": "full", "optim.lr": 1e-3}, {"optim.lr": 1e-3, "method.name": "full"}],
         [{"method.name": "full", "method.rank": [8, 16]}],
         [{"method.name": "mora", "method.operators": [[1], [1, 2]]}],
-        [{"method.name": "remora", "method.operators": [[1, 2]], "method.merge_every": 200, "method.reset_ratio": [0.5, 0.9]}],
+        [
+            {
+                "method.name": "remora",
+                "method.operators": [[1, 2]],
+                "method.reset_ratio": [0.5, 0.9],
+                "train.steps": 4000,
+            }
+        ],
     ],
 )
 def test_so_is_one_by_another_name(tmp_path: Path, grid: list[dict[str, Any]]):
