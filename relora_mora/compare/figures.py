@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -274,7 +275,8 @@ def rank_figure(
             panel.set_title(kind)
             for group, style in zip(groups, styles(), strict=False):
                 if group in shown:
-                    _draw_ranks(panel, group, f"{tag}/{kind}", style)
+                    each = curve(group, partial(Run.series, tag=f"{tag}/{kind}"), "tokens")
+                    _draw_curve(panel, each, group, style)
             panel.xaxis.set_tick_params(labelbottom=True)
             _count_on(panel, "tokens", ticks=3)
         for panel in panels.flat[len(kinds) :]:
@@ -290,10 +292,6 @@ def rank_figure(
             panel.set_ylabel(title)
         add_legend(figure, panels[0][0], shown)
     return figure
-
-
-def _draw_ranks(panel: Axes, group: Group, tag: str, style: dict[str, Any]) -> None:
-    _draw_curve(panel, curve(group, lambda run: run.series(tag), "tokens"), group, style)
 
 
 def _draw_curve(panel: Axes, each: Curve, group: Group, style: dict[str, Any]) -> None:

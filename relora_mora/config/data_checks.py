@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from relora_mora.config.data import DataConfig
 from relora_mora.config.fault import Fault
@@ -11,6 +12,7 @@ from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.config.schema import Config
 from relora_mora.config.sources import TextSource, is_mixture, set_setting
 
+_OF_MIXTURES = ("weight", "max_epochs", "at_max_epochs")
 _WHAT = {"train": "the length of a run", "optim": "the warmup"}
 
 
@@ -65,14 +67,20 @@ def _source_faults(setting: str, field: str, source: TextSource) -> Iterator[Fau
 
 def _held_out_faults(setting: str, source: TextSource) -> Iterator[Fault]:
     """What only a mixture has, and held-out text would silently do without."""
-    for key in ("name", "weight", "max_epochs", "at_max_epochs"):
-        given = getattr(source, key)
-        if given != TextSource.model_fields[key].default:
-            remedy = f"give sets by name, as {{{given}: {{source: ...}}}}" if key == "name" else "leave it out"
-            yield Fault(
-                (f"{setting}.{key}", "data.validation"),
-                f"{given} is for the sources of a mixture, and held-out text is read as it stands; {remedy}",
-            )
+    for key, given in _given(source, ("name", *_OF_MIXTURES)):
+        remedy = f"give sets by name, as {{{given}: {{source: ...}}}}" if key == "name" else "leave it out"
+        yield Fault(
+            (f"{setting}.{key}", "data.validation"),
+            f"{given} is for the sources of a mixture, and held-out text is read as it stands; {remedy}",
+        )
+
+
+def _given(source: TextSource, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Of these keys those with another value than their default, and the value."""
+    for key in keys:
+        value = getattr(source, key)
+        if value != TextSource.model_fields[key].default:
+            yield key, value
 
 
 def _concatenation_faults(data: DataConfig) -> Iterator[Fault]:
@@ -84,14 +92,12 @@ def _concatenation_faults(data: DataConfig) -> Iterator[Fault]:
         )
         return
     for number, source in enumerate(data.train_sources):
-        for key in ("weight", "max_epochs", "at_max_epochs"):
-            given = getattr(source, key)
-            if given != TextSource.model_fields[key].default:
-                yield Fault(
-                    (f"data.train.{number}.{key}", "data.concatenate", "data.train"),
-                    f"{given} is for the sources of a mixture, and data.concatenate makes them one text; "
-                    "leave one of the two out",
-                )
+        for key, given in _given(source, _OF_MIXTURES):
+            yield Fault(
+                (f"data.train.{number}.{key}", "data.concatenate", "data.train"),
+                f"{given} is for the sources of a mixture, and data.concatenate makes them one text; "
+                "leave one of the two out",
+            )
     held = [data.records_of(source) for source in data.train_sources]
     if len({data.packing_of([records]) for records in held}) > 1:
         yield Fault(

@@ -64,14 +64,11 @@ def count_epoch(
         blocks = -(-most // blocks_per_lane) * blocks_per_lane
         epoch = Epoch(blocks * lanes * config.sequence_length, blocks)
         if rows < 0.9 * blocks * lanes:
-            lanes_wait = rows < 0.9 * most * lanes
-            log.warning(
-                "%.0f %% of the sequences of an epoch are empty: %s",
-                100 - 100 * rows / (blocks * lanes),
-                f"{lanes} lanes wait for the one with most; lower data.lanes"
-                if lanes_wait
-                else "its end does not fill a global batch; lower train.batch_size",
-            )
+            why = "its end does not fill a global batch; lower train.batch_size"
+            if rows < 0.9 * most * lanes:
+                why = f"{lanes} lanes wait for the one with most; lower data.lanes"
+            empty = 100 - 100 * rows / (blocks * lanes)
+            log.warning("%.0f %% of the sequences of an epoch are empty: %s", empty, why)
     if not epoch.tokens:
         given = ", ".join(source.source for source in config.train_sources)
         raise SourceError(f"the training data {given} holds no text; give a source with at least one document")
@@ -83,10 +80,10 @@ def _read_late(shards: Sequence[Shard], plans: Sequence[LanePlan]) -> float:
 
     By the sizes of files, so about; 0 where a size is not known.
     """
-    sizes = [shard.size for shard in shards]
-    if None in sizes or not any(sizes):
+    sizes = [shard.size for shard in shards if shard.size is not None]
+    if len(sizes) < len(shards) or not any(sizes):
         return 0.0
-    shares = [sum((sizes[part.shard] or 0) / part.stride for part in plan.parts) for plan in plans]
+    shares = [sum(sizes[part.shard] / part.stride for part in plan.parts) for plan in plans]
     mean = sum(shares) / len(shares)
     return sum(max(0.0, share - mean) for share in shares) / sum(shares)
 

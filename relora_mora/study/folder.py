@@ -15,6 +15,7 @@ from relora_mora.origin import changed_start, starts_of
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.supervise import FINISHED
+from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 _RECORD = {"name": str, "given": dict, "config": dict, "start": dict, "metrics": list}
@@ -105,9 +106,7 @@ class StudyFolder:
                 )
         path = self.settings(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(json.dumps(new) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_synced(path, json.dumps(new) + "\n")
 
     def given(self, cell: Cell) -> dict[str, Any] | None:
         """The settings that the cell was begun with, and its threads; None where it was not begun.

@@ -9,6 +9,7 @@ from typing import Any
 from relora_mora.config import parse_yaml
 from relora_mora.study.cells import Cell
 from relora_mora.study.folder import StudyFolder
+from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import read_json_lines
 
 KEPT_LINES = 40  # of a run's training, evenly over its steps, and of what merges did; evaluations are kept whole
@@ -30,9 +31,7 @@ def write_records(cells: Sequence[Cell], folder: StudyFolder) -> int:
     named = {cell.name: None for cell in cells}
     found = {**kept, **new}
     lines = [json.dumps(found[name]) + "\n" for name in {**named, **found} if name in found]
-    beside = folder.records.with_name(folder.records.name + ".tmp")
-    beside.write_text("".join(lines), encoding="utf-8")
-    beside.replace(folder.records)
+    write_synced(folder.records, "".join(lines))
     return len(found.keys() & named)
 
 
