@@ -15,11 +15,11 @@ import yaml
 from pydantic import BaseModel
 
 from relora_mora.compare.errors import CompareError
+from relora_mora.compare.records import RECORDS, json_object, read_records
 from relora_mora.config import Config, MethodConfig, OptimConfig, parse_yaml
 from relora_mora.supervise.lock import is_held
 from relora_mora.system.run_folder import RunFolder
 
-RECORDS = "cells.jsonl"  # in the folder of a study
 Series = dict[int, float]  # values of a metric by step, in the order of steps
 
 
@@ -154,8 +154,7 @@ def read_runs(path: Path) -> list[Run]:
         path /= RECORDS
     if not path.is_file():
         return [read_run(path)]
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [_kept_run(path, number, line) for number, line in enumerate(lines, start=1)]
+    kept = [_kept_run(path, record) for record in read_records(path)]
     if not kept:
         raise CompareError(f"{path}: holds no run; give a run folder, or the cells.jsonl of a study that has one done")
     return kept
@@ -183,40 +182,19 @@ def read_run(folder: Path) -> Run:
     return Run(folder, _settings(tree, files.config), lines, _json_lines(files.starts), is_held(folder))
 
 
-def _kept_run(path: Path, number: int, line: str) -> Run:
-    record = _object(line)
-    if record is None or not {"name", "config", "metrics", "start"} <= set(record):
-        raise CompareError(
-            f"{path}, line {number}: no record of a run; give a run folder, or the cells.jsonl of a study, whole"
-        )
-    lines = record["metrics"]
-    metrics_are_lines = isinstance(lines, list) and all(isinstance(line, dict) and "step" in line for line in lines)
-    if not (metrics_are_lines and lines and isinstance(record["start"], dict)):
-        raise CompareError(f"{path}, line {number}: a record whose metrics or start are damaged; copy the file again")
+def _kept_run(path: Path, record: dict[str, Any]) -> Run:
     settings = _settings(record["config"], path)
     study = path.parent if path.name == RECORDS else path.with_suffix("")
     folder = study / "runs" / record["name"]  # it need not be there any more
-    return Run(folder, settings, lines, [record["start"]], is_running=False, is_record=True)
+    return Run(folder, settings, record["metrics"], [record["start"]], is_running=False, is_record=True)
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file that another process may be writing; none where there is no file."""
     if not path.is_file():
         return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        record = _object(line)
-        if record is not None:  # a kill may have cut it off
-            found.append(record)
-    return found
-
-
-def _object(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+    found = map(json_object, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [record for record in found if record is not None]
 
 
 def _settings(tree: Any, source: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.compare.groups import used_settings
+from relora_mora.compare.records import RECORDS, read_records
 from relora_mora.config import FINETUNING, Config, ConfigError, load_config, parse_yaml
 from relora_mora.origin import changed_start, starts_of
 from relora_mora.study.cells import Cell
@@ -18,7 +19,6 @@ from relora_mora.supervise import FINISHED
 from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
-_RECORD = {"name": str, "given": dict, "config": dict, "start": dict, "metrics": list}
 PLACES = {"train.run_dir"}  # settings that do not matter for a run's numbers
 
 
@@ -46,14 +46,17 @@ class StudyFolder:
     @property
     def records(self) -> Path:
         """One JSON object a line for every run that is done, see :mod:`relora_mora.study.record`."""
-        return self.path / "cells.jsonl"
+        return self.path / RECORDS
 
     @property
     def table(self) -> Path:
         return self.path / "compare.md"
 
     def kept(self) -> dict[str, dict[str, Any]]:
-        """The records by the names of their cells. The runs may have been made on another machine."""
+        """The records by the names of their cells. The runs may have been made on another machine.
+
+        Raises ValueError where the file is damaged.
+        """
         try:
             changed = self.records.stat().st_mtime_ns
         except FileNotFoundError:
@@ -134,20 +137,8 @@ class StudyFolder:
 
 @functools.lru_cache(maxsize=2)
 def _kept(records: Path, changed: int) -> dict[str, dict[str, Any]]:
-    """``changed`` is the time of the file's last change; it is read once while that stays.
-
-    Raises ValueError where a line is not what :func:`relora_mora.study.record.write_records` writes.
-    """
-    kept = {}
-    for number, line in enumerate(records.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in _RECORD.items()):
-            raise ValueError(f"{records}, line {number}: no record of a run; remove the line, or copy the file again")
-        kept[record["name"]] = record
-    return kept
+    """``changed`` is the time of the file's last change; it is read once while that stays."""
+    return {record["name"]: record for record in read_records(records)}
 
 
 @functools.cache

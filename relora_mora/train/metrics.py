@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from relora_mora.config.secrets import redact
+from relora_mora.system.files import write_synced
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 
@@ -75,9 +76,7 @@ class Metrics:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 log.warning("metrics.jsonl: dropped a damaged line")
-        beside = self.path.with_name(self.path.name + ".tmp")
-        beside.write_text("".join(kept), encoding="utf-8")
-        beside.replace(self.path)
+        write_synced(self.path, "".join(kept))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of the file, and the same for each logger."""

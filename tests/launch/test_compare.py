@@ -103,7 +103,14 @@ def test_studies_may_have_runs_of_one_name(runs: list[Path], tmp_path: Path) -> 
     for run in runs:
         config = yaml.safe_load((run / "config.yaml").read_text())
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        record = {"name": "seed=0", "seed": 0, "config": config, "start": {"step": 0}, "metrics": metrics}
+        record = {
+            "name": "seed=0",
+            "seed": 0,
+            "given": config,
+            "config": config,
+            "start": {"step": 0},
+            "metrics": metrics,
+        }
         given.append(tmp_path / f"study_{run.name}" / "cells.jsonl")
         given[-1].parent.mkdir()
         given[-1].write_text(json.dumps(record) + "\n")
