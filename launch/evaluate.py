@@ -115,6 +115,7 @@ def main(
         from relora_mora.adapters import is_adapter, load_model
         from relora_mora.data import SourceError
         from relora_mora.evaluate import EvalResult, causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal
+        from relora_mora.model import length_of_documents
         from relora_mora.pretrained import DTYPES, is_foreign, positions_of
         from relora_mora.system.hardware import ran_out_of_memory, uses_cuda
         from relora_mora.system.logs import progress_bar
@@ -123,9 +124,11 @@ def main(
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
     if tasks is not None:
-        from relora_mora.harness import check_tasks
+        from relora_mora.harness import LOCAL_TASKS, check_tasks
 
         names = [name.strip() for name in tasks.split(",")]
+        if task_data is not None and not set(names) & set(LOCAL_TASKS):
+            raise ValueError(f"--task_data: {tasks} has no local task ({', '.join(LOCAL_TASKS)}); leave it out")
         check_tasks(names, task_data, num_fewshot)
     if tasks is None and given is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
         raise ValueError(f"--data: {model} is no run and names no text of its own; say what to score, e.g. allenai/c4")
@@ -135,11 +138,20 @@ def main(
         return
     settings = loaded.data_settings(given, sequence_length, document_mask, text_column, sample_by)
     settings = settings.model_copy(update=held)
+    alone = settings.masks_documents_of(settings.sources("validation"))
+    if document_mask is False and alone:
+        raise ValueError("--document_mask: records that are packed whole are always scored alone; leave it out")
     length = settings.sequence_length
     positions = positions_of(loaded.model)
     if positions is not None and length > positions:
         raise ValueError(
             f"--sequence_length: got {length}, but {model} has {positions} positions; give at most {positions}"
+        )
+    longest = length_of_documents(loaded.model.config.get_text_config()) if alone else None
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"--sequence_length: got {length}, but behind {longest} positions the longrope of {model} turns the "
+            f"documents of a batch by the longest of them; give at most {longest}, or score them in sequences"
         )
     with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
         check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.get_text_config().vocab_size)
@@ -154,11 +166,11 @@ def main(
             f"{model}: {type(lm).__name__} predicts a token from that token and later ones; "
             "give a causal language model"
         )
-    alone = ", each document alone" if any(each.document_ids is not None for each in sets.values()) else ""
     tokens = sum(each.predicted for each in sets.values())
     documents = sum(each.documents for each in sets.values())
     print(
-        f"{loaded.description}: {tokens:,} tokens of {documents:,} documents in sequences of {length}{alone}",
+        f"{loaded.description}: {tokens:,} tokens of {documents:,} documents in sequences of {length}"
+        f"{', each document alone' if alone else ''}",
         file=sys.stderr,
     )
     rows = min(micro_batch_size, max(each.blocks for each in sets.values()))
@@ -214,13 +226,13 @@ def _score_tasks(
     results = evaluate_tasks(
         lm, words, names, data=task_data, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
     )
+    print(f"{loaded.description}\n{table(results)}", file=sys.stderr)
+    print(json.dumps({"tasks": results}), flush=True)
     if loaded.checkpoint is not None:
         checkpoint, step = loaded.checkpoint
         run = checkpoint.resolve().parent.parent
         if RunFolder(run).config.is_file():
             record(run, step, results)
-    print(f"{loaded.description}\n{table(results)}", file=sys.stderr)
-    print(json.dumps({"tasks": results}))
 
 
 def _on(device: torch.device, lm: Any) -> Any:  # torch's types do not know that a model takes a device

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from relora_mora.checkpoint import CheckpointError, CheckpointReader, read_manifest, tokenizer_of
+from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, read_manifest, tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint, newest_manifest
 from relora_mora.checkpoint.layout import MANIFEST
 from relora_mora.config import Config, ConfigError, DataConfig, Given, ModelConfig, TextSource, validate
@@ -201,8 +201,10 @@ def with_tokenizer(config: Config) -> Config:
 
 
 def tokenizer_beside(path: Path) -> Path:
-    """Where a Hugging Face folder, a run or a checkpoint has its tokenizer."""
-    return path if is_foreign(path) else RunFolder(path).tokenizer  # a checkpoint's has the same name
+    """Where a Hugging Face folder, a run, its ``checkpoints/`` or a checkpoint has its tokenizer."""
+    if is_foreign(path):
+        return path
+    return RunFolder(path.parent if list_checkpoints(path) else path).tokenizer  # a checkpoint's has the same name
 
 
 def load_foreign(

@@ -136,8 +136,8 @@ def test_the_revisions_of_a_run_hold_for_its_own_text():
     assert here.revision is None  # it is on no hub
 
 
-def _llama() -> LlamaForCausalLM:
-    return build_model(tiny_llama(vocab_size=320), seed=3).eval()
+def _llama(**changes) -> LlamaForCausalLM:
+    return build_model(tiny_llama(vocab_size=320, **changes), seed=3).eval()
 
 
 def _loss_of_documents(lm, texts: list[str], tokenizer, length: int) -> float:
@@ -277,6 +277,22 @@ def test_a_model_that_sees_what_it_predicts_is_refused(source, tokenizer_path, t
         )
     for lm in (_bert(is_decoder=True), _gpt2()):
         assert is_causal(lm, torch.device("cpu"))
+
+
+def test_documents_that_are_always_alone_cannot_be_scored_in_sequences(source, tokenizer_path, tmp_path):
+    _gpt2().save_pretrained(tmp_path)
+    given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--document_mask=false")
+    answer = call(EVALUATE, tmp_path, *given, "--records={kind: prompt}")
+    refused(answer, "--document_mask: records that are packed whole are always scored alone")
+
+
+def test_documents_that_longrope_would_turn_by_the_longest_are_refused(source, tokenizer_path, tmp_path):
+    factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "original_max_position_embeddings": 16}
+    lm = _llama(rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors})
+    lm.save_pretrained(tmp_path)
+    given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--document_mask=true")
+    refused(call(EVALUATE, tmp_path, *given), "behind 16 positions the longrope of", "give at most 16")
+    assert call(EVALUATE, tmp_path, *given, "--sequence_length=16").code == 0
 
 
 def test_a_loss_that_is_no_number_is_no_result(source, tokenizer_path, tmp_path):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.checkpoint.layout import content_checksum, file_entry
 from relora_mora.export import export
-from relora_mora.pretrained import load_any_model, merged_model
+from relora_mora.pretrained import load_any_model, merged_model, tokenizer_beside
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from tests.tools.checkpoints import write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
@@ -335,3 +335,13 @@ def test_a_damaged_tokenizer_that_nothing_can_stand_in_for_is_named(
         call(EVALUATE, run, f"--data={text}"), str(checkpoint), "tokenizer/tokenizer.json: 2 bytes", str(hf_tokenizer)
     )
     assert call(EVALUATE, run, f"--data={text}", f"--tokenizer={hf_tokenizer}").code == 0
+
+
+def test_a_run_has_its_tokenizer_in_one_place(tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    for named in (tmp_path / "run", checkpoint.parent):
+        assert tokenizer_beside(named) == tmp_path / "run" / "tokenizer"
+    assert tokenizer_beside(checkpoint) == checkpoint / "tokenizer"
+    (tmp_path / "config.json").write_text("{}")
+    assert tokenizer_beside(tmp_path) == tmp_path

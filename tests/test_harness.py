@@ -29,8 +29,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "local_medqa": [
         {"question": f"Which {number}?", "options": {"A": "a", "B": "b", "C": "c", "D": "d"}, "answer_idx": answer}
-        for number, answer in enumerate("ABCD")
-    ],
+        for number, answer in enumerate("ABC")
+    ]
+    + [{"question": "Which 3?", "options": {"D": "d", "E": "e"}, "answer_idx": "E"}],
     "local_gsm8k": [{"question": "How many?", "answer": "Two and two.\n#### 1,004"}],
     "local_metamath": [
         {"question": "How many?", "answer": "#### 1,004"},
@@ -75,11 +76,17 @@ def test_every_task_says_what_it_reads():
     assert set(ROWS) == set(LOCAL_TASKS)
 
 
+def pairs(value: Any) -> Any:
+    """A question has its own options alone: rows of a dataset would have the names of all."""
+    return [list(pair) for pair in value.items()] if isinstance(value, dict) else value
+
+
 @pytest.mark.parametrize("name", LOCAL_TASKS)
 def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
     file = data / f"{name.removeprefix('local_')}.jsonl"
+    expected = [{key: pairs(value) for key, value in row.items()} for row in ROWS[name]]
     for given in (data, file):
-        assert local_task(name, str(given))["custom_dataset"]()["test"].to_list() == ROWS[name]
+        assert local_task(name, str(given))["custom_dataset"]()["test"].to_list() == expected
 
 
 def test_an_answer_is_compared_place_by_place():
@@ -145,6 +152,7 @@ def test_options_that_have_no_use_are_refused(model):
         refused(call(EVALUATE, model, "--tasks=local_uuid", option), f"{option.partition('=')[0]}: is about text")
     refused(call(EVALUATE, model, "--data=x.jsonl", "--limit=3"), "--limit: belongs to --tasks")
     refused(call(EVALUATE, model, "--tasks=local_uuid", "--limit=0"), "--limit: got 0, expected at least 1")
+    refused(call(EVALUATE, model, "--tasks=hellaswag", "--task_data=x"), "--task_data: hellaswag has no local task")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
@@ -164,12 +172,16 @@ def test_tasks_give_what_counting_by_hand_gives(model, data):
     tokenizer = load_tokenizer(model)
     prompts = {
         "local_pubmedqa": lambda row: f"Abstract: One.\nTwo.\nQuestion: {row['QUESTION']}\nAnswer:",
-        "local_medqa": lambda row: f"Question: {row['question']}\nA. a\nB. b\nC. c\nD. d\nAnswer:",
+        "local_medqa": lambda row: "\n".join(
+            [f"Question: {row['question']}", *(f"{key}. {text}" for key, text in row["options"].items()), "Answer:"]
+        ),
     }
-    choices = {"local_pubmedqa": ["yes", "no", "maybe"], "local_medqa": list("ABCD")}
+    choices = {"local_pubmedqa": lambda row: ["yes", "no", "maybe"], "local_medqa": lambda row: list(row["options"])}
     wanted = {"local_pubmedqa": "final_decision", "local_medqa": "answer_idx"}
     for name, prompt in prompts.items():
-        best = [max(choices[name], key=lambda c, r=row: nats(lm, tokenizer, prompt(r), f" {c}")) for row in ROWS[name]]
+        best = [
+            max(choices[name](row), key=lambda c, r=row: nats(lm, tokenizer, prompt(r), f" {c}")) for row in ROWS[name]
+        ]
         right = sum(mine == row[wanted[name]] for mine, row in zip(best, ROWS[name], strict=True))
         assert found[name] == {"acc": right / 4}
     assert found["local_gsm8k"] == {"exact_match/strict": 0.0, "exact_match/flexible": 0.0}

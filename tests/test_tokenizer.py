@@ -17,7 +17,6 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from relora_mora import tokenizer as tokenizers_of_runs
 from relora_mora.tokenizer import (
     HARD_TEXTS,
     MODEL_FILE,
@@ -31,6 +30,7 @@ from relora_mora.tokenizer import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
+from relora_mora.tokenizer import load as loading
 from tests.tools.helpers import SHARED, needs_shared
 from tests.tools.tokenizer_tools import own_text, training
 
@@ -251,14 +251,14 @@ def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> No
 
 
 def test_a_conversion_with_other_ids_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tokenizers_of_runs._auto
+    real = loading.auto_tokenizer
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         tokenizer = real(*args, **kwargs)
         tokenizer.backend_tokenizer.normalizer = None
         return tokenizer
 
-    monkeypatch.setattr(tokenizers_of_runs, "_auto", broken)
+    monkeypatch.setattr(loading, "auto_tokenizer", broken)
     with pytest.raises(TokenizerError, match="other ids than sentencepiece's"):
         load_tokenizer(folder)
 
@@ -355,3 +355,50 @@ def test_a_chat_template_and_the_beginning_of_texts_go_with_a_sentencepiece_mode
     config = tmp_path / "saved" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "older"}))
     assert load_tokenizer(tmp_path / "saved").chat_template == "older"
+
+
+def _special(token: str) -> dict[str, Any]:
+    return {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+
+
+@pytest.fixture
+def with_turns(folder: Path, tmp_path: Path) -> Path:
+    """Tokens of ChatML beside a sentencepiece model, as they were saved before there was a tokenizer.json."""
+    out = tmp_path / "with_turns"
+    out.mkdir()
+    shutil.copy(folder / MODEL_FILE, out)
+    (out / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 1000, "<|im_start|>": 1001}))
+    described = {
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": {"2": _special("</s>"), "1001": _special("<|im_start|>")},
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(described))
+    return out
+
+
+def test_tokens_beside_a_sentencepiece_model_are_added(with_turns: Path, folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(with_turns)
+    assert (vocabulary_size(tokenizer), tokenizer.eos_token, tokenizer.eos_token_id) == (1002, "<|im_end|>", 1000)
+    text = "<|im_start|>user\nhi  <|im_end|> "
+    assert encode(tokenizer, [text])[0] == open_sentencepiece(folder / MODEL_FILE).encode(text), "no text has them"
+    parsed = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+    assert parsed[0] == 1001 and 1000 in parsed, "what a chat template writes has"
+    assert not is_tokenizer(folder, tokenizer_fingerprint(with_turns))
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    assert is_tokenizer(tmp_path / "saved", tokenizer_fingerprint(with_turns))
+    assert load_tokenizer(tmp_path / "saved").eos_token_id == 1000
+
+
+@pytest.mark.parametrize(
+    ("added", "eos", "said"),
+    [
+        ({"<x>": 1001}, "</s>", "'<x>' has the id 1001, which is not the next one"),
+        ({"a": "b"}, "</s>", "its added tokens cannot be read"),
+        ({"<x>": 1000}, "<end>", "eos_token in tokenizer_config.json is '<end>', which is none of its tokens"),
+    ],
+)
+def test_tokens_that_cannot_be_added_are_named(with_turns: Path, added: dict[str, Any], eos: str, said: str) -> None:
+    (with_turns / "added_tokens.json").write_text(json.dumps(added))
+    (with_turns / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": eos}}))
+    with pytest.raises(TokenizerError, match=said):
+        load_tokenizer(with_turns)

@@ -36,6 +36,7 @@ def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> Load
         under,
         tokenizer=own if has_tokenizer(path) else under.tokenizer,
         description=f"{path} on {under.description}",
+        checkpoint=None,
     )
 
 

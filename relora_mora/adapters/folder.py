@@ -29,6 +29,7 @@ from relora_mora.methods.layers import AdapterLinear, layer_generator
 from relora_mora.methods.lora import LoRALinear
 from relora_mora.methods.mora import MoRALinear
 from relora_mora.pretrained import in_short
+from relora_mora.registry import OPERATORS
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -129,7 +130,8 @@ class AdapterFolder:
                 own = name.removesuffix(".weight")
                 if self.mora_type is not None:
                     own = f"{own.rpartition('.')[0]}.mora_M"
-            if name == key or tensor.get_dtype() not in _FLOATS or (own == name and "lora_" in name):
+            is_other = "base_layer" in name or (own == name and "lora_" in name)
+            if name == key or tensor.get_dtype() not in _FLOATS or is_other:
                 unknown.append(key)
             elif own.endswith(".mora_M") and name.endswith(".lora_B.weight"):
                 self._copies[own] = key
@@ -145,8 +147,9 @@ class AdapterFolder:
         for name, shape in self.shapes.items():
             layer, _, part = name.rpartition(".")
             if part == "mora_M":
-                fits = len(shape) == 2 and shape[0] == shape[1]
-                found = f"M {list(shape)}, expected [R, R]"
+                even = OPERATORS[self.mora_type].even_size if self.mora_type is not None else False
+                fits = len(shape) == 2 and shape[0] == shape[1] and not (even and shape[0] % 2)
+                found = f"M {list(shape)}, expected [R, R]{' with an even R' if even else ''}"
             elif part in ("lora_A", "lora_B"):
                 a = self.shapes.get(f"{layer}.lora_A", ())
                 b = self.shapes.get(f"{layer}.lora_B", ())

@@ -113,7 +113,9 @@ class DataConfig(Strict):
     @property
     def masks_documents(self) -> bool:
         """Whether attention in some sequences is told where documents begin."""
-        sources = [*self.train_sources, *self.sources("validation")]
+        return self.masks_documents_of([*self.train_sources, *self.sources("validation")])
+
+    def masks_documents_of(self, sources: Iterable[TextSource]) -> bool:
         return self.document_mask or any(self.packing_of([self.records_of(source)]) == "whole" for source in sources)
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from relora_mora.harness.local import LOCAL_TASKS, HarnessError, local_rows, local_task
+from relora_mora.pretrained import positions_of
 from relora_mora.system.logs import log
 
 Results = dict[str, dict[str, float]]  # by task and metric
@@ -57,9 +58,9 @@ def evaluate_tasks(
             raise HarnessError("; ".join(missing))
         for text in missing:
             log.warning("left out: %s", text)
-        _check_answers_fit(found, _length(lm))
+        _check_answers_fit(found, positions_of(lm))
         results = simple_evaluate(
-            HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=batch_size, max_length=_length(lm)),
+            HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=batch_size, max_length=positions_of(lm)),
             tasks=found,
             num_fewshot=num_fewshot,
             limit=limit,
@@ -114,11 +115,6 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, int | float) and kind and not metric.endswith("_stderr"):
             numbers[metric if kind == "none" else f"{metric}/{kind}"] = float(value)
     return numbers
-
-
-def _length(lm: PreTrainedModel) -> int | None:
-    positions = getattr(lm.config, "max_position_embeddings", None)
-    return positions if positions is not None and positions > 0 else None
 
 
 @contextlib.contextmanager

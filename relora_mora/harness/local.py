@@ -68,6 +68,11 @@ def compared(row: Mapping[str, str], results: list[str]) -> dict[str, float]:
     }
 
 
+def _without_names(value: Any) -> Any:
+    """Pairs in place of a mapping: a dataset would give every row the names of all."""
+    return [list(pair) for pair in value.items()] if isinstance(value, dict) else value
+
+
 def _rows(name: str, about: Mapping[str, Any], data: str | None) -> list[dict[str, Any]]:
     if data is None:
         raise HarnessError(f"{name}: needs --task_data, a folder with {about['file']}, or that file")
@@ -94,7 +99,7 @@ def _rows(name: str, about: Mapping[str, Any], data: str | None) -> list[dict[st
                 raise HarnessError(
                     f"{name}: {path}, line {number}: {field} is {json.dumps(row[field]):.80}, expected: {kind}"
                 )
-        rows.append({field: row[field] for field in about["fields"]})
+        rows.append({field: _without_names(row[field]) for field in about["fields"]})
     if not rows:
         raise HarnessError(f"{name}: {path} holds no line")
     return rows

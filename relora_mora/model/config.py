@@ -29,6 +29,7 @@ from relora_mora.model.config_keys import (
 
 LARGEST_FILE = 16 * 2**20  # bytes; a config has a few thousand
 LARGEST_MODEL = 2**42  # parameters
+_ORIGINAL = "original_max_position_embeddings"
 _STRETCHED = ("dynamic", "yarn", "longrope")  # what they compute may depend on max_position_embeddings
 
 
@@ -169,7 +170,7 @@ def _put_length(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _put_rope(values: dict[str, Any]) -> Iterator[str]:
-    """One mapping, ``rope_parameters``, in place of three keys, which must not contradict each other."""
+    """One mapping, ``rope_parameters``, in place of four keys, which must not contradict each other."""
     rope: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling", "rope_theta"):
         given = values.pop(name, None) or {}
@@ -187,6 +188,9 @@ def _put_rope(values: dict[str, Any]) -> Iterator[str]:
         yield f"model: rope_parameters: rope_type is {_shown(kind)}, expected one of {', '.join(ROPE_KEYS)}"
         return
     required, optional = ROPE_KEYS[kind]
+    original = values.pop(_ORIGINAL, None)  # transformers reads it outside, too, and for the other kinds nowhere
+    if original is not None and _ORIGINAL in optional and rope.setdefault(_ORIGINAL, original) != original:
+        yield f"model: {_ORIGINAL} is {original}, and in rope_parameters {rope[_ORIGINAL]}; keep one of them"
     for key in required:
         if key not in rope:
             yield f"model: rope_parameters: {key} is missing; the rope_type {kind} needs it"
@@ -236,9 +240,20 @@ def attention_window(model_config: PreTrainedConfig) -> int | None:
     return window
 
 
-def check_length(model_config: PreTrainedConfig, sequence_length: int, source: str) -> None:
+def length_of_documents(model_config: PreTrainedConfig) -> int | None:
+    """How long sequences may be in which each document has its own positions; None: as long as the model's.
+
+    Rotary embeddings of the kind longrope turn at other frequencies where the longest document of a batch is longer.
+    """
+    rope: dict[str, Any] = getattr(model_config, "rope_parameters", None) or {}
+    return rope[_ORIGINAL] if rope.get("rope_type") == "longrope" else None
+
+
+def check_length(
+    model_config: PreTrainedConfig, sequence_length: int, source: str, *, documents_alone: bool = False
+) -> None:
     """Raises :class:`ConfigError` when sequences are longer than the model's positions, or than what its attention
-    sees; ``source``: its config file."""
+    sees; ``source``: its config file. ``documents_alone``: each document in a sequence has its own positions."""
     positions = model_config.max_position_embeddings
     window = attention_window(model_config)
     if sequence_length > positions:
@@ -251,6 +266,13 @@ def check_length(model_config: PreTrainedConfig, sequence_length: int, source: s
         fault = (
             f"data.sequence_length: {sequence_length} is more than the model's sliding_window ({window}), "
             "and attention here sees every position before it; shorten it"
+        )
+        raise ConfigError([fault], source)
+    longest = length_of_documents(model_config) if documents_alone else None
+    if longest is not None and sequence_length > longest:
+        fault = (
+            f"data.sequence_length: {sequence_length} is more than {_ORIGINAL} ({longest}), and behind that longrope "
+            "turns the documents of a batch by the longest of them; shorten it, or pack documents without a mask"
         )
         raise ConfigError([fault], source)
 

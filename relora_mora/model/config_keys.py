@@ -116,6 +116,7 @@ KEYS: dict[str, Key] = {
     "rope_parameters": _mapping(FUNCTION),
     "rope_scaling": _mapping(ALIAS),  # as transformers 4 wrote it, with rope_theta beside it
     "rope_theta": _or_null(_number(ALIAS, 1, 1e30)),
+    "original_max_position_embeddings": _or_null(_whole(ALIAS)),  # of some kinds of rotary embeddings, as Phi-3 has it
     "attention_dropout": _number(TRAINING, 0, 0.99),
     "initializer_range": _number(TRAINING, 1e-6, 1),
     "pad_token_id": _token(EXPORT),  # text is packed and never padded: no embedding is frozen for it

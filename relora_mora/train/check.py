@@ -86,7 +86,12 @@ def check_model(config: Config) -> PreTrainedConfig:
     """The model that the settings ask for; raises ValueErrors of the package where it cannot be made."""
     check_start(config)
     model_config = model_config_of(config.model)
-    check_length(model_config, config.data.sequence_length, config.model.config or str(config.model.init_from))
+    check_length(
+        model_config,
+        config.data.sequence_length,
+        config.model.config or str(config.model.init_from),
+        documents_alone=config.data.masks_documents,
+    )
     check_adapters(model_config, config.method)
     if config.model.init_from is not None:
         check_headers(Path(config.model.init_from))

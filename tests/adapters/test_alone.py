@@ -105,6 +105,7 @@ def test_what_peft_saves_is_what_it_computes(peft, base, tokenizer_path, tmp_pat
                 parameter += 0.02
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_model(tmp_path / "theirs", torch.float32)  # whose base its config names
+    assert loaded.checkpoint is None, "its scores are not its base's"
     assert (logits(theirs) - logits(LlamaForCausalLM.from_pretrained(base))).abs().max() > 0.1
     assert (logits(loaded.model) - logits(theirs)).abs().max() < ROUNDING
 
@@ -202,6 +203,7 @@ SQUARE = {"use_mora": True, "mora_type": 1}
         (SQUARE | {"mora_type": 5}, {"A": torch.ones(2, 2)}, "mora_type is 5"),
         (SQUARE | {"mora_type": 7}, {"A": torch.ones(2, 2)}, "mora_type is 7, expected one of 1, 2, 3, 4, 6"),
         (SQUARE, {"A": torch.ones(2, 3)}, "model.q has M [2, 3], expected [R, R]"),
+        (SQUARE | {"mora_type": 6}, {"A": torch.ones(3, 3)}, "model.q has M [3, 3], expected [R, R] with an even R"),
     ],
 )
 def test_what_is_no_such_adapter_is_one_message(tmp_path, settings, factors, says):

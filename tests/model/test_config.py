@@ -147,6 +147,13 @@ def test_what_says_nothing_about_the_model_is_left_out(path: Path) -> None:
             {"rope_parameters": rope("longrope", short_factor=[1.0], long_factor=[1.0] * 6)},
             "short_factor has 1 numbers, expected 6, half of",
         ),
+        (
+            {
+                "rope_parameters": rope("yarn", factor=2.0, original_max_position_embeddings=8),
+                "original_max_position_embeddings": 16,
+            },
+            "original_max_position_embeddings is 16, and in rope_parameters 8; keep one of them",
+        ),
         ({"rope_theta": True}, "rope_theta is True"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, expected 1.0"),
         ({"max_sequence_length": 32}, "max_sequence_length is 32 and max_position_embeddings 64, which mean the same"),
@@ -207,6 +214,10 @@ def test_two_names_for_the_same_are_one(path: Path) -> None:
     plain = plain_model_config(read(path))
     assert plain_model_config(read(path, rope_theta=10000, rope_parameters=rope("default"), rope_scaling=None)) == plain
     assert plain_model_config(read(path, max_sequence_length=64)) == plain
+    yarn = {"type": "yarn", "factor": 4.0}
+    inside = plain_model_config(read(path, rope_scaling={**yarn, "original_max_position_embeddings": 8}))
+    assert plain_model_config(read(path, rope_scaling=yarn, original_max_position_embeddings=8)) == inside
+    assert plain_model_config(read(path, original_max_position_embeddings=8)) == plain, "nothing is stretched"
     path.write_text(json.dumps({key: value for key, value in TINY.items() if key != "max_position_embeddings"}))
     assert plain_model_config(read(path, max_sequence_length=64)) == plain
 

@@ -135,18 +135,20 @@ def test_positions_begin_anew_with_each_document():
     assert boundaries.tolist() == [0, 3, 4, 6, 12, 13, 14, 15, 16, 17, 18]
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "short_factor": [1.0] * 6,
+    "long_factor": [4.0] * 6,
+    "original_max_position_embeddings": 10,
+}
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_document_in_a_sequence_has_the_loss_that_it_has_alone(attention):
     """Also where the rotary frequencies depend on how many positions are in use."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 100.0,
-        "factor": 4.0,
-        "short_factor": [1.0] * 6,
-        "long_factor": [4.0] * 6,
-        "original_max_position_embeddings": 10,
-    }
-    model = LossModel(build_model(tiny_llama(rope_parameters=rope), seed=1, attention=attention))
+    model = LossModel(build_model(tiny_llama(rope_parameters=LONGROPE), seed=1, attention=attention))
     ids, labels = (tensor[:1] for tensor in batch(0))
     documents = document_boundaries(torch.tensor([[1] * 3 + [2] * 9 + [3] * 4], dtype=torch.int32))
     for document in (slice(0, 3), slice(3, 12), slice(12, 16)):
@@ -178,3 +180,11 @@ def test_model_settings_report_every_fault(tmp_path):
 def test_sequences_longer_than_the_positions_are_refused():
     with pytest.raises(ConfigError, match=r"data.sequence_length: 16 is more than the model's max_position_embeddings"):
         check_length(tiny_llama(max_position_embeddings=8), tiny_config().data.sequence_length, "unused.json")
+
+
+def test_documents_that_longrope_would_turn_by_the_longest_are_refused():
+    config = tiny_llama(rope_parameters=LONGROPE)
+    check_length(config, 16, "unused.json")
+    check_length(config, 10, "unused.json", documents_alone=True)
+    with pytest.raises(ConfigError, match=r"16 is more than original_max_position_embeddings \(10\), and behind that"):
+        check_length(config, 16, "unused.json", documents_alone=True)

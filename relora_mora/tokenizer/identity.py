@@ -1,0 +1,77 @@
+"""Which tokenizer it is, and whether it goes with a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from relora_mora.tokenizer.folder import TokenizerError, added_tokens, check_exists, sentencepiece_file
+from relora_mora.tokenizer.load import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_OF_NO_ID = ("version", "truncation", "padding", "post_processor", "decoder")  # they change no id of a text
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id plus one: rows that a model's embedding needs. ``len(tokenizer)`` misses gaps in the ids."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, vocab_size_of_model: int, *, trained: bool = True
+) -> str | None:
+    """Raises :class:`TokenizerError` when ids do not fit the model; a remark when much of the model is unused.
+
+    ``trained``: the model has weights already, so that its vocabulary is what it is.
+    """
+    size = vocabulary_size(tokenizer)
+    name = tokenizer.name_or_path or "the tokenizer"
+    if size > vocab_size_of_model:
+        remedy = f"set --model.overrides='{{vocab_size: {size}}}', or use a smaller tokenizer"
+        if trained:
+            remedy = "take the tokenizer that the model was trained with"
+        raise TokenizerError(
+            f"{name}: {size} token ids, but the model has only {vocab_size_of_model} (vocab_size); {remedy}"
+        )
+    unused = vocab_size_of_model - size
+    if unused >= max(1024, size // 20):
+        return (
+            f"the model has {vocab_size_of_model} embeddings, {unused} of them never used: "
+            f"{name} has only {size} token ids"
+        )
+    return None
+
+
+def tokenizer_fingerprint(path: str | Path, loaded: PreTrainedTokenizerBase | None = None) -> str:
+    """16 hex digits over what decides the ids, the same for a folder and for the ``tokenizer.model`` in it.
+
+    It is of the tokenizer as it is loaded: ``tokenizer.json`` can be written in several ways, and transformers rewrites
+    parts of some. ``loaded`` is what :func:`load_tokenizer` gave for the path, where that was called already. Raises
+    :class:`TokenizerError` as it does.
+    """
+    path = Path(path)
+    check_exists(path)
+    model = sentencepiece_file(path)
+    if model is not None and not (path.is_dir() and added_tokens(path, model)):
+        return xxhash.xxh64(model.read_bytes()).hexdigest()
+    tokenizer = load_tokenizer(path) if loaded is None else loaded
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: Any
+    if backend is None:
+        content = sorted(tokenizer.get_vocab().items())
+    else:
+        content = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _OF_NO_ID}
+    return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def is_tokenizer(path: str | Path, fingerprint: str) -> bool:
+    """Whether there is a tokenizer at a path that can be loaded and has this fingerprint."""
+    try:
+        return tokenizer_fingerprint(path, load_tokenizer(path)) == fingerprint
+    except (ValueError, OSError):
+        return False

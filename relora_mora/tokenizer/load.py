@@ -1,0 +1,221 @@
+"""Tokenizers as they are used here: exact, never parsing text for special tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relora_mora.tokenizer.folder import (
+    EXPECTED,
+    MODEL_FILE,
+    TokenizerError,
+    added_tokens,
+    check_exists,
+    open_sentencepiece,
+    read_json,
+    sentencepiece_file,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# Where conversions of a sentencepiece model go wrong: spaces at either end, the names of special and byte tokens, bytes
+# that no piece holds, whitespace that a normalizer would fold.
+HARD_TEXTS = (
+    "",
+    " ",
+    "  leading spaces",
+    "trailing spaces  ",
+    "long" + " " * 50 + "run" + " " * 7,
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<0x0A>",
+    "a</s>b <s> </s><unk> <0x0A><0xFF>",
+    " </s> ",
+    "\0",
+    "NUL\0inside\0",
+    "CR LF\r\nnext\r\n\r\nend\r",
+    "\n\nnewlines\n \n",
+    "\ttabs\t\tand \t spaces\t",
+    "emoji 🙂👩‍👩‍👧‍👦🏳️‍🌈 é e\u0301 ﬁ ｆｕｌｌ ½ №",
+    "\u00a0\u200b\u2028\ufeff no-break, zero width, line separator",
+    "日本語 русский العربية हिन्दी 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \u2585 \ufffd",
+    "0123456789 3.14159 1,000,000",
+    "The quick brown fox, it's said, \"jumps\" over 13 lazy dogs — doesn't it?",
+)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder with ``tokenizer.model``, a ``.model`` file, or a Hugging Face tokenizer folder.
+
+    Where a folder holds both ``tokenizer.model`` and a ``tokenizer.json`` with the same vocabulary, the model decides;
+    with another vocabulary (added tokens) ``tokenizer.json`` does. Without one, added tokens are those of
+    ``added_tokens.json`` and ``tokenizer_config.json``. Text is never parsed for special tokens. Silent, and
+    reads the disk alone. Sets ``TOKENIZERS_PARALLELISM=false`` unless it is set: here the worker processes are the
+    parallelism.
+
+    Raises :class:`TokenizerError` when there is none, it has no end-of-document token, it would find that token in
+    text, or its ids differ from sentencepiece's.
+    """
+    path = Path(path)
+    check_exists(path)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    model = sentencepiece_file(path)
+    with quiet_transformers():
+        tokenizer = _from_folder(path) if model is None else _from_model(model, path)
+        if model is not None and path.is_dir():
+            _take_over(tokenizer, path, model)
+    if tokenizer.eos_token_id is None:
+        raise TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {_eos_remedy(model)}")
+    if model is not None:
+        _check_ids(tokenizer, model)
+    text = str(tokenizer.eos_token)
+    if tokenizer.eos_token_id in encode(tokenizer, [f"a {text} b"])[0]:
+        raise TokenizerError(
+            f"{path}: this tokenizer reads the text {text!r} as the end of a document (id {tokenizer.eos_token_id}), "
+            "so crawled text could end one; mark that token as special in tokenizer.json, or train a tokenizer with "
+            "tokenizer/train.py"
+        )
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, without any special token: none is added and none is found in the text.
+
+    Lone surrogates, which no UTF-8 text can hold, count as U+FFFD.
+    """
+    texts = [_utf8(text) for text in texts]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        if not texts:
+            return []
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    backend.encode_special_tokens = True  # lost when a tokenizer is pickled, as for a worker process
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Nothing but errors from transformers' logger."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def auto_tokenizer(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **settings
+        )
+    except Exception as error:  # transformers raises nearly any kind of error here
+        raise TokenizerError(
+            f"{folder}: transformers cannot load this tokenizer ({' '.join(str(error).split())}); {EXPECTED}"
+        ) from error
+    # not to be written into tokenizer_config.json: arguments of this call, and names of code
+    for key in ("is_local", "local_files_only", "auto_map"):
+        tokenizer.init_kwargs.pop(key, None)
+    return tokenizer
+
+
+def _from_model(model: Path, given: Path) -> PreTrainedTokenizerBase:
+    # alone in a folder: other files beside it would change the class
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        shutil.copyfile(model, Path(folder, MODEL_FILE))
+        tokenizer = auto_tokenizer(Path(folder), split_special_tokens=True)
+    tokenizer.name_or_path = str(given)
+    tokenizer.init_kwargs["name_or_path"] = str(given)
+    if getattr(tokenizer, "vocab_file", None):
+        tokenizer.vocab_file = str(model)
+    return tokenizer
+
+
+def _take_over(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) -> None:
+    """What a model says nothing of, from the Hugging Face files beside it: added tokens, which of them ends a document,
+    the chat template, and how texts begin."""
+    described = read_json(folder / "tokenizer_config.json") or {}
+    _add_tokens(tokenizer, folder, model)
+    _name_eos(tokenizer, folder, described.get("eos_token"))
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    else:
+        given = described.get("chat_template")
+        tokenizer.chat_template = given if isinstance(given, str) else None
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        begins = Tokenizer.from_file(str(folder / "tokenizer.json")).post_processor
+        if begins is not None:
+            tokenizer.backend_tokenizer.post_processor = begins  # type: ignore[attr-defined]
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) -> None:
+    from transformers import AddedToken
+
+    for number, settings in added_tokens(folder, model).items():
+        tokenizer.add_tokens([AddedToken(**{"normalized": False, **settings})])
+        token = settings["content"]
+        if tokenizer.convert_tokens_to_ids(token) != number:
+            raise TokenizerError(
+                f"{folder}: the token {token!r} has the id {number}, which is not the next one behind those of "
+                f"{MODEL_FILE}; save the tokenizer again, with a tokenizer.json"
+            )
+
+
+def _name_eos(tokenizer: PreTrainedTokenizerBase, folder: Path, given: Any) -> None:
+    """``given``: a token, or settings of AddedToken; None: as the model has it."""
+    token = given.get("content") if isinstance(given, dict) else given
+    if token is None:
+        return
+    if token not in tokenizer.get_vocab():
+        raise TokenizerError(
+            f"{folder}: eos_token in tokenizer_config.json is {token!r}, which is none of its tokens; correct it"
+        )
+    tokenizer.eos_token = token
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
+    reference = open_sentencepiece(model)
+    for text, ids in zip(HARD_TEXTS, encode(tokenizer, HARD_TEXTS), strict=True):
+        if ids != reference.encode(text):
+            raise TokenizerError(
+                f"{model}: transformers converts this model to other ids than sentencepiece's, e.g. for {text!r}; "
+                "update transformers, or train a tokenizer with tokenizer/train.py"
+            )
+
+
+def _from_folder(path: Path) -> PreTrainedTokenizerBase:
+    tokenizer = auto_tokenizer(path, split_special_tokens=True)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # settings of whoever saved it; documents are neither cut nor padded
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
+
+
+def _eos_remedy(model: Path | None) -> str:
+    if model is not None:
+        return "train the sentencepiece model with an eos_id, as tokenizer/train.py does"
+    return "name one as eos_token in tokenizer_config.json"
+
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

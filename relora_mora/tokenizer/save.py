@@ -1,0 +1,53 @@
+"""Tokenizers for others: a folder that plain transformers reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relora_mora.tokenizer.folder import MODEL_FILE, TokenizerError, sentencepiece_file
+from relora_mora.tokenizer.load import HARD_TEXTS, auto_tokenizer, encode, load_tokenizer, quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | Path) -> None:
+    """Writes a folder whose ids plain ``AutoTokenizer.from_pretrained(out)`` reproduces; ``tokenizer.model`` included.
+
+    With a chat template, which writes special tokens as text, plain transformers will find these in text again.
+    ``tokenizer`` is a path as for :func:`load_tokenizer`, or what it returned. ``out`` may already hold a model with
+    its ``config.json``. Raises :class:`TokenizerError` when transformers refuses to write it, or the folder gives other
+    ids.
+    """
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    out = Path(out)
+    model = sentencepiece_file(Path(tokenizer.name_or_path)) if Path(tokenizer.name_or_path).exists() else None
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with quiet_transformers():
+            _save(tokenizer, out)
+            if model is not None and model.resolve() != (out / MODEL_FILE).resolve():
+                # of a full disk, copyfile would name the file that it read
+                (out / MODEL_FILE).write_bytes(model.read_bytes())
+            saved = auto_tokenizer(out)
+        written = [saved.encode(text, add_special_tokens=False, split_special_tokens=True) for text in HARD_TEXTS]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # what values of another kind end in
+        said = " ".join(str(error).split())
+        raise TokenizerError(
+            f"{tokenizer.name_or_path}: transformers cannot save it ({said}); mend its tokenizer_config.json"
+        ) from error
+    if written != encode(tokenizer, HARD_TEXTS) or saved.eos_token_id != tokenizer.eos_token_id:
+        raise TokenizerError(
+            f"{out}: the saved tokenizer gives other ids than {tokenizer.name_or_path}; report this with the tokenizer"
+        )
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    splits = tokenizer.split_special_tokens
+    try:
+        tokenizer.split_special_tokens = tokenizer.chat_template is None
+        tokenizer.save_pretrained(str(out))
+    finally:
+        tokenizer.split_special_tokens = splits
