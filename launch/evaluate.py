@@ -124,11 +124,9 @@ def main(
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
     if tasks is not None:
-        from relora_mora.harness import LOCAL_TASKS, check_tasks
+        from relora_mora.harness import check_tasks
 
         names = [name.strip() for name in tasks.split(",")]
-        if task_data is not None and not set(names) & set(LOCAL_TASKS):
-            raise ValueError(f"--task_data: {tasks} has no local task ({', '.join(LOCAL_TASKS)}); leave it out")
         check_tasks(names, task_data, num_fewshot)
     if tasks is None and given is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
         raise ValueError(f"--data: {model} is no run and names no text of its own; say what to score, e.g. allenai/c4")

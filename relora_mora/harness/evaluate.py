@@ -18,10 +18,16 @@ Results = dict[str, dict[str, float]]  # by task and metric
 
 
 def check_tasks(names: Sequence[str], data: str | None, num_fewshot: int | None = None) -> None:
-    """Raises :class:`HarnessError` where lm-eval is not installed, or a local task cannot use its rows in ``data``."""
+    """Raises :class:`HarnessError` where lm-eval is not installed, a local task cannot use its rows in ``data``, or no
+    task of these does."""
+    local = set(names) & set(LOCAL_TASKS)
+    if data is not None and not local:
+        raise HarnessError(
+            f"--task_data: {', '.join(names)} has no local task ({', '.join(LOCAL_TASKS)}); leave it out"
+        )
     if importlib.util.find_spec("lm_eval") is None:
         raise HarnessError("--tasks: lm-evaluation-harness is not installed; pip install -e '.[eval]', in the checkout")
-    for name in set(names) & set(LOCAL_TASKS):
+    for name in local:
         rows = len(local_rows(name, data))
         if num_fewshot is not None and rows <= num_fewshot:
             raise HarnessError(

@@ -71,18 +71,16 @@ def added_tokens(folder: Path, model: Path) -> dict[int, dict[str, Any]]:
     has it. Raises :class:`TokenizerError` where the files are damaged.
     """
     pieces = _pieces(open_sentencepiece(model))
+    listed = read_json(folder / "added_tokens.json") or {}
+    described = (read_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder") or {}
     try:
-        listed = (read_json(folder / "added_tokens.json") or {}).items()
-        described = (read_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder") or {}
-        found = {int(number): {"content": token, "special": True} for token, number in listed}
+        found = {int(number): {"content": token, "special": True} for token, number in listed.items()}
         found |= {
             int(number): {key: value for key, value in token.items() if key != "__type"}
             for number, token in described.items()
         }
         return {number: found[number] for number in sorted(found) if found[number]["content"] not in pieces}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, TokenizerError):
-            raise
         raise TokenizerError(f"{folder}: its added tokens cannot be read; fetch or save the tokenizer again") from error
 
 
