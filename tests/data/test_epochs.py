@@ -79,7 +79,8 @@ def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packi
             assert batches[-1].counts["documents"] == (number + 1) * len(EXPECTED)
 
 
-@pytest.mark.parametrize(("packing", "workers"), [("whole", 0), ("none", 0), ("none", 1)])  # a worker takes seconds
+@pytest.mark.parametrize("packing", ["whole", "none"])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_stops_and_other_numbers_of_ranks_change_none_of_it(path, tokenizer_path, packing, workers):
     config = _config(path, packing, workers=workers)
     tokenizer = load_tokenizer(tokenizer_path)
