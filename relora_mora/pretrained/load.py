@@ -1,0 +1,88 @@
+"""Any trained model, to score text with."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from relora_mora.checkpoint import read_manifest, tokenizer_of
+from relora_mora.checkpoint.find import find_checkpoint
+from relora_mora.config import DataConfig, Given, TextSource, validate
+from relora_mora.data.hub_sources import hub_repo
+from relora_mora.pretrained.foreign import is_foreign, load_foreign, positions_of
+from relora_mora.pretrained.merged import merged_model
+
+HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by default
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM to score text with.
+
+    ``tokenizer`` is a context manager that gives the tokenizer's folder; ``data`` says how the training text was read.
+    ``checkpoint`` is that of this trainer which the weights are from, and its step.
+    """
+
+    model: PreTrainedModel
+    tokenizer: AbstractContextManager[Path]
+    data: DataConfig
+    description: str
+    checkpoint: tuple[Path, int] | None = None
+
+    def data_settings(
+        self,
+        validation: Given | None,
+        sequence_length: int | None,
+        document_mask: bool | None,
+        text_column: str | None = None,
+        sample_by: str | None = None,
+    ) -> DataConfig:
+        """Settings for reading held-out text: those of training, except for what is given."""
+        given = {
+            "sequence_length": sequence_length,
+            "document_mask": document_mask,
+            "text_column": text_column,
+            "sample_by": sample_by,
+        }
+        data = self.data.model_copy(update={name: value for name, value in given.items() if value is not None})
+        return data if validation is None else self._with_validation(data, validation)
+
+    def _with_validation(self, data: DataConfig, validation: Given) -> DataConfig:
+        """With other held-out text. The run's revisions hold for its own sources alone."""
+        own = [source for source in data.sources("validation") if hub_repo(source)]
+        known = {source.source: source.revision or data.revision for source in own}
+
+        def pinned(source: TextSource) -> TextSource:
+            return source.model_copy(update={"revision": source.revision or known.get(source.source)})
+
+        sets = data.model_copy(update={"validation": validation}).validation_sets
+        pinned_sets = {name: [pinned(source) for source in sources] for name, sources in sets.items()}
+        revision = DataConfig.model_fields["revision"].default
+        return data.model_copy(update={"validation": pinned_sets, "revision": revision})
+
+
+def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
+    """The model of a checkpoint, run folder or Hugging Face folder. Nothing is downloaded and no code of it is run.
+
+    Raises :class:`CheckpointError` for anything else.
+    """
+    if is_foreign(path):
+        model = load_foreign(path, dtype)
+        plain = DataConfig(
+            train="none", validation="none", sequence_length=min(HF_LENGTH, positions_of(model) or HF_LENGTH)
+        )
+        return LoadedModel(model, nullcontext(path), plain, f"{path} ({type(model).__name__})")
+    checkpoint = find_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    data = validate(manifest.config, str(checkpoint)).data
+    return LoadedModel(
+        merged_model(checkpoint, dtype),
+        tokenizer_of(checkpoint),
+        data,
+        f"{checkpoint} (step {manifest.step})",
+        (checkpoint, manifest.step),
+    )
