@@ -85,6 +85,7 @@ study: $(VENV)/.installed-dev  ## tables and figures of the studies in the docum
 	$(COMPARE) docs/studies/merges_tiny.jsonl --out=docs/studies/merges_tiny
 	$(COMPARE) docs/studies/length_tiny.jsonl --out=docs/studies/length_tiny
 	$(COMPARE) docs/studies/larger_35m.jsonl --out=docs/studies/larger_35m
+	$(COMPARE) docs/studies/ablations_tiny.jsonl --out=docs/studies/ablations_tiny
 	$(COMPARE) $(addprefix docs/studies/,paper_tiny.jsonl muon_tiny.jsonl projected_tiny.jsonl) --best=optim.lr $(FULL_RANK) --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
 	$(COMPARE) docs/studies/biomedical_tiny.jsonl --best=optim.lr --out=docs/studies/biomedical_tiny
 	$(COMPARE) docs/studies/math_tiny.jsonl --best=optim.lr --out=docs/studies/math_tiny

@@ -185,25 +185,29 @@ def _zoom(whole: Axes, zoomed: Axes, drawings: Sequence[Drawing]) -> None:
 def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> Figure:
     """The last perplexity of each run as a dot, and of each group the mean as a stroke; a panel for each held-out set.
 
-    The dashed line is the mean of ``against``, by default the first group. Groups of one run among larger ones say so.
+    The lowest of the last set is at the top. The dashed line is the mean of ``against``, by default the first group.
+    Groups of one run among larger ones say so.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     sets = common_sets(groups)
+    against = against or groups[0]
+    styled = sorted(zip(groups, styles(), strict=False), key=lambda each: np.mean(perplexities(each[0], sets[-1])))
+    groups = [group for group, _ in styled]
     several = any(len(group.runs) > 1 for group in groups)
     alone = [" (1 seed)" if several and len(group.runs) == 1 else "" for group in groups]
     labels = [textwrap.fill(group.label + seeds, LABEL_WIDTH) for group, seeds in zip(groups, alone, strict=True)]
-    line = textwrap.fill(f"dashed: {(against or groups[0]).label}", LABEL_WIDTH)
+    line = textwrap.fill(f"dashed: {against.label}", LABEL_WIDTH)
     lines = sum(label.count("\n") + 1.6 for label in labels)
     with matplotlib.rc_context(PAPER):
         figure = Figure(figsize=(WIDTH, 0.8 + 0.15 * lines), layout="constrained")
         panels: Any = figure.subplots(1, len(sets), sharey=True, squeeze=False)
         for panel, name in zip(panels[0], sets, strict=True):
-            found = [perplexities(group, name) for group in groups]
-            reference = np.mean(perplexities(against or groups[0], name))
+            reference = np.mean(perplexities(against, name))
             panel.axvline(reference, color="#777777", linestyle="--", linewidth=1.0, zorder=1)
-            for place, (values, style) in enumerate(zip(found, styles(), strict=False)):
+            for place, (group, style) in enumerate(styled):
+                values = perplexities(group, name)
                 panel.plot(values, [place] * len(values), "o", color=style["color"], markerfacecolor="none")
                 panel.plot(np.mean(values), place, "|", color=style["color"], markersize=11, markeredgewidth=1.5)
             panel.set_xlabel(f"perplexity on {name}\n{line}" if name else f"validation perplexity\n{line}")

@@ -207,7 +207,7 @@ def _differences(settings: Mapping[str, Any], names: Sequence[str], whole: Set[s
     shown = []
     for name in names:
         section, _, key = name.partition(".")
-        if settings.get(name) is None or (name == "method.operators" and len(settings[name]) > 1):
+        if settings.get(name) in (None, {}) or (name == "method.operators" and len(settings[name]) > 1):
             continue
         if name == "optim.matrices" and settings[name] in MATRIX_OPTIMIZERS:
             shown.append(MATRIX_OPTIMIZERS[settings[name]].title)

@@ -6,14 +6,17 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+from relora_mora.system.threads import sleep_soon
+
 
 @contextlib.contextmanager
 def many_imports() -> Iterator[None]:
-    """Holds garbage collection back meanwhile.
+    """Holds garbage collection back meanwhile, and says how OpenMP's threads are to wait, which torch makes.
 
     What is imported stays, but Python looks at all of it again and again: a fifth of the time that torch, transformers
     and DeepSpeed take.
     """
+    sleep_soon()
     was_enabled = gc.isenabled()
     gc.disable()
     try:

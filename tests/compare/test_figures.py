@@ -113,18 +113,23 @@ def test_each_set_has_a_row_of_panels(tmp_path: Path) -> None:
     assert [_lines(panel)["ReMoRA (1, 2)"][1][-1] for panel in panels[::2]] == [1.0, 2.0]
 
 
-def test_the_last_perplexities_are_dots_beside_the_names_of_the_groups(groups: list[Group]) -> None:
+def test_the_last_perplexities_are_dots_beside_the_names_of_the_groups_the_lowest_at_the_top(
+    groups: list[Group],
+) -> None:
     for against, line in ((None, math.exp(1.2)), (groups[1], (math.exp(1.0) + math.exp(1.1)) / 2)):
         [panel] = perplexity_figure(groups, against).axes
         dots = [list(each.get_xdata()) for each in panel.get_lines() if each.get_marker() == "o"]
-        assert dots == [pytest.approx([math.exp(1.2)]), pytest.approx([math.exp(1.0), math.exp(1.1)])]
+        assert dots == [pytest.approx([math.exp(1.0), math.exp(1.1)]), pytest.approx([math.exp(1.2)])]
         strokes = [float(each.get_xdata()[0]) for each in panel.get_lines() if each.get_marker() == "|"]
-        assert strokes == pytest.approx([math.exp(1.2), (math.exp(1.0) + math.exp(1.1)) / 2])
+        assert strokes == pytest.approx([(math.exp(1.0) + math.exp(1.1)) / 2, math.exp(1.2)])
         [dashed] = [each.get_xdata()[0] for each in panel.get_lines() if each.get_linestyle() == "--"]
         assert dashed == pytest.approx(line)
-        assert [text.get_text() for text in panel.get_yticklabels()] == ["Full rank (1 seed)", "ReMoRA (1, 2)"]
+        assert [text.get_text() for text in panel.get_yticklabels()] == ["ReMoRA (1, 2)", "Full rank (1 seed)"]
         assert panel.get_xlabel() == f"validation perplexity\ndashed: {(against or groups[0]).label}"
         assert panel.get_ylim()[0] > panel.get_ylim()[1], "the first row is at the top"
+        colours = [each.get_color() for each in panel.get_lines() if each.get_marker() == "o"]
+        of_groups = [style["color"] for style in itertools.islice(styles(), 2)]
+        assert colours == of_groups[::-1], "as in the other figures"
 
 
 def test_rates_and_ranks(groups: list[Group]) -> None:

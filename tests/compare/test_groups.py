@@ -68,6 +68,10 @@ def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
             ["ReMoRA (1, 2)", "ReMoRA (1, 2), merge until step 30"],
         ),
         (
+            [{"method": {"rank_pattern": ranks}} for ranks in ({}, {"q_proj": 2, "up_proj": 8})],
+            ["ReMoRA (1, 2)", "ReMoRA (1, 2), rank pattern q_proj 2, up_proj 8"],
+        ),
+        (
             [{"optim": {"matrices": name}} for name in ("adamw", "muon")],
             ["ReMoRA (1, 2), AdamW", "ReMoRA (1, 2), Muon"],
         ),
