@@ -11,7 +11,7 @@ from relora_mora.system.threads import sleep_soon
 
 @contextlib.contextmanager
 def many_imports() -> Iterator[None]:
-    """Holds garbage collection back meanwhile, and says how OpenMP's threads are to wait, which torch makes.
+    """Holds garbage collection back meanwhile, and has the threads that torch brings along wait without spinning long.
 
     What is imported stays, but Python looks at all of it again and again: a fifth of the time that torch, transformers
     and DeepSpeed take.

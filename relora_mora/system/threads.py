@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-_SPINS = "3000"  # some ten microseconds; GNU's own number is a hundred times as many
+_SPINS = "3000"  # tens of microseconds; GNU's own number is a hundred times as many
 
 
 def sleep_soon() -> None:
