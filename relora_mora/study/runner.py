@@ -18,6 +18,7 @@ from tqdm import tqdm
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.study.folder import StudyFolder
+from relora_mora.supervise.lock import is_held
 from relora_mora.system.parent import ending_with_me
 
 POLL_SECONDS = 0.5
@@ -61,27 +62,40 @@ class Runner:
     def run(self, cells: Sequence[Cell]) -> None:
         """Runs the cells that are not done; those that were cut go on where they were.
 
-        What a run that failed has printed is in its log. Raises :class:`Stopped` after SIGINT or SIGTERM, which every
-        run is sent: a first one saves and ends, a second one ends at once. Where this process is killed, the kernel
-        sends them a first one (Linux).
+        Those that another study on the same folder has begun are left to it, unless it ends before they do. What a run
+        that failed has printed is in its log. Raises :class:`Stopped` after SIGINT or SIGTERM, which every run is sent:
+        a first one saves and ends, a second one ends at once. Where this process is killed, the kernel sends them a
+        first one (Linux).
         """
         waiting = [cell for cell in cells if not self.folder.is_done(cell)]
         self._done += len(cells) - len(waiting)
         running: list[_Running] = []
         with _stop_signals() as signals:
             while running or (waiting and not signals):
-                while waiting and len(running) < self.jobs and not signals:
-                    running.append(self._start(waiting.pop(0)))
+                while len(running) < self.jobs and not signals and (cell := self._next(waiting)) is not None:
+                    waiting.remove(cell)
+                    running.append(self._start(cell))
                 _pass_on(signals, running)
                 time.sleep(POLL_SECONDS)
                 ended = [one for one in running if one.process.poll() is not None]
-                self._done += sum(self.folder.is_done(one.cell) for one in ended)
                 running = [one for one in running if one not in ended]
+                # where two studies began a run at once, one of them found it locked
+                waiting += [one.cell for one in ended if self._is_held(one.cell)]
+                done = [cell for cell in {*waiting, *(one.cell for one in ended)} if self.folder.is_done(cell)]
+                waiting = [cell for cell in waiting if cell not in done]
+                self._done += len(done)
                 if ended:
                     self.note()
                 self._show(waiting, running)
         if signals:
             raise Stopped
+
+    def _next(self, waiting: Sequence[Cell]) -> Cell | None:
+        """A trainer notes that it has ended before it lets go of its run, so who holds the run is asked first."""
+        return next((cell for cell in waiting if not self._is_held(cell) and not self.folder.is_done(cell)), None)
+
+    def _is_held(self, cell: Cell) -> bool:
+        return is_held(self.folder.run(cell).path)
 
     def _start(self, cell: Cell) -> _Running:
         log = self.folder.log(cell)

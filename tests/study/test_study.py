@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from relora_mora.study.cells import chosen, count, first_round, second_round
 from relora_mora.study.design import Study
 from relora_mora.study.folder import cell_configs
 from relora_mora.study.record import final_metric
-from relora_mora.study.runner import Runner
+from relora_mora.study.runner import POLL_SECONDS, Runner
+from relora_mora.supervise import RunLock
 from relora_mora.system.run_folder import read_json_lines
 from tests.study.tools import BASE, TRAINER, made_study
 from tests.tools.helpers import ROOT
@@ -299,6 +301,46 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
     assert conduct(read_study(study), folder, TRAINER, 1) == 3
     assert len(folder.run(waiting).starts.read_text(encoding="utf-8").splitlines()) == 2
     assert read_json_lines(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"
+
+
+@pytest.mark.parametrize("rate", [2.5e-3, 4.0], ids=["begun elsewhere", "begun at once"])
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_another_study_runs_is_left_to_it(tmp_path: Path, rate: float, ends: bool):
+    """Unless that ends before the run does."""
+    study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [rate, 3e-3]}]})
+    plan = read_study(study)
+    folder = StudyFolder(tmp_path / "out")
+    held, other = first_round(plan)
+    run = folder.run(held)
+    lock = RunLock(run.path)
+    at_once = rate == 4
+    if not at_once:
+        lock.acquire()
+    command = [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        if at_once:
+            _wait(process, (run.path / "waits").exists)
+            lock.acquire()
+        _wait(process, lambda: folder.is_done(other))
+        time.sleep(3 * POLL_SECONDS)
+        assert process.poll() is None
+        if ends:
+            flags = [f"--{name}={value}" for name, value in folder.overrides(held, plan).items()]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run([sys.executable, str(TRAINER), BASE, *flags], check=True, cwd=ROOT, env=environment)
+        lock.release()
+        said, _ = process.communicate(timeout=120)
+    assert said == "2\n"
+    log = folder.log(held)
+    printed = log.read_text(encoding="utf-8") if log.exists() else ""
+    assert printed.count("some words of the run") == at_once + (not ends), "how often the study has started it"
+    assert {record["name"] for record in read_json_lines(folder.records)} == {held.name, other.name}
+
+
+def _wait(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    while not condition():
+        assert process.poll() is None
+        time.sleep(0.05)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
