@@ -46,7 +46,7 @@ from relora_mora.train.errors import MemoryShortage
 from relora_mora.train.loggers import check_loggers
 from relora_mora.train.loop import Trainer
 from relora_mora.train.resume import finds_checkpoint, resume
-from relora_mora.train.run_folder import write_run_folder
+from relora_mora.train.run_folder import check_run_folder, write_run_folder
 from relora_mora.train.startup import Startup, describe
 from relora_mora.train.state import RunState
 from relora_mora.train.warm_up import warm_up
@@ -110,6 +110,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     remember_datasets(datasets)
     config = with_tokenizer(config.model_copy(update={"data": data}))
     from_first_rank(lambda: check_loggers(config.log))
+    from_first_rank(lambda: check_run_folder(folder))
     checked = check(config, world_size)
     check_agreement(checked.identity)
     asked = from_first_rank(lambda: _asked(checked, data))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from relora_mora.config import dump
+from relora_mora.config import ConfigError, dump
 from relora_mora.model.config import plain_model_config
 from relora_mora.optim import Parameters
 from relora_mora.origin import NOTED, start_digests
@@ -26,6 +26,24 @@ from relora_mora.system.hardware import processor_name, uses_cuda
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import is_tokenizer, save_tokenizer
 from relora_mora.train.check import Checked
+
+
+def check_run_folder(path: Path) -> None:
+    """Raises :class:`ConfigError` where a run would write over files of something else. First rank only.
+
+    A folder that a trainer has held has a lock, and one with checkpoints may have been copied from elsewhere.
+    """
+    folder = RunFolder(path)
+    if folder.lock.exists() or folder.checkpoints.exists():
+        return
+    written = (folder.config, folder.model_config, folder.tokenizer, folder.metrics)
+    found = [name.name for name in written if name.exists()]
+    if found:
+        fault = (
+            f"train.run_dir: {path} is not the folder of a run, and a run would write over {', '.join(found)} there; "
+            "give a new or empty folder"
+        )
+        raise ConfigError([fault], "the settings")
 
 
 def write_run_folder(checked: Checked, parameters: Parameters, world_size: int, step: int, *, resumes: bool) -> Path:

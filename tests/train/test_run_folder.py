@@ -46,6 +46,23 @@ def test_a_read_only_run_folder_is_refused_before_the_model_is_built(pools, inpu
     assert said.count("Read-only file system") == 1 and "Traceback" not in said and "adapters on" not in said
 
 
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(pools, inputs, tokenizer_path, tmp_path):
+    """As where the settings lie in a folder of their own, and are to be trained there."""
+    folder = tmp_path / "mine"
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "notes.txt").write_text("my own")
+    config = _config(inputs, tokenizer_path, folder, folder / "config.yaml")
+    before = {path: path.read_bytes() for path in (config, folder / "tokenizer" / "notes.txt")}
+    for _ in range(2):
+        answers = pools(2)(call, PRETRAIN, config)
+        assert [answer.code for answer in answers] == [2, 2]
+        said = "".join(answer.out + answer.err for answer in answers)
+        assert said.count(f"{folder} is not the folder of a run") == 1, said
+        assert "config.yaml, tokenizer there; give a new or empty folder" in said and "Traceback" not in said
+        assert {path: path.read_bytes() for path in before} == before
+        assert set(os.listdir(folder)) - {"ends.jsonl"} == {"config.yaml", "tokenizer"}
+
+
 @pytest.mark.stops
 def test_a_disk_that_is_full_for_a_while_costs_lines_and_checkpoints_only(inputs, tokenizer_path, tmp_path):
     with disk(tmp_path / "disk", "size=32m") as folder:
