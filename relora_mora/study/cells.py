@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from relora_mora.study.design import SEEDS, Choice, Study
+
+LONGEST_NAME = 200  # file systems allow 255 bytes, and files of a cell have endings
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,21 @@ def _combinations(entry: Mapping[str, Any]) -> list[tuple[tuple[str, str], ...]]
 
 
 def _cells(study: Study, combinations: Iterable[tuple[tuple[str, str], ...]], seeds: Iterable[int]) -> list[Cell]:
-    cells = [
-        Cell(_name(study, values, seed), values, seed) for values, seed in itertools.product(combinations, list(seeds))
-    ]
-    twice = [name for name, times in Counter(cell.name for cell in cells).items() if times > 1]
+    given = list(itertools.product(combinations, list(seeds)))
+    twice = [_name(study, *each) for each, times in Counter(given).items() if times > 1]
     if twice:
         raise ValueError(f"the grid names the same run twice: {', '.join(twice)}; leave one of them out")
-    return cells
+    times = Counter(_name(study, *each) for each in given)
+    return [Cell(_unlike_others(_name(study, *each), each[0], times), *each) for each in given]
+
+
+def _unlike_others(name: str, values: tuple[tuple[str, str], ...], times: Counter[str]) -> str:
+    """With a digest of the values where the name is too long, or another run's as well."""
+    if times[name] == 1 and len(name) <= LONGEST_NAME:
+        return name
+    settings, _, seed = name.rpartition(",")
+    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
+    return f"{settings[: LONGEST_NAME - 40]},{digest},{seed}"
 
 
 def _name(study: Study, values: tuple[tuple[str, str], ...], seed: int) -> str:

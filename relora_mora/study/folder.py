@@ -43,6 +43,10 @@ class StudyFolder:
         """What the run printed."""
         return self.path / "logs" / f"{cell.name}.txt"
 
+    def claim(self, cell: Cell) -> Path:
+        """A folder whose lock is held by the study that runs the cell."""
+        return self.path / "claims" / cell.name
+
     @property
     def records(self) -> Path:
         """One JSON object a line for every run that is done, see :mod:`relora_mora.study.record`."""

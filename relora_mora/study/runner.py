@@ -18,7 +18,7 @@ from tqdm import tqdm
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.study.folder import StudyFolder
-from relora_mora.supervise.lock import is_held
+from relora_mora.supervise.lock import LockError, RunLock
 from relora_mora.system.parent import ending_with_me
 
 POLL_SECONDS = 0.5
@@ -32,6 +32,7 @@ class Stopped(Exception):
 @dataclass(frozen=True)
 class _Running:
     cell: Cell
+    claim: RunLock
     process: subprocess.Popen[bytes]
     sent: list[int] = field(default_factory=list)  # signals
 
@@ -62,42 +63,51 @@ class Runner:
     def run(self, cells: Sequence[Cell]) -> None:
         """Runs the cells that are not done; those that were cut go on where they were.
 
-        Those that another study on the same folder has begun are left to it, unless it ends before they do. What a run
-        that failed has printed is in its log. Raises :class:`Stopped` after SIGINT or SIGTERM, which every run is sent:
-        a first one saves and ends, a second one ends at once. Where this process is killed, the kernel sends them a
-        first one (Linux).
+        Those that another study on the same folder has claimed are left to it, unless it ends before they do. What a
+        run that failed has printed is in its log. Raises :class:`Stopped` after SIGINT or SIGTERM, which every run is
+        sent: a first one saves and ends, a second one ends at once. Where this process is killed, the kernel sends
+        them a first one (Linux).
         """
         waiting = [cell for cell in cells if not self.folder.is_done(cell)]
         self._done += len(cells) - len(waiting)
         running: list[_Running] = []
         with _stop_signals() as signals:
             while running or (waiting and not signals):
-                while len(running) < self.jobs and not signals and (cell := self._next(waiting)) is not None:
-                    waiting.remove(cell)
-                    running.append(self._start(cell))
+                while len(running) < self.jobs and (one := self._start_next(waiting, signals)) is not None:
+                    waiting.remove(one.cell)
+                    running.append(one)
                 _pass_on(signals, running)
                 time.sleep(POLL_SECONDS)
                 ended = [one for one in running if one.process.poll() is not None]
                 running = [one for one in running if one not in ended]
-                # where two studies began a run at once, one of them found it locked
-                waiting += [one.cell for one in ended if self._is_held(one.cell)]
-                done = [cell for cell in {*waiting, *(one.cell for one in ended)} if self.folder.is_done(cell)]
-                waiting = [cell for cell in waiting if cell not in done]
-                self._done += len(done)
+                for one in ended:
+                    one.claim.release()
+                elsewhere = [cell for cell in waiting if self.folder.is_done(cell)]
+                waiting = [cell for cell in waiting if cell not in elsewhere]
+                self._done += len(elsewhere) + sum(self.folder.is_done(one.cell) for one in ended)
                 if ended:
                     self.note()
                 self._show(waiting, running)
+        self._show(waiting, running)
         if signals:
             raise Stopped
 
-    def _next(self, waiting: Sequence[Cell]) -> Cell | None:
-        """A trainer notes that it has ended before it lets go of its run, so who holds the run is asked first."""
-        return next((cell for cell in waiting if not self._is_held(cell) and not self.folder.is_done(cell)), None)
+    def _start_next(self, waiting: Sequence[Cell], signals: Sequence[int]) -> _Running | None:
+        """Starts the first cell that no other study has claimed."""
+        for cell in waiting:
+            if signals:  # a claim may take seconds where the disk knows no locks
+                return None
+            claim = RunLock(self.folder.claim(cell))
+            try:
+                claim.acquire(wait_seconds=0)
+            except LockError:
+                continue
+            if not self.folder.is_done(cell):
+                return self._start(cell, claim)
+            claim.release()
+        return None
 
-    def _is_held(self, cell: Cell) -> bool:
-        return is_held(self.folder.run(cell).path)
-
-    def _start(self, cell: Cell) -> _Running:
+    def _start(self, cell: Cell, claim: RunLock) -> _Running:
         log = self.folder.log(cell)
         log.parent.mkdir(parents=True, exist_ok=True)
         flags = [f"--{name}={value}" for name, value in self.folder.overrides(cell, self.study).items()]
@@ -110,7 +120,7 @@ class Runner:
                 env=os.environ | {"OMP_NUM_THREADS": str(self.study.threads), "TOKENIZERS_PARALLELISM": "false"},
                 start_new_session=True,  # Ctrl-C reaches it through the study alone
             )
-        return _Running(cell, process)
+        return _Running(cell, claim, process)
 
     def _show(self, waiting: list[Cell], running: list[_Running]) -> None:
         begun = [*waiting, *(one.cell for one in running)]

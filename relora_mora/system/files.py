@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from pathlib import Path
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all. Raises OSError, with the file as it was before."""
-    beside = path.with_name(path.name + ".tmp")
+    """Writes a small file whole or not at all; of several processes that write it at once, the last one's stays.
+
+    Raises OSError, with the file as it was before.
+    """
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with beside.open("w", encoding="utf-8") as stream:
             stream.write(text)

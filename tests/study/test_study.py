@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ import yaml
 
 from relora_mora.config import ConfigError
 from relora_mora.study import CellsFailed, StudyFolder, conduct, read_study, run_again
-from relora_mora.study.cells import chosen, count, first_round, second_round
+from relora_mora.study.cells import LONGEST_NAME, chosen, count, first_round, second_round
 from relora_mora.study.design import Study
 from relora_mora.study.folder import cell_configs
 from relora_mora.study.record import final_metric
 from relora_mora.study.runner import POLL_SECONDS, Runner
 from relora_mora.supervise import RunLock
 from relora_mora.system.run_folder import read_json_lines
-from tests.study.tools import BASE, TRAINER, made_study
+from tests.study.tools import BASE, RATES, TRAINER, made_study
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import lives
 
@@ -62,6 +62,13 @@ def test_names_are_those_of_folders_and_tell_settings_apart():
         "operators=1_2,seed=0",
         "schedule=wsd,eval.every_steps=3,log.every_steps=4,seed=0",
     ]
+
+
+def test_names_that_are_too_long_or_alike_have_a_digest():
+    plain, dotted, long = _names(made_study(grid=[{"tokenizer.path": ["a/b", "a/_b", "x" * 300]}]))
+    assert len({plain, dotted, long}) == 3
+    assert re.fullmatch(r"path=a_b,[0-9a-f]{8},seed=0", plain) and re.fullmatch(r"path=a_b,[0-9a-f]{8},seed=0", dotted)
+    assert re.fullmatch(r"path=x+,[0-9a-f]{8},seed=0", long) and len(long) <= LONGEST_NAME
 
 
 def test_the_best_of_a_grid_is_run_with_the_other_seeds():
@@ -303,44 +310,41 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
     assert read_json_lines(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"
 
 
-@pytest.mark.parametrize("rate", [2.5e-3, 4.0], ids=["begun elsewhere", "begun at once"])
-@pytest.mark.parametrize("ends", [True, False])
-def test_what_another_study_runs_is_left_to_it(tmp_path: Path, rate: float, ends: bool):
-    """Unless that ends before the run does."""
-    study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [rate, 3e-3]}]})
-    plan = read_study(study)
+def test_studies_that_begin_at_once_share_out_the_runs(tmp_path: Path):
+    study = _written(tmp_path, {"grid": [{"method.name": "mora", "method.rank": [8, 16], "optim.lr": RATES}]})
     folder = StudyFolder(tmp_path / "out")
-    held, other = first_round(plan)
-    run = folder.run(held)
-    lock = RunLock(run.path)
-    at_once = rate == 4
-    if not at_once:
-        lock.acquire()
+    command = [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    assert [process.communicate(timeout=240)[0] for process in started] == ["6\n"] * 2
+    cells = first_round(read_study(study))
+    assert [folder.log(cell).read_text(encoding="utf-8") for cell in cells] == ["some words of the run\n"] * 6
+    assert [record["name"] for record in read_json_lines(folder.records)] == [cell.name for cell in cells]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_another_study_runs_is_left_to_it(tmp_path: Path, ends: bool):
+    """Unless that ends before the run does."""
+    study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.5e-3, 3e-3]}]})
+    folder = StudyFolder(tmp_path / "out")
+    claimed, other = first_round(read_study(study))
+    claim = RunLock(folder.claim(claimed))
+    claim.acquire()
     command = [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        if at_once:
-            _wait(process, (run.path / "waits").exists)
-            lock.acquire()
-        _wait(process, lambda: folder.is_done(other))
+        while not folder.is_done(other):
+            assert process.poll() is None
+            time.sleep(0.05)
         time.sleep(3 * POLL_SECONDS)
         assert process.poll() is None
         if ends:
-            flags = [f"--{name}={value}" for name, value in folder.overrides(held, plan).items()]
+            flags = [f"--{name}={value}" for name, value in folder.overrides(claimed, read_study(study)).items()]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run([sys.executable, str(TRAINER), BASE, *flags], check=True, cwd=ROOT, env=environment)
-        lock.release()
+        claim.release()
         said, _ = process.communicate(timeout=120)
     assert said == "2\n"
-    log = folder.log(held)
-    printed = log.read_text(encoding="utf-8") if log.exists() else ""
-    assert printed.count("some words of the run") == at_once + (not ends), "how often the study has started it"
-    assert {record["name"] for record in read_json_lines(folder.records)} == {held.name, other.name}
-
-
-def _wait(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    while not condition():
-        assert process.poll() is None
-        time.sleep(0.05)
+    assert folder.log(claimed).exists() == (not ends), "whether the study has started it"
+    assert {record["name"] for record in read_json_lines(folder.records)} == {claimed.name, other.name}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")

@@ -1,7 +1,6 @@
 """A stand-in for a script that trains: it writes the files of a run folder at once.
 
-A run ends by itself unless its rate is 1 (it fails), 2 (it waits to be stopped, and ends well at its second start) or 4
-(it waits until another holds its folder, fails, and ends well at its second start).
+A run ends by itself unless its rate is 1 (it fails) or 2 (it waits to be stopped, and ends well at its second start).
 """
 
 from __future__ import annotations
@@ -50,13 +49,6 @@ def main() -> int:
         (folder / "pid").write_text(str(os.getpid()))
         (folder / "waits").touch()
         signal.pause()
-    if rate == 4 and first:
-        from relora_mora.supervise.lock import is_held
-
-        (folder / "waits").touch()
-        while not is_held(folder):
-            time.sleep(0.05)
-        return 1
     settled = {
         "train": {"steps": steps},
         "method": {"rank": int(settings.get("method.rank", "1"))},

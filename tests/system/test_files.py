@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from relora_mora.system.disk_errors import disk_errno, disk_faults_named, place_of
 from relora_mora.system.files import remove, write_synced
+from tests.tools.helpers import ROOT
 
 FULL = errno.ENOSPC
 MISSING = errno.ENOENT
@@ -26,6 +29,26 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_synced(path, "after")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_processes_that_write_a_file_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
+    path = tmp_path / "latest"
+    script = (
+        "from pathlib import Path; from relora_mora.system.files import write_synced; "
+        f"write_synced(Path({str(path)!r}), 'other')"
+    )
+    written = []
+    fsync = os.fsync
+
+    def meanwhile(handle: int) -> None:
+        monkeypatch.undo()
+        subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+        written.append(path.read_text())
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_synced(path, "own")
+    assert written == ["other"] and path.read_text() == "own" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_link_is_removed_and_what_it_points_to_stays(tmp_path):

@@ -60,7 +60,7 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(pools, inputs, 
         assert said.count(f"{folder} is not the folder of a run") == 1, said
         assert "config.yaml, tokenizer there; give a new or empty folder" in said and "Traceback" not in said
         assert {path: path.read_bytes() for path in before} == before
-        assert set(os.listdir(folder)) - {"ends.jsonl"} == {"config.yaml", "tokenizer"}
+        assert {path.name for path in folder.iterdir()} - {"ends.jsonl"} == {"config.yaml", "tokenizer"}
 
 
 @pytest.mark.stops
