@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
 try:
     from relora_mora.cli import run
+    from relora_mora.system.parent import ending_with_me
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -33,8 +34,9 @@ def main(runs: str, *, port: int = 6006, host: str = "localhost") -> int:
     with tempfile.TemporaryDirectory(prefix="tensorboard-") as links:
         link_boards(root, Path(links))
         print(url(host, port), flush=True)
-        command = [sys.executable, "-m", "tensorboard.main", f"--logdir={links}", f"--host={host}", f"--port={port}"]
-        with subprocess.Popen(command) as process:
+        options = [f"--logdir={links}", f"--host={host}", f"--port={port}"]
+        with subprocess.Popen(ending_with_me(["-m", "tensorboard.main", *options])) as process:
+            signal.signal(signal.SIGTERM, lambda *_: process.terminate())
             while True:
                 try:
                     return process.wait(timeout=NEW_RUNS_SECONDS)

@@ -45,8 +45,10 @@ PAPER: Any = {
     "legend.frameon": False,
 }
 WIDTH = 7.0  # inches, of the text of a page
+REACH = "reach_"  # begins the name of a figure of reach
 LEGEND_LINE = 0.2  # inches
 LABEL_WIDTH = 40  # letters of a line beside a panel
+PAGE_WIDTH = 100  # letters of a line below all panels
 TITLES = {"steps": "steps", "tokens": "tokens trained on"}
 UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 MOST_MARKERS = 12
@@ -63,7 +65,7 @@ def figures_of(groups: Sequence[Group], reach: Reach | None = None, against: Gro
     if ranks is not None:
         figures["effective_rank"] = ranks
     if reach is not None:
-        figures[reach.title.replace(" ", "_")] = reach_figure(reach, groups)
+        figures[REACH + reach.title.replace(" ", "_")] = reach_figure(reach, groups)
     return figures
 
 
@@ -81,7 +83,7 @@ def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
         panels[0][1].set_title("enlarged")
         for (whole, zoomed), name in zip(panels, sets, strict=True):
             drawings = [
-                Drawing(group, style, axis, unit, name, merging.index(group) if group in merging else 0)
+                Drawing(group, style, axis, unit, name, _height_of_merges(group, merging))
                 for group, style in zip(groups, styles(), strict=False)
             ]
             for panel in (whole, zoomed):
@@ -91,8 +93,10 @@ def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
                 _count_on(panel, axis)
             whole.set_ylabel(f"loss on {name}, nats per token" if name else "validation loss, nats per token")
             _zoom(whole, zoomed, drawings)
+            low, high = whole.get_ylim()
             for drawing in drawings:
                 drawing.draw_training(whole)
+            _keep_between(whole, low - (high - low) / 2, high + (high - low) / 2)
         add_legend(figure, panels[0][0], groups, training=True)
     return figure
 
@@ -100,12 +104,12 @@ def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
 class Drawing:
     """The losses of a group on one set of held-out text; ``unit`` is that of the axis, in tokens or seconds.
 
-    Its merges are marked along the axis, in the row ``place``.
+    Its merges are marked at ``height``, a fraction of the panel's.
     """
 
-    def __init__(self, group: Group, style: dict[str, Any], axis: Axis, unit: float, name: str, place: int) -> None:
+    def __init__(self, group: Group, style: dict[str, Any], axis: Axis, unit: float, name: str, height: float) -> None:
         self.group = group
-        self.place = place
+        self.height = height
         self.style = style
         self.axis = axis
         self.unit = unit
@@ -124,10 +128,9 @@ class Drawing:
         merges = [step for step in _marked_merges(self.group) if step <= self.curve.steps[-1]]
         if merges:
             x = positions(self.group, merges, self.axis) / self.unit
-            heights = [0.03 + 0.05 * self.place] * len(x)
             panel.plot(
                 x,
-                heights,
+                [self.height] * len(x),
                 "|",
                 color=self.style["color"],
                 markersize=5,
@@ -138,6 +141,17 @@ class Drawing:
     def draw_training(self, panel: Axes) -> None:
         each = self._scaled(curve(self.group, lambda run: run.series("train/loss"), self.axis, smooth=True))
         panel.plot(each.x, each.mean, color=self.style["color"], linewidth=0.6, alpha=0.6, zorder=1)
+
+
+def _keep_between(panel: Axes, low: float, high: float) -> None:
+    """Cuts off what lies beyond, as losses on training text of another kind may."""
+    bottom, top = panel.get_ylim()
+    panel.set_ylim(max(bottom, low), min(top, high))
+
+
+def _height_of_merges(group: Group, merging: Sequence[Group]) -> float:
+    """Rows of strokes along the axis, one for each of the groups ``merging``, in the lowest fifth of a panel."""
+    return 0.03 + min(0.05, 0.17 / len(merging)) * merging.index(group) if group in merging else 0.0
 
 
 def _marked_merges(group: Group) -> list[int]:
@@ -198,21 +212,23 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
     several = any(len(group.runs) > 1 for group in groups)
     alone = [" (1 seed)" if several and len(group.runs) == 1 else "" for group in groups]
     labels = [textwrap.fill(group.label + seeds, LABEL_WIDTH) for group, seeds in zip(groups, alone, strict=True)]
-    line = textwrap.fill(f"dashed: {against.label}", LABEL_WIDTH)
-    lines = sum(label.count("\n") + 1.6 for label in labels)
+    heights = np.array([label.count("\n") + 1.6 for label in labels])  # in lines
+    places = np.cumsum(heights) - heights / 2
+    line = textwrap.fill(f"dashed: {against.label}", PAGE_WIDTH)
     with matplotlib.rc_context(PAPER):
-        figure = Figure(figsize=(WIDTH, 0.8 + 0.15 * lines), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.8 + 0.15 * (heights.sum() + line.count("\n"))), layout="constrained")
         panels: Any = figure.subplots(1, len(sets), sharey=True, squeeze=False)
         for panel, name in zip(panels[0], sets, strict=True):
             reference = np.mean(perplexities(against, name))
             panel.axvline(reference, color="#777777", linestyle="--", linewidth=1.0, zorder=1)
-            for place, (group, style) in enumerate(styled):
+            for place, (group, style) in zip(places, styled, strict=True):
                 values = perplexities(group, name)
                 panel.plot(values, [place] * len(values), "o", color=style["color"], markerfacecolor="none")
                 panel.plot(np.mean(values), place, "|", color=style["color"], markersize=11, markeredgewidth=1.5)
-            panel.set_xlabel(f"perplexity on {name}\n{line}" if name else f"validation perplexity\n{line}")
-        panels[0][0].set_yticks(range(len(labels)), labels)
-        panels[0][0].set_ylim(len(labels) - 0.5, -0.5)  # the first row at the top
+            panel.set_xlabel(f"perplexity on {name}" if name else "validation perplexity")
+        panels[0][0].set_yticks(places, labels)
+        panels[0][0].set_ylim(heights.sum(), 0)  # the first row at the top
+        figure.supxlabel(line, fontsize=PAPER["axes.labelsize"])
     return figure
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relora_mora.compare.errors import CompareError
-from relora_mora.compare.figures import PAPER
+from relora_mora.compare.figures import PAPER, REACH
 from relora_mora.system.disk_errors import disk_faults_named
 
 if TYPE_CHECKING:
@@ -29,13 +29,14 @@ def check_plots(folder: Path) -> None:
 def write_files(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Figure]) -> None:
     """Texts by the names of their files, figures by those without ``.png``; what is there of these is replaced.
 
-    An older figure of ranks, which not every comparison has, does not stay beside them.
+    Older figures of what not every comparison has, ranks and ``--reach``, do not stay beside them.
     """
     with disk_faults_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-        (folder / "effective_rank.png").unlink(missing_ok=True)
+        for older in (folder / "effective_rank.png", *folder.glob(f"{REACH}*.png")):
+            older.unlink(missing_ok=True)
         for name, figure in figures.items():
             save(figure, folder / f"{name}.png")
 

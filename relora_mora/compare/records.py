@@ -27,6 +27,11 @@ def json_object(line: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def has_step(line: dict[str, Any]) -> bool:
+    """Whether a line of metrics says of which step it is."""
+    return isinstance(line.get("step"), int)
+
+
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     record = json_object(line) or {}
     if all(isinstance(record.get(key), kind) for key, kind in _FIELDS.items()) and _are_lines(record["metrics"]):
@@ -38,4 +43,4 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _are_lines(metrics: list[Any]) -> bool:
-    return bool(metrics) and all(isinstance(line, dict) and "step" in line for line in metrics)
+    return bool(metrics) and all(isinstance(line, dict) and has_step(line) for line in metrics)

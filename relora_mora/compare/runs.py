@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from relora_mora.compare.errors import CompareError
-from relora_mora.compare.records import RECORDS, json_object, read_records
+from relora_mora.compare.records import RECORDS, has_step, json_object, read_records
 from relora_mora.config import Config, MethodConfig, OptimConfig, parse_yaml
 from relora_mora.supervise.lock import is_held
 from relora_mora.system.run_folder import RunFolder
 
+COUNTS = ("train.steps", "train.batch_size", "data.sequence_length")
 Series = dict[int, float]  # values of a metric by step, in the order of steps
 
 
@@ -64,9 +65,16 @@ class Run:
 
     @property
     def validation_sets(self) -> list[str]:
-        """Names of its sets of held-out text; "" for one without a name. Empty before the first evaluation."""
-        tags = dict.fromkeys(tag for line in self.lines for tag in line if tag.startswith("eval/"))
-        sets = [tag.split("/")[1] for tag in tags if tag.count("/") == 2 and tag.endswith("/loss")]
+        """Names of the sets of held-out text of its newest evaluation; "" for one without a name.
+
+        A resume may have changed them. Empty before the first evaluation.
+        """
+        tags = next((list(line) for line in reversed(self.lines) if "eval/loss" in line), [])
+        sets = [
+            tag.split("/")[1]
+            for tag in tags
+            if tag.startswith("eval/") and tag.count("/") == 2 and tag.endswith("/loss")
+        ]
         return sets or ([""] if "eval/loss" in tags else [])
 
     def evaluations(self, name: str) -> Series:
@@ -81,7 +89,7 @@ class Run:
     def held_out(self, name: str) -> str:
         """The text of a set, and the tokenizer, as the settings name them."""
         validation = self.settings.get("data.validation")
-        text = validation[name] if name and isinstance(validation, dict) else validation
+        text = validation.get(name) if name and isinstance(validation, dict) else validation
         return json.dumps([text, self.settings.get("tokenizer.path")])
 
     @property
@@ -100,15 +108,19 @@ class Run:
         def section(name: str, kind: type[BaseModel]) -> dict[str, Any]:
             return {key: self.settings[f"{name}.{key}"] for key in kind.model_fields}
 
-        method = MethodConfig.model_validate(section("method", MethodConfig))
-        optim = OptimConfig.model_validate(section("optim", OptimConfig))
+        try:
+            method = MethodConfig.model_validate(section("method", MethodConfig))
+            optim = OptimConfig.model_validate(section("optim", OptimConfig))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise CompareError(f"{self.folder}: its settings have no rates ({fault['loc']}: {fault['msg']})") from None
         schedule = make_schedule(method, optim, self.steps)
         return {step: optim.lr * schedule.rate(step) for step in range(1, self.last_step + 1)}
 
     @property
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters: total, trainable, adapters; empty for runs of versions that did not note them."""
-        return dict(self.starts[-1].get("parameters", {})) if self.starts else {}
+        return dict(self.starts[-1].get("parameters") or {}) if self.starts else {}
 
     def tokens(self, step: int) -> int:
         """Tokens trained on when so many steps are done."""
@@ -170,7 +182,7 @@ def read_run(folder: Path) -> Run:
         raise CompareError(
             f"{folder}: no run folder, as it has no {files.config.name}; give the train.run_dir of a run"
         )
-    lines = [line for line in _json_lines(files.metrics) if "step" in line]
+    lines = [line for line in _json_lines(files.metrics) if has_step(line)]
     if not lines:
         raise CompareError(
             f"{folder}: no metrics yet ({files.metrics.name}); leave it out, or wait for its first lines"
@@ -204,7 +216,11 @@ def _settings(tree: Any, source: Path) -> dict[str, Any]:
     missing = [name for name in ("method.name", "train.steps") if given.get(name) is None]
     if missing:
         raise CompareError(f"{source}: without {missing[0]}, which the settings of every run have")
-    return {**_defaults(), **given}
+    settings = {**_defaults(), **given}
+    for name in COUNTS:
+        if not isinstance(settings[name], int) or settings[name] < 1:
+            raise CompareError(f"{source}: {name} is {settings[name]}, expected a whole number from 1 on")
+    return settings
 
 
 def _defaults() -> dict[str, Any]:

@@ -12,6 +12,8 @@ from relora_mora.compare.errors import CompareError
 from relora_mora.compare.groups import Group
 from relora_mora.compare.runs import Run
 
+LARGE = 1e7  # a perplexity that needs no decimals
+
 
 @dataclass(frozen=True)
 class Number:
@@ -87,6 +89,9 @@ def common_sets(groups: Sequence[Group]) -> list[str]:
             f"the runs have no validation set in common ({named}); compare runs with the same data.validation"
         )
     for name in common:
+        for run in runs:
+            if not run.evaluations(name):
+                raise CompareError(f"{run.folder}: no loss on {_set_title(name)} is a finite number; leave the run out")
         for group in groups:
             if not group.common_steps([run.evaluations(name) for run in group.runs]):
                 raise CompareError(
@@ -161,7 +166,9 @@ def markdown(rows: Sequence[Row], against: Group | None = None, more: Mapping[st
         ending = f" ({name})" if name else ""
         results = [row.validation[name] for row in rows]
         columns[f"loss{ending}"] = [number_cell(each.loss, ".4f") for each in results]
-        columns[f"perplexity{ending}"] = [number_cell(each.perplexity, ".2f") for each in results]
+        columns[f"perplexity{ending}"] = [
+            number_cell(each.perplexity, ".2f" if each.perplexity.high < LARGE else ".3g") for each in results
+        ]
         columns[f"ratio{ending}"] = [_plain(each.ratio, ".3f") for each in results]
     columns |= more or {}
     columns["tokens/s"] = [number_cell(row.tokens_per_second, ",.0f") for row in rows]

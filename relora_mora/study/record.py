@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 from relora_mora.config import parse_yaml
@@ -13,7 +13,8 @@ from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import read_json_lines
 
 KEPT_LINES = 40  # of a run's training, evenly over its steps, and of what merges did; evaluations are kept whole
-OF_TRAINING = ("train/loss", "train/lr", "train/tokens", "perf/tokens_per_second", "perf/peak_memory_gib")
+SPEED = "perf/tokens_per_second"
+OF_TRAINING = ("train/loss", "train/lr", "train/tokens", SPEED, "perf/peak_memory_gib")
 OF_ALL_MERGES = ("merge/layers", "merge/seconds")
 DIGITS = 8  # of a float; float32 has no more
 
@@ -86,18 +87,19 @@ def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
         "given": folder.given(cell),
         "config": parse_yaml(run.config.read_text(encoding="utf-8")),
         "start": {key: value for key, value in starts[-1].items() if key != "command"} | {"step": starts[0]["step"]},
-        "metrics": _thinned(read_json_lines(run.metrics)),
+        "metrics": _thinned(read_json_lines(run.metrics), starts[0]["step"]),
     }
 
 
-def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _thinned(lines: list[dict[str, Any]], begin: int) -> list[dict[str, Any]]:
     training = _evenly([number for number, line in enumerate(lines) if "train/loss" in line])
+    speeds = _speeds_over_gaps(lines, training, begin)
     merges = _evenly([number for number, line in enumerate(lines) if "merge/layers" in line])
     result = []
     for number, line in enumerate(lines):
         values = {
             tag: _rounded(value)
-            for tag, value in line.items()
+            for tag, value in {**line, **speeds.get(number, {})}.items()
             if tag.startswith("eval/")
             or (tag.startswith("merge/") and (number in merges or tag in OF_ALL_MERGES))
             or (number in training and tag in OF_TRAINING)
@@ -105,6 +107,24 @@ def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if values:
             result.append({"step": line["step"], **values})
     return result
+
+
+def _speeds_over_gaps(lines: list[dict[str, Any]], kept: Set[int], begin: int) -> dict[int, dict[str, float]]:
+    """Tokens per second of each line that is kept over all steps since the one before, so that times add up."""
+    found = {}
+    before = begin
+    steps, steps_over_speed = 0, 0.0
+    for number, line in enumerate(lines):
+        speed = line.get(SPEED)
+        if speed:
+            made = line["step"] - before
+            before = line["step"]
+            steps += made
+            steps_over_speed += made / speed
+            if number in kept and steps:
+                found[number] = {SPEED: steps / steps_over_speed}
+                steps, steps_over_speed = 0, 0.0
+    return found
 
 
 def _evenly(numbers: list[int]) -> set[int]:

@@ -117,7 +117,8 @@ def test_the_last_perplexities_are_dots_beside_the_names_of_the_groups_the_lowes
     groups: list[Group],
 ) -> None:
     for against, line in ((None, math.exp(1.2)), (groups[1], (math.exp(1.0) + math.exp(1.1)) / 2)):
-        [panel] = perplexity_figure(groups, against).axes
+        figure = perplexity_figure(groups, against)
+        [panel] = figure.axes
         dots = [list(each.get_xdata()) for each in panel.get_lines() if each.get_marker() == "o"]
         assert dots == [pytest.approx([math.exp(1.0), math.exp(1.1)]), pytest.approx([math.exp(1.2)])]
         strokes = [float(each.get_xdata()[0]) for each in panel.get_lines() if each.get_marker() == "|"]
@@ -125,11 +126,35 @@ def test_the_last_perplexities_are_dots_beside_the_names_of_the_groups_the_lowes
         [dashed] = [each.get_xdata()[0] for each in panel.get_lines() if each.get_linestyle() == "--"]
         assert dashed == pytest.approx(line)
         assert [text.get_text() for text in panel.get_yticklabels()] == ["ReMoRA (1, 2)", "Full rank (1 seed)"]
-        assert panel.get_xlabel() == f"validation perplexity\ndashed: {(against or groups[0]).label}"
+        assert panel.get_xlabel() == "validation perplexity"
+        assert figure.get_supxlabel() == f"dashed: {(against or groups[0]).label}"
         assert panel.get_ylim()[0] > panel.get_ylim()[1], "the first row is at the top"
         colours = [each.get_color() for each in panel.get_lines() if each.get_marker() == "o"]
         of_groups = [style["color"] for style in itertools.islice(styles(), 2)]
         assert colours == of_groups[::-1], "as in the other figures"
+
+
+def test_long_names_and_many_merging_rows_do_not_overlap(tmp_path: Path) -> None:
+    runs = [
+        made_run(tmp_path / f"{rank}", optim={"lr": rank / 1000}, method={"rank": rank, "reset_ratio": rank / 100})
+        for rank in range(1, 13)
+    ]
+    groups = group_runs(runs)
+    for group in groups:
+        object.__setattr__(group, "differs", f"{group.differs}, " + "a long name " * 12)
+    figure = perplexity_figure(groups)
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert all(upper.ymin >= lower.ymax for upper, lower in itertools.pairwise(boxes))
+    [merges, *_] = loss_figure(groups, "tokens").axes
+    heights = [line.get_ydata()[0] for line in merges.get_lines() if line.get_marker() == "|"]
+    assert len(set(heights)) == 12 and max(heights) < 0.2
+
+
+def test_losses_of_other_text_do_not_stretch_a_panel(groups: list[Group]) -> None:
+    """Training losses here go from 99 down to 60, those of held-out text from 9 to 1."""
+    whole = loss_figure(groups, "tokens").axes[0]
+    assert whole.get_ylim()[1] < 15
 
 
 def test_rates_and_ranks(groups: list[Group]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from relora_mora.compare import CompareError, read_run, read_runs
+from relora_mora.compare import CompareError, compare, group_runs, read_run, read_runs
 from relora_mora.supervise import RunLock
 from relora_mora.supervise.lock import STALE_SECONDS, is_held
 from relora_mora.system.run_folder import RunFolder
@@ -56,6 +58,18 @@ def test_sets_of_held_out_text(tmp_path: Path, sets: tuple[str, ...], expected: 
         30: 1.0 + len(expected),
         40: float(len(expected)),
     }
+
+
+def test_sets_are_those_of_the_newest_evaluation(tmp_path: Path) -> None:
+    """A resume may go on with other text."""
+    folder = write_run(tmp_path / "a", [9.0, 4.0], sets=("old", "both"))
+    with RunFolder(folder).metrics.open("a") as stream:
+        stream.write('{"step": 20, "eval/loss": 3.0, "eval/new/loss": 2.0, "eval/both/loss": 4.0}\n')
+    run = read_run(folder)
+    assert run.validation_sets == ["new", "both"]
+    assert [run.held_out(name) for name in run.validation_sets] == [run.held_out("")] * 2
+    [row] = compare(group_runs([run]))
+    assert {name: each.loss.mean for name, each in row.validation.items()} == {"new": 2.0, "both": 4.0}
 
 
 def test_numbers_that_are_not_finite_and_a_line_that_was_cut_off_are_left_out(tmp_path: Path) -> None:
@@ -109,7 +123,7 @@ def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
     for copy in ("first", "second"):
         (tmp_path / f"{copy}.jsonl").write_text(json.dumps(record) + "\n")
         assert read_runs(tmp_path / f"{copy}.jsonl")[0].folder == tmp_path / copy / "runs/cell"
-    damages = ({"metrics": 3}, {"metrics": [{"eval/loss": 2.0}]}, {"start": None})
+    damages = ({"metrics": 3}, {"metrics": [{"step": None}]}, {"metrics": [{"eval/loss": 2.0}]}, {"start": None})
     for line in ["{}", *(json.dumps({**record, **damage}) for damage in damages), json.dumps(record)[:-40]]:
         (tmp_path / "cells.jsonl").write_text(json.dumps(record) + f"\n{line}\n")
         with pytest.raises(CompareError, match=r"cells\.jsonl, line 2: no record of a run"):
@@ -128,6 +142,19 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
         RunFolder(folder).config.write_text(text)
         with pytest.raises(CompareError, match=r"config\.yaml: "):
             read_run(folder)
+    for section, key in (("train", "steps"), ("train", "batch_size"), ("data", "sequence_length")):
+        folder = write_run(tmp_path / key, [9.0])
+        config = RunFolder(folder).config
+        config.write_text(re.sub(rf"{key}: \d+", f"{key}: many", config.read_text()))
+        with pytest.raises(CompareError, match=rf"config\.yaml: {section}\.{key} is many, expected a whole number"):
+            read_run(folder)
+
+
+def test_a_record_whose_settings_make_no_rates_is_told(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "a")
+    damaged = replace(run, settings={**run.settings, "optim.lr": "fast"}, is_record=True)
+    with pytest.raises(CompareError, match=r"its settings have no rates .*lr"):
+        damaged.rates()
 
 
 def test_comparing_needs_neither_torch_nor_matplotlib_to_be_imported() -> None:

@@ -108,6 +108,17 @@ def test_as_many_tokens_of_another_text_or_tokenizer_are_told(tmp_path: Path, gi
     assert said not in markdown(compare(_groups(tmp_path / "alike", FULL, {})))
 
 
+def test_a_run_without_a_finite_loss_is_told(tmp_path: Path) -> None:
+    with pytest.raises(
+        CompareError, match=r"run1: no loss on a set without a name is a finite number; leave the run out"
+    ):
+        compare(_groups(tmp_path, {**FULL}, {"losses": [math.nan] * 5}))
+
+
+def test_a_perplexity_beyond_all_bounds_takes_little_room(tmp_path: Path) -> None:
+    assert _cells(markdown(compare(_groups(tmp_path, {"losses": [1e6] * 5}))))[0]["perplexity"] == "1.01e+304"
+
+
 def test_json_has_every_number_of_the_rows(tmp_path: Path) -> None:
     rows = compare(_groups(tmp_path, FULL, {}))
     read = json.loads(json.dumps(as_json(rows)))

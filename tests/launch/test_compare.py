@@ -47,7 +47,9 @@ def test_a_metric_can_be_asked_for(runs: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
     answer = call(COMPARE, *runs, "--reach=eval/loss=3.5", f"--out={tmp_path / 'out'}")
     assert answer.code == 0 and "loss 3.5, step" in answer.out
-    assert (tmp_path / "out" / "loss.png").exists()
+    assert {"reach_loss.png", "perplexity.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    call(COMPARE, *runs, f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "out" / "reach_loss.png").exists(), "one of an earlier comparison does not stay"
 
 
 def test_of_rows_that_differ_in_a_setting_the_best_is_left(tmp_path: Path) -> None:
