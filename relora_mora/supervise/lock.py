@@ -3,7 +3,8 @@
 The first rank holds ``RUN/lock`` with ``flock``, which the kernel releases with the process, however that ends. The
 file also says who holds it, and the holder touches it every few seconds: on file systems where flock does not reach
 other hosts, a holder elsewhere is alive as long as the file's modification time moves. A holder whose file was removed
-together with its folder holds nothing any more: another trainer may begin there.
+together with its folder holds nothing any more: another trainer may begin there. Studies claim their runs with the same
+lock, in folders of their own.
 """
 
 from __future__ import annotations
