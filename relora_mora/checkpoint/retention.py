@@ -43,5 +43,5 @@ def tidy(folder: Path) -> None:
             put_in_place(new)
         else:
             remove(new)
-    for path in folder.glob(f"step-*{TEMPORARY}"):
+    for path in folder.glob(f"*{TEMPORARY}"):
         remove(path)

@@ -436,6 +436,7 @@ def test_removal_does_not_follow_links(folder):
     (folder / "step-00000005").rename(folder / "elsewhere" / "step-00000005")
     for name in ("step-00000005", "step-00000006.2.tmp"):
         (folder / name).symlink_to(folder / "elsewhere" / "step-00000005")
+    (folder / "latest.1a2b3c4d.tmp").write_text("of a kill")
     discard(folder / "step-00000005")
     tidy(folder)
     assert verify(folder / "elsewhere" / "step-00000005") is None
