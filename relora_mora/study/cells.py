@@ -87,14 +87,16 @@ def _cells(study: Study, combinations: Iterable[tuple[tuple[str, str], ...]], se
     twice = [_name(study, *each) for each, times in Counter(given).items() if times > 1]
     if twice:
         raise ValueError(f"the grid names the same run twice: {', '.join(twice)}; leave one of them out")
-    times = Counter(_name(study, *each) for each in given)
-    return [Cell(_unlike_others(_name(study, *each), each[0], times), *each) for each in given]
+    names = [_name(study, *each) for each in given]
+    alike = {name for name, times in Counter(names).items() if times > 1}
+    return [
+        Cell(_with_digest(name, values) if name in alike or len(name) > LONGEST_NAME else name, values, seed)
+        for name, (values, seed) in zip(names, given, strict=True)
+    ]
 
 
-def _unlike_others(name: str, values: tuple[tuple[str, str], ...], times: Counter[str]) -> str:
-    """With a digest of the values where the name is too long, or another run's as well."""
-    if times[name] == 1 and len(name) <= LONGEST_NAME:
-        return name
+def _with_digest(name: str, values: tuple[tuple[str, str], ...]) -> str:
+    """The name cut short, and told from others by a digest of the values."""
     settings, _, seed = name.rpartition(",")
     digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
     return f"{settings[: LONGEST_NAME - 40]},{digest},{seed}"

@@ -112,18 +112,17 @@ def _thinned(lines: list[dict[str, Any]], begin: int) -> list[dict[str, Any]]:
 def _speeds_over_gaps(lines: list[dict[str, Any]], kept: Set[int], begin: int) -> dict[int, dict[str, float]]:
     """Tokens per second of each line that is kept over all steps since the one before, so that times add up."""
     found = {}
-    before = begin
-    steps, steps_over_speed = 0, 0.0
+    before = last_kept = begin
+    steps_over_speed = 0.0
     for number, line in enumerate(lines):
-        speed = line.get(SPEED)
-        if speed:
-            made = line["step"] - before
-            before = line["step"]
-            steps += made
-            steps_over_speed += made / speed
-            if number in kept and steps:
-                found[number] = {SPEED: steps / steps_over_speed}
-                steps, steps_over_speed = 0, 0.0
+        if not line.get(SPEED):
+            continue
+        steps_over_speed += (line["step"] - before) / line[SPEED]
+        before = line["step"]
+        if number in kept and steps_over_speed:
+            found[number] = {SPEED: (before - last_kept) / steps_over_speed}
+            last_kept = before
+            steps_over_speed = 0.0
     return found
 
 
