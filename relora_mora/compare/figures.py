@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,36 +14,13 @@ from relora_mora.compare.curves import Axis, Curve, curve, parting, positions
 from relora_mora.compare.groups import Group
 from relora_mora.compare.reach import Reach
 from relora_mora.compare.runs import Run, Series
+from relora_mora.compare.style import PAPER, WIDTH, styles
 from relora_mora.compare.table import common_sets, count, perplexities
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; lines and markers tell as much in grey, and come round
-# after other numbers of curves than colours do
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-PAPER: Any = {
-    "figure.dpi": 100,
-    "savefig.dpi": 300,
-    "font.size": 9,
-    "axes.labelsize": 9,
-    "axes.titlesize": 9,
-    "legend.fontsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.linewidth": 0.4,
-    "grid.color": "#DDDDDD",
-    "lines.linewidth": 1.3,
-    "lines.markersize": 3.5,
-    "legend.frameon": False,
-}
-WIDTH = 7.0  # inches, of the text of a page
 REACH = "reach_"  # begins the name of a figure of reach
 LEGEND_LINE = 0.2  # inches
 LABEL_WIDTH = 40  # letters of a line beside a panel
@@ -319,12 +295,6 @@ def _draw_curve(panel: Axes, each: Curve, group: Group, style: dict[str, Any]) -
     panel.plot(each.x, each.mean, label=_name(group), markevery=-(-len(each.x) // MOST_MARKERS), **style)
     if len(group.runs) > 1:
         panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
-
-
-def styles() -> Iterator[dict[str, Any]]:
-    """Colour, line and marker of each group in turn."""
-    for colour, line, marker in zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False):
-        yield {"color": colour, "linestyle": line, "marker": marker}
 
 
 def _name(group: Group) -> str:

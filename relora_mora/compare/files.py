@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relora_mora.compare.errors import CompareError
-from relora_mora.compare.figures import PAPER, REACH
+from relora_mora.compare.figures import REACH
+from relora_mora.compare.style import PAPER
 from relora_mora.system.disk_errors import disk_faults_named
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from relora_mora.compare.figures import PAPER, WIDTH, add_legend, legend_height, rank_figure, styles
+from relora_mora.compare.figures import add_legend, legend_height, rank_figure
 from relora_mora.compare.groups import Group
 from relora_mora.compare.runs import Run
+from relora_mora.compare.style import PAPER, WIDTH, styles
 from relora_mora.methods.layers import effective_rank
 from relora_mora.spectrum import Spectra, spectra_by_step
 

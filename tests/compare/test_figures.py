@@ -12,7 +12,8 @@ import pytest
 
 from relora_mora.compare import Group, Reach, Run, figures_of, group_runs, reach_figure, write_files
 from relora_mora.compare.curves import curve, parting, running_mean
-from relora_mora.compare.figures import loss_figure, perplexity_figure, rank_figure, rate_figure, styles
+from relora_mora.compare.figures import loss_figure, perplexity_figure, rank_figure, rate_figure
+from relora_mora.compare.style import styles
 from tests.compare.folders import TOKENS, made_run
 from tests.tools.commands import left_in
 
