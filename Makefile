@@ -102,7 +102,7 @@ AGAINST ?= HEAD
 same: $(VENV)/.installed-dev  ## whether the code here trains tiny runs bit for bit as that of a commit: make same AGAINST=main
 	$(BIN)/python -m tests.tools.same_numbers $(AGAINST)
 
-VERSION_TESTS := tests/train/test_resume.py tests/zero/test_resets.py tests/train/test_golden_loss.py
+VERSION_TESTS := tests/train/test_resume.py tests/zero/test_resets.py tests/zero/test_stages.py tests/train/test_golden_loss.py
 test-newest:  ## unit, resume, reset and golden tests with the newest packages that are allowed, in .venv-newest
 	@$(MAKE) --no-print-directory versions KIND=newest
 test-oldest:  ## the same with the oldest, in .venv-oldest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from relora_mora.data import retry, transport
+from relora_mora.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -14,3 +15,8 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.02)
     monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_path):
+    return load_tokenizer(tokenizer_path)

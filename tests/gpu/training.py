@@ -31,15 +31,17 @@ from tests.train.test_resume import (
 from tests.zero.test_matrices import test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding
 from tests.zero.test_resets import (
     test_a_merge_from_all_sides,
-    test_a_nan_on_one_rank_stops_the_step_on_all,
     test_reset_modes,
-    test_stages_agree_around_a_merge,
-    test_stages_agree_in_bf16,
     test_the_base_is_exact_after_a_hundred_merges,
 )
 from tests.zero.test_resident import (
     test_it_trains_as_the_merged_form_bit_for_bit_and_builds_once_a_step,
     test_whatever_changes_a_weight_lets_go_of_it,
+)
+from tests.zero.test_stages import (
+    test_a_nan_on_one_rank_stops_the_step_on_all,
+    test_stages_agree_around_a_merge,
+    test_stages_agree_in_bf16,
 )
 
 

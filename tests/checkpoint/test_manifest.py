@@ -1,0 +1,114 @@
+"""The manifest of a checkpoint: every bit is guarded, and a stranger's is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from relora_mora.checkpoint import CheckpointError, Manifest, newest_whole, read_manifest, verify
+from relora_mora.system.files import write_synced
+from tests.checkpoint.tools import passed_over, rewrite
+
+
+def test_a_manifest_comes_back_as_it_was(folder):
+    assert verify(folder / "step-00000015") is None and newest_whole(folder) == (folder / "step-00000015", [])
+    manifest = read_manifest(folder / "step-00000015")
+    (folder / "again").mkdir()
+    write_synced(folder / "again" / "manifest.json", manifest.dump())
+    assert read_manifest(folder / "again") == manifest and manifest.data_fingerprint == "größe"
+
+
+def test_every_bit_of_a_manifest_is_guarded(folder):
+    path = folder / "step-00000015" / "manifest.json"
+    manifest = read_manifest(path.parent)
+    same = 0
+    with path.open("r+b", buffering=0) as stream:
+        for at, byte in enumerate(path.read_bytes()):
+            for bit in range(8):
+                os.pwrite(stream.fileno(), bytes([byte ^ 1 << bit]), at)
+                try:
+                    assert read_manifest(path.parent) == manifest  # 1e-05 may become 1E-05, and \u00f6 \u00F6
+                    same += 1
+                except CheckpointError:
+                    pass
+            os.pwrite(stream.fileno(), bytes([byte]), at)
+    assert same < 10
+
+
+REQUIRED = [field.name for field in dataclasses.fields(Manifest) if field.default is dataclasses.MISSING]
+
+
+@pytest.mark.parametrize("field", [*REQUIRED, "version", "format", "checksum"])
+def test_a_manifest_without_one_of_its_fields_is_refused(folder, field):
+    rewrite(folder / "step-00000015", lambda values: values.pop(field, None))
+    if field == "checksum":
+        path = folder / "step-00000015" / "manifest.json"
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != field}))
+    line = passed_over(folder)
+    assert line.startswith("manifest.json: ") and (field in line or field == "format")
+
+
+def test_a_manifest_of_an_earlier_program_says_nothing_about_what_stands_in_the_data(folder):
+    rewrite(folder / "step-00000015", lambda values: values.pop("data_content"))
+    assert (
+        newest_whole(folder) == (folder / "step-00000015", [])
+        and read_manifest(folder / "step-00000015").data_content is None
+    )
+
+
+HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [
+    *(
+        (
+            f"file {name!r}",
+            lambda values, name=name: values["files"].update({name: {"bytes": 1, "xxh3_128": "0" * 32}}),
+            "not a path inside",
+        )
+        for name in ("../x", "/etc/passwd", "tokenizer/../../x", "a//b", "", ".", "a/", "x\0y")
+    ),
+    *(
+        (f"step {value!r}", lambda values, value=value: values.update(step=value), "step")
+        for value in (-1, 10**400, 1.5, "15", True, None)
+    ),
+    ("size -1", lambda values: values["files"].update(x={"bytes": -1, "xxh3_128": "0" * 32}), "files.x.bytes"),
+    ("size 2**60", lambda values: values["files"].update(x={"bytes": 2**60, "xxh3_128": "0" * 32}), "files.x.bytes"),
+    (
+        "other size",
+        lambda values: values["files"].update(latest={"bytes": 2**50, "xxh3_128": "0" * 32}),
+        "latest: No such file",
+    ),
+    ("no hash", lambda values: values["files"].update(x={"bytes": 1, "xxh3_128": "../x"}), "files.x.xxh3_128"),
+    ("shape -4", lambda values: values["parameters"].update(a=[-4, 3]), "parameters.a.0"),
+    ("large shape", lambda values: values["parameters"].update(a=[2**52, 2**52]), "without element 12"),
+    ("step count", lambda values: values["group_steps"].update(adapters=-1), "group_steps.adapters"),
+    ("no ranks", lambda values: values.update(world_size=0), "world_size"),
+    ("other type", lambda values: values.update(config={"optim": 3}), "config.optim"),
+    (
+        "other optimizer",
+        lambda values: values["config"]["optim"].update(matrices=["x"]),
+        "its matrices trained with ['x'], and this program knows adamw, muon, galore, fira, apollo; use the release",
+    ),
+    ("matrices of Muon", lambda values: values["config"]["optim"].update(matrices="muon"), "is not a float32 piece"),
+    ("a matrix's state", lambda values: values.update(matrix_states={"a": {"updates": []}}), "(of 1) of updates of a"),
+    ("shape of a state", lambda values: values.update(matrix_states={"a": {"x": [-1]}}), "matrix_states.a.x.0"),
+    ("unknown field", lambda values: values.update(trust_me=1), "trust_me"),
+    ("another version", lambda values: values.update(version=99), "format version 99, this program reads version 1"),
+    ("another step", lambda values: values.update(step=14), "manifest.json: is that of step 14"),
+    ("no files", lambda values: values.update(files={}), "without element 0"),
+]
+
+
+@pytest.mark.parametrize("change,says", [case[1:] for case in HOSTILE], ids=[case[0] for case in HOSTILE])
+def test_a_strangers_manifest_is_refused(folder, change, says):
+    rewrite(folder / "step-00000015", change)
+    assert says in passed_over(folder)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe", b"null", b"[]", b'{"format": "x"}', b"1" * 5000])
+def test_json_that_is_no_manifest_is_refused(folder, content):
+    (folder / "step-00000015" / "manifest.json").write_bytes(content)
+    assert passed_over(folder).startswith("manifest.json: ")

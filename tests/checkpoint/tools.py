@@ -1,0 +1,87 @@
+"""Small whole checkpoints, and strangers' manifests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from relora_mora.checkpoint import Manifest, newest_whole
+from relora_mora.checkpoint.layout import content_checksum, file_entry
+from relora_mora.system.files import write_synced
+
+STATE = "state-00001-of-00002.safetensors"
+
+
+FILES = (
+    "state-00000-of-00002.safetensors",
+    STATE,
+    "base-00000-of-00002.safetensors",
+    "base-00001-of-00002.safetensors",
+    "tokenizer/tokenizer.model",
+    "tokenizer/tokenizer_config.json",
+    "manifest.json",
+)
+
+
+TOKENIZER = FILES[4:6]
+
+
+def made_checkpoint(folder: Path, step: int, seed: int = 0) -> Path:
+    """A small whole checkpoint: parameter a [4, 3] in two pieces, b [2]; frozen w [2, 2] and v [3]."""
+    (folder / "tokenizer").mkdir(parents=True)
+    draw = torch.Generator().manual_seed(step + seed)
+    sizes = {FILES[0]: [("a", 0, 7)], FILES[1]: [("a", 7, 5), ("b", 0, 2)]}
+    for file, pieces in sizes.items():
+        kinds = ("master", "exp_avg", "exp_avg_sq")
+        save_file(
+            {f"{kind}|{n}|{at}": torch.rand(size, generator=draw) for n, at, size in pieces for kind in kinds},
+            folder / file,
+        )
+    save_file({"base|w|0": torch.rand(2, 2, generator=draw)}, folder / FILES[2])
+    save_file({"base|v|0": torch.rand(3, generator=draw)}, folder / FILES[3])
+    (folder / FILES[4]).write_bytes(b"pieces")
+    (folder / FILES[5]).write_text("{}")
+    manifest = Manifest(
+        step=step,
+        merges_done=0,
+        operator=1,
+        world_size=2,
+        zero_stage=2,
+        bf16=False,
+        group_steps={"adapters": step},
+        parameters={"a": [4, 3], "b": [2]},
+        frozen={"w": [2, 2], "v": [3]},
+        config={"optim": {"lr": 1e-05, "clip": 1.0}},
+        model_config={"hidden_size": 4},
+        tokenizer_fingerprint="t",
+        data_fingerprint="größe",
+        data_order="",
+        data_state={"0": {"row": 3}},
+        counters={"tokens": 1},
+        files={name: file_entry(folder / name) for name in FILES[:-1]},
+    )
+    write_synced(folder / "manifest.json", manifest.dump())
+    return folder
+
+
+def passed_over(folder: Path) -> str:
+    """Why the newest of three was passed over for the second."""
+    found, skipped = newest_whole(folder)
+    assert found == folder / "step-00000010" and len(skipped) == 1 and skipped[0].startswith("step-00000015: ")
+    return skipped[0].removeprefix("step-00000015: ")
+
+
+def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """A manifest with other values and the right checksums, as a stranger can make it."""
+    values = json.loads((checkpoint / "manifest.json").read_text())
+    del values["checksum"]
+    change(values)
+    for name in [name for name in values.get("files", ()) if (checkpoint / name).is_file()]:
+        values["files"][name] |= dataclasses.asdict(file_entry(checkpoint / name))
+    (checkpoint / "manifest.json").write_text(json.dumps({**values, "checksum": content_checksum(values)}))

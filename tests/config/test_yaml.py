@@ -1,0 +1,132 @@
+"""What a settings file may hold, and where its paths and patterns lead."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from relora_mora.config import ConfigError, load_config, parse_yaml
+from tests.tools.config_tools import same, tree
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("4e-4", 4e-4),
+        ("1e5", 1e5),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("1_000", 1000),
+        ("010", 10),
+        ("-3", -3),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("true", True),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    assert same(parse_yaml(text), value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1\na: 2",
+        "1: 2",
+        "a: &x [*x]",
+        "!!python/object:os.system {}",
+        "a: !!binary aGk=",
+        "!!set {a}",
+        "a: [",
+        "!!timestamp 2026-11-24",
+        "!!timestamp maybe",
+        "!!bool maybe",
+        "!!map text",
+        "!!int {a: 1}",
+        "9" * 5000,
+        "#" * (1 << 23),
+        "["
+        + "&a [x, x, x, x, x, x, x, x, x, x]"
+        + "".join(f", &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in pairwise("abcdefghi"))
+        + "]",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_yaml_that_is_refused(text: str) -> None:
+    with pytest.raises(yaml.YAMLError):
+        parse_yaml(text)
+
+
+def test_a_file_that_never_ends_is_refused() -> None:
+    with pytest.raises(ConfigError, match="longer than"):
+        load_config("/dev/zero")
+
+
+def test_merge_keys_are_keys_like_others(tmp_path: Path) -> None:
+    """YAML 1.2 has none; 1.1's would change settings from elsewhere in the file."""
+    assert parse_yaml("<<: {a: 1}\nb: =") == {"<<": {"a": 1}, "b": "="}
+    (tmp_path / "run.yaml").write_text("eval:\n  <<: {every_steps: 3}\n")
+    with pytest.raises(ConfigError, match=re.escape("eval.<<: unknown")):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_rates_may_be_written_with_exponents(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {config: m}\ntokenizer: {path: t}\n"
+        "data: {train: a, validation: b}\ntrain: {run_dir: r}\noptim: {lr: 4e-4}\n"
+    )
+    config = load_config(path, {"optim.lr_other": "2e-3", "method.operators": "[1, 2, 3, 4]", "data.lanes": "null"})
+    assert (config.optim.lr, config.optim.lr_other, config.method.operators, config.data.lanes) == (
+        4e-4,
+        2e-3,
+        [1, 2, 3, 4],
+        None,
+    )
+
+
+def test_paths_are_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "m.json").write_text("{}")
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree()))
+    config = load_config("runs/run.yaml")
+    assert (config.model.config, config.tokenizer.path) == ("runs/m.json", "t")
+    (tmp_path / "m.json").write_text("{}")
+    assert load_config("runs/run.yaml").model.config == "m.json"
+
+
+@pytest.mark.parametrize("text", [None, "- a", "3", "a: [", "\x00"])
+def test_files_that_are_no_settings(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert len(error.value.faults) == 1
+    assert str(path) in str(error.value)
+
+
+def test_a_pattern_without_quotes_of_its_own_says_how_to_give_it(tmp_path: Path) -> None:
+    """The shell has taken one pair; for YAML a star begins an alias."""
+    (tmp_path / "run.yaml").write_text("")
+    with pytest.raises(ConfigError, match=re.escape("""give text with special characters as --data.train='"..."'""")):
+        load_config(tmp_path / "run.yaml", {"data.train": "*.json.gz"})
+
+
+def test_overrides_below_a_value_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree()))
+    with pytest.raises(ConfigError, match="which has no keys below it"):
+        load_config(path, {"train.run_dir.x": "3"})
+    config = load_config(
+        path, {"model.overrides.hidden_size": "64", "train.deepspeed.zero_optimization.reduce_bucket_size": "5"}
+    )
+    assert config.model.overrides == {"hidden_size": 64}
+    assert config.train.deepspeed == {"zero_optimization": {"reduce_bucket_size": 5}}

@@ -1,0 +1,34 @@
+"""Records as tokens, and which of them are scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from relora_mora.config import RecordsConfig
+from relora_mora.data.encoders import encoder_of
+from relora_mora.data.record_format import Record, RecordFormat
+from relora_mora.data.rows import Encoded
+
+CONVERSATION = [
+    {"role": "system", "content": "over the rank"},
+    {"role": "user", "content": "the rank of größer?"},
+    {"role": "assistant", "content": "matrix </s> one"},
+    {"role": "user", "content": "  more"},
+    {"role": "assistant", "content": "the same"},
+]
+
+
+def encoded(tokenizer, fields: dict[str, Any], packing: str = "whole", length: int = 1000, **settings: Any) -> Any:
+    held = RecordFormat.of(RecordsConfig(**settings))
+    [row] = encoder_of(tokenizer, [held], packing, length)([Record(fields, "a.jsonl, line 1", held)])
+    return row
+
+
+def parts(tokenizer, row: Encoded) -> list[tuple[bool, str]]:
+    """Runs of tokens that are scored or not, as text."""
+    runs: list[tuple[bool, list[int]]] = []
+    for token, scored in zip(row.ids, row.scored, strict=True):
+        if not runs or runs[-1][0] != bool(scored):
+            runs.append((bool(scored), []))
+        runs[-1][1].append(int(token))
+    return [(scored, tokenizer.decode(ids)) for scored, ids in runs]
