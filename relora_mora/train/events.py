@@ -265,7 +265,7 @@ class Saving:
         identity: dict[str, Any] = vars(run.checked.identity)
         return Manifest(
             step=state.step,
-            merges_done=run.schedule.merges_done(state.step),
+            merges_done=run.merger.draw.merges_done,
             operator=run.merger.operator(),
             operator_seed=run.merger.draw.seed if is_drawn(run.merger.operator()) else None,
             world_size=engine.world_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from relora_mora.checkpoint import CheckpointReader, list_checkpoints
+from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints
 from relora_mora.checkpoint.places import list_new, step_of
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
@@ -14,14 +14,20 @@ from relora_mora.train.state import RunState
 
 
 def restore(run: Run, reader: CheckpointReader) -> RunState:
-    """Tensors, operators and state of a checkpoint; a collective."""
+    """Tensors, operators and state of a checkpoint, and the merge that a shorter run left to its export; a collective.
+
+    Raises :class:`CheckpointError` where its merges and the settings disagree.
+    """
     checkpoints = RunFolder(Path(run.config.train.run_dir)).checkpoints
     manifest = reader.manifest
     reader.restore(run.engine, run.base)
     run.merger.set_operator(manifest.operator, manifest.draw)
     if run.engine.rank == 0:
         _abandon_later(checkpoints, manifest.step)
-    return RunState.load(manifest, own=is_own(run, reader))
+    state = RunState.load(manifest, own=is_own(run, reader))
+    if state.trouble is None:  # else the run goes back to an earlier checkpoint
+        _catch_up(run, state, reader)
+    return state
 
 
 def is_own(run: Run, reader: CheckpointReader) -> bool:
@@ -37,3 +43,23 @@ def _abandon_later(checkpoints: Path, step: int) -> None:
             shutil.rmtree(target, ignore_errors=True)
             later.rename(target)
             log.warning("%s is later than the step resumed from: renamed to %s", later.name, target.name)
+
+
+def _catch_up(run: Run, state: RunState, reader: CheckpointReader) -> None:
+    """The last step of a run does not merge; a longer run makes up for it here."""
+    manifest = reader.manifest
+    due = run.schedule.merges_done(state.step)
+    operator = run.schedule.operator(state.step)
+    if due == manifest.merges_done + 1 and run.schedule.merge_after(state.step):
+        run.merger.merge(state.step, due, operator)
+        log.info("step %d: merged, which the shorter run had left to its export", state.step)
+    elif due != manifest.merges_done:
+        raise CheckpointError(
+            f"{reader.folder}: has merged {manifest.merges_done} times, with these settings a run at step {state.step} "
+            f"has merged {due} times; resume with the method.merge_every and method.merge_until_step it was made with"
+        )
+    elif operator != manifest.operator:
+        raise CheckpointError(
+            f"{reader.folder}: was made with operator {manifest.operator}, the settings say {operator} after step "
+            f"{state.step}; resume with the method.operators it was made with"
+        )

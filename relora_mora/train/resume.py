@@ -58,8 +58,6 @@ def resume(run: Run) -> tuple[RunState, CheckpointReader]:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
         if run.engine.rank == 0:
             log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
-    if state.trouble is None:  # else the run goes back to an earlier checkpoint first
-        _catch_up(run, state, reader)
     return state, reader
 
 
@@ -101,26 +99,3 @@ def _check_same_run(run: Run, reader: CheckpointReader) -> None:
 def _permission(names: list[str]) -> str:
     """The flag that allows these changes, quoted for the shell."""
     return f"to allow {'it' if len(names) == 1 else 'these changes'}: '--train.allow_changes=[{','.join(names)}]'"
-
-
-def _catch_up(run: Run, state: RunState, reader: CheckpointReader) -> None:
-    """The last step of a run does not merge; a longer run makes up for it here.
-
-    Raises :class:`CheckpointError` where merges and settings disagree.
-    """
-    manifest = reader.manifest
-    due = run.schedule.merges_done(state.step)
-    operator = run.schedule.operator(state.step)
-    if due == manifest.merges_done + 1 and run.schedule.merge_after(state.step):
-        run.merger.merge(state.step, due, operator)
-        log.info("step %d: merged, which the shorter run had left to its export", state.step)
-    elif due != manifest.merges_done:
-        raise CheckpointError(
-            f"{reader.folder}: has merged {manifest.merges_done} times, with these settings a run at step {state.step} "
-            f"has merged {due} times; resume with the method.merge_every and method.merge_until_step it was made with"
-        )
-    elif operator != manifest.operator:
-        raise CheckpointError(
-            f"{reader.folder}: was made with operator {manifest.operator}, the settings say {operator} after step "
-            f"{state.step}; resume with the method.operators it was made with"
-        )

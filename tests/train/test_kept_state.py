@@ -111,7 +111,9 @@ def test_a_stop_right_after_a_spike_changes_nothing_of_the_rollback(pools, input
     pools(2)(faulty, _settings(reference, inputs, tokenizer_path, **SPIKES), {}, drop=(7, 8))
     config = _settings(folder, inputs, tokenizer_path, **SPIKES)
     assert pools(2)(stopped, config, where="spike", number=8) == [75, 75]
-    assert "standard deviations" in _manifest(folder, 8)["counters"]["trouble"]
+    saved = _manifest(folder, 8)
+    assert "standard deviations" in saved["counters"]["trouble"]
+    assert (saved["merges_done"], saved["operator"]) == (1, 2), "the merge of step 8 was not made"
     assert pools(2)(faulty, config, {}) == ["", ""]
     assert _same(folder, reference)
     (entry,) = json.loads((folder / "rollbacks.json").read_text())

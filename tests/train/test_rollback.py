@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,24 @@ def test_bad_steps_in_a_row_roll_back_and_skip_their_data(pools, inputs, tokeniz
     assert not (killed / "checkpoints" / "step-00000006").exists()
     pools(2)(faulty, _settings(killed, inputs, tokenizer_path), NAN)
     assert _same(killed, reference)
+
+
+def test_a_rollback_to_the_end_of_a_shorter_run_makes_its_merge_again(pools, inputs, tokenizer_path, tmp_path):
+    """A run of eight steps leaves the merge of step 8 to its export; a run of ten makes it when it begins there."""
+    rolled, reference = tmp_path / "rolled", tmp_path / "reference"
+    shorter = _settings(rolled, inputs, tokenizer_path, steps=8)
+    pools(2)(faulty, shorter, {})
+    shutil.copytree(rolled, reference)
+    allowed = {"allow_changes": ["train.steps"]}
+    pools(2)(faulty, _settings(reference, inputs, tokenizer_path, **allowed), {}, drop=(9, 10))
+    bad = {9: float("nan"), 10: float("nan")}
+    pools(2)(faulty, _settings(rolled, inputs, tokenizer_path, **allowed), bad)
+    (entry,) = json.loads((rolled / "rollbacks.json").read_text())
+    assert (entry["step"], entry["at"]) == (8, 10)
+    assert _same(rolled, reference)
+    for folder in (rolled, reference):
+        manifest = json.loads((folder / "checkpoints" / "step-00000009" / "manifest.json").read_text())
+        assert (manifest["merges_done"], manifest["operator"]) == (2, 1), folder
 
 
 def test_a_second_time_ends_the_run_with_a_report(pools, inputs, tokenizer_path, tmp_path):
