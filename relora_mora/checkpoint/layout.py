@@ -46,8 +46,6 @@ Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]  # also exact as a fl
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: what was found, what was expected, what to do."""
 
-    same_on_all_ranks = True
-
 
 def _inside(name: str) -> str:
     if not name.isprintable() or any(part in ("", ".", "..") for part in name.split("/")):

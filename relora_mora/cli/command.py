@@ -104,8 +104,11 @@ def _show(error: Exception) -> None:
     from relora_mora.config.secrets import redact
 
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    rank_on_host = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     if getattr(error, "same_on_all_ranks", False) and rank != "0":
         return  # the first rank says it
+    if getattr(error, "same_on_host", False) and rank_on_host != "0":
+        return
     prefix = "" if rank == "0" else f"[rank {rank}] "
     print(prefix + redact(_message(error)), file=sys.stderr)  # noqa: T201
 

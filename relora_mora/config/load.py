@@ -26,7 +26,7 @@ MOST_VALUES = 100_000
 class ConfigError(ValueError):
     """Settings that cannot be used. ``faults`` lists every one with its remedy; none repeats a token or password."""
 
-    same_on_all_ranks = True  # the first rank says it for all
+    same_on_host = True  # before the ranks have met, the first one of each host says it
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str], str]]:
         return type(self), (self.faults, self.source)  # it travels between ranks

@@ -5,16 +5,25 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 
 from relora_mora.distributed.waiting import collective
 
+T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 LEAVE_SECONDS = 30.0  # for the other ranks to end a run that is done
 CONTROL_SECONDS = 24 * 3600.0  # a backstop: the watchdog knows how long each wait may take
+
+
+class RanksError(ValueError):
+    """What is wrong on some ranks and not on others: their hosts have other files, or less memory."""
+
+    same_on_all_ranks = True
 
 
 @functools.cache
@@ -79,6 +88,36 @@ def from_first_rank(make: Callable[[], Any]) -> Any:
             dist.broadcast_object_list(answer, src=0, group=control_group())
     succeeded, value = answer[0]
     if not succeeded:
-        value.same_on_all_ranks = True  # the first rank reports it for all
-        raise value
+        raise same_on_all_ranks(value)
     return value
+
+
+def on_all_ranks(make: Callable[[], T]) -> T:
+    """What ``make`` returns on this rank, once it has done so on every rank; a collective.
+
+    ``make`` calls no collective. Its ValueError or OSError ends all ranks: the error itself where all have the same,
+    else :class:`RanksError` with what each of them says.
+    """
+    outcome: T | ValueError | OSError
+    try:
+        outcome = make()
+        said = None
+    except (ValueError, OSError) as error:
+        outcome = error
+        said = str(error)
+    found = gather_from_ranks((socket.gethostname(), said))
+    if all(text is None for _, text in found):
+        return outcome  # type: ignore[return-value]
+    if isinstance(outcome, Exception) and len({text for _, text in found}) == 1:
+        raise same_on_all_ranks(outcome)
+    ranks: dict[str, list[str]] = {}
+    for rank, (host, text) in enumerate(found):
+        if text is not None:
+            ranks.setdefault(text, []).append(f"rank {rank} ({host})")
+    raise RanksError("\n".join(f"{', '.join(places)}, not all ranks: {text}" for text, places in ranks.items()))
+
+
+def same_on_all_ranks(error: E) -> E:
+    """Marks an error that all ranks raise: the first one says it for all."""
+    error.same_on_all_ranks = True  # type: ignore[attr-defined]
+    return error

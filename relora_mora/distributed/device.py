@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed as dist
 
+from relora_mora.distributed.collectives import same_on_all_ranks
 from relora_mora.system.hardware import uses_cuda
 
 _REMEDY = "start one rank for each GPU, or compute on CPUs with DS_ACCELERATOR=cpu in the environment"
@@ -54,9 +55,7 @@ def bind_device(store: Any, rank: int, world_size: int) -> torch.device | None:
     seats = _seats_of_ranks(Seat(socket.gethostname(), local_rank, visible, gpu), store, rank, world_size)
     fault = seat_fault(seats)
     if fault:
-        error = ValueError(f"{fault}; {_REMEDY}")
-        error.same_on_all_ranks = True  # type: ignore[attr-defined]
-        raise error
+        raise same_on_all_ranks(ValueError(f"{fault}; {_REMEDY}"))
     return None if index is None else torch.device("cuda", index)
 
 

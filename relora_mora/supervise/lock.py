@@ -35,8 +35,6 @@ POLL_SECONDS = 0.2
 class LockError(ValueError):
     """Another trainer holds the run folder."""
 
-    same_on_all_ranks = True
-
 
 class RunLock:
     """Held from :meth:`acquire` to :meth:`release` or the end of the process.

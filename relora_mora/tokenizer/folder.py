@@ -17,8 +17,6 @@ _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model"
 class TokenizerError(ValueError):
     """A tokenizer that cannot be used: what was given, what was expected, the remedy."""
 
-    same_on_all_ranks = True
-
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether there are files of a tokenizer in a folder."""

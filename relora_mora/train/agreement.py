@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from relora_mora.config import ConfigError
-from relora_mora.distributed import gather_from_ranks
+from relora_mora.distributed import gather_from_ranks, same_on_all_ranks
 from relora_mora.train.identity import Identity, unlike
 
 APPEAR_SECONDS = 15.0  # for a file that another host has just written
@@ -26,7 +26,7 @@ def check_agreement(identity: Identity) -> None:
                 "start all ranks with the same command, and give all hosts the same files"
             )
     if faults:
-        raise ConfigError(faults, "what the ranks found")
+        raise same_on_all_ranks(ConfigError(faults, "what the ranks found"))
 
 
 def check_shared(file: Path, content: str) -> None:
@@ -40,7 +40,7 @@ def check_shared(file: Path, content: str) -> None:
         fault = (
             f"train.run_dir: {file.parent} is another folder on {hosts}; put it on a file system that all hosts share"
         )
-        raise ConfigError([fault], "what the ranks found")
+        raise same_on_all_ranks(ConfigError([fault], "what the ranks found"))
 
 
 def _content(file: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
-from relora_mora.distributed import gather_from_ranks
+from relora_mora.distributed import gather_from_ranks, same_on_all_ranks
 from relora_mora.supervise import FINISHED, REQUEUE, Guard
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
@@ -46,8 +46,7 @@ class Ends:
         self.saving.save_the_end(state)
         lost_disk = next((failure for failure in error.failures if isinstance(failure, OSError)), None)
         if lost_disk is not None:
-            lost_disk.same_on_all_ranks = True  # type: ignore[attr-defined]
-            raise lost_disk
+            raise same_on_all_ranks(lost_disk)
         text = "\n".join(dict.fromkeys(map(str, error.failures)))
         saved = f"\nwhat was trained up to step {state.step} is saved" if state.step else ""
         by_user = all(isinstance(failure, ValueError) for failure in error.failures)

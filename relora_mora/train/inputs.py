@@ -73,7 +73,4 @@ def _one_error(errors: list[tuple[str, TokenizerError | SourceError]], config: C
             here = "" if str(Path.cwd()) in fault else f"; the current folder is {Path.cwd()}"
             fault += f" (`make demo`, run in the checkout, makes it{here})"
         faults.append(fault)
-    combined = ConfigError(faults, "the settings")
-    # a file may be missing on one host only: then its ranks have to say so, the first rank cannot
-    combined.same_on_all_ranks = all(getattr(error, "same_on_all_ranks", False) for _, error in errors)
-    return combined
+    return ConfigError(faults, "the settings")

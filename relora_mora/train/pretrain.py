@@ -23,14 +23,15 @@ from relora_mora.data import (
 from relora_mora.data.counting import Epoch
 from relora_mora.data.dataset_sources import Datasets
 from relora_mora.data.hub_sources import Revision
-from relora_mora.distributed.collectives import (
+from relora_mora.distributed import (
     from_first_rank,
     gather_from_ranks,
     is_device_failure,
     is_peer_failure,
     leave_together,
+    on_all_ranks,
+    store_address,
 )
-from relora_mora.distributed.join import store_address
 from relora_mora.pretrained import with_tokenizer
 from relora_mora.supervise import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
 from relora_mora.supervise.watchdog import Watchdog
@@ -108,10 +109,10 @@ def _pretrain(config: Config, guard: Guard) -> int:
     data, commits, datasets = from_first_rank(lambda: _pinned(config))
     remember_commits(commits)
     remember_datasets(datasets)
-    config = with_tokenizer(config.model_copy(update={"data": data}))
+    config = on_all_ranks(lambda: with_tokenizer(config.model_copy(update={"data": data})))
     from_first_rank(lambda: check_loggers(config.log))
     from_first_rank(lambda: check_run_folder(folder))
-    checked = check(config, world_size)
+    checked = on_all_ranks(lambda: check(config, world_size))
     check_agreement(checked.identity)
     asked = from_first_rank(lambda: _asked(checked, data))
     checked = replace(checked, data_content=checked.data_content + asked)

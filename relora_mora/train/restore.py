@@ -7,6 +7,7 @@ from pathlib import Path
 
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints
 from relora_mora.checkpoint.places import list_new, step_of
+from relora_mora.distributed import same_on_all_ranks
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
@@ -54,12 +55,14 @@ def _catch_up(run: Run, state: RunState, reader: CheckpointReader) -> None:
         run.merger.merge(state.step, due, operator)
         log.info("step %d: merged, which the shorter run had left to its export", state.step)
     elif due != manifest.merges_done:
-        raise CheckpointError(
+        fault = CheckpointError(
             f"{reader.folder}: has merged {manifest.merges_done} times, with these settings a run at step {state.step} "
             f"has merged {due} times; resume with the method.merge_every and method.merge_until_step it was made with"
         )
+        raise same_on_all_ranks(fault)
     elif operator != manifest.operator:
-        raise CheckpointError(
+        fault = CheckpointError(
             f"{reader.folder}: was made with operator {manifest.operator}, the settings say {operator} after step "
             f"{state.step}; resume with the method.operators it was made with"
         )
+        raise same_on_all_ranks(fault)

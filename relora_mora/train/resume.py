@@ -15,7 +15,7 @@ from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.checkpoint.places import list_new
 from relora_mora.config import TrainConfig
 from relora_mora.data import mixture_names, start_states
-from relora_mora.distributed import from_first_rank
+from relora_mora.distributed import from_first_rank, same_on_all_ranks
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
@@ -70,7 +70,8 @@ def _choose(run: Run) -> Path:
     for reason in skipped if run.engine.rank == 0 else ():  # all ranks know the same
         log.warning("passed over %s", reason)
     if chosen is None:
-        raise CheckpointError(f"{folder}: none of {len(skipped)} checkpoints is whole; move them away to start anew")
+        said = f"{folder}: none of {len(skipped)} checkpoints is whole; move them away to start anew"
+        raise same_on_all_ranks(CheckpointError(said))
     return chosen
 
 
@@ -93,7 +94,7 @@ def _check_same_run(run: Run, reader: CheckpointReader) -> None:
     lines = [f"{reader.folder}: made with other settings:", *(f"  - {fault}" for fault in faults)]
     if len(permissions) > 1:
         lines.append(_permission(permissions))
-    raise CheckpointError("\n".join(lines))
+    raise same_on_all_ranks(CheckpointError("\n".join(lines)))
 
 
 def _permission(names: list[str]) -> str:

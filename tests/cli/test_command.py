@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from relora_mora.cli import run
 from relora_mora.config import ConfigError
+from relora_mora.distributed import same_on_all_ranks
 from relora_mora.tokenizer import TokenizerError
 from tests.tools.commands import PRETRAIN, call, refused
 
@@ -235,12 +236,15 @@ def test_what_every_rank_finds_is_said_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "3")
-    assert _fail_with(ConfigError(["fault"], "c")) == 2
-    assert capsys.readouterr().err == ""
-    assert _fail_with(TokenizerError("the same everywhere")) == 2
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert _fail_with(same_on_all_ranks(OSError("everywhere"))) == 2
+    assert _fail_with(ConfigError(["the first rank of this host says it"], "c")) == 2
     assert capsys.readouterr().err == ""
     assert _fail_with(OSError("only here")) == 2
     assert capsys.readouterr().err == "[rank 3] only here\n"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert _fail_with(ConfigError(["no such file on this host"], "c")) == 2
+    assert capsys.readouterr().err == "[rank 3] 1 fault in c:\n  - no such file on this host\n"
 
 
 def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:

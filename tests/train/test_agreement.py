@@ -104,6 +104,32 @@ def test_ranks_that_were_given_different_things_do_not_train(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def with_less_on_the_second(config: Any, other: Any) -> str:
+    """Each rank checks settings of its own, as if a file were on one host alone. Returns the error's text."""
+    from relora_mora.train import pretrain
+
+    with pytest.raises(ValueError) as caught:
+        pretrain(other if os.environ["RANK"] == "1" else config)
+    assert getattr(caught.value, "same_on_all_ranks", False), "the others are not told that this rank is gone"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer"])
+def test_what_is_missing_on_one_host_alone_is_told_by_the_first_rank(
+    pools, inputs, tokenizer_path, tmp_path, monkeypatch, what
+):
+    gone = str(tmp_path / "gone")
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
+    changed = {"config": gone} if what == "model" else {"path": gone}
+    section = getattr(config, what).model_copy(update=changed)
+    other = config.model_copy(update={what: section})
+    first, second = pools(2)(with_less_on_the_second, config, other)
+    assert first == second and first.startswith("rank 1 (") and gone in first and "rank 0" not in first
+    first, second = pools(2)(with_less_on_the_second, other, other)
+    assert first == second and gone in first and "rank" not in first
+    assert not (tmp_path / "run").exists()
+
+
 def on_folders_of_their_own(config: Any) -> str:
     """As ``of_two_hosts``, with a run folder that rank 1 does not share."""
     from relora_mora.train import agreement
