@@ -39,7 +39,8 @@ class WholeLane(Generic[Row]):
     """A ``packing.Packer`` of rows that fit into a block; ``fills``: several in each, else one.
 
     ``epoch_blocks`` are those that an epoch takes of every lane; None: each begins the next one at once. ``restored``
-    is a state of this lane, which keeps that number. Raises SourceError where the source does not fit it.
+    is a state of this lane, which keeps that number once the lane has begun. Raises SourceError where the source does
+    not fit it.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class WholeLane(Generic[Row]):
         given = 0
         if restored:
             cursor, given = rows.plan.read(restored)
-            self._epoch_blocks = restored.get("epoch_blocks")
-            self._turn = restored.get("turn", 0)
+            if given or cursor != Cursor() or "turn" in restored:  # it has begun
+                self._epoch_blocks = restored.get("epoch_blocks")
+                self._turn = restored.get("turn", 0)
             cursor = cursor._replace(documents=cursor.documents - restored.get("documents_given", 0))
         self.encoded = EncodedRows(rows, encode, cursor)
         self._waiting: deque[tuple[Encoded, Cursor]] = deque()

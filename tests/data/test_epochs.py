@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from relora_mora.data import UNSCORED, Batch, TrainStream, count_epoch, merge_states
+from relora_mora.data import UNSCORED, Batch, TrainStream, count_epoch, merge_states, start_states
 from relora_mora.tokenizer import load_tokenizer
 from tests.tools.data_tools import data_config
 
@@ -63,14 +63,15 @@ def _answers(batch: Batch, tokenizer: Any) -> list[str]:
 EXPECTED = [_completion(number) for number in range(sum(SIZES)) if number != 9]
 
 
-@pytest.mark.parametrize("packing", ["whole", "none"])
-def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packing):
+# a resume with other data, which is allowed, begins with states of lanes that have not begun
+@pytest.mark.parametrize("packing,state", [("whole", None), ("none", None), ("whole", start_states(LANES))])
+def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packing, state):
     config = _config(path, packing)
     tokenizer = load_tokenizer(tokenizer_path)
     epoch = _count(config, tokenizer_path)
     assert epoch.blocks % (BATCH // LANES) == 0 and epoch.tokens == epoch.blocks * LANES * LENGTH
     steps = epoch.blocks * LANES // BATCH
-    with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
+    with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks, state=state) as stream:
         for number in range(EPOCHS):
             batches = [next(stream) for _ in range(steps)]
             assert sorted(answer for batch in batches for answer in _answers(batch, tokenizer)) == sorted(EXPECTED)
