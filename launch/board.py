@@ -29,7 +29,8 @@ def main(runs: str, *, port: int = 6006, host: str = "localhost") -> int:
     """
     root = Path(runs)
     if not boards(root):
-        raise ValueError(f"{runs}: no run with a tensorboard/ folder; give a run folder, or one that holds run folders")
+        expected = "a run folder, or one that holds run folders"
+        raise ValueError(f"{runs}: no run with TensorBoard's files (tensorboard/events.*); give {expected}")
     # TensorBoard names a run by its path below --logdir: with links to the folders no name ends with /tensorboard
     with tempfile.TemporaryDirectory(prefix="tensorboard-") as links:
         link_boards(root, Path(links))
@@ -47,7 +48,7 @@ def main(runs: str, *, port: int = 6006, host: str = "localhost") -> int:
 def boards(root: Path) -> dict[str, Path]:
     """The folder of event files of each run in ``root``, by the run's name; a run in a/b is called a-b."""
     found = {}
-    for board in sorted(root.rglob("tensorboard")):
+    for board in sorted({file.parent for file in root.rglob("tensorboard/events.*")}):
         parts = board.parent.relative_to(root).parts
         found["-".join(parts) or root.resolve().name] = board.resolve()
     return found

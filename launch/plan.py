@@ -87,13 +87,15 @@ def main(
     check_adapters(model_config, settings.method)
     auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"
+    measured = on_cpu or chosen == here
+    peak = peak_flops(bf16=bf16, on_cpu=on_cpu) if measured else (chosen.tflops * 1e12, f"bf16, {chosen.source}")
     plan = make_plan(
         model_config,
         settings,
         cluster=cluster,
         bf16=bf16,
         on_cpu=on_cpu,
-        peak=peak_flops(bf16=bf16) if on_cpu or chosen == here else (chosen.tflops * 1e12, f"bf16, {chosen.source}"),
+        peak=peak,
         tokens_per_second=tokens_per_second,
         utilisation=utilisation,
     )

@@ -102,7 +102,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
             parameters=tuple(names),
             peak_lr=optim.lr if kind == main else other,
             weight_decay=0.0 if kind == "norms" else optim.weight_decay,
-            rewarms=optim.rewarm == "all" or kind == main,
+            rewarms=optim.rewarm == "all" or kind == "adapters",
             moments=group_moments(kind, optim.matrices),
         )
         for kind, names in members.items()

@@ -6,42 +6,11 @@ evaluated at ``step + 1``; what happens at the end of step ``s`` is evaluated at
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from relora_mora.registry import is_drawn
-
-
-def lr_multiplier(
-    step: int,
-    *,
-    total_steps: int,
-    warmup_steps: int,
-    restart_every: int,
-    restart_warmup_steps: int,
-    min_ratio: float,
-    offset: int = 0,
-) -> float:
-    """Cosine with restarts, as a multiple of the peak rate (Guitaricet/relora, ``training_utils.py``).
-
-    Linear warmup over ``warmup_steps``, then a cosine from 1 to ``min_ratio`` at ``total_steps``. After every
-    ``restart_every`` steps a line rises from zero and meets the cosine ``restart_warmup_steps`` later; it is zero where
-    the restart begins. ``offset`` shifts the cosine and the restarts (ReLoRA's ``adjust_step``), not the warmup, and a
-    restart counts only where the unshifted step has reached ``restart_every``. ``restart_every=0``: no restarts.
-
-    It has the two formulas of :class:`Schedule`, :func:`cosine` and :func:`rewarmed`, and differs from it in when they
-    apply: here a restart begins at rate zero, and may begin anywhere (``offset``). No training step is
-    made at rate zero.
-    """
-    if step < warmup_steps:
-        return step / max(1, warmup_steps)
-    curve = functools.partial(cosine, total_steps=total_steps, warmup_steps=warmup_steps, min_ratio=min_ratio)
-    shifted = step + offset
-    if restart_every and step >= restart_every and shifted % restart_every < restart_warmup_steps:
-        return rewarmed(curve, shifted, shifted % restart_every, restart_warmup_steps)
-    return curve(shifted)
 
 
 def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) -> float:

@@ -72,7 +72,7 @@ def _without_local_rank(argv: Iterable[str]) -> list[str]:
 def _faults_of_words(words: list[str], name: str) -> list[str]:
     from relora_mora.config.secrets import secret_in
 
-    flags = [word.partition("=")[0] for word in words if word.startswith("--") and "=" in word]
+    flags = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
     twice = sorted({flag for flag in flags if flags.count(flag) > 1})
     not_utf8 = [word for word in words if word.encode(errors="ignore").decode() != word]
     faults = [f"{word}: stray; see {name} --help" for word in words if word in ("-", "--")]

@@ -34,7 +34,7 @@ class Validation:
 
     loss: Number  # nats per token
     perplexity: Number
-    ratio: float | None  # of perplexities, to that of the row compared with
+    ratio: float  # of perplexities, to that of the row compared with
     scored_tokens: int | None
     text: str  # what was scored, and the tokenizer, as the settings name them
 
@@ -169,7 +169,7 @@ def markdown(rows: Sequence[Row], against: Group | None = None, more: Mapping[st
         columns[f"perplexity{ending}"] = [
             number_cell(each.perplexity, ".2f" if each.perplexity.high < LARGE else ".3g") for each in results
         ]
-        columns[f"ratio{ending}"] = [_plain(each.ratio, ".3f") for each in results]
+        columns[f"ratio{ending}"] = [f"{each.ratio:.3f}" for each in results]
     columns |= more or {}
     columns["tokens/s"] = [number_cell(row.tokens_per_second, ",.0f") for row in rows]
     columns["peak memory, GiB"] = [number_cell(row.peak_memory_gib, ".2f") for row in rows]
@@ -220,10 +220,6 @@ def count(value: float | None) -> str:
         if value >= size:
             return f"{value / size:.3g}{unit}" if value < 1000 * size else f"{value / size:,.0f}{unit}"
     return f"{value:g}"
-
-
-def _plain(value: float | None, spec: str) -> str:
-    return "–" if value is None else format(value, spec)
 
 
 def number_cell(number: Number | None, spec: str) -> str:

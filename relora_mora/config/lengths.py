@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -25,13 +25,18 @@ def without_nulls(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     return tree
 
 
-def without_replaced(tree: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
-    """A file's settings without the length, and the warmup, of which the command line has the same in another way."""
+def without_replaced(tree: Mapping[str, Any], overridden: Set[str]) -> dict[str, Any]:
+    """Without a file's length, and warmup, where the command line (``overridden``) has the same in another way.
+
+    A null there takes nothing back but itself.
+    """
     result = dict(tree)
     for section, names in ALTERNATIVES.items():
         given = tree.get(section)
-        here = {name for name in names if f"{section}.{name}" in overrides}
-        if here and isinstance(given, dict):
+        if not isinstance(given, dict):
+            continue
+        here = {name for name in names if f"{section}.{name}" in overridden}
+        if any(given.get(name) is not None for name in here):
             result[section] = {key: value for key, value in given.items() if key not in names or key in here}
     return result
 

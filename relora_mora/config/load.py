@@ -179,11 +179,11 @@ def load_config(
         found.append(str(error))
     if found:
         raise ConfigError(found, str(path))
-    tree = without_replaced(tree, overrides or {})
     for name, text in (overrides or {}).items():
         problem = _override(tree, name, text)
         if problem:
             found.append(problem)
+    tree = without_replaced(tree, set(overrides or {}))
     tree = with_defaults(tree, defaults or {})
     source = f"{path} and the command line" if overrides else str(path)
     config = validate(tree, source, found, world_size)

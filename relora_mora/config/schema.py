@@ -206,7 +206,7 @@ class OptimConfig(Strict):
     restart_warmup_steps: NotNegative = Field(50, description="steps of linear warmup after a merge; 0: no restarts")
     decay_steps: Positive | None = Field(None, description="wsd: steps of the final decay; null: a tenth of the run")
     min_ratio: Fraction = Field(0.1, description="the rate ends at this fraction of its peak")
-    rewarm: Literal["all", "linears"] = Field(
+    rewarm: Literal["all", "adapters"] = Field(
         "all", description="which parameter groups restart their rate after a merge"
     )
 

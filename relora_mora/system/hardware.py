@@ -39,13 +39,16 @@ def device_here() -> Device:
     return device_of_name(name) or Device(name, name, 0, memory / 1e9, 0, 0, 0, "this machine", "")
 
 
-def peak_flops(*, bf16: bool) -> tuple[float, str]:
-    """FLOP/s of one device and the source: a data sheet, or a matrix product measured on this rank's threads."""
-    if uses_cuda():
+def peak_flops(*, bf16: bool, on_cpu: bool = False) -> tuple[float, str]:
+    """FLOP/s of one device and the source: a data sheet, or a matrix product measured on this rank's threads.
+
+    ``on_cpu``: of the CPU, also where there is a GPU.
+    """
+    on_cuda = uses_cuda() and not on_cpu
+    if on_cuda and bf16:
         device = device_of_name(torch.cuda.get_device_name())
-        if bf16 and device is not None:
+        if device is not None:
             return device.tflops * 1e12, device.source
-    on_cuda = uses_cuda()
     size = 8192 if on_cuda else 1024  # enough work that starting it does not count
     a = torch.randn(size, size, device="cuda" if on_cuda else "cpu", dtype=torch.bfloat16 if bf16 else torch.float32)
     seconds = []

@@ -20,6 +20,7 @@ from relora_mora.system.hardware import peak_memory_bytes
 from relora_mora.system.logs import log
 from relora_mora.train.build import Run
 from relora_mora.train.errors import TrainingError
+from relora_mora.train.feed import DataFailed
 from relora_mora.train.progress import Progress
 from relora_mora.train.report import (
     Arithmetic,
@@ -145,11 +146,17 @@ class Evaluating:
         return not self.is_missing(state) or self.evaluate(state)
 
     def evaluate(self, state: RunState) -> bool:
-        """False when the ranks stop before its end. A collective."""
+        """False when the ranks stop before its end. A collective.
+
+        Raises :class:`DataFailed` on all ranks where the held-out text cannot be read.
+        """
         begin = time.perf_counter()
         if not self.sets:
             self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
-            self.sets = from_first_rank(self._held_out)  # one rank downloads and tokenizes
+            try:
+                self.sets = from_first_rank(self._held_out)  # one rank downloads and tokenizes
+            except (ValueError, OSError) as error:
+                raise DataFailed([error]) from error
         self.engine.eval()
         with self.progress.evaluation() as progress:
             results = evaluate_sets(

@@ -18,6 +18,7 @@ class Health:
     """What the last steps looked like. ``losses`` are those of the last ``spike_window`` good steps, oldest first."""
 
     losses: list[float] = field(default_factory=list)
+    spikes: int = 0  # in a row, up to the present one
     bad_steps: int = 0  # in a row, up to the present one
     bad_data: list[str] = field(default_factory=list)  # theirs, in words
 
@@ -34,14 +35,21 @@ class Health:
     def spike(self, loss: float, config: TrainConfig) -> float | None:
         """How many standard deviations a loss lies above the window's mean, if those are too many.
 
-        Else the loss joins the window. A quarter of the window must be there before anything is judged.
+        Else the loss joins the window. A quarter of the window must be there before anything is judged; after as many
+        spikes in a row the loss has another level, and the window begins anew.
         """
-        if len(self.losses) >= max(2, config.spike_window // 4):
+        quarter = config.spike_window // 4
+        if len(self.losses) >= quarter:
             mean = statistics.fmean(self.losses)
             deviation = max(statistics.stdev(self.losses, mean), 1e-6 * abs(mean))
             height = (loss - mean) / deviation
             if height > config.spike_deviations:
+                self.spikes += 1
+                if self.spikes == quarter:
+                    self.losses = []
+                    self.spikes = 0
                 return height
+        self.spikes = 0
         if math.isfinite(loss):
             self.losses = [*self.losses, loss][-config.spike_window :]
         return None

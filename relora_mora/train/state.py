@@ -48,7 +48,7 @@ class RunState:
     def load(manifest: Manifest, *, own: bool) -> RunState:
         """The state that a checkpoint holds. ``own``: it is one of this run's folder, so its step is saved there."""
         counters = manifest.counters
-        health = {key: counters[key] for key in ("losses", "bad_steps", "bad_data") if key in counters}
+        health = {key: counters[key] for key in ("losses", "spikes", "bad_steps", "bad_data") if key in counters}
         step = manifest.step
         return RunState(
             step=step,

@@ -111,6 +111,8 @@ def test_the_launchers_local_rank_is_dropped(called: Called, flag: list[str], fi
         (["p", "--data=d", "-", "x"], "stray"),
         (["p", "--data=d", "--", "--interactive"], "stray"),
         (["p", "--data=d", "--data=e"], "given twice"),
+        (["p", "--data", "d", "--data", "e"], "given twice"),
+        (["p", "--data=d", "--tokens", "3", "--tokens=4"], "given twice"),
         (["p", "--data"], "--data: has no value; give it as --data=VALUE"),
         (["p", "--data", "--tokens=3"], "--data: has no value"),
         (["p", "--data=d", "--tokens"], "--tokens: has no value"),

@@ -93,6 +93,7 @@ def test_one_line_for_a_setting_of_two_types() -> None:
         ({"train.steps": "300"}, 300, None, 9),
         ({"train.tokens": "1e8"}, 1526, None, 46),
         ({"train.steps": "300", "optim.warmup_steps": "4"}, 300, None, 4),
+        ({"train.tokens": "null", "optim.warmup_steps": "null"}, 10_000, 3, 1000),
     ],
 )
 def test_the_command_line_gives_the_length_in_its_own_way(
@@ -100,6 +101,12 @@ def test_the_command_line_gives_the_length_in_its_own_way(
 ) -> None:
     config = load_config(ROOT / "configs/task/math.yaml", overrides, defaults=FINETUNING)
     assert (config.train.steps, config.train.epochs, config.optim.warmup_steps) == (steps, epochs, warmup)
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "train.epochs", "optim.warmup_fraction"])
+def test_a_null_takes_nothing_else_of_the_file_back(name: str) -> None:
+    given, changed = (load_config(ROOT / "configs/run/tiny_remora.yaml", flags) for flags in ({}, {name: "null"}))
+    assert changed == given and (given.train.steps, given.optim.warmup_steps) == (1000, 100)
 
 
 def test_two_lengths_on_one_command_line_are_a_fault() -> None:
@@ -193,7 +200,7 @@ def test_values_out_of_range(section: str, key: str, value: Any) -> None:
 
 
 def test_settings_of_other_methods_are_named() -> None:
-    assert unused_settings(validate(tree(method={"name": "full", "rank": 8}, optim={"rewarm": "linears"}), "t")) == [
+    assert unused_settings(validate(tree(method={"name": "full", "rank": 8}, optim={"rewarm": "adapters"}), "t")) == [
         "method.rank",
         "optim.rewarm",
     ]

@@ -17,9 +17,15 @@ SCRIPT = BOARD
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     for run in ("tiny", "sweep/seed-1"):
-        (tmp_path / "runs" / run / "tensorboard").mkdir(parents=True)
-    (tmp_path / "runs" / "started").mkdir()
+        _write_events(tmp_path / "runs" / run)
+    (tmp_path / "runs" / "started" / "tensorboard").mkdir(parents=True)
+    (tmp_path / "runs" / "site-packages" / "tensorboard").mkdir(parents=True)
     return tmp_path / "runs"
+
+
+def _write_events(run: Path) -> None:
+    (run / "tensorboard").mkdir(parents=True, exist_ok=True)
+    (run / "tensorboard" / "events.out.tfevents.1").touch()
 
 
 def test_runs_are_named_after_their_folders(runs: Path) -> None:
@@ -32,7 +38,7 @@ def test_a_new_run_is_linked_beside_the_others(runs: Path, tmp_path: Path) -> No
     (tmp_path / "links").mkdir()
     for _ in range(2):
         module_of(SCRIPT).link_boards(runs, tmp_path / "links")
-    (runs / "started" / "tensorboard").mkdir()
+    _write_events(runs / "started")
     module_of(SCRIPT).link_boards(runs, tmp_path / "links")
     links = {link.name: link.resolve() for link in (tmp_path / "links").iterdir()}
     assert links == module_of(SCRIPT).boards(runs) and "started" in links
@@ -51,4 +57,4 @@ def test_the_page_pins_curves_that_are_written() -> None:
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
-    refused(call(SCRIPT, tmp_path), "no run with a tensorboard/ folder", "give a run folder")
+    refused(call(SCRIPT, tmp_path), "no run with TensorBoard's files", "give a run folder")

@@ -94,6 +94,8 @@ def test_everything_beside_the_adapters_can_be_frozen(method: dict[str, Any], gr
     inject(model, config.method, seed=0)
     set_trainable(model, config.method)
     assert [group.name for group in parameter_groups(model, config.optim)] == groups
+    alone = config.optim.model_copy(update={"rewarm": "adapters"})
+    assert [group.name for group in parameter_groups(model, alone) if group.rewarms] == ["adapters"]
 
 
 def test_targets_that_match_nothing_are_an_error():

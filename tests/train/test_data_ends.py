@@ -69,6 +69,27 @@ def test_text_that_is_too_little_is_told_before_the_first_evaluation(pools, inpu
     assert not any("eval/loss" in line for line in metrics(tmp_path / "run"))
 
 
+def test_held_out_text_that_cannot_be_read_ends_the_run_with_its_state_saved(pools, inputs, tokenizer_path, tmp_path):
+    """It is first read after step 4, which would be lost where nothing is saved before an evaluation."""
+    text = tmp_path / "held_out.jsonl"
+    good = '{"text": "the rank of a matrix"}\n' * 100
+    text.write_text(good + "{not json\n" * 100)
+    settings = {
+        "data": {"validation": str(text)},
+        "eval": {"at_start": False, "every_steps": 4, "max_tokens": None},
+        "checkpoint": {"every_steps": 0},
+    }
+    folder = tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 2, **settings)
+    first, second = pools(2)(ended, config)
+    assert first == second and first[0] == "DataError"
+    assert "held_out.jsonl" in first[1] and first[1].endswith("what was trained up to step 4 is saved")
+    assert (folder / "checkpoints" / "step-00000004" / "manifest.json").exists()
+    text.write_text(good)
+    assert pools(2)(ended, config) == [("", "")] * 2
+    assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [4, 8, 10]
+
+
 def test_too_many_bad_lines_stop_all_ranks_at_the_same_step(pools, inputs, tokenizer_path, tmp_path):
     good = [json.dumps({"text": f"the rank of a merge {n} " * 5}).encode() for n in range(80)]
     for number in range(2):

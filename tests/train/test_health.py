@@ -41,6 +41,13 @@ def test_nothing_is_judged_before_a_quarter_of_the_window():
     assert health.spike(10_000.0, config) is not None
 
 
+def test_a_rise_that_lasts_is_a_new_level_after_a_quarter_of_a_window():
+    health, config = Health(), _config()
+    verdicts = [health.spike(loss, config) for loss in [*_noisy(40), 9.0, *_noisy(3), *_noisy(40, level=6.0)]]
+    assert [number for number, height in enumerate(verdicts) if height is not None] == [40, 44, 45, 46, 47]
+    assert health.spike(9.0, config) is not None, "judged by the new level"
+
+
 def test_a_saved_health_judges_as_the_one_it_was_saved_from():
     config, losses = _config(), [*_noisy(30), 9.0, *_noisy(5), 9.0]
     whole, verdicts = Health(), []

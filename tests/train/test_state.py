@@ -28,7 +28,7 @@ STATE = RunState(
     tokens=700,
     skipped_steps=2,
     rollbacks=1,
-    health=Health(losses=[3.0, 2.0], bad_steps=1, bad_data=["lane 1"]),
+    health=Health(losses=[3.0, 2.0], spikes=2, bad_steps=1, bad_data=["lane 1"]),
     interval=Interval(loss=2.5, good_steps=3, grad_norm=0.5),
     trouble="a spike",
     data={"0": {"row": 3}},
