@@ -112,12 +112,13 @@ class _Projected(ABC):
         """What a rate of 1 subtracts [s, l] for a gradient [s, l]; ``done`` steps have been made."""
 
     def _singular(self, gradient: Tensor, state: MatrixState, done: int) -> Tensor:
-        """P [s, r], renewed when that is due."""
+        """P [s, r], renewed when that is due; one step later where the gradient was zero, as LoRA's A has it first."""
         projection = state.tensors["projection"]
-        if done % self.every == 0:
+        since = done % self.every
+        if since == 0 or (since == 1 and not projection.any()):
             left = torch.linalg.svd(gradient, full_matrices=False).U[:, : projection.shape[1]]
             against = (left * projection).sum(dim=0) < 0
-            projection.copy_(torch.where(against, -left, left))
+            projection.copy_(torch.where(against, -left, left) * gradient.any())
         return projection
 
     def _adam(self, projected: Tensor, state: MatrixState) -> Tensor:

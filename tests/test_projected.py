@@ -163,6 +163,18 @@ def test_a_gradient_of_zeros_is_no_step_and_limits_nothing(name):
     assert update.isfinite().all() and torch.linalg.vector_norm(update) > 0.1
 
 
+def test_where_the_first_gradient_is_zero_the_second_is_projected():
+    """LoRA's A has none as long as B is zero; directions of nothing would hold for projection_every steps."""
+    rule = _rule("galore", projection_rank=2, projection_every=100)
+    state = _state(rule, (5, 7))
+    rule.update(torch.zeros(1, 5, 7), [state])
+    moves = torch.stack([rule.update(gradient[None], [state])[0].abs().sum(dim=1) for gradient in _gradients((5, 7))])
+    assert (moves.sum(dim=0) > 0).all()
+    kept = state.tensors["projection"].clone()
+    rule.update(torch.zeros(1, 5, 7), [state])
+    assert torch.equal(kept, state.tensors["projection"])
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_each_of_several_matrices_has_its_own_state(name):
     rule = _rule(name)

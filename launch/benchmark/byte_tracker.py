@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from relora_mora.config import DECODER_LINEARS
 
@@ -162,7 +161,7 @@ class ByteTracker(TorchDispatchMode):
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 yield parameter.register_hook(self._is_gradient)
-        layers = [module for module in self.model.modules() if isinstance(module, LlamaDecoderLayer)]
+        layers = [module for module in self.model.modules() if type(module).__name__.endswith("DecoderLayer")]
         layer = layers[len(layers) // 2]
         yield layer.register_forward_pre_hook(self._enter_layer)
         yield layer.register_forward_hook(self._leave_layer)

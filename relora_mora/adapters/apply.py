@@ -29,8 +29,8 @@ def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> Load
     adapter = AdapterFolder(path)
     under = load_any_model(base or _named_base(adapter), torch.float32)
     merge_into(under.model, adapter)
-    model: nn.Module = under.model
-    model.to(dtype)
+    for parameter in under.model.parameters():  # not the buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
     own: AbstractContextManager[Path] = nullcontext(path)
     return replace(
         under,

@@ -262,7 +262,9 @@ def rank_figure(
     kinds = [kind for kind in PROJECTIONS if f"{tag}/{kind}" in tags]
     if not kinds:
         return None
-    shown = [group for group in groups if all(run.series(f"{tag}/{kinds[0]}") for run in group.runs)]
+    shown = [group for group in groups if group.common_steps([run.series(f"{tag}/{kinds[0]}") for run in group.runs])]
+    if not shown:
+        return None
     with matplotlib.rc_context(PAPER):
         rows = -(-len(kinds) // 4)
         figure = Figure(figsize=(WIDTH, 1.8 * rows + legend_height(shown)), layout="constrained")

@@ -119,8 +119,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_hidden = None if d_hidden is None else d_hidden.mul_(scale)
             d_weight = None if d_weight is None else _rounded_product(d_weight, scale, ctx.weight_dtype)
         elif scale != 1:
-            d_hidden = None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype)
-            d_weight = None if d_weight is None else d_weight * scale.to(d_weight.dtype)
+            d_hidden = None if d_hidden is None else d_hidden * scale
+            d_weight = None if d_weight is None else d_weight * scale
         return d_hidden, d_weight, None, None, None, None
 
 

@@ -20,10 +20,11 @@ from relora_mora.system.devices import Device
 PRODUCTS_RATE = 0.6  # of the data sheet's peak: assumed
 # Python, torch and autograd for one operation: measured with tiny tensors on a Zen 4 core (docs/performance.md)
 LAUNCH_SECONDS = 13e-6
+FORWARD = 1 / 3  # of a layer's launches and bytes: what activation checkpointing does a second time, assumed
 
 
 class LayerWork(NamedTuple):
-    """Of one decoder layer, forward and backward."""
+    """Of one decoder layer in bf16, forward and backward."""
 
     launches: int
     moved: float  # bytes for each token and hidden feature
@@ -70,6 +71,7 @@ def compute_time(
     *,
     peak: float,
     flops_per_token: float,
+    bf16: bool,
     compiled: bool,
     resident: bool,
 ) -> ComputeTime:
@@ -79,9 +81,9 @@ def compute_time(
     uses.
     """
     work = (COMPILED if compiled else EAGER)[config.method.record.adapter, resident]
-    layers = model_config.num_hidden_layers
+    layers = model_config.num_hidden_layers * (1 + FORWARD * config.model.activation_checkpointing)
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    moved = layers * work.moved * model_config.hidden_size * tokens
+    moved = layers * work.moved * (1 if bf16 else 2) * model_config.hidden_size * tokens
     return ComputeTime(
         products=flops_per_token * tokens / (peak * PRODUCTS_RATE),
         passes=moved / (device.memory_gbytes_per_s * 1e9),

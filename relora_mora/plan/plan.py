@@ -19,6 +19,7 @@ from relora_mora.plan.memory import Memory, peak_memory
 from relora_mora.plan.network import Traffic, traffic
 from relora_mora.plan.optimizer import passes_bytes, product_flops
 from relora_mora.registry import METHODS
+from relora_mora.system.devices import Device
 
 STAGES = (0, 1, 2, 3)
 ASSUMED_UTILISATION = 0.4  # of a CPU; what a GPU reaches is calculated
@@ -127,12 +128,20 @@ def make_plan(
     ranks = cluster.world_size
     own = config.method.name
     models: dict[str, PreTrainedModel] = {}
-    memory: dict[str, dict[int, Memory]] = {name: {} for name in METHODS}
-    network: dict[str, dict[int, Traffic]] = {name: {} for name in METHODS}
+    memory: dict[str, dict[int, Memory]] = {}
+    network: dict[str, dict[int, Traffic]] = {}
     resident: dict[int, bool] = {}
+    performed: dict[int, float] = {}  # FLOPs of a token
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
-        models[name] = meta_model(model_config, other.method)
+        try:
+            models[name] = meta_model(model_config, other.method)
+        except ValueError:
+            if name == own:
+                raise
+            continue  # settings that only this method uses do not fit the model
+        memory[name] = {}
+        network[name] = {}
         for stage in STAGES:
             available = cluster.device.memory_gb * 1e9 or None
             choose_resident(models[name], other, stage, ranks, available, bf16=bf16, on_gpu=not on_cpu)
@@ -140,6 +149,7 @@ def make_plan(
             network[name][stage] = traffic(models[name], other, stage, ranks, bf16=bf16)
             if name == own:
                 resident[stage] = any(layer.resident for _, layer in adapter_layers(models[name]))
+                performed[stage] = flops_of(models[name], model_config, config).performed
     flops = flops_of(models[own], model_config, config)
     counts = count_parameters(models[own])
     if config.log.peak_tflops is not None:
@@ -153,7 +163,8 @@ def make_plan(
                 config,
                 cluster.device,
                 peak=peak[0],
-                flops_per_token=flops.performed,
+                flops_per_token=performed[stage],
+                bf16=bf16,
                 compiled=compiles(config.model, stage, on_gpu=True),
                 resident=resident[stage],
             )
@@ -207,5 +218,11 @@ def make_plan(
         tokens=config.tokens_per_step * config.train.steps,
         tokens_per_second=speed,
         assumption=assumption,
-        notes=[] if on_cpu else uneven_widths(model_config),
+        notes=[] if on_cpu else [*uneven_widths(model_config), *_speed_notes(config, cluster.device, bf16=bf16)],
     )
+
+
+def _speed_notes(config: Config, device: Device, *, bf16: bool) -> list[str]:
+    if bf16 or not device.tflops or config.log.peak_tflops is not None:
+        return []
+    return [f"the speed is that of bf16; that of {device.name} in float32 is not known here, give log.peak_tflops"]

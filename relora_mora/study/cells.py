@@ -71,7 +71,7 @@ def _better(choice: Choice, result: float, other: float) -> bool:
 
 
 def _without(values: tuple[tuple[str, str], ...], names: Iterable[str]) -> tuple[tuple[str, str], ...]:
-    return tuple((name, value) for name, value in values if name not in names)
+    return tuple(sorted((name, value) for name, value in values if name not in names))
 
 
 def _combinations(entry: Mapping[str, Any]) -> list[tuple[tuple[str, str], ...]]:

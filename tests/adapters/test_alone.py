@@ -304,6 +304,18 @@ def test_a_base_saved_in_another_precision_is_the_same(base, tokenizer_path, tmp
     load_model(folder, torch.float32, tmp_path / "half")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_its_model_is_that_of_the_merged_export(base, tokenizer_path, tmp_path, dtype):
+    """Also between the weights: rotary frequencies stay in float32."""
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ALONE, "peft")
+    export(tmp_path / "run", tmp_path / "merged")
+    found = load_model(folder, dtype).model
+    expected = load_any_model(tmp_path / "merged", dtype).model
+    for (name, value), (_, other) in zip(found.named_buffers(), expected.named_buffers(), strict=True):
+        assert torch.equal(value, other) and value.dtype == torch.float32, name
+    assert torch.equal(logits(found), logits(expected))
+
+
 def test_an_adapter_is_scored_on_its_base(base, tokenizer_path, tmp_path):
     text = write_shard(tmp_path / "text" / "a.json", ["the rank of a merge", "one more matrix of the same rank"])
     folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft")

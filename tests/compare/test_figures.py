@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,12 @@ def test_rates_and_ranks(groups: list[Group]) -> None:
     assert figure is not None and [panel.get_title() for panel in figure.axes] == ["q_proj"]
     assert _lines(figure.axes[0]) == {"ReMoRA (1, 2) (2 seeds)": ([20 * TOKENS], [7.5])}
     assert rank_figure(groups[:1]) is None
+
+
+def test_seeds_without_a_step_in_common_have_no_curve_of_ranks(groups: list[Group]) -> None:
+    lines = [[{"step": step, "u/q_proj": 3.0}] for step in (10, 20)]
+    apart = [replace(run, lines=more) for run, more in zip(groups[1].runs, lines, strict=True)]
+    assert rank_figure([replace(groups[1], runs=tuple(apart))], "u", "rank") is None
 
 
 def test_a_metric_is_drawn_by_step_with_the_values_that_were_asked_for(groups: list[Group]) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from relora_mora import kernels
 from relora_mora.kernels import cpu, cross_entropy_
-from relora_mora.model.loss import CHUNK_BYTES, loss_chunk
+from relora_mora.model.loss import CHUNK_BYTES, chunked_cross_entropy, loss_chunk
 from tests.kernels.test_kernels import compiled_only
 
 SCALE = torch.tensor(0.25)
@@ -86,6 +86,19 @@ def test_a_logit_that_is_not_finite_is_seen(bad, dtype, place):
 def test_a_label_outside_the_vocabulary_is_refused(label):
     with pytest.raises(IndexError, match="the vocabulary has 21"):
         cross_entropy_(torch.zeros(2, 21), torch.tensor([3, label]), ignore=-100, scale=SCALE, gradient=True)
+
+
+def test_the_share_of_a_micro_batch_is_not_rounded_to_bf16():
+    """A third in bf16 is 0.2 % too large, and so would be all gradients, their norm and what is clipped."""
+    hidden, head = torch.randn(64, 32).bfloat16().requires_grad_(), torch.randn(50, 32).bfloat16().requires_grad_()
+    labels = torch.arange(64) % 50
+    gradients = []
+    for share in (1.0, 1 / 3):
+        loss = chunked_cross_entropy(hidden, head, labels) * share
+        gradients.append(torch.autograd.grad(loss, (hidden, head)))
+    for whole, third in zip(*gradients, strict=True):
+        ratio = (third.double() * whole.double()).sum() / whole.double().square().sum()
+        assert abs(3 * float(ratio) - 1) < 2e-4
 
 
 def test_chunks_are_equal_parts_below_the_limit():

@@ -262,6 +262,28 @@ def test_command_line_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert values["memory"]["remora"]["2"]["device"] > values["memory"]["remora"]["2"]["activations"] > 0
 
 
+@pytest.mark.parametrize("setting", ["--method.operators=[6]", "--method.square_multiple=4096"])
+def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
+    capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    arguments = ["--method.name=full", "--method.rank=33", setting]
+    assert run_cli(str(CONFIG), "--world_size=1", *arguments, "--json") == 0
+    assert "full" in (planned := json.loads(capsys.readouterr().out)["memory"]) and "remora" not in planned
+    assert run_cli(str(CONFIG), "--world_size=1", *arguments[1:]) == 2
+
+
+def test_float32_and_recomputing_take_their_time_on_a_gpu() -> None:
+    gpu = Cluster(1, 1, named_device("h100"))
+    usual, again = (plan_of(cluster=gpu, **{"model.activation_checkpointing": on}) for on in ("false", "true"))
+    assert again.steps[2].compute > 1.2 * usual.steps[2].compute
+    assert "give log.peak_tflops" not in render(usual)
+    config = load_config(CONFIG, world_size=1)
+    single = make_plan(
+        read_model_config(config.model), config, cluster=gpu, bf16=False, on_cpu=False, peak=(1e15, "the test")
+    )
+    assert "give log.peak_tflops" in render(single)
+
+
 def test_command_line_for_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(str(ROOT / "configs/run/paper_250m_remora.yaml"), "--world_size=32", "--device=cuda") == 0
     out = capsys.readouterr().out

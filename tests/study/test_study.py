@@ -89,6 +89,16 @@ def test_the_best_of_a_grid_is_run_with_the_other_seeds():
     assert [cell.name for cell in chosen(highest, losses)] == [cells[2].name, cells[5].name]
 
 
+def test_the_order_in_which_an_entry_names_its_settings_does_not_matter_to_the_choice():
+    grid = [
+        {"method.name": "mora", "method.rank": 8, "optim.lr": 1e-3},
+        {"optim.lr": 3e-3, "method.rank": 8, "method.name": "mora"},
+    ]
+    study = made_study(grid=grid, seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
+    first, second = first_round(study)
+    assert chosen(study, {first: 2.0, second: 1.0}) == [second] and count(study) == 3
+
+
 def test_what_has_failed_is_not_chosen():
     study = made_study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
     cells = first_round(study)
