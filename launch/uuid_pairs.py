@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 try:
     from relora_mora.cli import run
+    from relora_mora.system.disk_errors import disk_faults_named
+    from relora_mora.system.files import write_synced
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -49,9 +51,11 @@ def main(out: str, *, pairs: int = 10_000, seed: int = 0, kind: Kind = "prompt")
     if pairs < 1:
         raise ValueError(f"--pairs: got {pairs}, expected at least 1")
     path = Path(out)
+    if path.exists():
+        raise FileExistsError(f"{out}: File exists; give a new file, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("x", encoding="utf-8") as file:
-        file.writelines(f"{json.dumps(pair)}\n" for pair in uuid_pairs(pairs, seed, kind))
+    with disk_faults_named(path):
+        write_synced(path, "".join(f"{json.dumps(pair)}\n" for pair in uuid_pairs(pairs, seed, kind)))
     print(f"wrote {pairs:,} pairs to {out}")
 
 

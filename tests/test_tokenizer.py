@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -355,6 +356,42 @@ def test_a_chat_template_and_the_beginning_of_texts_go_with_a_sentencepiece_mode
     config = tmp_path / "saved" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "older"}))
     assert load_tokenizer(tmp_path / "saved").chat_template == "older"
+
+
+def test_how_texts_begin_and_are_padded_goes_with_a_sentencepiece_model_without_tokenizer_json(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Folders of the first LLaMA models are so."""
+    start = tmp_path / "start"
+    start.mkdir()
+    shutil.copy(folder / MODEL_FILE, start)
+    described = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "pad_token": "<unk>",
+        "padding_side": "left",
+        "model_max_length": 4096,
+    }
+    (start / "tokenizer_config.json").write_text(json.dumps(described))
+    save_tokenizer(start, tmp_path / "saved")
+    for tokenizer in (load_tokenizer(start), AutoTokenizer.from_pretrained(str(tmp_path / "saved"))):
+        [text] = encode(load_tokenizer(folder), ["the rank"])
+        assert tokenizer("the rank").input_ids == [tokenizer.bos_token_id, *text]
+        batch = tokenizer(["the rank of a matrix", "the"], padding=True)["input_ids"]
+        assert batch[1][0] == tokenizer.pad_token_id == 0 and tokenizer.model_max_length == 4096
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("chat_template.jinja", b"\xff\xfe"), ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Newer"}}')],
+)
+def test_files_beside_a_model_that_cannot_be_read_are_named(
+    folder: Path, tmp_path: Path, file: str, content: bytes
+) -> None:
+    shutil.copy(folder / MODEL_FILE, tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(TokenizerError, match=re.escape(str(tmp_path / file))):
+        load_tokenizer(tmp_path)
 
 
 def _special(token: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from relora_mora.checkpoint import CheckpointError, Manifest, list_checkpoints, newest_whole, read_manifest, verify
-from relora_mora.checkpoint.places import list_new
+from relora_mora.checkpoint import CheckpointError, Manifest, newest_whole, read_manifest, verify
+from relora_mora.checkpoint.reader import list_candidates
 from relora_mora.system.run_folder import RunFolder
 
 
@@ -16,7 +16,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises :class:`CheckpointError` when there is none or when it is damaged.
     """
     for folder in (path, RunFolder(path).checkpoints):
-        if list_checkpoints(folder) or list_new(folder):
+        if list_candidates(folder):
             found, skipped = newest_whole(folder)
             if found is None:
                 raise CheckpointError(f"{folder}: no checkpoint in it is whole: {'; '.join(skipped)}")
@@ -41,7 +41,7 @@ def newest_manifest(path: Path) -> Manifest:
     Raises :class:`CheckpointError` when there is none.
     """
     for folder in (path, RunFolder(path).checkpoints):
-        for checkpoint in list_checkpoints(folder):
+        for checkpoint in list_candidates(folder):
             with contextlib.suppress(CheckpointError):
                 return read_manifest(checkpoint)
     return read_manifest(path)

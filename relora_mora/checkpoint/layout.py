@@ -33,6 +33,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter,
 from relora_mora.operators import Draw
 from relora_mora.optim import parameter_moments
 from relora_mora.registry import MATRIX_OPTIMIZERS
+from relora_mora.system.disk_errors import raise_if_lost
 
 FORMAT = "relora_mora checkpoint"
 VERSION = 1
@@ -152,12 +153,17 @@ def content_checksum(values: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads a manifest. Raises :class:`CheckpointError` where it is missing, damaged, or of another version."""
+    """Reads a manifest.
+
+    Raises :class:`CheckpointError` where it is missing, damaged, or of another version, and OSError where a network
+    file system is gone.
+    """
     path = folder / MANIFEST
     try:
         regular = stat.S_ISREG(path.lstat().st_mode)
         content = path.read_bytes() if regular else b""
     except OSError as error:
+        raise_if_lost(error)
         raise CheckpointError(
             f"{folder}: no checkpoint ({MANIFEST}: {error.strerror}); "
             "give a folder such as RUN/checkpoints/step-00001000"
@@ -213,7 +219,10 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
-    """What is wrong with the first of these files that is missing, not a file, a link, of another size or altered."""
+    """What is wrong with the first of these files that is missing, not a file, a link, of another size or altered.
+
+    Raises OSError where a network file system is gone.
+    """
     root = folder.resolve()
     for name in names:
         path = folder / name
@@ -229,5 +238,6 @@ def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None
             if file_entry(path) != expected:
                 return f"{name}: its checksum is not the one in {MANIFEST}"
         except OSError as error:
+            raise_if_lost(error)
             return f"{name}: {error.strerror}"
     return None

@@ -14,6 +14,7 @@ from torch import Tensor
 from relora_mora.checkpoint.layout import MANIFEST, CheckpointError, Manifest, damage, read_manifest
 from relora_mora.checkpoint.places import list_checkpoints, list_new, step_of
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks
+from relora_mora.system.disk_errors import raise_if_lost
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.merging import FrozenMasters
@@ -86,6 +87,8 @@ class CheckpointReader:
             try:
                 self._files[file] = safe_open(self.folder / file, framework="pt")
             except (SafetensorError, OSError) as error:
+                if isinstance(error, OSError):
+                    raise_if_lost(error)
                 raise self._damaged(f"{file}: cannot be read ({error})") from error
         return self._files[file]
 
@@ -213,7 +216,7 @@ def newest_whole(
     """
 
     def candidates() -> list[Path]:
-        return [path for path in _candidates(folder) if suits(path)]
+        return [path for path in list_candidates(folder) if suits(path)]
 
     skipped: list[str] = []
     for candidate in candidates() if engine is None else from_first_rank(candidates):
@@ -224,8 +227,11 @@ def newest_whole(
     return None, skipped
 
 
-def _candidates(folder: Path) -> list[Path]:
-    """Newest first; a checkpoint that was about to replace one of the same step comes before that."""
+def list_candidates(folder: Path) -> list[Path]:
+    """What may be a checkpoint below ``checkpoints/``, newest first.
+
+    One that was about to replace another of the same step comes before that.
+    """
     return sorted(
         [*list_checkpoints(folder), *list_new(folder)],
         key=lambda path: (step_of(path.with_suffix("")) or 0, path.name),

@@ -21,7 +21,6 @@ END_OF_STREAM = CONTINUATION + b"\0\0\0\0"
 LOOK_BYTES = 1 << 12  # the beginning of a message, most often with all of its metadata
 BATCH_ROWS = 1024  # of a record batch, as Python's objects at once
 # format/Message.fbs of Arrow: kinds of messages, and the numbers of fields in their tables
-_SCHEMA = 1
 _DICTIONARY = 2
 _RECORD_BATCH = 3
 # fields of a Message, and of a RecordBatch

@@ -85,7 +85,7 @@ class ColumnFile:
 
         try:
             yield
-        except SourceError:
+        except (SourceError, MemoryError):  # an ArrowException, too
             raise
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno in LOST_DISK:

@@ -42,6 +42,9 @@ class CsvRecords:
         self.row = 0
         self._limit = config.max_line_bytes
         self._bytes = 0  # of the row so far
+        self._taken = 0  # lines of it
+        self._lost = 0  # further lines of one whose quote is never closed
+        self._ended = False
         self._lines = _Lines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
         self._reader = csv.reader(iter(self._line, None), strict=True)
         try:
@@ -87,12 +90,18 @@ class CsvRecords:
         self._lines.close()
 
     def _next(self) -> list[str] | Skipped | None:
+        """The next row; where the file ends inside of a quote, each line of that row is a bad one."""
+        if self._lost:
+            self._lost -= 1
+            return Skipped("not_csv")
         self._bytes = 0
+        self._taken = 0
         try:
             row = next(self._reader, None)
         except _BadRow as bad:
             return bad.skipped
         except csv.Error:
+            self._lost = self._taken - 1 if self._ended else 0
             return Skipped("not_csv")
         return Skipped("too_long") if self._bytes > self._limit + 1 else row  # its last newline does not count
 
@@ -104,6 +113,7 @@ class CsvRecords:
         while (line := self._lines.take()) is not None:
             if isinstance(line, Skipped):
                 raise _BadRow(line)
+            self._taken += 1
             if self._lines.row == 1:
                 line = line.removeprefix(BOM)
             self._bytes += len(line) + 1
@@ -111,6 +121,7 @@ class CsvRecords:
                 return line.decode(_BYTES) + "\n"
             if b'"' in line.replace(b'""', b""):
                 return _INSIDE.sub(rb"\1\2", line).decode(_BYTES) + "\n"
+        self._ended = True
         return None
 
     def _header(self, shard: Shard) -> list[str]:

@@ -272,8 +272,14 @@ def _local_shards(source: str) -> Iterator[Shard]:
             paths = [pattern]
         else:
             # Path.glob takes no absolute pattern
-            found = {path for one in expand_braces(pattern) for path in glob.glob(one, recursive=True)}  # noqa: PTH207
+            by_pattern = {one: glob.glob(one, recursive=True) for one in expand_braces(pattern)}  # noqa: PTH207
+            found = {path for matches in by_pattern.values() for path in matches}
             paths = sorted(path for path in found if Path(path).is_file())
+            missing = [one for one, matches in by_pattern.items() if not matches]
+            if paths and missing:
+                raise SourceError(
+                    f"{source}: no file matches {', '.join(missing[:3])}; fetch it, or name what is there"
+                )
             if not paths and (
                 pipes := sorted(path for path in found if Path(path).exists() and not Path(path).is_dir())
             ):

@@ -68,6 +68,8 @@ class MappedTokens:
             self.head = Head.load(file.schema.metadata[METADATA])
         except FileNotFoundError as error:
             raise SourceError(f"{path} is missing; make it again: {COMMAND}") from error
+        except MemoryError:  # an ArrowException, too
+            raise
         except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
             if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in LOST_DISK):
                 raise unreadable(path, error, "check the path and its permissions") from error
@@ -153,6 +155,8 @@ class MappedTokens:
                 self._columns = _Columns(
                     tokens.offsets.to_numpy(), tokens.values.to_numpy(), sizes, batch.column("skipped")
                 )
+            except MemoryError:
+                raise
             except (pyarrow.ArrowException, KeyError) as error:
                 raise self.damaged(str(error)) from error
             self._at = number

@@ -40,7 +40,13 @@ def send(
     request = session.request if session is not None else requests.request
     try:
         return request(
-            method, url, headers=given, stream=True, timeout=(min(CONNECT_SECONDS, stall), stall), allow_redirects=True
+            method,
+            url,
+            headers=given,
+            auth=_as_given if any(name.lower() == "authorization" for name in headers) else None,
+            stream=True,
+            timeout=(min(CONNECT_SECONDS, stall), stall),
+            allow_redirects=True,
         )
     except _WRONG_URL as error:
         raise SourceError(f"{what} is no url that can be read ({type(error).__name__}); check it") from error
@@ -48,6 +54,11 @@ def send(
         raise SourceError(f"{what} redirects without an end; check the url") from error
     except BROKEN as error:  # only the kind: the message may hold the whole url
         raise TransientError(f"no connection ({type(error).__name__})") from error
+
+
+def _as_given(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Without it requests puts a login of ``~/.netrc`` in the place of the one that was given."""
+    return request
 
 
 def check_status(response: requests.Response, what: str, *, hub: bool) -> None:

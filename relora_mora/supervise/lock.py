@@ -21,8 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.run_folder import RunFolder
 
@@ -156,7 +154,7 @@ def _write(handle: int, *, released: bool) -> None:
         "host": socket.gethostname(),
         "host_id": host_id(),
         "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
+        "started": _started(os.getpid()),
         "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "released": released,
     }
@@ -176,11 +174,16 @@ def host_id() -> str:
     return f"{socket.gethostname()}/{boot}"
 
 
+def _started(pid: int) -> int:
+    """When a process began, in ticks since the boot: a clock that is set does not change it (proc_pid_stat(5), 22)."""
+    return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19])
+
+
 def _runs_here(content: dict[str, Any]) -> bool:
     """Whether the process that wrote this still runs on this host."""
     try:
-        started = psutil.Process(content["pid"]).create_time()
-    except (KeyError, TypeError, ValueError, psutil.Error):
+        started = _started(content["pid"])
+    except (KeyError, ValueError, IndexError, OSError):
         return False
     return content.get("host_id") == host_id() and content.get("started") == started
 

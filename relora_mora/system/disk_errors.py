@@ -20,10 +20,18 @@ LOST_DISK = {
     errno.ENETUNREACH,
     errno.EREMOTEIO,
 }
+# without the error of a local disk whose file is damaged
+_LOST_NETWORK = LOST_DISK - {errno.EIO}
 # what only a write meets, so that an error without a file name is known to be about the file that is being written
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 # safetensors and tokenizers are written in Rust and raise plain Exceptions for disk errors
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def raise_if_lost(error: OSError) -> None:
+    """Raises the error where a network file system is gone: what it holds is not damaged, and may come back."""
+    if error.errno in _LOST_NETWORK:
+        raise error
 
 
 def place_of(error: OSError) -> str | None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,22 +145,43 @@ def _from_model(model: Path, given: Path) -> PreTrainedTokenizerBase:
 
 def _take_over(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) -> None:
     """What a model says nothing of, from the Hugging Face files beside it: added tokens, which of them ends a document,
-    the chat template, and how texts begin."""
+    pads and begins texts, the chat template, and how texts are padded."""
     described = read_json(folder / "tokenizer_config.json") or {}
     _add_tokens(tokenizer, folder, model)
-    _name_eos(tokenizer, folder, described.get("eos_token"))
+    _name_special(tokenizer, folder, described)
     template = folder / "chat_template.jinja"
     if template.is_file():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{template}: is not UTF-8 ({error.reason}); convert it") from error
     else:
         given = described.get("chat_template")
         tokenizer.chat_template = given if isinstance(given, str) else None
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
+    begins = _template_of_texts(tokenizer, folder, described)
+    if begins is not None:
+        tokenizer.backend_tokenizer.post_processor = begins  # type: ignore[attr-defined]
 
-        begins = Tokenizer.from_file(str(folder / "tokenizer.json")).post_processor
-        if begins is not None:
-            tokenizer.backend_tokenizer.post_processor = begins  # type: ignore[attr-defined]
+
+def _template_of_texts(tokenizer: PreTrainedTokenizerBase, folder: Path, described: Mapping[str, Any]) -> Any:
+    """What adds special tokens to a text, as ``AutoTokenizer`` takes it from this folder; None: nothing."""
+    from tokenizers.processors import TemplateProcessing
+
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        try:
+            return Tokenizer.from_file(str(file)).post_processor
+        except Exception as error:  # tokenizers raises nothing more special
+            remedy = "update tokenizers, or save it again"
+            raise TokenizerError(f"{file}: tokenizers cannot read it ({error}); {remedy}") from error
+    begin = tokenizer.bos_token if described.get("add_bos_token") is True else None
+    end = tokenizer.eos_token if described.get("add_eos_token") is True else None
+    if begin is None and end is None:
+        return None
+    around = [(str(token), tokenizer.convert_tokens_to_ids(str(token))) for token in (begin, end) if token is not None]
+    return TemplateProcessing(single=[*filter(None, (begin, "$A", end))], special_tokens=around)
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) -> None:
@@ -176,16 +197,21 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) -
             )
 
 
-def _name_eos(tokenizer: PreTrainedTokenizerBase, folder: Path, given: Any) -> None:
-    """``given``: a token, or settings of AddedToken; None: as the model has it."""
-    token = given.get("content") if isinstance(given, dict) else given
-    if token is None:
-        return
-    if token not in tokenizer.get_vocab():
-        raise TokenizerError(
-            f"{folder}: eos_token in tokenizer_config.json is {token!r}, which is none of its tokens; correct it"
-        )
-    tokenizer.eos_token = token
+def _name_special(tokenizer: PreTrainedTokenizerBase, folder: Path, described: Mapping[str, Any]) -> None:
+    """Tokens that ``tokenizer_config.json`` names, by themselves or as settings of AddedToken, and how it pads."""
+    for name in ("bos_token", "eos_token", "pad_token"):
+        given = described.get(name)
+        token = given.get("content") if isinstance(given, dict) else given
+        if token in tokenizer.get_vocab():
+            setattr(tokenizer, name, token)
+        elif token is not None and name == "eos_token":
+            raise TokenizerError(
+                f"{folder}: eos_token in tokenizer_config.json is {token!r}, which is none of its tokens; correct it"
+            )
+    if described.get("padding_side") in ("left", "right"):
+        tokenizer.padding_side = described["padding_side"]
+    if isinstance(described.get("model_max_length"), int):
+        tokenizer.model_max_length = described["model_max_length"]
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:

@@ -8,11 +8,10 @@ from relora_mora.checkpoint import (
     CheckpointError,
     CheckpointReader,
     damaged_tokenizer,
-    list_checkpoints,
     newest_whole,
 )
 from relora_mora.checkpoint.find import find_checkpoint
-from relora_mora.checkpoint.places import list_new
+from relora_mora.checkpoint.reader import list_candidates
 from relora_mora.config import TrainConfig
 from relora_mora.data import mixture_names, start_states
 from relora_mora.distributed import from_first_rank, same_on_all_ranks
@@ -29,8 +28,8 @@ def finds_checkpoint(config: TrainConfig) -> bool:
     """Whether :func:`choose_checkpoint` will find a checkpoint, or end the run. Raises :class:`CheckpointError`."""
     folder = RunFolder(Path(config.run_dir)).checkpoints
     if config.resume == "auto":
-        return bool(list_checkpoints(folder) or list_new(folder))
-    if config.resume == "never" and list_checkpoints(folder):
+        return bool(list_candidates(folder))
+    if config.resume == "never" and list_candidates(folder):
         raise CheckpointError(
             f"{folder}: holds checkpoints, and train.resume=never; use another train.run_dir, or train.resume=auto"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
 import os
@@ -23,9 +24,12 @@ from relora_mora.checkpoint import (
     read_manifest,
     verify,
 )
+from relora_mora.checkpoint.find import find_checkpoint, newest_manifest
 from relora_mora.checkpoint.places import discard, put_in_place
 from relora_mora.checkpoint.retention import tidy
 from relora_mora.checkpoint.tokenizer import read_tokenizer
+from relora_mora.config import TrainConfig
+from relora_mora.train.resume import finds_checkpoint
 from tests.checkpoint.tools import FILES, STATE, TOKENIZER, made_checkpoint, passed_over, rewrite
 
 
@@ -125,6 +129,36 @@ def test_a_resume_does_not_need_latest(folder, latest):
     assert newest_whole(folder) == (folder / "step-00000015", [])
     (folder / "step-00000015" / STATE).unlink()
     assert STATE in passed_over(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", STATE])
+def test_a_network_file_system_that_is_gone_is_no_damage(folder, monkeypatch, name):
+    """Else the run would go back to an older checkpoint, and put the newest one aside."""
+    read = Path.open
+
+    def stale(path: Path, *args: Any, **settings: Any) -> Any:
+        if path.name == name and path.parent.name.startswith("step-00000015"):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read(path, *args, **settings)
+
+    shutil.copytree(folder / "step-00000015", folder / "step-00000015.new")
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(Path, "open", stale)
+    for look in (newest_whole, find_checkpoint, tidy):
+        with pytest.raises(OSError, match="Stale"):
+            look(folder)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_checkpoint_whose_last_rename_is_missing_is_one(folder):
+    for step in (5, 10):
+        shutil.rmtree(folder / f"step-{step:08d}")
+    (folder / "step-00000015").rename(folder / "step-00000015.new")
+    assert newest_manifest(folder).step == 15
+    run = TrainConfig(run_dir=str(folder.parent), resume="never")
+    folder.rename(folder.parent / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"holds checkpoints, and train\.resume=never"):
+        finds_checkpoint(run)
 
 
 @pytest.mark.parametrize("place", ["..", "."])

@@ -74,9 +74,10 @@ def test_a_text_that_is_longer_than_csv_takes_by_itself(tmp_path):
     assert _rows(path) == ["x" * 200_000, "y"]
 
 
-def test_a_quote_that_is_never_closed_is_one_bad_row(tmp_path):
+def test_a_quote_that_is_never_closed_makes_every_line_behind_it_bad(tmp_path):
+    """So that the limit on bad rows sees how much of the file is lost."""
     path = write_shard(tmp_path / "a.csv", ["first", b'x,"' + b"\n".join(map(str.encode, some_texts(5)))])
-    assert _rows(path) == ["first", Skipped("not_csv")]
+    assert _rows(path) == ["first", *[Skipped("not_csv")] * 5]
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])

@@ -287,6 +287,14 @@ class TestHub:
             20, seed=0
         ) + some_texts(20, seed=1)
 
+    def test_a_login_in_netrc_does_not_take_the_place_of_the_token(self, hub, tmp_path, monkeypatch):
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
+        list(iter_texts(source, split="train", config=data_config(source)))
+        sent = [headers["authorization"] for path, headers in hub.requests if "/resolve/" in path]
+        assert sent and set(sent) == {"Bearer hf_secret"}
+
     def test_the_token_goes_to_the_hub_and_nowhere_else(self, hub, tmp_path):
         source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
         list(iter_texts(source, split="train", config=data_config(source)))

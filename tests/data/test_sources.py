@@ -72,6 +72,16 @@ def test_local_globs_are_sorted_and_sources_keep_their_order(tmp_path):
     assert shards[0].size == (tmp_path / "x" / "a.json.gz").stat().st_size
 
 
+@pytest.mark.parametrize("pattern", ["part-{0..3}.json", "part-{0..3}*.json"])
+def test_a_file_of_a_range_that_is_missing_is_told(tmp_path, pattern):
+    for number in (0, 1, 3):
+        write_shard(tmp_path / f"part-{number}.json", ["text"])
+    missing = str(tmp_path / pattern.replace("{0..3}", "2"))
+    with pytest.raises(SourceError, match=re.escape(f"no file matches {missing}; fetch it, or name what is there")):
+        resolve_shards(f"{tmp_path}/{pattern}")
+    assert len(resolve_shards(f"{tmp_path}/part-{{0..1}}.json")) == 2
+
+
 def test_urls_show_no_secret():
     (shard,) = resolve_shards("https://user:secret@example.org/x/a.json.gz?token=secret")
     assert shard.name == "https://example.org/x/a.json.gz"

@@ -17,7 +17,7 @@ import pytest
 
 from relora_mora.supervise import LockError, RunLock, record_end
 from relora_mora.supervise.launchers import is_launcher
-from relora_mora.supervise.lock import STALE_SECONDS
+from relora_mora.supervise.lock import STALE_SECONDS, is_held
 
 BUSY = """
 import hashlib, sys
@@ -283,6 +283,12 @@ def test_a_lock_waits_for_its_holder_to_end(holder, tmp_path):
     holder.stdin.write("\n")
     holder.stdin.flush()
     assert RunLock(tmp_path).acquire(wait_seconds=5) is None
+
+
+def test_a_holder_on_this_host_is_alive_whatever_the_clock_says(holder, tmp_path, monkeypatch):
+    """psutil's time of a start moves with the clock of the system; where flock is not known, the lock rests on it."""
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 0.0)
+    assert is_held(tmp_path)
 
 
 def _held_elsewhere(folder: Path) -> Path:
