@@ -33,7 +33,12 @@ _HERE = {
     "set data.text_column": "set --text_column",
     "data.text_column names the key of texts, data.records": "--text_column names the key of texts, --records",
     "set data.records.columns": "set columns of --records",
+    "set data.records.template=chatml, a .jinja file with these marks, or data.records.score=all": (
+        "set template of --records to chatml or a .jinja file with these marks, or its score to all"
+    ),
     "set data.records.template": "set template of --records",
+    "raise data.sequence_length": "raise --sequence_length",
+    "(data.records.columns)": "(columns of --records)",
     "set data.revision to a commit": "name a commit, as in --data='{source: ..., revision: ...}'",
 }
 
@@ -212,6 +217,7 @@ def _score_tasks(
     """Prints what tasks gave, and keeps it beside a run."""
     import torch
 
+    from relora_mora.generation import generation_config
     from relora_mora.harness import evaluate_tasks, record, table
     from relora_mora.system.hardware import uses_cuda
     from relora_mora.system.run_folder import RunFolder
@@ -221,6 +227,8 @@ def _score_tasks(
     with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
         words = load_tokenizer(tokenizer_path)
     check_vocabulary(words, lm.config.get_text_config().vocab_size)
+    if loaded.checkpoint is not None:
+        lm.generation_config = generation_config(words)  # as its export has it; the model's config may name other ids
     results = evaluate_tasks(
         lm, words, names, data=task_data, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
     )

@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from relora_mora.adapters import write_adapter
 from relora_mora.checkpoint import CheckpointReader, tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
-from relora_mora.data import end_of_turn
+from relora_mora.generation import generation_config, ids_of_roles
 from relora_mora.pretrained import merged_model
 from relora_mora.system.new_folder import new_folder
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
 
 FORMATS = ("merged", "peft", "peft-mora")
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str = "merged") -> Path:
@@ -41,11 +40,7 @@ def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str 
 
 
 def _write_model(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: torch.dtype) -> None:
-    special = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
     model = merged_model(checkpoint, dtype)
-    model.config.update({**special, "use_cache": True})
-    model.generation_config = GenerationConfig(**special)
-    end = end_of_turn(tokenizer)
-    if end not in (None, tokenizer.eos_token_id):
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    model.config.update({**ids_of_roles(tokenizer), "use_cache": True})
+    model.generation_config = generation_config(tokenizer)
     model.save_pretrained(out)

@@ -8,10 +8,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from relora_mora.data import Answer
 from relora_mora.data.chat import end_of_turn
+
+ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def ids_of_roles(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """The ids of BOS, EOS and padding, by the names that a model's config has for them."""
+    return {name: getattr(tokenizer, name) for name in ROLES}
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """What ``generate`` of transformers needs for this tokenizer: it stops at EOS, and where a turn ends."""
+    config = GenerationConfig(**ids_of_roles(tokenizer))
+    end = end_of_turn(tokenizer)
+    if end not in (None, tokenizer.eos_token_id):
+        config.eos_token_id = [tokenizer.eos_token_id, end]
+    return config
 
 
 @dataclass(frozen=True)

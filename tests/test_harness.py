@@ -15,10 +15,12 @@ from launch.uuid_pairs import uuid_pairs
 from relora_mora.config import RecordsConfig
 from relora_mora.data.passages import passage_of
 from relora_mora.data.record_format import Record, RecordFormat
+from relora_mora.export import export
 from relora_mora.harness import LOCAL_TASKS, HarnessError, evaluate_tasks, record, table
-from relora_mora.harness.local import compared, local_task
+from relora_mora.harness.local import compared, local_rows, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer import load_tokenizer
+from tests.tools.checkpoints import write_checkpoint
 from tests.tools.commands import EVALUATE, call, refused
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
@@ -109,6 +111,15 @@ def test_data_that_does_not_fit_is_named(tmp_path, content, said):
         (tmp_path / "uuid.jsonl").write_text(content)
     with pytest.raises(HarnessError, match=said):
         local_task("local_uuid", str(tmp_path))
+
+
+def test_a_row_is_what_ends_with_a_line_feed(tmp_path):
+    """JSON may hold U+2028 as it is; a byte order mark and blank lines are none of the rows."""
+    text = "a\u2028b\u0085c"
+    rows = [{"prompt": text, "completion": "x"}, {"prompt": "y", "completion": "z"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "uuid.jsonl").write_text("\ufeff" + "\n\n".join(lines) + "\n", encoding="utf-8")
+    assert local_rows("local_uuid", str(tmp_path)) == rows
 
 
 @pytest.mark.parametrize(
@@ -219,6 +230,8 @@ def test_a_right_number_is_found_behind_its_steps(model, data):
     assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings) == {
         "local_gsm8k": {"exact_match/strict": 1.0, "exact_match/flexible": 1.0}
     }
+    Says.said = "#### 1004.00"
+    assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings)["local_gsm8k"]["exact_match/strict"] == 1.0
     for said, right in {
         "2 and 2.\nThe answer is: 1004": 0.5,
         " $0.5$. The answer is: $\\frac{1}{2}$.": 0.5,
@@ -232,6 +245,32 @@ def test_a_right_number_is_found_behind_its_steps(model, data):
     Says.said = ROWS["local_uuid"][1]["completion"] + "\nmore"
     found = evaluate_tasks(lm, tokenizer, ["local_uuid"], **settings)["local_uuid"]
     assert found["exact_match"] == pytest.approx(1 / 3) and found["character_accuracy"] < 1
+
+
+@needs_lm_eval
+def test_a_run_scores_as_its_export(tmp_path):
+    """Its answers end with the tokenizer's EOS, 256, also where the model's config names another token, here 2."""
+    save_bytes_tokenizer(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    sizes = {"hidden_size": 272, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=512, eos_token_id=2, **sizes))
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+        lm.model.embed_tokens.weight[:, :257] = torch.eye(257)
+        for before, after in ("ab", "cd", "de", "ef", "fg", "zz"):  # after each token comes one other
+            lm.lm_head.weight[tokenizer(after).input_ids[0], tokenizer(before).input_ids[0]] = 1.0
+        for last in "bg":
+            lm.lm_head.weight[256, tokenizer(last).input_ids[0]] = 1.0
+        lm.lm_head.weight[tokenizer("z").input_ids[0], 256] = 1.0
+    pairs = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "defg"}]
+    (tmp_path / "uuid.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+    checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000005", lm, tmp_path / "tokenizer")
+    export(checkpoint, tmp_path / "export")
+    for given in (checkpoint, tmp_path / "export"):
+        answer = call(EVALUATE, given, "--tasks=local_uuid", f"--task_data={tmp_path}")
+        found = json.loads(answer.out.splitlines()[-1])["tasks"]["local_uuid"]
+        assert found["exact_match"] == 1.0, given
 
 
 @needs_lm_eval

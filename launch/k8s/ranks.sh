@@ -1,5 +1,6 @@
 #!/bin/bash
 # The ranks of one pod, joined to those of the other pods: bash launch/k8s/ranks.sh CONFIG [--section.key=value ...]
+# They run launch/pretrain.py; PROGRAM=launch/finetune.py is for fine-tuning, which has other defaults.
 # Kubernetes says which pod this is (JOB_COMPLETION_INDEX); PODS, RANKS_PER_POD, MASTER_ADDR and MASTER_PORT come from job.yaml. The
 # trainer of compose.yaml is the only pod.
 #
@@ -27,7 +28,7 @@ export WORLD_SIZE=$((PODS * RANKS_PER_POD)) LOCAL_WORLD_SIZE=$RANKS_PER_POD
 for ((local_rank = 0; local_rank < RANKS_PER_POD; local_rank++)); do
     [[ -z $stopping ]] || break
     RANK=$((JOB_COMPLETION_INDEX * RANKS_PER_POD + local_rank)) LOCAL_RANK=$local_rank \
-        "${PYTHON:-python}" launch/pretrain.py "$@" &
+        "${PYTHON:-python}" "${PROGRAM:-launch/pretrain.py}" "$@" &
     ranks+=($!)
 done
 [[ -z $stopping ]] || pass_on # the signal may have come when the last one had been started and was not in the list

@@ -28,7 +28,7 @@ def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> Load
         return load_any_model(path, dtype)
     adapter = AdapterFolder(path)
     under = load_any_model(base or _named_base(adapter), torch.float32)
-    merge_into(under.model, adapter)
+    merge_into(under.model, adapter, str(base or adapter.base))
     for parameter in under.model.parameters():  # not the buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(dtype)
     own: AbstractContextManager[Path] = nullcontext(path)
@@ -48,43 +48,43 @@ def _named_base(adapter: AdapterFolder) -> Path:
 
 
 @torch.no_grad()
-def merge_into(model: PreTrainedModel, adapter: AdapterFolder) -> None:
-    """Adds every delta to its weight, in place, and sets what trained as a whole; ``model`` is in float32.
+def merge_into(model: PreTrainedModel, adapter: AdapterFolder, named: str) -> None:
+    """Adds every delta to its weight, in place, and sets what trained as a whole.
+
+    ``model`` is in float32; errors call it ``named``.
 
     Raises :class:`CheckpointError` where the adapter is that of another model; the model is then half changed.
     """
     adapter.check_head(model)
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
-    adapter.check_base(parameters.get, str(model.name_or_path))
+    adapter.check_base(parameters.get, named)
     for name in adapter.layers:
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
-            raise CheckpointError(
-                f"{adapter.file}: {name} is no linear layer of {model.name_or_path}; give its own base"
-            )
+            raise CheckpointError(f"{adapter.file}: {name} is no linear layer of {named}; give its own base")
         if not adapter.fits(name, linear.in_features, linear.out_features):
             raise CheckpointError(
                 f"{adapter.file}: {name} has an M of {adapter.layers[name]}, and its rank makes another size of the "
-                f"layer {linear.in_features} -> {linear.out_features} of {model.name_or_path}; give the model that the "
+                f"layer {linear.in_features} -> {linear.out_features} of {named}; give the model that the "
                 "adapter was trained on"
             )
         with torch.device("meta"):
             layer = adapter.layer_on(name, linear)
         names = [f"{name}.{key}" for key in layer.adapter_names]
         for key in layer.adapter_names:
-            _check_shape(adapter, f"{name}.{key}", layer.get_parameter(key), model)
+            _check_shape(adapter, f"{name}.{key}", layer.get_parameter(key), named)
         linear.weight += layer.delta_of(*map(adapter.value, names))
     for name in adapter.plain():
-        _check_shape(adapter, name, parameters.get(name), model)
+        _check_shape(adapter, name, parameters.get(name), named)
         parameters[name].copy_(adapter.value(name))
 
 
-def _check_shape(adapter: AdapterFolder, name: str, expected: torch.Tensor | None, model: PreTrainedModel) -> None:
+def _check_shape(adapter: AdapterFolder, name: str, expected: torch.Tensor | None, named: str) -> None:
     shape = None if expected is None else tuple(expected.shape)
     if adapter.shapes[name] != shape:
         wanted = "nothing of that name" if shape is None else list(shape)
         raise CheckpointError(
-            f"{adapter.file}: {name} is {list(adapter.shapes[name])}, and {model.name_or_path} has {wanted}; "
+            f"{adapter.file}: {name} is {list(adapter.shapes[name])}, and {named} has {wanted}; "
             "give the model that the adapter was trained on"
         )

@@ -29,7 +29,10 @@ def unused_settings(config: Config) -> list[str]:
     of_some = {setting for method in METHODS.values() for setting in method.settings}
     of_some |= {setting for optimizer in MATRIX_OPTIMIZERS.values() for setting in optimizer.settings}
     used = {*config.method.record.settings, *config.optim.record.settings}
-    return [setting for setting in given if setting in of_some - used]
+    method = config.method
+    beside = (method.train_linears, method.train_embeddings, method.train_norms, method.train_head)
+    of_none = {"optim.lr_other"} if method.uses_adapters and not any(beside) else set()
+    return [setting for setting in given if setting in (of_some - used) | of_none]
 
 
 def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from relora_mora.config.fault import Fault
@@ -75,7 +76,8 @@ def _square_faults(config: Config) -> Iterator[Fault]:
     if size % multiple:
         yield Fault(
             ("method.square_size", "method.square_multiple", "method.name"),
-            f"{size} is no multiple of method.square_multiple {multiple}; drop one of them",
+            f"{size} is no multiple of method.square_multiple {multiple}; "
+            f"set method.square_multiple={math.gcd(size, multiple)}",
         )
     if even and size % 2:
         yield Fault(

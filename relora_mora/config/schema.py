@@ -77,7 +77,7 @@ class TokenizerConfig(Strict):
 
 
 class MethodConfig(Strict):
-    """What is trained. ``full`` trains every weight; the others freeze the decoder's linears and train adapters."""
+    """What is trained. ``full`` trains the weights; the others freeze the decoder's linears and train adapters."""
 
     name: MethodName = Field(
         "remora", description=", ".join(f"{m.name} ({m.note})" if m.note else m.name for m in METHODS.values())
@@ -274,7 +274,7 @@ class EvalConfig(Strict):
     )
     at_start: bool = Field(True, description="evaluate before the first step")
     generate: NotNegative = Field(
-        0, description="records of each held-out set whose answers are generated too, at every evaluation; 0: none"
+        0, description="records of each held-out set, within eval.max_tokens, whose answers are generated too; 0: none"
     )
 
 

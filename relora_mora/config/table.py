@@ -24,7 +24,8 @@ A run reads its defaults, then its YAML file, then `--section.key=value` from th
 value of a flag is YAML too: `--optim.lr=4e-4`, `--method.operators='[1, 2, 3, 4]'`, `--data.lanes=null`. An unknown
 name, a wrong type or a combination that cannot work ends the run before anything is loaded, with every fault listed at
 once.
-`python launch/plan.py CONFIG` tells what a run needs.
+`launch/finetune.py` has some other defaults ([fine-tuning](finetuning.md#defaults)). `python launch/plan.py CONFIG`
+tells what a run needs.
 """
 
 _SIGNS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))

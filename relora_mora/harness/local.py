@@ -80,11 +80,13 @@ def _rows(name: str, about: Mapping[str, Any], data: str | None) -> list[dict[st
     if path.is_dir():
         path /= about["file"]
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would split at U+2028, too
     except (OSError, UnicodeError) as error:
         raise HarnessError(f"{name}: {path} cannot be read ({error}); give its file, or its folder") from error
     rows = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:

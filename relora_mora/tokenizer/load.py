@@ -208,10 +208,12 @@ def _name_special(tokenizer: PreTrainedTokenizerBase, folder: Path, described: M
             raise TokenizerError(
                 f"{folder}: eos_token in tokenizer_config.json is {token!r}, which is none of its tokens; correct it"
             )
-    if described.get("padding_side") in ("left", "right"):
-        tokenizer.padding_side = described["padding_side"]
-    if isinstance(described.get("model_max_length"), int):
-        tokenizer.model_max_length = described["model_max_length"]
+    side, longest = described.get("padding_side"), described.get("model_max_length")
+    kept: dict[str, Any] = {"padding_side": side} if side in ("left", "right") else {}
+    kept |= {"model_max_length": longest} if isinstance(longest, int) else {}
+    for name, value in kept.items():
+        setattr(tokenizer, name, value)
+        tokenizer.init_kwargs[name] = value  # these are written when it is saved
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:

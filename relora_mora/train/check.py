@@ -120,6 +120,8 @@ def check(config: Config, world_size: int) -> Checked:
     for name in unused_settings(config):
         of_method = any(name in method.settings for method in METHODS.values())
         who = f"method {config.method.name}" if of_method else f"optim.matrices={config.optim.matrices}"
+        if name == "optim.lr_other":
+            who = "a run that trains adapters alone"
         log.info("%s does not use %s", who, name)
     given: dict[str, Any] = {
         "tokenizer_fingerprint": tokens,

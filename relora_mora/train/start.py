@@ -81,9 +81,12 @@ def _method_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str
 
 
 def _alpha_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str]:
-    here = {float(rank if method.lora_alpha is None else method.lora_alpha) for rank in adapter.layers.values()}
     there = {adapter.alpha(name) for name in adapter.layers}
-    if adapter.mora_type is None and here != there:
+    differ = any(
+        adapter.alpha(name) != float(rank if method.lora_alpha is None else method.lora_alpha)
+        for name, rank in adapter.layers.items()
+    )
+    if adapter.mora_type is None and differ:
         alphas = ", ".join(f"{alpha:.17g}" for alpha in sorted(there))
         remedy = f"set method.lora_alpha={alphas}" if len(there) == 1 else "here all layers have one"
         given = "r" if method.lora_alpha is None else f"{method.lora_alpha:.17g}"
@@ -124,18 +127,24 @@ def _wrong_shape(adapter: AdapterFolder, wrong: list[str], expected: Mapping[str
     there = adapter.shapes.get(name)
     here = expected.get(name)
     remedy = "is it the adapter of another model? then give that in model.init_from"
-    if there and here and rank is not None:
+    ranks: dict[str, set[int]] = {}
+    for layer, of_layer in adapter.layers.items():
+        ranks.setdefault(layer.rpartition(".")[2], set()).add(of_layer)
+    kind = name.rpartition(".")[0].rpartition(".")[2]
+    if any(len(each) > 1 for each in ranks.values()):
+        remedy = "here all layers of a kind have one rank; merge it into its model, and begin with that"
+    elif there is None and kind in ranks:
+        remedy = "here all layers of a kind have an adapter; give its own model, or merge it into that and begin there"
+    elif there and here and rank is not None:
         if adapter.mora_type is not None:
             remedy = (
-                f"R is {rank} there: set method.rank and method.square_rounding (nearest: as the released MoRA), or "
-                "method.square_size"
+                f"R is {rank} there: set method.rank, method.square_rounding (nearest: as the released MoRA) "
+                "and method.square_multiple (1 where R is odd), or method.square_size"
             )
         elif there == ((rank, here[1]) if name.endswith("lora_A") else (here[0], rank)):
-            ranks = {layer.rpartition(".")[2]: rank for layer, rank in adapter.layers.items()}
-            pattern = ", ".join(f"{kind}: {rank}" for kind, rank in ranks.items())
-            remedy = (
-                f"set method.rank={rank}" if len(set(ranks.values())) == 1 else f"set method.rank_pattern={{{pattern}}}"
-            )
+            pattern = ", ".join(f"{kind}: {each}" for kind, [each] in ranks.items())
+            alike = len(set.union(*ranks.values())) == 1
+            remedy = f"set method.rank={rank}" if alike else f"set method.rank_pattern={{{pattern}}}"
     more = f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else ""
     return (
         f"model.adapter: {name} is {list(there) if there else 'missing'} in {adapter.file} and "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from relora_mora.adapters import AdapterFolder
@@ -178,6 +180,30 @@ def test_an_adapter_of_another_model(refuses, adapters, tmp_path):
     deeper = save_base(tmp_path / "deeper", num_hidden_layers=3)
     said = ("model.layers.2.mlp.down_proj.lora_A is missing in", "and [4, 40] here (14 tensors differ)")
     refuses(deeper, adapters["lora"], METHODS["lora"] | ALONE, *said)
+
+
+def _changed(adapter: Path, out: Path, config: dict[str, Any], drop: str = "") -> Path:
+    """A copy whose config says something else, without some tensors."""
+    shutil.copytree(adapter, out)
+    settings = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(settings | config))
+    if drop:
+        kept = {name: value for name, value in load_file(out / "adapter_model.safetensors").items() if drop not in name}
+        save_file(kept, out / "adapter_model.safetensors")
+    return out
+
+
+def test_scales_are_compared_layer_by_layer(refuses, base, adapters, tmp_path):
+    """Here each is 1; there 6 of rank 4 and 4 of rank 6, which are the same numbers."""
+    alphas = {"lora_alpha": 6, "alpha_pattern": {"down_proj": 4}}
+    crossed = _changed(adapters["lora_pattern"], tmp_path / "crossed", alphas)
+    method = METHODS["lora_pattern"] | ALONE | {"lora_alpha": None}
+    refuses(base, crossed, method, "method.lora_alpha: r here and 4, 6 in the adapter; here all layers have one")
+
+
+def test_an_adapter_of_some_layers_is_told(refuses, base, adapters, tmp_path):
+    some = _changed(adapters["lora"], tmp_path / "some", {}, drop="layers.1.")
+    refuses(base, some, METHODS["lora"] | ALONE, "is missing in", "here all layers of a kind have an adapter")
 
 
 def test_a_square_of_another_model(refuses, adapters, tmp_path):

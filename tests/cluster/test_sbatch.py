@@ -110,6 +110,14 @@ def slurm(tmp_path: Path) -> Slurm:
     return Slurm(tmp_path)
 
 
+def test_the_program_may_be_the_one_for_fine_tuning(slurm: Slurm) -> None:
+    """Its settings are checked with its own defaults: no file of tasks names operators and embeddings."""
+    done = slurm.start("configs/task/math.yaml", codes="0 0 0 0", PROGRAM="launch/finetune.py")
+    assert done.returncode == 0 and "launch/finetune.py configs/task/math.yaml" in done.stdout
+    wrong = slurm.start("configs/task/math.yaml", "--method.square_size=33", PROGRAM="launch/finetune.py")
+    assert wrong.returncode == 2 and "set method.square_multiple=1" in wrong.stderr
+
+
 def test_every_task_is_told_its_place_and_is_the_trainer_itself(slurm: Slurm) -> None:
     called = f"launch/pretrain.py {CONFIG} --method.operators=[1, 2] --train.micro_batch_size=4"
     done = slurm.start(CONFIG, "--method.operators=[1, 2]", "--train.micro_batch_size=4", codes="0 0 0 0")

@@ -214,6 +214,12 @@ def test_settings_of_other_methods_are_named() -> None:
     assert unused_settings(validate(tree(), "t")) == []
 
 
+def test_a_rate_of_what_does_not_train_is_not_used() -> None:
+    alone = {"name": "mora", "train_embeddings": False, "train_norms": False, "train_head": False}
+    for method, unused in ((alone, ["optim.lr_other"]), ({**alone, "train_norms": True}, []), ({"name": "full"}, [])):
+        assert unused_settings(validate(tree(method=method, optim={"lr_other": 1e-3}), "the test")) == unused
+
+
 def test_derived_quantities() -> None:
     config = validate(tree(train={"batch_size": 96, "micro_batch_size": 4}), "t")
     assert (config.tokens_per_step, config.lanes, config.accumulation_steps(3)) == (96 * 512, 32, 8)
