@@ -38,7 +38,7 @@ from relora_mora.data.token_index import (
 )
 from relora_mora.data.token_rows import Head, MappedTokens
 from relora_mora.data.token_writer import UNFINISHED, totals_of, write_tokens
-from relora_mora.system.logs import progress_bar
+from relora_mora.system.logs import log, progress_bar
 
 Tell = Callable[[int, float], object]  # the number of a shard, and the part of it that is done
 _TELL_SECONDS = 0.5
@@ -138,8 +138,14 @@ def _folder(out: Path, index: Index) -> Iterator[None]:
     with (out / INDEX).open("r+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            replaced = not os.path.samestat(os.fstat(lock.fileno()), (out / INDEX).stat())  # by one begun at once
         except BlockingIOError:
-            raise SourceError(f"{out}: another command makes its tokens now; wait until it ends") from None
+            replaced = True
+        except OSError as error:
+            replaced = False
+            log.warning("%s: no lock on its disk (%s); see that no other command writes there", out, error.strerror)
+        if replaced:
+            raise SourceError(f"{out}: another command makes its tokens now; wait until it ends")
         try:
             yield
         finally:  # a process that is killed, as by Ctrl-C, leaves them

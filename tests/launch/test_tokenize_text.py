@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -16,9 +17,9 @@ import psutil
 import pytest
 import yaml
 
-from relora_mora.data import resolve_shards
+from relora_mora.data import make_tokens, resolve_shards
 from tests.tools.commands import Answer, call, disk, left_in, refused
-from tests.tools.data_tools import line, some_texts, write_parquet, write_shard, write_shards
+from tests.tools.data_tools import data_config, line, some_texts, write_parquet, write_shard, write_shards
 from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
 
@@ -84,6 +85,23 @@ def test_a_folder_of_something_else_is_refused(
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused(make(inputs, out, tokenizer_path), "another command makes its tokens now")
     assert contents(out) == whole
+
+
+def test_a_disk_without_locks_is_written_to_with_a_warning(
+    inputs: Path, tokenizer_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Lustre is without -o flock."""
+
+    def flock(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    source = f"{inputs}/part-00000.json.gz"
+    given = {"config": data_config(source), "tokenizer_path": tokenizer_path, "processes": 1}
+    with caplog.at_level("WARNING", logger="relora_mora"):
+        make_tokens(resolve_shards(source), tmp_path / "out", **given)
+    assert "no lock on its disk (Function not implemented)" in caplog.text
+    assert (tmp_path / "out" / "tokens.json").is_file()
 
 
 def test_settings_of_a_run_give_text_tokenizer_and_limits(tmp_path: Path, tokenizer_path: str) -> None:
