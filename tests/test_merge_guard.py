@@ -1,4 +1,4 @@
-"""A merge that cannot be right does not begin: nothing is written to the base, on any rank."""
+"""A merge that cannot be right does not begin, or ends the run: nothing of it is saved."""
 
 from __future__ import annotations
 
@@ -55,3 +55,41 @@ def test_a_merge_that_would_not_reach_everything_does_not_begin(pools, stage, wh
     messages = pools(2)(merge_with_a_part_missing, 2, stage, what)
     assert messages[0] == messages[1] and "nothing was merged" in messages[0]
     assert ("13 layers to merge, expected 14" in messages[0]) == (what == "layer")
+
+
+def merge_of_large_products(world_size: int, stage: int) -> str:
+    from relora_mora.merging import MergeError
+    from tests.tools.tiny import build_rig, tiny_config
+
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method={"name": "relora"}))
+    names = [name for layer in rig.merger.parameters.values() for name in layer]
+    rig.engine.write_masters({name: torch.full(rig.engine.shapes[name], 1e20) for name in names})
+    with pytest.raises(MergeError) as caught:
+        rig.merge(MERGE_AT)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_product_of_finite_adapters_that_is_too_large_ends_the_run(pools, stage):
+    first, second = pools(2)(merge_of_large_products, 2, stage)
+    assert first == second and "is too large for float32" in first and "was saved nowhere" in first
+
+
+def merge_with_a_part_not_reset(world_size: int, stage: int) -> str:
+    from relora_mora.merging import MergeError
+    from tests.tools.tiny import build_rig, tiny_config
+
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}))
+    rig.step(1)
+    scatter = rig.engine.scatter
+    if rig.engine.rank == 1:
+        rig.engine.scatter = lambda name, value, key=None: max(0, scatter(name, value, key) - 1)
+    with pytest.raises(MergeError) as caught:
+        rig.merge(MERGE_AT)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_merge_that_has_not_reset_everything_ends_the_run(pools, stage):
+    first, second = pools(2)(merge_with_a_part_not_reset, 2, stage)
+    assert first == second and "merged 14 of 14 layers and reset " in first and "cannot be trusted from here" in first

@@ -280,12 +280,13 @@ def test_ctrl_c_ends_what_does_not_hear_of_it(tmp_path: Path, code: str) -> None
         "import hashlib, time\nfrom pathlib import Path\n"
         "import relora_mora.cli.interrupt\nfrom relora_mora.cli import new_folder, run\n"
         "relora_mora.cli.interrupt.GRACE_SECONDS = 0.5\n"
-        f"def main() -> None:\n  with new_folder(Path({str(tmp_path / 'out' / 'new')!r})):\n    {code}\nrun(main)\n"
+        f"def main() -> None:\n  with new_folder(Path({str(tmp_path / 'out' / 'new')!r})):\n"
+        f"    Path({str(tmp_path / 'inside')!r}).touch()\n    {code}\nrun(main)\n"
     )
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir()):
+    while not (tmp_path / "inside").exists():
+        assert process.poll() is None
         time.sleep(0.02)
-    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=10)
     assert (process.returncode, error) == (130, "interrupted\n")

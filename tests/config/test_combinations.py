@@ -10,11 +10,12 @@ import pytest
 from relora_mora.config import dump, load_config, parse_yaml, validate
 from relora_mora.config.deepspeed_checks import DERIVED_DEEPSPEED_KEYS
 from tests.tools.config_tools import SETTINGS, faults_of, tree
+from tests.tools.helpers import ROOT
 
 
 @pytest.mark.parametrize("operators", ["[7]", "[1, 7]", "[7, 7]"])
 def test_an_operator_that_is_drawn_anew_may_follow_itself(operators: str) -> None:
-    config = load_config("configs/run/tiny_remora.yaml", {"method.operators": operators})
+    config = load_config(ROOT / "configs/run/tiny_remora.yaml", {"method.operators": operators})
     assert config.method.cycle == tuple(json.loads(operators))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from launch.benchmark.pipeline import pipeline_throughput
 from relora_mora.data import make_tokens, resolve_shards
 from tests.tools.data_tools import data_config, write_shards
@@ -12,7 +14,8 @@ def test_throughput_is_measured(tmp_path, tokenizer_path):
     figures = pipeline_throughput(data_config(tmp_path / "*.gz"), tokenizer_path, tokens=2000, rounds=1)
     assert figures["data/lanes"] == figures["data/shards"] == 5
     assert figures["data/tokens_per_second_per_worker"] > 0 and figures["data/tokens_per_second_tokenizer"] > 0
-    assert 0 < figures["data/ratio"] < 2
+    speeds = [figures[f"data/tokens_per_second_{what}"] for what in ("per_worker", "tokenizer")]
+    assert figures["data/ratio"] == pytest.approx(speeds[0] / speeds[1])
     assert figures["data/tokens_per_second_in_advance"] > 0
     config = data_config(tmp_path / "*.gz")
     out = tmp_path / "tokens"

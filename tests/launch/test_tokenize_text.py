@@ -213,18 +213,17 @@ def test_a_killed_process_is_told(much_text: Path, tmp_path: Path, tokenizer_pat
     before = psutil.Process().children()  # of pools, for instance
 
     def kill_one() -> None:
-        while not (
-            found := [
-                child
-                for child in psutil.Process().children()
-                if child not in before and "spawn_main" in " ".join(child.cmdline())
-            ]
-        ):
+        while not answered.is_set():
+            for child in psutil.Process().children():
+                if child not in before and "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+                    return
             time.sleep(0.01)
-        found[0].kill()
 
+    answered = threading.Event()
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     answer = call(TOKENIZE, f"{much_text}/*.json", tmp_path / "out", f"--tokenizer={tokenizer_path}", "--processes=2")
+    answered.set()
     killer.join()
     refused(answer, "was killed; if memory ran out, give fewer --processes")

@@ -98,6 +98,15 @@ def test_everything_beside_the_adapters_can_be_frozen(method: dict[str, Any], gr
     assert [group.name for group in parameter_groups(model, alone) if group.rewarms] == ["adapters"]
 
 
+def test_norms_do_not_decay():
+    config = tiny_config(optim={"weight_decay": 0.1})
+    model = build_model(tiny_llama(), seed=0)
+    inject(model, config.method, seed=0)
+    set_trainable(model, config.method)
+    decays = {group.name: group.weight_decay for group in parameter_groups(model, config.optim)}
+    assert decays == {"adapters": 0.1, "embeddings": 0.1, "norms": 0.0}
+
+
 def test_targets_that_match_nothing_are_an_error():
     with pytest.raises(ValueError, match=r"no linear of the decoder is named experts; it has down_proj, gate_proj"):
         inject(build_model(tiny_llama(), seed=0), MethodConfig(target_modules=["q_proj", "experts"]), seed=0)

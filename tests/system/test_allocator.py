@@ -10,7 +10,8 @@ import sys
 import pytest
 
 CODE = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: the counts are of pages of 4 KiB
 from relora_mora.system.allocator import keep_freed_memory
 done = keep_freed_memory() if sys.argv[1] == "keep" else None
 def faults():

@@ -91,6 +91,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         found |= load_file(path)
+    assert found, f"there are no tensors in {checkpoint}"
     return found
 
 

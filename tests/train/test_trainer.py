@@ -250,3 +250,31 @@ def test_every_tiny_config_trains_as_shipped(pools, inputs, tokenizer_path, tmp_
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "merge/layers" in line] == ([2] if method.startswith("re") else [])
     shutil.rmtree(tmp_path / "run")
+
+
+def rates_of(config: Any) -> list[list[float]]:
+    """Those that each step was made with, a rate for each parameter group."""
+    from relora_mora.zero import ZeroEngine
+
+    step = ZeroEngine.step
+    rates: list[list[float]] = []
+
+    def noted(self: ZeroEngine, given: Any, loss: torch.Tensor) -> Any:
+        rates.append(list(given))
+        return step(self, given, loss)
+
+    with mock.patch.object(ZeroEngine, "step", noted):
+        train(config)
+    return rates
+
+
+def test_each_step_is_made_with_the_rate_of_its_number(pools, inputs, tokenizer_path, tmp_path):
+    """Two steps of warmup, and of the adapters alone two after the merges of steps 4 and 8."""
+    optim = {"schedule": "constant", "rewarm": "adapters"}
+    [rates] = pools(1)(rates_of, run_config(inputs, tokenizer_path, tmp_path / "run", optim=optim, **UNSAVED))
+    adapters = [0.01, 0.02, 0.02, 0.02, 0.01, 0.02, 0.02, 0.02, 0.01, 0.02]
+    others = [0.005, *[0.01] * 9]
+    assert rates == [[adapter, other, other] for adapter, other in zip(adapters, others, strict=True)]
+    lines = [line for line in metrics(tmp_path / "run") if "train/lr" in line]
+    assert [line["train/lr"] for line in lines] == adapters
+    assert [line["train/lr_norms"] for line in lines] == [line["train/lr_embeddings"] for line in lines] == others
