@@ -88,7 +88,8 @@ def main(
     auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"
     measured = on_cpu or chosen == here
-    peak = peak_flops(bf16=bf16, on_cpu=on_cpu) if measured else (chosen.tflops * 1e12, f"bf16, {chosen.source}")
+    of_sheet = chosen.tflops * 1e12, f"{'' if bf16 else 'of '}bf16{'' if bf16 else ', not of float32'}, {chosen.source}"
+    peak = peak_flops(bf16=bf16, on_cpu=on_cpu) if measured else of_sheet
     plan = make_plan(
         model_config,
         settings,

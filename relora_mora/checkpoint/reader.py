@@ -13,7 +13,7 @@ from torch import Tensor
 
 from relora_mora.checkpoint.layout import MANIFEST, CheckpointError, Manifest, damage, read_manifest
 from relora_mora.checkpoint.places import list_checkpoints, list_new, step_of
-from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks
+from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, same_on_all_ranks
 from relora_mora.system.disk_errors import raise_if_lost
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
@@ -130,20 +130,26 @@ class CheckpointReader:
         frozen = {name: list(engine.shapes[name]) for name in base.owner}
         if (trained, frozen) != (self.manifest.parameters, self.manifest.frozen):
             different = ", ".join(sorted(set(trained) ^ set(self.manifest.parameters))[:3]) or "other shapes"
-            raise CheckpointError(
-                f"{self.folder}: its trainable parameters are not this run's ({different}); "
-                "resume with the settings it was made with"
+            raise same_on_all_ranks(
+                CheckpointError(
+                    f"{self.folder}: its trainable parameters are not this run's ({different}); "
+                    "resume with the settings it was made with"
+                )
             )
         own = {name: self.manifest.moments(name) for name in trained}
         if (own, self.manifest.matrix_states or {}) != (engine.moments, engine.matrix_shapes):
-            raise CheckpointError(
-                f"{self.folder}: its matrices trained with {self.manifest.matrices}, and the state of one optimizer is "
-                f"nothing to another; resume with optim.matrices={self.manifest.matrices}"
-                + (" and its optim.projection_rank" if self.manifest.matrix_states else "")
+            raise same_on_all_ranks(
+                CheckpointError(
+                    f"{self.folder}: its matrices trained with {self.manifest.matrices}, and the state of one "
+                    f"optimizer is nothing to another; resume with optim.matrices={self.manifest.matrices}"
+                    + (" and its optim.projection_rank" if self.manifest.matrix_states else "")
+                )
             )
         if set(self.manifest.group_steps) != set(engine.group_names):
-            raise CheckpointError(
-                f"{self.folder}: its parameter groups are not this run's; resume with the settings it was made with"
+            raise same_on_all_ranks(
+                CheckpointError(
+                    f"{self.folder}: its parameter groups are not this run's; resume with the settings it was made with"
+                )
             )
         problem: str | None = None
         try:
@@ -152,7 +158,7 @@ class CheckpointReader:
             problem = str(error)
         first = _first_problem(gather_from_ranks(problem))
         if first is not None:
-            raise CheckpointError(first)
+            raise same_on_all_ranks(CheckpointError(first))
         self._files.clear()  # else a removed checkpoint would hold its disk space until the run ends
         engine.refresh()
         base.push(engine)

@@ -13,6 +13,7 @@ import torch
 from torch import distributed as dist
 
 from relora_mora.distributed.waiting import collective
+from relora_mora.system.disk_errors import LOST_DISK
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
@@ -95,8 +96,9 @@ def from_first_rank(make: Callable[[], Any]) -> Any:
 def on_all_ranks(make: Callable[[], T]) -> T:
     """What ``make`` returns on this rank, once it has done so on every rank; a collective.
 
-    ``make`` calls no collective. Its ValueError or OSError ends all ranks: the error itself where all have the same,
-    else :class:`RanksError` with what each of them says.
+    ``make`` calls no collective. Its ValueError or OSError ends all ranks: with the OSError of a rank whose disk is
+    gone and may come back, with its own error where each rank has one, else with :class:`RanksError`, which names those
+    that have.
     """
     outcome: T | ValueError | OSError
     try:
@@ -105,13 +107,17 @@ def on_all_ranks(make: Callable[[], T]) -> T:
     except (ValueError, OSError) as error:
         outcome = error
         said = str(error)
-    found = gather_from_ranks((socket.gethostname(), said))
-    if all(text is None for _, text in found):
+    lost = outcome if isinstance(outcome, OSError) and outcome.errno in LOST_DISK else None
+    found = gather_from_ranks((socket.gethostname(), said, lost))
+    if all(text is None for _, text, _ in found):
         return outcome  # type: ignore[return-value]
-    if isinstance(outcome, Exception) and len({text for _, text in found}) == 1:
+    for _, _, failure in found:
+        if failure is not None:
+            raise same_on_all_ranks(failure)
+    if isinstance(outcome, Exception) and all(text is not None for _, text, _ in found):
         raise same_on_all_ranks(outcome)
     ranks: dict[str, list[str]] = {}
-    for rank, (host, text) in enumerate(found):
+    for rank, (host, text, _) in enumerate(found):
         if text is not None:
             ranks.setdefault(text, []).append(f"rank {rank} ({host})")
     raise RanksError("\n".join(f"{', '.join(places)}, not all ranks: {text}" for text, places in ranks.items()))

@@ -44,8 +44,6 @@ def bind_device(store: Any, rank: int, world_size: int) -> torch.device | None:
     """
     local_rank = int(os.environ["LOCAL_RANK"])
     visible = torch.cuda.device_count() if uses_cuda() else 0
-    if not visible and os.environ.get("DS_ACCELERATOR") == "cuda":
-        raise ValueError("DS_ACCELERATOR=cuda in the environment: torch sees no GPU here; unset it to compute on CPUs")
     index = gpu_of(local_rank, visible)
     gpu = None
     if index is not None:
@@ -54,6 +52,9 @@ def bind_device(store: Any, rank: int, world_size: int) -> torch.device | None:
         gpu = str(torch.cuda.get_device_properties(index).uuid)
     seats = _seats_of_ranks(Seat(socket.gethostname(), local_rank, visible, gpu), store, rank, world_size)
     fault = seat_fault(seats)
+    if not any(seat.visible for seat in seats) and os.environ.get("DS_ACCELERATOR") == "cuda":
+        said = "DS_ACCELERATOR=cuda in the environment: torch sees no GPU here; unset it to compute on CPUs"
+        raise same_on_all_ranks(ValueError(said))
     if fault:
         raise same_on_all_ranks(ValueError(f"{fault}; {_REMEDY}"))
     return None if index is None else torch.device("cuda", index)

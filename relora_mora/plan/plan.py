@@ -19,7 +19,6 @@ from relora_mora.plan.memory import Memory, peak_memory
 from relora_mora.plan.network import Traffic, traffic
 from relora_mora.plan.optimizer import passes_bytes, product_flops
 from relora_mora.registry import METHODS
-from relora_mora.system.devices import Device
 
 STAGES = (0, 1, 2, 3)
 ASSUMED_UTILISATION = 0.4  # of a CPU; what a GPU reaches is calculated
@@ -218,11 +217,5 @@ def make_plan(
         tokens=config.tokens_per_step * config.train.steps,
         tokens_per_second=speed,
         assumption=assumption,
-        notes=[] if on_cpu else [*uneven_widths(model_config), *_speed_notes(config, cluster.device, bf16=bf16)],
+        notes=[] if on_cpu else uneven_widths(model_config),
     )
-
-
-def _speed_notes(config: Config, device: Device, *, bf16: bool) -> list[str]:
-    if bf16 or not device.tflops or config.log.peak_tflops is not None:
-        return []
-    return [f"the speed is that of bf16; that of {device.name} in float32 is not known here, give log.peak_tflops"]

@@ -86,6 +86,12 @@ class Guard:
         """Records the end of this run in its folder. The first call counts."""
         if self._folder is not None and self._recorded.acquire(blocking=False):
             record_end(self._folder, code=code, reason=reason, rank=self.rank, step=self.step)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """The next start need not wonder what became of this one."""
+        if self._lock is not None:
+            self._lock.say_released()
 
     def announce_exit(self, code: int, reason: str, *, same_on_all_ranks: bool) -> None:
         """This rank exits with an error. The others need to hear of it, unless they exit with the same one."""
@@ -100,6 +106,9 @@ class Guard:
         """A collective failed because another rank is gone: names that rank and ends the process."""
         if self._watchdog is not None:
             self.end(self._watchdog.diagnose(error))
+        elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self._training:
+            reason = f"another rank was lost at the start ({error})"
+            leave_now(LOST, lambda: self._say(reason), lambda: self.record(LOST, reason))
 
     def machine_failed(self, reason: str, *, same_on_all_ranks: bool) -> NoReturn:
         """A device or disk has failed: ends this process and the others with the code that starts a job again."""
@@ -135,7 +144,7 @@ class Guard:
             time.sleep(STACKS_SECONDS + 0.5)
             with contextlib.suppress(OSError):  # a launcher would wait half a minute for a process that does not answer
                 os.kill(failure.pid, signal.SIGKILL)
-        leave_now(failure.code)
+        leave_now(failure.code, self._let_go)
 
     def _report(self, failure: PeerFailure) -> None:
         first_left = 1 if failure.rank == 0 else 0

@@ -73,11 +73,17 @@ class RunLock:
 
     def release(self) -> None:
         self._released.set()
+        self.say_released()
         if self._handle is not None:
-            with contextlib.suppress(OSError):
-                _write(self._handle, released=True)
             os.close(self._handle)
             self._handle = None
+
+    def say_released(self) -> None:
+        """Writes that the holder has ended, which it is about to; the lock itself stays until then."""
+        handle = self._handle
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                _write(handle, released=True)
 
     def _touch(self, own: os.stat_result) -> None:
         """Shows other hosts that the holder is alive, as long as the file is its own."""

@@ -189,9 +189,9 @@ class Watchdog:
             if self._store.check(["failure"]):
                 return PeerFailure(**json.loads(self._store.get("failure")))
             self._receive(list(range(self.world_size)) if watches_all else [0, self.rank])
+            others = {rank: last for rank, last in self._received.items() if rank != self.rank}
         now = time.monotonic()
         allowed = min(SUSPECT_SECONDS, self.timeout_seconds) if self._suspicious.is_set() else self.timeout_seconds
-        others = {rank: last for rank, last in self._received.items() if rank != self.rank}
         found = find_silent(others, allowed, now)
         if found is None and self.rank == 0:
             found = find_hung(self._received, now)

@@ -53,18 +53,24 @@ class Metrics:
         self._loggers = loggers
         self._file: int | None = None
         self._losing: set[str] = set()
-        self._open(step)
+        self._step = step
+        self._open_file()
+        self._open_loggers()
 
     def go_back(self, step: int) -> None:
         """Drops what was logged beyond ``step``: the run goes on from there."""
         self._close_file()
-        self._open(step)
+        self._step = step
+        self._try(self.path.name, self._open_file)
+        self._open_loggers()
 
-    def _open(self, step: int) -> None:
-        self._keep_until(step)
+    def _open_file(self) -> None:
+        self._keep_until(self._step)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def _open_loggers(self) -> None:
         for logger in self._loggers:
-            self._try(logger.title, partial(logger.open, step))
+            self._try(logger.title, partial(logger.open, self._step))
 
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
@@ -106,7 +112,9 @@ class Metrics:
 
     def _append(self, line: bytes) -> None:
         """The whole line or nothing: a disk that fills up would take a part of it."""
-        assert self._file is not None, "closed"
+        if self._file is None:  # the disk was full when the run went back
+            self._open_file()
+        assert self._file is not None
         before = os.fstat(self._file).st_size
         written = os.write(self._file, line)
         if written < len(line):

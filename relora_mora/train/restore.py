@@ -21,13 +21,16 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     """
     checkpoints = RunFolder(Path(run.config.train.run_dir)).checkpoints
     manifest = reader.manifest
+    state = RunState.load(manifest, own=is_own(run, reader))
+    if state.trouble is None:  # else the run goes back to an earlier checkpoint
+        check_merges(run, reader)
     reader.restore(run.engine, run.base)
     run.merger.set_operator(manifest.operator, manifest.draw)
     if run.engine.rank == 0:
         _abandon_later(checkpoints, manifest.step)
-    state = RunState.load(manifest, own=is_own(run, reader))
-    if state.trouble is None:  # else the run goes back to an earlier checkpoint
-        _catch_up(run, state, reader)
+    if state.trouble is None and run.schedule.merges_done(state.step) > manifest.merges_done:
+        run.merger.merge(state.step, run.schedule.merges_done(state.step), run.schedule.operator(state.step))
+        log.info("step %d: merged, which the shorter run had left to its export", state.step)
     return state
 
 
@@ -46,23 +49,25 @@ def _abandon_later(checkpoints: Path, step: int) -> None:
             log.warning("%s is later than the step resumed from: renamed to %s", later.name, target.name)
 
 
-def _catch_up(run: Run, state: RunState, reader: CheckpointReader) -> None:
-    """The last step of a run does not merge; a longer run makes up for it here."""
+def check_merges(run: Run, reader: CheckpointReader) -> None:
+    """Raises :class:`CheckpointError` where a checkpoint has merged otherwise than the settings say.
+
+    The last step of a run does not merge; a longer run makes up for it when it begins there.
+    """
     manifest = reader.manifest
-    due = run.schedule.merges_done(state.step)
-    operator = run.schedule.operator(state.step)
-    if due == manifest.merges_done + 1 and run.schedule.merge_after(state.step):
-        run.merger.merge(state.step, due, operator)
-        log.info("step %d: merged, which the shorter run had left to its export", state.step)
-    elif due != manifest.merges_done:
-        fault = CheckpointError(
-            f"{reader.folder}: has merged {manifest.merges_done} times, with these settings a run at step {state.step} "
-            f"has merged {due} times; resume with the method.merge_every and method.merge_until_step it was made with"
+    due = run.schedule.merges_done(manifest.step)
+    operator = run.schedule.operator(manifest.step)
+    left_out = due == manifest.merges_done + 1 and run.schedule.merge_after(manifest.step)
+    fault = ""
+    if due != manifest.merges_done and not left_out:
+        fault = (
+            f"has merged {manifest.merges_done} times, with these settings a run at step {manifest.step} has merged "
+            f"{due} times; resume with the method.merge_every and method.merge_until_step it was made with"
         )
-        raise same_on_all_ranks(fault)
-    elif operator != manifest.operator:
-        fault = CheckpointError(
-            f"{reader.folder}: was made with operator {manifest.operator}, the settings say {operator} after step "
-            f"{state.step}; resume with the method.operators it was made with"
+    elif operator != manifest.operator and not left_out:
+        fault = (
+            f"was made with operator {manifest.operator}, the settings say {operator} after step {manifest.step}; "
+            "resume with the method.operators it was made with"
         )
-        raise same_on_all_ranks(fault)
+    if fault:
+        raise same_on_all_ranks(CheckpointError(f"{reader.folder}: {fault}"))

@@ -47,6 +47,7 @@ def test_a_fast_device_waits_for_its_host_and_a_slow_one_does_not():
             device,
             peak=device.tflops * 1e12,
             flops_per_token=1.15e9,
+            bf16=True,
             compiled=False,
             resident=True,
         )

@@ -276,12 +276,11 @@ def test_float32_and_recomputing_take_their_time_on_a_gpu() -> None:
     gpu = Cluster(1, 1, named_device("h100"))
     usual, again = (plan_of(cluster=gpu, **{"model.activation_checkpointing": on}) for on in ("false", "true"))
     assert again.steps[2].compute > 1.2 * usual.steps[2].compute
-    assert "give log.peak_tflops" not in render(usual)
     config = load_config(CONFIG, world_size=1)
     single = make_plan(
-        read_model_config(config.model), config, cluster=gpu, bf16=False, on_cpu=False, peak=(1e15, "the test")
+        read_model_config(config.model), config, cluster=gpu, bf16=False, on_cpu=False, peak=(1e12, "the test")
     )
-    assert "give log.peak_tflops" in render(single)
+    assert single.steps[2].compute > usual.steps[2].compute
 
 
 def test_command_line_for_another_machine(capsys: pytest.CaptureFixture[str]) -> None:

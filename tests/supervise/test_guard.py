@@ -113,6 +113,27 @@ def test_an_end_that_two_threads_find_is_said_once():
         assert (done.returncode, done.stderr) == (69, "the run ended: rank 1 is gone\n")
 
 
+LEFT = """
+import sys
+from pathlib import Path
+from relora_mora.supervise import Guard, RunLock
+from relora_mora.supervise.heartbeat import PeerFailure
+guard = Guard(signals=False)
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+guard.hold(lock)
+guard.end(PeerFailure(1, 69, "rank 1 is gone", announced=True))
+"""
+
+
+def test_the_start_after_an_end_for_a_lost_rank_does_not_wonder_about_it(tmp_path):
+    done = subprocess.run([sys.executable, "-c", LEFT, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 69
+    lock = RunLock(tmp_path)
+    assert lock.acquire(wait_seconds=5) is None, "it ended without saying why"
+    lock.release()
+
+
 @pytest.mark.parametrize("phase,signals,code", [("start", 1, 75), ("training", 2, 143)])
 def test_a_full_pipe_and_a_disk_that_does_not_answer_keep_nobody(phase, signals, code, tmp_path):
     command = [sys.executable, "-c", SILENCED, str(tmp_path), phase]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -128,6 +129,34 @@ def test_what_is_missing_on_one_host_alone_is_told_by_the_first_rank(
     first, second = pools(2)(with_less_on_the_second, other, other)
     assert first == second and gone in first and "rank" not in first
     assert not (tmp_path / "run").exists()
+
+
+def together(errors: list[Exception | None]) -> tuple[str, str, bool]:
+    """What ``on_all_ranks`` makes of an outcome of each rank."""
+    from relora_mora.distributed import on_all_ranks
+
+    def outcome() -> str:
+        error = errors[int(os.environ["RANK"])]
+        if error is not None:
+            raise error
+        return "done"
+
+    try:
+        return on_all_ranks(outcome), "", False
+    except (ValueError, OSError) as error:
+        return type(error).__name__, str(error), getattr(error, "same_on_all_ranks", False)
+
+
+def test_what_several_ranks_find_becomes_one_end(pools):
+    stale = OSError(errno.ESTALE, "Stale file handle", "a.json")
+    for errors, expected in (
+        ([None, None], [("done", "", False)] * 2),
+        ([None, stale], [("OSError", str(stale), True)] * 2),  # it ends with the code that starts a job again
+        ([ValueError("in /tmp/x1"), ValueError("in /tmp/x2")], [("ValueError", f"in /tmp/x{n}", True) for n in (1, 2)]),
+    ):
+        assert pools(2)(together, errors) == expected
+    for kind, text, same in pools(2)(together, [None, ValueError("gone")]):
+        assert kind == "RanksError" and same and text.startswith("rank 1 (") and text.endswith("not all ranks: gone")
 
 
 def on_folders_of_their_own(config: Any) -> str:

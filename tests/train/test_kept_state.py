@@ -85,6 +85,18 @@ def test_a_run_taken_over_and_stopped_before_its_first_step_keeps_its_place_in_t
     assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in (never, second))) == []
 
 
+def test_a_resume_that_is_refused_puts_no_checkpoint_aside(pools, inputs, tokenizer_path, tmp_path):
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", method={"merge_every": 2})
+    pools(1)(train, config, stop_after=6)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    back = {"resume": str(tmp_path / "run" / "checkpoints" / "step-00000004"), "allow_changes": ["method.merge_every"]}
+    (message,) = pools(1)(
+        _refused, run_config(inputs, tokenizer_path, tmp_path / "run", train=back, method={"merge_every": 5})
+    )
+    assert "step-00000004: has merged 2 times, with these settings a run at step 4 has merged 0 times" in message
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == checkpoints
+
+
 def test_a_checkpoint_without_a_place_in_the_data_is_refused(pools, inputs, tokenizer_path, tmp_path):
     from relora_mora.checkpoint.layout import content_checksum
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -93,6 +95,23 @@ def test_a_folder_that_cannot_be_written_for_a_while_costs_lines_and_no_tracebac
     assert _board(tmp_path, "train/loss")[-2:] == [(step, 2.0), (step + 1, 3.0)]
     assert [line["step"] for line in _lines(tmp_path)] == list(range(1, step + 2))
     assert "Traceback" not in said + capfd.readouterr().err
+
+
+def test_a_disk_that_is_full_when_a_run_goes_back_costs_lines_and_no_step_is_there_twice(tmp_path, monkeypatch):
+    metrics = Metrics(tmp_path, step=0)
+    for step in (1, 2, 3):
+        metrics.write(step, {"train/loss": 1.0})
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as disk:
+        disk.setattr("relora_mora.train.metrics.write_synced", full)
+        metrics.go_back(1)
+        metrics.write(2, {"train/loss": 2.0})
+    metrics.write(3, {"train/loss": 3.0})
+    metrics.close()
+    assert [(line["step"], line["train/loss"]) for line in _lines(tmp_path)] == [(1, 1.0), (3, 3.0)]
 
 
 def test_bytes_that_a_disk_has_spoilt_cost_a_line(tmp_path):
