@@ -78,6 +78,7 @@ bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether t
 COMPARE := $(BIN)/python launch/compare.py
 UNNAMED := optim.lr,optim.momentum,optim.restart_warmup_steps,method.operators
 FULL_RANK := --against=name=full,lr=0.0005,seed=0
+TUNED := name=full,lr=0.002,lr_other=0.032,seed=0
 REACH := --reach=eval/character_accuracy=0.5,0.95
 study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
 	$(COMPARE) docs/studies/memory_tiny.jsonl --best=optim.lr $(REACH) --out=docs/studies/memory_tiny
@@ -86,6 +87,7 @@ study: $(VENV)/.installed-dev  ## tables and figures of the studies in the docum
 	$(COMPARE) docs/studies/length_tiny.jsonl --out=docs/studies/length_tiny
 	$(COMPARE) docs/studies/larger_35m.jsonl --out=docs/studies/larger_35m
 	$(COMPARE) docs/studies/ablations_tiny.jsonl --out=docs/studies/ablations_tiny
+	$(COMPARE) docs/studies/embeddings_tiny.jsonl --against=$(TUNED) --out=docs/studies/embeddings_tiny
 	$(COMPARE) $(addprefix docs/studies/,paper_tiny.jsonl muon_tiny.jsonl projected_tiny.jsonl) --best=optim.lr $(FULL_RANK) --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
 	$(COMPARE) docs/studies/biomedical_tiny.jsonl --best=optim.lr --out=docs/studies/biomedical_tiny
 	$(COMPARE) docs/studies/math_tiny.jsonl --best=optim.lr --out=docs/studies/math_tiny
