@@ -117,7 +117,9 @@ class _Projected(ABC):
         since = done % self.every
         if since == 0 or (since == 1 and not projection.any()):
             left = torch.linalg.svd(gradient, full_matrices=False).U[:, : projection.shape[1]]
-            against = (left * projection).sum(dim=0) < 0
+            along = (left * projection).sum(dim=0)
+            largest = left.gather(0, left.abs().argmax(dim=0, keepdim=True))[0]  # its sign counts where P was zero
+            against = torch.where(along == 0, largest, along) < 0
             projection.copy_(torch.where(against, -left, left) * gradient.any())
         return projection
 
