@@ -88,8 +88,8 @@ def main(
     auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"
     measured = on_cpu or chosen == here
-    of_sheet = chosen.tflops * 1e12, f"{'' if bf16 else 'of '}bf16{'' if bf16 else ', not of float32'}, {chosen.source}"
-    peak = peak_flops(bf16=bf16, on_cpu=on_cpu) if measured else of_sheet
+    what = "bf16" if bf16 else "that of bf16: float32 is slower, give log.peak_tflops"
+    peak = peak_flops(bf16=bf16, on_cpu=on_cpu) if measured else (chosen.tflops * 1e12, f"{what}, {chosen.source}")
     plan = make_plan(
         model_config,
         settings,
