@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,8 +11,15 @@ pytestmark = pytest.mark.distributed
 MERGE_AT = 4
 
 
-def spoiled_merge(world_size: int, stage: int) -> str:
+def refused_merge(rig: Any) -> str:
     from relora_mora.merging import MergeError
+
+    with pytest.raises(MergeError) as caught:
+        rig.merge(MERGE_AT)
+    return str(caught.value)
+
+
+def spoiled_merge(world_size: int, stage: int) -> str:
     from tests.tools.tiny import build_rig, tiny_config
 
     rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}))
@@ -20,10 +29,9 @@ def spoiled_merge(world_size: int, stage: int) -> str:
         shard = next(shard for shard in rig.engine.fragments if shard.name.endswith("mora_M"))
         with torch.no_grad():
             shard.of(shard.flat)[0] = float("inf")
-    with pytest.raises(MergeError) as caught:
-        rig.merge(MERGE_AT)
+    said = refused_merge(rig)
     assert all(torch.equal(before[name], weight) for name, weight in rig.base.weights.items())
-    return str(caught.value)
+    return said
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -33,7 +41,6 @@ def test_a_delta_that_is_not_finite_is_never_merged(pools, stage):
 
 
 def merge_with_a_part_missing(world_size: int, stage: int, what: str) -> str:
-    from relora_mora.merging import MergeError
     from tests.tools.tiny import build_rig, tiny_config
 
     rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}))
@@ -43,10 +50,9 @@ def merge_with_a_part_missing(world_size: int, stage: int, what: str) -> str:
         del rig.merger.layers[next(iter(rig.merger.layers))]
     elif rig.engine.rank == 1:
         rig.engine.fragments.remove(next(shard for shard in rig.engine.fragments if shard.name.endswith("mora_M")))
-    with pytest.raises(MergeError) as caught:
-        rig.merge(MERGE_AT)
+    said = refused_merge(rig)
     assert all(torch.equal(before[name], weight) for name, weight in rig.base.weights.items())
-    return str(caught.value)
+    return said
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -58,15 +64,12 @@ def test_a_merge_that_would_not_reach_everything_does_not_begin(pools, stage, wh
 
 
 def merge_of_large_products(world_size: int, stage: int) -> str:
-    from relora_mora.merging import MergeError
     from tests.tools.tiny import build_rig, tiny_config
 
     rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method={"name": "relora"}))
     names = [name for layer in rig.merger.parameters.values() for name in layer]
     rig.engine.write_masters({name: torch.full(rig.engine.shapes[name], 1e20) for name in names})
-    with pytest.raises(MergeError) as caught:
-        rig.merge(MERGE_AT)
-    return str(caught.value)
+    return refused_merge(rig)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -76,7 +79,6 @@ def test_a_product_of_finite_adapters_that_is_too_large_ends_the_run(pools, stag
 
 
 def merge_with_a_part_not_reset(world_size: int, stage: int) -> str:
-    from relora_mora.merging import MergeError
     from tests.tools.tiny import build_rig, tiny_config
 
     rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}))
@@ -84,9 +86,7 @@ def merge_with_a_part_not_reset(world_size: int, stage: int) -> str:
     scatter = rig.engine.scatter
     if rig.engine.rank == 1:
         rig.engine.scatter = lambda name, value, key=None: max(0, scatter(name, value, key) - 1)
-    with pytest.raises(MergeError) as caught:
-        rig.merge(MERGE_AT)
-    return str(caught.value)
+    return refused_merge(rig)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -87,8 +87,7 @@ class CheckpointReader:
             try:
                 self._files[file] = safe_open(self.folder / file, framework="pt")
             except (SafetensorError, OSError) as error:
-                if isinstance(error, OSError):
-                    raise_if_lost(error)
+                raise_if_lost(error)
                 raise self._damaged(f"{file}: cannot be read ({error})") from error
         return self._files[file]
 

@@ -1,6 +1,6 @@
 """Typed settings of a run: schema, combinations that cannot work, reading."""
 
-from relora_mora.config.checks import unused_settings
+from relora_mora.config.checks import unused_by, unused_settings
 from relora_mora.config.data import SAMPLE_BY, DataConfig, SampleBy, Split
 from relora_mora.config.finetuning import FINETUNING, with_defaults
 from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate, with_epochs
@@ -61,6 +61,7 @@ __all__ = [
     "parse_yaml",
     "set_setting",
     "texts_in",
+    "unused_by",
     "unused_settings",
     "validate",
     "with_defaults",

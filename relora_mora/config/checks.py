@@ -19,20 +19,28 @@ from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS
 
 
 def unused_settings(config: Config) -> list[str]:
-    """Settings that were given but belong to other methods or optimizers, so that the trainer can say so."""
+    """Settings that were given and have no use, so that the trainer can say so."""
+    return list(unused_by(config))
+
+
+def unused_by(config: Config) -> dict[str, str]:
+    """The settings that were given and have no use, with what it is that does not use them."""
+    method, optim = config.method, config.optim
+    beside = (method.train_linears, method.train_embeddings, method.train_norms, method.train_head)
+    unused = {"optim.lr_other": "a run that trains adapters alone"} if method.uses_adapters and not any(beside) else {}
+    for records, own, who in (
+        (MATRIX_OPTIMIZERS, optim.record, f"optim.matrices={optim.matrices}"),
+        (METHODS, method.record, f"method {method.name}"),
+    ):
+        of_others = {setting for record in records.values() for setting in record.settings} - {*own.settings}
+        unused |= dict.fromkeys(of_others, who)
     given = [
         f"{section}.{key}"
         for section in Config.model_fields
         for key in type(getattr(config, section)).model_fields
         if key in getattr(config, section).model_fields_set
     ]
-    of_some = {setting for method in METHODS.values() for setting in method.settings}
-    of_some |= {setting for optimizer in MATRIX_OPTIMIZERS.values() for setting in optimizer.settings}
-    used = {*config.method.record.settings, *config.optim.record.settings}
-    method = config.method
-    beside = (method.train_linears, method.train_embeddings, method.train_norms, method.train_head)
-    of_none = {"optim.lr_other"} if method.uses_adapters and not any(beside) else set()
-    return [setting for setting in given if setting in (of_some - used) | of_none]
+    return {setting: unused[setting] for setting in given if setting in unused}
 
 
 def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:

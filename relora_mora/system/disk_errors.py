@@ -28,9 +28,9 @@ _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
-def raise_if_lost(error: OSError) -> None:
+def raise_if_lost(error: Exception) -> None:
     """Raises the error where a network file system is gone: what it holds is not damaged, and may come back."""
-    if error.errno in _LOST_NETWORK:
+    if isinstance(error, OSError) and error.errno in _LOST_NETWORK:
         raise error
 
 

@@ -165,9 +165,7 @@ def _take_over(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) ->
 
 def _template_of_texts(tokenizer: PreTrainedTokenizerBase, folder: Path, described: Mapping[str, Any]) -> Any:
     """What adds special tokens to a text, as ``AutoTokenizer`` takes it from this folder; None: nothing."""
-    from tokenizers.processors import TemplateProcessing
-
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, processors
 
     file = folder / "tokenizer.json"
     if file.is_file():
@@ -181,7 +179,7 @@ def _template_of_texts(tokenizer: PreTrainedTokenizerBase, folder: Path, describ
     if begin is None and end is None:
         return None
     around = [(str(token), tokenizer.convert_tokens_to_ids(str(token))) for token in (begin, end) if token is not None]
-    return TemplateProcessing(single=[*filter(None, (begin, "$A", end))], special_tokens=around)
+    return processors.TemplateProcessing(single=[*filter(None, (begin, "$A", end))], special_tokens=around)
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) -> None:

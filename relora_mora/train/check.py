@@ -12,14 +12,13 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from relora_mora.config import Config, DataConfig, parse_yaml, unused_settings, with_revisions_of
+from relora_mora.config import Config, DataConfig, parse_yaml, unused_by, with_revisions_of
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, template_in_use
 from relora_mora.model import check_length, plain_model_config
 from relora_mora.model.compiler import compiles_here
 from relora_mora.model.llama import check_attention
 from relora_mora.plan.fit import check_adapters, check_memory
 from relora_mora.pretrained import check_headers, model_config_of, tokenizer_beside
-from relora_mora.registry import METHODS
 from relora_mora.system.hardware import fast_bf16, memory_bytes, uses_cuda
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
@@ -117,11 +116,7 @@ def check(config: Config, world_size: int) -> Checked:
         log.info(remark)
     tokens = tokenizer_fingerprint(config.tokenizer_path, tokenizer)
     _check_tokenizer(config, model_config.model_type, tokens)
-    for name in unused_settings(config):
-        of_method = any(name in method.settings for method in METHODS.values())
-        who = f"method {config.method.name}" if of_method else f"optim.matrices={config.optim.matrices}"
-        if name == "optim.lr_other":
-            who = "a run that trains adapters alone"
+    for name, who in unused_by(config).items():
         log.info("%s does not use %s", who, name)
     given: dict[str, Any] = {
         "tokenizer_fingerprint": tokens,

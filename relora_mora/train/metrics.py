@@ -64,9 +64,10 @@ class Metrics:
         self._try(self.path.name, self._open_file)
         self._open_loggers()
 
-    def _open_file(self) -> None:
+    def _open_file(self) -> int:
         self._keep_until(self._step)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        return self._file
 
     def _open_loggers(self) -> None:
         for logger in self._loggers:
@@ -95,7 +96,7 @@ class Metrics:
         for logger in self._loggers:
             self._try(logger.title, partial(logger.write, step, values))
 
-    def _try(self, where: str, action: Callable[[], None]) -> None:
+    def _try(self, where: str, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:
@@ -112,13 +113,11 @@ class Metrics:
 
     def _append(self, line: bytes) -> None:
         """The whole line or nothing: a disk that fills up would take a part of it."""
-        if self._file is None:  # the disk was full when the run went back
-            self._open_file()
-        assert self._file is not None
-        before = os.fstat(self._file).st_size
-        written = os.write(self._file, line)
+        file = self._open_file() if self._file is None else self._file  # the disk was full when the run went back
+        before = os.fstat(file).st_size
+        written = os.write(file, line)
         if written < len(line):
-            os.ftruncate(self._file, before)
+            os.ftruncate(file, before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:

@@ -22,13 +22,12 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     checkpoints = RunFolder(Path(run.config.train.run_dir)).checkpoints
     manifest = reader.manifest
     state = RunState.load(manifest, own=is_own(run, reader))
-    if state.trouble is None:  # else the run goes back to an earlier checkpoint
-        check_merges(run, reader)
+    owes_merge = state.trouble is None and lacks_merge(run, reader)  # in trouble the run goes further back
     reader.restore(run.engine, run.base)
     run.merger.set_operator(manifest.operator, manifest.draw)
     if run.engine.rank == 0:
         _abandon_later(checkpoints, manifest.step)
-    if state.trouble is None and run.schedule.merges_done(state.step) > manifest.merges_done:
+    if owes_merge:
         run.merger.merge(state.step, run.schedule.merges_done(state.step), run.schedule.operator(state.step))
         log.info("step %d: merged, which the shorter run had left to its export", state.step)
     return state
@@ -49,25 +48,26 @@ def _abandon_later(checkpoints: Path, step: int) -> None:
             log.warning("%s is later than the step resumed from: renamed to %s", later.name, target.name)
 
 
-def check_merges(run: Run, reader: CheckpointReader) -> None:
-    """Raises :class:`CheckpointError` where a checkpoint has merged otherwise than the settings say.
+def lacks_merge(run: Run, reader: CheckpointReader) -> bool:
+    """Whether the merge of a checkpoint's step is still to be made: a shorter run ended there, and left it out.
 
-    The last step of a run does not merge; a longer run makes up for it when it begins there.
+    Raises :class:`CheckpointError` where it has merged otherwise than the settings say.
     """
     manifest = reader.manifest
     due = run.schedule.merges_done(manifest.step)
     operator = run.schedule.operator(manifest.step)
-    left_out = due == manifest.merges_done + 1 and run.schedule.merge_after(manifest.step)
-    fault = ""
-    if due != manifest.merges_done and not left_out:
+    if due == manifest.merges_done + 1 and run.schedule.merge_after(manifest.step):
+        return True
+    if due != manifest.merges_done:
         fault = (
             f"has merged {manifest.merges_done} times, with these settings a run at step {manifest.step} has merged "
             f"{due} times; resume with the method.merge_every and method.merge_until_step it was made with"
         )
-    elif operator != manifest.operator and not left_out:
+    elif operator != manifest.operator:
         fault = (
             f"was made with operator {manifest.operator}, the settings say {operator} after step {manifest.step}; "
             "resume with the method.operators it was made with"
         )
-    if fault:
-        raise same_on_all_ranks(CheckpointError(f"{reader.folder}: {fault}"))
+    else:
+        return False
+    raise same_on_all_ranks(CheckpointError(f"{reader.folder}: {fault}"))

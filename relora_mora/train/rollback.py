@@ -19,7 +19,7 @@ from relora_mora.system.logs import shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
 from relora_mora.train.errors import TrainingError
-from relora_mora.train.restore import check_merges, restore
+from relora_mora.train.restore import lacks_merge, restore
 from relora_mora.train.state import RunState
 
 
@@ -55,7 +55,7 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
             "checkpoint.every_steps to fewer steps"
         )
     reader = CheckpointReader(chosen)
-    check_merges(run, reader)
+    lacks_merge(run, reader)  # whether it fits the settings is told before anything is written
     rollback = Rollback(
         step=reader.manifest.step,
         at=state.step,
