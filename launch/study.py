@@ -17,7 +17,7 @@ try:
         read_runs,
         write_files,
     )
-    from relora_mora.study import CellsFailed, Stopped, StudyFolder, check_inputs, conduct, read_study, run_again
+    from relora_mora.study import CellsFailed, Stopped, StudyFolder, conduct, read_study, run_again
     from relora_mora.supervise import REQUEUE
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
@@ -46,6 +46,8 @@ def main(study: str, *, out: str | None = None, jobs: int = 1, again: str | None
         if again is not None:
             return _say_differences(*run_again(plan, folder, again, program))
         check_plots(folder.path)
+        from relora_mora.study.check import check_inputs  # loads torch, which takes seconds
+
         check_inputs(plan, folder)
         cells = conduct(plan, folder, program, jobs)
     except Stopped:

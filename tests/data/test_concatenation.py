@@ -113,13 +113,12 @@ def test_a_stream_comes_once_in_an_epoch_but_for_its_ends(tokenizer_path, tmp_pa
         assert abs(sum(count for text, count in seen.items() if name in text) - size) <= 2 * LANES
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("packing", ["whole", "stream"])
-def test_stops_and_other_numbers_of_ranks_change_none_of_it(sources, tokenizer_path, packing, workers):
-    config = _config(sources, packing, workers=workers)
+def test_stops_and_other_numbers_of_ranks_change_none_of_it(sources, tokenizer_path, packing):
+    config = _config(sources, packing)
     epoch = _count(config, tokenizer_path)
     steps = EPOCHS * epoch.tokens // (BATCH * LENGTH)
-    with _stream(_config(sources, packing), tokenizer_path, epoch_blocks=epoch.blocks) as stream:
+    with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
         expected = [next(stream) for _ in range(steps)]
     state = None
     step = 0

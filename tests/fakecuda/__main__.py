@@ -70,12 +70,16 @@ def install(folder: Path, python: Path) -> str | None:
 
 
 def build(python: Path, library: Path) -> None:
-    """Compiles the stand-in for CUDA with the headers that come with Triton."""
-    find = "import importlib.util as u; print(*u.find_spec('triton').submodule_search_locations)"
-    triton = subprocess.run([python, "-c", find], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    """Compiles the stand-in for CUDA with the headers of torch's runtime, and with what these need from Triton's."""
+    packages = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.strip()
     library.parent.mkdir(exist_ok=True)
-    include = f"-I{triton}/backends/nvidia/include"
-    options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", include]
+    include = [f"-I{packages}/{path}/include" for path in ("nvidia/cu13", "triton/backends/nvidia")]
+    options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *include]
     subprocess.run(["gcc", *options, SOURCE, "-o", library], check=True)
 
 

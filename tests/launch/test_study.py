@@ -10,7 +10,8 @@ import yaml
 
 from launch.uuid_pairs import uuid_pairs
 from relora_mora.config import ConfigError
-from relora_mora.study import CellsFailed, Study, StudyFolder, check_inputs
+from relora_mora.study import CellsFailed, Study, StudyFolder
+from relora_mora.study.check import check_inputs
 from tests.tools.adapter_tools import save_base
 from tests.tools.commands import call, module_of, refused
 from tests.tools.helpers import ROOT
@@ -77,7 +78,7 @@ def test_the_others_are_in_the_table_where_a_run_has_failed(tmp_path: Path, monk
         raise CellsFailed("name=lora,seed=0 is not done")
 
     module = module_of(STUDY)
-    monkeypatch.setattr(module, "check_inputs", lambda *_: None)
+    monkeypatch.setattr("relora_mora.study.check.check_inputs", lambda *_: None)
     monkeypatch.setattr(module, "conduct", failing)
     result = call(STUDY, ROOT / "configs/study/merges_tiny.yaml", f"--out={tmp_path / 'out'}")
     refused(result, "name=lora,seed=0 is not done")

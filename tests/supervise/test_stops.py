@@ -87,6 +87,7 @@ def test_a_signal_saves_and_ends_all_ranks(config, number, target, launcher):
     )
 
 
+@also
 def test_a_signal_during_the_start_ends_it(config):
     job = Job(config)
     job.wait_until(lambda: catches(job.find_rank(1), signal.SIGTERM))

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from relora_mora.config import Config
+from relora_mora.data import retry
+from relora_mora.data.retry import RETRIES
 from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.faulty_server import FAULTS, serving
 from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
@@ -23,7 +25,10 @@ STEPS = 6
 
 def _train(config: Config) -> None:
     os.environ["NO_PROXY"] = "127.0.0.1"
-    train(config)
+    RETRIES.retries = 0  # of runs that this process has made before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retry, "FIRST_WAIT_SECONDS", 0.01)
+        train(config)
 
 
 def test_a_run_on_a_faulty_network_ends_with_the_same_weights(pools, tokenizer_path, tmp_path):
@@ -40,7 +45,6 @@ def test_a_run_on_a_faulty_network_ends_with_the_same_weights(pools, tokenizer_p
             data = {
                 "train": f"{server.url}/train/{{0..{SHARDS - 1}}}.json.gz",
                 "validation": f"{server.url}/validation/part-00000.json.gz",
-                "workers": 1,
                 "max_bad_fraction": 0.5,
             }
             sections = {"data": data, "train": {"steps": STEPS}, "checkpoint": {"every_steps": STEPS}}

@@ -376,6 +376,14 @@ def test_the_first_rank_asks_a_server_for_all_what_stands_in_its_files(pools, in
         assert len(server.heads) == 9
 
 
+@pytest.fixture(scope="module")
+def begun(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
+    return folder
+
+
 @pytest.mark.parametrize(
     "what,change,says",
     [
@@ -390,7 +398,6 @@ def test_the_first_rank_asks_a_server_for_all_what_stands_in_its_files(pools, in
         ),
     ],
 )
-def test_what_would_change_the_result_is_refused(pools, inputs, tokenizer_path, tmp_path, what, change, says):
-    pools(1)(train, run_config(inputs, tokenizer_path, tmp_path / "run"), stop_after=1)
-    (message,) = pools(1)(_refused, run_config(inputs, tokenizer_path, tmp_path / "run", **change))
+def test_what_would_change_the_result_is_refused(pools, inputs, tokenizer_path, begun, what, change, says):
+    (message,) = pools(1)(_refused, run_config(inputs, tokenizer_path, begun, **change))
     assert says in message, message
