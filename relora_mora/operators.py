@@ -22,12 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from relora_mora.kernels import Grouping, expand_add, group_sum, group_sums, grouping
+from relora_mora.kernels import Grouping, expand_add, group_sum, group_sums, grouping, rotary, rotary_add
 from relora_mora.registry import OPERATORS, is_drawn
 from relora_mora.system.seeds import derived_seed
 
 MORA_TYPES = tuple(OPERATORS)
-ROPE_BASE = 10000.0
 ALIGNED = 16  # features: on a GPU, operands of products have rows of whole vectors of its matrix units
 
 
@@ -225,11 +224,11 @@ class RotaryOperator(Operator):
                 "set method.square_multiple to an even number or give an even method.square_size"
             )
         super().__init__(mora_type, in_features, out_features, size)
-        self.blocks = -(-min(in_features, out_features) // size)
+        self.blocks = rotary.blocks_of(in_features, out_features, size)
 
     def _angles(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, R] of block j and feature i, halves paired"""
-        return _rope_table(self.blocks, self.square_size, like.dtype, like.device)
+        return rotary.angles(self.blocks, self.square_size, like.dtype, like.device)
 
     def compress(self, x: Tensor) -> Tensor:
         blocks = _tile(x, self.blocks * self.square_size).unflatten(-1, (self.blocks, self.square_size))
@@ -244,36 +243,10 @@ class RotaryOperator(Operator):
         return _fold(dy, self.blocks * self.square_size).unflatten(-1, (self.blocks, self.square_size))
 
     def delta(self, M: Tensor) -> Tensor:
-        return self._add_blocks(M.new_zeros(self.out_features, self.in_features), M)
+        return rotary.add_blocks(M.new_zeros(self.out_features, self.in_features), M)
 
     def add_delta(self, weight: Tensor, M: Tensor, after: Tensor | None = None) -> Tensor:
-        return self._add_blocks(weight.clone(), M)
-
-    def _add_blocks(self, total: Tensor, M: Tensor) -> Tensor:
-        """Adds ``M Rot_j`` to total [out, in], in place, wherever block j of the inputs meets its outputs."""
-        cos, sin = (table.unsqueeze(-2) for table in self._angles(M))  # [B, 1, R]
-        # the transpose of the rotation acts on the rows of M
-        left, right = (M * sin).chunk(2, -1)
-        rotated = M * cos + torch.cat([right, -left], -1)  # [B, R, R]
-        size = self.square_size
-        for row in range(0, self.out_features, size):
-            j = row // size % self.blocks
-            block = rotated[j, : self.out_features - row]
-            column = j * size
-            while column < (j + 1) * size:
-                feature = column % self.in_features  # columns beyond the last feature wrap
-                width = min(self.in_features - feature, (j + 1) * size - column)
-                total[row : row + size, feature : feature + width] += block[:, column - j * size :][:, :width]
-                column += width
-        return total
-
-
-@lru_cache(maxsize=256)
-def _rope_table(positions: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    inverse = 1.0 / (ROPE_BASE ** (torch.arange(0, size, 2).float() / size))
-    angles = torch.outer(torch.arange(positions).float(), inverse)
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+        return rotary_add(weight, M, after)
 
 
 def make_operator(

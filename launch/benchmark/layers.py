@@ -76,7 +76,7 @@ def main(
         f"operator {operator}; kernels: {kernels.describe(place.type)}"
     )
     for name in VARIANTS:
-        print(f"{name:20}{milliseconds[name]:10.1f} ms {ratios[name]:8.3f}")
+        print(f"{name:20}{milliseconds[name]:10.3f} ms {ratios[name]:8.3f}")
     print(json.dumps({"device": device_name(place), "milliseconds": milliseconds, "ratio_to_frozen": ratios}))
 
 

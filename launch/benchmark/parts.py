@@ -83,7 +83,7 @@ def main(
     )
     for name, taken in milliseconds.items():
         rate = f"{ways[name][1] / taken / 1e9:8.3f} TFLOP/s" if ways[name][1] else ""
-        print(f"{name:42}{taken:10.1f} ms {taken / first:8.3f}{rate}")
+        print(f"{name:42}{taken:10.3f} ms {taken / first:8.3f}{rate}")
     ratios = {name: taken / first for name, taken in milliseconds.items()}
     print(json.dumps({"part": part, "device": device_name(place), "milliseconds": milliseconds, "ratio": ratios}))
 

@@ -8,7 +8,16 @@ bfloat16 in float32 and round once, torch rounds after every piece of a grouping
 
 from relora_mora.kernels.cpu import available
 from relora_mora.kernels.grouping import Grouping, contiguous, interleaved, rotated, wrapped_interleaved
-from relora_mora.kernels.ops import cross_entropy_, describe, disabled, expand_add, group_sum, group_sums, takes
+from relora_mora.kernels.ops import (
+    cross_entropy_,
+    describe,
+    disabled,
+    expand_add,
+    group_sum,
+    group_sums,
+    rotary_add,
+    takes,
+)
 
 __all__ = [
     "Grouping",
@@ -21,6 +30,7 @@ __all__ = [
     "group_sum",
     "group_sums",
     "interleaved",
+    "rotary_add",
     "rotated",
     "takes",
     "wrapped_interleaved",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
-import shutil
 from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
+
+from relora_mora.system.compilers import missing_to_compile
 
 DTYPES = (torch.bfloat16, torch.float32)
 OLDEST = (8, 0)  # compute capability of an A100: Triton supports none before
@@ -23,9 +23,8 @@ def obstacle() -> str | None:
         return "torch is not built for CUDA"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; install it beside torch"
-    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
-        return "Triton needs a C compiler; install gcc, or name one in CC"
-    return None
+    missing = missing_to_compile("C")
+    return f"Triton compiles at run time, and {missing}" if missing else None
 
 
 def describe() -> str:

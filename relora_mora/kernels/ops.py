@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relora_mora.kernels import cpu, cuda, reference
+from relora_mora.kernels import cpu, cuda, reference, rotary
 from relora_mora.kernels.grouping import Grouping
 
 LIBRARY = torch.library.Library("relora_mora", "DEF")
@@ -28,6 +28,7 @@ LIBRARY.define(
     "expand_add(Tensor weight, Tensor square, int[] inputs, int[] outputs, Tensor? after=None) -> Tensor",
     tags=_ANY_LAYOUT,
 )
+LIBRARY.define("rotary_add(Tensor weight, Tensor square, Tensor? after=None) -> Tensor", tags=_ANY_LAYOUT)
 LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor scale, int ignore, bool gradient) -> Tensor")
 
 
@@ -60,6 +61,10 @@ def _fake_expand_add(
     return weight.new_empty(weight.shape)
 
 
+def _fake_rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
 def _fake_cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: int, gradient: bool) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
@@ -78,6 +83,10 @@ def _add_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     )
 
 
+def _rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> Tensor:
+    return rotary.rotary_add(weight, square)
+
+
 _cuda_group_sums = cuda.kernel("relora_mora.kernels.triton_groups:group_sums")
 _cuda_expand_add = cuda.kernel("relora_mora.kernels.triton_groups:expand_add")
 _cuda_cross_entropy_ = cuda.kernel("relora_mora.kernels.triton_loss:cross_entropy_")
@@ -86,6 +95,7 @@ _cuda_cross_entropy_ = cuda.kernel("relora_mora.kernels.triton_loss:cross_entrop
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "group_sums": (_fake_group_sums, _sum_by(cpu.group_sums), _sum_by(_cuda_group_sums)),
     "expand_add": (_fake_expand_add, _add_by(cpu.expand_add), _add_by(_cuda_expand_add)),
+    "rotary_add": (_fake_rotary_add, _rotary_add, _rotary_add),
     "cross_entropy_": (_fake_cross_entropy_, cpu.cross_entropy_, _cuda_cross_entropy_),
 }
 
@@ -96,6 +106,7 @@ for _name, (_fake, _on_cpu, _on_cuda) in _KERNELS.items():
 
 _group_sums = torch.ops.relora_mora.group_sums.default
 _expand_add = torch.ops.relora_mora.expand_add.default
+_rotary_sum = torch.ops.relora_mora.rotary_add.default
 _cross_entropy_ = torch.ops.relora_mora.cross_entropy_.default
 
 
@@ -143,6 +154,15 @@ def expand_add(
     return reference.expand_add(weight, square, inputs, outputs)
 
 
+def rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> Tensor:
+    """weight [out, in] + D square C of the rotary operator; not differentiable. ``after``: as in :func:`expand_add`.
+
+    It is an operator so that a compiler writes no loads of ``square`` itself: these would take the alignment of one
+    layer's for that of all.
+    """
+    return _rotary_sum(weight, square, after)
+
+
 def cross_entropy_(
     logits: Tensor, labels: Tensor, *, ignore: int, scale: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -154,6 +174,7 @@ def cross_entropy_(
     the vocabulary raises IndexError in the kernel of CPUs, and makes the sum NaN in that of GPUs, where nobody waits to
     look at it.
     """
+    assert scale.device == logits.device, "a kernel cannot read it elsewhere"
     if takes(logits):
         losses = _cross_entropy_(logits, labels, scale, ignore, gradient)
         d_logits = logits if gradient else None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import torch
 from torch import nn
 
 from relora_mora.config import ConfigError, ModelConfig
+from relora_mora.system.compilers import missing_to_compile
 from relora_mora.system.logs import log
 
 # programs of one layer: training and evaluation, and each size of a batch have their own
@@ -21,22 +19,21 @@ def compiles(settings: ModelConfig, zero_stage: int, *, on_gpu: bool) -> bool:
 
 
 def compiles_here(settings: ModelConfig, zero_stage: int, *, on_gpu: bool) -> bool:
-    """As :func:`compiles`, but false, with a warning, where ``auto`` finds no compiler for torch.compile.
+    """As :func:`compiles`, but false, with a warning, where ``auto`` finds no compiler or no headers of Python.
 
-    That is one for C++ on a CPU and one for C, which Triton needs, on a GPU. Raises :class:`ConfigError` where
+    The compiler is one for C++ on a CPU and one for C, which Triton needs, on a GPU. Raises :class:`ConfigError` where
     ``model.compile`` is true and there is none.
     """
     if not compiles(settings, zero_stage, on_gpu=on_gpu):
         return False
-    language, variable, names = ("C", "CC", ("gcc", "clang")) if on_gpu else ("C++", "CXX", ("g++", "clang++"))
-    if any(map(shutil.which, (os.environ.get(variable, names[0]), names[1]))):
+    missing = missing_to_compile("C" if on_gpu else "C++")
+    if missing is None:
         return True
-    missing = f"model.compile: torch.compile needs a {language} compiler here, and there is no {names[0]}"
-    remedy = f"install it, or name one in {variable}"
+    fault = f"model.compile: torch.compile needs more than there is here: {missing}"
     if settings.compile == "auto":
-        log.warning("%s; the layers run uncompiled, which is slower; %s", missing, remedy)
+        log.warning("%s; until then the layers run uncompiled, which is slower", fault)
         return False
-    raise ConfigError([f"{missing}; {remedy}, or leave it at auto"], "the settings")
+    raise ConfigError([f"{fault}, or leave it at auto"], "the settings")
 
 
 def allow_programs(count: int) -> None:

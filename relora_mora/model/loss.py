@@ -131,15 +131,16 @@ def _logits(rows: int, vocabulary: int, like: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b: parts add up in float32, on NVIDIA's GPUs within the product. ``total`` may be overwritten."""
+    """total + a @ b: parts add up in float32 or wider, on NVIDIA's GPUs in the product; ``total`` may be overwritten"""
+    wide = torch.promote_types(a.dtype, torch.float32)
     if not (a.is_cuda and torch.version.cuda):
         part = a @ b
-        return part if total is None else total.float().add_(part)
+        return part if total is None else total.to(wide).add_(part)
     if total is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=wide)
     if not ADDS_TO_FLOAT32:
-        return total.add_(torch.mm(a, b, out_dtype=torch.float32))
-    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        return total.add_(torch.mm(a, b, out_dtype=wide))
+    return torch.addmm(total, a, b, out_dtype=wide, out=total)
 
 
 def _rounded_product(a: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,10 @@
 Run by ``make test-gpu``.
 """
 
+import torch
+
+from relora_mora import kernels
+from tests.gpu.conftest import gpu_only
 from tests.kernels.test_kernels import test_compiled_sum_rounds_once, test_expand_add_rounds_once
 from tests.methods.test_layers import test_all_forms_agree
 from tests.model.test_llama import (
@@ -20,3 +24,9 @@ from tests.test_export import (
     text,
 )
 from tests.test_operators import test_an_operator_in_the_types_of_training_is_that_in_float64
+
+
+@gpu_only
+def test_kernels_compute_here(device: torch.device) -> None:
+    assert kernels.describe("cuda") == "Triton"
+    assert kernels.takes(torch.zeros(2, 2, dtype=torch.bfloat16, device=device))

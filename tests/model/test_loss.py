@@ -37,8 +37,9 @@ def test_loss_and_gradient_are_those_of_float64(vocabulary, dtype, tolerance, sp
     logits, labels = (tensor.to(device) for tensor in _case(13, vocabulary, dtype, spread))
     taken = kernels.takes(logits)
     expected, gradient = _reference(logits, labels)
-    loss, _ = cross_entropy_(logits.clone(), labels, ignore=-100, scale=SCALE, gradient=False)
-    again, found = cross_entropy_(logits, labels, ignore=-100, scale=SCALE, gradient=True)
+    scale = SCALE.to(device)
+    loss, _ = cross_entropy_(logits.clone(), labels, ignore=-100, scale=scale, gradient=False)
+    again, found = cross_entropy_(logits, labels, ignore=-100, scale=scale, gradient=True)
     assert torch.equal(loss, again) and found.dtype == dtype
     torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-5)
     # torch's way takes exp of a difference to log sum exp, which is rounded: at 200 by 1e-5

@@ -84,7 +84,7 @@ def after_changes(stage: int) -> dict[str, tuple[int, bool]]:
         assert all(layer.built is not None for layer in rig.merger.layers.values())
 
     def is_right() -> bool:
-        merged = whole_weights(rig.engine, [weight])[weight] if stage == 3 else layer.merged_weight
+        merged = whole_weights(rig.engine, [weight])[weight] if stage == 3 else layer.merged_weight.cpu()
         rig.engine.drop_merged()
         whole = whole_weights(rig.engine, [weight, square])
         return torch.equal(merged, layer.operator.add_delta(whole[weight], whole[square]))
