@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from relora_mora.config import MethodConfig
+from relora_mora.distributed import gather_from_ranks
 from relora_mora.methods.layers import AdapterLinear, adapter_layers, effective_rank, layer_generator
 from relora_mora.methods.mora import MoRALinear
 from relora_mora.operators import Draw, GroupingOperator, Operator
@@ -28,6 +29,8 @@ MEASURED_STEPS = 100  # the effective rank is measured at most so often; singula
 
 class MergeError(RuntimeError):
     """A merge that was refused, or went wrong; the message says whether the base was written."""
+
+    same_on_all_ranks = True
 
 
 @dataclass(frozen=True)
@@ -178,11 +181,11 @@ class Merger:
         finite = (
             torch.stack([part.of(part.flat).isfinite().all() for part in fragments]).cpu().tolist() if fragments else []
         )
-        bad = sorted({part.name for part, good in zip(fragments, finite, strict=True) if not good})
-        if self.engine.sum_over_ranks(len(bad)):
-            where = ", ".join(bad[:3]) or "another rank's part"
+        own = {part.name for part, good in zip(fragments, finite, strict=True) if not good}
+        bad = sorted(set().union(*gather_from_ranks(own)))
+        if bad:
             raise MergeError(
-                f"step {step}: the delta to merge is not finite ({where}); "
+                f"step {step}: the delta to merge is not finite ({', '.join(bad[:3])}); "
                 "nothing was merged, go back to an earlier checkpoint"
             )
 

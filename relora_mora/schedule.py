@@ -6,6 +6,7 @@ evaluated at ``step + 1``; what happens at the end of step ``s`` is evaluated at
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,34 @@ def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) 
 def rewarmed(envelope: Callable[[int], float], step: int, since: int, warmup_steps: int) -> float:
     """The value ``since`` steps after a restart, on a line from zero that meets the envelope after ``warmup_steps``."""
     return since / warmup_steps * envelope(step - since + warmup_steps)
+
+
+def lr_multiplier(
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    restart_every: int,
+    restart_warmup_steps: int,
+    min_ratio: float,
+    offset: int = 0,
+) -> float:
+    """Cosine with restarts as ReLoRA has it (Guitaricet/relora, ``training_utils.py``), as a multiple of the peak rate.
+
+    Linear warmup over ``warmup_steps``, then a cosine from 1 to ``min_ratio`` at ``total_steps``. After every
+    ``restart_every`` steps a line rises from zero and meets the cosine ``restart_warmup_steps`` later; it is zero where
+    the restart begins. ``offset`` shifts the cosine and the restarts (ReLoRA's ``adjust_step``), not the warmup, and a
+    restart counts only where the unshifted step has reached ``restart_every``. ``restart_every=0``: no restarts.
+
+    A run has :class:`Schedule`, of the same two formulas, in which no step is made at rate zero.
+    """
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    curve = functools.partial(cosine, total_steps=total_steps, warmup_steps=warmup_steps, min_ratio=min_ratio)
+    shifted = step + offset
+    if restart_every and step >= restart_every and shifted % restart_every < restart_warmup_steps:
+        return rewarmed(curve, shifted, shifted % restart_every, restart_warmup_steps)
+    return curve(shifted)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 
 import pytest
 
-from relora_mora.schedule import Schedule, cosine, rewarmed
+from relora_mora.schedule import Schedule, lr_multiplier
 from tests.tools.helpers import SHARED, needs_shared
 
 REMORA = Schedule(
@@ -25,42 +24,13 @@ REMORA = Schedule(
 DRAWN = dataclasses.replace(REMORA, operators=(1, 7))
 
 
-def released(
-    step: int,
-    *,
-    total_steps: int,
-    warmup_steps: int,
-    restart_every: int,
-    restart_warmup_steps: int,
-    min_ratio: float,
-    offset: int = 0,
-) -> float:
-    """Cosine with restarts, as a multiple of the peak rate (Guitaricet/relora, ``training_utils.py``).
-
-    Linear warmup over ``warmup_steps``, then a cosine from 1 to ``min_ratio`` at ``total_steps``. After every
-    ``restart_every`` steps a line rises from zero and meets the cosine ``restart_warmup_steps`` later; it is zero where
-    the restart begins. ``offset`` shifts the cosine and the restarts (ReLoRA's ``adjust_step``), not the warmup, and a
-    restart counts only where the unshifted step has reached ``restart_every``. ``restart_every=0``: no restarts.
-
-    It is made of the product's two formulas, :func:`cosine` and :func:`rewarmed`, and differs from it in when they
-    apply: here a restart begins at rate zero, and may begin anywhere (``offset``).
-    """
-    if step < warmup_steps:
-        return step / max(1, warmup_steps)
-    curve = functools.partial(cosine, total_steps=total_steps, warmup_steps=warmup_steps, min_ratio=min_ratio)
-    shifted = step + offset
-    if restart_every and step >= restart_every and shifted % restart_every < restart_warmup_steps:
-        return rewarmed(curve, shifted, shifted % restart_every, restart_warmup_steps)
-    return curve(shifted)
-
-
 @needs_shared
 def test_the_released_schedule_is_made_of_the_same_formulas():
     settings = json.loads((SHARED / "golden" / "cosine_restarts.json").read_text())
     assert len(settings) >= 2
     for setting in settings:
         for step, expected in setting["points"]:
-            got = released(
+            got = lr_multiplier(
                 step,
                 total_steps=setting["num_training_steps"],
                 warmup_steps=setting["warmup_steps"],
@@ -141,7 +111,7 @@ def test_rates_around_a_merge():
 
 def test_agrees_with_the_released_schedule_wherever_that_is_not_zero():
     for step in range(1, 100):
-        table = released(
+        table = lr_multiplier(
             step, total_steps=100, warmup_steps=10, restart_every=20, restart_warmup_steps=5, min_ratio=0.1
         )
         if table:

@@ -191,11 +191,15 @@ def read_run(folder: Path) -> Run:
         tree = parse_yaml(files.config.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise CompareError(f"{files.config}: cannot be read ({' '.join(str(error).split())})") from error
-    return Run(folder, _settings(tree, files.config), lines, _json_lines(files.starts), is_held(folder))
+    starts = _json_lines(files.starts)
+    settings = _settings(tree, files.config)
+    settings["train.epochs"] = starts[-1].get("epochs") if starts else None  # the config has their steps
+    return Run(folder, settings, lines, starts, is_held(folder))
 
 
 def _kept_run(path: Path, record: dict[str, Any]) -> Run:
     settings = _settings(record["config"], path)
+    settings["train.epochs"] = record["given"].get("train", {}).get("epochs")
     study = path.parent if path.name == RECORDS else path.with_suffix("")
     folder = study / "runs" / record["name"]  # it need not be there any more
     return Run(folder, settings, record["metrics"], [record["start"]], is_running=False, is_record=True)

@@ -62,9 +62,6 @@ class DataConfig(Strict):
     lanes: Annotated[int, Field(ge=1, le=65536)] | None = Field(
         None, description="independent streams; null: the largest power of two <= 64 that divides train.batch_size"
     )
-    whole_shards: bool = Field(
-        False, description="lanes share no shard where each has one: some then read a shard more, as in runs before 0.1"
-    )
     workers: Annotated[int, Field(ge=0, le=1024)] = Field(
         1, description="tokenizing worker processes per rank; 0: in the training process"
     )

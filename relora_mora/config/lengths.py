@@ -62,10 +62,9 @@ def settled(config: Config) -> Config:
     return config.model_copy(update={"train": train, "optim": _derived(config.optim, warmup_fraction=fraction)})
 
 
-def with_counted_epochs(config: Config, tokens: int) -> Config:
-    """With the steps that ``train.epochs`` of a text of so many tokens are, and with those of its warmup."""
-    assert config.train.epochs is not None
-    steps = math.ceil(config.train.epochs * tokens / config.tokens_per_step)
+def with_counted_epochs(config: Config, tokens: float) -> Config:
+    """With the steps that ``train.epochs`` are, which have so many tokens in all, and with those of its warmup."""
+    steps = math.ceil(tokens / config.tokens_per_step)
     train = config.train.model_copy(update={"steps": steps, "epochs": None})
     return settled(with_steps(config.model_copy(update={"train": train})))
 

@@ -211,7 +211,8 @@ def validate(
         config = substitute_defaults(tree, error)
     if config is not None:
         unknown |= {"train.steps"} if config.train.epochs is not None else set()
-        unknown |= {"optim.warmup_steps"} if config.optim.warmup_fraction and config.train.epochs is not None else set()
+        if config.optim.warmup_fraction is not None and config.train.epochs is not None:
+            unknown.add("optim.warmup_steps")
         config = with_steps(config)
     for fault in faults(config, world_size) if config is not None else ():
         # a fault that rests on a setting which is itself wrong would be about a default that nobody asked for
@@ -222,8 +223,8 @@ def validate(
     return settled(config)
 
 
-def with_epochs(config: Config, tokens: int, world_size: int) -> Config:
-    """With the steps that ``train.epochs`` of a text of so many tokens are.
+def with_epochs(config: Config, tokens: float, world_size: int) -> Config:
+    """With the steps that ``train.epochs`` are, which have so many tokens in all.
 
     Raises :class:`ConfigError` where other settings do not fit a run of this length.
     """
@@ -231,7 +232,7 @@ def with_epochs(config: Config, tokens: int, world_size: int) -> Config:
     found = [str(fault) for fault in faults(config, world_size)]
     if found:
         steps = f"{config.train.steps:,} steps"
-        raise ConfigError(found, f"the settings, with {steps} for the epochs of {tokens:,} tokens")
+        raise ConfigError(found, f"the settings, with {steps} for {tokens:,.0f} tokens of all epochs")
     return config
 
 

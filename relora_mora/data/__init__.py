@@ -5,7 +5,7 @@ from relora_mora.data.batch import UNSCORED, Batch, document_boundaries, documen
 from relora_mora.data.chat import end_of_turn, template_in_use
 from relora_mora.data.checked_rows import check_columns, check_records
 from relora_mora.data.content import local_content, remote_content
-from relora_mora.data.counting import count_epoch
+from relora_mora.data.counting import count_epochs
 from relora_mora.data.dataset_sources import find_datasets, remember_datasets
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.evalset import EvalSet, load_eval_set
@@ -36,7 +36,7 @@ __all__ = [
     "check_records",
     "check_tokens",
     "configured_shards",
-    "count_epoch",
+    "count_epochs",
     "counts_of",
     "describe_position",
     "document_boundaries",

@@ -22,34 +22,41 @@ from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard, configured_shards
 from relora_mora.data.token_checks import epoch_tokens
 from relora_mora.data.token_rows import open_any
-from relora_mora.data.whole import CountedLane
+from relora_mora.data.whole import CountedLane, of_epoch
 
 log = logging.getLogger(__name__)
 
 
-class Epoch(NamedTuple):
-    """``tokens``: of a stream with the EOS behind each document; of whole rows with what fills sequences up.
+class Epochs(NamedTuple):
+    """How long each of the first epochs is; later ones are as long as the last of these.
 
-    ``blocks``: those that an epoch takes of every lane of whole rows; None in a stream.
+    ``tokens``: of a stream with the EOS behind each document; of whole rows with what fills sequences up. ``blocks``:
+    those that the epoch takes of every lane of whole rows; None in a stream.
     """
 
-    tokens: int
-    blocks: int | None
+    tokens: Sequence[int]
+    blocks: Sequence[int] | None
+
+    def tokens_of(self, epochs: float) -> float:
+        """Of the first so many."""
+        whole = int(epochs)
+        lengths = [of_epoch(self.tokens, number) for number in range(whole + 1)]
+        return sum(lengths[:whole]) + (epochs - whole) * lengths[whole]
 
 
-def count_epoch(
+def count_epochs(
     config: DataConfig, tokenizer_path: str, *, lanes: int, blocks_per_lane: int = 1, epochs: int = 1
-) -> Epoch:
-    """How long an epoch is; of whole rows the longest of the first ones, for the lane that has most.
+) -> Epochs:
+    """How long each of the first epochs is; of whole rows for the lane that has most in it.
 
     Lanes of whole rows begin each epoch together, and with a global batch, which takes ``blocks_per_lane`` of each.
-    Reads all of the text, and judges all of its records; of tokens made in advance the number is known. Raises
-    SourceError, also where there are none.
+    Epochs differ, since rows are packed in another order. Reads all of the text, and judges all of its records; of
+    tokens made in advance the number is known. Raises SourceError, also where there are none.
     """
     shards = configured_shards(config, "train")
     packing = packing_of(config, shards)
     if packing == "stream":
-        epoch = Epoch(_stream_tokens(shards, config, tokenizer_path), None)
+        counted = Epochs([_stream_tokens(shards, config, tokenizer_path)], None)
         late = _read_late(shards, lane_plans(config, lanes, len(shards), packing))
         if late > 0.05:
             log.warning(
@@ -61,18 +68,18 @@ def count_epoch(
             )
     else:
         most, rows = _most_blocks(shards, config, tokenizer_path, lanes, packing, epochs)
-        blocks = -(-most // blocks_per_lane) * blocks_per_lane
-        epoch = Epoch(blocks * lanes * config.sequence_length, blocks)
-        if rows < 0.9 * blocks * lanes:
+        blocks = [-(-longest // blocks_per_lane) * blocks_per_lane for longest in most]
+        counted = Epochs([each * lanes * config.sequence_length for each in blocks], blocks)
+        if rows < 0.9 * blocks[0] * lanes:
             why = "its end does not fill a global batch; lower train.batch_size"
-            if rows < 0.9 * most * lanes:
+            if rows < 0.9 * most[0] * lanes:
                 why = f"{lanes} lanes wait for the one with most; lower data.lanes"
-            empty = 100 - 100 * rows / (blocks * lanes)
+            empty = 100 - 100 * rows / (blocks[0] * lanes)
             log.warning("%.0f %% of the sequences of an epoch are empty: %s", empty, why)
-    if not epoch.tokens:
+    if not counted.tokens[0]:
         given = ", ".join(source.source for source in config.train_sources)
         raise SourceError(f"the training data {given} holds no text; give a source with at least one document")
-    return epoch
+    return counted
 
 
 def _read_late(shards: Sequence[Shard], plans: Sequence[LanePlan]) -> float:
@@ -100,8 +107,8 @@ def _stream_tokens(shards: Sequence[Shard], config: DataConfig, tokenizer_path: 
 
 def _most_blocks(
     shards: Sequence[Shard], config: DataConfig, tokenizer_path: str, lanes: int, packing: Packing, epochs: int
-) -> tuple[int, int]:
-    """(blocks of the longest epoch of a lane, blocks of all lanes in the first one).
+) -> tuple[list[int], int]:
+    """(of each epoch the blocks of the lane that has most, blocks of all lanes in the first one).
 
     Raises SourceError where too many records are bad.
     """
@@ -110,20 +117,22 @@ def _most_blocks(
     tokenizer = load_tokenizer(tokenizer_path)
     encode = encoder_of(tokenizer, (shard.records for shard in shards), packing, config.sequence_length)
     fills = packing == "whole"
-    most = first = bad = seen = used = tokens = 0
+    counted = epochs if fills else 1  # where each row is a block, all epochs are alike
+    most = [0] * counted
+    first = bad = seen = used = tokens = 0
     passed = Counter[str]()
     last_bad = ""
     for plan in lane_plans(config, lanes, len(shards), packing):
         lane = CountedLane(
             LaneRows(plan, shards, config, functools.partial(open_any, config)),
-            _remembered(encode) if fills and epochs > 1 else encode,
+            _remembered(encode) if counted > 1 else encode,
             eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
             sequence_length=config.sequence_length,
             fills=fills,
         )
         with closing(lane):
-            blocks = lane.epoch_blocks(epochs if fills else 1)
-        most = max(most, *blocks)
+            blocks = lane.epoch_blocks(counted)
+        most = list(map(max, most, blocks))
         first += blocks[0]
         of_lane = judged(lane.encoded.first_epoch)
         bad += of_lane[0]

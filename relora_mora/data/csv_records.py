@@ -43,8 +43,7 @@ class CsvRecords:
         self._limit = config.max_line_bytes
         self._bytes = 0  # of the row so far
         self._taken = 0  # lines of it
-        self._lost = 0  # further lines of one whose quote is never closed
-        self._ended = False
+        self._lost = 0  # further lines of one that is no CSV
         self._lines = _Lines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
         self._reader = csv.reader(iter(self._line, None), strict=True)
         try:
@@ -90,7 +89,7 @@ class CsvRecords:
         self._lines.close()
 
     def _next(self) -> list[str] | Skipped | None:
-        """The next row; where the file ends inside of a quote, each line of that row is a bad one."""
+        """The next row; each line of one that is no CSV is a bad row: an open quote takes in all up to the next one."""
         if self._lost:
             self._lost -= 1
             return Skipped("not_csv")
@@ -101,7 +100,7 @@ class CsvRecords:
         except _BadRow as bad:
             return bad.skipped
         except csv.Error:
-            self._lost = self._taken - 1 if self._ended else 0
+            self._lost = self._taken - 1
             return Skipped("not_csv")
         return Skipped("too_long") if self._bytes > self._limit + 1 else row  # its last newline does not count
 
@@ -121,7 +120,6 @@ class CsvRecords:
                 return line.decode(_BYTES) + "\n"
             if b'"' in line.replace(b'""', b""):
                 return _INSIDE.sub(rb"\1\2", line).decode(_BYTES) + "\n"
-        self._ended = True
         return None
 
     def _header(self, shard: Shard) -> list[str]:

@@ -149,7 +149,10 @@ def how_written(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat)
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], *, parse_special: bool, scores_all: bool
 ) -> list[Encoded]:
-    """A token is scored where it holds a character of an answer, as in transformers' ``assistant_masks``."""
+    """A token is scored where it holds a character of an answer, as in transformers' ``assistant_masks``.
+
+    So is the last one of a text that ends in an answer, of which some tokenizers trim spaces until nothing is left.
+    """
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     backend.encode_special_tokens = not parse_special
     encodings = backend.encode_batch([passage.text for passage in passages], add_special_tokens=False)
@@ -161,7 +164,7 @@ def _tokens(
         starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         scored = np.zeros(len(starts), np.bool_)
         for begin, end in passage.answers:
-            scored |= (starts < end) & (ends > begin)
+            scored |= ((starts < end) | (end == len(passage.text))) & (ends > begin)
         rows.append(Encoded(encoding.ids, scored))
     return rows
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # the rule by which shards become lanes and lanes blocks; a change of it that moves a token gets a new name
-RULE = "lanes-1"
-RULE_OF_WHOLE_ROWS = "lanes-3"  # where it differs: lanes of whole rows all share the shards that are fewer than lanes
-RULE_OF_PARTS = "lanes-2"  # where it differs: lanes share the shards that are left when each has as many as the others
+RULE = "lanes-4"
 
 
 def fingerprint(
@@ -43,7 +40,7 @@ def fingerprint(
         shards = configured_shards(config, split)
     content = _order(config, tokenizer_fingerprint, batch_lanes, shards, tokenizer) | {
         "split": split,
-        "shards": [[shard.name, shard.size] for shard in shards],
+        "sizes": [shard.size for shard in shards],
         "sequence_length": config.sequence_length,
         "max_line_bytes": config.max_line_bytes,
     }
@@ -75,30 +72,15 @@ def _order(
     shards: Sequence[Shard],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[str, Any]:
-    read_by = [shard.source if config.is_mixture else "" for shard in shards]
-    uneven = any(count > batch_lanes and count % batch_lanes for count in Counter(read_by).values())
-    even = [
-        name
-        for name, shard in zip(read_by, shards, strict=True)
-        if config.concatenate or packing_of(config, [shard]) != "stream"
-    ]
-    spread = any(1 < count < batch_lanes for count in Counter(even).values())
-    rule = RULE_OF_PARTS if uneven and not config.whole_shards else RULE
     order = {
-        "rule": RULE_OF_WHOLE_ROWS if spread else rule,
+        "rule": RULE,
         "tokenizer": tokenizer_fingerprint,
-        "shards": [shard.name for shard in shards],
+        "shards": [[shard.name, shard.source, shard.text_column] for shard in shards],
         "lanes": batch_lanes,
         "seed": config.seed,
         "shuffle_documents": config.shuffle_documents,
+        "concatenate": config.concatenate,
     }
-    columns = [shard.text_column for shard in shards]
-    if set(columns) != {"text"}:  # the only one there was: runs that read it keep their fingerprint
-        order["columns"] = columns
-    if any(shard.source for shard in shards):
-        order["sources"] = [shard.source for shard in shards]
-    if config.concatenate:
-        order["concatenate"] = True
     if any(shard.format is TEXT for shard in shards):
         order["sample_by"] = config.sample_by
     return order | _record_order(config, shards, tokenizer)
@@ -107,7 +89,7 @@ def _order(
 def _record_order(
     config: DataConfig, shards: Sequence[Shard], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, Any]:
-    """What records add; nothing where all rows are plain text in a stream, as in runs that knew nothing else."""
+    """What records add, and rows that are no stream."""
     order: dict[str, Any] = {}
     by_source = {shard.source: shard for shard in shards}
     records = {source: shard.records for source, shard in by_source.items() if shard.records is not None}

@@ -70,7 +70,7 @@ def plan_lanes(lanes: int, shards: int, *, whole: bool = False, even: bool = Fal
 def lane_plans(config: DataConfig, lanes: int, shards: int, packing: Packing) -> list[LanePlan]:
     """How the lanes of a run share shards whose rows become sequences like this."""
     even = packing != "stream" or config.concatenate
-    return plan_lanes(lanes, shards, whole=config.whole_shards, even=even)
+    return plan_lanes(lanes, shards, even=even)
 
 
 def seeded_order(count: int, *key: int) -> list[int]:

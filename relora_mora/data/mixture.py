@@ -70,7 +70,7 @@ class Mixture:
         """
         if len(self.names) == 1:
             return [[self.names[0]] * self.blocks_per_lane for _ in lanes]
-        stage = max((stage for stage in self._stages if stage.before <= batch), key=lambda stage: stage.before)
+        stage = next(stage for stage in reversed(self._stages) if stage.before <= batch)
         size = self.lanes * self.blocks_per_lane
         first = (batch - stage.before) * size
         counts = zip(stage.counts(first), stage.counts(first + size), strict=True)

@@ -88,7 +88,10 @@ def conversation_of(kind: str, record: Record) -> Conversation | Skipped:
                 return _bad(record, f'has a "{field}" that is a text and no JSON')
             if not is_encodable(json.dumps(given, ensure_ascii=False)):
                 return _bad(record, f'has a "{field}" with half of a surrogate pair')
-        found[field] = _without_nulls(given)
+        try:
+            found[field] = _without_nulls(given)
+        except RecursionError:
+            return _bad(record, f'has a "{field}" that is nested too deeply')
     given = found[name]
     if not isinstance(given, list) or not given:
         return _bad(record, f'has a "{name}" that is no list of messages')

@@ -37,7 +37,7 @@ class Assignment:
     blocks_per_lane: int
     batch: int  # global batches before the first
     states: Mapping[str, Mapping[str, Any]]  # of these lanes; empty at the start of a run
-    epoch_blocks: int | None = None  # of a lane of whole rows, where lanes wait for each other (``counting.Epoch``)
+    epoch_blocks: Sequence[int] | None = None  # where lanes of whole rows wait for each other (``counting.Epochs``)
 
 
 @dataclass
@@ -161,7 +161,7 @@ def _packer(
     encode: Encode[Any],
     eos: int,
     restored: Mapping[str, Any] | None,
-    epoch_blocks: int | None,
+    epoch_blocks: Sequence[int] | None,
 ) -> Packer:
     length = rows.config.sequence_length
     if packing == "stream":

@@ -29,7 +29,7 @@ class TrainStream:
     ``lanes`` is the number of lanes of all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
     the merged states of all ranks (``merge_states``), from any number of ranks and workers, and ``step`` the global
     batches before the next one, on which a mixture depends; ``shards`` saves resolving the sources again. With
-    ``epoch_blocks`` (``count_epoch``) lanes of whole rows begin each epoch together; a state brings its own. Build it
+    ``epoch_blocks`` (``count_epochs``) lanes of whole rows begin each epoch together; a state brings its own. Build it
     in a thread that lives as long as the stream: its workers end with that thread. Raises SourceError for sources that
     cannot be read, ValueError for numbers that do not divide.
     """
@@ -46,7 +46,7 @@ class TrainStream:
         state: Mapping[str, Mapping[str, Any]] | None = None,
         step: int = 0,
         shards: Sequence[Shard] | None = None,
-        epoch_blocks: int | None = None,
+        epoch_blocks: Sequence[int] | None = None,
     ) -> None:
         if batch_size % lanes or lanes % world_size or not 0 <= rank < world_size:
             raise ValueError(

@@ -8,6 +8,7 @@ import functools
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
+import re
 import signal
 import sys
 import time
@@ -42,6 +43,7 @@ from relora_mora.system.logs import log, progress_bar
 
 Tell = Callable[[int, float], object]  # the number of a shard, and the part of it that is done
 _TELL_SECONDS = 0.5
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")  # in the name of a shard on the hub
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _folder(out: Path, index: Index) -> Iterator[None]:
         if found.making != index.making:
             what = "made by another tokenizer, or with another max_line_bytes or sample_by"
         elif found.texts != index.texts:
-            what = "of another text, or of what it was before it changed"
+            what = f"of another text, or of what it was before it changed{_earlier_commit(found, index)}"
         else:
             what = ""
         if what:
@@ -151,6 +153,13 @@ def _folder(out: Path, index: Index) -> Iterator[None]:
         finally:  # a process that is killed, as by Ctrl-C, leaves them
             for path in out.glob(f"*{UNFINISHED}"):
                 path.unlink(missing_ok=True)
+
+
+def _earlier_commit(found: Index, index: Index) -> str:
+    """How to go on with the tokens of an earlier commit of the same set."""
+    names = [[_COMMIT.sub("@/", text.name) for text in each.texts] for each in (found, index)]
+    commit = _COMMIT.search(found.texts[0].name)
+    return f" (to go on with it: --revision={commit[1]})" if commit and names[0] == names[1] else ""
 
 
 def _finished(job: Job) -> Totals | None:

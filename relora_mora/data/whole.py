@@ -5,8 +5,8 @@ want of room goes into another block of its group. A group ends where its tokens
 and at the end of an epoch, so an epoch is whole blocks. A position is where a group begins, and how many of its blocks
 and rows were given.
 
-Lanes have unequal numbers of blocks. Where the largest is known (``counting.py``), a lane that has given all of an
-epoch gives blocks without rows until the others have done so too: nobody begins an epoch before its time.
+Lanes have unequal numbers of blocks. Where the largest of each epoch is known (``counting.py``), a lane that has given
+all of an epoch gives blocks without rows until the others have done so too: nobody begins an epoch before its time.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ from relora_mora.data.rows import Encode, Encoded, Row
 GROUP_BLOCKS = 16  # more waste less room and make a resume repeat more
 
 
+def of_epoch(numbers: Sequence[int], epoch: int) -> int:
+    """That of an epoch, from 0, in the numbers of the first ones; those beyond are like the last."""
+    return numbers[min(epoch, len(numbers) - 1)]
+
+
 _NOT_FILLED = Block(np.empty(0, np.int32), None)
 
 
@@ -38,9 +43,9 @@ class WholeBlock(NamedTuple):
 class WholeLane(Generic[Row]):
     """A ``packing.Packer`` of rows that fit into a block; ``fills``: several in each, else one.
 
-    ``epoch_blocks`` are those that an epoch takes of every lane; None: each begins the next one at once. ``restored``
-    is a state of this lane, which keeps that number once the lane has begun. Raises SourceError where the source does
-    not fit it.
+    ``epoch_blocks`` are those that each epoch takes of every lane; None: each lane begins the next one at once.
+    ``restored`` is a state of this lane, which keeps these numbers once the lane has begun. Raises SourceError where
+    the source does not fit it.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class WholeLane(Generic[Row]):
         eos: int,
         sequence_length: int,
         fills: bool,
-        epoch_blocks: int | None = None,
+        epoch_blocks: Sequence[int] | None = None,
         restored: Mapping[str, Any] | None = None,
     ) -> None:
         self.rows = rows
@@ -95,7 +100,7 @@ class WholeLane(Generic[Row]):
         return self._blocks[self._given - 1].block
 
     def state(self) -> dict[str, Any]:
-        turn = {} if self._epoch_blocks is None else {"epoch_blocks": self._epoch_blocks, "turn": self._turn}
+        turn = {} if self._epoch_blocks is None else {"epoch_blocks": list(self._epoch_blocks), "turn": self._turn}
         if self._given == len(self._blocks):
             return {**self._after.state(0), **turn}
         documents = sum(block.rows for block in self._blocks[: self._given])
@@ -109,9 +114,10 @@ class WholeLane(Generic[Row]):
         """Whether all rows of this epoch were given, and other lanes may have some. At a group's end."""
         if self._epoch_blocks is None or self._goes_on(self._epoch, hides_errors=self.rows.limit is not None):
             return False
-        if self._turn < self._epoch_blocks:
+        blocks = of_epoch(self._epoch_blocks, self._epoch)
+        if self._turn < blocks:
             return True
-        self._turn -= self._epoch_blocks
+        self._turn -= blocks
         return False
 
     def _block_without_rows(self) -> Block:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Checked:
     config: Config
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    chat_template: str | None  # of the first conversations in the training data
     tokenizer_fingerprint: str
     shards: list[Shard]  # of the training data
     data_fingerprint: str
@@ -47,7 +49,8 @@ class Checked:
     data_order: str
     bf16: bool
     compiled: bool  # the decoder layers
-    epoch_blocks: int | None = None  # that a lane of whole rows has in each of train.epochs, which are counted
+    epochs: float | None = None  # train.epochs, in whose place the config has steps once they are counted
+    epoch_blocks: Sequence[int] | None = None  # that each of them takes of a lane of whole rows
 
     @property
     def identity(self) -> Identity:
@@ -74,8 +77,7 @@ def pinned_before(config: Config) -> DataConfig:
     sources = {name: with_revisions_of(getattr(data, name), getattr(before, name)) for name in ("train", "validation")}
     if None in sources.values():
         return data
-    whole = bool(saved.get("whole_shards", True))  # an older program knew no other way
-    pinned = data.model_copy(update={**sources, "whole_shards": whole or data.whole_shards})
+    pinned = data.model_copy(update=sources)
     if data.revision == DataConfig.model_fields["revision"].default:
         return pinned.model_copy(update={"revision": before.revision})
     return pinned
@@ -109,8 +111,7 @@ def check(config: Config, world_size: int) -> Checked:
     inputs = open_inputs(config)
     tokenizer = inputs.tokenizer
     shards = inputs.shards
-    if template := template_in_use(shards, tokenizer):
-        tokenizer.chat_template = template  # the run's tokenizer, and that of an export, write what was trained on
+    template = template_in_use(shards, tokenizer)
     remark = check_vocabulary(tokenizer, model_config.vocab_size, trained=config.model.init_from is not None)
     if remark:
         log.info(remark)
@@ -128,6 +129,7 @@ def check(config: Config, world_size: int) -> Checked:
         config=config,
         model_config=model_config,
         tokenizer=tokenizer,
+        chat_template=template,
         tokenizer_fingerprint=tokens,
         shards=shards,
         data_fingerprint=fingerprint(data, split="train", **given),

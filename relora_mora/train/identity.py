@@ -25,7 +25,6 @@ FREE_SETTINGS = {
     "data.records",  # part of the fingerprint, and so is the text of its template
     "data.packing",  # part of the fingerprint where it is not "stream"
     "data.text_column",  # part of the fingerprint where it is not "text"
-    "data.whole_shards",  # part of the fingerprint where it matters
     "data.sample_by",  # part of the fingerprint where there is a .txt file
     "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
     "data.workers",

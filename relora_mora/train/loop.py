@@ -99,8 +99,11 @@ class Trainer:
     def _fit(self) -> int:
         first = None
         if self.evaluating.is_due_at_start(self.state):
-            first = self.next_batch()  # text that cannot be used is told before an evaluation, which can take long
-            if first is None or not self.evaluating.evaluate(self.state):
+            if self.state.step < self.config.train.steps:
+                first = self.next_batch()  # text that cannot be used is told before an evaluation, which can take long
+                if first is None:
+                    return self.ends.stop(self.state)
+            if not self.evaluating.evaluate(self.state):
                 return self.ends.stop(self.state)
             self.startup.done("evaluation")
         self.progress.begin()
@@ -167,14 +170,15 @@ class Trainer:
         interval = state.interval
         interval.data_counts = batch.counts
         interval.steps += 1
-        if done.applied:
-            interval.loss += done.loss
+        loss_of_step = done.loss if share.scored else math.nan  # there is none of no token
+        if done.applied and share.scored:
+            interval.loss += loss_of_step
             interval.good_steps += 1
             interval.grad_norm = done.grad_norm
         interval.step_seconds += time.perf_counter() - begin
         self.progress.update()
         self.startup.first_step_done(step, self.write)
-        return StepResult(loss=done.loss, applied=done.applied, grad_norm=done.grad_norm, data=data)
+        return StepResult(loss=loss_of_step, applied=done.applied, grad_norm=done.grad_norm, data=data)
 
     def roll_back(self) -> None:
         """Back to a checkpoint from before the trouble; the data goes on where it is."""

@@ -12,7 +12,7 @@ from relora_mora.config import Config, DataConfig, with_epochs
 from relora_mora.data import (
     check_columns,
     check_records,
-    count_epoch,
+    count_epochs,
     find_datasets,
     hub_commits,
     pin_revision,
@@ -20,7 +20,7 @@ from relora_mora.data import (
     remember_datasets,
     remote_content,
 )
-from relora_mora.data.counting import Epoch
+from relora_mora.data.counting import Epochs
 from relora_mora.data.dataset_sources import Datasets
 from relora_mora.data.hub_sources import Revision
 from relora_mora.distributed import (
@@ -47,6 +47,7 @@ from relora_mora.train.errors import MemoryShortage
 from relora_mora.train.loggers import check_loggers
 from relora_mora.train.loop import Trainer
 from relora_mora.train.resume import finds_checkpoint, resume
+from relora_mora.train.rollback import forget_rollbacks
 from relora_mora.train.run_folder import check_run_folder, write_run_folder
 from relora_mora.train.startup import Startup, describe
 from relora_mora.train.state import RunState
@@ -116,13 +117,16 @@ def _pretrain(config: Config, guard: Guard) -> int:
     check_agreement(checked.identity)
     asked = from_first_rank(lambda: _asked(checked, data))
     checked = replace(checked, data_content=checked.data_content + asked)
+    if checked.chat_template is not None:  # the run's tokenizer, and that of an export, write what was trained on
+        checked.tokenizer.chat_template = checked.chat_template
     lock = from_first_rank(lambda: _lock(guard, folder))
     check_shared(RunFolder(folder).lock, lock)
     if config.train.epochs is not None:  # takes long: all else that can be wrong has been found
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
-        epoch = from_first_rank(lambda: _count(config))
-        config = with_epochs(config, epoch.tokens, world_size)
-        checked = replace(checked, config=config, epoch_blocks=epoch.blocks)
+        counted = from_first_rank(lambda: _count(config))
+        epochs = config.train.epochs
+        config = with_epochs(config, counted.tokens_of(epochs), world_size)
+        checked = replace(checked, config=config, epochs=epochs, epoch_blocks=counted.blocks)
     guard.begin("building the model", within=LONG_SECONDS)
     startup.done("checks")
     resumes = from_first_rank(lambda: finds_checkpoint(config.train))
@@ -130,6 +134,8 @@ def _pretrain(config: Config, guard: Guard) -> int:
     state, reader = resume(run) if resumes else (RunState(), None)
     if resumes:
         startup.done("resume")
+    else:
+        forget_rollbacks(folder, state)
     if checked.compiled:
         warm_up(run, state, guard)
         startup.done("compile")
@@ -172,20 +178,20 @@ def _pinned(config: Config) -> tuple[DataConfig, dict[Revision, str], Datasets]:
     return data, commits, find_datasets(data)
 
 
-def _count(config: Config) -> Epoch:
-    """How long an epoch is. One rank reads all of the text."""
+def _count(config: Config) -> Epochs:
+    """How long the epochs are. One rank reads all of the text."""
     begin = time.perf_counter()
     log.info("train.epochs: counting the tokens of the training text")
     lanes = config.lanes
-    epoch = count_epoch(
+    counted = count_epochs(
         config.data,
         config.tokenizer_path,
         lanes=lanes,
         blocks_per_lane=config.train.batch_size // lanes,
         epochs=math.ceil(config.train.epochs or 1),
     )
-    log.info("an epoch of it has %s tokens (%.1f s)", f"{epoch.tokens:,}", time.perf_counter() - begin)
-    return epoch
+    log.info("an epoch of it has %s tokens (%.1f s)", f"{counted.tokens[0]:,}", time.perf_counter() - begin)
+    return counted
 
 
 def _asked(checked: Checked, data: DataConfig) -> str:

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints
-from relora_mora.checkpoint.places import list_new, step_of
+from relora_mora.checkpoint.layout import LATEST
+from relora_mora.checkpoint.places import list_new, step_folder, step_of
 from relora_mora.distributed import same_on_all_ranks
+from relora_mora.system.files import write_synced
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
@@ -21,12 +23,13 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     """
     checkpoints = RunFolder(Path(run.config.train.run_dir)).checkpoints
     manifest = reader.manifest
-    state = RunState.load(manifest, own=is_own(run, reader))
+    own = is_own(run, reader)
+    state = RunState.load(manifest, own=own)
     owes_merge = state.trouble is None and lacks_merge(run, reader)  # in trouble the run goes further back
     reader.restore(run.engine, run.base)
     run.merger.set_operator(manifest.operator, manifest.draw)
     if run.engine.rank == 0:
-        _abandon_later(checkpoints, manifest.step)
+        _abandon_later(checkpoints, manifest.step if own else None)
     if owes_merge:
         run.merger.merge(state.step, run.schedule.merges_done(state.step), run.schedule.operator(state.step))
         log.info("step %d: merged, which the shorter run had left to its export", state.step)
@@ -38,14 +41,20 @@ def is_own(run: Run, reader: CheckpointReader) -> bool:
     return reader.folder.parent.resolve() == RunFolder(Path(run.config.train.run_dir)).checkpoints.resolve()
 
 
-def _abandon_later(checkpoints: Path, step: int) -> None:
-    """After going back, checkpoints of later steps belong to another history: the next resume must not take them."""
-    for later in [*list_checkpoints(checkpoints), *list_new(checkpoints)]:
-        if (step_of(later.with_suffix("")) or 0) > step:
-            target = later.with_name(f"abandoned-{later.with_suffix('').name}")
-            shutil.rmtree(target, ignore_errors=True)
-            later.rename(target)
-            log.warning("%s is later than the step resumed from: renamed to %s", later.name, target.name)
+def _abandon_later(checkpoints: Path, step: int | None) -> None:
+    """Renames checkpoints of another history, which the next resume must not take.
+
+    After going back these are those of later steps, and after a start from another run's checkpoint, None, all.
+    """
+    found = [*list_checkpoints(checkpoints), *list_new(checkpoints)]
+    others = [each for each in found if step is None or (step_of(each.with_suffix("")) or 0) > step]
+    for other in others:
+        target = other.with_name(f"abandoned-{other.with_suffix('').name}")
+        shutil.rmtree(target, ignore_errors=True)
+        other.rename(target)
+        log.warning("%s is not of the history that goes on here: renamed to %s", other.name, target.name)
+    if others and step is not None:
+        write_synced(checkpoints / LATEST, f"{step_folder(step)}\n")
 
 
 def lacks_merge(run: Run, reader: CheckpointReader) -> bool:
@@ -61,7 +70,7 @@ def lacks_merge(run: Run, reader: CheckpointReader) -> bool:
     if due != manifest.merges_done:
         fault = (
             f"has merged {manifest.merges_done} times, with these settings a run at step {manifest.step} has merged "
-            f"{due} times; resume with the method.merge_every and method.merge_until_step it was made with"
+            f"{due} times; resume with the method.merge_every, method.merge_until_step and train.steps it was made with"
         )
     elif operator != manifest.operator:
         fault = (

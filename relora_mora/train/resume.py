@@ -15,11 +15,11 @@ from relora_mora.checkpoint.reader import list_candidates
 from relora_mora.config import TrainConfig
 from relora_mora.data import mixture_names, start_states
 from relora_mora.distributed import from_first_rank, same_on_all_ranks
-from relora_mora.system.logs import log
+from relora_mora.system.logs import log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
 from relora_mora.train.identity import Identity, changes_since
-from relora_mora.train.restore import is_own, restore
+from relora_mora.train.restore import restore
 from relora_mora.train.rollback import forget_rollbacks, replay_rollbacks
 from relora_mora.train.state import RunState
 
@@ -49,14 +49,14 @@ def resume(run: Run) -> tuple[RunState, CheckpointReader]:
     if problem is not None:
         log.warning("%s: %s; its tensors are whole, and the run goes on with tokenizer.path", chosen, problem)
     state = restore(run, reader)
-    if is_own(run, reader):
-        follow = replay_rollbacks if config.resume == "auto" else forget_rollbacks
-        follow(Path(config.run_dir), state)
     log.info("resumed from %s at step %d", chosen, state.step)
     if reader.manifest.data_order != run.checked.data_order:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
-        if run.engine.rank == 0:
-            log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
+        shared_log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
+    if config.resume == "auto":
+        replay_rollbacks(Path(config.run_dir), state, run.checked.data_order)
+    else:
+        forget_rollbacks(Path(config.run_dir), state)
     return state, reader
 
 

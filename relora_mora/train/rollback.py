@@ -31,6 +31,7 @@ class Rollback:
     at: int
     reason: str
     data_state: dict[str, Any]  # of all lanes
+    data_order: str  # of the data in which that is a place
 
 
 def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
@@ -61,6 +62,7 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
         at=state.step,
         reason=str(state.trouble),
         data_state=merge_states(gather_from_ranks(state.data)),
+        data_order=run.checked.data_order,
     )
     if run.engine.rank == 0:
         known = read_rollbacks(folder)[: state.rollbacks]
@@ -79,17 +81,21 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
     return restored
 
 
-def replay_rollbacks(folder: Path, state: RunState) -> None:
-    """After a resume: where the run went back to this step later, its data goes on where that left it. A collective."""
+def replay_rollbacks(folder: Path, state: RunState, data_order: str) -> None:
+    """After a resume: where the run went back to this step later, its data goes on where that left it. A collective.
+
+    ``data_order`` is that of the data which the run reads now.
+    """
     rollbacks = from_first_rank(lambda: read_rollbacks(folder))
     for number, rollback in enumerate(rollbacks[state.rollbacks :], state.rollbacks + 1):
-        if rollback.step == state.step:  # the last one to here is how the run went on
+        if rollback.step == state.step and rollback.data_order == data_order:  # the last one is how the run went on
             state.data = rollback.data_state
             state.rollbacks = number
+            shared_log.info("the data of steps %d to %d is skipped, as after the rollback", state.step + 1, rollback.at)
 
 
 def forget_rollbacks(folder: Path, state: RunState) -> None:
-    """After a resume from a checkpoint that was named: another history begins there. A collective."""
+    """Where another history begins with this state: the rollbacks after it are none of its own. A collective."""
     rollbacks = from_first_rank(lambda: read_rollbacks(folder))
     if len(rollbacks) > state.rollbacks:
         kept = dump_rollbacks(rollbacks[: state.rollbacks])

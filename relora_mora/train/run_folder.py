@@ -24,7 +24,7 @@ from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.files import remove, write_synced
 from relora_mora.system.hardware import processor_name, uses_cuda
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.tokenizer import is_tokenizer, save_tokenizer
+from relora_mora.tokenizer import save_tokenizer
 from relora_mora.train.check import Checked
 
 
@@ -65,15 +65,20 @@ def _write(folder: Path, checked: Checked, start: dict[str, Any]) -> None:
     names = RunFolder(folder)
     write_synced(names.config, dump(checked.config))  # a resume looks there for the revision of the data
     write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
-    tokenizer = names.tokenizer
-    if not is_tokenizer(tokenizer, checked.tokenizer_fingerprint):  # an earlier start may have had another one
-        work = folder / "tokenizer.tmp"
+    work = folder / "tokenizer.tmp"
+    remove(work)
+    save_tokenizer(checked.tokenizer, work)
+    if _files(work) == _files(names.tokenizer):
         remove(work)
-        save_tokenizer(checked.tokenizer, work)
-        remove(tokenizer)
-        work.rename(tokenizer)
+    else:  # an earlier start had another one, or another chat template
+        remove(names.tokenizer)
+        work.rename(names.tokenizer)
     with names.starts.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(start) + "\n")
+
+
+def _files(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def _start_record(checked: Checked, parameters: Parameters, world_size: int, step: int) -> dict[str, Any]:
@@ -81,6 +86,7 @@ def _start_record(checked: Checked, parameters: Parameters, world_size: int, ste
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,
+        "epochs": checked.epochs,
         "command": sys.argv,
         "host": socket.gethostname(),
         "world_size": world_size,

@@ -21,7 +21,7 @@ class RunState:
     step: int = 0  # optimizer steps done, those skipped for bad numbers included
     tokens: int = 0
     skipped_steps: int = 0
-    rollbacks: int = 0
+    rollbacks: int = 0  # of this run
     health: Health = field(default_factory=Health)
     interval: Interval = field(default_factory=Interval)
     trouble: str | None = None  # why the run must go back to an earlier checkpoint
@@ -54,7 +54,7 @@ class RunState:
             step=step,
             tokens=counters.get("tokens", 0),
             skipped_steps=counters.get("skipped_steps", 0),
-            rollbacks=counters.get("rollbacks", 0),
+            rollbacks=counters.get("rollbacks", 0) if own else 0,
             health=Health(**health),
             interval=Interval.load(counters.get("interval")),
             trouble=counters.get("trouble"),

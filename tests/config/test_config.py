@@ -128,8 +128,8 @@ def test_the_length_of_a_run_is_given_in_steps_or_tokens_or_epochs() -> None:
     settings["method"] = {"name": "remora", "merge_every": 50_000}  # no fault: how many steps there are is not known
     config = validate(settings, "the test")
     with pytest.raises(ConfigError, match=r"method\.merge_every: 50000 means no merge in a run of 62 steps"):
-        with_epochs(config, 100_001, world_size=1)
-    assert with_epochs(config, 10**9, world_size=1).train.steps == 610_352
+        with_epochs(config, 250_001, world_size=1)
+    assert with_epochs(config, 2.5e9, world_size=1).train.steps == 610_352
 
 
 def test_the_warmup_is_given_in_steps_or_as_a_fraction_of_the_run() -> None:
@@ -140,7 +140,7 @@ def test_the_warmup_is_given_in_steps_or_as_a_fraction_of_the_run() -> None:
         assert validate(parse_yaml(dump(config)), "the test").optim == config.optim
         assert config.optim.model_fields_set == {"warmup_fraction"}
     counted = validate(tree(train={"epochs": 2}, method=method, optim={"warmup_fraction": 0.1}), "the test")
-    config = with_epochs(counted, 40 * 1024 * 512, 1)
+    config = with_epochs(counted, 80 * 1024 * 512, 1)
     assert (config.train.steps, config.optim.warmup_steps, config.optim.warmup_fraction) == (80, 8, None)
     given = {"warmup_steps": None, "warmup_fraction": 0.0}  # null takes the steps of a file back
     assert validate(tree(method=method, optim=given), "the test").optim.warmup_steps == 0

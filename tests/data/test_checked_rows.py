@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from relora_mora.config import DataConfig
-from relora_mora.data import SourceError, TrainStream, check_columns, check_records, configured_shards, count_epoch
+from relora_mora.data import SourceError, TrainStream, check_columns, check_records, configured_shards, count_epochs
 from relora_mora.tokenizer import load_tokenizer
 from tests.tools.data_tools import data_config
 
@@ -163,7 +163,7 @@ def _stream(config: DataConfig, tokenizer_path: str) -> TrainStream:
 def test_a_row_that_a_template_refuses_is_named_and_ends_no_run(tmp_path, tokenizer_path):
     rows = [_conversation(number, "system" if number == 300 else "user") for number in range(400)]
     config = _config(_written(tmp_path / "a.jsonl", rows), packing="none")
-    assert count_epoch(config, tokenizer_path, lanes=4).blocks == 100
+    assert count_epochs(config, tokenizer_path, lanes=4).blocks == [100]
     with _stream(config, tokenizer_path) as stream:
         batches = [next(stream) for _ in range(1200 // 4)]
     notes = [note for batch in batches for note in batch.notes]
@@ -186,4 +186,4 @@ def test_counting_epochs_judges_all_records_together(tmp_path, tokenizer_path):
     with pytest.raises(
         SourceError, match=r"28 of 1,400 records cannot be used, .* is refused by the template .*own.jinja"
     ):
-        count_epoch(config, tokenizer_path, lanes=4)
+        count_epochs(config, tokenizer_path, lanes=4)

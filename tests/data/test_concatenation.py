@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from relora_mora.config import DataConfig
-from relora_mora.data import UNSCORED, Batch, TrainStream, count_epoch, fingerprint, merge_states
+from relora_mora.data import UNSCORED, Batch, TrainStream, count_epochs, fingerprint, merge_states
 from relora_mora.data.rows_in_order import rows_in_order
 from relora_mora.data.sources import configured_shards
 from relora_mora.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ def _stream(config: DataConfig, tokenizer: str, rank: int = 0, ranks: int = 1, *
 
 
 def _count(config: DataConfig, tokenizer: str) -> Any:
-    return count_epoch(config, tokenizer, lanes=LANES, blocks_per_lane=BATCH // LANES, epochs=EPOCHS)
+    return count_epochs(config, tokenizer, lanes=LANES, blocks_per_lane=BATCH // LANES, epochs=EPOCHS)
 
 
 def _scored(batch: Batch) -> Counter[tuple[int, ...]]:
@@ -85,8 +85,8 @@ def test_every_row_of_every_source_is_learned_once_in_each_epoch(sources, tokeni
     expected = _alone(sources, "none", tokenizer_path)
     assert expected.total() == 23 + 31 + 9 + 12
     with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
-        for _ in range(EPOCHS):
-            seen = sum((_scored(next(stream)) for _ in range(epoch.blocks * LANES // BATCH)), Counter())
+        for blocks in epoch.blocks:
+            seen = sum((_scored(next(stream)) for _ in range(blocks * LANES // BATCH)), Counter())
             assert seen == expected
 
 
@@ -99,7 +99,7 @@ def test_a_stream_comes_once_in_an_epoch_but_for_its_ends(tokenizer_path, tmp_pa
         for name, size in sizes.items()
     ]
     config = _config(given, "stream")
-    steps = _count(config, tokenizer_path).tokens // (BATCH * LENGTH)
+    steps = _count(config, tokenizer_path).tokens[0] // (BATCH * LENGTH)
     with _stream(config, tokenizer_path) as stream:
         batches = [next(stream) for _ in range(steps)]
     lanes: list[list[int]] = [[] for _ in range(LANES)]
@@ -117,7 +117,7 @@ def test_a_stream_comes_once_in_an_epoch_but_for_its_ends(tokenizer_path, tmp_pa
 def test_stops_and_other_numbers_of_ranks_change_none_of_it(sources, tokenizer_path, packing):
     config = _config(sources, packing)
     epoch = _count(config, tokenizer_path)
-    steps = EPOCHS * epoch.tokens // (BATCH * LENGTH)
+    steps = int(epoch.tokens_of(EPOCHS)) // (BATCH * LENGTH)
     with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
         expected = [next(stream) for _ in range(steps)]
     state = None
@@ -146,9 +146,10 @@ def test_an_epoch_is_counted_right_where_files_have_one_name(tokenizer_path, tmp
     ]
     config = _config(paths, "whole", concatenate=False, records={"kind": "prompt"})
     counted = _count(config, tokenizer_path)
-    assert counted == count_epoch(config, tokenizer_path, lanes=LANES, blocks_per_lane=BATCH // LANES)
+    [first] = count_epochs(config, tokenizer_path, lanes=LANES, blocks_per_lane=BATCH // LANES).blocks
+    assert set(counted.blocks) == {first}
     with _stream(config, tokenizer_path, epoch_blocks=counted.blocks) as stream:
-        batches = [next(stream) for _ in range(EPOCHS * counted.blocks * LANES // BATCH)]
+        batches = [next(stream) for _ in range(EPOCHS * first * LANES // BATCH)]
     assert batches[-1].counts["documents"] == EPOCHS * 10 * len(paths)
     assert batches[-1].counts["epoch"] == EPOCHS - 1
 

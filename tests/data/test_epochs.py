@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from relora_mora.data import UNSCORED, Batch, TrainStream, count_epoch, merge_states, start_states
+from relora_mora.data import UNSCORED, Batch, TrainStream, count_epochs, merge_states, start_states
+from relora_mora.data.whole import of_epoch
 from relora_mora.tokenizer import load_tokenizer
 from tests.tools.data_tools import data_config
 
@@ -51,7 +53,7 @@ def _stream(config: Any, tokenizer: str, rank: int = 0, ranks: int = 1, **settin
 
 
 def _count(config: Any, tokenizer: str) -> Any:
-    return count_epoch(config, tokenizer, lanes=LANES, blocks_per_lane=BATCH // LANES, epochs=EPOCHS)
+    return count_epochs(config, tokenizer, lanes=LANES, blocks_per_lane=BATCH // LANES, epochs=EPOCHS)
 
 
 def _answers(batch: Batch, tokenizer: Any) -> list[str]:
@@ -69,15 +71,39 @@ def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packi
     config = _config(path, packing)
     tokenizer = load_tokenizer(tokenizer_path)
     epoch = _count(config, tokenizer_path)
-    assert epoch.blocks % (BATCH // LANES) == 0 and epoch.tokens == epoch.blocks * LANES * LENGTH
-    steps = epoch.blocks * LANES // BATCH
+    assert list(epoch.tokens) == [blocks * LANES * LENGTH for blocks in epoch.blocks]
     with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks, state=state) as stream:
         for number in range(EPOCHS):
-            batches = [next(stream) for _ in range(steps)]
+            blocks = of_epoch(epoch.blocks, number)
+            assert blocks % (BATCH // LANES) == 0
+            batches = [next(stream) for _ in range(blocks * LANES // BATCH)]
             assert sorted(answer for batch in batches for answer in _answers(batch, tokenizer)) == sorted(EXPECTED)
             assert all((batch.labels != UNSCORED).any() for batch in batches), "no batch is empty"
             assert batches[-1].counts["epoch"] == number
             assert batches[-1].counts["documents"] == (number + 1) * len(EXPECTED)
+
+
+def test_no_batch_is_empty_where_an_epoch_packs_into_fewer_blocks_than_another(tmp_path, tokenizer_path):
+    draw = random.Random(0)
+    rows = [{"prompt": "the" + " rank" * draw.randint(1, 7), "completion": " matrix"} for _ in range(800)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = _config(tmp_path / "a.jsonl", "whole", shuffle_documents=1000)
+    counted = count_epochs(config, tokenizer_path, lanes=BATCH, epochs=EPOCHS)
+    assert min(counted.blocks) < max(counted.blocks)
+    stream = TrainStream(
+        config,
+        tokenizer_path=tokenizer_path,
+        batch_size=BATCH,
+        lanes=BATCH,
+        rank=0,
+        world_size=1,
+        epoch_blocks=counted.blocks,
+    )
+    with stream:
+        for number, blocks in enumerate(counted.blocks):
+            batches = [next(stream) for _ in range(blocks)]
+            assert all((batch.labels != UNSCORED).any() for batch in batches)
+            assert batches[-1].counts["documents"] == (number + 1) * len(rows)
 
 
 @pytest.mark.parametrize("packing", ["whole", "none"])
@@ -86,7 +112,7 @@ def test_stops_and_other_numbers_of_ranks_change_none_of_it(path, tokenizer_path
     config = _config(path, packing, workers=workers)
     tokenizer = load_tokenizer(tokenizer_path)
     epoch = _count(config, tokenizer_path)
-    steps = EPOCHS * epoch.blocks * LANES // BATCH
+    steps = int(epoch.tokens_of(EPOCHS)) // (BATCH * LENGTH)
     between_stops = 13 if workers else 3  # a worker takes a second to start
     seen: Counter[str] = Counter()
     state = None
@@ -139,7 +165,7 @@ def test_what_becomes_of_the_records_is_told(tokenizer_path, tmp_path, caplog):
     tokenizer = load_tokenizer(tokenizer_path)
     texts = [row["prompt"] + row["completion"] for at, row in enumerate(rows) if at not in (3, 7, 8)]
     tokens = LENGTH + 1 + sum(len(tokenizer(text).input_ids) + 1 for text in texts)
-    assert int(found[1]) <= epoch.blocks * LANES
+    assert int(found[1]) <= epoch.blocks[0] * LANES
     assert int(found[2]) == round(100 * tokens / (int(found[1]) * LENGTH))
 
 
@@ -148,7 +174,7 @@ def test_much_waiting_is_warned_of(tokenizer_path, tmp_path, caplog):
         rows = [{"prompt": "the", "completion": _completion(number)} for number in range(size)]
         (tmp_path / f"part-{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     epoch = _count(_config(tmp_path / "*.jsonl", "none"), tokenizer_path)
-    assert epoch.blocks == 40
+    assert epoch.blocks == [40]
     [said] = caplog.messages
     assert said == ("69 % of the sequences of an epoch are empty: 4 lanes wait for the one with most; lower data.lanes")
 
@@ -156,7 +182,7 @@ def test_much_waiting_is_warned_of(tokenizer_path, tmp_path, caplog):
 def test_an_end_that_does_not_fill_a_batch_is_warned_of(tokenizer_path, tmp_path, caplog):
     rows = [{"prompt": "the", "completion": _completion(number)} for number in range(3)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    count_epoch(_config(tmp_path / "a.jsonl", "none"), tokenizer_path, lanes=1, blocks_per_lane=8)
+    count_epochs(_config(tmp_path / "a.jsonl", "none"), tokenizer_path, lanes=1, blocks_per_lane=8)
     assert caplog.messages == [
         "62 % of the sequences of an epoch are empty: its end does not fill a global batch; lower train.batch_size"
     ]
@@ -166,9 +192,9 @@ def test_a_stream_whose_lanes_have_unequal_shares_is_warned_of(tokenizer_path, t
     for part, size in enumerate((90, 10)):
         (tmp_path / f"part-{part}.jsonl").write_text((json.dumps({"text": "the rank"}) + "\n") * size)
     config = data_config(tmp_path / "*.jsonl", sequence_length=LENGTH)
-    count_epoch(config, tokenizer_path, lanes=LANES)
+    count_epochs(config, tokenizer_path, lanes=LANES)
     [said] = caplog.messages
     assert said.startswith("about 40 % of the text comes after an epoch's end")
     caplog.clear()
-    count_epoch(config.model_copy(update={"concatenate": True}), tokenizer_path, lanes=LANES)
+    count_epochs(config.model_copy(update={"concatenate": True}), tokenizer_path, lanes=LANES)
     assert not caplog.messages

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from relora_mora.config import ConfigError, load_config, validate
-from relora_mora.data import UNSCORED, SourceError, TrainStream, count_epoch, merge_states
+from relora_mora.data import UNSCORED, SourceError, TrainStream, count_epochs, merge_states
 from relora_mora.data.encoders import encoder_of, packing_of
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Block
@@ -241,9 +241,9 @@ def test_sources_of_text_and_of_records_are_mixed(path, tokenizer, tokenizer_pat
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_an_epoch_is_counted_in_the_blocks_of_its_lanes(path, tokenizer, tokenizer_path, packing, lanes):
     config = _config(path, packing)
-    epoch = count_epoch(config, tokenizer_path, lanes=lanes)
+    epoch = count_epochs(config, tokenizer_path, lanes=lanes)
     blocks = [_blocks(config, tokenizer, lanes, number) for number in range(lanes)]
-    assert epoch.blocks == max(blocks) and epoch.tokens == max(blocks) * lanes * LENGTH
+    assert epoch.blocks == [max(blocks)] and epoch.tokens == [max(blocks) * lanes * LENGTH]
     if packing == "none":
         assert sum(blocks) == RECORDS
 

@@ -70,7 +70,7 @@ def test_bad_steps_count_in_a_row():
 
 def test_rollbacks_come_back_and_a_damaged_file_is_no_empty_one(tmp_path):
     assert read_rollbacks(tmp_path) == []
-    rollbacks = [Rollback(3, 5, "why", {"0": {"row": 1}})]
+    rollbacks = [Rollback(3, 5, "why", {"0": {"row": 1}}, "order")]
     (tmp_path / "rollbacks.json").write_text(dump_rollbacks(rollbacks))
     assert read_rollbacks(tmp_path) == rollbacks
     (tmp_path / "rollbacks.json").write_text("[{")

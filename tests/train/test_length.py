@@ -7,7 +7,7 @@ import math
 import pytest
 
 from relora_mora.config import ConfigError
-from relora_mora.data import SourceError, count_epoch
+from relora_mora.data import SourceError, count_epochs
 from tests.tools.runs import metrics, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
@@ -33,7 +33,7 @@ def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer
         "method": {"merge_every": 4},
     }
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 1, **settings)
-    tokens = count_epoch(config.data, tokenizer_path, lanes=config.lanes).tokens
+    [tokens] = count_epochs(config.data, tokenizer_path, lanes=config.lanes).tokens
     steps = math.ceil(2 * tokens / (24 * 32))
     pools(1)(train, config)
     (last,) = [line for line in metrics(tmp_path / "run") if line["step"] == steps and "train/epoch" in line]
@@ -43,7 +43,7 @@ def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer
     settings["method"]["merge_every"] = steps
     again = run_config(inputs, tokenizer_path, tmp_path / "other", 1, **settings)
     (said,) = pools(1)(_refused, again)
-    assert f"with {steps} steps for the epochs of {tokens:,} tokens" in said and "method.merge_every" in said
+    assert f"with {steps} steps for {2 * tokens:,} tokens of all epochs" in said and "method.merge_every" in said
 
 
 def test_nothing_is_counted_where_something_is_missing(pools, tokenizer_path, tmp_path):
@@ -56,4 +56,4 @@ def test_nothing_is_counted_where_something_is_missing(pools, tokenizer_path, tm
     (inputs / "empty.json").touch()
     empty = run_config(inputs, tokenizer_path, tmp_path / "run", 1, data={"train": f"{inputs}/empty.json"})
     with pytest.raises(SourceError, match=r"the training data .*empty\.json holds no text"):
-        count_epoch(empty.data, tokenizer_path, lanes=empty.lanes)
+        count_epochs(empty.data, tokenizer_path, lanes=empty.lanes)

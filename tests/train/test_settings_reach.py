@@ -51,7 +51,6 @@ REACHES = {
     "data.sample_by": Reach("line", False, False),  # of .txt alone: tests/data/test_text_files.py
     "data.sequence_length": Reach(16, True, True),
     "data.lanes": Reach(2, False, False),
-    "data.whole_shards": Reach(True, False, False),
     "data.workers": Reach(1, False, False),
     "data.prefetch_batches": Reach(1, False, False),
     "data.shuffle_documents": Reach(3, False, False),
