@@ -118,7 +118,9 @@ def main(
         import torch
 
         from relora_mora.adapters import is_adapter, load_model
-        from relora_mora.data import SourceError
+        from relora_mora.config import DataConfig
+        from relora_mora.data import SourceError, configured_shards
+        from relora_mora.data.hub_sources import hub_repo
         from relora_mora.evaluate import EvalResult, causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal
         from relora_mora.model import length_of_documents
         from relora_mora.pretrained import DTYPES, is_foreign, positions_of
@@ -135,6 +137,13 @@ def main(
         check_tasks(names, task_data, num_fewshot)
     if tasks is None and given is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
         raise ValueError(f"--data: {model} is no run and names no text of its own; say what to score, e.g. allenai/c4")
+    # what is missing here is told before a large model is read
+    if tokenizer is not None:
+        load_tokenizer(tokenizer)
+    if given is not None:
+        text = DataConfig(train="none", validation=given, **held)
+        if not any(hub_repo(source) or "://" in source.source for source in text.sources("validation")):
+            configured_shards(text, "validation")
     loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
     if tasks is not None:
         _score_tasks(loaded, tokenizer, names, micro_batch_size, **of_tasks)

@@ -90,6 +90,8 @@ def main(
     measured = on_cpu or chosen == here
     what = "bf16" if bf16 else "that of bf16: float32 is slower, give log.peak_tflops"
     peak = peak_flops(bf16=bf16, on_cpu=on_cpu) if measured else (chosen.tflops * 1e12, f"{what}, {chosen.source}")
+    if on_cpu:  # measured on all cores, which the ranks of a host share
+        peak = (peak[0] / cluster.devices_per_node, peak[1])
     plan = make_plan(
         model_config,
         settings,

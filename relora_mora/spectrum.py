@@ -51,7 +51,8 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     config = validate(reader.manifest.config, str(reader.folder))
     model = checked_model(reader)
     if config.model.init_from is None:
-        return {name: initial_value(model, name, config.train.seed) for name in names}
+        seed = reader.manifest.counters["initial_seed"]
+        return {name: initial_value(model, name, seed) for name in names}
     source = Path(config.model.init_from)
     if not source.exists():
         raise CheckpointError(f"{reader.folder}: began with {source} (model.init_from), which is not there any more")

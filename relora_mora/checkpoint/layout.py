@@ -36,7 +36,7 @@ from relora_mora.registry import MATRIX_OPTIMIZERS
 from relora_mora.system.disk_errors import raise_if_lost
 
 FORMAT = "relora_mora checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 TOKENIZER = "tokenizer"
@@ -85,19 +85,15 @@ class Manifest:
     data_state: dict[str, Any]
     counters: dict[str, Any]  # what the run has counted so far: tokens, skipped steps, ...
     files: dict[Annotated[str, AfterValidator(_inside)], FileEntry]
-    # not in the checkpoints of earlier versions
-    data_content: str | None = None  # fingerprint of the text of the training data
-    eos_token_id: int | None = None  # ends a document; not part of the fingerprint of a Hugging Face tokenizer
-    operator_seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None  # of a drawn operator
+    data_content: str  # fingerprint of the text of the training data
+    eos_token_id: Count  # ends a document; not part of the fingerprint of a Hugging Face tokenizer
+    operator_seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None  # of a drawn operator
     # of each matrix of which the optimizer keeps more than moments: the kinds of its state, and their shapes
-    matrix_states: dict[str, dict[str, list[Count]]] | None = None
+    matrix_states: dict[str, dict[str, list[Count]]]
 
     def dump(self) -> str:
         """As JSON, with a checksum of its own content beside those of the other files."""
         values = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
-        for key in ("operator_seed", "matrix_states"):  # the manifest of a run without them is as it was
-            if values[key] is None:
-                del values[key]
         return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
 
     @property
@@ -121,8 +117,8 @@ class Manifest:
 
     @property
     def matrices(self) -> str:
-        """What trained the matrices: ``optim.matrices``, which earlier versions did not have."""
-        name: str = self.config.get("optim", {}).get("matrices", "adamw")
+        """What trained the matrices: ``optim.matrices``."""
+        name: str = self.config["optim"]["matrices"]
         return name
 
     def kinds(self, name: str) -> tuple[str, ...]:
@@ -141,7 +137,7 @@ class Manifest:
         return math.prod(shape)
 
     def _state(self, name: str) -> dict[str, list[int]]:
-        return (self.matrix_states or {}).get(name, {})
+        return self.matrix_states.get(name, {})
 
 
 _MANIFEST = TypeAdapter(Manifest)

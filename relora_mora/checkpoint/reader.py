@@ -136,7 +136,7 @@ class CheckpointReader:
                 )
             )
         own = {name: self.manifest.moments(name) for name in trained}
-        if (own, self.manifest.matrix_states or {}) != (engine.moments, engine.matrix_shapes):
+        if (own, self.manifest.matrix_states) != (engine.moments, engine.matrix_shapes):
             raise same_on_all_ranks(
                 CheckpointError(
                     f"{self.folder}: its matrices trained with {self.manifest.matrices}, and the state of one "

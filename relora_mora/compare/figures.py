@@ -262,7 +262,12 @@ def rank_figure(
     kinds = [kind for kind in PROJECTIONS if f"{tag}/{kind}" in tags]
     if not kinds:
         return None
-    shown = [group for group in groups if group.common_steps([run.series(f"{tag}/{kinds[0]}") for run in group.runs])]
+    having = {
+        kind: [each for each in groups if each.common_steps([run.series(f"{tag}/{kind}") for run in each.runs])]
+        for kind in kinds
+    }
+    kinds = [kind for kind in kinds if having[kind]]
+    shown = [group for group in groups if any(group in of_kind for of_kind in having.values())]
     if not shown:
         return None
     with matplotlib.rc_context(PAPER):
@@ -272,7 +277,7 @@ def rank_figure(
         for panel, kind in zip(panels.flat, kinds, strict=False):
             panel.set_title(kind)
             for group, style in zip(groups, styles(), strict=False):
-                if group in shown:
+                if group in having[kind]:
                     each = curve(group, partial(Run.series, tag=f"{tag}/{kind}"), "tokens")
                     _draw_curve(panel, each, group, style)
             panel.xaxis.set_tick_params(labelbottom=True)

@@ -66,17 +66,20 @@ def uneven_widths(model_config: PreTrainedConfig) -> list[str]:
 
 
 def check_memory(
-    model_config: PreTrainedConfig, config: Config, world_size: int, available: int, *, bf16: bool
+    model_config: PreTrainedConfig, config: Config, world_size: int, available: float, *, bf16: bool, on_gpu: bool
 ) -> None:
-    """Raises :class:`ConfigError` when weights, masters and optimizer state alone are more than ``available`` bytes."""
+    """Raises :class:`ConfigError` when what a rank always has is more than its ``available`` bytes.
+
+    That is weights, masters and optimizer state, and on CPUs its part of the float32 base.
+    """
     state = state_memory(
         meta_model(model_config, config.method), config, config.train.zero_stage, world_size, bf16=bf16
     )
-    needed = state.weights + state.masters + state.optimizer
+    needed = state.weights + state.masters + state.optimizer + (0 if on_gpu else state.host_base)
     if needed > available:
         fault = (
             f"model: weights and optimizer state need {needed / 2**30:,.1f} GiB on each of {world_size} ranks, "
-            f"and there are {available / 2**30:,.1f}; take a smaller model, more ranks, or a stage higher "
+            f"and there are {available / 2**30:,.1f} for each; take a smaller model, more ranks, or a stage higher "
             f"than train.zero_stage={config.train.zero_stage}: launch/plan.py says what a run needs"
         )
         raise ConfigError([fault], "the settings")

@@ -62,7 +62,11 @@ PARTS = ("weights", "merged", "gathered", "masters", "optimizer", "gradients", "
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device when a step needs most, and ``host_base``: bytes of a rank in host memory."""
+    """Bytes on one device when a step needs most, and of a rank in host memory.
+
+    ``host_base``: the float32 copies of frozen weights. ``host_checkpoint``: masters and moments on their way to disk,
+    of which pinned memory may take twice as much.
+    """
 
     moment: str  # loss | backward's start | backward's end | step
     weights: float
@@ -75,6 +79,7 @@ class Memory:
     activations: float
     scratch: float
     host_base: float
+    host_checkpoint: float
 
     @property
     def device(self) -> float:
@@ -144,6 +149,7 @@ def state_memory(
         activations=0,
         scratch=0,
         host_base=_host_base(model, world_size),
+        host_checkpoint=(4 * counts.trainable + optimizer.state_bytes(model, config.optim)) / world_size,
     )
 
 

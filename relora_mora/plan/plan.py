@@ -67,8 +67,10 @@ class Plan:
     @property
     def resident(self) -> float | None:
         """Bytes of a rank's process on a CPU, a tenth of them for malloc's fragmentation; None on other devices."""
+        if not self.on_cpu:
+            return None
         chosen = self.memory[self.method][self.zero_stage]
-        return FRAGMENTATION * (PROCESS_BYTES + chosen.device + chosen.host_base) if self.on_cpu else None
+        return FRAGMENTATION * (PROCESS_BYTES + chosen.device + chosen.host_base + chosen.host_checkpoint)
 
     def fits(self, stage: int, method: str | None = None) -> bool | None:
         """Whether a device holds what a rank needs; None where its memory is not known."""

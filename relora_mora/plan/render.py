@@ -34,7 +34,7 @@ def render(plan: Plan) -> str:
         f"memory of a device ({plan.world_size} in all) in GiB, {plan.method} in {precision}, "
         f"when a step needs most (* the stage in the settings)",
         _table(
-            ["stage", *PARTS, "all", "at", "host, fp32 base"],
+            ["stage", *PARTS, "all", "at", "host: fp32 base", "checkpoint"],
             [
                 [
                     _stage(plan, stage),
@@ -42,6 +42,7 @@ def render(plan: Plan) -> str:
                     _gib(memory.device),
                     memory.moment,
                     _gib(memory.host_base),
+                    _gib(memory.host_checkpoint),
                 ]
                 for stage, memory in own.items()
             ],

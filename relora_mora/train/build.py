@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from relora_mora import kernels
 from relora_mora.config import Config
-from relora_mora.distributed.join import processes_on_host
 from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.methods.inject import inject
 from relora_mora.model import LossModel, empty_model, put_values
@@ -26,9 +25,9 @@ from relora_mora.optim import (
 )
 from relora_mora.plan.fit import choose_resident, stage_advice, uneven_widths
 from relora_mora.schedule import Schedule
-from relora_mora.system.hardware import memory_bytes, uses_cuda
+from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.logs import log, shared_log
-from relora_mora.train.check import Checked
+from relora_mora.train.check import Checked, memory_of_rank
 from relora_mora.train.initial import initial_values, write_initial_values
 from relora_mora.zero import ZeroEngine
 
@@ -70,7 +69,7 @@ def build(
         _add_adapters(lm, config, with_values=not resumes)
     set_trainable(lm, config.method)
     on_gpu = uses_cuda()
-    available = memory_bytes() / (1 if on_gpu else processes_on_host())
+    available = memory_of_rank()
     choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
     advice = stage_advice(lm, config, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
     if advice:

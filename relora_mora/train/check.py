@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from relora_mora.config import Config, DataConfig, parse_yaml, unused_by, with_revisions_of
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, template_in_use
+from relora_mora.distributed.join import processes_on_host
 from relora_mora.model import check_length, plain_model_config
 from relora_mora.model.compiler import compiles_here
 from relora_mora.model.llama import check_attention
@@ -100,6 +101,11 @@ def check_model(config: Config) -> PreTrainedConfig:
     return model_config
 
 
+def memory_of_rank() -> float:
+    """Bytes of its GPU, or its part of the host's memory."""
+    return memory_bytes() / (1 if uses_cuda() else processes_on_host())
+
+
 def check(config: Config, world_size: int) -> Checked:
     """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
     data = config.data
@@ -107,7 +113,7 @@ def check(config: Config, world_size: int) -> Checked:
     compiled = compiles_here(config.model, config.train.zero_stage, on_gpu=uses_cuda())
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config.model, bf16=bf16)
-    check_memory(model_config, config, world_size, memory_bytes(), bf16=bf16)
+    check_memory(model_config, config, world_size, memory_of_rank(), bf16=bf16, on_gpu=uses_cuda())
     inputs = open_inputs(config)
     tokenizer = inputs.tokenizer
     shards = inputs.shards

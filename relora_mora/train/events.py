@@ -283,6 +283,6 @@ class Saving:
             data_state={},
             counters=state.dump(engine.world_size, evaluated=not self.evaluating.is_missing(state)),
             files={},
-            matrix_states=engine.matrix_shapes or None,
+            matrix_states=engine.matrix_shapes,
             **identity,
         )

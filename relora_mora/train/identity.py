@@ -57,9 +57,9 @@ class Identity:
     config: dict[str, dict[str, Any]]  # all settings
     model_config: dict[str, Any]
     tokenizer_fingerprint: str
-    eos_token_id: int | None  # ends a document; the fingerprint of a Hugging Face tokenizer does not tell it
+    eos_token_id: int  # ends a document; the fingerprint of a Hugging Face tokenizer does not tell it
     data_fingerprint: str
-    data_content: str | None  # fingerprint of what stands in the training data
+    data_content: str  # fingerprint of what stands in the training data
     data_order: str  # fingerprint of what gives places in the data their meaning
     bf16: bool
 
@@ -180,7 +180,7 @@ def _tokenizer_changes(saved: Identity, now: Identity, allowed: set[str]) -> Ite
     path = _value(now.config, "tokenizer.path")
     if saved.tokenizer_fingerprint != now.tokenizer_fingerprint:
         yield Change(f"tokenizer: {path} gives other tokens", "tokenizer")
-    if saved.eos_token_id not in (None, now.eos_token_id):
+    if saved.eos_token_id != now.eos_token_id:
         yield Change(
             f"tokenizer: a document ended with token {saved.eos_token_id}, that of {path} ends with {now.eos_token_id}",
             "tokenizer",
@@ -188,7 +188,7 @@ def _tokenizer_changes(saved: Identity, now: Identity, allowed: set[str]) -> Ite
 
 
 def _other_data(saved: Identity, now: Identity) -> bool:
-    if saved.data_content not in (None, now.data_content):
+    if saved.data_content != now.data_content:
         return True
     # the data's fingerprints contain the tokenizer's and settings of data: where those differ, they are named instead
     other_tokenizer = saved.tokenizer_fingerprint != now.tokenizer_fingerprint

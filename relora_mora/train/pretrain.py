@@ -131,7 +131,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     startup.done("checks")
     resumes = from_first_rank(lambda: finds_checkpoint(config.train))
     run = build(checked, rank, world_size, resumes=resumes, done=startup.done)
-    state, reader = resume(run) if resumes else (RunState(), None)
+    state, reader = resume(run) if resumes else (RunState(initial_seed=config.train.seed), None)
     if resumes:
         startup.done("resume")
     else:

@@ -39,10 +39,6 @@ class Interval:
         [loss] = sum_over_hosts([self.loss])
         return {"loss": loss / world_size, "good_steps": self.good_steps, "grad_norm": self.grad_norm}
 
-    @staticmethod
-    def load(dumped: Mapping[str, Any] | None) -> Interval:
-        return Interval() if dumped is None else Interval(**dumped)
-
 
 @dataclass(frozen=True)
 class Arithmetic:

@@ -18,6 +18,7 @@ class RunState:
     just been loaded.
     """
 
+    initial_seed: int  # of the weights at step 0 of this run, or of the one whose checkpoint it began with
     step: int = 0  # optimizer steps done, those skipped for bad numbers included
     tokens: int = 0
     skipped_steps: int = 0
@@ -35,6 +36,7 @@ class RunState:
         ``evaluated`` is false where an evaluation of this step is due and was cut short.
         """
         return {
+            "initial_seed": self.initial_seed,
             "tokens": self.tokens,
             "skipped_steps": self.skipped_steps,
             **asdict(self.health),
@@ -48,17 +50,18 @@ class RunState:
     def load(manifest: Manifest, *, own: bool) -> RunState:
         """The state that a checkpoint holds. ``own``: it is one of this run's folder, so its step is saved there."""
         counters = manifest.counters
-        health = {key: counters[key] for key in ("losses", "spikes", "bad_steps", "bad_data") if key in counters}
+        health = {key: counters[key] for key in ("losses", "spikes", "bad_steps", "bad_data")}
         step = manifest.step
         return RunState(
+            initial_seed=counters["initial_seed"],
             step=step,
-            tokens=counters.get("tokens", 0),
-            skipped_steps=counters.get("skipped_steps", 0),
-            rollbacks=counters.get("rollbacks", 0) if own else 0,
+            tokens=counters["tokens"],
+            skipped_steps=counters["skipped_steps"],
+            rollbacks=counters["rollbacks"] if own else 0,
             health=Health(**health),
-            interval=Interval.load(counters.get("interval")),
-            trouble=counters.get("trouble"),
+            interval=Interval(**counters["interval"]),
+            trouble=counters["trouble"],
             data=manifest.data_state,
             saved=step if own else None,
-            evaluated=step if own and counters.get("evaluated", True) else None,
+            evaluated=step if own and counters["evaluated"] else None,
         )

@@ -196,6 +196,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
             "bf16": False,
         }
         values |= {"group_steps": {}, "config": {}, "model_config": {}, "data_state": {}, "counters": {}, "files": {}}
+        values |= {"operator_seed": None, "matrix_states": {}, "eos_token_id": 2, "data_content": ""}
         values |= {
             "tokenizer_fingerprint": "",
             "data_fingerprint": "",

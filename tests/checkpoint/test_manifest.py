@@ -53,14 +53,6 @@ def test_a_manifest_without_one_of_its_fields_is_refused(folder, field):
     assert line.startswith("manifest.json: ") and (field in line or field == "format")
 
 
-def test_a_manifest_of_an_earlier_program_says_nothing_about_what_stands_in_the_data(folder):
-    rewrite(folder / "step-00000015", lambda values: values.pop("data_content"))
-    assert (
-        newest_whole(folder) == (folder / "step-00000015", [])
-        and read_manifest(folder / "step-00000015").data_content is None
-    )
-
-
 HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [
     *(
         (

@@ -150,6 +150,12 @@ def test_a_small_set_is_judged_as_a_whole_and_a_large_one_by_its_first_rows(tmp_
         check_records(configured_shards(config, "train"), config, tokenizer)
 
 
+def test_messages_that_are_nested_too_deeply_are_a_bad_record(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"messages": ' + "[" * 900 + "]" * 900 + "}\n")
+    assert 'a.jsonl, line 1, has a "messages" that is nested too deeply' in _said(_config(path), tokenizer)
+
+
 def test_half_a_surrogate_pair_in_messages_that_are_a_text_is_a_bad_record(tmp_path, tokenizer):
     path = tmp_path / "a.csv"
     path.write_text('messages\n"[{""role"": ""user"", ""content"": ""\\ud800""}]"\n')

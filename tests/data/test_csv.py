@@ -80,6 +80,12 @@ def test_a_quote_that_is_never_closed_makes_every_line_behind_it_bad(tmp_path):
     assert _rows(path) == ["first", *[Skipped("not_csv")] * 5]
 
 
+def test_an_open_quote_makes_every_line_up_to_the_next_one_bad(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('text,id\nfirst,0\n"open,1\n' + "lost,2\n" * 50 + '"ok",3\nlast,4\n')
+    assert _rows(path) == ["first", *[Skipped("not_csv")] * 52, "last"]
+
+
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("head", [b'"text",id\r\n', b"\n\nid,text"])
 def test_the_header(tmp_path, bom, head):

@@ -59,6 +59,11 @@ def test_every_source_gets_its_share_in_all_and_on_every_lane(weights, lanes, bl
         assert weight or not taken[name]
 
 
+def test_a_stage_from_the_first_step_on_takes_the_place_of_the_weights():
+    mixture = Mixture(_mixture_config({"a": 1, "b": 1}, stages=[{"from_step": 1, "weights": {"a": 0, "b": 1}}]), 4, 1)
+    assert {name for step in range(6) for [name] in mixture.sources(step, range(4))} == {"b"}
+
+
 def test_a_stage_begins_at_its_step_whatever_was_drawn_before():
     weights = {"a": 3, "b": 1}
     stages = [{"from_step": 5, "weights": {"a": 0, "b": 1}}, {"from_step": 7, "weights": {"a": 1, "b": 1}}]

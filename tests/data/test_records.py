@@ -16,6 +16,7 @@ from relora_mora.data.sources import resolve_shards
 from relora_mora.tokenizer import load_tokenizer
 from tests.data.record_tools import CONVERSATION, encoded, parts
 from tests.tools.data_tools import data_config
+from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 BELOW = "Below is an instruction that describes a task"
 FORMS = {
@@ -63,6 +64,16 @@ def test_a_tokenizer_that_begins_texts_with_bos_begins_records_with_it(tokenizer
         row.ids[1:].tolist()
         == encoded(load_tokenizer(tokenizer_path), FORMS["question"][0], kind="question").ids.tolist()
     )
+
+
+def test_the_end_of_an_answer_is_learned_where_spaces_are_trimmed_off_offsets(tmp_path):
+    from tokenizers.processors import ByteLevel
+
+    save_bytes_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    row = encoded(tokenizer, {"prompt": "6 * 7 = ", "completion": "42 "}, kind="prompt")
+    assert parts(tokenizer, row) == [(False, "6 * 7 = "), (True, "42 <|endoftext|>")]
 
 
 def test_columns_may_have_other_names(tokenizer, tmp_path):

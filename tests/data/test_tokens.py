@@ -312,6 +312,12 @@ def test_a_damaged_index_is_named(copy, change, message):
         resolve_shards(str(copy))
 
 
+def test_a_file_of_that_name_makes_no_token_folder_of_text(tmp_path):
+    write_shards(tmp_path, 1, 3, suffix=".json")
+    (tmp_path / INDEX).write_text('{"tokens": 3}')
+    assert "part-00000.json" in [shard.name for shard in resolve_shards(str(tmp_path))]
+
+
 def test_rows_and_reasons_outlive_the_file_format(tmp_path):
     """Large ids, rows of no tokens, many batches, each row by its number."""
     rows = [np.arange(n % 5, dtype=np.uint32) + (70_000 if n % 2 else 0) for n in range(95)]

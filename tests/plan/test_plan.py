@@ -130,7 +130,8 @@ def test_text_names_every_part() -> None:
     assert re.search(r"^ *2\* ", text, re.MULTILINE), "the stage in the settings is marked"
     assert all(method in text for method in METHODS)
     memory = plan.memory["remora"][2]
-    assert plan.resident == FRAGMENTATION * (PROCESS_BYTES + memory.device + memory.host_base)
+    host = memory.host_base + memory.host_checkpoint
+    assert plan.resident == FRAGMENTATION * (PROCESS_BYTES + memory.device + host)
     assert f"resident memory of a rank: {plan.resident / 2**30:.3g} GiB" in text
 
 

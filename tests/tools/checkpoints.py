@@ -52,8 +52,12 @@ def write_checkpoint(
         | {"use_cache": False},
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         data_fingerprint="",
+        data_content="",
         data_order="",
         data_state={},
+        eos_token_id=2,
+        operator_seed=None,
+        matrix_states={},
         counters={},
         files={name: file_entry(folder / name) for name in names},
     )

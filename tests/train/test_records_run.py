@@ -109,6 +109,29 @@ def test_another_template_is_other_data(pools, inputs, tokenizer_path, tmp_path)
     pools(1)(train, other)
 
 
+def test_an_early_end_and_another_template_give_the_tokenizer_of_the_second_start(
+    pools, inputs, tokenizer_path, tmp_path
+):
+    template = inputs / "second.jinja"
+    template.write_text((inputs / "own.jinja").read_text().replace("':'", "'='"))
+    for name in ("own.jinja", "second.jinja"):
+        records = {"kind": "messages", "template": str(inputs / name)}
+        pools(1)(train, _config(inputs, tokenizer_path, tmp_path / "run", 1, records=records), 0)
+        assert load_tokenizer(tmp_path / "run" / "tokenizer").chat_template == (inputs / name).read_text()
+        assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+def test_steps_inside_of_a_prompt_say_nothing_of_the_loss(pools, inputs, tokenizer_path, tmp_path):
+    rows = [{"prompt": f"{number} " + "the rank " * 60, "completion": "matrix"} for number in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"train": str(tmp_path / "a.jsonl"), "validation": str(tmp_path / "a.jsonl"), "records": {"kind": "prompt"}}
+    config = _config(inputs, tokenizer_path, tmp_path / "run", 1, **data, lanes=1, packing="stream", sequence_length=16)
+    sizes = {"batch_size": 1, "micro_batch_size": 1, "steps": 40}
+    pools(1)(train, config.model_copy(update={"train": config.train.model_copy(update=sizes)}))
+    losses = [line["train/loss"] for line in metrics(tmp_path / "run") if "train/loss" in line]
+    assert 0 < len(losses) < 30 and min(losses) > 0.5
+
+
 def test_epochs_of_records_are_counted(pools, inputs, tokenizer_path, tmp_path):
     config = _config(inputs, tokenizer_path, tmp_path / "run", 1, packing="none")
     config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 1.0, "batch_size": 8})})

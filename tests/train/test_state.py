@@ -24,6 +24,7 @@ def manifest(state: RunState, *, evaluated: bool) -> SimpleNamespace:
 
 
 STATE = RunState(
+    initial_seed=5,
     step=7,
     tokens=700,
     skipped_steps=2,
@@ -48,8 +49,3 @@ def test_an_evaluation_that_was_cut_short_is_missing_after_the_load():
 def test_what_another_run_saved_and_evaluated_is_not_this_runs():
     state = RunState.load(manifest(STATE, evaluated=True), own=False)
     assert (state.saved, state.evaluated, state.step) == (None, None, 7)
-
-
-def test_a_checkpoint_without_counters_begins_at_zero():
-    state = RunState.load(SimpleNamespace(step=4, data_state={}, counters={}), own=True)
-    assert state == RunState(step=4, saved=4, evaluated=4)

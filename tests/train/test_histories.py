@@ -1,0 +1,60 @@
+"""Which checkpoints and rollbacks of a run folder belong to the history that goes on there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tools.runs import run_config, train, write_inputs
+from tests.train.test_rollback import NAN, _same, _settings, faulty
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def rollbacks(folder: Path) -> list[tuple[int, int]]:
+    return [(entry["step"], entry["at"]) for entry in json.loads((folder / "rollbacks.json").read_text())]
+
+
+def test_a_kill_after_a_rollback_on_other_data_changes_nothing(pools, inputs, tokenizer_path, tmp_path):
+    def on_other_data(folder: Path) -> Any:
+        config = _settings(folder, inputs, tokenizer_path, allow_changes=["data.seed"])
+        return config.model_copy(update={"data": config.data.model_copy(update={"seed": 5})})
+
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
+    pools(2)(train, _settings(reference, inputs, tokenizer_path), stop_after=3)
+    shutil.copytree(reference, killed)
+    pools(2)(faulty, on_other_data(reference), {}, drop=(4, 5))
+    pools(2)(faulty, on_other_data(killed), NAN, stop_at=(1, 4))
+    assert rollbacks(killed) == [(3, 5)]
+    assert pools(2)(faulty, on_other_data(killed), NAN) == ["", ""]
+    assert _same(killed, reference)
+
+
+def test_rollbacks_of_a_run_that_was_moved_away_are_none_of_the_new_one(pools, inputs, tokenizer_path, tmp_path):
+    clean, folder = tmp_path / "clean", tmp_path / "run"
+    pools(2)(faulty, _settings(clean, inputs, tokenizer_path), {})
+    pools(2)(faulty, _settings(folder, inputs, tokenizer_path), NAN)
+    assert rollbacks(folder) == [(3, 5)]
+    shutil.rmtree(folder / "checkpoints")
+    pools(2)(train, _settings(folder, inputs, tokenizer_path), stop_after=3)
+    assert pools(2)(faulty, _settings(folder, inputs, tokenizer_path), {}) == ["", ""]
+    assert rollbacks(folder) == [] and _same(folder, clean)
+
+
+def test_a_start_from_another_run_takes_the_place_of_what_was_in_its_folder(pools, inputs, tokenizer_path, tmp_path):
+    theirs, folder = tmp_path / "theirs", tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
+    pools(1)(train, run_config(inputs, tokenizer_path, folder, checkpoint={"keep_last": 9}), stop_after=3)
+    given = {"resume": str(theirs / "checkpoints" / "step-00000002")}
+    pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given), stop_after=3)
+    found = {path.name for path in (folder / "checkpoints").glob("*-*")}
+    assert found == {"step-00000003", *(f"abandoned-step-0000000{step}" for step in (1, 2, 3))}
