@@ -141,7 +141,7 @@ def main(
     if tokenizer is not None:
         load_tokenizer(tokenizer)
     if given is not None:
-        text = DataConfig(train="none", validation=given, **held)
+        text = DataConfig.model_validate({"train": "none", "validation": given, **held})
         if not any(hub_repo(source) or "://" in source.source for source in text.sources("validation")):
             configured_shards(text, "validation")
     loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))

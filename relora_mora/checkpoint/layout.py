@@ -118,7 +118,7 @@ class Manifest:
     @property
     def matrices(self) -> str:
         """What trained the matrices: ``optim.matrices``."""
-        name: str = self.config["optim"]["matrices"]
+        name: str = self.config.get("optim", {}).get("matrices", "adamw")
         return name
 
     def kinds(self, name: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import importlib.metadata
 import json
 import os
@@ -9,12 +10,14 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from relora_mora.config import ConfigError, dump
 from relora_mora.model.config import plain_model_config
@@ -65,20 +68,25 @@ def _write(folder: Path, checked: Checked, start: dict[str, Any]) -> None:
     names = RunFolder(folder)
     write_synced(names.config, dump(checked.config))  # a resume looks there for the revision of the data
     write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
-    work = folder / "tokenizer.tmp"
-    remove(work)
-    save_tokenizer(checked.tokenizer, work)
-    if _files(work) == _files(names.tokenizer):
+    tokenizer = names.tokenizer
+    if not _holds(tokenizer, checked.tokenizer):  # an earlier start may have had another one, or another chat template
+        work = folder / "tokenizer.tmp"
         remove(work)
-    else:  # an earlier start had another one, or another chat template
-        remove(names.tokenizer)
-        work.rename(names.tokenizer)
+        save_tokenizer(checked.tokenizer, work)
+        remove(tokenizer)
+        work.rename(tokenizer)
     with names.starts.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(start) + "\n")
 
 
-def _files(folder: Path) -> dict[Path, bytes]:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def _holds(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the files of a tokenizer are in a folder, beside whatever else."""
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as work:
+        save_tokenizer(tokenizer, work)
+        files = [path.relative_to(work) for path in Path(work).rglob("*") if path.is_file()]
+        return all(
+            (folder / name).is_file() and filecmp.cmp(Path(work, name), folder / name, shallow=False) for name in files
+        )
 
 
 def _start_record(checked: Checked, parameters: Parameters, world_size: int, step: int) -> dict[str, Any]:

@@ -274,8 +274,9 @@ def test_a_square_of_another_model_is_told_by_its_rank(base, tokenizer_path, tmp
     file = folder / "adapter_model.safetensors"
     save_file(load_file(file), file, metadata={"format": "pt"})
     wide = save_base(tmp_path / "wide", intermediate_size=80)
+    (tmp_path / "a.txt").write_text("text\n")
     refused(
-        call(EVALUATE, folder, f"--base={wide}", "--data=none.txt"),
+        call(EVALUATE, folder, f"--base={wide}", f"--data={tmp_path}/a.txt"),
         f"{file}: model.layers.0.mlp.down_proj has an M of 16",
         f"of {wide}; give the model that the adapter was trained on",
     )

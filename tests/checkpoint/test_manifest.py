@@ -88,7 +88,7 @@ HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [
     ("a matrix's state", lambda values: values.update(matrix_states={"a": {"updates": []}}), "(of 1) of updates of a"),
     ("shape of a state", lambda values: values.update(matrix_states={"a": {"x": [-1]}}), "matrix_states.a.x.0"),
     ("unknown field", lambda values: values.update(trust_me=1), "trust_me"),
-    ("another version", lambda values: values.update(version=99), "format version 99, this program reads version 1"),
+    ("another version", lambda values: values.update(version=99), "format version 99, this program reads version 2"),
     ("another step", lambda values: values.update(step=14), "manifest.json: is that of step 14"),
     ("no files", lambda values: values.update(files={}), "without element 0"),
 ]

@@ -147,7 +147,7 @@ def test_a_run_folder_on_a_full_disk(tokenizer_path: str, tmp_path: Path, room: 
             config=config,
             model_config=LlamaConfig(**LLAMA),
             tokenizer=tokenizer,
-            tokenizer_fingerprint="another",
+            epochs=None,
             bf16=False,
         )
         lock = RunLock(folder / "run")
