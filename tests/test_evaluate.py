@@ -227,6 +227,8 @@ def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer
         set(values) == {"loss", "perplexity", "bits_per_byte", "tokens"} and abs(values["loss"] - math.log(320)) < 0.2
     )
     refused(call(EVALUATE, tmp_path, f"--data={source}"), "no checkpoint")
+    refused(call(EVALUATE, tmp_path, f"--data={tmp_path}/typo.json"), "no file matches")
+    refused(call(EVALUATE, tmp_path, f"--data={source}", f"--tokenizer={tmp_path}/typo"), "typo: not found")
 
 
 def test_a_model_from_elsewhere_names_no_text(tmp_path):

@@ -55,6 +55,16 @@ def test_a_run_is_compared_with_what_it_began_with(runs: dict[str, Path]) -> Non
     assert _ranks(runs["further"]) == {RANK}
 
 
+def test_a_seed_that_changed_on_the_way_is_not_that_of_the_first_weights(
+    inputs: Path, tokenizer_path: str, pools: Any, tmp_path: Path
+) -> None:
+    method = {"name": "lora", "rank": RANK}
+    pools(1)(train, run_config(inputs, tokenizer_path, tmp_path, method=method), stop_after=5)
+    other = {"seed": 9, "allow_changes": ["train.seed"]}
+    pools(1)(train, run_config(inputs, tokenizer_path, tmp_path, method=method, train=other))
+    assert _ranks(tmp_path) == {RANK}
+
+
 def test_what_a_run_began_with_must_be_as_it_was(runs: dict[str, Path], tmp_path: Path) -> None:
     source = runs["relora"]
     newest = source / "checkpoints" / "step-00000010"

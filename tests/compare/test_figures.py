@@ -169,6 +169,17 @@ def test_rates_and_ranks(groups: list[Group]) -> None:
     assert rank_figure(groups[:1]) is None
 
 
+def test_runs_that_merge_other_projections_have_panels_of_their_own(groups: list[Group]) -> None:
+    kinds = {"q_proj": 3.0, "down_proj": 5.0}
+    apart = [
+        replace(group, runs=tuple(replace(run, lines=[{"step": 10, f"u/{kind}": rank}]) for run in group.runs))
+        for group, (kind, rank) in zip(groups[:2], kinds.items(), strict=True)
+    ]
+    figure = rank_figure(apart, "u", "rank")
+    assert figure is not None and [panel.get_title() for panel in figure.axes] == list(kinds)
+    assert [[list(y) for _, y in _lines(panel).values()] for panel in figure.axes] == [[[3.0]], [[5.0]]]
+
+
 def test_seeds_without_a_step_in_common_have_no_curve_of_ranks(groups: list[Group]) -> None:
     lines = [[{"step": step, "u/q_proj": 3.0}] for step in (10, 20)]
     apart = [replace(run, lines=more) for run, more in zip(groups[1].runs, lines, strict=True)]

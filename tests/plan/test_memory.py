@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any
 
@@ -12,16 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, PreTrainedConfig
 
-from relora_mora.config import Config, validate
+from relora_mora.config import Config, ConfigError, validate
 from relora_mora.data import document_boundaries
 from relora_mora.methods.inject import inject
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.model import ARCHITECTURES
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import count_parameters, set_trainable
-from relora_mora.plan.fit import choose_resident, stage_advice
+from relora_mora.plan.fit import check_memory, choose_resident, stage_advice
 from relora_mora.plan.flops import meta_model
-from relora_mora.plan.memory import activation_memory, merged_memory, peak_memory, scratch_memory
+from relora_mora.plan.memory import activation_memory, merged_memory, peak_memory, scratch_memory, state_memory
+from relora_mora.train.check import memory_of_rank
 
 SIZES = {
     "hidden_size": 128,
@@ -232,6 +234,18 @@ def test_stage_1_is_advised_where_it_has_the_memory() -> None:
     assert "train.zero_stage=1" in str(advice(twice, 1.2 * needed))
     assert advice(twice, needed) is None  # not all of it can be used
     assert advice(once, 1.2 * needed) is None
+
+
+def test_ranks_on_cpus_share_the_memory_of_their_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config({"name": "remora"})
+    state = state_memory(meta_model(MODEL, config.method), config, config.train.zero_stage, 4, bf16=True)
+    needed = state.weights + state.masters + state.optimizer + state.host_base
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for more, fits in ((64, True), (-64, False)):
+        monkeypatch.setattr("relora_mora.train.check.memory_bytes", lambda more=more: 4 * needed + more)
+        with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="GiB on each of 4 ranks"):
+            check_memory(MODEL, config, 4, memory_of_rank(), bf16=True, on_gpu=False)
+    check_memory(MODEL, config, 4, needed - state.host_base, bf16=True, on_gpu=True)
 
 
 def test_auto_keeps_merged_weights_where_it_pays_and_the_memory_is_there() -> None:

@@ -16,6 +16,7 @@ from relora_mora.plan.flops import flops_per_token
 from relora_mora.registry import METHODS
 from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
+from tests.tools.commands import PLAN, call
 from tests.tools.helpers import ROOT
 
 CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
@@ -325,3 +326,13 @@ def test_command_line_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_line_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert run_cli(str(CONFIG), *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_ranks_on_one_host_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relora_mora.system.hardware.peak_flops", lambda **_: (1e12, "the test"))
+    seconds = []
+    for ranks in (1, 2):
+        answer = call(PLAN, "configs/run/tiny_remora.yaml", "--device=cpu", f"--world_size={ranks}", "--json")
+        assert answer.code == 0, answer
+        seconds.append(json.loads(answer.out)["seconds"])
+    assert seconds[0] == pytest.approx(seconds[1])
