@@ -182,8 +182,8 @@ class Merger:
             torch.stack([part.of(part.flat).isfinite().all() for part in fragments]).cpu().tolist() if fragments else []
         )
         own = {part.name for part, good in zip(fragments, finite, strict=True) if not good}
-        bad = sorted(set().union(*gather_from_ranks(own)))
-        if bad:
+        if self.engine.sum_over_ranks(len(own)):
+            bad = sorted(set().union(*gather_from_ranks(own)))
             raise MergeError(
                 f"step {step}: the delta to merge is not finite ({', '.join(bad[:3])}); "
                 "nothing was merged, go back to an earlier checkpoint"

@@ -6,6 +6,7 @@ package. A record names its code as ``package.module:object``, and that is impor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 ADAPTER_SETTINGS = (
@@ -148,3 +149,11 @@ MATRIX_OPTIMIZERS = {
         MatrixOptimizer("apollo", "APOLLO", (), "relora_mora.projected:Apollo", PROJECTION_SETTINGS),
     )
 }
+
+
+def settings_of_others(
+    records: Mapping[str, Method] | Mapping[str, MatrixOptimizer], own: Method | MatrixOptimizer | None
+) -> set[str]:
+    """Those that some of the records use and not this one; where None is known, none."""
+    used = {setting for record in records.values() for setting in record.settings}
+    return set() if own is None else used.difference(own.settings)

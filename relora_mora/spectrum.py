@@ -11,9 +11,9 @@ from torch import Tensor
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, read_manifest
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import DECODER_LINEARS, validate
-from relora_mora.model.llama import initial_value, model_class
+from relora_mora.model.llama import initial_value
 from relora_mora.origin import changed_start, starts_of
-from relora_mora.pretrained import checked_model, is_foreign, load_foreign, merged_weights
+from relora_mora.pretrained import checked_model, merged_weights, start_weights
 from relora_mora.system.run_folder import RunFolder
 
 Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32
@@ -59,14 +59,7 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     changed = changed_start(starts_of(reader.folder.resolve().parents[1]), config.model)
     if changed is not None:
         raise CheckpointError(f"{reader.folder}: began with {changed}")
-    if is_foreign(source):
-        return _of(
-            load_foreign(source, torch.float32, model_class(model.config), whole=True).state_dict(), names, source
-        )
-    return _of(merged_weights(CheckpointReader(find_checkpoint(source))), names, source)
-
-
-def _of(weights: dict[str, Tensor], names: list[str], source: Path) -> dict[str, Tensor]:
+    weights = start_weights(source, model.config)
     missing = [name for name in names if name not in weights]
     if missing:
         raise CheckpointError(f"{source}: has no {missing[0]}, which the run began with; it has changed since")

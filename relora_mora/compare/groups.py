@@ -12,7 +12,7 @@ from typing import Any
 
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.runs import Run
-from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS
+from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
 
 SEEDS = ("train.seed", "data.seed")
 # how a run is kept, watched and started, or what follows from it: nothing that its numbers depend on
@@ -37,8 +37,6 @@ _APART = {
     "train.tokens",
 }
 _FOLLOWS_EPOCHS = ("train.steps", "optim.warmup_steps", "optim.decay_steps")
-_OF_SOME_METHODS = {setting for method in METHODS.values() for setting in method.settings}
-_OF_SOME_OPTIMIZERS = {setting for optimizer in MATRIX_OPTIMIZERS.values() for setting in optimizer.settings}
 _IN_TITLE = ("method.name", "method.operators")
 
 
@@ -170,9 +168,8 @@ def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those that method and optimizer use; of operators that never alternate, the first."""
     method = METHODS.get(settings["method.name"])
-    optimizer = MATRIX_OPTIMIZERS.get(settings["optim.matrices"])
-    unused = _OF_SOME_METHODS.difference(_OF_SOME_METHODS if method is None else method.settings)
-    unused |= _OF_SOME_OPTIMIZERS.difference(_OF_SOME_OPTIMIZERS if optimizer is None else optimizer.settings)
+    unused = settings_of_others(METHODS, method)
+    unused |= settings_of_others(MATRIX_OPTIMIZERS, MATRIX_OPTIMIZERS.get(settings["optim.matrices"]))
     if settings.get("method.reset") not in ("magnitude", "random"):
         unused.add("method.reset_ratio")
     used = {name: value for name, value in settings.items() if name not in unused}

@@ -15,7 +15,7 @@ from relora_mora.config.method_checks import method_faults
 from relora_mora.config.record_checks import generation_faults, record_faults
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import secrets_in
-from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS
+from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
 
 
 def unused_settings(config: Config) -> list[str]:
@@ -32,8 +32,7 @@ def unused_by(config: Config) -> dict[str, str]:
         (MATRIX_OPTIMIZERS, optim.record, f"optim.matrices={optim.matrices}"),
         (METHODS, method.record, f"method {method.name}"),
     ):
-        of_others = {setting for record in records.values() for setting in record.settings} - {*own.settings}
-        unused |= dict.fromkeys(of_others, who)
+        unused |= dict.fromkeys(settings_of_others(records, own), who)
     given = [
         f"{section}.{key}"
         for section in Config.model_fields

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from relora_mora.config.lengths import ALTERNATIVES
-from relora_mora.registry import METHODS
+from relora_mora.registry import METHODS, settings_of_others
 
 # rank, operator 6, rate, warmup, batch and epochs are those of the release for mathematics (github.com/kongds/MoRA)
 FINETUNING: dict[str, dict[str, Any]] = {
@@ -32,8 +32,7 @@ def with_defaults(tree: Mapping[str, Any], defaults: Mapping[str, Mapping[str, A
     """
     given = tree.get("method")
     method = METHODS.get(str(given.get("name"))) if isinstance(given, dict) else None
-    of_some_methods = {setting for other in METHODS.values() for setting in other.settings}
-    unused = of_some_methods.difference(method.settings) if method is not None else set()
+    unused = settings_of_others(METHODS, method)
     result = dict(tree)
     for section, values in defaults.items():
         own = tree.get(section) or {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from relora_mora.config import DataConfig
 from relora_mora.data.columns import check_names
-from relora_mora.data.decompress import BOM, foreign_format
+from relora_mora.data.decompress import BOM
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lines import ShardLines
 from relora_mora.data.parse import decode_text
@@ -22,13 +22,6 @@ from relora_mora.data.sources import Shard
 # bytes pass through csv as the characters of the same numbers, so that it counts bytes and meets no wrong encoding
 _BYTES = "latin-1"
 _INSIDE = re.compile(rb'([^"])[^"]+([^"])')
-
-
-class _Lines(ShardLines):
-    foreign_format: str | None = None
-
-    def begin(self, head: bytes) -> None:
-        self.foreign_format = foreign_format(head)
 
 
 class CsvRecords:
@@ -44,7 +37,7 @@ class CsvRecords:
         self._bytes = 0  # of the row so far
         self._taken = 0  # lines of it
         self._lost = 0  # further lines of one that is no CSV
-        self._lines = _Lines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
+        self._lines = ShardLines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
         self._reader = csv.reader(iter(self._line, None), strict=True)
         try:
             names = self._header(shard)

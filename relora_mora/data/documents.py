@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from relora_mora.config import DataConfig
-from relora_mora.data.decompress import foreign_format
 from relora_mora.data.lines import ShardLines
 from relora_mora.data.parse import BLANK, decode_text
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
-
-
-class _Lines(ShardLines):
-    is_utf16 = False
-
-    def begin(self, head: bytes) -> None:
-        self.is_utf16 = foreign_format(head) == "utf16"
 
 
 class TextDocuments:
@@ -27,7 +19,7 @@ class TextDocuments:
         self.row = 0
         self._sample_by = config.sample_by
         self._limit = config.max_line_bytes
-        self._lines = _Lines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
+        self._lines = ShardLines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
 
     @property
     def progress(self) -> float:
@@ -46,7 +38,7 @@ class TextDocuments:
             return entry
         text = Skipped("raw_nul") if b"\0" in entry else decode_text(entry)
         if isinstance(text, Skipped):
-            return Skipped("utf16") if self._lines.is_utf16 and entry else text
+            return Skipped("utf16") if self._lines.foreign_format == "utf16" and entry else text
         text = text.removeprefix("\ufeff")
         return text if text.strip(BLANK) else Skipped("blank_line")
 

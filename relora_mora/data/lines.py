@@ -6,14 +6,19 @@ time the shard is read.
 
 from __future__ import annotations
 
-from relora_mora.data.decompress import DamagedShardError, ShardBytes, decompress
+from relora_mora.data.decompress import DamagedShardError, ShardBytes, decompress, foreign_format
 from relora_mora.data.local import LocalBytes
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
 
 
 class ShardLines:
-    """The lines of one shard, in order. ``row`` is the number of the line that ``take`` gives next, from 0."""
+    """The lines of one shard, in order. ``row`` is the number of the line that ``take`` gives next, from 0.
+
+    ``foreign_format`` is the format that the text begins like, where that is no format of lines.
+    """
+
+    foreign_format: str | None = None
 
     def __init__(self, shard: Shard, *, max_line_bytes: int, timeout_seconds: float) -> None:
         self.row = 0
@@ -78,6 +83,7 @@ class ShardLines:
 
     def _cut(self, piece: bytes) -> None:
         if not self.row and not self._partial_bytes:
+            self.foreign_format = foreign_format(piece)
             self.begin(piece)
         first, *others = piece.split(b"\n")
         self._extend_partial(first)

@@ -4,7 +4,7 @@ from relora_mora.pretrained.foreign import check_headers, is_foreign, load_forei
 from relora_mora.pretrained.load import LoadedModel, load_any_model
 from relora_mora.pretrained.merged import DTYPES, checked_model, merged_model, merged_weights
 from relora_mora.pretrained.names import in_short
-from relora_mora.pretrained.start import model_config_of, start_config, tokenizer_beside, with_tokenizer
+from relora_mora.pretrained.start import model_config_of, start_config, start_weights, tokenizer_beside, with_tokenizer
 
 __all__ = [
     "DTYPES",
@@ -20,6 +20,7 @@ __all__ = [
     "model_config_of",
     "positions_of",
     "start_config",
+    "start_weights",
     "tokenizer_beside",
     "with_tokenizer",
 ]

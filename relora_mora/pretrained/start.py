@@ -1,16 +1,20 @@
-"""The model that a run starts from: its config and its tokenizer."""
+"""The model that a run starts from: its config, its tokenizer and its weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
-from relora_mora.checkpoint import list_checkpoints
-from relora_mora.checkpoint.find import newest_manifest
+from relora_mora.checkpoint import CheckpointReader, list_checkpoints
+from relora_mora.checkpoint.find import find_checkpoint, newest_manifest
 from relora_mora.config import Config, ModelConfig
 from relora_mora.model import parse_model_config, plain_model_config, read_model_config, stored_model_config
-from relora_mora.pretrained.foreign import foreign_config, is_foreign
+from relora_mora.model.llama import model_class
+from relora_mora.pretrained.foreign import foreign_config, is_foreign, load_foreign
+from relora_mora.pretrained.merged import merged_weights
 from relora_mora.system.run_folder import RunFolder
 
 
@@ -48,3 +52,10 @@ def tokenizer_beside(path: Path) -> Path:
     if is_foreign(path):
         return path
     return RunFolder(path.parent if list_checkpoints(path) else path).tokenizer  # a checkpoint's has the same name
+
+
+def start_weights(path: Path, model_config: PreTrainedConfig) -> dict[str, Tensor]:
+    """The float32 weights of a start, which is a model's folder, a run or a checkpoint, by the names of ours."""
+    if is_foreign(path):
+        return load_foreign(path, torch.float32, model_class(model_config), whole=True).state_dict()
+    return merged_weights(CheckpointReader(find_checkpoint(path)))

@@ -9,7 +9,7 @@ from typing import Any
 from relora_mora.checkpoint import Manifest
 from relora_mora.config import Config, TextSource
 from relora_mora.model import FUNCTION, TRAINING, keys_with, stored_model_config
-from relora_mora.registry import MATRIX_OPTIMIZERS
+from relora_mora.registry import MATRIX_OPTIMIZERS, settings_of_others
 
 # settings that change how a run is done and not what comes out of it: they may differ at a resume
 FREE_SETTINGS = {
@@ -134,8 +134,7 @@ def _counts(name: str, allowed: set[str]) -> bool:
 
 def _fixed_settings(saved: Identity) -> dict[str, str]:
     """Those of ``FIXED_SETTINGS`` that the run uses."""
-    optimizer = MATRIX_OPTIMIZERS[_value(saved.config, "optim.matrices")]
-    unused = {name for other in MATRIX_OPTIMIZERS.values() for name in other.settings}.difference(optimizer.settings)
+    unused = settings_of_others(MATRIX_OPTIMIZERS, MATRIX_OPTIMIZERS[_value(saved.config, "optim.matrices")])
     return {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
 
 

@@ -10,14 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters import AdapterFolder
-from relora_mora.checkpoint import CheckpointReader
-from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import Config, ConfigError
 from relora_mora.distributed.collectives import from_first_rank
 from relora_mora.merging import FrozenMasters
 from relora_mora.model import function_differences
-from relora_mora.model.llama import initial_value, model_class
-from relora_mora.pretrained import in_short, is_foreign, load_foreign, merged_weights, start_config
+from relora_mora.model.llama import initial_value
+from relora_mora.pretrained import in_short, start_config, start_weights
 from relora_mora.zero import ZeroEngine
 
 
@@ -84,10 +82,7 @@ def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, t
     """
     path = Path(str(config.model.init_from))
     _check_function(start_config(path), lm.config, path)
-    if is_foreign(path):
-        weights = load_foreign(path, torch.float32, model_class(lm.config), whole=True).state_dict()
-    else:
-        weights = merged_weights(CheckpointReader(find_checkpoint(path)))
+    weights = start_weights(path, lm.config)
     embedding = weights["model.embed_tokens.weight"]
     if lm.config.tie_word_embeddings and not torch.equal(embedding, weights.get("lm_head.weight", embedding)):
         fault = (

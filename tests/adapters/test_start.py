@@ -17,14 +17,9 @@ from relora_mora.config import Config, ConfigError
 from relora_mora.export import export
 from tests.tools.adapter_tools import ALONE, METHODS, adapted, logits, save_base, write_run
 from tests.tools.commands import EVALUATE, call
-from tests.tools.runs import metrics, run_config, train, write_inputs
+from tests.tools.runs import metrics, run_config, train
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

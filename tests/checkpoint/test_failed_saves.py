@@ -16,14 +16,9 @@ import torch
 
 from relora_mora.checkpoint import list_checkpoints, verify
 from tests.tools.commands import disk
-from tests.tools.runs import run_config, tensors, train, write_inputs
+from tests.tools.runs import run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def followed(

@@ -17,7 +17,7 @@ from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.gpu.conftest import DEVICE, gpu_only
 from tests.tools.jobs import Job, write_config
 from tests.tools.pool import Pools
-from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+from tests.tools.runs import metrics, run_config, tensors, train
 from tests.train.test_golden_loss import (
     golden,
     test_compiled_layers_train_as_the_reference,
@@ -43,11 +43,6 @@ from tests.zero.test_stages import (
     test_stages_agree_around_a_merge,
     test_stages_agree_in_bf16,
 )
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.parametrize("method", ["full", "remora"])

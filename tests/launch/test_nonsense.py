@@ -17,7 +17,7 @@ import pytest
 from relora_mora.config import Config
 from relora_mora.config.deepspeed_checks import DEEPSPEED_KEYS
 from relora_mora.model.config_keys import KEYS
-from tests.tools.runs import metrics, run_config, train, write_inputs
+from tests.tools.runs import metrics, run_config, train
 
 pytestmark = pytest.mark.distributed
 
@@ -39,11 +39,6 @@ ROPES = [
         {"factor": 2.0, "beta_fast": 1, "beta_slow": 32, "truncate": False},
     )
 ]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def outcome(inputs: Path, tokenizer: str, folder: Path, world: int, changes: Tree) -> str:

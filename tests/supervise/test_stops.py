@@ -12,16 +12,11 @@ import pytest
 
 from relora_mora.checkpoint import newest_whole
 from tests.tools.jobs import Job, checkpoints, ends, last_step, write_config
-from tests.tools.runs import run_config, tensors, write_inputs
+from tests.tools.runs import run_config, tensors
 
 pytestmark = pytest.mark.distributed
 also = pytest.mark.stops  # further cases, of make test-stops
 STEPS = 100_000
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture

@@ -5,19 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tools.runs import metrics, run_config, write_inputs
+from tests.tools.runs import metrics, run_config
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def with_a_stopped_worker(config: Any) -> str:

@@ -17,16 +17,11 @@ from safetensors.torch import load_file, save_file
 from relora_mora.checkpoint.layout import content_checksum
 from relora_mora.export import export
 from tests.tools.commands import EVALUATE, EXPORT, call, disk, left_in, permissions_count, public_folder, refused
-from tests.tools.runs import run_config, train, write_inputs
+from tests.tools.runs import run_config, train
 
 pytestmark = pytest.mark.distributed
 RUBBISH = bytes(range(256)) * 4
 STATE, BASE = "state-00000-of-00001.safetensors", "base-00000-of-00001.safetensors"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,15 +11,10 @@ import pytest
 from tests.tools.data_tools import write_shard, write_shards
 from tests.tools.faulty_server import serving
 from tests.tools.jobs import Job, ends, last_step, write_config
-from tests.tools.runs import metrics, run_config, write_inputs
+from tests.tools.runs import metrics, run_config
 from tests.train.test_resume import _equal
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def ended(config: Any) -> tuple[str, str]:

@@ -14,16 +14,11 @@ import torch
 from relora_mora.data import load_eval_set
 from relora_mora.evaluate import causal_lm_loss, evaluate
 from relora_mora.pretrained import merged_model
-from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+from tests.tools.runs import metrics, run_config, tensors, train
 from tests.train.test_golden_loss import compiled_graphs
 
 pytestmark = pytest.mark.distributed
 DRAWN: dict[str, Any] = {"operators": [7]}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from relora_mora.model import ARCHITECTURES
 from relora_mora.pretrained import check_headers, load_foreign
 from relora_mora.system.run_folder import RunFolder
 from tests.tools.commands import EVALUATE, FINETUNE, PLAN, call, refused
-from tests.tools.runs import LLAMA, metrics, run_config, tensors, train, write_inputs
+from tests.tools.runs import LLAMA, metrics, run_config, tensors, train
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 pytestmark = pytest.mark.distributed
@@ -33,11 +33,6 @@ KINDS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "qwen2": ({"num_key_value_heads": 2, "tie_word_embeddings": True}, 3, "bf16", "remora"),
     "qwen3": ({"num_key_value_heads": 1, "head_dim": 16}, 0, "fp32", "lora"),
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def save(folder: Path, kind: str = "llama", **changes: Any) -> Path:

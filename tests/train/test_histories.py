@@ -9,15 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.tools.runs import run_config, train, write_inputs
+from tests.tools.runs import run_config, train
 from tests.train.test_rollback import NAN, _same, _settings, faulty
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def rollbacks(folder: Path) -> list[tuple[int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora_mora.model.llama import build_model
 from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.faulty_server import COMMIT, serving
-from tests.tools.runs import LLAMA, metrics, run_config, train, write_inputs
+from tests.tools.runs import LLAMA, metrics, run_config, train
 from tests.tools.tiny import whole_weights
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def started(config) -> dict[str, Any]:

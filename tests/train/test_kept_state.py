@@ -22,11 +22,6 @@ pytestmark = pytest.mark.distributed
 SPIKES = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": "rollback"}
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
 def stopped(config: Any, *, where: str = "start", number: int = 0) -> int:
     """Trains on every rank until rank 1 is asked to stop: at the start, in the last evaluation, or after global batch
     ``number``, whose loss is a spike. Returns the exit code, as a signal would give it."""

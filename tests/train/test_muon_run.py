@@ -9,16 +9,11 @@ from unittest import mock
 
 import pytest
 
-from tests.tools.runs import assert_resumes_are_bit_equal, losses, run_config, tensors, train, write_inputs
+from tests.tools.runs import assert_resumes_are_bit_equal, losses, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
 
 MUON = {"matrices": "muon", "momentum": 0.9}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture

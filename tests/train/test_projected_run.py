@@ -8,17 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.tools.runs import assert_resumes_are_bit_equal, losses, run_config, tensors, train, write_inputs
+from tests.tools.runs import assert_resumes_are_bit_equal, losses, run_config, tensors, train
 from tests.train.test_muon_run import refused
 
 pytestmark = pytest.mark.distributed
 
 PROJECTED = {"projection_rank": 4, "projection_every": 3}  # renewed in the steps 1, 4, 7 and 10, or 1, 4, 5, 8 and 9
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture

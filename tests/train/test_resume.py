@@ -10,14 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+from tests.tools.runs import metrics, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _sections(stage: int, bf16: bool, method: str = "remora") -> dict:

@@ -14,14 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tools.runs import Stopped, metrics, run_config, tensors, write_inputs
+from tests.tools.runs import Stopped, metrics, run_config, tensors
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def faulty(

@@ -14,14 +14,9 @@ import pytest
 from relora_mora.supervise import RunLock
 from tests.tools.commands import PRETRAIN, Answer, call, disk
 from tests.tools.jobs import Job, ends, write_config
-from tests.tools.runs import metrics, run_config, write_inputs
+from tests.tools.runs import metrics, run_config
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _config(inputs: Path, tokenizer: str, run_dir: Path, config: Path, **train: object) -> Path:

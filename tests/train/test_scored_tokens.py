@@ -9,15 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+from tests.tools.runs import metrics, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def mostly_unscored(config: Any) -> None:

@@ -20,16 +20,11 @@ from relora_mora.origin import start_digests
 from relora_mora.system.run_folder import read_json_lines
 from tests.tools.commands import PRETRAIN, call
 from tests.tools.helpers import ROOT
-from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+from tests.tools.runs import metrics, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
 METHODS = ("full", "lora", "mora", "relora", "remora")
 UNSAVED: dict[str, dict[str, Any]] = {"checkpoint": {"every_steps": 0}}  # but at the end
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from relora_mora.export import export
 from relora_mora.model import ARCHITECTURES, read_model_config
 from relora_mora.model.llama import empty_model
 from tests.tools.commands import EVALUATE, call
-from tests.tools.runs import LLAMA, metrics, run_config, train, write_inputs
+from tests.tools.runs import LLAMA, metrics, run_config, train
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 pytestmark = pytest.mark.distributed
@@ -54,11 +54,6 @@ OLD_KEYS = {
     "attention_dropout": 0.0,
     "output_attentions": False,
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def save(
