@@ -119,8 +119,9 @@ def main(
 
         from relora_mora.adapters import is_adapter, load_model
         from relora_mora.config import DataConfig
-        from relora_mora.data import SourceError, configured_shards
+        from relora_mora.data import SourceError
         from relora_mora.data.hub_sources import hub_repo
+        from relora_mora.data.sources import shards_of
         from relora_mora.evaluate import EvalResult, causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal
         from relora_mora.model import length_of_documents
         from relora_mora.pretrained import DTYPES, is_foreign, positions_of
@@ -142,8 +143,13 @@ def main(
         load_tokenizer(tokenizer)
     if given is not None:
         text = DataConfig.model_validate({"train": "none", "validation": given, **held})
-        if not any(hub_repo(source) or "://" in source.source for source in text.sources("validation")):
-            configured_shards(text, "validation")
+        for name, sources in text.validation_sets.items():
+            if any(hub_repo(source) or "://" in source.source for source in sources):
+                continue
+            try:
+                shards_of(sources, text, "validation")
+            except SourceError as error:
+                raise SourceError(f"--data.{name}: {error}" if name else str(error)) from error
     loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
     if tasks is not None:
         _score_tasks(loaded, tokenizer, names, micro_batch_size, **of_tasks)
@@ -236,8 +242,8 @@ def _score_tasks(
     with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
         words = load_tokenizer(tokenizer_path)
     check_vocabulary(words, lm.config.get_text_config().vocab_size)
-    if loaded.checkpoint is not None:
-        lm.generation_config = generation_config(words)  # as its export has it; the model's config may name other ids
+    if loaded.of_run:
+        lm.generation_config = generation_config(words)  # as its export has it
     results = evaluate_tasks(
         lm, words, names, data=task_data, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
     )

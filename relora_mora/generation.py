@@ -98,7 +98,8 @@ def generate_answers(
         of_all = ordered[first : first + per_round]
         own = of_all[rank::world_size]
         prompts = [torch.from_numpy(each.prompt) for each in own or of_all[:1]]
-        tokens = greedy(lm, prompts, max(len(each.answer) for each in of_all), device).tolist()
+        wanted = [len(each.answer) for each in own or of_all[:1]]
+        tokens = greedy(lm, prompts, max(len(each.answer) for each in of_all), device, wanted).tolist()
         for ids, (_, answer) in zip(tokens, own, strict=False):
             expected = text_of(tokenizer, answer.tolist(), special)
             found = text_of(tokenizer, ids[: len(answer)], special)
@@ -121,10 +122,18 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], special: Set[int
 
 
 @torch.no_grad()
-def greedy(lm: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int, device: torch.device) -> Tensor:
+def greedy(
+    lm: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    new_tokens: int,
+    device: torch.device,
+    wanted: Sequence[int] | None = None,
+) -> Tensor:
     """Prompts [length of each] -> int64 [B, new_tokens], the most probable continuation of each.
 
-    What ``generate`` of transformers finds, without an end before ``new_tokens``. ``lm`` is in evaluation mode.
+    What ``generate`` of transformers finds, without an end before ``new_tokens``. ``lm`` is in evaluation mode. Of a
+    row the first ``wanted`` tokens are right, and those behind are made at the position of the last of these: a row
+    that fits the model's positions never goes beyond them, which would stretch dynamic rotary embeddings for all.
     """
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -135,6 +144,7 @@ def greedy(lm: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int, devi
     ids = ids.to(device)
     mask = mask.to(device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    last = positions[:, -1:] + torch.tensor(wanted or [new_tokens] * len(prompts), device=device)[:, None] - 1
     cache = DynamicCache(config=lm.config)
     found = []
     with _attention_with_a_mask(lm), torch.compiler.set_stance("force_eager"):  # each length would be a new program
@@ -144,7 +154,7 @@ def greedy(lm: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int, devi
             ids = logits[:, -1].argmax(-1, keepdim=True)
             found.append(ids)
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-            positions = positions[:, -1:] + 1
+            positions = torch.minimum(positions[:, -1:] + 1, last)
     return torch.cat(found, dim=1)
 
 

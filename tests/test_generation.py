@@ -49,6 +49,25 @@ def test_prompts_of_all_lengths_go_on_as_each_does_alone_in_transformers(lm):
     assert lm.config._attn_implementation == attention
 
 
+def test_rows_that_fit_never_go_beyond_the_positions_of_the_model():
+    """Where one does, dynamic rotary embeddings are stretched, and stay so for what is trained after that."""
+    torch.manual_seed(3)
+    config = ARCHITECTURES["llama"].config_class(
+        **LLAMA | {"max_position_embeddings": 12},
+        initializer_range=0.4,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0},
+    )
+    lm = ARCHITECTURES["llama"].model_class(config).eval()
+    before = lm.model.rotary_emb.inv_freq.clone()
+    wanted = [7, 7, 3, 7]
+    found = greedy(lm, prompts(), 7, CPU, wanted)
+    assert torch.equal(lm.model.rotary_emb.inv_freq, before)
+    for row, (prompt, tokens) in enumerate(zip(prompts(), wanted, strict=True)):
+        assert torch.equal(found[row, :tokens], greedy(lm, [prompt], tokens, CPU)[0])
+    greedy(lm, prompts(), 7, CPU)
+    assert not torch.equal(lm.model.rotary_emb.inv_freq, before)
+
+
 def test_characters_agree_place_by_place():
     assert agreeing_characters("abcd", "abXd") == 3
     assert agreeing_characters("bcd", "abcd") == 0

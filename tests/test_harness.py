@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.uuid_pairs import uuid_pairs
@@ -242,13 +243,29 @@ def test_a_right_number_is_found_behind_its_steps(model, data):
         assert evaluate_tasks(lm, tokenizer, ["local_metamath"], **settings) == {
             "local_metamath": {"exact_match": right}
         }
+    (data / "metamath.jsonl").write_text(json.dumps({"question": "Which interval?", "answer": "[0,2]"}) + "\n")
+    Says.said = "The answer is: [0,2]"
+    assert evaluate_tasks(lm, tokenizer, ["local_metamath"], **settings)["local_metamath"]["exact_match"] == 1.0
     Says.said = ROWS["local_uuid"][1]["completion"] + "\nmore"
     found = evaluate_tasks(lm, tokenizer, ["local_uuid"], **settings)["local_uuid"]
     assert found["exact_match"] == pytest.approx(1 / 3) and found["character_accuracy"] < 1
 
 
 @needs_lm_eval
-def test_a_run_scores_as_its_export(tmp_path):
+def test_prompts_that_are_cut_are_told(model, data):
+    small = LlamaForCausalLM.from_pretrained(model)
+    small.config.max_position_embeddings = 300
+    small.save_pretrained(model)
+    answer = call(EVALUATE, model, "--tasks=local_gsm8k", f"--task_data={data}")
+    assert answer.code == 0 and "lost their beginning" not in answer.err
+    row = {"question": "How many? " * 30, "answer": "#### 1"}
+    (data / "gsm8k.jsonl").write_text(json.dumps(row) + "\n")
+    answer = call(EVALUATE, model, "--tasks=local_gsm8k", f"--task_data={data}")
+    assert "longer than the model's 300 positions leave room for, and lost their beginning (1 times)" in answer.err
+
+
+@needs_lm_eval
+def test_a_run_and_an_adapter_on_it_score_as_their_exports(tmp_path):
     """Its answers end with the tokenizer's EOS, 256, also where the model's config names another token, here 2."""
     save_bytes_tokenizer(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
@@ -267,7 +284,15 @@ def test_a_run_scores_as_its_export(tmp_path):
     (tmp_path / "uuid.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
     checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000005", lm, tmp_path / "tokenizer")
     export(checkpoint, tmp_path / "export")
-    for given in (checkpoint, tmp_path / "export"):
+    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps(adapter | {"base_model_name_or_path": str(checkpoint)})
+    )
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.lora_A.weight": torch.zeros(2, 272), f"{name}.lora_B.weight": torch.zeros(272, 2)}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    for given in (checkpoint, tmp_path / "export", tmp_path / "adapter"):
         answer = call(EVALUATE, given, "--tasks=local_uuid", f"--task_data={tmp_path}")
         found = json.loads(answer.out.splitlines()[-1])["tasks"]["local_uuid"]
         assert found["exact_match"] == 1.0, given
@@ -297,6 +322,12 @@ def test_rows_with_their_answers_stand_before_each_row(model, data):
     refused(
         call(EVALUATE, model, "--tasks=local_uuid", f"--task_data={data}", "--num_fewshot=3"),
         "--num_fewshot: got 3, and local_uuid has 3 rows with the one that is asked",
+    )
+    copied = "".join(f"{json.dumps(row)}\n" for row in [ROWS["local_uuid"][0]] * 2 + ROWS["local_uuid"][1:2])
+    (data / "uuid.jsonl").write_text(copied)
+    refused(
+        call(EVALUATE, model, "--tasks=local_uuid", f"--task_data={data}", "--num_fewshot=2"),
+        "local_uuid has 3 rows with the one that is asked and its copies (2 of one)",
     )
 
 

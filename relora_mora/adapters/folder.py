@@ -197,9 +197,11 @@ class AdapterFolder:
     def check_head(self, model: PreTrainedModel) -> None:
         """Raises :class:`CheckpointError` for embeddings that are also the head: PEFT changes one of the two alone."""
         embedding = model.get_input_embeddings().weight
-        if model.get_output_embeddings().weight is embedding and "model.embed_tokens.weight" in self.shapes:
+        if model.get_output_embeddings().weight is embedding and (
+            "model.embed_tokens.weight" in self.shapes or "lm_head" in self.layers
+        ):
             raise CheckpointError(
-                f"{self.file}: brings embeddings for a model in which they are also the head, and is not that model's "
+                f"{self.file}: changes embeddings or head of a model in which they are one, and is not that model's "
                 f"adapter alone; {_REMEDY}"
             )
 

@@ -91,6 +91,7 @@ class CsvRecords:
         try:
             row = next(self._reader, None)
         except _BadRow as bad:
+            self._lost = self._taken
             return bad.skipped
         except csv.Error:
             self._lost = self._taken - 1

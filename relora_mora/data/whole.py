@@ -44,8 +44,8 @@ class WholeLane(Generic[Row]):
     """A ``packing.Packer`` of rows that fit into a block; ``fills``: several in each, else one.
 
     ``epoch_blocks`` are those that each epoch takes of every lane; None: each lane begins the next one at once.
-    ``restored`` is a state of this lane, which keeps these numbers once the lane has begun. Raises SourceError where
-    the source does not fit it.
+    ``restored`` is a state of this lane, which keeps its numbers once the lane has begun, and takes those of further
+    epochs. Raises SourceError where the source does not fit it.
     """
 
     def __init__(
@@ -70,7 +70,9 @@ class WholeLane(Generic[Row]):
         if restored:
             cursor, given = rows.plan.read(restored)
             if given or cursor != Cursor() or "turn" in restored:  # it has begun
-                self._epoch_blocks = restored.get("epoch_blocks")
+                saved = restored.get("epoch_blocks")
+                if saved is None or epoch_blocks is None or list(epoch_blocks[: len(saved)]) != saved:
+                    self._epoch_blocks = saved
                 self._turn = restored.get("turn", 0)
             cursor = cursor._replace(documents=cursor.documents - restored.get("documents_given", 0))
         self.encoded = EncodedRows(rows, encode, cursor)

@@ -84,6 +84,11 @@ def seat_fault(seats: Sequence[Seat]) -> str | None:
     return None
 
 
+def has_met(store: Any, rank: int) -> bool:
+    """Whether a rank has taken its seat in a store."""
+    return bool(dist.PrefixStore("seats", store).check([str(rank)]))
+
+
 def _seats_of_ranks(mine: Seat, store: Any, rank: int, world_size: int) -> list[Seat]:
     if world_size == 1:
         return [mine]

@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 
 from relora_mora.distributed.collectives import control_group
-from relora_mora.distributed.device import backend_name, bind_device
+from relora_mora.distributed.device import backend_name, bind_device, has_met
 from relora_mora.system.allocator import keep_freed_memory
 from relora_mora.system.hardware import uses_cuda
 
@@ -56,7 +56,7 @@ def _meet(timeout_seconds: float) -> None:
     # of a collective; longer than the watchdog takes to name the rank that is late
     longest = datetime.timedelta(seconds=2 * timeout_seconds + 60)
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_seconds)))
+        store = _store_of_this_start(rank, timeout_seconds)
         device = bind_device(store, rank, world_size)
         dist.init_process_group(
             backend_name(),
@@ -75,6 +75,25 @@ def _meet(timeout_seconds: float) -> None:
             f"within {timeout_seconds:.0f} s ({first}); check that all ranks were started, "
             "and that hosts and firewalls let them reach MASTER_ADDR and MASTER_PORT"
         ) from error
+
+
+def _store_of_this_start(rank: int, timeout_seconds: float) -> dist.Store:
+    """Where the ranks meet. A job that ended a moment ago may hold one at the same port, in which this rank has met."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_seconds)))
+        if rank == 0:
+            return store
+        try:
+            if not has_met(store, rank):
+                return store
+        except dist.DistError:  # it has gone just now
+            if time.monotonic() > deadline:
+                raise
+        if time.monotonic() > deadline:
+            return store
+        del store
+        time.sleep(0.5)
 
 
 def _await_port(port: int) -> None:
@@ -102,6 +121,7 @@ def store_address() -> tuple[str, int]:
 
 
 def processes_on_host() -> int:
-    """As torchrun, DeepSpeed's launcher and Slurm tell it; Slurm's form is 8(x2),4."""
-    told = [os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE")]
-    return max([1, *(int(number) for value in told for number in re.findall(r"\d+", value)[:1])])
+    """As torchrun or DeepSpeed's launcher tells it, or else Slurm, whose form is 8(x2),4; never more than all."""
+    told = (os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE"))
+    numbers = [int(number) for value in told for number in re.findall(r"\d+", value)[:1]]
+    return max(1, min([*numbers[:1], int(os.environ.get("WORLD_SIZE", "1"))]))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from relora_mora.pretrained import positions_of
 from relora_mora.system.logs import log
 
 Results = dict[str, dict[str, float]]  # by task and metric
+ANSWER_TOKENS = 256  # of a task that does not say how many, by lm-eval's HFLM
 
 
 def check_tasks(names: Sequence[str], data: str | None, num_fewshot: int | None = None) -> None:
@@ -28,11 +31,12 @@ def check_tasks(names: Sequence[str], data: str | None, num_fewshot: int | None 
     if importlib.util.find_spec("lm_eval") is None:
         raise HarnessError("--tasks: lm-evaluation-harness is not installed; pip install -e '.[eval]', in the checkout")
     for name in local:
-        rows = len(local_rows(name, data))
-        if num_fewshot is not None and rows <= num_fewshot:
+        rows = [json.dumps(row, sort_keys=True) for row in local_rows(name, data)]
+        copies = max(Counter(rows).values())  # of a row that is asked, none of which is an example
+        if num_fewshot is not None and len(rows) - copies < num_fewshot:
             raise HarnessError(
-                f"--num_fewshot: got {num_fewshot}, and {name} has {rows} rows with the one that is asked; "
-                "give fewer, or more rows"
+                f"--num_fewshot: got {num_fewshot}, and {name} has {len(rows)} rows with the one that is asked"
+                f"{f' and its copies ({copies} of one)' if copies > 1 else ''}; give fewer, or more rows"
             )
 
 
@@ -65,15 +69,16 @@ def evaluate_tasks(
         for text in missing:
             log.warning("left out: %s", text)
         _check_answers_fit(found, positions_of(lm))
-        results = simple_evaluate(
-            HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=batch_size, max_length=positions_of(lm)),
-            tasks=found,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-            task_manager=manager,
-        )
+        with _cut_prompts_told(positions_of(lm)):
+            results = simple_evaluate(
+                HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=batch_size, max_length=positions_of(lm)),
+                tasks=found,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=False,
+                task_manager=manager,
+            )
     return {name: _numbers(values) for name, values in {**results["results"], **results.get("groups", {})}.items()}
 
 
@@ -103,10 +108,13 @@ def _loaded(names: Sequence[str], manager: Any, data: str | None) -> tuple[list[
 
 
 def _check_answers_fit(tasks: Sequence[Any], positions: int | None) -> None:
-    for task in tasks:
-        config: Any = getattr(task, "config", None)
-        longest = (getattr(config, "generation_kwargs", None) or {}).get("max_gen_toks")
-        if positions is not None and longest is not None and longest >= positions:
+    alone = [one for task in tasks for one in (task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task])]
+    for task in alone:
+        config = task.config
+        if positions is None or config.output_type != "generate_until":
+            continue
+        longest = (config.generation_kwargs or {}).get("max_gen_toks", ANSWER_TOKENS)
+        if longest >= positions:
             raise HarnessError(
                 f"{config.task}: its answers have up to {longest} tokens, and the model {positions} positions with the "
                 "prompt; leave the task out"
@@ -121,6 +129,37 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, int | float) and kind and not metric.endswith("_stderr"):
             numbers[metric if kind == "none" else f"{metric}/{kind}"] = float(value)
     return numbers
+
+
+class _Cuts(logging.Handler):
+    """Counts what lm-eval says of prompts that it cuts."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += "truncat" in record.getMessage().lower()
+
+
+@contextlib.contextmanager
+def _cut_prompts_told(positions: int | None) -> Iterator[None]:
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    before = logger.level, logger.propagate
+    cuts = _Cuts()
+    logger.addHandler(cuts)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(cuts)
+        logger.level, logger.propagate = before
+    if cuts.count:
+        log.warning(
+            "prompts were longer than the model's %s positions leave room for, and lost their beginning (%d times); "
+            "give fewer --num_fewshot",
+            positions,
+            cuts.count,
+        )
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ import torch
 from relora_mora.system.compilers import missing_to_compile
 
 DTYPES = (torch.bfloat16, torch.float32)
+# of a grouping: a kernel has code for each piece, and is compiled for 30 s with 90 of them, for 5 minutes with 500
+MOST_PIECES = 128
 OLDEST = (8, 0)  # compute capability of an A100: Triton supports none before
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from relora_mora.kernels import reference
+from relora_mora.kernels.cuda import MOST_PIECES
 from relora_mora.kernels.grouping import Grouping, Piece, as_rows
 from relora_mora.kernels.triton_launch import launch, power_of_two, works_on
 
@@ -24,8 +25,6 @@ _BLOCK = 256  # slots or features
 _ELEMENTS = 2048  # that a program reads at once: 16 for each of its 128 threads
 _MIN_ROWS = 4  # so that each thread has 16 bytes to store
 _NEIGHBOURS = 4  # features of a slot that are read at once
-# a kernel has code for each piece, and is compiled for 30 s with 90 of them, for 5 minutes with 500
-MOST_PIECES = 128
 
 
 @triton.jit

@@ -24,7 +24,8 @@ class LoadedModel:
     """A causal LM to score text with.
 
     ``tokenizer`` is a context manager that gives the tokenizer's folder; ``data`` says how the training text was read.
-    ``checkpoint`` is that of this trainer which the weights are from, and its step.
+    ``checkpoint`` is that of this trainer which the weights are from, and its step. ``of_run``: so are they, or those
+    that an adapter was put on; then the model's config may name other special tokens than the tokenizer.
     """
 
     model: PreTrainedModel
@@ -32,6 +33,7 @@ class LoadedModel:
     data: DataConfig
     description: str
     checkpoint: tuple[Path, int] | None = None
+    of_run: bool = False
 
     def data_settings(
         self,
@@ -85,4 +87,5 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
         data,
         f"{checkpoint} (step {manifest.step})",
         (checkpoint, manifest.step),
+        of_run=True,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from relora_mora.system.bounded import bounded
+from relora_mora.system.files import append_synced
 from relora_mora.system.run_folder import RunFolder
 
 FINISHED = 0
@@ -39,12 +40,7 @@ def record_end(folder: Path, *, code: int, reason: str, rank: int, step: int | N
         "host": socket.gethostname(),
     }
     with contextlib.suppress(OSError):
-        handle = os.open(RunFolder(folder).ends, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(handle, (json.dumps(entry) + "\n").encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        append_synced(RunFolder(folder).ends, json.dumps(entry))
 
 
 def leave_process(code: int) -> NoReturn:

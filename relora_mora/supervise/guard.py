@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 LONG_SECONDS = 1800.0  # for `begin`: what building a model, a merge or the write of a checkpoint may take
 LAUNCHER_SECONDS = 8.0  # to save and exit after the launcher has gone
 POLL_SECONDS = 0.5
-LINGER_SECONDS = 2.5  # for the others to read why the rank that holds the store exits
 
 
 class Guard:
@@ -99,8 +98,7 @@ class Guard:
             self.record(code, reason)
         if self._watchdog is not None and not same_on_all_ranks:
             self._watchdog.announce_exit(code, f"rank {self.rank} ended: {reason}")
-            if self.rank == 0:
-                time.sleep(LINGER_SECONDS)
+            self._linger()
 
     def peer_failed(self, error: str) -> None:
         """A collective failed because another rank is gone: names that rank and ends the process."""
@@ -144,11 +142,18 @@ class Guard:
             time.sleep(STACKS_SECONDS + 0.5)
             with contextlib.suppress(OSError):  # a launcher would wait half a minute for a process that does not answer
                 os.kill(failure.pid, signal.SIGKILL)
+        self._linger()
         leave_now(failure.code, self._let_go)
 
+    def _linger(self) -> None:
+        """The first rank holds the store, where the others read why the job ends."""
+        watchdog = self._watchdog  # the main thread may take it away
+        if self.rank == 0 and watchdog is not None:
+            time.sleep(watchdog.linger_seconds)
+
     def _report(self, failure: PeerFailure) -> None:
-        first_left = 1 if failure.rank == 0 else 0
-        if self.rank != first_left:
+        """Said by the first rank; where that is lost, by the next one, and by the first of another host."""
+        if self.rank not in ({1, _ranks_here()} if failure.rank == 0 else {0}):
             return
         self._say(failure.reason)
         if not failure.announced:  # otherwise that rank has recorded it
@@ -186,6 +191,7 @@ class Guard:
         watchdog = self._watchdog  # the main thread may take it away
         if watchdog is not None:
             watchdog.announce_exit(code, reason)
+            self._linger()
 
     def _run(self) -> None:
         """The guard's own thread, until it is closed."""
@@ -213,3 +219,9 @@ class Guard:
         with contextlib.suppress(OSError, ValueError):  # the launcher's pipe may be closed
             sys.stderr.write(f"{prefix}the run ended: {text}\n")
             sys.stderr.flush()
+
+
+def _ranks_here() -> int:
+    from relora_mora.distributed.join import processes_on_host  # with torch, which a guard is made before
+
+    return processes_on_host()

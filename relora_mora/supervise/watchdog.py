@@ -30,6 +30,7 @@ HEARTBEAT_SECONDS = 1.0
 STORE_SECONDS = 15.0  # for an answer of the store; one that takes longer means that its host is gone
 LEAVE_SECONDS = 5.0  # for a main thread to exit by itself after another rank has announced its exit
 SUSPECT_SECONDS = 4.0  # to find the rank whose heartbeats stopped, when a collective has failed
+LINGER_SECONDS = 2.5  # for the others to read why the rank that holds the store exits
 
 
 class _Action(NamedTuple):
@@ -62,7 +63,6 @@ class Watchdog:
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.timeout_seconds = timeout_seconds
         self.end = end
         self.stacks = stacks
         # a connection of its own: a client of the store answers one caller at a time
@@ -73,6 +73,9 @@ class Watchdog:
         self._store_lock = threading.Lock()
         self._asked_at: float | None = None  # while the store has not answered
         self._interval = max(HEARTBEAT_SECONDS, world_size / 256)  # 256 heartbeats a second at most, to spare the store
+        self.timeout_seconds = max(timeout_seconds, 3 * self._interval)
+        self.linger_seconds = max(LINGER_SECONDS, 1.5 * self._interval)
+        self._known: PeerFailure | None = None  # that was published
         self._action = _Action("started", 0, time.monotonic(), timeout_seconds)
         self._received: dict[int, Received] = {}
         self._heartbeats = 0
@@ -102,7 +105,7 @@ class Watchdog:
     def diagnose(self, error: str) -> PeerFailure:
         """Which rank is at fault, after a collective has failed. Waits a few seconds for heartbeats to stay away."""
         self._suspicious.set()
-        deadline = time.monotonic() + SUSPECT_SECONDS + 2 * self._interval
+        deadline = time.monotonic() + self._suspect_seconds + 2 * self._interval
         while time.monotonic() < deadline:
             try:
                 failure = self._find_failure()
@@ -112,7 +115,7 @@ class Watchdog:
                 return failure
             time.sleep(self._interval / 4)
         reason = f"a collective failed on rank {self.rank} while all ranks were alive ({error})"
-        return PeerFailure(self.rank, LOST, reason, announced=False)
+        return self._publish(PeerFailure(self.rank, LOST, reason, announced=False))
 
     def close(self) -> None:
         self._closed.set()
@@ -187,11 +190,12 @@ class Watchdog:
         watches_all = self.rank == 0 or self._suspicious.is_set()
         with self._store_lock:
             if self._store.check(["failure"]):
-                return PeerFailure(**json.loads(self._store.get("failure")))
+                self._known = PeerFailure(**json.loads(self._store.get("failure")))
+                return self._known
             self._receive(list(range(self.world_size)) if watches_all else [0, self.rank])
             others = {rank: last for rank, last in self._received.items() if rank != self.rank}
         now = time.monotonic()
-        allowed = min(SUSPECT_SECONDS, self.timeout_seconds) if self._suspicious.is_set() else self.timeout_seconds
+        allowed = self._suspect_seconds if self._suspicious.is_set() else self.timeout_seconds
         found = find_silent(others, allowed, now)
         if found is None and self.rank == 0:
             found = find_hung(self._received, now)
@@ -210,12 +214,18 @@ class Watchdog:
         try:
             with self._store_lock:
                 first: Any = self._store.compare_set("failure", "", json.dumps(asdict(failure)))
-                return PeerFailure(**json.loads(first))
+                self._known = PeerFailure(**json.loads(first))
+                return self._known
         except DistError:
             return failure
 
+    @property
+    def _suspect_seconds(self) -> float:
+        return min(max(SUSPECT_SECONDS, 3 * self._interval), self.timeout_seconds)
+
     def _store_lost(self) -> PeerFailure:
-        return self._lost(0, "the connection to it broke")
+        """The first rank, which holds the store, is gone: for the reason that was published before, or without one."""
+        return self._known or self._lost(0, "the connection to it broke")
 
     def _lost(self, rank: int, how: str) -> PeerFailure:
         last = self._received.get(rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -26,6 +27,27 @@ def write_synced(path: Path, text: str) -> None:
             beside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def append_whole(handle: int, line: bytes) -> None:
+    """Writes a line at the end of an open file, whole or not at all: a disk that fills up would take a part of it.
+
+    Raises OSError.
+    """
+    before = os.fstat(handle).st_size
+    if os.write(handle, line) < len(line):
+        os.ftruncate(handle, before)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def append_synced(path: Path, line: str) -> None:
+    """A line of a file that may not be there yet, as :func:`append_whole` writes it."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        append_whole(handle, f"{line}\n".encode())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sync(path: Path) -> None:

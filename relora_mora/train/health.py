@@ -35,9 +35,12 @@ class Health:
     def spike(self, loss: float, config: TrainConfig) -> float | None:
         """How many standard deviations a loss lies above the window's mean, if those are too many.
 
-        Else the loss joins the window. A quarter of the window must be there before anything is judged; after as many
-        spikes in a row the loss has another level, and the window begins anew.
+        Else the loss joins the window, if it is a number: a step without scored tokens has none. A quarter of the
+        window must be there before anything is judged; after as many spikes in a row the loss has another level, and
+        the window begins anew.
         """
+        if not math.isfinite(loss):
+            return None
         quarter = config.spike_window // 4
         if len(self.losses) >= quarter:
             mean = statistics.fmean(self.losses)
@@ -50,6 +53,5 @@ class Health:
                     self.spikes = 0
                 return height
         self.spikes = 0
-        if math.isfinite(loss):
-            self.losses = [*self.losses, loss][-config.spike_window :]
+        self.losses = [*self.losses, loss][-config.spike_window :]
         return None

@@ -24,7 +24,7 @@ FREE_SETTINGS = {
     "data.validation",
     "data.records",  # part of the fingerprint, and so is the text of its template
     "data.packing",  # part of the fingerprint where it is not "stream"
-    "data.text_column",  # part of the fingerprint where it is not "text"
+    "data.text_column",  # part of the fingerprint
     "data.sample_by",  # part of the fingerprint where there is a .txt file
     "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
     "data.workers",

@@ -76,9 +76,15 @@ class Trainer:
         if resumed_from is not None and state.saved is not None:
             self.writer.adopt_base(resumed_from.folder, resumed_from.manifest)
         first = self.rank == 0
-        self.metrics = (
-            Metrics(self.folder, step=state.step, loggers=make_loggers(self.folder, config.log)) if first else None
-        )
+        self.metrics = None
+        if first:
+            goes_on = state.saved is not None  # and takes nothing over from a run of another folder
+            self.metrics = Metrics(
+                self.folder,
+                step=state.step if goes_on else 0,
+                evaluated=state.evaluated == state.step,
+                loggers=make_loggers(self.folder, config.log),
+            )
         self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
         self.feed = Feed(self.data, config.data, guard)
         self.judge = Judge(config.train, self.rank, run.engine.world_size, self.write)
@@ -106,6 +112,8 @@ class Trainer:
             if not self.evaluating.evaluate(self.state):
                 return self.ends.stop(self.state)
             self.startup.done("evaluation")
+            if self.state.step == self.config.train.steps:
+                self.state.saved = None  # it is saved anew, with this evaluation: the next start makes none
         self.progress.begin()
         while self.state.step < self.config.train.steps or self.state.trouble:
             share = first or self.next_batch()

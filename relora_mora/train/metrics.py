@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from relora_mora.config.secrets import redact
-from relora_mora.system.files import write_synced
+from relora_mora.system.files import append_whole, write_synced
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 
@@ -45,15 +44,17 @@ class Metrics:
     """Writes ``metrics.jsonl`` of a run folder, and hands the same to loggers.
 
     After a resume at ``step``, what an earlier process logged beyond it is dropped from the file, because those steps
-    are made again. A line that cannot be written (the disk is full) is lost, with a warning, and training goes on.
+    are made again; and where the evaluation of ``step`` is made again (not ``evaluated``), what one has given. A line
+    that cannot be written (the disk is full) is lost, with a warning, and training goes on.
     """
 
-    def __init__(self, folder: Path, *, step: int, loggers: Sequence[Logger] = ()) -> None:
+    def __init__(self, folder: Path, *, step: int, evaluated: bool = True, loggers: Sequence[Logger] = ()) -> None:
         self.path = RunFolder(folder).metrics
         self._loggers = loggers
         self._file: int | None = None
         self._losing: set[str] = set()
         self._step = step
+        self._evaluated = evaluated
         self._open_file()
         self._open_loggers()
 
@@ -61,6 +62,7 @@ class Metrics:
         """Drops what was logged beyond ``step``: the run goes on from there."""
         self._close_file()
         self._step = step
+        self._evaluated = True
         self._try(self.path.name, self._open_file)
         self._open_loggers()
 
@@ -79,7 +81,9 @@ class Metrics:
         kept = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= step and step > 0:
+                values = json.loads(line)
+                again = values["step"] == step and not self._evaluated and "eval/seconds" in values
+                if 0 < step >= values["step"] and not again:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 log.warning("metrics.jsonl: dropped a damaged line")
@@ -112,13 +116,8 @@ class Metrics:
             self._losing.discard(where)
 
     def _append(self, line: bytes) -> None:
-        """The whole line or nothing: a disk that fills up would take a part of it."""
         file = self._open_file() if self._file is None else self._file  # the disk was full when the run went back
-        before = os.fstat(file).st_size
-        written = os.write(file, line)
-        if written < len(line):
-            os.ftruncate(file, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append_whole(file, line)
 
     def close(self) -> None:
         self._close_file()

@@ -29,7 +29,9 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     reader.restore(run.engine, run.base)
     run.merger.set_operator(manifest.operator, manifest.draw)
     if run.engine.rank == 0:
-        _abandon_later(checkpoints, manifest.step if own else None)
+        _abandon(checkpoints, after=manifest.step if own else -1, keep=reader.folder)
+        if not own:
+            (checkpoints / LATEST).unlink(missing_ok=True)
     if owes_merge:
         run.merger.merge(state.step, run.schedule.merges_done(state.step), run.schedule.operator(state.step))
         log.info("step %d: merged, which the shorter run had left to its export", state.step)
@@ -37,24 +39,27 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
 
 
 def is_own(run: Run, reader: CheckpointReader) -> bool:
-    """Whether a checkpoint is one of this run's folder, and not of another run that this one begins from."""
-    return reader.folder.parent.resolve() == RunFolder(Path(run.config.train.run_dir)).checkpoints.resolve()
+    """Whether a checkpoint is one of this run's history, and not of another that this one begins from."""
+    named = RunFolder(Path(run.config.train.run_dir)).checkpoints / step_folder(reader.manifest.step)
+    return reader.folder.resolve() == named.resolve()
 
 
-def _abandon_later(checkpoints: Path, step: int | None) -> None:
-    """Renames checkpoints of another history, which the next resume must not take.
+def _abandon(checkpoints: Path, *, after: int, keep: Path) -> None:
+    """Renames checkpoints of later steps: they belong to another history, and the next resume must not take them.
 
-    After going back these are those of later steps, and after a start from another run's checkpoint, None, all.
+    What was abandoned before under such a name goes, unless it is what to ``keep``.
     """
     found = [*list_checkpoints(checkpoints), *list_new(checkpoints)]
-    others = [each for each in found if step is None or (step_of(each.with_suffix("")) or 0) > step]
-    for other in others:
+    later = [each for each in found if (step_of(each.with_suffix("")) or 0) > after]
+    for other in later:
         target = other.with_name(f"abandoned-{other.with_suffix('').name}")
+        if target.resolve() == keep.resolve():
+            target = target.with_name(f"{target.name}-other")
         shutil.rmtree(target, ignore_errors=True)
         other.rename(target)
         log.warning("%s is not of the history that goes on here: renamed to %s", other.name, target.name)
-    if others and step is not None:
-        write_synced(checkpoints / LATEST, f"{step_folder(step)}\n")
+    if later:
+        write_synced(checkpoints / LATEST, f"{step_folder(after)}\n")
 
 
 def lacks_merge(run: Run, reader: CheckpointReader) -> bool:

@@ -96,6 +96,9 @@ def replay_rollbacks(folder: Path, state: RunState, data_order: str) -> None:
 
 def forget_rollbacks(folder: Path, state: RunState) -> None:
     """Where another history begins with this state: the rollbacks after it are none of its own. A collective."""
+    if state.rollbacks == 0:
+        from_first_rank(lambda: RunFolder(folder).rollbacks.unlink(missing_ok=True))
+        return
     rollbacks = from_first_rank(lambda: read_rollbacks(folder))
     if len(rollbacks) > state.rollbacks:
         kept = dump_rollbacks(rollbacks[: state.rollbacks])

@@ -24,7 +24,7 @@ from relora_mora.model.config import plain_model_config
 from relora_mora.optim import Parameters
 from relora_mora.origin import NOTED, start_digests
 from relora_mora.system.disk_errors import disk_faults_named
-from relora_mora.system.files import remove, write_synced
+from relora_mora.system.files import append_synced, remove, write_synced
 from relora_mora.system.hardware import processor_name, uses_cuda
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import save_tokenizer
@@ -75,8 +75,7 @@ def _write(folder: Path, checked: Checked, start: dict[str, Any]) -> None:
         save_tokenizer(checked.tokenizer, work)
         remove(tokenizer)
         work.rename(tokenizer)
-    with names.starts.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(start) + "\n")
+    append_synced(names.starts, json.dumps(start))
 
 
 def _holds(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:

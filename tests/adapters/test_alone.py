@@ -110,11 +110,21 @@ def test_what_peft_saves_is_what_it_computes(peft, base, tokenizer_path, tmp_pat
     assert (logits(loaded.model) - logits(theirs)).abs().max() < ROUNDING
 
 
-def test_embeddings_without_the_head_that_they_are_too_are_refused(peft, tmp_path):
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ],
+    ids=str,
+)
+def test_embeddings_without_the_head_that_they_are_too_are_refused(peft, tmp_path, given):
     base = save_base(tmp_path / "base", tie_word_embeddings=True)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
-    peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "theirs")
-    with pytest.raises(CheckpointError, match="brings embeddings for a model in which they are also the head"):
+    model = peft.get_peft_model(
+        LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **given)
+    )
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers="modules_to_save" in given)
+    with pytest.raises(CheckpointError, match="changes embeddings or head of a model in which they are one"):
         load_model(tmp_path / "theirs", torch.float32)
 
 

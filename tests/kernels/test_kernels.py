@@ -15,6 +15,7 @@ from relora_mora.kernels import (
     Grouping,
     contiguous,
     cpu,
+    cuda,
     expand_add,
     group_sum,
     group_sums,
@@ -91,14 +92,11 @@ def test_sum_and_copy_are_the_matrix_of_the_definition(make, features, slots):
     assert torch.equal(grouping.sum(x), x @ C.T) and torch.equal(grouping.copy(y), y @ C)
 
 
-MOST_PIECES = 128  # of the kernels for GPUs
-
-
 def _assert_taken(tensor: torch.Tensor, grouping: Grouping) -> None:
     device = tensor.device.type
     if device != "cpu" and not kernels.takes(tensor):
         pytest.skip(f"there are no kernels for {device}: {kernels.describe(device)}")
-    if device != "cpu" and len(grouping.pieces) > MOST_PIECES:
+    if device != "cpu" and len(grouping.pieces) > cuda.MOST_PIECES:
         pytest.skip(f"there are no kernels for {device} with {len(grouping.pieces)} pieces")
     assert kernels.takes(tensor)
 

@@ -90,10 +90,10 @@ def test_what_is_no_checkpoint(refuses, tmp_path):
 
 def test_another_format_version(refuses, checkpoint):
     path = checkpoint / "manifest.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
     refuses(
         checkpoint,
-        f"{checkpoint}/manifest.json: format version 2, this program reads version 1; use the release that wrote it",
+        f"{checkpoint}/manifest.json: format version 3, this program reads version 2; use the release that wrote it",
     )
     change_manifest(checkpoint, format="another checkpoint")
     refuses(checkpoint, f"{checkpoint}/manifest.json: not the manifest of a relora_mora checkpoint")

@@ -121,7 +121,3 @@ def _with_matrices(config: dict[str, Any], name: str) -> dict[str, Any]:
 def test_how_a_run_is_done_may_change(name):
     section, key = name.split(".")
     assert list(changes_since(identity(), with_setting(section, key, "another"), set())) == []
-
-
-def test_an_earlier_program_wrote_neither_content_nor_end_of_document():
-    assert list(changes_since(identity(data_content=None, eos_token_id=None), identity(), set())) == []

@@ -188,7 +188,7 @@ def test_who_goes_back_by_name_starts_another_history(pools, inputs, tokenizer_p
     shutil.copytree(folder / "checkpoints" / "step-00000009", folder / "checkpoints" / "step-00000009.new")
     again = _settings(folder, inputs, tokenizer_path, resume=str(third))
     assert pools(2)(stopped, again) == [75, 75]
-    assert json.loads((folder / "rollbacks.json").read_text()) == []
+    assert not (folder / "rollbacks.json").exists()
     assert (folder / "checkpoints" / "latest").read_text() == "step-00000003\n"
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert "abandoned-step-00000009" in names and not names & {"step-00000009", "step-00000009.new", "step-00000010"}
