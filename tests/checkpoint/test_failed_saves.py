@@ -83,10 +83,8 @@ def _steps(folder: Path) -> list[int]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_without_space_costs_one_checkpoint(pools, inputs, tokenizer_path, tmp_path, rank):
     runs = [tmp_path / "never", tmp_path / "failed"]
-    begin = time.monotonic()
     for folder, steps in zip(runs, ([], [4, 8]), strict=True):  # the first that hold a merged base
         first, second = pools(2)(followed, run_config(inputs, tokenizer_path, folder, 2), failing={rank: steps})
-    assert time.monotonic() - begin < 120  # nobody waits for a rank that has failed
     assert first["error"] == second["error"] == "" and second["lines"] == []
     for step, line in zip((4, 8), first["lines"], strict=True):
         assert (
@@ -151,8 +149,14 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
     rig = build_rig(tiny_config(2))
     rank = rig.engine.rank
     lines: list[str] = []
+    given_up = folder.with_name("given-up")
     whole_write = rank_files.RankFiles.write
     module.APPEAR_SECONDS = 0.5
+
+    def report(line: str) -> None:
+        lines.append(line)
+        given_up.touch()
+
     writer = CheckpointWriter(
         folder,
         rig.engine,
@@ -161,12 +165,12 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         keep_last=5,
         keep_every_steps=0,
         merge_states=lambda _: {},
-        report=lines.append,
-        timeout_seconds=1.0,
+        report=report,
     )
 
     def late(self: Any, *args: Any) -> Any:
-        time.sleep(3.0)
+        while not given_up.exists():
+            time.sleep(0.02)
         return whole_write(self, *args)
 
     def elsewhere(self: Any, work: Path, *args: Any) -> Any:
@@ -174,6 +178,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         return whole_write(self, folder.with_name("of-another-host") / work.name, *args)
 
     for step in (1, 2, 3):
+        writer.timeout_seconds = 1.0 if (step, what) == (2, "late") else 1800.0
         if step == 2 and what == "late":
             rank_files.RankFiles.write = late if rank == 1 else whole_write
         elif step == 2 and what == "elsewhere":
@@ -278,7 +283,7 @@ def slow_to_write(config: Any, what: str) -> bool:
 
     def write(self: Any, work: Path, *args: Any) -> Any:
         if what == "save" and "step-00000003" in work.name:
-            met.append(fifth.wait(20))
+            met.append(fifth.wait(600))
         return whole(self, work, *args)
 
     def slow_base(self: Any, work: Path, *args: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pytest
 
-from relora_mora.data import TrainStream, check_columns, iter_texts, local_content, resolve_shards
+from relora_mora.data import TrainStream, check_columns, iter_texts, local_content, resolve_shards, retry, transport
 from relora_mora.data.errors import SourceError
 from relora_mora.data.local import LocalFile
 from relora_mora.data.plain_text import open_rows
@@ -169,7 +169,7 @@ def test_faults_at_a_third_of_the_requests_leave_the_tokens_as_they_are(suffix, 
     with serving(tmp_path, lambda n: next(kinds) if rng.random() < 0.3 else None) as server:
         server.stall_seconds = 0.5
         server.retry_after["429"] = "0"
-        there = data_config([f"{server.url}/{name}" for name in names], sequence_length=512)
+        there = data_config([f"{server.url}/{name}" for name in names], sequence_length=512, timeout_seconds=300.0)
         for number, expected in enumerate(clean):
             lane = make_lane(there, lanes, number)
             while expected.state()["epoch"] < 1:
@@ -180,7 +180,8 @@ def test_faults_at_a_third_of_the_requests_leave_the_tokens_as_they_are(suffix, 
     assert RETRIES.retries - before > len(server.faults) / 2
 
 
-def test_a_seek_over_http_costs_few_requests_and_bytes(suffix, tmp_path, short_waits):
+def test_a_seek_over_http_costs_few_requests_and_bytes(suffix, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     texts = [random.Random(n).randbytes(500).hex() for n in range(2000)]
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=200)
     with serving(tmp_path) as server:
@@ -214,11 +215,14 @@ def test_a_server_without_ranges_is_refused_with_the_remedy(suffix, tmp_path, sh
         make_lane(data_config(f"{server.url}/a{suffix}"), 1, 0).next_block()
 
 
-def test_a_server_that_stays_away(suffix, tmp_path, short_waits):
+def test_a_server_that_stays_away(suffix, tmp_path, short_waits, monkeypatch):
+    monkeypatch.setattr(retry.tenacity, "stop_after_delay", lambda _: retry.tenacity.stop_after_attempt(5))
+    monkeypatch.setattr(transport, "STALL_SECONDS", 30.0)
     WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(1000), group_rows=100)
     with serving(tmp_path, lambda n: "503" if n > 2 else None) as server:
-        lane = make_lane(data_config(f"{server.url}/a{suffix}", timeout_seconds=0.3), 1, 0)
-        with pytest.raises(SourceError, match=rf"a\{suffix} at byte \d+: gave up after 0\.3 s .*status 503"):
+        lane = make_lane(data_config(f"{server.url}/a{suffix}", timeout_seconds=300.0), 1, 0)
+        said = rf"a\{suffix} at byte \d+: gave up after 300 s and 5 attempts .*status 503"
+        with pytest.raises(SourceError, match=said):
             epoch_tokens(lane)
 
 
