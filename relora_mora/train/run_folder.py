@@ -103,9 +103,16 @@ def _start_record(checked: Checked, parameters: Parameters, world_size: int, ste
         "bf16": checked.bf16,
         "parameters": asdict(parameters),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
         "commit": _git_commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path, and is not installed
+        return None
 
 
 def _device() -> str:

@@ -1,21 +1,26 @@
 """Everything on a GPU: the tests of this folder, then the benchmarks. ``make test-gpu`` runs it.
 
+    python -m tests.gpu [tests | benchmarks]
+
 Without a GPU it says why nothing was run, and the exit code is 0, or 1 with NEED_GPU=1 in the environment.
 TEST_DEVICE=cpu runs it on a CPU, with a smaller model in the benchmarks.
 """
 
 from __future__ import annotations
 
+import configparser
+import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
 
-from tests.tools.helpers import ROOT
+from tests.tools.helpers import ROOT, python_path
 
-NEEDED = ("torch", "deepspeed", "transformers", "sentencepiece", "datasets", "pytest", "hypothesis")
 TESTS = [f"tests/gpu/{name}.py" for name in ("algebra", "training", "evaluation")]
+PROCESSES = 6  # that test at a time: Triton compiles on one core, and a tiny model leaves a GPU idle
 # what is measured: the model, and further arguments
 MEASURED = {
     "cuda": ("configs/model/llama_250m.json", ["--tokens=8192"]),
@@ -32,20 +37,24 @@ def main() -> int:
         print(f"skipped: {reason}")
         return int(os.environ.get("NEED_GPU") == "1")
     begin = time.monotonic()
-    environment = os.environ | {"TEST_DEVICE": device, "PYTHONPATH": str(ROOT)}
-    commands = [["-m", "pytest", "-rs", *TESTS], *benchmarks(device)]
+    environment = os.environ | {"TEST_DEVICE": device, "PYTHONPATH": python_path()}
+    several = ["-n", str(PROCESSES)] if device == "cuda" and importlib.util.find_spec("xdist") else []
+    parts = {"tests": [["-m", "pytest", "-rs", *several, *TESTS]], "benchmarks": benchmarks(device)}
+    commands = [command for part in sys.argv[1:] or parts for command in parts[part]]
     failed = []
     for command in commands:
         print(f"\n== {' '.join(command)}", flush=True)
+        begun = time.monotonic()
         if subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False).returncode:
             failed.append(" ".join(command))
+        print(f"== {time.monotonic() - begun:.0f} s", flush=True)
     print(f"\n== {len(commands)} commands on {device} in {time.monotonic() - begin:.0f} s, failed: {failed or 'none'}")
     return int(bool(failed))
 
 
 def obstacle(device: str) -> str | None:
     """Why nothing can be tested here, None if it can."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = missing_packages()
     if missing:
         return (
             f"{', '.join(missing)} not installed for {sys.executable}; make dev, or make test-gpu WHEELS=FOLDER with "
@@ -58,6 +67,22 @@ def obstacle(device: str) -> str | None:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} (built for CUDA: {torch.version.cuda or 'no'}) sees no GPU"
     return None
+
+
+def missing_packages() -> list[str]:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    required = settings["options"]["install_requires"].splitlines()
+    names = [re.match(r"[\w-]+", line)[0] for line in required if line and not line.startswith("#")]  # type: ignore[index]
+    return [name for name in [*names, "pytest", "hypothesis"] if not is_installed(name)]
+
+
+def is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def benchmarks(device: str) -> list[list[str]]:

@@ -3,12 +3,20 @@
 Run by ``make test-gpu``.
 """
 
+import pytest
 import torch
 
 from relora_mora import kernels
+from relora_mora.model import attention, llama
+from relora_mora.model.llama import LossModel, build_model
 from tests.gpu.conftest import gpu_only
-from tests.kernels.test_kernels import test_compiled_sum_rounds_once, test_expand_add_rounds_once
+from tests.kernels.test_kernels import (
+    test_compiled_sum_rounds_once,
+    test_expand_add_rounds_once,
+    test_sums_of_several_tensors_stand_side_by_side,
+)
 from tests.methods.test_layers import test_all_forms_agree
+from tests.model.test_attention import DOCUMENTS, loss_and_gradients
 from tests.model.test_llama import (
     test_chunked_loss_and_gradients_are_those_of_plain_cross_entropy,
     test_the_wrapped_model_has_transformers_loss_and_gradients,
@@ -24,6 +32,25 @@ from tests.test_export import (
     text,
 )
 from tests.test_operators import test_an_operator_in_the_types_of_training_is_that_in_float64
+from tests.tools.tiny import tiny_llama
+
+
+@gpu_only
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS.keys())
+def test_flash_attention_keeps_documents_apart_as_a_mask_does(
+    documents: list[list[int]], kv_heads: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": 16}
+    model = LossModel(build_model(tiny_llama(**sizes), seed=1)).to(device, torch.bfloat16)
+    calls = []
+    real = attention.flash
+    monkeypatch.setattr(attention, "flash", lambda *given, **named: calls.append(1) or real(*given, **named))
+    flash = loss_and_gradients(model, documents, device)
+    assert len(calls) == model.lm.config.num_hidden_layers
+    monkeypatch.setattr(llama, "needs_no_mask", lambda *_: False)
+    for a, b in zip(flash, loss_and_gradients(model, documents, device), strict=True):
+        assert (a - b).norm() <= 0.03 * b.norm()
 
 
 @gpu_only

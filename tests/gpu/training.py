@@ -31,6 +31,7 @@ from tests.train.test_resume import (
 from tests.zero.test_matrices import test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding
 from tests.zero.test_resets import (
     test_a_merge_from_all_sides,
+    test_carry_moves_the_state_to_the_new_operators,
     test_reset_modes,
     test_the_base_is_exact_after_a_hundred_merges,
 )
@@ -75,7 +76,7 @@ def test_what_a_gpu_does_by_default_resumes_bit_equal(
 def test_a_command_trains_on_every_gpu(inputs: Path, tokenizer_path: str, tmp_path: Path, ranks: int) -> None:
     config = run_config(inputs, tokenizer_path, tmp_path / "run", ranks, model={"compile": "auto"})
     job = Job(write_config(config, tmp_path / "run.yaml"), ranks=ranks, device=DEVICE)
-    assert job.wait() == 0, job.output
+    assert job.wait(300) == 0, job.output
     [start] = read_json_lines(RunFolder(tmp_path / "run").starts)
     assert start["world_size"] == ranks and ("NVIDIA" in json.dumps(start)) == (DEVICE == "cuda")
 

@@ -14,6 +14,7 @@ from relora_mora.model import attention, llama
 from relora_mora.model.llama import LossModel, build_model
 from tests.tools.tiny import batch, tiny_llama
 
+CPU = torch.device("cpu")
 DOCUMENTS = {
     "several in each row": [[1] * 6 + [2] * 10, [3] * 16, [0] + [1] * 15, [7, 8] + [9] * 13 + [10]],
     "one in each row": [[0] * 16, [0] * 16, [0] * 16, [0] * 16],
@@ -36,9 +37,9 @@ def each_alone(
     return torch.cat(outputs)
 
 
-def loss_and_gradients(model: LossModel, documents: list[list[int]]) -> list[Tensor]:
-    ids, labels = (tensor[: len(documents)] for tensor in batch(0))
-    boundaries = document_boundaries(torch.tensor(documents, dtype=torch.int32))
+def loss_and_gradients(model: LossModel, documents: list[list[int]], device: torch.device = CPU) -> list[Tensor]:
+    ids, labels = (tensor[: len(documents)].to(device) for tensor in batch(0))
+    boundaries = document_boundaries(torch.tensor(documents, dtype=torch.int32)).to(device)
     model.zero_grad()
     loss = model(ids, labels, boundaries)
     loss.backward()

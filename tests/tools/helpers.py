@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -27,3 +28,8 @@ def arithmetic_put_back() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
     torch.backends.cuda.enable_cudnn_sdp(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def python_path() -> str:
+    """PYTHONPATH with this checkout, and with what was there: packages may lie beside those of the interpreter."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

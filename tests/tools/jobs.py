@@ -18,11 +18,17 @@ import psutil
 
 from relora_mora.config import Config, dump
 from relora_mora.system.run_folder import RunFolder, read_json_lines
-from tests.tools.helpers import ROOT
+from tests.tools.helpers import ROOT, python_path
 
 BIN = Path(sys.executable).parent
 POLL_SECONDS = 0.05
 _OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _script(name: str) -> list[str]:
+    """A launcher's command; packages that lie elsewhere bring none."""
+    module = {"deepspeed": "deepspeed.launcher.runner", "torchrun": "torch.distributed.run"}[name]
+    return [str(BIN / name)] if (BIN / name).exists() else [sys.executable, "-m", module]
 
 
 def lives(process: psutil.Process) -> bool:
@@ -70,12 +76,12 @@ class Job:
     ) -> None:
         self.port, self.ranks = port or free_port(), ranks
         front = {
-            "deepspeed": [str(BIN / "deepspeed"), f"--num_gpus={ranks}", f"--master_port={self.port}"],
-            "torchrun": [str(BIN / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={self.port}"],
+            "deepspeed": [*_script("deepspeed"), f"--num_gpus={ranks}", f"--master_port={self.port}"],
+            "torchrun": [*_script("torchrun"), f"--nproc_per_node={ranks}", f"--master_port={self.port}"],
             "python": [sys.executable],
         }[launcher]
         kept = {key: value for key, value in os.environ.items() if key not in _OF_A_JOB}
-        given = {"DS_ACCELERATOR": device, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        given = {"DS_ACCELERATOR": device, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
         if visible is not None:
             given["CUDA_VISIBLE_DEVICES"] = visible
         self.log = config.with_suffix(f".{time.monotonic_ns()}.log")

@@ -15,7 +15,7 @@ from relora_mora.data import load_eval_set
 from relora_mora.evaluate import causal_lm_loss, evaluate
 from relora_mora.pretrained import merged_model
 from tests.tools.runs import metrics, run_config, tensors, train
-from tests.train.test_golden_loss import compiled_graphs
+from tests.train.test_golden_loss import compiled_graphs, compiler_only
 
 pytestmark = pytest.mark.distributed
 DRAWN: dict[str, Any] = {"operators": [7]}
@@ -132,7 +132,7 @@ def test_without_merges_it_is_drawn_once_and_from_the_seed(pools, inputs, tokeni
     assert groupings[0] != groupings[1]
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
+@compiler_only
 def test_all_programs_are_made_before_the_first_step(pools, never, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 1, method=DRAWN, model={"compile": True})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from relora_mora.system.compilers import missing_to_compile
 from tests.tools.runs import metrics, run_config, train
 
 pytestmark = pytest.mark.distributed
@@ -95,7 +96,13 @@ def train_without_kernels(config: Any) -> None:
         train(config)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
+compiler_only = pytest.mark.skipif(
+    missing_to_compile("C" if os.environ.get("TEST_DEVICE") == "cuda" else "C++") is not None,
+    reason="torch.compile needs a compiler",
+)
+
+
+@compiler_only
 @pytest.mark.parametrize("method,stage", [("full", 0), ("remora", 1), ("relora", 2)])
 def test_compiled_layers_train_as_the_reference(golden, pools, tokenizer_path, tmp_path, method, stage):
     config = _config(

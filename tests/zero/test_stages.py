@@ -85,10 +85,10 @@ def test_stages_clip_alike(pools):
         assert pools(2)(losses, 2, stage, clip=0.05)[0] == pytest.approx(plain, rel=2e-5), stage
 
 
-def test_stages_agree_in_bf16(pools):
-    plain = pools(2)(losses, 2, 0, bf16=True)[0]
+def test_stages_agree_in_bf16(pools, ranks):
+    plain = pools(ranks)(losses, ranks, 0, bf16=True)[0]
     for stage in (1, 2, 3):
-        assert pools(2)(losses, 2, stage, bf16=True)[0] == pytest.approx(plain, rel=1e-3), stage
+        assert pools(ranks)(losses, ranks, stage, bf16=True)[0] == pytest.approx(plain, rel=1e-3), stage
 
 
 def poisoned(world_size: int, stage: int, bf16: bool, matrices: str) -> dict[str, Any]:
@@ -110,8 +110,8 @@ def poisoned(world_size: int, stage: int, bf16: bool, matrices: str) -> dict[str
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("bf16,matrices", [(False, "adamw"), (True, "adamw"), (True, "muon")])
-def test_a_nan_on_one_rank_stops_the_step_on_all(pools, stage, bf16, matrices):
-    for seen in pools(2)(poisoned, 2, stage, bf16, matrices):
+def test_a_nan_on_one_rank_stops_the_step_on_all(pools, ranks, stage, bf16, matrices):
+    for seen in pools(ranks)(poisoned, ranks, stage, bf16, matrices):
         assert not math.isfinite(seen["norm"]) and not seen["applied"] and seen["same"]
         assert seen["next_applied"] and math.isfinite(seen["next_loss"])
 
