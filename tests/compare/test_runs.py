@@ -114,11 +114,13 @@ def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
     for name, value in run.settings.items():
         section, _, key = name.partition(".")
         tree.setdefault(section, {})[key] = value
-    record = {"name": "cell", "seed": 0, "given": tree, "config": tree, "start": run.starts[-1], "metrics": run.lines}
+    given = tree | {"train": tree["train"] | {"epochs": 3.0}}
+    record = {"name": "cell", "seed": 0, "given": given, "config": tree, "start": run.starts[-1], "metrics": run.lines}
     (tmp_path / "cells.jsonl").write_text(json.dumps(record) + "\n" + json.dumps({**record, "name": "other"}) + "\n")
     kept, other = read_runs(tmp_path / "cells.jsonl")
     assert (kept.folder, other.folder) == (tmp_path / "runs/cell", tmp_path / "runs/other")
     assert kept.is_finished and kept.parameters == PARAMETERS and kept.seconds(40) == 85
+    assert kept.settings["train.epochs"] == 3.0, "the config has their steps"
     assert [run.folder for run in read_runs(tmp_path)] == [kept.folder, other.folder], "by the study's folder"
     for copy in ("first", "second"):
         (tmp_path / f"{copy}.jsonl").write_text(json.dumps(record) + "\n")

@@ -142,6 +142,9 @@ def test_the_warmup_is_given_in_steps_or_as_a_fraction_of_the_run() -> None:
     counted = validate(tree(train={"epochs": 2}, method=method, optim={"warmup_fraction": 0.1}), "the test")
     config = with_epochs(counted, 80 * 1024 * 512, 1)
     assert (config.train.steps, config.optim.warmup_steps, config.optim.warmup_fraction) == (80, 8, None)
+    merging = {"name": "remora", "merge_every": 50}
+    none = tree(train={"epochs": 2}, method=merging, optim={"warmup_fraction": 0.0})
+    assert with_epochs(validate(none, "the test"), 80 * 1024 * 512, 1).optim.warmup_steps == 0
     given = {"warmup_steps": None, "warmup_fraction": 0.0}  # null takes the steps of a file back
     assert validate(tree(method=method, optim=given), "the test").optim.warmup_steps == 0
     (fault,) = faults_of(tree(method=method, optim={"warmup_steps": 3, "warmup_fraction": 0.1}))

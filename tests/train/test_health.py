@@ -48,6 +48,14 @@ def test_a_rise_that_lasts_is_a_new_level_after_a_quarter_of_a_window():
     assert health.spike(9.0, config) is not None, "judged by the new level"
 
 
+def test_steps_without_a_loss_do_not_break_a_row_of_spikes():
+    health, config = Health(), _config()
+    rise = [loss for high in _noisy(4, level=6.0) for loss in (high, math.nan)]
+    verdicts = [health.spike(loss, config) for loss in [*_noisy(40), *rise]]
+    assert [height is not None for height in verdicts[40:]] == [True, False] * 4
+    assert health.losses == [] and health.spikes == 0, "the window begins anew"
+
+
 def test_a_saved_health_judges_as_the_one_it_was_saved_from():
     config, losses = _config(), [*_noisy(30), 9.0, *_noisy(5), 9.0]
     whole, verdicts = Health(), []
