@@ -38,7 +38,7 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     modules = _whole_modules(reader, layers, adapter_parameters(lm))
     tensors = {
         f"{PREFIX}{name}": reader.weight(name)
-        for name in reader.manifest.parameters
+        for name in [*reader.manifest.parameters, *reader.manifest.frozen]
         if name.rpartition(".")[0] in modules
     }
     ranks: dict[str, float] = {}  # by kind of projection, as the layers of a kind have one shape

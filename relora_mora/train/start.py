@@ -104,7 +104,9 @@ def _tensor_faults(adapter: AdapterFolder, lm: PreTrainedModel) -> Iterator[str]
             name for name, layer in layers.items() if not adapter.fits(name, layer.in_features, layer.out_features)
         ]
         yield _other_sizes(adapter, foreign[0], layers) if foreign else _wrong_shape(adapter, wrong, expected)
-    frozen = sorted(name for name in adapter.plain() if name in parameters and not parameters[name].requires_grad)
+    # a module that trains is kept whole, with biases that do not
+    whole = {name.rpartition(".")[0] for name, parameter in parameters.items() if parameter.requires_grad}
+    frozen = sorted(name for name in adapter.plain() if name in parameters and name.rpartition(".")[0] not in whole)
     if frozen:
         yield (
             f"model.adapter: it brings {frozen[0]} with it, which does not train here; set "

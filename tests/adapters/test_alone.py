@@ -128,6 +128,18 @@ def test_embeddings_without_the_head_that_they_are_too_are_refused(peft, tmp_pat
         load_model(tmp_path / "theirs", torch.float32)
 
 
+def test_a_whole_linear_keeps_its_frozen_bias(peft, tokenizer_path, tmp_path):
+    """PEFT takes modules that were saved whole with all of their parameters."""
+    base = save_base(tmp_path / "base", attention_bias=True)
+    method = METHODS["lora"] | ALONE | {"target_modules": ["q_proj"], "train_linears": True}
+    folder = exported(tmp_path, base, tokenizer_path, method, "peft")
+    names = load_file(folder / "adapter_model.safetensors")
+    kept = {name.split(".", 6)[6] for name in names if ".0.self_attn.k_proj." in name}
+    assert kept == {"k_proj.weight", "k_proj.bias"}
+    theirs = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
+    assert (logits(theirs) - logits(load_model(folder, torch.float32).model)).abs().max() < ROUNDING
+
+
 # ---- the released MoRA ---------------------------------------------------------------------------------------------
 
 

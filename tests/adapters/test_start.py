@@ -88,6 +88,20 @@ def test_a_run_begins_with_the_values_in_the_file(
         assert all(value.equal(adapter.value(key)) for key, value in found.items())
 
 
+def test_a_whole_linear_with_a_frozen_bias_is_taken_in(pools, inputs, tokenizer_path, tmp_path):
+    base = save_base(tmp_path / "base", attention_bias=True)
+    method = METHODS["lora"] | ALONE | {"target_modules": ["q_proj"], "train_linears": True}
+    write_run(tmp_path / "run", adapted(base, method), base, tokenizer_path, method)
+    export(tmp_path / "run", tmp_path / "peft", form="peft")
+    config = config_of(inputs, tokenizer_path, tmp_path / "again", base, tmp_path / "peft", method)
+    adapter = AdapterFolder(tmp_path / "peft")
+    [found] = pools(1)(masters, config)
+    assert set(adapter.shapes) - set(found) == {
+        f"model.layers.{layer}.self_attn.{kind}_proj.bias" for layer in (0, 1) for kind in "kvo"
+    }
+    assert all(value.equal(adapter.value(key)) for key, value in found.items())
+
+
 @pytest.mark.parametrize("name", ["lora", "mora6"])
 def test_the_first_loss_is_that_of_the_adapter_and_the_last_that_of_its_export(
     pools, inputs, base, adapters, tokenizer_path, tmp_path, name
