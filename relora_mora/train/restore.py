@@ -29,9 +29,11 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     reader.restore(run.engine, run.base)
     run.merger.set_operator(manifest.operator, manifest.draw)
     if run.engine.rank == 0:
-        _abandon(checkpoints, after=manifest.step if own else -1, keep=reader.folder)
+        abandoned = _abandon(checkpoints, after=manifest.step if own else -1, keep=reader.folder)
         if not own:
             (checkpoints / LATEST).unlink(missing_ok=True)
+        elif abandoned:
+            write_synced(checkpoints / LATEST, f"{step_folder(manifest.step)}\n")
     if owes_merge:
         run.merger.merge(state.step, run.schedule.merges_done(state.step), run.schedule.operator(state.step))
         log.info("step %d: merged, which the shorter run had left to its export", state.step)
@@ -44,10 +46,10 @@ def is_own(run: Run, reader: CheckpointReader) -> bool:
     return reader.folder.resolve() == named.resolve()
 
 
-def _abandon(checkpoints: Path, *, after: int, keep: Path) -> None:
+def _abandon(checkpoints: Path, *, after: int, keep: Path) -> bool:
     """Renames checkpoints of later steps: they belong to another history, and the next resume must not take them.
 
-    What was abandoned before under such a name goes, unless it is what to ``keep``.
+    Returns whether there were any. What was abandoned before under such a name goes, unless it is what to ``keep``.
     """
     found = [*list_checkpoints(checkpoints), *list_new(checkpoints)]
     later = [each for each in found if (step_of(each.with_suffix("")) or 0) > after]
@@ -58,8 +60,7 @@ def _abandon(checkpoints: Path, *, after: int, keep: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
         other.rename(target)
         log.warning("%s is not of the history that goes on here: renamed to %s", other.name, target.name)
-    if later:
-        write_synced(checkpoints / LATEST, f"{step_folder(after)}\n")
+    return bool(later)
 
 
 def lacks_merge(run: Run, reader: CheckpointReader) -> bool:

@@ -40,7 +40,10 @@ def main() -> int:
     environment = os.environ | {"TEST_DEVICE": device, "PYTHONPATH": python_path()}
     several = ["-n", str(PROCESSES)] if device == "cuda" and importlib.util.find_spec("xdist") else []
     parts = {"tests": [["-m", "pytest", "-rs", *several, *TESTS]], "benchmarks": benchmarks(device)}
-    commands = [command for part in sys.argv[1:] or parts for command in parts[part]]
+    wanted = sys.argv[1:] or list(parts)
+    if not parts.keys() >= set(wanted):
+        raise SystemExit(f"got {' '.join(wanted)}, expected {' or '.join(parts)}, or nothing for both")
+    commands = [command for part in wanted for command in parts[part]]
     failed = []
     for command in commands:
         print(f"\n== {' '.join(command)}", flush=True)
@@ -73,7 +76,7 @@ def missing_packages() -> list[str]:
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     required = settings["options"]["install_requires"].splitlines()
-    names = [re.match(r"[\w-]+", line)[0] for line in required if line and not line.startswith("#")]  # type: ignore[index]
+    names = [name for line in required for name in re.findall(r"^[\w-]+", line)]
     return [name for name in [*names, "pytest", "hypothesis"] if not is_installed(name)]
 
 
