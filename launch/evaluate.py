@@ -118,7 +118,7 @@ def main(
         import torch
 
         from relora_mora.adapters import is_adapter, load_model
-        from relora_mora.config import DataConfig
+        from relora_mora.config import DataConfig, set_setting
         from relora_mora.data import SourceError
         from relora_mora.data.hub_sources import hub_repo
         from relora_mora.data.sources import shards_of
@@ -149,7 +149,8 @@ def main(
             try:
                 shards_of(sources, text, "validation")
             except SourceError as error:
-                raise SourceError(f"--data.{name}: {error}" if name else str(error)) from error
+                said = f"{set_setting(name)}: {error}" if name else str(error)
+                raise SourceError(_as_this_command_says(said, data_given=True)) from error
     loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
     if tasks is not None:
         _score_tasks(loaded, tokenizer, names, micro_batch_size, **of_tasks)

@@ -97,8 +97,9 @@ def generate_answers(
             return None
         of_all = ordered[first : first + per_round]
         own = of_all[rank::world_size]
-        prompts = [torch.from_numpy(each.prompt) for each in own or of_all[:1]]
-        wanted = [len(each.answer) for each in own or of_all[:1]]
+        made = own or of_all[:1]
+        prompts = [torch.from_numpy(each.prompt) for each in made]
+        wanted = [len(each.answer) for each in made]
         tokens = greedy(lm, prompts, max(len(each.answer) for each in of_all), device, wanted).tolist()
         for ids, (_, answer) in zip(tokens, own, strict=False):
             expected = text_of(tokenizer, answer.tolist(), special)

@@ -210,9 +210,10 @@ def validate(
         unknown = doubtful(error)
         config = substitute_defaults(tree, error)
     if config is not None:
-        unknown |= {"train.steps"} if config.train.epochs is not None else set()
-        if config.optim.warmup_fraction is not None and config.train.epochs is not None:
-            unknown.add("optim.warmup_steps")
+        if config.train.epochs is not None:
+            unknown.add("train.steps")
+            if config.optim.warmup_fraction is not None:
+                unknown.add("optim.warmup_steps")
         config = with_steps(config)
     for fault in faults(config, world_size) if config is not None else ():
         # a fault that rests on a setting which is itself wrong would be about a default that nobody asked for

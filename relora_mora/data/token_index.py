@@ -79,11 +79,11 @@ class Index(_Record):
 
 def is_token_folder(folder: str | Path) -> bool:
     """Whether tokens were made there: its index has their making, or is damaged, beside a file of tokens."""
-    index = os.path.join(folder, INDEX)  # noqa: PTH118 - Path.is_file raises for a long name
-    if not os.path.isfile(index):  # noqa: PTH113
+    index = Path(folder, INDEX)
+    if not os.path.isfile(index):  # noqa: PTH113 - Path.is_file raises for a long name
         return False
     try:
-        with open(index, "rb") as stream:  # noqa: PTH123
+        with index.open("rb") as stream:
             return b'"making"' in stream.read(4096) or file_in(Path(folder), 0).is_file()
     except OSError:  # who reads it says why
         return True

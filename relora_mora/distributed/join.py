@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
@@ -82,14 +83,9 @@ def _store_of_this_start(rank: int, timeout_seconds: float) -> dist.Store:
     deadline = time.monotonic() + timeout_seconds
     while True:
         store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_seconds)))
-        if rank == 0:
-            return store
-        try:
-            if not has_met(store, rank):
+        with contextlib.suppress(dist.DistError):  # it has gone just now
+            if rank == 0 or not has_met(store, rank):
                 return store
-        except dist.DistError:  # it has gone just now
-            if time.monotonic() > deadline:
-                raise
         if time.monotonic() > deadline:
             return store
         del store

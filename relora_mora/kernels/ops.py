@@ -83,10 +83,6 @@ def _add_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     )
 
 
-def _rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> Tensor:
-    return rotary.rotary_add(weight, square)
-
-
 _cuda_group_sums = cuda.kernel("relora_mora.kernels.triton_groups:group_sums")
 _cuda_expand_add = cuda.kernel("relora_mora.kernels.triton_groups:expand_add")
 _cuda_cross_entropy_ = cuda.kernel("relora_mora.kernels.triton_loss:cross_entropy_")
@@ -95,7 +91,7 @@ _cuda_cross_entropy_ = cuda.kernel("relora_mora.kernels.triton_loss:cross_entrop
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "group_sums": (_fake_group_sums, _sum_by(cpu.group_sums), _sum_by(_cuda_group_sums)),
     "expand_add": (_fake_expand_add, _add_by(cpu.expand_add), _add_by(_cuda_expand_add)),
-    "rotary_add": (_fake_rotary_add, _rotary_add, _rotary_add),
+    "rotary_add": (_fake_rotary_add, rotary.rotary_add, rotary.rotary_add),
     "cross_entropy_": (_fake_cross_entropy_, cpu.cross_entropy_, _cuda_cross_entropy_),
 }
 
@@ -106,7 +102,7 @@ for _name, (_fake, _on_cpu, _on_cuda) in _KERNELS.items():
 
 _group_sums = torch.ops.relora_mora.group_sums.default
 _expand_add = torch.ops.relora_mora.expand_add.default
-_rotary_sum = torch.ops.relora_mora.rotary_add.default
+_rotary_add = torch.ops.relora_mora.rotary_add.default
 _cross_entropy_ = torch.ops.relora_mora.cross_entropy_.default
 
 
@@ -160,7 +156,7 @@ def rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> T
     It is an operator so that a compiler writes no loads of ``square`` itself: these would take the alignment of one
     layer's for that of all.
     """
-    return _rotary_sum(weight, square, after)
+    return _rotary_add(weight, square, after)
 
 
 def cross_entropy_(

@@ -45,5 +45,6 @@ def add_blocks(total: Tensor, square: Tensor) -> Tensor:
     return total
 
 
-def rotary_add(weight: Tensor, square: Tensor) -> Tensor:
+def rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> Tensor:
+    """Nothing is read from ``after``, see ``ops.expand_add``."""
     return add_blocks(weight.clone(memory_format=torch.contiguous_format), square)
