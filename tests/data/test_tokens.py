@@ -26,12 +26,13 @@ from relora_mora.data import (
     order_fingerprint,
     remote_content,
     resolve_shards,
+    token_folder,
     token_writer,
 )
 from relora_mora.data.plain_text import open_rows
 from relora_mora.data.positions import describe_position
 from relora_mora.data.skipped import BAD_REASONS, Skipped
-from relora_mora.data.token_index import INDEX, Making, SourceText
+from relora_mora.data.token_index import INDEX, Index, Making, SourceText
 from relora_mora.data.token_rows import Head, MappedTokens
 from relora_mora.tokenizer import load_tokenizer, tokenizer_fingerprint
 from tests.tools.data_tools import data_config, some_texts, write_parquet, write_shard, write_shards
@@ -256,6 +257,28 @@ def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, 
 
 def _with(config: DataConfig, **changes) -> DataConfig:
     return config.model_copy(update=changes)
+
+
+@pytest.mark.parametrize("place,hint", [("hub:some/set@{}/a.json", True), ("a/{}/a.json", False)])
+def test_tokens_of_an_earlier_commit_are_gone_on_with_by_its_name(tmp_path, place, hint):
+    making = Making(tokenizer="t", eos=2, max_line_bytes=100)
+    earlier, now = (
+        Index(
+            making=making,
+            texts=[
+                SourceText(name=place.format(letter * 40), size=1, text_column="text", origin="hub", content=letter)
+            ],
+        )
+        for letter in "ab"
+    )
+    with token_folder._folder(tmp_path / "tokens", earlier):
+        pass
+    with (
+        pytest.raises(SourceError, match="before it changed") as raised,
+        token_folder._folder(tmp_path / "tokens", now),
+    ):
+        pass
+    assert (f"--revision={'a' * 40})" in str(raised.value)) == hint
 
 
 @pytest.fixture

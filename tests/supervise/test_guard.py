@@ -126,6 +126,30 @@ def test_an_end_that_two_threads_find_is_said_once():
         assert (done.returncode, done.stderr) == (69, "the run ended: rank 1 is gone\n")
 
 
+ALL_RANKS = """
+import os, sys
+from relora_mora.distributed import join  # imported once for all of them
+from relora_mora.supervise import Guard
+from relora_mora.supervise.heartbeat import PeerFailure
+lost = int(sys.argv[1])
+for rank in range(6):
+    if os.fork() == 0:
+        guard = Guard(signals=False)
+        guard.rank = rank
+        guard.end(PeerFailure(lost, 69, "gone", announced=True))
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize("lost,tell", [(4, [0]), (0, [1, 2])])
+def test_one_rank_tells_of_the_end_where_the_host_of_the_first_is_lost_too(lost, tell):
+    two_on_each_host = os.environ | {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", ALL_RANKS, str(lost)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=two_on_each_host)
+    prefixes = [f"[rank {rank}] " if rank else "" for rank in tell]
+    assert done.stderr.splitlines() == [f"{prefix}the run ended: gone" for prefix in prefixes]
+
+
 LEFT = """
 import sys
 from pathlib import Path
