@@ -57,7 +57,8 @@ class RankFiles:
         """The base is that of this checkpoint, whose file can be shared if it holds what this rank owns."""
         same = manifest.world_size == self.engine.world_size and list(manifest.frozen) == list(self.base.owner)
         entry = manifest.files.get(self.base_name) if same else None
-        self._shared = None if entry is None else _SharedBase(manifest.merges_done, entry, [folder / self.base_name])
+        places = [path / self.base_name for path in _places(folder)]
+        self._shared = None if entry is None else _SharedBase(manifest.merges_done, entry, places)
 
     def snapshot(self) -> dict[str, Tensor]:
         """This rank's fragments, copied to host memory. At stage 0 all ranks own everything, so each takes a share."""
@@ -127,11 +128,16 @@ class RankFiles:
             path.unlink(missing_ok=True)
             entry = self._write_tensors(path, {f"base|{name}|0": self.base.weights[name] for name in self.base.owned})
         # the file stays in ``work`` until the first rank has renamed that, and may move between two looks
-        places = [folder / self.base_name for folder in (final, final.with_name(final.name + NEW), work, final)]
+        places = [folder / self.base_name for folder in (*_places(final), work, final)]
         if shared is not None:
             places += shared.places
         self._shared = _SharedBase(merges_done, entry, places[:PLACES_KEPT])
         return entry
+
+
+def _places(checkpoint: Path) -> tuple[Path, Path]:
+    """Where a whole checkpoint may be: it may not have its name yet."""
+    return checkpoint, checkpoint.with_name(checkpoint.name + NEW)
 
 
 def host_copies(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -76,9 +76,9 @@ class CheckpointWriter:
         self._job = from_first_rank(lambda: _prepare(folder))  # no rank writes before that is done
         self._mailbox = Mailbox(self._job)
 
-    def adopt_base(self, folder: Path, manifest: Manifest) -> None:
+    def adopt_base(self, manifest: Manifest) -> None:
         """After a resume from, or a rollback to, a checkpoint of this run: later ones can share its base files."""
-        self._files.adopt_base(folder, manifest)
+        self._files.adopt_base(self.folder / step_folder(manifest.step), manifest)
 
     def save(self, manifest: Manifest, data_state: dict[str, Any]) -> float:
         """Starts a checkpoint of the present state and returns the seconds that training stood still for it.

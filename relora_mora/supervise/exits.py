@@ -53,10 +53,11 @@ def leave_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def leave_now(code: int, *last_words: Callable[[], object]) -> NoReturn:
+def leave_now(code: int, *last_words: Callable[[], object], linger: float = 0.0) -> NoReturn:
     """Exits with this code, also where a pipe is full or a disk does not answer.
 
-    ``last_words`` are called in this order and the output is flushed, as far as that gets within ``LAST_SECONDS``.
+    ``last_words`` are called in this order and the output is flushed, as far as that gets within ``LAST_SECONDS``. Then
+    it stays for ``linger`` seconds.
     """
 
     def speak() -> None:
@@ -65,6 +66,7 @@ def leave_now(code: int, *last_words: Callable[[], object]) -> NoReturn:
         _flush()
 
     bounded(LAST_SECONDS, speak)
+    time.sleep(linger)
     os._exit(code)
 
 

@@ -98,7 +98,7 @@ class Guard:
             self.record(code, reason)
         if self._watchdog is not None and not same_on_all_ranks:
             self._watchdog.announce_exit(code, f"rank {self.rank} ended: {reason}")
-            self._linger()
+            time.sleep(self._linger_seconds())
 
     def peer_failed(self, error: str) -> None:
         """A collective failed because another rank is gone: names that rank and ends the process."""
@@ -142,14 +142,12 @@ class Guard:
             time.sleep(STACKS_SECONDS + 0.5)
             with contextlib.suppress(OSError):  # a launcher would wait half a minute for a process that does not answer
                 os.kill(failure.pid, signal.SIGKILL)
-        self._linger()
-        leave_now(failure.code, self._let_go)
+        leave_now(failure.code, self._let_go, linger=self._linger_seconds())
 
-    def _linger(self) -> None:
+    def _linger_seconds(self) -> float:
         """The first rank holds the store, where the others read why the job ends."""
         watchdog = self._watchdog  # the main thread may take it away
-        if self.rank == 0 and watchdog is not None:
-            time.sleep(watchdog.linger_seconds)
+        return watchdog.linger_seconds if self.rank == 0 and watchdog is not None else 0.0
 
     def _report(self, failure: PeerFailure) -> None:
         """Said by the first rank; where that is lost, by the next one, and by the first of another host."""
@@ -167,7 +165,12 @@ class Guard:
         reason = (
             f"the run folder was removed or moved, and another trainer works there now ({who}): left without saving"
         )
-        leave_now(USER_ERROR, lambda: self._say(reason), lambda: self._tell_peers(USER_ERROR, reason))
+        leave_now(
+            USER_ERROR,
+            lambda: self._say(reason),
+            lambda: self._tell_peers(USER_ERROR, reason),
+            linger=self._linger_seconds(),
+        )
 
     def _first_signal(self, number: signal.Signals) -> None:
         self._ask_to_stop(f"{number.name} to rank {self.rank}")
@@ -185,13 +188,13 @@ class Guard:
             lambda: self._say(f"{reason} before the first step: nothing to save"),
             lambda: self.record(REQUEUE, reason),
             lambda: self._tell_peers(REQUEUE, reason),
+            linger=self._linger_seconds(),
         )
 
     def _tell_peers(self, code: int, reason: str) -> None:
         watchdog = self._watchdog  # the main thread may take it away
         if watchdog is not None:
             watchdog.announce_exit(code, reason)
-            self._linger()
 
     def _run(self) -> None:
         """The guard's own thread, until it is closed."""

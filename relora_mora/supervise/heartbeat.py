@@ -55,12 +55,15 @@ def find_silent(received: Mapping[int, Received], allowed_seconds: float, now: f
 
 
 def find_hung(received: Mapping[int, Received], now: float) -> PeerFailure | None:
-    """The cause, when some rank's action takes longer than it may; ``received`` has the heartbeats of all ranks."""
+    """The cause, when an action takes longer than it may; ``received`` has the heartbeats of all ranks.
+
+    Those that have done more may wait for the others beyond their own limits, as long as these are within theirs.
+    """
     seconds = {rank: last.heartbeat.action_seconds + now - last.at for rank, last in received.items()}
-    if all(seconds[rank] <= last.heartbeat.limit_seconds for rank, last in received.items()):
-        return None
     least = min(last.heartbeat.actions for last in received.values())
     behind = sorted(rank for rank, last in received.items() if last.heartbeat.actions == least)
+    if all(seconds[rank] <= received[rank].heartbeat.limit_seconds for rank in behind):
+        return None
     cause = max(behind, key=lambda rank: (not received[rank].heartbeat.in_collective, seconds[rank]))
     heartbeat = received[cause].heartbeat
     action = heartbeat.action

@@ -37,18 +37,23 @@ class Ends:
         reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(self.guard.stop_reason))))
         log.info(f"stopping after step {state.step} ({reason})")
         self.saving.save_the_end(state)
-        log.info(f"saved; the same command continues from here (exit code {REQUEUE})")
+        resume = self.saving.run.config.train.resume
+        how = "the same command" if resume == "auto" else f"the same command with --train.resume=auto, not {resume},"
+        log.info(f"saved; {how} continues from here (exit code {REQUEUE})")
         self._record(REQUEUE, reason)
         return REQUEUE
 
     def fail_for_data(self, state: RunState, error: DataFailed) -> NoReturn:
         """The data of some rank has failed: all end with the same error."""
-        self.saving.save_the_end(state)
+        saved = f"\nwhat was trained up to step {state.step} is saved" if state.step else ""
+        try:
+            self.saving.save_the_end(state)
+        except TrainingError as failed:  # the disk of both may be gone
+            saved = f"\n{failed}"
         lost_disk = next((failure for failure in error.failures if isinstance(failure, OSError)), None)
         if lost_disk is not None:
             raise same_on_all_ranks(lost_disk)
         text = "\n".join(dict.fromkeys(map(str, error.failures)))
-        saved = f"\nwhat was trained up to step {state.step} is saved" if state.step else ""
         by_user = all(isinstance(failure, ValueError) for failure in error.failures)
         raise (DataError if by_user else TrainingError)(text + saved) from error
 

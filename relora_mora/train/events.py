@@ -55,6 +55,7 @@ class Merging:
             return
         self.guard.begin(f"step {step}: merge", within=LONG_SECONDS)
         self.before()
+        gather_from_ranks(None)  # waits in the group that lets a slow disk take its time
         done = self.schedule.merges_done(step)
         record = self.merger.merge(step, done, self.schedule.operator(step))
         self.write(step, merge_metrics(record))
@@ -136,10 +137,11 @@ class Evaluating:
         return due and state.evaluated != state.step
 
     def is_due_at_start(self, state: RunState) -> bool:
-        """Before the first step, and where a signal cut short the evaluation of the step at which the run goes on."""
+        """Before the first step, and where the step that the run goes on from has none: a signal cut it short, or the
+        run begins with another one's checkpoint."""
         if state.step == 0:
             return self.config.eval.at_start
-        return state.trouble is None and state.saved == state.step != state.evaluated
+        return state.trouble is None and self.is_missing(state)
 
     def after_step(self, state: RunState) -> bool:
         """False when the ranks stop before the end of an evaluation."""
@@ -281,7 +283,7 @@ class Saving:
             parameters={name: list(engine.shapes[name]) for names in engine.members for name in names},
             frozen={name: list(engine.shapes[name]) for name in run.base.owner},
             data_state={},
-            counters=state.dump(engine.world_size, evaluated=not self.evaluating.is_missing(state)),
+            counters=state.dump(engine.world_size),
             files={},
             matrix_states=engine.matrix_shapes,
             **identity,

@@ -74,7 +74,7 @@ class Trainer:
             report=log.error,
         )
         if resumed_from is not None and state.saved is not None:
-            self.writer.adopt_base(resumed_from.folder, resumed_from.manifest)
+            self.writer.adopt_base(resumed_from.manifest)
         first = self.rank == 0
         self.metrics = None
         if first:
@@ -112,8 +112,9 @@ class Trainer:
             if not self.evaluating.evaluate(self.state):
                 return self.ends.stop(self.state)
             self.startup.done("evaluation")
-            if self.state.step == self.config.train.steps:
-                self.state.saved = None  # it is saved anew, with this evaluation: the next start makes none
+            self.state.saved = None  # it is saved anew, with this evaluation: the next start makes none
+        if self.state.step and self.state.saved is None and self.state.trouble is None:
+            self.saving.save(self.state)  # what began with another run's checkpoint has one of its own
         self.progress.begin()
         while self.state.step < self.config.train.steps or self.state.trouble:
             share = first or self.next_batch()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
+import itertools
+import os
 from pathlib import Path
 
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints
 from relora_mora.checkpoint.layout import LATEST
-from relora_mora.checkpoint.places import list_new, step_folder, step_of
+from relora_mora.checkpoint.places import NEW, list_new, step_folder, step_of
 from relora_mora.distributed import same_on_all_ranks
 from relora_mora.system.files import write_synced
 from relora_mora.system.logs import log
@@ -21,7 +22,7 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
 
     Raises :class:`CheckpointError` where its merges and the settings disagree.
     """
-    checkpoints = RunFolder(Path(run.config.train.run_dir)).checkpoints
+    folder = RunFolder(Path(run.config.train.run_dir))
     manifest = reader.manifest
     own = is_own(run, reader)
     state = RunState.load(manifest, own=own)
@@ -29,11 +30,13 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     reader.restore(run.engine, run.base)
     run.merger.set_operator(manifest.operator, manifest.draw)
     if run.engine.rank == 0:
-        abandoned = _abandon(checkpoints, after=manifest.step if own else -1, keep=reader.folder)
+        latest = folder.checkpoints / LATEST
+        abandoned = _abandon_checkpoints(folder.checkpoints, after=manifest.step if own else -1)
         if not own:
-            (checkpoints / LATEST).unlink(missing_ok=True)
+            latest.unlink(missing_ok=True)
+            _abandon_records(folder)
         elif abandoned:
-            write_synced(checkpoints / LATEST, f"{step_folder(manifest.step)}\n")
+            write_synced(latest, f"{step_folder(manifest.step)}\n")
     if owes_merge:
         run.merger.merge(state.step, run.schedule.merges_done(state.step), run.schedule.operator(state.step))
         log.info("step %d: merged, which the shorter run had left to its export", state.step)
@@ -43,24 +46,33 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
 def is_own(run: Run, reader: CheckpointReader) -> bool:
     """Whether a checkpoint is one of this run's history, and not of another that this one begins from."""
     named = RunFolder(Path(run.config.train.run_dir)).checkpoints / step_folder(reader.manifest.step)
-    return reader.folder.resolve() == named.resolve()
+    return reader.folder.resolve() in (named.resolve(), named.with_name(named.name + NEW).resolve())
 
 
-def _abandon(checkpoints: Path, *, after: int, keep: Path) -> bool:
+def _abandon_checkpoints(checkpoints: Path, *, after: int) -> bool:
     """Renames checkpoints of later steps: they belong to another history, and the next resume must not take them.
 
-    Returns whether there were any. What was abandoned before under such a name goes, unless it is what to ``keep``.
+    Returns whether there were any.
     """
     found = [*list_checkpoints(checkpoints), *list_new(checkpoints)]
     later = [each for each in found if (step_of(each.with_suffix("")) or 0) > after]
     for other in later:
-        target = other.with_name(f"abandoned-{other.with_suffix('').name}")
-        if target.resolve() == keep.resolve():
-            target = target.with_name(f"{target.name}-other")
-        shutil.rmtree(target, ignore_errors=True)
-        other.rename(target)
-        log.warning("%s is not of the history that goes on here: renamed to %s", other.name, target.name)
+        _abandon(other, other.with_suffix("").name)
     return bool(later)
+
+
+def _abandon_records(folder: RunFolder) -> None:
+    """Likewise the metrics and starts of a run that was in the folder before."""
+    for path in (folder.metrics, folder.starts):
+        if path.exists():
+            _abandon(path, path.name)
+
+
+def _abandon(path: Path, name: str) -> None:
+    names = itertools.chain([name], (f"{number}-{name}" for number in itertools.count(2)))
+    target = next(each for each in (path.with_name(f"abandoned-{name}") for name in names) if not os.path.lexists(each))
+    path.rename(target)
+    log.warning("%s is not of the history that goes on here: renamed to %s", path.name, target.name)
 
 
 def lacks_merge(run: Run, reader: CheckpointReader) -> bool:

@@ -70,7 +70,7 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
     restored = restore(run, reader)
     restored.data = rollback.data_state
     restored.rollbacks = state.rollbacks + 1
-    writer.adopt_base(reader.folder, reader.manifest)
+    writer.adopt_base(reader.manifest)
     shared_log.warning(
         "%s: back to step %d; the data of steps %d to %d is skipped",
         rollback.reason,

@@ -30,11 +30,8 @@ class RunState:
     saved: int | None = None  # the step of the newest checkpoint in the run folder
     evaluated: int | None = None  # the step of the last evaluation
 
-    def dump(self, world_size: int, *, evaluated: bool) -> dict[str, Any]:
-        """The ``counters`` of a checkpoint's manifest; a collective.
-
-        ``evaluated`` is false where an evaluation of this step is due and was cut short.
-        """
+    def dump(self, world_size: int) -> dict[str, Any]:
+        """The ``counters`` of a checkpoint's manifest; a collective."""
         return {
             "initial_seed": self.initial_seed,
             "tokens": self.tokens,
@@ -43,7 +40,7 @@ class RunState:
             "trouble": self.trouble,
             "interval": self.interval.dump(world_size),
             "rollbacks": self.rollbacks,
-            "evaluated": evaluated,
+            "evaluated": self.evaluated == self.step,
         }
 
     @staticmethod

@@ -10,14 +10,16 @@ from relora_mora.supervise.heartbeat import Heartbeat, Received, find_hung, find
 NOW = 1000.0
 
 
-def _received(*, actions: int = 5, seconds: float = 1.0, in_collective: bool = False, ago: float = 0.0) -> Received:
+def _received(
+    *, actions: int = 5, seconds: float = 1.0, in_collective: bool = False, ago: float = 0.0, limit: float = 60.0
+) -> Received:
     """A heartbeat that came ``ago`` seconds ago, from a rank that had been in its last action for ``seconds``."""
     heartbeat = Heartbeat(
         number=7,
         action=f"step {actions}",
         actions=actions,
         action_seconds=seconds,
-        limit_seconds=60.0,
+        limit_seconds=limit,
         in_collective=in_collective,
         host="here",
         pid=42,
@@ -42,6 +44,8 @@ def test_a_rank_is_silent_when_its_heartbeats_stay_away_for_longer_than_allowed(
         # who has done less is the cause, though the other has waited for longer
         ([{"actions": 6, "in_collective": True, "seconds": 80}, {"actions": 5, "seconds": 70}], 1, "rank 1 hangs"),
         ([{"actions": 4, "seconds": 61}, {"actions": 5, "in_collective": True}], 0, "rank 0 hangs"),
+        # and may take longer than the others may wait
+        ([{"actions": 6, "in_collective": True, "seconds": 80}, {"seconds": 90, "limit": 1800}], None, ""),
         # of those that have done as little, the one that waits for nobody
         (
             [{"in_collective": True, "seconds": 80}, {"seconds": 70}],

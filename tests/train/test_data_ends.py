@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from relora_mora.data import SourceError
+from relora_mora.supervise import Guard
+from relora_mora.train.ends import Ends
+from relora_mora.train.errors import DataError, TrainingError
+from relora_mora.train.feed import DataFailed
+from relora_mora.train.state import RunState
 from tests.tools.data_tools import write_shard, write_shards
 from tests.tools.faulty_server import serving
 from tests.tools.jobs import Job, ends, last_step, write_config
@@ -53,6 +60,18 @@ def test_a_server_that_stays_away_ends_the_run_with_its_state_saved(pools, input
         server.fault = lambda n: None
         assert pools(2)(ended, config) == [("", "")] * 2
     assert _equal(never / "checkpoints" / "step-00000040", run_dir / "checkpoints" / "step-00000040") == []
+
+
+@pytest.mark.parametrize("kind", [OSError, SourceError])
+def test_what_is_wrong_with_the_data_is_told_where_nothing_can_be_saved_either(tmp_path, kind):
+    def fail(state: RunState) -> None:
+        raise TrainingError("the checkpoint failed")
+
+    ends_of_run = Ends(tmp_path, SimpleNamespace(save_the_end=fail), Guard(signals=False))  # type: ignore[arg-type]
+    with pytest.raises(OSError if kind is OSError else DataError) as raised:
+        ends_of_run.fail_for_data(RunState(initial_seed=0, step=3), DataFailed([kind("the disk of the text is gone")]))
+    assert "the disk of the text is gone" in str(raised.value)
+    assert ("the checkpoint failed" in str(raised.value)) == (kind is SourceError)
 
 
 def test_text_that_is_too_little_is_told_before_the_first_evaluation(pools, inputs, tokenizer_path, tmp_path):

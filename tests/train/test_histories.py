@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.tools.runs import run_config, train
+from tests.tools.runs import metrics, run_config, train
 from tests.train.test_rollback import NAN, _same, _settings, faulty
 
 pytestmark = pytest.mark.distributed
@@ -52,4 +52,52 @@ def test_a_start_from_another_run_takes_the_place_of_what_was_in_its_folder(pool
     given = {"resume": str(theirs / "checkpoints" / "step-00000002")}
     pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given), stop_after=3)
     found = {path.name for path in (folder / "checkpoints").glob("*-*")}
-    assert found == {"step-00000003", *(f"abandoned-step-0000000{step}" for step in (1, 2, 3))}
+    of_theirs = ["step-00000002", "step-00000003"]
+    assert found == {*of_theirs, *(f"abandoned-step-0000000{step}" for step in (1, 2, 3))}
+
+
+def test_nothing_of_an_abandoned_history_is_lost(pools, inputs, tokenizer_path, tmp_path):
+    theirs, folder = tmp_path / "theirs", tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=3)
+    before = [(folder / name).read_text() for name in ("metrics.jsonl", "starts.jsonl")]
+    given = {"resume": str(theirs / "checkpoints" / "step-00000002")}
+    for name in "ab":
+        pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given), stop_after=3)
+        (folder / "checkpoints" / "step-00000003" / "mark").write_text(name)
+    assert [(folder / f"abandoned-{name}").read_text() for name in ("metrics.jsonl", "starts.jsonl")] == before
+    assert len(lines := (folder / "starts.jsonl").read_text().splitlines()) == 1 and json.loads(lines[0])["step"] == 2
+    kept = folder / "checkpoints"
+    assert not (kept / "abandoned-step-00000003" / "mark").exists()
+    assert (kept / "abandoned-2-step-00000003" / "mark").read_text() == "a"
+
+
+def test_a_run_that_begins_with_a_checkpoint_has_one_of_its_own_at_once(pools, inputs, tokenizer_path, tmp_path):
+    theirs, folder = tmp_path / "theirs", tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=5)
+    given = {"resume": str(theirs), "max_bad_steps": 2}
+    begin = run_config(inputs, tokenizer_path, folder, train=given, checkpoint={"every_steps": 100})
+    assert pools(1)(faulty, begin, {7: float("nan"), 8: float("nan")}, rank=0) == [""]  # and goes back to it
+    assert rollbacks(folder) == [(5, 8)]
+    assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [5, 10]
+
+
+def test_a_checkpoint_without_its_last_rename_is_of_the_history(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder)
+    pools(1)(train, config, stop_after=3)
+    newest = folder / "checkpoints" / "step-00000003"
+    newest.rename(newest.with_name(f"{newest.name}.new"))
+    before = metrics(folder)
+    pools(1)(train, config, stop_after=4)
+    assert metrics(folder)[: len(before)] == before
+    assert not list((folder / "checkpoints").glob("abandoned-*")) and newest.is_dir()
+
+
+def test_a_run_that_is_shortened_to_where_it_stands_is_evaluated(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    mora = {"method": {"name": "mora"}}
+    pools(1)(train, run_config(inputs, tokenizer_path, folder, **mora), stop_after=3)
+    given = {"steps": 3, "allow_changes": ["train.steps"]}
+    pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given, **mora))
+    assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [0, 3]
