@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -252,9 +253,9 @@ def _score_tasks(
     print(json.dumps({"tasks": results}), flush=True)
     if loaded.checkpoint is not None:
         checkpoint, step = loaded.checkpoint
-        run = checkpoint.resolve().parent.parent
+        run = Path(os.path.abspath(checkpoint)).parent.parent  # noqa: PTH100 - the folder of checkpoints may be a link
         if RunFolder(run).config.is_file():
-            record(run, step, results)
+            record(run, step, results, num_fewshot=num_fewshot, limit=limit)
 
 
 def _on(device: torch.device, lm: Any) -> Any:  # torch's types do not know that a model takes a device

@@ -38,6 +38,7 @@ def main(
     max_line_bytes: int | None = None,
     max_bad_fraction: float | None = None,
     timeout_seconds: float | None = None,
+    finetune: bool = False,
 ) -> None:
     """Makes a folder of tokens. Started again, it goes on with what is missing.
 
@@ -54,11 +55,13 @@ def main(
         max_line_bytes: a longer line, or text of a row, is counted as bad and skipped
         max_bad_fraction: stop when more than this fraction of a shard's lines is bad
         timeout_seconds: give up on a source that has failed for this long
+        finetune: the settings are those of a run of launch/finetune.py, with its defaults
     """
     if split not in ("train", "validation"):
         raise ValueError(f"--split: got {split!r}, expected train or validation")
     if processes is not None and not 1 <= processes <= MOST_PROCESSES:
         raise ValueError(f"--processes: got {processes}, expected 1 to {MOST_PROCESSES}, or leave it out")
+    from relora_mora.config import is_mixture
     from relora_mora.data import configured_shards, make_tokens
 
     started = time.monotonic()
@@ -70,9 +73,11 @@ def main(
         "max_bad_fraction": max_bad_fraction,
         "timeout_seconds": timeout_seconds,
     }
-    settings = _settings(source, tokenizer, {name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = _settings(source, tokenizer, given, finetune=finetune)
     data = settings.data
-    if (data.is_mixture and len(data.train_sources) > 1) if split == "train" else len(data.validation_sets) > 1:
+    named = len(data.train_sources) if is_mixture(data.train) else 1
+    if (named if split == "train" else len(data.validation_sets)) > 1:
         raise ValueError(
             f"{source}: data.{split} names several sources; make the tokens of each in a folder of its own "
             "(SOURCE OUT --tokenizer=...), and give the folders in their place"
@@ -94,14 +99,17 @@ def main(
     print(f"use it with --data.{split}={out}")
 
 
-def _settings(source: str, tokenizer: str | None, data: dict[str, Any]) -> Config:
+def _settings(source: str, tokenizer: str | None, data: dict[str, Any], *, finetune: bool) -> Config:
     """Those of a run, or of a source of text; what has nothing to do with text has any value there."""
-    from relora_mora.config import load_config, parse_typed
+    from relora_mora.config import FINETUNING, load_config, parse_typed
     from relora_mora.config.load import validate
 
     if source.endswith((".yaml", ".yml")):
-        overrides = {f"data.{name}": json.dumps(value) for name, value in data.items()}
-        return load_config(source, overrides | ({"tokenizer.path": json.dumps(tokenizer)} if tokenizer else {}))
+        given = {f"data.{name}": value for name, value in data.items()}
+        if tokenizer is not None:
+            given["tokenizer.path"] = tokenizer
+        overrides = {name: json.dumps(value, ensure_ascii=False) for name, value in given.items()}
+        return load_config(source, overrides, defaults=FINETUNING if finetune else None)
     if tokenizer is None:
         raise ValueError(
             "--tokenizer: missing; give the folder or .model file of the run, or settings (.yaml) as source"

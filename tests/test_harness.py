@@ -145,9 +145,15 @@ def test_a_row_of_another_kind_is_named(tmp_path, name, change, said):
 def test_a_run_keeps_what_its_tasks_gave(tmp_path):
     results = {"local_uuid": {"exact_match": 0.5, "character_accuracy": 0.75}}
     for step in (10, 20):
-        record(tmp_path, step, results)
+        record(tmp_path, step, results, num_fewshot=None, limit=None)
+    record(tmp_path, 20, {"local_uuid": {"exact_match": 0.25}}, num_fewshot=5, limit=100)
     lines = read_json_lines(RunFolder(tmp_path).tasks)
-    assert [line["step"] for line in lines] == [10, 20] and lines[0]["tasks/local_uuid/exact_match"] == 0.5
+    assert [(line["step"], line["num_fewshot"], line["limit"]) for line in lines] == [
+        (10, None, None),
+        (20, None, None),
+        (20, 5, 100),
+    ]
+    assert lines[0]["tasks/local_uuid/exact_match"] == 0.5
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(RunFolder(tmp_path).tensorboard)).Reload()
@@ -155,6 +161,7 @@ def test_a_run_keeps_what_its_tasks_gave(tmp_path):
         10: 0.75,
         20: 0.75,
     }
+    assert [point.value for point in events.Scalars("tasks/local_uuid/exact_match/5-shot/first-100")] == [0.25]
     assert table(results).splitlines()[1].split() == ["local_uuid", "exact_match", "0.5000"]
 
 

@@ -16,7 +16,10 @@ import functools
 import inspect
 import io
 import itertools
+import os
+import re
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -72,13 +75,21 @@ def _without_local_rank(argv: Iterable[str]) -> list[str]:
 def _faults_of_words(words: list[str], name: str) -> list[str]:
     from relora_mora.config.secrets import secret_in
 
-    flags = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
-    twice = sorted({flag for flag in flags if flags.count(flag) > 1})
+    # fire takes one dash for two, and in names `-` for `_`
+    flags = [word.partition("=")[0].lstrip("-") for word in words if re.match("--?[A-Za-z]", word)]
+    names = [flag.replace("-", "_") for flag in flags]
+    twice = sorted({flag for flag, times in Counter(names).items() if times > 1})
+    deep = [flag for flag in flags if "-" in flag.split(".", 2)[-1] and flag.count(".") > 1]
     not_utf8 = [word for word in words if word.encode(errors="ignore").decode() != word]
     faults = [f"{word}: stray; see {name} --help" for word in words if word in ("-", "--")]
     faults += [f"{word.partition('=')[0]}: {secret}" for word in words if (secret := secret_in(word))]
     faults += [f"{word!a}: is not UTF-8; check the terminal's locale" for word in not_utf8]
-    faults += [f"{flag}: given twice; give it once" for flag in twice]
+    faults += [f"--{flag}: given twice; give it once" for flag in twice]
+    faults += [
+        f"--{flag}: names with '-' cannot be given like this; give --{above}='{{{key}: ...}}'"
+        for flag in deep
+        for above, _, key in [flag.rpartition(".")]
+    ]
     return faults
 
 
@@ -133,7 +144,9 @@ def _typed(value: Any, expected: Any) -> Any:
     """Text as the expected type, read as YAML like the settings; a default that fire filled in stays what it is."""
     if value == "":
         raise ValueError("is empty; give a value")
-    if not isinstance(value, str) or expected is str or str in typing.get_args(expected):
+    if isinstance(value, str) and (expected is str or str in typing.get_args(expected)):
+        return os.path.expanduser(value)  # noqa: PTH111 - no path perhaps; a shell does so in `--out ~/a` alone
+    if not isinstance(value, str):
         return value
     import yaml
     from pydantic import TypeAdapter, ValidationError

@@ -36,7 +36,6 @@ _APART = {
     "train.run_dir",
     "train.tokens",
 }
-_FOLLOWS_EPOCHS = ("train.steps", "optim.warmup_steps", "optim.decay_steps")
 _IN_TITLE = ("method.name", "method.operators")
 
 
@@ -159,9 +158,10 @@ def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         if name not in _APART and name.partition(".")[0] not in _APART_SECTIONS
     }
     if settings.get("train.epochs") is not None:  # how many steps these are depends on the order, so on the seed
-        kept |= {"train.epochs": settings["train.epochs"]}
-        for name in _FOLLOWS_EPOCHS:
-            kept.pop(name, None)
+        kept["train.epochs"] = settings["train.epochs"]
+        del kept["train.steps"]
+        if settings["optim.warmup_fraction"] is not None:
+            del kept["optim.warmup_steps"]
     return kept
 
 

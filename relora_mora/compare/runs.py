@@ -192,17 +192,23 @@ def read_run(folder: Path) -> Run:
     except (ValueError, yaml.YAMLError) as error:
         raise CompareError(f"{files.config}: cannot be read ({' '.join(str(error).split())})") from error
     starts = _json_lines(files.starts)
-    settings = _settings(tree, files.config)
-    settings["train.epochs"] = starts[-1].get("epochs") if starts else None  # the config has their steps
+    start = starts[-1] if starts else {}
+    settings = _settings(tree, files.config) | _epochs_of(start.get("epochs"), start.get("warmup_fraction"))
     return Run(folder, settings, lines, starts, is_held(folder))
 
 
 def _kept_run(path: Path, record: dict[str, Any]) -> Run:
+    given = record["given"]
     settings = _settings(record["config"], path)
-    settings["train.epochs"] = record["given"].get("train", {}).get("epochs")
+    settings |= _epochs_of(given.get("train", {}).get("epochs"), given.get("optim", {}).get("warmup_fraction"))
     study = path.parent if path.name == RECORDS else path.with_suffix("")
     folder = study / "runs" / record["name"]  # it need not be there any more
     return Run(folder, settings, record["metrics"], [record["start"]], is_running=False, is_record=True)
+
+
+def _epochs_of(epochs: float | None, warmup_fraction: float | None) -> dict[str, float | None]:
+    """The length and warmup that a run of epochs was given; its config has the steps that they are."""
+    return {"train.epochs": epochs, "optim.warmup_fraction": None if epochs is None else warmup_fraction}
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -160,7 +161,8 @@ def load_config(
 
     ``overrides`` maps dotted names to YAML text; ``defaults`` hold where neither file nor overrides say anything, by
     section, before those of the schema. ``model.config``, ``tokenizer.path`` and templates of records that do not exist
-    below the current folder are looked for beside the file. Raises :class:`ConfigError` with every fault found.
+    below the current folder are looked for beside the file; ``~`` at the front of a path is the home folder. Raises
+    :class:`ConfigError` with every fault found.
     """
     path = Path(path)
     found: list[str] = []
@@ -179,7 +181,8 @@ def load_config(
         found.append(str(error))
     if found:
         raise ConfigError(found, str(path))
-    for name, text in (overrides or {}).items():
+    # a whole section or set before what is in it
+    for name, text in sorted((overrides or {}).items(), key=lambda override: override[0].count(".")):
         problem = _override(tree, name, text)
         if problem:
             found.append(problem)
@@ -255,6 +258,8 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
     section, *keys = name.split(".")
     if not keys or not all(keys):
         return f"--{name}: not a setting; settings have the form --section.key=value, e.g. --train.steps=100"
+    if text == "":
+        return f"--{name}: is empty; give a value, or null"
     try:
         value = parse_yaml(text) if isinstance(text, str) else text
     except yaml.YAMLError as error:
@@ -263,18 +268,21 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
         )
     node = tree
     for key in [section, *keys[:-1]]:
-        inner = node.setdefault(key, {})
-        if inner is None:
-            inner = node[key] = {}
-        if not isinstance(inner, dict):
+        inner = node.get(key)
+        if inner is not None and not isinstance(inner, dict):
             return f"--{name}: {key} is {inner!r} in the file, which has no keys below it"
-        node = inner
+        node[key] = dict(inner or {})  # an alias elsewhere in the file may stand for the same
+        node = node[key]
     node[keys[-1]] = value
     return None
 
 
 def _resolve_paths(config: Config, beside: Path) -> Config:
+    def home(value: str | None) -> str | None:
+        return None if value is None else os.path.expanduser(value)  # noqa: PTH111 - as in sources.py
+
     def resolve(value: str | None) -> str | None:
+        value = home(value)
         if value is None or _exists(Path(value)):
             return value
         return str(beside / value) if _exists(beside / value) else value
@@ -290,7 +298,16 @@ def _resolve_paths(config: Config, beside: Path) -> Config:
     data = {name: map_records(getattr(config.data, name), resolve_source) for name in ("train", "validation")}
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"config": resolve(config.model.config)}),
+            "model": config.model.model_copy(
+                update={
+                    "config": resolve(config.model.config),
+                    "init_from": home(config.model.init_from),
+                    "adapter": home(config.model.adapter),
+                }
+            ),
+            "train": config.train.model_copy(
+                update={"run_dir": home(config.train.run_dir), "resume": home(config.train.resume)}
+            ),
             "tokenizer": config.tokenizer.model_copy(update={"path": resolve(config.tokenizer.path)}),
             "data": config.data.model_copy(update={**data, "records": resolve_template(config.data.records)}),
         }

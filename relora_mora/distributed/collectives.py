@@ -35,11 +35,20 @@ def control_group() -> Any:
 
 def sum_over_hosts(values: list[float]) -> list[float]:
     """Sums float64 numbers over the ranks without waiting for a device; a collective."""
+    return _over_hosts(values, dist.ReduceOp.SUM)
+
+
+def least_over_hosts(values: list[float]) -> list[float]:
+    """The least of the ranks' float64 numbers at each place; a collective like :func:`sum_over_hosts`."""
+    return _over_hosts(values, dist.ReduceOp.MIN)
+
+
+def _over_hosts(values: list[float], how: dist.ReduceOp.RedOpType) -> list[float]:
     if dist.get_world_size() == 1:
         return values
     numbers = torch.tensor(values, dtype=torch.float64)
     with collective():
-        dist.all_reduce(numbers, group=control_group())
+        dist.all_reduce(numbers, how, group=control_group())
     return numbers.tolist()
 
 

@@ -19,14 +19,17 @@ def table(results: Results) -> str:
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
 
 
-def record(run: Path, step: int, results: Results) -> None:
+def record(run: Path, step: int, results: Results, *, num_fewshot: int | None, limit: int | None) -> None:
     """Adds a line to ``tasks.jsonl`` of a run folder, and points to its TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = RunFolder(run)
     numbers = {f"tasks/{task}/{metric}": value for task, found in results.items() for metric, value in found.items()}
+    how = {"num_fewshot": num_fewshot, "limit": limit}
     with folder.tasks.open("a", encoding="utf-8") as file:
-        file.write(f"{json.dumps({'step': step, 'time': time.time(), **numbers})}\n")
+        file.write(f"{json.dumps({'step': step, 'time': time.time(), **how, **numbers})}\n")
+    shots = "" if num_fewshot is None else f"/{num_fewshot}-shot"
+    part = "" if limit is None else f"/first-{limit}"
     with SummaryWriter(str(folder.tensorboard)) as writer:
         for tag, value in numbers.items():
-            writer.add_scalar(tag, value, step)
+            writer.add_scalar(f"{tag}{shots}{part}", value, step)

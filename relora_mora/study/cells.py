@@ -26,7 +26,7 @@ class Cell:
 
     def overrides(self, study: Study) -> dict[str, str]:
         """Settings over the base config, as a command line gives them; those of the grid win over the study's."""
-        common = {name: json.dumps(value) for name, value in study.settings.items()}
+        common = {name: json.dumps(value, ensure_ascii=False) for name, value in study.settings.items()}
         return common | dict(self.values) | dict.fromkeys(SEEDS, str(self.seed))
 
 
@@ -76,7 +76,7 @@ def _without(values: tuple[tuple[str, str], ...], names: Iterable[str]) -> tuple
 
 def _combinations(entry: Mapping[str, Any]) -> list[tuple[tuple[str, str], ...]]:
     choices = [
-        [(name, json.dumps(value)) for value in (given if isinstance(given, list) else [given])]
+        [(name, json.dumps(value, ensure_ascii=False)) for value in (given if isinstance(given, list) else [given])]
         for name, given in entry.items()
     ]
     return list(itertools.product(*choices))

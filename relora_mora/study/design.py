@@ -76,6 +76,9 @@ class Study(Strict):
         own = sorted({name for name in names if name in OWN})
         if own:
             raise ValueError(f"{', '.join(own)}: set by the study itself; seeds stand in `seeds`")
+        dashed = sorted({name for name in names if "-" in name})
+        if dashed:
+            raise ValueError(f"{', '.join(dashed)}: no name with '-'; give the setting above it, as a mapping")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} has one twice")
         empty = sorted({name for entry in self.grid for name, given in entry.items() if given == []})

@@ -33,7 +33,7 @@ class StudyFolder:
 
     def overrides(self, cell: Cell, study: Study) -> dict[str, str]:
         """The cell's, with its run folder."""
-        return cell.overrides(study) | {"train.run_dir": json.dumps(str(self.run(cell).path))}
+        return cell.overrides(study) | {"train.run_dir": json.dumps(str(self.run(cell).path), ensure_ascii=False)}
 
     def settings(self, cell: Cell) -> Path:
         """The settings that a cell was started with, as JSON."""
@@ -104,7 +104,13 @@ class StudyFolder:
         noted = self.given(cell)
         if noted is not None:
             before = noted.pop("threads", new["threads"])
-            known = Config.model_validate(noted)  # with the defaults of settings that have come since
+            try:
+                known = Config.model_validate(noted)  # with the defaults of settings that have come since
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.run(cell).path} was begun with settings that this version does not know; "
+                    f"{self._remedy(cell)}"
+                ) from error
             changed = set(_differences({**json.loads(known.model_dump_json()), "threads": before}, new)) - PLACES
             if changed:
                 raise ValueError(
@@ -113,7 +119,7 @@ class StudyFolder:
                 )
         path = self.settings(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_synced(path, json.dumps(new) + "\n")
+        write_synced(path, json.dumps(new, ensure_ascii=False) + "\n")
 
     def given(self, cell: Cell) -> dict[str, Any] | None:
         """The settings that the cell was begun with, and its threads; None where it was not begun.

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.study.folder import StudyFolder
-from relora_mora.supervise.lock import LockError, RunLock
+from relora_mora.supervise.lock import LockError, RunLock, is_held
 from relora_mora.system.parent import ending_with_me
 
 POLL_SECONDS = 0.5
@@ -97,6 +97,8 @@ class Runner:
         for cell in waiting:
             if signals:  # a claim may take seconds where the disk knows no locks
                 return None
+            if is_held(self.folder.run(cell).path):  # by a run that outlives its study: it may be saving
+                continue
             claim = RunLock(self.folder.claim(cell))
             try:
                 claim.acquire(wait_seconds=0)

@@ -51,6 +51,7 @@ class Checked:
     bf16: bool
     compiled: bool  # the decoder layers
     epochs: float | None = None  # train.epochs, in whose place the config has steps once they are counted
+    warmup_fraction: float | None = None  # of a run of epochs, likewise
     epoch_blocks: Sequence[int] | None = None  # that each of them takes of a lane of whole rows
 
     @property

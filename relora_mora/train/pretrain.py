@@ -124,9 +124,11 @@ def _pretrain(config: Config, guard: Guard) -> int:
     if config.train.epochs is not None:  # takes long: all else that can be wrong has been found
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
         counted = from_first_rank(lambda: _count(config))
-        epochs = config.train.epochs
+        epochs, warmup_fraction = config.train.epochs, config.optim.warmup_fraction
         config = with_epochs(config, counted.tokens_of(epochs), world_size)
-        checked = replace(checked, config=config, epochs=epochs, epoch_blocks=counted.blocks)
+        checked = replace(
+            checked, config=config, epochs=epochs, warmup_fraction=warmup_fraction, epoch_blocks=counted.blocks
+        )
     guard.begin("building the model", within=LONG_SECONDS)
     startup.done("checks")
     resumes = from_first_rank(lambda: finds_checkpoint(config.train))

@@ -9,7 +9,7 @@ from typing import Any
 
 from relora_mora.config import LogConfig
 from relora_mora.data import SKIP_REASONS
-from relora_mora.distributed import sum_over_hosts
+from relora_mora.distributed import least_over_hosts, sum_over_hosts
 from relora_mora.evaluate import EvalResult
 from relora_mora.generation import Generated
 from relora_mora.merging import MergeRecord
@@ -83,16 +83,18 @@ def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_len
     counted = [*_COUNTED, *(f"blocks/{source}" for source in sources)]
     sums = sum_over_hosts([float(counts.get(name, 0)) for name in counted])
     totals = dict(zip(counted, map(int, sums), strict=True))
+    places = ["epoch", *(f"epoch/{source}" for source in sources)]
+    epoch, *epochs = map(int, least_over_hosts([float(counts[name]) for name in places]))  # of the lane least far
     skipped = {
         f"perf/data_skipped/{reason}": totals[f"skipped/{reason}"]
         for reason in SKIP_REASONS
         if totals[f"skipped/{reason}"]
     }
     return {
-        "train/epoch": counts["epoch"],
+        "train/epoch": epoch,
         "train/documents": totals["documents"],
         **{f"train/tokens/{source}": totals[f"blocks/{source}"] * sequence_length for source in sources},
-        **{f"train/epoch/{source}": counts[f"epoch/{source}"] for source in sources},
+        **{f"train/epoch/{source}": passes for source, passes in zip(sources, epochs, strict=True)},
         "perf/data_bad_lines": totals["bad"],
         "perf/data_retries": totals["retries"],
         **skipped,

@@ -94,6 +94,7 @@ def _start_record(checked: Checked, parameters: Parameters, world_size: int, ste
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,
         "epochs": checked.epochs,
+        "warmup_fraction": checked.warmup_fraction,
         "command": sys.argv,
         "host": socket.gethostname(),
         "world_size": world_size,

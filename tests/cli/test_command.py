@@ -113,6 +113,12 @@ def test_the_launchers_local_rank_is_dropped(called: Called, flag: list[str], fi
         (["p", "--data=d", "--data=e"], "given twice"),
         (["p", "--data", "d", "--data", "e"], "given twice"),
         (["p", "--data=d", "--tokens", "3", "--tokens=4"], "given twice"),
+        (["p", "--data=d", "--max-tokens=3", "--max_tokens=4"], "--max_tokens: given twice"),
+        (["p", "--data=d", "-tokens=3", "--tokens=4"], "--tokens: given twice"),
+        (
+            ["p", "--data=d", "--a.b.my-set=3"],
+            "--a.b.my-set: names with '-' cannot be given like this; give --a.b='{my-set: ...}'",
+        ),
         (["p", "--data"], "--data: has no value; give it as --data=VALUE"),
         (["p", "--data", "--tokens=3"], "--data: has no value"),
         (["p", "--data=d", "--tokens"], "--tokens: has no value"),

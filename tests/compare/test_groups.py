@@ -142,14 +142,20 @@ def test_a_group_says_that_a_run_has_diverged(tmp_path: Path) -> None:
     assert group.state == "its last loss is not finite"
 
 
-def test_epochs_of_another_order_may_be_other_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fraction", [0.1, None])
+def test_epochs_of_another_order_may_be_other_steps(tmp_path: Path, fraction: float | None) -> None:
     """Each seed is judged at its own end."""
     runs = []
     for steps, loss in ((40, 2.0), (30, 1.0)):
         losses = [9.0] * (steps // 10) + [loss]
-        folder = write_run(tmp_path / str(steps), losses, train={"steps": steps, "seed": steps})
-        (folder / "starts.jsonl").write_text(json.dumps({"step": 0, "epochs": 3.0}) + "\n")
+        given = {"train": {"steps": steps, "seed": steps}, "optim": {"warmup_steps": steps // 10}}
+        folder = write_run(tmp_path / str(steps), losses, **given)
+        start = {"step": 0, "epochs": 3.0, "warmup_fraction": fraction}
+        (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
         runs.append(read_run(folder))
+    if fraction is None:
+        assert [group.differs for group in group_runs(runs)] == ["warmup steps 4", "warmup steps 3"]
+        return
     [group] = group_runs(runs)
     [row] = compare([group])
     assert (row.validation[""].loss.low, row.validation[""].loss.high) == (1.0, 2.0)

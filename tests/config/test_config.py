@@ -103,6 +103,42 @@ def test_the_command_line_gives_the_length_in_its_own_way(
     assert (config.train.steps, config.train.epochs, config.optim.warmup_steps) == (steps, epochs, warmup)
 
 
+def _file(folder: Path, **sections: Any) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree(method={"name": "mora"}, **sections)))
+    return path
+
+
+def test_an_override_changes_what_it_names_and_not_an_alias_of_it(tmp_path: Path) -> None:
+    text = {"source": "a.json"}
+    path = _file(tmp_path, data={"train": text, "validation": text})
+    assert "*id001" in path.read_text()
+    data = load_config(path, {"data.validation.source": "b.json"}).data
+    assert [[one.source for one in data.sources(split)] for split in ("train", "validation")] == [
+        ["a.json"],
+        ["b.json"],
+    ]
+
+
+def test_a_whole_setting_and_a_part_of_it_may_be_given_in_any_order(tmp_path: Path) -> None:
+    part, whole = ("data.validation.x", "b"), ("data.validation", "{y: c}")
+    for given in ([part, whole], [whole, part]):
+        assert load_config(_file(tmp_path), dict(given)).data.validation == {"y": "c", "x": "b"}
+
+
+def test_an_empty_override_is_no_null(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--model\.init_from: is empty; give a value, or null"):
+        load_config(_file(tmp_path), {"model.init_from": ""})
+
+
+def test_paths_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    path = _file(tmp_path, train={"run_dir": "~/run"}, tokenizer={"path": "~/t"})
+    config = load_config(path, {"train.resume": "~/other", "model.init_from": "~/m"})
+    assert (config.train.run_dir, config.tokenizer.path) == ("/home/me/run", "/home/me/t")
+    assert (config.train.resume, config.model.init_from) == ("/home/me/other", "/home/me/m")
+
+
 @pytest.mark.parametrize("name", ["train.tokens", "train.epochs", "optim.warmup_fraction"])
 def test_a_null_takes_nothing_else_of_the_file_back(name: str) -> None:
     given, changed = (load_config(ROOT / "configs/run/tiny_remora.yaml", flags) for flags in ({}, {name: "null"}))

@@ -121,6 +121,25 @@ def test_settings_of_a_run_give_text_tokenizer_and_limits(tmp_path: Path, tokeni
         assert {shard.tokens.making.max_line_bytes for shard in shards if shard.tokens} == {12345}
 
 
+def test_settings_of_a_fine_tuning_run(tmp_path: Path, tokenizer_path: str) -> None:
+    folder = write_inputs(tmp_path)
+    text = f"{folder}/train/*.json.gz"
+    settings = {
+        "model": {"config": str(folder / "model.json")},
+        "tokenizer": {"path": tokenizer_path},
+        "data": {"train": text, "validation": text},
+        "train": {"run_dir": str(folder / "run"), "steps": 120},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    refused(call(TOKENIZE, path, tmp_path / "tokens"), "warmup_steps")
+    assert call(TOKENIZE, path, tmp_path / "tokens", "--finetune", "--processes=1").code == 0
+    settings["data"] |= {"train": [{"source": text, "name": name} for name in "ab"], "concatenate": True}
+    path.write_text(yaml.safe_dump(settings))
+    answer = call(TOKENIZE, path, tmp_path / "other", "--finetune", "--processes=1")
+    refused(answer, "data.train names several sources; make the tokens of each in a folder of its own")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -101,3 +101,6 @@ def test_a_setting_that_has_come_since_had_its_default(tmp_path: Path):
     path.write_text(json.dumps(noted), encoding="utf-8")
     with pytest.raises(ValueError, match=r"begun with other settings \(optim.matrices\)"):
         conduct(made_study(grid=study.grid, settings={"optim.matrices": "muon"}), folder, TRAINER, 1)
+    path.write_text(json.dumps(noted | {"data": noted["data"] | {"gone_since": 1}}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"begun with settings that this version does not know; remove"):
+        conduct(study, folder, TRAINER, 1)

@@ -123,6 +123,7 @@ def test_what_has_failed_is_not_chosen():
             "eval/los: expected eval/NAME or eval/SET/NAME with a name of loss, perplexity,",
         ),
         ({"base": BASE, "grid": [{"optim.lr": []}]}, "grid: optim.lr has an empty list"),
+        ({"base": BASE, "grid": [{"data.validation.my-set": "x"}]}, "data.validation.my-set: no name with '-'"),
         (
             {"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["method.rank"], "lowest": "eval/loss"}},
             "method.rank stands in no entry of the grid",
@@ -331,13 +332,13 @@ def test_studies_that_begin_at_once_share_out_the_runs(tmp_path: Path):
     assert [record["name"] for record in read_json_lines(folder.records)] == [cell.name for cell in cells]
 
 
-@pytest.mark.parametrize("ends", [True, False])
-def test_what_another_study_runs_is_left_to_it(tmp_path: Path, ends: bool):
-    """Unless that ends before the run does."""
+@pytest.mark.parametrize(("held", "ends"), [("claim", True), ("claim", False), ("run", False)])
+def test_what_another_study_runs_is_left_to_it(tmp_path: Path, held: str, ends: bool):
+    """Unless that ends before the run does. A run may outlive its study, while it saves."""
     study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.5e-3, 3e-3]}]})
     folder = StudyFolder(tmp_path / "out")
     claimed, other = first_round(read_study(study))
-    claim = RunLock(folder.claim(claimed))
+    claim = RunLock(folder.claim(claimed) if held == "claim" else folder.run(claimed).path)
     claim.acquire()
     command = [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:

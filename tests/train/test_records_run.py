@@ -203,3 +203,18 @@ def test_the_command_scores_the_answers_that_the_run_scored(pools, inputs, token
 
 def _plain(run_dir: Path, source: str) -> dict[str, Any]:
     return _evaluated(run_dir, data=source, records="null")
+
+
+def of_both(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Called by all ranks, of which each has its own counts."""
+    from torch import distributed
+
+    from relora_mora.train.report import data_metrics
+
+    return data_metrics(counts[distributed.get_rank()], ["a"], 4)
+
+
+def test_passes_over_the_text_are_those_of_the_lane_that_is_least_far_of_all_ranks(pools):
+    counts = [{"epoch": 2, "epoch/a": 1, "documents": 5}, {"epoch": 1, "epoch/a": 3, "documents": 6}]
+    for found in pools(2)(of_both, counts):
+        assert (found["train/epoch"], found["train/epoch/a"], found["train/documents"]) == (1, 1, 11)

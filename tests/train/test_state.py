@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +19,8 @@ def two_ranks(monkeypatch):
     monkeypatch.setattr("relora_mora.train.report.sum_over_hosts", lambda values: [2 * value for value in values])
 
 
-def manifest(state: RunState, *, evaluated: bool) -> SimpleNamespace:
-    counters = json.loads(json.dumps(state.dump(2, evaluated=evaluated)))
+def manifest(state: RunState) -> SimpleNamespace:
+    counters = json.loads(json.dumps(state.dump(2)))
     return SimpleNamespace(step=state.step, data_state=state.data, counters=counters)
 
 
@@ -39,13 +40,13 @@ STATE = RunState(
 
 
 def test_a_state_is_loaded_as_it_was_saved():
-    assert RunState.load(manifest(STATE, evaluated=True), own=True) == STATE
+    assert RunState.load(manifest(STATE), own=True) == STATE
 
 
 def test_an_evaluation_that_was_cut_short_is_missing_after_the_load():
-    assert RunState.load(manifest(STATE, evaluated=False), own=True).evaluated is None
+    assert RunState.load(manifest(replace(STATE, evaluated=6)), own=True).evaluated is None
 
 
 def test_what_another_run_saved_and_evaluated_is_not_this_runs():
-    state = RunState.load(manifest(STATE, evaluated=True), own=False)
+    state = RunState.load(manifest(STATE), own=False)
     assert (state.saved, state.evaluated, state.rollbacks, state.step) == (None, None, 0, 7)
