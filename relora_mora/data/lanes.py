@@ -81,6 +81,10 @@ def seeded_order(count: int, *key: int) -> list[int]:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(count), kind="stable").tolist()
 
 
+class EpochsReached(SourceError):
+    """A source has been read as often as it may be."""
+
+
 @dataclass(frozen=True)
 class EpochLimit:
     """How often a source may be read."""
@@ -95,9 +99,9 @@ class EpochLimit:
         return f"the source {self.source} has been read {times}, its max_epochs"
 
     def check(self, epoch: int) -> None:
-        """Before an epoch, from 0. Raises SourceError where it may not be read."""
+        """Before an epoch, from 0. Raises EpochsReached where it may not be read."""
         if self.stops and epoch >= self.epochs:
-            raise SourceError(
+            raise EpochsReached(
                 f"{self.reached}; give it less weight, more text or a higher max_epochs, train for fewer steps, "
                 "or set at_max_epochs: warn"
             )

@@ -20,7 +20,7 @@ import numpy as np
 from relora_mora.data.encoded_rows import EncodedRows
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lane_states import Cursor
-from relora_mora.data.lanes import LaneRows, seeded_order
+from relora_mora.data.lanes import EpochsReached, LaneRows, seeded_order
 from relora_mora.data.packing import Block
 from relora_mora.data.rows import Encode, Encoded, Row
 
@@ -114,7 +114,7 @@ class WholeLane(Generic[Row]):
 
     def _waits(self) -> bool:
         """Whether all rows of this epoch were given, and other lanes may have some. At a group's end."""
-        if self._epoch_blocks is None or self._goes_on(self._epoch, hides_errors=self.rows.limit is not None):
+        if self._epoch_blocks is None or self._goes_on(self._epoch):
             return False
         blocks = of_epoch(self._epoch_blocks, self._epoch)
         if self._turn < blocks:
@@ -146,13 +146,14 @@ class WholeLane(Generic[Row]):
         self._look_ahead()
         return self._waiting.popleft()
 
-    def _goes_on(self, epoch: int, *, hides_errors: bool = True) -> bool:
-        """Whether there is another row in this epoch. An error that is hidden is raised again by the next group."""
+    def _goes_on(self, epoch: int) -> bool:
+        """Whether there is another row in this epoch; none where it was the last, which the next group raises again.
+
+        Any other error ends no group: blocks of a shorter one would not be those that a resume makes.
+        """
         try:
             self._look_ahead()
-        except SourceError:
-            if not hides_errors:
-                raise
+        except EpochsReached:
             return False
         return self._waiting[0][1].epoch == epoch
 

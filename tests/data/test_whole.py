@@ -284,17 +284,23 @@ def test_records_that_cannot_be_used_are_counted_alike_after_a_resume(tmp_path, 
     assert any(note.startswith("a.jsonl, line 4, has no answer to learn: {'prompt': '3 ") for note in notes)
 
 
-def test_too_many_records_that_cannot_be_used_end_the_stream_behind_the_good_ones(tmp_path, tokenizer):
+@pytest.mark.parametrize("fills", [True, False])
+def test_too_many_records_that_cannot_be_used_end_the_stream_before_their_group(tmp_path, tokenizer, fills):
+    """When they may be as many, it goes on with the blocks that it would have given."""
     source = tmp_path / "a.jsonl"
-    rows = [*(_row(number) for number in range(20)), *({"prompt": "x", "completion": ""} for _ in range(12))]
-    source.write_text("\n".join(map(json.dumps, rows)))
-    config = _config(source, shuffle_documents=1)
-    lane = _lane(config, tokenizer, 1, 0)
-    seen = []
-    with pytest.raises(SourceError, match=r"11 of 31 records cannot be used, .* line 31, has no answer to learn"):
+    rows = [*(_row(number) for number in range(200)), *({"prompt": "x", "completion": ""} for _ in range(30))]
+    source.write_text("\n".join(map(json.dumps, [*rows, *map(_row, range(200, 300))])))
+    packing = "whole" if fills else "none"
+    lane = _lane(_config(source, shuffle_documents=1, packing=packing), tokenizer, 1, 0)
+    before = []
+    with pytest.raises(SourceError, match=r"\d+ of \d+ records cannot be used, .* has no answer to learn"):
         while True:
-            seen += _numbers(lane.next_block(), tokenizer)
-    assert sorted(seen) == list(range(20))
+            before.append(_numbers(lane.next_block(), tokenizer))
+    assert before
+    allowed = _config(source, shuffle_documents=1, packing=packing, max_bad_fraction=1.0)
+    again, never = _lane(allowed, tokenizer, 1, 0, lane.state()), _lane(allowed, tokenizer, 1, 0)
+    expected = [_numbers(never.next_block(), tokenizer) for _ in range(len(before) + 60)]
+    assert before + [_numbers(again.next_block(), tokenizer) for _ in range(60)] == expected
 
 
 def test_a_lane_of_records_that_are_all_too_long_is_told(tmp_path, tokenizer):
