@@ -24,6 +24,7 @@ from transformers import (
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.config import DataConfig, TextSource, parse_sources
 from relora_mora.data import SourceError, document_boundaries, load_eval_set
+from relora_mora.data.hub_sources import Commits
 from relora_mora.evaluate import causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal, rows_of_documents
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.pretrained import LoadedModel, load_any_model
@@ -132,6 +133,9 @@ def test_the_revisions_of_a_run_hold_for_its_own_text():
         settings = loaded.data_settings(given, 64, None)
         assert [source.revision for source in settings.sources("validation")] == [commits[1], None, commits[0]]
         assert (settings.revision, settings.sequence_length) == ("main", 64)
+    noted = {"other/set@main": commits[0]}
+    of_run = LoadedModel(_gpt2(), nullcontext(), data.model_copy(update={"commits": noted}), "a run")
+    assert Commits.of(of_run.data_settings("other/set", None, None)).at("other/set") == commits[0]
     (here,) = loaded.data_settings(["a.jsonl"], None, None).sources("validation")
     assert here.revision is None  # it is on no hub
 

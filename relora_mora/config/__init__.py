@@ -24,8 +24,6 @@ from relora_mora.config.sources import (
     is_mixture,
     map_records,
     set_setting,
-    texts_in,
-    with_revisions_of,
 )
 from relora_mora.config.typed_sources import parse_records, parse_sources, parse_typed
 
@@ -60,11 +58,9 @@ __all__ = [
     "parse_typed",
     "parse_yaml",
     "set_setting",
-    "texts_in",
     "unused_by",
     "unused_settings",
     "validate",
     "with_defaults",
     "with_epochs",
-    "with_revisions_of",
 ]

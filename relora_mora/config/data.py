@@ -23,6 +23,9 @@ SampleBy = Literal["line", "paragraph", "document"]
 SAMPLE_BY = get_args(SampleBy)
 
 
+Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
+
+
 class DataConfig(Strict):
     """Sources are sets by name (``allenai/c4``), ``hub:REPO/PATTERN``, http(s) urls, local paths and globs.
 
@@ -40,6 +43,9 @@ class DataConfig(Strict):
     )
     revision: Text = Field(
         "main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint"
+    )
+    commits: dict[Text, Commit] = Field(
+        {}, description="what revisions are, as REPO@REVISION: COMMIT; a run notes here what it has read"
     )
     text_column: Text = Field(
         "text", description="the key of a JSON line, or the column, that holds the text; of sources that name none"

@@ -330,11 +330,13 @@ class Config(Strict):
     @property
     def lanes(self) -> int:
         """Given, or the largest power of two <= 64 that divides the global batch."""
-        if self.data.lanes is not None:
-            return self.data.lanes
-        batch = self.train.batch_size
-        return min(64, batch & -batch)
+        return self.data.lanes or lanes_of(self.train.batch_size)
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per optimizer step on one rank."""
         return self.train.batch_size // (self.train.micro_batch_size * world_size)
+
+
+def lanes_of(batch_size: int) -> int:
+    """What ``data.lanes: null`` stands for."""
+    return min(64, batch_size & -batch_size)

@@ -124,35 +124,3 @@ def map_records(given: Given, change: Callable[[TextSource], TextSource]) -> Giv
 def set_setting(name: str) -> str:
     """How messages call a set of held-out text; "" is the name of the only one of a setting without names."""
     return f"data.validation.{name}" if name else "data.validation"
-
-
-def texts_in(given: Given) -> list[str]:
-    """The sources that are no records."""
-    if isinstance(given, dict):
-        return [text for sources in given.values() for text in texts_in(sources)]
-    items = [given] if isinstance(given, str) else given
-    return [item for item in items if isinstance(item, str)]
-
-
-def with_revisions_of(given: Given, before: Given) -> Given | None:
-    """The same sources, with the revisions of ``before`` where they name none; None where the sources are others."""
-    revisions = iter(_records_in(before))
-
-    def pinned(record: TextSource) -> TextSource:
-        known = next(revisions, None)
-        return record if record.revision or known is None else record.model_copy(update={"revision": known.revision})
-
-    sources = map_records(given, pinned)
-    return sources if _without_weights(sources) == _without_weights(before) else None
-
-
-def _records_in(given: Given) -> list[TextSource]:
-    if isinstance(given, dict):
-        return [record for sources in given.values() for record in _records_in(sources)]
-    return [item for item in given if isinstance(item, TextSource)] if isinstance(given, list) else []
-
-
-def _without_weights(given: Given) -> Given:
-    """Without what may change from start to start."""
-    free = {"weight": 1.0, "max_epochs": None, "at_max_epochs": "stop"}
-    return map_records(given, lambda record: record.model_copy(update=free))

@@ -10,7 +10,7 @@ from relora_mora.data.dataset_sources import find_datasets, remember_datasets
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.evalset import EvalSet, load_eval_set
 from relora_mora.data.fingerprint import fingerprint, order_fingerprint
-from relora_mora.data.hub_sources import hub_commits, pin_revision, remember_commits
+from relora_mora.data.hub_sources import with_commits
 from relora_mora.data.lane_states import counts_of, merge_states, start_states
 from relora_mora.data.mixture import mixture_names
 from relora_mora.data.plain_text import iter_texts
@@ -45,7 +45,6 @@ __all__ = [
     "epoch_tokens",
     "find_datasets",
     "fingerprint",
-    "hub_commits",
     "iter_texts",
     "load_eval_set",
     "local_content",
@@ -53,12 +52,11 @@ __all__ = [
     "merge_states",
     "mixture_names",
     "order_fingerprint",
-    "pin_revision",
-    "remember_commits",
     "remember_datasets",
     "remote_content",
     "resolve_shards",
     "show_records",
     "start_states",
     "template_in_use",
+    "with_commits",
 ]

@@ -32,7 +32,7 @@ def dataset_files(name: DatasetName, split: str, commits: Commits) -> tuple[str,
 
 def find_datasets(config: DataConfig) -> Datasets:
     """What is in each set that the settings name, or why that cannot be told. For one rank, which asks for all."""
-    commits = Commits(config.revision, config.timeout_seconds)
+    commits = Commits.of(config)
     found: Datasets = {}
     for split in SPLITS:
         for source in config.sources(split):

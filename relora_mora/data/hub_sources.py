@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from relora_mora.config import DataConfig, Split, TextSource, as_sources, map_records, texts_in
+from relora_mora.config import DataConfig, Split, TextSource
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats import format_of
 from relora_mora.data.token_index import is_token_folder
@@ -22,13 +22,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"(?P<place>[^:]+)(?::(?P<config>[^:/]*))?(?::(?P<split>[^:/]*))?")
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
-Revision = tuple[str, str]  # of a repository: its name, and that of a branch, tag or commit
 SPLITS: tuple[Split, ...] = ("train", "validation")
-_remembered: dict[Revision, str] = {}
 
 
 def is_hub(source: str) -> bool:
-    return source == C4 or source.startswith("hub:")
+    return source.startswith("hub:") or (source == C4 and not Path(C4).is_dir())
 
 
 def hub_source(source: str, split: str) -> str:
@@ -81,7 +79,7 @@ def dataset_name(source: TextSource) -> DatasetName | None:
     asks_for_part = bool(source.config or source.data_files)
     match = None if (is_hub(text) and not asks_for_part) or "://" in text else _NAME.fullmatch(text)
     name = None if match is None else _named(source, match)
-    if name is None and (asks_for_part or (source.split and not is_hub(text))):
+    if name is None and (asks_for_part or (source.split and text != C4)):
         raise SourceError(
             f"{text}: only a set by name (OWNER/NAME or a folder) has a config, a split or data_files; "
             "name its files in the source, or give the name of the set"
@@ -111,63 +109,41 @@ def _named(source: TextSource, match: re.Match[str]) -> DatasetName | None:
 
 
 class Commits:
-    """The commit that a revision is, by hub repository; each is asked for once."""
+    """The commit that a revision is, by hub repository; each is asked for once, and those in ``known`` not at all."""
 
-    def __init__(self, revision: str, timeout_seconds: float) -> None:
+    def __init__(self, revision: str, timeout_seconds: float, known: Mapping[str, str]) -> None:
         self.revision = revision  # of sources that name none
         self.timeout_seconds = timeout_seconds
-        self.known: dict[Revision, str] = {}
+        self.known = dict(known)  # by REPO@REVISION
+
+    @staticmethod
+    def of(config: DataConfig) -> Commits:
+        return Commits(config.revision, config.timeout_seconds, config.commits)
 
     def at(self, repo: str, revision: str | None = None) -> str:
-        asked = (repo, revision or self.revision)
+        revision = revision or self.revision
+        if _COMMIT.fullmatch(revision):
+            return revision
+        asked = f"{repo}@{revision}"
         if asked not in self.known:
-            known = asked[1] if _COMMIT.fullmatch(asked[1]) else _remembered.get(asked)
-            if known is None:
-                from relora_mora.data.hub import ask_for_commit  # here: its libraries take long to load
+            from relora_mora.data.hub import ask_for_commit  # here: its libraries take long to load
 
-                known = ask_for_commit(*asked, self.timeout_seconds)
-            self.known[asked] = known
+            self.known[asked] = ask_for_commit(repo, revision, self.timeout_seconds)
         return self.known[asked]
 
 
-def hub_commits(config: DataConfig) -> dict[Revision, str]:
-    """The commit that each revision of a hub repository in the settings is now; asks the hub once for each."""
-    commits = Commits(config.revision, config.timeout_seconds)
+def with_commits(config: DataConfig) -> DataConfig:
+    """The same settings with the commit that each revision in them is now; asks the hub for those it does not know.
+
+    One rank calls it and hands the result to the others, so that a push to the hub meanwhile cannot split the ranks.
+    """
+    commits = Commits.of(config)
     for split in SPLITS:
         for source in config.sources(split):
             repo = hub_repo(source)
             if repo is not None:
                 commits.at(repo, source.revision)
-    return commits.known
-
-
-def pin_revision(config: DataConfig, commits: Mapping[Revision, str] | None = None) -> DataConfig:
-    """The same settings with each revision replaced by the commit that it is now.
-
-    One rank calls it and hands the result to the others, so that a push to the hub meanwhile cannot split the ranks.
-    Texts in the place of records share ``revision``: it is left where they name two hub repositories.
-    """
-    found = hub_commits(config) if commits is None else commits
-
-    def pinned(source: TextSource) -> TextSource:
-        repo = hub_repo(source)
-        commit = None if repo is None else found[repo, source.revision or config.revision]
-        return source if commit is None else source.model_copy(update={"revision": commit})
-
-    records = {
-        "train": map_records(config.train, pinned),
-        "validation": map_records(config.validation, pinned),
-    }
-    texts = as_sources([*texts_in(config.train), *texts_in(config.validation)])
-    repos = {repo for source in texts if (repo := hub_repo(source)) is not None}
-    revision = found[repos.pop(), config.revision] if len(repos) == 1 else config.revision
-    return config.model_copy(update={**records, "revision": revision})
-
-
-def remember_commits(commits: Mapping[Revision, str]) -> None:
-    """From now on this process takes these for what revisions are, and asks the hub no more."""
-    _remembered.clear()
-    _remembered.update(commits)
+    return config.model_copy(update={"commits": commits.known})
 
 
 def hub_repo(source: TextSource) -> str | None:

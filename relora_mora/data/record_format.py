@@ -34,7 +34,7 @@ class RecordFormat:
                 return Skipped("no_text", f'has no "{column}" (data.records.columns), but {names_of(row)}')
             fields[field] = row[column]
         for field, column in self.settings.optional.items():
-            if row.get(column) is not None:
+            if row.get(column) not in (None, ""):  # CSV cannot leave a cell out
                 fields[field] = row[column]
         return fields
 

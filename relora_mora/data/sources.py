@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -83,6 +83,7 @@ def resolve_shards(
     sources: str | Sequence[str | TextSource],
     revision: str = "main",
     *,
+    commits: Mapping[str, str] | None = None,
     split: Split = "train",
     timeout_seconds: float = 600.0,
     text_column: str = "text",
@@ -94,20 +95,21 @@ def resolve_shards(
     or ``FOLDER[:CONFIG[:SPLIT]]``, ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local path or a local glob, or a
     folder of tokens made in advance.
     ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources are addressed at the commit
-    that ``revision`` is now. ``text_column`` and ``records`` are those of sources that name none. Raises SourceError
-    for what names no file, or one that was named before, and for files that cannot hold such records.
+    that ``revision`` is in ``commits``, or else now. ``text_column`` and ``records`` are those of sources that name
+    none. Raises SourceError for what names no file, or one that was named before, and for files that cannot hold such
+    records.
     """
     given = as_sources(sources)
     if not given:
         raise SourceError(f"the {split} data has no source; give a path, a glob, a url, OWNER/NAME or {C4}")
     mixed = split == "train" and is_mixture(sources)
-    commits = Commits(revision, timeout_seconds)
+    at = Commits(revision, timeout_seconds, commits or {})
     shards = []
     named: dict[str | tuple[int, int], tuple[Shard, str]] = {}
     for source in given:
         held = source.records or records
         record_format = RecordFormat.of(held) if held else None
-        for shard in _resolve(source, split, commits):
+        for shard in _resolve(source, split, at):
             before, named_by = named.setdefault(_identity(shard), (shard, source.source))
             if before is not shard:
                 as_well = "" if before.name == shard.name else f", there as {before.name}"
@@ -133,6 +135,7 @@ def shards_of(sources: str | Sequence[str | TextSource], config: DataConfig, spl
     return resolve_shards(
         sources,
         config.revision,
+        commits=config.commits,
         split=split,
         timeout_seconds=config.timeout_seconds,
         text_column=config.text_column,

@@ -54,7 +54,7 @@ class LoadedModel:
         return data if validation is None else self._with_validation(data, validation)
 
     def _with_validation(self, data: DataConfig, validation: Given) -> DataConfig:
-        """With other held-out text. The run's revisions hold for its own sources alone."""
+        """With other held-out text. The run's revisions hold for its own sources alone, its commits for all."""
         own = [source for source in data.sources("validation") if hub_repo(source)]
         known = {source.source: source.revision or data.revision for source in own}
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from relora_mora.config import Config, DataConfig, parse_yaml, unused_by, with_revisions_of
+from relora_mora.config import Config, DataConfig, parse_yaml, unused_by
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, template_in_use
 from relora_mora.distributed.join import processes_on_host
 from relora_mora.model import check_length, plain_model_config
@@ -68,21 +68,15 @@ class Checked:
         )
 
 
-def pinned_before(config: Config) -> DataConfig:
-    """The data settings with the revisions of an earlier start of this run: a resume reads the same data."""
+def as_before(config: Config) -> DataConfig:
+    """The data settings with the commits that an earlier start of this run read: a resume reads the same data."""
     data = config.data
     try:
         saved = parse_yaml(RunFolder(Path(config.train.run_dir)).config.read_text(encoding="utf-8"))["data"]
-        before = DataConfig.model_validate(saved)
+        before = DataConfig.model_validate(saved).commits
     except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
         return data
-    sources = {name: with_revisions_of(getattr(data, name), getattr(before, name)) for name in ("train", "validation")}
-    if None in sources.values():
-        return data
-    pinned = data.model_copy(update=sources)
-    if data.revision == DataConfig.model_fields["revision"].default:
-        return pinned.model_copy(update={"revision": before.revision})
-    return pinned
+    return data.model_copy(update={"commits": before | data.commits})
 
 
 def check_model(config: Config) -> PreTrainedConfig:

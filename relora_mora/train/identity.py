@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from relora_mora.checkpoint import Manifest
 from relora_mora.config import Config, TextSource
+from relora_mora.config.schema import lanes_of
 from relora_mora.model import FUNCTION, TRAINING, keys_with, stored_model_config
 from relora_mora.registry import MATRIX_OPTIMIZERS, settings_of_others
 
@@ -22,6 +23,8 @@ FREE_SETTINGS = {
     "tokenizer.path",  # compared by fingerprint
     "data.train",  # compared by fingerprint, and by weights
     "data.validation",
+    "data.revision",  # its commit is part of the fingerprint
+    "data.commits",
     "data.records",  # part of the fingerprint, and so is the text of its template
     "data.packing",  # part of the fingerprint where it is not "stream"
     "data.text_column",  # part of the fingerprint
@@ -93,6 +96,8 @@ def unlike(first: Identity, other: Identity) -> list[str]:
 
 def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
     """The differences between a checkpoint and a run that would change the result and are not in ``allowed``."""
+    saved = replace(saved, config=_with_lanes(saved.config))
+    now = replace(now, config=_with_lanes(now.config))
     fixed_settings = _fixed_settings(saved)
     settings = [
         name for name in changed_settings(saved.config, now.config) if name in fixed_settings or _counts(name, allowed)
@@ -108,6 +113,12 @@ def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator
         yield Change("data: other sources, or files that have changed", "data")
     if saved.bf16 != now.bf16 and "train.precision" not in allowed and "train.precision" not in settings:
         yield Change("train.precision: auto means another precision on this machine", "train.precision")
+
+
+def _with_lanes(config: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """With the number of lanes that null stands for."""
+    lanes = config["data"]["lanes"] or lanes_of(config["train"]["batch_size"])
+    return {**config, "data": {**config["data"], "lanes": lanes}}
 
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -189,10 +200,7 @@ def _tokenizer_changes(saved: Identity, now: Identity, allowed: set[str]) -> Ite
 def _other_data(saved: Identity, now: Identity) -> bool:
     if saved.data_content != now.data_content:
         return True
-    # the data's fingerprints contain the tokenizer's and settings of data: where those differ, they are named instead
+    # the fingerprint contains the tokenizer's and settings of data: where those differ, they are named instead
     other_tokenizer = saved.tokenizer_fingerprint != now.tokenizer_fingerprint
     changed = {name for name in changed_settings(saved.config, now.config) if name.startswith("data.")} - FREE_SETTINGS
-    if saved.data_order != now.data_order and not (other_tokenizer or changed & ORDER_SETTINGS):
-        return True  # names of sources, for instance: weights do not explain these
-    explained = other_tokenizer or changed or _weights(saved) != _weights(now)
-    return not explained and saved.data_fingerprint != now.data_fingerprint
+    return saved.data_order != now.data_order and not (other_tokenizer or changed & ORDER_SETTINGS)

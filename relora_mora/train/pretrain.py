@@ -14,15 +14,12 @@ from relora_mora.data import (
     check_records,
     count_epochs,
     find_datasets,
-    hub_commits,
-    pin_revision,
-    remember_commits,
     remember_datasets,
     remote_content,
+    with_commits,
 )
 from relora_mora.data.counting import Epochs
 from relora_mora.data.dataset_sources import Datasets
-from relora_mora.data.hub_sources import Revision
 from relora_mora.distributed import (
     from_first_rank,
     gather_from_ranks,
@@ -42,7 +39,7 @@ from relora_mora.system.logs import log, setup_logging
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.agreement import check_agreement, check_shared
 from relora_mora.train.build import build
-from relora_mora.train.check import Checked, check, pinned_before
+from relora_mora.train.check import Checked, as_before, check
 from relora_mora.train.errors import MemoryShortage
 from relora_mora.train.loggers import check_loggers
 from relora_mora.train.loop import Trainer
@@ -107,8 +104,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     job = from_first_rank(lambda: os.urandom(8).hex())
     if world_size > 1:
         _watch(guard, config, rank, world_size, job)
-    data, commits, datasets = from_first_rank(lambda: _pinned(config))
-    remember_commits(commits)
+    data, datasets = from_first_rank(lambda: _at_commits(config))
     remember_datasets(datasets)
     config = on_all_ranks(lambda: with_tokenizer(config.model_copy(update={"data": data})))
     from_first_rank(lambda: check_loggers(config.log))
@@ -168,16 +164,13 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
         )
 
 
-def _pinned(config: Config) -> tuple[DataConfig, dict[Revision, str], Datasets]:
-    """The data settings with one commit for the whole run, the commits by repository, and what is in sets of text.
+def _at_commits(config: Config) -> tuple[DataConfig, Datasets]:
+    """The data settings with one commit of each revision for the whole run, and what is in sets of text.
 
     One rank asks the hub.
     """
-    given = pinned_before(config)
-    commits = hub_commits(given)
-    data = pin_revision(given, commits)
-    remember_commits(commits)
-    return data, commits, find_datasets(data)
+    data = with_commits(as_before(config))
+    return data, find_datasets(data)
 
 
 def _count(config: Config) -> Epochs:

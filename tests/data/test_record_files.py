@@ -104,6 +104,14 @@ def test_text_files_hold_no_records(tmp_path):
     assert not shard.holds_records
 
 
+def test_an_optional_cell_of_csv_may_be_empty(tokenizer, tmp_path):
+    path = tmp_path / "a.csv"
+    messages = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).replace('"', '""')
+    path.write_text(f'messages,tools\n"{messages}",\n"{messages}","[]"\n')
+    config = data_config(path, records={"kind": "messages", "template": "chatml"}, sequence_length=64)
+    check_records(configured_shards(config, "train"), config, tokenizer)
+
+
 def _held_out(path: Path, tokenizer_path: str, length: int = 400, **settings: Any) -> Any:
     return load_eval_set(
         str(path),

@@ -13,7 +13,7 @@ from email.utils import formatdate
 
 import pytest
 
-from relora_mora.data import iter_texts, pin_revision, resolve_shards, retry, transport
+from relora_mora.data import configured_shards, iter_texts, resolve_shards, retry, transport, with_commits
 from relora_mora.data.errors import SourceError
 from relora_mora.data.remote import RemoteBytes
 from relora_mora.data.retry import (
@@ -307,12 +307,12 @@ class TestHub:
         list(iter_texts(url, split="train", config=data_config(url)))
         assert hub.requests and all("authorization" not in headers for _, headers in hub.requests)
 
-    def test_a_revision_is_pinned_once(self, hub):
-        config = data_config("allenai/c4")
-        pinned = pin_revision(config)
-        assert pinned.revision == COMMIT and len(hub.paths) == 1
-        resolve_shards(pinned.train, pinned.revision)
-        assert pin_revision(data_config("a.json")).revision == "main" and len(hub.paths) == 1
+    def test_the_commit_of_a_revision_is_asked_for_once(self, hub):
+        known = with_commits(data_config("allenai/c4"))
+        assert known.commits == {"allenai/c4@main": COMMIT} and len(hub.paths) == 1
+        assert configured_shards(known, "train")[0].name.startswith(f"hub:allenai/c4@{COMMIT}/")
+        assert with_commits(known) == known and len(hub.paths) == 1
+        assert with_commits(data_config("a.json")).commits == {} and len(hub.paths) == 1
 
     def test_what_the_hub_does_not_know(self, hub):
         with pytest.raises(SourceError, match="has no revision 'nowhere'"):

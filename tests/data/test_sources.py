@@ -170,6 +170,7 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
         (f"{'x' * 300}.json", "cannot be read (File name too long); check the path"),
         ([], "no source"),
         ([TextSource(source="a.json", revision="main")], "a.json: only a source on the hub has a revision (main)"),
+        ([TextSource(source="hub:a/b/c.json", split="validation")], "only a set by name (OWNER/NAME or a folder)"),
         (
             [TextSource(source="hub:a/b/c.json", config="en")],
             "only a set by name (OWNER/NAME or a folder) has a config",
@@ -229,6 +230,23 @@ def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
     write_shard(tmp_path / "there" / "part-00001.json.gz", ["another size"])
     others = [*map(of, changed), of(tokenizer="u"), of(lanes=2), of(data_config(tmp_path / "there" / "*.gz"))]
     assert len({same[0], *others}) == 1 + len(others)
+
+
+def test_a_local_folder_counts_before_the_set_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_shard(tmp_path / "allenai" / "c4" / "train-0.json.gz", ["the rank"])
+    [shard] = resolve_shards("allenai/c4", COMMIT)
+    assert shard.origin == "local"
+
+
+def test_records_of_plain_text_are_the_text_without_records(tmp_path):
+    write_shard(tmp_path / "a.json.gz", ["the rank"])
+
+    def of(**records):
+        config = data_config(tmp_path / "a.json.gz", records=records or None)
+        return fingerprint(config, tokenizer_fingerprint="t", batch_lanes=4, tokenizer=object())
+
+    assert of() == of(kind="text") != of(kind="text", too_long="drop")
 
 
 def test_how_text_is_cut_is_part_of_the_fingerprint_where_there_is_text():

@@ -65,7 +65,7 @@ def test_ranks_compare_every_setting():
         (identity(tokenizer_fingerprint="other"), "tokenizer"),
         (identity(eos_token_id=3), "tokenizer"),
         (identity(data_content="other"), "data"),
-        (identity(data_fingerprint="other"), "data"),
+        (identity(data_order="other"), "data"),
         (identity(bf16=True), "train.precision"),
     ],
 )
@@ -85,6 +85,25 @@ def test_other_names_of_sources_are_other_data_whatever_their_weights():
         [change] = changes_since(before, now, {"data.train"})
         assert change.permission == "data"
     assert list(changes_since(mixture("web", "1"), mixture("web", "1", 3.0), {"data.train"})) == []
+
+
+def test_weights_with_the_same_shares_are_no_change():
+    def mixture(weight: float) -> Identity:
+        records = [{"source": name, "name": name, "weight": weight} for name in "ab"]
+        return replace(with_setting("data", "train", records), data_fingerprint=str(weight))
+
+    assert list(changes_since(mixture(1.0), mixture(2.0), set())) == []
+
+
+def test_lanes_are_compared_as_they_are():
+    def lanes(batch_size: int, given: int | None, order: str) -> Identity:
+        config = tiny_config().model_dump(mode="json")
+        config["train"]["batch_size"], config["data"]["lanes"] = batch_size, given
+        return identity(config=config, data_order=order)
+
+    assert list(changes_since(lanes(16, None, "16"), lanes(16, 16, "16"), set())) == []
+    [change] = changes_since(lanes(16, None, "16"), lanes(24, None, "8"), {"train.batch_size"})
+    assert change.text == "data.lanes: 16 in the checkpoint, 8 now" and change.permission == "data.lanes"
 
 
 def test_another_model_cannot_be_allowed():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from relora_mora.config import parse_yaml
 from relora_mora.model.llama import build_model
 from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.faulty_server import COMMIT, serving
@@ -127,6 +128,14 @@ def test_one_rank_asks_the_hub_for_all(pools, inputs, tokenizer_path, tmp_path):
             f"/api/datasets/some/{split}/revision/main" for split in sources
         ]
         assert f"/datasets/some/train/resolve/{COMMIT}/train/part-00000.json.gz" in server.paths
+        server.requests.clear()
+        data = sources | {"validation": sources["train"]}
+        pools(2)(train_from_hub, run_config(inputs, tokenizer_path, tmp_path / "run", 2, data=data), server.url)
+        assert not [path for path in server.paths if path.startswith("/api/")], (
+            "a resume reads the commits it began with"
+        )
+    saved = parse_yaml((tmp_path / "run" / "config.yaml").read_text())["data"]
+    assert saved["commits"] == {f"some/{split}@main": COMMIT for split in sources} and saved["revision"] == "main"
 
 
 def test_one_rank_asks_what_is_in_a_set_and_the_others_read_it(pools, inputs, tokenizer_path, tmp_path):

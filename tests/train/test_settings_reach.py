@@ -45,6 +45,7 @@ REACHES = {
     "data.stages": Reach(None, False, False),  # of mixtures only: tests/data/test_mixture.py
     "data.validation": Reach("train.json", True, False),
     "data.revision": Reach("v2", False, False),
+    "data.commits": Reach({"some/set@main": "0" * 40}, False, False),
     "data.records": Reach(None, True, True),  # of other rows: tests/train/test_records_run.py
     "data.packing": Reach(None, True, True),  # as above: here a stream is evaluated anew
     "data.text_column": Reach("url", True, False),
