@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from relora_mora.operators import MORA_TYPES, Draw, make_operator, square_size
 from relora_mora.registry import OPERATORS
-from tests.tools.helpers import SHARED, needs_shared
+from tests.tools.shared import SHARED, needs_shared
 
 RELEASED = {1, 2, 3, 4, 6}
 SHAPES = [

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from relora_mora.schedule import Schedule, lr_multiplier
-from tests.tools.helpers import SHARED, needs_shared
+from tests.tools.shared import SHARED, needs_shared
 
 REMORA = Schedule(
     kind="cosine",

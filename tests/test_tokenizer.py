@@ -32,7 +32,7 @@ from relora_mora.tokenizer import (
     vocabulary_size,
 )
 from relora_mora.tokenizer import load as loading
-from tests.tools.helpers import SHARED, needs_shared
+from tests.tools.shared import SHARED, needs_shared
 from tests.tools.tokenizer_tools import own_text, training
 
 EOS = 2

@@ -77,7 +77,9 @@ class TorchLoop:
         masters = {name: lm.get_parameter(name).detach().to(self.device, torch.float32, copy=True) for name in names}
         for master in masters.values():
             master.grad = torch.zeros_like(master)
-        self.model = LossModel(lm).to(self.device, torch.bfloat16 if checked.bf16 else torch.float32)
+        self.model = LossModel(lm, compiled=checked.compiled).to(
+            self.device, torch.bfloat16 if checked.bf16 else torch.float32
+        )
         self.pairs = [(lm.get_parameter(name), master) for name, master in masters.items()]
         self.optimizer = torch.optim.AdamW(
             [

@@ -26,7 +26,7 @@ FORWARD = 1 / 3  # of a layer's launches and bytes: what activation checkpointin
 class LayerWork(NamedTuple):
     """Of one decoder layer in bf16, forward and backward."""
 
-    launches: int
+    launches: float
     moved: float  # bytes for each token and hidden feature
 
 
@@ -45,6 +45,12 @@ COMPILED: dict[tuple[Adapter | None, bool], LayerWork] = {
     (MORA, False): LayerWork(58, 311),
     (MORA, True): LayerWork(44, 293),
 }
+
+
+def _build(adapter: Adapter | None) -> LayerWork:
+    """Of ``W + delta``, which layers that are not resident build twice."""
+    twice, never = EAGER[adapter, False], EAGER[adapter, True]
+    return LayerWork((twice.launches - never.launches) / 2, (twice.moved - never.moved) / 2)
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,18 @@ def compute_time(
     bf16: bool,
     compiled: bool,
     resident: bool,
+    micro_batches: int,
 ) -> ComputeTime:
     """For one micro-batch on a device with ``peak`` FLOP/s; its ``memory_gbytes_per_s`` must be known.
 
-    ``compiled``: the decoder layers are. ``resident``: the adapter layers keep ``W + delta`` between the micro-batch's
-    uses.
+    ``compiled``: the decoder layers are. ``resident``: the adapter layers keep ``W + delta`` for the ``micro_batches``
+    of a step, of which each has its share of the time in which it is built.
     """
-    work = (COMPILED if compiled else EAGER)[config.method.record.adapter, resident]
+    adapter = config.method.record.adapter
+    work = (COMPILED if compiled else EAGER)[adapter, resident]
+    if resident:
+        build = _build(adapter)
+        work = LayerWork(work.launches + build.launches / micro_batches, work.moved + build.moved / micro_batches)
     layers = model_config.num_hidden_layers * (1 + FORWARD * config.model.activation_checkpointing)
     tokens = config.train.micro_batch_size * config.data.sequence_length
     moved = layers * work.moved * (1 if bf16 else 2) * model_config.hidden_size * tokens

@@ -24,14 +24,16 @@ buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages
 activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) where queries and keys have norms of their
                 own, b (2 q + 2 k) for attention, 3 b f for the gated product and
                 the inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of
-                which only ``C x`` is kept. With activation checkpointing b h a layer, and one whole layer
+                which only ``C x`` is kept. A compiled layer computes norms and the gated product once more and keeps
+                2 h b and 2 b f for them. With activation checkpointing b h a layer, and one whole layer
 scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient
                 (4 + b) h V; on a GPU b V a token and 4 h V, or then (4 + b) h V; in backward: the gradients of the
                 gated product, 2 b f a token, and ``W + delta`` of one linear that is not resident; in the step what
                 an optimizer of whole matrices needs (``optimizer.py``)
 ==============  ======================================================================================================
 
-A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N.
+A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N. Beside a GPU
+it is pinned, and torch rounds its bytes up to a power of two.
 Not counted: the CUDA context, fragmentation, the Python process itself.
 """
 
@@ -48,6 +50,7 @@ from relora_mora.config.zero_defaults import zero_defaults
 from relora_mora.methods.inject import INPUTS, decoder_linears
 from relora_mora.methods.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.model.attention import flash_takes
+from relora_mora.model.compiler import compiles
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
 from relora_mora.model.shapes import attention_widths
 from relora_mora.optim import count_parameters
@@ -100,7 +103,8 @@ def peak_memory(
         gradients=before,
         gathered=max(state.gathered, gathered_memory(model, config, stage, world_size, bf16=bf16)),
     )
-    kept, layer = activation_memory(model, config, bf16=bf16, on_gpu=on_gpu)
+    compiled = compiles(config.model, stage, on_gpu=on_gpu)
+    kept, layer = activation_memory(model, config, bf16=bf16, on_gpu=on_gpu, compiled=compiled)
     again = layer if config.model.activation_checkpointing else 0
     at_loss, in_backward = scratch_memory(model, config, bf16=bf16, on_gpu=on_gpu)
     moments = [
@@ -148,7 +152,7 @@ def state_memory(
         buffers=width * bucket * buckets,
         activations=0,
         scratch=0,
-        host_base=_host_base(model, world_size),
+        host_base=_host_base(model, world_size, pinned=on_gpu),
         host_checkpoint=(4 * counts.trainable + optimizer.state_bytes(model, config.optim)) / world_size,
     )
 
@@ -173,9 +177,11 @@ def gathered_memory(model: PreTrainedModel, config: Config, stage: int, world_si
     return (2 if bf16 else 4) * min(every, zero_setting(config, "stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
 
 
-def _host_base(model: PreTrainedModel, world_size: int) -> float:
+def _host_base(model: PreTrainedModel, world_size: int, *, pinned: bool) -> float:
     """Bytes of the float32 copies on the rank that has most; the i-th frozen weight belongs to rank i mod world size"""
     sizes = [4 * parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
+    if pinned:
+        sizes = [1 << (size - 1).bit_length() for size in sizes]
     return max(sum(sizes[rank::world_size]) for rank in range(world_size))
 
 
@@ -203,9 +209,12 @@ def gradient_memory(trainable: int, stage: int, world_size: int, *, bf16: bool) 
 
 
 def activation_memory(
-    model: PreTrainedModel, config: Config, *, bf16: bool, on_gpu: bool = False
+    model: PreTrainedModel, config: Config, *, bf16: bool, on_gpu: bool = False, compiled: bool = False
 ) -> tuple[float, float]:
-    """Bytes that backward needs of one micro-batch: (kept by forward, needed by one decoder layer)."""
+    """Bytes that backward needs of one micro-batch: (kept by forward, needed by one decoder layer).
+
+    ``compiled``: the decoder layers are.
+    """
     width = 2 if bf16 else 4
     model_config = model.config
     hidden = model_config.hidden_size
@@ -214,14 +223,16 @@ def activation_memory(
     heads = model_config.num_attention_heads
     tokens = config.train.micro_batch_size * length
     of_norm = 4 + (width if config.method.train_norms else 0)
-    normed = hidden * of_norm + 4
+    normed = hidden * of_norm + 4  # of the final norm, which is not compiled
+    of_norm = width if compiled else of_norm
     queries, keys = attention_widths(model_config)
     heads_normed = _normed_heads(model) * (queries // heads * of_norm + 4)
     flash = on_gpu and config.model.attention == "sdpa" and flash_takes(model_config, _compute_type(bf16))
     masked = config.data.masks_documents and not flash
     if masked:
         keys = queries  # beside a mask transformers repeats keys and values for every head
-    layer: float = 2 * normed + heads_normed + width * (2 * queries + 2 * keys) + 4 * heads + 3 * width * intermediate
+    layer: float = 2 * (hidden * of_norm + 4) + heads_normed
+    layer += width * (2 * queries + 2 * keys) + 4 * heads + (2 if compiled else 3) * width * intermediate
     if config.model.attention == "eager":
         layer += heads * length * (6 if bf16 else 4)  # softmax in float32, and its rounded copy
     layer += width * _linear_inputs(model, config)

@@ -168,6 +168,7 @@ def make_plan(
                 bf16=bf16,
                 compiled=compiles(config.model, stage, on_gpu=True),
                 resident=resident[stage],
+                micro_batches=config.accumulation_steps(ranks),
             )
             for stage in STAGES
         }

@@ -87,6 +87,9 @@ class Trainer:
             )
         self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
         self.feed = Feed(self.data, config.data, guard)
+        # a renewal of projections takes the singular vectors of every matrix
+        renews = "optim.projection_every" in config.optim.record.settings
+        self.update_seconds = LONG_SECONDS if renews else None
         self.judge = Judge(config.train, self.rank, run.engine.world_size, self.write)
         self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
         self.reporting = Reporting(run, self._arithmetic(), self.write, self.progress)
@@ -168,7 +171,7 @@ class Trainer:
             # the gradient of a loss that is not finite may be finite; made NaN, it keeps every rank from stepping
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
             self.engine.accumulate(loss, last=index == len(pieces) - 1)
-        self.guard.begin(f"step {step}: optimizer")
+        self.guard.begin(f"step {step}: optimizer", within=self.update_seconds)
         rates = group_rates(self.run.schedule, self.run.groups, step)
         done = self.engine.step(rates, losses / len(pieces))
         batch = share.batch

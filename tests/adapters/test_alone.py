@@ -23,7 +23,7 @@ from tests.tools.adapter_tools import ALONE, METHODS, adapted, logits, save_base
 from tests.tools.checkpoints import write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
 from tests.tools.data_tools import write_shard
-from tests.tools.helpers import SHARED, needs_shared
+from tests.tools.shared import SHARED, needs_shared
 
 ROUNDING = 2e-5  # of logits of up to 5
 

@@ -50,7 +50,7 @@ def test_flash_attention_keeps_documents_apart_as_a_mask_does(
     assert len(calls) == model.lm.config.num_hidden_layers
     monkeypatch.setattr(llama, "needs_no_mask", lambda *_: False)
     for a, b in zip(flash, loss_and_gradients(model, documents, device), strict=True):
-        assert (a - b).norm() <= 0.03 * b.norm()
+        assert (a - b).norm() <= 0.03 * b.norm() + 1e-6  # of one token alone nothing reaches queries and keys
 
 
 @gpu_only

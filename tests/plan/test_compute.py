@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+from typing import Any
 
 import pytest
 
 from relora_mora.config import load_config
 from relora_mora.model import read_model_config
 from relora_mora.plan import Cluster, make_plan, named_device
-from relora_mora.plan.compute import COMPILED, EAGER, compute_time
+from relora_mora.plan.compute import COMPILED, EAGER, LAUNCH_SECONDS, compute_time
 from relora_mora.registry import METHODS
 from tests.tools.helpers import ROOT
 
@@ -50,11 +51,26 @@ def test_a_fast_device_waits_for_its_host_and_a_slow_one_does_not():
             bf16=True,
             compiled=False,
             resident=True,
+            micro_batches=8,
         )
         for device in (named_device("b200"), named_device("l4"))
     )
     assert fast.total == fast.host == slow.host
     assert slow.total == slow.products + slow.passes > slow.host
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_one_micro_batch_builds_resident_weights_for_itself(compiled: bool) -> None:
+    config = load_config("configs/run/paper_250m_remora.yaml", {}, world_size=1)
+
+    def launches(**how: Any) -> float:
+        where = {"peak": 1e15, "flops_per_token": 1e9, "bf16": True, "compiled": compiled}
+        host = compute_time(read_model_config(config.model), config, named_device("h100"), **where, **how).host
+        return host / LAUNCH_SECONDS / 24
+
+    rebuilt = launches(resident=False, micro_batches=1)
+    assert launches(resident=True, micro_batches=1) == pytest.approx(rebuilt - 7)
+    assert launches(resident=True, micro_batches=7) == pytest.approx(rebuilt - 13)
 
 
 def test_a_given_utilisation_replaces_the_calculation():

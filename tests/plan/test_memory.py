@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import weakref
 from typing import Any
 
@@ -13,17 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, PreTrainedConfig
 
-from relora_mora.config import Config, ConfigError, validate
+from relora_mora.config import Config, ConfigError, ModelConfig, validate
 from relora_mora.data import document_boundaries
 from relora_mora.methods.inject import inject
 from relora_mora.methods.layers import adapter_layers
-from relora_mora.model import ARCHITECTURES
+from relora_mora.model import ARCHITECTURES, read_model_config
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import count_parameters, set_trainable
 from relora_mora.plan.fit import check_memory, choose_resident, stage_advice
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import activation_memory, merged_memory, peak_memory, scratch_memory, state_memory
 from relora_mora.train.check import memory_of_rank
+from tests.tools.helpers import ROOT
 
 SIZES = {
     "hidden_size": 128,
@@ -185,6 +187,21 @@ def test_on_a_gpu_documents_need_no_mask_and_logits_no_copy() -> None:
     head = MODEL.vocab_size * MODEL.hidden_size
     at_loss = [scratch_memory(model, plain, bf16=True, on_gpu=on_gpu)[0] for on_gpu in (False, True)]
     assert at_loss == [256 * 512 * 6 + 6 * head, max(256 * 512 * 2 + 4 * head, 6 * head)]
+
+
+@pytest.mark.parametrize("size", ["llama_250m", "llama_1_3b"])
+@pytest.mark.parametrize("method", ["full", "relora resident", "remora operator 1 resident"])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_a_layer_keeps_what_was_counted(size: str, method: str, how: str) -> None:
+    """On fake tensors, by tests/fakecuda."""
+    rows = csv.DictReader((ROOT / "tests/fakecuda/counts.csv").read_text().splitlines())
+    [counted] = [row for row in rows if (row["model"], row["method"], row["compiled"]) == (size, method, how)]
+    config = make_config({"name": method.split()[0], "operators": [1, 2], "rank": 128}, micro_batch_size=16)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": 512})})
+    settings = ModelConfig(config=str(ROOT / f"configs/model/{size}.json"))
+    model = meta_model(read_model_config(settings), config.method)
+    _, layer = activation_memory(model, config, bf16=True, on_gpu=True, compiled=how == "compiled")
+    assert layer / 2**20 == pytest.approx(int(counted["kept_mib"]), rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "remora"])

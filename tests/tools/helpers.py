@@ -1,4 +1,4 @@
-"""What several tests use."""
+"""What several tests use; nothing but Python's own modules is imported with it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared"
-
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"the shared test data is not beside the checkout ({SHARED.name}/)"
-)
 
 
 @contextlib.contextmanager
