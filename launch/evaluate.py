@@ -253,8 +253,10 @@ def _score_tasks(
     print(json.dumps({"tasks": results}), flush=True)
     if loaded.checkpoint is not None:
         checkpoint, step = loaded.checkpoint
-        run = Path(os.path.abspath(checkpoint)).parent.parent  # noqa: PTH100 - the folder of checkpoints may be a link
-        if RunFolder(run).config.is_file():
+        places = (Path(os.path.abspath(checkpoint)), checkpoint.resolve())  # noqa: PTH100 - any folder may be a link
+        runs = (place.parent.parent for place in places)
+        run = next((run for run in runs if RunFolder(run).config.is_file()), None)
+        if run is not None:
             record(run, step, results, num_fewshot=num_fewshot, limit=limit)
 
 

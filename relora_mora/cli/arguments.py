@@ -142,6 +142,8 @@ def _with_flags(signature: inspect.Signature) -> inspect.Signature:
 
 def _typed(value: Any, expected: Any) -> Any:
     """Text as the expected type, read as YAML like the settings; a default that fire filled in stays what it is."""
+    if isinstance(value, tuple):  # of *NAMES
+        return tuple(_typed(each, expected) for each in value)
     if value == "":
         raise ValueError("is empty; give a value")
     if isinstance(value, str) and (expected is str or str in typing.get_args(expected)):

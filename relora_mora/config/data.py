@@ -23,6 +23,7 @@ SampleBy = Literal["line", "paragraph", "document"]
 SAMPLE_BY = get_args(SampleBy)
 
 
+AtRevision = Annotated[str, Field(pattern="^[^@/ ]+/[^@/ ]+@[^@ ]+$")]
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
 
 
@@ -44,7 +45,7 @@ class DataConfig(Strict):
     revision: Text = Field(
         "main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint"
     )
-    commits: dict[Text, Commit] = Field(
+    commits: dict[AtRevision, Commit] = Field(
         {}, description="what revisions are, as REPO@REVISION: COMMIT; a run notes here what it has read"
     )
     text_column: Text = Field(

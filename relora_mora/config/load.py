@@ -164,7 +164,7 @@ def load_config(
     below the current folder are looked for beside the file; ``~`` at the front of a path is the home folder. Raises
     :class:`ConfigError` with every fault found.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 - as in sources.py
     found: list[str] = []
     tree: dict[str, Any] = {}
     try:

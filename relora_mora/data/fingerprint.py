@@ -92,11 +92,7 @@ def _record_order(
     """What records add, and rows that are no stream."""
     order: dict[str, Any] = {}
     by_source = {shard.source: shard for shard in shards}
-    records = {
-        source: held
-        for source, shard in by_source.items()
-        if (held := shard.records) is not None and not (held.is_text and held.settings.too_long == "cut")
-    }
+    records = {source: shard.records for source, shard in by_source.items() if shard.records is not None}
     if records:
         assert tokenizer is not None, "how it writes records is part of the fingerprint"
         order["records"] = {source: _how_read(held, tokenizer) for source, held in records.items()}

@@ -28,6 +28,7 @@ def conduct(study: Study, folder: StudyFolder, program: Path, jobs: int) -> int:
     :class:`relora_mora.study.runner.Stopped` after a signal, and :class:`CellsFailed` when all other runs are done.
     """
     cells = first_round(study)
+    folder.find_commits(cell_configs(study, cells, folder).values())
     folder.begin(cell_configs(study, cells, folder), study.threads)
     already = sum(map(folder.fraction, cells))
     with _bar(count(study), already) as bar:
@@ -58,6 +59,7 @@ def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tu
     folder.begin(cell_configs(study, [cell], folder), study.threads)
     other = StudyFolder(folder.path / "again")
     shutil.rmtree(other.path, ignore_errors=True)
+    other.note_commits(folder.commits())
     with _bar(1, 0) as bar:
         Runner(study, other, program, 1, bar).run([cell])
     if not other.is_done(cell):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,39 @@ class StudyFolder:
         return RunFolder(self.path / "runs" / cell.name)
 
     def overrides(self, cell: Cell, study: Study) -> dict[str, str]:
-        """The cell's, with its run folder."""
-        return cell.overrides(study) | {"train.run_dir": json.dumps(str(self.run(cell).path), ensure_ascii=False)}
+        """The cell's, with its run folder and with what revisions on the hub are for the whole study."""
+        given: dict[str, Any] = {"train.run_dir": str(self.run(cell).path)}
+        if commits := self.commits():
+            given["data.commits"] = commits
+        return cell.overrides(study) | {name: json.dumps(value, ensure_ascii=False) for name, value in given.items()}
+
+    def commits(self) -> dict[str, str]:
+        """The commit of each revision on the hub, as noted, or as the records of the study hold it."""
+        if self._commits.exists():
+            return dict(json.loads(self._commits.read_text(encoding="utf-8")))
+        of_records = (record["given"].get("data", {}).get("commits", {}) for record in self.kept().values())
+        return {revision: commit for commits in of_records for revision, commit in commits.items()}
+
+    def find_commits(self, configs: Iterable[Config]) -> None:
+        """Notes which commits these settings read; asks the hub, once for the study.
+
+        Raises SourceError where it does not answer.
+        """
+        from relora_mora.data import with_commits  # here: with all that reads data
+
+        known = self.commits()
+        for config in configs:
+            known |= with_commits(config.data.model_copy(update={"commits": known | config.data.commits})).commits
+        self.note_commits(known)
+
+    def note_commits(self, commits: Mapping[str, str]) -> None:
+        if commits and commits != self.commits():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_synced(self._commits, json.dumps(commits, indent=1) + "\n")
+
+    @property
+    def _commits(self) -> Path:
+        return self.path / "commits.json"
 
     def settings(self, cell: Cell) -> Path:
         """The settings that a cell was started with, as JSON."""

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from relora_mora.checkpoint import CheckpointError
+from relora_mora.checkpoint.find import newest_manifest
 from relora_mora.config import Config, DataConfig, parse_yaml, unused_by
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, template_in_use
 from relora_mora.distributed.join import processes_on_host
@@ -68,15 +70,30 @@ class Checked:
         )
 
 
-def as_before(config: Config) -> DataConfig:
-    """The data settings with the commits that an earlier start of this run read: a resume reads the same data."""
-    data = config.data
+def saved_settings(run_dir: Path) -> dict[str, Any]:
+    """The settings of the newest start in a run folder, by section; empty where there is none that can be read."""
     try:
-        saved = parse_yaml(RunFolder(Path(config.train.run_dir)).config.read_text(encoding="utf-8"))["data"]
-        before = DataConfig.model_validate(saved).commits
-    except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        return data
-    return data.model_copy(update={"commits": before | data.commits})
+        tree = parse_yaml(RunFolder(run_dir).config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError):
+        return {}
+    return {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
+
+
+def as_before(config: Config) -> DataConfig:
+    """The data settings with the commits that this run has read before: a resume reads the same data.
+
+    They are in the checkpoint that it goes on from, and in the settings of its start before.
+    """
+    run_dir = Path(config.train.run_dir)
+    named = config.train.resume not in ("auto", "never")
+    found = [saved_settings(run_dir)]
+    with contextlib.suppress(CheckpointError):
+        found.append(newest_manifest(Path(config.train.resume) if named else run_dir).config)
+    known: dict[str, str] = {}
+    for settings in found:
+        with contextlib.suppress(KeyError, ValueError):
+            known |= DataConfig.model_validate(settings["data"]).commits
+    return config.data.model_copy(update={"commits": known | config.data.commits})
 
 
 def check_model(config: Config) -> PreTrainedConfig:

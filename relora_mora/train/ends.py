@@ -37,9 +37,7 @@ class Ends:
         reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(self.guard.stop_reason))))
         log.info(f"stopping after step {state.step} ({reason})")
         self.saving.save_the_end(state)
-        resume = self.saving.run.config.train.resume
-        how = "the same command" if resume == "auto" else f"the same command with --train.resume=auto, not {resume},"
-        log.info(f"saved; {how} continues from here (exit code {REQUEUE})")
+        log.info(f"saved; the same command continues from here (exit code {REQUEUE})")
         self._record(REQUEUE, reason)
         return REQUEUE
 

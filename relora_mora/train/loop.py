@@ -87,9 +87,8 @@ class Trainer:
             )
         self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
         self.feed = Feed(self.data, config.data, guard)
-        # a renewal of projections takes the singular vectors of every matrix
-        renews = "optim.projection_every" in config.optim.record.settings
-        self.update_seconds = LONG_SECONDS if renews else None
+        # a renewal of their projections takes the singular vectors of every matrix
+        self.update_seconds = LONG_SECONDS if config.optim.matrices in ("galore", "fira") else None
         self.judge = Judge(config.train, self.rank, run.engine.world_size, self.write)
         self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
         self.reporting = Reporting(run, self._arithmetic(), self.write, self.progress)

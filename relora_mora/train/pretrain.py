@@ -43,7 +43,7 @@ from relora_mora.train.check import Checked, as_before, check
 from relora_mora.train.errors import MemoryShortage
 from relora_mora.train.loggers import check_loggers
 from relora_mora.train.loop import Trainer
-from relora_mora.train.resume import finds_checkpoint, resume
+from relora_mora.train.resume import resume, where_to_resume
 from relora_mora.train.rollback import forget_rollbacks
 from relora_mora.train.run_folder import check_run_folder, write_run_folder
 from relora_mora.train.startup import Startup, describe
@@ -127,9 +127,10 @@ def _pretrain(config: Config, guard: Guard) -> int:
         )
     guard.begin("building the model", within=LONG_SECONDS)
     startup.done("checks")
-    resumes = from_first_rank(lambda: finds_checkpoint(config.train))
+    begin = from_first_rank(lambda: where_to_resume(config.train))
+    resumes = begin is not None
     run = build(checked, rank, world_size, resumes=resumes, done=startup.done)
-    state, reader = resume(run) if resumes else (RunState(initial_seed=config.train.seed), None)
+    state, reader = (RunState(initial_seed=config.train.seed), None) if begin is None else resume(run, begin)
     if resumes:
         startup.done("resume")
     else:

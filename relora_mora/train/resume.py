@@ -18,31 +18,52 @@ from relora_mora.distributed import from_first_rank, same_on_all_ranks
 from relora_mora.system.logs import log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
+from relora_mora.train.check import saved_settings
 from relora_mora.train.identity import Identity, changes_since
 from relora_mora.train.restore import restore
 from relora_mora.train.rollback import forget_rollbacks, replay_rollbacks
 from relora_mora.train.state import RunState
 
+AUTO = Path("auto")  # the newest checkpoint of the run folder
 
-def finds_checkpoint(config: TrainConfig) -> bool:
-    """Whether :func:`choose_checkpoint` will find a checkpoint, or end the run. Raises :class:`CheckpointError`."""
-    folder = RunFolder(Path(config.run_dir)).checkpoints
-    if config.resume == "auto":
-        return bool(list_candidates(folder))
-    if config.resume == "never" and list_candidates(folder):
+
+def where_to_resume(config: TrainConfig) -> Path | None:
+    """The checkpoint or run folder that this start goes on from, or ``AUTO``; None where the run begins.
+
+    A checkpoint given by name is where a run begins, or goes back to, once: a start with the same name goes on from
+    what the one before it has saved. Raises :class:`CheckpointError` where a run would begin beside checkpoints.
+    """
+    folder = RunFolder(Path(config.run_dir))
+    holds = bool(list_candidates(folder.checkpoints))
+    if config.resume == "never" and holds:
         raise CheckpointError(
-            f"{folder}: holds checkpoints, and train.resume=never; use another train.run_dir, or train.resume=auto"
+            f"{folder.checkpoints}: holds checkpoints, and train.resume=never; use another train.run_dir, or "
+            "train.resume=auto"
         )
-    return config.resume != "never"
+    if config.resume not in ("auto", "never"):
+        if not holds or saved_settings(folder.path).get("train", {}).get("resume") != config.resume:
+            return Path(config.resume)
+        log.warning(
+            "train.resume=%s: a start before this one began there, and the run goes on from what it saved; "
+            "to begin there again, move %s away",
+            config.resume,
+            folder.checkpoints,
+        )
+    if not holds and (abandoned := sorted(folder.checkpoints.glob("abandoned-*step-*"))) and config.resume == "auto":
+        raise CheckpointError(
+            f"{folder.checkpoints}: holds {abandoned[-1].name} and no other checkpoint; name one in train.resume, "
+            "or move it away to begin anew"
+        )
+    return AUTO if holds else None
 
 
-def resume(run: Run) -> tuple[RunState, CheckpointReader]:
-    """Puts a run where its newest checkpoint stands, or where ``train.resume`` says; a collective.
+def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
+    """Puts a run where its newest checkpoint stands, or the one at ``begin``; a collective.
 
     Raises :class:`CheckpointError` when there is no whole one, or when it was made with settings that may not change.
     """
     config = run.config.train
-    chosen = _choose(run)
+    chosen = _newest(run) if begin == AUTO else from_first_rank(lambda: find_checkpoint(begin))
     reader = CheckpointReader(chosen)
     _check_same_run(run, reader)
     problem = damaged_tokenizer(chosen, reader.manifest) if run.engine.rank == 0 else None
@@ -53,18 +74,15 @@ def resume(run: Run) -> tuple[RunState, CheckpointReader]:
     if reader.manifest.data_order != run.checked.data_order:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
         shared_log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
-    if config.resume == "auto":
+    if begin == AUTO:
         replay_rollbacks(Path(config.run_dir), state, run.checked.data_order)
     else:
         forget_rollbacks(Path(config.run_dir), state)
     return state, reader
 
 
-def _choose(run: Run) -> Path:
-    config = run.config.train
-    if config.resume != "auto":
-        return from_first_rank(lambda: find_checkpoint(Path(config.resume)))
-    folder = RunFolder(Path(config.run_dir)).checkpoints
+def _newest(run: Run) -> Path:
+    folder = RunFolder(Path(run.config.train.run_dir)).checkpoints
     chosen, skipped = newest_whole(folder, run.engine)
     for reason in skipped if run.engine.rank == 0 else ():  # all ranks know the same
         log.warning("passed over %s", reason)

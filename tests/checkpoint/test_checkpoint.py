@@ -29,7 +29,7 @@ from relora_mora.checkpoint.places import discard, put_in_place
 from relora_mora.checkpoint.retention import tidy
 from relora_mora.checkpoint.tokenizer import read_tokenizer
 from relora_mora.config import TrainConfig
-from relora_mora.train.resume import finds_checkpoint
+from relora_mora.train.resume import where_to_resume
 from tests.checkpoint.tools import FILES, STATE, TOKENIZER, made_checkpoint, passed_over, rewrite
 
 
@@ -158,7 +158,7 @@ def test_a_checkpoint_whose_last_rename_is_missing_is_one(folder):
     run = TrainConfig(run_dir=str(folder.parent), resume="never")
     folder.rename(folder.parent / "checkpoints")
     with pytest.raises(CheckpointError, match=r"holds checkpoints, and train\.resume=never"):
-        finds_checkpoint(run)
+        where_to_resume(run)
 
 
 @pytest.mark.parametrize("place", ["..", "."])

@@ -3,7 +3,6 @@ it for real."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -130,11 +129,7 @@ def test_every_task_is_told_its_place_and_is_the_trainer_itself(slurm: Slurm) ->
         f"process {process[str(n)]} is task {n} {n % 2} of 4 at first:23456 with 8 cores: {called}" for n in range(4)
     ]
     assert "option --kill-on-bad-exit=0" in done.stdout  # else the first end hides the code of the others
-    assert {path.name for path in (slurm.folder / "runs" / "slurm" / "123456").iterdir()} == {
-        "began",
-        "progress",
-        "srun.log",
-    }
+    assert {path.name for path in (slurm.folder / "runs" / "slurm" / "123456").iterdir()} == {"progress", "srun.log"}
 
 
 @pytest.mark.parametrize(
@@ -192,19 +187,6 @@ def test_another_job_with_the_same_logs_begins_to_count_anew(slurm: Slurm) -> No
         slurm.start(codes="69 69")
     slurm.restarts = 0
     assert "requeued" in slurm.start(codes="69 69").stdout
-
-
-def test_a_checkpoint_given_by_name_is_where_the_first_start_begins(slurm: Slurm) -> None:
-    latest = slurm.folder / "run" / "checkpoints" / "latest"
-    latest.parent.mkdir(parents=True)
-    latest.write_text("step-00000009")  # of a run that was there before
-    os.utime(latest, (1, 1))
-    given = (*RUN, "--train.resume=runs/other", "--train.batch_size=64")
-    first = f"launch/pretrain.py {' '.join(given)}\n"
-    then = first.replace("--train.resume=runs/other ", "").replace("\n", " --train.resume=auto\n")
-    starts = [slurm.start(*given, codes="75 75", saves=saves).stdout for saves in (None, 3, None)]
-    assert [first in start for start in starts] == [True, True, False]  # the first one may end before it has begun
-    assert then in starts[2]
 
 
 def test_a_job_that_cannot_be_requeued_says_so_and_keeps_the_code(slurm: Slurm) -> None:

@@ -239,16 +239,6 @@ def test_a_local_folder_counts_before_the_set_on_the_hub(tmp_path, monkeypatch):
     assert shard.origin == "local"
 
 
-def test_records_of_plain_text_are_the_text_without_records(tmp_path):
-    write_shard(tmp_path / "a.json.gz", ["the rank"])
-
-    def of(**records):
-        config = data_config(tmp_path / "a.json.gz", records=records or None)
-        return fingerprint(config, tokenizer_fingerprint="t", batch_lanes=4, tokenizer=object())
-
-    assert of() == of(kind="text") != of(kind="text", too_long="drop")
-
-
 def test_how_text_is_cut_is_part_of_the_fingerprint_where_there_is_text():
     given = {"tokenizer_fingerprint": "t", "batch_lanes": 4}
     by_line = data_config("unused", sample_by="line")

@@ -144,6 +144,7 @@ def test_a_run_folder_on_a_full_disk(tokenizer_path: str, tmp_path: Path, room: 
     with disk(tmp_path / "disk", f"size={4 * room}k") as folder:
         config = run_config(tmp_path, str(tmp_path / "hf"), folder / "run")
         checked = SimpleNamespace(
+            warmup_fraction=None,
             config=config,
             model_config=LlamaConfig(**LLAMA),
             tokenizer=tokenizer,

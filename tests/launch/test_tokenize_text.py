@@ -205,11 +205,18 @@ def test_ctrl_c_keeps_what_is_finished(much_text: Path, tmp_path: Path, tokenize
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while not (list(out.glob("*.arrow")) and list(out.glob("*.arrow.tmp"))):
+    while True:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        children = psutil.Process(process.pid).children()
+        workers = [child for child in children if "spawn_main" in "".join(child.cmdline())]
+        for worker in workers:
+            worker.suspend()  # else they may have finished before the signal
+        if list(out.glob("*.arrow")) and list(out.glob("*.arrow.tmp")):
+            break
+        for worker in workers:
+            worker.resume()
         time.sleep(0.01)
     finished = {path.name for path in out.glob("*.arrow")}
-    children = psutil.Process(process.pid).children()
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "interrupted\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,23 @@ def test_so_is_one_by_another_name(tmp_path: Path, grid: list[dict[str, Any]]):
         cell_configs(study, first_round(study), StudyFolder(tmp_path))
 
 
+def test_all_runs_of_a_study_read_the_same_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    commits = iter("ab")
+    monkeypatch.setattr("relora_mora.data.hub.ask_for_commit", lambda *_: next(commits) * 40)
+    study = made_study(
+        grid=[{"method.name": "mora"}], settings={"data.validation": "some/set", "optim.lr": 2.5e-3}, seeds=[0, 1]
+    )
+    folder = StudyFolder(tmp_path)
+    assert conduct(study, folder, TRAINER, 1) == 2
+    noted = {record["given"]["data"]["commits"]["some/set@main"] for record in read_json_lines(folder.records)}
+    assert noted == {"a" * 40}
+    again = StudyFolder(tmp_path / "again")
+    run_again(study, folder, first_round(study)[0].name, TRAINER)
+    assert again.commits() == {"some/set@main": "a" * 40}
+    (tmp_path / "commits.json").unlink()
+    assert conduct(study, folder, TRAINER, 1) == 2, "the records hold it, too"
+
+
 def test_faults_of_all_runs_are_told_at_once(tmp_path: Path):
     study = made_study(grid=[{"method.rank": [8, -1], "optim.lr": [1e-3, 100.0]}])
     with pytest.raises(ConfigError) as error:
@@ -292,6 +311,7 @@ def _written(tmp_path: Path, study: dict[str, Any]) -> Path:
 
 CONDUCT = """
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from relora_mora.study import Stopped, StudyFolder, conduct, read_study
 try:
@@ -332,6 +352,15 @@ def test_studies_that_begin_at_once_share_out_the_runs(tmp_path: Path):
     assert [record["name"] for record in read_json_lines(folder.records)] == [cell.name for cell in cells]
 
 
+@contextlib.contextmanager
+def ending(process: subprocess.Popen[str]) -> Iterator[None]:
+    """It does not outlive the block: a test that fails in there would wait for it."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize(("held", "ends"), [("claim", True), ("claim", False), ("run", False)])
 def test_what_another_study_runs_is_left_to_it(tmp_path: Path, held: str, ends: bool):
     """Unless that ends before the run does. A run may outlive its study, while it saves."""
@@ -341,7 +370,7 @@ def test_what_another_study_runs_is_left_to_it(tmp_path: Path, held: str, ends: 
     claim = RunLock(folder.claim(claimed) if held == "claim" else folder.run(claimed).path)
     claim.acquire()
     command = [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process, ending(process):
         while not folder.is_done(other):
             assert process.poll() is None
             time.sleep(0.05)

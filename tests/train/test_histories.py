@@ -56,18 +56,43 @@ def test_a_start_from_another_run_takes_the_place_of_what_was_in_its_folder(pool
     assert found == {*of_theirs, *(f"abandoned-step-0000000{step}" for step in (1, 2, 3))}
 
 
-def test_nothing_of_an_abandoned_history_is_lost(pools, inputs, tokenizer_path, tmp_path):
+def test_a_named_checkpoint_is_where_a_run_begins_once(pools, inputs, tokenizer_path, tmp_path):
+    """The same command goes on from what it has saved, as whatever starts jobs again has no other."""
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
+    begin = run_config(inputs, tokenizer_path, folder, train={"resume": str(theirs / "checkpoints" / "step-00000002")})
+    pools(1)(train, begin, stop_after=4)
+    pools(1)(train, begin, stop_after=5)
+    assert [json.loads(line)["step"] for line in (folder / "starts.jsonl").read_text().splitlines()] == [2, 4]
+    back = run_config(inputs, tokenizer_path, folder, train={"resume": str(folder / "checkpoints" / "step-00000003")})
+    pools(1)(train, back, stop_after=4)
+    pools(1)(train, back, stop_after=5)
+    assert [json.loads(line)["step"] for line in (folder / "starts.jsonl").read_text().splitlines()] == [2, 4, 3, 4]
+    found = {path.name for path in (folder / "checkpoints").glob("*step*")}
+    assert found == {*(f"step-0000000{step}" for step in (2, 3, 4, 5)), *(f"abandoned-step-0000000{n}" for n in (4, 5))}
+
+
+def test_a_run_does_not_begin_anew_beside_abandoned_checkpoints(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
+    for path in (folder / "checkpoints").glob("step-*"):
+        path.rename(path.with_name(f"abandoned-{path.name}"))
+    with pytest.raises(Exception, match=r"holds abandoned-step-00000001 and no other checkpoint; name one in train.re"):
+        pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
+
+
+def test_nothing_of_an_abandoned_history_is_lost(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=3)
     before = [(folder / name).read_text() for name in ("metrics.jsonl", "starts.jsonl")]
-    given = {"resume": str(theirs / "checkpoints" / "step-00000002")}
+    kept = folder / "checkpoints"
     for name in "ab":
+        pools(1)(train, run_config(inputs, tokenizer_path, tmp_path / name), stop_after=2)
+        given = {"resume": str(tmp_path / name / "checkpoints" / "step-00000002")}
         pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given), stop_after=3)
-        (folder / "checkpoints" / "step-00000003" / "mark").write_text(name)
+        (kept / "step-00000003" / "mark").write_text(name)
     assert [(folder / f"abandoned-{name}").read_text() for name in ("metrics.jsonl", "starts.jsonl")] == before
     assert len(lines := (folder / "starts.jsonl").read_text().splitlines()) == 1 and json.loads(lines[0])["step"] == 2
-    kept = folder / "checkpoints"
     assert not (kept / "abandoned-step-00000003" / "mark").exists()
     assert (kept / "abandoned-2-step-00000003" / "mark").read_text() == "a"
 

@@ -35,10 +35,10 @@ def started(config) -> dict[str, Any]:
         )
         rank = dist.get_rank()
         world_size = dist.get_world_size()
-        resumes = resume.finds_checkpoint(config.train)
-        run = build.build(check.check(config, world_size), rank, world_size, resumes=resumes)
-        if resumes:
-            resume.resume(run)
+        begin = resume.where_to_resume(config.train)
+        run = build.build(check.check(config, world_size), rank, world_size, resumes=begin is not None)
+        if begin is not None:
+            resume.resume(run, begin)
     engine = run.engine
     masters = {name: engine.gather(name) for names in engine.members for name in names}
     return {
@@ -133,6 +133,12 @@ def test_one_rank_asks_the_hub_for_all(pools, inputs, tokenizer_path, tmp_path):
         pools(2)(train_from_hub, run_config(inputs, tokenizer_path, tmp_path / "run", 2, data=data), server.url)
         assert not [path for path in server.paths if path.startswith("/api/")], (
             "a resume reads the commits it began with"
+        )
+        given = {"resume": str(tmp_path / "run")}
+        other = run_config(inputs, tokenizer_path, tmp_path / "other", 2, data=sources, train=given)
+        pools(2)(train_from_hub, other, server.url)
+        assert not [path for path in server.paths if path.startswith("/api/")], (
+            "so does a run that begins with its checkpoint"
         )
     saved = parse_yaml((tmp_path / "run" / "config.yaml").read_text())["data"]
     assert saved["commits"] == {f"some/{split}@main": COMMIT for split in sources} and saved["revision"] == "main"
