@@ -123,6 +123,7 @@ def evaluate(
     data: EvalSet,
     *,
     micro_batch_size: int,
+    shrinks: bool = True,
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
@@ -134,7 +135,7 @@ def evaluate(
 
     ``mean_loss(input_ids [b, T], labels [b, T], boundaries [P + 1] or None)`` gives the mean nats of the labels that
     are not -100; with boundaries (:func:`relora_mora.data.document_boundaries`) each document is scored alone.
-    ``all_sum`` sums over the ranks.
+    ``all_sum`` sums over the ranks. ``shrinks``: batches of few sequences are no larger than needed.
 
     All ranks score the same number of batches, some of them empty, since ZeRO-3 gathers weights in each. Before each
     batch ``stop`` is asked, with the same answer on all ranks: when it is true, the result is None. After each batch
@@ -142,7 +143,7 @@ def evaluate(
     """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     scored = 0
-    for input_ids, labels, documents in data.batches(rank, world_size, micro_batch_size):
+    for input_ids, labels, documents in data.batches(rank, world_size, micro_batch_size, shrinks=shrinks):
         if stop():
             return None
         count = (labels != IGNORE).sum()

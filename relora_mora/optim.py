@@ -206,7 +206,7 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
         total_steps=steps,
         warmup_steps=optim.warmup_steps,
         min_ratio=optim.min_ratio,
-        decay_steps=optim.decay_steps or max(1, steps // 10),
+        decay_steps=optim.decay_of(steps),
         merge_every=method.merge_every if method.merges else 0,
         merge_until_step=method.merge_until_step,
         restart_warmup_steps=optim.restart_warmup_steps if method.merges else 0,

@@ -88,12 +88,15 @@ class Schedule:
         """The multiplier of the peak rate with which step number ``step`` (the first is 1) is made.
 
         The step that ends a cycle takes the envelope, the n-th after a merge n / restart_warmup_steps of the value that
-        the envelope has where the restart warmup ends: no batch is spent at rate zero.
+        the envelope has where the restart warmup ends, or of its own where the run ends before: no batch is spent at
+        rate zero.
         """
         since = self.steps_since_merge(step - 1) + 1 if step > 0 else 0
         if not rewarm or not self.merges_done(step - 1) or since >= self.restart_warmup_steps:
             return self.envelope(step)
-        return rewarmed(lambda end: self.envelope(min(end, self.total_steps)), step, since, self.restart_warmup_steps)
+        if step - since + self.restart_warmup_steps > self.total_steps:
+            return since / self.restart_warmup_steps * self.envelope(step)
+        return rewarmed(self.envelope, step, since, self.restart_warmup_steps)
 
     def merge_after(self, step: int) -> bool:
         """Is there a merge at the end of step ``step``? None after the last step: the export merges."""

@@ -79,17 +79,17 @@ def _schedule_faults(config: Config) -> Iterator[Fault]:
             ("optim.warmup_steps", "train.steps"),
             f"{optim.warmup_steps} warmup steps leave nothing of a run of {steps} steps; lower it or raise train.steps",
         )
-    if optim.decay_steps is None:
-        return
     if optim.schedule != "wsd":
+        if optim.decay_steps is None:
+            return
         yield Fault(
             ("optim.decay_steps", "optim.schedule"),
             f"only the schedule wsd has it, got {optim.schedule}; drop it or set optim.schedule=wsd",
         )
-    elif optim.warmup_steps + optim.decay_steps > steps:
+    elif optim.warmup_steps + (decay := optim.decay_of(steps)) > steps:
         yield Fault(
             ("optim.decay_steps", "optim.warmup_steps", "train.steps", "optim.schedule"),
-            f"{optim.decay_steps} steps of decay and {optim.warmup_steps} of warmup are longer "
+            f"{decay} steps of decay and {optim.warmup_steps} of warmup are longer "
             f"than the run of {steps} steps; shorten them",
         )
 

@@ -210,6 +210,10 @@ class OptimConfig(Strict):
         "all", description="which parameter groups restart their rate after a merge"
     )
 
+    def decay_of(self, steps: int) -> int:
+        """Steps of the final decay of ``wsd`` in a run of so many."""
+        return self.decay_steps or max(1, steps // 10)
+
     @property
     def record(self) -> MatrixOptimizer:
         """What is known of the optimizer of matrices."""
@@ -239,7 +243,7 @@ class TrainConfig(Strict):
     seed: Seed = Field(0, description="seed of initial weights, LoRA's draws and those of operator 7")
     resume: Text = Field(
         "auto",
-        description="auto: from the newest good checkpoint of run_dir; never: refuse a used run_dir; "
+        description="auto: from the newest whole checkpoint of run_dir; never: refuse a used run_dir; "
         "or a checkpoint folder",
     )
     allow_changes: list[str] = Field([], description="settings that may differ from the checkpoint's, e.g. [optim.lr]")
@@ -294,7 +298,9 @@ class LogConfig(Strict):
         description="a project of Weights & Biases to log to as well, PROJECT or ENTITY/PROJECT; null: none; see "
         "docs/metrics.md",
     )
-    progress: bool = Field(True, description="show a progress bar on the first rank")
+    progress: bool = Field(
+        True, description="show progress on the first rank: a bar, and a line with the loss now and then"
+    )
     peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="peak of one device in TFLOP/s, for utilisation; null: known or measured at the start"
     )

@@ -57,17 +57,21 @@ class EvalSet:
     def blocks(self) -> int:
         return len(self.tokens)
 
-    def batches(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[EvalBatch]:
+    def batches(
+        self, rank: int, world_size: int, micro_batch_size: int, *, shrinks: bool = True
+    ) -> Iterator[EvalBatch]:
         """(input_ids, labels, document_ids), each [micro_batch_size, sequence_length].
 
         Labels are shifted already, and ``UNSCORED`` where nothing is scored; document_ids are those of training. Every
         rank gets the same number of batches (collectives need that), the last ones filled up with unscored sequences;
-        over all ranks each token is scored once, those of the short last block too. No batch is larger than needed.
+        over all ranks each token is scored once, those of the short last block too. No batch is larger than needed,
+        unless it never ``shrinks``: programs of compiled layers are for batches of one size.
         """
         import torch
 
         length = self.scored.shape[1]
-        micro_batch_size = min(micro_batch_size, -(-self.blocks // world_size))
+        if shrinks:
+            micro_batch_size = min(micro_batch_size, -(-self.blocks // world_size))
         per_round = micro_batch_size * world_size
         for first in range(rank * micro_batch_size, -(-self.blocks // per_round) * per_round, per_round):
             inputs = np.full((micro_batch_size, length), self.eos, np.int64)

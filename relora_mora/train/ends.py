@@ -30,6 +30,7 @@ class Ends:
         log.info(f"done: {state.step} steps, {state.tokens:,} tokens, {RunFolder(self.folder).checkpoints}")
         log.info(next_commands(config.train.run_dir))
         self._record(FINISHED, "done")
+        self.guard.stop_watching()  # what follows is each rank's own, and may take long
         return FINISHED
 
     def stop(self, state: RunState) -> int:
@@ -37,8 +38,10 @@ class Ends:
         reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(self.guard.stop_reason))))
         log.info(f"stopping after step {state.step} ({reason})")
         self.saving.save_the_end(state)
-        log.info(f"saved; the same command continues from here (exit code {REQUEUE})")
+        saved = "saved; the same command continues from here" if state.step else "there is nothing to save yet"
+        log.info(f"{saved} (exit code {REQUEUE})")
         self._record(REQUEUE, reason)
+        self.guard.stop_watching()
         return REQUEUE
 
     def fail_for_data(self, state: RunState, error: DataFailed) -> NoReturn:

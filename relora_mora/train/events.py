@@ -129,7 +129,8 @@ class Evaluating:
         self.engine = run.engine
         self.guard = guard
         self.write = write
-        self.sets: dict[str, EvalSet] = {}  # by name; empty before the first evaluation
+        self.sets: dict[str, EvalSet] = {}  # by name
+        self.compiled = run.checked.compiled
 
     def is_missing(self, state: RunState) -> bool:
         """Whether the present step is to be evaluated and has not been."""
@@ -147,18 +148,20 @@ class Evaluating:
         """False when the ranks stop before the end of an evaluation."""
         return not self.is_missing(state) or self.evaluate(state)
 
-    def evaluate(self, state: RunState) -> bool:
-        """False when the ranks stop before its end. A collective.
+    def read(self) -> None:
+        """Reads the held-out text; a collective, which no signal interrupts.
 
-        Raises :class:`DataFailed` on all ranks where the held-out text cannot be read.
+        Raises :class:`DataFailed` on all ranks where it cannot be read.
         """
+        self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
+        try:
+            self.sets = from_first_rank(self._held_out)  # one rank downloads and tokenizes
+        except (ValueError, OSError) as error:
+            raise DataFailed([error]) from error
+
+    def evaluate(self, state: RunState) -> bool:
+        """False when the ranks stop before its end. A collective."""
         begin = time.perf_counter()
-        if not self.sets:
-            self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
-            try:
-                self.sets = from_first_rank(self._held_out)  # one rank downloads and tokenizes
-            except (ValueError, OSError) as error:
-                raise DataFailed([error]) from error
         self.engine.eval()
         with self.progress.evaluation() as progress:
             results = evaluate_sets(
@@ -180,6 +183,7 @@ class Evaluating:
             self.engine,
             data,
             micro_batch_size=self.micro_batch_size,
+            shrinks=not self.compiled,
             device=self.engine.device,
             rank=self.engine.rank,
             world_size=self.engine.world_size,
@@ -207,15 +211,15 @@ class Evaluating:
                 rank=self.engine.rank,
                 world_size=self.engine.world_size,
                 all_sum=self.engine.all_reduce,
-                stop=lambda: self._stop(step),
+                stop=lambda: self._stop(step, within=LONG_SECONDS),  # of a round of as many tokens as an answer has
             )
             if result is None:
                 return None
             found[name] = result
         return {**found, "": Generated.of_all(found.values())} if found else {}
 
-    def _stop(self, step: int) -> bool:
-        self.guard.begin(f"step {step}: evaluation")
+    def _stop(self, step: int, within: float | None = None) -> bool:
+        self.guard.begin(f"step {step}: evaluation", within=within)
         return sum_over_hosts([float(self.guard.stop_reason is not None)]) != [0.0]
 
     def _report(

@@ -98,8 +98,10 @@ class Trainer:
 
     def fit(self) -> int:
         """Trains to the end, or until some rank is asked to stop; returns the exit code."""
-        self.guard.training()
         try:
+            self.evaluating.read()  # takes long where the text is far away, and there is nothing to save yet
+            self.startup.done("validation_data")
+            self.guard.training()
             return self._fit()
         except DataFailed as error:
             self.ends.fail_for_data(self.state, error)

@@ -44,8 +44,8 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
     folder = Path(config.run_dir)
     if state.rollbacks >= config.max_rollbacks:
         raise TrainingError(
-            f"{state.trouble}; the run was rolled back {state.rollbacks} times before (train.max_rollbacks), so the "
-            "data is not the cause: lower optim.lr, or resume from an older checkpoint"
+            f"{state.trouble}; train.max_rollbacks={config.max_rollbacks} lets the run go back no further time: "
+            "raise it where the data may be the cause, lower optim.lr, or resume from an older checkpoint"
         )
     writer.wait()
     gather_from_ranks(None)  # the newest checkpoint is whole when the first rank has waited

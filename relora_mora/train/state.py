@@ -57,7 +57,7 @@ class RunState:
             rollbacks=counters["rollbacks"] if own else 0,
             health=Health(**health),
             interval=Interval(**counters["interval"]),
-            trouble=counters["trouble"],
+            trouble=counters["trouble"] if own else None,  # its way back is not in this folder
             data=manifest.data_state,
             saved=step if own else None,
             evaluated=step if own and counters["evaluated"] else None,

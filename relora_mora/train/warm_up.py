@@ -14,27 +14,32 @@ from relora_mora.train.state import RunState
 
 
 def warm_up(run: Run, state: RunState, guard: Guard) -> None:
-    """One micro-batch of training and one of evaluation with each operator that is still to come, on this rank alone.
+    """One micro-batch of each kind in training and evaluation with each operator that is still to come, on this rank.
 
     Nothing of the run changes. Only for layers that torch.compile compiles. An operator that is drawn anew at every
     merge is another one to the compiler each time, since pieces of groupings are constants of its programs.
     """
     config = run.config
-    sizes = {True: config.train.micro_batch_size, False: config.eval.micro_batch_size or config.train.micro_batch_size}
+    data = config.data
+    train_size = config.train.micro_batch_size
+    eval_size = config.eval.micro_batch_size or train_size
+    # (training, sequences, whether documents are kept apart) of all batches there will be
+    batches = {(True, train_size, data.masks_documents_of([source])) for source in data.train_sources}
+    batches |= {(False, eval_size, data.masks_documents_of(sources)) for sources in data.validation_sets.values()}
     module = run.engine.module
     merger = run.merger
     before = merger.operator(), merger.draw
     left = run.schedule.operators_left(state.step)
-    allow_programs(len(sizes) * len(left))
+    allow_programs(len(batches) * len(left))
     if len(left) > 1:
         log.info("compiling the decoder layers for %d operators", len(left))
     for operator, merges_done in left:
         now = merges_done == merger.draw.merges_done
         merger.set_operator(operator, merger.draw if now else Draw(merger.seed, merges_done))
-        for training, size in sizes.items():
+        for training, size, masked in sorted(batches, reverse=True):
             guard.begin("compiling the decoder layers", within=LONG_SECONDS)
             ids = torch.zeros(size, config.data.sequence_length, dtype=torch.int64, device=run.engine.device)
-            boundaries = document_boundaries(ids.cpu()).to(ids.device) if config.data.masks_documents else None
+            boundaries = document_boundaries(ids.cpu()).to(ids.device) if masked else None
             run.engine.keep_merged()
             module.train(training)
             with torch.set_grad_enabled(training):

@@ -35,8 +35,10 @@ def train_as_the_reference(config: Any) -> None:
 
 
 def _losses(folder: Path) -> list[float]:
+    """Of steps and evaluations; of a set called text alone where there is one."""
     lines = metrics(folder)
-    return [line[key] for line in lines for key in ("train/loss", "eval/loss") if key in line]
+    of_sets = "eval/text/loss" if any("eval/text/loss" in line for line in lines) else "eval/loss"
+    return [line[key] for line in lines for key in ("train/loss", of_sets) if key in line]
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +107,16 @@ compiler_only = pytest.mark.skipif(
 @compiler_only
 @pytest.mark.parametrize("method,stage", [("full", 0), ("remora", 1), ("relora", 2)])
 def test_compiled_layers_train_as_the_reference(golden, pools, tokenizer_path, tmp_path, method, stage):
-    config = _config(
-        golden.inputs,
-        tokenizer_path,
-        tmp_path / "run",
-        method,
-        "fp32",
-        model={"compile": True},
-        train={"zero_stage": stage},
-    )
+    sections: dict[str, Any] = {"model": {"compile": True}, "train": {"zero_stage": stage}}
+    if method == "full":  # a second kind of batches, less than a micro-batch of it
+        few = tmp_path / "few.jsonl"
+        few.write_text('{"prompt": "the rank", "completion": "matrix"}\n')
+        sets = {
+            "text": f"{golden.inputs}/validation/*.json.gz",
+            "few": [{"source": str(few), "records": {"kind": "prompt"}}],
+        }
+        sections["data"] = {"validation": sets}
+    config = _config(golden.inputs, tokenizer_path, tmp_path / "run", method, "fp32", **sections)
     [(at_start, at_end)] = pools(1)(compiled_graphs, config)
     assert 0 < at_start == at_end  # no merge and no evaluation waits for a compiler
     losses = _losses(tmp_path / "run")

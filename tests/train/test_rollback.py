@@ -169,7 +169,8 @@ def test_a_second_time_ends_the_run_with_a_report(pools, inputs, tokenizer_path,
     bad = {number: float("inf") for number in (4, 5, 9, 10)}
     messages = pools(2)(faulty, _settings(tmp_path / "run", inputs, tokenizer_path), bad)
     assert messages[0] == messages[1]
-    assert "2 steps in a row" in messages[0] and "rolled back 1 times before (train.max_rollbacks)" in messages[0]
+    assert "2 steps in a row" in messages[0]
+    assert "train.max_rollbacks=1 lets the run go back no further time" in messages[0]
     assert "lower optim.lr" in messages[0]
     end = json.loads((tmp_path / "run" / "ends.jsonl").read_text().splitlines()[-1])
     assert end["code"] == 1 and end["reason"] == messages[0]
