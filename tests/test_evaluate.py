@@ -28,7 +28,6 @@ from relora_mora.data.hub_sources import Commits
 from relora_mora.evaluate import causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal, rows_of_documents
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.pretrained import LoadedModel, load_any_model
-from relora_mora.system.logs import log
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
 from tests.tools.commands import EVALUATE, Answer, call, refused
 from tests.tools.data_tools import data_config, write_shard
@@ -240,8 +239,7 @@ def test_a_model_from_elsewhere_names_no_text(tmp_path):
     refused(call(EVALUATE, tmp_path), f"--data: {tmp_path} is no run", "say what to score")
 
 
-def test_what_a_foreign_folder_holds_beside_its_model_is_told(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(log, "propagate", True)
+def test_what_a_foreign_folder_holds_beside_its_model_is_told(tmp_path, caplog):
     folder = tmp_path / "llama"
     _llama().save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text())

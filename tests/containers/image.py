@@ -35,12 +35,14 @@ def buildah() -> Iterator[Buildah]:
     folder.mkdir(parents=True, exist_ok=True)
     need_disk(folder)
     buildah = Buildah(folder)
-    if buildah("inspect", "--type=image", IMAGE, check=False).returncode:
-        buildah.build(os.environ.get("BASE_IMAGE") or buildah.make_base())
-    yield buildah
-    if not kept:
-        buildah("rm", "--all")
-        shutil.rmtree(folder)
+    try:
+        if buildah("inspect", "--type=image", IMAGE, check=False).returncode:
+            buildah.build(os.environ.get("BASE_IMAGE") or buildah.make_base())
+        yield buildah
+    finally:
+        if not kept:
+            buildah("rm", "--all", check=False)
+            shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
     monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.02)
     monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,6 @@ def test_what_save_to_disk_wrote(tmp_path, saved, monkeypatch):
         with pytest.raises(SourceError, match=said):
             resolve_shards(f"{tmp_path}/{name}", split="validation")
     monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving(tmp_path / "both", lambda n: "503" if n % 3 == 1 else None) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         (shard,) = resolve_shards("some/set")

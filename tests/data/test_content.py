@@ -19,7 +19,6 @@ from tests.tools.faulty_server import FAULTS, serving
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def _local(path) -> str:

@@ -43,7 +43,6 @@ def fresh(monkeypatch):
     monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
     monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.02)
     monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield
     remember_datasets({})
 

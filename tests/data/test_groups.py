@@ -181,7 +181,6 @@ def test_faults_at_a_third_of_the_requests_leave_the_tokens_as_they_are(suffix, 
 
 
 def test_a_seek_over_http_costs_few_requests_and_bytes(suffix, tmp_path, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     texts = [random.Random(n).randbytes(500).hex() for n in range(2000)]
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=200)
     with serving(tmp_path) as server:

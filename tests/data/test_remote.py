@@ -36,7 +36,6 @@ WAITING = ("stall", "429")
 def short_waits(monkeypatch):
     monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
     monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.02)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @pytest.fixture

@@ -178,7 +178,6 @@ def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
 def test_retries_of_workers_and_of_the_trainer_are_counted_since_the_stream_began(
     tmp_path, tokenizer_path, monkeypatch
 ):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     write_shards(tmp_path, 1, 40)
     RETRIES.retries += 5  # of a stream before
     with serving(tmp_path, lambda n: None if n else "reset") as server:

@@ -110,7 +110,6 @@ def test_files_without_text(tmp_path):
 
 @pytest.mark.parametrize("name,body", [("a.txt.gz", "größer\n\ntext"), ("a.csv.gz", "id,text\n1,größer\n2,text\n")])
 def test_what_a_server_unpacked_is_read_too(tmp_path, monkeypatch, name, body):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     (tmp_path / name).write_text(body, encoding="utf-8")
     with serving(tmp_path) as server:
         assert _texts(f"{server.url}/{name}") == ["größer", "text"]

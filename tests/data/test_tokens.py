@@ -173,7 +173,6 @@ def test_fingerprints_are_those_of_the_text(folder, tokenizer_path, kind):
 
 
 def test_fingerprints_of_text_on_a_server_and_in_another_column(tmp_path, tokenizer_path, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     write_parquet(tmp_path / "served" / "a.parquet", some_texts(9), column="content")
     with serving(tmp_path / "served") as server:
         source = f"{server.url}/a.parquet"

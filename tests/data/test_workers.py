@@ -18,6 +18,7 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.sources import Shard
 from tests.tools.data_tools import data_config, write_shard, write_shards
 from tests.tools.faulty_server import serving
+from tests.tools.jobs import lives
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -67,7 +68,6 @@ def test_a_killed_worker_is_one_clear_error_that_stays_and_close_leaves_nothing_
 
 
 def test_a_killed_worker_is_told_while_another_waits_for_the_network(tmp_path, tokenizer_path, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with (
         serving(tmp_path, lambda n: "503") as server,
         _stream(f"{server.url}/a.json", tokenizer_path, workers=2) as stream,
@@ -108,11 +108,18 @@ def _trainer(source, tokenizer_path):
             trainer.kill()
 
 
+def _lives(pid):
+    try:
+        return lives(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _gone(pids, within_seconds=5.0):
     end = time.monotonic() + within_seconds
-    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < end:
+    while any(map(_lives, pids)) and time.monotonic() < end:
         time.sleep(0.02)
-    return len(pids) == 2 and not any(psutil.pid_exists(pid) for pid in pids)
+    return len(pids) == 2 and not any(map(_lives, pids))
 
 
 def test_a_trainer_that_fails_without_closing_leaves_no_worker(source, tokenizer_path):
@@ -123,7 +130,6 @@ def test_a_trainer_that_fails_without_closing_leaves_no_worker(source, tokenizer
 
 
 def test_workers_die_with_a_killed_trainer_also_while_they_wait_for_the_network(tmp_path, tokenizer_path, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with (
         serving(tmp_path, lambda n: "503") as server,
         _trainer(f"{server.url}/a.json", tokenizer_path) as (trainer, pids),
@@ -131,7 +137,7 @@ def test_workers_die_with_a_killed_trainer_also_while_they_wait_for_the_network(
         end = time.monotonic() + 60
         while len(server.requests) < 4 and time.monotonic() < end:
             time.sleep(0.02)
-        assert len(server.requests) >= 4 and all(psutil.pid_exists(pid) for pid in pids)
+        assert len(server.requests) >= 4 and all(map(_lives, pids))
         trainer.kill()
         assert _gone(pids)
 

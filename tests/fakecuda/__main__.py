@@ -26,12 +26,13 @@ def main(folder: Path, command: list[str]) -> int:
     python = folder / "bin/python"
     finished = folder / ".installed"
     library = folder / "cuda/libcuda.so.1"
-    installed = finished.is_file() and finished.read_text() == repr(PACKAGES)
+    wanted = f"{PACKAGES}\n{(ROOT / 'setup.cfg').read_text()}"
+    installed = finished.is_file() and finished.read_text() == wanted
     reason = obstacle(folder, installed=installed) or (None if installed else install(folder, python))
     if reason:
         print(f"skipped: {reason}")
         return 0
-    finished.write_text(repr(PACKAGES))
+    finished.write_text(wanted)
     build(python, library)
     environment = os.environ | {
         "LD_PRELOAD": str(library),

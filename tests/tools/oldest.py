@@ -11,12 +11,16 @@ SETUP = Path(__file__).resolve().parents[2] / "setup.cfg"
 
 
 def constraints(requirements: str) -> list[str]:
-    """``torch>=2.9`` becomes ``torch==2.9.*``; what has no lower bound is left to pip."""
+    """``torch>=2.9`` becomes ``torch==2.9.*`` and ``tenacity>=9`` ``tenacity==9.0.*``.
+
+    What has no lower bound is left to pip.
+    """
     lines = []
     for line in requirements.splitlines():
         bound = re.match(r"\s*([\w.-]+)>=([\d.]+)", line)
         if bound:
-            lines.append(f"{bound[1]}=={bound[2]}.*")
+            oldest = bound[2] if "." in bound[2] else f"{bound[2]}.0"
+            lines.append(f"{bound[1]}=={oldest}.*")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing as mp
 import os
@@ -154,6 +155,10 @@ class Pool:
                 while not stacks.stat().st_size and time.monotonic() < deadline:
                     time.sleep(0.05)
         time.sleep(0.2)  # for the last of them to be whole
+        for rank, pipe in enumerate(self.pipes):
+            with contextlib.suppress(EOFError, OSError):
+                if pipe.poll() and not (answer := pipe.recv())[0]:
+                    reason += f"\nrank {rank} had failed:\n{answer[1]}"
         told = [f"rank {rank}:\n{stacks.read_text()}" for rank, stacks in enumerate(self._stacks) if stacks.exists()]
         self.close()
         return PoolError("\n".join([reason, *told]))

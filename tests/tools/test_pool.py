@@ -28,9 +28,18 @@ def _rank_1_dies() -> None:
     threading.Event().wait()
 
 
+def _rank_0_fails() -> None:
+    import torch
+
+    if torch.distributed.get_rank() == 0:
+        raise ValueError("what went wrong")
+    torch.distributed.barrier()
+
+
 @pytest.mark.parametrize(
     "function,said",
     [
+        (_rank_0_fails, r"(?s)no answer to _rank_0_fails.*rank 0 had failed:.*what went wrong.*rank 1:.* in barrier\n"),
         (_rank_1_hangs, r"(?s)no answer to _rank_1_hangs.*rank 0:.* in barrier\n.*rank 1:.* in _rank_1_hangs\n"),
         (_rank_1_dies, r"(?s)rank 1 ended with code 7 in _rank_1_dies.*rank 0:.* in _rank_1_dies\n"),
     ],

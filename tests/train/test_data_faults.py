@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 
 import pytest
@@ -24,7 +23,6 @@ STEPS = 6
 
 
 def _train(config: Config) -> None:
-    os.environ["NO_PROXY"] = "127.0.0.1"
     RETRIES.retries = 0  # of runs that this process has made before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retry, "FIRST_WAIT_SECONDS", 0.01)

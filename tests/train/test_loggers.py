@@ -18,7 +18,6 @@ from unittest import mock
 import pytest
 
 from relora_mora.config import ConfigError, LogConfig, dump, validate
-from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.train import weights_and_biases
 from relora_mora.train.loggers import check_loggers, make_loggers
@@ -60,7 +59,6 @@ class Recorder:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.INFO)
     return caplog
 
