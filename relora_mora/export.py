@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -44,3 +45,18 @@ def _write_model(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, out: Path
     model.config.update({**ids_of_roles(tokenizer), "use_cache": True})
     model.generation_config = generation_config(tokenizer)
     model.save_pretrained(out)
+    _name_rope(out / "config.json")
+
+
+def _name_rope(path: Path) -> None:
+    """Beside ``rope_parameters`` of transformers 5 writes what transformers 4, and what builds on it, has in its place.
+
+    They would compute with a base of 10,000 and no scaling.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    parameters = config.get("rope_parameters") or {}
+    if "rope_theta" in parameters:
+        config["rope_theta"] = parameters["rope_theta"]
+        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

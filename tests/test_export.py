@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.checkpoint.layout import content_checksum, file_entry
-from relora_mora.export import export
+from relora_mora.export import _name_rope, export
 from relora_mora.pretrained import load_any_model, merged_model, tokenizer_beside
+from relora_mora.pretrained.foreign import foreign_config
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from tests.tools.checkpoints import write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
@@ -345,3 +346,16 @@ def test_a_run_has_its_tokenizer_in_one_place(tmp_path):
     assert tokenizer_beside(checkpoint) == checkpoint / "tokenizer"
     (tmp_path / "config.json").write_text("{}")
     assert tokenizer_beside(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}])
+def test_rotary_embeddings_are_named_as_older_readers_know_them(scaling, tmp_path):
+    """transformers 4 takes a base of 10,000 and no scaling where it finds neither key."""
+    parameters = {"rope_theta": 500000.0, **(scaling or {"rope_type": "default"})}
+    config = LlamaConfig(**LLAMA | {"rope_parameters": parameters})
+    config.save_pretrained(tmp_path)
+    _name_rope(tmp_path / "config.json")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["rope_theta"], written["rope_scaling"]) == (500000.0, scaling)
+    for read in (AutoConfig.from_pretrained(tmp_path), foreign_config(tmp_path)):
+        assert dict(read.rope_parameters) == parameters

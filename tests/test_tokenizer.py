@@ -173,6 +173,17 @@ def test_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
     assert _plain(tmp_path / "export", [text]) == encode(tokenizer, [text])
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_tokenizer_of_llama_is_saved_as_it_is(folder: Path, tmp_path: Path, legacy: bool) -> None:
+    """transformers leaves ``legacy`` out, without which the class builds another one."""
+    path = _hugging_face(folder, tmp_path / "hf")
+    file = path / "tokenizer_config.json"
+    described = json.loads(file.read_text()) | {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+    file.write_text(json.dumps(described))
+    save_tokenizer(path, tmp_path / "export")
+    assert tokenizer_fingerprint(path) == tokenizer_fingerprint(tmp_path / "export")
+
+
 OLD_FORMS = {
     "merges as strings": lambda model: {"merges": [" ".join(pair) for pair in model["merges"]]},
     "no ignore_merges": lambda model: {"ignore_merges": ...},

@@ -128,6 +128,8 @@ def auto_tokenizer(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
     # not to be written into tokenizer_config.json: arguments of this call, and names of code
     for key in ("is_local", "local_files_only", "auto_map"):
         tokenizer.init_kwargs.pop(key, None)
+    if getattr(tokenizer, "legacy", None) is not None:  # a LlamaTokenizer is another one without it, and is saved so
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # type: ignore[attr-defined]
     return tokenizer
 
 

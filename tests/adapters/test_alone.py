@@ -304,6 +304,15 @@ def test_a_square_of_another_model_is_told_by_its_rank(base, tokenizer_path, tmp
     )
 
 
+def test_a_model_in_fewer_bits_is_the_same_and_one_that_was_trained_is_another():
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 50
+    noted = note_of("w", weight)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not is_of_another(noted, {"w": weight.to(dtype)}.get)
+    changed = weight + 0.01 * weight.std() * torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    assert is_of_another(noted, {"w": changed}.get)
+
+
 def test_a_large_weight_can_be_noted():
     weight = torch.zeros(5120, 5120, dtype=torch.bfloat16)
     weight[-1, -1] = 1.0
