@@ -59,4 +59,6 @@ def _name_rope(path: Path) -> None:
         config["rope_theta"] = parameters["rope_theta"]
         scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
         config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        if scaling.get("rope_type") == "longrope":  # they look for it there alone
+            config["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -88,13 +88,13 @@ class Schedule:
         """The multiplier of the peak rate with which step number ``step`` (the first is 1) is made.
 
         The step that ends a cycle takes the envelope, the n-th after a merge n / restart_warmup_steps of the value that
-        the envelope has where the restart warmup ends, or of its own where the run ends before: no batch is spent at
+        the envelope has where the restart warmup ends, or of its own where the run ends by then: no batch is spent at
         rate zero.
         """
         since = self.steps_since_merge(step - 1) + 1 if step > 0 else 0
         if not rewarm or not self.merges_done(step - 1) or since >= self.restart_warmup_steps:
             return self.envelope(step)
-        if step - since + self.restart_warmup_steps > self.total_steps:
+        if step - since + self.restart_warmup_steps >= self.total_steps:
             return since / self.restart_warmup_steps * self.envelope(step)
         return rewarmed(self.envelope, step, since, self.restart_warmup_steps)
 

@@ -348,7 +348,13 @@ def test_a_run_has_its_tokenizer_in_one_place(tmp_path):
     assert tokenizer_beside(tmp_path) == tmp_path
 
 
-@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}])
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [None, {"rope_type": "linear", "factor": 4.0}, LONG | {"factor": 2.0, "original_max_position_embeddings": 32}],
+)
 def test_rotary_embeddings_are_named_as_older_readers_know_them(scaling, tmp_path):
     """transformers 4 takes a base of 10,000 and no scaling where it finds neither key."""
     parameters = {"rope_theta": 500000.0, **(scaling or {"rope_type": "default"})}
@@ -357,5 +363,7 @@ def test_rotary_embeddings_are_named_as_older_readers_know_them(scaling, tmp_pat
     _name_rope(tmp_path / "config.json")
     written = json.loads((tmp_path / "config.json").read_text())
     assert (written["rope_theta"], written["rope_scaling"]) == (500000.0, scaling)
+    length = "original_max_position_embeddings"
+    assert written.get(length) == (scaling or {}).get(length)
     for read in (AutoConfig.from_pretrained(tmp_path), foreign_config(tmp_path)):
         assert dict(read.rope_parameters) == parameters

@@ -127,8 +127,9 @@ def test_envelopes():
     assert {constant.rate(s) for s in range(1, 101)} == {1.0}
 
 
+@pytest.mark.parametrize("restart", [100, 50])
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
-def test_no_step_is_made_at_rate_zero_where_the_run_ends_within_a_restart(kind):
+def test_no_step_is_made_at_rate_zero_where_the_run_ends_within_a_restart(kind, restart):
     late = Schedule(
         kind=kind,
         total_steps=1000,
@@ -136,10 +137,12 @@ def test_no_step_is_made_at_rate_zero_where_the_run_ends_within_a_restart(kind):
         min_ratio=0.0,
         decay_steps=100,
         merge_every=190,
-        restart_warmup_steps=100,
+        restart_warmup_steps=restart,
     )
     rates = [late.rate(step) for step in range(951, 1000)]  # the last merge is at 950
-    assert rates == [(step - 950) / 100 * late.envelope(step) for step in range(951, 1000)] and min(rates) > 0
+    assert (
+        rates == [min(1, (step - 950) / restart) * late.envelope(step) for step in range(951, 1000)] and min(rates) > 0
+    )
 
 
 def test_without_merges_nothing_restarts():

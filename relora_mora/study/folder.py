@@ -42,7 +42,8 @@ class StudyFolder:
         """The commit of each revision on the hub, as noted, or as the records of the study hold it."""
         if self._commits.exists():
             return dict(json.loads(self._commits.read_text(encoding="utf-8")))
-        of_records = (record["given"].get("data", {}).get("commits", {}) for record in self.kept().values())
+        settings = ({**record["given"], **record["config"]} for record in self.kept().values())
+        of_records = (each.get("data", {}).get("commits", {}) for each in settings)
         return {revision: commit for commits in of_records for revision, commit in commits.items()}
 
     def find_commits(self, configs: Iterable[Config]) -> None:
@@ -142,7 +143,9 @@ class StudyFolder:
                     f"{self.run(cell).path} was begun with settings that this version does not know; "
                     f"{self._remedy(cell)}"
                 ) from error
-            changed = set(_differences({**json.loads(known.model_dump_json()), "threads": before}, new)) - PLACES
+            names = _differences({**json.loads(known.model_dump_json()), "threads": before}, new)
+            # what the text is at a commit, a resume compares
+            changed = {name for name in names if name not in PLACES and not name.startswith("data.commits.")}
             if changed:
                 raise ValueError(
                     f"{self.run(cell).path} was begun with other settings ({', '.join(sorted(changed))}); "

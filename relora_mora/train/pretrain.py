@@ -127,7 +127,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
         )
     guard.begin("building the model", within=LONG_SECONDS)
     startup.done("checks")
-    begin = from_first_rank(lambda: where_to_resume(config.train))
+    begin = from_first_rank(lambda: where_to_resume(config))
     resumes = begin is not None
     run = build(checked, rank, world_size, resumes=resumes, done=startup.done)
     state, reader = (RunState(initial_seed=config.train.seed), None) if begin is None else resume(run, begin)

@@ -12,7 +12,7 @@ from relora_mora.checkpoint import (
 )
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.checkpoint.reader import list_candidates
-from relora_mora.config import TrainConfig
+from relora_mora.config import Config, dump, parse_yaml
 from relora_mora.data import mixture_names, start_states
 from relora_mora.distributed import from_first_rank, same_on_all_ranks
 from relora_mora.system.logs import log, shared_log
@@ -27,29 +27,29 @@ from relora_mora.train.state import RunState
 AUTO = Path("auto")  # the newest checkpoint of the run folder
 
 
-def where_to_resume(config: TrainConfig) -> Path | None:
+def where_to_resume(config: Config) -> Path | None:
     """The checkpoint or run folder that this start goes on from, or ``AUTO``; None where the run begins.
 
-    A checkpoint given by name is where a run begins, or goes back to, once: a start with the same name goes on from
+    A checkpoint given by name is where a run begins, or goes back to, once: a start with the same settings goes on from
     what the one before it has saved. Raises :class:`CheckpointError` where a run would begin beside checkpoints.
     """
-    folder = RunFolder(Path(config.run_dir))
+    resume = config.train.resume
+    folder = RunFolder(Path(config.train.run_dir))
     holds = bool(list_candidates(folder.checkpoints))
-    if config.resume == "never" and holds:
+    if resume == "never" and holds:
         raise CheckpointError(
             f"{folder.checkpoints}: holds checkpoints, and train.resume=never; use another train.run_dir, or "
             "train.resume=auto"
         )
-    if config.resume not in ("auto", "never"):
-        if not holds or saved_settings(folder.path).get("train", {}).get("resume") != config.resume:
-            return Path(config.resume)
+    if resume not in ("auto", "never"):
+        if not holds or saved_settings(folder.path) != parse_yaml(dump(config)):
+            return Path(resume)
         log.warning(
-            "train.resume=%s: a start before this one began there, and the run goes on from what it saved; "
-            "to begin there again, move %s away",
-            config.resume,
-            folder.checkpoints,
+            "train.resume=%s: the start before this one, with the same settings, began there, and the run goes on from "
+            "what it saved; to begin there again, spell the path in another way, such as with a / at its end",
+            resume,
         )
-    if not holds and (abandoned := sorted(folder.checkpoints.glob("abandoned-*step-*"))) and config.resume == "auto":
+    if resume == "auto" and not holds and (abandoned := sorted(folder.checkpoints.glob("abandoned-*step-*"))):
         raise CheckpointError(
             f"{folder.checkpoints}: holds {abandoned[-1].name} and no other checkpoint; name one in train.resume, "
             "or move it away to begin anew"

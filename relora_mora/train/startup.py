@@ -22,9 +22,9 @@ class Startup:
 
     ``launcher``: until this process began; ``imports``: Python, imports and settings; ``rendezvous``: the ranks meet;
     ``checks``: settings, tokenizer, hub; ``model``: initial weights; ``engine``: DeepSpeed; ``resume``: the checkpoint;
-    ``compile``: the programs of compiled layers;
-    ``evaluation``: run folder, and the evaluation at the start; ``data``: the first batch; ``first_step``. The command
-    is this host's launcher. After the first step nothing is counted any more.
+    ``compile``: the programs of compiled layers; ``validation_data``: run folder, and the held-out text;
+    ``evaluation``: the one at the start; ``data``: the first batch; ``first_step``. The command is this host's
+    launcher. After the first step nothing is counted any more.
     """
 
     def __init__(self) -> None:

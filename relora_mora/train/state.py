@@ -47,7 +47,9 @@ class RunState:
     def load(manifest: Manifest, *, own: bool) -> RunState:
         """The state that a checkpoint holds. ``own``: it is one of this run's folder, so its step is saved there."""
         counters = manifest.counters
-        health = {key: counters[key] for key in ("losses", "spikes", "bad_steps", "bad_data")}
+        health = Health(**{key: counters[key] for key in ("losses", "spikes", "bad_steps", "bad_data")})
+        if not own:
+            health.good()  # what was bad, and the way back, are in another folder
         step = manifest.step
         return RunState(
             initial_seed=counters["initial_seed"],
@@ -55,9 +57,9 @@ class RunState:
             tokens=counters["tokens"],
             skipped_steps=counters["skipped_steps"],
             rollbacks=counters["rollbacks"] if own else 0,
-            health=Health(**health),
+            health=health,
             interval=Interval(**counters["interval"]),
-            trouble=counters["trouble"] if own else None,  # its way back is not in this folder
+            trouble=counters["trouble"] if own else None,
             data=manifest.data_state,
             saved=step if own else None,
             evaluated=step if own and counters["evaluated"] else None,

@@ -28,9 +28,10 @@ from relora_mora.checkpoint.find import find_checkpoint, newest_manifest
 from relora_mora.checkpoint.places import discard, put_in_place
 from relora_mora.checkpoint.retention import tidy
 from relora_mora.checkpoint.tokenizer import read_tokenizer
-from relora_mora.config import TrainConfig
+from relora_mora.config import validate
 from relora_mora.train.resume import where_to_resume
 from tests.checkpoint.tools import FILES, STATE, TOKENIZER, made_checkpoint, passed_over, rewrite
+from tests.tools.config_tools import tree
 
 
 def _flip(path: Path, bit: int) -> None:
@@ -155,7 +156,7 @@ def test_a_checkpoint_whose_last_rename_is_missing_is_one(folder):
         shutil.rmtree(folder / f"step-{step:08d}")
     (folder / "step-00000015").rename(folder / "step-00000015.new")
     assert newest_manifest(folder).step == 15
-    run = TrainConfig(run_dir=str(folder.parent), resume="never")
+    run = validate(tree(train={"run_dir": str(folder.parent), "resume": "never"}), "the test")
     folder.rename(folder.parent / "checkpoints")
     with pytest.raises(CheckpointError, match=r"holds checkpoints, and train\.resume=never"):
         where_to_resume(run)

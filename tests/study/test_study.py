@@ -311,7 +311,6 @@ def _written(tmp_path: Path, study: dict[str, Any]) -> Path:
 
 CONDUCT = """
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from relora_mora.study import Stopped, StudyFolder, conduct, read_study
 try:

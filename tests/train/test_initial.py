@@ -35,7 +35,7 @@ def started(config) -> dict[str, Any]:
         )
         rank = dist.get_rank()
         world_size = dist.get_world_size()
-        begin = resume.where_to_resume(config.train)
+        begin = resume.where_to_resume(config)
         run = build.build(check.check(config, world_size), rank, world_size, resumes=begin is not None)
         if begin is not None:
             resume.resume(run, begin)
@@ -164,7 +164,17 @@ def test_a_start_says_once_what_it_took(pools, inputs, tokenizer_path, tmp_path)
     pools(2)(train, config, stop_after=3)
     [line] = [line for line in metrics(folder) if "startup/seconds" in line]
     parts = {key: value for key, value in line.items() if key.startswith("startup/") and key != "startup/seconds"}
-    names = ("imports", "rendezvous", "checks", "model", "engine", "data", "evaluation", "first_step")
+    names = (
+        "imports",
+        "rendezvous",
+        "checks",
+        "model",
+        "engine",
+        "data",
+        "validation_data",
+        "evaluation",
+        "first_step",
+    )
     assert line["step"] == 1 and set(parts) == {f"startup/{name}_seconds" for name in names}
     assert all(value >= 0 for value in parts.values()) and sum(parts.values()) == pytest.approx(line["startup/seconds"])
     pools(2)(train, config, stop_after=5)

@@ -50,3 +50,4 @@ def test_an_evaluation_that_was_cut_short_is_missing_after_the_load():
 def test_what_another_run_saved_and_evaluated_is_not_this_runs():
     state = RunState.load(manifest(STATE), own=False)
     assert (state.saved, state.evaluated, state.rollbacks, state.trouble, state.step) == (None, None, 0, None, 7)
+    assert (state.health.bad_steps, state.health.bad_data, state.health.losses) == (0, [], [3.0, 2.0])
