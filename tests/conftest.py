@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from relora_mora.supervise.signals import STOP_SIGNALS
 from tests.tools.jobs import kill_all
 from tests.tools.pool import Pools
 from tests.tools.tokenizer_tools import train_tokenizer
@@ -50,6 +51,15 @@ def logging_is_put_back() -> Iterator[None]:
         each.handlers[:] = handlers
         each.setLevel(level)
         each.propagate = propagate
+
+
+@pytest.fixture(autouse=True)
+def signals_are_put_back() -> Iterator[None]:
+    """A trainer that ends here ignores them from then on, and so would each process that later tests start."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
