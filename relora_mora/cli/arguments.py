@@ -16,12 +16,13 @@ import functools
 import inspect
 import io
 import itertools
-import os
 import re
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from relora_mora.system.home import from_home
 
 Command = Callable[..., Any]
 _LOCAL_RANK = ("--local_rank", "--local-rank")
@@ -147,7 +148,7 @@ def _typed(value: Any, expected: Any) -> Any:
     if value == "":
         raise ValueError("is empty; give a value")
     if isinstance(value, str) and (expected is str or str in typing.get_args(expected)):
-        return os.path.expanduser(value)  # noqa: PTH111 - no path perhaps; a shell does so in `--out ~/a` alone
+        return from_home(value)  # a shell does so in `--out ~/a` and not in `--out=~/a`
     if not isinstance(value, str):
         return value
     import yaml

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from relora_mora.config.records import CHATML, RecordsConfig
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
 from relora_mora.config.sources import TextSource, map_records
+from relora_mora.system.home import from_home
 
 MOST_CHARACTERS = 1 << 22  # tens of thousands of sources still fit
 MOST_VALUES = 100_000
@@ -164,7 +164,7 @@ def load_config(
     below the current folder are looked for beside the file; ``~`` at the front of a path is the home folder. Raises
     :class:`ConfigError` with every fault found.
     """
-    path = Path(os.path.expanduser(path))  # noqa: PTH111 - as in sources.py
+    path = Path(from_home(str(path)))
     found: list[str] = []
     tree: dict[str, Any] = {}
     try:
@@ -279,7 +279,7 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
 
 def _resolve_paths(config: Config, beside: Path) -> Config:
     def home(value: str | None) -> str | None:
-        return None if value is None else os.path.expanduser(value)  # noqa: PTH111 - as in sources.py
+        return None if value is None else from_home(value)
 
     def resolve(value: str | None) -> str | None:
         value = home(value)

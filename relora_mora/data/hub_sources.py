@@ -12,6 +12,7 @@ from relora_mora.config import DataConfig, Split, TextSource
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats import format_of
 from relora_mora.data.token_index import is_token_folder
+from relora_mora.system.home import from_home
 
 C4 = "allenai/c4"
 C4_PATTERNS = {
@@ -65,7 +66,7 @@ class DatasetName:
 
     @property
     def folder(self) -> Path:
-        return Path(os.path.expanduser(self.place))  # noqa: PTH111 - Path.expanduser raises where there is no such user
+        return Path(from_home(self.place))
 
 
 def dataset_name(source: TextSource) -> DatasetName | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from relora_mora.config import RecordsConfig
 from relora_mora.config.records import CHATML
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.skipped import Skipped, names_of
+from relora_mora.system.home import from_home
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RecordFormat:
         if path in (None, CHATML):
             return RecordFormat(settings)
         try:
-            return RecordFormat(settings, Path(os.path.expanduser(path)).read_text(encoding="utf-8"))  # noqa: PTH111
+            return RecordFormat(settings, Path(from_home(path)).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise SourceError(f"the template {path} is not UTF-8; give a .jinja file, or chatml") from error
         except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from relora_mora.data.formats import ARROW, JSON_LINES, SUFFIXES, TEXT, Format, 
 from relora_mora.data.hub_sources import C4, Commits, hub_parts, hub_source, is_hub
 from relora_mora.data.record_format import Record, RecordFormat
 from relora_mora.data.token_index import TokenFile, file_in, finished_index, is_token_folder
+from relora_mora.system.home import from_home
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
@@ -189,7 +189,7 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
             f"{source.split('://')[0]}:// is no kind of source; "
             "give a path, a glob, an http(s) url or hub:OWNER/NAME/PATTERN"
         )
-    elif is_token_folder(folder := Path(os.path.expanduser(source))):  # noqa: PTH111 - as below
+    elif is_token_folder(folder := Path(from_home(source))):
         yield from _token_shards(folder)
     else:
         yield from _local_shards(source)
@@ -269,7 +269,7 @@ def _token_shards(folder: Path) -> Iterator[Shard]:
 
 
 def _local_shards(source: str) -> Iterator[Shard]:
-    pattern = str(Path(os.path.expanduser(source)))  # noqa: PTH111 - Path.expanduser raises where there is no such user
+    pattern = str(Path(from_home(source)))
     try:
         if Path(pattern).is_file():
             paths = [pattern]
