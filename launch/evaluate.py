@@ -245,7 +245,7 @@ def _score_tasks(
         words = load_tokenizer(tokenizer_path)
     check_vocabulary(words, lm.config.get_text_config().vocab_size)
     if loaded.of_run:
-        lm.generation_config = generation_config(words)  # as its export has it
+        lm.generation_config = generation_config(words, lm.config)  # as its export has it
     results = evaluate_tasks(
         lm, words, names, data=task_data, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
     )

@@ -42,8 +42,8 @@ def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str 
 
 def _write_model(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: torch.dtype) -> None:
     model = merged_model(checkpoint, dtype)
+    model.generation_config = generation_config(tokenizer, model.config)
     model.config.update({**ids_of_roles(tokenizer), "use_cache": True})
-    model.generation_config = generation_config(tokenizer)
     model.save_pretrained(out)
     _name_rope(out / "config.json")
 

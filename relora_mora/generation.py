@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from relora_mora.data import Answer
 from relora_mora.data.chat import end_of_turn
@@ -21,12 +22,16 @@ def ids_of_roles(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     return {name: getattr(tokenizer, name) for name in ROLES}
 
 
-def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """What ``generate`` of transformers needs for this tokenizer: it stops at EOS, and where a turn ends."""
+def generation_config(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> GenerationConfig:
+    """What ``generate`` of transformers needs for this tokenizer: it stops at EOS, and where a turn ends.
+
+    Where the model's config lists several ids, as instruct models have, those that are special tokens stop it, too.
+    """
+    listed = model_config.eos_token_id if isinstance(model_config.eos_token_id, list) else []
+    further = [end_of_turn(tokenizer), *sorted(special_tokens(tokenizer) & set(listed))]
+    ends = dict.fromkeys([tokenizer.eos_token_id, *(end for end in further if end is not None)])
     config = GenerationConfig(**ids_of_roles(tokenizer))
-    end = end_of_turn(tokenizer)
-    if end not in (None, tokenizer.eos_token_id):
-        config.eos_token_id = [tokenizer.eos_token_id, end]
+    config.eos_token_id = list(ends) if len(ends) > 1 else tokenizer.eos_token_id
     return config
 
 
@@ -85,12 +90,15 @@ def generate_answers(
     """Generates each answer once, whatever the number of ranks, ``batch_size`` at a time on each.
 
     As many tokens are generated as the answer has, and those from the first special token on, such as EOS, are left
-    out on both sides. All ranks make the same number of forward passes, since ZeRO-3 gathers weights in each. ``stop``
-    and ``all_sum`` are those of :func:`relora_mora.evaluate.evaluate`; where ``stop()`` is true the result is None.
+    out on both sides; special tokens that an answer begins with, as some templates mark it, are given like the prompt.
+    All ranks make the same number of forward passes, since ZeRO-3 gathers weights in each. ``stop`` and ``all_sum`` are
+    those of :func:`relora_mora.evaluate.evaluate`; where ``stop()`` is true the result is None.
     """
     counts = torch.zeros(4, dtype=torch.float64, device=device)
     special = special_tokens(tokenizer)
-    ordered = sorted(answers, key=lambda each: len(each.prompt))  # little to fill up
+    ordered = sorted(
+        (_begun(each, special) for each in answers), key=lambda each: len(each.prompt)
+    )  # little to fill up
     per_round = batch_size * world_size
     for first in range(0, len(ordered), per_round):
         if stop():
@@ -107,6 +115,13 @@ def generate_answers(
             same = agreeing_characters(found, expected)
             counts += counts.new_tensor([1, found == expected, len(expected), same])
     return Generated(*map(round, all_sum(counts).tolist()))
+
+
+def _begun(answer: Answer, special: Set[int]) -> Answer:
+    """With the special tokens that an answer begins with as the end of its prompt, if it has others."""
+    ids = answer.answer.tolist()
+    begin = next((place for place, token in enumerate(ids) if token not in special), 0)
+    return Answer(np.concatenate([answer.prompt, answer.answer[:begin]]), answer.answer[begin:])
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -218,7 +218,7 @@ class Merger:
                 engine.write_weight(weight, sums.get(weight), self.base.owner[weight])
         for index, values in to_measure:
             found[1, index] = effective_rank(self.layers[names[index]].singular_values(*values))
-        squares, ranks = engine.all_reduce(found).cpu().tolist()
+        squares, ranks = engine.all_reduce(found).tolist()
         of_measured = {name: value for name, value in zip(names, ranks, strict=True) if name in measured}
         return dict(zip(names, squares, strict=True)), of_measured
 

@@ -116,6 +116,19 @@ ENDS = {
 }
 
 
+def test_plain_generate_stops_at_further_ends_that_the_start_lists(hf_tokenizer: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(hf_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>"]})
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    lm = _always(tokenizer, "<|eom_id|>")
+    end = tokenizer.convert_tokens_to_ids("<|eom_id|>")
+    lm.config.eos_token_id = [5, end]  # 5 is a word of this tokenizer
+    export(write_checkpoint(tmp_path / "checkpoint", lm, tmp_path / "tokenizer"), tmp_path / "out")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert lm.generation_config.eos_token_id == [300, end] and lm.config.eos_token_id == 300
+    assert lm.generate(torch.tensor([[5]]), max_new_tokens=5, do_sample=False).tolist() == [[5, end]]
+
+
 @pytest.mark.parametrize("end", ENDS)
 def test_plain_generate_stops_where_the_template_ends_an_answer(hf_tokenizer: Path, tmp_path: Path, end: str) -> None:
     written, stop = ENDS[end]
@@ -346,6 +359,18 @@ def test_a_run_has_its_tokenizer_in_one_place(tmp_path):
     assert tokenizer_beside(checkpoint) == checkpoint / "tokenizer"
     (tmp_path / "config.json").write_text("{}")
     assert tokenizer_beside(tmp_path) == tmp_path
+
+
+def test_a_tokenizer_is_named_as_older_readers_know_it(tokenizer_path: str, tmp_path: Path) -> None:
+    """transformers 4 knows no TokenizersBackend, and takes a list of extra_special_tokens for a mapping."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>"]})
+    save_tokenizer(tokenizer, tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] != "TokenizersBackend" and "extra_special_tokens" not in written
+    assert "<|eom_id|>" in written["additional_special_tokens"]
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    assert "<|eom_id|>" in read.all_special_tokens and read.special_tokens_map == tokenizer.special_tokens_map
 
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}

@@ -10,7 +10,15 @@ from transformers import AddedToken
 from relora_mora.data import Answer
 from relora_mora.data.answers import answer_of
 from relora_mora.data.rows import Encoded
-from relora_mora.generation import Generated, agreeing_characters, generate_answers, greedy, special_tokens, text_of
+from relora_mora.generation import (
+    Generated,
+    _begun,
+    agreeing_characters,
+    generate_answers,
+    greedy,
+    special_tokens,
+    text_of,
+)
 from relora_mora.model import ARCHITECTURES
 from relora_mora.model.llama import LossModel
 from relora_mora.tokenizer import load_tokenizer
@@ -105,6 +113,16 @@ def test_the_end_of_a_turn_is_no_part_of_an_answer(tokenizer_path):
     assert named not in special_tokens(tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"
     assert named in special_tokens(tokenizer)
+
+
+def test_special_tokens_that_an_answer_begins_with_are_given(lm, tokenizer_path):
+    tokenizer = load_tokenizer(tokenizer_path)
+    end = tokenizer.eos_token_id
+    answers = [Answer(np.asarray([5], np.int32), np.asarray(ids, np.int32)) for ids in ([end, 6, 7, end], [end])]
+    begun = [_begun(answer, special_tokens(tokenizer)) for answer in answers]
+    assert [(each.prompt.tolist(), each.answer.tolist()) for each in begun] == [([5, end], [6, 7, end]), ([5], [end])]
+    found = generate_answers(lm, answers[:1], tokenizer=tokenizer, batch_size=1, device=CPU)
+    assert found is not None and found.characters > 0
 
 
 def test_every_answer_is_counted_once_on_any_number_of_ranks(lm, tokenizer_path):

@@ -99,7 +99,7 @@ def loss_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, draw: 
     hidden = draw(tokens, model.hidden_size).requires_grad_()
     weight = draw(model.vocab_size, model.hidden_size).mul_(0.02).requires_grad_()
     labels = torch.randperm(tokens, generator=torch.Generator().manual_seed(0)).to(hidden.device) % model.vocab_size
-    d_logits = hidden.new_zeros(tokens, model.vocab_size)
+    d_logits = draw(tokens, model.vocab_size)
 
     def products() -> None:
         with torch.no_grad():

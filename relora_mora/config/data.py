@@ -23,7 +23,7 @@ SampleBy = Literal["line", "paragraph", "document"]
 SAMPLE_BY = get_args(SampleBy)
 
 
-AtRevision = Annotated[str, Field(pattern="^[^@/ ]+/[^@/ ]+@[^@ ]+$")]
+AtRevision = Annotated[str, Field(pattern="^[^@/ ]+/[^@/ ]+@[^ ]+$")]
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
 
 
@@ -120,7 +120,8 @@ class DataConfig(Strict):
         return self.masks_documents_of([*self.train_sources, *self.sources("validation")])
 
     def masks_documents_of(self, sources: Iterable[TextSource]) -> bool:
-        return self.document_mask or any(self.packing_of([self.records_of(source)]) == "whole" for source in sources)
+        packings = {self.packing_of([self.records_of(source)]) for source in sources}
+        return "whole" in packings or (self.document_mask and packings != {"none"})
 
     @property
     def validation_sets(self) -> dict[str, list[TextSource]]:

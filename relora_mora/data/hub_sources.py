@@ -138,13 +138,11 @@ def with_commits(config: DataConfig) -> DataConfig:
 
     One rank calls it and hands the result to the others, so that a push to the hub meanwhile cannot split the ranks.
     """
-    commits = Commits.of(config)
-    for split in SPLITS:
-        for source in config.sources(split):
-            repo = hub_repo(source)
-            if repo is not None:
-                commits.at(repo, source.revision)
-    return config.model_copy(update={"commits": commits.known})
+    asker = Commits.of(config)
+    sources = [source for split in SPLITS for source in config.sources(split)]
+    asked = {(repo, source.revision or config.revision) for source in sources if (repo := hub_repo(source))}
+    named = sorted((repo, revision) for repo, revision in asked if not _COMMIT.fullmatch(revision))
+    return config.model_copy(update={"commits": {f"{repo}@{name}": asker.at(repo, name) for repo, name in named}})
 
 
 def hub_repo(source: TextSource) -> str | None:

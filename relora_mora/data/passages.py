@@ -127,7 +127,8 @@ def _of_sharegpt(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     role = message.get("from")
-    return {"role": _ROLES_OF_SHAREGPT.get(str(role), role), "content": message.get("value")}
+    weight = {"weight": message["weight"]} if "weight" in message else {}
+    return {"role": _ROLES_OF_SHAREGPT.get(str(role), role), "content": message.get("value"), **weight}
 
 
 def _fault(message: Any, names: tuple[str, str]) -> str | None:

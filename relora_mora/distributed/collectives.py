@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from relora_mora.distributed.waiting import collective
 from relora_mora.system.disk_errors import LOST_DISK
+from relora_mora.system.hardware import ran_out_of_memory
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
@@ -72,7 +73,8 @@ def is_peer_failure(error: BaseException) -> bool:
 
 def is_device_failure(error: BaseException) -> bool:
     """Whether an exception says that the accelerator of this process has failed; not that its memory ran out."""
-    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "uncorrectable ECC error" in str(error)
+    failed = isinstance(error, getattr(torch, "AcceleratorError", ())) or "uncorrectable ECC error" in str(error)
+    return failed and not ran_out_of_memory(error)
 
 
 def leave_together(seconds: float = LEAVE_SECONDS) -> None:

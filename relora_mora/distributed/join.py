@@ -69,6 +69,11 @@ def _meet(timeout_seconds: float) -> None:
         )
         if world_size > 1:
             control_group()
+    except dist.DistBackendError as error:
+        said = " ".join(str(error).split())
+        raise JoinError(
+            f"rank {rank} of {world_size}: {backend_name()} could not connect the ranks ({said})"
+        ) from error
     except dist.DistError as error:
         first = str(error).partition("\n")[0]
         raise JoinError(

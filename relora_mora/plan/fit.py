@@ -94,6 +94,7 @@ def choose_resident(
     *,
     bf16: bool,
     on_gpu: bool,
+    compiled: bool | None = None,
 ) -> None:
     """Where ``method.form`` is ``auto``, makes the layers resident that would build ``W + delta`` for each use.
 
@@ -111,19 +112,26 @@ def choose_resident(
         layer.resident = pays and layer.uses_merged_form(tokens)
     if available is None or not any(layer.resident for layer in layers):
         return
-    needed = peak_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu).device
+    needed = peak_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu, compiled=compiled).device
     for layer in layers:
         layer.resident = layer.resident and needed <= RESIDENT_SHARE * available
 
 
 def stage_advice(
-    model: PreTrainedModel, config: Config, world_size: int, available: float, *, bf16: bool, on_gpu: bool
+    model: PreTrainedModel,
+    config: Config,
+    world_size: int,
+    available: float,
+    *,
+    bf16: bool,
+    on_gpu: bool,
+    compiled: bool | None = None,
 ) -> str | None:
     """Where the settings say stage 2 and stage 1 sends less and fits into the ``available`` bytes of a rank: so."""
     micro_batches = config.accumulation_steps(world_size)
     if config.train.zero_stage != 2 or world_size == 1 or micro_batches == 1:
         return None
-    needed = peak_memory(model, config, 1, world_size, bf16=bf16, on_gpu=on_gpu).device
+    needed = peak_memory(model, config, 1, world_size, bf16=bf16, on_gpu=on_gpu, compiled=compiled).device
     if needed > USABLE * available:
         return None
     return (

@@ -90,9 +90,19 @@ class Memory:
 
 
 def peak_memory(
-    model: PreTrainedModel, config: Config, stage: int, world_size: int, *, bf16: bool, on_gpu: bool = False
+    model: PreTrainedModel,
+    config: Config,
+    stage: int,
+    world_size: int,
+    *,
+    bf16: bool,
+    on_gpu: bool = False,
+    compiled: bool | None = None,
 ) -> Memory:
-    """Memory of one device when a step needs most: at the loss, in the first layers of backward, or in the update."""
+    """Memory of one device when a step needs most: at the loss, in the first layers of backward, or in the update.
+
+    ``compiled``: whether the decoder layers are; None: as ``model.compile`` says.
+    """
     state = state_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
     before = gradients.between_micro_batches if config.accumulation_steps(world_size) > 1 else gradients.between_steps
@@ -103,7 +113,7 @@ def peak_memory(
         gradients=before,
         gathered=max(state.gathered, gathered_memory(model, config, stage, world_size, bf16=bf16)),
     )
-    compiled = compiles(config.model, stage, on_gpu=on_gpu)
+    compiled = compiles(config.model, stage, on_gpu=on_gpu) if compiled is None else compiled
     kept, layer = activation_memory(model, config, bf16=bf16, on_gpu=on_gpu, compiled=compiled)
     again = layer if config.model.activation_checkpointing else 0
     at_loss, in_backward = scratch_memory(model, config, bf16=bf16, on_gpu=on_gpu)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch._inductor import config as inductor
 
 from relora_mora.system.hardware import uses_cuda
 
@@ -22,4 +23,6 @@ def compute_deterministically() -> None:
     os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers tells the package flash-attn
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(True)
+    if hasattr(inductor, "deterministic"):  # from torch 2.10 on: its compiler then chooses nothing by a stopwatch
+        inductor.deterministic = True
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads any

@@ -15,7 +15,7 @@ class Device:
     """
 
     name: str
-    in_name: str  # what torch.cuda.get_device_name() contains
+    in_name: str  # whole words that torch.cuda.get_device_name() contains
     tflops: float  # dense bf16 matrix products
     memory_gb: float  # 1e9 bytes
     memory_gbytes_per_s: float
@@ -125,5 +125,7 @@ def _letters(name: str) -> str:
 
 
 def device_of_name(cuda_name: str) -> Device | None:
-    """The device whose data sheet belongs to what CUDA calls it, None for an unknown one."""
-    return next((device for device in DEVICES if device.in_name in cuda_name), None)
+    """The device whose data sheet belongs to what CUDA calls it; None for an unknown one, and for a part (MIG)."""
+    if " MIG " in cuda_name:
+        return None
+    return next((device for device in DEVICES if re.search(rf"\b{device.in_name}\b", cuda_name)), None)

@@ -8,6 +8,7 @@ import platform
 import resource
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,12 +32,12 @@ def fast_bf16() -> bool:
 
 
 def device_here() -> Device:
-    """What this machine computes with; of an unknown card only the memory is known."""
+    """What this machine computes with, and the memory that it has; nothing else is known of an unknown card."""
     if not uses_cuda():
         return CPU
     name = torch.cuda.get_device_name()
-    memory = torch.cuda.get_device_properties(0).total_memory
-    return device_of_name(name) or Device(name, name, 0, memory / 1e9, 0, 0, 0, "this machine", "")
+    known = device_of_name(name) or Device(name, name, 0, 0, 0, 0, 0, "this machine", "")
+    return replace(known, memory_gb=torch.cuda.get_device_properties(0).total_memory / 1e9)
 
 
 def peak_flops(*, bf16: bool, on_cpu: bool = False) -> tuple[float, str]:
@@ -78,7 +79,9 @@ def memory_bytes() -> int:
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether the memory of the device or of its host is full, of pinned memory too."""
+    said = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in said))
 
 
 def peak_memory_bytes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,3 +52,14 @@ def _save(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
         tokenizer.save_pretrained(str(out))
     finally:
         tokenizer.split_special_tokens = splits
+    _name_for_older_readers(out / "tokenizer_config.json")
+
+
+def _name_for_older_readers(path: Path) -> None:
+    """Puts names that transformers 4, and what builds on it, knows in place of two that only transformers 5 knows."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

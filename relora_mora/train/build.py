@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -70,8 +71,9 @@ def build(
     set_trainable(lm, config.method)
     on_gpu = uses_cuda()
     available = memory_of_rank()
-    choose_resident(lm, config, config.train.zero_stage, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
-    advice = stage_advice(lm, config, world_size, available, bf16=checked.bf16, on_gpu=on_gpu)
+    how: Any = {"bf16": checked.bf16, "on_gpu": on_gpu, "compiled": checked.compiled}
+    choose_resident(lm, config, config.train.zero_stage, world_size, available, **how)
+    advice = stage_advice(lm, config, world_size, available, **how)
     if advice:
         shared_log.warning(advice)
     for note in uneven_widths(checked.model_config) if on_gpu else ():

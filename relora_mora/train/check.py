@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.checkpoint.find import newest_manifest
 from relora_mora.config import Config, DataConfig, parse_yaml, unused_by
-from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, template_in_use
+from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint
 from relora_mora.distributed.join import processes_on_host
 from relora_mora.model import check_length, plain_model_config
 from relora_mora.model.compiler import compiles_here
@@ -74,7 +74,7 @@ def saved_settings(run_dir: Path) -> dict[str, Any]:
     """The settings of the newest start in a run folder, by section; empty where there is none that can be read."""
     try:
         tree = parse_yaml(RunFolder(run_dir).config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError):
+    except (FileNotFoundError, UnicodeError, yaml.YAMLError):
         return {}
     return {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
 
@@ -91,8 +91,7 @@ def as_before(config: Config) -> DataConfig:
         found.append(newest_manifest(Path(config.train.resume) if named else run_dir).config)
     known: dict[str, str] = {}
     for settings in found:
-        with contextlib.suppress(KeyError, ValueError):
-            known |= DataConfig.model_validate(settings["data"]).commits
+        known |= settings.get("data", {}).get("commits") or {}
     return config.data.model_copy(update={"commits": known | config.data.commits})
 
 
@@ -129,7 +128,6 @@ def check(config: Config, world_size: int) -> Checked:
     inputs = open_inputs(config)
     tokenizer = inputs.tokenizer
     shards = inputs.shards
-    template = template_in_use(shards, tokenizer)
     remark = check_vocabulary(tokenizer, model_config.vocab_size, trained=config.model.init_from is not None)
     if remark:
         log.info(remark)
@@ -147,7 +145,7 @@ def check(config: Config, world_size: int) -> Checked:
         config=config,
         model_config=model_config,
         tokenizer=tokenizer,
-        chat_template=template,
+        chat_template=inputs.chat_template,
         tokenizer_fingerprint=tokens,
         shards=shards,
         data_fingerprint=fingerprint(data, split="train", **given),

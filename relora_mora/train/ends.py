@@ -29,9 +29,7 @@ class Ends:
         self.saving.save_the_end(state)
         log.info(f"done: {state.step} steps, {state.tokens:,} tokens, {RunFolder(self.folder).checkpoints}")
         log.info(next_commands(config.train.run_dir))
-        self._record(FINISHED, "done")
-        self.guard.stop_watching()  # what follows is each rank's own, and may take long
-        return FINISHED
+        return self._leave(FINISHED, "done")
 
     def stop(self, state: RunState) -> int:
         """Some rank was asked to stop."""
@@ -41,9 +39,7 @@ class Ends:
         how = " with --train.resume=auto" if self.saving.run.config.train.resume == "never" else ""
         saved = f"saved; the same command{how} continues from here" if state.step else "there is nothing to save yet"
         log.info(f"{saved} (exit code {REQUEUE})")
-        self._record(REQUEUE, reason)
-        self.guard.stop_watching()
-        return REQUEUE
+        return self._leave(REQUEUE, reason)
 
     def fail_for_data(self, state: RunState, error: DataFailed) -> NoReturn:
         """The data of some rank has failed: all end with the same error."""
@@ -59,6 +55,9 @@ class Ends:
         by_user = all(isinstance(failure, ValueError) for failure in error.failures)
         raise (DataError if by_user else TrainingError)(text + saved) from error
 
-    def _record(self, code: int, reason: str) -> None:
+    def _leave(self, code: int, reason: str) -> int:
+        """The ranks have agreed on how this ends, and all is written: who is lost from here on changes nothing."""
         if self.saving.run.engine.rank == 0:
             self.guard.record(code, reason)
+        self.guard.stop_watching()  # what follows is each rank's own, and may take long
+        return code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from relora_mora.checkpoint import CheckpointWriter, Manifest
@@ -18,6 +19,7 @@ from relora_mora.registry import is_drawn
 from relora_mora.supervise import LONG_SECONDS, Guard
 from relora_mora.system.hardware import peak_memory_bytes
 from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
 from relora_mora.train.errors import TrainingError
 from relora_mora.train.feed import DataFailed
@@ -175,8 +177,10 @@ class Evaluating:
         return True
 
     def _held_out(self) -> dict[str, EvalSet]:
+        """With the run's own tokenizer, as ``launch/evaluate.py`` has it: it writes the template that is trained on."""
         limits = self.config.eval
-        return held_out(self.config.data, self.config.tokenizer_path, limits.max_tokens, limits.generate)
+        tokenizer = RunFolder(Path(self.config.train.run_dir)).tokenizer
+        return held_out(self.config.data, str(tokenizer), limits.max_tokens, limits.generate)
 
     def _score(self, data: EvalSet, step: int, update: Update) -> EvalResult | None:
         return evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -167,7 +168,9 @@ def _weights(identity: Identity) -> dict[str, float] | None:
 def _weight_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
     before = _weights(saved)
     after = _weights(now)
-    if before is None or after is None or set(before) != set(after) or before == after:
+    if before is None or after is None or set(before) != set(after):
+        return
+    if all(math.isclose(before[name], share) for name, share in after.items()):
         return
     if not allowed & {"data", "data.train"}:
         shown = " and ".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,15 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from relora_mora.config import Config, ConfigError, Split, set_setting
-from relora_mora.data import Shard, SourceError, check_columns, check_records, check_tokens, configured_shards
+from relora_mora.data import (
+    Shard,
+    SourceError,
+    check_columns,
+    check_records,
+    check_tokens,
+    configured_shards,
+    template_in_use,
+)
 from relora_mora.tokenizer import TokenizerError, load_tokenizer
 
 T = TypeVar("T")
@@ -22,6 +31,7 @@ _DEMO = "runs/demo/"  # what configs/run/demo.yaml and tiny_*.yaml read
 class Inputs:
     tokenizer: PreTrainedTokenizerBase
     shards: list[Shard]  # of the training data
+    chat_template: str | None  # of the first conversations in it; the run's tokenizer has it
 
 
 def open_inputs(config: Config) -> Inputs:
@@ -31,14 +41,18 @@ def open_inputs(config: Config) -> Inputs:
     """
     errors: list[tuple[str, TokenizerError | SourceError]] = []
     tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer_path))
+    shards = _attempt(errors, "data.train", lambda: _shards(config, "train", tokenizer))
+    template = template_in_use(shards, tokenizer) if shards and tokenizer else None
+    of_run = copy(tokenizer)
+    if of_run is not None and template is not None:
+        of_run.chat_template = template
     for name, sources in config.data.validation_sets.items():
         data = config.data.model_copy(update={"validation": sources})
         alone = config.model_copy(update={"data": data})
-        _attempt(errors, set_setting(name), partial(_shards, alone, "validation", tokenizer))
-    shards = _attempt(errors, "data.train", lambda: _shards(config, "train", tokenizer))
+        _attempt(errors, set_setting(name), partial(_shards, alone, "validation", of_run))
     if tokenizer is None or shards is None or errors:
         raise _one_error(errors, config)
-    return Inputs(tokenizer, shards)
+    return Inputs(tokenizer, shards, template)
 
 
 def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | None) -> list[Shard]:

@@ -72,8 +72,6 @@ def pretrain(config: Config, guard: Guard | None = None) -> int:
                 USER_ERROR if mistake else FAILED, text, same_on_all_ranks=getattr(error, "same_on_all_ranks", False)
             )
             raise
-        # the ranks have agreed on how this ends, and all of it is written: whoever is lost from here on changes nothing
-        guard.stop_watching()
         leave_together()  # the first rank holds the store that the others look at
         return code
 
@@ -86,8 +84,8 @@ def _run(config: Config, guard: Guard) -> int:
             raise
         raise MemoryShortage(
             f"train.micro_batch_size: {config.train.micro_batch_size} sequences of {config.data.sequence_length} "
-            "tokens, the model and its optimizer need more memory than there is; lower it, or see what a run needs "
-            "with launch/plan.py"
+            "tokens, the model and its optimizer need more memory than the device or its host has; lower it, or see "
+            "what a run needs with launch/plan.py"
         ) from error
 
 

@@ -24,14 +24,15 @@ from relora_mora.train.restore import restore
 from relora_mora.train.rollback import forget_rollbacks, replay_rollbacks
 from relora_mora.train.state import RunState
 
-AUTO = Path("auto")  # the newest checkpoint of the run folder
-
 
 def where_to_resume(config: Config) -> Path | None:
-    """The checkpoint or run folder that this start goes on from, or ``AUTO``; None where the run begins.
+    """The checkpoint or run folder that this start goes on from; None where the run begins.
 
-    A checkpoint given by name is where a run begins, or goes back to, once: a start with the same settings goes on from
-    what the one before it has saved. Raises :class:`CheckpointError` where a run would begin beside checkpoints.
+    That is the run's own folder of checkpoints where it goes on from the newest of these.
+
+    A checkpoint given by name is where a run begins, or one of its own to go back to, once: a start with the same
+    settings goes on from what the one before it has saved. Raises :class:`CheckpointError` where a run would begin
+    beside checkpoints, or where it is not certain what is meant.
     """
     resume = config.train.resume
     folder = RunFolder(Path(config.train.run_dir))
@@ -42,11 +43,18 @@ def where_to_resume(config: Config) -> Path | None:
             "train.resume=auto"
         )
     if resume not in ("auto", "never"):
-        if not holds or saved_settings(folder.path) != parse_yaml(dump(config)):
+        before = saved_settings(folder.path)
+        is_own = Path(resume).resolve().is_relative_to(folder.path.resolve())
+        if not holds or (is_own and before.get("train", {}).get("resume") != resume):
             return Path(resume)
+        if before != parse_yaml(dump(config)):
+            raise CheckpointError(
+                f"train.resume={resume}: {folder.path} holds what a start with other settings has trained; "
+                "train.resume=auto goes on from that, and another train.run_dir begins at what you named"
+            )
         log.warning(
             "train.resume=%s: the start before this one, with the same settings, began there, and the run goes on from "
-            "what it saved; to begin there again, spell the path in another way, such as with a / at its end",
+            "what it saved; to begin there again, give another train.run_dir",
             resume,
         )
     if resume == "auto" and not holds and (abandoned := sorted(folder.checkpoints.glob("abandoned-*step-*"))):
@@ -54,7 +62,7 @@ def where_to_resume(config: Config) -> Path | None:
             f"{folder.checkpoints}: holds {abandoned[-1].name} and no other checkpoint; name one in train.resume, "
             "or move it away to begin anew"
         )
-    return AUTO if holds else None
+    return folder.checkpoints if holds else None
 
 
 def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
@@ -63,7 +71,8 @@ def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
     Raises :class:`CheckpointError` when there is no whole one, or when it was made with settings that may not change.
     """
     config = run.config.train
-    chosen = _newest(run) if begin == AUTO else from_first_rank(lambda: find_checkpoint(begin))
+    goes_on = begin == RunFolder(Path(config.run_dir)).checkpoints
+    chosen = _newest(run) if goes_on else from_first_rank(lambda: find_checkpoint(begin))
     reader = CheckpointReader(chosen)
     _check_same_run(run, reader)
     problem = damaged_tokenizer(chosen, reader.manifest) if run.engine.rank == 0 else None
@@ -74,7 +83,7 @@ def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
     if reader.manifest.data_order != run.checked.data_order:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
         shared_log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
-    if begin == AUTO:
+    if goes_on:
         replay_rollbacks(Path(config.run_dir), state, run.checked.data_order)
     else:
         forget_rollbacks(Path(config.run_dir), state)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from relora_mora.config import TrainConfig
+from relora_mora.distributed.waiting import collective
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.optim import MATRIX_GROUPS, MatrixAdamW, state_of
 from relora_mora.rules import COUNT, MatrixState
@@ -211,10 +212,12 @@ class ZeroEngine:
         return whole.view(self.shapes[name])
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Sums over the ranks, in place."""
-        if self.world_size > 1:
+        """Sums over the ranks, as a tensor of the host, which waits for the others here; ``values`` is lost."""
+        if self.world_size == 1:
+            return values.cpu()
+        with collective():
             dist.all_reduce(values)
-        return values
+            return values.cpu()
 
     def broadcast(self, value: Tensor, src: int) -> None:
         """Gives every rank the value of rank ``src``, in place; a collective."""
@@ -291,7 +294,8 @@ class ZeroEngine:
         plain = self.stage == 0 and not self.bf16  # no optimizer of DeepSpeed's around ours
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None] if plain else []
         norms = _norm(gradients).view(1) if plain else gradient_norms(self.deepspeed.optimizer)
-        *read, mean = torch.cat([norms.double(), loss.double().view(1)]).cpu().tolist()
+        with collective():  # on a GPU the host waits for the others here
+            *read, mean = torch.cat([norms.double(), loss.double().view(1)]).cpu().tolist()
         if not all(0 <= norm < math.inf for norm in read):
             with replaced(self.optimizer, "step", lambda: None):
                 self._deepspeed_step(torch.ones(len(read), dtype=norms.dtype))

@@ -25,6 +25,11 @@ import deepspeed.ops
 from deepspeed.runtime import compiler
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+if uses_cuda():  # it reads CUDA_VISIBLE_DEVICES as numbers, which may name MIG parts: so DeepSpeed does without
+    from deepspeed.accelerator import cuda_accelerator
+
+    cuda_accelerator.pynvml = None
+
 from relora_mora.distributed.device import backend_name
 from relora_mora.distributed.join import join
 from relora_mora.distributed.waiting import collective

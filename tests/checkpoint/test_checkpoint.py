@@ -28,7 +28,7 @@ from relora_mora.checkpoint.find import find_checkpoint, newest_manifest
 from relora_mora.checkpoint.places import discard, put_in_place
 from relora_mora.checkpoint.retention import tidy
 from relora_mora.checkpoint.tokenizer import read_tokenizer
-from relora_mora.config import validate
+from relora_mora.config import Config, validate
 from relora_mora.train.resume import where_to_resume
 from tests.checkpoint.tools import FILES, STATE, TOKENIZER, made_checkpoint, passed_over, rewrite
 from tests.tools.config_tools import tree
@@ -156,10 +156,21 @@ def test_a_checkpoint_whose_last_rename_is_missing_is_one(folder):
         shutil.rmtree(folder / f"step-{step:08d}")
     (folder / "step-00000015").rename(folder / "step-00000015.new")
     assert newest_manifest(folder).step == 15
-    run = validate(tree(train={"run_dir": str(folder.parent), "resume": "never"}), "the test")
-    folder.rename(folder.parent / "checkpoints")
+    run_dir = folder / "run"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(folder)
     with pytest.raises(CheckpointError, match=r"holds checkpoints, and train\.resume=never"):
-        where_to_resume(run)
+        where_to_resume(_resuming("never", run_dir))
+    assert where_to_resume(_resuming("auto", run_dir)) == run_dir / "checkpoints"
+
+
+def _resuming(name: str, run_dir: Path) -> Config:
+    return validate(tree(train={"run_dir": str(run_dir), "resume": name}), "the test")
+
+
+def test_a_folder_is_told_from_the_word_auto(tmp_path):
+    assert where_to_resume(_resuming("auto", tmp_path)) is None
+    assert where_to_resume(_resuming("./auto", tmp_path)) == Path("auto")
 
 
 @pytest.mark.parametrize("place", ["..", "."])

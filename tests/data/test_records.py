@@ -110,6 +110,9 @@ def test_sharegpt_is_the_same_conversation(tokenizer):
     ):
         row = encoded(tokenizer, fields, kind="sharegpt", template="chatml")
         assert np.array_equal(row.ids, expected.ids) and np.array_equal(row.scored, expected.scored)
+    weighed = [turn | {"weight": int(at != 2)} for at, turn in enumerate(turns)]
+    row = encoded(tokenizer, {"conversations": weighed}, kind="sharegpt", template="chatml")
+    assert [text for is_scored, text in parts(tokenizer, row) if is_scored] == ["the same</s>"]
 
 
 BAD = [

@@ -13,6 +13,7 @@ from email.utils import formatdate
 
 import pytest
 
+from relora_mora.config import DataConfig
 from relora_mora.data import configured_shards, iter_texts, resolve_shards, retry, transport, with_commits
 from relora_mora.data.errors import SourceError
 from relora_mora.data.remote import RemoteBytes
@@ -311,7 +312,9 @@ class TestHub:
         assert known.commits == {"allenai/c4@main": COMMIT} and len(hub.paths) == 1
         assert configured_shards(known, "train")[0].name.startswith(f"hub:allenai/c4@{COMMIT}/")
         assert with_commits(known) == known and len(hub.paths) == 1
-        assert with_commits(data_config("a.json")).commits == {} and len(hub.paths) == 1
+        others = data_config("a.json").model_copy(update={"commits": known.commits})
+        assert with_commits(others).commits == {} and len(hub.paths) == 1, "of what it does not read it knows nothing"
+        DataConfig(train="a.json", validation="a.json", commits={"allenai/c4@v1@2": COMMIT})
 
     def test_what_the_hub_does_not_know(self, hub):
         with pytest.raises(SourceError, match="has no revision 'nowhere'"):

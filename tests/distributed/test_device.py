@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from relora_mora.distributed.collectives import is_device_failure
 from relora_mora.distributed.device import Seat, backend_name, bind_device, device_of_rank, gpu_of, seat_fault
 from relora_mora.system import hardware
 
@@ -122,3 +123,11 @@ def test_asking_for_a_gpu_that_is_not_there_is_one_message(gpus: Any, monkeypatc
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match="DS_ACCELERATOR=cuda in the environment: torch sees no GPU here"):
         bind_device(dist.HashStore(), 0, 1)
+
+
+def test_full_memory_is_no_failed_device() -> None:
+    full = torch.AcceleratorError("CUDA error: out of memory")  # also where the host has none left to pin
+    failed = torch.AcceleratorError("CUDA error: unspecified launch failure")
+    assert hardware.ran_out_of_memory(full) and not is_device_failure(full)
+    assert is_device_failure(failed) and not hardware.ran_out_of_memory(failed)
+    assert not hardware.ran_out_of_memory(ValueError("out of memory"))

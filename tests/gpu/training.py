@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,10 +62,14 @@ def test_a_gpu_trains_as_a_cpu(
 def test_what_a_gpu_does_by_default_resumes_bit_equal(
     pools: Pools, ranks: int, inputs: Path, tokenizer_path: str, tmp_path: Path
 ) -> None:
-    """Compiled layers, which the other runs leave out."""
+    """Compiled layers, which the other runs leave out, with attention inside documents by flash attention."""
     folders = [tmp_path / "never", tmp_path / "stopped"]
     for folder in folders:
-        sections = {"model": {"compile": "auto"}, "train": {"deterministic": True, "precision": "bf16"}}
+        sections: dict[str, Any] = {
+            "model": {"compile": "auto", "overrides": {"head_dim": 16}},
+            "data": {"document_mask": True},
+            "train": {"deterministic": True, "precision": "bf16"},
+        }
         config = run_config(inputs, tokenizer_path, folder, ranks, **sections)
         if folder.name == "stopped":
             pools(ranks)(train, config, stop_after=4)

@@ -279,6 +279,10 @@ def test_auto_keeps_merged_weights_where_it_pays_and_the_memory_is_there() -> No
     needed = peak_memory(model, twice, 1, 1, bf16=True)
     assert needed.merged == 2 * sum(layer.weight.numel() for _, layer in adapter_layers(model))
     assert kept(twice, available=2 * needed.device) and not kept(twice, available=2 * needed.device - 1)
+    compiled = peak_memory(model, twice, 1, 1, bf16=True, on_gpu=True).device
+    eager = peak_memory(model, twice, 1, 1, bf16=True, on_gpu=True, compiled=False).device
+    choose_resident(model, twice, 1, 1, 2 * compiled, bf16=True, on_gpu=True, compiled=False)
+    assert compiled < eager and not any(layer.resident for _, layer in adapter_layers(model))
     assert kept(once, on_gpu=True) and not any((kept(once), kept(twice, stage=3), kept(twice, stage=3, on_gpu=True)))
 
 

@@ -159,7 +159,8 @@ def test_devices_are_found_by_their_names() -> None:
         found = device_of_name(cuda_name)
         assert found is not None and found.name == name
         assert named_device(name.upper()) is found
-    assert device_of_name("NVIDIA GeForce GTX 1080") is None
+    others = ("NVIDIA GeForce GTX 1080", "NVIDIA L40", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-80GB MIG 1g.10gb")
+    assert not any(map(device_of_name, others))
     for alias, name in (
         ("4090", "rtx4090"),
         ("RTX 3090", "rtx3090"),
@@ -175,6 +176,14 @@ def test_devices_are_found_by_their_names() -> None:
     assert all(
         device.tflops and device.memory_gb and device.memory_gbytes_per_s and device.source for device in DEVICES
     )
+
+
+def test_a_card_has_the_memory_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-PCIE-40GB")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=42e9))
+    assert (device_here().name, device_here().memory_gb) == ("a100-80gb", 42.0)
 
 
 def test_of_an_unknown_card_only_the_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

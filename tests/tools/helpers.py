@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def arithmetic_put_back() -> Iterator[None]:
     """Undoes what train.deterministic switches."""
     import torch
+    from torch._inductor import config as inductor
 
     with mock.patch.dict("os.environ"):
         yield
+    inductor.deterministic = False
     torch.use_deterministic_algorithms(False)
     torch.backends.cuda.enable_cudnn_sdp(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -226,7 +226,7 @@ def test_more_sequences_at_once_than_there_are_or_than_fit(run_folder, inputs, m
     assert call(EVALUATE, *argv).out == call(EVALUATE, *argv[:2], "--micro_batch_size=1000").out
 
     def too_much(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr("relora_mora.evaluate.evaluate", too_much)
     answer = call(EVALUATE, *argv)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from relora_mora.system import determinism
 from relora_mora.system.determinism import compute_deterministically
@@ -32,6 +33,7 @@ def switched() -> set[bool]:
         not torch.backends.cuda.cudnn_sdp_enabled(),
         os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8",
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1",
+        inductor.deterministic,
     }
 
 

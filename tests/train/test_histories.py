@@ -45,15 +45,22 @@ def test_rollbacks_of_a_run_that_was_moved_away_are_none_of_the_new_one(pools, i
     assert not (folder / "rollbacks.json").exists() and _same(folder, clean)
 
 
-def test_a_start_from_another_run_takes_the_place_of_what_was_in_its_folder(pools, inputs, tokenizer_path, tmp_path):
+@pytest.mark.parametrize("began", ["by itself", "there", "there, and goes on by auto"])
+def test_a_named_start_with_other_settings_puts_nothing_aside(pools, inputs, tokenizer_path, tmp_path, began):
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
-    pools(1)(train, run_config(inputs, tokenizer_path, folder, checkpoint={"keep_last": 9}), stop_after=3)
-    given = {"resume": str(theirs / "checkpoints" / "step-00000002")}
-    pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given), stop_after=3)
-    found = {path.name for path in (folder / "checkpoints").glob("*-*")}
-    of_theirs = ["step-00000002", "step-00000003"]
-    assert found == {*of_theirs, *(f"abandoned-step-0000000{step}" for step in (1, 2, 3))}
+    there = {"resume": str(theirs)}
+    pools(1)(
+        train, run_config(inputs, tokenizer_path, folder, train={} if began == "by itself" else there), stop_after=3
+    )
+    if began.endswith("auto"):
+        pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=4)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(Exception, match=r"holds what a start with other settings has trained; train\.resume=auto "):
+        pools(1)(
+            train, run_config(inputs, tokenizer_path, folder, train={**there, "micro_batch_size": 1}), stop_after=5
+        )
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_named_checkpoint_is_where_a_run_begins_once(pools, inputs, tokenizer_path, tmp_path):
@@ -84,17 +91,18 @@ def test_a_run_does_not_begin_anew_beside_abandoned_checkpoints(pools, inputs, t
 def test_nothing_of_an_abandoned_history_is_lost(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=3)
-    before = [(folder / name).read_text() for name in ("metrics.jsonl", "starts.jsonl")]
     kept = folder / "checkpoints"
-    for name in "ab":
-        pools(1)(train, run_config(inputs, tokenizer_path, tmp_path / name), stop_after=2)
-        given = {"resume": str(tmp_path / name / "checkpoints" / "step-00000002")}
-        pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given), stop_after=3)
+    for name in ("step-00000002", "step-00000001"):
+        pools(1)(train, run_config(inputs, tokenizer_path, folder, train={"resume": str(kept / name)}), stop_after=3)
         (kept / "step-00000003" / "mark").write_text(name)
-    assert [(folder / f"abandoned-{name}").read_text() for name in ("metrics.jsonl", "starts.jsonl")] == before
-    assert len(lines := (folder / "starts.jsonl").read_text().splitlines()) == 1 and json.loads(lines[0])["step"] == 2
     assert not (kept / "abandoned-step-00000003" / "mark").exists()
-    assert (kept / "abandoned-2-step-00000003" / "mark").read_text() == "a"
+    assert (kept / "abandoned-2-step-00000003" / "mark").read_text() == "step-00000002"
+    before = [(folder / name).read_text() for name in ("metrics.jsonl", "starts.jsonl")]
+    given = {"resume": str(kept / "abandoned-2-step-00000003")}
+    pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given), stop_after=4)
+    assert (kept / "abandoned-3-step-00000003" / "mark").read_text() == "step-00000001"
+    assert [(folder / f"abandoned-{name}").read_text() for name in ("metrics.jsonl", "starts.jsonl")] == before
+    assert len(lines := (folder / "starts.jsonl").read_text().splitlines()) == 1 and json.loads(lines[0])["step"] == 3
 
 
 def test_a_run_that_begins_with_a_checkpoint_has_one_of_its_own_at_once(pools, inputs, tokenizer_path, tmp_path):

@@ -88,11 +88,13 @@ def test_other_names_of_sources_are_other_data_whatever_their_weights():
 
 
 def test_weights_with_the_same_shares_are_no_change():
-    def mixture(weight: float) -> Identity:
-        records = [{"source": name, "name": name, "weight": weight} for name in "ab"]
-        return replace(with_setting("data", "train", records), data_fingerprint=str(weight))
+    def mixture(*weights: float) -> Identity:
+        named = zip("abc", weights, strict=False)
+        records = [{"source": name, "name": name, "weight": weight} for name, weight in named]
+        return replace(with_setting("data", "train", records), data_fingerprint=str(weights))
 
-    assert list(changes_since(mixture(1.0), mixture(2.0), set())) == []
+    assert list(changes_since(mixture(1.0, 1.0), mixture(2.0, 2.0), set())) == []
+    assert list(changes_since(mixture(0.1, 0.1, 0.5), mixture(1.0, 1.0, 5.0), set())) == []
 
 
 def test_lanes_are_compared_as_they_are():

@@ -135,13 +135,13 @@ def test_one_rank_asks_the_hub_for_all(pools, inputs, tokenizer_path, tmp_path):
             "a resume reads the commits it began with"
         )
         given = {"resume": str(tmp_path / "run")}
-        other = run_config(inputs, tokenizer_path, tmp_path / "other", 2, data=sources, train=given)
+        other = run_config(inputs, tokenizer_path, tmp_path / "other", 2, data=data, train=given)
         pools(2)(train_from_hub, other, server.url)
         assert not [path for path in server.paths if path.startswith("/api/")], (
             "so does a run that begins with its checkpoint"
         )
     saved = parse_yaml((tmp_path / "run" / "config.yaml").read_text())["data"]
-    assert saved["commits"] == {f"some/{split}@main": COMMIT for split in sources} and saved["revision"] == "main"
+    assert saved["commits"] == {"some/train@main": COMMIT} and saved["revision"] == "main"
 
 
 def test_one_rank_asks_what_is_in_a_set_and_the_others_read_it(pools, inputs, tokenizer_path, tmp_path):

@@ -38,8 +38,8 @@ def test_without_the_demo_everything_is_named_with_its_command(tmp_path: Path, m
         open_inputs(settings())
     assert [fault.partition(":")[0] for fault in raised.value.faults] == [
         "tokenizer.path",
-        "data.validation",
         "data.train",
+        "data.validation",
     ]
     for fault in raised.value.faults:
         assert "runs/demo/" in fault and "`make demo`" in fault and str(tmp_path) in fault
@@ -57,7 +57,7 @@ def test_a_wrong_column_is_told_with_what_else_is_wrong(config: Config, tmp_path
     wrong = changed(config, "data", train=str(path), validation=str(tmp_path / "b.json"), text_column="body")
     with pytest.raises(ConfigError) as raised:
         open_inputs(wrong)
-    validation, train = raised.value.faults
+    train, validation = raised.value.faults
     assert "no file matches" in validation
     assert train.startswith('data.train: a.parquet has no column "body"; set data.text_column to one of id, text, url')
 
@@ -81,7 +81,7 @@ def test_tokens_of_another_tokenizer_are_told_with_what_else_is_wrong(
     wrong = changed(config, "data", train=str(out), validation=str(tmp_path / "b.json"))
     with pytest.raises(ConfigError) as raised:
         open_inputs(wrong)
-    validation, train = raised.value.faults
+    train, validation = raised.value.faults
     assert "no file matches" in validation
     assert train.startswith(f"data.train: {out} holds tokens of another tokenizer than ")
     longer = changed(config, "data", train=str(out), max_line_bytes=99, max_bad_fraction=1.0)

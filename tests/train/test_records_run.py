@@ -188,8 +188,10 @@ def _evaluated(run_dir: Path, **settings: Any) -> dict[str, Any]:
     return answer
 
 
-def test_the_command_scores_the_answers_that_the_run_scored(pools, inputs, tokenizer_path, tmp_path):
-    config = _config(inputs, tokenizer_path, tmp_path / "run", 1)
+@pytest.mark.parametrize("named", [True, False], ids=["template named", "that of the run"])
+def test_the_command_scores_the_answers_that_the_run_scored(pools, inputs, tokenizer_path, tmp_path, named):
+    held_out = {"source": str(inputs / "validation.jsonl"), **({} if named else {"records": {"kind": "messages"}})}
+    config = _config(inputs, tokenizer_path, tmp_path / "run", 1, validation=[held_out])
     pools(1)(train, config)
     assert load_tokenizer(tmp_path / "run" / "tokenizer").chat_template == (inputs / "own.jinja").read_text()
     lines = [line for line in metrics(tmp_path / "run") if "eval/loss" in line]
