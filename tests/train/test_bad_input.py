@@ -152,12 +152,13 @@ def test_a_file_that_may_not_be_read(checkpoint, name):
         for path in (public, *public.rglob("*")):
             path.chmod(0o755)
         folder.chmod(0o777)
+        assert call(EXPORT, public, folder / "of root").code == 0  # which imports all that it needs
         with permissions_count():
             assert call(EXPORT, public, folder / "good").code == 0
         (public / name).chmod(0)
         with permissions_count():
             refused(call(EXPORT, public, folder / "out"), str(public), name, "Permission denied")
-        assert left_in(folder) == ["checkpoint", "good"]
+        assert left_in(folder) == ["checkpoint", "good", "of root"]
 
 
 # ---- folders of other programs -------------------------------------------------------------------------------------
