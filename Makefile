@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 test: $(VENV)/.installed-dev  ## all tests but those of the targets below
 	$(PYTEST)
 
-test-elastic: $(VENV)/.installed-dev  ## every move between 1, 2, 4 ranks and ZeRO 0-3, three methods
+test-elastic: $(VENV)/.installed-dev  ## every move between 1, 2, 4 ranks and ZeRO 0-3, three methods; what make test leaves out of other grids
 	$(BIN)/python -m pytest -m elastic
 
 KILLS ?= 100

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from relora_mora.config import Config
 from relora_mora.config.explain import model_in
 from relora_mora.data import iter_texts
+from relora_mora.train.identity import FREE_SECTIONS, FREE_SETTINGS
 from tests.tools.data_tools import data_config
 from tests.tools.helpers import ROOT
 
@@ -225,8 +226,7 @@ def test_the_documents_say_what_may_change_at_a_resume() -> None:
     table = text.partition("| may differ |")[2].partition("\n\n")[0]
     first_column = "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
     named = set(re.findall(r"`([a-z_]+\.[a-z_]+)`", first_column))
-    assert named == literal("relora_mora/train/identity.py", "FREE_SETTINGS")
-    assert all(f"`{section}`" in first_column for section in literal("relora_mora/train/identity.py", "FREE_SECTIONS"))
+    assert named == FREE_SETTINGS and all(f"`{section}`" in first_column for section in FREE_SECTIONS)
 
 
 def test_the_documents_describe_every_field_of_a_manifest() -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
 
 NAMED_RANKS = 3  # of those that failed
 APPEAR_SECONDS = 10.0  # for a file that another host wrote to be seen on this one
+LATE_SECONDS = 1800.0  # for a rank to write its part
 
 
 class CheckpointWriter:
@@ -54,7 +55,6 @@ class CheckpointWriter:
         keep_every_steps: int,
         merge_states: Callable[[list[dict[str, Any]]], dict[str, Any]],
         report: Callable[[str], None],
-        timeout_seconds: float = 1800.0,
     ) -> None:
         self.folder = folder
         self.rank = engine.rank
@@ -63,7 +63,6 @@ class CheckpointWriter:
         self.keep_every_steps = keep_every_steps
         self.merge_states = merge_states
         self.report = report
-        self.timeout_seconds = timeout_seconds
         self.last_failure: str | None = None
         files: dict[str, bytes] = {}
         from_first_rank(lambda: files.update(read_tokenizer(tokenizer)))
@@ -134,8 +133,8 @@ class CheckpointWriter:
 
         A rank that is out of time may still be writing.
         """
-        deadline = time.monotonic() + self.timeout_seconds
-        late = {"failure": f"did not finish its part in {self.timeout_seconds:.0f} s"}
+        deadline = time.monotonic() + LATE_SECONDS
+        late = {"failure": f"did not finish its part in {LATE_SECONDS:.0f} s"}
         parts = [self._mailbox.receive(work.name, rank, deadline) or late for rank in range(self.world_size)]
         failed = [f"rank {rank}: {part['failure']}" for rank, part in enumerate(parts) if "failure" in part]
         if not failed:

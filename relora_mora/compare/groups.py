@@ -12,6 +12,7 @@ from typing import Any
 
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.runs import Run
+from relora_mora.config.checks import OPERATIONAL
 from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
 
 SEEDS = ("train.seed", "data.seed")
@@ -19,21 +20,12 @@ SEEDS = ("train.seed", "data.seed")
 _APART_SECTIONS = ("checkpoint", "log")
 _APART = {
     *SEEDS,
-    "data.max_bad_fraction",
-    "data.prefetch_batches",
-    "data.timeout_seconds",
-    "data.workers",
+    *OPERATIONAL,
     "eval.at_start",
     "eval.every_steps",
     "eval.generate",
     "eval.micro_batch_size",
-    "train.allow_changes",
     "train.epochs",
-    "train.max_bad_steps",
-    "train.max_rollbacks",
-    "train.peer_timeout_seconds",
-    "train.resume",
-    "train.run_dir",
     "train.tokens",
 }
 _IN_TITLE = ("method.name", "method.operators")

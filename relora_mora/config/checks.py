@@ -17,6 +17,20 @@ from relora_mora.config.schema import Config
 from relora_mora.config.secrets import secrets_in
 from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
 
+# how a run is done and watched: what comes out of it depends on none of these
+OPERATIONAL = {
+    "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
+    "data.prefetch_batches",
+    "data.timeout_seconds",
+    "data.workers",
+    "train.allow_changes",
+    "train.max_bad_steps",
+    "train.max_rollbacks",
+    "train.peer_timeout_seconds",
+    "train.resume",
+    "train.run_dir",
+}
+
 
 def unused_settings(config: Config) -> list[str]:
     """Settings that were given and have no use, so that the trainer can say so."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats import JSON_LINES
 from relora_mora.data.sources import Shard
 
 CHUNK_BYTES = 1 << 16  # of the file; always whole chunks, so that a damaged shard fails at the same place every time
@@ -35,9 +33,6 @@ class ShardBytes(Protocol):
     def read(self, size: int) -> bytes:
         """The next ``size`` bytes, fewer only at the end."""
 
-    def recheck_end(self) -> bool:
-        """Called where the bytes ended and text is missing: whether to read on, since the end may have been wrong."""
-
     def close(self) -> None: ...
 
 
@@ -54,11 +49,9 @@ def decompress(source: ShardBytes, shard: Shard) -> Iterator[bytes]:
     head = source.read(CHUNK_BYTES)
     read = _with_head(head, source.read)
     if head.startswith(GZIP_MAGIC):
-        yield from _gunzip(read, source.recheck_end)
+        yield from _gunzip(read)
     elif _ZSTD_MAGIC.match(head):
-        yield from _unzstd(read, source.recheck_end, shard.name)
-    elif shard.location.endswith((".gz", ".zst")) and not _is_text(head, shard):
-        raise DamagedShardError("corrupt")
+        yield from _unzstd(read, shard.name)
     else:
         while data := read(CHUNK_BYTES):
             yield data
@@ -71,28 +64,16 @@ def foreign_format(head: bytes) -> str | None:
     return "html" if head[:1024].removeprefix(BOM).lstrip().startswith(b"<") else None
 
 
-def _is_text(head: bytes, shard: Shard) -> bool:
-    """Whether a shard that is named like a compressed one is text all the same, a server having unpacked it."""
-    if shard.format is not JSON_LINES:  # then any text will do
-        try:
-            codecs.getincrementaldecoder("utf-8")().decode(head)
-        except UnicodeDecodeError:
-            return False
-        return b"\0" not in head
-    body = head.removeprefix(BOM).lstrip()
-    return not body or body.startswith(b"{") or foreign_format(head) is not None
-
-
 def _with_head(head: bytes, rest: Read) -> Read:
     """The same reader with ``head`` put back before it, once."""
     heads = [head]
     return lambda size: heads.pop() if heads else rest(size)
 
 
-def _gunzip(read: Read, recheck_end: Callable[[], bool]) -> Iterator[bytes]:
+def _gunzip(read: Read) -> Iterator[bytes]:
     """Any number of gzip members; zeros may follow the last one."""
     decompressor = zlib.decompressobj(wbits=31)
-    while (data := read(CHUNK_BYTES)) or (not decompressor.eof and recheck_end()):
+    while data := read(CHUNK_BYTES):
         while data:
             if decompressor.eof:
                 data = data.lstrip(b"\0")
@@ -119,7 +100,7 @@ def _zlib_piece(decompressor: zlib._Decompress, data: bytes) -> bytes:
         raise DamagedShardError("corrupt") from error
 
 
-def _unzstd(read: Read, recheck_end: Callable[[], bool], name: str) -> Iterator[bytes]:
+def _unzstd(read: Read, name: str) -> Iterator[bytes]:
     """Any number of zstd frames. Memory grows with the text up to the window of a frame, which is 2 GiB at most."""
     import zstandard
 
@@ -127,7 +108,7 @@ def _unzstd(read: Read, recheck_end: Callable[[], bool], name: str) -> Iterator[
         return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).decompressobj()
 
     decompressor = frame()
-    while (chunk := read(CHUNK_BYTES)) or (not decompressor.eof and recheck_end()):
+    while chunk := read(CHUNK_BYTES):
         for start in range(0, len(chunk), ZSTD_FEED_BYTES):
             data = chunk[start : start + ZSTD_FEED_BYTES]
             while data:

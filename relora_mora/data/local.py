@@ -33,9 +33,6 @@ class LocalBytes:
         self.position += len(data)
         return data
 
-    def recheck_end(self) -> bool:
-        return False  # a disk tells the end of a file the first time
-
     def close(self) -> None:
         self._file.close()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import re
 import time
-from dataclasses import dataclass
 
 import requests
 
@@ -20,26 +19,10 @@ from relora_mora.data.retry import CHECK, RETRIES, TransientError, retrying
 from relora_mora.data.sources import Shard
 from relora_mora.data.transport import BROKEN, IDLE_SECONDS, FileVersion, check_status, send, size_of
 
-ANSWERS_NEEDED = 2  # that agree on the end of a file
-ANSWERS_WHEN_TEXT_IS_MISSING = 6  # of a compressed file that ends in the middle
 OVERLAP_BYTES = 64
 PIECE_BYTES = 1 << 13
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
-
-
-@dataclass
-class _EndOfFile:
-    """How many answers in a row ended at the same position."""
-
-    needed: int = ANSWERS_NEEDED
-    position: int = -1
-    answers: int = 0
-
-    def confirmed(self, position: int) -> bool:
-        self.answers = self.answers + 1 if position == self.position else 1
-        self.position = position
-        return self.answers >= self.needed
 
 
 class RemoteBytes:
@@ -53,9 +36,8 @@ class RemoteBytes:
         self._response: requests.Response | None = None
         self._version = FileVersion(shard.name)
         self._size: int | None = None
-        self._end = _EndOfFile()
+        self._end: int | None = None  # where the answer before ended
         self._finished = False
-        self._rechecked = False
         self._last_read = 0.0
         self._piece = PIECE_BYTES
 
@@ -83,15 +65,6 @@ class RemoteBytes:
             missing -= len(part)
         return b"".join(parts)
 
-    def recheck_end(self) -> bool:
-        """Text is missing after the end: let more answers confirm it. False where they have done so already."""
-        if self._rechecked:
-            return False
-        self._rechecked = True
-        self._finished = False
-        self._end.needed = ANSWERS_WHEN_TEXT_IS_MISSING
-        return True
-
     def _attempt(self, size: int) -> bytes:
         """Some bytes from the current position on; none at the confirmed end."""
         if self._response is not None and time.monotonic() - self._last_read > IDLE_SECONDS:
@@ -102,7 +75,7 @@ class RemoteBytes:
             data = self._receive(min(size, self._piece))
             self._last_read = time.monotonic()
             if data:
-                if self._end.answers and self._end.position == self.position:
+                if self._end == self.position:
                     RETRIES.retries += 1  # the answer before ended here: it was cut short, and this is the second try
                 self._piece = PIECE_BYTES
                 self.position += len(data)
@@ -111,8 +84,9 @@ class RemoteBytes:
             self.close()
             if self._size is not None and self.position < self._size:
                 raise TransientError(f"the body ended {self._size - self.position} bytes early")
-            if self._end.confirmed(self.position):
+            if self._end == self.position:
                 return b""
+            self._end = self.position
 
     def _receive(self, size: int) -> bytes:
         assert self._response is not None

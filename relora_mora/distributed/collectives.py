@@ -77,11 +77,11 @@ def is_device_failure(error: BaseException) -> bool:
     return failed and not ran_out_of_memory(error)
 
 
-def leave_together(seconds: float = LEAVE_SECONDS) -> None:
+def leave_together() -> None:
     """Waits until all ranks that are still there have come here, so that none finds the first one's store gone."""
     if dist.get_world_size() > 1:
         with contextlib.suppress(RuntimeError), collective():
-            dist.monitored_barrier(control_group(), timeout=datetime.timedelta(seconds=seconds))
+            dist.monitored_barrier(control_group(), timeout=datetime.timedelta(seconds=LEAVE_SECONDS))
 
 
 def from_first_rank(make: Callable[[], Any]) -> Any:

@@ -169,8 +169,7 @@ def state_memory(
 
 def zero_setting(config: Config, name: str, default: int) -> int:
     """A number of DeepSpeed's ``zero_optimization``, as ``train.deepspeed`` sets it."""
-    value = config.train.deepspeed.get("zero_optimization", {}).get(name, default)
-    return int(value) if isinstance(value, int | float) else default
+    return int(config.train.deepspeed.get("zero_optimization", {}).get(name, default))
 
 
 def merged_memory(model: PreTrainedModel, stage: int, world_size: int, *, bf16: bool) -> float:

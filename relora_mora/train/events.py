@@ -243,11 +243,10 @@ class Evaluating:
 class Saving:
     """Checkpoints; they are written in the background."""
 
-    def __init__(self, run: Run, writer: CheckpointWriter, evaluating: Evaluating, guard: Guard, write: Write) -> None:
+    def __init__(self, run: Run, writer: CheckpointWriter, guard: Guard, write: Write) -> None:
         self.every_steps = run.config.checkpoint.every_steps
         self.run = run
         self.writer = writer
-        self.evaluating = evaluating
         self.guard = guard
         self.write = write
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from relora_mora.checkpoint import Manifest
 from relora_mora.config import Config, TextSource
+from relora_mora.config.checks import OPERATIONAL
 from relora_mora.config.schema import lanes_of
 from relora_mora.model import FUNCTION, TRAINING, keys_with, stored_model_config
 from relora_mora.registry import MATRIX_OPTIMIZERS, settings_of_others
 
-# settings that change how a run is done and not what comes out of it: they may differ at a resume
+# settings that may differ at a resume
 FREE_SETTINGS = {
+    *OPERATIONAL,
     "model.config",  # the model's own settings are compared instead
     "model.overrides",
     "model.init_from",
@@ -30,19 +32,9 @@ FREE_SETTINGS = {
     "data.packing",  # part of the fingerprint where it is not "stream"
     "data.text_column",  # part of the fingerprint
     "data.sample_by",  # part of the fingerprint where there is a .txt file
-    "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
-    "data.workers",
-    "data.prefetch_batches",
-    "data.timeout_seconds",
-    "train.run_dir",
     "train.micro_batch_size",
     "train.zero_stage",
     "train.deterministic",
-    "train.resume",
-    "train.allow_changes",
-    "train.max_bad_steps",
-    "train.max_rollbacks",
-    "train.peer_timeout_seconds",
     "train.deepspeed",
 }
 # settings that no permission lets differ at a resume, and why

@@ -93,7 +93,7 @@ class Trainer:
         self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
         self.reporting = Reporting(run, self._arithmetic(), self.write, self.progress)
         self.evaluating = Evaluating(run, guard, self.write, self.progress)
-        self.saving = Saving(run, self.writer, self.evaluating, guard, self.write)
+        self.saving = Saving(run, self.writer, guard, self.write)
         self.ends = Ends(self.folder, self.saving, guard)
 
     def fit(self) -> int:

@@ -178,7 +178,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         return whole_write(self, folder.with_name("of-another-host") / work.name, *args)
 
     for step in (1, 2, 3):
-        writer.timeout_seconds = 1.0 if (step, what) == (2, "late") else 1800.0
+        module.LATE_SECONDS = 1.0 if (step, what) == (2, "late") else 1800.0
         if step == 2 and what == "late":
             rank_files.RankFiles.write = late if rank == 1 else whole_write
         elif step == 2 and what == "elsewhere":

@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relora_mora.data import iter_texts
+from relora_mora.data.errors import SourceError
 from relora_mora.data.lines import ShardLines
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
@@ -133,6 +134,7 @@ def test_a_shard_that_breaks_off_or_is_damaged(tmp_path, suffix):
     damaged.write_bytes(body[: len(body) // 2] + b"\xff" * 100 + body[len(body) // 2 + 100 :])
     assert isinstance(_lines(damaged)[-1], Skipped) and _lines(damaged) == _lines(damaged)
     damaged.write_bytes(b"junk" + body[4:])
-    assert _lines(damaged) == [Skipped("corrupt")]
+    with pytest.raises(SourceError, match=r"lines are bad, more than data\.max_bad_fraction"):
+        list(iter_texts(str(damaged), split="train", config=data_config(damaged)))
     damaged.write_bytes(b"")
     assert _lines(damaged) == []

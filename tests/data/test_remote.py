@@ -111,15 +111,6 @@ def test_a_server_that_comes_up_late(tmp_path, shard):
     assert RETRIES.retries - before > 3
 
 
-@pytest.mark.parametrize("suffix", [".json.gz", ".jsonl.zst"])
-def test_a_compressed_shard_that_misses_its_end_doubts_agreeing_answers(tmp_path, suffix):
-    texts = some_texts(3000)
-    write_shard(tmp_path / f"a{suffix}", texts)
-    with serving(tmp_path, lambda n: "short" if n < 3 else None, ranges=False) as server:
-        config = data_config(f"{server.url}/a{suffix}")
-        assert list(iter_texts(config.train, split="train", config=config)) == texts
-
-
 def test_faults_at_a_tenth_of_the_requests_leave_the_stream_of_tokens_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
     names = [f"{n}{suffix}" for n in range(10) for suffix in (*JSON_LINES, ".txt", ".txt.gz", ".csv.zst")]

@@ -114,7 +114,7 @@ def test_what_a_server_unpacked_is_read_too(tmp_path, monkeypatch, name, body):
     with serving(tmp_path) as server:
         assert _texts(f"{server.url}/{name}") == ["größer", "text"]
     (tmp_path / name).write_bytes(gzip.compress(body.encode())[2:])  # no gzip, and no text
-    with pytest.raises(SourceError, match="is where the compressed shard is damaged"):
+    with pytest.raises(SourceError, match=r"holds a raw NUL byte|has no column"):
         _texts(tmp_path / name)
 
 

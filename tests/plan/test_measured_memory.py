@@ -12,6 +12,7 @@ from relora_mora.config import Config
 from relora_mora.optim import count_parameters
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import gathered_memory, gradient_memory, state_memory
+from tests.tools.grids import rest
 from tests.tools.pool import Pools
 from tests.tools.tiny import build_rig, tiny_config, tiny_llama
 
@@ -60,7 +61,8 @@ def measure(method: str, stage: int, bf16: bool, micro_batch_size: int, matrices
     return {**result, "after_backward": held()}
 
 
-CASES = [("remora", stage, bf16, 2, 2, "adamw") for stage in (0, 1, 2, 3) for bf16 in (False, True)]
+CASES = [("remora", stage, stage % 2 == 1, 2, 2, "adamw") for stage in (0, 1, 2, 3)]
+CASES += rest(*(("remora", stage, stage % 2 == 0, 2, 2, "adamw") for stage in (0, 1, 2, 3)))
 CASES += [("full", 0, True, 2, 2, "adamw"), ("full", 3, True, 1, 8, "adamw"), ("remora", 1, True, 1, 8, "adamw")]
 CASES += [("full", stage, stage % 2 == 1, 2, 2, "muon") for stage in (0, 1, 2, 3)] + [("remora", 2, True, 2, 2, "muon")]
 CASES += [("full", 0, True, 2, 2, "apollo"), ("full", 2, False, 2, 2, "galore"), ("full", 3, True, 2, 2, "fira")]

@@ -20,6 +20,7 @@ from relora_mora.model import ARCHITECTURES
 from relora_mora.pretrained import check_headers, load_foreign
 from relora_mora.system.run_folder import RunFolder
 from tests.tools.commands import EVALUATE, FINETUNE, PLAN, call, refused
+from tests.tools.grids import rest
 from tests.tools.runs import LLAMA, metrics, run_config, tensors, train
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
@@ -93,8 +94,8 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
 
 
 # with those of KINDS, and tests/train/test_records_run.py's, every method is on every stage that differs for it
-ON_STAGES = [("full", 0), ("full", 2), ("full", 3), ("mora", 0), ("mora", 1), ("mora", 3), ("lora", 1), ("lora", 3)]
-ON_STAGES += [("relora", 0), ("relora", 3), ("remora", 0), ("remora", 1)]
+ON_STAGES = [("full", 2), ("mora", 0), ("mora", 3), ("lora", 1), ("relora", 0), ("remora", 1)]
+ON_STAGES += rest(("full", 0), ("full", 3), ("mora", 1), ("lora", 3), ("relora", 3), ("remora", 0))
 RESUMED = [("full", 2), ("mora", 3), ("lora", 1), ("relora", 0)]
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from relora_mora.system.compilers import missing_to_compile
+from tests.tools.grids import rest
 from tests.tools.runs import metrics, run_config, train
 
 pytestmark = pytest.mark.distributed
@@ -105,7 +106,7 @@ compiler_only = pytest.mark.skipif(
 
 
 @compiler_only
-@pytest.mark.parametrize("method,stage", [("full", 0), ("remora", 1), ("relora", 2)])
+@pytest.mark.parametrize("method,stage", [("remora", 1), ("relora", 2), *rest(("full", 0))])
 def test_compiled_layers_train_as_the_reference(golden, pools, tokenizer_path, tmp_path, method, stage):
     sections: dict[str, Any] = {"model": {"compile": True}, "train": {"zero_stage": stage}}
     if method == "full":  # a second kind of batches, less than a micro-batch of it

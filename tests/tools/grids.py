@@ -1,0 +1,12 @@
+"""Cases of a grid that take long together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def rest(*cases: Any) -> list[Any]:
+    """Cases that ``make test-elastic`` runs, and ``make test`` leaves out: others hold each of their values."""
+    return [pytest.param(*case, marks=pytest.mark.elastic) for case in cases]
