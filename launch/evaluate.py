@@ -26,23 +26,6 @@ if TYPE_CHECKING:
     from relora_mora.evaluate import EvalResult
     from relora_mora.pretrained import LoadedModel
 
-# what faults of the text say of a run's settings, and what holds for this command instead
-_HERE = {
-    "more than data.max_bad_fraction (": "more than is allowed (",
-    ", or raise data.max_bad_fraction": "",
-    ", or raise data.timeout_seconds": "",
-    "set data.text_column": "set --text_column",
-    "data.text_column names the key of texts, data.records": "--text_column names the key of texts, --records",
-    "set data.records.columns": "set columns of --records",
-    "set data.records.template=chatml, a .jinja file with these marks, or data.records.score=all": (
-        "set template of --records to chatml or a .jinja file with these marks, or its score to all"
-    ),
-    "set data.records.template": "set template of --records",
-    "raise data.sequence_length": "raise --sequence_length",
-    "(data.records.columns)": "(columns of --records)",
-    "set data.revision to a commit": "name a commit, as in --data='{source: ..., revision: ...}'",
-}
-
 
 def main(
     model: str,
@@ -50,18 +33,14 @@ def main(
     data: str | None = None,
     base: str | None = None,
     tokenizer: str | None = None,
-    sequence_length: int | None = None,
     max_tokens: int | None = None,
     micro_batch_size: int = 8,
     precision: str = "float32",
-    document_mask: bool | None = None,
-    records: str | None = None,
-    text_column: str | None = None,
-    sample_by: str | None = None,
     tasks: str | None = None,
     task_data: str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
+    **overrides: str,
 ) -> None:
     """Scores text with a model; text in several sets set by set, and as a whole. Or, with --tasks, scores the model.
 
@@ -71,26 +50,19 @@ def main(
         data: source of the text, or YAML of sets by name as data.validation takes it; default: the run's held-out text
         base: the model that an adapter was trained on; default: the folder that its config names
         tokenizer: folder or .model file; default: the model's own
-        sequence_length: tokens the model sees at once; default: as trained, or the model's maximum up to 2048
         max_tokens: predicted tokens to score of each set, in whole documents; default: all
         micro_batch_size: sequences per forward
         precision: float32, bfloat16 or float16
-        document_mask: score each document alone, as data.document_mask trains; default: as trained, else false
-        records: what rows hold, as YAML of data.records, or null for plain text; default: as trained, else plain text
-        text_column: the key or column that holds the text, of sources that name none; default: as trained, else text
-        sample_by: what a document of a .txt file is: line, paragraph or document; default: as trained, else paragraph
         tasks: names of tasks of lm-evaluation-harness, with commas between them, in place of text; docs/tasks.md
         task_data: the rows of local tasks: a folder or a file of JSON lines
         num_fewshot: rows with their answers before each row of a task; default: what the task says, else none
         limit: rows of each task to score; default: all
+        overrides: how the text is read, as --data.KEY=VALUE, for instance --data.sequence_length=512,
+            --data.document_mask=true or --data.records.kind=question. Default is as trained, else as
+            docs/settings.md says, with the model's maximum up to 2048 as sequence_length
     """
-    from relora_mora.config import SAMPLE_BY
-
-    if sample_by not in (None, *SAMPLE_BY):
-        raise ValueError(f"--sample_by: got {sample_by}, expected one of {', '.join(SAMPLE_BY)}")
     for name, value, least in (
         ("micro_batch_size", micro_batch_size, 1),
-        ("sequence_length", sequence_length, 2),
         ("max_tokens", max_tokens, 1),
         ("num_fewshot", num_fewshot, 0),
         ("limit", limit, 1),
@@ -98,28 +70,20 @@ def main(
         if value is not None and value < least:
             raise ValueError(f"--{name}: got {value}, expected at least {least}")
     of_tasks: dict[str, Any] = {"task_data": task_data, "num_fewshot": num_fewshot, "limit": limit}
-    of_text = {
-        "data": data,
-        "sequence_length": sequence_length,
-        "max_tokens": max_tokens,
-        "records": records,
-        "document_mask": document_mask,
-        "text_column": text_column,
-        "sample_by": sample_by,
-    }
+    of_text = {"data": data, "max_tokens": max_tokens, **overrides}
     without_use = [name for name, value in (of_tasks if tasks is None else of_text).items() if value is not None]
     if without_use:
         reason = "belongs to --tasks" if tasks is None else "is about text, and --tasks scores none"
         raise ValueError(f"--{without_use[0]}: {reason}; leave it out")
-    from relora_mora.config import parse_records, parse_sources
+    from relora_mora.config import SCORING, parse_typed, read_data
 
-    given = None if data is None else parse_sources(data, "--data")
-    held = {} if records is None else {"records": parse_records(records, "--records"), "packing": None}
+    given = None if data is None else parse_typed(data, "--data")
+    text = read_data({"train": "none", "validation": "none" if given is None else given}, overrides, SCORING)
     with many_imports():  # takes seconds: what was typed is checked before
         import torch
 
         from relora_mora.adapters import is_adapter, load_model
-        from relora_mora.config import DataConfig, set_setting
+        from relora_mora.config import set_setting
         from relora_mora.data import SourceError
         from relora_mora.data.hub_sources import hub_repo
         from relora_mora.data.sources import shards_of
@@ -143,42 +107,36 @@ def main(
     if tokenizer is not None:
         load_tokenizer(tokenizer)
     if given is not None:
-        text = DataConfig.model_validate({"train": "none", "validation": given, **held})
         for name, sources in text.validation_sets.items():
             if any(hub_repo(source) or "://" in source.source for source in sources):
                 continue
             try:
                 shards_of(sources, text, "validation")
             except SourceError as error:
-                said = f"{set_setting(name)}: {error}" if name else str(error)
-                raise SourceError(_as_this_command_says(said, data_given=True)) from error
+                raise SourceError(f"{set_setting(name)}: {error}" if name else str(error)) from error
     loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
     if tasks is not None:
         _score_tasks(loaded, tokenizer, names, micro_batch_size, **of_tasks)
         return
-    settings = loaded.data_settings(given, sequence_length, document_mask, text_column, sample_by)
-    settings = settings.model_copy(update=held)
+    settings = loaded.data_settings(given, overrides)
     alone = settings.masks_documents_of(settings.sources("validation"))
-    if document_mask is False and alone:
-        raise ValueError("--document_mask: records that are packed whole are always scored alone; leave it out")
+    if "data.document_mask" in overrides and alone and not settings.document_mask:
+        raise ValueError("--data.document_mask: records that are packed whole are always scored alone; leave it out")
     length = settings.sequence_length
     positions = positions_of(loaded.model)
     if positions is not None and length > positions:
         raise ValueError(
-            f"--sequence_length: got {length}, but {model} has {positions} positions; give at most {positions}"
+            f"--data.sequence_length: got {length}, but {model} has {positions} positions; give at most {positions}"
         )
     longest = length_of_documents(loaded.model.config.get_text_config()) if alone else None
     if longest is not None and length > longest:
         raise ValueError(
-            f"--sequence_length: got {length}, but behind {longest} positions the longrope of {model} turns the "
+            f"--data.sequence_length: got {length}, but behind {longest} positions the longrope of {model} turns the "
             f"documents of a batch by the longest of them; give at most {longest}, or score them in sequences"
         )
     with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
         check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.get_text_config().vocab_size)
-        try:
-            sets = held_out(settings, str(tokenizer_path), max_tokens)
-        except SourceError as error:
-            raise SourceError(_as_this_command_says(str(error), given is not None)) from error
+        sets = held_out(settings, str(tokenizer_path), max_tokens)
     device = torch.device("cuda" if uses_cuda() else "cpu")
     lm = _on(device, loaded.model)
     if not is_causal(lm, device):
@@ -272,15 +230,6 @@ def _table(results: Mapping[str, EvalResult]) -> str:
         for name, result in results.items()
     ]
     return "\n".join([f"{'':<{width}} {'tokens':>15} {'loss':>10} {'perplexity':>12} {'bits per byte':>15}", *rows])
-
-
-def _as_this_command_says(message: str, data_given: bool) -> str:
-    """A fault of the text with the remedies and the names of this command."""
-    if data_given and message.startswith("data.validation."):
-        message = "--data." + message.removeprefix("data.validation.")
-    for of_run, here in _HERE.items():
-        message = message.replace(of_run, here)
-    return message
 
 
 if __name__ == "__main__":

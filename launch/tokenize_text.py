@@ -12,10 +12,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from relora_mora.config import Config
+    from relora_mora.config import DataConfig
 
 try:
     from relora_mora.cli import run
@@ -32,13 +32,8 @@ def main(
     tokenizer: str | None = None,
     split: str = "train",
     processes: int | None = None,
-    text_column: str | None = None,
-    sample_by: str | None = None,
-    revision: str | None = None,
-    max_line_bytes: int | None = None,
-    max_bad_fraction: float | None = None,
-    timeout_seconds: float | None = None,
     finetune: bool = False,
+    **overrides: str,
 ) -> None:
     """Makes a folder of tokens. Started again, it goes on with what is missing.
 
@@ -49,13 +44,9 @@ def main(
         tokenizer: folder or .model file; default: that of the settings
         split: train or validation: which text of the settings, or which split of a set by name
         processes: that make tokens at the same time, a shard each; default: one per core
-        text_column: as in the settings data.*, and so are the rest
-        sample_by: what a document of a .txt file is: line, paragraph or document
-        revision: of sources on the hub
-        max_line_bytes: a longer line, or text of a row, is counted as bad and skipped
-        max_bad_fraction: stop when more than this fraction of a shard's lines is bad
-        timeout_seconds: give up on a source that has failed for this long
         finetune: the settings are those of a run of launch/finetune.py, with its defaults
+        overrides: how the text is read, as --data.KEY=VALUE, for instance --data.text_column=content;
+            docs/settings.md lists them
     """
     if split not in ("train", "validation"):
         raise ValueError(f"--split: got {split!r}, expected train or validation")
@@ -65,17 +56,7 @@ def main(
     from relora_mora.data import configured_shards, make_tokens
 
     started = time.monotonic()
-    given = {
-        "text_column": text_column,
-        "sample_by": sample_by,
-        "revision": revision,
-        "max_line_bytes": max_line_bytes,
-        "max_bad_fraction": max_bad_fraction,
-        "timeout_seconds": timeout_seconds,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    settings = _settings(source, tokenizer, given, finetune=finetune)
-    data = settings.data
+    data, tokenizer = _settings(source, tokenizer, overrides, finetune=finetune)
     named = len(data.train_sources) if is_mixture(data.train) else 1
     if (named if split == "train" else len(data.validation_sets)) > 1:
         raise ValueError(
@@ -87,7 +68,7 @@ def main(
         shards,
         Path(out),
         config=data,
-        tokenizer_path=settings.tokenizer_path,
+        tokenizer_path=tokenizer,
         processes=processes or len(os.sched_getaffinity(0)),
     )
     print(
@@ -99,29 +80,25 @@ def main(
     print(f"use it with --data.{split}={out}")
 
 
-def _settings(source: str, tokenizer: str | None, data: dict[str, Any], *, finetune: bool) -> Config:
-    """Those of a run, or of a source of text; what has nothing to do with text has any value there."""
-    from relora_mora.config import FINETUNING, load_config, parse_typed
-    from relora_mora.config.load import validate
+def _settings(
+    source: str, tokenizer: str | None, overrides: dict[str, str], *, finetune: bool
+) -> tuple[DataConfig, str]:
+    """Text and tokenizer: of the settings of a run, or as typed."""
+    from relora_mora.config import FINETUNING, READING, check_names, load_config, parse_typed, read_data
 
+    check_names(overrides, READING)
     if source.endswith((".yaml", ".yml")):
-        given = {f"data.{name}": value for name, value in data.items()}
-        if tokenizer is not None:
-            given["tokenizer.path"] = tokenizer
-        overrides = {name: json.dumps(value, ensure_ascii=False) for name, value in given.items()}
-        return load_config(source, overrides, defaults=FINETUNING if finetune else None)
+        given = {} if tokenizer is None else {"tokenizer.path": json.dumps(tokenizer, ensure_ascii=False)}
+        config = load_config(source, {**overrides, **given}, defaults=FINETUNING if finetune else None)
+        return config.data, config.tokenizer_path
+    if finetune:
+        raise ValueError(f"--finetune: {source} is no file of settings (.yaml); leave it out")
     if tokenizer is None:
         raise ValueError(
             "--tokenizer: missing; give the folder or .model file of the run, or settings (.yaml) as source"
         )
     text = parse_typed(source, "SOURCE")
-    tree = {
-        "model": {"config": "none"},
-        "tokenizer": {"path": tokenizer},
-        "data": {"train": text, "validation": text, **data},
-        "train": {"run_dir": "none"},
-    }
-    return validate(tree, "the command line")
+    return read_data({"train": text, "validation": text}, overrides, READING), tokenizer
 
 
 if __name__ == "__main__":

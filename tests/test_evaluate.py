@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from relora_mora.checkpoint import CheckpointError
-from relora_mora.config import DataConfig, TextSource, parse_sources
+from relora_mora.config import DataConfig, parse_typed
 from relora_mora.data import SourceError, document_boundaries, load_eval_set
 from relora_mora.data.hub_sources import Commits
 from relora_mora.evaluate import causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal, rows_of_documents
@@ -115,11 +115,11 @@ def test_sets_are_scored_one_after_the_other(source, tokenizer_path, tmp_path):
 def test_what_a_command_is_given_as_text():
     """A glob may begin with a bracket, and a range with a brace."""
     for source in ("[ab]*.json", "{00..15}.json.gz", "a: b.json", "allenai/c4", "*.json"):
-        assert parse_sources(source, "--data") == source
-    record = TextSource(source="b", text_column="body")
-    assert parse_sources("{web: a, books: [b]}", "--data") == {"web": "a", "books": ["b"]}
-    assert parse_sources("{source: b, text_column: body}", "--data") == [record]
-    assert parse_sources("[{source: b, text_column: body}, c]", "--data") == [record, TextSource(source="c")]
+        assert parse_typed(source, "--data") == source
+    record = {"source": "b", "text_column": "body"}
+    assert parse_typed("{web: a, books: [b]}", "--data") == {"web": "a", "books": ["b"]}
+    assert parse_typed("{source: b, text_column: body}", "--data") == record
+    assert parse_typed("[{source: b, text_column: body}, c]", "--data") == [record, "c"]
 
 
 def test_the_revisions_of_a_run_hold_for_its_own_text():
@@ -127,16 +127,19 @@ def test_the_revisions_of_a_run_hold_for_its_own_text():
     own = {"c4": "allenai/c4", "web": [{"source": "some/set", "revision": commits[1]}]}
     data = DataConfig(train="allenai/c4", validation=own | {"here": "a.jsonl"}, revision=commits[0])
     loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
-    assert loaded.data_settings(None, None, None) == data
+    own_settings = loaded.data_settings(None, {})
+    assert (own_settings.validation, own_settings.revision) == (data.validation, data.revision)
     for given in ({"web": "some/set", "new": "other/set", "c4": "allenai/c4"}, ["some/set", "other/set", "allenai/c4"]):
-        settings = loaded.data_settings(given, 64, None)
+        settings = loaded.data_settings(given, {"data.sequence_length": "64"})
         assert [source.revision for source in settings.sources("validation")] == [commits[1], None, commits[0]]
         assert (settings.revision, settings.sequence_length) == ("main", 64)
     noted = {"other/set@main": commits[0]}
     of_run = LoadedModel(_gpt2(), nullcontext(), data.model_copy(update={"commits": noted}), "a run")
-    assert Commits.of(of_run.data_settings("other/set", None, None)).at("other/set") == commits[0]
-    (here,) = loaded.data_settings(["a.jsonl"], None, None).sources("validation")
+    assert Commits.of(of_run.data_settings("other/set", {})).at("other/set") == commits[0]
+    (here,) = loaded.data_settings(["a.jsonl"], {}).sources("validation")
     assert here.revision is None  # it is on no hub
+    asked = loaded.data_settings(["some/set"], {"data.revision": "v2"})
+    assert asked.revision == "v2" and asked.sources("validation")[0].revision is None
 
 
 def _llama(**changes) -> LlamaForCausalLM:
@@ -285,18 +288,18 @@ def test_a_model_that_sees_what_it_predicts_is_refused(source, tokenizer_path, t
 
 def test_documents_that_are_always_alone_cannot_be_scored_in_sequences(source, tokenizer_path, tmp_path):
     _gpt2().save_pretrained(tmp_path)
-    given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--document_mask=false")
-    answer = call(EVALUATE, tmp_path, *given, "--records={kind: prompt}")
-    refused(answer, "--document_mask: records that are packed whole are always scored alone")
+    given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--data.document_mask=false")
+    answer = call(EVALUATE, tmp_path, *given, "--data.records={kind: prompt}")
+    refused(answer, "--data.document_mask: records that are packed whole are always scored alone")
 
 
 def test_documents_that_longrope_would_turn_by_the_longest_are_refused(source, tokenizer_path, tmp_path):
     factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "original_max_position_embeddings": 16}
     lm = _llama(rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors})
     lm.save_pretrained(tmp_path)
-    given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--document_mask=true")
+    given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--data.document_mask=true")
     refused(call(EVALUATE, tmp_path, *given), "behind 16 positions the longrope of", "give at most 16")
-    assert call(EVALUATE, tmp_path, *given, "--sequence_length=16").code == 0
+    assert call(EVALUATE, tmp_path, *given, "--data.sequence_length=16").code == 0
 
 
 def test_a_loss_that_is_no_number_is_no_result(source, tokenizer_path, tmp_path):

@@ -174,14 +174,14 @@ def test_every_form_of_a_model_is_scored_alike(run: Path, checkpoint: Path, text
     assert call(EXPORT, checkpoint, tmp_path / "bfloat16", "--dtype=bfloat16").code == 0
     losses = {}
     for path in (run, checkpoint, tmp_path / "float32", tmp_path / "bfloat16"):
-        answer = call(EVALUATE, path, f"--data={text}", "--sequence_length=32")
+        answer = call(EVALUATE, path, f"--data={text}", "--data.sequence_length=32")
         assert answer.code == 0, answer.err
         losses[path.name] = json.loads(answer.out.splitlines()[-1])["loss"]
     assert losses["run"] == losses[checkpoint.name] == losses["float32"] == pytest.approx(losses["bfloat16"], abs=1e-2)
     (checkpoint / "config.json").write_text(
         json.dumps({"model_type": "llama"})
     )  # a stray one makes no foreign model of it
-    answer = call(EVALUATE, checkpoint, f"--data={text}", "--sequence_length=32")
+    answer = call(EVALUATE, checkpoint, f"--data={text}", "--data.sequence_length=32")
     assert json.loads(answer.out.splitlines()[-1])["loss"] == losses["run"]
     refused(call(EXPORT, tmp_path / "float32", tmp_path / "again"), "no checkpoint (manifest.json: No such file")
     assert not (tmp_path / "again").exists()

@@ -167,7 +167,7 @@ def test_a_run_keeps_what_its_tasks_gave(tmp_path):
 
 def test_options_that_have_no_use_are_refused(model):
     refused(call(EVALUATE, model, "--tasks=local_uuid", "--data=x.jsonl"), "--data: is about text")
-    for option in ("--document_mask=true", "--text_column=x", "--sample_by=line"):
+    for option in ("--data.document_mask=true", "--data.records.kind=prompt"):
         refused(call(EVALUATE, model, "--tasks=local_uuid", option), f"{option.partition('=')[0]}: is about text")
     refused(call(EVALUATE, model, "--data=x.jsonl", "--limit=3"), "--limit: belongs to --tasks")
     refused(call(EVALUATE, model, "--tasks=local_uuid", "--limit=0"), "--limit: got 0, expected at least 1")

@@ -43,7 +43,6 @@ _CHECKED_DOCUMENTS = 1000
 _META_PIECES = 3 + 256  # unk, bos, eos, bytes
 _MOST_PIECES = 10_000_000
 _MOST_THREADS = 512
-_LONGEST_SECONDS = 1e9
 
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
@@ -73,11 +72,7 @@ def main(
     max_bytes: int = 256 * 1024 * 1024,
     character_coverage: float = 0.99995,
     threads: int | None = None,
-    revision: str = "main",
-    max_bad_fraction: float = 0.01,
-    timeout_seconds: float = 600.0,
-    text_column: str = "text",
-    sample_by: str = "paragraph",
+    **overrides: str,
 ) -> None:
     """Trains a sentencepiece BPE tokenizer with byte fallback and writes a folder that transformers loads.
 
@@ -91,35 +86,19 @@ def main(
         max_bytes: train on a random sample of at most this many bytes of the documents read; it is held in memory
         character_coverage: fraction of the text's characters that get a piece of their own; others are spelled in bytes
         threads: threads of the training (the result does not depend on it); default: one per core, at most 16
-        revision: of sources on the hub
-        max_bad_fraction: stop when more than this fraction of a shard's lines is bad
-        timeout_seconds: give up on a source that has failed for this long
-        text_column: the key of a JSON line, or the column, that holds the text
-        sample_by: what a document of a .txt file is: line, paragraph or document (the whole file)
+        overrides: how the text is read, as --data.KEY=VALUE, for instance --data.sample_by=document;
+            docs/settings.md lists them
     """
-    from relora_mora.config import DataConfig
-    from relora_mora.data import SourceError, iter_texts
+    from relora_mora.config import READING, parse_typed, read_data
+    from relora_mora.data import iter_texts
 
     started = time.monotonic()
     _check_settings(vocab_size, max_documents, max_bytes, character_coverage, threads)
-    _check_data_settings(max_bad_fraction, timeout_seconds, sample_by)
-    sources = _sources(data)
-    config = DataConfig(
-        train=sources,
-        validation=sources,
-        revision=revision,
-        max_bad_fraction=max_bad_fraction,
-        timeout_seconds=timeout_seconds,
-        text_column=text_column,
-        sample_by=sample_by,  # type: ignore[arg-type]
-    )
+    config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)
     with new_folder(Path(out)) as folder:
-        texts = iter_texts(sources, split="train", config=config)
+        texts = iter_texts(config.train, split="train", config=config)
         limit = min(max_documents, sys.maxsize) or None
-        try:
-            documents, read = sample(islice(texts, limit), max_bytes=max_bytes, seed=seed)
-        except SourceError as error:
-            raise SourceError(_with_flag(str(error))) from error
+        documents, read = sample(islice(texts, limit), max_bytes=max_bytes, seed=seed)
         if not documents:
             what = "no text in it" if not read else f"none of its {read:,} documents fits into --max_bytes={max_bytes}"
             raise TokenizerError(f"{data}: {what}; give a source with text to train on")
@@ -231,41 +210,6 @@ def _check_settings(
         )
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise TokenizerError(f"--threads={threads}: give at least 1 and at most {_MOST_THREADS}, or leave it out")
-
-
-def _check_data_settings(max_bad_fraction: float, timeout_seconds: float, sample_by: str) -> None:
-    from relora_mora.config import SAMPLE_BY
-
-    if sample_by not in SAMPLE_BY:
-        raise TokenizerError(f"--sample_by={sample_by}: give one of {', '.join(SAMPLE_BY)}")
-    if not 0 <= max_bad_fraction <= 1:
-        raise TokenizerError(f"--max_bad_fraction={max_bad_fraction}: give a fraction between 0 and 1")
-    if not 0 < timeout_seconds <= _LONGEST_SECONDS:
-        raise TokenizerError(f"--timeout_seconds={timeout_seconds}: give more than 0 and at most {_LONGEST_SECONDS}")
-
-
-def _with_flag(message: str) -> str:
-    """A fault of the data names the setting of a run that helps; this adds how this command calls it."""
-    named = re.findall(r"\bdata\.(max_bad_fraction|timeout_seconds|revision|text_column)\b", message)
-    return f"{message} (here: --{named[-1]})" if named else message
-
-
-def _sources(data: str) -> str | list[str]:
-    """A YAML list of sources, or one source as typed (a glob may begin with a bracket too)."""
-    if not data.strip():
-        raise TokenizerError("--data: no source; give a path, a glob, a url, hub:OWNER/NAME/PATTERN or allenai/c4")
-    if data.startswith("["):
-        import yaml
-
-        from relora_mora.config import parse_yaml
-
-        try:
-            given = parse_yaml(data)
-        except yaml.YAMLError:
-            return data
-        if isinstance(given, list) and given and all(isinstance(source, str) and source.strip() for source in given):
-            return given
-    return data
 
 
 def _explain(message: str, vocab_size: int) -> str:

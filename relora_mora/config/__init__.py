@@ -2,6 +2,7 @@
 
 from relora_mora.config.checks import unused_by, unused_settings
 from relora_mora.config.data import SAMPLE_BY, DataConfig, SampleBy, Split
+from relora_mora.config.data_flags import READING, SCORING, check_names, parse_typed, read_data
 from relora_mora.config.finetuning import FINETUNING, with_defaults
 from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate, with_epochs
 from relora_mora.config.records import Packing, RecordsConfig
@@ -25,12 +26,13 @@ from relora_mora.config.sources import (
     map_records,
     set_setting,
 )
-from relora_mora.config.typed_sources import parse_records, parse_sources, parse_typed
 
 __all__ = [
     "DECODER_LINEARS",
     "FINETUNING",
+    "READING",
     "SAMPLE_BY",
+    "SCORING",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -49,14 +51,14 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "as_sources",
+    "check_names",
     "dump",
     "is_mixture",
     "load_config",
     "map_records",
-    "parse_records",
-    "parse_sources",
     "parse_typed",
     "parse_yaml",
+    "read_data",
     "set_setting",
     "unused_by",
     "unused_settings",

@@ -181,11 +181,7 @@ def load_config(
         found.append(str(error))
     if found:
         raise ConfigError(found, str(path))
-    # a whole section or set before what is in it
-    for name, text in sorted((overrides or {}).items(), key=lambda override: override[0].count(".")):
-        problem = _override(tree, name, text)
-        if problem:
-            found.append(problem)
+    found = put_overrides(tree, overrides or {})
     tree = without_replaced(tree, set(overrides or {}))
     tree = with_defaults(tree, defaults or {})
     source = f"{path} and the command line" if overrides else str(path)
@@ -251,6 +247,13 @@ def _as_tree(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, expected sections such as `train:`")
     return value
+
+
+def put_overrides(tree: dict[str, Any], overrides: Mapping[str, str]) -> list[str]:
+    """Puts ``section.key`` of the command line into a tree of settings; returns what is wrong with them."""
+    # a whole section or set before what is in it
+    ordered = sorted(overrides.items(), key=lambda override: override[0].count("."))
+    return list(filter(None, [_override(tree, name, text) for name, text in ordered]))
 
 
 def _override(tree: dict[str, Any], name: str, text: str) -> str | None:

@@ -159,7 +159,7 @@ def _earlier_commit(found: Index, index: Index) -> str:
     """How to go on with the tokens of an earlier commit of the same set."""
     names = [[_COMMIT.sub("@/", text.name) for text in each.texts] for each in (found, index)]
     commit = _COMMIT.search(found.texts[0].name)
-    return f" (to go on with it: --revision={commit[1]})" if commit and names[0] == names[1] else ""
+    return f" (to go on with it: --data.revision={commit[1]})" if commit and names[0] == names[1] else ""
 
 
 def _finished(job: Job) -> Totals | None:

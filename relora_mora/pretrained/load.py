@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from relora_mora.checkpoint import read_manifest, tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
-from relora_mora.config import DataConfig, Given, TextSource, validate
+from relora_mora.config import SCORING, DataConfig, TextSource, read_data, validate
 from relora_mora.data.hub_sources import hub_repo
 from relora_mora.pretrained.foreign import is_foreign, load_foreign, positions_of
 from relora_mora.pretrained.merged import merged_model
@@ -35,36 +37,27 @@ class LoadedModel:
     checkpoint: tuple[Path, int] | None = None
     of_run: bool = False
 
-    def data_settings(
-        self,
-        validation: Given | None,
-        sequence_length: int | None,
-        document_mask: bool | None,
-        text_column: str | None = None,
-        sample_by: str | None = None,
-    ) -> DataConfig:
-        """Settings for reading held-out text: those of training, except for what is given."""
-        given = {
-            "sequence_length": sequence_length,
-            "document_mask": document_mask,
-            "text_column": text_column,
-            "sample_by": sample_by,
-        }
-        data = self.data.model_copy(update={name: value for name, value in given.items() if value is not None})
-        return data if validation is None else self._with_validation(data, validation)
+    def data_settings(self, validation: Any, overrides: Mapping[str, str]) -> DataConfig:
+        """Settings for reading held-out text: those of training, and over them what a command line gives.
 
-    def _with_validation(self, data: DataConfig, validation: Given) -> DataConfig:
-        """With other held-out text. The run's revisions hold for its own sources alone, its commits for all."""
-        own = [source for source in data.sources("validation") if hub_repo(source)]
-        known = {source.source: source.revision or data.revision for source in own}
+        ``validation`` is as the setting of that name, or None for the run's own. Of a run, the revisions hold for its
+        own sources alone, its commits for all. Raises :class:`ConfigError`.
+        """
+        given = self.data.model_dump(include={*SCORING, "validation", "commits"}) | {"train": "none"}
+        if any(name.startswith("data.records") for name in overrides):
+            del given["packing"]
+        if validation is None:
+            return read_data(given, overrides, SCORING)
+        del given["revision"]
+        data = read_data({**given, "validation": validation}, overrides, SCORING)
+        own = [] if "data.revision" in overrides else filter(hub_repo, self.data.sources("validation"))
+        known = {source.source: source.revision or self.data.revision for source in own}
 
         def pinned(source: TextSource) -> TextSource:
             return source.model_copy(update={"revision": source.revision or known.get(source.source)})
 
-        sets = data.model_copy(update={"validation": validation}).validation_sets
-        pinned_sets = {name: [pinned(source) for source in sources] for name, sources in sets.items()}
-        revision = DataConfig.model_fields["revision"].default
-        return data.model_copy(update={"validation": pinned_sets, "revision": revision})
+        sets = {name: [pinned(source) for source in sources] for name, sources in data.validation_sets.items()}
+        return data.model_copy(update={"validation": sets})
 
 
 def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:

@@ -354,7 +354,7 @@ def test_an_adapter_is_scored_on_its_base(base, tokenizer_path, tmp_path):
     export(tmp_path / "run", tmp_path / "merged")
     losses = []
     for arguments in ([tmp_path / "merged"], [folder], [folder, f"--base={base}"]):
-        answer = call(EVALUATE, *arguments, f"--data={text}", "--sequence_length=32")
+        answer = call(EVALUATE, *arguments, f"--data={text}", "--data.sequence_length=32")
         assert answer.code == 0, answer.err
         losses.append(json.loads(answer.out.splitlines()[-1])["loss"])
     assert losses[0] == losses[1] == losses[2]

@@ -277,7 +277,7 @@ def test_tokens_of_an_earlier_commit_are_gone_on_with_by_its_name(tmp_path, plac
         token_folder._folder(tmp_path / "tokens", now),
     ):
         pass
-    assert (f"--revision={'a' * 40})" in str(raised.value)) == hint
+    assert (f"--data.revision={'a' * 40})" in str(raised.value)) == hint
 
 
 @pytest.fixture

@@ -65,8 +65,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> Pat
     [
         (EVALUATE, [], "model"),
         (EVALUATE, ["model", "--data={c4: a, books: [}"], "--data: not YAML: "),
-        (EVALUATE, ["model", "--data={c4: {sourc: a}}"], "--data.c4: "),
-        (EVALUATE, ["model", "--data=[{source: a, splitt: b}]"], "--data.0.splitt: unknown; did you mean split?"),
+        (EVALUATE, ["model", "--data={c4: {sourc: a}}"], "data.validation.c4: "),
+        (
+            EVALUATE,
+            ["model", "--data=[{source: a, splitt: b}]"],
+            "data.validation.0.splitt: unknown; did you mean split?",
+        ),
         (EVALUATE, ["model", "stray", "--data=d"], "stray argument: stray"),
         (EVALUATE, ["model", "--data=d", "--dota=d"], "--dota"),
         (EVALUATE, ["model", "--data=d", "--data=e"], "given twice"),
@@ -86,7 +90,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> Pat
         (DEMO_TEXT, ["--max_byte=3"], "--max_byte"),
         (TRAIN, ["--data=d"], "out"),
         (TRAIN, ["--data=d", "--out=o", "stray"], "stray argument: stray"),
-        (TRAIN, ["--data=d", "--out=o", "--vocab-sise=3"], "--vocab-sise"),
+        (TRAIN, ["--data=d", "--out=o", "--vocab-sise=3"], "--vocab_sise: unknown"),
         (TRAIN, ["--data=d", "--out=o", "-", "x"], "-: stray"),
     ],
 )
@@ -97,7 +101,7 @@ def test_arguments(script: str, argv: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("script", "argv", "message"),
     [
-        (EVALUATE, ["m", "--data=d", "--sequence_length=1"], "--sequence_length: got 1, expected at least 2"),
+        (EVALUATE, ["m", "--data=d", "--data.sequence_length=1"], "data.sequence_length: got 1; input should be"),
         (EVALUATE, ["m", "--data=d", "--max_tokens=0"], "--max_tokens: got 0, expected at least 1"),
         (EVALUATE, ["m", "--data=d", "--micro_batch_size=-1"], "--micro_batch_size: got -1"),
         (EVALUATE, ["m", "--data=d", "--precision=int8"], "--precision: got int8, expected one of float32"),
@@ -116,8 +120,8 @@ def test_arguments(script: str, argv: list[str], message: str) -> None:
         (TRAIN, ["--data=d", "--out=o", "--max_bytes=0"], "at least one byte"),
         (TRAIN, ["--data=d", "--out=o", "--max_documents=-1"], "documents >= 0"),
         (TRAIN, ["--data=d", "--out=o", "--character_coverage=.nan"], "between 0.9 and 1"),
-        (TRAIN, ["--data=d", "--out=o", "--max_bad_fraction=7"], "give a fraction between 0 and 1"),
-        (TRAIN, ["--data=d", "--out=o", "--timeout_seconds=.inf"], "--timeout_seconds=inf: give more than 0"),
+        (TRAIN, ["--data=d", "--out=o", "--data.max_bad_fraction=7"], "data.max_bad_fraction: got 7"),
+        (TRAIN, ["--data=d", "--out=o", "--data.timeout_seconds=.inf"], "data.timeout_seconds: got inf"),
         (TRAIN, ["--data=d", "--out=o", "--threads=100000"], "--threads=100000: give at least 1 and at most 512"),
     ],
 )

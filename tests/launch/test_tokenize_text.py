@@ -76,7 +76,7 @@ def test_a_folder_of_something_else_is_refused(
     assert make(text, out, tokenizer_path).code == 0
     whole = contents(out)
     refused(make(text, out, other_tokenizer), f"{out} holds tokens made by another tokenizer", "give another folder")
-    refused(make(text, out, tokenizer_path, "--max_line_bytes=99"), "or with another max_line_bytes")
+    refused(make(text, out, tokenizer_path, "--data.max_line_bytes=99"), "or with another max_line_bytes")
     write_shard(text / "part-00002.json.gz", some_texts(40, seed=99))
     refused(make(text, out, tokenizer_path), f"{out} holds tokens of another text, or of what it was before it changed")
     refused(make(inputs, text, tokenizer_path), f"{text}: exists and holds something else")
@@ -146,7 +146,7 @@ def test_settings_of_a_fine_tuning_run(tmp_path: Path, tokenizer_path: str) -> N
         (["--split=test"], "--split: got 'test', expected train or validation"),
         (["--processes=0"], "--processes: got 0, expected 1 to 1024"),
         ([], "--tokenizer: missing; give the folder or .model file"),
-        (["--tokenizer=t", "--max_bad_fraction=7"], "data.max_bad_fraction: got 7"),
+        (["--tokenizer=t", "--data.max_bad_fraction=7"], "data.max_bad_fraction: got 7"),
         (["--tokenizer=gone"], "gone: not found"),
         (["--tokeniser=t"], "--tokeniser"),
     ],
@@ -163,7 +163,7 @@ def test_text_that_cannot_be_used(tmp_path: Path, tokenizer_path: str) -> None:
     argv = [f"{tmp_path}/*.json", tmp_path / "out", f"--tokenizer={tokenizer_path}"]
     refused(call(TOKENIZE, *argv, "--processes=2"), "1.json: 1 of 31 lines are bad, more than data.max_bad_fraction")
     assert "00001.arrow" not in left_in(tmp_path / "out")
-    answer = call(TOKENIZE, *argv, "--max_bad_fraction=0.5", "--processes=1")
+    answer = call(TOKENIZE, *argv, "--data.max_bad_fraction=0.5", "--processes=1")
     assert answer.code == 0 and "1 of 32 rows are bad and were skipped" in answer.out
 
 
@@ -172,7 +172,7 @@ def test_a_text_in_another_column(tmp_path: Path, tokenizer_path: str) -> None:
     argv = [tmp_path / "a.parquet", tmp_path / "out", f"--tokenizer={tokenizer_path}", "--processes=1"]
     refused(call(TOKENIZE, *argv), 'a.parquet has no column "text"; set data.text_column to one of id, content, url')
     assert left_in(tmp_path) == ["a.parquet"]
-    assert call(TOKENIZE, *argv, "--text_column=content").code == 0
+    assert call(TOKENIZE, *argv, "--data.text_column=content").code == 0
 
 
 def test_a_full_disk(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:

@@ -207,14 +207,14 @@ def test_a_model_whose_json_is_something_else(exported, inputs, tmp_path, name, 
         (["--data={}/nowhere.json"], "no file matches"),
         (
             ["--data={}/model.json"],
-            'more than is allowed (0.01); line 1 has no "text", but vocab_size, hidden_size, ',
+            'more than data.max_bad_fraction (0.01); line 1 has no "text", but vocab_size, hidden_size, ',
         ),
         (
             ["--data={}/validation/*.json.gz", "--tokenizer={}/nowhere"],
             "not found; expected a folder with tokenizer.model",
         ),
         (["--data={}/validation/*.json.gz", "--tokenizer={}"], "no tokenizer in this folder"),
-        (["--data={}/validation/*.json.gz", "--sequence_length=65"], "--sequence_length: got 65"),
+        (["--data={}/validation/*.json.gz", "--data.sequence_length=65"], "--data.sequence_length: got 65"),
     ],
 )
 def test_what_is_scored(run_folder, inputs, argv, message):

@@ -83,7 +83,7 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
     assert not torch.allclose(logits(out), logits(folder), atol=1e-3)
     last = [line["eval/loss"] for line in metrics(never) if "eval/loss" in line][-1]
     answers = [
-        json.loads(call(EVALUATE, *of, "--sequence_length=32", "--max_tokens=500").out.splitlines()[-1])["loss"]
+        json.loads(call(EVALUATE, *of, "--data.sequence_length=32", "--max_tokens=500").out.splitlines()[-1])["loss"]
         for of in ((never,), (out, f"--data={inputs}/validation/*.json.gz"))
     ]
     assert answers[0] == pytest.approx(answers[1], abs=1e-6)

@@ -102,7 +102,7 @@ def test_the_command_takes_sets_and_records(inputs, together):
     given = call(EVALUATE, folder, f"--data={json.dumps(_sets(inputs))}")
     assert given.out == of_run.out and given.code == 0
     shared = {"web": str(inputs / "web.json"), "books": {"source": str(inputs / "books.json"), "text_column": "text"}}
-    answer = call(EVALUATE, folder, f"--data={json.dumps(shared)}", "--text_column=body")
+    answer = call(EVALUATE, folder, f"--data={json.dumps(shared)}", "--data.text_column=body")
     assert json.loads(answer.out.splitlines()[-1])["sets"] == json.loads(of_run.out.splitlines()[-1])["sets"]
     alone = call(EVALUATE, folder, f"--data={inputs}/books.json")
     assert json.loads(alone.out) == json.loads(of_run.out.splitlines()[-1])["sets"]["books"]
@@ -112,7 +112,13 @@ def test_a_set_that_cannot_be_read_is_named(inputs, together):
     folder, _ = together[1]
     books = inputs / "books.json"
     answer = call(EVALUATE, folder, f"--data={{books: {books}, gone: {inputs}/nowhere.json}}")
-    refused(answer, "--data.gone: no file matches")
+    refused(answer, "data.validation.gone: no file matches")
     answer = call(EVALUATE, folder, f"--data={{books: {books}, web: {inputs}/web.json}}")
     notes = sum(line.endswith("; skipped") for line in answer.err.splitlines())
-    refused(answer, "--data.web: web.json: ", "lines are bad", 'no "text", but body (--text_column names', notes=notes)
+    refused(
+        answer,
+        "data.validation.web: web.json: ",
+        "lines are bad",
+        'no "text", but body (data.text_column names',
+        notes=notes,
+    )

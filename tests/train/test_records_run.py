@@ -204,7 +204,7 @@ def test_the_command_scores_the_answers_that_the_run_scored(pools, inputs, token
 
 
 def _plain(run_dir: Path, source: str) -> dict[str, Any]:
-    return _evaluated(run_dir, data=source, records="null")
+    return _evaluated(run_dir, data=source, **{"data.records": "null"})
 
 
 def of_both(counts: list[dict[str, int]]) -> dict[str, int]:

@@ -95,7 +95,7 @@ def scored(inputs: Path, tokenizer: str, folder: Path) -> float:
     argv = (
         f"--data={inputs}/validation/*.json.gz",
         f"--tokenizer={tokenizer}",
-        "--sequence_length=32",
+        "--data.sequence_length=32",
         "--max_tokens=500",
     )
     return json.loads(call(EVALUATE, folder, *argv).out.splitlines()[-1])["loss"]
