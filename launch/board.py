@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -48,13 +50,22 @@ def main(runs: str, *, port: int = 6006, host: str = "localhost") -> int:
 def boards(root: Path) -> dict[str, Path]:
     """The folder of event files of each run in ``root``, by the run's name; a run in a/b is called a-b."""
     found: dict[str, Path] = {}
-    for board in sorted({file.parent for file in root.rglob("tensorboard/events.*")}):
-        parts = board.parent.relative_to(root).parts
+    for run in sorted(_runs(root)):
+        board = run / "tensorboard"
+        parts = run.relative_to(root).parts
         name = "-".join(parts) or root.resolve().name
         while name in found:  # of a/b and a-b
             name += "_"
         found[name] = board.resolve()
     return found
+
+
+def _runs(root: Path) -> Iterator[Path]:
+    """Folders with files of TensorBoard, also while checkpoints come and go beside them."""
+    for folder, below, _ in os.walk(root):
+        if "tensorboard" in below and any(Path(folder, "tensorboard").glob("events.*")):
+            yield Path(folder)
+        below[:] = [name for name in below if name not in ("checkpoints", "tensorboard")]
 
 
 def link_boards(root: Path, links: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.cli import run
+from relora_mora.supervise.exits import USER_ERROR
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,8 +46,11 @@ def main() -> int:
             [python, "tokenizer/train.py", f"--data={data}/train/*.json.gz", f"--out={tokenizer}", "--vocab_size=8192"],
         )
     ranks = _ranks()
-    launcher = [str(Path(python).parent / "deepspeed"), "--log_level=warning", f"--num_gpus={ranks}"]
-    launcher.append(f"--master_port={_free_port()}")
+    launcher = [str(Path(python).parent / "deepspeed"), "--log_level=warning", f"--master_port={_free_port()}"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # deepspeed overlooks it beside --num_gpus
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:ranks])
+    else:
+        launcher.append(f"--num_gpus={ranks}")
     step(
         f"3/5 pretraining with ReMoRA, DeepSpeed ZeRO-2: {CONFIG}",
         [*launcher, "launch/pretrain.py", CONFIG, f"--train.micro_batch_size={min(8, BATCH_SIZE // ranks)}"],
@@ -96,7 +100,8 @@ def step(title: str, command: list[str], target: str = "demo") -> None:
     print(f"$ {shlex.join([Path(program).name, *arguments])}", flush=True)
     code = subprocess.run(command, check=False).returncode
     if code:
-        raise SystemExit(f"this step ended with code {code}; run `make {target}` again to go on from here")
+        on = "goes on from here" if code != USER_ERROR else f"tries it again; `rm -r {DEMO}` begins anew"
+        raise SystemExit(f"this step ended with code {code}; `make {target}` {on}")
 
 
 def _generate() -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
 
 NAMED_RANKS = 3  # of those that failed
 APPEAR_SECONDS = 10.0  # for a file that another host wrote to be seen on this one
-LATE_SECONDS = 1800.0  # for a rank to write its part
+LATE_SECONDS = 1500.0  # for a rank to write its part; shorter than the watchdog lets a save take
 
 
 class CheckpointWriter:

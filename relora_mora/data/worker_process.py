@@ -21,7 +21,7 @@ from relora_mora.data.errors import WorkerError
 from relora_mora.data.producer import Assignment, LaneBlocks
 
 PROGRAM = "relora_mora.data.worker"
-IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 KILL_SECONDS = 5.0  # for a killed process to be gone
 # one thread each: the workers are the parallelism. transformers need not say that it misses torch
 _ENVIRONMENT = {

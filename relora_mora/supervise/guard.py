@@ -207,15 +207,18 @@ class Guard:
                 self._check_launchers(self._launchers)
 
     def _check_launchers(self, launchers: Launchers) -> None:
-        """Asks for a stop when a launcher is gone, and exits where that has not ended the process in time."""
+        """Asks for a stop when a launcher is gone, and exits where that has not ended the process in time.
+
+        Where a stop was asked for before, as by Ctrl-C, which ends launchers at once, there is nothing to add.
+        """
         if self._launcher_deadline is None:
             gone = launchers.gone()
-            if gone is not None:
+            if gone is not None and self.stop_reason is None:
                 self._launcher_deadline = time.monotonic() + LAUNCHER_SECONDS
                 self._ask_to_stop(f"the launcher of rank {self.rank} is gone ({gone})")
         elif time.monotonic() > self._launcher_deadline:
             reason = f"{self.stop_reason}; it could not be saved in {LAUNCHER_SECONDS:.0f} s"
-            leave_now(LOST, lambda: self.record(LOST, reason))
+            leave_now(LOST, lambda: self._say(reason), lambda: self.record(LOST, reason))
 
     def _say(self, text: str) -> None:
         prefix = f"[rank {self.rank}] " if self.rank else ""

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1: the first asks for a stop, a later one exits at once, whatever the main thread does."""
+"""STOP_SIGNALS: the first asks for a stop, a later one exits at once, whatever the main thread does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Ctrl-C on a terminal reaches launcher and ranks, and the launcher passes it on: together they are one request
 SAME_REQUEST_SECONDS = 1.0
 
@@ -19,7 +19,7 @@ class StopSignals:
     Python runs signal handlers between two bytecodes of the main thread, which may be in a collective for minutes. The
     interpreter's C handler, however, writes the number of the signal to the wakeup pipe at once, and a thread reads it.
     Waiting for blocked signals (sigwait) would need no pipe, but every child process would inherit the blocked signals.
-    Main thread only.
+    SIGHUP stays ignored where it is, as under nohup. Main thread only.
     """
 
     def __init__(self, on_first: Callable[[signal.Signals], None], on_second: Callable[[signal.Signals], None]) -> None:
@@ -29,7 +29,8 @@ class StopSignals:
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)  # without a Python handler nothing is written to the pipe
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)  # without a Python handler nothing is written to the pipe
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._read, args=(reader,), daemon=True, name="signals").start()
 

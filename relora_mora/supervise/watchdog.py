@@ -136,7 +136,7 @@ class Watchdog:
     # ---- the watchdog's thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._closed.wait(self._interval):
+        while not self._wait():
             # this thread needs the interpreter: where a C call keeps it, a timer in C exits the process
             faulthandler.dump_traceback_later(
                 1.5 * max(self.timeout_seconds, self._action.limit_seconds) + 10, exit=True
@@ -153,6 +153,19 @@ class Watchdog:
             self._asked_at = None
             if failure is not None:
                 self._exit_for(failure)
+
+    def _wait(self) -> bool:
+        """Waits for the next turn; whether the watchdog is closed.
+
+        Where this process did not run meanwhile, since its job was suspended, all clocks begin anew.
+        """
+        begin = time.monotonic()
+        closed = self._closed.wait(self._interval)
+        stood_still = time.monotonic() - begin - self._interval
+        if stood_still > self.timeout_seconds / 2:
+            self._action = self._action._replace(begin=self._action.begin + stood_still)
+            self._received.clear()
+        return closed
 
     def _exit_for(self, failure: PeerFailure) -> None:
         """Ends this process, unless its main thread does so in time by itself."""

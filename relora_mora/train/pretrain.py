@@ -128,6 +128,8 @@ def _pretrain(config: Config, guard: Guard) -> int:
     begin = from_first_rank(lambda: where_to_resume(config))
     resumes = begin is not None
     run = build(checked, rank, world_size, resumes=resumes, done=startup.done)
+    if begin is not None:
+        guard.begin("reading the checkpoint", within=LONG_SECONDS)
     state, reader = (RunState(initial_seed=config.train.seed), None) if begin is None else resume(run, begin)
     if resumes:
         startup.done("resume")

@@ -20,7 +20,7 @@ from tests.tools.data_tools import data_config, write_shard, write_shards
 from tests.tools.faulty_server import serving
 from tests.tools.jobs import lives
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from relora_mora.supervise import LockError, RunLock, record_end
+from relora_mora.supervise import Guard, LockError, RunLock, record_end
 from relora_mora.supervise.launchers import is_launcher
 from relora_mora.supervise.lock import STALE_SECONDS, is_held
 
@@ -54,7 +55,7 @@ def _ends_within(process: subprocess.Popen[str], seconds: float) -> tuple[int, s
     return process.returncode, errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_before_the_first_step_ends_the_process(busy, number):
     process = busy("start")
     process.send_signal(number)
@@ -62,6 +63,30 @@ def test_a_signal_before_the_first_step_ends_the_process(busy, number):
         75,
         f"the run ended: {number.name} to rank 0 before the first step: nothing to save\n",
     )
+
+
+def test_under_nohup_a_hangup_is_nothing(busy):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = busy("start")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+
+
+def test_a_launcher_that_ends_after_a_request_to_stop_sets_no_deadline():
+    """Ctrl-C ends ``deepspeed`` at once, and ranks that save take as long as they need."""
+    gone = SimpleNamespace(gone=lambda: "deepspeed")
+    with Guard(signals=False) as guard:
+        guard.training()
+        guard.stop_reason = "SIGINT to rank 0"
+        guard._check_launchers(gone)
+        assert guard.stop_reason == "SIGINT to rank 0" and guard._launcher_deadline is None
+        guard.stop_reason = None
+        guard._check_launchers(gone)
+        assert "is gone" in (guard.stop_reason or "") and guard._launcher_deadline is not None
 
 
 def test_while_training_the_first_signal_waits_and_a_second_leaves_at_once(busy):
@@ -90,6 +115,7 @@ def _signal_until_it_ends(process: subprocess.Popen[str]) -> None:
 SILENCED = """
 import os, sys
 from pathlib import Path
+from types import SimpleNamespace
 from relora_mora.supervise import Guard, RunLock
 guard = Guard()
 folder = Path(sys.argv[1])
@@ -108,6 +134,7 @@ while True:
 BOTH = """
 import sys, threading
 from pathlib import Path
+from types import SimpleNamespace
 from relora_mora.supervise import Guard
 from relora_mora.supervise.heartbeat import PeerFailure
 guard = Guard(signals=False)
@@ -153,6 +180,7 @@ def test_one_rank_tells_of_the_end_where_the_host_of_the_first_is_lost_too(lost,
 LEFT = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from relora_mora.supervise import Guard, RunLock
 from relora_mora.supervise.heartbeat import PeerFailure
 guard = Guard(signals=False)
@@ -225,6 +253,7 @@ def test_launchers_are_known_by_their_command_line(command, launches):
 LOOK = """
 import os, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from relora_mora.supervise.launchers import Launchers
 while not Path(sys.argv[1]).exists():
     time.sleep(0.02)
@@ -281,6 +310,7 @@ def test_a_launcher_that_is_gone_already_is_missed(chain, gone, tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from relora_mora.supervise import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 
 BEATS = """
 import datetime, faulthandler, gc, random, sys, threading, time
@@ -55,3 +57,34 @@ def test_a_beat_cannot_lock_the_interpreter():
         [sys.executable, "-c", BEATS, "beat"], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+SUSPENDED = """
+import datetime, os, signal, sys, time
+from pathlib import Path
+from torch.distributed import TCPStore
+from relora_mora.supervise.watchdog import Watchdog
+
+store = TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=20), wait_for_workers=False)
+found = []
+watchdog = Watchdog(0, 1, 6.0, address=("127.0.0.1", store.port), job="test", end=found.append, stacks=Path(os.devnull))
+watchdog.begin("a step")
+watchdog.start()
+print("up", flush=True)
+sys.stdin.readline()
+time.sleep(2 * watchdog._interval)
+print([failure.reason for failure in found], flush=True)
+os._exit(0)
+"""
+
+
+def test_a_job_that_was_suspended_goes_on():
+    """All clocks stood still for it; what it did before counts on."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUSPENDED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(7)  # longer than it may stand still, and shorter than the timer in C
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate("\n", timeout=60)[0] == "[]\n"
