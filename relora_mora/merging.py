@@ -137,7 +137,7 @@ class Merger:
         begin = time.perf_counter()
         before = self.operator()
         self._check_adapters(step)
-        squares, ranks = self._merge_layers(self.measured if self._is_measured(step, merges_done) else set())
+        squares, ranks, merged = self._merge_layers(self.measured if self._is_measured(step, merges_done) else set())
         spoiled = [name for name, square in squares.items() if not math.isfinite(square)]
         if spoiled:
             raise MergeError(
@@ -149,10 +149,10 @@ class Merger:
         self.set_operator(next_operator, Draw(self.seed, merges_done))
         self._reset_state(merges_done, used)
         self.engine.refresh()
-        self._check_counts(step, len(squares), zeroed)
+        self._check_counts(step, merged, zeroed)
         return MergeRecord(
             step=step,
-            layers=len(squares),
+            layers=merged,
             zeroed=zeroed,
             delta_norm={kind: sum(squares[name] for name in names) ** 0.5 for kind, names in self.by_kind.items()},
             effective_rank={name.rpartition(".")[2]: rank for name, rank in ranks.items()},
@@ -189,15 +189,17 @@ class Merger:
                 "nothing was merged, go back to an earlier checkpoint"
             )
 
-    def _merge_layers(self, measured: Set[str]) -> tuple[dict[str, float], dict[str, float]]:
-        """Adds every delta to its base; returns each layer's squared norm of the delta, and some effective ranks.
+    def _merge_layers(self, measured: Set[str]) -> tuple[dict[str, float], dict[str, float], int]:
+        """Adds every delta to its base; returns each layer's squared norm of the delta, some effective ranks, and how
+        many layers were merged once.
 
         In groups of as many layers as there are ranks, so that all owners build their deltas at the same time. What is
         ``measured`` comes after that, when no rank waits for another's weights; the host reads it once.
         """
         engine = self.engine
         names = list(self.layers)
-        found = torch.zeros(2, len(names), dtype=torch.float32, device=engine.device)  # squares, effective ranks
+        # of each layer: the square of its delta, its effective rank, how often it was merged
+        found = torch.zeros(3, len(names), dtype=torch.float32, device=engine.device)
         to_measure: list[tuple[int, list[Tensor]]] = []
         for start in range(0, len(names), engine.world_size):
             group = range(start, min(start + engine.world_size, len(names)))
@@ -212,15 +214,16 @@ class Merger:
                 delta = self.layers[names[index]].delta_of(*values)
                 found[0, index] = delta.square().sum()
                 sums[f"{names[index]}.weight"] = self.base.add(f"{names[index]}.weight", delta)
+                found[2, index] += 1
             to_measure += [(index, values) for index, values in mine if names[index] in measured]
             for index in group:
                 weight = f"{names[index]}.weight"
                 engine.write_weight(weight, sums.get(weight), self.base.owner[weight])
         for index, values in to_measure:
             found[1, index] = effective_rank(self.layers[names[index]].singular_values(*values))
-        squares, ranks = engine.all_reduce(found).tolist()
+        squares, ranks, merged = engine.all_reduce(found).tolist()
         of_measured = {name: value for name, value in zip(names, ranks, strict=True) if name in measured}
-        return dict(zip(names, squares, strict=True)), of_measured
+        return dict(zip(names, squares, strict=True)), of_measured, merged.count(1.0)
 
     def _reset_masters(self, merges_done: int) -> int:
         """Gives every adapter the values of a fresh one; returns the elements written, over all ranks."""

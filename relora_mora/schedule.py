@@ -91,7 +91,7 @@ class Schedule:
         the envelope has where the restart warmup ends, or of its own where the run ends by then: no batch is spent at
         rate zero.
         """
-        since = self.steps_since_merge(step - 1) + 1 if step > 0 else 0
+        since = self.steps_since_merge(step - 1) + 1
         if not rewarm or not self.merges_done(step - 1) or since >= self.restart_warmup_steps:
             return self.envelope(step)
         if step - since + self.restart_warmup_steps >= self.total_steps:

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from relora_mora.config import Config, ConfigError, MethodConfig
 from relora_mora.methods.inject import layer_class
 from relora_mora.methods.layers import adapter_layers
+from relora_mora.methods.mora import layer_square_size
 from relora_mora.model.shapes import linear_shapes
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import peak_memory, state_memory
@@ -23,23 +24,20 @@ def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None
     if not method.uses_adapters:
         return
     shapes = {kind: shape for kind, shape in linear_shapes(model_config).items() if kind in method.target_modules}
-    given_size = method.square_size if method.uses_squares else None
+    by_size = method.uses_squares and method.square_size is not None
+    setting = "square_size" if by_size else "rank_pattern" if method.rank_pattern else "rank"
     faults = [
-        f"method.square_size: {given_size} is more than both widths of {kind} ({inputs} -> {outputs}); lower it"
+        f"method.{setting}: R of {size} is more than both widths of {kind} ({inputs} -> {outputs}); lower it"
         for kind, (inputs, outputs) in shapes.items()
-        if given_size is not None and given_size > max(inputs, outputs)
+        if method.uses_squares and (by_size or kind in method.rank_pattern)
+        if (size := layer_square_size(method.of(kind), inputs, outputs)) > max(inputs, outputs)
     ]
     weights = sum(inputs * outputs for inputs, outputs in shapes.values())
     adapters = adapter_parameters(method, shapes)
     if adapters > weights and not faults:
-        largest = weights // sum(inputs + outputs for inputs, outputs in shapes.values())
-        by_rank = method.model_copy(update={"square_size": None, "rank_pattern": {}})
-        while adapter_parameters(by_rank.model_copy(update={"rank": largest + 1}), shapes) <= weights:
-            largest += 1
         faults.append(
-            f"method.{'rank' if given_size is None else 'square_size'}: the adapters of a layer have {adapters:,} "
-            f"parameters, more than the {weights:,} of the weights beside them; "
-            f"use method.rank={largest} at most, or method.name=full"
+            f"method.{setting}: the adapters of a layer have {adapters:,} parameters, more than the {weights:,} of the "
+            "weights beside them; lower it, or use method.name=full"
         )
     if faults:
         raise ConfigError(faults, "the settings")

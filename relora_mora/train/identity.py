@@ -37,8 +37,19 @@ FREE_SETTINGS = {
     "train.deterministic",
     "train.deepspeed",
 }
+_OTHER_PARAMETERS = "the checkpoint holds the state of what trained with it; begin anew with model.init_from"
 # settings that no permission lets differ at a resume, and why
 FIXED_SETTINGS = {
+    "method.rank": _OTHER_PARAMETERS,
+    "method.rank_pattern": _OTHER_PARAMETERS,
+    "method.square_size": _OTHER_PARAMETERS,
+    "method.square_rounding": _OTHER_PARAMETERS,
+    "method.square_multiple": _OTHER_PARAMETERS,
+    "method.target_modules": _OTHER_PARAMETERS,
+    "method.train_linears": _OTHER_PARAMETERS,
+    "method.train_embeddings": _OTHER_PARAMETERS,
+    "method.train_norms": _OTHER_PARAMETERS,
+    "method.train_head": _OTHER_PARAMETERS,
     "optim.matrices": "the state of one optimizer means nothing to another; begin anew with model.init_from",
     "optim.projection_rank": "moments of one rank are none of another; begin anew with model.init_from",
 }
