@@ -58,11 +58,14 @@ class BadRowLimit:
             self._note(f"{self._shard.name}: {self._last}; skipped")
         self._check(seen, max(seen, JUDGED_FROM_ROWS))
 
-    def finish(self, rows: int) -> None:
-        """The shard ended after ``rows`` rows. Raises SourceError where more than the allowed fraction is bad."""
+    def finish(self, rows: int, *, are_all: bool = True) -> None:
+        """The shard ended after ``rows`` rows, which ``are_all`` of it or a lane's.
+
+        Raises SourceError where more than the allowed fraction is bad.
+        """
         if not rows:
             self._note(f"{self._shard.name} is empty; skipped")
-        self._check(rows, rows)
+        self._check(rows, rows if are_all else max(rows, JUDGED_FROM_ROWS))
 
     def _check(self, rows: int, at_least: int) -> None:
         if self.bad <= self._max_bad_fraction * at_least:

@@ -85,11 +85,11 @@ def count_epochs(
 def _read_late(shards: Sequence[Shard], plans: Sequence[LanePlan]) -> float:
     """The fraction of a stream that the lanes have not read when they have read as much as there is.
 
-    By the sizes of files, so about; 0 where a size is not known.
+    By the sizes of files, so about; where one is not known all are taken to be the same.
     """
-    sizes = [shard.size for shard in shards if shard.size is not None]
-    if len(sizes) < len(shards) or not any(sizes):
-        return 0.0
+    sizes = [shard.size or 0 for shard in shards]
+    if not all(sizes):
+        sizes = [1] * len(shards)
     shares = [sum(sizes[part.shard] / part.stride for part in plan.parts) for plan in plans]
     mean = sum(shares) / len(shares)
     return sum(max(0.0, share - mean) for share in shares) / sum(shares)

@@ -53,6 +53,7 @@ class GroupRows:
         self._max_bytes = config.max_line_bytes
         self._shard = shard
         self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit="row")
+        self._is_shared = stride > 1
         self._file = groups
         filled = [number for number, rows in enumerate(groups.group_rows) if rows]
         parts = plan_lanes(stride, max(1, len(filled)), whole=True)[phase].parts
@@ -85,7 +86,7 @@ class GroupRows:
             self._contents = self._contents_from(self._next)
         rows = [self._row(number, content) for number, content in itertools.islice(self._contents, count)]
         if not rows and (self._next or self.is_empty):
-            self._limit.finish(self._next)
+            self._limit.finish(self._next, are_all=not self._is_shared)
         return rows
 
     def close(self) -> None:

@@ -181,5 +181,5 @@ class LaneRows(Generic[Row]):
     def _became_shorter(self, shard: Shard) -> SourceError:
         return SourceError(
             f"lane {self.plan.lane}: {shard.name} has fewer lines than when its position was saved; "
-            "resume with the same files"
+            "resume with the same files; another data.seed reads other text of the same names from its beginning"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -161,6 +162,8 @@ def expand_braces(pattern: str) -> list[str]:
                 f"{pattern}: the range {{{first}..{last}}} names more than {_MAX_SHARDS:,} shards; shorten it"
             )
         ranges.append([str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)])
+    if math.prod(map(len, ranges)) > _MAX_SHARDS:
+        raise SourceError(f"{pattern}: its ranges name more than {_MAX_SHARDS:,} shards together; shorten them")
     texts = pieces[0::3]
     return [
         texts[0] + "".join(number + text for number, text in zip(numbers, texts[1:], strict=True))

@@ -12,7 +12,7 @@ from relora_mora.config import Config, TextSource
 from relora_mora.config.checks import OPERATIONAL
 from relora_mora.config.schema import lanes_of
 from relora_mora.model import FUNCTION, TRAINING, keys_with, stored_model_config
-from relora_mora.registry import MATRIX_OPTIMIZERS, settings_of_others
+from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
 
 # settings that may differ at a resume
 FREE_SETTINGS = {
@@ -54,6 +54,15 @@ FIXED_SETTINGS = {
     "optim.projection_rank": "moments of one rank are none of another; begin anew with model.init_from",
 }
 ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # what places in the data depend on
+TEXT_SETTINGS = {  # what text it is, and what its rows are
+    "data.train",
+    "data.records",
+    "data.packing",
+    "data.text_column",
+    "data.sample_by",
+    "data.revision",
+    "data.commits",
+}
 FREE_SECTIONS = {"eval", "checkpoint", "log"}
 
 
@@ -150,6 +159,7 @@ def _counts(name: str, allowed: set[str]) -> bool:
 def _fixed_settings(saved: Identity) -> dict[str, str]:
     """Those of ``FIXED_SETTINGS`` that the run uses."""
     unused = settings_of_others(MATRIX_OPTIMIZERS, MATRIX_OPTIMIZERS[_value(saved.config, "optim.matrices")])
+    unused |= settings_of_others(METHODS, METHODS[_value(saved.config, "method.name")])
     return {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
 
 
@@ -206,7 +216,10 @@ def _tokenizer_changes(saved: Identity, now: Identity, allowed: set[str]) -> Ite
 def _other_data(saved: Identity, now: Identity) -> bool:
     if saved.data_content != now.data_content:
         return True
-    # the fingerprint contains the tokenizer's and settings of data: where those differ, they are named instead
-    other_tokenizer = saved.tokenizer_fingerprint != now.tokenizer_fingerprint
-    changed = {name for name in changed_settings(saved.config, now.config) if name.startswith("data.")} - FREE_SETTINGS
-    return saved.data_order != now.data_order and not (other_tokenizer or changed & ORDER_SETTINGS)
+    if saved.data_order == now.data_order:
+        return False
+    changed = set(changed_settings(saved.config, now.config))
+    if saved.tokenizer_fingerprint == now.tokenizer_fingerprint and not changed & ORDER_SETTINGS:
+        return True
+    # the fingerprint contains these, which are named, and says nothing of the text then
+    return bool(changed & TEXT_SETTINGS)

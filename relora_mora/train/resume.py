@@ -83,6 +83,11 @@ def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
     if reader.manifest.data_order != run.checked.data_order:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
         shared_log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
+    elif reader.manifest.data_content != run.checked.data_content:
+        shared_log.warning(
+            "the training data has other content under the same names (train.allow_changes): "
+            "reading goes on at the same lines"
+        )
     if goes_on:
         replay_rollbacks(Path(config.run_dir), state, run.checked.data_order)
     else:

@@ -234,3 +234,14 @@ def test_a_place_in_words(suffix, tmp_path, tokenizer_path):
         words = stream.describe(state)
     place = f"behind {state['1']['item']} of rows 1 to 8 of share 2 of 2 (shuffled)"
     assert words[1] == f"lane 1: epoch 0, a{suffix}, {place} and {state['1']['offset']} tokens of the next document"
+
+
+def test_a_lanes_share_of_a_file_is_judged_as_the_file_is(suffix, tmp_path):
+    texts = some_texts(600)
+    for row in (0, 6):
+        texts[row] = "long " * 9000
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=60)
+    config = data_config(path, max_line_bytes=30_000)
+    [shard] = resolve_shards(str(path))
+    with closing(open_rows(config, shard, phase=0, stride=6)) as rows:
+        assert len(rows.take(1000)) == 120 and rows.take(1) == [] and rows.bad == 2

@@ -161,6 +161,7 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
         ("hub:a/b/*.json", "cannot be used"),
         ("hub:a b/c/x.json", "hub:a b/c/x.json: Repo id must"),
         ("https://example.org/{5..2}.json", "counts down"),
+        ("https://example.org/{00000..99999}-of-{00000..99999}.json", "name more than 1,000,000 shards together"),
         ("https://example.org/a.orc", "expected one of .json"),
         ("https://[x/a.json", "no url that can be read"),
         ("https://example.org:99999/a.json", "no url that can be read"),

@@ -75,6 +75,26 @@ def test_a_change_is_named_until_it_is_allowed(other, permission):
     assert list(changes_since(identity(), other, {permission})) == []
 
 
+def test_other_text_is_named_beside_what_its_places_depend_on():
+    both = with_setting("data", "seed", 7)
+    both.config["data"]["text_column"] = "summary"
+    both = replace(both, data_order="other")
+    assert {change.permission for change in changes_since(identity(), both, set())} == {"data.seed", "data"}
+    seed = replace(with_setting("data", "seed", 7), data_order="other")
+    assert [change.permission for change in changes_since(identity(), seed, set())] == ["data.seed"]
+
+
+def test_what_decides_which_parameters_train_is_never_allowed_where_it_is_used():
+    def rank(method: str, value: int) -> Identity:
+        given = identity(config=tiny_config(method={"name": method}).model_dump(mode="json"))
+        given.config["method"]["rank"] = value
+        return given
+
+    [change] = changes_since(rank("remora", 3), rank("remora", 5), {"method.rank"})
+    assert change.permission is None and "begin anew with model.init_from" in change.text
+    assert list(changes_since(rank("full", 3), rank("full", 5), {"method.rank"})) == []
+
+
 def test_other_names_of_sources_are_other_data_whatever_their_weights():
     def mixture(name: str, order: str, weight: float = 1.0) -> Identity:
         records = [{"source": "a", "name": name, "weight": weight}, {"source": "b", "weight": 1.0}]
