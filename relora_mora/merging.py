@@ -132,12 +132,12 @@ class Merger:
 
         Raises :class:`MergeError` on all ranks. Before anything is written: when an adapter is not finite, or the ranks
         do not hold the layers and elements that the settings ask for. After the merge, which is then saved nowhere:
-        when a product of finite adapters was not finite, or the merge did not reach all layers and elements.
+        when a product of finite adapters was not finite, or not all elements of the adapters were reset.
         """
         begin = time.perf_counter()
         before = self.operator()
         self._check_adapters(step)
-        squares, ranks, merged = self._merge_layers(self.measured if self._is_measured(step, merges_done) else set())
+        squares, ranks = self._merge_layers(self.measured if self._is_measured(step, merges_done) else set())
         spoiled = [name for name, square in squares.items() if not math.isfinite(square)]
         if spoiled:
             raise MergeError(
@@ -149,10 +149,14 @@ class Merger:
         self.set_operator(next_operator, Draw(self.seed, merges_done))
         self._reset_state(merges_done, used)
         self.engine.refresh()
-        self._check_counts(step, merged, zeroed)
+        if zeroed != self.elements:
+            raise MergeError(
+                f"step {step}: merged, and reset {zeroed} of {self.elements} adapter elements; "
+                "this run cannot be trusted from here, go back to an earlier checkpoint"
+            )
         return MergeRecord(
             step=step,
-            layers=merged,
+            layers=len(squares),
             zeroed=zeroed,
             delta_norm={kind: sum(squares[name] for name in names) ** 0.5 for kind, names in self.by_kind.items()},
             effective_rank={name.rpartition(".")[2]: rank for name, rank in ranks.items()},
@@ -189,17 +193,15 @@ class Merger:
                 "nothing was merged, go back to an earlier checkpoint"
             )
 
-    def _merge_layers(self, measured: Set[str]) -> tuple[dict[str, float], dict[str, float], int]:
-        """Adds every delta to its base; returns each layer's squared norm of the delta, some effective ranks, and how
-        many layers were merged once.
+    def _merge_layers(self, measured: Set[str]) -> tuple[dict[str, float], dict[str, float]]:
+        """Adds every delta to its base; returns each layer's squared norm of the delta, and some effective ranks.
 
         In groups of as many layers as there are ranks, so that all owners build their deltas at the same time. What is
         ``measured`` comes after that, when no rank waits for another's weights; the host reads it once.
         """
         engine = self.engine
         names = list(self.layers)
-        # of each layer: the square of its delta, its effective rank, how often it was merged
-        found = torch.zeros(3, len(names), dtype=torch.float32, device=engine.device)
+        found = torch.zeros(2, len(names), dtype=torch.float32, device=engine.device)  # squares, effective ranks
         to_measure: list[tuple[int, list[Tensor]]] = []
         for start in range(0, len(names), engine.world_size):
             group = range(start, min(start + engine.world_size, len(names)))
@@ -214,16 +216,15 @@ class Merger:
                 delta = self.layers[names[index]].delta_of(*values)
                 found[0, index] = delta.square().sum()
                 sums[f"{names[index]}.weight"] = self.base.add(f"{names[index]}.weight", delta)
-                found[2, index] += 1
             to_measure += [(index, values) for index, values in mine if names[index] in measured]
             for index in group:
                 weight = f"{names[index]}.weight"
                 engine.write_weight(weight, sums.get(weight), self.base.owner[weight])
         for index, values in to_measure:
             found[1, index] = effective_rank(self.layers[names[index]].singular_values(*values))
-        squares, ranks, merged = engine.all_reduce(found).tolist()
+        squares, ranks = engine.all_reduce(found).tolist()
         of_measured = {name: value for name, value in zip(names, ranks, strict=True) if name in measured}
-        return dict(zip(names, squares, strict=True)), of_measured, merged.count(1.0)
+        return dict(zip(names, squares, strict=True)), of_measured
 
     def _reset_masters(self, merges_done: int) -> int:
         """Gives every adapter the values of a fresh one; returns the elements written, over all ranks."""
@@ -281,11 +282,3 @@ class Merger:
         for key, moment in moments.items():
             moment[chosen] = 0.0
             self.engine.scatter(parameter, moment, key)
-
-    def _check_counts(self, step: int, layers: int, zeroed: int) -> None:
-        if layers != len(self.layers) or zeroed != self.elements:
-            raise MergeError(
-                f"step {step}: merged {layers} of {len(self.layers)} layers "
-                f"and reset {zeroed} of {self.elements} adapter elements; "
-                "this run cannot be trusted from here, go back to an earlier checkpoint"
-            )

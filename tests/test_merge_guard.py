@@ -93,4 +93,4 @@ def merge_with_a_part_not_reset(world_size: int, stage: int) -> str:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_merge_that_has_not_reset_everything_ends_the_run(pools, stage):
     first, second = pools(2)(merge_with_a_part_not_reset, 2, stage)
-    assert first == second and "merged 14 of 14 layers and reset " in first and "cannot be trusted from here" in first
+    assert first == second and "merged, and reset " in first and "cannot be trusted from here" in first
