@@ -67,7 +67,7 @@ from relora_mora.supervise.watchdog import Watchdog
 
 store = TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=20), wait_for_workers=False)
 found = []
-watchdog = Watchdog(0, 1, 6.0, address=("127.0.0.1", store.port), job="test", end=found.append, stacks=Path(os.devnull))
+watchdog = Watchdog(0, 1, 3.0, address=("127.0.0.1", store.port), job="test", end=found.append, stacks=Path(os.devnull))
 watchdog.begin("a step")
 watchdog.start()
 print("up", flush=True)
@@ -85,6 +85,6 @@ def test_a_job_that_was_suspended_goes_on():
     )
     assert process.stdout and process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGSTOP)
-    time.sleep(7)  # longer than it may stand still, and shorter than the timer in C
+    time.sleep(4)  # longer than it may stand still, and shorter than the timer in C
     process.send_signal(signal.SIGCONT)
     assert process.communicate("\n", timeout=60)[0] == "[]\n"
