@@ -77,7 +77,7 @@ def _ranks() -> int:
     if uses_cuda():
         return 1 << (min(torch.cuda.device_count(), BATCH_SIZE).bit_length() - 1)
     cores = len(os.sched_getaffinity(0))
-    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, cores // 2))}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, cores // 2)), "CUDA_VISIBLE_DEVICES": ""}
     return 2
 
 
