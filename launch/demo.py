@@ -93,14 +93,14 @@ def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def step(title: str, command: list[str], target: str = "demo") -> None:
-    """Shows and runs a command, one step of what ``make TARGET`` does; where it fails, the program ends."""
+def step(title: str, command: list[str], target: str = "demo", folder: Path = DEMO) -> None:
+    """Shows and runs a command, one step of what ``make TARGET`` does in a folder; where it fails, the program ends."""
     say(title)
     program, *arguments = command
     print(f"$ {shlex.join([Path(program).name, *arguments])}", flush=True)
     code = subprocess.run(command, check=False).returncode
     if code:
-        on = "goes on from here" if code != USER_ERROR else f"tries it again; `rm -r {DEMO}` begins anew"
+        on = "goes on from here" if code != USER_ERROR else f"tries it again; `rm -r {folder}` begins anew"
         raise SystemExit(f"this step ended with code {code}; `make {target}` {on}")
 
 

@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def _step(title: str, command: list[str]) -> None:
-    demo.step(title, command, target="demo-finetune")
+    demo.step(title, command, target="demo-finetune", folder=HOME)
 
 
 def _start() -> Start:

@@ -75,10 +75,13 @@ def main(
     if without_use:
         reason = "belongs to --tasks" if tasks is None else "is about text, and --tasks scores none"
         raise ValueError(f"--{without_use[0]}: {reason}; leave it out")
-    from relora_mora.config import SCORING, parse_typed, read_data
+    from relora_mora.config import SCORING, check_names, parse_typed, read_data
 
+    check_names(overrides, SCORING)
     given = None if data is None else parse_typed(data, "--data")
-    text = read_data({"train": "none", "validation": "none" if given is None else given}, overrides, SCORING)
+    # a part of data.records may change what a run says of it, which is known when the run is read
+    early = {name: value for name, value in overrides.items() if not name.startswith("data.records.")}
+    text = read_data({"train": "none", "validation": "none" if given is None else given}, early, SCORING)
     with many_imports():  # takes seconds: what was typed is checked before
         import torch
 

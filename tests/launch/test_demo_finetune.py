@@ -54,8 +54,8 @@ def test_without_smollm2_the_model_of_the_demo_learns(
 ) -> None:
     ran = []
 
-    def step(title: str, command: list[str], target: str) -> None:
-        assert command[0] == sys.executable and target == "demo-finetune"
+    def step(title: str, command: list[str], target: str, folder: Path) -> None:
+        assert command[0] == sys.executable and (target, folder) == ("demo-finetune", finetuning.HOME)
         ran.append(command[1])
         if command[1] == "launch/demo.py":
             save_demo_model(tmp_path / "demo" / "export")

@@ -198,6 +198,8 @@ def test_the_command_scores_the_answers_that_the_run_scored(pools, inputs, token
     [seen] = pools(1)(_evaluated, tmp_path / "run")
     assert seen["loss"] == pytest.approx(lines[-1]["eval/loss"], rel=1e-5)
     assert seen["tokens"] == lines[-1]["eval/tokens"] and "bits_per_byte" not in seen
+    [everything] = pools(1)(_evaluated, tmp_path / "run", **{"data.records.score": "all"})
+    assert (everything["tokens"] > seen["tokens"]) is named
     (inputs / "text.jsonl").write_text("\n".join(json.dumps({"text": "the rank"}) for _ in range(9)))
     [plain] = pools(1)(_plain, tmp_path / "run", str(inputs / "text.jsonl"))
     assert plain["bits_per_byte"] > 0
