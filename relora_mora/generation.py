@@ -96,9 +96,8 @@ def generate_answers(
     """
     counts = torch.zeros(4, dtype=torch.float64, device=device)
     special = special_tokens(tokenizer)
-    ordered = sorted(
-        (_begun(each, special) for each in answers), key=lambda each: len(each.prompt)
-    )  # little to fill up
+    begun = [_begun(each, special) for each in answers]
+    ordered = sorted(begun, key=lambda each: len(each.prompt))  # little to fill up
     per_round = batch_size * world_size
     for first in range(0, len(ordered), per_round):
         if stop():

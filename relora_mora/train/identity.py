@@ -37,19 +37,23 @@ FREE_SETTINGS = {
     "train.deterministic",
     "train.deepspeed",
 }
-_OTHER_PARAMETERS = "the checkpoint holds the state of what trained with it; begin anew with model.init_from"
+_DECIDES_WHAT_TRAINS = (
+    "method.rank",
+    "method.rank_pattern",
+    "method.square_size",
+    "method.square_rounding",
+    "method.square_multiple",
+    "method.target_modules",
+    "method.train_linears",
+    "method.train_embeddings",
+    "method.train_norms",
+    "method.train_head",
+)
 # settings that no permission lets differ at a resume, and why
 FIXED_SETTINGS = {
-    "method.rank": _OTHER_PARAMETERS,
-    "method.rank_pattern": _OTHER_PARAMETERS,
-    "method.square_size": _OTHER_PARAMETERS,
-    "method.square_rounding": _OTHER_PARAMETERS,
-    "method.square_multiple": _OTHER_PARAMETERS,
-    "method.target_modules": _OTHER_PARAMETERS,
-    "method.train_linears": _OTHER_PARAMETERS,
-    "method.train_embeddings": _OTHER_PARAMETERS,
-    "method.train_norms": _OTHER_PARAMETERS,
-    "method.train_head": _OTHER_PARAMETERS,
+    **dict.fromkeys(
+        _DECIDES_WHAT_TRAINS, "the checkpoint holds the state of what trained with it; begin anew with model.init_from"
+    ),
     "optim.matrices": "the state of one optimizer means nothing to another; begin anew with model.init_from",
     "optim.projection_rank": "moments of one rank are none of another; begin anew with model.init_from",
 }

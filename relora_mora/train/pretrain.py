@@ -128,12 +128,13 @@ def _pretrain(config: Config, guard: Guard) -> int:
     begin = from_first_rank(lambda: where_to_resume(config))
     resumes = begin is not None
     run = build(checked, rank, world_size, resumes=resumes, done=startup.done)
+    reader = None
     if begin is not None:
         guard.begin("reading the checkpoint", within=LONG_SECONDS)
-    state, reader = (RunState(initial_seed=config.train.seed), None) if begin is None else resume(run, begin)
-    if resumes:
+        state, reader = resume(run, begin)
         startup.done("resume")
     else:
+        state = RunState(initial_seed=config.train.seed)
         forget_rollbacks(folder, state)
     if checked.compiled:
         warm_up(run, state, guard)
