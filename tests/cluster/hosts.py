@@ -220,7 +220,7 @@ class Pair:
         """Until no launcher, rank or data worker lives on either host, but processes of this name."""
 
         def left() -> list[list[str]]:
-            commands = [_command(process) for process in self.trainers()]
+            commands = [command_of(process) for process in self.trainers()]
             return [command for command in commands if command and command[0] != but]
 
         wait_until(lambda: not left(), seconds, lambda: f"left: {left()}")
@@ -242,7 +242,7 @@ def _pid_namespace(pid: int) -> Path:
     return Path(f"/proc/{pid}/ns/pid").readlink()
 
 
-def _command(process: psutil.Process) -> list[str]:
+def command_of(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
     except psutil.Error:

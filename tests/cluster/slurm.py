@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from tests.cluster.hosts import NAMES, Host, Pair, wait_until
+from tests.cluster.hosts import NAMES, Host, Pair, command_of, wait_until
 from tests.cluster.runs import ENVIRONMENT
 
 NEEDED = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged")
@@ -42,6 +42,7 @@ class Slurm:
     """Started on the two hosts; jobs are submitted on the first, from ``checkout``."""
 
     def __init__(self, pair: Pair, folder: Path, checkout: Path) -> None:
+        self.pair = pair
         self.head: Host = pair.hosts[0]
         self.folder, self.checkout = folder, checkout
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), **ENVIRONMENT}
@@ -90,7 +91,10 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)[name]
 
     def start_again(self, job: str, restarts: int, seconds: float = 60) -> None:
-        """Waits until a job is back in the queue, where it would stay for two minutes, and has it start now."""
+        """Waits until a job is back in the queue, where it would stay for two minutes, and has it start now.
+
+        A node that still runs a part of it would refuse it and be drained.
+        """
 
         def waits() -> bool:
             state = self.field(job, "JobState")
@@ -98,8 +102,15 @@ class Slurm:
             return (self.field(job, "Restarts"), state) == (str(restarts), "PENDING")
 
         wait_until(waits, seconds, lambda: self.logs(job))
+        wait_until(lambda: not self._parts(job), seconds, lambda: f"left: {self._parts(job)}\n{self.logs(job)}")
         time.sleep(2)  # a node refuses a job that it has ended in the same second
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def _parts(self, job: str) -> list[str]:
+        """What runs of a job on the nodes: its batch script, and its steps."""
+        daemon = f"slurmstepd: [{self.field(job, 'JobId')}."
+        names = [" ".join(command_of(process)) for host in self.pair for process in host.processes()]
+        return [name for name in names if name.startswith(daemon)]
 
     def wait_for_the_end(self, job: str, seconds: float = 90) -> None:
         """Until a job has ended well."""

@@ -33,7 +33,7 @@ def switched() -> set[bool]:
         not torch.backends.cuda.cudnn_sdp_enabled(),
         os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8",
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1",
-        inductor.deterministic,
+        getattr(inductor, "deterministic", torch.are_deterministic_algorithms_enabled()),  # from torch 2.10 on
     }
 
 
