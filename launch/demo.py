@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -46,11 +45,8 @@ def main() -> int:
             [python, "tokenizer/train.py", f"--data={data}/train/*.json.gz", f"--out={tokenizer}", "--vocab_size=8192"],
         )
     ranks = _ranks()
-    launcher = [str(Path(python).parent / "deepspeed"), "--log_level=warning", f"--master_port={_free_port()}"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # deepspeed overlooks it beside --num_gpus
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:ranks])
-    else:
-        launcher.append(f"--num_gpus={ranks}")
+    # not deepspeed, which reads no names of GPUs or MIG parts in CUDA_VISIBLE_DEVICES
+    launcher = [str(Path(python).parent / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
     step(
         f"3/5 pretraining with ReMoRA, DeepSpeed ZeRO-2: {CONFIG}",
         [*launcher, "launch/pretrain.py", CONFIG, f"--train.micro_batch_size={min(8, BATCH_SIZE // ranks)}"],
@@ -74,18 +70,13 @@ def _ranks() -> int:
 
     from relora_mora.system.hardware import uses_cuda
 
+    ranks = 2
     if uses_cuda():
-        return 1 << (min(torch.cuda.device_count(), BATCH_SIZE).bit_length() - 1)
-    cores = len(os.sched_getaffinity(0))
-    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, cores // 2)), "CUDA_VISIBLE_DEVICES": ""}
-    return 2
-
-
-def _free_port() -> int:
-    """Other jobs may use the launcher's own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        ranks = 1 << (min(torch.cuda.device_count(), BATCH_SIZE).bit_length() - 1)
+    else:
+        os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    return ranks
 
 
 def say(text: str) -> None:

@@ -69,15 +69,15 @@ def main(
     ):
         if value is not None and value < least:
             raise ValueError(f"--{name}: got {value}, expected at least {least}")
+    from relora_mora.config import SCORING, check_names, parse_typed, read_data
+
+    check_names(overrides, SCORING)
     of_tasks: dict[str, Any] = {"task_data": task_data, "num_fewshot": num_fewshot, "limit": limit}
     of_text = {"data": data, "max_tokens": max_tokens, **overrides}
     without_use = [name for name, value in (of_tasks if tasks is None else of_text).items() if value is not None]
     if without_use:
         reason = "belongs to --tasks" if tasks is None else "is about text, and --tasks scores none"
         raise ValueError(f"--{without_use[0]}: {reason}; leave it out")
-    from relora_mora.config import SCORING, check_names, parse_typed, read_data
-
-    check_names(overrides, SCORING)
     given = None if data is None else parse_typed(data, "--data")
     # a part of data.records may change what a run says of it, which is known when the run is read
     early = {name: value for name, value in overrides.items() if not name.startswith("data.records.")}

@@ -140,6 +140,9 @@ def test_the_revisions_of_a_run_hold_for_its_own_text():
     assert here.revision is None  # it is on no hub
     asked = loaded.data_settings(["some/set"], {"data.revision": "v2"})
     assert asked.revision == "v2" and asked.sources("validation")[0].revision is None
+    masked = LoadedModel(_gpt2(), nullcontext(), data.model_copy(update={"document_mask": True}), "a run")
+    rows = {"data.records.kind": "question", "data.packing": "none"}
+    assert masked.data_settings(None, {}).document_mask and not masked.data_settings(["a.jsonl"], rows).document_mask
 
 
 def _llama(**changes) -> LlamaForCausalLM:

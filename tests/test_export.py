@@ -126,6 +126,7 @@ def test_plain_generate_stops_at_further_ends_that_the_start_lists(hf_tokenizer:
     export(write_checkpoint(tmp_path / "checkpoint", lm, tmp_path / "tokenizer"), tmp_path / "out")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert lm.generation_config.eos_token_id == [300, end] and lm.config.eos_token_id == 300
+    assert foreign_config(tmp_path / "out").eos_token_id == [300, end], "for a run that starts from it"
     assert lm.generate(torch.tensor([[5]]), max_new_tokens=5, do_sample=False).tolist() == [[5, end]]
 
 

@@ -94,7 +94,10 @@ def main(
 
     started = time.monotonic()
     _check_settings(vocab_size, max_documents, max_bytes, character_coverage, threads)
-    config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)
+    text = parse_typed(data, "--data")
+    config = read_data(
+        {"train": text, "validation": text}, overrides, READING
+    )  # no shares, which held-out text has not
     with new_folder(Path(out)) as folder:
         texts = iter_texts(config.train, split="train", config=config)
         limit = min(max_documents, sys.maxsize) or None

@@ -1,7 +1,7 @@
 """Typed settings of a run: schema, combinations that cannot work, reading."""
 
 from relora_mora.config.checks import unused_by, unused_settings
-from relora_mora.config.data import SAMPLE_BY, DataConfig, SampleBy, Split
+from relora_mora.config.data import DataConfig, SampleBy, Split
 from relora_mora.config.data_flags import READING, SCORING, check_names, parse_typed, read_data
 from relora_mora.config.finetuning import FINETUNING, with_defaults
 from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate, with_epochs
@@ -31,7 +31,6 @@ __all__ = [
     "DECODER_LINEARS",
     "FINETUNING",
     "READING",
-    "SAMPLE_BY",
     "SCORING",
     "CheckpointConfig",
     "Config",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,7 +20,6 @@ from relora_mora.config.types import LARGEST, LONGEST_SECONDS, Fraction, Positiv
 
 Split = Literal["train", "validation"]
 SampleBy = Literal["line", "paragraph", "document"]
-SAMPLE_BY = get_args(SampleBy)
 
 
 AtRevision = Annotated[str, Field(pattern="^[^@/ ]+/[^@/ ]+@[^ ]+$")]
@@ -120,8 +119,7 @@ class DataConfig(Strict):
         return self.masks_documents_of([*self.train_sources, *self.sources("validation")])
 
     def masks_documents_of(self, sources: Iterable[TextSource]) -> bool:
-        packings = {self.packing_of([self.records_of(source)]) for source in sources}
-        return "whole" in packings or (self.document_mask and packings != {"none"})
+        return self.document_mask or any(self.packing_of([self.records_of(each)]) == "whole" for each in sources)
 
     @property
     def validation_sets(self) -> dict[str, list[TextSource]]:

@@ -31,7 +31,8 @@ def is_foreign(path: Path) -> bool:
 def foreign_config(path: Path) -> PreTrainedConfig:
     """The config of the model in a Hugging Face folder, whose foreign keys transformers ignores.
 
-    Raises :class:`ConfigError`.
+    Where its generation_config.json lists several ids that end an answer, these are its ``eos_token_id``, as for
+    transformers. Raises :class:`ConfigError`.
     """
     file = path / "config.json"
     values = read_json(file, "model.init_from")
@@ -39,7 +40,10 @@ def foreign_config(path: Path) -> PreTrainedConfig:
         fault = f"model.init_from: there is no model_type; say in it which of {', '.join(ARCHITECTURES)} the model is"
         raise ConfigError([fault], str(file))
     keys = architecture_of(values, str(file)).keys
-    return parse_model_config({key: value for key, value in values.items() if key in keys}, str(file))
+    known = {key: value for key, value in values.items() if key in keys}
+    generation = path / "generation_config.json"
+    ends = read_json(generation, "model.init_from").get("eos_token_id") if generation.exists() else None
+    return parse_model_config(known | ({"eos_token_id": ends} if isinstance(ends, list) else {}), str(file))
 
 
 def load_foreign(

@@ -46,6 +46,8 @@ class LoadedModel:
         given = self.data.model_dump(include={*SCORING, "validation", "commits"}) | {"train": "none"}
         if any(name.startswith("data.records") for name in overrides):
             del given["packing"]
+        if overrides.get("data.packing") == "none":
+            del given["document_mask"]
         if validation is None:
             return read_data(given, overrides, SCORING)
         del given["revision"]

@@ -40,7 +40,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Received:
-    """The last heartbeat of a rank, and when it came, by this rank's monotonic clock."""
+    """The last heartbeat of a rank, and when it came, by the clock of this rank's watchdog."""
 
     heartbeat: Heartbeat
     at: float

@@ -28,9 +28,29 @@ from relora_mora.system.bounded import bounded
 
 HEARTBEAT_SECONDS = 1.0
 STORE_SECONDS = 15.0  # for an answer of the store; one that takes longer means that its host is gone
+MOST_SECONDS = 2 * HEARTBEAT_SECONDS  # between two looks at a clock; more means that the process did not run
 LEAVE_SECONDS = 5.0  # for a main thread to exit by itself after another rank has announced its exit
 SUSPECT_SECONDS = 4.0  # to find the rank whose heartbeats stopped, when a collective has failed
 LINGER_SECONDS = 2.5  # for the others to read why the rank that holds the store exits
+
+
+class RunningClock:
+    """Seconds in which this process ran: while a job is suspended it stands still.
+
+    Some thread has to look at it all the time.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._looked = time.monotonic()
+        self._lock = threading.Lock()
+
+    def __call__(self) -> float:
+        with self._lock:
+            now = time.monotonic()
+            self._seconds += min(now - self._looked, MOST_SECONDS)
+            self._looked = now
+            return self._seconds
 
 
 class _Action(NamedTuple):
@@ -38,7 +58,7 @@ class _Action(NamedTuple):
 
     name: str
     number: int
-    begin: float
+    begin: float  # by the watchdog's clock
     limit_seconds: float
 
 
@@ -65,6 +85,7 @@ class Watchdog:
         self.world_size = world_size
         self.end = end
         self.stacks = stacks
+        self._now = RunningClock()
         # a connection of its own: a client of the store answers one caller at a time
         store = TCPStore(
             *address, is_master=False, timeout=datetime.timedelta(seconds=STORE_SECONDS), wait_for_workers=False
@@ -76,7 +97,7 @@ class Watchdog:
         self.timeout_seconds = max(timeout_seconds, 3 * self._interval)
         self.linger_seconds = max(LINGER_SECONDS, 1.5 * self._interval)
         self._known: PeerFailure | None = None  # that was published
-        self._action = _Action("started", 0, time.monotonic(), timeout_seconds)
+        self._action = _Action("started", 0, self._now(), timeout_seconds)
         self._received: dict[int, Received] = {}
         self._heartbeats = 0
         self._closed = threading.Event()
@@ -96,7 +117,7 @@ class Watchdog:
         All ranks call it for the same actions in the same order.
         """
         limit = max(within or 0.0, self.timeout_seconds)
-        self._action = _Action(what, self._action.number + 1, time.monotonic(), limit)
+        self._action = _Action(what, self._action.number + 1, self._now(), limit)
 
     def announce_exit(self, code: int, reason: str) -> None:
         """Tells the other ranks that this one exits by itself."""
@@ -127,21 +148,22 @@ class Watchdog:
 
     def store_hung(self) -> PeerFailure | None:
         """That the store has not answered for too long: its client waits without end when the first rank is stopped."""
+        now = self._now()
         asked_at = self._asked_at
         if asked_at is None or self._closed.is_set():
             return None
-        seconds = time.monotonic() - asked_at
+        seconds = now - asked_at
         return self._lost(0, f"nothing heard for {seconds:.0f} s") if seconds > self.timeout_seconds else None
 
     # ---- the watchdog's thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._wait():
+        while not self._closed.wait(self._interval):
             # this thread needs the interpreter: where a C call keeps it, a timer in C exits the process
             faulthandler.dump_traceback_later(
                 1.5 * max(self.timeout_seconds, self._action.limit_seconds) + 10, exit=True
             )
-            self._asked_at = time.monotonic()
+            self._asked_at = self._now()
             try:
                 self.beat()
                 failure = self._find_failure()
@@ -153,19 +175,6 @@ class Watchdog:
             self._asked_at = None
             if failure is not None:
                 self._exit_for(failure)
-
-    def _wait(self) -> bool:
-        """Waits for the next turn; whether the watchdog is closed.
-
-        Where this process did not run meanwhile, since its job was suspended, all clocks begin anew.
-        """
-        begin = time.monotonic()
-        closed = self._closed.wait(self._interval)
-        stood_still = time.monotonic() - begin - self._interval
-        if stood_still > self.timeout_seconds / 2:
-            self._action = self._action._replace(begin=self._action.begin + stood_still)
-            self._received.clear()
-        return closed
 
     def _exit_for(self, failure: PeerFailure) -> None:
         """Ends this process, unless its main thread does so in time by itself."""
@@ -190,7 +199,7 @@ class Watchdog:
                 number=self._heartbeats,
                 action=action.name,
                 actions=action.number,
-                action_seconds=time.monotonic() - action.begin,
+                action_seconds=self._now() - action.begin,
                 limit_seconds=action.limit_seconds,
                 in_collective=in_collective(),
                 host=host_id(),
@@ -207,7 +216,7 @@ class Watchdog:
                 return self._known
             self._receive(list(range(self.world_size)) if watches_all else [0, self.rank])
             others = {rank: last for rank, last in self._received.items() if rank != self.rank}
-        now = time.monotonic()
+        now = self._now()
         allowed = self._suspect_seconds if self._suspicious.is_set() else self.timeout_seconds
         found = find_silent(others, allowed, now)
         if found is None and self.rank == 0:
@@ -215,7 +224,7 @@ class Watchdog:
         return None if found is None else self._publish(found)
 
     def _receive(self, ranks: list[int]) -> None:
-        now = time.monotonic()
+        now = self._now()
         texts = self._store.multi_get([f"heartbeat/{rank}" for rank in ranks])
         for rank, text in zip(ranks, texts, strict=True):
             heartbeat = Heartbeat(**json.loads(text))

@@ -19,7 +19,7 @@ from relora_mora.system.logs import log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
 from relora_mora.train.check import saved_settings
-from relora_mora.train.identity import Identity, changes_since
+from relora_mora.train.identity import Identity, changed_settings, changes_since
 from relora_mora.train.restore import restore
 from relora_mora.train.rollback import forget_rollbacks, replay_rollbacks
 from relora_mora.train.state import RunState
@@ -44,10 +44,10 @@ def where_to_resume(config: Config) -> Path | None:
         )
     if resume not in ("auto", "never"):
         before = saved_settings(folder.path)
-        is_own = Path(resume).resolve().is_relative_to(folder.path.resolve())
+        is_own = Path(resume).absolute().parent.resolve() == folder.checkpoints.resolve()
         if not holds or (is_own and before.get("train", {}).get("resume") != resume):
             return Path(resume)
-        if before != parse_yaml(dump(config)):
+        if any(changed_settings(before, parse_yaml(dump(config)))):
             raise CheckpointError(
                 f"train.resume={resume}: {folder.path} holds what a start with other settings has trained; "
                 "train.resume=auto goes on from that, and another train.run_dir begins at what you named"

@@ -162,6 +162,10 @@ def test_a_checkpoint_whose_last_rename_is_missing_is_one(folder):
     with pytest.raises(CheckpointError, match=r"holds checkpoints, and train\.resume=never"):
         where_to_resume(_resuming("never", run_dir))
     assert where_to_resume(_resuming("auto", run_dir)) == run_dir / "checkpoints"
+    own = str(run_dir / "checkpoints" / "step-00000015")
+    assert where_to_resume(_resuming(own, run_dir)) == Path(own), "to go back to it"
+    with pytest.raises(CheckpointError, match="holds what a start with other settings has trained"):
+        where_to_resume(_resuming(str(run_dir / "of-another-stage"), run_dir))
 
 
 def _resuming(name: str, run_dir: Path) -> Config:

@@ -226,8 +226,6 @@ def test_sources_of_text_and_of_records_are_mixed(path, tokenizer, tokenizer_pat
     ]
     config = data_config("x", train=train, sequence_length=LENGTH)
     assert config.masks_documents
-    alone = config.model_copy(update={"document_mask": True, "packing": "none"})
-    assert not alone.masks_documents, "a sequence of one document needs no mask"
     with _stream(config, tokenizer_path) as stream:
         batch = next(stream)
     kinds = Counter()

@@ -115,7 +115,6 @@ def _signal_until_it_ends(process: subprocess.Popen[str]) -> None:
 SILENCED = """
 import os, sys
 from pathlib import Path
-from types import SimpleNamespace
 from relora_mora.supervise import Guard, RunLock
 guard = Guard()
 folder = Path(sys.argv[1])
@@ -134,7 +133,6 @@ while True:
 BOTH = """
 import sys, threading
 from pathlib import Path
-from types import SimpleNamespace
 from relora_mora.supervise import Guard
 from relora_mora.supervise.heartbeat import PeerFailure
 guard = Guard(signals=False)
@@ -180,7 +178,6 @@ def test_one_rank_tells_of_the_end_where_the_host_of_the_first_is_lost_too(lost,
 LEFT = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from relora_mora.supervise import Guard, RunLock
 from relora_mora.supervise.heartbeat import PeerFailure
 guard = Guard(signals=False)
@@ -253,7 +250,6 @@ def test_launchers_are_known_by_their_command_line(command, launches):
 LOOK = """
 import os, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 from relora_mora.supervise.launchers import Launchers
 while not Path(sys.argv[1]).exists():
     time.sleep(0.02)
@@ -310,7 +306,6 @@ def test_a_launcher_that_is_gone_already_is_missed(chain, gone, tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from relora_mora.supervise import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+
+import pytest
 
 BEATS = """
 import datetime, faulthandler, gc, random, sys, threading, time
@@ -67,24 +70,54 @@ from relora_mora.supervise.watchdog import Watchdog
 
 store = TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=20), wait_for_workers=False)
 found = []
-watchdog = Watchdog(0, 1, 3.0, address=("127.0.0.1", store.port), job="test", end=found.append, stacks=Path(os.devnull))
-watchdog.begin("a step")
-watchdog.start()
-print("up", flush=True)
+
+
+class Stopping:
+    # a store within a request to which this process is stopped
+
+    def __init__(self, store):
+        self.store = store
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+    def multi_get(self, keys):
+        first._store = self.store
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return self.store.multi_get(keys)
+
+
+def watchdog(rank):
+    made = Watchdog(
+        rank, 2, 6.0, address=("127.0.0.1", store.port), job="test", end=found.append, stacks=Path(os.devnull)
+    )
+    made.begin("a step")
+    return made
+
+
+first, second = watchdog(0), watchdog(1)
+first.start()
+second.start()
+while len(first._received) < 2:
+    time.sleep(0.1)
+if sys.argv[1] == "in a turn":
+    first._store = Stopping(first._store)
+else:
+    os.kill(os.getpid(), signal.SIGSTOP)
 sys.stdin.readline()
-time.sleep(2 * watchdog._interval)
+time.sleep(2 * first._interval)
 print([failure.reason for failure in found], flush=True)
 os._exit(0)
 """
 
 
-def test_a_job_that_was_suspended_goes_on():
+@pytest.mark.parametrize("when", ["between two turns", "in a turn"])
+def test_a_job_that_was_suspended_goes_on(when):
     """All clocks stood still for it; what it did before counts on."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SUSPENDED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SUSPENDED, when], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout and process.stdout.readline() == "up\n"
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(4)  # longer than it may stand still, and shorter than the timer in C
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    time.sleep(7)  # longer than it may stand still, and shorter than the timer in C
     process.send_signal(signal.SIGCONT)
     assert process.communicate("\n", timeout=60)[0] == "[]\n"
