@@ -34,6 +34,13 @@ def _events(folder):
     return events
 
 
+def _next_second():
+    """TensorBoard reads files by the second they begin in, and those of one second by a number: 10 before 9."""
+    begin = int(time.time())
+    while int(time.time()) == begin:
+        time.sleep(0.01)
+
+
 def _board(folder, tag):
     events = _events(folder)
     return [(event.step, round(event.value, 4)) for event in events.Scalars(tag)]
@@ -47,6 +54,7 @@ def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 7, "tra')  # a line that a kill cut off
+    _next_second()
     second = Metrics(tmp_path, step=4, loggers=[TensorBoard(tmp_path)])
     for step in (5, 6):
         second.write(step, {"train/loss": 10.0 * step})
@@ -87,6 +95,7 @@ def test_a_folder_that_cannot_be_written_for_a_while_costs_lines_and_no_tracebac
         metrics.write(step, {"train/loss": 1.0})
         step += 1
         time.sleep(0.01)
+    _next_second()
     board.unlink()
     (tmp_path / "away").rename(board)
     metrics.write(step, {"train/loss": 2.0})
