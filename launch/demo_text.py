@@ -75,7 +75,7 @@ def main(out: str = "runs/demo/data", max_bytes: int = 40_000_000, processes: in
     paths = sysconfig.get_paths()
     roots = sorted({Path(paths[name]).resolve() for name in ("stdlib", "purelib", "platlib")})
     with new_folder(target) as folder:
-        documents = [*python_reference(), *docstrings(roots, processes or min(8, _cores()))]
+        documents = [*python_reference(), *docstrings(roots, processes or min(8, len(os.sched_getaffinity(0))))]
         counts = write(documents, folder, max_bytes)
     print(f"{target}: {_summary(counts)}, {time.monotonic() - started:.1f} s")
 
@@ -260,10 +260,6 @@ def _held_out(document: Document) -> bool:
     url = document["url"]
     file = url if "pydoc_data/topics" in url else url.partition("#")[0]
     return int.from_bytes(_digest(file)[:8]) < VALIDATION_FRACTION * 2**64
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _summary(counts: dict[str, Any]) -> str:

@@ -289,13 +289,9 @@ OURS: dict[str, Callable[[Setting], Contender]] = {
     "remora_r32": lambda setting: Ours(replace(setting, square_multiple=32), "remora"),
     "full_compiled": lambda setting: Ours(setting, "full", compiled=True),
     "remora_compiled": lambda setting: Ours(setting, "remora", compiled=True),
-    "relora_merged": lambda setting: Ours(setting, "relora", "merged"),
-    "relora_resident": lambda setting: Ours(setting, "relora", "resident"),
-    "relora_decoupled": lambda setting: Ours(setting, "relora", "decoupled"),
 }
 PEERS: dict[str, Callable[[Setting], Contender]] = {
     "plain": lambda setting: Plain(setting, _adamw, own_loss=True),
-    "plain_chunked": lambda setting: Plain(setting, _adamw),
     "peft_lora": _peft_lora,
     "galore": _galore,
     "apollo": _apollo,

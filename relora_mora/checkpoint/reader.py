@@ -127,27 +127,15 @@ class CheckpointReader:
         """
         trained = {name: list(engine.shapes[name]) for names in engine.members for name in names}
         frozen = {name: list(engine.shapes[name]) for name in base.owner}
-        if (trained, frozen) != (self.manifest.parameters, self.manifest.frozen):
-            different = ", ".join(sorted(set(trained) ^ set(self.manifest.parameters))[:3]) or "other shapes"
+        moments = {name: self.manifest.moments(name) for name in trained}
+        ours = (trained, frozen, engine.moments, engine.matrix_shapes, set(engine.group_names))
+        saved = self.manifest
+        if ours != (saved.parameters, saved.frozen, moments, saved.matrix_states, set(saved.group_steps)):
+            different = ", ".join(sorted(set(trained) ^ set(saved.parameters))[:3]) or "other shapes or states"
             raise same_on_all_ranks(
                 CheckpointError(
                     f"{self.folder}: its trainable parameters are not this run's ({different}); "
                     "resume with the settings it was made with"
-                )
-            )
-        own = {name: self.manifest.moments(name) for name in trained}
-        if (own, self.manifest.matrix_states) != (engine.moments, engine.matrix_shapes):
-            raise same_on_all_ranks(
-                CheckpointError(
-                    f"{self.folder}: its matrices trained with {self.manifest.matrices}, and the state of one "
-                    f"optimizer is nothing to another; resume with optim.matrices={self.manifest.matrices}"
-                    + (" and its optim.projection_rank" if self.manifest.matrix_states else "")
-                )
-            )
-        if set(self.manifest.group_steps) != set(engine.group_names):
-            raise same_on_all_ranks(
-                CheckpointError(
-                    f"{self.folder}: its parameter groups are not this run's; resume with the settings it was made with"
                 )
             )
         problem: str | None = None

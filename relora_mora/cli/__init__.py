@@ -4,8 +4,6 @@ Here and in the commands, what takes long to import is imported inside functions
 """
 
 from relora_mora.cli.command import missing_package, run
-from relora_mora.cli.interrupt import INTERRUPTED
-from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.new_folder import new_folder
 
-__all__ = ["INTERRUPTED", "disk_faults_named", "missing_package", "new_folder", "run"]
+__all__ = ["missing_package", "new_folder", "run"]

@@ -6,13 +6,12 @@ from relora_mora.compare.files import check_plots, save, write_files
 from relora_mora.compare.groups import Group, group_of, group_runs
 from relora_mora.compare.reach import Reach, parse_reach, step_cells
 from relora_mora.compare.runs import Run, read_run, read_runs
-from relora_mora.compare.table import Row, as_json, compare, markdown, table_of
+from relora_mora.compare.table import as_json, compare, markdown, table_of
 
 __all__ = [
     "CompareError",
     "Group",
     "Reach",
-    "Row",
     "Run",
     "as_json",
     "check_plots",

@@ -16,6 +16,7 @@ from relora_mora.compare.reach import Reach
 from relora_mora.compare.runs import Run, Series
 from relora_mora.compare.style import PAPER, WIDTH, styles
 from relora_mora.compare.table import common_sets, count, perplexities
+from relora_mora.config import DECODER_LINEARS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,6 @@ TITLES = {"steps": "steps", "tokens": "tokens trained on"}
 UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 MOST_MARKERS = 12
 MOST_MERGES = 25  # of a run, that are marked
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def figures_of(groups: Sequence[Group], reach: Reach | None = None, against: Group | None = None) -> dict[str, Figure]:
@@ -259,7 +259,7 @@ def rank_figure(
     from matplotlib.figure import Figure
 
     tags = {name for group in groups for run in group.runs for line in run.lines for name in line}
-    kinds = [kind for kind in PROJECTIONS if f"{tag}/{kind}" in tags]
+    kinds = [kind for kind in DECODER_LINEARS if f"{tag}/{kind}" in tags]
     if not kinds:
         return None
     having = {

@@ -1,6 +1,6 @@
 """Typed settings of a run: schema, combinations that cannot work, reading."""
 
-from relora_mora.config.checks import unused_by, unused_settings
+from relora_mora.config.checks import unused_by
 from relora_mora.config.data import DataConfig, SampleBy, Split
 from relora_mora.config.data_flags import READING, SCORING, check_names, parse_typed, read_data
 from relora_mora.config.finetuning import FINETUNING, with_defaults
@@ -60,7 +60,6 @@ __all__ = [
     "read_data",
     "set_setting",
     "unused_by",
-    "unused_settings",
     "validate",
     "with_defaults",
     "with_epochs",

@@ -32,11 +32,6 @@ OPERATIONAL = {
 }
 
 
-def unused_settings(config: Config) -> list[str]:
-    """Settings that were given and have no use, so that the trainer can say so."""
-    return list(unused_by(config))
-
-
 def unused_by(config: Config) -> dict[str, str]:
     """The settings that were given and have no use, with what it is that does not use them."""
     method, optim = config.method, config.optim

@@ -26,53 +26,34 @@ DERIVED_DEEPSPEED_KEYS = {
     "activation_checkpointing": "model.activation_checkpointing",
 }
 
-_Elements = Whole
 _Threshold = Annotated[int, Field(ge=0, le=LARGEST), BeforeValidator(as_whole)]
 
 # tried with the view of masters and state in zero/engine.py; offloading, quantized weights and the like were not
 DEEPSPEED_ZERO_KEYS: dict[str, Any] = {
-    "allgather_bucket_size": Annotated[_Elements, Field(multiple_of=2)],  # aligned to 4 bytes of bf16
+    "allgather_bucket_size": Annotated[Whole, Field(multiple_of=2)],  # aligned to 4 bytes of bf16
     "allgather_partitions": bool,
     "contiguous_gradients": bool,
     "overlap_comm": bool,
-    "reduce_bucket_size": _Elements,
+    "reduce_bucket_size": Whole,
     "reduce_scatter": bool,
     "round_robin_gradients": bool,
     "stage3_max_live_parameters": _Threshold,
     "stage3_max_reuse_distance": _Threshold,
     "stage3_param_persistence_threshold": _Threshold,
     "stage3_prefetch_bucket_size": _Threshold,
-    "sub_group_size": _Elements,
+    "sub_group_size": Whole,
     "use_multi_rank_bucket_allreduce": bool,
 }
 DEEPSPEED_KEYS: dict[str, Any] = {
     "zero_optimization": DEEPSPEED_ZERO_KEYS,
     "communication_data_type": Literal["fp16", "bf16", "fp32"],
     "comms_logger": {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool, "prof_ops": list[str]},
-    "flops_profiler": {
-        "enabled": bool,
-        "profile_step": _Elements,
-        "module_depth": Annotated[int, Field(ge=-1, le=1000)],
-        "top_modules": Annotated[int, Field(ge=1, le=1000)],
-        "detailed": bool,
-        "output_file": str | None,
-        "recompute_fwd_factor": Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)],
-    },
-    "prescale_gradients": bool,
 }
 
 
 def deepspeed_faults(config: Config) -> Iterator[Fault]:
     for text in _texts(config.train.deepspeed, DEEPSPEED_KEYS, ""):
         yield Fault(("train.deepspeed",), text)
-    zero = config.train.deepspeed.get("zero_optimization")
-    scatters = zero.get("reduce_scatter", True) if isinstance(zero, dict) else True
-    if config.train.deepspeed.get("prescale_gradients") is True and scatters and config.train.zero_stage > 0:
-        yield Fault(
-            ("train.deepspeed", "train.zero_stage"),
-            f"prescale_gradients does not go with reduce_scatter on ZeRO-{config.train.zero_stage}; leave it out, "
-            "or set zero_optimization.reduce_scatter=false",
-        )
 
 
 def _texts(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:

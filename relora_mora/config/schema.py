@@ -190,9 +190,7 @@ class OptimConfig(Strict):
         (0.9, 0.95), strict=False, description="betas of AdamW, and of Adam on a projection"
     )
     eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = Field(1e-8, description="epsilon of the same")
-    weight_decay: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.0, description="decoupled weight decay of everything but the norms"
-    )
+    weight_decay: Decay = Field(0.0, description="decoupled weight decay of everything but the norms")
     clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         1.0, description="clip the global gradient norm; 0: off"
     )

@@ -9,18 +9,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from relora_mora.data.errors import SourceError
-from relora_mora.data.groups import Content
 from relora_mora.data.local import LocalFile
 from relora_mora.data.random_access import RandomAccessFile
 from relora_mora.data.skipped import Skipped, names_of
 from relora_mora.data.sources import Shard
 from relora_mora.system.disk_errors import LOST_DISK
 
+# UTF-8 of the text, None where there is none; where the shard holds records, their fields
+Content = bytes | None | dict[str, Any] | Skipped
 _RECORDS = "; or say in data.records what a row holds, if that is no text"
 
 
 class ColumnFile:
-    """The column of text, or those of records, of a file with groups of rows (see ``groups.Groups``).
+    """The column of text, or those of records, of a file with groups of rows; ``group_rows`` are their numbers.
 
     Raises SourceError for a file that is damaged or has no such columns, OSError where its disk is gone
     (``LOST_DISK``).

@@ -73,9 +73,7 @@ def _splits(name: DatasetName, split: str, root: Path) -> dict[str, list[str]] |
         builder = datasets.load_dataset_builder(
             str(root), name.config, data_files=files, cache_dir=str(root.parent / "cache")
         )
-    except FileNotFoundError as error:
-        if name.data_files:
-            raise SourceError(f"{name.source} holds no files {', '.join(name.data_files)}; check data_files") from error
+    except FileNotFoundError:
         return None
     except Exception as error:  # of many kinds, since the README is anybody's
         raise _refused(name, root, error) from error

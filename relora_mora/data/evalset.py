@@ -22,7 +22,7 @@ from relora_mora.data.rows import Encoded
 from relora_mora.data.rows_in_order import TokenizedRow, rows_in_order
 from relora_mora.data.sources import shards_of
 from relora_mora.data.token_checks import check_tokens
-from relora_mora.data.whole import groups_of, packed
+from relora_mora.data.whole import block_of, groups_of, packed
 
 if TYPE_CHECKING:
     import torch
@@ -165,9 +165,9 @@ def _whole(
 ) -> tuple[Tokens, Mask, DocumentIds | None]:
     length = config.sequence_length
     blocks = [
-        each.block
+        block_of(each, eos=eos, sequence_length=length, fills=fills)
         for group in groups_of(rows, length)
-        for each in packed(group, eos=eos, sequence_length=length, fills=fills)
+        for each in packed(group, length, fills=fills)
     ]
     documents = np.stack([block.documents for block in blocks]) if fills else None  # type: ignore[misc]
     scored = np.stack([block.scored for block in blocks])  # type: ignore[misc]

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
 
 from relora_mora.config import DataConfig
 from relora_mora.data.bad_rows import BadRowLimit
+from relora_mora.data.columns import ColumnFile, Content
 from relora_mora.data.lanes import plan_lanes
 from relora_mora.data.parse import decode_text
 from relora_mora.data.record_format import Record
 from relora_mora.data.skipped import BAD_REASONS, Skipped
 from relora_mora.data.sources import Shard
-
-# UTF-8 of the text, None where there is none; where the shard holds records, their fields
-Content = bytes | None | dict[str, Any] | Skipped
-
-
-class Groups(Protocol):
-    """The texts or records of a file in groups."""
-
-    @property
-    def group_rows(self) -> Sequence[int]:
-        """The number of rows in each group."""
-
-    def contents(self, group: int, first: int, stride: int) -> Iterator[tuple[int, Content]]:
-        """Number in the file, from 1, and content of the rows ``first``, ``first + stride``, ... of a group."""
-
-    def close(self) -> None: ...
 
 
 class GroupRows:
@@ -41,7 +25,7 @@ class GroupRows:
 
     def __init__(
         self,
-        groups: Groups,
+        groups: ColumnFile,
         config: DataConfig,
         shard: Shard,
         *,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
-from io import BufferedReader
 from pathlib import Path
+from typing import IO
 
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.random_access import RandomAccessFile
@@ -40,6 +41,8 @@ class LocalBytes:
 class LocalFile(RandomAccessFile):
     """The same bytes, read here and there."""
 
+    _file: IO[bytes] = io.BytesIO()  # the interpreter closes one, too, that could not be opened
+
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
         self._file = _open(shard)
@@ -60,7 +63,7 @@ class LocalFile(RandomAccessFile):
         super().close()
 
 
-def _open(shard: Shard) -> BufferedReader:
+def _open(shard: Shard) -> IO[bytes]:
     try:
         file = Path(shard.location).open("rb")  # noqa: SIM115
     except OSError as error:
@@ -69,7 +72,7 @@ def _open(shard: Shard) -> BufferedReader:
     return file
 
 
-def _check_size(shard: Shard, file: BufferedReader) -> None:
+def _check_size(shard: Shard, file: IO[bytes]) -> None:
     """Raises SourceError, with the file closed, where its size is not what it was when it was found."""
     size = os.fstat(file.fileno()).st_size
     if shard.size is not None and size != shard.size:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from relora_mora.config import DataConfig, Split, TextSource
 from relora_mora.data.arrow import ArrowColumn
+from relora_mora.data.columns import ColumnFile
 from relora_mora.data.csv_records import CsvRecords
 from relora_mora.data.documents import TextDocuments
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats import ARROW, CSV, JSON_LINES, PARQUET, TEXT, Format
-from relora_mora.data.groups import GroupRows, Groups
+from relora_mora.data.groups import GroupRows
 from relora_mora.data.json_lines import JsonLines
 from relora_mora.data.parquet import ParquetColumn
 from relora_mora.data.rows import Encoded, EncodeTexts, Rows
@@ -32,7 +33,7 @@ _ENTRIES: dict[Format, Callable[[Shard, DataConfig], Entries]] = {
     TEXT: TextDocuments,
     CSV: CsvRecords,
 }
-_GROUPS: dict[Format, Callable[[Shard, float], Groups]] = {PARQUET: ParquetColumn, ARROW: ArrowColumn}
+_GROUPS: dict[Format, Callable[[Shard, float], ColumnFile]] = {PARQUET: ParquetColumn, ARROW: ArrowColumn}
 
 
 class FileRows(Rows[Any], Protocol):

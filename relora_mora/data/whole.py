@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic
 
 import numpy as np
 
@@ -30,14 +30,6 @@ GROUP_BLOCKS = 16  # more waste less room and make a resume repeat more
 def of_epoch(numbers: Sequence[int], epoch: int) -> int:
     """That of an epoch, from 0, in the numbers of the first ones; those beyond are like the last."""
     return numbers[min(epoch, len(numbers) - 1)]
-
-
-_NOT_FILLED = Block(np.empty(0, np.int32), None)
-
-
-class WholeBlock(NamedTuple):
-    block: Block
-    rows: int
 
 
 class WholeLane(Generic[Row]):
@@ -80,7 +72,7 @@ class WholeLane(Generic[Row]):
         self._before = cursor  # of the group
         self._after = cursor
         self._epoch = cursor.epoch
-        self._blocks: list[WholeBlock] = []
+        self._blocks: list[list[Encoded]] = []  # of the group, the rows of each
         self._given = 0
         if given:
             self._next_group()
@@ -95,17 +87,17 @@ class WholeLane(Generic[Row]):
         if self._given == len(self._blocks):
             if self._waits():
                 self._turn += 1
-                return self._block_without_rows()
+                return self._block([])
             self._next_group()
         self._given += 1
         self._turn += 1
-        return self._blocks[self._given - 1].block
+        return self._block(self._blocks[self._given - 1])
 
     def state(self) -> dict[str, Any]:
         turn = {} if self._epoch_blocks is None else {"epoch_blocks": list(self._epoch_blocks), "turn": self._turn}
         if self._given == len(self._blocks):
             return {**self._after.state(0), **turn}
-        documents = sum(block.rows for block in self._blocks[: self._given])
+        documents = sum(map(len, self._blocks[: self._given]))
         before = self._before._replace(documents=self._before.documents + documents)
         return {**before.state(self._given), "documents_given": documents, **turn}
 
@@ -122,9 +114,8 @@ class WholeLane(Generic[Row]):
         self._turn -= blocks
         return False
 
-    def _block_without_rows(self) -> Block:
-        block = block_of([], eos=self.eos, sequence_length=self.sequence_length)
-        return block if self.fills else block._replace(documents=None)
+    def _block(self, rows: Sequence[Encoded]) -> Block:
+        return block_of(rows, eos=self.eos, sequence_length=self.sequence_length, fills=self.fills)
 
     def _next_group(self) -> None:
         before = self._after
@@ -139,7 +130,7 @@ class WholeLane(Generic[Row]):
         self._after = group[-1][1]
         self._given = 0
         key = (self.rows.config.seed, self.rows.plan.lane, epoch, before.place, before.block, before.item)
-        blocks = list(self._packed([row for row, _ in group]))
+        blocks = packed([row for row, _ in group], self.sequence_length, fills=self.fills)
         self._blocks = [blocks[at] for at in seeded_order(len(blocks), *key)]
 
     def _next_row(self) -> tuple[Encoded, Cursor]:
@@ -162,12 +153,9 @@ class WholeLane(Generic[Row]):
             _, rows, after = self.encoded.next_group()
             self._waiting.extend(zip(rows, after, strict=True))
 
-    def _packed(self, rows: Sequence[Encoded]) -> Iterator[WholeBlock]:
-        return packed(rows, eos=self.eos, sequence_length=self.sequence_length, fills=self.fills)
-
 
 class CountedLane(WholeLane[Row]):
-    """Knows how many blocks there are, and does not fill them. ``tokens`` are those of the first epoch's rows."""
+    """Tells how many blocks there are. ``tokens`` are those of the first epoch's rows."""
 
     tokens = 0
 
@@ -177,15 +165,10 @@ class CountedLane(WholeLane[Row]):
         self._next_group()
         while self._epoch < epochs:
             blocks[self._epoch] += len(self._blocks)
+            if self._epoch == 0:
+                self.tokens += sum(len(row.ids) for rows in self._blocks for row in rows)
             self._next_group()
         return blocks
-
-    def _packed(self, rows: Sequence[Encoded]) -> Iterator[WholeBlock]:
-        sizes = [len(row.ids) for row in rows]
-        if self._epoch == 0:
-            self.tokens += sum(sizes)
-        numbers = first_fit(sizes, self.sequence_length + 1) if self.fills else sizes
-        return (WholeBlock(_NOT_FILLED, 1) for _ in numbers)
 
 
 def groups_of(rows: Sequence[Encoded], sequence_length: int) -> Iterator[list[Encoded]]:
@@ -203,16 +186,12 @@ def groups_of(rows: Sequence[Encoded], sequence_length: int) -> Iterator[list[En
         yield group
 
 
-def packed(rows: Sequence[Encoded], *, eos: int, sequence_length: int, fills: bool) -> Iterator[WholeBlock]:
-    """The blocks of some rows, none of which is longer than ``sequence_length`` and the token behind it."""
+def packed(rows: Sequence[Encoded], sequence_length: int, *, fills: bool) -> list[list[Encoded]]:
+    """The rows of each block; none is longer than ``sequence_length`` and the token behind it."""
     if not fills:
-        for row in rows:
-            block = block_of([row], eos=eos, sequence_length=sequence_length)
-            yield WholeBlock(block._replace(documents=None), 1)
-        return
-    for numbers in first_fit([len(row.ids) for row in rows], sequence_length + 1):
-        block = block_of([rows[number] for number in numbers], eos=eos, sequence_length=sequence_length)
-        yield WholeBlock(block, len(numbers))
+        return [[row] for row in rows]
+    blocks = first_fit([len(row.ids) for row in rows], sequence_length + 1)
+    return [[rows[number] for number in numbers] for numbers in blocks]
 
 
 def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
@@ -230,10 +209,11 @@ def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     return [sorted(numbers) for numbers in blocks]
 
 
-def block_of(rows: Sequence[Encoded], *, eos: int, sequence_length: int) -> Block:
+def block_of(rows: Sequence[Encoded], *, eos: int, sequence_length: int, fills: bool = True) -> Block:
     """Rows side by side, then EOS that are not scored and are a document of their own.
 
-    Neither is the first token of a row, which nothing stands before.
+    Neither is the first token of a row, which nothing stands before. Where each block has one row (``fills`` is false),
+    documents need not be told apart.
     """
     tokens = np.full(sequence_length + 1, eos, np.int32)
     scored = np.zeros(sequence_length + 1, np.bool_)
@@ -245,4 +225,4 @@ def block_of(rows: Sequence[Encoded], *, eos: int, sequence_length: int) -> Bloc
         scored[begin + 1 : end] = True if row.scored is None else row.scored[1:]
         documents[begin:end] = number
         begin = end
-    return Block(tokens, scored[1:], documents[:-1])
+    return Block(tokens, scored[1:], documents[:-1] if fills else None)

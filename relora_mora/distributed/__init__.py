@@ -1,8 +1,6 @@
 """The ranks of a run: joining them, and collectives through host memory. Uses torch alone, without DeepSpeed."""
 
 from relora_mora.distributed.collectives import (
-    RanksError,
-    control_group,
     from_first_rank,
     gather_from_ranks,
     is_device_failure,
@@ -13,15 +11,9 @@ from relora_mora.distributed.collectives import (
     same_on_all_ranks,
     sum_over_hosts,
 )
-from relora_mora.distributed.device import backend_name, device_of_rank
-from relora_mora.distributed.join import JoinError, join, store_address
+from relora_mora.distributed.join import join, store_address
 
 __all__ = [
-    "JoinError",
-    "RanksError",
-    "backend_name",
-    "control_group",
-    "device_of_rank",
     "from_first_rank",
     "gather_from_ranks",
     "is_device_failure",

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pkgutil import resolve_name
 
 from torch import nn
 
 from relora_mora.config import MethodConfig
-from relora_mora.methods.layers import AdapterLinear, adapter_parameters, layer_generator
+from relora_mora.methods.layers import AdapterLinear, layer_generator
 from relora_mora.operators import Draw
 
 # what the linears of a decoder layer see, where several see the same
 INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What :func:`inject` replaced: layer names by kind of projection, and the number of adapter parameters."""
-
-    by_kind: dict[str, tuple[str, ...]]
-    parameters: int
-
-    @property
-    def layers(self) -> int:
-        return sum(len(names) for names in self.by_kind.values())
 
 
 def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | AdapterLinear]]:
@@ -37,8 +24,8 @@ def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Adapter
 
 def inject(
     model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None, draw: Draw | None = None
-) -> Injection:
-    """Replaces the target linears of the decoder by adapter layers, in place.
+) -> dict[str, list[str]]:
+    """Replaces the target linears of the decoder by adapter layers, in place; their names by kind of projection.
 
     ``mora_type`` is the operator to begin with (default: the first of the cycle), ``draw`` its draw (default: that of a
     run's beginning). Raises ValueError when a target name matches no layer, or when an operator cannot be built for a
@@ -64,8 +51,7 @@ def inject(
         )
     for layers in by_input.values():
         layer.share_input(layers)
-    count = sum(model.get_parameter(name).numel() for name in adapter_parameters(model))
-    return Injection({kind: tuple(names) for kind, names in by_kind.items()}, count)
+    return by_kind
 
 
 def layer_class(method: MethodConfig) -> type[AdapterLinear]:

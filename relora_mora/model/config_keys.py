@@ -133,7 +133,9 @@ KEYS: dict[str, Key] = {
             *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
             *("unsloth_version", "unsloth_fixed", "is_llama_config", "dtype", "torch_dtype", "use_cache", "is_decoder"),
             *("tokenizer_class", "prefix", "finetuning_task", "task_specific_params"),
-            *("problem_type", "num_labels", "id2label", "label2id"),
+            *("problem_type", "num_labels", "id2label", "label2id", "return_dict", "output_hidden_states"),
+            *("output_attentions", "chunk_size_feed_forward", "pruned_heads", "cross_attention_hidden_size"),
+            *("tie_encoder_decoder", "torchscript", "use_bfloat16", "tf_legacy_loss"),
         ),
         Key(NOTHING),
     ),
@@ -149,17 +151,8 @@ KEYS: dict[str, Key] = {
     "per_layer_config": _only(None, remedy="all layers are alike here"),
     "partial_rotary_factor": _only(1.0, 1, remedy="rotary embeddings turn whole heads here"),
     "rope_interleaved": _only(False, remedy="rotary embeddings pair halves here"),
-    "return_dict": _only(True),
-    "chunk_size_feed_forward": _only(0),
-    "pruned_heads": _only({}),
-    "cross_attention_hidden_size": _only(None),
-    **dict.fromkeys(
-        (
-            *("output_hidden_states", "output_attentions", "is_encoder_decoder", "add_cross_attention"),
-            *("tie_encoder_decoder", "torchscript", "use_bfloat16", "tf_legacy_loss"),
-        ),
-        _only(False),
-    ),
+    "is_encoder_decoder": _only(False),
+    "add_cross_attention": _only(False),
 }
 
 # what a kind of rotary embeddings must have beside rope_theta, and may have

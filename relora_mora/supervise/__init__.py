@@ -11,7 +11,6 @@ from relora_mora.supervise.exits import (
     LOST,
     REQUEUE,
     USER_ERROR,
-    leave_now,
     leave_process,
     record_end,
 )
@@ -29,7 +28,6 @@ __all__ = [
     "LockError",
     "RunLock",
     "check_environment",
-    "leave_now",
     "leave_process",
     "record_end",
 ]

@@ -87,11 +87,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, without any special token: none is added and none is found in the text.
-
-    Lone surrogates, which no UTF-8 text can hold, count as U+FFFD.
-    """
-    texts = [_utf8(text) for text in texts]
+    """Ids of each text, without any special token: none is added and none is found in the text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         if not texts:
@@ -239,11 +235,3 @@ def _eos_remedy(model: Path | None) -> str:
     if model is not None:
         return "train the sentencepiece model with an eos_id, as tokenizer/train.py does"
     return "name one as eos_token in tokenizer_config.json"
-
-
-def _utf8(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

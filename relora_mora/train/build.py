@@ -109,7 +109,7 @@ def build(
 
 def _add_adapters(lm: PreTrainedModel, config: Config, *, with_values: bool) -> None:
     with contextlib.nullcontext() if with_values else torch.device("meta"):
-        injection = inject(lm, config.method, seed=config.train.seed)
-    kinds = ", ".join(f"{len(names)} {kind}" for kind, names in injection.by_kind.items())
+        found = inject(lm, config.method, seed=config.train.seed)
+    kinds = ", ".join(f"{len(names)} {kind}" for kind, names in found.items())
     used = kernels.describe("cuda" if uses_cuda() else "cpu")
-    log.info("%s adapters on %d layers: %s; %s", config.method.name, injection.layers, kinds, used)
+    log.info("%s adapters on %d layers: %s; %s", config.method.name, sum(map(len, found.values())), kinds, used)

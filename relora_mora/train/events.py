@@ -15,6 +15,7 @@ from relora_mora.distributed import from_first_rank, gather_from_ranks, sum_over
 from relora_mora.evaluate import EvalResult, Update, evaluate, evaluate_sets, held_out
 from relora_mora.generation import Generated, generate_answers
 from relora_mora.optim import group_rates
+from relora_mora.plan.flops import flops_per_token
 from relora_mora.registry import is_drawn
 from relora_mora.supervise import LONG_SECONDS, Guard
 from relora_mora.system.hardware import peak_memory_bytes
@@ -25,13 +26,13 @@ from relora_mora.train.errors import TrainingError
 from relora_mora.train.feed import DataFailed
 from relora_mora.train.progress import Progress
 from relora_mora.train.report import (
-    Arithmetic,
     Interval,
     Write,
     data_metrics,
     eval_metrics,
     loss_metrics,
     merge_metrics,
+    peak_of_device,
 )
 from relora_mora.train.state import RunState
 
@@ -74,7 +75,11 @@ class Reporting:
     """A line of metrics over the steps since the last one. Comes before whatever a signal may cut short, and before the
     checkpoint that a resume begins at: else the line would be lost."""
 
-    def __init__(self, run: Run, arithmetic: Arithmetic, write: Write, progress: Progress) -> None:
+    def __init__(self, run: Run, write: Write, progress: Progress) -> None:
+        checked = run.checked
+        self.tokens_per_step = run.config.tokens_per_step
+        self.flops_per_token = flops_per_token(checked.model_config, run.config).total
+        self.peak_flops = peak_of_device(run.config.log, bf16=checked.bf16)
         self.every_steps = run.config.log.every_steps
         self.last_step = run.config.train.steps
         self.sequence_length = run.config.data.sequence_length
@@ -82,7 +87,6 @@ class Reporting:
         self.engine = run.engine
         self.groups = run.groups
         self.schedule = run.schedule
-        self.arithmetic = arithmetic
         self.write = write
         self.progress = progress
 
@@ -96,7 +100,7 @@ class Reporting:
             return
         [total] = sum_over_hosts([interval.loss / interval.good_steps])
         loss = total / self.engine.world_size
-        speed = self.arithmetic.speed(interval)
+        speed = self._speed(interval)
         self.write(
             state.step,
             {
@@ -118,6 +122,18 @@ class Reporting:
         rates = group_rates(self.schedule, self.groups, step)
         others = {f"train/lr_{group.name}": rate for group, rate in zip(self.groups[1:], rates[1:], strict=True)}
         return {"train/lr": rates[0], **others}
+
+    def _speed(self, interval: Interval) -> dict[str, float]:
+        seconds = interval.step_seconds + interval.data_seconds
+        tokens_per_second = interval.steps * self.tokens_per_step / seconds
+        achieved = tokens_per_second * self.flops_per_token / self.engine.world_size
+        return {
+            "perf/tokens_per_second": tokens_per_second,
+            "perf/step_seconds": seconds / interval.steps,
+            "perf/data_wait_seconds": interval.data_seconds / interval.steps,
+            "perf/tflops_per_device": achieved / 1e12,
+            "perf/mfu": achieved / self.peak_flops,
+        }
 
 
 class Evaluating:

@@ -15,7 +15,6 @@ from torch import Tensor
 from relora_mora.checkpoint import CheckpointReader, CheckpointWriter
 from relora_mora.data import Batch, TrainStream, document_boundaries, merge_states
 from relora_mora.optim import group_rates
-from relora_mora.plan.flops import flops_per_token
 from relora_mora.supervise import LONG_SECONDS, Guard
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
@@ -28,7 +27,6 @@ from relora_mora.train.judge import Judge, StepResult
 from relora_mora.train.loggers import make_loggers
 from relora_mora.train.metrics import Metrics
 from relora_mora.train.progress import Progress
-from relora_mora.train.report import Arithmetic, peak_of_device
 from relora_mora.train.rollback import roll_back
 from relora_mora.train.startup import Startup
 from relora_mora.train.state import RunState
@@ -91,7 +89,7 @@ class Trainer:
         self.update_seconds = LONG_SECONDS if config.optim.matrices in ("galore", "fira") else None
         self.judge = Judge(config.train, self.rank, run.engine.world_size, self.write)
         self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
-        self.reporting = Reporting(run, self._arithmetic(), self.write, self.progress)
+        self.reporting = Reporting(run, self.write, self.progress)
         self.evaluating = Evaluating(run, guard, self.write, self.progress)
         self.saving = Saving(run, self.writer, guard, self.write)
         self.ends = Ends(self.folder, self.saving, guard)
@@ -221,15 +219,6 @@ class Trainer:
         self.writer.wait()
         if self.metrics is not None:
             self.metrics.close()
-
-    def _arithmetic(self) -> Arithmetic:
-        checked = self.run.checked
-        return Arithmetic(
-            tokens_per_step=self.config.tokens_per_step,
-            flops_per_token=flops_per_token(checked.model_config, self.config).total,
-            peak_flops=peak_of_device(self.config.log, bf16=checked.bf16),
-            world_size=self.engine.world_size,
-        )
 
 
 def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

@@ -40,28 +40,6 @@ class Interval:
         return {"loss": loss / world_size, "good_steps": self.good_steps, "grad_norm": self.grad_norm}
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """What turns seconds into rates."""
-
-    tokens_per_step: int  # of all ranks
-    flops_per_token: float
-    peak_flops: float  # of one device, a second
-    world_size: int
-
-    def speed(self, interval: Interval) -> dict[str, float]:
-        seconds = interval.step_seconds + interval.data_seconds
-        tokens_per_second = interval.steps * self.tokens_per_step / seconds
-        achieved = tokens_per_second * self.flops_per_token / self.world_size
-        return {
-            "perf/tokens_per_second": tokens_per_second,
-            "perf/step_seconds": seconds / interval.steps,
-            "perf/data_wait_seconds": interval.data_seconds / interval.steps,
-            "perf/tflops_per_device": achieved / 1e12,
-            "perf/mfu": achieved / self.peak_flops,
-        }
-
-
 def peak_of_device(config: LogConfig, *, bf16: bool) -> float:
     """FLOP/s of one device: a setting, known or measured."""
     if config.peak_tflops is not None:

@@ -15,7 +15,7 @@ from relora_mora.config import (
     dump,
     load_config,
     parse_yaml,
-    unused_settings,
+    unused_by,
     validate,
     with_epochs,
 )
@@ -239,24 +239,24 @@ def test_values_out_of_range(section: str, key: str, value: Any) -> None:
 
 
 def test_settings_of_other_methods_are_named() -> None:
-    assert unused_settings(validate(tree(method={"name": "full", "rank": 8}, optim={"rewarm": "adapters"}), "t")) == [
+    assert list(unused_by(validate(tree(method={"name": "full", "rank": 8}, optim={"rewarm": "adapters"}), "t"))) == [
         "method.rank",
         "optim.rewarm",
     ]
-    assert unused_settings(validate(tree(method={"name": "remora", "lora_alpha": 8.0}), "t")) == ["method.lora_alpha"]
-    assert unused_settings(validate(tree(optim={"momentum": 0.9}), "t")) == ["optim.momentum"]
-    assert unused_settings(validate(tree(optim={"matrices": "muon", "nesterov": False}), "t")) == []
-    assert unused_settings(validate(tree(optim={"matrices": "muon", "projection_scale": 0.5}), "t")) == [
+    assert list(unused_by(validate(tree(method={"name": "remora", "lora_alpha": 8.0}), "t"))) == ["method.lora_alpha"]
+    assert list(unused_by(validate(tree(optim={"momentum": 0.9}), "t"))) == ["optim.momentum"]
+    assert not unused_by(validate(tree(optim={"matrices": "muon", "nesterov": False}), "t"))
+    assert list(unused_by(validate(tree(optim={"matrices": "muon", "projection_scale": 0.5}), "t"))) == [
         "optim.projection_scale"
     ]
-    assert unused_settings(validate(tree(optim={"matrices": "apollo", "projection_scale": 0.5}), "t")) == []
-    assert unused_settings(validate(tree(), "t")) == []
+    assert not unused_by(validate(tree(optim={"matrices": "apollo", "projection_scale": 0.5}), "t"))
+    assert not unused_by(validate(tree(), "t"))
 
 
 def test_a_rate_of_what_does_not_train_is_not_used() -> None:
     alone = {"name": "mora", "train_embeddings": False, "train_norms": False, "train_head": False}
     for method, unused in ((alone, ["optim.lr_other"]), ({**alone, "train_norms": True}, []), ({"name": "full"}, [])):
-        assert unused_settings(validate(tree(method=method, optim={"lr_other": 1e-3}), "the test")) == unused
+        assert list(unused_by(validate(tree(method=method, optim={"lr_other": 1e-3}), "the test"))) == unused
 
 
 def test_derived_quantities() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import itertools
 import random
+import subprocess
+import sys
 from collections import Counter
 from contextlib import closing
 
@@ -245,3 +247,19 @@ def test_a_lanes_share_of_a_file_is_judged_as_the_file_is(suffix, tmp_path):
     [shard] = resolve_shards(str(path))
     with closing(open_rows(config, shard, phase=0, stride=6)) as rows:
         assert len(rows.take(1000)) == 120 and rows.take(1) == [] and rows.bad == 2
+
+
+def test_a_file_that_cannot_be_opened_is_one_message(tmp_path):
+    """From Python 3.13 on a finalizer that fails is told always, before that in development mode."""
+    program = f"""
+from relora_mora.data.errors import SourceError
+from relora_mora.data.local import LocalFile
+from relora_mora.data.sources import Shard
+
+try:
+    LocalFile(Shard("a", {str(tmp_path / "a.parquet")!r}))
+except SourceError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-X", "dev", "-c", program], capture_output=True, text=True, check=True)
+    assert "cannot be read (No such file or directory)" in said.stdout and "Exception ignored" not in said.stderr

@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.compare import Group, group_runs, read_run
-from relora_mora.config import FINETUNING, load_config, unused_settings
+from relora_mora.config import FINETUNING, load_config, unused_by
 from tests.compare.folders import append_metrics, write_run
 from tests.tools.commands import call, module_of, refused, run_main
 from tests.tools.helpers import ROOT
@@ -130,7 +130,7 @@ def test_the_picture_is_drawn(finetuning: ModuleType, groups: list[Group], tmp_p
 
 def test_settings_are_of_all_pairs_in_every_step(finetuning: ModuleType) -> None:
     config = load_config(finetuning.CONFIG, defaults=FINETUNING)
-    assert unused_settings(config) == []
+    assert not unused_by(config)
     assert config.train.batch_size == finetuning.PAIRS and config.data.lanes == 1
     assert config.data.train == config.data.validation and config.data.packing == "none"
     assert config.eval.generate == finetuning.PAIRS

@@ -116,7 +116,7 @@ def test_extremes_of_every_number(pools, inputs, tokenizer_path, tmp_path, secti
     [
         {"model": {"overrides": {"attention_dropout": 5}}},
         {"model": {"overrides": {"pad_token_id": 99999}}},
-        {"model": {"overrides": {"return_dict": False}}},
+        {"model": {"overrides": {"is_encoder_decoder": True}}},
         {"model": {"overrides": {"head_dim": 3}}},
         {"model": {"overrides": {"vocab_size": 2**24, "hidden_size": 2**16, "num_attention_heads": 1}}},
         {"train": {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 0}}}},

@@ -25,9 +25,7 @@ def test_injection_changes_nothing_at_the_start(method):
     config = tiny_config(method={"name": method})
     plain, adapted = build_model(tiny_llama(), seed=3), build_model(tiny_llama(), seed=3)
     found = inject(adapted, config.method, seed=3)
-    assert found.layers == 14 and {kind: len(names) for kind, names in found.by_kind.items()} == dict.fromkeys(
-        config.method.target_modules, 2
-    )
+    assert {kind: len(names) for kind, names in found.items()} == dict.fromkeys(config.method.target_modules, 2)
     ids = torch.arange(10).view(1, 10)
     torch.testing.assert_close(adapted(ids).logits, plain(ids).logits, rtol=0, atol=1e-6)
 
@@ -62,7 +60,7 @@ def test_trainable_is_exactly_what_the_method_says(method):
 def test_a_projection_may_have_a_rank_of_its_own(method):
     config = tiny_config(method={"name": method, "rank": 3, "rank_pattern": {"down_proj": 5}})
     model = build_model(tiny_llama(), seed=0)
-    found = inject(model, config.method, seed=0)
+    inject(model, config.method, seed=0)
     shapes = linear_shapes(tiny_llama())
     for name, layer in adapter_layers(model):
         kind = name.rpartition(".")[2]
@@ -71,7 +69,10 @@ def test_a_projection_may_have_a_rank_of_its_own(method):
             assert layer.lora_A.shape == (rank, shapes[kind][0]) and layer.lora_B.shape == (shapes[kind][1], rank)
         else:
             assert layer.mora_M.shape == (square_size(*shapes[kind], rank),) * 2
-    assert found.parameters == 2 * adapter_parameters(config.method, shapes)  # two decoder layers, as planned
+    numbers = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if "mora_" in name or "lora_" in name
+    )
+    assert numbers == 2 * adapter_parameters(config.method, shapes)  # two decoder layers, as planned
 
 
 ALONE = {"train_embeddings": False, "train_norms": False, "train_head": False}

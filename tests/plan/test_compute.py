@@ -9,9 +9,10 @@ import pytest
 
 from relora_mora.config import load_config
 from relora_mora.model import read_model_config
-from relora_mora.plan import Cluster, make_plan, named_device
+from relora_mora.plan import Cluster, make_plan
 from relora_mora.plan.compute import COMPILED, EAGER, LAUNCH_SECONDS, compute_time
 from relora_mora.registry import METHODS
+from relora_mora.system.devices import named_device
 from tests.tools.helpers import ROOT
 
 TOKENS = 8192
