@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
 
 PINNED = ("eval/perplexity", "train/perplexity")
 NEW_RUNS_SECONDS = 10.0
+LONGEST_NAME = 240  # bytes, and some more to tell names apart: file systems allow 255
 
 
 def main(runs: str, *, port: int = 6006, host: str = "localhost") -> int:
@@ -54,6 +55,7 @@ def boards(root: Path) -> dict[str, Path]:
         board = run / "tensorboard"
         parts = run.relative_to(root).parts
         name = "-".join(parts) or root.resolve().name
+        name = name.encode()[-LONGEST_NAME:].decode(errors="ignore")
         while name in found:  # of a/b and a-b
             name += "_"
         found[name] = board.resolve()
@@ -62,7 +64,13 @@ def boards(root: Path) -> dict[str, Path]:
 
 def _runs(root: Path) -> Iterator[Path]:
     """Folders with files of TensorBoard, also while checkpoints come and go beside them."""
-    for folder, below, _ in os.walk(root):
+    seen: set[Path] = set()
+    for folder, below, _ in os.walk(root, followlinks=True):
+        real = Path(folder).resolve()
+        if real in seen:  # by way of a link
+            below.clear()
+            continue
+        seen.add(real)
         if "tensorboard" in below and any(Path(folder, "tensorboard").glob("events.*")):
             yield Path(folder)
         below[:] = [name for name in below if name not in ("checkpoints", "tensorboard")]

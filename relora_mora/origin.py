@@ -17,11 +17,11 @@ NOTED = "began_with"  # in a line of starts.jsonl
 
 
 def start_digests(model: ModelConfig) -> dict[str, str]:
-    """32 hex digits for each of the settings ``init_from`` and ``adapter`` that names what is there.
+    """32 hex digits for each of the settings ``config``, ``init_from`` and ``adapter`` that names what is there.
 
     They are over names, sizes and samples of the files that hold a model; of a run, those of its newest checkpoint.
     """
-    given = {"init_from": model.init_from, "adapter": model.adapter}
+    given = {"config": model.config, "init_from": model.init_from, "adapter": model.adapter}
     found = {name: _files(Path(path)) for name, path in given.items() if path is not None}
     return {name: _digest(files) for name, files in found.items() if files}
 
@@ -44,11 +44,14 @@ def changed_start(starts: Iterable[Mapping[str, Any]], model: ModelConfig) -> st
     now = start_digests(model)
     for name, digest in (noted[-1] if noted else {}).items():
         if now.get(name, digest) != digest:
-            return f"other weights than those in {getattr(model, name)} now (model.{name})"
+            what = "another model than that" if name == "config" else "other weights than those"
+            return f"{what} in {getattr(model, name)} now (model.{name})"
     return None
 
 
 def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
     checkpoints = [
         each for folder in (path, RunFolder(path).checkpoints) for each in sorted(folder.glob("step-*[0-9]"))[::-1]
     ]

@@ -58,7 +58,9 @@ def test_what_is_not_there_has_none(tmp_path: Path, model: Path):
     adapter = _write(tmp_path / "adapter", **{"adapter_config.json": "{}"})
     assert start_digests(ModelConfig(init_from=str(tmp_path / "none"))) == {}
     assert set(start_digests(ModelConfig(init_from=str(model), adapter=str(adapter)))) == {"init_from", "adapter"}
-    assert start_digests(ModelConfig(config="model.json")) == {}
+    assert start_digests(ModelConfig(config=str(tmp_path / "none.json"))) == {}
+    (tmp_path / "model.json").write_text("{}")
+    assert set(start_digests(ModelConfig(config=str(tmp_path / "model.json")))) == {"config"}
 
 
 def test_a_run_is_compared_with_its_newest_start_that_read_weights(tmp_path: Path, model: Path):

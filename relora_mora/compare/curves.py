@@ -47,8 +47,8 @@ def positions(group: Group, steps: Sequence[int], axis: Axis) -> Values:
     if axis == "steps":
         return np.array(steps, dtype=float)
     if axis == "tokens":
-        return np.array([group.runs[0].tokens(step) for step in steps], dtype=float)
-    return np.mean([[run.seconds(step) for step in steps] for run in group.runs], axis=0)
+        return group.runs[0].tokens(steps).astype(float)
+    return np.mean([run.seconds(steps) for run in group.runs], axis=0)
 
 
 def running_mean(values: Values, half: int) -> Values:

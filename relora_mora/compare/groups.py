@@ -70,8 +70,9 @@ class Group:
 def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[str] = ()) -> list[Group]:
     """The runs in groups, in the order in which they are given.
 
-    A run with settings and seed of another one is no further seed: it stands alone, under the name of its folder.
-    ``unnamed`` are settings that groups differ in and are not named after, such as ``optim.lr``. Of groups that differ
+    What a file of a model and ``train.precision: auto`` made of the settings counts, too: numbers of parameters, and
+    whether it was bf16. A run with settings and seed of another one is no further seed: it stands alone, under the name
+    of its folder. ``unnamed`` are settings that groups differ in and are not named after, such as ``optim.lr``. Of groups that differ
     in the settings ``best`` alone there is one: that with most seeds, or else with the lowest last validation loss (of
     its worst seed) among those that have finished.
 
@@ -79,7 +80,8 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
     """
     gathered: dict[str, list[Run]] = {}
     for run in runs:
-        settings = json.dumps(compared_settings(run.settings), sort_keys=True, default=str)
+        given = [compared_settings(run.settings), run.parameters, run.bf16]
+        settings = json.dumps(given, sort_keys=True, default=str)
         repeat = 0
         while any(_seed(other) == _seed(run) for other in gathered.get(f"{repeat}{settings}", ())):
             repeat += 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from relora_mora.compare.errors import CompareError
@@ -122,16 +123,29 @@ class Run:
         """Numbers of parameters: total, trainable, adapters; empty for runs of versions that did not note them."""
         return dict(self.starts[-1].get("parameters") or {}) if self.starts else {}
 
-    def tokens(self, step: int) -> int:
-        """Tokens trained on when so many steps are done."""
-        known = {0: 0, **self.series("train/tokens")}
-        before = max(other for other in known if other <= step)
-        return int(known[before] + (step - before) * self._tokens_per_step)
+    @property
+    def bf16(self) -> bool | None:
+        """The precision of its newest start; None for runs of versions that did not note it."""
+        return self.starts[-1].get("bf16") if self.starts else None
 
-    def seconds(self, step: int) -> float:
-        """Time of the steps and merges until then, in seconds; without evaluations, checkpoints, starts and pauses."""
-        steps, seconds = self._clock
-        return float(np.interp(step, steps, seconds))
+    def tokens(self, steps: Any) -> NDArray[np.int64]:
+        """Tokens trained on when so many steps are done: [n] -> [n]"""
+        known, tokens = self._tokens
+        before = np.searchsorted(known, steps, side="right") - 1
+        return tokens[before] + (np.asarray(steps) - known[before]) * self._tokens_per_step
+
+    def seconds(self, steps: Any) -> NDArray[np.float64]:
+        """Time of the steps and merges until then, in seconds: [n] -> [n]
+
+        Evaluations, checkpoints, starts and pauses are left out.
+        """
+        return np.asarray(np.interp(steps, *self._clock))
+
+    @cached_property
+    def _tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Steps in order, and the tokens trained on at each."""
+        known = sorted({0: 0, **self.series("train/tokens")}.items())
+        return np.array([step for step, _ in known]), np.array([int(tokens) for _, tokens in known])
 
     @property
     def _tokens_per_step(self) -> int:
@@ -143,7 +157,7 @@ class Run:
         return self.starts[0].get("step", 0) if self.starts else 0
 
     @cached_property
-    def _clock(self) -> tuple[list[int], list[float]]:
+    def _clock(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         steps = [self._begin]
         seconds = [0.0]
         merging = 0.0
@@ -154,7 +168,7 @@ class Run:
                 steps.append(line["step"])
                 seconds.append(seconds[-1] + made / line["perf/tokens_per_second"] + merging)
                 merging = 0.0
-        return steps, seconds
+        return np.array(steps), np.array(seconds)
 
 
 def read_runs(path: Path) -> list[Run]:

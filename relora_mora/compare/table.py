@@ -118,7 +118,7 @@ def _row(group: Group, reference: dict[str, float]) -> Row:
         seeds=len(group.runs),
         state=group.state,
         step=step,
-        tokens=first.tokens(step),
+        tokens=int(first.tokens(step)),
         total_parameters=parameters.get("total"),
         trainable_parameters=parameters.get("trainable"),
         adapter_parameters=parameters.get("adapters"),
@@ -217,8 +217,8 @@ def count(value: float | None) -> str:
     if value is None:
         return "–"
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}" if value < 1000 * size else f"{value / size:,.0f}{unit}"
+        if value >= 0.9995 * size:  # which three digits round up
+            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:,.0f}{unit}"
     return f"{value:g}"
 
 

@@ -152,7 +152,8 @@ def _link(plan: Plan) -> str:
     if cluster.nodes > 1 and cluster.node_gbits:
         origin = cluster.device.host if cluster.link_gbits is None else "--link_gbits"
         between = f"{cluster.node_gbits:g} Gbit/s from host to host ({origin})"
-    return ", ".join(filter(None, [within, between])) or "no bandwidth is known: give --link_gbits"
+    remedy = ": give --link_gbits" if cluster.nodes > 1 else ""
+    return ", ".join(filter(None, [within, between])) or f"no bandwidth is known{remedy}"
 
 
 def _stage(plan: Plan, stage: int) -> str:

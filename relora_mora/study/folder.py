@@ -134,7 +134,7 @@ class StudyFolder:
 
     def _begin(self, cell: Cell, new: dict[str, Any]) -> None:
         noted = self.given(cell)
-        if noted is not None:
+        if noted is not None and (self.run(cell).path.exists() or cell.name in self.kept()):
             before = noted.pop("threads", new["threads"])
             try:
                 known = Config.model_validate(noted)  # with the defaults of settings that have come since

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 from relora_mora.config import parse_yaml
+from relora_mora.origin import NOTED
 from relora_mora.study.cells import Cell
 from relora_mora.study.folder import StudyFolder
 from relora_mora.system.files import write_synced
@@ -81,12 +82,14 @@ def _numbers(lines: Iterable[dict[str, Any]]) -> dict[tuple[int, str], Any]:
 def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
     run = folder.run(cell)
     starts = read_json_lines(run.starts)
+    began = [{NOTED: start[NOTED]} for start in starts if NOTED in start][-1:]  # a resume notes nothing of it
+    start = {**starts[-1], **dict(*began), "step": starts[0]["step"]}
     return {
         "name": cell.name,
         "seed": cell.seed,
         "given": folder.given(cell),
         "config": parse_yaml(run.config.read_text(encoding="utf-8")),
-        "start": {key: value for key, value in starts[-1].items() if key != "command"} | {"step": starts[0]["step"]},
+        "start": {key: value for key, value in start.items() if key != "command"},
         "metrics": _thinned(read_json_lines(run.metrics), starts[0]["step"]),
     }
 

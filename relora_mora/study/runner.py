@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from relora_mora.supervise.lock import LockError, RunLock, is_held
 from relora_mora.system.parent import ending_with_me
 
 POLL_SECONDS = 0.5
+PASS_ON_SECONDS = 0.1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -71,15 +73,14 @@ class Runner:
         waiting = [cell for cell in cells if not self.folder.is_done(cell)]
         self._done += len(cells) - len(waiting)
         running: list[_Running] = []
-        with _stop_signals() as signals:
+        with _stop_signals() as signals, _passing_on(signals, running):
             while running or (waiting and not signals):
                 while len(running) < self.jobs and (one := self._start_next(waiting, signals)) is not None:
                     waiting.remove(one.cell)
                     running.append(one)
-                _pass_on(signals, running)
                 time.sleep(POLL_SECONDS)
                 ended = [one for one in running if one.process.poll() is not None]
-                running = [one for one in running if one not in ended]
+                running[:] = [one for one in running if one not in ended]
                 for one in ended:
                     one.claim.release()
                 elsewhere = [cell for cell in waiting if self.folder.is_done(cell)]
@@ -147,8 +148,25 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _pass_on(signals: list[int], running: list[_Running]) -> None:
-    for one in running:
-        for number in signals[len(one.sent) :]:
-            one.process.send_signal(signal.SIGTERM)
-            one.sent.append(number)
+@contextmanager
+def _passing_on(signals: list[int], running: list[_Running]) -> Iterator[None]:
+    """Sends each signal on to all runs, also while the study waits for a claim.
+
+    A signal to the whole job reaches the runs as well: only soon after it another one asks for nothing more.
+    """
+    over = threading.Event()
+
+    def pass_on() -> None:
+        while not over.wait(PASS_ON_SECONDS):
+            for one in list(running):
+                for number in signals[len(one.sent) :]:
+                    one.process.send_signal(signal.SIGTERM)
+                    one.sent.append(number)
+
+    thread = threading.Thread(target=pass_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -11,6 +11,7 @@ import pytest
 
 from relora_mora.compare import CompareError, compare, group_of, group_runs, read_run
 from relora_mora.registry import METHODS
+from relora_mora.system.run_folder import RunFolder
 from tests.compare.folders import made_run, write_run
 
 Sections = dict[str, dict[str, Any]]
@@ -50,6 +51,18 @@ def test_runs_that_differ_in_seeds_are_one(tmp_path: Path) -> None:
     twin = made_run(tmp_path / "study/run10", train={"seed": 7})
     with pytest.raises(CompareError, match=r"run10, .*study/run10; give the path of one"):
         group_of(group_runs([*runs, twin]), "run10")
+
+
+@pytest.mark.parametrize("other", [{"parameters": {"total": 2_000_000}}, {"bf16": True}])
+def test_runs_of_other_models_or_precisions_under_the_same_settings_are_not_one(tmp_path: Path, other: dict[str, Any]):
+    runs = [made_run(tmp_path / f"run{seed}", train={"seed": seed}) for seed in (0, 1)]
+    assert len(group_runs(runs)) == 1
+    starts = RunFolder(tmp_path / "run1").starts
+    starts.write_text(json.dumps(json.loads(starts.read_text()) | other) + "\n")
+    assert [group.label for group in group_runs([runs[0], read_run(tmp_path / "run1")])] == [
+        "ReMoRA (1, 2), run0",
+        "ReMoRA (1, 2), run1",
+    ]
 
 
 def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:

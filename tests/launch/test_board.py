@@ -34,6 +34,19 @@ def test_runs_are_named_after_their_folders(runs: Path) -> None:
     assert boards(runs / "tiny") == {"tiny": runs / "tiny/tensorboard"}
 
 
+def test_runs_behind_links_are_found_once_and_long_names_cut(runs: Path, tmp_path: Path) -> None:
+    _write_events(tmp_path / "scratch" / ("x" * 200) / ("y" * 200))
+    (runs / "big").symlink_to(tmp_path / "scratch")
+    (tmp_path / "scratch" / "loop").symlink_to(runs)
+    (tmp_path / "links").mkdir()
+    module_of(SCRIPT).link_boards(runs, tmp_path / "links")
+    assert sorted(link.name for link in (tmp_path / "links").iterdir()) == [
+        "sweep-seed-1",
+        "tiny",
+        "x" * 39 + "-" + "y" * 200,
+    ]
+
+
 def test_a_new_run_is_linked_beside_the_others(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "links").mkdir()
     for _ in range(2):

@@ -328,6 +328,7 @@ def test_command_line_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
         (["--nodes=2"], "--gpus_per_node: not given with --nodes=2"),
         (["--nodes=2", "--world_size=2"], "--world_size: given beside --nodes"),
         (["--link_gbits=-1"], "--link_gbits: got -1"),
+        (["--link_gbits=10"], "--link_gbits: one host sends nothing to others"),
         (["--train.stepss=3"], "did you mean steps?"),
         (["--data.sequence_length=4096"], "max_position_embeddings"),
     ],

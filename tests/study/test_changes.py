@@ -11,6 +11,7 @@ import pytest
 
 from relora_mora.study import CellsFailed, StudyFolder, conduct, run_again
 from relora_mora.study.cells import first_round, second_round
+from relora_mora.study.folder import cell_configs
 from relora_mora.system.run_folder import read_json_lines
 from tests.study.tools import CHANGES, TRAINER, made_start, made_study
 
@@ -31,6 +32,14 @@ def test_nor_is_it_where_all_runs_are_done(tmp_path: Path, changes: dict[str, An
     conduct(made_study(grid=grid), folder, TRAINER, 1)
     with pytest.raises(ValueError, match=rf"begun with other settings \({named}\); remove .*lr=0.003,seed=0"):
         conduct(made_study(grid=grid, **changes), folder, TRAINER, 1)
+
+
+def test_what_was_never_run_may_change(tmp_path: Path):
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+    folder = StudyFolder(tmp_path)
+    before = made_study(grid=grid)
+    folder.begin(cell_configs(before, first_round(before), folder), 1)
+    assert conduct(made_study(grid=grid, settings={"optim.clip": 3.0}), folder, TRAINER, 1) == 2
 
 
 @pytest.mark.parametrize("text", ["", "{", "3"])

@@ -62,6 +62,20 @@ def test_a_record_of_other_settings_is_refused(tmp_path: Path, changes: dict[str
     assert not (folder.path / "runs").exists()
 
 
+def test_what_a_run_began_with_is_kept_when_it_was_resumed(tmp_path: Path):
+    start = made_start(tmp_path / "start")
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
+    folder = StudyFolder(tmp_path / "out")
+    conduct(study, folder, TRAINER, 1)
+    with folder.run(first_round(study)[0]).starts.open("a") as starts:
+        starts.write('{"command": [], "step": 5}\n')  # of a resume
+    [before] = folder.kept().values()
+    folder.records.unlink()
+    conduct(study, folder, TRAINER, 1)
+    [record] = folder.kept().values()
+    assert record["start"]["began_with"] == before["start"]["began_with"] != {}
+
+
 def test_a_record_of_other_weights_is_refused(tmp_path: Path):
     start = made_start(tmp_path / "start")
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
