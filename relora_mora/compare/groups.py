@@ -72,9 +72,9 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
 
     What a file of a model and ``train.precision: auto`` made of the settings counts, too: numbers of parameters, and
     whether it was bf16. A run with settings and seed of another one is no further seed: it stands alone, under the name
-    of its folder. ``unnamed`` are settings that groups differ in and are not named after, such as ``optim.lr``. Of groups that differ
-    in the settings ``best`` alone there is one: that with most seeds, or else with the lowest last validation loss (of
-    its worst seed) among those that have finished.
+    of its folder. ``unnamed`` are settings that groups differ in and are not named after, such as ``optim.lr``. Of
+    groups that differ in the settings ``best`` alone there is one: that with most seeds, or else with the lowest last
+    validation loss (of its worst seed) among those that have finished.
 
     Raises :class:`CompareError` where there is no such setting.
     """

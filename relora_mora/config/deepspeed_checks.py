@@ -46,7 +46,7 @@ DEEPSPEED_ZERO_KEYS: dict[str, Any] = {
 }
 DEEPSPEED_KEYS: dict[str, Any] = {
     "zero_optimization": DEEPSPEED_ZERO_KEYS,
-    "communication_data_type": Literal["fp16", "bf16", "fp32"],
+    "communication_data_type": Literal["bf16", "fp32"],
     "comms_logger": {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool, "prof_ops": list[str]},
 }
 

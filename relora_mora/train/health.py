@@ -32,6 +32,11 @@ class Health:
         self.bad_steps = 0
         self.bad_data = []
 
+    def begin_window(self) -> None:
+        """What comes is not to be judged by what was: the text is another."""
+        self.losses = []
+        self.spikes = 0
+
     def spike(self, loss: float, config: TrainConfig) -> float | None:
         """How many standard deviations a loss lies above the window's mean, if those are too many.
 
@@ -48,9 +53,8 @@ class Health:
             height = (loss - mean) / deviation
             if height > config.spike_deviations:
                 self.spikes += 1
-                if self.spikes == quarter:
-                    self.losses = []
-                    self.spikes = 0
+                if self.spikes >= quarter:  # which may have become less at a resume
+                    self.begin_window()
                 return height
         self.spikes = 0
         self.losses = [*self.losses, loss][-config.spike_window :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from relora_mora.config import TrainConfig
+from relora_mora.config import Config
 from relora_mora.distributed import gather_from_ranks, sum_over_hosts
 from relora_mora.system.logs import shared_log
 from relora_mora.train.report import Write
@@ -25,14 +25,17 @@ class StepResult:
 class Judge:
     """Sets ``state.trouble`` where a run must go back to an earlier checkpoint."""
 
-    def __init__(self, config: TrainConfig, rank: int, world_size: int, write: Write) -> None:
-        self.config = config
+    def __init__(self, config: Config, rank: int, world_size: int, write: Write) -> None:
+        self.config = config.train
+        self.begins_stage = {stage.from_step for stage in config.data.stages}
         self.rank = rank
         self.world_size = world_size
         self.write = write
 
     def __call__(self, state: RunState, result: StepResult) -> None:
         """A collective."""
+        if state.step in self.begins_stage:
+            state.health.begin_window()
         if result.applied:
             state.health.good()
             [loss] = sum_over_hosts([result.loss])
@@ -48,8 +51,8 @@ class Judge:
             "step %d: loss spike, %.4f is %.1f standard deviations above the mean before", state.step, loss, height
         )
         self.write(state.step, {"train/loss_spike": height, "train/spike_loss": loss})
-        # in place of the last step there is none to make
-        if self.config.on_spike == "rollback" and state.step < self.config.steps:
+        # in place of the last step there is none to make, and before the first checkpoint there is nowhere to go
+        if self.config.on_spike == "rollback" and state.saved is not None and state.step < self.config.steps:
             state.trouble = (
                 f"the loss of step {state.step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
             )

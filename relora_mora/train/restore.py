@@ -39,7 +39,7 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
             write_synced(latest, f"{step_folder(manifest.step)}\n")
     if owes_merge:
         run.merger.merge(state.step, run.schedule.merges_done(state.step), run.schedule.operator(state.step))
-        log.info("step %d: merged, which the shorter run had left to its export", state.step)
+        log.info("step %d: merged, which was due here: the run had left it to its export", state.step)
     return state
 
 

@@ -82,8 +82,10 @@ def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
     log.info("resumed from %s at step %d", chosen, state.step)
     if reader.manifest.data_order != run.checked.data_order:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
+        state.health.begin_window()
         shared_log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
     elif reader.manifest.data_content != run.checked.data_content:
+        state.health.begin_window()
         shared_log.warning(
             "the training data has other content under the same names (train.allow_changes): "
             "reading goes on at the same lines"

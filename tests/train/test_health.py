@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 
 from relora_mora.config import TrainConfig
 from relora_mora.train.health import Health
+from relora_mora.train.judge import Judge, StepResult
 from relora_mora.train.rollback import Rollback, dump_rollbacks, read_rollbacks
+from relora_mora.train.state import RunState
+from tests.tools.tiny import tiny_config
 
 
 def _config(**changes):
@@ -84,3 +88,25 @@ def test_rollbacks_come_back_and_a_damaged_file_is_no_empty_one(tmp_path):
     (tmp_path / "rollbacks.json").write_text("[{")
     with pytest.raises(ValueError, match="which data to skip"):
         read_rollbacks(tmp_path)
+
+
+@pytest.mark.parametrize(("saved", "stages", "rolls"), [(30, False, True), (None, False, False), (30, True, False)])
+def test_a_spike_calls_for_a_rollback_where_there_is_a_way_back_and_the_text_is_the_same(
+    monkeypatch, saved, stages, rolls
+):
+    monkeypatch.setattr("relora_mora.train.judge.sum_over_hosts", lambda values: values)
+    data: dict[str, Any] = {"train": [{"source": "a", "weight": 1.0}, {"source": "b", "weight": 1.0}]}
+    if stages:
+        data["stages"] = [{"from_step": 41, "weights": {"a": 0.0, "b": 1.0}}]
+    given = {"spike_window": 16, "spike_deviations": 4.0, "on_spike": "rollback", "steps": 100}
+    judge = Judge(tiny_config(data=data, train=given), 0, 1, lambda step, values: None)
+    state = RunState(initial_seed=0, saved=saved)
+    for step, loss in enumerate([*_noisy(40), *_noisy(1, level=6.0)], 1):
+        state.step = step
+        judge(state, StepResult(loss, applied=True, grad_norm=1.0, data=[]))
+    assert bool(state.trouble) is rolls
+
+
+def test_a_shorter_window_ends_a_row_of_spikes_that_is_longer_already():
+    health, config = Health(losses=_noisy(16), spikes=20), _config()
+    assert health.spike(9.0, config) is not None and health.losses == []
