@@ -19,7 +19,8 @@ from relora_mora.system.hardware import ran_out_of_memory
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 LEAVE_SECONDS = 30.0  # for the other ranks to end a run that is done
-CONTROL_SECONDS = 24 * 3600.0  # a backstop: the watchdog knows how long each wait may take
+START_SECONDS = 600.0  # for what ranks do before a watchdog watches over them
+WATCHED_SECONDS = 24 * 3600.0  # a backstop: the watchdog knows how long each wait may take
 
 
 class RanksError(ValueError):
@@ -31,7 +32,13 @@ class RanksError(ValueError):
 @functools.cache
 def control_group() -> Any:
     """All ranks over gloo, beside the group that training uses: for values that are needed in host memory."""
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=CONTROL_SECONDS))
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=START_SECONDS))
+
+
+def let_ranks_wait() -> None:
+    """From now on a watchdog says how long a rank may keep the others waiting."""
+    if dist.get_world_size() > 1:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=WATCHED_SECONDS), control_group())
 
 
 def sum_over_hosts(values: list[float]) -> list[float]:

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import re
+import resource
 import socket
 import time
 
@@ -39,6 +40,7 @@ def join(timeout_seconds: float) -> None:
     ranks and the GPUs do not fit together.
     """
     if not dist.is_initialized():
+        _allow_files()
         for name, value in _WITHOUT_LAUNCHER.items():
             os.environ.setdefault(name, value)
         _meet(timeout_seconds)
@@ -46,6 +48,12 @@ def join(timeout_seconds: float) -> None:
             keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_on_host()))
+
+
+def _allow_files() -> None:
+    """As many open files as the host allows: the first rank has several connections to each of the others."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _meet(timeout_seconds: float) -> None:

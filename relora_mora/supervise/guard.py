@@ -63,13 +63,16 @@ class Guard:
     def hold(self, lock: RunLock) -> None:
         """The first rank holds the lock of the run folder; ends are recorded there from now on."""
         self._lock = lock
-        self._folder = lock.path.parent
+        self.record_in(lock.path.parent)
 
-    def watch_peers(self, watchdog: Watchdog, folder: Path) -> None:
-        """From now on the failure of another rank ends this process, and the reason goes to the run folder."""
+    def record_in(self, folder: Path) -> None:
+        """The run folder is this job's: how it ends is recorded there."""
+        self._folder = folder
+
+    def watch_peers(self, watchdog: Watchdog) -> None:
+        """From now on the failure of another rank ends this process."""
         self._watchdog = watchdog
         self.rank = watchdog.rank
-        self._folder = folder
         watchdog.start()
 
     def begin(self, what: str, within: float | None = None) -> None:
@@ -158,13 +161,11 @@ class Guard:
             self.record(failure.code, failure.reason)
 
     def folder_lost(self, who: str | None) -> None:
-        """The run folder was removed or moved: saves into a new one, unless another trainer (``who``) is there now."""
+        """The run folder was removed or moved: saves into a new one, unless another trainer (``who``) has it now."""
         if who is None:
             self._ask_to_stop("the run folder was removed or moved")
             return
-        reason = (
-            f"the run folder was removed or moved, and another trainer works there now ({who}): left without saving"
-        )
+        reason = f"another trainer works in the run folder now ({who}): left without saving"
         leave_now(
             USER_ERROR,
             lambda: self._say(reason),

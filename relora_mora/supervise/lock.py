@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,16 @@ class LockError(ValueError):
 class RunLock:
     """Held from :meth:`acquire` to :meth:`release` or the end of the process.
 
-    When the file is removed or replaced while it is held, ``on_loss(who)`` is called once, in a thread of the lock's
-    own: with None, or with who holds the file that is there instead.
+    When the file is removed, replaced, or written by another holder while it is held, ``on_loss(who)`` is called once,
+    in a thread of the lock's own: with None, or with who holds it now. Another one takes it from a holder that did not
+    run for a while, where flock does not reach other hosts.
     """
 
     def __init__(self, folder: Path, on_loss: Callable[[str | None], object] = lambda who: None) -> None:
         self.path = RunFolder(folder).lock
         self._on_loss = on_loss
         self._handle: int | None = None
+        self._token = uuid.uuid4().hex  # in the file, as long as it is this one's
         self._released = threading.Event()
 
     def acquire(self, wait_seconds: float = WAIT_SECONDS) -> str | None:
@@ -62,13 +65,13 @@ class RunLock:
             if abandoned and before.get("host_id") != host_id():
                 self._await_silence(handle, before)
             with disk_faults_named(self.path.parent):
-                _write(handle, released=False)
+                self._write(handle, released=False)
         except BaseException:
             os.close(handle)
             raise
         self._handle = handle
         # in a thread that does nothing else: a network file system may keep it waiting
-        threading.Thread(target=self._touch, args=(os.fstat(handle),), daemon=True, name="lock").start()
+        threading.Thread(target=self._touch, args=(handle, os.fstat(handle)), daemon=True, name="lock").start()
         return _who(before) if abandoned else None
 
     def release(self) -> None:
@@ -81,15 +84,34 @@ class RunLock:
     def say_released(self) -> None:
         """Writes that the holder has ended, which it is about to; the lock itself stays until then."""
         handle = self._handle
-        if handle is not None:
+        if handle is not None and self._is_own(handle):
             with contextlib.suppress(OSError):
-                _write(handle, released=True)
+                self._write(handle, released=True)
 
-    def _touch(self, own: os.stat_result) -> None:
+    def _is_own(self, handle: int) -> bool:
+        """What cannot be read for a while is nobody else's."""
+        return bool(_read(handle).get("token", self._token) == self._token)
+
+    def _write(self, handle: int, *, released: bool) -> None:
+        content = {
+            "host": socket.gethostname(),
+            "host_id": host_id(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "token": self._token,
+            "released": released,
+        }
+        data = (json.dumps(content) + "\n").encode()
+        os.pwrite(handle, data, 0)
+        os.ftruncate(handle, len(data))
+        os.fsync(handle)
+
+    def _touch(self, handle: int, own: os.stat_result) -> None:
         """Shows other hosts that the holder is alive, as long as the file is its own."""
         while not self._released.wait(TOUCH_SECONDS):
             try:
-                if not os.path.samestat(self.path.stat(), own):
+                if not os.path.samestat(self.path.stat(), own) or not self._is_own(handle):
                     self._on_loss(self._present_holder())
                     return
                 os.utime(self.path)
@@ -155,29 +177,15 @@ def _read(handle: int) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _write(handle: int, *, released: bool) -> None:
-    content = {
-        "host": socket.gethostname(),
-        "host_id": host_id(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "released": released,
-    }
-    data = (json.dumps(content) + "\n").encode()
-    os.pwrite(handle, data, 0)
-    os.ftruncate(handle, len(data))
-    os.fsync(handle)
-
-
 @functools.cache
 def host_id() -> str:
-    """This host since its boot; a name alone may be given to another machine."""
+    """This host since its boot, and the container in which numbers of processes mean something."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        processes = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
-        boot = ""
-    return f"{socket.gethostname()}/{boot}"
+        boot = processes = ""
+    return f"{socket.gethostname()}/{boot}/{processes}"
 
 
 def _started(pid: int) -> int:

@@ -26,6 +26,7 @@ from relora_mora.distributed import (
     is_device_failure,
     is_peer_failure,
     leave_together,
+    let_ranks_wait,
     on_all_ranks,
     store_address,
 )
@@ -43,6 +44,7 @@ from relora_mora.train.check import Checked, as_before, check
 from relora_mora.train.errors import MemoryShortage
 from relora_mora.train.loggers import check_loggers
 from relora_mora.train.loop import Trainer
+from relora_mora.train.restore import abandon_records
 from relora_mora.train.resume import resume, where_to_resume
 from relora_mora.train.rollback import forget_rollbacks
 from relora_mora.train.run_folder import check_run_folder, write_run_folder
@@ -115,6 +117,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
         checked.tokenizer.chat_template = checked.chat_template
     lock = from_first_rank(lambda: _lock(guard, folder))
     check_shared(RunFolder(folder).lock, lock)
+    guard.record_in(folder)
     if config.train.epochs is not None:  # takes long: all else that can be wrong has been found
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
         counted = from_first_rank(lambda: _count(config))
@@ -136,6 +139,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     else:
         state = RunState(initial_seed=config.train.seed)
         forget_rollbacks(folder, state)
+        from_first_rank(lambda: abandon_records(RunFolder(folder)))
     if checked.compiled:
         warm_up(run, state, guard)
         startup.done("compile")
@@ -146,6 +150,8 @@ def _pretrain(config: Config, guard: Guard) -> int:
         return trainer.fit()
     except Exception as error:
         _end_if_lost(guard, error)  # before close() waits for a checkpoint that the lost rank has no part in any more
+        if getattr(error, "same_on_all_ranks", False):
+            guard.stop_watching()  # close() may take another rank longer
         raise
     finally:
         trainer.close()
@@ -210,7 +216,8 @@ def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -
         stacks=RunFolder(Path(config.train.run_dir)).stacks(rank),
     )
     gather_from_ranks(None)  # every rank has made its first beat
-    guard.watch_peers(watch, Path(config.train.run_dir))
+    guard.watch_peers(watch)
+    let_ranks_wait()
     guard.begin("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
 
 

@@ -34,7 +34,7 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
         abandoned = _abandon_checkpoints(folder.checkpoints, after=manifest.step if own else -1)
         if not own:
             latest.unlink(missing_ok=True)
-            _abandon_records(folder)
+            abandon_records(folder)
         elif abandoned:
             write_synced(latest, f"{step_folder(manifest.step)}\n")
     if owes_merge:
@@ -61,8 +61,11 @@ def _abandon_checkpoints(checkpoints: Path, *, after: int) -> bool:
     return bool(later)
 
 
-def _abandon_records(folder: RunFolder) -> None:
-    """Likewise the metrics and starts of a run that was in the folder before."""
+def abandon_records(folder: RunFolder) -> None:
+    """Likewise the metrics and starts of a run that was in the folder before, and made a step."""
+    text = folder.metrics.read_text(encoding="utf-8", errors="replace") if folder.metrics.exists() else ""
+    if all(line.startswith('{"step": 0,') for line in text.splitlines()):
+        return
     for path in (folder.metrics, folder.starts):
         if path.exists():
             _abandon(path, path.name)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -383,6 +385,23 @@ def _held_elsewhere(folder: Path) -> Path:
         )
     )
     return path
+
+
+def test_a_holder_that_another_took_for_gone_hears_of_it_and_says_nothing_in_its_file(tmp_path, monkeypatch):
+    """It did not run for a while, on a file system where flock does not reach other hosts."""
+    monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    lost: list[str | None] = []
+    heard = threading.Event()
+    first = RunLock(tmp_path, lambda who: (lost.append(who), heard.set()))
+    first.acquire()
+    second = RunLock(tmp_path)
+    second.acquire()
+    assert heard.wait(30) and lost[0] and f"pid {os.getpid()}" in lost[0]
+    first.release()
+    assert is_held(tmp_path)
+    second.release()
+    assert not is_held(tmp_path)
 
 
 @pytest.mark.parametrize("behind_seconds", [0, 3600])

@@ -134,3 +134,14 @@ def test_a_run_that_is_shortened_to_where_it_stands_is_evaluated(pools, inputs, 
     given = {"steps": 3, "allow_changes": ["train.steps"]}
     pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given, **mora))
     assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [0, 3]
+
+
+def test_metrics_of_a_run_whose_checkpoints_were_removed_are_put_aside(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder)
+    pools(1)(train, config, stop_after=2)
+    before = (folder / "metrics.jsonl").read_text()
+    shutil.rmtree(folder / "checkpoints")
+    pools(1)(train, config, stop_after=2)
+    assert (folder / "abandoned-metrics.jsonl").read_text() == before
+    assert json.loads((folder / "starts.jsonl").read_text())["step"] == 0

@@ -98,7 +98,7 @@ def test_a_run_leaves_alone_what_another_trainer_began_in_its_folder(inputs, tok
     other.acquire()
     other.path.replace(run_dir / "lock")
     assert job.wait() == 2, job.output
-    assert f"another trainer works there now (host {socket.gethostname()}, pid {os.getpid()}" in job.output
+    assert f"another trainer works in the run folder now (host {socket.gethostname()}, pid {os.getpid()}" in job.output
     other.release()
 
 
