@@ -18,6 +18,7 @@ from relora_mora.data.passages import passage_of
 from relora_mora.data.record_format import Record, RecordFormat
 from relora_mora.export import export
 from relora_mora.harness import LOCAL_TASKS, HarnessError, evaluate_tasks, record, table
+from relora_mora.harness.evaluate import _loaded
 from relora_mora.harness.local import compared, local_rows, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer import load_tokenizer
@@ -343,3 +344,19 @@ def test_the_prompt_of_metamath_is_the_one_that_was_learned(data):
     alpaca = RecordFormat(RecordsConfig(kind="alpaca"))
     learned = passage_of("alpaca", Record({"instruction": "{{question}}", "output": "x"}, "a row", alpaca))
     assert asked + "x" == learned.text
+
+
+class _Manager:
+    """What lm-eval's loads: a group of two tasks, one of them alone."""
+
+    def load(self, names: list[str]) -> dict[str, Any]:
+        tasks = {"history": "the task of history", "physics": "the task of physics"}
+        if names == ["all"]:
+            return {"groups": {"all": "the group"}, "tasks": tasks, "group_map": {"all": list(tasks)}}
+        return {"groups": {}, "tasks": {name: tasks[name] for name in names}, "group_map": {}}
+
+
+@pytest.mark.parametrize("names", [["all", "history"], ["history", "all"]])
+def test_a_task_of_a_group_that_is_asked_for_too_is_asked_once(names):
+    """lm-eval refuses one task twice, with a traceback and when all data are there."""
+    assert _loaded(names, _Manager(), None) == (["the group"], [])

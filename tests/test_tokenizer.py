@@ -240,6 +240,37 @@ def test_a_tokenizer_that_cannot_be_saved_is_named(folder: Path, tmp_path: Path,
     assert sorted(name.name for name in tmp_path.iterdir()) == ["hf", "out"]
 
 
+def test_turns_of_a_newer_llama_are_tokenized_as_by_transformers(tmp_path: Path) -> None:
+    """Its tokenizer.json adds no space behind a special token, and has the vocabulary of the model beside it."""
+    given, saved, out = (tmp_path / name for name in ("given", "saved", "out"))
+    given.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(own_text()),
+        model_prefix=str(given / "tokenizer"),
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        control_symbols=["[INST]", "[/INST]"],
+        minloglevel=2,
+    )
+    tokens = {str(at): {"content": token, "special": True} for at, token in enumerate(("<unk>", "<s>", "</s>"))}
+    tokens |= {"3": {"content": "[INST]", "special": True}, "4": {"content": "[/INST]", "special": True}}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "added_tokens_decoder": tokens}
+    settings |= {"chat_template": "{{ messages }}"}
+    (given / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "</s>", "bos_token": "<s>"}))
+    AutoTokenizer.from_pretrained(given).save_pretrained(saved)
+    shutil.copy(given / MODEL_FILE, saved / MODEL_FILE)
+    turns = "<s>[INST] a word[/INST] another</s>[INST]one[/INST]\nmore"
+    expected = AutoTokenizer.from_pretrained(saved)(turns, add_special_tokens=False)["input_ids"]
+    tokenizer = load_tokenizer(saved)
+    save_tokenizer(tokenizer, out)
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    assert tokenizer.backend_tokenizer.encode(turns, add_special_tokens=False).ids == expected
+    assert AutoTokenizer.from_pretrained(out)(turns, add_special_tokens=False)["input_ids"] == expected
+
+
 def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -40,7 +40,9 @@ class Conversation(NamedTuple):
         """The same where no tool is described, and where none is called; neither where it has none."""
         if self.tools:
             yield Conversation(self.messages, [])
-        plain = [{key: value for key, value in each.items() if key != "tool_calls"} for each in self.messages]
+        plain = [
+            {key: value for key, value in each.items() if key != "tool_calls" or not value} for each in self.messages
+        ]
         if plain != self.messages:
             yield Conversation(plain, self.tools)
 

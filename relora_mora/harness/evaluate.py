@@ -92,8 +92,9 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _loaded(names: Sequence[str], manager: Any, data: str | None) -> tuple[list[Any], list[str]]:
-    """Tasks and groups of lm-eval with their data, and why others have none."""
-    found: list[Any] = []
+    """Tasks and groups of lm-eval with their data, each once, and why others have none."""
+    found: dict[str, Any] = {}
+    inside: set[str] = set()  # of a group
     missing: list[str] = []
     for name in names:
         try:
@@ -101,10 +102,9 @@ def _loaded(names: Sequence[str], manager: Any, data: str | None) -> tuple[list[
         except Exception as error:  # whatever a hub, a file or a dataset raises
             missing.append(f"{name}: its data cannot be had ({' '.join(str(error).split()):.200})")
         else:
-            inside = {child for children in loaded["group_map"].values() for child in children}
-            whole = {**loaded["groups"], **loaded["tasks"]}
-            found += [task for key, task in whole.items() if key not in inside]
-    return found, missing
+            inside |= {child for children in loaded["group_map"].values() for child in children}
+            found |= {**loaded["groups"], **loaded["tasks"]}
+    return [task for name, task in found.items() if name not in inside], missing
 
 
 def _check_answers_fit(tasks: Sequence[Any], positions: int | None) -> None:

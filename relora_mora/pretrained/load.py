@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from relora_mora.checkpoint import read_manifest, tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import SCORING, DataConfig, TextSource, read_data, validate
+from relora_mora.config.records import CHATML
 from relora_mora.data.hub_sources import hub_repo
 from relora_mora.pretrained.foreign import is_foreign, load_foreign, positions_of
 from relora_mora.pretrained.merged import merged_model
@@ -76,6 +77,8 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     data = validate(manifest.config, str(checkpoint)).data
+    if data.records is not None and data.records.template != CHATML:  # its text is in the checkpoint's tokenizer
+        data = data.model_copy(update={"records": data.records.model_copy(update={"template": None})})
     return LoadedModel(
         merged_model(checkpoint, dtype),
         tokenizer_of(checkpoint),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
 
 MODEL_FILE = "tokenizer.model"
 EXPECTED = "expected a folder with tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder"
@@ -51,7 +52,9 @@ def sentencepiece_file(path: Path) -> Path | None:
     processor = _processor(model)
     if processor is None:  # a tiktoken file of that name, as with Llama 3
         return None
-    return model if _names(described, path) == _pieces(processor) else None
+    if _names(described, path) != _pieces(processor) or not _goes_on_as_model(described, path, processor):
+        return None
+    return model
 
 
 def open_sentencepiece(path: str | Path) -> SentencePieceProcessor:
@@ -96,6 +99,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def read_tokenizer(file: Path) -> Tokenizer:
+    """What a ``tokenizer.json`` describes; raises :class:`TokenizerError` where it cannot be read."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more special
+        remedy = "update tokenizers, or save it again"
+        raise TokenizerError(f"{file}: tokenizers cannot read it ({error}); {remedy}") from error
+
+
 def _pieces(processor: SentencePieceProcessor) -> dict[str, int]:
     return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
 
@@ -110,6 +124,22 @@ def _names(described: dict[str, Any], folder: Path) -> dict[str, int]:
         raise TokenizerError(
             f"{folder / 'tokenizer.json'}: damaged, its vocabulary cannot be read; fetch or save the tokenizer again"
         ) from error
+
+
+def _goes_on_as_model(described: dict[str, Any], folder: Path, processor: SentencePieceProcessor) -> bool:
+    """Whether text behind a special token is to a ``tokenizer.json`` what it is alone.
+
+    To a model it is; a newer Llama or Mistral adds no space there, in the conversations that it was trained on.
+    """
+    special = next((token for token in described.get("added_tokens", []) if token.get("special")), None)
+    if special is None:
+        return True
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    return all(
+        tokenizer.encode(special["content"] + text, add_special_tokens=False).ids
+        == [special["id"], *processor.encode(text)]
+        for text in ("a", " a")
+    )
 
 
 def _processor(model: Path) -> SentencePieceProcessor | None:

@@ -18,6 +18,7 @@ from relora_mora.tokenizer.folder import (
     check_exists,
     open_sentencepiece,
     read_json,
+    read_tokenizer,
     sentencepiece_file,
 )
 
@@ -56,10 +57,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder with ``tokenizer.model``, a ``.model`` file, or a Hugging Face tokenizer folder.
 
     Where a folder holds both ``tokenizer.model`` and a ``tokenizer.json`` with the same vocabulary, the model decides;
-    with another vocabulary (added tokens) ``tokenizer.json`` does. Without one, added tokens are those of
-    ``added_tokens.json`` and ``tokenizer_config.json``. Text is never parsed for special tokens. Silent, and
-    reads the disk alone. Sets ``TOKENIZERS_PARALLELISM=false`` unless it is set: here the worker processes are the
-    parallelism.
+    with another vocabulary (added tokens), or other spaces behind special tokens, ``tokenizer.json`` does. Without one,
+    added tokens are those of ``added_tokens.json`` and ``tokenizer_config.json``. Text is never parsed for special
+    tokens. Silent, and reads the disk alone. Sets ``TOKENIZERS_PARALLELISM=false`` unless it is set: here the worker
+    processes are the parallelism.
 
     Raises :class:`TokenizerError` when there is none, it has no end-of-document token, it would find that token in
     text, or its ids differ from sentencepiece's.
@@ -163,15 +164,11 @@ def _take_over(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) ->
 
 def _template_of_texts(tokenizer: PreTrainedTokenizerBase, folder: Path, described: Mapping[str, Any]) -> Any:
     """What adds special tokens to a text, as ``AutoTokenizer`` takes it from this folder; None: nothing."""
-    from tokenizers import Tokenizer, processors
+    from tokenizers import processors
 
     file = folder / "tokenizer.json"
     if file.is_file():
-        try:
-            return Tokenizer.from_file(str(file)).post_processor
-        except Exception as error:  # tokenizers raises nothing more special
-            remedy = "update tokenizers, or save it again"
-            raise TokenizerError(f"{file}: tokenizers cannot read it ({error}); {remedy}") from error
+        return read_tokenizer(file).post_processor
     begin = tokenizer.bos_token if described.get("add_bos_token") is True else None
     end = tokenizer.eos_token if described.get("add_eos_token") is True else None
     if begin is None and end is None:
