@@ -80,10 +80,9 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
     """
     gathered: dict[str, list[Run]] = {}
     for run in runs:
-        given = [compared_settings(run.settings), run.parameters, run.bf16]
-        settings = json.dumps(given, sort_keys=True, default=str)
+        settings = json.dumps(compared_settings(run.settings), sort_keys=True, default=str)
         repeat = 0
-        while any(_seed(other) == _seed(run) for other in gathered.get(f"{repeat}{settings}", ())):
+        while any(not _goes_with(run, other) for other in gathered.get(f"{repeat}{settings}", ())):
             repeat += 1
         gathered.setdefault(f"{repeat}{settings}", []).append(run)
     for option, names in (("unnamed", unnamed), ("best", best)):
@@ -104,6 +103,12 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
         )
         for (method, differs), runs in zip(parts, members, strict=True)
     ]
+
+
+def _goes_with(run: Run, other: Run) -> bool:
+    """Whether two runs with the same settings are one with two seeds; earlier versions noted nothing else."""
+    noted = ((run.parameters or None, other.parameters or None), (run.bf16, other.bf16))
+    return _seed(run) != _seed(other) and all(None in pair or pair[0] == pair[1] for pair in noted)
 
 
 def _best(members: Sequence[list[Run]], settings: Sequence[str]) -> list[list[Run]]:

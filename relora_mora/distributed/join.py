@@ -53,7 +53,8 @@ def join(timeout_seconds: float) -> None:
 def _allow_files() -> None:
     """As many open files as the host allows: the first rank has several connections to each of the others."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(OSError, ValueError):  # the kernel's own limit may be lower
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _meet(timeout_seconds: float) -> None:

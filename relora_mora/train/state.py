@@ -49,7 +49,7 @@ class RunState:
         counters = manifest.counters
         health = Health(**{key: counters[key] for key in ("losses", "spikes", "bad_steps", "bad_data")})
         if not own:
-            health = Health()  # what was bad, and the way back, are in another folder
+            health.good()  # what was bad, and the way back, are in another folder
         step = manifest.step
         return RunState(
             initial_seed=counters["initial_seed"],

@@ -55,14 +55,12 @@ def test_runs_that_differ_in_seeds_are_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", [{"parameters": {"total": 2_000_000}}, {"bf16": True}])
 def test_runs_of_other_models_or_precisions_under_the_same_settings_are_not_one(tmp_path: Path, other: dict[str, Any]):
-    runs = [made_run(tmp_path / f"run{seed}", train={"seed": seed}) for seed in (0, 1)]
-    assert len(group_runs(runs)) == 1
-    starts = RunFolder(tmp_path / "run1").starts
-    starts.write_text(json.dumps(json.loads(starts.read_text()) | other) + "\n")
-    assert [group.label for group in group_runs([runs[0], read_run(tmp_path / "run1")])] == [
-        "ReMoRA (1, 2), run0",
-        "ReMoRA (1, 2), run1",
-    ]
+    runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1)]
+    for run, changes in zip(runs, ({"bf16": False}, other), strict=True):
+        starts = RunFolder(run).starts
+        starts.write_text(json.dumps(json.loads(starts.read_text()) | changes) + "\n")
+    assert len(group_runs(map(read_run, runs))) == 2
+    assert len(group_runs([read_run(runs[0]), made_run(tmp_path / "run2", train={"seed": 2})])) == 1, "it noted nothing"
 
 
 def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
