@@ -63,17 +63,20 @@ def boards(root: Path) -> dict[str, Path]:
 
 
 def _runs(root: Path) -> Iterator[Path]:
-    """Folders with files of TensorBoard, also while checkpoints come and go beside them."""
+    """Folders with files of TensorBoard, also while checkpoints come and go beside them; each once."""
     seen: set[Path] = set()
-    for folder, below, _ in os.walk(root, followlinks=True):
-        real = Path(folder).resolve()
-        if real in seen:  # by way of a link
-            below.clear()
-            continue
-        seen.add(real)
-        if "tensorboard" in below and any(Path(folder, "tensorboard").glob("events.*")):
-            yield Path(folder)
-        below[:] = [name for name in below if name not in ("checkpoints", "tensorboard")]
+    for follows in (False, True):  # a folder's own name comes before that of a link to it
+        entered: set[Path] = set()
+        for folder, below, _ in os.walk(root, followlinks=follows):
+            real = Path(folder).resolve()
+            if real in entered:
+                below.clear()
+                continue
+            entered.add(real)
+            if real not in seen and "tensorboard" in below and any(Path(folder, "tensorboard").glob("events.*")):
+                seen.add(real)
+                yield Path(folder)
+            below[:] = [name for name in below if name not in ("checkpoints", "tensorboard")]
 
 
 def link_boards(root: Path, links: Path) -> None:

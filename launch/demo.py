@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.cli import run
-from relora_mora.supervise.exits import USER_ERROR
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +45,12 @@ def main() -> int:
         )
     ranks = _ranks()
     # not deepspeed, which reads no names of GPUs or MIG parts in CUDA_VISIBLE_DEVICES
-    launcher = [str(Path(python).parent / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = [
+        str(Path(python).parent / "torchrun"),
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc_per_node={ranks}",
+    ]
     step(
         f"3/5 pretraining with ReMoRA, DeepSpeed ZeRO-2: {CONFIG}",
         [*launcher, "launch/pretrain.py", CONFIG, f"--train.micro_batch_size={min(8, BATCH_SIZE // ranks)}"],
@@ -91,8 +95,8 @@ def step(title: str, command: list[str], target: str = "demo", folder: Path = DE
     print(f"$ {shlex.join([Path(program).name, *arguments])}", flush=True)
     code = subprocess.run(command, check=False).returncode
     if code:
-        on = "goes on from here" if code != USER_ERROR else f"tries it again; `rm -r {folder}` begins anew"
-        raise SystemExit(f"this step ended with code {code}; `make {target}` {on}")
+        on = f"`make {target}` goes on from here, and after `rm -r {folder}` it begins anew"
+        raise SystemExit(f"this step ended with code {code}; {on}")
 
 
 def _generate() -> None:

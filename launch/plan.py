@@ -61,7 +61,7 @@ def main(
             f"--gpus_per_node: not given with --nodes={nodes}; say how many devices each host has, "
             "e.g. --gpus_per_node=8"
         )
-    if link_gbits is not None and (nodes or 1) == 1:
+    if link_gbits is not None and nodes is None:
         raise ValueError("--link_gbits: one host sends nothing to others; give --nodes, or leave it out")
     with many_imports():  # takes seconds: arguments are checked before
         from relora_mora.model import check_length

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ def start_digests(model: ModelConfig) -> dict[str, str]:
 
     They are over names, sizes and samples of the files that hold a model; of a run, those of its newest checkpoint.
     """
-    given = {"config": model.config, "init_from": model.init_from, "adapter": model.adapter}
+    config = model.config if model.init_from is None else None  # else it has to say what is there
+    given = {"config": config, "init_from": model.init_from, "adapter": model.adapter}
     found = {name: _files(Path(path)) for name, path in given.items() if path is not None}
     return {name: _digest(files) for name, files in found.items() if files}
 
@@ -63,5 +66,9 @@ def _files(path: Path) -> list[Path]:
 
 
 def _digest(files: list[Path]) -> str:
+    if len(files) == 1 and files[0].suffix == ".json":  # however it is written
+        with contextlib.suppress(ValueError):
+            content = json.loads(files[0].read_text(encoding="utf-8"))
+            return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
     seen = "".join(f"{file.name} {samples_digest(str(file))}\n" for file in files)
     return xxhash.xxh3_128_hexdigest(seen.encode())

@@ -94,10 +94,9 @@ def main(
 
     started = time.monotonic()
     _check_settings(vocab_size, max_documents, max_bytes, character_coverage, threads)
-    text = parse_typed(data, "--data")
-    config = read_data(
-        {"train": text, "validation": text}, overrides, READING
-    )  # no shares, which held-out text has not
+    config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)
+    if len({source.weight for source in config.train_sources}) > 1:
+        raise TokenizerError("--data: its sources are read one after the other, without weights; leave them out")
     with new_folder(Path(out)) as folder:
         texts = iter_texts(config.train, split="train", config=config)
         limit = min(max_documents, sys.maxsize) or None

@@ -19,7 +19,7 @@ from relora_mora.system.hardware import ran_out_of_memory
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 LEAVE_SECONDS = 30.0  # for the other ranks to end a run that is done
-START_SECONDS = 600.0  # for what ranks do before a watchdog watches over them
+START_SECONDS = 1800.0  # for what ranks do before a watchdog watches over them
 WATCHED_SECONDS = 24 * 3600.0  # a backstop: the watchdog knows how long each wait may take
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from relora_mora.checkpoint import read_manifest, tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import SCORING, DataConfig, TextSource, read_data, validate
-from relora_mora.config.records import CHATML
+from relora_mora.config.records import CHATML, RecordsConfig
 from relora_mora.data.hub_sources import hub_repo
 from relora_mora.pretrained.foreign import is_foreign, load_foreign, positions_of
 from relora_mora.pretrained.merged import merged_model
@@ -63,6 +63,25 @@ class LoadedModel:
         return data.model_copy(update={"validation": sets})
 
 
+def _by_own_template(data: DataConfig) -> DataConfig:
+    """With null in place of the file of the chat template that the run's tokenizer has from its training."""
+    trained = map(data.records_of, data.train_sources)
+    file = next((each.template for each in trained if each is not None and each.is_conversation), None)
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, RecordsConfig):
+            return value.model_copy(update={"template": None}) if value.template == file else value
+        if isinstance(value, TextSource):
+            return value.model_copy(update={"records": replaced(value.records)})
+        if isinstance(value, dict):
+            return {name: replaced(inner) for name, inner in value.items()}
+        return list(map(replaced, value)) if isinstance(value, list) else value
+
+    if file in (None, CHATML):
+        return data
+    return data.model_copy(update={"records": replaced(data.records), "validation": replaced(data.validation)})
+
+
 def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     """The model of a checkpoint, run folder or Hugging Face folder. Nothing is downloaded and no code of it is run.
 
@@ -77,12 +96,10 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     data = validate(manifest.config, str(checkpoint)).data
-    if data.records is not None and data.records.template != CHATML:  # its text is in the checkpoint's tokenizer
-        data = data.model_copy(update={"records": data.records.model_copy(update={"template": None})})
     return LoadedModel(
         merged_model(checkpoint, dtype),
         tokenizer_of(checkpoint),
-        data,
+        _by_own_template(data),
         f"{checkpoint} (step {manifest.step})",
         (checkpoint, manifest.step),
         of_run=True,

@@ -44,7 +44,7 @@ from relora_mora.train.check import Checked, as_before, check
 from relora_mora.train.errors import MemoryShortage
 from relora_mora.train.loggers import check_loggers
 from relora_mora.train.loop import Trainer
-from relora_mora.train.restore import abandon_records
+from relora_mora.train.restore import begin_records
 from relora_mora.train.resume import resume, where_to_resume
 from relora_mora.train.rollback import forget_rollbacks
 from relora_mora.train.run_folder import check_run_folder, write_run_folder
@@ -139,7 +139,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     else:
         state = RunState(initial_seed=config.train.seed)
         forget_rollbacks(folder, state)
-        from_first_rank(lambda: abandon_records(RunFolder(folder)))
+        from_first_rank(lambda: begin_records(RunFolder(folder)))
     if checked.compiled:
         warm_up(run, state, guard)
         startup.done("compile")

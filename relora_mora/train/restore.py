@@ -62,13 +62,18 @@ def _abandon_checkpoints(checkpoints: Path, *, after: int) -> bool:
 
 
 def abandon_records(folder: RunFolder) -> None:
-    """Likewise the metrics and starts of a run that was in the folder before, and made a step."""
-    text = folder.metrics.read_text(encoding="utf-8", errors="replace") if folder.metrics.exists() else ""
-    if all(line.startswith('{"step": 0,') for line in text.splitlines()):
-        return
+    """Likewise the metrics and starts of a run that was in the folder before."""
     for path in (folder.metrics, folder.starts):
         if path.exists():
             _abandon(path, path.name)
+
+
+def begin_records(folder: RunFolder) -> None:
+    """Where a run begins anew: puts those of an earlier one aside, but for what came before its first step."""
+    files = [path for path in (folder.metrics, folder.starts) if path.exists()]
+    lines = [line for path in files for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    if any('"step": 0,' not in line for line in lines):
+        abandon_records(folder)
 
 
 def _abandon(path: Path, name: str) -> None:

@@ -44,7 +44,9 @@ def where_to_resume(config: Config) -> Path | None:
         )
     if resume not in ("auto", "never"):
         before = saved_settings(folder.path)
-        is_own = Path(resume).absolute().parent.resolve() == folder.checkpoints.resolve()
+        named = Path(resume).absolute()
+        places = (named, named.parent, named.resolve().parent, RunFolder(named).checkpoints)
+        is_own = folder.checkpoints.resolve() in [place.resolve() for place in places]
         if not holds or (is_own and before.get("train", {}).get("resume") != resume):
             return Path(resume)
         if any(changed_settings(before, parse_yaml(dump(config)))):
@@ -82,14 +84,15 @@ def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
     log.info("resumed from %s at step %d", chosen, state.step)
     if reader.manifest.data_order != run.checked.data_order:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
-        state.health.begin_window()
         shared_log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
     elif reader.manifest.data_content != run.checked.data_content:
-        state.health.begin_window()
         shared_log.warning(
             "the training data has other content under the same names (train.allow_changes): "
             "reading goes on at the same lines"
         )
+    text = (run.checked.data_fingerprint, run.checked.data_content)
+    if (reader.manifest.data_fingerprint, reader.manifest.data_content) != text:
+        state.health.begin_window()
     if goes_on:
         replay_rollbacks(Path(config.run_dir), state, run.checked.data_order)
     else:

@@ -162,8 +162,10 @@ def test_a_checkpoint_whose_last_rename_is_missing_is_one(folder):
     with pytest.raises(CheckpointError, match=r"holds checkpoints, and train\.resume=never"):
         where_to_resume(_resuming("never", run_dir))
     assert where_to_resume(_resuming("auto", run_dir)) == run_dir / "checkpoints"
-    own = str(run_dir / "checkpoints" / "step-00000015")
-    assert where_to_resume(_resuming(own, run_dir)) == Path(own), "to go back to it"
+    own = run_dir / "checkpoints" / "step-00000015"
+    (folder / "best").symlink_to(folder / "step-00000015")
+    for name in (own, folder / "best", run_dir, run_dir / "checkpoints"):
+        assert where_to_resume(_resuming(str(name), run_dir)) == name, "to go back to it"
     with pytest.raises(CheckpointError, match="holds what a start with other settings has trained"):
         where_to_resume(_resuming(str(run_dir / "of-another-stage"), run_dir))
 

@@ -122,7 +122,11 @@ def test_arguments(script: str, argv: list[str], message: str) -> None:
         (TRAIN, ["--data=d", "--out=o", "--character_coverage=.nan"], "between 0.9 and 1"),
         (TRAIN, ["--data=d", "--out=o", "--data.max_bad_fraction=7"], "data.max_bad_fraction: got 7"),
         (TRAIN, ["--data=d", "--out=o", "--data.timeout_seconds=.inf"], "data.timeout_seconds: got inf"),
-        (TRAIN, ["--data=[{source: a}, {source: b, weight: 9}]", "--out=o"], "weight: 9.0 is for the sources of a mix"),
+        (
+            TRAIN,
+            ["--data=[{source: a}, {source: b, weight: 9}]", "--out=o"],
+            "without weights; leave them out",
+        ),
         (TRAIN, ["--data=d", "--out=o", "--threads=100000"], "--threads=100000: give at least 1 and at most 512"),
     ],
 )

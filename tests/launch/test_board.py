@@ -38,6 +38,7 @@ def test_runs_behind_links_are_found_once_and_long_names_cut(runs: Path, tmp_pat
     _write_events(tmp_path / "scratch" / ("x" * 200) / ("y" * 200))
     (runs / "big").symlink_to(tmp_path / "scratch")
     (tmp_path / "scratch" / "loop").symlink_to(runs)
+    (runs / "latest").symlink_to(runs / "tiny")
     (tmp_path / "links").mkdir()
     module_of(SCRIPT).link_boards(runs, tmp_path / "links")
     assert sorted(link.name for link in (tmp_path / "links").iterdir()) == [

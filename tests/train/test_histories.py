@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from relora_mora.system.run_folder import read_json_lines
 from tests.tools.runs import metrics, run_config, train
 from tests.train.test_rollback import NAN, _same, _settings, faulty
 
@@ -134,6 +135,18 @@ def test_a_run_that_is_shortened_to_where_it_stands_is_evaluated(pools, inputs, 
     given = {"steps": 3, "allow_changes": ["train.steps"]}
     pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given, **mora))
     assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [0, 3]
+
+
+def test_a_start_that_made_no_step_of_another_history_is_put_aside(pools, inputs, tokenizer_path, tmp_path):
+    theirs, folder = tmp_path / "theirs", tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
+    folder.mkdir()
+    for step in (0, 2):  # begun anew; then from a checkpoint, and neither came to a step
+        (folder / "starts.jsonl").write_text(json.dumps({"step": step, "epochs": None}) + "\n")
+        given = {} if step else {"resume": str(theirs)}
+        pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given), stop_after=3)
+        assert [line["step"] for line in read_json_lines(folder / "starts.jsonl")] == [2 - step]
+        shutil.rmtree(folder / "checkpoints")
 
 
 def test_metrics_of_a_run_whose_checkpoints_were_removed_are_put_aside(pools, inputs, tokenizer_path, tmp_path):
