@@ -21,6 +21,7 @@ from typing import Any
 
 try:
     from relora_mora.cli import run
+    from relora_mora.data.rows import in_calls
     from relora_mora.system.new_folder import new_folder
     from relora_mora.tokenizer import (
         HARD_TEXTS,
@@ -179,16 +180,16 @@ def write(model: bytes, out: Path, documents: list[str]) -> float:
     file.write_bytes(model)
     tokenizer = load_tokenizer(file)
     reference = open_sentencepiece(file)
-    texts = [*documents, *HARD_TEXTS]
-    ids = encode(tokenizer, texts)
-    for text, found in zip(texts, ids, strict=True):
-        exact = text.replace("\u2581", " ")  # sentencepiece's mark for a space, the one character that is lost
-        if found != reference.encode(text) or tokenizer.decode(found) != exact:
-            raise TokenizerError(
-                f"the trained tokenizer is not exact for the text {text[:80]!r}; update sentencepiece and transformers"
-            )
+    tokens = 0
+    for texts in (HARD_TEXTS, *in_calls(documents, _CHECKED_DOCUMENTS, len)):
+        for text, found in zip(texts, encode(tokenizer, texts), strict=True):
+            exact = text.replace("\u2581", " ")  # sentencepiece's mark for a space, the one character that is lost
+            if found != reference.encode(text) or tokenizer.decode(found) != exact:
+                fault = f"the trained tokenizer is not exact for the text {text[:80]!r}"
+                raise TokenizerError(f"{fault}; update sentencepiece and transformers")
+            tokens += len(found) if texts is not HARD_TEXTS else 0
     save_tokenizer(tokenizer, out)
-    return sum(len(text.encode()) for text in documents) / max(1, sum(len(found) for found in ids[: len(documents)]))
+    return sum(len(text.encode()) for text in documents) / max(1, tokens)
 
 
 def _check_settings(

@@ -75,9 +75,8 @@ class ColumnFile:
         """What the rows ``first``, ``first + stride``, ... of a record batch of the columns hold."""
         if not self._shard.holds_records:
             return utf8(batch.column(0))[first::stride].to_pylist()
-        columns = {name: batch.column(name)[first::stride] for name in self._columns}
-        rows = range(first, batch.num_rows, stride)
-        return [_record(self._shard, columns, at) for at in range(len(rows))]
+        columns = {name: batch.column(name) for name in self._columns}
+        return [_record(self._shard, columns, at) for at in range(first, batch.num_rows, stride)]
 
     @contextmanager
     def _damage_named(self, where: str) -> Iterator[None]:

@@ -45,15 +45,22 @@ class Epochs(NamedTuple):
 
 
 def count_epochs(
-    config: DataConfig, tokenizer_path: str, *, lanes: int, blocks_per_lane: int = 1, epochs: int = 1
+    config: DataConfig,
+    tokenizer_path: str,
+    *,
+    lanes: int,
+    blocks_per_lane: int = 1,
+    epochs: int = 1,
+    shards: Sequence[Shard] | None = None,
 ) -> Epochs:
     """How long each of the first epochs is; of whole rows for the lane that has most in it.
 
     Lanes of whole rows begin each epoch together, and with a global batch, which takes ``blocks_per_lane`` of each.
     Epochs differ, since rows are packed in another order. Reads all of the text, and judges all of its records; of
-    tokens made in advance the number is known. Raises SourceError, also where there are none.
+    tokens made in advance the number is known. ``shards`` are those of ``config`` as they were found before. Raises
+    SourceError, also where there are none.
     """
-    shards = configured_shards(config, "train")
+    shards = configured_shards(config, "train") if shards is None else shards
     packing = packing_of(config, shards)
     if packing == "stream":
         counted = Epochs([_stream_tokens(shards, config, tokenizer_path)], None)

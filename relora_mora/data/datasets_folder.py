@@ -25,7 +25,8 @@ def split_files(name: DatasetName, split: str, paths: Iterable[str], cards: Mapp
     source = name.source
     split = name.split or split
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "set"
+        # datasets refuses a set that is a script of its name
+        root = Path(folder) / (PurePosixPath(name.place).name if name.on_hub else name.folder.resolve().name)
         for path in paths:
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise SourceError(f"{source}: {path!r} is no name of a file inside of it; give the files by path")
@@ -56,10 +57,16 @@ def _refuse_unmatched(name: DatasetName, root: Path) -> None:
     from datasets.data_files import resolve_pattern
 
     for pattern in name.data_files:
+        if "://" in pattern:
+            raise SourceError(f"{name.source}: {pattern!r} in data_files is no name of files inside of it; name those")
         try:
             resolve_pattern(pattern, str(root))
         except FileNotFoundError as error:
             raise SourceError(f"{name.source} holds no files {pattern}; check data_files") from error
+        except Exception as error:  # of many kinds, as of a ** beside other letters
+            raise SourceError(
+                f"{name.source}: {pattern!r} in data_files is no pattern ({error}); correct it"
+            ) from error
 
 
 def _splits(name: DatasetName, split: str, root: Path) -> dict[str, list[str]] | None:
@@ -120,6 +127,6 @@ def _refuse_mixed(name: DatasetName, split: str, root: Path, splits: Mapping[str
     if others:
         first = next(path for files in others.values() for path in files)
         raise SourceError(
-            f"{name.source} holds files of several formats, such as {taken[0]} and {first}, and only one would be "
-            "read; give the files to read by a pattern"
+            f"{name.source}: datasets would read {taken[0]} and the like, and leave out {first} and the like; "
+            "give the files to read by a pattern"
         )

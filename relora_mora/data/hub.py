@@ -28,9 +28,13 @@ def login_headers() -> dict[str, str]:
     """What huggingface_hub sends with a request: the token, where there is one.
 
     Finding it may read files and, where the login is to be renewed, ask the hub. Raises TransientError, and SourceError
-    for a token that cannot be read or sent.
+    for a token that cannot be read or sent, and where the hub is not to be asked.
     """
+    from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers
+
+    if constants.HF_HUB_OFFLINE:
+        raise SourceError("the hub is needed, but HF_HUB_OFFLINE is set; unset it or give the files by path")
 
     try:
         headers = build_hf_headers()
@@ -47,16 +51,8 @@ def login_headers() -> dict[str, str]:
     return dict(headers)
 
 
-def _refuse_offline(repo: str) -> None:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        raise SourceError(f"hub:{repo} needs the hub, but HF_HUB_OFFLINE is set; unset it or give the files by path")
-
-
 def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
     """The commit that ``revision`` of a dataset is now. Raises SourceError."""
-    _refuse_offline(repo)
     url = f"{endpoint()}/api/datasets/{repo}/revision/{quote(revision, safe='')}?expand=sha"
 
     def ask() -> str:
@@ -87,7 +83,6 @@ def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
 
 def list_files(repo: str, commit: str, timeout_seconds: float) -> dict[str, int]:
     """The size in bytes of every file of a dataset at a commit, by path. Raises SourceError."""
-    _refuse_offline(repo)
     sizes: dict[str, int] = {}
     cursor: str | None = ""
     while cursor is not None:

@@ -7,7 +7,7 @@ opens shards of every format, ``encoders.py`` has the functions to tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -20,7 +20,24 @@ from relora_mora.data.sources import Shard
 Row = TypeVar("Row", bound=Sized)
 TokenIds = npt.NDArray[np.integer[Any]]
 Ids = Sequence[int] | TokenIds
+T = TypeVar("T")
+CALL_CHARACTERS = 1 << 18
 Scored = Sequence[bool] | npt.NDArray[np.bool_]
+
+
+def in_calls(rows: Iterable[T], most: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Some at a time, for one call of a tokenizer, which takes dozens of times the memory of their text."""
+    some: list[T] = []
+    characters = 0
+    for row in rows:
+        some.append(row)
+        characters += size(row)
+        if len(some) == most or characters >= CALL_CHARACTERS:
+            yield some
+            some = []
+            characters = 0
+    if some:
+        yield some
 
 
 class Rows(Protocol[Row]):

@@ -13,7 +13,7 @@ from relora_mora.data.bad_rows import NOTES_PER_REASON
 from relora_mora.data.encoders import encoder_of
 from relora_mora.data.judged_records import RecordsFound
 from relora_mora.data.plain_text import open_rows
-from relora_mora.data.rows import Encoded
+from relora_mora.data.rows import Encoded, in_calls
 from relora_mora.data.skipped import ENCODING_REASONS, Skipped
 from relora_mora.data.sources import Shard
 from relora_mora.data.token_rows import open_tokens
@@ -47,7 +47,7 @@ def rows_in_order(
     for record_format, some in itertools.groupby(shards, lambda shard: shard.records):
         encode = encoder_of(tokenizer, [record_format], packing, config.sequence_length)
         rows = _read(some, config)
-        while group := list(itertools.islice(rows, _ROWS_PER_CALL)):
+        for group in in_calls(rows, _ROWS_PER_CALL, lambda row: len(row[0])):
             sizes = [size for _, size in group]
             for row, size in zip(encode([row for row, _ in group]), sizes, strict=True):
                 found.add(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from relora_mora.data import (
 )
 from relora_mora.data.counting import Epochs
 from relora_mora.data.dataset_sources import Datasets
+from relora_mora.data.sources import Shard
 from relora_mora.distributed import (
     from_first_rank,
     gather_from_ranks,
@@ -120,7 +122,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     guard.record_in(folder)
     if config.train.epochs is not None:  # takes long: all else that can be wrong has been found
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
-        counted = from_first_rank(lambda: _count(config))
+        counted = from_first_rank(lambda: _count(config, checked.shards))
         epochs, warmup_fraction = config.train.epochs, config.optim.warmup_fraction
         config = with_epochs(config, counted.tokens_of(epochs), world_size)
         checked = replace(
@@ -181,7 +183,7 @@ def _at_commits(config: Config) -> tuple[DataConfig, Datasets]:
     return data, find_datasets(data)
 
 
-def _count(config: Config) -> Epochs:
+def _count(config: Config, shards: Sequence[Shard]) -> Epochs:
     """How long the epochs are. One rank reads all of the text."""
     begin = time.perf_counter()
     log.info("train.epochs: counting the tokens of the training text")
@@ -192,6 +194,7 @@ def _count(config: Config) -> Epochs:
         lanes=lanes,
         blocks_per_lane=config.train.batch_size // lanes,
         epochs=math.ceil(config.train.epochs or 1),
+        shards=shards,
     )
     log.info("an epoch of it has %s tokens (%.1f s)", f"{counted.tokens[0]:,}", time.perf_counter() - begin)
     return counted

@@ -109,7 +109,7 @@ def test_a_folder_without_a_card_has_the_splits_that_its_names_tell(tmp_path):
 def test_a_folder_of_several_formats_is_refused(tmp_path):
     write_shard(tmp_path / "set" / "a.jsonl", ["a"])
     write_shard(tmp_path / "set" / "b.parquet", ["b"])
-    with pytest.raises(SourceError, match=r"several formats, such as b\.parquet and a\.jsonl, and only one would be"):
+    with pytest.raises(SourceError, match=r"would read b\.parquet and the like, and leave out a\.jsonl and the like"):
         resolve_shards(str(tmp_path / "set"))
 
 
@@ -218,3 +218,21 @@ def test_a_set_is_told_from_files_without_loading_anything(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "*.json")], capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
+
+
+def test_a_set_that_is_a_script_is_refused_as_by_datasets(tmp_path):
+    """Its files are lists of urls."""
+    for name in ("dolma.py", "urls/v1.txt", "urls/v2.txt"):
+        (tmp_path / "dolma" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "dolma" / name).write_text("https://example.com/a\n")
+    with pytest.raises(SourceError, match=r"dolma: datasets cannot tell its files .*dolma\.py"):
+        resolve_shards(str(tmp_path / "dolma"))
+
+
+@pytest.mark.parametrize(
+    "pattern,said", [("**a.jsonl", "is no pattern"), ("https://a.b/*.jsonl", "is no name of files")]
+)
+def test_a_pattern_of_data_files_that_cannot_be_one_is_told(tmp_path, pattern, said):
+    write_shard(tmp_path / "set" / "a.jsonl", ["a"])
+    with pytest.raises(SourceError, match=said):
+        resolve_shards([TextSource(source=str(tmp_path / "set"), data_files=[pattern])])

@@ -16,7 +16,7 @@ from relora_mora.data import UNSCORED, Shard, TrainStream, encoders
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Block, Lane
-from relora_mora.data.rows import Encoded
+from relora_mora.data.rows import Encoded, in_calls
 from relora_mora.data.skipped import Skipped
 from relora_mora.tokenizer import encode, load_tokenizer
 from tests.tools.data_tools import EOS, data_config, make_lane, write_shard
@@ -233,3 +233,11 @@ def test_the_labels_of_a_batch_are_unscored_where_the_row_function_says_so(tmp_p
         assert not (before.labels == UNSCORED).any()
         assert torch.equal(after.labels, torch.where(scored, before.labels, UNSCORED))
         assert 0.3 < scored.float().mean() < 0.8
+
+
+@pytest.mark.parametrize("rows,calls", [(["a"] * 5, [3, 2]), (["a", "b" * 9, "c", "d" * 4, "e" * 5], [2, 3]), ([], [])])
+def test_rows_go_to_a_tokenizer_some_at_a_time(monkeypatch, rows, calls):
+    """A call takes dozens of times the memory of its text."""
+    monkeypatch.setattr("relora_mora.data.rows.CALL_CHARACTERS", 9)
+    made = list(in_calls(rows, 3, len))
+    assert list(map(len, made)) == calls and list(itertools.chain(*made)) == rows

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -183,12 +185,12 @@ def test_what_names_no_shard_is_refused(source, message):
         resolve_shards(source, COMMIT)
 
 
-def test_pipes_and_links_to_nothing_are_no_shards(tmp_path):
+def test_pipes_and_links_to_themselves_are_no_shards(tmp_path):
     write_shard(tmp_path / "a.json", ["text"])
     os.mkfifo(tmp_path / "pipe.json")
-    (tmp_path / "loop.json").symlink_to("loop.json")
     assert [shard.name for shard in resolve_shards(f"{tmp_path}/*.json")] == ["a.json"]
-    for name, message in {"pipe.json": "is a pipe", "p*.json": "is a pipe", "loop.json": "no file matches"}.items():
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    for name, message in {"pipe.json": "is a pipe", "p*.json": "is a pipe", "loop.json": "is a link to a file"}.items():
         with pytest.raises(SourceError, match=message):
             resolve_shards(f"{tmp_path}/{name}")
 
@@ -281,3 +283,26 @@ def test_the_fingerprints_are_what_they_have_always_been():
     assert order_fingerprint(plain, **given) == "e93bc9fdc325dfd902f7e93e8e95499e"
     given["shards"] = [replace(shard, text_column="content") for shard in shards]
     assert fingerprint(plain, **given) != "02aafe596527296c8d60a22910e10fab"
+
+
+def test_a_glob_passes_over_nothing_in_silence(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(SourceError, match=r"b\.jsonl is a link to a file that is not there; bring it back"):
+        resolve_shards(f"{tmp_path}/*.jsonl")
+
+
+def test_a_folder_that_a_glob_cannot_read_is_told(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jsonl").write_text('{"text": "a"}\n')
+    listed = os.scandir
+
+    def denied(path: Any) -> Any:
+        if str(path).endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(SourceError, match="Permission denied.*check the path and its permissions"):
+        resolve_shards(f"{tmp_path}/*/*.jsonl")
