@@ -12,6 +12,7 @@ from contextlib import closing
 
 import numpy as np
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from relora_mora.data import TrainStream, check_columns, iter_texts, local_content, resolve_shards, retry, transport
@@ -19,6 +20,7 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.local import LocalFile
 from relora_mora.data.plain_text import open_rows
 from relora_mora.data.retry import RETRIES
+from relora_mora.data.sources import configured_shards
 from tests.tools.data_tools import (
     WRITE_GROUPS,
     assert_resumes_anywhere,
@@ -263,3 +265,13 @@ except SourceError as error:
 """
     said = subprocess.run([sys.executable, "-X", "dev", "-c", program], capture_output=True, text=True, check=True)
     assert "cannot be read (No such file or directory)" in said.stdout and "Exception ignored" not in said.stderr
+
+
+def test_records_in_string_views_are_read_where_lanes_share_a_group(tmp_path):
+    table = pyarrow.table({name: pyarrow.array([f"{name} {n}" for n in range(8)]) for name in ("question", "answer")})
+    views = table.cast(pyarrow.schema([(name, pyarrow.string_view()) for name in table.column_names]))
+    pyarrow.parquet.write_table(views, tmp_path / "a.parquet")
+    config = data_config(tmp_path / "a.parquet", records={"kind": "question"})
+    [shard] = configured_shards(config, "train")
+    with closing(open_rows(config, shard, stride=2, phase=1)) as rows:
+        assert [row.fields["question"] for row in rows.take(8)] == [f"question {n}" for n in (1, 3, 5, 7)]

@@ -304,5 +304,5 @@ def test_a_folder_that_a_glob_cannot_read_is_told(tmp_path, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(SourceError, match="Permission denied.*check the path and its permissions"):
+    with pytest.raises(SourceError, match=r"Permission denied.*check the path and its permissions"):
         resolve_shards(f"{tmp_path}/*/*.jsonl")
