@@ -23,6 +23,7 @@ import psutil
 IDLE_SECONDS = 45.0  # longer than anything that a test waits for without using a processor
 LONGEST_SECONDS = 900.0
 POLL_SECONDS = 0.5
+LOOK_SECONDS = 1.0  # at all processes of this machine, which takes milliseconds
 # of the processor time that a process gets here, by all ranks together: the threads that watch a hanging rank use less
 BUSY_FRACTION = 0.2
 STACKS_SIGNAL = signal.SIGUSR2
@@ -116,8 +117,8 @@ class Pool:
         return [value for _, value in answers]
 
     def _await_answers(self, what: str) -> None:
-        begin = busy_at = time.monotonic()
-        used = self._processor_seconds()
+        begin = busy_at = looked_at = time.monotonic()
+        used = 0.0
         while True:
             answered = all(pipe.poll(POLL_SECONDS / len(self.pipes)) for pipe in self.pipes)  # or closed
             dead = [rank for rank, process in enumerate(self.processes) if not process.is_alive()]
@@ -126,6 +127,9 @@ class Pool:
             if answered:
                 return
             now = time.monotonic()
+            if now - looked_at < LOOK_SECONDS and now - begin < LONGEST_SECONDS:
+                continue
+            looked_at = now
             now_used = self._processor_seconds()
             if now_used - used > BUSY_FRACTION * _share_of_a_processor() * (now - busy_at):
                 used = now_used

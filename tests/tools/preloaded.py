@@ -11,5 +11,8 @@ with many_imports():
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import relora_mora.train  # noqa: F401
+    from relora_mora.checkpoint import mailbox
+
+mailbox.POLL_SECONDS = 0.005  # tiny runs save at every step
 
 gc.freeze()  # a collection would write to memory that the workers share
