@@ -121,5 +121,8 @@ def test_a_job_that_was_suspended_goes_on():
     time.sleep(9)  # longer than it may stand still, and shorter than the timer in C
     for process in (between_turns, in_a_turn):
         process.send_signal(signal.SIGCONT)
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
     for process in (between_turns, in_a_turn):
-        assert process.communicate("\n", timeout=60)[0] == "[]\n"
+        assert process.communicate(timeout=60)[0] == "[]\n"
