@@ -23,8 +23,7 @@ def start_digests(model: ModelConfig) -> dict[str, str]:
 
     They are over names, sizes and samples of the files that hold a model; of a run, those of its newest checkpoint.
     """
-    config = model.config if model.init_from is None else None  # else it has to say what is there
-    given = {"config": config, "init_from": model.init_from, "adapter": model.adapter}
+    given = {"config": model.config, "init_from": model.init_from, "adapter": model.adapter}
     found = {name: _files(Path(path)) for name, path in given.items() if path is not None}
     return {name: _digest(files) for name, files in found.items() if files}
 

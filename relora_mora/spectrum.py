@@ -56,7 +56,8 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     source = Path(config.model.init_from)
     if not source.exists():
         raise CheckpointError(f"{reader.folder}: began with {source} (model.init_from), which is not there any more")
-    changed = changed_start(starts_of(reader.folder.resolve().parents[1]), config.model)
+    weights_alone = config.model.model_copy(update={"config": None})
+    changed = changed_start(starts_of(reader.folder.resolve().parents[1]), weights_alone)
     if changed is not None:
         raise CheckpointError(f"{reader.folder}: began with {changed}")
     weights = start_weights(source, model.config)

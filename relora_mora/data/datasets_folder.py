@@ -24,12 +24,14 @@ def split_files(name: DatasetName, split: str, paths: Iterable[str], cards: Mapp
     """
     source = name.source
     split = name.split or split
+    script = f"{PurePosixPath(name.place).name if name.on_hub else name.folder.resolve().name}.py"
     with tempfile.TemporaryDirectory() as folder:
-        # datasets refuses a set that is a script of its name
-        root = Path(folder) / (PurePosixPath(name.place).name if name.on_hub else name.folder.resolve().name)
+        root = Path(folder) / "set"
         for path in paths:
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise SourceError(f"{source}: {path!r} is no name of a file inside of it; give the files by path")
+            if path == script:
+                raise SourceError(f"{source}: is a script, {path}, which datasets runs no more; give its files by path")
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).touch()
         for path, text in cards.items():

@@ -24,8 +24,8 @@ def remedy() -> str:
     return f"check the network to {endpoint()}, name a mirror with HF_ENDPOINT, give local files by path"
 
 
-def login_headers() -> dict[str, str]:
-    """What huggingface_hub sends with a request: the token, where there is one.
+def login_headers(what: str) -> dict[str, str]:
+    """What huggingface_hub sends with a request for something: the token, where there is one.
 
     Finding it may read files and, where the login is to be renewed, ask the hub. Raises TransientError, and SourceError
     for a token that cannot be read or sent, and where the hub is not to be asked.
@@ -34,7 +34,7 @@ def login_headers() -> dict[str, str]:
     from huggingface_hub.utils import build_hf_headers
 
     if constants.HF_HUB_OFFLINE:
-        raise SourceError("the hub is needed, but HF_HUB_OFFLINE is set; unset it or give the files by path")
+        raise SourceError(f"{what} needs the hub, but HF_HUB_OFFLINE is set; unset it or give the files by path")
 
     try:
         headers = build_hf_headers()
@@ -56,7 +56,9 @@ def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
     url = f"{endpoint()}/api/datasets/{repo}/revision/{quote(revision, safe='')}?expand=sha"
 
     def ask() -> str:
-        with send("GET", url, f"hub:{repo}", headers=login_headers(), timeout_seconds=timeout_seconds) as response:
+        with send(
+            "GET", url, f"hub:{repo}", headers=login_headers(f"hub:{repo}"), timeout_seconds=timeout_seconds
+        ) as response:
             if response.headers.get("X-Error-Code") == "RevisionNotFound":
                 raise SourceError(
                     f"data.revision: hub:{repo} has no revision {revision!r}; use main, a tag or a commit"
@@ -97,7 +99,9 @@ def list_files(repo: str, commit: str, timeout_seconds: float) -> dict[str, int]
 
 def _list_page(repo: str, url: str, timeout_seconds: float) -> tuple[dict[str, int], str | None]:
     """Sizes by path, and the cursor of the next page, None on the last one."""
-    with send("GET", url, f"hub:{repo}", headers=login_headers(), timeout_seconds=timeout_seconds) as response:
+    with send(
+        "GET", url, f"hub:{repo}", headers=login_headers(f"hub:{repo}"), timeout_seconds=timeout_seconds
+    ) as response:
         check_status(response, f"hub:{repo}: {endpoint()}", hub=True)
         try:
             entries = response.json()
@@ -114,7 +118,7 @@ def read_text(repo: str, commit: str, path: str, size: int, timeout_seconds: flo
     url = f"{endpoint()}/datasets/{repo}/resolve/{commit}/{quote(path)}"
 
     def ask() -> bytes:
-        with send("GET", url, what, headers=login_headers(), timeout_seconds=timeout_seconds) as response:
+        with send("GET", url, what, headers=login_headers(what), timeout_seconds=timeout_seconds) as response:
             check_status(response, what, hub=True)
             try:
                 body = response.raw.read(decode_content=False)

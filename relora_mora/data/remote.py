@@ -126,7 +126,7 @@ class RemoteBytes:
             size -= len(piece)
 
     def _request(self, start: int) -> requests.Response:
-        headers = hub.login_headers() if self.shard.hub else {}
+        headers = hub.login_headers(self.shard.name) if self.shard.hub else {}
         if start:
             headers["Range"] = f"bytes={start}-"
         response = send(

@@ -104,7 +104,7 @@ class RemoteFile(RandomAccessFile):
     def _request(self, start: int, end: int) -> None:
         """Makes an answer the current one whose bytes are those from ``start`` on, up to ``end`` at most."""
         self._drop()
-        headers = hub.login_headers() if self._shard.hub else {}
+        headers = hub.login_headers(self._shard.name) if self._shard.hub else {}
         headers["Range"] = f"bytes={start}-{end - 1}"
         response = send(
             "GET",

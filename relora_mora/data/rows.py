@@ -21,7 +21,7 @@ Row = TypeVar("Row", bound=Sized)
 TokenIds = npt.NDArray[np.integer[Any]]
 Ids = Sequence[int] | TokenIds
 T = TypeVar("T")
-CALL_CHARACTERS = 1 << 18
+CALL_CHARACTERS = 1 << 20
 Scored = Sequence[bool] | npt.NDArray[np.bool_]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import itertools
 import math
-import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -281,7 +280,10 @@ def _local_shards(source: str) -> Iterator[Shard]:
             # Path.glob takes no absolute pattern
             by_pattern = {one: glob.glob(one, recursive=True) for one in expand_braces(pattern)}  # noqa: PTH207
             found = {path for matches in by_pattern.values() for path in matches}
-            _refuse_unreachable(by_pattern, found)
+            if dangling := sorted(path for path in found if not Path(path).exists()):
+                raise SourceError(
+                    f"{dangling[0]} is a link to a file that is not there; bring it back, or remove the link"
+                )
             paths = sorted(path for path in found if Path(path).is_file())
             missing = [one for one, matches in by_pattern.items() if not matches]
             if paths and missing:
@@ -304,16 +306,6 @@ def _local_shards(source: str) -> Iterator[Shard]:
     for path, size in zip(paths, sizes, strict=True):
         _check_suffix(path, source)
         yield Shard(Path(path).name, str(Path(path).absolute()), size=size)
-
-
-def _refuse_unreachable(patterns: Iterable[str], found: Iterable[str]) -> None:
-    """Raises for what ``glob`` passes over: links to nothing and, an OSError, folders that cannot be read."""
-    for path in found:
-        if not Path(path).exists():
-            raise SourceError(f"{path} is a link to a file that is not there; bring it back, or remove the link")
-    for pattern in patterns:
-        for folder in filter(os.path.isdir, glob.glob(str(Path(pattern).parent), recursive=True)):  # noqa: PTH207
-            os.scandir(folder).close()
 
 
 def _check_suffix(path: str, source: str, *, may_be_missing: bool = False) -> None:

@@ -15,6 +15,7 @@ from relora_mora.checkpoint import read_manifest, tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import SCORING, DataConfig, TextSource, read_data, validate
 from relora_mora.config.records import CHATML, RecordsConfig
+from relora_mora.config.sources import map_records
 from relora_mora.data.hub_sources import hub_repo
 from relora_mora.pretrained.foreign import is_foreign, load_foreign, positions_of
 from relora_mora.pretrained.merged import merged_model
@@ -67,19 +68,15 @@ def _by_own_template(data: DataConfig) -> DataConfig:
     """With null in place of the file of the chat template that the run's tokenizer has from its training."""
     trained = map(data.records_of, data.train_sources)
     file = next((each.template for each in trained if each is not None and each.is_conversation), None)
-
-    def replaced(value: Any) -> Any:
-        if isinstance(value, RecordsConfig):
-            return value.model_copy(update={"template": None}) if value.template == file else value
-        if isinstance(value, TextSource):
-            return value.model_copy(update={"records": replaced(value.records)})
-        if isinstance(value, dict):
-            return {name: replaced(inner) for name, inner in value.items()}
-        return list(map(replaced, value)) if isinstance(value, list) else value
-
     if file in (None, CHATML):
         return data
-    return data.model_copy(update={"records": replaced(data.records), "validation": replaced(data.validation)})
+
+    def own(records: RecordsConfig | None) -> RecordsConfig | None:
+        is_trained = records is not None and records.template == file
+        return records.model_copy(update={"template": None}) if is_trained else records  # type: ignore[union-attr]
+
+    validation = map_records(data.validation, lambda one: one.model_copy(update={"records": own(one.records)}))
+    return data.model_copy(update={"records": own(data.records), "validation": validation})
 
 
 def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:

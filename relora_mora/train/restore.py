@@ -37,6 +37,9 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
             abandon_records(folder)
         elif abandoned:
             write_synced(latest, f"{step_folder(manifest.step)}\n")
+    text = (run.checked.data_fingerprint, run.checked.data_content)
+    if (manifest.data_fingerprint, manifest.data_content) != text:
+        state.health.begin_window()
     if owes_merge:
         run.merger.merge(state.step, run.schedule.merges_done(state.step), run.schedule.operator(state.step))
         log.info("step %d: merged, which was due here: the run had left it to its export", state.step)

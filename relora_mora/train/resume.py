@@ -42,11 +42,13 @@ def where_to_resume(config: Config) -> Path | None:
             f"{folder.checkpoints}: holds checkpoints, and train.resume=never; use another train.run_dir, or "
             "train.resume=auto"
         )
+    own = folder.checkpoints.resolve()
+    named = Path(resume).absolute()
+    if holds and own in (named.resolve(), RunFolder(named).checkpoints.resolve()):
+        resume = "auto"  # it is this run
     if resume not in ("auto", "never"):
         before = saved_settings(folder.path)
-        named = Path(resume).absolute()
-        places = (named, named.parent, named.resolve().parent, RunFolder(named).checkpoints)
-        is_own = folder.checkpoints.resolve() in [place.resolve() for place in places]
+        is_own = own in (named.parent.resolve(), named.resolve().parent)
         if not holds or (is_own and before.get("train", {}).get("resume") != resume):
             return Path(resume)
         if any(changed_settings(before, parse_yaml(dump(config)))):
@@ -90,9 +92,6 @@ def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
             "the training data has other content under the same names (train.allow_changes): "
             "reading goes on at the same lines"
         )
-    text = (run.checked.data_fingerprint, run.checked.data_content)
-    if (reader.manifest.data_fingerprint, reader.manifest.data_content) != text:
-        state.health.begin_window()
     if goes_on:
         replay_rollbacks(Path(config.run_dir), state, run.checked.data_order)
     else:

@@ -163,9 +163,11 @@ def test_a_checkpoint_whose_last_rename_is_missing_is_one(folder):
         where_to_resume(_resuming("never", run_dir))
     assert where_to_resume(_resuming("auto", run_dir)) == run_dir / "checkpoints"
     own = run_dir / "checkpoints" / "step-00000015"
-    (folder / "best").symlink_to(folder / "step-00000015")
-    for name in (own, folder / "best", run_dir, run_dir / "checkpoints"):
+    (run_dir / "best").symlink_to(own)
+    for name in (own, run_dir / "best"):
         assert where_to_resume(_resuming(str(name), run_dir)) == name, "to go back to it"
+    for name in (run_dir, run_dir / "checkpoints", folder):
+        assert where_to_resume(_resuming(str(name), run_dir)) == run_dir / "checkpoints", "as auto"
     with pytest.raises(CheckpointError, match="holds what a start with other settings has trained"):
         where_to_resume(_resuming(str(run_dir / "of-another-stage"), run_dir))
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,6 +15,7 @@ from relora_mora.config import TextSource
 from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, resolve_shards
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats import format_of
+from relora_mora.data.remote import RemoteBytes
 from relora_mora.data.sources import expand_braces
 from tests.tools.commands import permissions_count, public_folder
 from tests.tools.data_tools import data_config, write_shard, write_shards
@@ -285,24 +284,17 @@ def test_the_fingerprints_are_what_they_have_always_been():
     assert fingerprint(plain, **given) != "02aafe596527296c8d60a22910e10fab"
 
 
-def test_a_glob_passes_over_nothing_in_silence(tmp_path):
+def test_a_link_to_nothing_is_no_reason_to_read_less(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
     with pytest.raises(SourceError, match=r"b\.jsonl is a link to a file that is not there; bring it back"):
         resolve_shards(f"{tmp_path}/*.jsonl")
 
 
-def test_a_folder_that_a_glob_cannot_read_is_told(tmp_path, monkeypatch):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "1.jsonl").write_text('{"text": "a"}\n')
-    listed = os.scandir
-
-    def denied(path: Any) -> Any:
-        if str(path).endswith("/b"):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return listed(path)
-
-    monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(SourceError, match=r"Permission denied.*check the path and its permissions"):
-        resolve_shards(f"{tmp_path}/*/*.jsonl")
+def test_where_the_hub_is_not_to_be_asked_that_is_said_at_once(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match=r"hub:some/set needs the hub, but HF_HUB_OFFLINE is set"):
+        resolve_shards("hub:some/set/a.jsonl")
+    name = f"hub:some/set@{'a' * 40}/a.jsonl"
+    with pytest.raises(SourceError, match=rf"{name} needs the hub, but HF_HUB_OFFLINE is set"):
+        RemoteBytes(Shard(name, "http://127.0.0.1:1/a.jsonl", hub=True), 60.0).read(1)
