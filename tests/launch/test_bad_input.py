@@ -222,8 +222,8 @@ def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
     [
         ("nowhere.json", "no file matches"),
         ("folder", "holds no files of text; check what is in it, or give its files by path"),
-        ("dangling", "no file matches"),
-        ("loop", "no file matches"),
+        ("dangling", "is a link to a file that is not there"),
+        ("loop", "is a link to a file that is not there"),
         ("rubbish", "expected one of .json"),
         ("folder/*.json", "no file matches"),
         ("https://[x/a.json", "no url that can be read"),
