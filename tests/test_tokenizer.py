@@ -33,7 +33,7 @@ from relora_mora.tokenizer import (
 )
 from relora_mora.tokenizer import load as loading
 from tests.tools.shared import SHARED, needs_shared
-from tests.tools.tokenizer_tools import own_text, training
+from tests.tools.tokenizer_tools import own_text, train_tokenizer, training
 
 EOS = 2
 
@@ -243,18 +243,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_named(folder: Path, tmp_path: Path,
 def test_turns_of_a_newer_llama_are_tokenized_as_by_transformers(tmp_path: Path) -> None:
     """Its tokenizer.json adds no space behind a special token, and has the vocabulary of the model beside it."""
     given, saved, out = (tmp_path / name for name in ("given", "saved", "out"))
-    given.mkdir()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(own_text()),
-        model_prefix=str(given / "tokenizer"),
-        vocab_size=500,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        control_symbols=["[INST]", "[/INST]"],
-        minloglevel=2,
-    )
+    train_tokenizer(given, add_dummy_prefix=True, control_symbols=["[INST]", "[/INST]"])
     tokens = {str(at): {"content": token, "special": True} for at, token in enumerate(("<unk>", "<s>", "</s>"))}
     tokens |= {"3": {"content": "[INST]", "special": True}, "4": {"content": "[/INST]", "special": True}}
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "added_tokens_decoder": tokens}

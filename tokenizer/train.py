@@ -14,7 +14,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -180,14 +180,19 @@ def write(model: bytes, out: Path, documents: list[str]) -> float:
     file.write_bytes(model)
     tokenizer = load_tokenizer(file)
     reference = open_sentencepiece(file)
-    tokens = 0
-    for texts in (HARD_TEXTS, *in_calls(documents, _CHECKED_DOCUMENTS, len)):
-        for text, found in zip(texts, encode(tokenizer, texts), strict=True):
+
+    def checked(texts: Sequence[str]) -> int:
+        """How many tokens they have."""
+        ids = encode(tokenizer, texts)
+        for text, found in zip(texts, ids, strict=True):
             exact = text.replace("\u2581", " ")  # sentencepiece's mark for a space, the one character that is lost
             if found != reference.encode(text) or tokenizer.decode(found) != exact:
                 fault = f"the trained tokenizer is not exact for the text {text[:80]!r}"
                 raise TokenizerError(f"{fault}; update sentencepiece and transformers")
-            tokens += len(found) if texts is not HARD_TEXTS else 0
+        return sum(map(len, ids))
+
+    checked(HARD_TEXTS)
+    tokens = sum(map(checked, in_calls(documents, _CHECKED_DOCUMENTS, len)))
     save_tokenizer(tokenizer, out)
     return sum(len(text.encode()) for text in documents) / max(1, tokens)
 

@@ -15,7 +15,7 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.formats import JSON_LINES, TEXT
 from relora_mora.data.judged_records import TOO_LONG, RecordsFound
 from relora_mora.data.plain_text import open_rows
-from relora_mora.data.rows import in_calls
+from relora_mora.data.rows import calls_of
 from relora_mora.data.skipped import BAD_REASONS, Skipped
 from relora_mora.data.sources import Shard
 
@@ -101,8 +101,8 @@ def _rows(shards: Sequence[Shard], config: DataConfig) -> Generator[list[Any]]:
     """All rows that can be read, some at a time."""
     for shard in shards:
         with closing(open_rows(config, shard, note=_unheard)) as opened:
-            while taken := opened.take(_ROWS_PER_CALL):
-                yield from in_calls([row for row in taken if not isinstance(row, Skipped)], _ROWS_PER_CALL, len)
+            for some in calls_of(opened, _ROWS_PER_CALL):
+                yield [row for row in some if not isinstance(row, Skipped)]
 
 
 def _unheard(note: str) -> None:

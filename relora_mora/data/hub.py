@@ -35,7 +35,6 @@ def login_headers(what: str) -> dict[str, str]:
 
     if constants.HF_HUB_OFFLINE:
         raise SourceError(f"{what} needs the hub, but HF_HUB_OFFLINE is set; unset it or give the files by path")
-
     try:
         headers = build_hf_headers()
     except Exception as error:  # the library's own transport raises its own kinds, which differ between versions
@@ -53,12 +52,11 @@ def login_headers(what: str) -> dict[str, str]:
 
 def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
     """The commit that ``revision`` of a dataset is now. Raises SourceError."""
+    what = f"hub:{repo}"
     url = f"{endpoint()}/api/datasets/{repo}/revision/{quote(revision, safe='')}?expand=sha"
 
     def ask() -> str:
-        with send(
-            "GET", url, f"hub:{repo}", headers=login_headers(f"hub:{repo}"), timeout_seconds=timeout_seconds
-        ) as response:
+        with send("GET", url, what, headers=login_headers(what), timeout_seconds=timeout_seconds) as response:
             if response.headers.get("X-Error-Code") == "RevisionNotFound":
                 raise SourceError(
                     f"data.revision: hub:{repo} has no revision {revision!r}; use main, a tag or a commit"
@@ -99,9 +97,8 @@ def list_files(repo: str, commit: str, timeout_seconds: float) -> dict[str, int]
 
 def _list_page(repo: str, url: str, timeout_seconds: float) -> tuple[dict[str, int], str | None]:
     """Sizes by path, and the cursor of the next page, None on the last one."""
-    with send(
-        "GET", url, f"hub:{repo}", headers=login_headers(f"hub:{repo}"), timeout_seconds=timeout_seconds
-    ) as response:
+    what = f"hub:{repo}"
+    with send("GET", url, what, headers=login_headers(what), timeout_seconds=timeout_seconds) as response:
         check_status(response, f"hub:{repo}: {endpoint()}", hub=True)
         try:
             entries = response.json()

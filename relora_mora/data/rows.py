@@ -20,9 +20,9 @@ from relora_mora.data.sources import Shard
 Row = TypeVar("Row", bound=Sized)
 TokenIds = npt.NDArray[np.integer[Any]]
 Ids = Sequence[int] | TokenIds
+Scored = Sequence[bool] | npt.NDArray[np.bool_]
 T = TypeVar("T")
 CALL_CHARACTERS = 1 << 20
-Scored = Sequence[bool] | npt.NDArray[np.bool_]
 
 
 def in_calls(rows: Iterable[T], most: int, size: Callable[[T], int]) -> Iterator[list[T]]:
@@ -65,6 +65,12 @@ class Rows(Protocol[Row]):
         """
 
     def close(self) -> None: ...
+
+
+def calls_of(rows: Rows[Row], most: int) -> Iterator[list[Row | Skipped]]:
+    """All that are left of a shard, as :func:`in_calls` has them."""
+    while taken := rows.take(most):
+        yield from in_calls(taken, most, lambda row: 0 if isinstance(row, Skipped) else len(row))
 
 
 class OpenRows(Protocol[Row]):

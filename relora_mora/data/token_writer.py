@@ -13,7 +13,7 @@ import numpy as np
 from relora_mora.config import DataConfig
 from relora_mora.data.content import samples_digest
 from relora_mora.data.plain_text import open_rows
-from relora_mora.data.rows import EncodeTexts, Ids, TokenIds, in_calls
+from relora_mora.data.rows import EncodeTexts, Ids, TokenIds, calls_of
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
 from relora_mora.data.token_index import Totals
@@ -92,23 +92,18 @@ def write_tokens(
     """
     with _whole(path) as beside, closing(open_rows(config, shard)) as texts, beside.open("wb") as stream:
         writer = TokenWriter(stream, head._replace(groups=texts.groups), vocabulary)
-        while taken := texts.take(TEXTS_PER_CALL):
-            for rows in in_calls(taken, TEXTS_PER_CALL, _characters):
-                made = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
-                for row in rows:
-                    if isinstance(row, Skipped):
-                        writer.write(row)
-                    else:
-                        writer.write(next(made).ids, len(row.encode()))
+        for rows in calls_of(texts, TEXTS_PER_CALL):
+            made = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
+            for row in rows:
+                if isinstance(row, Skipped):
+                    writer.write(row)
+                else:
+                    writer.write(next(made).ids, len(row.encode()))
             progress(texts.progress)
         writer.close()
         stream.flush()
         os.fsync(stream.fileno())
     return totals_of(path)
-
-
-def _characters(row: str | Skipped) -> int:
-    return 0 if isinstance(row, Skipped) else len(row)
 
 
 def totals_of(path: Path) -> Totals:

@@ -72,8 +72,9 @@ def _by_own_template(data: DataConfig) -> DataConfig:
         return data
 
     def own(records: RecordsConfig | None) -> RecordsConfig | None:
-        is_trained = records is not None and records.template == file
-        return records.model_copy(update={"template": None}) if is_trained else records  # type: ignore[union-attr]
+        if records is None or records.template != file:
+            return records
+        return records.model_copy(update={"template": None})
 
     validation = map_records(data.validation, lambda one: one.model_copy(update={"records": own(one.records)}))
     return data.model_copy(update={"records": own(data.records), "validation": validation})

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 from relora_mora.config import parse_yaml
-from relora_mora.origin import NOTED
+from relora_mora.origin import NOTED, noted_digests
 from relora_mora.study.cells import Cell
 from relora_mora.study.folder import StudyFolder
 from relora_mora.system.files import write_synced
@@ -82,8 +82,9 @@ def _numbers(lines: Iterable[dict[str, Any]]) -> dict[tuple[int, str], Any]:
 def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
     run = folder.run(cell)
     starts = read_json_lines(run.starts)
-    began = [{NOTED: start[NOTED]} for start in starts if NOTED in start][-1:]  # a resume notes nothing of it
-    start = {**starts[-1], **dict(*began), "step": starts[0]["step"]}
+    start = {**starts[-1], "step": starts[0]["step"]}
+    if digests := noted_digests(starts):
+        start[NOTED] = digests
     return {
         "name": cell.name,
         "seed": cell.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.tools.commands import TRAIN, module_of
@@ -17,7 +18,9 @@ TEXT = [
 ]
 
 
-def train_tokenizer(folder: Path, text: list[str] = TEXT) -> None:
+def train_tokenizer(
+    folder: Path, text: list[str] = TEXT, *, add_dummy_prefix: bool = False, control_symbols: Sequence[str] = ()
+) -> None:
     """Puts a sentencepiece model with byte fallback and 300 pieces into a folder."""
     from sentencepiece import SentencePieceTrainer
 
@@ -30,7 +33,8 @@ def train_tokenizer(folder: Path, text: list[str] = TEXT) -> None:
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
+        add_dummy_prefix=add_dummy_prefix,
+        control_symbols=list(control_symbols),
         num_threads=1,
         minloglevel=2,
     )
