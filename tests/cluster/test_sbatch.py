@@ -4,6 +4,7 @@ it for real."""
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -35,11 +36,20 @@ done
 exit "$highest"
 """
 SCONTROL = """#!/bin/bash
-if [[ $1 == requeue ]]; then
-    echo "requeued $2"
-    exit "${REQUEUE_CODE:-0}"
-fi
-printf 'first\\nsecond\\n'
+case $1.$2 in
+    requeue.*)
+        echo "requeued $2"
+        exit "${REQUEUE_CODE:-0}"
+        ;;
+    show.hostnames) printf 'first\\nsecond\\n' ;;
+    show.job)
+        if [[ -n $AWAY && ! -e asked ]]; then touch asked; exit 1; fi
+        echo "JobId=123456 JobState=RUNNING Requeue=1 Restarts=${RESTARTS:-${SLURM_RESTART_COUNT:-0}} BatchFlag=1"
+        ;;
+esac
+"""
+SLEEP = """#!/bin/bash
+if [[ -n $ENDS ]]; then kill "$PPID"; fi
 """
 TRAINER = f"""#!/bin/bash
 if [[ $1 == -P ]]; then exec {sys.executable} "$@"; fi
@@ -57,6 +67,7 @@ while [[ $1 != *.sif ]]; do shift; done
 shift
 "$@"
 """
+PROGRAMS = {"srun": SRUN, "scontrol": SCONTROL, "sleep": SLEEP, "python": TRAINER, "apptainer": APPTAINER}
 
 
 @dataclass
@@ -104,7 +115,7 @@ class Slurm:
 def slurm(tmp_path: Path) -> Slurm:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "bin").mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "python": TRAINER, "apptainer": APPTAINER}.items():
+    for name, text in PROGRAMS.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     return Slurm(tmp_path)
@@ -192,6 +203,17 @@ def test_another_job_with_the_same_logs_begins_to_count_anew(slurm: Slurm) -> No
 def test_a_job_that_cannot_be_requeued_says_so_and_keeps_the_code(slurm: Slurm) -> None:
     done = slurm.start(codes="75 75", REQUEUE_CODE="1")
     assert done.returncode == 75 and "could not be put into the queue again" in done.stdout
+
+
+def test_what_is_left_of_a_start_waits_for_its_end_and_stops_no_other(slurm: Slurm) -> None:
+    """Slurm has lost a node and has put the job into the queue, or has started it elsewhere."""
+    done = slurm.start(codes="69 69", RESTARTS="1", ENDS="1")
+    assert done.returncode == -signal.SIGTERM and "requeued" not in done.stdout
+
+
+def test_a_controller_that_is_away_for_a_while_is_asked_again(slurm: Slurm) -> None:
+    done = slurm.start(codes="75 75", AWAY="1")
+    assert done.returncode == 75 and "requeued 123456" in done.stdout and (slurm.folder / "asked").exists()
 
 
 def test_another_start_takes_another_port(slurm: Slurm) -> None:

@@ -161,10 +161,11 @@ def test_a_job_that_lost_a_node_goes_on_when_the_node_is_back(slurm, pair, make,
     wait_for_step(slurm, job, run_dir, 35)
     assert slurm.field(job, "BatchHost") == batch_node
     pair.hosts[1].link("down")
+    wait_until(lambda: "down" in slurm.states(), 60, slurm.states)
     pair.wait_for_nobody(60, but="srun")  # which cannot hear how the rank on the other side ended
     assert {end["code"] for end in ends(run_dir)} == {69} and last_step(run_dir) < STEPS
     pair.hosts[1].link("up")
-    wait_until(lambda: slurm.states() == ["idle", "idle"], 60, slurm.states)
+    wait_until(lambda: slurm.states() == ["idle", "idle"], 120, slurm.states)
     slurm.start_again(job, 1)
     slurm.wait_for_the_end(job)
     assert same_end(reference(2) / "run", run_dir)
