@@ -68,11 +68,12 @@ bench-cluster: $(VENV)/.installed-dev  ## step times of two hosts over slow link
 BENCH := -m launch.benchmark
 TINY := configs/model/llama_tiny.json --tokens=1024
 TINY_STEPS := steps $(TINY) --sequence_length=256 --rank=32 --repeats=3 --warmup=1
+FREE_PORT := $(BIN)/python -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])'
 TWO_RANKS := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether they run, not how fast
 	$(BIN)/python $(BENCH) $(TINY_STEPS) --methods=full,remora,remora_released,relora,plain
-	$(TWO_RANKS) $(BIN)/torchrun --nproc_per_node=2 --master-port=29717 $(BENCH) $(TINY_STEPS) --methods=full,remora --zero_stage=2
-	$(TWO_RANKS) $(BIN)/deepspeed --log_level=warning --num_gpus=2 --master_port=29718 --module launch.benchmark $(TINY_STEPS) \
+	$(TWO_RANKS) $(BIN)/torchrun --nproc_per_node=2 --standalone --local-addr=127.0.0.1 $(BENCH) $(TINY_STEPS) --methods=full,remora --zero_stage=2
+	$(TWO_RANKS) $(BIN)/deepspeed --log_level=warning --num_gpus=2 --master_port=$$($(FREE_PORT)) --module launch.benchmark $(TINY_STEPS) \
 	  --methods=full,remora --zero_stage=2
 	$(BIN)/python $(BENCH) layers $(TINY) --repetitions=1
 	for part in loss attention products; do $(BIN)/python $(BENCH) parts $$part $(TINY) --repetitions=1 || exit 1; done

@@ -31,7 +31,7 @@ def main(runs: str, *, port: int = 6006, host: str = "localhost") -> int:
         host: localhost: only this machine can see it; 0.0.0.0: every machine that reaches this one
     """
     root = Path(runs)
-    if not boards(root):
+    if not any(_runs(root)):
         expected = "a run folder, or one that holds run folders"
         raise ValueError(f"{runs}: no run with TensorBoard's files (tensorboard/events.*); give {expected}")
     # TensorBoard names a run by its path below --logdir: with links to the folders no name ends with /tensorboard
@@ -46,20 +46,6 @@ def main(runs: str, *, port: int = 6006, host: str = "localhost") -> int:
                     return process.wait(timeout=NEW_RUNS_SECONDS)
                 except subprocess.TimeoutExpired:
                     link_boards(root, Path(links))
-
-
-def boards(root: Path) -> dict[str, Path]:
-    """The folder of event files of each run in ``root``, by the run's name; a run in a/b is called a-b."""
-    found: dict[str, Path] = {}
-    for run in sorted(_runs(root)):
-        board = run / "tensorboard"
-        parts = run.relative_to(root).parts
-        name = "-".join(parts) or root.resolve().name
-        name = name.encode()[-LONGEST_NAME:].decode(errors="ignore")
-        while name in found:  # of a/b and a-b
-            name += "_"
-        found[name] = board.resolve()
-    return found
 
 
 def _runs(root: Path) -> Iterator[Path]:
@@ -80,11 +66,17 @@ def _runs(root: Path) -> Iterator[Path]:
 
 
 def link_boards(root: Path, links: Path) -> None:
-    """Links those that are not linked yet."""
-    for name, board in boards(root).items():
-        link = links / name
-        if not link.is_symlink():
-            link.symlink_to(board)
+    """Links the folders of event files that are not linked yet, by the run's name; a run in a/b is called a-b."""
+    known = {link.readlink() for link in links.iterdir()}
+    for run in sorted(_runs(root)):
+        board = (run / "tensorboard").resolve()
+        if board in known:
+            continue
+        name = "-".join(run.relative_to(root).parts) or root.resolve().name
+        link = links / os.fsencode(name)[-LONGEST_NAME:].decode(errors="ignore")
+        while link.is_symlink():  # of a/b and a-b
+            link = link.with_name(f"{link.name}_")
+        link.symlink_to(board)
 
 
 def url(host: str, port: int) -> str:

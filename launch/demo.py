@@ -46,7 +46,7 @@ def main() -> int:
     ranks = _ranks()
     # not deepspeed, which reads no names of GPUs or MIG parts in CUDA_VISIBLE_DEVICES
     launcher = [
-        str(Path(python).parent / "torchrun"),
+        *(python, "-m", "torch.distributed.run"),
         "--standalone",
         "--local-addr=127.0.0.1",
         f"--nproc_per_node={ranks}",

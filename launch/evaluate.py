@@ -121,7 +121,7 @@ def main(
     if tasks is not None:
         _score_tasks(loaded, tokenizer, names, micro_batch_size, **of_tasks)
         return
-    settings = loaded.data_settings(given, overrides)
+    settings = loaded.data_settings(given, overrides, own_tokenizer=tokenizer is None)
     alone = settings.masks_documents_of(settings.sources("validation"))
     if "data.document_mask" in overrides and alone and not settings.document_mask:
         raise ValueError("--data.document_mask: records that are packed whole are always scored alone; leave it out")

@@ -70,6 +70,7 @@ def main(
         from relora_mora.pretrained import model_config_of
         from relora_mora.system.devices import named_device
         from relora_mora.system.hardware import device_here, fast_bf16, peak_flops
+        from relora_mora.train.start import check_start
 
     here = device_here()
     chosen = here if device is None else named_device(device)
@@ -83,6 +84,7 @@ def main(
             "plan with --train.epochs=null and --train.steps or --train.tokens"
         )
         raise ConfigError([fault], config)
+    check_start(settings)
     model_config = model_config_of(settings.model)
     source = settings.model.config or str(settings.model.init_from)
     check_length(model_config, settings.data.sequence_length, source, documents_alone=settings.data.masks_documents)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, read_manifest
 from relora_mora.checkpoint.find import find_checkpoint
-from relora_mora.config import DECODER_LINEARS, validate
+from relora_mora.config import DECODER_LINEARS, stored_config
 from relora_mora.model.llama import initial_value
 from relora_mora.origin import changed_start, starts_of
 from relora_mora.pretrained import checked_model, merged_weights, start_weights
@@ -48,7 +48,7 @@ def spectra_by_step(run: Path) -> Iterator[tuple[int, Spectra]]:
 
 
 def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor]:
-    config = validate(reader.manifest.config, str(reader.folder))
+    config = stored_config(reader.manifest.config, str(reader.folder))
     model = checked_model(reader)
     if config.model.init_from is None:
         seed = reader.manifest.counters["initial_seed"]

@@ -145,6 +145,15 @@ def test_the_revisions_of_a_run_hold_for_its_own_text():
     assert masked.data_settings(None, {}).document_mask and not masked.data_settings(["a.jsonl"], rows).document_mask
 
 
+def test_conversations_of_a_run_have_the_template_that_its_tokenizer_took_along():
+    """The file may be another by now. Another tokenizer has no template of the run."""
+    records = {"kind": "messages", "template": "chat.jinja"}
+    data = DataConfig(train="a.jsonl", validation="b.jsonl", records=records)
+    loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
+    assert loaded.data_settings(None, {}).records.template is None
+    assert loaded.data_settings(None, {}, own_tokenizer=False).records.template == "chat.jinja"
+
+
 def _llama(**changes) -> LlamaForCausalLM:
     return build_model(tiny_llama(vocab_size=320, **changes), seed=3).eval()
 

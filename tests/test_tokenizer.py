@@ -32,6 +32,7 @@ from relora_mora.tokenizer import (
     vocabulary_size,
 )
 from relora_mora.tokenizer import load as loading
+from relora_mora.tokenizer.folder import read_tokenizer
 from tests.tools.shared import SHARED, needs_shared
 from tests.tools.tokenizer_tools import own_text, train_tokenizer, training
 
@@ -258,6 +259,22 @@ def test_turns_of_a_newer_llama_are_tokenized_as_by_transformers(tmp_path: Path)
     tokenizer.backend_tokenizer.encode_special_tokens = False
     assert tokenizer.backend_tokenizer.encode(turns, add_special_tokens=False).ids == expected
     assert AutoTokenizer.from_pretrained(out)(turns, add_special_tokens=False)["input_ids"] == expected
+
+
+def test_padding_in_a_file_does_not_change_which_tokenizer_it_is(tmp_path: Path) -> None:
+    """It is left to whoever makes batches; folders of fine-tuned models often have it."""
+    given, plain, padded = (tmp_path / name for name in ("given", "plain", "padded"))
+    train_tokenizer(given)
+    for folder in (plain, padded):
+        AutoTokenizer.from_pretrained(given).save_pretrained(folder)
+        shutil.copy(given / MODEL_FILE, folder / MODEL_FILE)
+    backend = read_tokenizer(padded / "tokenizer.json")
+    backend.enable_padding(length=16)
+    backend.enable_truncation(max_length=2)
+    backend.save(str(padded / "tokenizer.json"))
+    assert len({tokenizer_fingerprint(folder) for folder in (given, plain, padded)}) == 1
+    save_tokenizer(load_tokenizer(padded), tmp_path / "out")
+    assert (tmp_path / "out" / MODEL_FILE).exists()
 
 
 def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from relora_mora.adapters.base import KEY, note_of
 from relora_mora.adapters.folder import CONFIG, PREFIX, RELEASED_TYPES, WEIGHTS
 from relora_mora.checkpoint import CheckpointError, CheckpointReader
-from relora_mora.config import MethodConfig, validate
+from relora_mora.config import MethodConfig, stored_config
 from relora_mora.methods.layers import AdapterLinear, adapter_layers, adapter_parameters
 from relora_mora.methods.mora import MoRALinear
 from relora_mora.pretrained import checked_model, in_short
@@ -32,7 +32,7 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     model in ``model.init_from``.
     """
     lm = checked_model(reader)
-    config = validate(reader.manifest.config, str(reader.folder))
+    config = stored_config(reader.manifest.config, str(reader.folder))
     layers = dict(adapter_layers(lm))
     _check(reader, config.model.init_from, config.method, released=released)
     modules = _whole_modules(reader, layers, adapter_parameters(lm))

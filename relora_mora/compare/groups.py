@@ -115,7 +115,7 @@ def _best(members: Sequence[list[Run]], settings: Sequence[str]) -> list[list[Ru
     chosen: dict[str, list[Run]] = {}
     for runs in members:
         others = {name: value for name, value in compared_settings(runs[0].settings).items() if name not in settings}
-        key = json.dumps(others, sort_keys=True, default=str)
+        key = json.dumps([others, runs[0].parameters.get("total"), runs[0].bf16], sort_keys=True, default=str)
         chosen[key] = min(chosen.get(key, runs), runs, key=_rank)
     return list(chosen.values())
 

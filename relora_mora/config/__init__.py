@@ -4,7 +4,7 @@ from relora_mora.config.checks import unused_by
 from relora_mora.config.data import DataConfig, SampleBy, Split
 from relora_mora.config.data_flags import READING, SCORING, check_names, parse_typed, read_data
 from relora_mora.config.finetuning import FINETUNING, with_defaults
-from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, validate, with_epochs
+from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, stored_config, validate, with_epochs
 from relora_mora.config.records import Packing, RecordsConfig
 from relora_mora.config.schema import (
     DECODER_LINEARS,
@@ -59,6 +59,7 @@ __all__ = [
     "parse_yaml",
     "read_data",
     "set_setting",
+    "stored_config",
     "unused_by",
     "validate",
     "with_defaults",

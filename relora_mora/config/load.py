@@ -223,6 +223,17 @@ def validate(
     return settled(config)
 
 
+def stored_config(tree: Mapping[str, Any], source: str) -> Config:
+    """The settings that a checkpoint was made with; raises :class:`ConfigError` for such as this version lacks.
+
+    Whether a run can have them was looked at when it began, and may be another question by now.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(list(explain(error)), source) from None
+
+
 def with_epochs(config: Config, tokens: float, world_size: int) -> Config:
     """With the steps that ``train.epochs`` are, which have so many tokens in all.
 

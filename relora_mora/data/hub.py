@@ -34,7 +34,9 @@ def login_headers(what: str) -> dict[str, str]:
     from huggingface_hub.utils import build_hf_headers
 
     if constants.HF_HUB_OFFLINE:
-        raise SourceError(f"{what} needs the hub, but HF_HUB_OFFLINE is set; unset it or give the files by path")
+        raise SourceError(
+            f"{what} needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it or give files by path"
+        )
     try:
         headers = build_hf_headers()
     except Exception as error:  # the library's own transport raises its own kinds, which differ between versions

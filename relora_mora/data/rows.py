@@ -25,14 +25,17 @@ T = TypeVar("T")
 CALL_CHARACTERS = 1 << 20
 
 
-def in_calls(rows: Iterable[T], most: int, size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Some at a time, for one call of a tokenizer, which takes dozens of times the memory of their text."""
+def in_calls(rows: Iterable[T], most: int, size: Callable[[T], int], threads: int = 1) -> Iterator[list[T]]:
+    """Some at a time, for one call of a tokenizer, which takes dozens of times the memory of their text.
+
+    A row goes to one of its ``threads``.
+    """
     some: list[T] = []
     characters = 0
     for row in rows:
         some.append(row)
         characters += size(row)
-        if len(some) == most or characters >= CALL_CHARACTERS:
+        if len(some) == most or characters >= threads * CALL_CHARACTERS:
             yield some
             some = []
             characters = 0
@@ -67,10 +70,10 @@ class Rows(Protocol[Row]):
     def close(self) -> None: ...
 
 
-def calls_of(rows: Rows[Row], most: int) -> Iterator[list[Row | Skipped]]:
+def calls_of(rows: Rows[Row], most: int, threads: int = 1) -> Iterator[list[Row | Skipped]]:
     """All that are left of a shard, as :func:`in_calls` has them."""
     while taken := rows.take(most):
-        yield from in_calls(taken, most, lambda row: 0 if isinstance(row, Skipped) else len(row))
+        yield from in_calls(taken, most, lambda row: 0 if isinstance(row, Skipped) else len(row), threads)
 
 
 class OpenRows(Protocol[Row]):

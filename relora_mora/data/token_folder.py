@@ -223,7 +223,14 @@ def _maker(task: Task) -> Callable[[Job, Callable[[float], object]], Totals]:
 
     def make(job: Job, progress: Callable[[float], object]) -> Totals:
         return write_tokens(
-            job.path, job.shard, job.head, config=task.config, encode=encode, vocabulary=vocabulary, progress=progress
+            job.path,
+            job.shard,
+            job.head,
+            config=task.config,
+            encode=encode,
+            vocabulary=vocabulary,
+            threads=task.threads,
+            progress=progress,
         )
 
     return make

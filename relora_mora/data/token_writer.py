@@ -83,16 +83,17 @@ def write_tokens(
     config: DataConfig,
     encode: EncodeTexts,
     vocabulary: int,
+    threads: int = 1,
     progress: Callable[[float], object] = lambda part: None,
 ) -> Totals:
-    """Makes the tokens of a shard of text. ``vocabulary``: the largest id plus one.
+    """Makes the tokens of a shard of text. ``vocabulary``: the largest id plus one. ``threads``: the tokenizer's.
 
     ``progress`` is told the part of the shard that was read. Of ``config`` the limits count. Raises SourceError for
     text that cannot be read or has too many bad rows, OSError for a disk that cannot be written.
     """
     with _whole(path) as beside, closing(open_rows(config, shard)) as texts, beside.open("wb") as stream:
         writer = TokenWriter(stream, head._replace(groups=texts.groups), vocabulary)
-        for rows in calls_of(texts, TEXTS_PER_CALL):
+        for rows in calls_of(texts, TEXTS_PER_CALL, threads):
             made = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
             for row in rows:
                 if isinstance(row, Skipped):

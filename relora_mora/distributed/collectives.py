@@ -70,6 +70,15 @@ def gather_from_ranks(value: Any) -> list[Any]:
     return values
 
 
+# where the next call after the failure is one of Triton, of a library, or of the driver
+_DEVICE_FAILED = (
+    "uncorrectable ECC error",
+    "Triton Error [CUDA]",
+    "CUBLAS_STATUS_EXECUTION_FAILED",
+    "CUDA driver error",
+)
+
+
 def is_peer_failure(error: BaseException) -> bool:
     """Whether an exception of gloo, NCCL or the store says that another rank is gone."""
     return isinstance(error, dist.DistError) or (
@@ -80,7 +89,9 @@ def is_peer_failure(error: BaseException) -> bool:
 
 def is_device_failure(error: BaseException) -> bool:
     """Whether an exception says that the accelerator of this process has failed; not that its memory ran out."""
-    failed = isinstance(error, getattr(torch, "AcceleratorError", ())) or "uncorrectable ECC error" in str(error)
+    failed = isinstance(error, getattr(torch, "AcceleratorError", ())) or (
+        isinstance(error, RuntimeError) and any(said in str(error) for said in _DEVICE_FAILED)
+    )
     return failed and not ran_out_of_memory(error)
 
 

@@ -25,6 +25,12 @@ _WITHOUT_LAUNCHER = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
+# torch's own watchdog of NCCL would abort the process before that of this package names the rank that is lost
+_NO_ABORTS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # torchrun sets 1
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
 PORT_SECONDS = 20.0  # a run that was killed a moment ago may still hold the port
 
 
@@ -58,6 +64,7 @@ def _allow_files() -> None:
 
 
 def _meet(timeout_seconds: float) -> None:
+    os.environ.update(_NO_ABORTS)
     rank = int(os.environ["RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
     address, port = store_address()

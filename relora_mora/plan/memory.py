@@ -18,7 +18,8 @@ masters         float32 copies of what trains: 4 T, stages 1-3: 4 T / N. None in
 optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; other optimizers of matrices: ``optimizer.py``
 gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T that stays.
                 Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N; at stage 3 it stays.
-                A step in fp32 on stages 1-3 copies 4 T / N
+                A step in fp32 on stages 1-3 copies 4 T / N. The reduction of stage 1 in bf16 copies 6 T, from
+                500 M parameters on some 2 T, as a group of parameters then goes alone
 buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages 2 and 3, and 1 in fp32; at stages 1 and
                 2 a second one with ``overlap_comm``
 activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) where queries and keys have norms of their
@@ -59,6 +60,7 @@ from relora_mora.plan import optimizer
 # DeepSpeed's defaults
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PERSISTENCE_THRESHOLD = 100_000
+REDUCED_TOGETHER = 500_000_000  # elements, at stage 1 in bf16
 
 PARTS = ("weights", "merged", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
 
@@ -71,7 +73,7 @@ class Memory:
     of which pinned memory may take twice as much.
     """
 
-    moment: str  # loss | backward's start | backward's end | step
+    moment: str  # loss | backward's start | backward's end | reduction | step
     weights: float
     merged: float
     gathered: float
@@ -128,6 +130,7 @@ def peak_memory(
             activations=layer,
             scratch=in_backward,
         ),
+        replace(state, moment="reduction", merged=merged, gradients=gradients.in_reduction),
         replace(
             state,
             moment="step",
@@ -196,25 +199,30 @@ def _host_base(model: PreTrainedModel, world_size: int, *, pinned: bool) -> floa
 
 @dataclass(frozen=True)
 class GradientMemory:
-    """Bytes of gradients at four moments; ``in_step`` includes the copies that a step makes."""
+    """Bytes of gradients at five moments; the last two include the copies that are made then."""
 
     between_steps: float
     between_micro_batches: float
     after_backward: float
+    in_reduction: float
     in_step: float
 
 
 def gradient_memory(trainable: int, stage: int, world_size: int, *, bf16: bool) -> GradientMemory:
     whole = 4 * trainable
     part = 4 * trainable / world_size
+    if stage == 0 and bf16:
+        return GradientMemory(0, whole / 2, whole / 2, whole / 2, 1.5 * whole)
     if stage == 0:
-        return GradientMemory(0, whole / 2, whole / 2, 1.5 * whole) if bf16 else GradientMemory(0, whole, whole, whole)
+        return GradientMemory(0, whole, whole, whole, whole)
     if stage == 1 and bf16:
-        return GradientMemory(whole, 1.5 * whole, 1.5 * whole, 1.5 * whole)
+        held = 1.5 * whole
+        copies = (6 if trainable <= REDUCED_TOGETHER else 2) * trainable
+        return GradientMemory(whole, held, held, held + copies, held)
     in_step = part if bf16 else 2 * part
     if stage == 1:
-        return GradientMemory(0, whole, part, in_step)
-    return GradientMemory(part if stage == 3 else 0, part, part, in_step)
+        return GradientMemory(0, whole, part, part, in_step)
+    return GradientMemory(part if stage == 3 else 0, part, part, part, in_step)
 
 
 def activation_memory(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from relora_mora.checkpoint import read_manifest, tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
-from relora_mora.config import SCORING, DataConfig, TextSource, read_data, validate
+from relora_mora.config import SCORING, DataConfig, TextSource, read_data, stored_config
 from relora_mora.config.records import CHATML, RecordsConfig
 from relora_mora.config.sources import map_records
 from relora_mora.data.hub_sources import hub_repo
@@ -39,13 +39,15 @@ class LoadedModel:
     checkpoint: tuple[Path, int] | None = None
     of_run: bool = False
 
-    def data_settings(self, validation: Any, overrides: Mapping[str, str]) -> DataConfig:
+    def data_settings(self, validation: Any, overrides: Mapping[str, str], *, own_tokenizer: bool = True) -> DataConfig:
         """Settings for reading held-out text: those of training, and over them what a command line gives.
 
         ``validation`` is as the setting of that name, or None for the run's own. Of a run, the revisions hold for its
-        own sources alone, its commits for all. Raises :class:`ConfigError`.
+        own sources alone, its commits for all. With its ``own_tokenizer`` a run's conversations have the chat template
+        that this took along. Raises :class:`ConfigError`.
         """
-        given = self.data.model_dump(include={*SCORING, "validation", "commits"}) | {"train": "none"}
+        trained = _by_own_template(self.data) if own_tokenizer else self.data
+        given = trained.model_dump(include={*SCORING, "validation", "commits"}) | {"train": "none"}
         if any(name.startswith("data.records") for name in overrides):
             del given["packing"]
         if overrides.get("data.packing") == "none":
@@ -93,11 +95,11 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
         return LoadedModel(model, nullcontext(path), plain, f"{path} ({type(model).__name__})")
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
-    data = validate(manifest.config, str(checkpoint)).data
+    data = stored_config(manifest.config, str(checkpoint)).data
     return LoadedModel(
         merged_model(checkpoint, dtype),
         tokenizer_of(checkpoint),
-        _by_own_template(data),
+        data,
         f"{checkpoint} (step {manifest.step})",
         (checkpoint, manifest.step),
         of_run=True,

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from relora_mora.checkpoint import CheckpointError, CheckpointReader
-from relora_mora.config import validate
+from relora_mora.config import stored_config
 from relora_mora.methods.inject import inject
 from relora_mora.methods.layers import adapter_layers, adapter_parameters
 from relora_mora.model import empty_model, put_values, stored_model_config
@@ -24,7 +24,7 @@ def checked_model(reader: CheckpointReader) -> PreTrainedModel:
     Raises :class:`CheckpointError` where the checkpoint does not hold the tensors of that model.
     """
     manifest = reader.manifest
-    config = validate(manifest.config, str(reader.folder))
+    config = stored_config(manifest.config, str(reader.folder))
     skeleton = _empty_model(reader)
     if config.method.uses_adapters:
         with torch.device("meta"):

@@ -16,6 +16,7 @@ from relora_mora.origin import changed_start, starts_of
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.supervise import FINISHED
+from relora_mora.supervise.lock import is_held
 from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
@@ -134,7 +135,8 @@ class StudyFolder:
 
     def _begin(self, cell: Cell, new: dict[str, Any]) -> None:
         noted = self.given(cell)
-        if noted is not None and (self.run(cell).path.exists() or cell.name in self.kept()):
+        begun = self.run(cell).path.exists() or is_held(self.claim(cell)) or cell.name in self.kept()
+        if noted is not None and begun:
             before = noted.pop("threads", new["threads"])
             try:
                 known = Config.model_validate(noted)  # with the defaults of settings that have come since

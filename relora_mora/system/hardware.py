@@ -80,7 +80,7 @@ def memory_bytes() -> int:
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the device or of its host is full, of pinned memory too."""
-    said = ("can't allocate memory", "out of memory")
+    said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in said))
 
 

@@ -135,6 +135,8 @@ def _goes_on_as_model(described: dict[str, Any], folder: Path, processor: Senten
     if special is None:
         return True
     tokenizer = read_tokenizer(folder / "tokenizer.json")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     return all(
         tokenizer.encode(special["content"] + text, add_special_tokens=False).ids
         == [special["id"], *processor.encode(text)]

@@ -65,8 +65,8 @@ def _abandon_checkpoints(checkpoints: Path, *, after: int) -> bool:
 
 
 def abandon_records(folder: RunFolder) -> None:
-    """Likewise the metrics and starts of a run that was in the folder before."""
-    for path in (folder.metrics, folder.starts):
+    """Likewise the metrics, starts and scores on tasks of a run that was in the folder before."""
+    for path in (folder.metrics, folder.starts, folder.tasks):
         if path.exists():
             _abandon(path, path.name)
 

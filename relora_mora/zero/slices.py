@@ -36,6 +36,7 @@ class MergedSlices:
     @torch.no_grad()
     def keep(self) -> None:
         """Builds ``W + delta`` unless it is there; a collective, since a delta needs whole adapters."""
+        self._before_gathers()
         if self.bases or not self.layers:
             return
         try:
@@ -81,15 +82,18 @@ class MergedSlices:
             whole[0].partition(whole)
 
     def _before_gathers(self) -> None:
-        """Has DeepSpeed's gathers, on a stream of their own, find the slices built: it does not wait for this one."""
+        """Has DeepSpeed's gathers, on a stream of their own, find what this one writes into the slices.
+
+        They do not wait for it themselves, but where DeepSpeed gathers persistent parameters after a step.
+        """
         if uses_cuda():
             coordinator = self.optimizer.parameter_offload.get_param_coordinator()
             gathers = getattr(coordinator, "_PartitionedParameterCoordinator__allgather_stream", None)
-            builds = torch.cuda.current_stream()
+            writes = torch.cuda.current_stream()
             if gathers is None:  # another DeepSpeed
-                builds.synchronize()
+                writes.synchronize()
             else:
-                gathers.wait_stream(builds)
+                gathers.wait_stream(writes)
 
 
 @contextlib.contextmanager

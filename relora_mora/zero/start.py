@@ -68,6 +68,8 @@ def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
         with quiet():
             deepspeed.init_distributed(dist_backend=backend_name(), auto_mpi_discovery=False, verbose=False)
         _flag_collectives(deepspeed.comm.comm.cdb)
+        if uses_cuda():
+            _flag_device_waits()
         _import_muon()
         # DeepSpeed collects garbage while it makes an engine, several times; of what was imported none is
         gc.freeze()
@@ -108,20 +110,27 @@ class _FlaggedWork:
         return getattr(self._work, name)
 
 
+def _flagged(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with collective():
+            work = method(*args, **kwargs)
+        return _FlaggedWork(work) if hasattr(work, "wait") else work
+
+    return call
+
+
 def _flag_collectives(backend: Any) -> None:
     """Flags the collectives of DeepSpeed while they wait: it makes all of them through the methods of one object."""
-
-    def flagged(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with collective():
-                work = method(*args, **kwargs)
-            return _FlaggedWork(work) if hasattr(work, "wait") else work
-
-        return call
-
     for name in COLLECTIVES:
-        setattr(backend, name, flagged(getattr(backend, name)))
+        setattr(backend, name, _flagged(getattr(backend, name)))
+
+
+def _flag_device_waits() -> None:
+    """Flags the host's waits for the device: NCCL's calls return at once, and DeepSpeed waits for them in these."""
+    owners: tuple[Any, ...] = (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
+    for owner in owners:
+        owner.synchronize = _flagged(owner.synchronize)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ for code in $CODES; do
     if [[ $code -gt $highest ]]; then highest=$code; fi
     rank=$((rank + 1))
 done
+touch ended
+if [[ -n $LOSES_LOGS ]]; then rm -r runs; fi
 exit "$highest"
 """
 SCONTROL = """#!/bin/bash
@@ -43,8 +45,11 @@ case $1.$2 in
         ;;
     show.hostnames) printf 'first\\nsecond\\n' ;;
     show.job)
-        if [[ -n $AWAY && ! -e asked ]]; then touch asked; exit 1; fi
-        echo "JobId=123456 JobState=RUNNING Requeue=1 Restarts=${RESTARTS:-${SLURM_RESTART_COUNT:-0}} BatchFlag=1"
+        if [[ -n $AWAY && -e ended && ! -e asked ]]; then touch asked; exit 1; fi
+        count=$STARTS
+        state=RUNNING
+        if [[ -e ended ]]; then count=${RESTARTS:-$STARTS} state=${STATE:-RUNNING}; fi
+        echo "JobId=123456 JobState=$state Requeue=1 Restarts=$count BatchFlag=1"
         ;;
 esac
 """
@@ -96,10 +101,10 @@ class Slurm:
             "PYTHONPATH": str(ROOT),
             "CODES": codes,
             "SAVES": "" if saves is None else str(saves),
+            "STARTS": str(self.restarts),
         }
-        if self.restarts:
-            variables["SLURM_RESTART_COUNT"] = str(self.restarts)
         self.restarts += 1
+        (self.folder / "ended").unlink(missing_ok=True)
         done = subprocess.run(
             ["bash", SCRIPT, *(arguments or RUN)],
             env=variables | environment,
@@ -205,10 +210,22 @@ def test_a_job_that_cannot_be_requeued_says_so_and_keeps_the_code(slurm: Slurm) 
     assert done.returncode == 75 and "could not be put into the queue again" in done.stdout
 
 
-def test_what_is_left_of_a_start_waits_for_its_end_and_stops_no_other(slurm: Slurm) -> None:
-    """Slurm has lost a node and has put the job into the queue, or has started it elsewhere."""
-    done = slurm.start(codes="69 69", RESTARTS="1", ENDS="1")
+@pytest.mark.parametrize("told", [{"RESTARTS": "1"}, {"RESTARTS": "1", "STATE": "PENDING"}, {"STATE": "CANCELLED"}])
+def test_what_is_left_of_a_start_waits_for_its_end_and_stops_no_other(slurm: Slurm, told: dict[str, str]) -> None:
+    """Slurm has lost a node and has put the job into the queue, or has started it elsewhere; or somebody ended it."""
+    done = slurm.start(codes="69 69", ENDS="1", **told)
     assert done.returncode == -signal.SIGTERM and "requeued" not in done.stdout
+    assert (slurm.folder / "runs" / "slurm" / "123456" / "progress").read_text() == "0 0\n"
+
+
+def test_a_job_that_a_requeued_one_submits_is_at_its_first_start(slurm: Slurm) -> None:
+    done = slurm.start(codes="75 75", SLURM_RESTART_COUNT="3")
+    assert "(start 1)" in done.stdout and "requeued 123456" in done.stdout
+
+
+def test_logs_that_cannot_be_read_do_not_keep_a_job_out_of_the_queue(slurm: Slurm) -> None:
+    done = slurm.start(codes="69 69", LOSES_LOGS="1")
+    assert done.returncode == 69 and "requeued 123456" in done.stdout
 
 
 def test_a_controller_that_is_away_for_a_while_is_asked_again(slurm: Slurm) -> None:

@@ -15,6 +15,7 @@ from relora_mora.config import (
     dump,
     load_config,
     parse_yaml,
+    stored_config,
     unused_by,
     validate,
     with_epochs,
@@ -148,6 +149,18 @@ def test_a_null_takes_nothing_else_of_the_file_back(name: str) -> None:
 def test_two_lengths_on_one_command_line_are_a_fault() -> None:
     with pytest.raises(ConfigError, match=r"train\.tokens and train\.epochs are set"):
         load_config(ROOT / "configs/task/math.yaml", {"train.tokens": "1e6", "train.epochs": "2"})
+
+
+def test_what_a_checkpoint_was_made_with_need_not_be_possible_today() -> None:
+    """Its weights can be used whatever the checks of a run have become."""
+    before = validate(tree(), "the test")
+    settings = before.model_dump(mode="json")
+    settings["train"]["deepspeed"] = {"flops_profiler": {"enabled": True}}
+    with pytest.raises(ConfigError, match="flops_profiler"):
+        validate(settings, "the test")
+    assert stored_config(settings, "step-1").method == before.method
+    with pytest.raises(ConfigError, match=r"1 fault in step-1:\n  - optim.lrx: unknown; did you mean lr"):
+        stored_config(tree(optim={"lrx": 1}), "step-1")
 
 
 def test_the_length_of_a_run_is_given_in_steps_or_tokens_or_epochs() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.config import dump, load_config
-from relora_mora.schedule import make_schedule
+from relora_mora.optim import make_schedule
 from tests.containers.buildah import CANARY, IMAGE, Buildah, Container, need_disk, pip_settings, skip_reason
 from tests.tools.helpers import ROOT
 from tests.tools.runs import run_config, write_inputs
@@ -138,7 +138,7 @@ def _owned(folder: Path) -> list[Path]:
 
 
 def test_the_demo_runs_in_it(container: Container) -> None:
-    """Text, tokenizer, DeepSpeed's launcher with two ranks, merges, export, and the export used."""
+    """Text, tokenizer, two ranks, merges, export, and the export used."""
     done = container.run("python", "launch/demo.py")
     print(done.stdout)
     run = container.runs / "demo" / "run"

@@ -235,9 +235,17 @@ def test_the_labels_of_a_batch_are_unscored_where_the_row_function_says_so(tmp_p
         assert 0.3 < scored.float().mean() < 0.8
 
 
-@pytest.mark.parametrize("rows,calls", [(["a"] * 5, [3, 2]), (["a", "b" * 9, "c", "d" * 4, "e" * 5], [2, 3]), ([], [])])
-def test_rows_go_to_a_tokenizer_some_at_a_time(monkeypatch, rows, calls):
+@pytest.mark.parametrize(
+    "rows,threads,calls",
+    [
+        (["a"] * 5, 1, [3, 2]),
+        (["a", "b" * 9, "c", "d" * 4, "e" * 5], 1, [2, 3]),
+        (["a" * 9] * 5, 2, [2, 2, 1]),
+        ([], 1, []),
+    ],
+)
+def test_rows_go_to_a_tokenizer_some_at_a_time(monkeypatch, rows, threads, calls):
     """A call takes dozens of times the memory of its text."""
     monkeypatch.setattr("relora_mora.data.rows.CALL_CHARACTERS", 9)
-    made = list(in_calls(rows, 3, len))
+    made = list(in_calls(rows, 3, len, threads))
     assert list(map(len, made)) == calls and list(itertools.chain(*made)) == rows

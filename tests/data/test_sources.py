@@ -293,8 +293,10 @@ def test_a_link_to_nothing_is_no_reason_to_read_less(tmp_path):
 
 def test_where_the_hub_is_not_to_be_asked_that_is_said_at_once(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match=r"hub:some/set needs the hub, but HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        SourceError, match=r"hub:some/set needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
+    ):
         resolve_shards("hub:some/set/a.jsonl")
     name = f"hub:some/set@{'a' * 40}/a.jsonl"
-    with pytest.raises(SourceError, match=rf"{name} needs the hub, but HF_HUB_OFFLINE is set"):
+    with pytest.raises(SourceError, match=rf"{name} needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"):
         RemoteBytes(Shard(name, "http://127.0.0.1:1/a.jsonl", hub=True), 60.0).read(1)

@@ -131,3 +131,17 @@ def test_full_memory_is_no_failed_device() -> None:
     assert hardware.ran_out_of_memory(full) and not is_device_failure(full)
     assert is_device_failure(failed) and not hardware.ran_out_of_memory(failed)
     assert not hardware.ran_out_of_memory(ValueError("out of memory"))
+    full_library = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert hardware.ran_out_of_memory(full_library) and not is_device_failure(full_library)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Triton Error [CUDA]: unspecified launch failure",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
+        "CUDA driver error: unknown error",
+    ],
+)
+def test_a_failed_device_is_known_by_what_libraries_say(said: str) -> None:
+    assert is_device_failure(RuntimeError(said)) and not is_device_failure(ValueError(said))

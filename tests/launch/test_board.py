@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -28,20 +29,26 @@ def _write_events(run: Path) -> None:
     (run / "tensorboard" / "events.out.tfevents.1").touch()
 
 
-def test_runs_are_named_after_their_folders(runs: Path) -> None:
-    boards = module_of(SCRIPT).boards
-    assert boards(runs) == {"tiny": runs / "tiny/tensorboard", "sweep-seed-1": runs / "sweep/seed-1/tensorboard"}
-    assert boards(runs / "tiny") == {"tiny": runs / "tiny/tensorboard"}
+def _linked(root: Path, links: Path) -> dict[str, Path]:
+    links.mkdir(exist_ok=True)
+    module_of(SCRIPT).link_boards(root, links)
+    return {link.name: link.readlink() for link in links.iterdir()}
 
 
-def test_runs_behind_links_are_found_once_and_long_names_cut(runs: Path, tmp_path: Path) -> None:
+def test_runs_are_named_after_their_folders(runs: Path, tmp_path: Path) -> None:
+    tiny = runs / "tiny/tensorboard"
+    assert _linked(runs, tmp_path / "all") == {"tiny": tiny, "sweep-seed-1": runs / "sweep/seed-1/tensorboard"}
+    assert _linked(runs / "tiny", tmp_path / "one") == {"tiny": tiny}
+
+
+def test_runs_behind_links_are_found_once_and_odd_names_made_fit(runs: Path, tmp_path: Path) -> None:
     _write_events(tmp_path / "scratch" / ("x" * 200) / ("y" * 200))
     (runs / "big").symlink_to(tmp_path / "scratch")
     (tmp_path / "scratch" / "loop").symlink_to(runs)
     (runs / "latest").symlink_to(runs / "tiny")
-    (tmp_path / "links").mkdir()
-    module_of(SCRIPT).link_boards(runs, tmp_path / "links")
-    assert sorted(link.name for link in (tmp_path / "links").iterdir()) == [
+    _write_events(tmp_path / "scratch" / os.fsdecode(b"caf\xe9"))
+    assert sorted(_linked(runs, tmp_path / "links")) == [
+        "big-caf",
         "sweep-seed-1",
         "tiny",
         "x" * 39 + "-" + "y" * 200,
@@ -49,13 +56,15 @@ def test_runs_behind_links_are_found_once_and_long_names_cut(runs: Path, tmp_pat
 
 
 def test_a_new_run_is_linked_beside_the_others(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "links").mkdir()
-    for _ in range(2):
-        module_of(SCRIPT).link_boards(runs, tmp_path / "links")
-    _write_events(runs / "started")
-    module_of(SCRIPT).link_boards(runs, tmp_path / "links")
-    links = {link.name: link.resolve() for link in (tmp_path / "links").iterdir()}
-    assert links == module_of(SCRIPT).boards(runs) and "started" in links
+    _write_events(runs / "sweep-seed-2")
+    before = _linked(runs, tmp_path / "links")
+    assert _linked(runs, tmp_path / "links") == before
+    for late in ("started", "sweep/seed-2"):
+        _write_events(runs / late)
+    assert _linked(runs, tmp_path / "links") == before | {
+        "started": runs / "started/tensorboard",
+        "sweep-seed-2_": runs / "sweep/seed-2/tensorboard",
+    }
 
 
 def test_the_page_pins_curves_that_are_written() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
@@ -34,8 +35,12 @@ def _config(method: str, stage: int, world_size: int, micro_batch_size: int, mat
 
 
 def measure(method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str) -> dict[str, int]:
-    """Runs on every rank: bytes held after a step, between its micro-batches and when the last backward is done."""
+    """Runs on every rank: bytes held after a step, between its micro-batches, in the reduction of gradients as a whole
+    (stage 1 in bf16) and when the last backward is done."""
+    import deepspeed
     from torch import distributed as dist
+
+    from relora_mora.zero.norms import replaced
 
     others = live_tensors()  # kept, so that nothing new gets an address of theirs
     gc.freeze()  # only what is new is looked at from here on
@@ -54,10 +59,19 @@ def measure(method: str, stage: int, bf16: bool, micro_batch_size: int, matrices
     weights = list(rig.engine.lm.parameters())
     rig.engine.lm.lm_head.register_forward_hook(lambda *_: result.update(at_loss=sum(w.data.nbytes for w in weights)))
     micro = rig.micro_batches(3)
-    for index, (ids, labels) in enumerate(micro):
-        rig.engine.accumulate(rig.engine(ids, labels), last=index == len(micro) - 1)
-        if index == 0 and len(micro) > 1:
-            result["between_micro_batches"] = held()
+    backend = deepspeed.comm.comm.cdb
+    reduce = backend.all_reduce
+
+    def all_reduce(*args: Any, **kwargs: Any) -> Any:
+        if stage == 1 and bf16:
+            result["in_reduction"] = max(held(), result.get("in_reduction", 0))
+        return reduce(*args, **kwargs)
+
+    with replaced(backend, "all_reduce", all_reduce):
+        for index, (ids, labels) in enumerate(micro):
+            rig.engine.accumulate(rig.engine(ids, labels), last=index == len(micro) - 1)
+            if index == 0 and len(micro) > 1:
+                result["between_micro_batches"] = held()
     return {**result, "after_backward": held()}
 
 
@@ -77,7 +91,7 @@ def test_state_and_gradients(
     model = meta_model(_llama(), config.method)
     state = state_memory(model, config, stage, world_size, bf16=bf16)
     gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
-    for moment in ("between_steps", "between_micro_batches", "after_backward"):
+    for moment in ("between_steps", "between_micro_batches", "in_reduction", "after_backward"):
         expected = state.device - state.buffers + getattr(gradients, moment)
         for rank in measured:
             if moment in rank:

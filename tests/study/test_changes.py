@@ -12,6 +12,7 @@ import pytest
 from relora_mora.study import CellsFailed, StudyFolder, conduct, run_again
 from relora_mora.study.cells import first_round, second_round
 from relora_mora.study.folder import cell_configs
+from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import read_json_lines
 from tests.study.tools import CHANGES, TRAINER, made_start, made_study
 
@@ -40,6 +41,20 @@ def test_what_was_never_run_may_change(tmp_path: Path):
     before = made_study(grid=grid)
     folder.begin(cell_configs(before, first_round(before), folder), 1)
     assert conduct(made_study(grid=grid, settings={"optim.clip": 3.0}), folder, TRAINER, 1) == 2
+
+
+def test_but_not_while_another_study_begins_it(tmp_path: Path):
+    """The run makes its folder once it has read its model and text."""
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+    folder = StudyFolder(tmp_path)
+    before = made_study(grid=grid)
+    folder.begin(cell_configs(before, first_round(before), folder), 1)
+    claim = RunLock(folder.claim(first_round(before)[0]))
+    claim.acquire()
+    after = made_study(grid=grid, settings={"optim.clip": 3.0})
+    with pytest.raises(ValueError, match=r"begun with other settings \(optim.clip\)"):
+        folder.begin(cell_configs(after, first_round(after), folder), 1)
+    claim.release()
 
 
 @pytest.mark.parametrize("text", ["", "{", "3"])

@@ -187,6 +187,8 @@ def test_the_plan_of_a_fine_tuning(settings):
     assert planned.code == 0, planned.err
     without = call(PLAN, settings, "--train.steps=10", "--optim.warmup_steps=1", "--method.name=full", "--json")
     assert json.loads(planned.out)["parameters"]["trainable"] < json.loads(without.out)["parameters"]["trainable"]
+    unfetched = call(PLAN, settings, "--finetune", "--train.steps=10", "--model.init_from=nowhere")
+    refused(unfetched, "model.init_from: nowhere does not exist; give a Hugging Face folder")
 
 
 @pytest.mark.parametrize(

@@ -98,11 +98,13 @@ def test_nothing_of_an_abandoned_history_is_lost(pools, inputs, tokenizer_path, 
         (kept / "step-00000003" / "mark").write_text(name)
     assert not (kept / "abandoned-step-00000003" / "mark").exists()
     assert (kept / "abandoned-2-step-00000003" / "mark").read_text() == "step-00000002"
-    before = [(folder / name).read_text() for name in ("metrics.jsonl", "starts.jsonl")]
+    names = ("metrics.jsonl", "starts.jsonl", "tasks.jsonl")
+    (folder / "tasks.jsonl").write_text('{"step": 3}\n')  # as launch/evaluate.py --tasks leaves it
+    before = [(folder / name).read_text() for name in names]
     given = {"resume": str(kept / "abandoned-2-step-00000003")}
     pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given), stop_after=4)
     assert (kept / "abandoned-3-step-00000003" / "mark").read_text() == "step-00000001"
-    assert [(folder / f"abandoned-{name}").read_text() for name in ("metrics.jsonl", "starts.jsonl")] == before
+    assert [(folder / f"abandoned-{name}").read_text() for name in names] == before
     assert len(lines := (folder / "starts.jsonl").read_text().splitlines()) == 1 and json.loads(lines[0])["step"] == 3
 
 

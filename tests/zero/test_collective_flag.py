@@ -58,6 +58,23 @@ def test_a_rank_in_a_collective_is_flagged_and_a_late_one_is_not(pools, stage, m
     assert pools(2)(_waiting_for_rank_1, stage, moment) == [True, True]
 
 
+def test_waits_for_a_gpu_are_flagged(monkeypatch):
+    """There NCCL's collectives return at once."""
+    import torch
+
+    from relora_mora.distributed.waiting import in_collective
+    from relora_mora.zero import start
+
+    flags = []
+    owners = (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
+    for owner in owners:
+        monkeypatch.setattr(owner, "synchronize", lambda *_: flags.append(in_collective()))
+    start._flag_device_waits()
+    for owner in owners:
+        owner.synchronize()
+    assert flags == [True] * 3 and not in_collective()
+
+
 def _on_the_host(late: str) -> bool:
     import torch
 
