@@ -106,18 +106,31 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
 
 
 def _goes_with(run: Run, other: Run) -> bool:
-    """Whether two runs with the same settings are one with two seeds; earlier versions noted nothing else."""
-    noted = ((run.parameters or None, other.parameters or None), (run.bf16, other.bf16))
-    return _seed(run) != _seed(other) and all(None in pair or pair[0] == pair[1] for pair in noted)
+    """Whether two runs with the same settings are one with two seeds."""
+    return _seed(run) != _seed(other) and _are_alike((run.parameters, other.parameters), (run.bf16, other.bf16))
+
+
+def _are_alike(*noted: tuple[object, object]) -> bool:
+    """Whether what two runs noted is the same, as far as both noted it: earlier versions did not."""
+    return all(left == right for left, right in noted if left not in (None, {}) and right not in (None, {}))
 
 
 def _best(members: Sequence[list[Run]], settings: Sequence[str]) -> list[list[Run]]:
-    chosen: dict[str, list[Run]] = {}
+    chosen: list[list[Run]] = []
     for runs in members:
-        others = {name: value for name, value in compared_settings(runs[0].settings).items() if name not in settings}
-        key = json.dumps([others, runs[0].parameters.get("total"), runs[0].bf16], sort_keys=True, default=str)
-        chosen[key] = min(chosen.get(key, runs), runs, key=_rank)
-    return list(chosen.values())
+        rivals = (index for index, others in enumerate(chosen) if _differ_only_in(settings, runs[0], others[0]))
+        place = next(rivals, len(chosen))
+        chosen[place:] = [min([*chosen[place : place + 1], runs], key=_rank), *chosen[place + 1 :]]
+    return chosen
+
+
+def _differ_only_in(settings: Sequence[str], run: Run, other: Run) -> bool:
+    left, right = (
+        {name: value for name, value in compared_settings(each.settings).items() if name not in settings}
+        for each in (run, other)
+    )
+    totals = (run.parameters.get("total"), other.parameters.get("total"))
+    return left == right and _are_alike(totals, (run.bf16, other.bf16))
 
 
 def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:

@@ -60,7 +60,9 @@ def test_runs_of_other_models_or_precisions_under_the_same_settings_are_not_one(
         starts = RunFolder(run).starts
         starts.write_text(json.dumps(json.loads(starts.read_text()) | changes) + "\n")
     assert len(group_runs(map(read_run, runs))) == len(group_runs(map(read_run, runs), best=["optim.lr"])) == 2
-    assert len(group_runs([read_run(runs[0]), made_run(tmp_path / "run2", train={"seed": 2})])) == 1, "it noted nothing"
+    silent = made_run(tmp_path / "run2", train={"seed": 2}), made_run(tmp_path / "run3", optim={"lr": 0.5})
+    assert len(group_runs([read_run(runs[0]), silent[0]])) == 1, "it noted nothing"
+    assert len(group_runs([read_run(runs[0]), silent[1]], best=["optim.lr"])) == 1
 
 
 def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
