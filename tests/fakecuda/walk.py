@@ -38,6 +38,7 @@ REFUSED = re.compile(
 )
 RANKS = 2
 MICRO_BATCHES = 2
+STEPS = 3
 # at the end of each backward, for the stream that reduces beside it; at stage 3 after the step, for small parameters
 WAITS_OF_DEEPSPEED = {0: 0, 1: 0, 2: MICRO_BATCHES, 3: MICRO_BATCHES + 1}
 
@@ -79,9 +80,10 @@ def test_a_step_stays_on_the_device(
 ) -> None:
     waits: list[str] = []
     monkeypatch.setattr(torch.cuda.Stream, "wait_stream", lambda *_: waits.append(sys._getframe(1).f_code.co_filename))
-    engine, watch = train_three_steps(stage, method, fake, bf16=True, matrices=matrices)
-    # DeepSpeed's gathers find W + delta built, once for each time that it is
-    assert sum(name.endswith("zero/slices.py") for name in waits) == (3 if "resident" in method and stage == 3 else 0)
+    engine, watch = train_steps(stage, method, fake, bf16=True, matrices=matrices)
+    # DeepSpeed's gathers find what was written before each forward, and W + delta each time that it is built
+    expected = STEPS * (MICRO_BATCHES + ("resident" in method)) if stage == 3 else 0
+    assert sum(name.endswith("zero/slices.py") for name in waits) == expected
     assert len(watch.syncs) == 1 + WAITS_OF_DEEPSPEED[stage], watch.syncs
     tensors: dict[str, Tensor] = dict(engine.lm.named_parameters()) | dict(engine.lm.named_buffers())
     tensors |= {f"master of {fragment.name}": fragment.flat for fragment in engine.fragments}
@@ -129,12 +131,12 @@ def test_a_step_and_a_merge_join_what_the_device_and_the_host_have(
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_in_float32_waits_no_more_often(stage: int, fake: FakeTensorMode) -> None:
-    _, watch = train_three_steps(stage, "remora operator 1", fake, bf16=False)
+    _, watch = train_steps(stage, "remora operator 1", fake, bf16=False)
     assert len(watch.syncs) == 1 + WAITS_OF_DEEPSPEED[stage], watch.syncs
 
 
 def test_stage_2_waits_once_where_nothing_is_reduced_beside_backward(fake: FakeTensorMode) -> None:
-    _, watch = train_three_steps(2, "remora operator 1", fake, bf16=True, overlap_comm=False)
+    _, watch = train_steps(2, "remora operator 1", fake, bf16=True, overlap_comm=False)
     assert len(watch.syncs) == 1, watch.syncs
 
 
@@ -154,7 +156,7 @@ def test_no_batch_is_waited_for(fake: FakeTensorMode, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_checkpoint_waits_once_for_its_copies(stage: int, fake: FakeTensorMode) -> None:
-    engine, _ = train_three_steps(stage, "remora operator 1", fake, bf16=True)
+    engine, _ = train_steps(stage, "remora operator 1", fake, bf16=True)
     files = RankFiles(engine, FrozenMasters([], 0, RANKS), {})
     with fake, Watch() as watch:
         tensors = files.snapshot()
@@ -162,10 +164,10 @@ def test_a_checkpoint_waits_once_for_its_copies(stage: int, fake: FakeTensorMode
     assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
 
 
-def train_three_steps(
+def train_steps(
     stage: int, method: str, fake: FakeTensorMode, *, bf16: bool, matrices: str = "adamw", **zero: bool
 ) -> tuple[ZeroEngine, Watch]:
-    """The engine, and what it did in the last step; DeepSpeed's timer, if it were on, would wait from the third on."""
+    """The engine, and what it did in the last step: DeepSpeed's timer, if it were on, would wait from the third on."""
     precision = "bf16" if bf16 else "fp32"
     train = {"zero_stage": stage, "precision": precision, "batch_size": 2 * RANKS * MICRO_BATCHES}
     train |= {"deepspeed": {"zero_optimization": zero}}
@@ -182,7 +184,7 @@ def train_three_steps(
         ids = torch.zeros(2, 16, dtype=torch.long, device="cuda")
         boundaries = torch.zeros(5, dtype=torch.int32, device="cuda")
         engine.train()
-        for _ in range(3):
+        for _ in range(STEPS):
             watch.syncs.clear()
             losses = torch.zeros((), device="cuda")
             for index in range(MICRO_BATCHES):
