@@ -42,7 +42,7 @@ def lr_multiplier(
     the restart begins. ``offset`` shifts the cosine and the restarts (ReLoRA's ``adjust_step``), not the warmup, and a
     restart counts only where the unshifted step has reached ``restart_every``. ``restart_every=0``: no restarts.
 
-    A run has :class:`Schedule`, of the same two formulas, in which no step is made at rate zero.
+    A run has :class:`Schedule`, of the same two formulas, in which no step after a merge is made at rate zero.
     """
     if step < warmup_steps:
         return step / max(1, warmup_steps)

@@ -146,6 +146,8 @@ def _until_stop(lane, blocks):
 @example(
     kinds=["not_json", "text", "not_json", *["text"] * 15], suffix=".json.gz", cut=0, lanes=2, shuffle=2, fraction=0.1
 )
+# bad and good lines in one block
+@example(kinds=["text", "text", "not_json", *["text"] * 8], suffix=".json", cut=0, lanes=1, shuffle=2, fraction=1.0)
 def test_a_resume_at_every_block_skips_and_stops_as_before(
     tmp_path_factory, kinds, suffix, cut, lanes, shuffle, fraction
 ):

@@ -35,6 +35,17 @@ def test_a_kill_after_a_rollback_on_other_data_changes_nothing(pools, inputs, to
     assert _same(killed, reference)
 
 
+def test_a_rollback_is_no_place_in_data_that_is_read_after_it(pools, inputs, tokenizer_path, tmp_path):
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
+    pools(2)(train, _settings(reference, inputs, tokenizer_path), stop_after=3)
+    pools(2)(faulty, _settings(killed, inputs, tokenizer_path), NAN, stop_at=(1, 4))
+    assert rollbacks(killed) == [(3, 5)]
+    for folder in (reference, killed):
+        config = _settings(folder, inputs, tokenizer_path, allow_changes=["data.seed"])
+        pools(2)(train, config.model_copy(update={"data": config.data.model_copy(update={"seed": 5})}))
+    assert _same(killed, reference)
+
+
 def test_rollbacks_of_a_run_that_was_moved_away_are_none_of_the_new_one(pools, inputs, tokenizer_path, tmp_path):
     clean, folder = tmp_path / "clean", tmp_path / "run"
     pools(2)(faulty, _settings(clean, inputs, tokenizer_path), {})
@@ -78,6 +89,25 @@ def test_a_named_checkpoint_is_where_a_run_begins_once(pools, inputs, tokenizer_
     assert [json.loads(line)["step"] for line in (folder / "starts.jsonl").read_text().splitlines()] == [2, 4, 3, 4]
     found = {path.name for path in (folder / "checkpoints").glob("*step*")}
     assert found == {*(f"step-0000000{step}" for step in (2, 3, 4, 5)), *(f"abandoned-step-0000000{n}" for n in (4, 5))}
+
+
+@pytest.mark.parametrize("named", ["another run", "a checkpoint of its own"])
+def test_a_run_whose_folder_was_removed_goes_on_by_the_same_command(pools, inputs, tokenizer_path, tmp_path, named):
+    """It leaves a checkpoint there and nothing else."""
+    theirs, folder = tmp_path / "theirs", tmp_path / "run"
+    checkpoints = folder / "checkpoints"
+    pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
+    begin = theirs
+    if named == "a checkpoint of its own":
+        begin = checkpoints / "step-00000002"
+        pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=3)
+    config = run_config(inputs, tokenizer_path, folder, train={"resume": str(begin)})
+    pools(1)(train, config, stop_after=4)
+    for path in (*folder.iterdir(), *checkpoints.iterdir()):
+        if path not in (checkpoints, checkpoints / "step-00000004"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    pools(1)(train, config, stop_after=5)
+    assert [line["step"] for line in read_json_lines(folder / "starts.jsonl")] == [4]
 
 
 def test_a_run_does_not_begin_anew_beside_abandoned_checkpoints(pools, inputs, tokenizer_path, tmp_path):

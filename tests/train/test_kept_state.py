@@ -80,15 +80,30 @@ def test_a_run_taken_over_and_stopped_before_its_first_step_keeps_its_place_in_t
     assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in (never, second))) == []
 
 
-def test_a_resume_that_is_refused_puts_no_checkpoint_aside(pools, inputs, tokenizer_path, tmp_path):
+@pytest.mark.parametrize(
+    ("section", "setting", "value", "expected"),
+    [
+        ("method", "merge_every", 5, "has merged 2 times, with these settings a run at step 4 has merged 0 times"),
+        ("method", "operators", [2, 1], "was made with operator 1, the settings say 2 after step 4"),
+        ("train", "steps", 3, "train.steps: the checkpoint is at step 4 already"),
+    ],
+)
+def test_a_resume_that_no_permission_helps_is_refused_and_puts_no_checkpoint_aside(
+    pools, inputs, tokenizer_path, tmp_path, section, setting, value, expected
+):
     config = run_config(inputs, tokenizer_path, tmp_path / "run", method={"merge_every": 2})
     pools(1)(train, config, stop_after=6)
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    back = {"resume": str(tmp_path / "run" / "checkpoints" / "step-00000004"), "allow_changes": ["method.merge_every"]}
-    (message,) = pools(1)(
-        _refused, run_config(inputs, tokenizer_path, tmp_path / "run", train=back, method={"merge_every": 5})
-    )
-    assert "step-00000004: has merged 2 times, with these settings a run at step 4 has merged 0 times" in message
+    back = {
+        "train": {
+            "resume": str(tmp_path / "run" / "checkpoints" / "step-00000004"),
+            "allow_changes": [f"{section}.{setting}"],
+        },
+        "method": {"merge_every": 2},
+    }
+    back[section][setting] = value
+    (message,) = pools(1)(_refused, run_config(inputs, tokenizer_path, tmp_path / "run", **back))
+    assert expected in message and "step-00000004" in message
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == checkpoints
 
 
@@ -266,6 +281,7 @@ def test_other_data_is_refused_and_when_allowed_read_from_its_beginning(pools, i
     (message,) = pools(1)(_refused, run_config(other, tokenizer_path, folder))
     assert "data: other sources" in message and "--train.allow_changes=[data]" in message
     pools(1)(train, run_config(other, tokenizer_path, folder, train={"allow_changes": ["data"]}), stop_after=8)
+    assert len(_manifest(folder, 8)["counters"]["losses"]) == 2  # no spike is judged by losses of the other text
     pools(1)(train, run_config(other, tokenizer_path, fresh), stop_after=2)
     assert _manifest(folder, 8)["data_state"] == _manifest(fresh, 2)["data_state"]
     pools(1)(train, run_config(other, tokenizer_path, folder))  # no change any more

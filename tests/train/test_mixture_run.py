@@ -84,12 +84,13 @@ def test_a_resume_goes_on_with_the_same_blocks_and_every_source_is_counted(
 
 def test_a_kill_after_a_rollback_changes_nothing_of_what_is_drawn(pools, inputs, tokenizer_path, tmp_path):
     rolled, killed = tmp_path / "rolled", tmp_path / "killed"
-    pools(2)(_bad_at, _config(inputs, tokenizer_path, rolled), (6, 7))
-    assert [line["step"] for line in metrics(rolled) if "train/rollbacks" in line] == [5]
-    # the stage is one of steps: what is drawn for step 6 is as before
+    pools(2)(_bad_at, _config(inputs, tokenizer_path, rolled), (4, 5))
+    assert [line["step"] for line in metrics(rolled) if "train/rollbacks" in line] == [3]
+    # a stage is one of steps: what is drawn for steps 4 and 5 is of the first one, whatever was drawn before
     counted = {line["step"]: line for line in metrics(rolled) if "train/tokens" in line}
-    assert counted[10]["train/tokens/lines"] == 30 * 32 and counted[10]["train/tokens/rows"] == (50 + 16) * 32
-    pools(2)(_bad_at, _config(inputs, tokenizer_path, killed), (6, 7), kill_at=5)
+    assert counted[10]["train/tokens/lines"] == (30 + 12) * 32
+    assert counted[10]["train/tokens/rows"] == (50 + 4) * 32
+    pools(2)(_bad_at, _config(inputs, tokenizer_path, killed), (4, 5), kill_at=3)
     pools(2)(train, _config(inputs, tokenizer_path, killed))
     assert _equal(_end(rolled), _end(killed)) == []
 
