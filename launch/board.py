@@ -73,7 +73,7 @@ def link_boards(root: Path, links: Path) -> None:
         if board in known:
             continue
         name = "-".join(run.relative_to(root).parts) or root.resolve().name
-        link = links / os.fsencode(name)[-LONGEST_NAME:].decode(errors="ignore")
+        link = links / (os.fsencode(name)[-LONGEST_NAME:].decode(errors="ignore") or "_")
         while link.is_symlink():  # of a/b and a-b
             link = link.with_name(f"{link.name}_")
         link.symlink_to(board)

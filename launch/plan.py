@@ -84,7 +84,8 @@ def main(
             "plan with --train.epochs=null and --train.steps or --train.tokens"
         )
         raise ConfigError([fault], config)
-    check_start(settings)
+    if settings.model.config is None:  # else the weights may be on another machine
+        check_start(settings)
     model_config = model_config_of(settings.model)
     source = settings.model.config or str(settings.model.init_from)
     check_length(model_config, settings.data.sequence_length, source, documents_alone=settings.data.masks_documents)

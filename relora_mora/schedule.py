@@ -42,7 +42,8 @@ def lr_multiplier(
     the restart begins. ``offset`` shifts the cosine and the restarts (ReLoRA's ``adjust_step``), not the warmup, and a
     restart counts only where the unshifted step has reached ``restart_every``. ``restart_every=0``: no restarts.
 
-    A run has :class:`Schedule`, of the same two formulas, in which no step after a merge is made at rate zero.
+    A run has :class:`Schedule`, of the same two formulas, in which no step is made at rate zero, but the last where
+    ``min_ratio`` is 0.
     """
     if step < warmup_steps:
         return step / max(1, warmup_steps)
@@ -89,7 +90,7 @@ class Schedule:
 
         The step that ends a cycle takes the envelope, the n-th after a merge n / restart_warmup_steps of the value that
         the envelope has where the restart warmup ends, or of its own where the run ends by then: no batch is spent at
-        rate zero.
+        rate zero, but for the last one where ``min_ratio`` is 0.
         """
         since = self.steps_since_merge(step - 1) + 1
         if not rewarm or not self.merges_done(step - 1) or since >= self.restart_warmup_steps:

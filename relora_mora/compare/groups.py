@@ -117,11 +117,14 @@ def _are_alike(*noted: tuple[object, object]) -> bool:
 
 def _best(members: Sequence[list[Run]], settings: Sequence[str]) -> list[list[Run]]:
     chosen: list[list[Run]] = []
-    for runs in members:
-        rivals = (index for index, others in enumerate(chosen) if _differ_only_in(settings, runs[0], others[0]))
-        place = next(rivals, len(chosen))
-        chosen[place:] = [min([*chosen[place : place + 1], runs], key=_rank), *chosen[place + 1 :]]
-    return chosen
+    for runs in sorted(members, key=lambda runs: runs[0].bf16 is None):  # what noted nothing goes with any
+        for index, others in enumerate(chosen):
+            if _differ_only_in(settings, runs[0], others[0]):
+                chosen[index] = min(others, runs, key=_rank)
+                break
+        else:
+            chosen.append(runs)
+    return sorted(chosen, key=members.index)
 
 
 def _differ_only_in(settings: Sequence[str], run: Run, other: Run) -> bool:
@@ -129,8 +132,12 @@ def _differ_only_in(settings: Sequence[str], run: Run, other: Run) -> bool:
         {name: value for name, value in compared_settings(each.settings).items() if name not in settings}
         for each in (run, other)
     )
-    totals = (run.parameters.get("total"), other.parameters.get("total"))
-    return left == right and _are_alike(totals, (run.bf16, other.bf16))
+    noted: list[tuple[object, object]] = []
+    if not any(name.startswith("model.") for name in settings):
+        noted.append((run.parameters.get("total"), other.parameters.get("total")))
+    if "train.precision" not in settings:
+        noted.append((run.bf16, other.bf16))
+    return left == right and _are_alike(*noted)
 
 
 def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:

@@ -18,8 +18,8 @@ masters         float32 copies of what trains: 4 T, stages 1-3: 4 T / N. None in
 optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; other optimizers of matrices: ``optimizer.py``
 gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T that stays.
                 Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N; at stage 3 it stays.
-                A step in fp32 on stages 1-3 copies 4 T / N. The reduction of stage 1 in bf16 copies 6 T, from
-                500 M parameters on some 2 T, as a group of parameters then goes alone
+                A step in fp32 on stages 1-3 copies 4 T / N. The reduction of stage 1 in bf16 copies 2 bytes an element
+                of the groups of parameters that go at once (until they have more than 500 M), and 4 more of several
 buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages 2 and 3, and 1 in fp32; at stages 1 and
                 2 a second one with ``overlap_comm``
 activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) where queries and keys have norms of their
@@ -40,13 +40,14 @@ Not counted: the CUDA context, fragmentation, the Python process itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from relora_mora.config import Config
+from relora_mora.config import Config, OptimConfig
 from relora_mora.config.zero_defaults import zero_defaults
 from relora_mora.methods.inject import INPUTS, decoder_linears
 from relora_mora.methods.layers import INPUT, AdapterLinear, Kept, adapter_layers
@@ -54,13 +55,13 @@ from relora_mora.model.attention import flash_takes
 from relora_mora.model.compiler import compiles
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
 from relora_mora.model.shapes import attention_widths
-from relora_mora.optim import count_parameters
+from relora_mora.optim import count_parameters, parameter_groups
 from relora_mora.plan import optimizer
 
 # DeepSpeed's defaults
 MAX_LIVE_PARAMETERS = 1_000_000_000
 PERSISTENCE_THRESHOLD = 100_000
-REDUCED_TOGETHER = 500_000_000  # elements, at stage 1 in bf16
+REDUCED_TOGETHER = 500_000_000  # elements, at stage 1 in bf16, of which the last group may have more
 
 PARTS = ("weights", "merged", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
 
@@ -106,7 +107,7 @@ def peak_memory(
     ``compiled``: whether the decoder layers are; None: as ``model.compile`` says.
     """
     state = state_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu)
-    gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
+    gradients = gradient_memory(group_sizes(model, config.optim), stage, world_size, bf16=bf16)
     before = gradients.between_micro_batches if config.accumulation_steps(world_size) > 1 else gradients.between_steps
     merged = merged_memory(model, stage, world_size, bf16=bf16)
     live = replace(
@@ -208,21 +209,37 @@ class GradientMemory:
     in_step: float
 
 
-def gradient_memory(trainable: int, stage: int, world_size: int, *, bf16: bool) -> GradientMemory:
-    whole = 4 * trainable
-    part = 4 * trainable / world_size
+def group_sizes(model: PreTrainedModel, optim: OptimConfig) -> list[int]:
+    """Elements of each group of parameters that the optimizer has."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return [sum(sizes[name] for name in group.parameters) for group in parameter_groups(model, optim)]
+
+
+def gradient_memory(groups: Sequence[int], stage: int, world_size: int, *, bf16: bool) -> GradientMemory:
+    """``groups``: the elements of each group of parameters, in the optimizer's order."""
+    whole = 4 * sum(groups)
+    part = whole / world_size
     if stage == 0 and bf16:
         return GradientMemory(0, whole / 2, whole / 2, whole / 2, 1.5 * whole)
     if stage == 0:
         return GradientMemory(0, whole, whole, whole, whole)
     if stage == 1 and bf16:
         held = 1.5 * whole
-        copies = (6 if trainable <= REDUCED_TOGETHER else 2) * trainable
-        return GradientMemory(whole, held, held, held + copies, held)
+        return GradientMemory(whole, held, held, held + _reduction_copies(groups), held)
     in_step = part if bf16 else 2 * part
     if stage == 1:
         return GradientMemory(0, whole, part, part, in_step)
     return GradientMemory(part if stage == 3 else 0, part, part, part, in_step)
+
+
+def _reduction_copies(groups: Sequence[int]) -> int:
+    """Bytes that DeepSpeed copies at a time (``DeepSpeedEngine.allreduce_no_retain``)."""
+    together: list[list[int]] = [[]]
+    for size in groups:
+        if sum(together[-1]) > REDUCED_TOGETHER:
+            together.append([])
+        together[-1].append(size)
+    return max((6 if len(sizes) > 1 else 2) * sum(sizes) for sizes in together)
 
 
 def activation_memory(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,12 @@ def test_runs_of_other_models_or_precisions_under_the_same_settings_are_not_one(
     assert len(group_runs(map(read_run, runs))) == len(group_runs(map(read_run, runs), best=["optim.lr"])) == 2
     silent = made_run(tmp_path / "run2", train={"seed": 2}), made_run(tmp_path / "run3", optim={"lr": 0.5})
     assert len(group_runs([read_run(runs[0]), silent[0]])) == 1, "it noted nothing"
-    assert len(group_runs([read_run(runs[0]), silent[1]], best=["optim.lr"])) == 1
+    for order in permutations([*map(read_run, runs), silent[1]]):
+        assert len(group_runs(order, best=["optim.lr"])) == 2
+    for chosen in ("train.precision", "model.config"):  # which say what is other here
+        assert len(group_runs(map(read_run, runs), best=[chosen])) == 1 + (
+            chosen.startswith("model") == ("bf16" in other)
+        )
 
 
 def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ def test_runs_behind_links_are_found_once_and_odd_names_made_fit(runs: Path, tmp
     (tmp_path / "scratch" / "loop").symlink_to(runs)
     (runs / "latest").symlink_to(runs / "tiny")
     _write_events(tmp_path / "scratch" / os.fsdecode(b"caf\xe9"))
+    _write_events(runs / os.fsdecode(b"\xe9"))
     assert sorted(_linked(runs, tmp_path / "links")) == [
+        "_",
         "big-caf",
         "sweep-seed-1",
         "tiny",

@@ -10,9 +10,9 @@ from transformers import LlamaConfig
 
 from launch.benchmark.measure import live_tensors, storages
 from relora_mora.config import Config
-from relora_mora.optim import count_parameters
+from relora_mora.plan import memory
 from relora_mora.plan.flops import meta_model
-from relora_mora.plan.memory import gathered_memory, gradient_memory, state_memory
+from relora_mora.plan.memory import gathered_memory, gradient_memory, group_sizes, state_memory
 from tests.tools.grids import rest
 from tests.tools.pool import Pools
 from tests.tools.tiny import build_rig, tiny_config, tiny_llama
@@ -34,9 +34,11 @@ def _config(method: str, stage: int, world_size: int, micro_batch_size: int, mat
     )
 
 
-def measure(method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str) -> dict[str, int]:
+def measure(
+    method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str, together: int = memory.REDUCED_TOGETHER
+) -> dict[str, int]:
     """Runs on every rank: bytes held after a step, between its micro-batches, in the reduction of gradients as a whole
-    (stage 1 in bf16) and when the last backward is done."""
+    (stage 1 in bf16) and when the last backward is done. ``together`` is DeepSpeed's limit in that reduction."""
     import deepspeed
     from torch import distributed as dist
 
@@ -47,6 +49,10 @@ def measure(method: str, stage: int, bf16: bool, micro_batch_size: int, matrices
     config = _config(method, stage, dist.get_world_size(), micro_batch_size, matrices)
     rig = build_rig(config, bf16=bf16, llama=_llama())
     rig.initial.clear()
+    by_groups = rig.engine.deepspeed.allreduce_no_retain
+    rig.engine.deepspeed.allreduce_no_retain = lambda *args, **given: by_groups(
+        *args, **given | {"numel_per_bucket": together}
+    )
     others += rig.base.weights.values()
 
     def held() -> int:
@@ -90,7 +96,8 @@ def test_state_and_gradients(
     config = _config(method, stage, world_size, micro_batch_size, matrices)
     model = meta_model(_llama(), config.method)
     state = state_memory(model, config, stage, world_size, bf16=bf16)
-    gradients = gradient_memory(count_parameters(model).trainable, stage, world_size, bf16=bf16)
+    gradients = gradient_memory(group_sizes(model, config.optim), stage, world_size, bf16=bf16)
+    assert ("in_reduction" in measured[0]) == (stage == 1 and bf16)
     for moment in ("between_steps", "between_micro_batches", "in_reduction", "after_backward"):
         expected = state.device - state.buffers + getattr(gradients, moment)
         for rank in measured:
@@ -102,3 +109,19 @@ def test_state_and_gradients(
     assert all(rank["at_loss"] == whole for rank in measured) and live in (0, whole)
     assert (live > 0) == (stage == 3 and world_size > 1)
     assert max(rank["base"] for rank in measured) == state.host_base
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_groups_of_parameters_are_reduced_together_up_to_a_limit(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch, groups: int
+) -> None:
+    config = _config("remora", 1, 1, 8, "adamw")
+    model = meta_model(_llama(), config.method)
+    sizes = group_sizes(model, config.optim)
+    limit = sum(sizes[:groups]) - 1
+    monkeypatch.setattr(memory, "REDUCED_TOGETHER", limit)
+    planned = gradient_memory(sizes, 1, 1, bf16=True)
+    [measured] = pools(1)(measure, "remora", 1, True, 8, "adamw", limit)
+    copies = planned.in_reduction - planned.after_backward
+    assert copies == (2 * max(sizes) if groups == 1 else 6 * sum(sizes[:2]))
+    assert measured["in_reduction"] - measured["after_backward"] == pytest.approx(copies, rel=0.03)
