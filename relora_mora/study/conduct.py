@@ -45,7 +45,7 @@ def conduct(study: Study, folder: StudyFolder, program: Path, jobs: int) -> int:
 
 
 def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tuple[int, list[str]]:
-    """Runs a cell that is done a second time, in a folder of its own.
+    """Runs a cell that is done a second time, in a folder of its own; one that was cut there goes on.
 
     Returns how many numbers were compared, and a line for each that is not exactly the same.
     """
@@ -57,9 +57,11 @@ def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tu
         raise ValueError(f"--again: no run {name} that is done; there are: {done}")
     [cell] = found
     folder.begin(cell_configs(study, [cell], folder), study.threads)
-    other = StudyFolder(folder.path / "again")
-    shutil.rmtree(other.path, ignore_errors=True)
+    other = StudyFolder(folder.path / "again" / cell.name)
+    if other.is_done(cell):
+        shutil.rmtree(other.path)
     other.note_commits(folder.commits())
+    other.begin(cell_configs(study, [cell], other), study.threads)
     with _bar(1, 0) as bar:
         Runner(study, other, program, 1, bar).run([cell])
     if not other.is_done(cell):

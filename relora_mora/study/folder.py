@@ -127,15 +127,23 @@ class StudyFolder:
 
         So it does where the model that one began with is not what it was.
         """
+        faults = []
         for cell, config in configs.items():
-            self._begin(cell, {**json.loads(config.model_dump_json()), "threads": threads})
+            try:
+                self._begin(cell, {**json.loads(config.model_dump_json()), "threads": threads})
+            except ValueError as error:
+                faults.append(str(error))
+                continue
             changed = changed_start(self._starts(cell), config.model)
             if changed is not None:
-                raise ValueError(f"{self.run(cell).path} was begun with {changed}; {self._remedy(cell)}")
+                faults.append(f"{self.run(cell).path} was begun with {changed}; {self._remedy(cell)}")
+        if faults:
+            raise ValueError("\n".join(faults))
 
     def _begin(self, cell: Cell, new: dict[str, Any]) -> None:
         noted = self.given(cell)
-        begun = self.run(cell).path.exists() or is_held(self.claim(cell)) or cell.name in self.kept()
+        # a run writes its settings once it has found no fault in them
+        begun = self.run(cell).config.exists() or is_held(self.claim(cell)) or cell.name in self.kept()
         if noted is not None and begun:
             before = noted.pop("threads", new["threads"])
             try:
@@ -217,6 +225,8 @@ def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[C
             found = error.faults
         else:
             found = [] if study.choose is None else study.choose.faults(configs[cell])
+            if configs[cell].train.resume == "never":
+                found.append("train.resume: never, but a run of a study that was cut goes on; leave it out")
             other = alike.setdefault(_numbers_of(configs[cell], cell.seed), cell.name)
             if other != cell.name:
                 found.append(

@@ -113,6 +113,21 @@ def test_nor_is_one_that_changes_between_the_rounds(tmp_path: Path, start: Path,
     assert len(list((folder.path / "runs").iterdir())) == 2
 
 
+def test_runs_that_found_a_fault_in_their_settings_have_not_begun(tmp_path: Path):
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+    folder = StudyFolder(tmp_path)
+    study = made_study(grid=grid)
+    folder.begin(cell_configs(study, first_round(study), folder), 1)
+    for cell in first_round(study):
+        folder.run(cell).path.mkdir(parents=True)
+        folder.run(cell).ends.write_text('{"code": 2}\n')
+    changed = made_study(grid=grid, settings={"optim.clip": 3.0})
+    assert conduct(changed, folder, TRAINER, 1) == 2
+    with pytest.raises(ValueError) as told:
+        conduct(study, folder, TRAINER, 1)
+    assert str(told.value).count("was begun with other settings (optim.clip)") == 2
+
+
 def test_a_setting_that_has_come_since_had_its_default(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)

@@ -177,8 +177,9 @@ def test_all_runs_of_a_study_read_the_same_commit(tmp_path: Path, monkeypatch: p
     assert conduct(study, folder, TRAINER, 1) == 2
     noted = {record["given"]["data"]["commits"]["some/set@main"] for record in read_json_lines(folder.records)}
     assert noted == {"a" * 40}
-    again = StudyFolder(tmp_path / "again")
-    run_again(study, folder, first_round(study)[0].name, TRAINER)
+    name = first_round(study)[0].name
+    again = StudyFolder(tmp_path / "again" / name)
+    run_again(study, folder, name, TRAINER)
     assert again.commits() == {"some/set@main": "a" * 40}
     (tmp_path / "commits.json").unlink()
     assert conduct(study, folder, TRAINER, 1) == 2, "the records hold it, too"
@@ -420,6 +421,25 @@ def test_a_run_made_again_is_compared_number_by_number(tmp_path: Path):
     assert [line.partition(":")[0] for line in different] == ["eval/loss at step 1000"]
     with pytest.raises(ValueError, match="--again: no run nothing that is done; there are: name=mora"):
         run_again(study, folder, "nothing", TRAINER)
+
+
+def test_a_run_made_again_that_was_cut_goes_on(tmp_path: Path):
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
+    [cell] = first_round(study)
+    folder = StudyFolder(tmp_path)
+    conduct(study, folder, TRAINER, 1)
+    run_again(study, folder, cell.name, TRAINER)
+    again = StudyFolder(tmp_path / "again" / cell.name).run(cell)
+    (again.path / "mark").touch()
+    again.ends.unlink()
+    assert run_again(study, folder, cell.name, TRAINER) == (2, []) and (again.path / "mark").exists()
+    assert run_again(study, folder, cell.name, TRAINER) == (2, []) and not (again.path / "mark").exists()
+
+
+def test_a_study_whose_runs_could_not_go_on_is_refused(tmp_path: Path):
+    study = made_study(grid=[{"method.name": "mora"}], settings={"train.resume": "never"})
+    with pytest.raises(ConfigError, match=r"train\.resume: never, but a run of a study that was cut goes on"):
+        conduct(study, StudyFolder(tmp_path), TRAINER, 1)
 
 
 def test_every_study_can_be_run(tmp_path: Path):

@@ -37,6 +37,12 @@ def main() -> int:
         from relora_mora.origin import start_digests
 
         start["began_with"] = start_digests(ModelConfig(init_from=json.loads(settings["model.init_from"])))
+    settled = {
+        "train": {"steps": steps},
+        "method": {"rank": int(settings.get("method.rank", "1"))},
+        "optim": {"lr": rate},
+    }
+    (folder / "config.yaml").write_text(yaml.dump(settled), encoding="utf-8")
     _append(folder / "starts.jsonl", {**start, "step": 0 if first else steps // 2})
     _append(folder / "metrics.jsonl", {"step": steps // 2, "time": time.time(), "train/loss": 5.0, "perf/mfu": 0.1})
     print("some words of the run", flush=True)
@@ -49,12 +55,6 @@ def main() -> int:
         (folder / "pid").write_text(str(os.getpid()))
         (folder / "waits").touch()
         signal.pause()
-    settled = {
-        "train": {"steps": steps},
-        "method": {"rank": int(settings.get("method.rank", "1"))},
-        "optim": {"lr": rate},
-    }
-    (folder / "config.yaml").write_text(yaml.dump(settled), encoding="utf-8")
     noise = time.time() % 100 if settings["method.name"] == '"lora"' else 0
     _append(folder / "metrics.jsonl", {"step": steps, "eval/loss": abs(rate - 3e-3) + seed / 100 + noise})
     _append(folder / "ends.jsonl", {"code": 0})
