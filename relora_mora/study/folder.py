@@ -131,12 +131,9 @@ class StudyFolder:
         for cell, config in configs.items():
             try:
                 self._begin(cell, {**json.loads(config.model_dump_json()), "threads": threads})
+                self._check_start(cell, config)
             except ValueError as error:
                 faults.append(str(error))
-                continue
-            changed = changed_start(self._starts(cell), config.model)
-            if changed is not None:
-                faults.append(f"{self.run(cell).path} was begun with {changed}; {self._remedy(cell)}")
         if faults:
             raise ValueError("\n".join(faults))
 
@@ -164,6 +161,11 @@ class StudyFolder:
         path = self.settings(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(path, json.dumps(new, ensure_ascii=False) + "\n")
+
+    def _check_start(self, cell: Cell, config: Config) -> None:
+        changed = changed_start(self._starts(cell), config.model)
+        if changed is not None:
+            raise ValueError(f"{self.run(cell).path} was begun with {changed}; {self._remedy(cell)}")
 
     def given(self, cell: Cell) -> dict[str, Any] | None:
         """The settings that the cell was begun with, and its threads; None where it was not begun.

@@ -71,11 +71,16 @@ class Checked:
 
 
 def saved_settings(run_dir: Path) -> dict[str, Any]:
-    """The settings of the newest start in a run folder, by section; empty where there is none that can be read."""
-    try:
+    """The settings of the newest start in a run folder, by section; empty where there is none that can be read.
+
+    Of a run whose folder was removed while it trained, the newest checkpoint has them.
+    """
+    tree: Any = None
+    with contextlib.suppress(FileNotFoundError, UnicodeError, yaml.YAMLError):
         tree = parse_yaml(RunFolder(run_dir).config.read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeError, yaml.YAMLError):
-        return {}
+    if not isinstance(tree, dict):
+        with contextlib.suppress(CheckpointError):
+            tree = newest_manifest(run_dir).config
     return {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import Any
 
 from relora_mora.checkpoint import (
     CheckpointError,
@@ -12,7 +10,7 @@ from relora_mora.checkpoint import (
     damaged_tokenizer,
     newest_whole,
 )
-from relora_mora.checkpoint.find import find_checkpoint, newest_manifest
+from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.checkpoint.reader import list_candidates
 from relora_mora.config import Config, dump, parse_yaml
 from relora_mora.data import mixture_names, start_states
@@ -49,7 +47,7 @@ def where_to_resume(config: Config) -> Path | None:
     if holds and own in (named.resolve(), RunFolder(named).checkpoints.resolve()):
         resume = "auto"  # it is this run
     if resume not in ("auto", "never"):
-        before = _settings_before(folder.path)
+        before = saved_settings(folder.path)
         is_own = own in (named.parent.resolve(), named.resolve().parent)
         if not holds or (is_own and before.get("train", {}).get("resume") != resume):
             return Path(resume)
@@ -69,14 +67,6 @@ def where_to_resume(config: Config) -> Path | None:
             "or move it away to begin anew"
         )
     return folder.checkpoints if holds else None
-
-
-def _settings_before(run_dir: Path) -> dict[str, Any]:
-    """The settings of the newest start; of a run whose folder was removed meanwhile, the checkpoints have them."""
-    settings = saved_settings(run_dir)
-    with contextlib.suppress(CheckpointError):
-        return settings or newest_manifest(run_dir).config
-    return settings
 
 
 def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:

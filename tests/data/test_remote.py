@@ -140,7 +140,7 @@ def test_a_server_that_stays_away(tmp_path, shard):
             SourceError, match=r"a\.json\.gz at byte \d+: gave up after 0\.5 s .*status 503.*data\.timeout_seconds"
         ):
             list(iter_texts(config.train, split="train", config=config))
-        assert 0.4 < time.monotonic() - began < 60
+        assert 0.4 < time.monotonic() - began < 5
     with pytest.raises(SourceError, match=r"gave up after 0\.3 s"):
         list(
             iter_texts(
@@ -174,9 +174,10 @@ def test_what_does_not_pass_is_not_tried_again(tmp_path, status, message, monkey
             monkeypatch.setattr(
                 server.RequestHandlerClass, "_file", lambda self, path, fault: self._answer(status, b"", {})
             )
+        began = time.monotonic()
         with pytest.raises(SourceError, match=message):
             _read(server)
-        assert len(server.requests) == 1
+        assert time.monotonic() - began < 2 and len(server.requests) == 1
 
 
 def test_a_truncated_and_a_corrupt_shard_over_http(tmp_path):

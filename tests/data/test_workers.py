@@ -46,9 +46,9 @@ def test_signals_that_ask_a_job_to_stop_do_nothing_and_close_ends_a_worker_at_on
             os.kill(worker.pid, number)
         for _ in range(20):
             next(stream)
-        pid = worker.pid
         began = time.monotonic()
-    assert time.monotonic() - began < 30 and not psutil.pid_exists(pid)
+        pid = worker.pid
+    assert time.monotonic() - began < 2 and not psutil.pid_exists(pid)
 
 
 def test_a_killed_worker_is_one_clear_error_that_stays_and_close_leaves_nothing_behind(source, tokenizer_path):
@@ -79,7 +79,7 @@ def test_a_killed_worker_is_told_while_another_waits_for_the_network(tmp_path, t
         assert stream.ready(5.0)
         with pytest.raises(WorkerError, match="was killed by signal 9"):
             next(stream)
-        assert time.monotonic() - began < 30  # less than data.timeout_seconds
+        assert time.monotonic() - began < 2
 
 
 TRAINER = """

@@ -21,6 +21,7 @@ from relora_mora.pretrained import check_headers, load_foreign
 from relora_mora.system.run_folder import RunFolder
 from tests.tools.commands import EVALUATE, FINETUNE, PLAN, call, refused
 from tests.tools.grids import rest
+from tests.tools.helpers import ROOT
 from tests.tools.runs import LLAMA, metrics, run_config, tensors, train
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
@@ -189,6 +190,9 @@ def test_the_plan_of_a_fine_tuning(settings):
     assert json.loads(planned.out)["parameters"]["trainable"] < json.loads(without.out)["parameters"]["trainable"]
     unfetched = call(PLAN, settings, "--finetune", "--train.steps=10", "--model.init_from=nowhere")
     refused(unfetched, "model.init_from: nowhere does not exist; give a Hugging Face folder")
+    described = f"--model.config={ROOT}/configs/model/llama_tiny.json"
+    elsewhere = call(PLAN, settings, "--finetune", "--train.steps=10", "--model.init_from=nowhere", described)
+    assert elsewhere.code == 0, elsewhere.err
 
 
 @pytest.mark.parametrize(
