@@ -1,36 +1,60 @@
-"""What a run began with, as digests: other weights under the same name are noticed, without reading them."""
+"""What a run began with, as digests: other weights or text under the same name are noticed, without reading all."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from relora_mora.config import ModelConfig
+from relora_mora.config import Config, ModelConfig, Split
+from relora_mora.data import SourceError, configured_shards, local_content
 from relora_mora.data.content import samples_digest
 from relora_mora.system.run_folder import RunFolder, read_json_lines
+from relora_mora.tokenizer import TokenizerError, tokenizer_fingerprint
 
 FILES = ("manifest.json", "config.json", "adapter_config.json", "*.safetensors", "*.bin")  # of a model or an adapter
-NOTED = "began_with"  # in a line of starts.jsonl
+CHANGED = {  # by setting, what is said where its digest is another one
+    "model.config": "another model than model.config describes now",
+    "model.init_from": "other weights than model.init_from holds now",
+    "model.adapter": "other weights than model.adapter holds now",
+    "tokenizer.path": "another tokenizer than tokenizer.path holds now",
+    "data.train": "other text than data.train holds now",
+    "data.validation": "other text than data.validation holds now",
+}
 
 
-def start_digests(model: ModelConfig) -> dict[str, str]:
-    """32 hex digits for each of the settings ``config``, ``init_from`` and ``adapter`` that names what is there.
+def start_digests(config: Config) -> dict[str, str]:
+    """Those of :func:`model_digests`, that of the tokenizer and, of each side, that of the local files of its text.
+
+    By the names in ``CHANGED``. What is not there, or cannot be read, has none.
+    """
+    digests = model_digests(config.model)
+    with contextlib.suppress(TokenizerError, OSError):
+        digests["tokenizer.path"] = tokenizer_fingerprint(config.tokenizer_path)
+    sides: tuple[Split, ...] = ("train", "validation")
+    for side in sides:
+        with contextlib.suppress(SourceError):
+            digests[f"data.{side}"] = local_content(configured_shards(config.data, side))
+    return {name: digest for name, digest in digests.items() if digest}
+
+
+def model_digests(model: ModelConfig) -> dict[str, str]:
+    """32 hex digits for each of ``model.config``, ``model.init_from`` and ``model.adapter`` that names what is there.
 
     They are over names, sizes and samples of the files that hold a model; of a run, those of its newest checkpoint.
     That of a config is over its content, however it is written.
     """
-    given = {"init_from": model.init_from, "adapter": model.adapter}
+    given = {"model.init_from": model.init_from, "model.adapter": model.adapter}
     found = {name: _files(Path(path)) for name, path in given.items() if path is not None}
     digests = {name: _digest(files) for name, files in found.items() if files}
     if model.config is not None:
         with contextlib.suppress(OSError, ValueError):
             content = json.loads(Path(model.config).read_text(encoding="utf-8"))
-            digests["config"] = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+            digests["model.config"] = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
     return digests
 
 
@@ -42,24 +66,14 @@ def starts_of(run: Path) -> list[dict[str, Any]]:
         return []
 
 
-def noted_digests(starts: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """What the newest of the starts that read weights noted of them; empty where none did. A resume reads none."""
-    noted = [start[NOTED] for start in starts if NOTED in start]
-    return noted[-1] if noted else {}
-
-
-def changed_start(starts: Iterable[Mapping[str, Any]], model: ModelConfig) -> str | None:
+def changed_start(noted: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """In words, what is not as it was when a run began with it; None where nothing is known to be.
 
-    ``starts`` is what :func:`starts_of` it gives. Runs of earlier versions noted no digests, and of what is not
-    there any more there is none.
+    ``noted`` is what :func:`relora_mora.system.run_folder.noted_digests` gives: earlier versions noted
+    less. Of what is not there any more there is no digest ``now``.
     """
-    now = start_digests(model)
-    for name, digest in noted_digests(starts).items():
-        if now.get(name, digest) != digest:
-            what = "another model than that" if name == "config" else "other weights than those"
-            return f"{what} in {getattr(model, name)} now (model.{name})"
-    return None
+    changed = [CHANGED[name] for name, digest in noted.items() if now.get(name, digest) != digest]
+    return " and ".join(changed) or None
 
 
 def _files(path: Path) -> list[Path]:

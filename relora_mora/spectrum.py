@@ -12,9 +12,9 @@ from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_check
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import DECODER_LINEARS, stored_config
 from relora_mora.model.llama import initial_value
-from relora_mora.origin import changed_start, starts_of
+from relora_mora.origin import changed_start, model_digests, starts_of
 from relora_mora.pretrained import checked_model, merged_weights, start_weights
-from relora_mora.system.run_folder import RunFolder
+from relora_mora.system.run_folder import RunFolder, noted_digests
 
 Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32
 
@@ -57,9 +57,10 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     if not source.exists():
         raise CheckpointError(f"{reader.folder}: began with {source} (model.init_from), which is not there any more")
     weights_alone = config.model.model_copy(update={"config": None})
-    changed = changed_start(starts_of(reader.folder.resolve().parents[1]), weights_alone)
+    noted = noted_digests(starts_of(reader.folder.resolve().parents[1]))
+    changed = changed_start(noted, model_digests(weights_alone))
     if changed is not None:
-        raise CheckpointError(f"{reader.folder}: began with {changed}")
+        raise CheckpointError(f"{reader.folder}: began with {changed} ({source})")
     weights = start_weights(source, model.config)
     missing = [name for name in names if name not in weights]
     if missing:

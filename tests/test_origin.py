@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from relora_mora.config import ModelConfig
-from relora_mora.origin import changed_start, start_digests, starts_of
+from relora_mora.origin import changed_start, model_digests, start_digests, starts_of
+from relora_mora.system.run_folder import noted_digests
+from tests.tools.runs import run_config, write_inputs
 
 HARMS = {"config.json": b"{ }", "model-00002-of-00002.safetensors": b"x" * 200_000}
 
 
 def _digest(folder: Path) -> str | None:
-    return start_digests(ModelConfig(init_from=str(folder))).get("init_from")
+    return model_digests(ModelConfig(init_from=str(folder))).get("model.init_from")
 
 
 def _write(folder: Path, **files: str) -> Path:
@@ -56,23 +59,52 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path):
 
 def test_what_is_not_there_has_none(tmp_path: Path, model: Path):
     adapter = _write(tmp_path / "adapter", **{"adapter_config.json": "{}"})
-    assert start_digests(ModelConfig(init_from=str(tmp_path / "none"))) == {}
-    assert set(start_digests(ModelConfig(init_from=str(model), adapter=str(adapter)))) == {"init_from", "adapter"}
-    assert start_digests(ModelConfig(config=str(tmp_path / "none.json"))) == {}
+    assert model_digests(ModelConfig(init_from=str(tmp_path / "none"))) == {}
+    assert set(model_digests(ModelConfig(init_from=str(model), adapter=str(adapter)))) == {
+        "model.init_from",
+        "model.adapter",
+    }
+    assert model_digests(ModelConfig(config=str(tmp_path / "none.json"))) == {}
     (tmp_path / "model.json").write_text("{}")
-    assert set(start_digests(ModelConfig(config=str(tmp_path / "model.json")))) == {"config"}
+    assert set(model_digests(ModelConfig(config=str(tmp_path / "model.json")))) == {"model.config"}
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("train/part-00001.json.gz", "other text than data.train holds now"),
+        ("validation/part-00000.json.gz", "other text than data.validation holds now"),
+        ("tokenizer.model", "another tokenizer than tokenizer.path holds now"),
+    ],
+)
+def test_so_are_other_text_and_another_tokenizer(
+    tmp_path: Path, tokenizer_path: str, other_tokenizer: str, file: str, said: str
+):
+    folder = write_inputs(tmp_path)
+    tokenizer = Path(shutil.copy(Path(tokenizer_path, "tokenizer.model"), folder))
+    config = run_config(folder, str(tokenizer), tmp_path / "run")
+    noted = start_digests(config)
+    assert noted.keys() == {"model.config", "tokenizer.path", "data.train", "data.validation"}
+    assert start_digests(config) == noted
+    other = Path(other_tokenizer, file) if file == "tokenizer.model" else folder / "train/part-00002.json.gz"
+    shutil.copy(other, folder / file)
+    assert changed_start(noted, start_digests(config)) == said
+    shutil.rmtree(folder)
+    assert start_digests(config) == {}
 
 
 def test_a_run_is_compared_with_its_newest_start_that_read_weights(tmp_path: Path, model: Path):
     given = ModelConfig(init_from=str(model))
     run = tmp_path / "run"
-    assert changed_start(starts_of(run), given) is None
-    noted = start_digests(given)
+    assert noted_digests(starts_of(run)) == {}
+    noted = model_digests(given)
     starts = [{"began_with": {"init_from": "0" * 32}}, {"began_with": noted}, {"step": 5}]
     lines = "".join(json.dumps(start) + "\n" for start in starts)
     _write(run, **{"starts.jsonl": lines})
-    assert changed_start(starts_of(run), given) is None
+    assert noted_digests(starts_of(run)) == noted
+    assert changed_start(noted, model_digests(given)) is None
     (model / "config.json").write_text("{ }")
-    assert changed_start(starts_of(run), given) == f"other weights than those in {model} now (model.init_from)"
+    assert changed_start(noted, model_digests(given)) == "other weights than model.init_from holds now"
+    assert changed_start(noted, {}) is None, "it is not there any more"
     (run / "starts.jsonl").write_text(lines + '{"cut')
-    assert changed_start(starts_of(run), given) is None
+    assert noted_digests(starts_of(run)) == {}

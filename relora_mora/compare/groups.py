@@ -70,11 +70,11 @@ class Group:
 def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[str] = ()) -> list[Group]:
     """The runs in groups, in the order in which they are given.
 
-    What a file of a model and ``train.precision: auto`` made of the settings counts, too: numbers of parameters, and
-    whether it was bf16. A run with settings and seed of another one is no further seed: it stands alone, under the name
-    of its folder. ``unnamed`` are settings that groups differ in and are not named after, such as ``optim.lr``. Of
-    groups that differ in the settings ``best`` alone there is one: that with most seeds, or else with the lowest last
-    validation loss (of its worst seed) among those that have finished.
+    What was found where the settings point counts, too: numbers of parameters, whether it was bf16, and digests of
+    weights, text and tokenizer. A run with settings and seed of another one is no further seed: it stands alone, under
+    the name of its folder. ``unnamed`` are settings that groups differ in and are not named after, such as
+    ``optim.lr``. Of groups that differ in the settings ``best`` alone there is one: that with most seeds, or else with
+    the lowest last validation loss (of its worst seed) among those that have finished.
 
     Raises :class:`CompareError` where there is no such setting.
     """
@@ -107,17 +107,26 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
 
 def _goes_with(run: Run, other: Run) -> bool:
     """Whether two runs with the same settings are one with two seeds."""
-    return _seed(run) != _seed(other) and _are_alike((run.parameters, other.parameters), (run.bf16, other.bf16))
+    return _seed(run) != _seed(other) and _are_alike(run, other)
 
 
-def _are_alike(*noted: tuple[object, object]) -> bool:
-    """Whether what two runs noted is the same, as far as both noted it: earlier versions did not."""
-    return all(left == right for left, right in noted if left not in (None, {}) and right not in (None, {}))
+def _are_alike(run: Run, other: Run, apart: Sequence[str] = ()) -> bool:
+    """Whether what two runs noted of their settings, but for those ``apart``, is the same, as far as both noted it."""
+    left = _noted(run)
+    right = _noted(other)
+    names = (left.keys() & right.keys()).difference(apart, (name.partition(".")[0] for name in apart))
+    return all(left[name] == right[name] for name in names)
+
+
+def _noted(run: Run) -> dict[str, Any]:
+    """What settings name or leave open, by the setting, or its section; earlier versions noted less."""
+    noted = {"model": run.parameters.get("total"), "train.precision": run.bf16, **run.began_with}
+    return {name: value for name, value in noted.items() if value is not None}
 
 
 def _best(members: Sequence[list[Run]], settings: Sequence[str]) -> list[list[Run]]:
     chosen: list[list[Run]] = []
-    for runs in sorted(members, key=lambda runs: runs[0].bf16 is None):  # what noted nothing goes with any
+    for runs in sorted(members, key=lambda runs: -len(_noted(runs[0]))):  # what noted nothing goes with any
         for index, others in enumerate(chosen):
             if _differ_only_in(settings, runs[0], others[0]):
                 chosen[index] = min(others, runs, key=_rank)
@@ -132,12 +141,7 @@ def _differ_only_in(settings: Sequence[str], run: Run, other: Run) -> bool:
         {name: value for name, value in compared_settings(each.settings).items() if name not in settings}
         for each in (run, other)
     )
-    noted: list[tuple[object, object]] = []
-    if not any(name.startswith("model.") for name in settings):
-        noted.append((run.parameters.get("total"), other.parameters.get("total")))
-    if "train.precision" not in settings:
-        noted.append((run.bf16, other.bf16))
-    return left == right and _are_alike(*noted)
+    return left == right and _are_alike(run, other, settings)
 
 
 def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:

@@ -19,7 +19,7 @@ from relora_mora.compare.errors import CompareError
 from relora_mora.compare.records import RECORDS, has_step, json_object, read_records
 from relora_mora.config import Config, MethodConfig, OptimConfig, parse_yaml
 from relora_mora.supervise.lock import is_held
-from relora_mora.system.run_folder import RunFolder
+from relora_mora.system.run_folder import RunFolder, noted_digests
 
 COUNTS = ("train.steps", "train.batch_size", "data.sequence_length")
 Series = dict[int, float]  # values of a metric by step, in the order of steps
@@ -127,6 +127,11 @@ class Run:
     def bf16(self) -> bool | None:
         """The precision of its newest start; None for runs of versions that did not note it."""
         return self.starts[-1].get("bf16") if self.starts else None
+
+    @property
+    def began_with(self) -> dict[str, str]:
+        """Digests of what settings name, by the setting; empty for runs of versions that noted none."""
+        return noted_digests(self.starts)
 
     def tokens(self, steps: Any) -> NDArray[np.int64]:
         """Tokens trained on when so many steps are done: [n] -> [n]"""

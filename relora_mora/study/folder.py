@@ -12,15 +12,19 @@ from typing import Any
 from relora_mora.compare.groups import used_settings
 from relora_mora.compare.records import RECORDS, read_records
 from relora_mora.config import FINETUNING, Config, ConfigError, load_config, parse_yaml
-from relora_mora.origin import changed_start, starts_of
+from relora_mora.origin import changed_start, start_digests, starts_of
+from relora_mora.pretrained import with_tokenizer
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.supervise import FINISHED
 from relora_mora.supervise.lock import is_held
 from relora_mora.system.files import write_synced
-from relora_mora.system.run_folder import RunFolder, read_json_lines
+from relora_mora.system.run_folder import RunFolder, noted_digests, read_json_lines
 
 PLACES = {"train.run_dir"}  # settings that do not matter for a run's numbers
+# sections that say what a run reads, and what they hold beside
+READ = {"model", "tokenizer", "data"}
+NOT_READ = {"data": {"seed"}}
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,18 @@ class StudyFolder:
     def begin(self, configs: Mapping[Cell, Config], threads: int) -> None:
         """Notes the settings of cells; raises ValueError where one was begun, or is done, with others.
 
-        So it does where the model that one began with is not what it was.
+        So it does where model, text or tokenizer that one began with are not what they were.
         """
         faults = []
+        digests: dict[str, dict[str, str]] = {}  # by what is read: most cells read the same
         for cell, config in configs.items():
             try:
                 self._begin(cell, {**json.loads(config.model_dump_json()), "threads": threads})
-                self._check_start(cell, config)
+                if noted := self._noted(cell):
+                    read = config.model_dump_json(include=READ, exclude=NOT_READ)
+                    if read not in digests:
+                        digests[read] = start_digests(with_tokenizer(config))
+                    self._check_start(cell, noted, digests[read])
             except ValueError as error:
                 faults.append(str(error))
         if faults:
@@ -162,8 +171,8 @@ class StudyFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(path, json.dumps(new, ensure_ascii=False) + "\n")
 
-    def _check_start(self, cell: Cell, config: Config) -> None:
-        changed = changed_start(self._starts(cell), config.model)
+    def _check_start(self, cell: Cell, noted: Mapping[str, str], now: Mapping[str, str]) -> None:
+        changed = changed_start(noted, now)
         if changed is not None:
             raise ValueError(f"{self.run(cell).path} was begun with {changed}; {self._remedy(cell)}")
 
@@ -181,10 +190,10 @@ class StudyFolder:
         record = self.kept().get(cell.name)
         return None if record is None else dict(record["given"])
 
-    def _starts(self, cell: Cell) -> list[dict[str, Any]]:
-        """Lines of ``starts.jsonl``: the run's own, or that of its record; none where it has not started."""
+    def _noted(self, cell: Cell) -> dict[str, str]:
+        """Digests of what the run began with, of its own or its record's; empty where it has not started."""
         record = self.kept().get(cell.name)
-        return starts_of(self.run(cell).path) or ([] if record is None else [record["start"]])
+        return noted_digests(starts_of(self.run(cell).path) or ([] if record is None else [record["start"]]))
 
     def _remedy(self, cell: Cell) -> str:
         record = f" and its line in {self.records}" if cell.name in self.kept() else ""

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 from relora_mora.config import parse_yaml
-from relora_mora.origin import NOTED, noted_digests
 from relora_mora.study.cells import Cell
 from relora_mora.study.folder import StudyFolder
 from relora_mora.system.files import write_synced
-from relora_mora.system.run_folder import read_json_lines
+from relora_mora.system.run_folder import NOTED, noted_digests, read_json_lines
 
 KEPT_LINES = 40  # of a run's training, evenly over its steps, and of what merges did; evaluations are kept whole
 SPEED = "perf/tokens_per_second"

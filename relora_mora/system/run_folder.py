@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+NOTED = "began_with"  # in a line of starts.jsonl: digests of what settings name, by the setting
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,13 @@ class RunFolder:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of ``starts.jsonl``, ``metrics.jsonl`` or ``ends.jsonl``, oldest first."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def noted_digests(starts: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What the newest of the starts that read weights noted; empty where none did. A resume reads none.
+
+    Earlier versions noted those of settings of the model, without the section's name.
+    """
+    noted = [start[NOTED] for start in starts if NOTED in start]
+    digests = noted[-1] if noted else {}
+    return {name if "." in name else f"model.{name}": digest for name, digest in digests.items()}

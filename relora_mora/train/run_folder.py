@@ -22,11 +22,11 @@ from transformers import PreTrainedTokenizerBase
 from relora_mora.config import ConfigError, dump
 from relora_mora.model.config import plain_model_config
 from relora_mora.optim import Parameters
-from relora_mora.origin import NOTED, start_digests
+from relora_mora.origin import start_digests
 from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.files import append_synced, remove, write_synced
 from relora_mora.system.hardware import processor_name, uses_cuda
-from relora_mora.system.run_folder import RunFolder
+from relora_mora.system.run_folder import NOTED, RunFolder
 from relora_mora.tokenizer import save_tokenizer
 from relora_mora.train.check import Checked
 
@@ -52,14 +52,14 @@ def check_run_folder(path: Path) -> None:
 def write_run_folder(checked: Checked, parameters: Parameters, world_size: int, step: int, *, resumes: bool) -> Path:
     """Writes settings, command, versions, commit, model and tokenizer into the run folder. First rank only.
 
-    A run that does not resume has read the weights that it begins with: what they were is noted, too.
+    A run that does not resume has read what it begins with: what that was is noted, too.
     """
     folder = Path(checked.config.train.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with disk_faults_named(folder):
         start = _start_record(checked, parameters, world_size, step)
         if not resumes:
-            start[NOTED] = start_digests(checked.config.model)
+            start[NOTED] = start_digests(checked.config)
         _write(folder, checked, start)
     return folder
 

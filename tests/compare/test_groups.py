@@ -56,13 +56,19 @@ def test_runs_that_differ_in_seeds_are_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("other", "says_so"),
-    [({"parameters": {"total": 2_000_000}}, "model.config"), ({"bf16": True}, "train.precision")],
+    [
+        ({"parameters": {"total": 2_000_000}}, "model.config"),
+        ({"bf16": True}, "train.precision"),
+        ({"began_with": {"data.train": "other text"}}, "data.train"),
+        ({"began_with": {"config": "as earlier versions named it"}}, "model.config"),
+    ],
 )
-def test_runs_of_other_models_or_precisions_under_the_same_settings_are_not_one(
+def test_runs_that_found_something_else_under_the_same_settings_are_not_one(
     tmp_path: Path, other: dict[str, Any], says_so: str
 ):
     runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1)]
-    for run, changes in zip(runs, ({"bf16": False}, other), strict=True):
+    noted = {"bf16": False, "began_with": {"model.config": "a model", "data.train": "a text"}}
+    for run, changes in zip(runs, (noted, other), strict=True):
         starts = RunFolder(run).starts
         starts.write_text(json.dumps(json.loads(starts.read_text()) | changes) + "\n")
     assert len(group_runs(map(read_run, runs))) == len(group_runs(map(read_run, runs), best=["optim.lr"])) == 2
@@ -70,7 +76,7 @@ def test_runs_of_other_models_or_precisions_under_the_same_settings_are_not_one(
     assert len(group_runs([read_run(runs[0]), silent[0]])) == 1, "it noted nothing"
     for order in permutations([*map(read_run, runs), silent[1]]):
         assert len(group_runs(order, best=["optim.lr"])) == 2
-    for name in ("model.config", "train.precision"):
+    for name in ("model.config", "train.precision", "data.train"):
         assert len(group_runs(map(read_run, runs), best=[name])) == (1 if name == says_so else 2)
 
 

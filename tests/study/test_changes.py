@@ -15,6 +15,8 @@ from relora_mora.study.folder import cell_configs
 from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import read_json_lines
 from tests.study.tools import CHANGES, TRAINER, made_start, made_study
+from tests.tools.data_tools import write_shards
+from tests.tools.runs import write_inputs
 
 
 def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
@@ -73,9 +75,7 @@ def start(tmp_path: Path) -> Path:
     return made_start(tmp_path / "start")
 
 
-OTHER_WEIGHTS = (
-    r"lr=0.003,seed=0 was begun with other weights than those in .*start now \(model.init_from\); remove .*lr="
-)
+OTHER_WEIGHTS = r"lr=0.003,seed=0 was begun with other weights than model.init_from holds now; remove .*lr="
 
 
 def test_a_model_to_begin_with_that_has_changed_is_not_mixed_either(tmp_path: Path, start: Path):
@@ -111,6 +111,21 @@ def test_nor_is_one_that_changes_between_the_rounds(tmp_path: Path, start: Path,
     with pytest.raises(ValueError, match=OTHER_WEIGHTS):
         conduct(study, folder, TRAINER, 1)
     assert len(list((folder.path / "runs").iterdir())) == 2
+
+
+def test_nor_is_text_that_has_changed(tmp_path: Path):
+    text = write_inputs(tmp_path / "text")
+    settings = {f"data.{side}": str(text / side / "*.json.gz") for side in ("train", "validation")}
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], seeds=[0, 1], settings=settings)
+    folder = StudyFolder(tmp_path / "out")
+    for _ in range(2):
+        assert conduct(study, folder, TRAINER, 1) == 2
+    write_shards(text / "train", 3, 61)
+    with pytest.raises(ValueError) as told:
+        conduct(study, folder, TRAINER, 1)
+    assert str(told.value).count("was begun with other text than data.train holds now; remove ") == 2
+    shutil.rmtree(text)
+    assert conduct(study, folder, TRAINER, 1) == 2, "all is done, and the text is needed no more"
 
 
 def test_runs_that_found_a_fault_in_their_settings_have_not_begun(tmp_path: Path):

@@ -81,7 +81,7 @@ def test_a_record_of_other_weights_is_refused(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
     folder = _moved(study, tmp_path, 1)
     (start / "model.safetensors").write_bytes(b"b" * 100_000)
-    with pytest.raises(ValueError, match=r"other weights than those in .*start now .*its line in .*cells.jsonl"):
+    with pytest.raises(ValueError, match=r"other weights than model.init_from holds now; .*its line in .*cells.jsonl"):
         conduct(study, folder, TRAINER, 1)
 
 

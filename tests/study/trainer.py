@@ -32,11 +32,11 @@ def main() -> int:
         "host": "here",
         "threads": os.environ["OMP_NUM_THREADS"],
     }
-    if "model.init_from" in settings:
-        from relora_mora.config import ModelConfig
+    if settings.keys() & {"model.init_from", "data.train"}:  # importing torch takes seconds
+        from relora_mora.config import load_config
         from relora_mora.origin import start_digests
 
-        start["began_with"] = start_digests(ModelConfig(init_from=json.loads(settings["model.init_from"])))
+        start["began_with"] = start_digests(load_config(base, settings))
     settled = {
         "train": {"steps": steps},
         "method": {"rank": int(settings.get("method.rank", "1"))},

@@ -38,10 +38,14 @@ hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # one long call, as a coll
 def busy():
     started = []
 
-    def start(phase: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", BUSY, phase], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    def start(phase: str, on_hangup: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
+        before = signal.signal(signal.SIGHUP, on_hangup)  # a child has it as well, and pytest may run under nohup
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", BUSY, phase], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
         started.append(process)
         assert process.stdout and process.stdout.readline() == "up\n"
         return process
@@ -68,11 +72,7 @@ def test_a_signal_before_the_first_step_ends_the_process(busy, number):
 
 
 def test_under_nohup_a_hangup_is_nothing(busy):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        process = busy("start")
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process = busy("start", signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)

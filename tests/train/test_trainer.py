@@ -12,7 +12,6 @@ from unittest import mock
 import pytest
 import torch
 
-from relora_mora.config import ModelConfig
 from relora_mora.data import load_eval_set
 from relora_mora.evaluate import causal_lm_loss, evaluate
 from relora_mora.export import export
@@ -107,16 +106,15 @@ def test_a_warm_start_begins_with_the_weights_of_the_other_run(
         given = tmp_path / "export"
         export(origin, given)
     folder = tmp_path / "warm"
-    pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, model={"init_from": str(given)}), stop_after=1)
+    config = run_config(inputs, tokenizer_path, folder, 2, model={"init_from": str(given)})
+    pools(2)(train, config, stop_after=1)
     before = [line["eval/loss"] for line in metrics(origin) if "eval/loss" in line][-1]
     after = next(line["eval/loss"] for line in metrics(folder) if "eval/loss" in line)
     assert after == pytest.approx(before, abs=2e-5)
-    pools(2)(
-        train, run_config(inputs, tokenizer_path, folder, 2, model={"init_from": str(given)}), stop_after=2
-    )  # resumes: no second start
+    pools(2)(train, config, stop_after=2)  # resumes: no second start
     assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [0]
     began, resumed = read_json_lines(folder / "starts.jsonl")
-    assert began["began_with"]["init_from"] == start_digests(ModelConfig(init_from=str(given)))["init_from"]
+    assert began["began_with"] == start_digests(config)
     assert "began_with" not in resumed, "it has not read them"
 
 
