@@ -33,11 +33,25 @@ def local_content(shards: Sequence[Shard]) -> str:
 
     A gzip or zstd file ends with a checksum of all of its text; in plain text a change in the middle may be missed. Of
     tokens made in advance that of their text counts, and is kept with them; the tokens are looked at in the same way.
-    Raises SourceError for a file that cannot be read, and for tokens that are not what they were.
+    Raises SourceError for a file that cannot be read, for tokens that are not what they were, and for those of a text
+    that is there as well.
     """
     near = [shard for shard in shards if not shard.is_remote]
     seen = dict(zip(near, _each(near, _seen_here), strict=True))
+    _refuse_twice(seen)
     return _digest([shard for shard in near if shard.origin == "local"], seen)
+
+
+def _refuse_twice(seen: Mapping[Shard, bytes]) -> None:
+    first: dict[tuple[str, bytes], Shard] = {}
+    for shard, content in seen.items():
+        other = first.setdefault((shard.name, content), shard)
+        made = shard.tokens or other.tokens
+        if other is not shard and made and made.totals.documents:
+            raise SourceError(
+                f"{other.location} and {shard.location} hold the same text, once or twice as tokens; "
+                "it would be read twice: give one of them"
+            )
 
 
 def remote_content(shards: Sequence[Shard], timeout_seconds: float) -> str:

@@ -21,6 +21,7 @@ from relora_mora.data.sources import Shard
 
 # bytes pass through csv as the characters of the same numbers, so that it counts bytes and meets no wrong encoding
 _BYTES = "latin-1"
+_OTHER_DELIMITERS = ";\t|"
 _INSIDE = re.compile(rb'([^"])[^"]+([^"])')
 
 
@@ -131,6 +132,11 @@ class CsvRecords:
             )
         assert isinstance(row, list)
         names = [name.encode(_BYTES).decode("utf-8", "replace") for name in row]
+        if len(names) == 1 and (found := next((each for each in _OTHER_DELIMITERS if each in names[0]), None)):
+            raise SourceError(
+                f"{shard.name}: its header is {names[0]!r}, which {found!r} seems to divide, and not commas; write it "
+                "again with commas (pandas: read_csv(FILE, sep=...).to_csv(FILE, index=False)), or as Parquet"
+            )
         check_names(shard, names)
         return names
 

@@ -6,8 +6,10 @@ and reads no text: what comes out depends on the names alone, and a set on the h
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from relora_mora.data.errors import SourceError
@@ -25,7 +27,7 @@ def split_files(name: DatasetName, split: str, paths: Iterable[str], cards: Mapp
     source = name.source
     split = name.split or split
     script = f"{PurePosixPath(name.place).name if name.on_hub else name.folder.resolve().name}.py"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _torch_not_halted():
         root = Path(folder) / "set"
         for path in paths:
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
@@ -44,6 +46,19 @@ def split_files(name: DatasetName, split: str, paths: Iterable[str], cards: Mapp
             raise missing_split(name, split, splits)
         _refuse_mixed(name, split, root, splits)
         return splits[split]
+
+
+@contextlib.contextmanager
+def _torch_not_halted() -> Iterator[None]:
+    """``datasets`` takes torch for imported where a command has halted its import (None in ``sys.modules``)."""
+    halted = sys.modules.get("torch", sys) is None
+    if halted:
+        del sys.modules["torch"]
+    try:
+        yield
+    finally:
+        if halted:
+            sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 
 def missing_split(name: DatasetName, split: str, splits: Iterable[str]) -> SourceError:

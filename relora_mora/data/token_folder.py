@@ -23,6 +23,7 @@ from relora_mora.data.checked_rows import check_columns
 from relora_mora.data.content import content_digests
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.formats import TEXT
+from relora_mora.data.parse import is_encodable
 from relora_mora.data.plain_text import check_is_text, text_encoder
 from relora_mora.data.sources import Shard
 from relora_mora.data.token_index import (
@@ -83,6 +84,8 @@ def make_tokens(
         raise SourceError(f"{Path(made.location).parent} holds tokens already; give the text that they are of")
     for shard in shards:
         check_is_text(shard)
+        if not is_encodable(shard.name):
+            raise SourceError(f"{shard.location!a}: its name is not UTF-8, and tokens are kept by it; rename the file")
     check_columns(shards, config)
     index = _planned(shards, config, tokenizer_path)
     with _folder(out, index):

@@ -102,6 +102,11 @@ def test_the_header(tmp_path, bom, head):
         (b"text,id,text\n", 'has 2 columns "text"; set data.text_column to one of text, id, text'),
         (b"<html>\n<body>Log in", "its header is HTML, not JSON; the first row of CSV names the columns"),
         ("id,text\n".encode("utf-16"), "its header is UTF-16, not UTF-8 (iconv -f UTF-16 -t UTF-8); the first row"),
+        (
+            b"id;text\n",
+            "its header is 'id;text', which ';' seems to divide, and not commas; write it again with commas",
+        ),
+        (b"text\turl\n", r"its header is 'text\turl', which '\t' seems to divide"),
         (b'"text\n', "its header is not CSV; the first row of CSV names the columns: repair or drop the file"),
     ],
 )

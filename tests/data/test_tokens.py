@@ -136,6 +136,16 @@ def test_text_and_tokens_together(folder, tokenizer_path):
     assert epoch_tokens(resolve_shards(mixed)) is None
 
 
+@pytest.mark.parametrize("first,second", [("few/*", "few.tokens"), ("few.tokens", "few/*"), ("few.tokens", "again")])
+def test_a_text_twice_once_as_tokens_is_refused(folder, tmp_path, first, second):
+    place = folder / ".json.gz"
+    shutil.copytree(place / "few.tokens", tmp_path / "again")
+    sources = [str((tmp_path if name == "again" else place) / name) for name in (first, second)]
+    with pytest.raises(SourceError, match=r"few.*0000.* hold the same text, once or twice as tokens; it would be read"):
+        local_content(resolve_shards(sources))
+    assert local_content(resolve_shards([str(place / "odd.tokens"), str(place / "odd" / "empty*")])), "it has no text"
+
+
 def test_a_run_reads_them_without_a_tokenizer(folder, tokenizer_path, monkeypatch):
     monkeypatch.setattr("relora_mora.tokenizer.load_tokenizer", None)
     config = data_config(folder / ".json.gz" / "few.tokens")

@@ -184,6 +184,20 @@ def test_a_full_disk(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
 # ---- the end of a command ------------------------------------------------------------------------------------------
 
 
+def test_a_set_by_name_needs_no_torch_either(tmp_path: Path, tokenizer_path: str) -> None:
+    write_shards(tmp_path / "set", 2, 20)
+    argv = [TOKENIZE, tmp_path / "set", tmp_path / "out", f"--tokenizer={tokenizer_path}", "--processes=1"]
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and "tokens of 40 documents" in done.stdout
+
+
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path, tokenizer_path: str) -> None:
+    write_shard(tmp_path / os.fsdecode(b"B\xfccher.json"), some_texts(3))
+    answer = call(TOKENIZE, f"{tmp_path}/*.json", tmp_path / "out", f"--tokenizer={tokenizer_path}")
+    refused(answer, r"B\udcfccher.json'", "its name is not UTF-8, and tokens are kept by it; rename the file")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def much_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small shards, then large ones."""
