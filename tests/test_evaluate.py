@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from relora_mora.checkpoint import CheckpointError
-from relora_mora.config import DataConfig, parse_typed
+from relora_mora.config import DataConfig, RecordsConfig, parse_typed
 from relora_mora.data import SourceError, document_boundaries, load_eval_set
 from relora_mora.data.hub_sources import Commits
 from relora_mora.evaluate import causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal, rows_of_documents
@@ -152,6 +152,18 @@ def test_conversations_of_a_run_have_the_template_that_its_tokenizer_took_along(
     loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
     assert loaded.data_settings(None, {}).records.template is None
     assert loaded.data_settings(None, {}, own_tokenizer=False).records.template == "chat.jinja"
+
+
+@pytest.mark.parametrize(
+    "own", [{"kind": "messages", "template": "chatml"}, {"kind": "alpaca", "columns": {"output": "a"}}]
+)
+def test_records_of_another_kind_than_a_run_s_own_have_nothing_of_these(own):
+    data = DataConfig(train="a.jsonl", validation="b.jsonl", records=own)
+    loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
+    for kind in ("question", "text"):
+        asked = loaded.data_settings("c.jsonl", {"data.records.kind": kind})
+        assert asked.records == RecordsConfig(kind=kind)
+    assert loaded.data_settings("c.jsonl", {"data.records.kind": own["kind"]}).records == data.records
 
 
 def _llama(**changes) -> LlamaForCausalLM:

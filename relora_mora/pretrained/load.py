@@ -50,6 +50,9 @@ class LoadedModel:
         given = trained.model_dump(include={*SCORING, "validation", "commits"}) | {"train": "none"}
         if any(name.startswith("data.records") for name in overrides):
             del given["packing"]
+        kind = overrides.get("data.records.kind")
+        if kind is not None and trained.records is not None and trained.records.kind != kind:
+            given["records"] = None  # columns and template of one kind are none of another
         if overrides.get("data.packing") == "none":
             del given["document_mask"]
         if validation is None:
