@@ -9,6 +9,7 @@ import logging
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,7 +250,7 @@ def test_offline_the_files_hold_the_run_over_a_resume_and_no_key(folder: Path, m
             written.write(step, {"train/loss": float(step), "train/skipped_data": ["a text"]})
         written.close()
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
-    parts = [list(_records(file)) for file in files]
+    parts = [_finished(file) for file in files]
     histories = [[record.history for record in part if record.HasField("history")] for part in parts]
     rows = [[_values(history.item) for history in part] for part in histories]
     kept = [[(row["step"], row["train/loss"]) for row in part] for part in rows]
@@ -267,6 +268,17 @@ def _values(items: Any) -> dict[str, Any]:
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
+def _finished(path: Path) -> list[Any]:
+    """All records of a file: W&B's service may write the last ones when its ``finish`` has returned."""
+    deadline = time.monotonic() + 60
+    records = list(_records(path))
+    while not any(record.HasField("exit") for record in records):
+        assert time.monotonic() < deadline, records
+        time.sleep(0.05)
+        records = list(_records(path))
+    return records
+
+
 def _records(path: Path) -> Iterator[Any]:
     """What a file of W&B holds: records in blocks, as in LevelDB's log, behind a head of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -281,6 +293,8 @@ def _records(path: Path) -> Iterator[Any]:
             continue
         _, length, kind = head.unpack_from(data, place)
         place += head.size
+        if place + length > len(data):  # it is being written
+            return
         whole += data[place : place + length]
         place += length
         if kind in (1, 4):  # a whole record, or the last part of one
