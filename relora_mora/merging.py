@@ -24,7 +24,7 @@ from relora_mora.operators import Draw, GroupingOperator, Operator
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.zero import ZeroEngine
 
-MEASURED_STEPS = 100  # the effective rank is measured at most so often; singular values take longer than the merge
+MEASURED_STEPS = 100  # in each of which the effective rank is measured once: singular values take longer than the merge
 
 
 class MergeError(RuntimeError):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from relora_mora.config import Config, ConfigError
 from relora_mora.pretrained import with_tokenizer
-from relora_mora.study.cells import first_round
+from relora_mora.study.conduct import known_cells
 from relora_mora.study.design import Study
 from relora_mora.study.folder import StudyFolder, cell_configs, refuse
 from relora_mora.train.check import check_model
@@ -14,11 +14,11 @@ from relora_mora.train.inputs import open_inputs
 
 
 def check_inputs(study: Study, folder: StudyFolder) -> None:
-    """Looks for the model, the text and the tokenizer of every run of the first round that is not done.
+    """Looks for the model, the text and the tokenizer of every run that is known and not done.
 
     Raises :class:`relora_mora.config.ConfigError` with the faults of all, named once each.
     """
-    cells = [cell for cell in first_round(study) if not folder.is_done(cell)]
+    cells = [cell for cell in known_cells(study, folder) if not folder.is_done(cell)]
     faults: dict[str, str] = {}
     opened: set[str] = set()
     for cell, config in cell_configs(study, cells, folder).items():

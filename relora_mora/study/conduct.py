@@ -44,13 +44,18 @@ def conduct(study: Study, folder: StudyFolder, program: Path, jobs: int) -> int:
     return kept
 
 
+def known_cells(study: Study, folder: StudyFolder) -> list[Cell]:
+    """Those of the first round, and of the second what the results that are there choose."""
+    first = first_round(study)
+    return [*first, *second_round(study, _results(study, first, folder))]
+
+
 def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tuple[int, list[str]]:
     """Runs a cell that is done a second time, in a folder of its own; one that was cut there goes on.
 
     Returns how many numbers were compared, and a line for each that is not exactly the same.
     """
-    first = first_round(study)
-    cells = [*first, *second_round(study, _results(study, first, folder))]
+    cells = known_cells(study, folder)
     found = [cell for cell in cells if cell.name == name and folder.is_done(cell)]
     if not found:
         done = ", ".join(cell.name for cell in cells if folder.is_done(cell)) or "none"

@@ -27,6 +27,7 @@ from relora_mora.train.judge import Judge, StepResult
 from relora_mora.train.loggers import make_loggers
 from relora_mora.train.metrics import Metrics
 from relora_mora.train.progress import Progress
+from relora_mora.train.report import merge_metrics
 from relora_mora.train.rollback import roll_back
 from relora_mora.train.startup import Startup
 from relora_mora.train.state import RunState
@@ -81,6 +82,7 @@ class Trainer:
                 self.folder,
                 step=state.step if goes_on else 0,
                 evaluated=state.evaluated == state.step,
+                merged=state.made_up is None,
                 loggers=make_loggers(self.folder, config.log),
             )
         self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
@@ -93,6 +95,7 @@ class Trainer:
         self.evaluating = Evaluating(run, guard, self.write, self.progress)
         self.saving = Saving(run, self.writer, guard, self.write)
         self.ends = Ends(self.folder, self.saving, guard)
+        self._write_made_up()
 
     def fit(self) -> int:
         """Trains to the end, or until some rank is asked to stop; returns the exit code."""
@@ -201,11 +204,17 @@ class Trainer:
         self.guard.step = state.step
         self.progress.go_back(state.step)
         if self.metrics is not None:
-            self.metrics.go_back(state.step)
+            self.metrics.go_back(state.step, merged=state.made_up is None)
         values = {"train/rollbacks": state.rollbacks, "train/rolled_back_from": before.step}
         # the lines that named the bad data are those of steps that never were
         skipped = {"train/skipped_data": before.health.bad_data} if before.health.bad_data else {}
         self.write(state.step, {**values, **skipped})
+        self._write_made_up()
+
+    def _write_made_up(self) -> None:
+        """The merge that loading the state made, as one that follows a step."""
+        if self.state.made_up is not None:
+            self.write(self.state.step, merge_metrics(self.state.made_up))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Metrics of a step; the first rank writes them."""

@@ -44,25 +44,29 @@ class Metrics:
     """Writes ``metrics.jsonl`` of a run folder, and hands the same to loggers.
 
     After a resume at ``step``, what an earlier process logged beyond it is dropped from the file, because those steps
-    are made again; and where the evaluation of ``step`` is made again (not ``evaluated``), what one has given. A line
-    that cannot be written (the disk is full) is lost, with a warning, and training goes on.
+    are made again; and where the evaluation or the merge of ``step`` is made again (not ``evaluated``, not ``merged``),
+    what one has given. A line that cannot be written (the disk is full) is lost, with a warning, and training goes on.
     """
 
-    def __init__(self, folder: Path, *, step: int, evaluated: bool = True, loggers: Sequence[Logger] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, step: int, evaluated: bool = True, merged: bool = True, loggers: Sequence[Logger] = ()
+    ) -> None:
         self.path = RunFolder(folder).metrics
         self._loggers = loggers
         self._file: int | None = None
         self._losing: set[str] = set()
         self._step = step
         self._evaluated = evaluated
+        self._merged = merged
         self._open_file()
         self._open_loggers()
 
-    def go_back(self, step: int) -> None:
+    def go_back(self, step: int, *, merged: bool = True) -> None:
         """Drops what was logged beyond ``step``: the run goes on from there."""
         self._close_file()
         self._step = step
         self._evaluated = True
+        self._merged = merged
         self._try(self.path.name, self._open_file)
         self._open_loggers()
 
@@ -79,10 +83,11 @@ class Metrics:
         if not self.path.exists():
             return
         kept = []
+        made_again = {"eval/seconds": not self._evaluated, "merge/seconds": not self._merged}
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 values = json.loads(line)
-                again = values["step"] == step and not self._evaluated and "eval/seconds" in values
+                again = values["step"] == step and any(made_again[tag] for tag in made_again.keys() & values.keys())
                 if 0 < step >= values["step"] and not again:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):

@@ -41,7 +41,8 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     if (manifest.data_fingerprint, manifest.data_content) != text:
         state.health.begin_window()
     if owes_merge:
-        run.merger.merge(state.step, run.schedule.merges_done(state.step), run.schedule.operator(state.step))
+        done = run.schedule.merges_done(state.step)
+        state.made_up = run.merger.merge(state.step, done, run.schedule.operator(state.step))
         log.info("step %d: merged, which was due here: the run had left it to its export", state.step)
     return state
 

@@ -39,7 +39,14 @@ def check_run_folder(path: Path) -> None:
     folder = RunFolder(path)
     if folder.lock.exists() or folder.checkpoints.exists():
         return
-    written = (folder.config, folder.model_config, folder.tokenizer, folder.metrics)
+    written = (
+        folder.config,
+        folder.model_config,
+        folder.tokenizer,
+        folder.metrics,
+        folder.wandb_id,
+        folder.rollbacks,
+    )
     found = [name.name for name in written if name.exists()]
     if found:
         fault = (

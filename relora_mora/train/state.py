@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from relora_mora.checkpoint import Manifest
+from relora_mora.merging import MergeRecord
 from relora_mora.train.health import Health
 from relora_mora.train.report import Interval
 
@@ -29,6 +30,7 @@ class RunState:
     data: dict[str, Any] = field(default_factory=dict)
     saved: int | None = None  # the step of the newest checkpoint in the run folder
     evaluated: int | None = None  # the step of the last evaluation
+    made_up: MergeRecord | None = None  # the merge of this step, where it was made when the state was loaded
 
     def dump(self, world_size: int) -> dict[str, Any]:
         """The ``counters`` of a checkpoint's manifest; a collective."""

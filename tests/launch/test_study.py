@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import yaml
 
 from launch.uuid_pairs import uuid_pairs
 from relora_mora.config import ConfigError
-from relora_mora.study import CellsFailed, Study, StudyFolder
+from relora_mora.study import CellsFailed, Study, StudyFolder, conduct
 from relora_mora.study.check import check_inputs
+from tests.study.tools import TRAINER, made_study
 from tests.tools.adapter_tools import save_base
 from tests.tools.commands import call, module_of, refused
 from tests.tools.helpers import ROOT
+from tests.tools.runs import write_inputs
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 STUDY = "launch/study.py"
@@ -67,6 +70,20 @@ def test_a_run_that_takes_text_and_tokenizer_of_its_model_finds_them(tmp_path: P
     data.unlink()
     with pytest.raises(ConfigError, match=r"pairs\.jsonl.*\(in name=mora,seed=0\)"):
         check_inputs(study, folder)
+
+
+def test_so_is_what_the_second_round_would_not_find_where_the_first_is_done(tmp_path: Path):
+    text = write_inputs(tmp_path / "text")
+    settings = {f"data.{side}": str(text / side / "*.json.gz") for side in ("train", "validation")}
+    choose = {"over": ["optim.lr"], "lowest": "eval/loss"}
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+    folder = StudyFolder(tmp_path / "out")
+    first, both = (made_study(grid=grid, seeds=seeds, choose=choose, settings=settings) for seeds in ([0], [0, 1]))
+    assert conduct(first, folder, TRAINER, 2) == 2
+    shutil.rmtree(text)
+    check_inputs(first, folder)
+    with pytest.raises(ConfigError, match=r"data\.train: .*text/train.*\(in name=mora,lr=0\.003,seed=1\)"):
+        check_inputs(both, folder)
 
 
 def test_the_others_are_in_the_table_where_a_run_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -274,3 +274,10 @@ def test_a_longer_run_makes_up_for_the_merge_that_the_last_step_left_out(
     assert [line["step"] for line in metrics(short) if "merge/layers" in line] == [4]
     pools(2)(train, run_config(inputs, tokenizer_path, short, 2, train={"allow_changes": ["train.steps"]}, **settings))
     assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in (long, short))) == []
+    assert _merges(short) == _merges(long) != []
+
+
+def _merges(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics that merges wrote, without times."""
+    lines = [line for line in metrics(run) if "merge/layers" in line]
+    return [{tag: value for tag, value in line.items() if tag not in ("time", "merge/seconds")} for line in lines]

@@ -163,6 +163,7 @@ def test_a_rollback_to_the_end_of_a_shorter_run_makes_its_merge_again(pools, inp
     for folder in (rolled, reference):
         manifest = json.loads((folder / "checkpoints" / "step-00000009" / "manifest.json").read_text())
         assert (manifest["merges_done"], manifest["operator"]) == (2, 1), folder
+        assert [line["step"] for line in metrics(folder) if "merge/layers" in line] == [4, 8], folder
 
 
 def test_a_second_time_ends_the_run_with_a_report(pools, inputs, tokenizer_path, tmp_path):

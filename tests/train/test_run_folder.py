@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from relora_mora.config import ConfigError
 from relora_mora.supervise import RunLock
+from relora_mora.train.run_folder import check_run_folder
 from tests.tools.commands import PRETRAIN, Answer, call, disk
 from tests.tools.jobs import Job, ends, write_config
 from tests.tools.runs import metrics, run_config
@@ -56,6 +58,15 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(pools, inputs, 
         assert "config.yaml, tokenizer there; give a new or empty folder" in said and "Traceback" not in said
         assert {path: path.read_bytes() for path in before} == before
         assert {path.name for path in folder.iterdir()} - {"ends.jsonl"} == {"config.yaml", "tokenizer"}
+
+
+@pytest.mark.parametrize("name", ["wandb-id.txt", "rollbacks.json"])
+def test_no_file_of_something_else_is_written_over(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"a run would write over {name} there"):
+        check_run_folder(tmp_path)
+    (tmp_path / "lock").touch()
+    check_run_folder(tmp_path)
 
 
 @pytest.mark.stops
