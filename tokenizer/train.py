@@ -80,7 +80,7 @@ def main(
     Args:
         data: a source of text as in data.train of a run (path, glob, url, hub:OWNER/NAME/PATTERN, allenai/c4), or a
             YAML list of them
-        out: the folder to write; it must not hold a tokenizer yet
+        out: the folder to write; it must be new or empty
         vocab_size: token ids, with unk, bos, eos (0, 1, 2) and the 256 bytes
         seed: of the sample of documents
         max_documents: read at most this many documents, from the first shard on; 0: all

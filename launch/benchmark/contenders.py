@@ -282,6 +282,8 @@ def _apollo(setting: Setting) -> Contender:
 OURS: dict[str, Callable[[Setting], Contender]] = {
     **{name: functools.partial(Ours, method=name) for name in METHODS},
     "frozen": lambda setting: Ours(setting, "full", frozen=True),
+    "relora_merged": lambda setting: Ours(setting, "relora", "merged"),
+    "relora_resident": lambda setting: Ours(setting, "relora", "resident"),
     "remora_merged": lambda setting: Ours(setting, "remora", "merged"),
     "remora_resident": lambda setting: Ours(setting, "remora", "resident"),
     "remora_decoupled": lambda setting: Ours(setting, "remora", "decoupled"),

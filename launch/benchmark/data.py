@@ -9,7 +9,7 @@ MAX_LANES = 65_536  # each lane gets its own plan of the shards
 
 
 def main(config: str, *, lanes: int | None = None, tokens: int = 1_000_000, rounds: int = 3, **overrides: str) -> None:
-    """Measures the pipeline of a run's training data.
+    """Measures the pipeline of a run's training data, which is plain text or tokens.
 
     Args:
         config: a YAML file such as configs/run/tiny_remora.yaml

@@ -13,6 +13,7 @@ from typing import Any
 from relora_mora.config import DataConfig
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Lane
+from relora_mora.data.plain_text import check_is_text
 from relora_mora.data.rows import Encode, Encoded
 from relora_mora.data.sources import Shard, configured_shards, resolve_shards
 from relora_mora.data.token_folder import make_tokens
@@ -41,7 +42,9 @@ def pipeline_throughput(
     lanes = lanes or min(64, len(shards))
     numbers = {"data/lanes": lanes, "data/shards": len(shards)}
     if all(shard.tokens for shard in shards):
-        return {IN_ADVANCE: _tokens_per_second(config, shards, lanes, tokens, rounds), **numbers}
+        return {IN_ADVANCE: _tokens_per_second(config, shards, lanes, TIMES_IN_ADVANCE * tokens, rounds), **numbers}
+    for shard in shards:
+        check_is_text(shard)
     tokenizer: Any = load_tokenizer(tokenizer_path)
     calls: list[list[str]] = []  # the texts of each call of the tokenizer
 

@@ -41,8 +41,8 @@ def main(
         model: a LlamaConfig JSON file
         methods: separated by commas; ratios refer to the first. full, frozen (the decoder's linears do not train: no
             adapter method can be faster), remora, remora_merged, remora_resident, remora_decoupled,
-            remora_released, remora_r32 (R a multiple of 32), full_compiled, remora_compiled, relora, plain, peft_lora,
-            galore, apollo
+            remora_released, remora_r32 (R a multiple of 32), full_compiled, remora_compiled, relora, relora_merged,
+            relora_resident, plain, peft_lora, galore, apollo
         tokens: tokens of a micro-batch on one rank
         sequence_length: tokens of a sequence
         accumulation: micro-batches of a step

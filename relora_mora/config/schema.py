@@ -107,7 +107,7 @@ class MethodConfig(Strict):
         description="train linears of the decoder that have no adapter; null: where embeddings, norms or head train",
     )
     train_embeddings: bool = Field(True, description="train the input embeddings")
-    train_norms: bool = Field(True, description="train the norms")
+    train_norms: bool = Field(True, description="train the norms, and biases where the model has them")
     train_head: bool = Field(True, description="train the output head")
     form: Literal["auto", "merged", "resident", "decoupled"] = Field(
         "auto", description="how an adapter layer computes: see docs/method.md"
@@ -169,7 +169,10 @@ class OptimConfig(Strict):
     """One peak rate for linears or their adapters and one for embeddings, norms and head, which AdamW trains."""
 
     lr: Rate = Field(5e-4, description="peak rate of the decoder's linears (full) or adapters (others)")
-    lr_other: Rate | None = Field(None, description="peak rate of embeddings, norms and head; null: the same as lr")
+    lr_other: Rate | None = Field(
+        None,
+        description="peak rate of embeddings, norms and head, and of linears beside those with adapters; null: as lr",
+    )
     matrices: MatrixOptimizerName = Field(
         "adamw", description="optimizer of the decoder's linears (full) or adapters (others): see docs/method.md"
     )
@@ -190,7 +193,7 @@ class OptimConfig(Strict):
         (0.9, 0.95), strict=False, description="betas of AdamW, and of Adam on a projection"
     )
     eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = Field(1e-8, description="epsilon of the same")
-    weight_decay: Decay = Field(0.0, description="decoupled weight decay of everything but the norms")
+    weight_decay: Decay = Field(0.0, description="decoupled weight decay of everything but norms and biases")
     clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         1.0, description="clip the global gradient norm; 0: off"
     )
@@ -238,10 +241,12 @@ class TrainConfig(Strict):
     deterministic: bool = Field(
         False, description="on GPUs: repeat every bit, so that a resume is bit-equal, at some cost; CPUs always do"
     )
-    seed: Seed = Field(0, description="seed of initial weights, LoRA's draws and those of operator 7")
+    seed: Seed = Field(
+        0, description="seed of all draws but the order of text: first weights, LoRA, operator 7, dropout, resets"
+    )
     resume: Text = Field(
         "auto",
-        description="auto: from the newest whole checkpoint of run_dir; never: refuse a used run_dir; "
+        description="auto: from the newest whole checkpoint of run_dir; never: refuse a run_dir with checkpoints; "
         "or a checkpoint folder",
     )
     allow_changes: list[str] = Field([], description="settings that may differ from the checkpoint's, e.g. [optim.lr]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launch.benchmark.pipeline import pipeline_throughput
-from relora_mora.data import make_tokens, resolve_shards
+from relora_mora.data import SourceError, make_tokens, resolve_shards
 from tests.tools.data_tools import data_config, write_shards
 
 
@@ -22,3 +22,10 @@ def test_throughput_is_measured(tmp_path, tokenizer_path):
     make_tokens(resolve_shards(config.train), out, config=config, tokenizer_path=tokenizer_path, processes=1)
     figures = pipeline_throughput(data_config(out), "none", tokens=2000, rounds=1)
     assert figures.pop("data/tokens_per_second_in_advance") > 0 and figures == {"data/lanes": 5, "data/shards": 5}
+
+
+def test_records_are_no_text(tmp_path, tokenizer_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    config = data_config(tmp_path / "q.jsonl", records={"kind": "question"})
+    with pytest.raises(SourceError, match=r"q\.jsonl is read as records \(data\.records\), and text is needed here"):
+        pipeline_throughput(config, tokenizer_path, tokens=2000, rounds=1)
