@@ -132,13 +132,20 @@ class CsvRecords:
             )
         assert isinstance(row, list)
         names = [name.encode(_BYTES).decode("utf-8", "replace") for name in row]
-        if len(names) == 1 and (found := next((each for each in _OTHER_DELIMITERS if each in names[0]), None)):
-            raise SourceError(
-                f"{shard.name}: its header is {names[0]!r}, which {found!r} seems to divide, and not commas; write it "
-                "again with commas (pandas: read_csv(FILE, sep=...).to_csv(FILE, index=False)), or as Parquet"
-            )
+        if len(names) == 1:
+            _check_delimiter(shard, names[0])
         check_names(shard, names)
         return names
+
+
+def _check_delimiter(shard: Shard, header: str) -> None:
+    """Raises SourceError for a header of one column that is several with another delimiter."""
+    found = next((each for each in _OTHER_DELIMITERS if each in header), None)
+    if found is not None and header.replace("\t", " ").isprintable():
+        raise SourceError(
+            f"{shard.name}: its header is {header!r}, which {found!r} seems to divide, and not commas; write it again "
+            "with commas (pandas: read_csv(FILE, sep=...).to_csv(FILE, index=False)), or as Parquet"
+        )
 
 
 def _text(field: str) -> str | Skipped:
