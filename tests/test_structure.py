@@ -131,6 +131,14 @@ def test_what_trains_nothing_does_without_deepspeed():
     assert done.stdout == "False\n"
 
 
+def test_what_checks_settings_does_without_torch():
+    """A mistake is told at once; importing torch takes seconds."""
+    modules = ", ".join(f"relora_mora.{name}" for name in ("cli", "compare", "config", "data", "study", "tokenizer"))
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_the_package_never_imports_the_scripts():
     for _, path in _files():
         assert not {name.split(".")[0] for name in _imports(path)} & {"launch", "tests"}

@@ -13,7 +13,6 @@ from relora_mora.compare.groups import used_settings
 from relora_mora.compare.records import RECORDS, read_records
 from relora_mora.config import FINETUNING, Config, ConfigError, load_config, parse_yaml
 from relora_mora.origin import changed_start, start_digests, starts_of
-from relora_mora.pretrained import with_tokenizer
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
 from relora_mora.supervise import FINISHED
@@ -131,6 +130,8 @@ class StudyFolder:
 
         So it does where model, text or tokenizer that one began with are not what they were.
         """
+        from relora_mora.pretrained import with_tokenizer  # here: with torch, which takes seconds
+
         faults = []
         digests: dict[str, dict[str, str]] = {}  # by what is read: most cells read the same
         for cell, config in configs.items():

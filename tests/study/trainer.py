@@ -32,7 +32,7 @@ def main() -> int:
         "host": "here",
         "threads": os.environ["OMP_NUM_THREADS"],
     }
-    if settings.keys() & {"model.init_from", "data.train"}:  # importing torch takes seconds
+    if settings.keys() & {"model.init_from", "data.train"}:  # the import takes as long as all else here
         from relora_mora.config import load_config
         from relora_mora.origin import start_digests
 
