@@ -15,6 +15,7 @@ from relora_mora.data import UNSCORED, Batch, TrainStream, count_epochs, merge_s
 from relora_mora.data.whole import of_epoch
 from relora_mora.tokenizer import load_tokenizer
 from tests.tools.data_tools import data_config
+from tests.tools.grids import rest
 
 LENGTH = 48
 LANES = 4
@@ -106,8 +107,7 @@ def test_no_batch_is_empty_where_an_epoch_packs_into_fewer_blocks_than_another(t
             assert batches[-1].counts["documents"] == (number + 1) * len(rows)
 
 
-@pytest.mark.parametrize("packing", ["whole", "none"])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("packing,workers", [("whole", 0), ("none", 0), ("whole", 1), *rest(("none", 1))])
 def test_stops_and_other_numbers_of_ranks_change_none_of_it(path, tokenizer_path, packing, workers):
     config = _config(path, packing, workers=workers)
     tokenizer = load_tokenizer(tokenizer_path)
