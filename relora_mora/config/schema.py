@@ -241,9 +241,7 @@ class TrainConfig(Strict):
     deterministic: bool = Field(
         False, description="on GPUs: repeat every bit, so that a resume is bit-equal, at some cost; CPUs always do"
     )
-    seed: Seed = Field(
-        0, description="seed of all draws but the order of text: first weights, LoRA, operator 7, dropout, resets"
-    )
+    seed: Seed = Field(0, description="seed of first weights and of all other draws, but for the order of text")
     resume: Text = Field(
         "auto",
         description="auto: from the newest whole checkpoint of run_dir; never: refuse a run_dir with checkpoints; "

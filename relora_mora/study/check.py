@@ -8,7 +8,7 @@ from relora_mora.config import Config, ConfigError
 from relora_mora.pretrained import with_tokenizer
 from relora_mora.study.conduct import known_cells
 from relora_mora.study.design import Study
-from relora_mora.study.folder import StudyFolder, cell_configs, refuse
+from relora_mora.study.folder import StudyFolder, cell_configs, refuse, what_it_reads
 from relora_mora.train.check import check_model
 from relora_mora.train.inputs import open_inputs
 
@@ -23,7 +23,7 @@ def check_inputs(study: Study, folder: StudyFolder) -> None:
     opened: set[str] = set()
     for cell, config in cell_configs(study, cells, folder).items():
         found = _faults(check_model, config)
-        read = config.model_dump_json(include={"data": True, "tokenizer": True, "model": {"init_from"}})
+        read = what_it_reads(config)
         if read not in opened:
             opened.add(read)
             found += _faults(lambda each: open_inputs(with_tokenizer(each)), config)

@@ -21,9 +21,6 @@ from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import RunFolder, noted_digests, read_json_lines
 
 PLACES = {"train.run_dir"}  # settings that do not matter for a run's numbers
-# sections that say what a run reads, and what they hold beside
-READ = {"model", "tokenizer", "data"}
-NOT_READ = {"data": {"seed"}}
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class StudyFolder:
             try:
                 self._begin(cell, {**json.loads(config.model_dump_json()), "threads": threads})
                 if noted := self._noted(cell):
-                    read = config.model_dump_json(include=READ, exclude=NOT_READ)
+                    read = what_it_reads(config)
                     if read not in digests:
                         digests[read] = start_digests(with_tokenizer(config))
                     self._check_start(cell, noted, digests[read])
@@ -219,6 +216,14 @@ def last_step(run: RunFolder) -> int:
         stream.seek(max(0, run.metrics.stat().st_size - 100_000))
         line = stream.read().splitlines()[-1:]
     return int(json.loads(line[0])["step"]) if line else 0
+
+
+def what_it_reads(config: Config) -> str:
+    """Equal for two runs that read the same model, tokenizer and text, in whatever order."""
+    return config.model_dump_json(
+        include={"data": True, "tokenizer": True, "model": {"config", "init_from", "adapter"}},
+        exclude={"data": {"seed"}},
+    )
 
 
 def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, Config]:
