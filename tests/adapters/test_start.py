@@ -116,7 +116,7 @@ def test_the_first_loss_is_that_of_the_adapter_and_the_last_that_of_its_export(
     first, last = (line["eval/loss"] for line in metrics(run) if "eval/loss" in line)
     scored = []
     for folder in (adapters[name], tmp_path / "peft", tmp_path / "merged"):
-        options = (f"--data={inputs}/validation/*.json.gz", "--data.sequence_length=32", "--max_tokens=500")
+        options = (f"--data={inputs}/validation/*.json.gz", "--data.sequence_length=32", "--max_tokens=200")
         answer = call(EVALUATE, folder, *options)
         assert answer.code == 0, answer.err
         scored.append(json.loads(answer.out.splitlines()[-1])["loss"])

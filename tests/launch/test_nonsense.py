@@ -191,6 +191,6 @@ def test_memory_that_runs_out_is_a_message(pools, inputs, tokenizer_path, tmp_pa
     [said] = pools(1)(too_large, inputs, tokenizer_path, tmp_path / "run", error)
     assert (
         said.startswith("relora_mora.")
-        and "train.micro_batch_size: 2 sequences of 32 tokens" in said
+        and "train.micro_batch_size: 4 sequences of 32 tokens" in said
         and "lower it" in said
     )

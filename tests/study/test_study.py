@@ -28,6 +28,7 @@ from relora_mora.study.runner import POLL_SECONDS, Runner
 from relora_mora.supervise import RunLock
 from relora_mora.system.run_folder import read_json_lines
 from tests.study.tools import BASE, RATES, TRAINER, made_study
+from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import lives
 
@@ -361,7 +362,7 @@ def ending(process: subprocess.Popen[str]) -> Iterator[None]:
         process.kill()
 
 
-@pytest.mark.parametrize(("held", "ends"), [("claim", True), ("claim", False), ("run", False)])
+@pytest.mark.parametrize(("held", "ends"), [("claim", True), ("run", False), *rest(("claim", False))])
 def test_what_another_study_runs_is_left_to_it(tmp_path: Path, held: str, ends: bool):
     """Unless that ends before the run does. A run may outlive its study, while it saves."""
     study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.5e-3, 3e-3]}]})

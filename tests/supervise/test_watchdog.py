@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 BEATS = """
 import datetime, faulthandler, gc, random, sys, threading, time
 from pathlib import Path
@@ -109,6 +111,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.stops
 def test_a_job_that_was_suspended_goes_on():
     """All clocks stood still for it; what it did before counts on."""
     command = [sys.executable, "-c", SUSPENDED]

@@ -36,7 +36,7 @@ def write_inputs(folder: Path) -> Path:
 def run_config(
     inputs: Path, tokenizer: str | None, run_dir: Path, world_size: int = 1, **sections: dict[str, Any]
 ) -> Config:
-    """Ten steps with merges after 4 and 8, a checkpoint after each step."""
+    """Ten steps with merges after 4 and 8, a checkpoint after each step; one or two ranks make two micro-batches."""
     tree: dict[str, dict[str, Any]] = {
         "model": {"config": str(inputs / "model.json"), "compile": False},  # on a GPU most of the time of a tiny run
         "tokenizer": {"path": tokenizer},
@@ -49,11 +49,12 @@ def run_config(
         },
         "method": {"name": "remora", "rank": 3, "operators": [1, 2], "merge_every": 4},
         "optim": {"lr": 2e-2, "lr_other": 1e-2, "warmup_steps": 2, "restart_warmup_steps": 2},
-        "train": {"run_dir": str(run_dir), "steps": 10, "batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
-        "eval": {"every_steps": 5, "max_tokens": 500},
+        "train": {"run_dir": str(run_dir), "steps": 10, "batch_size": 8, "precision": "fp32"},
+        "eval": {"every_steps": 5, "max_tokens": 200},
         "checkpoint": {"every_steps": 1, "keep_last": 20},
         "log": {"every_steps": 1, "tensorboard": False, "progress": False, "peak_tflops": 1.0},
     }
+    tree["train"]["micro_batch_size"] = 4 if world_size == 1 else 2
     for section, changes in sections.items():
         tree[section] |= changes
     return validate(tree, "the test", world_size=world_size)

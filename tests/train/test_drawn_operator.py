@@ -112,7 +112,7 @@ def test_another_seed_counts_from_the_next_merge_on(pools, never, inputs, tokeni
 def test_an_export_has_the_loss_of_the_run(never, inputs, tokenizer_path, tmp_path, step):
     config = run_config(inputs, tokenizer_path, tmp_path / "unused")
     data = load_eval_set(
-        config.data.validation, config=config.data, tokenizer_path=tokenizer_path, sequence_length=32, max_tokens=500
+        config.data.validation, config=config.data, tokenizer_path=tokenizer_path, sequence_length=32, max_tokens=200
     )
     model = merged_model(checkpoint(never, step))
     found = evaluate(causal_lm_loss(model), data, micro_batch_size=3, device=torch.device("cpu"))

@@ -84,7 +84,7 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
     assert not torch.allclose(logits(out), logits(folder), atol=1e-3)
     last = [line["eval/loss"] for line in metrics(never) if "eval/loss" in line][-1]
     answers = [
-        json.loads(call(EVALUATE, *of, "--data.sequence_length=32", "--max_tokens=500").out.splitlines()[-1])["loss"]
+        json.loads(call(EVALUATE, *of, "--data.sequence_length=32", "--max_tokens=200").out.splitlines()[-1])["loss"]
         for of in ((never,), (out, f"--data={inputs}/validation/*.json.gz"))
     ]
     assert answers[0] == pytest.approx(answers[1], abs=1e-6)
@@ -97,11 +97,10 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
 # with those of KINDS, and tests/train/test_records_run.py's, every method is on every stage that differs for it
 ON_STAGES = [("full", 2), ("mora", 0), ("mora", 3), ("lora", 1), ("relora", 0), ("remora", 1)]
 ON_STAGES += rest(("full", 0), ("full", 3), ("mora", 1), ("lora", 3), ("relora", 3), ("remora", 0))
-RESUMED = [("full", 2), ("mora", 3), ("lora", 1), ("relora", 0)]
 
 
 @pytest.mark.parametrize(("method", "stage"), ON_STAGES)
-def test_every_method_is_tuned_on_every_stage_and_resumed(pools, inputs, tmp_path, method, stage):
+def test_every_method_is_tuned_on_every_stage(pools, inputs, tmp_path, method, stage):
     folder = save(tmp_path / "model", num_key_value_heads=1)
     settings: dict[str, Any] = {"name": method}
     if method == "mora":
@@ -115,12 +114,6 @@ def test_every_method_is_tuned_on_every_stage_and_resumed(pools, inputs, tmp_pat
     assert losses[-1] < losses[0]
     export(never, tmp_path / "out")
     assert not torch.allclose(logits(tmp_path / "out"), logits(folder), atol=1e-3)
-    if (method, stage) in RESUMED:
-        stopped = tmp_path / "stopped"
-        pools(2)(train, tuned(inputs, folder, stopped, 2, **sections), stop_after=5)
-        pools(2)(train, tuned(inputs, folder, stopped, 2, **sections))
-        first, second = (tensors(run / "checkpoints" / "step-00000010") for run in (never, stopped))
-        assert set(first) == set(second) and [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
 def test_a_run_its_checkpoint_and_its_export_are_starts_with_one_loss(pools, inputs, tmp_path):

@@ -72,14 +72,18 @@ def _config(inputs: Path, tokenizer: str, folder: Path, method: str, precision: 
     )
 
 
-WAYS = [("full", way) for way in ("default", "checkpointing", "torch only")]
-WAYS += [
-    (method, way) for method in ("relora", "remora") for way in ("resident", "merged", "checkpointing", "torch only")
+OF_ADAPTERS = ("resident", "merged", "checkpointing", "torch only")
+WAYS = [
+    *(("remora", way) for way in OF_ADAPTERS),
+    *(("full", way) for way in ("default", "checkpointing", "torch only")),
+    *(("relora", way) for way in OF_ADAPTERS),
 ]
+# one precision after the other: each method and each way has both
+CASES: list[Any] = [(*case, ("bf16", "fp32")[number % 2]) for number, case in enumerate(WAYS)]
+CASES += rest(*((*case, ("fp32", "bf16")[number % 2]) for number, case in enumerate(WAYS)))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("method", "way"), WAYS)
+@pytest.mark.parametrize(("method", "way", "precision"), CASES)
 def test_the_losses_are_the_references(golden, pools, tokenizer_path, tmp_path, method, precision, way):
     expected = golden(method, precision)
     sections: dict[str, dict[str, Any]] = {"model": {"activation_checkpointing": way == "checkpointing"}}

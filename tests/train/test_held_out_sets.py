@@ -65,13 +65,13 @@ def test_each_set_is_scored_as_if_alone(pools, inputs, tokenizer_path, tmp_path,
         for line, of_set in zip(alone, seen, strict=True):
             assert set(line) == {"step", "time", "eval/seconds", *(f"eval/{key}" for key in KEYS)}
             assert [line[f"eval/{key}"] for key in KEYS] == [of_set[f"eval/{name}/{key}"] for key in KEYS]
-            assert line["eval/tokens"] <= 500, "the limit holds for each set"
+            assert line["eval/tokens"] <= 200, "the limit holds for each set"
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_whole_is_that_of_one_text(inputs, tokenizer_path, together, tmp_path, world_size):
     config = run_config(inputs, tokenizer_path, tmp_path, data={"validation": _sets(inputs)})
-    size = sum(each.utf8_bytes for each in held_out(config.data, tokenizer_path, 500).values())
+    size = sum(each.utf8_bytes for each in held_out(config.data, tokenizer_path, config.eval.max_tokens).values())
     for line in together[world_size][1]:
         nats = sum(line[f"eval/{name}/loss"] * line[f"eval/{name}/tokens"] for name in ("books", "web"))
         tokens = sum(line[f"eval/{name}/tokens"] for name in ("books", "web"))
@@ -83,7 +83,7 @@ def test_the_whole_is_that_of_one_text(inputs, tokenizer_path, together, tmp_pat
 
 def test_the_command_scores_the_text_of_the_run(inputs, together):
     folder, lines = together[2]
-    answer = call(EVALUATE, folder, "--max_tokens=500")
+    answer = call(EVALUATE, folder, "--max_tokens=200")
     assert answer.code == 0, answer.err
     values = json.loads(answer.out.splitlines()[-1])
     assert list(values) == [*KEYS, "sets"] and list(values["sets"]) == ["books", "web"]

@@ -96,7 +96,7 @@ def scored(inputs: Path, tokenizer: str, folder: Path) -> float:
         f"--data={inputs}/validation/*.json.gz",
         f"--tokenizer={tokenizer}",
         "--data.sequence_length=32",
-        "--max_tokens=500",
+        "--max_tokens=200",
     )
     return json.loads(call(EVALUATE, folder, *argv).out.splitlines()[-1])["loss"]
 
