@@ -71,10 +71,10 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
     """The runs in groups, in the order in which they are given.
 
     What was found where the settings point counts, too: numbers of parameters, whether it was bf16, and digests of
-    weights, text and tokenizer. A run with settings and seed of another one is no further seed: it stands alone, under
-    the name of its folder. ``unnamed`` are settings that groups differ in and are not named after, such as
-    ``optim.lr``. Of groups that differ in the settings ``best`` alone there is one: that with most seeds, or else with
-    the lowest last validation loss (of its worst seed) among those that have finished.
+    weights, text and tokenizer. A run with settings and seed of another one is no further seed: it stands alone, and
+    its label says why. ``unnamed`` are settings that groups differ in and are not named after, such as ``optim.lr``. Of
+    groups that differ in the settings ``best`` alone there is one: that with most seeds, or else with the lowest last
+    validation loss (of its worst seed) among those that have finished.
 
     Raises :class:`CompareError` where there is no such setting.
     """
@@ -95,27 +95,35 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
     whole = {name for name in names if _is_one_word(name, compared)}
     parts = [(method_title(each), _differences(each, names, whole)) for each in compared]
     alike = Counter(parts)
-    return [
-        Group(
-            method,
-            ", ".join([differs] * bool(differs) + [runs[0].folder.name] * (alike[method, differs] > 1)),
-            tuple(runs),
-        )
-        for (method, differs), runs in zip(parts, members, strict=True)
-    ]
+    firsts: dict[tuple[str, str], Run] = {}
+    groups = []
+    for part, runs in zip(parts, members, strict=True):
+        method, differs = part
+        first = firsts.setdefault(part, runs[0])
+        own_name = _own_name(runs[0], first) if alike[part] > 1 else ""
+        groups.append(Group(method, ", ".join(filter(None, (differs, own_name))), tuple(runs)))
+    return groups
+
+
+def _own_name(run: Run, first: Run) -> str:
+    """The name of a run's folder, and why it is no further seed of the first run with its label."""
+    if run is first or compared_settings(run.settings) != compared_settings(first.settings):
+        return run.folder.name
+    others = ", ".join(_noted_otherwise(run, first))
+    return f"{run.folder.name} (other {others})" if others else f"{run.folder.name} (the same seed)"
 
 
 def _goes_with(run: Run, other: Run) -> bool:
     """Whether two runs with the same settings are one with two seeds."""
-    return _seed(run) != _seed(other) and _are_alike(run, other)
+    return _seed(run) != _seed(other) and not _noted_otherwise(run, other)
 
 
-def _are_alike(run: Run, other: Run, apart: Sequence[str] = ()) -> bool:
-    """Whether what two runs noted of their settings, but for those ``apart``, is the same, as far as both noted it."""
+def _noted_otherwise(run: Run, other: Run, apart: Sequence[str] = ()) -> list[str]:
+    """The settings, but for those ``apart``, of which two runs noted different things, as far as both noted them."""
     left = _noted(run)
     right = _noted(other)
     names = (left.keys() & right.keys()).difference(apart, (name.partition(".")[0] for name in apart))
-    return all(left[name] == right[name] for name in names)
+    return sorted(name for name in names if left[name] != right[name])
 
 
 def _noted(run: Run) -> dict[str, Any]:
@@ -141,7 +149,7 @@ def _differ_only_in(settings: Sequence[str], run: Run, other: Run) -> bool:
         {name: value for name, value in compared_settings(each.settings).items() if name not in settings}
         for each in (run, other)
     )
-    return left == right and _are_alike(run, other, settings)
+    return left == right and not _noted_otherwise(run, other, settings)
 
 
 def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:

@@ -57,7 +57,7 @@ def test_runs_that_differ_in_seeds_are_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "says_so"),
     [
-        ({"parameters": {"total": 2_000_000}}, "model.config"),
+        ({"parameters": {"total": 2_000_000}}, "model"),
         ({"bf16": True}, "train.precision"),
         ({"began_with": {"data.train": "other text"}}, "data.train"),
         ({"began_with": {"config": "as earlier versions named it"}}, "model.config"),
@@ -72,17 +72,18 @@ def test_runs_that_found_something_else_under_the_same_settings_are_not_one(
         starts = RunFolder(run).starts
         starts.write_text(json.dumps(json.loads(starts.read_text()) | changes) + "\n")
     assert len(group_runs(map(read_run, runs))) == len(group_runs(map(read_run, runs), best=["optim.lr"])) == 2
+    assert group_runs(map(read_run, runs))[1].label == f"ReMoRA (1, 2), run1 (other {says_so})"
     silent = made_run(tmp_path / "run2", train={"seed": 2}), made_run(tmp_path / "run3", optim={"lr": 0.5})
     assert len(group_runs([read_run(runs[0]), silent[0]])) == 1, "it noted nothing"
     for order in permutations([*map(read_run, runs), silent[1]]):
         assert len(group_runs(order, best=["optim.lr"])) == 2
     for name in ("model.config", "train.precision", "data.train"):
-        assert len(group_runs(map(read_run, runs), best=[name])) == (1 if name == says_so else 2)
+        assert len(group_runs(map(read_run, runs), best=[name])) == (1 if name.startswith(says_so) else 2)
 
 
 def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
     runs: list[Sections] = [{"train": {"seed": 1}}, {"train": {"seed": 1}}, {"train": {"seed": 2}}]
-    assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1"]
+    assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1 (the same seed)"]
 
 
 @pytest.mark.parametrize(
