@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 try:
@@ -39,6 +40,7 @@ def main(
         figures_of,
         group_of,
         group_runs,
+        is_model,
         markdown,
         parse_reach,
         read_run,
@@ -51,7 +53,13 @@ def main(
         raise CompareError("no run given; give run folders, e.g. runs/full runs/remora")
     if out is not None:
         check_plots(Path(out))
-    found = {each.folder.resolve(): each for name in runs for each in read_runs(Path(name))}
+    folders = [Path(name) for name in runs]
+    models = [folder for folder in folders if is_model(folder)]
+    if len(models) < len(folders):
+        folders = [folder for folder in folders if folder not in models]
+        for model in models:
+            print(f"{model}: a model and no run; left out", file=sys.stderr)
+    found = {each.folder.resolve(): each for folder in folders for each in read_runs(folder)}
     if against is not None and not any(each.is_named(against) for each in found.values()):
         found[Path(against).resolve()] = read_run(Path(against))
     groups = group_runs(found.values(), *(_names(option) for option in (unnamed, best)))

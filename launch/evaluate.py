@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,7 @@ def main(
             f"--data.sequence_length: got {length}, but behind {longest} positions the longrope of {model} turns the "
             f"documents of a batch by the longest of them; give at most {longest}, or score them in sequences"
         )
-    with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
+    with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
         check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.get_text_config().vocab_size)
         sets = held_out(settings, str(tokenizer_path), max_tokens)
     device = torch.device("cuda" if uses_cuda() else "cpu")
@@ -202,7 +202,7 @@ def _score_tasks(
     from relora_mora.tokenizer import check_vocabulary, load_tokenizer
 
     lm = _on(torch.device("cuda" if uses_cuda() else "cpu"), loaded.model)
-    with contextlib.nullcontext(Path(tokenizer)) if tokenizer else loaded.tokenizer as tokenizer_path:
+    with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
         words = load_tokenizer(tokenizer_path)
     check_vocabulary(words, lm.config.get_text_config().vocab_size)
     if loaded.of_run:
@@ -219,6 +219,25 @@ def _score_tasks(
         run = next((run for run in runs if RunFolder(run).config.is_file()), None)
         if run is not None:
             record(run, step, results, num_fewshot=num_fewshot, limit=limit)
+
+
+@contextlib.contextmanager
+def _tokenizer_of(loaded: LoadedModel, given: str | None) -> Iterator[Path]:
+    """The folder of the model's own tokenizer, or the one that is given in its place."""
+    from relora_mora.tokenizer import TokenizerError, tokenizer_fingerprint
+
+    if given is None:
+        with loaded.tokenizer as own:
+            yield own
+        return
+    with contextlib.suppress(TokenizerError), loaded.tokenizer as own:  # it may have none
+        if tokenizer_fingerprint(own) != tokenizer_fingerprint(given):
+            print(
+                f"{given} gives other tokens than the model's own tokenizer: the numbers below mean something only if "
+                "the model was trained with it",
+                file=sys.stderr,
+            )
+    yield Path(given)
 
 
 def _on(device: torch.device, lm: Any) -> Any:  # torch's types do not know that a model takes a device

@@ -18,8 +18,13 @@ pass_on() {
 trap pass_on TERM INT
 
 for name in JOB_COMPLETION_INDEX PODS RANKS_PER_POD MASTER_ADDR MASTER_PORT; do
-    if [[ -z ${!name:-} ]]; then
-        echo "ranks.sh: $name is not set; see launch/k8s/job.yaml" >&2
+    case $name in
+        MASTER_ADDR) pattern=. expected="a host" ;;
+        PODS | RANKS_PER_POD) pattern='^[1-9][0-9]*$' expected="a number from 1 on" ;;
+        *) pattern='^(0|[1-9][0-9]*)$' expected="a number from 0 on" ;;
+    esac
+    if ! [[ ${!name:-} =~ $pattern ]]; then
+        echo "ranks.sh: $name is '${!name:-}', expected $expected; see launch/k8s/job.yaml" >&2
         exit 2
     fi
 done

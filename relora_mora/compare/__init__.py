@@ -5,7 +5,7 @@ from relora_mora.compare.figures import figures_of, reach_figure
 from relora_mora.compare.files import check_plots, save, write_files
 from relora_mora.compare.groups import Group, group_of, group_runs
 from relora_mora.compare.reach import Reach, parse_reach, step_cells
-from relora_mora.compare.runs import Run, read_run, read_runs
+from relora_mora.compare.runs import Run, is_model, read_run, read_runs
 from relora_mora.compare.table import as_json, compare, markdown, table_of
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "figures_of",
     "group_of",
     "group_runs",
+    "is_model",
     "markdown",
     "parse_reach",
     "reach_figure",

@@ -191,6 +191,12 @@ def read_runs(path: Path) -> list[Run]:
     return kept
 
 
+def is_model(folder: Path) -> bool:
+    """Whether it holds an export, which may stand beside the runs of a pattern such as ``runs/*``, and no run."""
+    is_export = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return is_export and not RunFolder(folder).config.is_file()
+
+
 def read_run(folder: Path) -> Run:
     """Reads a run folder, also one in which a trainer is at work.
 

@@ -82,6 +82,8 @@ def _explain(items: list[ErrorDetails]) -> str:
 def _wanted(item: ErrorDetails) -> str:
     if item["type"] == "model_type":  # pydantic's own words name a class of ours
         return "input should be names and values"
+    if item["type"] == "int_type" and isinstance(item["input"], float) and item["input"].is_integer():
+        return f"write {item['input']:.0f}"
     return item["msg"][:1].lower() + item["msg"][1:]
 
 

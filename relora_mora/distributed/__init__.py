@@ -12,7 +12,7 @@ from relora_mora.distributed.collectives import (
     same_on_all_ranks,
     sum_over_hosts,
 )
-from relora_mora.distributed.join import join, store_address
+from relora_mora.distributed.join import join, joined_within, store_address
 
 __all__ = [
     "from_first_rank",
@@ -20,6 +20,7 @@ __all__ = [
     "is_device_failure",
     "is_peer_failure",
     "join",
+    "joined_within",
     "least_over_hosts",
     "leave_together",
     "let_ranks_wait",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import json
 import os
 import socket
@@ -14,16 +16,20 @@ from torch import distributed as dist
 from relora_mora.distributed.collectives import same_on_all_ranks
 from relora_mora.system.hardware import uses_cuda
 
-_REMEDY = "start one rank for each GPU, or compute on CPUs with DS_ACCELERATOR=cpu in the environment"
+_GPU_REMEDY = "start one rank for each GPU, or compute on CPUs with DS_ACCELERATOR=cpu in the environment"
 
 
 class Seat(NamedTuple):
-    """Where a rank computes. ``gpu`` is the UUID of its GPU; None on CPUs, and where none of the visible is its own."""
+    """Where a rank computes. ``gpu`` is the UUID of its GPU; None on CPUs, and where none of the visible is its own.
+
+    ``address`` is where gloo listens for the other ranks; None where GLOO_SOCKET_IFNAME says it.
+    """
 
     host: str
     local_rank: int
     visible: int  # GPUs
     gpu: str | None
+    address: str | None = None
 
 
 def backend_name() -> str:
@@ -40,7 +46,7 @@ def bind_device(store: Any, rank: int, world_size: int) -> torch.device | None:
     """Makes this rank's GPU the current one and returns it, None on CPUs; every rank calls it.
 
     LOCAL_RANK in the environment becomes the number of the GPU: DeepSpeed computes on the device of that number.
-    Raises ValueError, on every rank, where the GPUs of any rank do not fit.
+    Raises ValueError, on every rank, where the GPUs or the address of any rank do not fit.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
     visible = torch.cuda.device_count() if uses_cuda() else 0
@@ -50,13 +56,14 @@ def bind_device(store: Any, rank: int, world_size: int) -> torch.device | None:
         torch.cuda.set_device(index)
         os.environ["LOCAL_RANK"] = str(index)
         gpu = str(torch.cuda.get_device_properties(index).uuid)
-    seats = _seats_of_ranks(Seat(socket.gethostname(), local_rank, visible, gpu), store, rank, world_size)
+    mine = Seat(socket.gethostname(), local_rank, visible, gpu, _gloo_address())
+    seats = _seats_of_ranks(mine, store, rank, world_size)
     fault = seat_fault(seats)
     if not any(seat.visible for seat in seats) and os.environ.get("DS_ACCELERATOR") == "cuda":
         said = "DS_ACCELERATOR=cuda in the environment: torch sees no GPU here; unset it to compute on CPUs"
         raise same_on_all_ranks(ValueError(said))
     if fault:
-        raise same_on_all_ranks(ValueError(f"{fault}; {_REMEDY}"))
+        raise same_on_all_ranks(ValueError(fault))
     return None if index is None else torch.device("cuda", index)
 
 
@@ -68,7 +75,20 @@ def gpu_of(local_rank: int, visible: int) -> int | None:
 
 
 def seat_fault(seats: Sequence[Seat]) -> str | None:
-    """What keeps these ranks from computing together; None if nothing does."""
+    """What keeps these ranks from computing together, and the remedy; None if nothing does."""
+    if len({seat.host for seat in seats}) > 1:
+        for rank, seat in enumerate(seats):
+            if seat.address is not None and ipaddress.ip_address(seat.address).is_loopback:
+                return (
+                    f"rank {rank} on {seat.host} would listen at {seat.address}, which is what that host's name means "
+                    "there, and no other host can reach it; set GLOO_SOCKET_IFNAME to the network interface that leads "
+                    "to the others, or mend the name in /etc/hosts"
+                )
+    fault = _gpu_fault(seats)
+    return None if fault is None else f"{fault}; {_GPU_REMEDY}"
+
+
+def _gpu_fault(seats: Sequence[Seat]) -> str | None:
     owners: dict[str, int] = {}
     for rank, seat in enumerate(seats):
         if not seat.visible:
@@ -82,6 +102,20 @@ def seat_fault(seats: Sequence[Seat]) -> str | None:
         if owner != rank:
             return f"ranks {owner} and {rank} on {seat.host} see 1 GPU, and it is the same ({seat.gpu})"
     return None
+
+
+def _gloo_address() -> str | None:
+    """As torch's ProcessGroupGloo finds it: what this host's name means, or else the loopback address."""
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return None
+    with contextlib.suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            socket.gethostname(), None, type=socket.SOCK_STREAM
+        ):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+                return str(address[0])
+    return "127.0.0.1"
 
 
 def has_met(store: Any, rank: int) -> bool:

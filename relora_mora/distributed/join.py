@@ -13,7 +13,7 @@ import time
 import torch
 from torch import distributed as dist
 
-from relora_mora.distributed.collectives import control_group
+from relora_mora.distributed.collectives import control_group, is_peer_failure
 from relora_mora.distributed.device import backend_name, bind_device, has_met
 from relora_mora.system.allocator import keep_freed_memory
 from relora_mora.system.hardware import uses_cuda
@@ -56,6 +56,12 @@ def join(timeout_seconds: float) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_on_host()))
 
 
+def joined_within(timeout_seconds: float) -> float:
+    """Seconds in which ranks that wait for each other for ``timeout_seconds`` are joined, or never: the connecting
+    itself has no timeout in gloo."""
+    return 2 * timeout_seconds + 60
+
+
 def _allow_files() -> None:
     """As many open files as the host allows: the first rank has several connections to each of the others."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -71,7 +77,8 @@ def _meet(timeout_seconds: float) -> None:
     if rank == 0 and port and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         _await_port(port)
     # of a collective; longer than the watchdog takes to name the rank that is late
-    longest = datetime.timedelta(seconds=2 * timeout_seconds + 60)
+    longest = datetime.timedelta(seconds=joined_within(timeout_seconds))
+    begin = time.monotonic()
     try:
         store = _store_of_this_start(rank, timeout_seconds)
         device = bind_device(store, rank, world_size)
@@ -94,8 +101,16 @@ def _meet(timeout_seconds: float) -> None:
         first = str(error).partition("\n")[0]
         raise JoinError(
             f"rank {rank} of {world_size} did not meet the others at {address}:{port} "
-            f"within {timeout_seconds:.0f} s ({first}); check that all ranks were started, "
+            f"in {time.monotonic() - begin:.0f} s ({first}); check that all ranks were started, "
             "and that hosts and firewalls let them reach MASTER_ADDR and MASTER_PORT"
+        ) from error
+    except RuntimeError as error:
+        if not is_peer_failure(error):
+            raise
+        said = " ".join(str(error).split())
+        raise JoinError(
+            f"rank {rank} of {world_size} met the others at {address}:{port} and could not connect to them ({said}); "
+            "unless one of them has ended, set GLOO_SOCKET_IFNAME to the network interface that leads to other hosts"
         ) from error
 
 

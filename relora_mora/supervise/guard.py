@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
@@ -68,6 +69,19 @@ class Guard:
     def record_in(self, folder: Path) -> None:
         """The run folder is this job's: how it ends is recorded there."""
         self._folder = folder
+
+    @contextlib.contextmanager
+    def bound(self, seconds: float, reason: str) -> Iterator[None]:
+        """Ends the process where the block takes longer; for what is done before a watchdog watches."""
+        leave = threading.Timer(
+            seconds, leave_now, (LOST, lambda: self._say(reason), lambda: self.record(LOST, reason))
+        )
+        leave.daemon = True
+        leave.start()
+        try:
+            yield
+        finally:
+            leave.cancel()
 
     def watch_peers(self, watchdog: Watchdog) -> None:
         """From now on the failure of another rank ends this process."""

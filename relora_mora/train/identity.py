@@ -54,6 +54,8 @@ FIXED_SETTINGS = {
     **dict.fromkeys(
         _DECIDES_WHAT_TRAINS, "the checkpoint holds the state of what trained with it; begin anew with model.init_from"
     ),
+    "method.name": "the checkpoint holds what trained and merged by that method; give another train.run_dir, or begin "
+    "anew with model.init_from",
     "optim.matrices": "the state of one optimizer means nothing to another; begin anew with model.init_from",
     "optim.projection_rank": "moments of one rank are none of another; begin anew with model.init_from",
 }

@@ -27,6 +27,7 @@ from relora_mora.distributed import (
     gather_from_ranks,
     is_device_failure,
     is_peer_failure,
+    joined_within,
     leave_together,
     let_ranks_wait,
     on_all_ranks,
@@ -99,7 +100,10 @@ def _pretrain(config: Config, guard: Guard) -> int:
     os.umask(os.umask(0o077) | 0o002)  # nothing of a run is writable for everybody
     if config.train.deterministic:
         compute_deterministically()
-    rank, world_size = init_distributed(config.train.peer_timeout_seconds)
+    longest = joined_within(config.train.peer_timeout_seconds)
+    late = f"the ranks were not joined in {longest:.0f} s: one of them has ended, or hosts do not reach each other"
+    with guard.bound(longest, late):
+        rank, world_size = init_distributed(config.train.peer_timeout_seconds)
     setup_logging(rank)
     startup.done("rendezvous")
     folder = Path(config.train.run_dir)

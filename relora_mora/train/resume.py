@@ -52,6 +52,8 @@ def where_to_resume(config: Config) -> Path | None:
         if not holds or (is_own and before.get("train", {}).get("resume") != resume):
             return Path(resume)
         if any(changed_settings(before, parse_yaml(dump(config)))):
+            if not named.exists():
+                return Path(resume)  # who looks there says so
             raise CheckpointError(
                 f"train.resume={resume}: {folder.path} holds what a start with other settings has trained; "
                 "train.resume=auto goes on from that, and another train.run_dir begins at what you named"

@@ -343,6 +343,15 @@ def test_as_a_program(tmp_path: Path) -> None:
         ({"WORLD_SIZE": "2.5"}, "WORLD_SIZE=2.5"),
         ({"LOCAL_RANK": "²"}, "LOCAL_RANK=²"),
         ({"MASTER_PORT": "99999999"}, "MASTER_PORT=99999999 in the environment: expected at most 65535"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "7"}, "WORLD_SIZE=2 in the environment, and MASTER_ADDR is not set"),
+        (
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "0"},
+            "WORLD_SIZE=2 in the environment, and MASTER_PORT is not set: the ranks need both to meet",
+        ),
+        (
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7", "GLOO_SOCKET_IFNAME": "lo,none0"},
+            "GLOO_SOCKET_IFNAME=lo,none0 in the environment: expected a network interface of this host, which has ",
+        ),
         ({"DS_ACCELERATOR": "tpu"}, "DS_ACCELERATOR=tpu in the environment: expected one of cpu, cuda"),
     ],
 )
@@ -350,7 +359,7 @@ def test_nonsense_in_the_environment_is_one_message(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, str], message: str
 ) -> None:
     """Also on a rank that is not the first: nobody else may be there to say it."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "DS_ACCELERATOR"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)

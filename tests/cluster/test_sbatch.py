@@ -265,10 +265,24 @@ def test_each_task_of_an_array_puts_its_number_in(slurm: Slurm, name: str) -> No
     assert "requeued 123450_7" in done.stdout
 
 
-def test_an_array_of_one_and_the_same_run_is_refused(slurm: Slurm) -> None:
-    done = slurm.start(CONFIG, SLURM_ARRAY_JOB_ID="123450", SLURM_ARRAY_TASK_ID="7")
+@pytest.mark.parametrize("arguments", [[CONFIG], [CONFIG, "--train.seed=$SLURM_ARRAY_TASK_ID"]])
+def test_an_array_in_one_and_the_same_run_folder_is_refused(slurm: Slurm, arguments: list[str]) -> None:
+    done = slurm.start(*arguments, SLURM_ARRAY_JOB_ID="123450", SLURM_ARRAY_TASK_ID="7")
     assert done.returncode == 2 and "option" not in done.stdout
-    assert "all tasks of the array would train the same run" in done.stderr
+    assert "all tasks of the array would train in the same run folder" in done.stderr
+
+
+def test_a_config_for_each_task_of_an_array(slurm: Slurm) -> None:
+    (slurm.folder / "7.yaml").symlink_to(ROOT / CONFIG)
+    done = slurm.start("$SLURM_ARRAY_TASK_ID.yaml", SLURM_ARRAY_JOB_ID="123450", SLURM_ARRAY_TASK_ID="7")
+    assert "launch/pretrain.py 7.yaml" in done.stdout, done.stderr
+
+
+def test_a_python_that_is_not_there_is_told(slurm: Slurm) -> None:
+    done = slurm.start(PYTHON="gone/python")
+    assert (
+        done.returncode == 2 and f"there is no gone/python in {slurm.folder}; submit from the checkout" in done.stderr
+    )
 
 
 def test_the_log_says_how_to_see_tensorboard(slurm: Slurm) -> None:

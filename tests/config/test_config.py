@@ -79,6 +79,11 @@ def test_nothing_is_said_about_defaults_in_the_place_of_faulty_settings() -> Non
     assert len(faults_of(tree(method={"merge_every": 20_000}))) == 1
 
 
+def test_a_whole_number_with_an_exponent_is_told_as_it_is_to_be_written() -> None:
+    [fault] = faults_of(tree(train={"steps": 1e2}))
+    assert fault.startswith("train.steps: got 100.0; write 100 (")
+
+
 def test_one_line_for_a_setting_of_two_types() -> None:
     assert faults_of(tree(data={"train": 3})) == [
         "data.train: got 3; input should be a source, or a list of sources or of records such as {source: ..., "

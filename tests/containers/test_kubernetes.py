@@ -271,12 +271,21 @@ def test_sigterm_before_the_first_rank_does_not_look_like_the_end_of_the_run(fak
     assert process.communicate(timeout=20)[0] == "" and action_after(process.returncode) == "Ignore"
 
 
-def test_a_pod_without_its_variables_says_what_is_missing() -> None:
-    process = pod(0, MASTER_ADDR="")
-    assert (
-        process.communicate(timeout=20)[0] == "ranks.sh: MASTER_ADDR is not set; see launch/k8s/job.yaml\n"
-        and process.returncode == 2
-    )
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("MASTER_ADDR", "", "a host"),
+        ("PODS", "0", "a number from 1 on"),
+        ("RANKS_PER_POD", "0", "a number from 1 on"),
+        ("RANKS_PER_POD", "08", "a number from 1 on"),
+        ("RANKS_PER_POD", "all", "a number from 1 on"),
+        ("MASTER_PORT", "http", "a number from 0 on"),
+    ],
+)
+def test_a_pod_says_which_of_its_variables_is_missing_or_wrong(name: str, value: str, expected: str) -> None:
+    process = pod(0, **{name: value})
+    said = f"ranks.sh: {name} is '{value}', expected {expected}; see launch/k8s/job.yaml\n"
+    assert process.communicate(timeout=20)[0] == said and process.returncode == 2
 
 
 def test_a_wrong_setting_fails_the_job_at_once() -> None:

@@ -65,6 +65,12 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one(local_rank: int, vis
             "rank 2 on a has LOCAL_RANK=2, and 2 GPUs are visible",
         ),
         ([("a", 0, 1, "G0"), ("b", 0, 0, None)], "rank 1 on b sees no GPU, and rank 0 on a does"),
+        (
+            [("a", 0, 0, None, "10.0.0.1"), ("b", 0, 0, None, "127.0.1.1")],
+            "rank 1 on b would listen at 127.0.1.1, which is what that host's name means there, and no other host can",
+        ),
+        ([("a", 0, 0, None, "127.0.0.1"), ("a", 1, 0, None, "127.0.0.1")], None),  # one host
+        ([("a", 0, 0, None, "10.0.0.1"), ("b", 0, 0, None, None)], None),  # GLOO_SOCKET_IFNAME
     ],
 )
 def test_ranks_whose_gpus_do_not_fit_are_told_so_alike(
@@ -75,6 +81,10 @@ def test_ranks_whose_gpus_do_not_fit_are_told_so_alike(
     assert (fault is None) == (says is None)
     gpus(*(f"G{number}" for number in range(mine.visible)))
     monkeypatch.setattr(socket, "gethostname", lambda: mine.host)
+    addresses = [] if mine.address is None else [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (mine.address, 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
+    monkeypatch.setattr(socket.socket, "bind", lambda *_: None)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "" if mine.address else "eth0")
     monkeypatch.setenv("LOCAL_RANK", str(mine.local_rank))
     if says is None:
         bind_device(store_with(*others), 0, len(seats))
@@ -97,6 +107,7 @@ def test_the_device_is_bound_before_the_ranks_are_joined(gpus: Any, monkeypatch:
     for name, value in {"RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     store = store_with(Seat("b", 0, 1, "G2"))
     module = importlib.import_module("relora_mora.distributed.join")  # the package shows the function of that name
     monkeypatch.setattr(module, "control_group", lambda: done.append("control group"))

@@ -72,6 +72,16 @@ def test_of_rows_that_differ_in_a_setting_the_best_is_left(tmp_path: Path) -> No
     refused(call(COMPARE, *runs, "--best=lr"), "--best: no run has a setting lr")
 
 
+def test_exports_beside_runs_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", LOSSES)
+    export = tmp_path / "run_export"
+    export.mkdir()
+    (export / "config.json").write_text("{}")
+    answer = call(COMPARE, run, export)
+    assert answer.out == call(COMPARE, run).out and answer.err == f"{export}: a model and no run; left out\n"
+    refused(call(COMPARE, export), f"{export}: no run folder")
+
+
 def test_a_run_that_diverged_or_has_not_ended_is_not_the_best(tmp_path: Path) -> None:
     losses = [[9.0, 4.0, 3.5, 3.4, 3.3], [9.0, 4.0, 3.0], [9.0, 4.0, 3.0, 2.9, math.nan]]
     runs = [write_run(tmp_path / f"run{lr}", each, optim={"lr": lr / 1000}) for lr, each in enumerate(losses, start=1)]

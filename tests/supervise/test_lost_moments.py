@@ -18,18 +18,34 @@ from tests.tools.runs import run_config, write_inputs
 pytestmark = [pytest.mark.distributed, pytest.mark.stops]
 
 
-def both_ranks(config: Path, what: str) -> tuple[list[int], float, str]:
-    """Their exit codes, the seconds from the end of rank 1 to that of rank 0, and the output of both."""
+KILLED_AS_IT_CONNECTS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+int connect(int socket, const struct sockaddr *address, socklen_t length) {
+    if (access(getenv("CONNECTING"), F_OK) == 0)
+        raise(SIGKILL);
+    return ((int (*)(int, const struct sockaddr *, socklen_t))dlsym(RTLD_NEXT, "connect"))(socket, address, length);
+}
+"""
+
+
+def both_ranks(config: Path, what: str, **environment: str) -> tuple[list[int], float, str]:
+    """Their exit codes, the seconds from the end of rank 1 to that of rank 0, and the output of both.
+
+    The environment is that of rank 1.
+    """
     with config.with_suffix(".log").open("wb") as out:
         job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "VICTIM": what}
         job |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, str(ROOT / "tests" / "tools" / "victim.py"), str(config)]
-        ranks = [
-            subprocess.Popen(
-                command, env={**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=out, stderr=out
-            )
-            for rank in range(2)
-        ]
+        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        own[1] |= environment
+        ranks = [subprocess.Popen(command, env={**os.environ, **job, **each}, stdout=out, stderr=out) for each in own]
     try:
         second = ranks[1].wait(60)
         begin = time.monotonic()
@@ -51,6 +67,17 @@ def config(tokenizer_path: str, tmp_path: Path) -> Path:
         checkpoint={"every_steps": 4},
     )
     return write_config(settings, tmp_path / "run.yaml")
+
+
+def test_a_rank_that_is_lost_while_the_ranks_connect_is_not_waited_for_without_end(config, tmp_path):
+    """gloo's own connecting has no timeout."""
+    library = tmp_path / "connect.so"
+    compiler = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", library]
+    subprocess.run(compiler, input=KILLED_AS_IT_CONNECTS, text=True, check=True)
+    codes, _, output = both_ranks(
+        config, "while it connects", LD_PRELOAD=str(library), CONNECTING=str(tmp_path / "connecting")
+    )
+    assert codes == [69, -signal.SIGKILL] and "the ranks were not joined in 10 s: one of them has ended" in output
 
 
 def test_a_rank_that_is_lost_when_all_is_done_changes_nothing(config):

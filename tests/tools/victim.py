@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -26,6 +27,16 @@ def killed(*args: Any, **kwargs: Any) -> NoReturn:
 def killed_later(*args: Any, **kwargs: Any) -> NoReturn:
     time.sleep(2.0)  # until the other rank has written its part and waits
     killed()
+
+
+def connecting(whole: Callable[..., Any]) -> Callable[..., Any]:
+    """From now on the next connection kills the process: see tests/supervise/test_lost_moments.py."""
+
+    def init_process_group(*args: Any, **kwargs: Any) -> Any:
+        Path(os.environ["CONNECTING"]).touch()
+        return whole(*args, **kwargs)
+
+    return init_process_group
 
 
 def without_text(whole: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,8 +66,12 @@ def victim(*args: Any, **kwargs: Any) -> int:
 
         return step
 
+    if os.environ["VICTIM"] == "while it connects":
+        sys.modules["relora_mora.train.pretrain"].joined_within = lambda _: 10.0  # type: ignore[attr-defined]
     if os.environ["RANK"] == "1":
         match os.environ["VICTIM"]:
+            case "while it connects":
+                torch.distributed.init_process_group = connecting(torch.distributed.init_process_group)
             case "at the end":
                 sys.modules["relora_mora.train.pretrain"].leave_together = killed  # type: ignore[attr-defined]
             case "in a save":

@@ -81,6 +81,14 @@ def test_the_whole_is_that_of_one_text(inputs, tokenizer_path, together, tmp_pat
         assert line["eval/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-12)
 
 
+def test_the_command_says_where_the_tokenizer_is_another_one(together, tokenizer_path, other_tokenizer):
+    folder, _ = together[2]
+    for tokenizer, is_another in ((tokenizer_path, False), (other_tokenizer, True)):
+        answer = call(EVALUATE, folder, "--max_tokens=200", f"--tokenizer={tokenizer}")
+        assert answer.code == 0, answer.err
+        assert (f"{tokenizer} gives other tokens than the model's own tokenizer" in answer.err) == is_another
+
+
 def test_the_command_scores_the_text_of_the_run(inputs, together):
     folder, lines = together[2]
     answer = call(EVALUATE, folder, "--max_tokens=200")

@@ -401,7 +401,7 @@ def begun(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
         (
             "method",
             {"method": {"name": "mora", "merge_every": 2000}},
-            "method.name: 'remora' in the checkpoint, 'mora' now",
+            "method.name: 'remora' in the checkpoint, 'mora' now; the checkpoint holds what trained and merged by that",
         ),
     ],
 )

@@ -235,6 +235,13 @@ def test_a_run_begins_in_a_new_folder_where_another_one_is(pools, inputs, tokeni
     assert _eval_steps(third) == [10] and (third / "checkpoints" / "step-00000010").exists()
 
 
+def test_a_typing_error_beside_checkpoints_is_told_as_one(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
+    (message,) = pools(1)(refused, run_config(inputs, tokenizer_path, folder, train={"resume": str(tmp_path / "rum")}))
+    assert message.startswith(f"{tmp_path}/rum: not found; give a run folder, or a checkpoint")
+
+
 @pytest.mark.parametrize("what", ["missing", "damaged"])
 def test_a_checkpoint_that_cannot_be_resumed_ends_all_ranks(pools, inputs, tokenizer_path, tmp_path, what):
     folder = tmp_path / "run"
