@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
-    from relora_mora.cli import run
+    from relora_mora.cli import NotNegative, Positive, run
     from relora_mora.system.imports import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
@@ -33,13 +33,13 @@ def main(
     data: str | None = None,
     base: str | None = None,
     tokenizer: str | None = None,
-    max_tokens: int | None = None,
-    micro_batch_size: int = 8,
+    max_tokens: Positive | None = None,
+    micro_batch_size: Positive = 8,
     precision: str = "float32",
     tasks: str | None = None,
     task_data: str | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
+    num_fewshot: NotNegative | None = None,
+    limit: Positive | None = None,
     **overrides: str,
 ) -> None:
     """Scores text with a model; text in several sets set by set, and as a whole. Or, with --tasks, scores the model.
@@ -61,14 +61,6 @@ def main(
             --data.document_mask=true or --data.records.kind=question. Default is as trained, else as
             docs/settings.md says, with the model's maximum up to 2048 as sequence_length
     """
-    for name, value, least in (
-        ("micro_batch_size", micro_batch_size, 1),
-        ("max_tokens", max_tokens, 1),
-        ("num_fewshot", num_fewshot, 0),
-        ("limit", limit, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"--{name}: got {value}, expected at least {least}")
     from relora_mora.config import SCORING, check_names, parse_typed, read_data
 
     check_names(overrides, SCORING)
@@ -224,13 +216,13 @@ def _score_tasks(
 @contextlib.contextmanager
 def _tokenizer_of(loaded: LoadedModel, given: str | None) -> Iterator[Path]:
     """The folder of the model's own tokenizer, or the one that is given in its place."""
-    from relora_mora.tokenizer import TokenizerError, tokenizer_fingerprint
+    from relora_mora.tokenizer import tokenizer_fingerprint
 
     if given is None:
         with loaded.tokenizer as own:
             yield own
         return
-    with contextlib.suppress(TokenizerError), loaded.tokenizer as own:  # it may have none
+    with contextlib.suppress(ValueError), loaded.tokenizer as own:  # it may have none, or a damaged one
         if tokenizer_fingerprint(own) != tokenizer_fingerprint(given):
             print(
                 f"{given} gives other tokens than the model's own tokenizer: the numbers below mean something only if "

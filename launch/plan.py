@@ -10,7 +10,7 @@ import json as json_module
 import math
 
 try:
-    from relora_mora.cli import run
+    from relora_mora.cli import Positive, run
     from relora_mora.system.imports import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
@@ -18,9 +18,9 @@ except ModuleNotFoundError as error:
 
 def main(
     config: str,
-    world_size: int | None = None,
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
+    world_size: Positive | None = None,
+    nodes: Positive | None = None,
+    gpus_per_node: Positive | None = None,
     device: str | None = None,
     link_gbits: float | None = None,
     tokens_per_second: float | None = None,
@@ -46,9 +46,6 @@ def main(
     """
     from relora_mora.config import FINETUNING, ConfigError, load_config
 
-    for name, count in (("world_size", world_size), ("nodes", nodes), ("gpus_per_node", gpus_per_node)):
-        if count is not None and count < 1:
-            raise ValueError(f"--{name}: got {count}, expected at least 1")
     for name, rate in (("tokens_per_second", tokens_per_second), ("link_gbits", link_gbits)):
         if rate is not None and not (math.isfinite(rate) and rate > 0):
             raise ValueError(f"--{name}: got {rate}, expected a finite rate above 0")

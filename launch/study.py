@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 try:
-    from relora_mora.cli import run
+    from relora_mora.cli import Positive, run
     from relora_mora.compare import (
         CompareError,
         check_plots,
@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 LAUNCH = Path(__file__).resolve().parent
 
 
-def main(study: str, *, out: str | None = None, jobs: int = 1, again: str | None = None) -> int:
+def main(study: str, *, out: str | None = None, jobs: Positive = 1, again: str | None = None) -> int:
     """Runs what is not done of a study; what was cut goes on where it was.
 
     Each run has a complete run folder in OUT/runs; what it printed is in OUT/logs, and a record of all that are done in
@@ -37,8 +37,6 @@ def main(study: str, *, out: str | None = None, jobs: int = 1, again: str | None
         jobs: runs at a time
         again: the name of a run that is done, to run it a second time and compare all its numbers
     """
-    if jobs < 1:
-        raise ValueError(f"--jobs: got {jobs}, expected at least 1")
     plan = read_study(study)
     folder = StudyFolder(Path(out or f"runs/studies/{Path(study).stem}"))
     program = LAUNCH / f"{plan.command}.py"

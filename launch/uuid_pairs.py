@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 try:
-    from relora_mora.cli import run
+    from relora_mora.cli import Positive, run
     from relora_mora.system.disk_errors import disk_faults_named
     from relora_mora.system.files import write_synced
 except ModuleNotFoundError as error:
@@ -39,7 +39,7 @@ def uuid_pairs(pairs: int, seed: int, kind: Kind = "prompt") -> Iterator[dict[st
             yield {"messages": [{"role": role, "content": str(content)} for role, content in turns]}
 
 
-def main(out: str, *, pairs: int = 10_000, seed: int = 0, kind: Kind = "prompt") -> None:
+def main(out: str, *, pairs: Positive = 10_000, seed: int = 0, kind: Kind = "prompt") -> None:
     """Writes the pairs as JSON lines, the same bytes everywhere.
 
     Args:
@@ -48,8 +48,6 @@ def main(out: str, *, pairs: int = 10_000, seed: int = 0, kind: Kind = "prompt")
         seed: of the pairs
         kind: what a line holds: prompt and completion, or messages of a conversation (docs/data.md, Records)
     """
-    if pairs < 1:
-        raise ValueError(f"--pairs: got {pairs}, expected at least 1")
     path = Path(out)
     if path.exists():
         raise FileExistsError(f"{out}: File exists; give a new file, or remove it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -47,13 +47,7 @@ class Generated:
     @staticmethod
     def of_all(results: Iterable[Generated]) -> Generated:
         """That of several sets as one."""
-        results = list(results)
-        return Generated(
-            sum(each.answers for each in results),
-            sum(each.exact for each in results),
-            sum(each.characters for each in results),
-            sum(each.agreeing for each in results),
-        )
+        return Generated(*map(sum, zip(*map(astuple, results), strict=True)))
 
     def as_dict(self) -> dict[str, float]:
         return {

@@ -37,7 +37,6 @@ class MergeError(RuntimeError):
 class MergeRecord:
     """What one merge did. The dictionaries have a value for each kind of projection, such as ``q_proj``."""
 
-    step: int
     layers: int
     zeroed: int  # adapter elements whose master is zero or freshly drawn
     delta_norm: dict[str, float]  # Frobenius norm over all layers
@@ -155,7 +154,6 @@ class Merger:
                 "this run cannot be trusted from here, go back to an earlier checkpoint"
             )
         return MergeRecord(
-            step=step,
             layers=len(squares),
             zeroed=zeroed,
             delta_norm={kind: sum(squares[name] for name in names) ** 0.5 for kind, names in self.by_kind.items()},

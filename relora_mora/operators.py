@@ -2,9 +2,9 @@
 
 MoRA (arXiv 2405.12130, eq. 6-9) adds ``D(M C(x))`` to a linear layer: ``C`` compresses the input from ``in`` to ``R``
 features, ``M`` [R, R] is trained, ``D`` decompresses from ``R`` to ``out``. Both are linear, so the layer's weight
-changes by ``delta = D M C`` [out, in]. Every type here is written as the two linear maps and their transposes; nothing
-else knows what they are. Most types are a pair of groupings (``kernels/grouping.py``), whose sums and copies have
-compiled kernels.
+changes by ``delta = D M C`` [out, in]. Every type here is written as the two linear maps and the transpose of ``D``; of
+type 6 alone there is a second form, ``kernels/rotary.py``, which adds its delta to a weight. Most types are a pair of
+groupings (``kernels/grouping.py``), whose sums and copies have compiled kernels.
 
 Shapes: ``in`` and ``out`` are the layer's features, ``R`` the size of the square matrix, ``P`` a width padded to whole
 groups, ``B`` blocks of ``R`` features (type 6), ``...`` any leading dimensions.
@@ -76,7 +76,7 @@ def _product(reduced: Tensor, compressed: Tensor) -> Tensor:
 
 
 class Operator(ABC):
-    """``C`` and ``D`` of one layer. ``compress`` and ``decompress`` apply them, ``*_transposed`` their transposes.
+    """``C`` and ``D`` of one layer. ``compress`` and ``decompress`` apply them, ``decompress_transposed`` D^T.
 
     For every x [..., in] and M [R, R]: ``decompress(compress(x) @ M.T) == x @ delta(M).T``.
     """

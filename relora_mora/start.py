@@ -46,8 +46,6 @@ def train(
 
 
 def _show(config: Config, count: int) -> int:
-    if count < 1:
-        raise ValueError(f"--show: got {count}, expected at least 1")
     with many_imports():
         from relora_mora.data import show_records
         from relora_mora.pretrained import with_tokenizer

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import json
 
+from relora_mora.cli import Positive
+
 MAX_LANES = 65_536  # each lane gets its own plan of the shards
 
 
-def main(config: str, *, lanes: int | None = None, tokens: int = 1_000_000, rounds: int = 3, **overrides: str) -> None:
+def main(
+    config: str, *, lanes: int | None = None, tokens: Positive = 1_000_000, rounds: Positive = 3, **overrides: str
+) -> None:
     """Measures the pipeline of a run's training data, which is plain text or tokens.
 
     Args:
@@ -21,8 +25,6 @@ def main(config: str, *, lanes: int | None = None, tokens: int = 1_000_000, roun
     from launch.benchmark.pipeline import pipeline_throughput
     from relora_mora.config import load_config
 
-    if tokens < 1 or rounds < 1:
-        raise ValueError(f"--tokens={tokens} --rounds={rounds}: give at least 1")
     if lanes is not None and not 1 <= lanes <= MAX_LANES:
         raise ValueError(f"--lanes: got {lanes}, expected 1 to {MAX_LANES:,}")
     settings = load_config(config, overrides)

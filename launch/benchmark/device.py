@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable
 
@@ -24,12 +23,6 @@ def chosen_device(name: str | None) -> torch.device:
         fault = f"--device: got cuda, but torch {torch.__version__} sees no GPU here; use --device=cpu"
         raise ConfigError([fault], "the command line")
     return device_of_rank()
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
 
 
 def synchronize(device: torch.device) -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from launch.benchmark.device import chosen_device, device_name, seconds_of
+from launch.benchmark.device import chosen_device, seconds_of
 from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
+from relora_mora.cli import Positive
 from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.methods.lora import LoRALinear
 from relora_mora.methods.mora import MoRALinear, layer_square_size
@@ -25,6 +26,7 @@ from relora_mora.model import read_model_config
 from relora_mora.model.shapes import attention_widths
 from relora_mora.operators import MORA_TYPES
 from relora_mora.registry import OPERATORS
+from relora_mora.system.hardware import device_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VARIANTS = ("frozen", "full", "lora merged", "lora decoupled", "mora merged", "mora merged, torch", "mora decoupled")
@@ -33,12 +35,12 @@ VARIANTS = ("frozen", "full", "lora merged", "lora decoupled", "mora merged", "m
 def main(
     model: str,
     *,
-    tokens: int = 4096,
+    tokens: Positive = 4096,
     dtype: str = "bf16",
-    threads: int | None = None,
-    rank: int = 128,
+    threads: Positive | None = None,
+    rank: Positive = 128,
     operator: int = 1,
-    repetitions: int = 7,
+    repetitions: Positive = 7,
     device: str | None = None,
 ) -> None:
     """Prints milliseconds of each variant, its ratio to the frozen linears, and the same as one line of JSON.
@@ -59,9 +61,6 @@ def main(
         raise ValueError(f"--dtype: got {dtype}, expected {' or '.join(DTYPES)}")
     if operator not in MORA_TYPES:
         raise ValueError(f"--operator: got {operator}, expected one of {', '.join(map(str, MORA_TYPES))}")
-    for name, value in (("tokens", tokens), ("threads", threads or 1), ("rank", rank), ("repetitions", repetitions)):
-        if value < 1:
-            raise ValueError(f"--{name}: got {value}, expected at least 1")
     if threads:
         torch.set_num_threads(threads)
     place = chosen_device(device)
@@ -72,12 +71,12 @@ def main(
     milliseconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1)))
     ratios = {name: value / milliseconds["frozen"] for name, value in milliseconds.items()}
     print(
-        f"{device_name(place)}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, "
+        f"{device_name()}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, "
         f"operator {operator}; kernels: {kernels.describe(place.type)}"
     )
     for name in VARIANTS:
         print(f"{name:20}{milliseconds[name]:10.3f} ms {ratios[name]:8.3f}")
-    print(json.dumps({"device": device_name(place), "milliseconds": milliseconds, "ratio_to_frozen": ratios}))
+    print(json.dumps({"device": device_name(), "milliseconds": milliseconds, "ratio_to_frozen": ratios}))
 
 
 def linears(model_config: PreTrainedConfig) -> list[tuple[int, tuple[int, ...]]]:

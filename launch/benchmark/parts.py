@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from launch.benchmark.device import chosen_device, device_name, seconds_of
+from launch.benchmark.device import chosen_device, seconds_of
 from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
+from relora_mora.cli import Positive
 from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.methods.mora import layer_square_size
 from relora_mora.model import read_model_config
 from relora_mora.model.loss import chunked_cross_entropy
 from relora_mora.model.shapes import attention_widths
+from relora_mora.system.hardware import device_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Draw = Callable[..., Tensor]  # of a shape
@@ -35,11 +37,11 @@ def main(
     part: str,
     model: str,
     *,
-    tokens: int = 4096,
-    sequence_length: int = 512,
+    tokens: Positive = 4096,
+    sequence_length: Positive = 512,
     dtype: str = "bf16",
-    threads: int | None = None,
-    repetitions: int = 7,
+    threads: Positive | None = None,
+    repetitions: Positive = 7,
     device: str | None = None,
 ) -> None:
     """Prints milliseconds of each way, its ratio to the first, and the same as one line of JSON.
@@ -62,10 +64,6 @@ def main(
         raise ValueError(f"got {part}, expected {', '.join(PARTS)}, and then a model's JSON file")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype}, expected {' or '.join(DTYPES)}")
-    sizes = {"tokens": tokens, "sequence_length": sequence_length, "threads": threads or 1, "repetitions": repetitions}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"--{name}: got {value}, expected at least 1")
     if tokens % sequence_length:
         raise ValueError(f"--tokens: {tokens} is no multiple of --sequence_length {sequence_length}")
     if threads:
@@ -78,14 +76,14 @@ def main(
     milliseconds = {name: 1000 * value for name, value in seconds.items()}
     first = next(iter(milliseconds.values()))
     print(
-        f"{part} on {device_name(place)}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads; "
+        f"{part} on {device_name()}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads; "
         f"kernels: {kernels.describe(place.type)}"
     )
     for name, taken in milliseconds.items():
         rate = f"{ways[name][1] / taken / 1e9:8.3f} TFLOP/s" if ways[name][1] else ""
         print(f"{name:42}{taken:10.3f} ms {taken / first:8.3f}{rate}")
     ratios = {name: taken / first for name, taken in milliseconds.items()}
-    print(json.dumps({"part": part, "device": device_name(place), "milliseconds": milliseconds, "ratio": ratios}))
+    print(json.dumps({"part": part, "device": device_name(), "milliseconds": milliseconds, "ratio": ratios}))
 
 
 def draws(dtype: torch.dtype, device: torch.device) -> Draw:

@@ -10,10 +10,10 @@ import torch
 
 from launch.benchmark.byte_tracker import PARTS
 from launch.benchmark.contenders import Setting
-from launch.benchmark.device import device_name, seconds_of
+from launch.benchmark.device import seconds_of
 from launch.benchmark.measure import Result
 from launch.benchmark.turns import medians, take_turns
-from relora_mora.system.hardware import peak_flops
+from relora_mora.system.hardware import device_name, peak_flops
 
 MIB = 2**20
 COPY_BYTES = 256 * MIB
@@ -35,7 +35,7 @@ def as_json(
     """Everything that was measured; each ``..._ratio`` refers to the first method."""
     return {
         "command": command,
-        "device": device_name(setting.device),
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "world_size": world_size,
         "precision": "bf16" if setting.bf16 else "fp32",
@@ -82,7 +82,7 @@ def tables(results: list[Result], setting: Setting, world_size: int, machine: di
         f"{setting.model_config.num_hidden_layers} layers, hidden {setting.model_config.hidden_size}, vocabulary "
         f"{setting.model_config.vocab_size}; {setting.tokens} tokens x {setting.accumulation} x {world_size} ranks, "
         f"{'bf16' if setting.bf16 else 'fp32'}, ZeRO-{setting.zero_stage}, r = {setting.rank}; "
-        f"{device_name(setting.device)}, {torch.get_num_threads()} threads a rank: "
+        f"{device_name()}, {torch.get_num_threads()} threads a rank: "
         f"{machine['matrix_product_tflops']:.2f} TFLOP/s, copy {machine['copy_gb_per_second']:.1f} GB/s"
     )
     times = _times(results, setting, world_size, machine["matrix_product_tflops"])

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 
+from relora_mora.cli import Positive
 from relora_mora.config import ConfigError, ModelConfig
 
 DEFAULT = "full,remora,remora_decoupled,relora"
@@ -18,18 +19,18 @@ DEFAULT = "full,remora,remora_decoupled,relora"
 def main(
     model: str,
     methods: str = DEFAULT,
-    tokens: int = 4096,
-    sequence_length: int = 512,
-    accumulation: int = 1,
+    tokens: Positive = 4096,
+    sequence_length: Positive = 512,
+    accumulation: Positive = 1,
     zero_stage: int = 1,
-    rank: int = 128,
-    square_multiple: int = 1,
+    rank: Positive = 128,
+    square_multiple: Positive = 1,
     precision: str = "auto",
-    layers: int | None = None,
-    vocab_size: int | None = None,
+    layers: Positive | None = None,
+    vocab_size: Positive | None = None,
     finetune: bool = False,
-    repeats: int = 7,
-    warmup: int = 2,
+    repeats: Positive = 7,
+    warmup: Positive = 2,
     profile: bool = False,
     device: str | None = None,
 ) -> int:
@@ -58,18 +59,7 @@ def main(
         profile: show which operations a step of each method spends its time in
         device: cpu or cuda; default: what a run takes here
     """
-    sizes = {
-        "tokens": tokens,
-        "sequence_length": sequence_length,
-        "accumulation": accumulation,
-        "rank": rank,
-        "square_multiple": square_multiple,
-        "layers": layers,
-        "vocab_size": vocab_size,
-        "repeats": repeats,
-        "warmup": warmup,
-    }
-    faults = [f"--{name}: {size}, expected at least 1" for name, size in sizes.items() if size is not None and size < 1]
+    faults = []
     if tokens % sequence_length:
         faults.append(f"--tokens: {tokens} is no multiple of --sequence_length {sequence_length}")
     if precision not in ("auto", "bf16", "fp32"):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.benchmark.turns import medians, take_turns
+from relora_mora.cli import Positive
 from relora_mora.config import Config, ConfigError, dump, load_config
 from relora_mora.supervise import REQUEUE
 from relora_mora.system.run_folder import RunFolder
@@ -29,7 +30,7 @@ OURS = ("train.run_dir", "train.resume", "log.every_steps", "eval.every_steps", 
 PARTS = 5  # lines of metrics in a round; the steps before the first do not count
 
 
-def main(config: str, *, steps: int = 25, rounds: int = 3, **overrides: str) -> None:
+def main(config: str, *, steps: int = 25, rounds: Positive = 3, **overrides: str) -> None:
     """Measures four things in turns, on the same first batches of the same data.
 
     trainer: launch/pretrain.py as a process of its own, with data workers, metrics and TensorBoard. saving: the same
@@ -46,8 +47,6 @@ def main(config: str, *, steps: int = 25, rounds: int = 3, **overrides: str) -> 
     faults = [f"--{name}: set by this command; leave it out" for name in OURS if name in overrides]
     if steps < PARTS:
         faults.append(f"--steps: {steps}, expected at least {PARTS}")
-    if rounds < 1:
-        faults.append(f"--rounds: {rounds}, expected at least 1")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         faults.append("runs on one process; start it with python, without a launcher")
     if faults:

@@ -20,11 +20,15 @@ import re
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from relora_mora.system.home import from_home
 
 Command = Callable[..., Any]
+Positive = Annotated[int, Ge(1)]  # of parameters of commands
+NotNegative = Annotated[int, Ge(0)]
 _LOCAL_RANK = ("--local_rank", "--local-rank")
 
 
@@ -42,12 +46,13 @@ def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.
     hints = typing.get_type_hints(command)
     _raise(_faults_of_flags(words, hints))
     arguments = _parsed(command, words, name)
+    limited = typing.get_type_hints(command, include_extras=True)
     faults = []
     for parameter in arguments.signature.parameters.values():
         if parameter.name in arguments.arguments and parameter.kind is not parameter.VAR_KEYWORD:
             value = arguments.arguments[parameter.name]
             try:
-                arguments.arguments[parameter.name] = _typed(value, hints.get(parameter.name, str))
+                arguments.arguments[parameter.name] = _typed(value, limited.get(parameter.name, str))
             except ValueError as error:
                 faults.append(f"--{parameter.name}: {error}; see --help")
     _raise(faults)
@@ -158,7 +163,9 @@ def _typed(value: Any, expected: Any) -> Any:
 
     try:
         return TypeAdapter(expected).validate_python(parse_yaml(value), strict=True)
-    except (yaml.YAMLError, ValidationError):
+    except (yaml.YAMLError, ValidationError) as error:
+        if isinstance(error, ValidationError) and "ge" in (limits := error.errors()[0].get("ctx", {})):
+            raise ValueError(f"got {value}, expected at least {limits['ge']}") from None
         raise ValueError(f"got {value!r}, expected {_name_of(expected)}") from None
 
 
@@ -166,4 +173,8 @@ def _name_of(expected: Any) -> str:
     """A type as messages call it."""
     if typing.get_origin(expected) is typing.Literal:
         return " or ".join(map(str, typing.get_args(expected)))
-    return str(getattr(expected, "__name__", expected))
+    if typing.get_origin(expected) is Annotated:
+        return _name_of(typing.get_args(expected)[0])
+    if expected is type(None):
+        return "null"
+    return " or ".join(map(_name_of, typing.get_args(expected))) or str(getattr(expected, "__name__", expected))

@@ -258,18 +258,14 @@ def rank_figure(
     import matplotlib
     from matplotlib.figure import Figure
 
-    tags = {name for group in groups for run in group.runs for line in run.lines for name in line}
-    kinds = [kind for kind in DECODER_LINEARS if f"{tag}/{kind}" in tags]
-    if not kinds:
-        return None
     having = {
         kind: [each for each in groups if each.common_steps([run.series(f"{tag}/{kind}") for run in each.runs])]
-        for kind in kinds
+        for kind in DECODER_LINEARS
     }
-    kinds = [kind for kind in kinds if having[kind]]
-    shown = [group for group in groups if any(group in of_kind for of_kind in having.values())]
-    if not shown:
+    kinds = [kind for kind in DECODER_LINEARS if having[kind]]
+    if not kinds:
         return None
+    shown = [group for group in groups if any(group in of_kind for of_kind in having.values())]
     with matplotlib.rc_context(PAPER):
         rows = -(-len(kinds) // 4)
         figure = Figure(figsize=(WIDTH, 1.8 * rows + legend_height(shown)), layout="constrained")

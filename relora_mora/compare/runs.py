@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.records import RECORDS, has_step, json_object, read_records
-from relora_mora.config import Config, MethodConfig, OptimConfig, parse_yaml
+from relora_mora.config import MethodConfig, OptimConfig, parse_yaml
+from relora_mora.config.schema import SETTINGS
 from relora_mora.supervise.lock import is_held
 from relora_mora.system.run_folder import RunFolder, noted_digests
 
@@ -251,17 +252,9 @@ def _settings(tree: Any, source: Path) -> dict[str, Any]:
     missing = [name for name in ("method.name", "train.steps") if given.get(name) is None]
     if missing:
         raise CompareError(f"{source}: without {missing[0]}, which the settings of every run have")
-    settings = {**_defaults(), **given}
+    defaults = {name: setting.get_default() for name, setting in SETTINGS.items() if not setting.is_required()}
+    settings = {**defaults, **given}
     for name in COUNTS:
         if not isinstance(settings[name], int) or settings[name] < 1:
             raise CompareError(f"{source}: {name} is {settings[name]}, expected a whole number from 1 on")
     return settings
-
-
-def _defaults() -> dict[str, Any]:
-    found = {}
-    for section, field in Config.model_fields.items():
-        for key, setting in getattr(field.annotation, "model_fields", {}).items():
-            if not setting.is_required():
-                found[f"{section}.{key}"] = setting.get_default()
-    return found

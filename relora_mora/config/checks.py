@@ -13,7 +13,7 @@ from relora_mora.config.deepspeed_checks import deepspeed_faults
 from relora_mora.config.fault import Fault
 from relora_mora.config.method_checks import method_faults
 from relora_mora.config.record_checks import generation_faults, record_faults
-from relora_mora.config.schema import Config
+from relora_mora.config.schema import SETTINGS, Config
 from relora_mora.config.secrets import secrets_in
 from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
 
@@ -42,13 +42,8 @@ def unused_by(config: Config) -> dict[str, str]:
         (METHODS, method.record, f"method {method.name}"),
     ):
         unused |= dict.fromkeys(settings_of_others(records, own), who)
-    given = [
-        f"{section}.{key}"
-        for section in Config.model_fields
-        for key in type(getattr(config, section)).model_fields
-        if key in getattr(config, section).model_fields_set
-    ]
-    return {setting: unused[setting] for setting in given if setting in unused}
+    given = {f"{section}.{key}" for section in Config.model_fields for key in getattr(config, section).model_fields_set}
+    return {setting: unused[setting] for setting in SETTINGS if setting in given and setting in unused}
 
 
 def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:
@@ -152,12 +147,7 @@ def _other_faults(config: Config) -> Iterator[Fault]:
             "torch.compile cannot look through what ZeRO-3 does around each module; use train.zero_stage=2, "
             "or leave it at auto",
         )
-    sections = {name: getattr(config, name) for name in Config.model_fields}
-    known = {f"{name}.{key}" for name, section in sections.items() for key in type(section).model_fields} | {
-        "tokenizer",
-        "data",
-    }
-    unknown = [name for name in config.train.allow_changes if name not in known]
+    unknown = [name for name in config.train.allow_changes if name not in {*SETTINGS, "tokenizer", "data"}]
     if unknown:
         yield Fault(
             ("train.allow_changes",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from relora_mora.config.data import DataConfig
 from relora_mora.config.types import (
@@ -326,6 +327,11 @@ class Config(Strict):
         return self.train.batch_size * self.data.sequence_length
 
     @property
+    def tokens_per_micro_batch(self) -> int:
+        """On one rank."""
+        return self.train.micro_batch_size * self.data.sequence_length
+
+    @property
     def tokenizer_path(self) -> str:
         """``tokenizer.path``, which the start of a run fills in. Raises ValueError where nobody has named one."""
         if self.tokenizer.path is None:
@@ -342,6 +348,14 @@ class Config(Strict):
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per optimizer step on one rank."""
         return self.train.batch_size // (self.train.micro_batch_size * world_size)
+
+
+# of all sections, by dotted name
+SETTINGS: dict[str, FieldInfo] = {
+    f"{section}.{key}": setting
+    for section, field in Config.model_fields.items()
+    for key, setting in getattr(field.annotation, "model_fields", {}).items()
+}
 
 
 def lanes_of(batch_size: int) -> int:

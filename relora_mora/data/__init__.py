@@ -2,14 +2,14 @@
 
 from relora_mora.data.answers import Answer
 from relora_mora.data.batch import UNSCORED, Batch, document_boundaries, document_ids
-from relora_mora.data.chat import end_of_turn, template_in_use
+from relora_mora.data.chat import template_in_use
 from relora_mora.data.checked_rows import check_columns, check_records
 from relora_mora.data.content import local_content, remote_content
 from relora_mora.data.counting import count_epochs
 from relora_mora.data.dataset_sources import find_datasets, remember_datasets
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.evalset import EvalSet, load_eval_set
-from relora_mora.data.fingerprint import fingerprint, order_fingerprint
+from relora_mora.data.fingerprint import fingerprints
 from relora_mora.data.hub_sources import with_commits
 from relora_mora.data.lane_states import counts_of, merge_states, start_states
 from relora_mora.data.mixture import mixture_names
@@ -41,17 +41,15 @@ __all__ = [
     "describe_position",
     "document_boundaries",
     "document_ids",
-    "end_of_turn",
     "epoch_tokens",
     "find_datasets",
-    "fingerprint",
+    "fingerprints",
     "iter_texts",
     "load_eval_set",
     "local_content",
     "make_tokens",
     "merge_states",
     "mixture_names",
-    "order_fingerprint",
     "remember_datasets",
     "remote_content",
     "resolve_shards",

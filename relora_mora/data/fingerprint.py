@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from relora_mora.config import DataConfig, Split
+from relora_mora.config import DataConfig
 from relora_mora.data.encoders import how_written, packing_of
 from relora_mora.data.formats import TEXT
 from relora_mora.data.record_format import RecordFormat
-from relora_mora.data.sources import Shard, configured_shards
+from relora_mora.data.sources import Shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,57 +21,22 @@ if TYPE_CHECKING:
 RULE = "lanes-4"
 
 
-def fingerprint(
-    config: DataConfig,
-    *,
-    tokenizer_fingerprint: str,
-    batch_lanes: int,
-    split: Split = "train",
-    shards: Sequence[Shard] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> str:
-    """32 hex digits over what decides the blocks of a stream.
-
-    That is the tokenizer, the shards (names, sizes of local ones, text columns), lanes, sequence length, seed and what
-    limits lines; of a mixture also its weights, of records what decides their tokens (then ``tokenizer`` is needed).
-    Not over ranks, workers or where the files lie. ``shards`` saves resolving the sources again. Raises SourceError.
-    """
-    if shards is None:
-        shards = configured_shards(config, split)
-    content = _order(config, tokenizer_fingerprint, batch_lanes, shards, tokenizer) | {
-        "split": split,
-        "sizes": [shard.size for shard in shards],
-        "sequence_length": config.sequence_length,
-        "max_line_bytes": config.max_line_bytes,
-    }
-    if config.is_mixture:
-        content["weights"] = {source.label: source.weight for source in config.train_sources}
-        content["stages"] = [stage.model_dump() for stage in config.stages]
-    return _digest(content)
-
-
-def order_fingerprint(
+def fingerprints(
     config: DataConfig,
     *,
     tokenizer_fingerprint: str,
     batch_lanes: int,
     shards: Sequence[Shard],
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> str:
-    """32 hex digits over what gives a saved position its meaning: which document and which token comes there.
+) -> tuple[str, str]:
+    """32 hex digits over what decides the blocks of a stream, and over what gives a saved position its meaning.
 
-    Not over the sizes of shards: one that was repaired or has grown is read on from the same line.
+    The first is over the tokenizer, the shards (names, sizes of local ones, text columns), lanes, sequence length, seed
+    and what limits lines; of a mixture also its weights, of records what decides their tokens (then ``tokenizer`` is
+    needed). Not over ranks, workers or where the files lie. The second, over which document and which token comes at a
+    position, leaves out the sizes of shards: one that was repaired or has grown is read on from the same line. Raises
+    SourceError.
     """
-    return _digest(_order(config, tokenizer_fingerprint, batch_lanes, shards, tokenizer))
-
-
-def _order(
-    config: DataConfig,
-    tokenizer_fingerprint: str,
-    batch_lanes: int,
-    shards: Sequence[Shard],
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> dict[str, Any]:
     order = {
         "rule": RULE,
         "tokenizer": tokenizer_fingerprint,
@@ -83,7 +48,17 @@ def _order(
     }
     if any(shard.format is TEXT for shard in shards):
         order["sample_by"] = config.sample_by
-    return order | _record_order(config, shards, tokenizer)
+    order |= _record_order(config, shards, tokenizer)
+    blocks = order | {
+        "split": "train",
+        "sizes": [shard.size for shard in shards],
+        "sequence_length": config.sequence_length,
+        "max_line_bytes": config.max_line_bytes,
+    }
+    if config.is_mixture:
+        blocks["weights"] = {source.label: source.weight for source in config.train_sources}
+        blocks["stages"] = [stage.model_dump() for stage in config.stages]
+    return _digest(blocks), _digest(order)
 
 
 def _record_order(

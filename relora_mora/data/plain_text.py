@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,12 +92,7 @@ def iter_texts(sources: str | Sequence[str | TextSource], *, split: Split, confi
     Of ``config`` the limits, the revision and the text column count. Bad lines are skipped and
     logged; raises SourceError when a shard has too many, or when no shard can be found.
     """
-    yield from texts_of(shards_of(sources, config, split), config)
-
-
-def texts_of(shards: Iterable[Shard], config: DataConfig) -> Iterator[str]:
-    """Every text of some shards, as ``iter_texts`` gives them."""
-    for shard in shards:
+    for shard in shards_of(sources, config, split):
         check_is_text(shard)
         with closing(open_rows(config, shard)) as rows:
             # one at a time: nobody waits for, or hears of, what stands behind the text that is wanted

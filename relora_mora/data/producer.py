@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from relora_mora.config import DataConfig, Packing
 from relora_mora.data.encoders import encoder_of, packing_of, whole_texts
 from relora_mora.data.lane_states import LaneStates, lane_state, state_key
 from relora_mora.data.lanes import EpochLimit, LaneRows, lane_plans
 from relora_mora.data.mixture import Mixture, shards_of_source
-from relora_mora.data.packing import Block, DocumentIds, Lane, Mask, Packer, Tokens
+from relora_mora.data.packing import DocumentIds, Lane, Mask, Packer, Tokens
 from relora_mora.data.retry import RETRIES
 from relora_mora.data.rows import Encode
 from relora_mora.data.sources import Shard
@@ -127,10 +128,11 @@ class Producer:
             state_key(lane, source): lane_state(drawn.lane.state(), source, drawn.blocks)
             for (lane, source), drawn in self.lanes.items()
         }
+        length = self.assignment.config.sequence_length
         return LaneBlocks(
             tokens=np.stack([block.tokens for block in blocks]),
-            scored=_stacked_masks(blocks),
-            documents=_stacked_documents(blocks),
+            scored=_stacked([block.scored for block in blocks], np.ones(length, np.bool_)),
+            documents=_stacked([block.documents for block in blocks], np.zeros(length, np.int32)),
             states=states,
             retries=RETRIES.retries,
             notes=[*notes, *self._read_again(states)],
@@ -179,17 +181,8 @@ def _packer(
     )
 
 
-def _stacked_masks(blocks: Sequence[Block]) -> Mask | None:
-    """The masks [blocks, T]; None where every token of every block is scored."""
-    if all(block.scored is None for block in blocks):
+def _stacked(parts: Sequence[NDArray[Any] | None], others: NDArray[Any]) -> NDArray[Any] | None:
+    """[blocks, T] of the parts [T] of each block, ``others`` where it has none; None where no block has one."""
+    if all(part is None for part in parts):
         return None
-    all_scored = np.ones(len(blocks[0].tokens) - 1, np.bool_)
-    return np.stack([all_scored if block.scored is None else block.scored for block in blocks])
-
-
-def _stacked_documents(blocks: Sequence[Block]) -> DocumentIds | None:
-    """The documents [blocks, T] of blocks of which some tell them; the others are one document each."""
-    if all(block.documents is None for block in blocks):
-        return None
-    one = np.zeros(len(blocks[0].tokens) - 1, np.int32)
-    return np.stack([one if block.documents is None else block.documents for block in blocks])
+    return np.stack([others if part is None else part for part in parts])

@@ -47,7 +47,7 @@ class Rows(Protocol[Row]):
     """A lane's own rows of one shard, in an order that never changes.
 
     A position is the number of own rows before it, so it means the same on every machine and after every restart. How
-    lanes share a shard is the format's decision: lines take turns, a file with row groups would deal out the groups.
+    lanes share a shard is the format's decision: lines take turns, row groups are dealt out whole.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Where text comes from: sources become an ordered list of shards, without listing any remote folder."""
+"""Where text comes from: sources become an ordered list of shards."""
 
 from __future__ import annotations
 

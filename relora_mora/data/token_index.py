@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from relora_mora.config import SampleBy
+from relora_mora.config.types import Strict
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.system.files import write_synced
 
@@ -20,11 +21,7 @@ INDEX = "tokens.json"
 COMMAND = "python launch/tokenize_text.py"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Making(_Record):
+class Making(Strict):
     """What decides the tokens of a text."""
 
     tokenizer: str  # its fingerprint
@@ -33,7 +30,7 @@ class Making(_Record):
     sample_by: SampleBy | None = None  # of .txt files; None where there are none
 
 
-class SourceText(_Record):
+class SourceText(Strict):
     """A shard of text as it was when its tokens were made: what a run that reads the text compares at a resume."""
 
     name: str
@@ -43,7 +40,7 @@ class SourceText(_Record):
     content: str  # see content.content_digests
 
 
-class Totals(_Record):
+class Totals(Strict):
     """What is in a file of tokens."""
 
     rows: int
@@ -54,7 +51,7 @@ class Totals(_Record):
     digest: str  # of samples of the file
 
 
-class TokenFile(_Record):
+class TokenFile(Strict):
     """A file of tokens, finished."""
 
     making: Making
@@ -62,7 +59,7 @@ class TokenFile(_Record):
     totals: Totals
 
 
-class Index(_Record):
+class Index(Strict):
     """``files`` is None until all of them are written."""
 
     version: Literal[1] = 1
@@ -131,11 +128,5 @@ def write_index(folder: Path, index: Index) -> None:
 
 def total_of(files: Sequence[Totals]) -> Totals:
     """Of all files together; without a digest."""
-    return Totals(
-        rows=sum(file.rows for file in files),
-        documents=sum(file.documents for file in files),
-        bad=sum(file.bad for file in files),
-        tokens=sum(file.tokens for file in files),
-        utf8_bytes=sum(file.utf8_bytes for file in files),
-        digest="",
-    )
+    counts = {name: sum(getattr(file, name) for file in files) for name in Totals.model_fields if name != "digest"}
+    return Totals(**counts, digest="")

@@ -50,30 +50,7 @@ def local_task(name: str, data: str | None) -> dict[str, Any]:
 
 def local_rows(name: str, data: str | None) -> list[dict[str, Any]]:
     """The rows of a local task. Raises :class:`HarnessError` where they cannot be used."""
-    return _rows(name, _settings(name)["metadata"], data)
-
-
-def _settings(name: str) -> dict[str, Any]:
-    settings: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    return settings
-
-
-def compared(row: Mapping[str, str], results: list[str]) -> dict[str, float]:
-    """The metrics of one answer that was generated for a pair."""
-    [found] = results
-    expected = row["completion"]
-    return {
-        "exact_match": float(found == expected),
-        "character_accuracy": agreeing_characters(found, expected) / len(expected),
-    }
-
-
-def _without_names(value: Any) -> Any:
-    """Pairs in place of a mapping: a dataset would give every row the names of all."""
-    return [list(pair) for pair in value.items()] if isinstance(value, dict) else value
-
-
-def _rows(name: str, about: Mapping[str, Any], data: str | None) -> list[dict[str, Any]]:
+    about = _settings(name)["metadata"]
     if data is None:
         raise HarnessError(f"{name}: needs --task_data, a folder with {about['file']}, or that file")
     path = Path(data)
@@ -105,3 +82,23 @@ def _rows(name: str, about: Mapping[str, Any], data: str | None) -> list[dict[st
     if not rows:
         raise HarnessError(f"{name}: {path} holds no line")
     return rows
+
+
+def _settings(name: str) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    return settings
+
+
+def compared(row: Mapping[str, str], results: list[str]) -> dict[str, float]:
+    """The metrics of one answer that was generated for a pair."""
+    [found] = results
+    expected = row["completion"]
+    return {
+        "exact_match": float(found == expected),
+        "character_accuracy": agreeing_characters(found, expected) / len(expected),
+    }
+
+
+def _without_names(value: Any) -> Any:
+    """Pairs in place of a mapping: a dataset would give every row the names of all."""
+    return [list(pair) for pair in value.items()] if isinstance(value, dict) else value

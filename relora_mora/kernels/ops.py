@@ -55,13 +55,7 @@ def _fake_group_sums(xs: Sequence[Tensor], grouping: Sequence[int]) -> Tensor:
     return xs[0].new_empty(*xs[0].shape[:-1], len(xs) * Grouping.of_numbers(grouping).slots)
 
 
-def _fake_expand_add(
-    weight: Tensor, square: Tensor, inputs: Sequence[int], outputs: Sequence[int], after: Tensor | None = None
-) -> Tensor:
-    return weight.new_empty(weight.shape)
-
-
-def _fake_rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> Tensor:
+def _fake_add(weight: Tensor, *others: Any) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
@@ -90,8 +84,8 @@ _cuda_cross_entropy_ = cuda.kernel("relora_mora.kernels.triton_loss:cross_entrop
 # fake, on CPUs, on CUDA devices
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "group_sums": (_fake_group_sums, _sum_by(cpu.group_sums), _sum_by(_cuda_group_sums)),
-    "expand_add": (_fake_expand_add, _add_by(cpu.expand_add), _add_by(_cuda_expand_add)),
-    "rotary_add": (_fake_rotary_add, rotary.rotary_add, rotary.rotary_add),
+    "expand_add": (_fake_add, _add_by(cpu.expand_add), _add_by(_cuda_expand_add)),
+    "rotary_add": (_fake_add, rotary.rotary_add, rotary.rotary_add),
     "cross_entropy_": (_fake_cross_entropy_, cpu.cross_entropy_, _cuda_cross_entropy_),
 }
 

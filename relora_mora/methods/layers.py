@@ -43,8 +43,8 @@ DROPPED = "dropped x"  # what dropout makes of it for one adapter
 class AdapterLinear(nn.Module):
     """A linear layer whose weight is frozen and gets a trainable ``delta`` [out, in].
 
-    A subclass says what its parameters are, what they add, and what that costs. Merging, resetting, saving, exporting
-    and planning need nothing else.
+    A subclass says what its parameters are, what they add, and what that costs. Resetting, saving, exporting and
+    planning need nothing else; merging.py and adapters/writer.py know MoRA's and LoRA's apart.
     """
 
     # tokens (in + out) / (in out) from which on the merged form takes less time, as measured (docs/method.md)

@@ -93,7 +93,7 @@ def compute_time(
         build = _build(adapter)
         work = LayerWork(work.launches + build.launches / micro_batches, work.moved + build.moved / micro_batches)
     layers = model_config.num_hidden_layers * (1 + FORWARD * config.model.activation_checkpointing)
-    tokens = config.train.micro_batch_size * config.data.sequence_length
+    tokens = config.tokens_per_micro_batch
     moved = layers * work.moved * (1 if bf16 else 2) * model_config.hidden_size * tokens
     return ComputeTime(
         products=flops_per_token * tokens / (peak * PRODUCTS_RATE),

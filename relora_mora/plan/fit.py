@@ -103,7 +103,7 @@ def choose_resident(
     """
     if config.method.form != "auto":
         return
-    tokens = config.train.micro_batch_size * config.data.sequence_length
+    tokens = config.tokens_per_micro_batch
     pays = stage < 3 and (on_gpu or config.accumulation_steps(world_size) > 1)
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:

@@ -68,7 +68,7 @@ def flops_of(model: PreTrainedModel, model_config: PreTrainedConfig, config: Con
     The cost of type 6's blocks is averaged over the cycle of operators; LoRA's product ``B A``, made once for each use
     of a layer, is shared by the tokens of a micro-batch; of a resident layer it is made once a step and not counted.
     """
-    tokens = config.train.micro_batch_size * config.data.sequence_length
+    tokens = config.tokens_per_micro_batch
     linears = adapters = forward = 0.0
     for _, layer in decoder_linears(model):
         product = 2.0 * layer.in_features * layer.out_features

@@ -255,7 +255,7 @@ def activation_memory(
     intermediate = model_config.intermediate_size
     length = config.data.sequence_length
     heads = model_config.num_attention_heads
-    tokens = config.train.micro_batch_size * length
+    tokens = config.tokens_per_micro_batch
     of_norm = 4 + (width if config.method.train_norms else 0)
     normed = hidden * of_norm + 4  # of the final norm, which is not compiled
     of_norm = width if compiled else of_norm
@@ -303,7 +303,7 @@ def _linear_inputs(model: PreTrainedModel, config: Config) -> float:
 
 def _kept(layer: nn.Linear | AdapterLinear, config: Config) -> list[Kept]:
     if isinstance(layer, AdapterLinear):
-        return layer.kept(_tokens(config), config.method.cycle)
+        return layer.kept(config.tokens_per_micro_batch, config.method.cycle)
     return [Kept(INPUT, layer.in_features, shared=True)] if layer.weight.requires_grad else []
 
 
@@ -311,14 +311,10 @@ def _compute_type(bf16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def _tokens(config: Config) -> int:
-    return config.train.micro_batch_size * config.data.sequence_length
-
-
 def scratch_memory(model: PreTrainedModel, config: Config, *, bf16: bool, on_gpu: bool = False) -> tuple[float, float]:
     """Bytes that come and go: (at the loss, in backward)."""
     width = 2 if bf16 else 4
-    tokens = _tokens(config)
+    tokens = config.tokens_per_micro_batch
     vocabulary = model.config.vocab_size
     logit = bytes_per_logit(_compute_type(bf16), in_place=on_gpu)
     chunk = min(tokens, loss_chunk(tokens, vocabulary, logit, on_gpu=on_gpu))

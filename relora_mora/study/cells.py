@@ -11,15 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from relora_mora.config import Config
+from relora_mora.config.schema import SETTINGS
 from relora_mora.study.design import SEEDS, Choice, Study
 
-# of all, so that no later entry of a grid changes the names of cells
-SETTINGS = {
-    f"{section}.{key}"
-    for section, field in Config.model_fields.items()
-    for key in getattr(field.annotation, "model_fields", {})
-}
 LONGEST_NAME = 200  # file systems allow 255 bytes, and files of a cell have endings
 
 
@@ -111,7 +105,8 @@ def _with_digest(name: str, values: tuple[tuple[str, str], ...]) -> str:
 
 def _name(study: Study, values: tuple[tuple[str, str], ...], seed: int) -> str:
     """Such as ``name=mora,rank=8,lr=0.002,seed=0``; a folder can have this name."""
-    settings = {name for entry in study.grid for name in entry} | SETTINGS
+    # with all there are, so that no later entry of a grid changes the names of cells
+    settings = {name for entry in study.grid for name in entry} | SETTINGS.keys()
     last = Counter(name.rpartition(".")[2] for name in settings)
     parts = []
     for name, value in values:

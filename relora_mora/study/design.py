@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from relora_mora.config import Config, ConfigError, parse_yaml
+from relora_mora.config.schema import SETTINGS
 from relora_mora.config.types import Positive, Seed, Strict, Text
 
 SEEDS = ("train.seed", "data.seed")  # what a seed of the study sets
@@ -97,10 +98,7 @@ class Study(Strict):
 
 
 def _lacks_brackets(name: str, given: Any) -> bool:
-    section, _, key = name.partition(".")
-    settings = getattr(Config.model_fields.get(section), "annotation", None)
-    field = getattr(settings, "model_fields", {}).get(key)
-    takes_lists = field is not None and get_origin(field.annotation) in (list, tuple)
+    takes_lists = name in SETTINGS and get_origin(SETTINGS[name].annotation) in (list, tuple)
     return takes_lists and not (isinstance(given, list) and all(isinstance(value, list) for value in given))
 
 

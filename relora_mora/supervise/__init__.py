@@ -1,6 +1,6 @@
 """How a run ends in order: signals, launchers, lost ranks, exit codes, and one trainer per run folder.
 
-``watchdog`` needs torch and is imported when there are ranks to watch; the rest is light, so that a process can be
+``watchdog`` needs torch and is imported with the training code; the rest is light, so that a process can be
 guarded before its slow imports.
 """
 

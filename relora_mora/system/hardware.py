@@ -62,8 +62,10 @@ def peak_flops(*, bf16: bool, on_cpu: bool = False) -> tuple[float, str]:
     return 2 * size**3 / statistics.median(seconds[1:]), f"measured on a {size} x {size} product"
 
 
-def processor_name() -> str:
-    """Of the CPU, as Linux names it; elsewhere only its architecture."""
+def device_name() -> str:
+    """Of the GPU in use; else of the CPU, as Linux names it, elsewhere only its architecture."""
+    if uses_cuda():
+        return torch.cuda.get_device_name()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

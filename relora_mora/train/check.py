@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.checkpoint.find import newest_manifest
 from relora_mora.config import Config, DataConfig, parse_yaml, unused_by
-from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint
+from relora_mora.data import Shard, fingerprints, local_content
 from relora_mora.distributed.join import processes_on_host
 from relora_mora.model import check_length, plain_model_config
 from relora_mora.model.compiler import compiles_here
@@ -140,12 +140,9 @@ def check(config: Config, world_size: int) -> Checked:
     _check_tokenizer(config, model_config.model_type, tokens)
     for name, who in unused_by(config).items():
         log.info("%s does not use %s", who, name)
-    given: dict[str, Any] = {
-        "tokenizer_fingerprint": tokens,
-        "batch_lanes": config.lanes,
-        "shards": shards,
-        "tokenizer": tokenizer,
-    }
+    data_fingerprint, data_order = fingerprints(
+        data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards, tokenizer=tokenizer
+    )
     return Checked(
         config=config,
         model_config=model_config,
@@ -153,9 +150,9 @@ def check(config: Config, world_size: int) -> Checked:
         chat_template=inputs.chat_template,
         tokenizer_fingerprint=tokens,
         shards=shards,
-        data_fingerprint=fingerprint(data, split="train", **given),
+        data_fingerprint=data_fingerprint,
         data_content=local_content(shards),
-        data_order=order_fingerprint(data, **given),
+        data_order=data_order,
         bf16=bf16,
         compiled=compiled,
     )

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from relora_mora.checkpoint import Manifest
-from relora_mora.config import Config, TextSource
+from relora_mora.config import TextSource
 from relora_mora.config.checks import OPERATIONAL
-from relora_mora.config.schema import lanes_of
+from relora_mora.config.schema import SETTINGS, lanes_of
 from relora_mora.model import FUNCTION, TRAINING, keys_with, stored_model_config
 from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
 
@@ -152,9 +152,8 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str
 
 
 def _default(section: str, key: str) -> Any:
-    known = Config.model_fields.get(section)
-    fields = {} if known is None or known.annotation is None else known.annotation.model_fields
-    return fields[key].get_default() if key in fields and not fields[key].is_required() else None
+    setting = SETTINGS.get(f"{section}.{key}")
+    return None if setting is None or setting.is_required() else setting.get_default()
 
 
 def _counts(name: str, allowed: set[str]) -> bool:

@@ -60,11 +60,11 @@ COUNTING_SECONDS = 86400.0  # a text that takes longer to read once is no text t
 
 
 def pretrain(config: Config, guard: Guard | None = None) -> int:
-    """Trains a run to its end and returns the exit code: 0, or ``guard.REQUEUE`` when a signal stopped it.
+    """Trains a run to its end and returns the exit code: 0, or ``REQUEUE`` when a signal stopped it.
 
     Raises the package's ValueErrors for mistakes of the user, OSError for a run folder that cannot be used,
     :class:`TrainingError` and :class:`MergeError` when training cannot go on. When another rank is lost the process
-    ends here with ``guard.LOST``. ``guard`` is the process's own where it was made before the imports.
+    ends here with ``LOST``. ``guard`` is the process's own where it was made before the imports.
     """
     with guard or Guard(signals=False) as guard:
         try:

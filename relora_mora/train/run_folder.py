@@ -25,7 +25,7 @@ from relora_mora.optim import Parameters
 from relora_mora.origin import start_digests
 from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.files import append_synced, remove, write_synced
-from relora_mora.system.hardware import processor_name, uses_cuda
+from relora_mora.system.hardware import device_name
 from relora_mora.system.run_folder import NOTED, RunFolder
 from relora_mora.tokenizer import save_tokenizer
 from relora_mora.train.check import Checked
@@ -105,7 +105,7 @@ def _start_record(checked: Checked, parameters: Parameters, world_size: int, ste
         "command": sys.argv,
         "host": socket.gethostname(),
         "world_size": world_size,
-        "device": _device(),
+        "device": device_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bf16": checked.bf16,
@@ -121,12 +121,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path, and is not installed
         return None
-
-
-def _device() -> str:
-    if uses_cuda():
-        return torch.cuda.get_device_name()
-    return processor_name()
 
 
 def _git_commit() -> str | None:

@@ -13,8 +13,7 @@ from relora_mora.data import (
     check_columns,
     configured_shards,
     describe_position,
-    fingerprint,
-    order_fingerprint,
+    fingerprints,
 )
 from relora_mora.data.errors import SourceError
 from relora_mora.data.mixture import Mixture
@@ -129,7 +128,7 @@ def test_weights_are_part_of_the_fingerprint_and_not_of_the_places(folder):
     prints = []
     for one in (config, *others):
         given = {"tokenizer_fingerprint": "t", "batch_lanes": 4, "shards": configured_shards(one, "train")}
-        prints.append((fingerprint(one, **given), order_fingerprint(one, **given)))
+        prints.append(fingerprints(one, **given))
     (whole, order), (of_weights, order_of_weights), (of_names, order_of_names) = prints
     assert whole != of_weights and order == order_of_weights
     assert whole != of_names and order != order_of_names

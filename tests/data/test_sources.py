@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.config import TextSource
-from relora_mora.data import Shard, fingerprint, local_content, order_fingerprint, resolve_shards
+from relora_mora.data import Shard, configured_shards, fingerprints, local_content, resolve_shards
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats import format_of
 from relora_mora.data.remote import RemoteBytes
@@ -212,7 +212,8 @@ def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
     config = data_config(tmp_path / "here" / "*.gz")
 
     def of(config=config, tokenizer="t", lanes=4):
-        return fingerprint(config, tokenizer_fingerprint=tokenizer, batch_lanes=lanes)
+        shards = configured_shards(config, "train")
+        return fingerprints(config, tokenizer_fingerprint=tokenizer, batch_lanes=lanes, shards=shards)[0]
 
     same = [
         of(),
@@ -246,9 +247,8 @@ def test_how_text_is_cut_is_part_of_the_fingerprint_where_there_is_text():
     by_line = data_config("unused", sample_by="line")
     for name, counts in {"a.txt": True, "a.txt.gz": True, "a.json": False, "b": False}.items():
         shards = [Shard("a.csv", "/x/a.csv"), Shard(name, f"/x/{name}")]
-        for of in (fingerprint, order_fingerprint):
-            found = {of(config, **given, shards=shards) for config in (by_line, data_config("unused"))}
-            assert len(found) == 1 + counts
+        found = [fingerprints(config, **given, shards=shards) for config in (by_line, data_config("unused"))]
+        assert [len(set(each)) for each in zip(*found, strict=True)] == [1 + counts] * 2
 
 
 @pytest.mark.parametrize(
@@ -278,10 +278,9 @@ def test_the_fingerprints_are_what_they_have_always_been():
     shards = [Shard("a.json", "/x/a.json", size=3), Shard("b", "http://x/b")]
     given = {"tokenizer_fingerprint": "t", "batch_lanes": 4, "shards": shards}
     plain = config.model_copy(update={"shuffle_documents": 1024})
-    assert fingerprint(plain, **given) == "02aafe596527296c8d60a22910e10fab"
-    assert order_fingerprint(plain, **given) == "e93bc9fdc325dfd902f7e93e8e95499e"
+    assert fingerprints(plain, **given) == ("02aafe596527296c8d60a22910e10fab", "e93bc9fdc325dfd902f7e93e8e95499e")
     given["shards"] = [replace(shard, text_column="content") for shard in shards]
-    assert fingerprint(plain, **given) != "02aafe596527296c8d60a22910e10fab"
+    assert fingerprints(plain, **given)[0] != "02aafe596527296c8d60a22910e10fab"
 
 
 def test_a_link_to_nothing_is_no_reason_to_read_less(tmp_path):

@@ -45,7 +45,7 @@ def test_every_kind_has_help_of_its_own(kind: str, capsys: pytest.CaptureFixture
 
 def test_the_local_rank_that_deepspeed_puts_first_is_no_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("--local_rank=0", "steps", "model.json", "--repeats=0") == 2
-    assert "--repeats: 0, expected at least 1" in capsys.readouterr().err
+    assert "--repeats: got 0, expected at least 1" in capsys.readouterr().err
 
 
 def test_faults_name_the_command_as_it_was_typed(capsys: pytest.CaptureFixture[str]) -> None:

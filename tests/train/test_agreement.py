@@ -64,10 +64,11 @@ def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
 
     second, before = (
         os.environ["RANK"] == "1",
-        {name: getattr(check, name) for name in ("fingerprint", "local_content")},
+        {name: getattr(check, name) for name in ("fingerprints", "local_content")},
     )
     if second and finds:
-        setattr(check, finds, lambda *args, **kwargs: "another")
+        another = ("another", "another") if finds == "fingerprints" else "another"
+        setattr(check, finds, lambda *args, **kwargs: another)
     try:
         with pytest.raises(ConfigError) as caught:
             pretrain(other if second else config)
@@ -77,7 +78,7 @@ def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["settings", "fingerprint", "local_content", "tokenizer"])
+@pytest.mark.parametrize("what", ["settings", "fingerprints", "local_content", "tokenizer"])
 def test_ranks_that_were_given_different_things_do_not_train(
     pools, inputs, tokenizer_path, other_tokenizer, tmp_path, what
 ):
@@ -87,7 +88,7 @@ def test_ranks_that_were_given_different_things_do_not_train(
         inputs, other_tokenizer if what == "tokenizer" else tokenizer_path, tmp_path / "run", 2, optim=optim
     )
     first, second = pools(2)(
-        of_two_hosts, config, different, finds=what if what in ("fingerprint", "local_content") else ""
+        of_two_hosts, config, different, finds=what if what in ("fingerprints", "local_content") else ""
     )
     expected = {"settings": "optim.lr", "tokenizer": "the tokenizer"}.get(what, "the training data")
     assert (
