@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from relora_mora.cli import Positive, run
+    from relora_mora.cli import PositiveInt, run
     from relora_mora.system.new_folder import new_folder
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
@@ -54,7 +54,7 @@ class DemoTextError(ValueError):
     """The text cannot be written: what was found, what to do."""
 
 
-def main(out: str = "runs/demo/data", max_bytes: Positive = 40_000_000, processes: int | None = None) -> None:
+def main(out: str = "runs/demo/data", max_bytes: PositiveInt = 40_000_000, processes: int | None = None) -> None:
     """Writes English text found on this machine as json.gz shards: OUT/train (8) and OUT/validation (1).
 
     Args:

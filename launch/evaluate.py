@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
-    from relora_mora.cli import NotNegative, Positive, run
+    from relora_mora.cli import NonNegativeInt, PositiveInt, run
     from relora_mora.system.imports import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
@@ -33,13 +33,13 @@ def main(
     data: str | None = None,
     base: str | None = None,
     tokenizer: str | None = None,
-    max_tokens: Positive | None = None,
-    micro_batch_size: Positive = 8,
+    max_tokens: PositiveInt | None = None,
+    micro_batch_size: PositiveInt = 8,
     precision: str = "float32",
     tasks: str | None = None,
     task_data: str | None = None,
-    num_fewshot: NotNegative | None = None,
-    limit: Positive | None = None,
+    num_fewshot: NonNegativeInt | None = None,
+    limit: PositiveInt | None = None,
     **overrides: str,
 ) -> None:
     """Scores text with a model; text in several sets set by set, and as a whole. Or, with --tasks, scores the model.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 try:
-    from relora_mora.cli import Positive
+    from relora_mora.cli import PositiveInt
     from relora_mora.config import FINETUNING
     from relora_mora.start import run_to_the_end, train
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
-def main(config: str, *, show: Positive | None = None, **overrides: str) -> int:
+def main(config: str, *, show: PositiveInt | None = None, **overrides: str) -> int:
     """Fine-tunes a model, the one that model.init_from names.
 
     As launch/pretrain.py, with other defaults: see docs/finetuning.md. The exit codes are the same.

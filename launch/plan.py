@@ -10,7 +10,7 @@ import json as json_module
 import math
 
 try:
-    from relora_mora.cli import Positive, run
+    from relora_mora.cli import PositiveInt, run
     from relora_mora.system.imports import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
@@ -18,9 +18,9 @@ except ModuleNotFoundError as error:
 
 def main(
     config: str,
-    world_size: Positive | None = None,
-    nodes: Positive | None = None,
-    gpus_per_node: Positive | None = None,
+    world_size: PositiveInt | None = None,
+    nodes: PositiveInt | None = None,
+    gpus_per_node: PositiveInt | None = None,
     device: str | None = None,
     link_gbits: float | None = None,
     tokens_per_second: float | None = None,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 try:
-    from relora_mora.cli import Positive
+    from relora_mora.cli import PositiveInt
     from relora_mora.start import run_to_the_end, train
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 
-def main(config: str, *, show: Positive | None = None, **overrides: str) -> int:
+def main(config: str, *, show: PositiveInt | None = None, **overrides: str) -> int:
     """Pretrains a model.
 
     Exit codes: 0 done, 1 training cannot go on, 2 a mistake in settings or data, 69 another rank or the launcher is

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 try:
-    from relora_mora.cli import Positive, run
+    from relora_mora.cli import PositiveInt, run
     from relora_mora.compare import (
         CompareError,
         check_plots,
@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 LAUNCH = Path(__file__).resolve().parent
 
 
-def main(study: str, *, out: str | None = None, jobs: Positive = 1, again: str | None = None) -> int:
+def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: str | None = None) -> int:
     """Runs what is not done of a study; what was cut goes on where it was.
 
     Each run has a complete run folder in OUT/runs; what it printed is in OUT/logs, and a record of all that are done in

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import json
 
-from relora_mora.cli import Positive
+from relora_mora.cli import PositiveInt
 
 MAX_LANES = 65_536  # each lane gets its own plan of the shards
 
 
 def main(
-    config: str, *, lanes: int | None = None, tokens: Positive = 1_000_000, rounds: Positive = 3, **overrides: str
+    config: str, *, lanes: int | None = None, tokens: PositiveInt = 1_000_000, rounds: PositiveInt = 3, **overrides: str
 ) -> None:
     """Measures the pipeline of a run's training data, which is plain text or tokens.
 

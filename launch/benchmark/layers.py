@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from launch.benchmark.device import chosen_device, seconds_of
 from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
-from relora_mora.cli import Positive
+from relora_mora.cli import PositiveInt
 from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.methods.lora import LoRALinear
 from relora_mora.methods.mora import MoRALinear, layer_square_size
@@ -35,12 +35,12 @@ VARIANTS = ("frozen", "full", "lora merged", "lora decoupled", "mora merged", "m
 def main(
     model: str,
     *,
-    tokens: Positive = 4096,
+    tokens: PositiveInt = 4096,
     dtype: str = "bf16",
-    threads: Positive | None = None,
-    rank: Positive = 128,
+    threads: PositiveInt | None = None,
+    rank: PositiveInt = 128,
     operator: int = 1,
-    repetitions: Positive = 7,
+    repetitions: PositiveInt = 7,
     device: str | None = None,
 ) -> None:
     """Prints milliseconds of each variant, its ratio to the frozen linears, and the same as one line of JSON.

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from launch.benchmark.device import chosen_device, seconds_of
 from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
-from relora_mora.cli import Positive
+from relora_mora.cli import PositiveInt
 from relora_mora.config import MethodConfig, ModelConfig
 from relora_mora.methods.mora import layer_square_size
 from relora_mora.model import read_model_config
@@ -37,11 +37,11 @@ def main(
     part: str,
     model: str,
     *,
-    tokens: Positive = 4096,
-    sequence_length: Positive = 512,
+    tokens: PositiveInt = 4096,
+    sequence_length: PositiveInt = 512,
     dtype: str = "bf16",
-    threads: Positive | None = None,
-    repetitions: Positive = 7,
+    threads: PositiveInt | None = None,
+    repetitions: PositiveInt = 7,
     device: str | None = None,
 ) -> None:
     """Prints milliseconds of each way, its ratio to the first, and the same as one line of JSON.

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 
-from relora_mora.cli import Positive
+from relora_mora.cli import PositiveInt
 from relora_mora.config import ConfigError, ModelConfig
 
 DEFAULT = "full,remora,remora_decoupled,relora"
@@ -19,18 +19,18 @@ DEFAULT = "full,remora,remora_decoupled,relora"
 def main(
     model: str,
     methods: str = DEFAULT,
-    tokens: Positive = 4096,
-    sequence_length: Positive = 512,
-    accumulation: Positive = 1,
+    tokens: PositiveInt = 4096,
+    sequence_length: PositiveInt = 512,
+    accumulation: PositiveInt = 1,
     zero_stage: int = 1,
-    rank: Positive = 128,
-    square_multiple: Positive = 1,
+    rank: PositiveInt = 128,
+    square_multiple: PositiveInt = 1,
     precision: str = "auto",
-    layers: Positive | None = None,
-    vocab_size: Positive | None = None,
+    layers: PositiveInt | None = None,
+    vocab_size: PositiveInt | None = None,
     finetune: bool = False,
-    repeats: Positive = 7,
-    warmup: Positive = 2,
+    repeats: PositiveInt = 7,
+    warmup: PositiveInt = 2,
     profile: bool = False,
     device: str | None = None,
 ) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.benchmark.turns import medians, take_turns
-from relora_mora.cli import Positive
+from relora_mora.cli import PositiveInt
 from relora_mora.config import Config, ConfigError, dump, load_config
 from relora_mora.supervise import REQUEUE
 from relora_mora.system.run_folder import RunFolder
@@ -30,7 +30,7 @@ OURS = ("train.run_dir", "train.resume", "log.every_steps", "eval.every_steps", 
 PARTS = 5  # lines of metrics in a round; the steps before the first do not count
 
 
-def main(config: str, *, steps: int = 25, rounds: Positive = 3, **overrides: str) -> None:
+def main(config: str, *, steps: int = 25, rounds: PositiveInt = 3, **overrides: str) -> None:
     """Measures four things in turns, on the same first batches of the same data.
 
     trainer: launch/pretrain.py as a process of its own, with data workers, metrics and TensorBoard. saving: the same

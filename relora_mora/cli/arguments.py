@@ -27,8 +27,8 @@ from annotated_types import Ge
 from relora_mora.system.home import from_home
 
 Command = Callable[..., Any]
-Positive = Annotated[int, Ge(1)]  # of parameters of commands
-NotNegative = Annotated[int, Ge(0)]
+PositiveInt = Annotated[int, Ge(1)]  # of parameters of commands
+NonNegativeInt = Annotated[int, Ge(0)]
 _LOCAL_RANK = ("--local_rank", "--local-rank")
 
 
