@@ -22,7 +22,7 @@ _GPU_REMEDY = "start one rank for each GPU, or compute on CPUs with DS_ACCELERAT
 class Seat(NamedTuple):
     """Where a rank computes. ``gpu`` is the UUID of its GPU; None on CPUs, and where none of the visible is its own.
 
-    ``address`` is where gloo listens for the other ranks; None where GLOO_SOCKET_IFNAME says it.
+    ``address`` is where gloo listens for the other ranks; None where there are none, or GLOO_SOCKET_IFNAME says it.
     """
 
     host: str
@@ -56,7 +56,7 @@ def bind_device(store: Any, rank: int, world_size: int) -> torch.device | None:
         torch.cuda.set_device(index)
         os.environ["LOCAL_RANK"] = str(index)
         gpu = str(torch.cuda.get_device_properties(index).uuid)
-    mine = Seat(socket.gethostname(), local_rank, visible, gpu, _gloo_address())
+    mine = Seat(socket.gethostname(), local_rank, visible, gpu, _gloo_address() if world_size > 1 else None)
     seats = _seats_of_ranks(mine, store, rank, world_size)
     fault = seat_fault(seats)
     if not any(seat.visible for seat in seats) and os.environ.get("DS_ACCELERATOR") == "cuda":
@@ -76,16 +76,21 @@ def gpu_of(local_rank: int, visible: int) -> int | None:
 
 def seat_fault(seats: Sequence[Seat]) -> str | None:
     """What keeps these ranks from computing together, and the remedy; None if nothing does."""
-    if len({seat.host for seat in seats}) > 1:
-        for rank, seat in enumerate(seats):
-            if seat.address is not None and ipaddress.ip_address(seat.address).is_loopback:
-                return (
-                    f"rank {rank} on {seat.host} would listen at {seat.address}, which is what that host's name means "
-                    "there, and no other host can reach it; set GLOO_SOCKET_IFNAME to the network interface that leads "
-                    "to the others, or mend the name in /etc/hosts"
-                )
-    fault = _gpu_fault(seats)
-    return None if fault is None else f"{fault}; {_GPU_REMEDY}"
+    gpu_fault = _gpu_fault(seats)
+    return _address_fault(seats) or (gpu_fault and f"{gpu_fault}; {_GPU_REMEDY}")
+
+
+def _address_fault(seats: Sequence[Seat]) -> str | None:
+    if len({seat.host for seat in seats}) == 1:
+        return None
+    for rank, seat in enumerate(seats):
+        if seat.address is not None and ipaddress.ip_address(seat.address).is_loopback:
+            return (
+                f"rank {rank} on {seat.host} would listen at {seat.address}, which is what that host's name means "
+                "there and no other host can reach; set GLOO_SOCKET_IFNAME to the network interface that leads to the "
+                "others, or mend the name in /etc/hosts"
+            )
+    return None
 
 
 def _gpu_fault(seats: Sequence[Seat]) -> str | None:

@@ -67,7 +67,7 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one(local_rank: int, vis
         ([("a", 0, 1, "G0"), ("b", 0, 0, None)], "rank 1 on b sees no GPU, and rank 0 on a does"),
         (
             [("a", 0, 0, None, "10.0.0.1"), ("b", 0, 0, None, "127.0.1.1")],
-            "rank 1 on b would listen at 127.0.1.1, which is what that host's name means there, and no other host can",
+            "rank 1 on b would listen at 127.0.1.1, which is what that host's name means there and no other",
         ),
         ([("a", 0, 0, None, "127.0.0.1"), ("a", 1, 0, None, "127.0.0.1")], None),  # one host
         ([("a", 0, 0, None, "10.0.0.1"), ("b", 0, 0, None, None)], None),  # GLOO_SOCKET_IFNAME
