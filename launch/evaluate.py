@@ -216,19 +216,22 @@ def _score_tasks(
 @contextlib.contextmanager
 def _tokenizer_of(loaded: LoadedModel, given: str | None) -> Iterator[Path]:
     """The folder of the model's own tokenizer, or the one that is given in its place."""
-    from relora_mora.tokenizer import tokenizer_fingerprint
+    from relora_mora.checkpoint import damaged_tokenizer, read_manifest
+    from relora_mora.tokenizer import gives_same_tokens
 
     if given is None:
         with loaded.tokenizer as own:
             yield own
         return
-    with contextlib.suppress(ValueError), loaded.tokenizer as own:  # it may have none, or a damaged one
-        if tokenizer_fingerprint(own) != tokenizer_fingerprint(given):
-            print(
-                f"{given} gives other tokens than the model's own tokenizer: the numbers below mean something only if "
-                "the model was trained with it",
-                file=sys.stderr,
-            )
+    checkpoint = None if loaded.checkpoint is None else loaded.checkpoint[0]
+    if checkpoint is None or damaged_tokenizer(checkpoint, read_manifest(checkpoint)) is None:
+        with contextlib.suppress(ValueError), loaded.tokenizer as own:  # it may have none
+            if not gives_same_tokens(given, own):
+                print(
+                    f"{given} gives other tokens than the model's own tokenizer: the numbers below mean something only "
+                    "if the model was trained with it",
+                    file=sys.stderr,
+                )
     yield Path(given)
 
 

@@ -24,6 +24,7 @@ from relora_mora.tokenizer import (
     TokenizerError,
     check_vocabulary,
     encode,
+    gives_same_tokens,
     is_tokenizer,
     load_tokenizer,
     open_sentencepiece,
@@ -139,6 +140,15 @@ def test_fingerprint_follows_the_vocabulary(folder: Path, tmp_path: Path) -> Non
     other = tmp_path / "other"
     training.write(training.train(own_text(), vocab_size=999, character_coverage=0.9995), other, ["x"])
     assert tokenizer_fingerprint(other) not in fingerprints
+
+
+def test_the_same_tokens_are_known_in_another_form(folder: Path, tmp_path: Path) -> None:
+    save_tokenizer(folder, tmp_path / "export")
+    (tmp_path / "export" / MODEL_FILE).unlink()
+    assert tokenizer_fingerprint(tmp_path / "export") != tokenizer_fingerprint(folder)
+    for path in (folder, folder / MODEL_FILE):
+        assert gives_same_tokens(path, tmp_path / "export") and gives_same_tokens(tmp_path / "export", path)
+    assert not gives_same_tokens(folder, _hugging_face(folder, tmp_path / "hf"))
 
 
 def _hugging_face(folder: Path, out: Path, **changes: Any) -> Path:

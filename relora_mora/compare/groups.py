@@ -95,21 +95,20 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
     whole = {name for name in names if _is_one_word(name, compared)}
     parts = [(method_title(each), _differences(each, names, whole)) for each in compared]
     alike = Counter(parts)
-    firsts: dict[tuple[str, str], Run] = {}
-    groups = []
-    for part, runs in zip(parts, members, strict=True):
-        method, differs = part
-        first = firsts.setdefault(part, runs[0])
-        own_name = _own_name(runs[0], first) if alike[part] > 1 else ""
+    groups: list[Group] = []
+    for (method, differs), runs in zip(parts, members, strict=True):
+        own_name = _own_name(runs[0], groups) if alike[method, differs] > 1 else ""
         groups.append(Group(method, ", ".join(filter(None, (differs, own_name))), tuple(runs)))
     return groups
 
 
-def _own_name(run: Run, first: Run) -> str:
-    """The name of a run's folder, and why it is no further seed of the first run with its label."""
-    if run is first or compared_settings(run.settings) != compared_settings(first.settings):
+def _own_name(run: Run, before: Iterable[Group]) -> str:
+    """The name of a run's folder, and why it is no further seed of the groups before it."""
+    settings = compared_settings(run.settings)
+    alike = [other for group in before for other in group.runs if compared_settings(other.settings) == settings]
+    if not alike:
         return run.folder.name
-    others = ", ".join(_noted_otherwise(run, first))
+    others = ", ".join(sorted({name for other in alike for name in _noted_otherwise(run, other)}))
     return f"{run.folder.name} (other {others})" if others else f"{run.folder.name} (the same seed)"
 
 
@@ -123,7 +122,7 @@ def _noted_otherwise(run: Run, other: Run, apart: Sequence[str] = ()) -> list[st
     left = _noted(run)
     right = _noted(other)
     names = (left.keys() & right.keys()).difference(apart, (name.partition(".")[0] for name in apart))
-    return sorted(name for name in names if left[name] != right[name])
+    return [name for name in names if left[name] != right[name]]
 
 
 def _noted(run: Run) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def _gloo_address() -> str | None:
     """As torch's ProcessGroupGloo finds it: what this host's name means, or else the loopback address."""
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return None
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeError):  # a name may be longer than DNS allows
         for family, kind, protocol, _, address in socket.getaddrinfo(
             socket.gethostname(), None, type=socket.SOCK_STREAM
         ):

@@ -7,7 +7,13 @@ with sentencepiece's own.
 """
 
 from relora_mora.tokenizer.folder import MODEL_FILE, TokenizerError, has_tokenizer, open_sentencepiece
-from relora_mora.tokenizer.identity import check_vocabulary, is_tokenizer, tokenizer_fingerprint, vocabulary_size
+from relora_mora.tokenizer.identity import (
+    check_vocabulary,
+    gives_same_tokens,
+    is_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer, quiet_transformers
 from relora_mora.tokenizer.save import save_tokenizer
 
@@ -17,6 +23,7 @@ __all__ = [
     "TokenizerError",
     "check_vocabulary",
     "encode",
+    "gives_same_tokens",
     "has_tokenizer",
     "is_tokenizer",
     "load_tokenizer",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from relora_mora.tokenizer.folder import TokenizerError, added_tokens, check_exists, sentencepiece_file
-from relora_mora.tokenizer.load import load_tokenizer
+from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +67,18 @@ def tokenizer_fingerprint(path: str | Path, loaded: PreTrainedTokenizerBase | No
     else:
         content = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _OF_NO_ID}
     return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def gives_same_tokens(path: str | Path, other: str | Path) -> bool:
+    """Whether two tokenizers give the same ids, as far as their vocabularies and hard texts tell.
+
+    They may where their fingerprints differ: one has a ``tokenizer.model``, the other a ``tokenizer.json`` alone.
+    Raises :class:`TokenizerError` as :func:`load_tokenizer` does.
+    """
+    if tokenizer_fingerprint(path) == tokenizer_fingerprint(other):
+        return True
+    first, second = (load_tokenizer(each) for each in (path, other))
+    return first.get_vocab() == second.get_vocab() and encode(first, HARD_TEXTS) == encode(second, HARD_TEXTS)
 
 
 def is_tokenizer(path: str | Path, fingerprint: str) -> bool:

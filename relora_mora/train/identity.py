@@ -54,8 +54,8 @@ FIXED_SETTINGS = {
     **dict.fromkeys(
         _DECIDES_WHAT_TRAINS, "the checkpoint holds the state of what trained with it; begin anew with model.init_from"
     ),
-    "method.name": "the checkpoint holds what trained and merged by that method; give another train.run_dir, or begin "
-    "anew with model.init_from",
+    "method.name": "the checkpoint holds the state of what trained by that method; give another train.run_dir, or "
+    "begin anew with model.init_from",
     "optim.matrices": "the state of one optimizer means nothing to another; begin anew with model.init_from",
     "optim.projection_rank": "moments of one rank are none of another; begin anew with model.init_from",
 }
@@ -117,7 +117,7 @@ def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator
     """The differences between a checkpoint and a run that would change the result and are not in ``allowed``."""
     saved = replace(saved, config=_with_lanes(saved.config))
     now = replace(now, config=_with_lanes(now.config))
-    fixed_settings = _fixed_settings(saved)
+    fixed_settings = _fixed_settings(saved, now)
     settings = [
         name for name in changed_settings(saved.config, now.config) if name in fixed_settings or _counts(name, allowed)
     ]
@@ -161,10 +161,13 @@ def _counts(name: str, allowed: set[str]) -> bool:
     return not (section in FREE_SECTIONS or name in FREE_SETTINGS | allowed)
 
 
-def _fixed_settings(saved: Identity) -> dict[str, str]:
-    """Those of ``FIXED_SETTINGS`` that the run uses."""
+def _fixed_settings(saved: Identity, now: Identity) -> dict[str, str]:
+    """Those of ``FIXED_SETTINGS`` that the run uses, and that matter: methods may have the same adapter."""
+    before, after = (METHODS[_value(each.config, "method.name")] for each in (saved, now))
     unused = settings_of_others(MATRIX_OPTIMIZERS, MATRIX_OPTIMIZERS[_value(saved.config, "optim.matrices")])
-    unused |= settings_of_others(METHODS, METHODS[_value(saved.config, "method.name")])
+    unused |= settings_of_others(METHODS, before)
+    if before.adapter is after.adapter:
+        unused.add("method.name")
     return {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
 
 

@@ -33,6 +33,7 @@ from relora_mora.distributed import (
     on_all_ranks,
     store_address,
 )
+from relora_mora.distributed.join import JoinError
 from relora_mora.pretrained import with_tokenizer
 from relora_mora.supervise import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
 from relora_mora.supervise.watchdog import Watchdog
@@ -167,7 +168,7 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
     """Ends the process where another rank is gone, or this rank's device, or a network file system."""
     first_line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     same = getattr(error, "same_on_all_ranks", False)
-    if is_peer_failure(error):
+    if is_peer_failure(error) and not isinstance(error, JoinError):  # which says what it is
         guard.peer_failed(first_line)
     if is_device_failure(error):
         guard.machine_failed(f"the device of rank {guard.rank} failed ({first_line})", same_on_all_ranks=same)

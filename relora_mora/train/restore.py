@@ -100,7 +100,8 @@ def lacks_merge(run: Run, reader: CheckpointReader) -> bool:
     if due != manifest.merges_done:
         fault = (
             f"has merged {manifest.merges_done} times, with these settings a run at step {manifest.step} has merged "
-            f"{due} times; resume with the method.merge_every, method.merge_until_step and train.steps it was made with"
+            f"{due} times; resume with the method.name, method.merge_every, method.merge_until_step and train.steps it "
+            "was made with"
         )
     elif operator != manifest.operator:
         fault = (

@@ -265,7 +265,10 @@ def test_each_task_of_an_array_puts_its_number_in(slurm: Slurm, name: str) -> No
     assert "requeued 123450_7" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [[CONFIG], [CONFIG, "--train.seed=$SLURM_ARRAY_TASK_ID"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[CONFIG], [CONFIG, "--train.seed=$SLURM_ARRAY_TASK_ID"], [CONFIG, "--train.seed", "$SLURM_ARRAY_TASK_ID"]],
+)
 def test_an_array_in_one_and_the_same_run_folder_is_refused(slurm: Slurm, arguments: list[str]) -> None:
     done = slurm.start(*arguments, SLURM_ARRAY_JOB_ID="123450", SLURM_ARRAY_TASK_ID="7")
     assert done.returncode == 2 and "option" not in done.stdout

@@ -81,6 +81,15 @@ def test_runs_that_found_something_else_under_the_same_settings_are_not_one(
         assert len(group_runs(map(read_run, runs), best=[name])) == (1 if name.startswith(says_so) else 2)
 
 
+def test_a_run_is_compared_with_all_that_were_before_it(tmp_path: Path):
+    runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1, 2)]
+    for run, text in zip(runs[1:], ("one", "another"), strict=True):  # the first noted nothing
+        starts = RunFolder(run).starts
+        starts.write_text(json.dumps(json.loads(starts.read_text()) | {"began_with": {"data.train": text}}) + "\n")
+    labels = [group.label for group in group_runs(map(read_run, runs))]
+    assert labels == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run2 (other data.train)"]
+
+
 def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
     runs: list[Sections] = [{"train": {"seed": 1}}, {"train": {"seed": 1}}, {"train": {"seed": 2}}]
     assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1 (the same seed)"]

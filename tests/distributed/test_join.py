@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import socket
 import threading
+from unittest import mock
 
 import pytest
 from torch import distributed as dist
+
+from relora_mora.train.pretrain import _end_if_lost
 
 join = importlib.import_module("relora_mora.distributed.join")  # the package shows the function of that name
 
@@ -42,3 +45,22 @@ def test_ranks_do_not_meet_in_the_store_of_an_earlier_job(monkeypatch: pytest.Mo
     now.set("start", "this")
     rank.join(60)
     assert found and found[0].check(["start"])
+
+
+def test_ranks_that_meet_and_cannot_connect_are_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init_process_group(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:144] no error")
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    monkeypatch.setattr(join, "bind_device", lambda *_: None)
+    with pytest.raises(
+        join.JoinError, match=r"met the others at node1:0 and could not .*; .*set GLOO_SOCKET_IFNAME"
+    ) as raised:
+        join.join(1.0)
+    guard = mock.Mock()
+    _end_if_lost(guard, raised.value)
+    assert guard.mock_calls == [], "it is no lost rank"

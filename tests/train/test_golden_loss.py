@@ -78,7 +78,7 @@ WAYS = [
     *(("full", way) for way in ("default", "checkpointing", "torch only")),
     *(("relora", way) for way in OF_ADAPTERS),
 ]
-# one precision after the other: each method and each way has both
+# one precision after the other: each method has both, and each way of adapters
 CASES: list[Any] = [(*case, ("bf16", "fp32")[number % 2]) for number, case in enumerate(WAYS)]
 CASES += rest(*((*case, ("fp32", "bf16")[number % 2]) for number, case in enumerate(WAYS)))
 

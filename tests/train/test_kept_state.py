@@ -391,6 +391,19 @@ def begun(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_method_with_the_same_adapter_goes_on_where_that_is_allowed(pools, inputs, tokenizer_path, tmp_path):
+    """With its moments and its place in the data; from then on it merges."""
+    folder = tmp_path / "run"
+    lora = {"name": "lora", "merge_every": 4}
+    pools(1)(train, run_config(inputs, tokenizer_path, folder, method=lora), stop_after=3)
+    relora = run_config(
+        inputs, tokenizer_path, folder, method=lora | {"name": "relora"}, train={"allow_changes": ["method.name"]}
+    )
+    pools(1)(train, relora)
+    assert [line["step"] for line in metrics(folder) if "train/loss" in line] == list(range(1, 11))
+    assert [line["step"] for line in metrics(folder) if "merge/layers" in line] == [4, 8]
+
+
 @pytest.mark.parametrize(
     "what,change,says",
     [
@@ -401,7 +414,12 @@ def begun(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
         (
             "method",
             {"method": {"name": "mora", "merge_every": 2000}},
-            "method.name: 'remora' in the checkpoint, 'mora' now; the checkpoint holds what trained and merged by that",
+            "to allow these changes: '--train.allow_changes=[method.merge_every,method.name]'",
+        ),
+        (
+            "another adapter",
+            {"method": {"name": "relora"}, "train": {"allow_changes": ["method.name"]}},
+            "method.name: 'remora' in the checkpoint, 'relora' now; the checkpoint holds the state of what trained by",
         ),
     ],
 )
