@@ -87,7 +87,7 @@ def main(
         from relora_mora.pretrained import DTYPES, is_foreign, positions_of
         from relora_mora.system.hardware import ran_out_of_memory, uses_cuda
         from relora_mora.system.logs import progress_bar
-        from relora_mora.tokenizer import check_vocabulary, load_tokenizer
+        from relora_mora.tokenizer import load_tokenizer
 
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
@@ -130,7 +130,6 @@ def main(
             f"documents of a batch by the longest of them; give at most {longest}, or score them in sequences"
         )
     with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
-        check_vocabulary(load_tokenizer(tokenizer_path), loaded.model.config.get_text_config().vocab_size)
         sets = held_out(settings, str(tokenizer_path), max_tokens)
     device = torch.device("cuda" if uses_cuda() else "cpu")
     lm = _on(device, loaded.model)
@@ -191,12 +190,11 @@ def _score_tasks(
     from relora_mora.harness import evaluate_tasks, record, table
     from relora_mora.system.hardware import uses_cuda
     from relora_mora.system.run_folder import RunFolder
-    from relora_mora.tokenizer import check_vocabulary, load_tokenizer
+    from relora_mora.tokenizer import load_tokenizer
 
     lm = _on(torch.device("cuda" if uses_cuda() else "cpu"), loaded.model)
     with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
         words = load_tokenizer(tokenizer_path)
-    check_vocabulary(words, lm.config.get_text_config().vocab_size)
     if loaded.of_run:
         lm.generation_config = generation_config(words, lm.config)  # as its export has it
     results = evaluate_tasks(
@@ -215,14 +213,17 @@ def _score_tasks(
 
 @contextlib.contextmanager
 def _tokenizer_of(loaded: LoadedModel, given: str | None) -> Iterator[Path]:
-    """The folder of the model's own tokenizer, or the one that is given in its place."""
+    """The folder of the model's own tokenizer, or the one that is given in its place, whose ids the model has."""
     from relora_mora.checkpoint import damaged_tokenizer, read_manifest
-    from relora_mora.tokenizer import gives_same_tokens
+    from relora_mora.tokenizer import check_vocabulary, gives_same_tokens, load_tokenizer
 
+    vocab_size = loaded.model.config.get_text_config().vocab_size
     if given is None:
         with loaded.tokenizer as own:
+            check_vocabulary(load_tokenizer(own), vocab_size)
             yield own
         return
+    check_vocabulary(load_tokenizer(given), vocab_size)
     checkpoint = None if loaded.checkpoint is None else loaded.checkpoint[0]
     if checkpoint is None or damaged_tokenizer(checkpoint, read_manifest(checkpoint)) is None:
         with contextlib.suppress(ValueError), loaded.tokenizer as own:  # it may have none
