@@ -223,11 +223,12 @@ def _tokenizer_of(loaded: LoadedModel, given: str | None) -> Iterator[Path]:
             check_vocabulary(load_tokenizer(own), vocab_size)
             yield own
         return
-    check_vocabulary(load_tokenizer(given), vocab_size)
+    words = load_tokenizer(given)
+    check_vocabulary(words, vocab_size)
     checkpoint = None if loaded.checkpoint is None else loaded.checkpoint[0]
     if checkpoint is None or damaged_tokenizer(checkpoint, read_manifest(checkpoint)) is None:
         with contextlib.suppress(ValueError), loaded.tokenizer as own:  # it may have none
-            if not gives_same_tokens(given, own):
+            if not gives_same_tokens(given, own, words):
                 print(
                     f"{given} gives other tokens than the model's own tokenizer: the numbers below mean something only "
                     "if the model was trained with it",

@@ -69,15 +69,17 @@ def tokenizer_fingerprint(path: str | Path, loaded: PreTrainedTokenizerBase | No
     return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def gives_same_tokens(path: str | Path, other: str | Path) -> bool:
+def gives_same_tokens(path: str | Path, other: str | Path, loaded: PreTrainedTokenizerBase | None = None) -> bool:
     """Whether two tokenizers give the same ids, as far as their vocabularies and hard texts tell.
 
     They may where their fingerprints differ: one has a ``tokenizer.model``, the other a ``tokenizer.json`` alone.
-    Raises :class:`TokenizerError` as :func:`load_tokenizer` does.
+    ``loaded`` is that of ``path``, as for :func:`tokenizer_fingerprint`. Raises :class:`TokenizerError` as
+    :func:`load_tokenizer` does.
     """
-    if tokenizer_fingerprint(path) == tokenizer_fingerprint(other):
+    if tokenizer_fingerprint(path, loaded) == tokenizer_fingerprint(other):
         return True
-    first, second = (load_tokenizer(each) for each in (path, other))
+    first = load_tokenizer(path) if loaded is None else loaded
+    second = load_tokenizer(other)
     return first.get_vocab() == second.get_vocab() and encode(first, HARD_TEXTS) == encode(second, HARD_TEXTS)
 
 

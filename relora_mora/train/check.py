@@ -138,7 +138,7 @@ def check(config: Config, world_size: int) -> Checked:
     if remark:
         log.info(remark)
     tokens = tokenizer_fingerprint(config.tokenizer_path, tokenizer)
-    _check_tokenizer(config, model_config.model_type)
+    _check_tokenizer(config, model_config.model_type, tokenizer)
     for name, who in unused_by(config).items():
         log.info("%s does not use %s", who, name)
     data_fingerprint, data_order = fingerprints(
@@ -159,7 +159,7 @@ def check(config: Config, world_size: int) -> Checked:
     )
 
 
-def _check_tokenizer(config: Config, model_type: str) -> None:
+def _check_tokenizer(config: Config, model_type: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Says where a model begins with weights that were trained with other tokens.
 
     Raises :class:`TokenizerError` where an export could not be loaded: in the folder of a Qwen2 transformers takes any
@@ -169,7 +169,7 @@ def _check_tokenizer(config: Config, model_type: str) -> None:
     if config.model.init_from is not None:
         theirs = tokenizer_beside(Path(config.model.init_from))
         with contextlib.suppress(TokenizerError):  # it may have none
-            if not gives_same_tokens(path, theirs):
+            if not gives_same_tokens(path, theirs, tokenizer):
                 log.warning("%s gives other tokens than %s, which model.init_from was trained with", path, theirs)
     if model_type == "llama":
         return
