@@ -340,7 +340,9 @@ def test_a_lock_is_free_when_its_holder_was_killed(holder, tmp_path):
     before = lock.acquire(wait_seconds=60)
     assert before is not None and f"pid {holder.pid}" in before
     lock.release()
-    assert RunLock(tmp_path).acquire(wait_seconds=0.5) is None  # released: nobody is missing
+    again = RunLock(tmp_path)
+    assert again.acquire(wait_seconds=0.5) is None  # released: nobody is missing
+    again.release()
 
 
 @pytest.mark.parametrize("replaced", [False, True])
@@ -368,7 +370,9 @@ def test_a_lock_waits_for_its_holder_to_end(holder, tmp_path):
     assert holder.stdin
     holder.stdin.write("\n")
     holder.stdin.flush()
-    assert RunLock(tmp_path).acquire(wait_seconds=60) is None
+    lock = RunLock(tmp_path)
+    assert lock.acquire(wait_seconds=60) is None
+    lock.release()
 
 
 def test_a_holder_on_this_host_is_alive_whatever_the_clock_says(holder, tmp_path, monkeypatch):
@@ -425,7 +429,9 @@ def test_a_holder_on_another_host_that_touches_nothing_is_gone(tmp_path, monkeyp
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(time, "monotonic", lambda: now + sum(slept))
-    assert "host other" in str(RunLock(tmp_path).acquire())
+    lock = RunLock(tmp_path)
+    assert "host other" in str(lock.acquire())
+    lock.release()
     assert sum(slept) > STALE_SECONDS - 0.5
 
 
