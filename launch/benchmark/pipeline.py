@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.config import DataConfig
+from relora_mora.data.file_rows import check_is_text
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Lane
-from relora_mora.data.plain_text import check_is_text
 from relora_mora.data.rows import Encode, Encoded
 from relora_mora.data.sources import Shard, configured_shards, resolve_shards
 from relora_mora.data.token_folder import make_tokens

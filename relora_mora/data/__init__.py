@@ -9,11 +9,11 @@ from relora_mora.data.counting import count_epochs
 from relora_mora.data.dataset_sources import find_datasets, remember_datasets
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.evalset import EvalSet, load_eval_set
+from relora_mora.data.file_rows import iter_texts
 from relora_mora.data.fingerprint import fingerprints
 from relora_mora.data.hub_sources import with_commits
 from relora_mora.data.lane_states import counts_of, merge_states, start_states
 from relora_mora.data.mixture import mixture_names
-from relora_mora.data.plain_text import iter_texts
 from relora_mora.data.positions import describe_position
 from relora_mora.data.show import show_records
 from relora_mora.data.skipped import SKIP_REASONS

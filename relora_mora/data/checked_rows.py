@@ -12,9 +12,9 @@ from relora_mora.config import DataConfig
 from relora_mora.data.bad_rows import JUDGED_FROM_ROWS, OTHER_KEYS, told_of
 from relora_mora.data.encoders import encoder_of, packing_of
 from relora_mora.data.errors import SourceError
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.formats import JSON_LINES, TEXT
 from relora_mora.data.judged_records import TOO_LONG, RecordsFound
-from relora_mora.data.plain_text import open_rows
 from relora_mora.data.rows import calls_of
 from relora_mora.data.skipped import BAD_REASONS, Skipped
 from relora_mora.data.sources import Shard

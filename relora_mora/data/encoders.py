@@ -11,8 +11,8 @@ import numpy as np
 from relora_mora.config import DataConfig, Packing
 from relora_mora.data.chat import chat_template, render, template_name
 from relora_mora.data.errors import SourceError
+from relora_mora.data.file_rows import text_encoder
 from relora_mora.data.passages import Conversation, Passage, conversation_of, passage_of
-from relora_mora.data.plain_text import text_encoder
 from relora_mora.data.record_format import Record, RecordFormat
 from relora_mora.data.rows import Encode, Encoded
 from relora_mora.data.skipped import Skipped

@@ -1,4 +1,4 @@
-"""The formats of text: how files of each are named, and how lanes share one. ``plain_text`` has a reader for each."""
+"""The formats of text: how files of each are named, and how lanes share one. ``file_rows`` has a reader for each."""
 
 from __future__ import annotations
 

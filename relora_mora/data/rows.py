@@ -1,7 +1,7 @@
 """The seam between packing and what is packed.
 
 A lane knows neither the format of its shards nor what their rows mean. It takes two functions: one opens the rows of a
-shard (``OpenRows``), the other makes tokens of rows and says which of these are scored (``Encode``). ``plain_text.py``
+shard (``OpenRows``), the other makes tokens of rows and says which of these are scored (``Encode``). ``file_rows.py``
 opens shards of every format, ``encoders.py`` has the functions to tokens.
 """
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from relora_mora.config import DataConfig, Packing
 from relora_mora.data.bad_rows import NOTES_PER_REASON
 from relora_mora.data.encoders import encoder_of
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.judged_records import RecordsFound
-from relora_mora.data.plain_text import open_rows
 from relora_mora.data.rows import Encoded, in_calls
 from relora_mora.data.skipped import ENCODING_REASONS, Skipped
 from relora_mora.data.sources import Shard

@@ -22,9 +22,9 @@ from relora_mora.config import DataConfig
 from relora_mora.data.checked_rows import check_columns
 from relora_mora.data.content import content_digests
 from relora_mora.data.errors import SourceError, WorkerError
+from relora_mora.data.file_rows import check_is_text, text_encoder
 from relora_mora.data.formats import TEXT
 from relora_mora.data.parse import is_encodable
-from relora_mora.data.plain_text import check_is_text, text_encoder
 from relora_mora.data.sources import Shard
 from relora_mora.data.token_index import (
     INDEX,

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from relora_mora.config import DataConfig
 from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.lanes import plan_lanes
-from relora_mora.data.plain_text import open_rows
 from relora_mora.data.rows import Encode, Encoded, EncodeTexts, Rows, TokenIds
 from relora_mora.data.skipped import BAD_REASONS, SKIP_REASONS, Skipped
 from relora_mora.data.sources import Shard

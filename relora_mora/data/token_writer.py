@@ -12,7 +12,7 @@ import numpy as np
 
 from relora_mora.config import DataConfig
 from relora_mora.data.content import samples_digest
-from relora_mora.data.plain_text import open_rows
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.rows import EncodeTexts, Ids, TokenIds, calls_of
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard

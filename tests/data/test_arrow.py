@@ -13,8 +13,8 @@ import pytest
 
 from relora_mora.data import iter_texts, local_content, resolve_shards, retry
 from relora_mora.data.errors import SourceError
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.local import LocalFile
-from relora_mora.data.plain_text import open_rows
 from relora_mora.data.sources import Shard
 from tests.tools.data_tools import data_config, some_texts, write_arrow, write_shard
 from tests.tools.faulty_server import COMMIT, serving

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from relora_mora.data import check_columns, iter_texts, resolve_shards
 from relora_mora.data.errors import SourceError
-from relora_mora.data.plain_text import open_rows
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
 from tests.tools.data_tools import data_config, some_texts, write_shard

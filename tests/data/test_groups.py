@@ -17,8 +17,8 @@ import pytest
 
 from relora_mora.data import TrainStream, check_columns, iter_texts, local_content, resolve_shards, retry, transport
 from relora_mora.data.errors import SourceError
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.local import LocalFile
-from relora_mora.data.plain_text import open_rows
 from relora_mora.data.retry import RETRIES
 from relora_mora.data.sources import configured_shards
 from tests.tools.data_tools import (

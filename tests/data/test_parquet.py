@@ -14,8 +14,8 @@ import pytest
 
 from relora_mora.data import parquet as parquet_module
 from relora_mora.data.errors import SourceError
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.local import LocalFile
-from relora_mora.data.plain_text import open_rows
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import Shard
 from tests.tools.data_tools import (

@@ -19,7 +19,7 @@ from relora_mora.data import (
     show_records,
 )
 from relora_mora.data.encoders import encoder_of
-from relora_mora.data.plain_text import open_rows
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.show import marked
 from relora_mora.data.sources import resolve_shards
 from relora_mora.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 
 from relora_mora.config import RecordsConfig
 from relora_mora.data import SourceError
-from relora_mora.data.plain_text import open_rows
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.record_format import Record
 from relora_mora.data.skipped import Skipped
 from relora_mora.data.sources import resolve_shards

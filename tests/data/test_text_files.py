@@ -10,7 +10,7 @@ import pytest
 
 from relora_mora.data import TrainStream, describe_position, iter_texts, resolve_shards
 from relora_mora.data.errors import SourceError
-from relora_mora.data.plain_text import open_rows
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.skipped import Skipped
 from tests.tools.data_tools import assert_resumes_anywhere, data_config, some_texts, write_shard
 from tests.tools.faulty_server import serving

@@ -28,7 +28,7 @@ from relora_mora.data import (
     token_folder,
     token_writer,
 )
-from relora_mora.data.plain_text import open_rows
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.positions import describe_position
 from relora_mora.data.skipped import BAD_REASONS, Skipped
 from relora_mora.data.token_index import INDEX, Index, Making, SourceText

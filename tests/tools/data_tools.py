@@ -16,9 +16,9 @@ import numpy as np
 import zstandard
 
 from relora_mora.config import DataConfig
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.packing import Lane
-from relora_mora.data.plain_text import open_rows
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sources import Shard, configured_shards
 
