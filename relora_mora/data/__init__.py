@@ -4,7 +4,7 @@ from relora_mora.data.answers import Answer
 from relora_mora.data.batch import UNSCORED, Batch, document_boundaries, document_ids
 from relora_mora.data.chat import template_in_use
 from relora_mora.data.checked_rows import check_columns, check_records
-from relora_mora.data.content import local_content, remote_content
+from relora_mora.data.content import at_versions, local_content, remote_content, remote_versions
 from relora_mora.data.counting import count_epochs
 from relora_mora.data.dataset_sources import find_datasets, remember_datasets
 from relora_mora.data.errors import SourceError, WorkerError
@@ -32,6 +32,7 @@ __all__ = [
     "SourceError",
     "TrainStream",
     "WorkerError",
+    "at_versions",
     "check_columns",
     "check_records",
     "check_tokens",
@@ -52,6 +53,7 @@ __all__ = [
     "mixture_names",
     "remember_datasets",
     "remote_content",
+    "remote_versions",
     "resolve_shards",
     "show_records",
     "start_states",

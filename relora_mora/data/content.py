@@ -10,17 +10,19 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 import xxhash
 
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.sources import Shard
+from relora_mora.data.sources import Shard, Version
 from relora_mora.data.token_index import COMMAND
 
 if TYPE_CHECKING:
     import requests
 
+T = TypeVar("T")
 THREADS = 16
 WHOLE_BYTES = 1 << 16  # a file up to this size is looked at as a whole
 PIECE_BYTES = 1 << 12  # of a larger one this much at its head, its tail and at some places between
@@ -54,22 +56,40 @@ def _refuse_twice(seen: Mapping[Shard, bytes]) -> None:
             )
 
 
-def remote_content(shards: Sequence[Shard], timeout_seconds: float) -> str:
-    """32 hex digits over the names of http(s) files and what servers say of their versions; "" where there are none.
+def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int, Version]:
+    """What servers say of the versions of http(s) files, by the number of the shard. For ``at_versions``.
 
     Asks for each file once, several at the same time; meant for one rank, not for all. Raises SourceError for a file
     that is not there.
     """
+    asked = {number: shard for number, shard in enumerate(shards) if shard.origin == "server" and shard.tokens is None}
+    if not asked:
+        return {}
+    import requests
+
+    with requests.Session() as session:
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=THREADS))
+        ask = functools.partial(_version_at_server, session=session, timeout_seconds=timeout_seconds)
+        return dict(zip(asked, _each(list(asked.values()), ask), strict=True))
+
+
+def at_versions(shards: Sequence[Shard], versions: Mapping[int, Version]) -> list[Shard]:
+    """The shards, of which those at servers are read in these versions alone."""
+    return [replace(shard, version=versions.get(number)) for number, shard in enumerate(shards)]
+
+
+def remote_content(shards: Sequence[Shard]) -> str:
+    """32 hex digits over the names and the versions of http(s) files; "" where there are none."""
     urls = [shard for shard in shards if shard.origin == "server"]
-    return _digest(urls, dict(zip(urls, _versions(urls, timeout_seconds), strict=True)))
+    return _digest(urls, {shard: _seen_at_server(shard) for shard in urls})
 
 
-def content_digests(shards: Sequence[Shard], timeout_seconds: float) -> list[str]:
+def content_digests(shards: Sequence[Shard]) -> list[str]:
     """What ``local_content`` or ``remote_content`` sees of each shard of text: 32 hex digits, "" for one of the hub."""
     local = [shard for shard in shards if shard.origin == "local"]
-    urls = [shard for shard in shards if shard.origin == "server"]
     seen = dict(zip(local, _each(local, _seen_here), strict=True))
-    seen |= zip(urls, _versions(urls, timeout_seconds), strict=True)
+    seen |= {shard: _seen_at_server(shard) for shard in shards if shard.origin == "server"}
     return [seen[shard].hex() if shard in seen else "" for shard in shards]
 
 
@@ -78,18 +98,7 @@ def samples_digest(path: str) -> str:
     return xxhash.xxh3_128_hexdigest(_samples(path))
 
 
-def _versions(urls: Sequence[Shard], timeout_seconds: float) -> list[bytes]:
-    if all(shard.tokens for shard in urls):
-        return [_text_of_tokens(shard) for shard in urls]
-    import requests
-
-    with requests.Session() as session:
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=THREADS))
-        return _each(urls, functools.partial(_version_at_server, session=session, timeout_seconds=timeout_seconds))
-
-
-def _each(shards: Sequence[Shard], look: Callable[[Shard], bytes]) -> list[bytes]:
+def _each(shards: Sequence[Shard], look: Callable[[Shard], T]) -> list[T]:
     with ThreadPoolExecutor(THREADS) as threads:  # after an error map() starts no more of them
         return list(threads.map(look, shards))
 
@@ -119,6 +128,14 @@ def _text_of_tokens(shard: Shard) -> bytes:
     """The digest of their text, as it was seen when they were made."""
     assert shard.tokens is not None
     return bytes.fromhex(shard.tokens.text.content)
+
+
+def _seen_at_server(shard: Shard) -> bytes:
+    if shard.tokens is not None:
+        return _text_of_tokens(shard)
+    assert shard.version is not None, "see at_versions"
+    etag, modified, size = shard.version
+    return xxhash.xxh3_128_digest((etag or f"{modified} {size}").encode())
 
 
 def _samples(path: str) -> bytes:
@@ -154,13 +171,11 @@ def _opened(path: str) -> Iterator[int]:
         raise unreadable(path, error, "check the path and its permissions") from error
 
 
-def _version_at_server(shard: Shard, *, session: requests.Session, timeout_seconds: float) -> bytes:
-    if shard.tokens is not None:
-        return _text_of_tokens(shard)
+def _version_at_server(shard: Shard, *, session: requests.Session, timeout_seconds: float) -> Version:
     from relora_mora.data.retry import retrying
-    from relora_mora.data.transport import check_status, etag_of, send, size_of
+    from relora_mora.data.transport import check_status, send, version_of
 
-    def ask() -> bytes:
+    def ask() -> Version:
         # where a server refuses HEAD: one byte, whose answer has the same headers
         for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
             with send(
@@ -170,7 +185,6 @@ def _version_at_server(shard: Shard, *, session: requests.Session, timeout_secon
                     break
         if response.status_code != 416:  # an empty file has no first byte
             check_status(response, shard.name, hub=shard.hub)
-        version = etag_of(response) or f"{response.headers.get('Last-Modified')} {size_of(response)}"
-        return xxhash.xxh3_128_digest(version.encode())
+        return version_of(response)
 
     return retrying(ask, shard.name, timeout_seconds)

@@ -34,7 +34,7 @@ class RemoteBytes:
         self.position = 0
         self._tail = b""  # the last bytes read, which the next answer must repeat
         self._response: requests.Response | None = None
-        self._version = FileVersion(shard.name)
+        self._version = FileVersion(shard)
         self._size: int | None = None
         self._end: int | None = None  # where the answer before ended
         self._finished = False

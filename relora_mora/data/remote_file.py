@@ -33,7 +33,7 @@ class RemoteFile(RandomAccessFile):
         self._shard = shard
         self._timeout_seconds = timeout_seconds
         self._session = requests.Session()
-        self._version = FileVersion(shard.name)
+        self._version = FileVersion(shard)
         self._response: requests.Response | None = None
         self._next = 0  # byte that the response gives next
         self._end = 0  # ... and the one behind its last
@@ -131,6 +131,8 @@ class RemoteFile(RandomAccessFile):
             )
         check_status(response, self._shard.name, hub=self._shard.hub)
         if response.status_code != 206:
+            if self._size is not None:
+                raise TransientError("the whole file where a range was asked for, as before")
             raise SourceError(
                 f"{self._shard.name}: the server answers no ranges, without which {self._shard.format.name} cannot be "
                 "read; download the file and give its path"

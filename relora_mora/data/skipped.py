@@ -17,6 +17,7 @@ BAD_REASONS = {
     "not_json": "is not JSON",
     "html": "is HTML, not JSON",
     "utf16": "is UTF-16, not UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    "columns": "is of a Parquet or Arrow file, whose name or url has to end in .parquet or .arrow",
     "not_csv": "is not CSV",
     "field_count": "has more or fewer fields than the header",
     "no_text": 'has no "{column}"',

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from relora_mora.config import DataConfig, RecordsConfig, Split, TextSource, as_sources, is_mixture
@@ -25,6 +25,20 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
 
 
+class Version(NamedTuple):
+    """What a server says of the version of a file."""
+
+    etag: str | None
+    modified: str | None
+    size: int | None  # bytes; an answer may be wrong here
+
+    def is_other_than(self, other: Version) -> bool:
+        """Whether they cannot be of the same version. An answer may lack what another one has."""
+        if self.etag and other.etag:
+            return self.etag != other.etag
+        return bool(self.modified and other.modified) and self.modified != other.modified
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file of text. ``name`` is the same on every machine and holds no secret; ``location`` is a path or url."""
@@ -32,6 +46,7 @@ class Shard:
     name: str
     location: str
     size: int | None = None  # bytes, local files only
+    version: Version | None = None  # http(s) files only; None where it was not asked for
     hub: bool = False  # requests carry the hub's token, where there is one
     text_column: str = "text"  # the key or column that holds the text, where rows are text
     records: RecordFormat | None = None  # what rows hold; None: text

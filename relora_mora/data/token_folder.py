@@ -20,7 +20,7 @@ from pathlib import Path
 
 from relora_mora.config import DataConfig
 from relora_mora.data.checked_rows import check_columns
-from relora_mora.data.content import content_digests
+from relora_mora.data.content import at_versions, content_digests, remote_versions
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.file_rows import check_is_text, text_encoder
 from relora_mora.data.formats import TEXT
@@ -87,6 +87,7 @@ def make_tokens(
         if not is_encodable(shard.name):
             raise SourceError(f"{shard.location!a}: its name is not UTF-8, and tokens are kept by it; rename the file")
     check_columns(shards, config)
+    shards = at_versions(shards, remote_versions(shards, config.timeout_seconds))
     index = _planned(shards, config, tokenizer_path)
     with _folder(out, index):
         jobs = [
@@ -108,7 +109,7 @@ def _planned(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -
     from relora_mora.tokenizer import load_tokenizer, tokenizer_fingerprint
 
     eos = int(load_tokenizer(tokenizer_path).eos_token_id)  # type: ignore[arg-type]
-    digests = content_digests(shards, config.timeout_seconds)
+    digests = content_digests(shards)
     texts = [
         SourceText(name=s.name, size=s.size, text_column=s.text_column, origin=s.origin, content=digest)
         for s, digest in zip(shards, digests, strict=True)

@@ -6,6 +6,7 @@ A fault that may pass is a TransientError, any other a SourceError. Neither hold
 from __future__ import annotations
 
 import http.client
+import urllib.request
 from collections.abc import Mapping
 
 import requests
@@ -13,6 +14,7 @@ import urllib3
 
 from relora_mora.data.errors import SourceError
 from relora_mora.data.retry import TransientError, retry_after_seconds
+from relora_mora.data.sources import Shard, Version
 
 CONNECT_SECONDS = 20.0
 IDLE_SECONDS = 20.0  # a connection that we left alone for so long is reopened rather than found dead
@@ -49,11 +51,18 @@ def send(
             allow_redirects=True,
         )
     except _WRONG_URL as error:
-        raise SourceError(f"{what} is no url that can be read ({type(error).__name__}); check it") from error
+        fault = f"{what} is no url that can be read ({type(error).__name__}); check it"
+        if urllib.request.getproxies():
+            fault += (
+                ", and the proxy in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY (socks:// needs pip install requests[socks])"
+            )
+        raise SourceError(fault) from error
     except requests.exceptions.TooManyRedirects as error:
         raise SourceError(f"{what} redirects without an end; check the url") from error
     except BROKEN as error:  # only the kind: the message may hold the whole url
         raise TransientError(f"no connection ({type(error).__name__})") from error
+    except ValueError as error:
+        raise SourceError(f"{what} redirects to what is no url ({type(error).__name__}); check it") from error
 
 
 def _as_given(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -73,32 +82,31 @@ def check_status(response: requests.Response, what: str, *, hub: bool) -> None:
         raise SourceError(f"{what}: the server answered status {status}; check the address")
 
 
-def etag_of(response: requests.Response) -> str | None:
-    """What names this version of the file."""
+def version_of(response: requests.Response) -> Version:
+    """What an answer says of the version of its file."""
     # the hub redirects: the file's own ETag stands in the redirect, and the storage behind it may give another one
     linked = [answer.headers["X-Linked-Etag"] for answer in response.history if "X-Linked-Etag" in answer.headers]
     etag = linked[0] if linked else response.headers.get("ETag")
-    return etag and etag.removeprefix("W/")
+    return Version(etag and etag.removeprefix("W/"), response.headers.get("Last-Modified"), size_of(response))
 
 
 class FileVersion:
-    """What the answers for one file say of its version, which has to stay the same. ``what`` names the file."""
+    """What the answers for one file say of its version, which has to stay that of the shard, if it is known there."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._known: str | None = None
+    def __init__(self, shard: Shard) -> None:
+        self._name = shard.name
+        self._known = shard.version
 
     def check(self, response: requests.Response) -> None:
         """Raises SourceError for another version than that of the answers before."""
-        version = etag_of(response) or response.headers.get("Last-Modified")
-        if version is None:
-            return
-        if self._known is not None and version != self._known:
+        version = version_of(response)
+        known = self._known or version
+        if version.is_other_than(known):
             raise SourceError(
-                f"{self._what} changed while it was read (its ETag is another one); "
+                f"{self._name} changed while it was read (its ETag or date is another one); "
                 "start with data that does not change"
             )
-        self._known = version
+        self._known = Version(known.etag or version.etag, known.modified or version.modified, known.size)
 
 
 def size_of(response: requests.Response) -> int | None:

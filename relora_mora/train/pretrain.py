@@ -11,17 +11,19 @@ from pathlib import Path
 
 from relora_mora.config import Config, DataConfig, with_epochs
 from relora_mora.data import (
+    at_versions,
     check_columns,
     check_records,
     count_epochs,
     find_datasets,
     remember_datasets,
     remote_content,
+    remote_versions,
     with_commits,
 )
 from relora_mora.data.counting import Epochs
 from relora_mora.data.dataset_sources import Datasets
-from relora_mora.data.sources import Shard
+from relora_mora.data.sources import Shard, Version
 from relora_mora.distributed import (
     from_first_rank,
     gather_from_ranks,
@@ -118,8 +120,9 @@ def _pretrain(config: Config, guard: Guard) -> int:
     from_first_rank(lambda: check_run_folder(folder))
     checked = on_all_ranks(lambda: check(config, world_size))
     check_agreement(checked.identity)
-    asked = from_first_rank(lambda: _asked(checked, data))
-    checked = replace(checked, data_content=checked.data_content + asked)
+    versions = from_first_rank(lambda: _asked(checked, data))
+    shards = at_versions(checked.shards, versions)
+    checked = replace(checked, shards=shards, data_content=checked.data_content + remote_content(shards))
     if checked.chat_template is not None:  # the run's tokenizer, and that of an export, write what was trained on
         checked.tokenizer.chat_template = checked.chat_template
     lock = from_first_rank(lambda: _lock(guard, folder))
@@ -205,12 +208,12 @@ def _count(config: Config, shards: Sequence[Shard]) -> Epochs:
     return counted
 
 
-def _asked(checked: Checked, data: DataConfig) -> str:
-    """What servers say of the training data's version. One rank asks."""
+def _asked(checked: Checked, data: DataConfig) -> dict[int, Version]:
+    """What servers say of the training data's versions. One rank asks."""
     remote = [shard for shard in checked.shards if shard.is_remote]
     check_columns(remote, data)
     check_records(remote, data, checked.tokenizer)
-    return remote_content(checked.shards, data.timeout_seconds)
+    return remote_versions(checked.shards, data.timeout_seconds)
 
 
 def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -> None:

@@ -248,6 +248,13 @@ def test_a_wrong_column_is_named(tmp_path):
         list(iter_texts(str(path), split="train", config=data_config(path, text_column="content")))
 
 
+def test_a_file_of_columns_behind_another_name(tmp_path):
+    for suffix in (".parquet", ".arrow"):
+        path = write_shard(tmp_path / f"a{suffix}", some_texts(50)).rename(tmp_path / "a.jsonl")
+        with pytest.raises(SourceError, match=r"lines are bad, .*of a Parquet or Arrow file, whose name or url has to"):
+            list(iter_texts(str(path), split="train", config=data_config(path)))
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
 def test_a_page_instead_of_a_shard(tmp_path, name):
     (tmp_path / name).write_bytes(b"<!DOCTYPE html>\n<html>\n<body>Log in</body>\n</html>\n")

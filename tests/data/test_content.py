@@ -6,14 +6,25 @@ import gzip
 import os
 import random
 import threading
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
 import zstandard
 
-from relora_mora.data import content, local_content, remote_content, resolve_shards, retry, transport
+from relora_mora.data import (
+    at_versions,
+    content,
+    local_content,
+    remote_content,
+    remote_versions,
+    resolve_shards,
+    retry,
+    transport,
+)
 from relora_mora.data.errors import SourceError
-from tests.tools.data_tools import write_shards
+from relora_mora.data.file_rows import open_rows
+from tests.tools.data_tools import data_config, some_texts, write_shard, write_shards
 from tests.tools.faulty_server import FAULTS, serving
 
 
@@ -27,7 +38,8 @@ def _local(path) -> str:
 
 
 def _remote(server, *, timeout_seconds=8.0, name="part-{00000..00002}.json.gz") -> str:
-    return remote_content(resolve_shards(f"{server.url}/{name}"), timeout_seconds)
+    shards = resolve_shards(f"{server.url}/{name}")
+    return remote_content(at_versions(shards, remote_versions(shards, timeout_seconds)))
 
 
 def test_it_is_of_what_stands_in_the_files_and_not_of_where_they_lie(tmp_path):
@@ -42,7 +54,8 @@ def test_it_is_of_what_stands_in_the_files_and_not_of_where_they_lie(tmp_path):
     assert _local(tmp_path / "there" / "*") != first
     path.rename(path.with_name("part-00009.json.gz"))
     assert len({first, _local(tmp_path / "there" / "*"), _local(path.parent / "part-00000.json.gz")}) == 3
-    assert local_content([]) == remote_content([], 1.0) == ""
+    assert local_content([]) == remote_content([]) == ""
+    assert remote_versions([], 1.0) == {}
 
 
 @pytest.mark.parametrize("suffix", ["json", "gz", "zst"])
@@ -103,6 +116,27 @@ def test_a_server_tells_by_etag_or_date_and_size(tmp_path, head):
         found.append(_remote(server))
         assert all(headers.get("range") == "bytes=0-0" for _, headers in server.requests) or head
     assert [found.index(one) for one in found] == [0, 0, 2, 3, 3, 5, 6]
+
+
+@pytest.mark.parametrize("suffix", [".json.gz", ".parquet"])
+@pytest.mark.parametrize("etag", [True, False])
+def test_files_are_read_in_the_version_that_was_asked_for(tmp_path, suffix, etag):
+    path = tmp_path / f"a{suffix}"
+    write_shard(path, some_texts(8))
+    with serving(tmp_path, etag=etag) as server:
+        server.last_modified = "Tue, 24 Nov 2026 12:00:00 GMT"
+        shards = resolve_shards(f"{server.url}/a{suffix}")
+        shards = at_versions(shards, remote_versions(shards, 8.0))
+        config = data_config(path)
+        with closing(open_rows(config, shards[0])) as rows:
+            assert rows.take(9) == some_texts(8)
+        write_shard(path, some_texts(9))
+        server.last_modified = "Tue, 24 Nov 2026 12:00:01 GMT"
+        with (
+            pytest.raises(SourceError, match=rf"a\{suffix} changed while it was read"),
+            closing(open_rows(config, shards[0])) as rows,
+        ):
+            rows.take(9)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

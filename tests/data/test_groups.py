@@ -209,6 +209,18 @@ def test_a_file_that_changes_at_the_server_is_refused(suffix, tmp_path, short_wa
                 rows.take(1990)
 
 
+def test_one_answer_without_a_range_among_others_is_asked_for_again(suffix, tmp_path, short_waits):
+    texts = some_texts(1000)
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=100)
+    with serving(tmp_path) as server:
+        server.fault = lambda n: setattr(server, "ranges", n != 3)
+        (shard,) = resolve_shards(f"{server.url}/a{suffix}")
+        before = RETRIES.retries
+        with closing(open_rows(data_config(path), shard)) as rows:
+            assert rows.take(1001) == texts
+    assert RETRIES.retries == before + 1
+
+
 def test_a_server_without_ranges_is_refused_with_the_remedy(suffix, tmp_path, short_waits):
     WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(10))
     with (

@@ -149,6 +149,26 @@ def test_a_server_that_stays_away(tmp_path, shard):
         )
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "http://[secret"])
+def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    with pytest.raises(SourceError, match=r"check it, and the proxy in HTTP_PROXY, .*requests\[socks\]") as raised:
+        RemoteBytes(Shard("a", "http://example.org/a.json"), 0.5).read(9)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("location", ["/b\xfccher.json", "http://[bad/"])
+def test_a_redirect_to_what_is_no_url(location, tmp_path, monkeypatch):
+    with serving(tmp_path) as server:
+        monkeypatch.setattr(
+            server.RequestHandlerClass,
+            "_file",
+            lambda self, path, fault: self._answer(302, b"", {"Location": location}),
+        )
+        with pytest.raises(SourceError, match="a redirects to what is no url"):
+            RemoteBytes(Shard("a", f"{server.url}/a.json"), 5.0).read(9)
+
+
 def test_a_file_that_changes(tmp_path, shard):
     with serving(tmp_path) as server, closing(RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 1.0)) as source:
         source.read(50_000)

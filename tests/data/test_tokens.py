@@ -15,6 +15,7 @@ from relora_mora.config import DataConfig
 from relora_mora.data import (
     SourceError,
     TrainStream,
+    at_versions,
     check_tokens,
     epoch_tokens,
     fingerprints,
@@ -24,6 +25,7 @@ from relora_mora.data import (
     make_tokens,
     merge_states,
     remote_content,
+    remote_versions,
     resolve_shards,
     token_folder,
     token_writer,
@@ -188,11 +190,15 @@ def test_fingerprints_of_text_on_a_server_and_in_another_column(tmp_path, tokeni
         _make(source, tmp_path / "out", tokenizer_path, text_column="content")
         text = resolve_shards(source, text_column="content")
         tokens = resolve_shards(str(tmp_path / "out"))
-        assert remote_content(text, 5.0) == remote_content(tokens, 5.0) != ""
+        assert remote_content(at_versions(text, remote_versions(text, 5.0))) == remote_content(tokens) != ""
         assert local_content(text) == local_content(tokens) == ""
         config = data_config(source)
         given = {"tokenizer_fingerprint": "any", "batch_lanes": 1}
         assert fingerprints(config, shards=text, **given)[0] == fingerprints(config, shards=tokens, **given)[0]
+        asked = len(server.requests)
+        server.fault = lambda n: n > asked and write_parquet(tmp_path / "served" / "a.parquet", some_texts(8)) and None
+        with pytest.raises(SourceError, match=r"a\.parquet changed while it was read"):
+            _make(source, tmp_path / "other", tokenizer_path, text_column="content")
 
 
 def test_held_out_text_is_the_same(folder, tokenizer_path):

@@ -62,6 +62,23 @@ def test_a_server_that_stays_away_ends_the_run_with_its_state_saved(pools, input
     assert _equal(never / "checkpoints" / "step-00000040", run_dir / "checkpoints" / "step-00000040") == []
 
 
+def test_text_on_a_server_that_changes_behind_the_start_is_not_trained_on(pools, inputs, tokenizer_path, tmp_path):
+    """The fingerprint in a checkpoint is that of the text which stood there at the start."""
+    folder, run_dir = tmp_path / "data", tmp_path / "run"
+    write_shards(folder, 2, 8)
+
+    def change(number: int) -> None:
+        if last_step(run_dir) >= 3:
+            write_shards(folder, 2, 9)
+
+    with serving(folder) as server:
+        data = {"train": f"{server.url}/part-{{00000..00001}}.json.gz", "shuffle_documents": 2}
+        settings = {"data": data, "checkpoint": {"every_steps": 0}, "train": {"steps": 40}}
+        server.fault = change
+        [(kind, text)] = pools(1)(ended, run_config(inputs, tokenizer_path, run_dir, **settings))
+    assert kind == "DataError" and "json.gz changed while it was read (its ETag" in text
+
+
 @pytest.mark.parametrize("kind", [OSError, SourceError])
 def test_what_is_wrong_with_the_data_is_told_where_nothing_can_be_saved_either(tmp_path, kind):
     def fail(state: RunState) -> None:
