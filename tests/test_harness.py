@@ -128,6 +128,10 @@ def test_a_row_is_what_ends_with_a_line_feed(tmp_path):
     ("name", "change", "said"),
     [
         ("local_uuid", {"completion": 3}, "completion is 3, expected: text"),
+        ("local_uuid", {"completion": "a\nb"}, r'completion is "a\\nb", expected: text of one line'),
+        ("local_gsm8k", {"answer": "It is 4."}, 'answer is "It is 4.", expected: number, alone or behind ####'),
+        ("local_gsm8k", {"answer": "#### $4"}, r'answer is "#### \$4", expected: number, alone or behind ####'),
+        ("local_metamath", {"answer": "The answer is: 4"}, '.*4", expected: answer, alone or behind ####'),
         ("local_medqa", {"question": 7}, "question is 7, expected: text"),
         ("local_medqa", {"options": ["a", "b"]}, r'options is \["a", "b"\], expected: texts by name'),
         ("local_medqa", {"answer_idx": "Z"}, 'answer_idx is "Z", expected: key of options'),
@@ -207,6 +211,26 @@ def test_tasks_give_what_counting_by_hand_gives(model, data):
     assert found["local_gsm8k"] == {"exact_match/strict": 0.0, "exact_match/flexible": 0.0}
     assert found["local_uuid"]["exact_match"] == 0.0 and 0 <= found["local_uuid"]["character_accuracy"] < 0.5
     assert "local_medqa" in answer.err and "acc" in answer.err
+
+
+@needs_lm_eval
+def test_texts_begin_as_in_training(model, data, monkeypatch):
+    """Where the tokenizer puts no BOS before a text, no text of the training began with one."""
+    from lm_eval.models.huggingface import HFLM
+
+    begins = []
+
+    def generate(self, *args, **settings):
+        begins.append(self.prefix_token_id)
+        return generated(self, *args, **settings)
+
+    generated = HFLM.generate_until
+    monkeypatch.setattr(HFLM, "generate_until", generate)
+    tokenizer = load_tokenizer(model)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(65)
+    given = {"data": str(data), "num_fewshot": None, "limit": 1, "batch_size": 1}
+    evaluate_tasks(LlamaForCausalLM.from_pretrained(model), tokenizer, ["local_uuid"], **given)
+    assert begins == [tokenizer.eos_token_id]
 
 
 @needs_lm_eval

@@ -58,6 +58,7 @@ SETTINGS: dict[str, Any] = {
     "add_dummy_prefix": False,
     "allow_whitespace_only_pieces": True,
     "split_digits": True,
+    "required_chars": "\u2581",  # which stands for a space: in text without one, it would have no token
     "max_sentence_length": SENTENCE_BYTES,
     "input_sentence_size": 0,  # all that is fed: the sample is drawn here, by document
     "minloglevel": 2,

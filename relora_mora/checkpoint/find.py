@@ -7,20 +7,25 @@ from pathlib import Path
 
 from relora_mora.checkpoint import CheckpointError, Manifest, newest_whole, read_manifest, verify
 from relora_mora.checkpoint.reader import list_candidates
+from relora_mora.system.logs import shared_log
 from relora_mora.system.run_folder import RunFolder
 
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint at ``path``, or the newest whole one where that is a run folder or its ``checkpoints/``.
 
-    Raises :class:`CheckpointError` when there is none or when it is damaged.
+    A warning names newer ones that are damaged. Raises :class:`CheckpointError` when there is none or when it is
+    damaged.
     """
     for folder in (path, RunFolder(path).checkpoints):
-        if list_candidates(folder):
+        while candidates := list_candidates(folder):
             found, skipped = newest_whole(folder)
-            if found is None:
+            if found is not None:
+                for reason in skipped:
+                    shared_log.warning("%s: passed over %s", folder, reason)
+                return found
+            if list_candidates(folder) == candidates:  # else its run has removed them, and has newer ones
                 raise CheckpointError(f"{folder}: no checkpoint in it is whole: {'; '.join(skipped)}")
-            return found
     if not path.is_dir():
         what = "is no folder" if path.exists() else "not found"
         raise CheckpointError(

@@ -18,6 +18,7 @@ from torch import Tensor
 from relora_mora.checkpoint.layout import TOKENIZER, FileEntry, Manifest, file_entry
 from relora_mora.checkpoint.places import NEW
 from relora_mora.checkpoint.tokenizer import write_tokenizer
+from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.files import ordinary_mode, sync
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
@@ -115,7 +116,8 @@ class RankFiles:
         return files
 
     def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> FileEntry:
-        save_file(tensors, path)
+        with disk_faults_named(path.parent):
+            save_file(tensors, path)
         path.chmod(self._mode)  # safetensors makes files that only their owner reads
         return file_entry(path)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, Manifest, damage, read_manifest
+from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import TokenizerError, is_tokenizer
@@ -88,5 +89,6 @@ def _listed(folder: Path, manifest: Manifest) -> dict[str, bytes]:
 
 def _copy(files: Mapping[str, bytes], folder: Path, manifest: Manifest) -> bool:
     """Writes a tokenizer; whether it is the one with the fingerprint in the manifest."""
-    write_tokenizer(files, folder)
+    with disk_faults_named(folder):
+        write_tokenizer(files, folder)
     return is_tokenizer(folder, manifest.tokenizer_fingerprint)

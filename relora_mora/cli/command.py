@@ -27,6 +27,7 @@ _REMEDIES = {
     errno.EISDIR: "a file was expected; check the path",
     errno.ELOOP: "check the links of this path",
     errno.ENAMETOOLONG: "give a shorter one",
+    errno.ENOTEMPTY: "give a new folder, or remove it",
     errno.EPIPE: "the program that reads the output has ended",
 }
 

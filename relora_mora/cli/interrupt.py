@@ -48,7 +48,9 @@ class Interrupts:
             return
         if signal.getsignal(signal.SIGINT) == self._handle:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.set_wakeup_fd(-1)
+        of_the_command = signal.set_wakeup_fd(-1)
+        if of_the_command not in (-1, self._writer):
+            signal.set_wakeup_fd(of_the_command, warn_on_full_buffer=False)
         os.close(self._writer)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

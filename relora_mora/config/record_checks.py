@@ -20,7 +20,11 @@ def record_faults(data: DataConfig) -> Iterator[Fault]:
         for number, source in enumerate(sources):
             if source.records is not None:
                 yield from _faults_of(f"{setting}.{number}.records", source.records)
-    own = {f"data.train.{number}.records": source.records for number, source in enumerate(data.train_sources)}
+    own = {
+        f"{setting}.{number}.records": source.records
+        for setting, sources in sets.items()
+        for number, source in enumerate(sources)
+    }
     if None in own.values():
         own["data.records"] = data.records
     for setting, records in own.items():
@@ -46,7 +50,7 @@ def generation_faults(config: Config) -> Iterator[Fault]:
 
 
 def _faults_of(setting: str, records: RecordsConfig) -> Iterator[Fault]:
-    section = ".".join(setting.split(".")[:2])
+    section = _section(setting)
     known = (*FIELDS[records.kind], *OPTIONAL_FIELDS.get(records.kind, ()))
     unknown = [field for field in records.columns if field not in known]
     if unknown:
@@ -61,16 +65,21 @@ def _faults_of(setting: str, records: RecordsConfig) -> Iterator[Fault]:
         )
 
 
+def _section(setting: str) -> str:
+    return ".".join(setting.split(".")[:2])
+
+
 def _stream_faults(data: DataConfig, setting: str, records: RecordsConfig) -> Iterator[Fault]:
+    section = _section(setting)
     if records.too_long == "drop":
         yield Fault(
-            (f"{setting}.too_long", "data.packing", "data.records", "data.train"),
+            (f"{setting}.too_long", "data.packing", "data.records", section),
             "with data.packing=stream a row goes on in the next sequence, and none is too long; "
             "leave it out, or set data.packing=whole",
         )
     if data.document_mask and records.kind in CONVERSATIONS:
         yield Fault(
-            ("data.document_mask", "data.packing", "data.records", "data.train"),
+            ("data.document_mask", "data.packing", "data.records", section),
             "with data.packing=stream it finds documents by their end, which stands inside of conversations too; "
             "set data.packing=whole, which masks rows whatever they hold",
         )

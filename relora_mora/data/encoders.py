@@ -68,7 +68,7 @@ def _encoder(
     if packing == "stream":
         return encode
     settings = record_format.settings
-    begin, end = ([], []) if settings.is_conversation else (_prefix(tokenizer), [eos])
+    begin, end = ([], []) if settings.is_conversation else (own_prefix(tokenizer), [eos])
     return _whole(encode, begin, end, sequence_length, drops=settings.too_long == "drop")
 
 
@@ -143,7 +143,7 @@ def how_written(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat)
     """What of a tokenizer decides the tokens of records, beside how it tokenizes text; JSON-able."""
     if record_format.settings.is_conversation:
         return [chat_template(tokenizer, record_format), tokenizer.special_tokens_map]
-    return [_prefix(tokenizer)]
+    return [own_prefix(tokenizer)]
 
 
 def _tokens(
@@ -176,7 +176,7 @@ def _with_answer(row: Encoded | Skipped, record: Record) -> Encoded | Skipped:
     return row if learns else Skipped("no_answer", record.told("has no answer to learn"))
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def own_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text by itself, such as BOS: so a prompt begins as it does at inference."""
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     plain = backend.encode("a", add_special_tokens=False).ids

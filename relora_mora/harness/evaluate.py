@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from relora_mora.data.encoders import own_prefix
 from relora_mora.harness.local import LOCAL_TASKS, HarnessError, local_rows, local_task
 from relora_mora.pretrained import positions_of
 from relora_mora.system.logs import log
@@ -71,7 +72,14 @@ def evaluate_tasks(
         _check_answers_fit(found, positions_of(lm))
         with _cut_prompts_told(positions_of(lm)):
             results = simple_evaluate(
-                HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=batch_size, max_length=positions_of(lm)),
+                HFLM(
+                    pretrained=lm,
+                    tokenizer=tokenizer,
+                    batch_size=batch_size,
+                    max_length=positions_of(lm),
+                    # what a text without a context begins with: by default BOS, also where no text of training did
+                    prefix_token_id=None if own_prefix(tokenizer) else tokenizer.eos_token_id,
+                ),
                 tasks=found,
                 num_fewshot=num_fewshot,
                 limit=limit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from relora_mora.generation import agreeing_characters
 
 _FOLDER = Path(__file__).parent / "tasks"
 LOCAL_TASKS = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
-
+_NUMBER = re.compile(r"(.*#### )?-?[0-9][0-9.,]*\s*", re.DOTALL)
 
 # what a field of a row is, in the words of the task's file
 _KINDS: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "text": lambda value, _: isinstance(value, str),
+    "text of one line": lambda value, _: isinstance(value, str) and "\n" not in value,
+    "number, alone or behind ####": lambda value, _: isinstance(value, str) and _NUMBER.fullmatch(value) is not None,
+    "answer, alone or behind ####": lambda value, _: isinstance(value, str) and "The answer is" not in value,
     "list of texts": lambda value, _: isinstance(value, list) and all(isinstance(each, str) for each in value),
     "texts by name": lambda value, _: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
     "key of options": lambda value, row: isinstance(value, str) and value in row["options"],

@@ -6,13 +6,17 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from relora_mora.system.disk_errors import disk_errno
 from relora_mora.system.files import ordinary_mode, sync
 
+_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 _unfinished: set[str] = set()
 
 
@@ -64,12 +68,24 @@ def _temporary_parent(out: Path, target: Path) -> tempfile.TemporaryDirectory[st
 
 @contextlib.contextmanager
 def _removed_at_hard_exit(folder: str) -> Iterator[None]:
-    """Within the block, :func:`remove_unfinished` removes the folder."""
+    """Within the block, :func:`remove_unfinished` removes the folder, and so does a signal that ends the process."""
     _unfinished.add(folder)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    ending = [each for each in _ENDINGS if in_main_thread and signal.getsignal(each) is signal.SIG_DFL]
+    for number in ending:
+        signal.signal(number, _end)
     try:
         yield
     finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
         _unfinished.discard(folder)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    remove_unfinished()
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
 
 
 def remove_unfinished() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from relora_mora.checkpoint.reader import list_candidates
 from relora_mora.config import ConfigError, dump
 from relora_mora.model.config import plain_model_config
 from relora_mora.optim import Parameters
@@ -37,7 +38,7 @@ def check_run_folder(path: Path) -> None:
     A folder that a trainer has held has a lock, and one with checkpoints may have been copied from elsewhere.
     """
     folder = RunFolder(path)
-    if folder.lock.exists() or folder.checkpoints.exists():
+    if folder.lock.exists() or list_candidates(folder.checkpoints):
         return
     written = (
         folder.config,
@@ -88,7 +89,8 @@ def _write(folder: Path, checked: Checked, start: dict[str, Any]) -> None:
 def _holds(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the files of a tokenizer are in a folder, beside whatever else."""
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as work:
-        save_tokenizer(tokenizer, work)
+        with disk_faults_named(Path(work)):
+            save_tokenizer(tokenizer, work)
         files = [path.relative_to(work) for path in Path(work).rglob("*") if path.is_file()]
         return all(
             (folder / name).is_file() and filecmp.cmp(Path(work, name), folder / name, shallow=False) for name in files

@@ -132,6 +132,27 @@ def test_a_resume_does_not_need_latest(folder, latest):
     assert STATE in passed_over(folder)
 
 
+def test_who_names_a_run_hears_which_checkpoints_are_passed_over(folder, caplog):
+    (folder / "step-00000015" / STATE).unlink()
+    assert find_checkpoint(folder) == folder / "step-00000010"
+    [line] = caplog.messages
+    assert line.startswith(f"{folder}: passed over step-00000015: {STATE}")
+
+
+def test_checkpoints_that_their_run_replaces_meanwhile_are_not_damaged(folder, monkeypatch):
+    looks = []
+
+    def newest(place: Path) -> tuple[Path | None, list[str]]:
+        looks.append(place)
+        if len(looks) == 1:
+            shutil.rmtree(folder / "step-00000015")
+            return None, ["step-00000015: manifest.json: No such file or directory"]
+        return newest_whole(place)
+
+    monkeypatch.setattr("relora_mora.checkpoint.find.newest_whole", newest)
+    assert find_checkpoint(folder) == folder / "step-00000010" and len(looks) == 2
+
+
 @pytest.mark.parametrize("name", ["manifest.json", STATE])
 def test_a_network_file_system_that_is_gone_is_no_damage(folder, monkeypatch, name):
     """Else the run would go back to an older checkpoint, and put the newest one aside."""

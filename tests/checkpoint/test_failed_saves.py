@@ -58,16 +58,15 @@ def followed(
             subprocess.run(commands[step], check=True)
         return whole_batch(self)
 
-    log.addFilter(keep)
     error = ""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "filters", [*log.filters, keep])
         patch.setattr(rank_files, "save_file", save_file)
         patch.setattr(Trainer, "next_batch", next_batch)
         try:
             train(config)
         except TrainingError as failure:
             error = str(failure)
-    log.removeFilter(keep)
     return {"lines": lines, "error": error}
 
 
@@ -128,7 +127,9 @@ def test_a_full_disk_is_survived_and_used_again_when_there_is_space(pools, input
     steps = _steps(small_disk.parent)
     assert {1, 2, 8, 9, 10} <= set(steps) and 7 not in steps
     assert len(first["lines"]) == 10 - len(steps)
-    assert all("No space left on device" in line and " failed (rank " in line for line in first["lines"])
+    assert all(
+        f"No space left on device: {small_disk}/step-" in line and " failed (rank " in line for line in first["lines"]
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_survived(pools, inputs, tokenizer_path, small_disk):
@@ -148,10 +149,11 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
 
     rig = build_rig(tiny_config(2))
     rank = rig.engine.rank
+    patch = pytest.MonkeyPatch()
     lines: list[str] = []
     given_up = folder.with_name("given-up")
     whole_write = rank_files.RankFiles.write
-    module.APPEAR_SECONDS = 0.5
+    patch.setattr(module, "APPEAR_SECONDS", 0.5)
 
     def report(line: str) -> None:
         lines.append(line)
@@ -178,7 +180,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         return whole_write(self, folder.with_name("of-another-host") / work.name, *args)
 
     for step in (1, 2, 3):
-        module.LATE_SECONDS = 1.0 if (step, what) == (2, "late") else 1800.0
+        patch.setattr(module, "LATE_SECONDS", 1.0 if (step, what) == (2, "late") else 1800.0)
         if step == 2 and what == "late":
             rank_files.RankFiles.write = late if rank == 1 else whole_write
         elif step == 2 and what == "elsewhere":
@@ -207,6 +209,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         writer.wait()
         rank_files.RankFiles.write = whole_write
         rig.engine.sum_over_ranks(0)
+    patch.undo()
     return lines
 
 
@@ -324,10 +327,10 @@ def test_a_rank_that_fails_frees_its_space(tmp_path, monkeypatch):
 
     def full(tensors: Any, path: Path) -> None:
         path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(rank_files, "save_file", full)
     mine = rank_files.RankFiles(SimpleNamespace(rank=1, world_size=2), SimpleNamespace(owned=[]), {})
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/work'"):
         mine.write(tmp_path / "work", tmp_path / "final", 0, {"a": torch.zeros(1)})
     assert list((tmp_path / "work").iterdir()) == []

@@ -299,6 +299,24 @@ def test_ctrl_c_ends_what_does_not_hear_of_it(tmp_path: Path, code: str) -> None
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_ended_leaves_no_folder_behind(tmp_path: Path, number: signal.Signals) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\nfrom pathlib import Path\nfrom relora_mora.cli import new_folder, run\n"
+        f"def main() -> None:\n  with new_folder(Path({str(tmp_path / 'out' / 'new')!r})):\n"
+        f"    Path({str(tmp_path / 'inside')!r}).touch()\n    time.sleep(60)\nrun(main)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "inside").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (-number, "")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_handler_of_the_command_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     heard: list[int] = []
 
@@ -311,6 +329,7 @@ def test_a_handler_of_the_command_is_left_alone(capsys: pytest.CaptureFixture[st
         with pytest.raises(SystemExit) as stop:
             run(main, [])
         assert (stop.value.code, heard, capsys.readouterr().err) == (75, [signal.SIGINT], "")
+        assert signal.set_wakeup_fd(-1) == -1
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -21,7 +21,8 @@ import yaml
 from relora_mora.config import load_config
 from relora_mora.supervise import FAILED, LOST, REQUEUE, USER_ERROR
 from tests.tools.helpers import ROOT
-from tests.tools.jobs import ends, free_port, last_step, write_config
+from tests.tools.jobs import ends, last_step, write_config
+from tests.tools.ports import free_port
 from tests.tools.runs import run_config, write_inputs
 
 FOLDER = ROOT / "launch" / "k8s"

@@ -94,20 +94,22 @@ def test_a_connection_that_never_gets_far_is_read_in_smaller_pieces(tmp_path, sh
 def test_a_server_that_comes_up_late(tmp_path, shard):
     with serving(tmp_path) as server:
         port = server.server_address[1]
-    late = threading.Event()
+    read = threading.Event()
+    before = RETRIES.retries
 
     def serve():
+        while RETRIES.retries - before <= 3 and not read.wait(0.005):
+            pass
         with serving(tmp_path, port=port):
-            late.wait(10)
+            read.wait(60)
 
-    timer = threading.Timer(0.3, serve)
-    before = RETRIES.retries
-    timer.start()
+    thread = threading.Thread(target=serve)
+    thread.start()
     try:
         assert _read(server) == shard.read_bytes()  # connections are refused at first
     finally:
-        late.set()
-        timer.join()
+        read.set()
+        thread.join()
     assert RETRIES.retries - before > 3
 
 

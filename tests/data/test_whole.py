@@ -339,5 +339,9 @@ def test_what_cannot_be_packed_so_is_refused():
     assert "data.document_mask: with data.packing=stream" in faults(
         records={"kind": "messages"}, packing="stream", document_mask=True
     )
+    held_out = [{"source": "b", "records": {"kind": "messages"}}]
+    assert "data.document_mask: with data.packing=stream" in faults(
+        validation=held_out, packing="stream", document_mask=True
+    )
     assert "data.records.columns: x: no field of prompt" in faults(records={"kind": "prompt", "columns": {"x": "y"}})
     assert "data.records.template: prompt has a form" in faults(records={"kind": "prompt", "template": "chatml"})

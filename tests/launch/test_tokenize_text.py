@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -218,17 +219,18 @@ def test_ctrl_c_keeps_what_is_finished(much_text: Path, tmp_path: Path, tokenize
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while True:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         children = psutil.Process(process.pid).children()
-        workers = [child for child in children if "spawn_main" in "".join(child.cmdline())]
-        for worker in workers:
-            worker.suspend()  # else they may have finished before the signal
-        if list(out.glob("*.arrow")) and list(out.glob("*.arrow.tmp")):
-            break
-        for worker in workers:
-            worker.resume()
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that ended meanwhile
+            workers = [child for child in children if "spawn_main" in "".join(child.cmdline())]
+            for worker in workers:
+                worker.suspend()  # else they may have finished before the signal
+            if list(out.glob("*.arrow")) and list(out.glob("*.arrow.tmp")):
+                break
+            for worker in workers:
+                worker.resume()
         time.sleep(0.01)
     finished = {path.name for path in out.glob("*.arrow")}
     os.killpg(process.pid, signal.SIGINT)
@@ -255,9 +257,10 @@ def test_a_killed_process_is_told(much_text: Path, tmp_path: Path, tokenizer_pat
     def kill_one() -> None:
         while not answered.is_set():
             for child in psutil.Process().children():
-                if child not in before and "spawn_main" in " ".join(child.cmdline()):
-                    child.kill()
-                    return
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if child not in before and "spawn_main" in " ".join(child.cmdline()):
+                        child.kill()
+                        return
             time.sleep(0.01)
 
     answered = threading.Event()

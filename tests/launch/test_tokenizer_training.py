@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def test_training_is_the_same_whatever_the_threads() -> None:
         return [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
 
     assert pieces(1) == pieces(3)
+
+
+def test_text_without_spaces_is_trained_on(tmp_path: Path) -> None:
+    letters = random.Random(0)
+    (tmp_path / "dna.txt").write_text("".join(letters.choice("ACGT") for _ in range(20_000)))
+    training.main(str(tmp_path / "dna.txt"), str(tmp_path / "out"), vocab_size=300)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.decode(tokenizer.encode(" a  b", add_special_tokens=False)) == " a  b"
 
 
 def test_vocabulary_that_does_not_fit_the_text_is_explained() -> None:

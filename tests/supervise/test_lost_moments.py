@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.tools.helpers import ROOT
-from tests.tools.jobs import ends, free_port, write_config
+from tests.tools.jobs import ends, write_config
+from tests.tools.ports import free_port
 from tests.tools.runs import run_config, write_inputs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.stops]
@@ -47,9 +48,9 @@ def both_ranks(config: Path, what: str, **environment: str) -> tuple[list[int], 
         own[1] |= environment
         ranks = [subprocess.Popen(command, env={**os.environ, **job, **each}, stdout=out, stderr=out) for each in own]
     try:
-        second = ranks[1].wait(60)
+        second = ranks[1].wait(240)  # all of the start, on a busy machine
         begin = time.monotonic()
-        first = ranks[0].wait(60)
+        first = ranks[0].wait(240)
         return [first, second], time.monotonic() - begin, config.with_suffix(".log").read_text()
     finally:
         for rank in ranks:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import psutil
 from relora_mora.config import Config, dump
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.tools.helpers import ROOT, python_path
+from tests.tools.ports import free_port
 
 BIN = Path(sys.executable).parent
 POLL_SECONDS = 0.05
@@ -37,12 +37,6 @@ def lives(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_config(config: Config, path: Path) -> Path:

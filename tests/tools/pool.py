@@ -7,7 +7,6 @@ import faulthandler
 import multiprocessing as mp
 import os
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -19,6 +18,8 @@ from typing import Any
 from unittest import mock
 
 import psutil
+
+from tests.tools.ports import free_port
 
 IDLE_SECONDS = 45.0  # longer than anything that a test waits for without using a processor
 LONGEST_SECONDS = 900.0
@@ -33,12 +34,6 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 class PoolError(RuntimeError):
     """The workers cannot be used any more: one has died, or all of them hang. Says where each of them stood."""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(rank: int, world_size: int, port: int, device: str, pipe: Connection, stacks: Path) -> None:
@@ -91,7 +86,7 @@ class Pool:
                 forkserver.ensure_running()
         else:
             context = mp.get_context("spawn")  # a process that has looked for GPUs may not be forked
-        port = _free_port()
+        port = free_port()
         pipes = [context.Pipe() for _ in range(world_size)]
         self.idle_seconds = idle_seconds
         self.is_broken = False
@@ -129,6 +124,7 @@ class Pool:
             now = time.monotonic()
             if now - looked_at < LOOK_SECONDS and now - begin < LONGEST_SECONDS:
                 continue
+            busy_at += max(0.0, now - looked_at - 2 * LOOK_SECONDS)  # all stood still, this process too
             looked_at = now
             now_used = self._processor_seconds()
             if now_used - used > BUSY_FRACTION * _share_of_a_processor() * (now - busy_at):

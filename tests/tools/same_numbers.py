@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from tests.tools.helpers import ROOT
-from tests.tools.jobs import free_port
+from tests.tools.ports import free_port
 from tests.tools.runs import metrics, run_config, tensors, write_inputs
 from tests.tools.tokenizer_tools import train_tokenizer
 

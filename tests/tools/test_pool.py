@@ -23,6 +23,7 @@ def _rank_1_hangs() -> None:
 def _rank_1_dies() -> None:
     import torch
 
+    torch.distributed.barrier()
     if torch.distributed.get_rank() == 1:
         os._exit(7)
     threading.Event().wait()
@@ -45,8 +46,9 @@ def _rank_0_fails() -> None:
     ],
 )
 def test_workers_that_hang_or_die_are_told_with_their_stacks(function, said):
-    pool = Pool(2, idle_seconds=3)
+    pool = Pool(2)
     pool(os.getpid)
+    pool.idle_seconds = 3
     with pytest.raises(PoolError, match=said):
         pool(function)
     assert pool.is_broken

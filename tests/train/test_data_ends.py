@@ -47,7 +47,8 @@ def test_a_server_that_stays_away_ends_the_run_with_its_state_saved(pools, input
         source = f"{server.url}/part-{{00000..00003}}.json.gz"
         data = {"train": source, "timeout_seconds": 3.0, "shuffle_documents": 2}
         settings = {"data": data, "checkpoint": {"every_steps": 0}, "train": {"steps": 40}}
-        assert pools(2)(ended, run_config(inputs, tokenizer_path, never, 2, **settings)) == [("", "")] * 2
+        patient = settings | {"data": data | {"timeout_seconds": 60.0}}
+        assert pools(2)(ended, run_config(inputs, tokenizer_path, never, 2, **patient)) == [("", "")] * 2
         config = run_config(inputs, tokenizer_path, run_dir, 2, **settings)
         server.fault = lambda n: "503" if last_step(run_dir) >= 5 else None
         answers = pools(2)(ended, config)
@@ -58,7 +59,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_state_saved(pools, input
         assert 0 < step < 40 and (run_dir / "checkpoints" / f"step-{step:08d}").exists()
         assert ends(run_dir)[-1]["code"] == 2 and ends(run_dir)[-1]["step"] == step
         server.fault = lambda n: None
-        assert pools(2)(ended, config) == [("", "")] * 2
+        assert pools(2)(ended, run_config(inputs, tokenizer_path, run_dir, 2, **patient)) == [("", "")] * 2
     assert _equal(never / "checkpoints" / "step-00000040", run_dir / "checkpoints" / "step-00000040") == []
 
 

@@ -231,13 +231,19 @@ def test_a_service_that_cannot_be_reached_is_said_once(
 def test_an_end_waits_for_the_service_only_so_long(
     folder: Path, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    never = threading.Event()
+    ended, finished = threading.Event(), threading.Event()
+
+    def finish() -> None:
+        ended.wait(60)
+        finished.set()
+
     monkeypatch.setattr(weights_and_biases, "FINISH_SECONDS", 0.01)
-    monkeypatch.setattr(service, "finish", never.wait)
+    monkeypatch.setattr(service, "finish", finish)
     logger = WeightsAndBiases(folder, "small")
     logger.open(0)
     logger.close()
-    never.set()
+    assert not finished.is_set()
+    ended.set()
 
 
 @needs_wandb

@@ -196,8 +196,10 @@ def test_the_command_scores_the_answers_that_the_run_scored(pools, inputs, token
     assert load_tokenizer(tmp_path / "run" / "tokenizer").chat_template == (inputs / "own.jinja").read_text()
     lines = [line for line in metrics(tmp_path / "run") if "eval/loss" in line]
     aside = (inputs / "own.jinja").rename(inputs / "aside.jinja")  # the run has what is in it
-    [seen] = pools(1)(_evaluated, tmp_path / "run")
-    aside.rename(inputs / "own.jinja")
+    try:
+        [seen] = pools(1)(_evaluated, tmp_path / "run")
+    finally:
+        aside.rename(inputs / "own.jinja")
     assert seen["loss"] == pytest.approx(lines[-1]["eval/loss"], rel=1e-5)
     assert seen["tokens"] == lines[-1]["eval/tokens"] and "bits_per_byte" not in seen
     [everything] = pools(1)(_evaluated, tmp_path / "run", **{"data.records.score": "all"})

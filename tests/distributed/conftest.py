@@ -1,0 +1,15 @@
+"""What joining sets in the environment is that of one test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    with mock.patch.dict(os.environ):
+        yield

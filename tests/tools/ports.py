@@ -1,0 +1,16 @@
+"""Ports for tests, which bind them later."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+
+
+def free_port() -> int:
+    """One of those that Linux does not hand out by itself, so that nothing else has it when it is bound."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
