@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 import xxhash
 
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.sources import Shard, Version
+from relora_mora.data.file_version import Version
+from relora_mora.data.sources import Shard
 from relora_mora.data.token_index import COMMAND
 
 if TYPE_CHECKING:

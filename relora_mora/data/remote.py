@@ -15,9 +15,10 @@ import requests
 
 from relora_mora.data import hub
 from relora_mora.data.errors import SourceError
+from relora_mora.data.file_version import FileVersion
 from relora_mora.data.retry import CHECK, RETRIES, TransientError, retrying
 from relora_mora.data.sources import Shard
-from relora_mora.data.transport import BROKEN, IDLE_SECONDS, FileVersion, check_status, send, size_of
+from relora_mora.data.transport import BROKEN, IDLE_SECONDS, check_status, send, size_of, version_of
 
 OVERLAP_BYTES = 64
 PIECE_BYTES = 1 << 13
@@ -34,7 +35,7 @@ class RemoteBytes:
         self.position = 0
         self._tail = b""  # the last bytes read, which the next answer must repeat
         self._response: requests.Response | None = None
-        self._version = FileVersion(shard)
+        self._version = FileVersion(shard.name, shard.version)
         self._size: int | None = None
         self._end: int | None = None  # where the answer before ended
         self._finished = False
@@ -146,7 +147,7 @@ class RemoteBytes:
                 "start with data that does not change"
             )
         check_status(response, self.shard.name, hub=self.shard.hub)
-        self._version.check(response)
+        self._version.check(version_of(response))
         if response.status_code == 206:
             match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             if match is None or int(match[1]) != start:

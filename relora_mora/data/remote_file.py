@@ -16,10 +16,11 @@ import requests
 
 from relora_mora.data import hub
 from relora_mora.data.errors import SourceError
+from relora_mora.data.file_version import FileVersion
 from relora_mora.data.random_access import RandomAccessFile
 from relora_mora.data.retry import CHECK, TransientError, retrying
 from relora_mora.data.sources import Shard
-from relora_mora.data.transport import BROKEN, IDLE_SECONDS, FileVersion, check_status, send
+from relora_mora.data.transport import BROKEN, IDLE_SECONDS, check_status, send, version_of
 
 PIECE_BYTES = 1 << 16
 T = TypeVar("T")
@@ -33,7 +34,7 @@ class RemoteFile(RandomAccessFile):
         self._shard = shard
         self._timeout_seconds = timeout_seconds
         self._session = requests.Session()
-        self._version = FileVersion(shard)
+        self._version = FileVersion(shard.name, shard.version)
         self._response: requests.Response | None = None
         self._next = 0  # byte that the response gives next
         self._end = 0  # ... and the one behind its last
@@ -137,7 +138,7 @@ class RemoteFile(RandomAccessFile):
                 f"{self._shard.name}: the server answers no ranges, without which {self._shard.format.name} cannot be "
                 "read; download the file and give its path"
             )
-        self._version.check(response)
+        self._version.check(version_of(response))
         answered = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if answered is None:
             raise TransientError("the server does not say which range it answered")

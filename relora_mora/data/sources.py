@@ -9,12 +9,13 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from relora_mora.config import DataConfig, RecordsConfig, Split, TextSource, as_sources, is_mixture
 from relora_mora.data.dataset_sources import DatasetName, dataset_files, dataset_name
 from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.file_version import Version
 from relora_mora.data.formats import ARROW, JSON_LINES, SUFFIXES, TEXT, Format, format_of
 from relora_mora.data.hub_sources import C4, Commits, hub_parts, hub_source, is_hub
 from relora_mora.data.record_format import Record, RecordFormat
@@ -23,20 +24,6 @@ from relora_mora.system.home import from_home
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
-
-
-class Version(NamedTuple):
-    """What a server says of the version of a file."""
-
-    etag: str | None
-    modified: str | None
-    size: int | None  # bytes; an answer may be wrong here
-
-    def is_other_than(self, other: Version) -> bool:
-        """Whether they cannot be of the same version. An answer may lack what another one has."""
-        if self.etag and other.etag:
-            return self.etag != other.etag
-        return bool(self.modified and other.modified) and self.modified != other.modified
 
 
 @dataclass(frozen=True)

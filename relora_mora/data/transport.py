@@ -13,8 +13,8 @@ import requests
 import urllib3
 
 from relora_mora.data.errors import SourceError
+from relora_mora.data.file_version import Version
 from relora_mora.data.retry import TransientError, retry_after_seconds
-from relora_mora.data.sources import Shard, Version
 
 CONNECT_SECONDS = 20.0
 IDLE_SECONDS = 20.0  # a connection that we left alone for so long is reopened rather than found dead
@@ -88,25 +88,6 @@ def version_of(response: requests.Response) -> Version:
     linked = [answer.headers["X-Linked-Etag"] for answer in response.history if "X-Linked-Etag" in answer.headers]
     etag = linked[0] if linked else response.headers.get("ETag")
     return Version(etag and etag.removeprefix("W/"), response.headers.get("Last-Modified"), size_of(response))
-
-
-class FileVersion:
-    """What the answers for one file say of its version, which has to stay that of the shard, if it is known there."""
-
-    def __init__(self, shard: Shard) -> None:
-        self._name = shard.name
-        self._known = shard.version
-
-    def check(self, response: requests.Response) -> None:
-        """Raises SourceError for another version than that of the answers before."""
-        version = version_of(response)
-        known = self._known or version
-        if version.is_other_than(known):
-            raise SourceError(
-                f"{self._name} changed while it was read (its ETag or date is another one); "
-                "start with data that does not change"
-            )
-        self._known = Version(known.etag or version.etag, known.modified or version.modified, known.size)
 
 
 def size_of(response: requests.Response) -> int | None:

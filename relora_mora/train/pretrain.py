@@ -23,7 +23,8 @@ from relora_mora.data import (
 )
 from relora_mora.data.counting import Epochs
 from relora_mora.data.dataset_sources import Datasets
-from relora_mora.data.sources import Shard, Version
+from relora_mora.data.file_version import Version
+from relora_mora.data.sources import Shard
 from relora_mora.distributed import (
     from_first_rank,
     gather_from_ranks,
