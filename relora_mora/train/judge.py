@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from relora_mora.config import Config
@@ -23,14 +24,20 @@ class StepResult:
 
 
 class Judge:
-    """Sets ``state.trouble`` where a run must go back to an earlier checkpoint."""
+    """Sets ``state.trouble`` where a run must go back to an earlier checkpoint.
 
-    def __init__(self, config: Config, rank: int, world_size: int, write: Write) -> None:
+    ``has_way_back``: whether there is one for a step; a collective.
+    """
+
+    def __init__(
+        self, config: Config, rank: int, world_size: int, write: Write, has_way_back: Callable[[int], bool]
+    ) -> None:
         self.config = config.train
         self.begins_stage = {stage.from_step for stage in config.data.stages}
         self.rank = rank
         self.world_size = world_size
         self.write = write
+        self.has_way_back = has_way_back
 
     def __call__(self, state: RunState, result: StepResult) -> None:
         """A collective."""
@@ -51,8 +58,9 @@ class Judge:
             "step %d: loss spike, %.4f is %.1f standard deviations above the mean before", state.step, loss, height
         )
         self.write(state.step, {"train/loss_spike": height, "train/spike_loss": loss})
-        # in place of the last step there is none to make, and before the first checkpoint there is nowhere to go
-        if self.config.on_spike == "rollback" and state.saved is not None and state.step < self.config.steps:
+        # in place of the last step there is none to make
+        may_roll_back = self.config.on_spike == "rollback" and state.step < self.config.steps
+        if may_roll_back and self.has_way_back(state.step):
             state.trouble = (
                 f"the loss of step {state.step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
             )

@@ -28,7 +28,7 @@ from relora_mora.train.loggers import make_loggers
 from relora_mora.train.metrics import Metrics
 from relora_mora.train.progress import Progress
 from relora_mora.train.report import merge_metrics
-from relora_mora.train.rollback import roll_back
+from relora_mora.train.rollback import roll_back, way_back
 from relora_mora.train.startup import Startup
 from relora_mora.train.state import RunState
 
@@ -89,7 +89,13 @@ class Trainer:
         self.feed = Feed(self.data, config.data, guard)
         # a renewal of their projections takes the singular vectors of every matrix
         self.update_seconds = LONG_SECONDS if config.optim.matrices in ("galore", "fira") else None
-        self.judge = Judge(config, self.rank, run.engine.world_size, self.write)
+        self.judge = Judge(
+            config,
+            self.rank,
+            run.engine.world_size,
+            self.write,
+            has_way_back=lambda step: way_back(run, step, self.writer) is not None,
+        )
         self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
         self.reporting = Reporting(run, self.write, self.progress)
         self.evaluating = Evaluating(run, guard, self.write, self.progress)

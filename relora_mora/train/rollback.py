@@ -34,6 +34,15 @@ class Rollback:
     data_order: str  # of the data in which that is a place
 
 
+def way_back(run: Run, step: int, writer: CheckpointWriter) -> Path | None:
+    """The newest checkpoint of before a step with nothing bad before it. A collective; waits for one being written."""
+    writer.wait()
+    gather_from_ranks(None)  # the newest checkpoint is whole when the first rank has waited
+    checkpoints = RunFolder(Path(run.config.train.run_dir)).checkpoints
+    chosen, _ = newest_whole(checkpoints, run.engine, lambda path: _suits(path, step))
+    return chosen
+
+
 def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
     """Takes model and optimizer from the newest checkpoint with nothing bad before it; the data goes on where it is.
 
@@ -47,9 +56,7 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
             f"{state.trouble}; train.max_rollbacks={config.max_rollbacks} lets the run go back no further time: "
             "raise it where the data may be the cause, lower optim.lr, or resume from an older checkpoint"
         )
-    writer.wait()
-    gather_from_ranks(None)  # the newest checkpoint is whole when the first rank has waited
-    chosen, _ = newest_whole(RunFolder(folder).checkpoints, run.engine, lambda path: _suits(path, state.step))
+    chosen = way_back(run, state.step, writer)
     if chosen is None:
         raise TrainingError(
             f"{state.trouble}; there is no checkpoint of before it to go back to: lower optim.lr, or set "

@@ -92,9 +92,14 @@ class TensorBoard:
         self._writer: SummaryWriter | None = None
 
     def open(self, step: int) -> None:
-        """Hides what earlier files hold beyond ``step``; describes the run where nothing has yet."""
+        """Hides what earlier files hold beyond ``step``; describes the run where nothing has yet.
+
+        At step 0 they are put aside: of an earlier start, TensorBoard would show the settings, and the values at 0.
+        """
         self.close()
         board = self._files.tensorboard
+        if step == 0:
+            _abandon(board)
         is_new = step == 0 or not any(board.glob("events.*"))
         self._begin_file(step + 1)
         if is_new:
@@ -138,6 +143,12 @@ class TensorBoard:
         _, start, _ = hparams(used, results)  # without the third, the end of the run
         for summary in (columns, start):
             self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+
+
+def _abandon(board: Path) -> None:
+    for file in board.glob("events.*"):
+        # TensorBoard reads whatever has tfevents in its name
+        file.rename(file.with_name(f"abandoned-{file.name.replace('tfevents', 'events', 1)}"))
 
 
 def _compared(config: Config) -> dict[str, Any]:

@@ -90,17 +90,19 @@ def test_rollbacks_come_back_and_a_damaged_file_is_no_empty_one(tmp_path):
         read_rollbacks(tmp_path)
 
 
-@pytest.mark.parametrize(("saved", "stages", "rolls"), [(30, False, True), (None, False, False), (30, True, False)])
+@pytest.mark.parametrize(
+    ("way_back", "stages", "rolls"), [(True, False, True), (False, False, False), (True, True, False)]
+)
 def test_a_spike_calls_for_a_rollback_where_there_is_a_way_back_and_the_text_is_the_same(
-    monkeypatch, saved, stages, rolls
+    monkeypatch, way_back, stages, rolls
 ):
     monkeypatch.setattr("relora_mora.train.judge.sum_over_hosts", lambda values: values)
     data: dict[str, Any] = {"train": [{"source": "a", "weight": 1.0}, {"source": "b", "weight": 1.0}]}
     if stages:
         data["stages"] = [{"from_step": 41, "weights": {"a": 0.0, "b": 1.0}}]
     given = {"spike_window": 16, "spike_deviations": 4.0, "on_spike": "rollback", "steps": 100}
-    judge = Judge(tiny_config(data=data, train=given), 0, 1, lambda step, values: None)
-    state = RunState(initial_seed=0, saved=saved)
+    judge = Judge(tiny_config(data=data, train=given), 0, 1, lambda step, values: None, lambda step: way_back)
+    state = RunState(initial_seed=0)
     for step, loss in enumerate([*_noisy(40), *_noisy(1, level=6.0)], 1):
         state.step = step
         judge(state, StepResult(loss, applied=True, grad_norm=1.0, data=[]))

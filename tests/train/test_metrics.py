@@ -206,6 +206,20 @@ def test_runs_are_compared_by_settings_that_their_method_uses(tmp_path, method, 
     assert "run/config/text_summary" in events.Tags()["tensors"]
 
 
+def test_a_new_start_shows_nothing_of_the_one_before(tmp_path):
+    for rate in (0.5, 0.25):
+        _write_config(tmp_path, optim={"lr": rate})
+        metrics = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
+        metrics.write(0, {"eval/loss": 10 * rate})
+        metrics.close()
+        _next_second()
+    content = _events(tmp_path).summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hyperparameters = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hyperparameters["optim.lr"].number_value == 0.25
+    assert _board(tmp_path, "eval/loss") == [(0, 2.5)]
+    assert len(list((tmp_path / "tensorboard").glob("abandoned-events.*"))) == 1
+
+
 def test_the_documents_say_which_numbers_are_no_curves():
     text = (ROOT / "docs" / "metrics.md").read_text()
     only_in_file = text.partition("Only in `metrics.jsonl`:")[2].partition("\n\n")[0]
