@@ -15,6 +15,8 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
+SLOWEST = 1e-6  # below it seconds are more than floats hold
+
 
 def main(
     config: str,
@@ -47,8 +49,8 @@ def main(
     from relora_mora.config import FINETUNING, ConfigError, load_config
 
     for name, rate in (("tokens_per_second", tokens_per_second), ("link_gbits", link_gbits)):
-        if rate is not None and not (math.isfinite(rate) and rate > 0):
-            raise ValueError(f"--{name}: got {rate}, expected a finite rate above 0")
+        if rate is not None and not (math.isfinite(rate) and rate > SLOWEST):
+            raise ValueError(f"--{name}: got {rate}, expected a finite rate above {SLOWEST:g}")
     if world_size is not None and (nodes is not None or gpus_per_node is not None):
         raise ValueError(
             "--world_size: given beside --nodes or --gpus_per_node; give it alone, for one host, or those two"

@@ -141,6 +141,11 @@ def _other_faults(config: Config) -> Iterator[Fault]:
             (masked_by, "model.attention", "data.records", "data.train"),
             "flash_attention_2 takes no mask between documents; use model.attention=sdpa",
         )
+    if config.model.attention == "flash_attention_2" and config.train.precision == "fp32":
+        yield Fault(
+            ("model.attention", "train.precision"),
+            "flash_attention_2 computes in bf16 alone; use model.attention=sdpa, or train.precision=bf16",
+        )
     if config.model.compile is True and config.train.zero_stage == 3:
         yield Fault(
             ("model.compile", "train.zero_stage"),

@@ -75,10 +75,12 @@ def check_memory(
     )
     needed = state.weights + state.masters + state.optimizer + (0 if on_gpu else state.host_base)
     if needed > available:
+        stage = config.train.zero_stage
+        higher = f", or a stage higher than train.zero_stage={stage}" if stage < 3 and world_size > 1 else ""
         fault = (
             f"model: weights and optimizer state need {needed / 2**30:,.1f} GiB on each of {world_size} ranks, "
-            f"and there are {available / 2**30:,.1f} for each; take a smaller model, more ranks, or a stage higher "
-            f"than train.zero_stage={config.train.zero_stage}: launch/plan.py says what a run needs"
+            f"and there are {available / 2**30:,.1f} for each; take a smaller model, or more devices or hosts{higher}: "
+            "launch/plan.py says what a run needs"
         )
         raise ConfigError([fault], "the settings")
 
@@ -125,7 +127,10 @@ def stage_advice(
     on_gpu: bool,
     compiled: bool | None = None,
 ) -> str | None:
-    """Where the settings say stage 2 and stage 1 sends less and fits into the ``available`` bytes of a rank: so."""
+    """Where the settings say stage 2 and stage 1 sends less and fits into the ``available`` bytes of a rank: so.
+
+    On GPUs stage 2 sends beside backward, so that it depends on the network which is faster.
+    """
     micro_batches = config.accumulation_steps(world_size)
     if config.train.zero_stage != 2 or world_size == 1 or micro_batches == 1:
         return None
@@ -135,4 +140,5 @@ def stage_advice(
     return (
         f"train.zero_stage=2 sends the gradients after each of the {micro_batches} micro-batches of a step, "
         "train.zero_stage=1 once, and there is memory for it"
+        + ("; launch/plan.py with --link_gbits says which is faster" if on_gpu else "")
     )

@@ -23,14 +23,15 @@ gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: 
 buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages 2 and 3, and 1 in fp32; at stages 1 and
                 2 a second one with ``overlap_comm``
 activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) where queries and keys have norms of their
-                own, b (2 q + 2 k) for attention, 3 b f for the gated product and
+                own, b (2 q + 2 k) for attention, with eager attention the weights of each head in float32 and, in
+                bf16, in it; 3 b f for the gated product and
                 the inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of
                 which only ``C x`` is kept. A compiled layer computes norms and the gated product once more and keeps
                 2 h b and 2 b f for them. With activation checkpointing b h a layer, and one whole layer
 scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient
                 (4 + b) h V; on a GPU b V a token and 4 h V, or then (4 + b) h V; in backward: the gradients of the
-                gated product, 2 b f a token, and ``W + delta`` of one linear that is not resident; in the step what
-                an optimizer of whole matrices needs (``optimizer.py``)
+                gated product, 2 b f a token, or of eager attention's weights, and ``W + delta`` of one linear that is
+                not resident; in the step what an optimizer of whole matrices needs (``optimizer.py``)
 ==============  ======================================================================================================
 
 A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N. Beside a GPU
@@ -117,7 +118,7 @@ def peak_memory(
         gathered=max(state.gathered, gathered_memory(model, config, stage, world_size, bf16=bf16)),
     )
     compiled = compiles(config.model, stage, on_gpu=on_gpu) if compiled is None else compiled
-    kept, layer = activation_memory(model, config, bf16=bf16, on_gpu=on_gpu, compiled=compiled)
+    kept, layer, mask = activation_memory(model, config, bf16=bf16, on_gpu=on_gpu, compiled=compiled)
     again = layer if config.model.activation_checkpointing else 0
     at_loss, in_backward = scratch_memory(model, config, bf16=bf16, on_gpu=on_gpu)
     moments = [
@@ -128,7 +129,7 @@ def peak_memory(
             moment="backward's end",
             merged=merged,
             gradients=gradients.after_backward,
-            activations=layer,
+            activations=layer + mask,
             scratch=in_backward,
         ),
         replace(state, moment="reduction", merged=merged, gradients=gradients.in_reduction),
@@ -244,10 +245,10 @@ def _reduction_copies(groups: Sequence[int]) -> int:
 
 def activation_memory(
     model: PreTrainedModel, config: Config, *, bf16: bool, on_gpu: bool = False, compiled: bool = False
-) -> tuple[float, float]:
-    """Bytes that backward needs of one micro-batch: (kept by forward, needed by one decoder layer).
+) -> tuple[float, float, float]:
+    """Bytes that backward needs of one micro-batch: (kept by forward, needed by one decoder layer, the mask).
 
-    ``compiled``: the decoder layers are.
+    There is one mask for all layers, which forward keeps. ``compiled``: the decoder layers are.
     """
     width = 2 if bf16 else 4
     model_config = model.config
@@ -262,20 +263,20 @@ def activation_memory(
     queries, keys = attention_widths(model_config)
     heads_normed = _normed_heads(model) * (queries // heads * of_norm + 4)
     flash = on_gpu and config.model.attention == "sdpa" and flash_takes(model_config, _compute_type(bf16))
-    masked = config.data.masks_documents and not flash
+    eager = config.model.attention == "eager"
+    masked = eager or (config.data.masks_documents and not flash)
     if masked:
         keys = queries  # beside a mask transformers repeats keys and values for every head
     layer: float = 2 * (hidden * of_norm + 4) + heads_normed
     layer += width * (2 * queries + 2 * keys) + 4 * heads + (2 if compiled else 3) * width * intermediate
-    if config.model.attention == "eager":
+    if eager:
         layer += heads * length * (6 if bf16 else 4)  # softmax in float32, and its rounded copy
     layer += width * _linear_inputs(model, config)
-    mask = width * length if masked else 0  # one for all layers
+    mask = width * length if masked else 0
     layers = model_config.num_hidden_layers
     kept = layers * (width * hidden if config.model.activation_checkpointing else layer)
-    return tokens * (kept + normed + 2 * width * hidden + mask), tokens * (
-        layer + mask
-    )  # the final norm, the head's input and its gradient
+    ends = normed + 2 * width * hidden  # the final norm, the head's input and its gradient
+    return tokens * (kept + ends + mask), tokens * layer, tokens * mask
 
 
 def _normed_heads(model: PreTrainedModel) -> int:
@@ -327,4 +328,9 @@ def scratch_memory(model: PreTrainedModel, config: Config, *, bf16: bool, on_gpu
     for _, layer in decoder_linears(model):
         if isinstance(layer, AdapterLinear) and not layer.resident and layer.uses_merged_form(tokens):
             built = max(built, layer.weights_built * layer.weight.numel())
-    return at_loss, width * (2 * tokens * model.config.intermediate_size + built + trains)
+    in_backward = 2 * width * tokens * model.config.intermediate_size
+    if config.model.attention == "eager":
+        # in float32 before and behind the softmax, when the gated product and the rounded weights are gone
+        weights = tokens * model.config.num_attention_heads * config.data.sequence_length
+        in_backward = max(in_backward, weights * (6 if bf16 else 8) - 1.5 * in_backward)
+    return at_loss, in_backward + width * (built + trains)

@@ -54,6 +54,7 @@ class Plan:
     tokens_per_second: float
     assumption: str
     notes: list[str]  # on the model's widths
+    savings: list[str]  # what would take less memory
 
     @property
     def world_size(self) -> int:
@@ -79,9 +80,11 @@ class Plan:
 
     @property
     def sends_less_at_one(self) -> bool:
-        """Whether stage 2 was chosen, and stage 1 fits and sends less: gradients once a step, not per micro-batch."""
+        """Whether stage 2 was chosen, and stage 1 sends less (gradients once a step, not per micro-batch), takes no
+        longer and is not known to be too large."""
         moved = self.network[self.method]
-        return self.zero_stage == 2 and moved[1].sent < moved[2].sent and self.fits(1) is not False
+        sends_less = self.zero_stage == 2 and moved[1].sent < moved[2].sent
+        return sends_less and self.steps[1].total <= self.steps[2].total and self.fits(1) is not False
 
     def as_dict(self) -> dict[str, Any]:
         values = asdict(self)
@@ -120,10 +123,10 @@ def make_plan(
     ``peak`` is the FLOP/s of one device and where the number comes from; ``log.peak_tflops`` goes first.
     ``tokens_per_second`` is a measured rate over all devices; without it the time follows from the arithmetic, the
     peak, memory and network: on a GPU as in ``compute.py``, or at ``utilisation`` of the peak where that is given.
-    Raises ValueError for a utilisation that is not between 0 and 1 and for a rate that is not positive.
+    Raises ValueError for a utilisation that is not above 0 and at most 1 and for a rate that is not positive.
     """
-    if utilisation is not None and not 0 < utilisation <= 1:
-        raise ValueError(f"utilisation must be above 0 and at most 1, got {utilisation:g}")
+    if utilisation is not None and not 1e-6 < utilisation <= 1:
+        raise ValueError(f"utilisation must be above 1e-6 and at most 1, got {utilisation:g}")
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise ValueError(f"tokens_per_second must be positive, got {tokens_per_second:g}")
     ranks = cluster.world_size
@@ -221,4 +224,9 @@ def make_plan(
         tokens_per_second=speed,
         assumption=assumption,
         notes=[] if on_cpu else uneven_widths(model_config),
+        savings=[
+            *(["lower train.micro_batch_size"] if config.train.micro_batch_size > 1 else []),
+            *([] if config.model.activation_checkpointing else ["set model.activation_checkpointing"]),
+            "take more or larger devices",
+        ],
     )

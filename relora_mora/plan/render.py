@@ -6,8 +6,6 @@ from relora_mora.plan.fit import USABLE
 from relora_mora.plan.memory import PARTS
 from relora_mora.plan.plan import PROCESS_BYTES, Plan
 
-ADVICE = "stage 2 sends the gradients after each micro-batch, stage 1 once a step, and it fits: --train.zero_stage=1"
-
 
 def render(plan: Plan) -> str:
     """The plan as text for a terminal."""
@@ -87,10 +85,8 @@ def _cluster(plan: Plan) -> list[str]:
         if plan.zero_stage not in fitting:
             verdict += f"; NOT at {plan.zero_stage}, which the settings say: --train.zero_stage={fitting[0]}"
     else:
-        verdict = (
-            "fits at NO stage: lower train.micro_batch_size, set model.activation_checkpointing, "
-            "or take more or larger devices"
-        )
+        *others, last = plan.savings
+        verdict = f"fits at NO stage: {', '.join([*others, f'or {last}']) if others else last}"
     return [
         f"devices        {cluster.nodes} x {cluster.devices_per_node} {device.name}, "
         f"{device.memory_gb:g} GB each ({device.source})",
@@ -139,8 +135,15 @@ def _network(plan: Plan) -> list[str]:
         "",
         f"one step in GB (1e9 bytes) and seconds, calculated; {link}",
         _table(columns, rows),
-        *filter(None, [merges, ADVICE if plan.sends_less_at_one else ""]),
+        *filter(None, [merges, _advice(plan)]),
     ]
+
+
+def _advice(plan: Plan) -> str:
+    if not plan.sends_less_at_one:
+        return ""
+    fits = ", and it fits" if plan.fits(1) else ""
+    return f"stage 2 sends the gradients after each micro-batch, stage 1 once a step{fits}: --train.zero_stage=1"
 
 
 def _link(plan: Plan) -> str:

@@ -55,6 +55,20 @@ def test_stage_1_is_advised_where_stage_2_sends_gradients_several_times(
     assert plan.sends_less_at_one == ("--train.zero_stage=1" in render(plan)) == given
 
 
+@pytest.mark.parametrize(("link_gbits", "given"), [(0.1, True), (100.0, False)])
+def test_stage_1_is_not_advised_where_stage_2_hides_what_it_sends(link_gbits: float, given: bool) -> None:
+    settings = {"train.zero_stage": "2", "train.batch_size": "512", "train.micro_batch_size": "16"}
+    plan = plan_of(cluster=Cluster(2, 8, named_device("h100"), link_gbits), **settings)
+    assert plan.sends_less_at_one is given
+    assert (plan.steps[1].total <= plan.steps[2].total) is given
+
+
+def test_what_is_set_already_is_no_remedy_for_too_little_memory() -> None:
+    small = plan_of(**{"train.micro_batch_size": "1", "model.activation_checkpointing": "true"})
+    assert plan_of().savings == ["lower train.micro_batch_size", "set model.activation_checkpointing", *small.savings]
+    assert small.savings == ["take more or larger devices"]
+
+
 def test_parameters_and_tokens() -> None:
     plan = plan_of()
     assert plan.parameters.total == 7_358_720
