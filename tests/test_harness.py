@@ -115,6 +115,12 @@ def test_data_that_does_not_fit_is_named(tmp_path, content, said):
         local_task("local_uuid", str(tmp_path))
 
 
+def test_what_stands_before_the_answer_of_gsm8k_may_say_so_too(tmp_path):
+    row = {"question": "How many?", "answer": "The answer is 5*2 = <<5*2=10>>10 apples.\n#### 10"}
+    (tmp_path / "metamath.jsonl").write_text(json.dumps(row))
+    assert local_rows("local_metamath", str(tmp_path)) == [row]
+
+
 def test_a_row_is_what_ends_with_a_line_feed(tmp_path):
     """JSON may hold U+2028 as it is; a byte order mark and blank lines are none of the rows."""
     text = "a\u2028b\u0085c"

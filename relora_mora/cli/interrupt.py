@@ -10,7 +10,7 @@ import threading
 from types import FrameType, TracebackType
 
 from relora_mora.system.bounded import bounded
-from relora_mora.system.new_folder import remove_unfinished
+from relora_mora.system.new_folder import ENDINGS, remove_and_end, remove_unfinished
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 GRACE_SECONDS = 3.0
@@ -22,6 +22,8 @@ class Interrupts:
     Python runs its handler between two bytecodes of the main thread. A library may compute for minutes before the next
     one, and an import may swallow the exception. The handler in C, however, writes to a pipe at once, which a thread
     reads. Where the command sets a handler of its own, as the trainer does, this one does nothing.
+
+    The thread also ends the process where a SIGTERM or SIGHUP does not in time, which ``new_folder`` handles.
     """
 
     def __init__(self) -> None:
@@ -68,6 +70,10 @@ class Interrupts:
                 bounded(GRACE_SECONDS, self.say)
                 bounded(GRACE_SECONDS, remove_unfinished)
                 os._exit(INTERRUPTED)
+            for number in set(ENDINGS) & set(numbers):
+                if signal.getsignal(number) is remove_and_end and not self._ended.wait(GRACE_SECONDS):
+                    bounded(GRACE_SECONDS, remove_unfinished)
+                    os._exit(128 + number)
         os.close(reader)
 
     def say(self) -> None:

@@ -61,7 +61,7 @@ def foreign_format(head: bytes) -> str | None:
     """The reason to skip every line of a shard that begins so; None where it may hold JSON."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")):
         return "utf16"
-    if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+    if head.startswith((b"PAR1\x15", b"ARROW1\0", b"\xff\xff\xff\xff")):
         return "columns"
     return "html" if head[:1024].removeprefix(BOM).lstrip().startswith(b"<") else None
 

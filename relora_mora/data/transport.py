@@ -62,7 +62,8 @@ def send(
     except BROKEN as error:  # only the kind: the message may hold the whole url
         raise TransientError(f"no connection ({type(error).__name__})") from error
     except ValueError as error:
-        raise SourceError(f"{what} redirects to what is no url ({type(error).__name__}); check it") from error
+        fault = f"{what} redirects to what is no url, or has a login that cannot be sent ({type(error).__name__})"
+        raise SourceError(f"{fault}; check it") from error
 
 
 def _as_given(request: requests.PreparedRequest) -> requests.PreparedRequest:

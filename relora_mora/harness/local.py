@@ -21,7 +21,9 @@ _KINDS: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "text": lambda value, _: isinstance(value, str),
     "text of one line": lambda value, _: isinstance(value, str) and "\n" not in value,
     "number, alone or behind ####": lambda value, _: isinstance(value, str) and _NUMBER.fullmatch(value) is not None,
-    "answer, alone or behind ####": lambda value, _: isinstance(value, str) and "The answer is" not in value,
+    "answer, alone or behind ####": lambda value, _: (
+        isinstance(value, str) and "The answer is" not in value.rpartition("#### ")[2]
+    ),
     "list of texts": lambda value, _: isinstance(value, list) and all(isinstance(each, str) for each in value),
     "texts by name": lambda value, _: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
     "key of options": lambda value, row: isinstance(value, str) and value in row["options"],

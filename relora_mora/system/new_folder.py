@@ -16,7 +16,7 @@ from types import FrameType
 from relora_mora.system.disk_errors import disk_errno
 from relora_mora.system.files import ordinary_mode, sync
 
-_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 _unfinished: set[str] = set()
 
 
@@ -71,9 +71,9 @@ def _removed_at_hard_exit(folder: str) -> Iterator[None]:
     """Within the block, :func:`remove_unfinished` removes the folder, and so does a signal that ends the process."""
     _unfinished.add(folder)
     in_main_thread = threading.current_thread() is threading.main_thread()
-    ending = [each for each in _ENDINGS if in_main_thread and signal.getsignal(each) is signal.SIG_DFL]
+    ending = [each for each in ENDINGS if in_main_thread and signal.getsignal(each) is signal.SIG_DFL]
     for number in ending:
-        signal.signal(number, _end)
+        signal.signal(number, remove_and_end)
     try:
         yield
     finally:
@@ -82,7 +82,8 @@ def _removed_at_hard_exit(folder: str) -> Iterator[None]:
         _unfinished.discard(folder)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def remove_and_end(number: int, frame: FrameType | None) -> None:
+    """Handles a signal as by default, but removes the folders still being written before."""
     remove_unfinished()
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)

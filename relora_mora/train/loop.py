@@ -94,7 +94,7 @@ class Trainer:
             self.rank,
             run.engine.world_size,
             self.write,
-            has_way_back=lambda step: way_back(run, step, self.writer) is not None,
+            self._has_way_back,
         )
         self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
         self.reporting = Reporting(run, self.write, self.progress)
@@ -199,6 +199,10 @@ class Trainer:
         self.progress.update()
         self.startup.first_step_done(step, self.write)
         return StepResult(loss=loss_of_step, applied=done.applied, grad_norm=done.grad_norm, data=data)
+
+    def _has_way_back(self, step: int) -> bool:
+        self.guard.begin(f"step {step}: looking for a checkpoint to go back to", within=LONG_SECONDS)
+        return way_back(self.run, step, self.writer) is not None
 
     def roll_back(self) -> None:
         """Back to a checkpoint from before the trouble; the data goes on where it is."""

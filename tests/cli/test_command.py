@@ -299,13 +299,23 @@ def test_ctrl_c_ends_what_does_not_hear_of_it(tmp_path: Path, code: str) -> None
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_command_that_is_ended_leaves_no_folder_behind(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "ends_with"),
+    [
+        (signal.SIGTERM, "time.sleep(60)", -signal.SIGTERM),
+        (signal.SIGHUP, "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)", 128 + signal.SIGHUP),
+    ],
+)
+def test_a_command_that_is_ended_leaves_no_folder_behind(
+    tmp_path: Path, number: signal.Signals, code: str, ends_with: int
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import time\nfrom pathlib import Path\nfrom relora_mora.cli import new_folder, run\n"
+        "import hashlib, time\nfrom pathlib import Path\n"
+        "import relora_mora.cli.interrupt\nfrom relora_mora.cli import new_folder, run\n"
+        "relora_mora.cli.interrupt.GRACE_SECONDS = 0.5\n"
         f"def main() -> None:\n  with new_folder(Path({str(tmp_path / 'out' / 'new')!r})):\n"
-        f"    Path({str(tmp_path / 'inside')!r}).touch()\n    time.sleep(60)\nrun(main)\n"
+        f"    Path({str(tmp_path / 'inside')!r}).touch()\n    {code}\nrun(main)\n"
     )
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "inside").exists():
@@ -313,7 +323,7 @@ def test_a_command_that_is_ended_leaves_no_folder_behind(tmp_path: Path, number:
         time.sleep(0.02)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (-number, "")
+    assert (process.returncode, error) == (ends_with, "")
     assert list((tmp_path / "out").iterdir()) == []
 
 

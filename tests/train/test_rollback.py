@@ -203,6 +203,16 @@ def test_a_loss_spike_is_flagged_and_may_roll_back(pools, inputs, tokenizer_path
         assert _same(folder, reference)
 
 
+def test_a_spike_without_a_way_back_is_only_flagged(pools, inputs, tokenizer_path, tmp_path):
+    settings = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": "rollback"}
+    config = _settings(tmp_path / "run", inputs, tokenizer_path, **settings)
+    never = config.checkpoint.model_copy(update={"every_steps": 0})
+    assert pools(2)(spiked, config.model_copy(update={"checkpoint": never}), 8) == ["", ""]
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "train/loss_spike" in line] == [8]
+    assert not (tmp_path / "run" / "rollbacks.json").exists()
+
+
 def spiked(config: Any, number: int) -> str:
     """Trains with the loss of rank 1 raised at one global batch, as a bad batch would; its gradient is as before."""
     from relora_mora.train import Trainer
