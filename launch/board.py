@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 try:
-    from relora_mora.cli import run
+    from relora_mora.cli import PositiveInt, run
     from relora_mora.system.parent import ending_with_me
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
@@ -22,7 +23,7 @@ NEW_RUNS_SECONDS = 10.0
 LONGEST_NAME = 240  # bytes, and some more to tell names apart: file systems allow 255
 
 
-def main(runs: str, *, port: int = 6006, host: str = "localhost") -> int:
+def main(runs: str, *, port: PositiveInt = 6006, host: str = "localhost") -> int:
     """Shows runs in TensorBoard, with both perplexities pinned; new runs appear by themselves.
 
     Args:
@@ -34,6 +35,7 @@ def main(runs: str, *, port: int = 6006, host: str = "localhost") -> int:
     if not any(_runs(root)):
         expected = "a run folder, or one that holds run folders"
         raise ValueError(f"{runs}: no run with TensorBoard's files (tensorboard/events.*); give {expected}")
+    _check_address(host, port)
     # TensorBoard names a run by its path below --logdir: with links to the folders no name ends with /tensorboard
     with tempfile.TemporaryDirectory(prefix="tensorboard-") as links:
         link_boards(root, Path(links))
@@ -46,6 +48,15 @@ def main(runs: str, *, port: int = 6006, host: str = "localhost") -> int:
                     return process.wait(timeout=NEW_RUNS_SECONDS)
                 except subprocess.TimeoutExpired:
                     link_boards(root, Path(links))
+
+
+def _check_address(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"--host={host} --port={port}: cannot be listened at ({error}); give another port, such as --port=6007"
+        ) from error
 
 
 def _runs(root: Path) -> Iterator[Path]:

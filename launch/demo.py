@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.cli import run
+from relora_mora.cli.interrupt import INTERRUPTED
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,13 +91,24 @@ def say(text: str) -> None:
 
 
 def step(title: str, command: list[str], target: str = "demo", folder: Path = DEMO) -> None:
-    """Shows and runs a command, one step of what ``make TARGET`` does in a folder; where it fails, the program ends."""
+    """Shows and runs a command, one step of what ``make TARGET`` does in a folder.
+
+    Where it fails the program ends, and after a Ctrl-C, for which the step has all the time that it takes to save.
+    """
     say(title)
     program, *arguments = command
     print(f"$ {shlex.join([Path(program).name, *arguments])}", flush=True)
-    code = subprocess.run(command, check=False).returncode
+    stops: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: stops.append(number))
+    try:
+        code = subprocess.Popen(command).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    on = f"`make {target}` goes on from here, and after `rm -r {folder}` it begins anew"
+    if stops:
+        print(f"stopped; {on}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED)
     if code:
-        on = f"`make {target}` goes on from here, and after `rm -r {folder}` it begins anew"
         raise SystemExit(f"this step ended with code {code}; {on}")
 
 

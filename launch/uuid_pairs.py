@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 try:
-    from relora_mora.cli import PositiveInt, run
+    from relora_mora.cli import NonNegativeInt, PositiveInt, run
     from relora_mora.system.disk_errors import disk_faults_named
     from relora_mora.system.files import write_synced
 except ModuleNotFoundError as error:
@@ -39,7 +39,7 @@ def uuid_pairs(pairs: int, seed: int, kind: Kind = "prompt") -> Iterator[dict[st
             yield {"messages": [{"role": role, "content": str(content)} for role, content in turns]}
 
 
-def main(out: str, *, pairs: PositiveInt = 10_000, seed: int = 0, kind: Kind = "prompt") -> None:
+def main(out: str, *, pairs: PositiveInt = 10_000, seed: NonNegativeInt = 0, kind: Kind = "prompt") -> None:
     """Writes the pairs as JSON lines, the same bytes everywhere.
 
     Args:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from relora_mora.cli import missing_package, run
 from relora_mora.supervise import leave_process
+from relora_mora.system.threads import sleep_soon
 
 KINDS = {
     "steps": "whole training steps of several methods side by side: time, memory, traffic",
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{said}, expected one of {', '.join(KINDS)}\n\n{USAGE}", file=sys.stderr)
         raise SystemExit(2)
     arguments.remove(kind)
+    sleep_soon()  # as the trainer does
     try:
         module = importlib.import_module(f"launch.benchmark.{kind}")
     except ModuleNotFoundError as error:

@@ -13,10 +13,13 @@ from relora_mora.config import Config
 from relora_mora.data import Batch, TrainStream
 from relora_mora.distributed.device import device_of_rank
 from relora_mora.methods.inject import inject
+from relora_mora.methods.layers import adapter_layers
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import group_rates, make_schedule, parameter_groups, set_trainable
+from relora_mora.plan.fit import choose_resident
+from relora_mora.system.hardware import uses_cuda
 from relora_mora.train.build import build
-from relora_mora.train.check import Checked
+from relora_mora.train.check import Checked, memory_of_rank
 from relora_mora.train.loop import micro_batches
 
 
@@ -68,6 +71,17 @@ class TorchLoop:
         if config.model.activation_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         set_trainable(lm, config.method)
+        choose_resident(
+            lm,
+            config,
+            config.train.zero_stage,
+            1,
+            memory_of_rank(),
+            bf16=checked.bf16,
+            on_gpu=uses_cuda(),
+            compiled=checked.compiled,
+        )
+        self.layers = [layer for _, layer in adapter_layers(lm)]
         self.groups = parameter_groups(lm, config.optim)
         self.schedule = make_schedule(config.method, config.optim, config.train.steps)
         self.clip = config.optim.clip
@@ -96,6 +110,8 @@ class TorchLoop:
         self.model.train()
         pieces = list(micro_batches(batch, self.micro_batch_size, self.device))
         loss = torch.zeros(())
+        for layer in self.layers:
+            layer.keep_merged()
         for piece in pieces:
             loss = self.model(*piece)
             (loss / len(pieces)).backward()
@@ -114,6 +130,8 @@ class TorchLoop:
         with torch.no_grad():
             for parameter, master in self.pairs:
                 parameter.copy_(master)
+        for layer in self.layers:
+            layer.drop_merged()
         return float(loss.detach())
 
 

@@ -222,10 +222,8 @@ def _tensors_in(thing: Any) -> Iterator[Tensor]:
 
 
 def _adamw(lm: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    on_gpu = next(lm.parameters()).is_cuda
-    return lm, torch.optim.AdamW(
-        [p for p in lm.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0, fused=on_gpu or None
-    )
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    return lm, torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
 
 
 def _peft_lora(setting: Setting) -> Contender:
@@ -312,6 +310,8 @@ def chosen(names: list[str], world_size: int) -> list[str]:
             found.append(f"--methods: {name} needs {PACKAGES[name]}; pip install -e '.[bench]', or leave it out")
         elif world_size > 1 and name in PEERS:
             found.append(f"--methods: {name} runs on one process only, this is a job of {world_size}; leave it out")
+    if not names:
+        found.append(f"--methods: names none; use some of {', '.join(CONTENDERS)}")
     if found:
         raise ConfigError(found, "the command line")
     return names

@@ -22,6 +22,7 @@ from launch.benchmark.turns import medians, take_turns
 from relora_mora.cli import PositiveInt
 from relora_mora.config import Config, ConfigError, dump, load_config
 from relora_mora.supervise import REQUEUE
+from relora_mora.system.parent import ending_with_me
 from relora_mora.system.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,9 +52,15 @@ def main(config: str, *, steps: int = 25, rounds: PositiveInt = 3, **overrides: 
         faults.append("runs on one process; start it with python, without a launcher")
     if faults:
         raise ConfigError(faults, "the command line")
-    length = load_config(config, overrides, world_size=1).train.steps  # mistakes are shown before the text is made
-    if steps >= length:
-        raise ConfigError([f"--steps: {steps}, expected less than train.steps, {length}"], "the command line")
+    given = load_config(config, overrides, world_size=1)  # mistakes are shown before the text is made
+    if given.train.epochs is not None:
+        faults.append("--train.epochs: nothing is counted here; give --train.epochs=null --train.steps=1000")
+    elif steps >= given.train.steps:
+        faults.append(f"--steps: {steps}, expected less than train.steps, {given.train.steps}")
+    if given.optim.matrices != "adamw":
+        faults.append(f"--optim.matrices: {given.optim.matrices}, and the loop of plain torch has AdamW; set adamw")
+    if faults:
+        raise ConfigError(faults, "the command line")
     if "data.train" not in overrides:
         overrides = demo_text() | overrides
     with tempfile.TemporaryDirectory(prefix="benchmark_trainer-") as folder:
@@ -158,11 +165,13 @@ def train(config: Config, run_dir: Path, steps: int, checkpoint_every: int) -> T
     output = run_dir.with_suffix(".log")
     settings.write_text(dump(config), encoding="utf-8")
     changes = [f"--train.run_dir={run_dir}", f"--checkpoint.every_steps={checkpoint_every}"]
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), str(settings), *changes]
+    command = ending_with_me([str(ROOT / "launch" / "pretrain.py"), str(settings), *changes])
     with output.open("w", encoding="utf-8") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        while process.poll() is None and not any(line["step"] >= steps for line in metrics(run_dir)):
-            time.sleep(0.5)
-        process.terminate()
+        try:
+            while process.poll() is None and not any(line["step"] >= steps for line in metrics(run_dir)):
+                time.sleep(0.5)
+        finally:
+            process.terminate()
     lines = metrics(run_dir)
     if process.returncode not in (0, REQUEUE) or not any(line["step"] >= steps for line in lines):
         said = output.read_text(encoding="utf-8").strip()

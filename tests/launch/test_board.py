@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -79,6 +80,16 @@ def test_the_page_pins_curves_that_are_written() -> None:
         ["eval/perplexity", "train/perplexity"],
     )
     assert [board_tag(tag) for tag in tags] == tags
+
+
+def test_a_port_that_is_taken_or_none_is_told_before_an_address_is_shown(runs: Path) -> None:
+    _write_events(runs / "one")
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        answer = call(SCRIPT, runs, f"--port={port}")
+    refused(answer, f"--host=localhost --port={port}: cannot be listened at", "give another port, such as --port=6007")
+    assert answer.out == ""
+    refused(call(SCRIPT, runs, "--port=70000"), "--port=70000: cannot be listened at")
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""The demo, as far as it can be tried without its text and minutes of training."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.tools.helpers import ROOT
+
+STEP = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGINT, lambda *_: (time.sleep(1), Path(sys.argv[1], "saved").touch(), sys.exit(75)))
+Path(sys.argv[1], "trains").touch()
+time.sleep(60)
+"""
+DEMO = """
+import sys
+sys.path.insert(0, "launch")
+import demo
+from relora_mora.cli import run
+def main():
+    demo.step("a step", [sys.executable, "-c", sys.argv[1], sys.argv[2]])
+    print("the next step")
+run(main, [])
+"""
+
+
+def test_after_ctrl_c_a_step_has_the_time_that_it_takes_to_save(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", DEMO, STEP, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "trains").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, err = process.communicate(timeout=120)
+    assert (tmp_path / "saved").exists() and "the next step" not in out
+    assert process.returncode == 130 and err.startswith("stopped; `make demo` goes on from here")
