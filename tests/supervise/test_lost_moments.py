@@ -19,6 +19,8 @@ from tests.tools.runs import run_config, write_inputs
 pytestmark = [pytest.mark.distributed, pytest.mark.stops]
 
 
+# by the order of their addresses one rank connects and the other accepts; a child keeps the sockets open, as on a host
+# that has lost its power, else the other rank may hear of the end at once
 KILLED_AS_IT_CONNECTS = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -27,9 +29,23 @@ KILLED_AS_IT_CONNECTS = """
 #include <sys/socket.h>
 #include <unistd.h>
 
+static void end(void) {
+    if (access(getenv("CONNECTING"), F_OK) != 0)
+        return;
+    if (fork() == 0) {
+        sleep(30);
+        _exit(0);
+    }
+    raise(SIGKILL);
+}
+
+int accept(int socket, struct sockaddr *address, socklen_t *length) {
+    end();
+    return ((int (*)(int, struct sockaddr *, socklen_t *))dlsym(RTLD_NEXT, "accept"))(socket, address, length);
+}
+
 int connect(int socket, const struct sockaddr *address, socklen_t length) {
-    if (access(getenv("CONNECTING"), F_OK) == 0)
-        raise(SIGKILL);
+    end();
     return ((int (*)(int, const struct sockaddr *, socklen_t))dlsym(RTLD_NEXT, "connect"))(socket, address, length);
 }
 """
