@@ -12,19 +12,16 @@ from relora_mora.config.sources import set_setting
 
 
 def record_faults(data: DataConfig) -> Iterator[Fault]:
-    if data.records is not None:
-        yield from _faults_of("data.records", data.records)
     sets = {"data.train": data.train_sources}
     sets |= {set_setting(name): sources for name, sources in data.validation_sets.items()}
-    for setting, sources in sets.items():
-        for number, source in enumerate(sources):
-            if source.records is not None:
-                yield from _faults_of(f"{setting}.{number}.records", source.records)
     own = {
         f"{setting}.{number}.records": source.records
         for setting, sources in sets.items()
         for number, source in enumerate(sources)
     }
+    for setting, records in {"data.records": data.records, **own}.items():
+        if records is not None:
+            yield from _faults_of(setting, records)
     if None in own.values():
         own["data.records"] = data.records
     for setting, records in own.items():

@@ -77,7 +77,9 @@ def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int
 
 def at_versions(shards: Sequence[Shard], versions: Mapping[int, Version]) -> list[Shard]:
     """The shards, of which those at servers are read in these versions alone."""
-    return [replace(shard, version=versions.get(number)) for number, shard in enumerate(shards)]
+    return [
+        replace(shard, version=versions[number]) if number in versions else shard for number, shard in enumerate(shards)
+    ]
 
 
 def remote_content(shards: Sequence[Shard]) -> str:

@@ -123,7 +123,7 @@ def make_plan(
     ``peak`` is the FLOP/s of one device and where the number comes from; ``log.peak_tflops`` goes first.
     ``tokens_per_second`` is a measured rate over all devices; without it the time follows from the arithmetic, the
     peak, memory and network: on a GPU as in ``compute.py``, or at ``utilisation`` of the peak where that is given.
-    Raises ValueError for a utilisation that is not above 0 and at most 1 and for a rate that is not positive.
+    Raises ValueError for a utilisation that is not above 1e-6 and at most 1 and for a rate that is not positive.
     """
     if utilisation is not None and not 1e-6 < utilisation <= 1:
         raise ValueError(f"utilisation must be above 1e-6 and at most 1, got {utilisation:g}")

@@ -89,13 +89,7 @@ class Trainer:
         self.feed = Feed(self.data, config.data, guard)
         # a renewal of their projections takes the singular vectors of every matrix
         self.update_seconds = LONG_SECONDS if config.optim.matrices in ("galore", "fira") else None
-        self.judge = Judge(
-            config,
-            self.rank,
-            run.engine.world_size,
-            self.write,
-            self._has_way_back,
-        )
+        self.judge = Judge(config, self.rank, run.engine.world_size, self.write, self._has_way_back)
         self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
         self.reporting = Reporting(run, self.write, self.progress)
         self.evaluating = Evaluating(run, guard, self.write, self.progress)

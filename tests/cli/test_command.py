@@ -273,42 +273,8 @@ def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "try:\n        time.sleep(60)\n    except KeyboardInterrupt:\n        time.sleep(60)",  # as imports do
-        "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",  # as libraries do that compute for minutes
-    ],
-)
-def test_ctrl_c_ends_what_does_not_hear_of_it(tmp_path: Path, code: str) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import hashlib, time\nfrom pathlib import Path\n"
-        "import relora_mora.cli.interrupt\nfrom relora_mora.cli import new_folder, run\n"
-        "relora_mora.cli.interrupt.GRACE_SECONDS = 0.5\n"
-        f"def main() -> None:\n  with new_folder(Path({str(tmp_path / 'out' / 'new')!r})):\n"
-        f"    Path({str(tmp_path / 'inside')!r}).touch()\n    {code}\nrun(main)\n"
-    )
-    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "inside").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=10)
-    assert (process.returncode, error) == (130, "interrupted\n")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "ends_with"),
-    [
-        (signal.SIGTERM, "time.sleep(60)", -signal.SIGTERM),
-        (signal.SIGHUP, "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)", 128 + signal.SIGHUP),
-    ],
-)
-def test_a_command_that_is_ended_leaves_no_folder_behind(
-    tmp_path: Path, number: signal.Signals, code: str, ends_with: int
-) -> None:
+def _ended_inside_a_folder(tmp_path: Path, code: str, number: signal.Signals) -> tuple[int, str]:
+    """Exit code and errors of a command that gets a signal while ``code`` runs; it leaves nothing of its folder."""
     script = tmp_path / "script.py"
     script.write_text(
         "import hashlib, time\nfrom pathlib import Path\n"
@@ -322,9 +288,33 @@ def test_a_command_that_is_ended_leaves_no_folder_behind(
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (ends_with, "")
+    _, error = process.communicate(timeout=10)
     assert list((tmp_path / "out").iterdir()) == []
+    return process.returncode, error
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "try:\n        time.sleep(60)\n    except KeyboardInterrupt:\n        time.sleep(60)",  # as imports do
+        "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",  # as libraries do that compute for minutes
+    ],
+)
+def test_ctrl_c_ends_what_does_not_hear_of_it(tmp_path: Path, code: str) -> None:
+    assert _ended_inside_a_folder(tmp_path, code, signal.SIGINT) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "ends_with"),
+    [
+        (signal.SIGTERM, "time.sleep(60)", -signal.SIGTERM),
+        (signal.SIGHUP, "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)", 128 + signal.SIGHUP),
+    ],
+)
+def test_a_command_that_is_ended_leaves_no_folder_behind(
+    tmp_path: Path, number: signal.Signals, code: str, ends_with: int
+) -> None:
+    assert _ended_inside_a_folder(tmp_path, code, number) == (ends_with, "")
 
 
 def test_a_handler_of_the_command_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
