@@ -64,25 +64,38 @@ def uneven_widths(model_config: PreTrainedConfig) -> list[str]:
 
 
 def check_memory(
-    model_config: PreTrainedConfig, config: Config, world_size: int, available: float, *, bf16: bool, on_gpu: bool
+    model_config: PreTrainedConfig,
+    config: Config,
+    world_size: int,
+    available: float,
+    on_host: float,
+    *,
+    bf16: bool,
+    on_gpu: bool,
 ) -> None:
     """Raises :class:`ConfigError` when what a rank always has is more than its ``available`` bytes.
 
-    That is weights, masters and optimizer state, and on CPUs its part of the float32 base.
+    That is weights, masters and optimizer state, and its part of the float32 base; the base of a rank on a GPU is in
+    the memory that it has ``on_host``.
     """
     state = state_memory(
         meta_model(model_config, config.method), config, config.train.zero_stage, world_size, bf16=bf16
     )
     needed = state.weights + state.masters + state.optimizer + (0 if on_gpu else state.host_base)
+    stage = config.train.zero_stage
+    higher = f", or a stage higher than train.zero_stage={stage}" if stage < 3 and world_size > 1 else ""
     if needed > available:
-        stage = config.train.zero_stage
-        higher = f", or a stage higher than train.zero_stage={stage}" if stage < 3 and world_size > 1 else ""
-        fault = (
-            f"model: weights and optimizer state need {needed / 2**30:,.1f} GiB on each of {world_size} ranks, "
-            f"and there are {available / 2**30:,.1f} for each; take a smaller model, or more devices or hosts{higher}: "
-            "launch/plan.py says what a run needs"
-        )
-        raise ConfigError([fault], "the settings")
+        what = "weights and optimizer state"
+    elif on_gpu and state.host_base > on_host:
+        what, needed, available, higher = "the base weights in host memory", state.host_base, on_host, ""
+    else:
+        return
+    fault = (
+        f"model: {what} need {needed / 2**30:,.1f} GiB on each of {world_size} ranks, "
+        f"and there are {available / 2**30:,.1f} for each; take a smaller model, or more devices or hosts{higher}: "
+        "launch/plan.py says what a run needs"
+    )
+    raise ConfigError([fault], "the settings")
 
 
 def choose_resident(

@@ -73,10 +73,29 @@ def device_name() -> str:
 
 
 def memory_bytes() -> int:
-    """All memory of the device that this process computes with: of the card with CUDA, else of the machine."""
+    """All memory of the device that this process computes with: of the card with CUDA, else of the host."""
     if uses_cuda():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host_memory_bytes()
+
+
+def host_memory_bytes(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory of the machine, or what the control groups of this process leave of it: a container's, a Slurm job's.
+
+    ``groups`` and ``mount`` are where Linux keeps them (cgroups(7)); a limit counts for a group and all below it.
+    """
+    bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError):
+        for line in groups.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root, limit = (mount / "memory", "memory.limit_in_bytes") if controllers else (mount, "memory.max")
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):  # ValueError: "max" is no limit
+                    bounds.append(int((folder / limit).read_text(encoding="ascii")))
+    return min(bounds)
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

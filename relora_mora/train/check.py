@@ -23,7 +23,7 @@ from relora_mora.model.compiler import compiles_here
 from relora_mora.model.llama import check_attention
 from relora_mora.plan.fit import check_adapters, check_memory
 from relora_mora.pretrained import check_headers, model_config_of, tokenizer_beside
-from relora_mora.system.hardware import fast_bf16, memory_bytes, uses_cuda
+from relora_mora.system.hardware import fast_bf16, host_memory_bytes, memory_bytes, uses_cuda
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import (
@@ -120,7 +120,11 @@ def check_model(config: Config) -> PreTrainedConfig:
 
 def memory_of_rank() -> float:
     """Bytes of its GPU, or its part of the host's memory."""
-    return memory_bytes() / (1 if uses_cuda() else processes_on_host())
+    return memory_bytes() if uses_cuda() else host_memory_of_rank()
+
+
+def host_memory_of_rank() -> float:
+    return host_memory_bytes() / processes_on_host()
 
 
 def check(config: Config, world_size: int) -> Checked:
@@ -130,7 +134,8 @@ def check(config: Config, world_size: int) -> Checked:
     compiled = compiles_here(config.model, config.train.zero_stage, on_gpu=uses_cuda())
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config.model, bf16=bf16)
-    check_memory(model_config, config, world_size, memory_of_rank(), bf16=bf16, on_gpu=uses_cuda())
+    on_gpu = uses_cuda()
+    check_memory(model_config, config, world_size, memory_of_rank(), host_memory_of_rank(), bf16=bf16, on_gpu=on_gpu)
     inputs = open_inputs(config)
     tokenizer = inputs.tokenizer
     shards = inputs.shards

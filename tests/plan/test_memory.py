@@ -276,10 +276,20 @@ def test_ranks_on_cpus_share_the_memory_of_their_host(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("WORLD_SIZE", "4")
     for more, fits in ((64, True), (-64, False)):
-        monkeypatch.setattr("relora_mora.train.check.memory_bytes", lambda more=more: 4 * needed + more)
+        monkeypatch.setattr("relora_mora.train.check.host_memory_bytes", lambda more=more: 4 * needed + more)
         with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=r"on each of 4 ranks.* a stage h"):
-            check_memory(MODEL, config, 4, memory_of_rank(), bf16=True, on_gpu=False)
-    check_memory(MODEL, config, 4, needed - state.host_base, bf16=True, on_gpu=True)
+            check_memory(MODEL, config, 4, memory_of_rank(), memory_of_rank(), bf16=True, on_gpu=False)
+
+
+def test_beside_a_gpu_the_host_needs_memory_for_the_base_alone() -> None:
+    config = make_config({"name": "remora"})
+    state = state_memory(meta_model(MODEL, config.method), config, config.train.zero_stage, 4, bf16=True)
+    on_device = state.weights + state.masters + state.optimizer
+    check_memory(MODEL, config, 4, on_device, state.host_base, bf16=True, on_gpu=True)
+    with pytest.raises(ConfigError, match=r"base weights in host memory need .* take a smaller model"):
+        check_memory(MODEL, config, 4, on_device, state.host_base - 1, bf16=True, on_gpu=True)
+    with pytest.raises(ConfigError, match="weights and optimizer state need"):
+        check_memory(MODEL, config, 4, on_device - 1, state.host_base, bf16=True, on_gpu=True)
 
 
 def test_auto_keeps_merged_weights_where_it_pays_and_the_memory_is_there() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from relora_mora.system import hardware
@@ -14,3 +16,32 @@ def test_the_speed_of_a_cpu_is_measured_there_also_beside_a_gpu(monkeypatch: pyt
     assert of_gpu > 9e14 and "measured" not in source
     of_cpu, source = hardware.peak_flops(bf16=True, on_cpu=True)
     assert 0 < of_cpu < of_gpu and "measured" in source
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "bound"),
+    [
+        pytest.param("0::/\n", {"memory.max": "4096\n"}, 4096, id="container"),
+        pytest.param("0::/job/task\n", {"job/memory.max": "4096\n", "job/task/memory.max": "max\n"}, 4096, id="job"),
+        pytest.param(
+            "5:cpu:/a\n4:memory:/a\n0::/\n",
+            {"memory/a/memory.limit_in_bytes": "8192\n", "memory/memory.limit_in_bytes": "9223372036854771712\n"},
+            8192,
+            id="version-1",
+        ),
+        pytest.param("4:memory:/host/name\n", {"memory/memory.limit_in_bytes": "8192\n"}, 8192, id="name-of-the-host"),
+        pytest.param("0::/\n", {"memory.max": "max\n"}, None, id="no-limit"),
+        pytest.param(None, {"memory.max": "4096\n"}, None, id="not-linux"),
+    ],
+)
+def test_the_memory_of_a_host_is_what_control_groups_leave_of_it(
+    tmp_path: Path, groups: str | None, limits: dict[str, str], bound: int | None
+) -> None:
+    for name, text in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    if groups is not None:
+        (tmp_path / "groups").write_text(groups)
+    machine = hardware.host_memory_bytes(tmp_path / "none", tmp_path)
+    assert machine > 1 << 28
+    assert hardware.host_memory_bytes(tmp_path / "groups", tmp_path) == (bound or machine)
