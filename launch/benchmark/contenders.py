@@ -24,7 +24,7 @@ from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.methods.inject import decoder_linears, inject
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import build_optimizer, parameter_groups, set_trainable
-from relora_mora.plan.fit import choose_resident
+from relora_mora.plan.fit import check_adapters, choose_resident
 from relora_mora.plan.flops import flops_of
 from relora_mora.registry import METHODS
 from relora_mora.system.hardware import uses_cuda
@@ -169,7 +169,9 @@ def ours_config(setting: Setting, method: str, form: str, world_size: int, *, co
         tree["method"]["operators"] = [RELEASED_TYPE]  # it is measured between two merges
     if "method.square_multiple" in METHODS[method].settings and not setting.finetune:
         tree["method"]["square_multiple"] = setting.square_multiple
-    return validate(tree, "the benchmark", world_size=world_size)
+    config = validate(tree, "the benchmark", world_size=world_size)
+    check_adapters(setting.model_config, config.method)
+    return config
 
 
 class Plain:

@@ -25,6 +25,7 @@ from relora_mora.methods.mora import MoRALinear, layer_square_size
 from relora_mora.model import read_model_config
 from relora_mora.model.shapes import attention_widths
 from relora_mora.operators import MORA_TYPES
+from relora_mora.plan.fit import check_adapters
 from relora_mora.registry import OPERATORS
 from relora_mora.system.hardware import device_name
 
@@ -65,7 +66,9 @@ def main(
         torch.set_num_threads(threads)
     place = chosen_device(device)
     method = MethodConfig(rank=rank)
-    layers = linears(read_model_config(ModelConfig(config=model)))
+    model_config = read_model_config(ModelConfig(config=model))
+    check_adapters(model_config, method)
+    layers = linears(model_config)
     variants = {name: Variant(name, layers, method, operator, tokens, DTYPES[dtype], place) for name in VARIANTS}
     measures = {name: variant.milliseconds for name, variant in variants.items()}
     milliseconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1)))

@@ -80,6 +80,11 @@ def test_a_gpu_that_is_not_there_is_one_message(
     refused(call(script, *words, model, "--device=cuda"), "--device: got cuda, but torch", "sees no GPU here")
 
 
+@pytest.mark.parametrize("kind", ["layers", "steps"])
+def test_adapters_larger_than_the_weights_are_not_measured(model: str, kind: str) -> None:
+    refused(call(f"launch/benchmark/{kind}.py", model, "--rank=64"), "rank: the adapters of a layer have", "lower it")
+
+
 def test_the_linears_of_a_layer_share_what_they_share_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = module_of("launch/benchmark/layers.py")
     made: list[int] = []
