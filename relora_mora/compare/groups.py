@@ -12,8 +12,8 @@ from typing import Any
 
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.runs import Run
-from relora_mora.config.checks import OPERATIONAL
-from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
+from relora_mora.config.checks import OPERATIONAL, unused_settings
+from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS
 
 SEEDS = ("train.seed", "data.seed")
 # how a run is kept, watched and started, or what follows from it: nothing that its numbers depend on
@@ -196,12 +196,9 @@ def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that method and optimizer use; of operators that never alternate, the first."""
+    """Those that make a difference beside the others; of operators that never alternate, the first."""
     method = METHODS.get(settings["method.name"])
-    unused = settings_of_others(METHODS, method)
-    unused |= settings_of_others(MATRIX_OPTIMIZERS, MATRIX_OPTIMIZERS.get(settings["optim.matrices"]))
-    if settings.get("method.reset") not in ("magnitude", "random"):
-        unused.add("method.reset_ratio")
+    unused = unused_settings(settings)
     used = {name: value for name, value in settings.items() if name not in unused}
     if method is not None and not method.merges and "method.operators" in used:
         used["method.operators"] = used["method.operators"][:1]

@@ -4,7 +4,19 @@ from relora_mora.config.checks import unused_by
 from relora_mora.config.data import DataConfig, SampleBy, Split
 from relora_mora.config.data_flags import READING, SCORING, check_names, parse_typed, read_data
 from relora_mora.config.finetuning import FINETUNING, with_defaults
-from relora_mora.config.load import ConfigError, dump, load_config, parse_yaml, stored_config, validate, with_epochs
+from relora_mora.config.lengths import tree_of
+from relora_mora.config.load import (
+    ConfigError,
+    config_of,
+    dump,
+    explain_yaml,
+    load_config,
+    parse_yaml,
+    read_tree,
+    stored_config,
+    validate,
+    with_epochs,
+)
 from relora_mora.config.records import Packing, RecordsConfig
 from relora_mora.config.schema import (
     DECODER_LINEARS,
@@ -42,14 +54,18 @@ __all__ = [
     "TrainConfig",
     "as_sources",
     "check_names",
+    "config_of",
     "dump",
+    "explain_yaml",
     "is_mixture",
     "load_config",
     "parse_typed",
     "parse_yaml",
     "read_data",
+    "read_tree",
     "set_setting",
     "stored_config",
+    "tree_of",
     "unused_by",
     "validate",
     "with_defaults",

@@ -17,6 +17,9 @@ from relora_mora.config.schema import SETTINGS, Config
 from relora_mora.config.secrets import secrets_in
 from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
 
+BESIDE_ADAPTERS = ("train_linears", "train_embeddings", "train_norms", "train_head")
+SIZE_SETTINGS = ("method.rank", "method.rank_pattern", "method.square_rounding", "method.square_multiple")
+
 # how a run is done and watched: what comes out of it depends on none of these
 OPERATIONAL = {
     "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
@@ -33,17 +36,41 @@ OPERATIONAL = {
 
 
 def unused_by(config: Config) -> dict[str, str]:
-    """The settings that were given and have no use, with what it is that does not use them."""
-    method, optim = config.method, config.optim
-    beside = (method.train_linears, method.train_embeddings, method.train_norms, method.train_head)
-    unused = {"optim.lr_other": "a run that trains adapters alone"} if method.uses_adapters and not any(beside) else {}
+    """The settings that are not as by default and have no use, with what it is that does not use them."""
+    settings = {f"{section}.{key}": value for section, values in config for key, value in values}
+    unused = unused_settings(settings)
+    return {
+        name: unused[name]
+        for name, setting in SETTINGS.items()
+        if name in unused and settings[name] != setting.get_default()
+    }
+
+
+def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Those that make no difference beside the others, with what it is that does not use them.
+
+    ``settings`` are all of a run, by dotted name. A method or optimizer that is not known is taken to use all.
+    """
+    matrices, method = settings["optim.matrices"], settings["method.name"]
+    record = METHODS.get(method)
+    unused: dict[str, str] = {}
+    if settings["method.reset"] not in ("magnitude", "random"):
+        unused["method.reset_ratio"] = f"method.reset={settings['method.reset']}"
+    if settings["optim.restart_warmup_steps"] == 0:
+        unused["optim.rewarm"] = "optim.restart_warmup_steps=0"
+    if settings["optim.schedule"] == "constant":
+        unused["optim.min_ratio"] = "optim.schedule=constant"
+    if record is not None and record.adapter is not None:
+        if not any(settings[f"method.{name}"] for name in BESIDE_ADAPTERS):
+            unused["optim.lr_other"] = "a run that trains adapters alone"
+        if record.adapter.has_square and settings["method.square_size"] is not None:
+            unused |= dict.fromkeys(SIZE_SETTINGS, "method.square_size")
     for records, own, who in (
-        (MATRIX_OPTIMIZERS, optim.record, f"optim.matrices={optim.matrices}"),
-        (METHODS, method.record, f"method {method.name}"),
+        (MATRIX_OPTIMIZERS, MATRIX_OPTIMIZERS.get(matrices), f"optim.matrices={matrices}"),
+        (METHODS, record, f"method {method}"),
     ):
         unused |= dict.fromkeys(settings_of_others(records, own), who)
-    given = {f"{section}.{key}" for section in Config.model_fields for key in getattr(config, section).model_fields_set}
-    return {setting: unused[setting] for setting in SETTINGS if setting in given and setting in unused}
+    return unused
 
 
 def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:

@@ -69,6 +69,15 @@ def with_counted_epochs(config: Config, tokens: float) -> Config:
     return settled(with_steps(config.model_copy(update={"train": train})))
 
 
+def tree_of(config: Config) -> dict[str, Any]:
+    """The settings as plain values that are read back to the same settings: each length in the way it was given."""
+    tree = config.model_dump()
+    for section, (steps, *others) in ALTERNATIVES.items():
+        if any(tree[section][name] is not None for name in others):
+            del tree[section][steps]
+    return tree
+
+
 def _derived(section: Section, **values: Any) -> Section:
     """A copy with other values, which do not count among what was given."""
     return section.model_construct(_fields_set=section.model_fields_set, **dict(section) | values)

@@ -13,7 +13,15 @@ from pydantic import ValidationError
 from relora_mora.config.checks import faults, secret_faults
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.finetuning import with_defaults
-from relora_mora.config.lengths import settled, with_counted_epochs, with_steps, without_nulls, without_replaced
+from relora_mora.config.lengths import (
+    ALTERNATIVES,
+    settled,
+    tree_of,
+    with_counted_epochs,
+    with_steps,
+    without_nulls,
+    without_replaced,
+)
 from relora_mora.config.records import CHATML, RecordsConfig
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
@@ -44,6 +52,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        if node.flow_style:
+            _refuse_colons_without_space(node)
         seen = set()
         for key in keys:
             if not isinstance(key, str):
@@ -52,6 +62,15 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands there twice", problem_mark=node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _refuse_colons_without_space(node: yaml.MappingNode) -> None:
+    """To YAML ``{a:1}`` is the name ``a:1`` without a value."""
+    for key, value in node.value:
+        if not key.style and ":" in key.value and value.tag.endswith(":null") and not value.value:
+            raise yaml.MarkedYAMLError(
+                problem=f"{key.value!r} has no value; put a space behind the colon", problem_mark=key.start_mark
+            )
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -164,23 +183,37 @@ def load_config(
     below the current folder are looked for beside the file; ``~`` at the front of a path is the home folder. Raises
     :class:`ConfigError` with every fault found.
     """
+    return config_of(read_tree(path), path, overrides, world_size, defaults)
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """What a file of settings holds, by section; raises :class:`ConfigError` where it cannot be read."""
     path = Path(from_home(str(path)))
-    found: list[str] = []
-    tree: dict[str, Any] = {}
     try:
         with path.open(encoding="utf-8") as stream:
-            tree = _as_tree(parse_yaml(stream.read(MOST_CHARACTERS + 1)))
+            return _as_tree(parse_yaml(stream.read(MOST_CHARACTERS + 1)))
     except OSError as error:
-        found.append(
+        found = (
             f"cannot read it ({error.strerror}); give the path of a YAML file such as configs/run/tiny_remora.yaml"
             + relative_to(path)
         )
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        found.append(f"it is not YAML: {explain_yaml(error)}")
+        found = f"it is not YAML: {explain_yaml(error)}"
     except ValueError as error:
-        found.append(str(error))
-    if found:
-        raise ConfigError(found, str(path))
+        found = str(error)
+    raise ConfigError([found], str(path))
+
+
+def config_of(
+    tree: Mapping[str, Any],
+    path: str | Path,
+    overrides: Mapping[str, str] | None = None,
+    world_size: int | None = None,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Config:
+    """:func:`load_config` of a file whose content is known."""
+    path = Path(from_home(str(path)))
+    tree = dict(tree)
     found = put_overrides(tree, overrides or {})
     tree = without_replaced(tree, set(overrides or {}))
     tree = with_defaults(tree, defaults or {})
@@ -207,6 +240,9 @@ def validate(
     except ValidationError as error:
         found.extend(explain(error))
         unknown = doubtful(error)
+        for section, (steps, *others) in ALTERNATIVES.items():
+            if unknown.intersection(f"{section}.{name}" for name in others):
+                unknown.add(f"{section}.{steps}")
         config = substitute_defaults(tree, error)
     if config is not None:
         if config.train.epochs is not None:
@@ -249,7 +285,7 @@ def with_epochs(config: Config, tokens: float, world_size: int) -> Config:
 
 def dump(config: Config) -> str:
     """The settings as YAML that :func:`load_config` reads back to the same settings."""
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(tree_of(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _as_tree(value: Any) -> dict[str, Any]:
@@ -280,6 +316,8 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
         return (
             f"--{name}={text}: not YAML: {explain_yaml(error)}; give text with special characters as --{name}='\"...\"'"
         )
+    if isinstance(value, str) and _has_comment(text, value):
+        return f"--{name}={text}: YAML takes what follows ' #' for a comment; give such text as --{name}='\"...\"'"
     node = tree
     for key in [section, *keys[:-1]]:
         inner = node.get(key)
@@ -289,6 +327,12 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
         node = node[key]
     node[keys[-1]] = value
     return None
+
+
+def _has_comment(text: str, value: str) -> bool:
+    """Whether a text without quotes goes on behind the ``value`` that YAML takes it for."""
+    text = text.strip()
+    return text[0] not in "\"'" and " #" in text and value != text
 
 
 def _resolve_paths(config: Config, beside: Path) -> Config:

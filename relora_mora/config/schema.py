@@ -44,8 +44,8 @@ class ModelConfig(Strict):
 
     config: Text | None = Field(
         None,
-        description="a LlamaConfig JSON file (or that of a Mistral, Qwen2 or Qwen3), relative to this file or the "
-        "current folder; null: the config of init_from",
+        description="a LlamaConfig JSON file (or that of a Mistral, Qwen2 or Qwen3), in the current folder or else "
+        "beside this file; null: the config of init_from",
     )
     overrides: dict[str, Any] = Field({}, description="keys of that config to replace, e.g. {hidden_size: 256}")
     init_from: Text | None = Field(

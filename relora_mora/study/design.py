@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -9,7 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from relora_mora.config import Config, ConfigError, parse_yaml
+from relora_mora.config import Config, ConfigError, explain_yaml, parse_yaml, read_tree
 from relora_mora.config.schema import SETTINGS
 from relora_mora.config.types import Positive, Seed, Strict, Text
 
@@ -71,6 +72,14 @@ class Study(Strict):
     choose: Choice | None = None
     threads: Positive = 1  # of a run; the last bits of a result depend on it
 
+    @functools.cached_property
+    def base_tree(self) -> dict[str, Any]:
+        """What the base config holds, read once: a study goes on with what it began with.
+
+        Raises ConfigError.
+        """
+        return read_tree(self.base)
+
     @model_validator(mode="after")
     def _settings_that_fit(self) -> Study:
         names = [*self.settings, *(name for entry in self.grid for name in entry)]
@@ -110,7 +119,7 @@ def read_study(path: str | Path) -> Study:
             raise ConfigError(["expected a mapping with `base` and `grid`; docs/studies.md has an example"], str(path))
         return Study.model_validate(tree)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"it is not YAML: {' '.join(str(error).split())}"], str(path)) from None
+        raise ConfigError([f"it is not YAML: {explain_yaml(error)}"], str(path)) from None
     except ValidationError as error:
         raise ConfigError([_say(item) for item in error.errors()], str(path)) from None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from relora_mora.compare.groups import used_settings
 from relora_mora.compare.records import RECORDS, read_records
-from relora_mora.config import FINETUNING, Config, ConfigError, load_config, parse_yaml
+from relora_mora.config import FINETUNING, Config, ConfigError, config_of, parse_yaml, tree_of
 from relora_mora.origin import changed_start, start_digests, starts_of
 from relora_mora.study.cells import Cell
 from relora_mora.study.design import Study
@@ -69,7 +69,7 @@ class StudyFolder:
         return self.path / "commits.json"
 
     def settings(self, cell: Cell) -> Path:
-        """The settings that a cell was started with, as JSON."""
+        """All settings of a cell, as JSON: the file that its run is started with."""
         return self.path / "settings" / f"{cell.name}.json"
 
     def log(self, cell: Cell) -> Path:
@@ -133,8 +133,8 @@ class StudyFolder:
         digests: dict[str, dict[str, str]] = {}  # by what is read: most cells read the same
         for cell, config in configs.items():
             try:
-                self._begin(cell, {**json.loads(config.model_dump_json()), "threads": threads})
-                if noted := self._noted(cell):
+                self._check_settings(cell, config, threads)
+                if noted := noted_digests(self._starts(cell)):
                     read = what_it_reads(config)
                     if read not in digests:
                         digests[read] = start_digests(with_tokenizer(config))
@@ -143,31 +143,33 @@ class StudyFolder:
                 faults.append(str(error))
         if faults:
             raise ValueError("\n".join(faults))
+        for cell, config in configs.items():
+            path = self.settings(cell)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_synced(path, json.dumps(tree_of(config), ensure_ascii=False) + "\n")
 
-    def _begin(self, cell: Cell, new: dict[str, Any]) -> None:
+    def _check_settings(self, cell: Cell, config: Config, threads: int) -> None:
         noted = self.given(cell)
         # a run writes its settings once it has found no fault in them
         begun = self.run(cell).config.exists() or is_held(self.claim(cell)) or cell.name in self.kept()
-        if noted is not None and begun:
-            before = noted.pop("threads", new["threads"])
-            try:
-                known = Config.model_validate(noted)  # with the defaults of settings that have come since
-            except ValueError as error:
-                raise ValueError(
-                    f"{self.run(cell).path} was begun with settings that this version does not know; "
-                    f"{self._remedy(cell)}"
-                ) from error
-            names = _differences({**json.loads(known.model_dump_json()), "threads": before}, new)
-            # what the text is at a commit, a resume compares
-            changed = {name for name in names if name not in PLACES and not name.startswith("data.commits.")}
-            if changed:
-                raise ValueError(
-                    f"{self.run(cell).path} was begun with other settings ({', '.join(sorted(changed))}); "
-                    f"{self._remedy(cell)}"
-                )
-        path = self.settings(cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_synced(path, json.dumps(new, ensure_ascii=False) + "\n")
+        if noted is None or not begun:
+            return
+        noted.pop("threads", None)  # of an earlier version
+        try:
+            known = Config.model_validate(noted)  # with the defaults of settings that have come since
+        except ValueError as error:
+            raise ValueError(
+                f"{self.run(cell).path} was begun with settings that this version does not know; {self._remedy(cell)}"
+            ) from error
+        names = _differences(tree_of(known), tree_of(config))
+        # what the text is at a commit, a resume compares
+        changed = {name for name in names if name not in PLACES and not name.startswith("data.commits.")}
+        changed |= {"threads" for start in self._starts(cell) if start.get("threads", threads) != threads}
+        if changed:
+            raise ValueError(
+                f"{self.run(cell).path} was begun with other settings ({', '.join(sorted(changed))}); "
+                f"{self._remedy(cell)}"
+            )
 
     def _check_start(self, cell: Cell, noted: Mapping[str, str], now: Mapping[str, str]) -> None:
         changed = changed_start(noted, now)
@@ -175,7 +177,7 @@ class StudyFolder:
             raise ValueError(f"{self.run(cell).path} was begun with {changed}; {self._remedy(cell)}")
 
     def given(self, cell: Cell) -> dict[str, Any] | None:
-        """The settings that the cell was begun with, and its threads; None where it was not begun.
+        """The settings that the cell was begun with; None where it was not begun.
 
         Raises ValueError where they cannot be read.
         """
@@ -188,10 +190,10 @@ class StudyFolder:
         record = self.kept().get(cell.name)
         return None if record is None else dict(record["given"])
 
-    def _noted(self, cell: Cell) -> dict[str, str]:
-        """Digests of what the run began with, of its own or its record's; empty where it has not started."""
+    def _starts(self, cell: Cell) -> list[dict[str, Any]]:
+        """What the run noted when it was started, or what its record has of that; empty where it has not started."""
         record = self.kept().get(cell.name)
-        return noted_digests(starts_of(self.run(cell).path) or ([] if record is None else [record["start"]]))
+        return starts_of(self.run(cell).path) or ([] if record is None else [record["start"]])
 
     def _remedy(self, cell: Cell) -> str:
         record = f" and its line in {self.records}" if cell.name in self.kept() else ""
@@ -229,26 +231,31 @@ def what_it_reads(config: Config) -> str:
 def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, Config]:
     """The settings of every cell; raises ConfigError with the faults of all of them, named once each.
 
-    One that will not have the metric to choose by is a fault, too.
+    One that will not have the metric to choose by is a fault, too, and so are runs without held-out text in common.
     """
     defaults = FINETUNING if study.command == "finetune" else None
     configs = {}
     faults: dict[str, str] = {}
     alike: dict[str, str] = {}
+    common: set[str] | None = None
     for cell in cells:
         try:
-            configs[cell] = load_config(study.base, folder.overrides(cell, study), defaults=defaults)
+            overrides = folder.overrides(cell, study)
+            configs[cell] = config_of(study.base_tree, study.base, overrides, defaults=defaults)
         except ConfigError as error:
             found = error.faults
         else:
             found = [] if study.choose is None else study.choose.faults(configs[cell])
             if configs[cell].train.resume == "never":
                 found.append("train.resume: never, but a run of a study that was cut goes on; leave it out")
+            sets = set(configs[cell].data.validation_sets)
+            common = sets if common is None else common & sets
+            if not common:
+                found.append("data.validation: no set that all runs have, as a table needs; make a study for each set")
             other = alike.setdefault(_numbers_of(configs[cell], cell.seed), cell.name)
             if other != cell.name:
                 found.append(
-                    f"grid: {cell.name} has the settings of {other}, but for those that its method does not use; "
-                    "leave one out"
+                    f"grid: {cell.name} has the settings of {other}, but for those without an effect; leave one out"
                 )
         for fault in found:
             faults.setdefault(fault, cell.name)

@@ -40,7 +40,7 @@ class _Running:
 
 
 class Runner:
-    """Starts ``program`` for each cell, with its settings, and shows how far all of them are.
+    """Starts ``program`` for each cell, with the settings that its folder notes, and shows how far all of them are.
 
     ``note`` is called when some have ended.
     """
@@ -113,10 +113,9 @@ class Runner:
     def _start(self, cell: Cell, claim: RunLock) -> _Running:
         log = self.folder.log(cell)
         log.parent.mkdir(parents=True, exist_ok=True)
-        flags = [f"--{name}={value}" for name, value in self.folder.overrides(cell, self.study).items()]
         with log.open("ab") as output:
             process = subprocess.Popen(
-                ending_with_me([str(self.program), self.study.base, *flags]),
+                ending_with_me([str(self.program), str(self.folder.settings(cell))]),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -33,6 +33,16 @@ def test_a_misspelt_setting_gets_a_suggestion(name: str) -> None:
     assert any(fault.startswith(f"{section}.{key}x: unknown; did you mean ") for fault in faults_of(values_of))
 
 
+def test_a_length_that_is_wrong_says_nothing_of_the_default_beside_it() -> None:
+    found = faults_of(tree(optim={"warmup_steps": 2, "warmup_fraction": "3%"}, train={"tokens": "many"}))
+    assert sorted(fault.partition(":")[0] for fault in found) == ["optim.warmup_fraction", "train.tokens"]
+
+
+def test_epochs_are_read_again_as_such() -> None:
+    config = validate(tree(train={"epochs": 2.0}, optim={"warmup_fraction": 0.1}), "the test")
+    assert validate(parse_yaml(dump(config)), "its own dump") == config
+
+
 def test_suggestions_and_lists() -> None:
     assert "optim.learning_rate: unknown; known here: lr, " in faults_of(tree(optim={"learning_rate": 1e-3}))[0]
     assert faults_of({**tree(), "trian": {}}) == ["trian: unknown; did you mean train?"]
@@ -269,6 +279,21 @@ def test_settings_of_other_methods_are_named() -> None:
     ]
     assert not unused_by(validate(tree(optim={"matrices": "apollo", "projection_scale": 0.5}), "t"))
     assert not unused_by(validate(tree(), "t"))
+
+
+def test_settings_that_others_make_useless_are_named() -> None:
+    for sections, unused in (
+        ({"method": {"name": "mora", "square_size": 8, "rank": 4}}, {"method.rank": "method.square_size"}),
+        ({"method": {"name": "lora", "rank": 4}}, {}),
+        ({"optim": {"schedule": "constant", "min_ratio": 0.2}}, {"optim.min_ratio": "optim.schedule=constant"}),
+        ({"method": {"reset_ratio": 0.5}}, {"method.reset_ratio": "method.reset=full"}),
+        ({"method": {"reset": "random", "reset_ratio": 0.5}}, {}),
+        (
+            {"optim": {"restart_warmup_steps": 0, "rewarm": "adapters"}},
+            {"optim.rewarm": "optim.restart_warmup_steps=0"},
+        ),
+    ):
+        assert unused_by(validate(tree(**sections), "the test")) == unused
 
 
 def test_a_rate_of_what_does_not_train_is_not_used() -> None:

@@ -27,6 +27,7 @@ from tests.tools.config_tools import same, tree
         ("yes", "yes"),
         ("off", "off"),
         ("true", True),
+        ("{a: 1, b:, 'c:d': , e: null}", {"a": 1, "b": None, "c:d": None, "e": None}),
     ],
 )
 def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:
@@ -43,6 +44,8 @@ def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:
         "a: !!binary aGk=",
         "!!set {a}",
         "a: [",
+        "a: {b:1}",
+        "{a: {b: 1, c:d}}",
         "!!timestamp 2026-11-24",
         "!!timestamp maybe",
         "!!bool maybe",
@@ -130,3 +133,12 @@ def test_overrides_below_a_value_are_refused(tmp_path: Path) -> None:
     )
     assert config.model.overrides == {"hidden_size": 64}
     assert config.train.deepspeed == {"zero_optimization": {"reduce_bucket_size": 5}}
+
+
+def test_text_behind_a_hash_is_not_cut_off_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree()), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"--train.run_dir=run #2: YAML takes what follows ' #' for a comment"):
+        load_config(path, {"train.run_dir": "run #2"})
+    assert load_config(path, {"train.run_dir": '"run #2"'}).train.run_dir == "run #2"
+    assert load_config(path, {"train.run_dir": "run#2 "}).train.run_dir == "run#2"

@@ -14,7 +14,7 @@ from relora_mora.study.cells import first_round, second_round
 from relora_mora.study.folder import cell_configs
 from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import read_json_lines
-from tests.study.tools import CHANGES, TRAINER, made_start, made_study
+from tests.study.tools import BASE, CHANGES, TRAINER, made_start, made_study
 from tests.tools.data_tools import write_shards
 from tests.tools.runs import write_inputs
 
@@ -57,6 +57,39 @@ def test_but_not_while_another_study_begins_it(tmp_path: Path):
     with pytest.raises(ValueError, match=r"begun with other settings \(optim.clip\)"):
         folder.begin(cell_configs(after, first_round(after), folder), 1)
     claim.release()
+
+
+def test_a_start_that_is_refused_changes_nothing(tmp_path: Path):
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+    study = made_study(grid=grid)
+    folder = StudyFolder(tmp_path)
+    first, second = first_round(study)
+    folder.begin(cell_configs(study, [first, second], folder), 1)
+    claim = RunLock(folder.claim(first))
+    claim.acquire()
+    with pytest.raises(ValueError, match="begun with other settings"):
+        conduct(made_study(grid=grid, settings={"optim.clip": 3.0}), folder, TRAINER, 1)
+    claim.release()
+    assert (folder.given(second) or {})["optim"]["clip"] == 1.0
+
+
+def test_a_study_goes_on_with_the_base_config_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = tmp_path / "base.yaml"
+    content = Path(BASE).read_text(encoding="utf-8")
+    base.write_text(content, encoding="utf-8")
+    choose = {"over": ["optim.lr"], "lowest": "eval/loss"}
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+
+    def changed(*given: Any) -> Any:
+        base.write_text(content.replace("steps: 1000", "steps: 2000"), encoding="utf-8")
+        return second_round(*given)
+
+    monkeypatch.setitem(conduct.__globals__, "second_round", changed)
+    folder = StudyFolder(tmp_path / "out")
+    assert conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, TRAINER, 1) == 3
+    assert {record["config"]["train"]["steps"] for record in folder.kept().values()} == {1000}
+    with pytest.raises(ValueError, match=r"begun with other settings \(train.steps\)"):
+        conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, TRAINER, 1)
 
 
 @pytest.mark.parametrize("text", ["", "{", "3"])

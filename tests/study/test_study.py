@@ -115,6 +115,7 @@ def test_what_has_failed_is_not_chosen():
         ({"base": BASE, "grid": []}, "grid: "),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "sedes": [1]}, "sedes: unknown; known here: command, base,"),
         ([BASE], "expected a mapping with `base` and `grid`"),
+        ('grid: {data.train: "https://user:swordfish@host/a"}: x', "it is not YAML: "),
         ("", "expected a mapping with `base` and `grid`"),
         ({"base": BASE, "grid": {"optim.lr": 1e-3}}, "grid: expected a list of mappings"),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "seeds": [0, 0]}, "seeds: [0, 0] has one twice"),
@@ -135,10 +136,10 @@ def test_what_has_failed_is_not_chosen():
 )
 def test_bad_studies_are_told_before_anything_runs(tmp_path: Path, tree: Any, said: str):
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.dump(tree), encoding="utf-8")
+    path.write_text(tree if isinstance(tree, str) else yaml.dump(tree), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"study\.yaml") as error:
         read_study(path)
-    assert said in str(error.value)
+    assert said in str(error.value) and "swordfish" not in str(error.value)
 
 
 def test_the_same_run_twice_is_refused():
@@ -160,12 +161,22 @@ def test_the_same_run_twice_is_refused():
                 "train.steps": 4000,
             }
         ],
+        [{"method.name": "mora", "method.square_size": 8, "method.rank": [8, 16]}],
+        [{"method.name": "full", "optim.schedule": "constant", "optim.min_ratio": [0.1, 0.2]}],
     ],
 )
 def test_so_is_one_by_another_name(tmp_path: Path, grid: list[dict[str, Any]]):
     study = made_study(grid=grid)
-    with pytest.raises(ConfigError, match=r"has the settings of .*, but for those that its method does not use; leave"):
+    with pytest.raises(ConfigError, match=r"has the settings of .*, but for those without an effect; leave"):
         cell_configs(study, first_round(study), StudyFolder(tmp_path))
+
+
+def test_runs_without_held_out_text_in_common_are_told_before_the_first(tmp_path: Path):
+    sets = [{"short": "a.json"}, {"short": "b.json", "long": "a.json"}, {"long": "a.json"}]
+    for given, fault in ((sets[:2], None), (sets, "data.validation: no set that all runs have")):
+        study = made_study(grid=[{"data.validation": given}])
+        with contextlib.nullcontext() if fault is None else pytest.raises(ConfigError, match=fault):
+            cell_configs(study, first_round(study), StudyFolder(tmp_path))
 
 
 def test_all_runs_of_a_study_read_the_same_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -236,13 +247,13 @@ def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
     assert best["name"] == "name=mora,rank=16,lr=0.003,seed=1"
     assert best["config"]["optim"]["lr"] == 0.003
     assert best["config"]["method"]["rank"] == 16
-    assert best["start"] == {"commit": "abc", "host": "here", "threads": "3", "step": 0}
+    assert best["start"] == {"commit": "abc", "host": "here", "threads": 3, "step": 0}
     steps = best["config"]["train"]["steps"]
     assert best["metrics"] == [{"step": steps // 2, "train/loss": 5.0}, {"step": steps, "eval/loss": 0.01}]
     assert "some words of the run" in folder.log(first_round(study)[0]).read_text(encoding="utf-8")
 
     assert best["given"]["optim"]["lr"] == 0.003
-    assert best["given"]["threads"] == 3
+    assert best["start"]["threads"] == 3
 
     starts = {path: path.read_bytes() for path in tmp_path.rglob("starts.jsonl")}
     assert len(starts) == 8
@@ -378,9 +389,9 @@ def test_what_another_study_runs_is_left_to_it(tmp_path: Path, held: str, ends: 
         time.sleep(3 * POLL_SECONDS)
         assert process.poll() is None
         if ends:
-            flags = [f"--{name}={value}" for name, value in folder.overrides(claimed, read_study(study)).items()]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run([sys.executable, str(TRAINER), BASE, *flags], check=True, cwd=ROOT, env=environment)
+            run = [sys.executable, str(TRAINER), str(folder.settings(claimed))]
+            subprocess.run(run, check=True, cwd=ROOT, env=environment)
         claim.release()
         said, _ = process.communicate(timeout=120)
     assert said == "2\n"

@@ -18,28 +18,30 @@ REQUEUE = 75
 
 
 def main() -> int:
-    _, base, *flags = sys.argv
-    settings = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
-    folder = Path(json.loads(settings["train.run_dir"]))
+    _, file = sys.argv
+    settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    folder = Path(settings["train"]["run_dir"])
     folder.mkdir(parents=True, exist_ok=True)
-    rate = float(settings["optim.lr"])
-    seed = int(settings["train.seed"])
+    rate = settings["optim"]["lr"]
+    seed = settings["train"]["seed"]
     first = not (folder / "metrics.jsonl").exists()
-    steps = yaml.safe_load(Path(base).read_text(encoding="utf-8"))["train"]["steps"]
+    steps = settings["train"]["steps"]
     start: dict[str, object] = {
         "command": sys.argv,
         "commit": "abc",
         "host": "here",
-        "threads": os.environ["OMP_NUM_THREADS"],
+        "threads": int(os.environ["OMP_NUM_THREADS"]),
     }
-    if settings.keys() & {"model.init_from", "data.train"}:  # the import takes as long as all else here
+    if (
+        settings["model"]["init_from"] or Path(settings["data"]["train"]).is_absolute()
+    ):  # the import takes as long as all else here
         from relora_mora.config import load_config
         from relora_mora.origin import start_digests
 
-        start["began_with"] = start_digests(load_config(base, settings))
+        start["began_with"] = start_digests(load_config(file))
     settled = {
         "train": {"steps": steps},
-        "method": {"rank": int(settings.get("method.rank", "1"))},
+        "method": {"rank": settings["method"]["rank"]},
         "optim": {"lr": rate},
     }
     (folder / "config.yaml").write_text(yaml.dump(settled), encoding="utf-8")
@@ -55,7 +57,7 @@ def main() -> int:
         (folder / "pid").write_text(str(os.getpid()))
         (folder / "waits").touch()
         signal.pause()
-    noise = time.time() % 100 if settings["method.name"] == '"lora"' else 0
+    noise = time.time() % 100 if settings["method"]["name"] == "lora" else 0
     _append(folder / "metrics.jsonl", {"step": steps, "eval/loss": abs(rate - 3e-3) + seed / 100 + noise})
     _append(folder / "ends.jsonl", {"code": 0})
     return 0
