@@ -51,9 +51,10 @@ RUN if python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then
         apt-get update && apt-get install -y --no-install-recommends "$@" && rm -rf /var/lib/apt/lists/*; \
     fi
 
-COPY launch launch
-COPY configs configs
-COPY tokenizer tokenizer
+# --chmod: the modes of a checkout that was made with umask 077 are for its owner alone
+COPY --chmod=0755 launch launch
+COPY --chmod=0755 configs configs
+COPY --chmod=0755 tokenizer tokenizer
 
 # PYTHONNOUSERSITE: apptainer mounts the user's home, and packages in its ~/.local would come before the image's
 # HOME and USER also for `docker run --user`, whose id has no entry in /etc/passwd; HEALTH_MINUTES: see below

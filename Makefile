@@ -149,7 +149,16 @@ $(VENV)/bin/python:
 $(VENV)/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c | $(VENV)/bin/python
 	@echo "installing relora_mora and its dependencies into $(VENV) (minutes, the first time)"
 	@$(PIP_INSTALL) --editable .
-	@touch $@
+	$(if $(word 2,$(CURDIR)),@echo 'the path has a space, with which the command deepspeed does not start: give python -m deepspeed.launcher.runner')
+	@echo '$(CURDIR)' > $@
+
+# an environment that was moved or copied with its checkout runs the code where it was made; stamps of before are empty
+MADE_IN := $(shell cat $(VENV)/.installed 2>/dev/null)
+ifneq ($(MAKECMDGOALS),clean)
+ifneq ($(or $(MADE_IN),$(CURDIR)),$(CURDIR))
+$(error $(VENV) was made in $(MADE_IN) and runs the code there: remove it (rm -r $(VENV)) and give the command again)
+endif
+endif
 
 $(VENV)/.installed-plot: $(VENV)/.installed
 	@echo "installing matplotlib into $(VENV)"

@@ -42,6 +42,7 @@ def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None
     default: the script's file name.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _warn_of_another_checkout(Path(sys.argv[0]))
     with Interrupts() as interrupts:
         try:
             code = _call(command, words, name or Path(sys.argv[0]).name)
@@ -67,6 +68,17 @@ def missing_package(error: ModuleNotFoundError) -> str:
         f"{error} for {sys.executable}: activate the environment (source .venv/bin/activate), "
         "or make one first (make env)"
     )
+
+
+def _warn_of_another_checkout(script: Path) -> None:
+    """A copied environment runs the package of the checkout that it was made in."""
+    beside = script.resolve().parent.parent / "relora_mora"
+    if script.is_file() and (beside / "__init__.py").is_file() and beside != _PACKAGE and _rank_on_host() == "0":
+        print(  # noqa: T201
+            f"warning: this runs the package in {_PACKAGE}, not that in {beside}; remove the environment and make it "
+            f"anew (make env), or give {sys.executable} -m pip install -e {beside.parent}",
+            file=sys.stderr,
+        )
 
 
 def _call(command: Command, words: list[str], name: str) -> int:
@@ -105,13 +117,16 @@ def _show(error: Exception) -> None:
     from relora_mora.config.secrets import redact
 
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    rank_on_host = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     if getattr(error, "same_on_all_ranks", False) and rank != "0":
         return  # the first rank says it
-    if getattr(error, "same_on_host", False) and rank_on_host != "0":
+    if getattr(error, "same_on_host", False) and _rank_on_host() != "0":
         return
     prefix = "" if rank == "0" else f"[rank {rank}] "
     print(prefix + redact(_message(error)), file=sys.stderr)  # noqa: T201
+
+
+def _rank_on_host() -> str:
+    return os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
 
 
 def _message(error: Exception) -> str:

@@ -22,8 +22,8 @@ def check_plots(folder: Path) -> None:
         raise CompareError(f"--out: {folder} is a file, and a folder is needed; give another one")
     if importlib.util.find_spec("matplotlib") is None:
         raise CompareError(
-            "--out: plots need matplotlib, which is not installed: pip install matplotlib, or pip install '.[plot]' in "
-            "the checkout; without --out the table alone is printed"
+            "--out: plots need matplotlib, which is not installed: pip install matplotlib, or pip install -e '.[plot]' "
+            "in the checkout; without --out the table alone is printed"
         )
 
 

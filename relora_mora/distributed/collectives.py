@@ -38,7 +38,8 @@ def control_group() -> Any:
 def let_ranks_wait() -> None:
     """From now on a watchdog says how long a rank may keep the others waiting."""
     if dist.get_world_size() > 1:
-        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=WATCHED_SECONDS), control_group())
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.15
+        set_timeout(datetime.timedelta(seconds=WATCHED_SECONDS), control_group())
 
 
 def sum_over_hosts(values: list[float]) -> list[float]:

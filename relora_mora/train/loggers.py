@@ -18,7 +18,7 @@ def check_loggers(config: LogConfig) -> None:
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:  # a folder of this name is no package: W&B itself makes one
         fault = (
-            "log.wandb: the package wandb is not installed; pip install wandb, or pip install '.[wandb]' in the "
+            "log.wandb: the package wandb is not installed; pip install wandb, or pip install -e '.[wandb]' in the "
             "checkout, or set log.wandb=null"
         )
         raise ConfigError([fault], "the settings")

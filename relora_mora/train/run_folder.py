@@ -128,6 +128,8 @@ def _version(package: str) -> str | None:
 def _git_commit() -> str | None:
     """The commit of the checkout this package runs from, ``+`` when that has uncommitted code; None outside one."""
     root = Path(__file__).resolve().parents[2]
+    if not (root / "setup.cfg").is_file():  # installed, perhaps into an environment inside of another repository
+        return None
     try:
         commit = subprocess.run(
             ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -287,6 +288,9 @@ def _ended_inside_a_folder(tmp_path: Path, code: str, number: signal.Signals) ->
     while not (tmp_path / "inside").exists():
         assert process.poll() is None
         time.sleep(0.02)
+    used = psutil.Process(process.pid).cpu_times().user
+    while "pbkdf2" in code and psutil.Process(process.pid).cpu_times().user < used + 0.2:
+        time.sleep(0.02)  # before, Python itself would still hear the signal
     process.send_signal(number)
     _, error = process.communicate(timeout=10)
     assert list((tmp_path / "out").iterdir()) == []
@@ -332,6 +336,22 @@ def test_a_handler_of_the_command_is_left_alone(capsys: pytest.CaptureFixture[st
         assert signal.set_wakeup_fd(-1) == -1
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_the_package_of_another_checkout_is_named(tmp_path: Path) -> None:
+    for folder in ("launch", "relora_mora"):
+        (tmp_path / folder).mkdir()
+    script = tmp_path / "launch/script.py"
+    script.write_text("from relora_mora.cli import run\ndef main() -> None:\n    pass\nrun(main)\n")
+
+    def said(rank: str) -> str:
+        environment = os.environ | {"LOCAL_RANK": rank}
+        return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment).stderr
+
+    assert said("0") == "", "the package is installed, and there is none beside the script"
+    (tmp_path / "relora_mora/__init__.py").touch()
+    assert f"not that in {tmp_path / 'relora_mora'}; remove the environment" in said("0")
+    assert said("1") == ""
 
 
 def test_as_a_program(tmp_path: Path) -> None:
