@@ -300,7 +300,7 @@ def test_a_job_is_gone_before_it_is_started_again() -> None:
 def test_the_image_copies_only_what_the_build_is_given() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     allowed = {line.removeprefix("!") for line in ignored if line.startswith("!")}
-    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    copied = re.findall(r"^COPY (?!--from)(?:--chmod=\d+ )?(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     sources = {source for line in copied for source in line.split()}
     assert "*" in ignored and sources == allowed and all((ROOT / source).exists() for source in sources)
 

@@ -37,7 +37,7 @@ OPERATIONAL = {
 
 def unused_by(config: Config) -> dict[str, str]:
     """The settings that are not as by default and have no use, with what it is that does not use them."""
-    settings = {f"{section}.{key}": value for section, values in config for key, value in values}
+    settings = config.by_name
     unused = unused_settings(settings)
     return {
         name: unused[name]

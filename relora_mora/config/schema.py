@@ -322,6 +322,11 @@ class Config(Strict):
     log: LogConfig = LogConfig()
 
     @property
+    def by_name(self) -> dict[str, Any]:
+        """All settings by dotted name."""
+        return {f"{section}.{key}": value for section, values in self for key, value in values}
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens that the model sees per optimizer step, over all ranks."""
         return self.train.batch_size * self.data.sequence_length

@@ -168,7 +168,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: int, g
     vocabulary = logits.shape[1]
     if int(labels.max()) >= vocabulary or bool(((labels < 0) & (labels != ignore)).any()):
         raise IndexError(f"labels go from {int(labels.min())} to {int(labels.max())}, the vocabulary has {vocabulary}")
-    labels = labels.contiguous()
+    labels = labels.to(torch.int64).contiguous()
     losses = torch.empty(len(logits))
     job = _LossJob(
         logits.data_ptr(),

@@ -15,9 +15,15 @@ def blocks_of(in_features: int, out_features: int, size: int) -> int:
     return -(-min(in_features, out_features) // size)
 
 
-@lru_cache(maxsize=256)
 def angles(blocks: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [B, R] of block j and feature i, halves paired; computed in float32"""
+    # torch's compiler looks through a cache, and from 2.15 on warns of it
+    tables = _tables.__wrapped__ if torch.compiler.is_compiling() else _tables
+    return tables(blocks, size, dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _tables(blocks: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     inverse = 1.0 / (ROPE_BASE ** (torch.arange(0, size, 2).float() / size))
     table = torch.outer(torch.arange(blocks).float(), inverse)
     table = torch.cat([table, table], -1)

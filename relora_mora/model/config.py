@@ -93,8 +93,10 @@ def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConf
     found = [f"model: {key} is no key of a {name}; {remedy}" for key in unknown]
     found += [f"model: {key} is {_shown(values[key])}, expected {keys[key].wanted}" for key in bad]
     kept = {key: value for key, value in values.items() if key in keys and _is_kept(keys[key].use, value)}
+    if values.get("num_key_value_heads", 0) is None:  # to transformers as many as attention heads, not a default
+        kept["num_key_value_heads"] = kept.get("num_attention_heads", _defaults(architecture)["num_attention_heads"])
     if all(keys[key].use not in (FUNCTION, ALIAS, EXPORT) for key in bad):
-        found += [*_put_length(kept), *_put_rope(kept), *_shape_faults(kept, architecture.config_class)]
+        found += [*_put_length(kept), *_put_rope(kept), *_shape_faults(kept, _defaults(architecture))]
     if found:
         raise ConfigError(found, source)
     try:
@@ -104,6 +106,12 @@ def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConf
         raise ConfigError([f"model: {name} refuses it: {' '.join(str(error).split())}"], source) from error
     if not (0 < rotary.inv_freq.min() <= rotary.inv_freq.max() < math.inf and 0 < rotary.attention_scaling < math.inf):
         fault = f"model: rope_parameters: {_shown(kept['rope_parameters'])} give no finite frequencies; correct them"
+        raise ConfigError([fault], source)
+    if (
+        "sliding_attention" in (getattr(model_config, "layer_types", None) or ())
+        and model_config.sliding_window is None
+    ):
+        fault = "model: layer_types has sliding_attention, and there is no window; set layer_types to null, too"
         raise ConfigError([fault], source)
     if model_config.pad_token_id == -1:
         model_config.pad_token_id = None  # as old exports say it; an embedding would take it for the last token
@@ -203,9 +211,12 @@ def _put_rope(values: dict[str, Any]) -> Iterator[str]:
     values["rope_parameters"] = rope
 
 
-def _shape_faults(values: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> Iterator[str]:
+def _defaults(architecture: Architecture) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(architecture.config_class)}
+
+
+def _shape_faults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
     """Sizes that are good each for itself and not together."""
-    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config_class)}
     size = {**defaults, **values}
     hidden = size["hidden_size"]
     heads = size["num_attention_heads"]
@@ -216,6 +227,10 @@ def _shape_faults(values: Mapping[str, Any], config_class: type[PreTrainedConfig
         yield f"model: hidden_size is {hidden}, expected a multiple of num_attention_heads {heads}"
     elif head % 2:
         yield f"model: head_dim is {head}, expected an even number, as rotary embeddings turn pairs"
+    layers = size["num_hidden_layers"]
+    types = values.get("layer_types")
+    if types is not None and len(types) != layers:
+        yield f"model: layer_types has {len(types)} entries, and num_hidden_layers is {layers}; set layer_types to null"
     if heads % shared:
         yield f"model: num_key_value_heads is {shared}, expected a divisor of num_attention_heads {heads}"
     for key in ("short_factor", "long_factor"):
@@ -223,7 +238,7 @@ def _shape_faults(values: Mapping[str, Any], config_class: type[PreTrainedConfig
         if isinstance(factors, list) and len(factors) != head // 2:
             yield f"model: rope_parameters: {key} has {len(factors)} numbers, expected {head // 2}, half of head_dim"
     layer = hidden * (2 * head * (heads + shared) + 3 * size["intermediate_size"])
-    parameters = size["num_hidden_layers"] * layer + hidden * vocabulary
+    parameters = layers * layer + hidden * vocabulary
     if parameters > LARGEST_MODEL:
         yield f"model: it would have {parameters:,} parameters, expected at most {LARGEST_MODEL:,}; lower its sizes"
     padding = size["pad_token_id"]

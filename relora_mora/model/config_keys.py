@@ -235,5 +235,5 @@ ARCHITECTURES = {
         mlp_bias=_NO_BIAS,
         **_WINDOWS,
     ),
-    "qwen3": _like_llama("Qwen3", mlp_bias=_NO_BIAS, **_WINDOWS),
+    "qwen3": _like_llama("Qwen3", mlp_bias=_NO_BIAS, head_dim=_whole(FUNCTION), **_WINDOWS),
 }

@@ -13,7 +13,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from relora_mora.config import Config, dump, parse_yaml, unused_by
+from relora_mora.config import Config, dump, parse_yaml
+from relora_mora.config.checks import unused_settings
 from relora_mora.system.run_folder import RunFolder
 
 # TensorBoard sorts groups by name and opens the first two: eval and train, as all others come after them
@@ -138,7 +139,7 @@ class TensorBoard:
         results = dict.fromkeys(_results(config), 0.0)  # the table takes the newest points of these curves
         # TensorBoard takes the columns of all runs from the first of them: they are there for every method
         columns, _, _ = hparams(values, results)
-        unused = unused_by(config)
+        unused = unused_settings(config.by_name)
         used = {name: value for name, value in values.items() if name not in unused}
         _, start, _ = hparams(used, results)  # without the third, the end of the run
         for summary in (columns, start):

@@ -95,6 +95,7 @@ GIVES(cuDevicePrimaryCtxRetain, void *, 0)
 GIVES(cuModuleLoadData, void *, handle)
 GIVES(cuModuleGetFunction, void *, handle)
 GIVES(cuCtxGetLimit, size_t, 0)
+GIVES(cuCtxGetDevice, int, 0)
 GIVES(cuOccupancyMaxActiveClusters, int, 1)
 SUCCEEDS(cuInit)
 SUCCEEDS(cuCtxSetCurrent)
@@ -105,6 +106,9 @@ SUCCEEDS(cuPointerGetAttribute)
 SUCCEEDS(cuTensorMapEncodeTiled)
 SUCCEEDS(cuLaunchKernel)
 SUCCEEDS(cuLaunchKernelEx)
+SUCCEEDS(cuModuleUnload)
+
+int cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 
 int cuFuncGetAttribute(int *value, int attribute, void *function) {
     const int max_threads_per_block = 0; /* of cuda.h's CUfunction_attribute */

@@ -179,7 +179,19 @@ def test_what_says_nothing_about_the_model_is_left_out(path: Path) -> None:
             {"model_type": "qwen2", "layer_types": ["full"]},
             "layer_types is ['full'], expected a list of full_attention",
         ),
-        ({"model_type": "qwen2", "layer_types": ["full_attention"], "num_key_value_heads": 1}, "Qwen2Config refuses"),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention"] * 5, "num_key_value_heads": 1},
+            "layer_types has 5 entries, and num_hidden_layers is 2; set layer_types to null",
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "layer_types": ["full_attention", "sliding_attention"],
+                "num_key_value_heads": 1,
+            },
+            "layer_types has sliding_attention, and there is no window; set layer_types to null, too",
+        ),
+        ({"model_type": "qwen3", "head_dim": None}, "head_dim is None, expected a whole number from 1"),
         ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is True, expected false"),
         ({"model_type": "qwen3", "logit_scale": 2.0}, "logit_scale is no key of a Qwen3Config"),
         ({"head_dim": 3}, "head_dim is 3, expected an even number"),
@@ -205,6 +217,13 @@ def test_what_cannot_be_honoured_is_refused(path: Path, overrides: dict[str, Any
     with pytest.raises(ConfigError) as caught:
         read(path, **overrides)
     assert any(message in fault for fault in caught.value.faults), caught.value
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_without_a_number_of_key_heads_there_are_as_many_as_attention_heads(path: Path, model_type: str) -> None:
+    for heads in (1, 2):
+        given = {"num_attention_heads": heads, "num_key_value_heads": None, "head_dim": 8}
+        assert read(path, model_type=model_type, **given).num_key_value_heads == heads
 
 
 def test_two_names_for_the_same_are_one(path: Path) -> None:

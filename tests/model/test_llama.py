@@ -89,6 +89,7 @@ def test_evaluation_computes_no_gradients():
         quiet = chunked_cross_entropy(hidden, weight, labels)
     assert not quiet.requires_grad and kept == []
     assert quiet.item() == pytest.approx(chunked_cross_entropy(hidden, weight, labels).item(), rel=1e-6)
+    assert quiet.item() == chunked_cross_entropy(hidden, weight, labels.int()).item()
 
 
 def test_initial_weights_follow_from_the_seed_and_leave_the_generator_alone():
