@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from relora_mora.cli import run
 from relora_mora.config import Config, load_config
 from relora_mora.supervise import FAILED, LOST, Guard, check_environment, leave_process
 from relora_mora.system.imports import many_imports
+from relora_mora.system.stderr import say
 
 
 def train(
@@ -38,10 +38,10 @@ def train(
         return pretrain(settings, guard)
     except (MergeError, TrainingError) as error:
         if rank == 0:
-            sys.stderr.write(f"the run ended: {error}\n")
+            say(f"the run ended: {error}")
         return FAILED
     except JoinError as error:
-        sys.stderr.write(f"the run ended: {error}\n")
+        say(f"the run ended: {error}")
         return LOST
 
 

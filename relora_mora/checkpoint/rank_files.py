@@ -19,7 +19,7 @@ from relora_mora.checkpoint.layout import TOKENIZER, FileEntry, Manifest, file_e
 from relora_mora.checkpoint.places import NEW
 from relora_mora.checkpoint.tokenizer import write_tokenizer
 from relora_mora.system.disk_errors import disk_faults_named
-from relora_mora.system.files import ordinary_mode, sync
+from relora_mora.system.files import make_folder, ordinary_mode, sync
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.merging import FrozenMasters
@@ -100,7 +100,7 @@ class RankFiles:
             raise
 
     def _write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
-        work.mkdir(parents=True, exist_ok=True)
+        make_folder(work)
         files: dict[str, FileEntry] = {}
         if tensors:
             files[self.state_name] = self._write_tensors(work / self.state_name, tensors)

@@ -25,7 +25,7 @@ from relora_mora.checkpoint.rank_files import RankFiles
 from relora_mora.checkpoint.retention import retire, tidy
 from relora_mora.checkpoint.tokenizer import read_tokenizer
 from relora_mora.distributed.collectives import from_first_rank
-from relora_mora.system.files import remove, write_synced
+from relora_mora.system.files import make_folder, remove, write_synced
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.merging import FrozenMasters
@@ -199,7 +199,7 @@ def _await_file(path: Path, size: int, rank: int, deadline: float) -> None:
 
 def _prepare(folder: Path) -> str:
     """Makes the folder ready and returns a name for the writers of this job."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tidy(folder)
     return uuid.uuid4().hex
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from relora_mora.cli.arguments import Command, help_text, read_arguments
 from relora_mora.cli.interrupt import INTERRUPTED, Interrupts
 from relora_mora.system.disk_errors import place_of
+from relora_mora.system.stderr import say
 
 USER_ERROR = 2
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -74,10 +75,9 @@ def _warn_of_another_checkout(script: Path) -> None:
     """A copied environment runs the package of the checkout that it was made in."""
     beside = script.resolve().parent.parent / "relora_mora"
     if script.is_file() and (beside / "__init__.py").is_file() and beside != _PACKAGE and _rank_on_host() == "0":
-        print(  # noqa: T201
+        say(
             f"warning: this runs the package in {_PACKAGE}, not that in {beside}; remove the environment and make it "
-            f"anew (make env), or give {sys.executable} -m pip install -e {beside.parent}",
-            file=sys.stderr,
+            f"anew (make env), or give {sys.executable} -m pip install -e {beside.parent}"
         )
 
 
@@ -105,6 +105,8 @@ def _is_user_error(error: Exception, command: Command) -> bool:
 
 def _flush_output() -> None:
     """Finds a full disk or a closed pipe now: the interpreter would find it at its end and change the exit code."""
+    if sys.stdout is None:  # closed at the start
+        return
     try:
         sys.stdout.flush()
     except OSError:
@@ -122,7 +124,7 @@ def _show(error: Exception) -> None:
     if getattr(error, "same_on_host", False) and _rank_on_host() != "0":
         return
     prefix = "" if rank == "0" else f"[rank {rank}] "
-    print(prefix + redact(_message(error)), file=sys.stderr)  # noqa: T201
+    say(prefix + redact(_message(error)))
 
 
 def _rank_on_host() -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 
 from relora_mora.system.bounded import bounded
 from relora_mora.system.new_folder import ENDINGS, remove_and_end, remove_unfinished
+from relora_mora.system.stderr import say
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 GRACE_SECONDS = 3.0
@@ -79,6 +78,4 @@ class Interrupts:
     def say(self) -> None:
         """Once, also where the main thread and this object's come to it at the same moment."""
         if self._said.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                sys.stderr.write("interrupted\n")
-                sys.stderr.flush()
+            say("interrupted")

@@ -62,7 +62,8 @@ def leave_now(code: int, *last_words: Callable[[], object], linger: float = 0.0)
 
     def speak() -> None:
         for words in last_words:
-            words()
+            with contextlib.suppress(Exception):  # the next ones are no less important
+                words()
         _flush()
 
     bounded(LAST_SECONDS, speak)
@@ -72,5 +73,5 @@ def leave_now(code: int, *last_words: Callable[[], object], linger: float = 0.0)
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: closed at the start
             stream.flush()

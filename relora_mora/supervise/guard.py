@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from relora_mora.supervise.launchers import Launchers
 from relora_mora.supervise.lock import RunLock, host_id
 from relora_mora.supervise.signals import StopSignals
 from relora_mora.system.bounded import bounded
+from relora_mora.system.stderr import say
 
 if TYPE_CHECKING:
     from relora_mora.supervise.watchdog import Watchdog  # needs torch
@@ -42,7 +42,9 @@ class Guard:
         self._lock: RunLock | None = None
         self._folder: Path | None = None
         self._training = False
-        self._recorded = threading.Lock()  # taken, for good, by whoever records the end
+        self._decided: tuple[int, str] | None = None
+        self._recording = threading.Lock()
+        self._recorded = False
         self._ending = threading.Lock()  # taken, for good, by whoever ends the process
         self._closed = threading.Event()
         self._signals = StopSignals(self._first_signal, self._second_signal) if signals else None
@@ -100,9 +102,11 @@ class Guard:
 
     def record(self, code: int, reason: str) -> None:
         """Records the end of this run in its folder. The first call counts."""
-        if self._folder is not None and self._recorded.acquire(blocking=False):
-            record_end(self._folder, code=code, reason=reason, rank=self.rank, step=self.step)
-            self._let_go()
+        with self._recording:
+            if self._folder is not None and not self._recorded:
+                self._recorded = True
+                record_end(self._folder, code=code, reason=reason, rank=self.rank, step=self.step)
+                self._let_go()
 
     def _let_go(self) -> None:
         """The next start need not wonder what became of this one."""
@@ -131,6 +135,15 @@ class Guard:
             self._say(reason)
         self.announce_exit(LOST, reason, same_on_all_ranks=same_on_all_ranks)
         leave_now(LOST)
+
+    def decide(self, code: int, reason: str) -> None:
+        """The ranks have agreed on how the run ends, and all is written: nothing that happens from here on changes it.
+
+        What is left to do is each rank's own, and may take long.
+        """
+        self._decided = code, reason
+        self.stop_watching()
+        self._record_decided()
 
     def stop_watching(self) -> None:
         """The work is done: from now on it is no fault when other ranks exit."""
@@ -191,8 +204,17 @@ class Guard:
         self._ask_to_stop(f"{number.name} to rank {self.rank}")
 
     def _second_signal(self, number: signal.Signals) -> None:
+        self._leave_if_decided()
         reason = f"a second signal ({number.name}) to rank {self.rank}: left without saving"
         leave_now(128 + number, lambda: self._say(reason), lambda: self.record(128 + number, reason))
+
+    def _leave_if_decided(self) -> None:
+        if self._decided is not None:
+            leave_now(self._decided[0], self._record_decided)
+
+    def _record_decided(self) -> None:
+        if self._decided is not None and self.rank == 0:
+            self.record(*self._decided)
 
     def _ask_to_stop(self, reason: str) -> None:
         self.stop_reason = reason
@@ -232,14 +254,13 @@ class Guard:
                 self._launcher_deadline = time.monotonic() + LAUNCHER_SECONDS
                 self._ask_to_stop(f"the launcher of rank {self.rank} is gone ({gone})")
         elif time.monotonic() > self._launcher_deadline:
+            self._leave_if_decided()
             reason = f"{self.stop_reason}; it could not be saved in {LAUNCHER_SECONDS:.0f} s"
             leave_now(LOST, lambda: self._say(reason), lambda: self.record(LOST, reason))
 
     def _say(self, text: str) -> None:
         prefix = f"[rank {self.rank}] " if self.rank else ""
-        with contextlib.suppress(OSError, ValueError):  # the launcher's pipe may be closed
-            sys.stderr.write(f"{prefix}the run ended: {text}\n")
-            sys.stderr.flush()
+        say(f"{prefix}the run ended: {text}")
 
 
 def _ranks_here() -> int:

@@ -29,6 +29,11 @@ def write_synced(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """With its parents, where it is not there yet; also where a symbolic link on the way leads to what was removed."""
+    Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
+
+
 def append_whole(handle: int, line: bytes) -> None:
     """Writes a line at the end of an open file, whole or not at all: a disk that fills up would take a part of it.
 

@@ -56,8 +56,5 @@ class Ends:
         raise (DataError if by_user else TrainingError)(text + saved) from error
 
     def _leave(self, code: int, reason: str) -> int:
-        """The ranks have agreed on how this ends, and all is written: who is lost from here on changes nothing."""
-        if self.saving.run.engine.rank == 0:
-            self.guard.record(code, reason)
-        self.guard.stop_watching()  # what follows is each rank's own, and may take long
+        self.guard.decide(code, reason)
         return code

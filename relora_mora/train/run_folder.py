@@ -25,7 +25,7 @@ from relora_mora.model.config import plain_model_config
 from relora_mora.optim import Parameters
 from relora_mora.origin import start_digests
 from relora_mora.system.disk_errors import disk_faults_named
-from relora_mora.system.files import append_synced, remove, write_synced
+from relora_mora.system.files import append_synced, make_folder, remove, write_synced
 from relora_mora.system.hardware import device_name
 from relora_mora.system.run_folder import NOTED, RunFolder
 from relora_mora.tokenizer import save_tokenizer
@@ -63,7 +63,7 @@ def write_run_folder(checked: Checked, parameters: Parameters, world_size: int, 
     A run that does not resume has read what it begins with: what that was is noted, too.
     """
     folder = Path(checked.config.train.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with disk_faults_named(folder):
         start = _start_record(checked, parameters, world_size, step)
         if not resumes:

@@ -338,6 +338,22 @@ def test_a_handler_of_the_command_is_left_alone(capsys: pytest.CaptureFixture[st
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.mark.parametrize(
+    ("words", "streams", "code"),
+    [("1e5", ">&-", 0), ("", ">&- 2>&-", 2), ("", "2>/dev/full", 2), ("1e5", "2>&-", 0)],
+)
+def test_streams_that_cannot_be_written_do_not_change_the_exit_code(
+    tmp_path: Path, words: str, streams: str, code: int
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from relora_mora.start import run_to_the_end\ndef main(a: str) -> int:\n    print(a)\n    return 0\n"
+        "run_to_the_end(main)\n"
+    )
+    shell = f"{sys.executable} {script} {words} {streams}"
+    assert subprocess.run(["sh", "-c", shell], capture_output=True, check=False).returncode == code
+
+
 def test_the_package_of_another_checkout_is_named(tmp_path: Path) -> None:
     for folder in ("launch", "relora_mora"):
         (tmp_path / folder).mkdir()

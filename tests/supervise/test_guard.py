@@ -27,8 +27,12 @@ BUSY = """
 import hashlib, sys
 from relora_mora.supervise import Guard
 guard = Guard()
-if sys.argv[1] == "training":
+if sys.argv[1] != "start":
     guard.training()
+if sys.argv[1] == "decided":
+    from pathlib import Path
+    guard.record_in(Path(sys.argv[2]))
+    guard.decide(75, "saved")
 print("up", flush=True)
 hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # one long call, as a collective is: no Python handler runs
 """
@@ -38,11 +42,11 @@ hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # one long call, as a coll
 def busy():
     started = []
 
-    def start(phase: str, on_hangup: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
+    def start(phase: str, *more: str, on_hangup: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
         before = signal.signal(signal.SIGHUP, on_hangup)  # a child has it as well, and pytest may run under nohup
         try:
             process = subprocess.Popen(
-                [sys.executable, "-c", BUSY, phase], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                [sys.executable, "-c", BUSY, phase, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
         finally:
             signal.signal(signal.SIGHUP, before)
@@ -72,7 +76,7 @@ def test_a_signal_before_the_first_step_ends_the_process(busy, number):
 
 
 def test_under_nohup_a_hangup_is_nothing(busy):
-    process = busy("start", signal.SIG_IGN)
+    process = busy("start", on_hangup=signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
@@ -104,6 +108,27 @@ def test_while_training_the_first_signal_waits_and_a_second_leaves_at_once(busy)
     _signal_until_it_ends(process)
     code, errors = _ends_within(process, 60)
     assert code == 143 and "left without saving" in errors
+
+
+def test_what_comes_after_the_end_is_decided_does_not_change_it(busy, tmp_path):
+    """Closing W&B may take long."""
+    process = busy("decided", str(tmp_path))
+    _signal_until_it_ends(process)
+    assert _ends_within(process, 60) == (75, "")
+    [line] = (tmp_path / "ends.jsonl").read_text().splitlines()
+    assert (json.loads(line)["code"], json.loads(line)["reason"]) == (75, "saved")
+
+
+def test_nor_does_a_launcher_that_ends_meanwhile(monkeypatch):
+    codes = []
+    monkeypatch.setattr("relora_mora.supervise.guard.leave_now", lambda code, *words: codes.append(code) or sys.exit())
+    with Guard(signals=False) as guard:
+        guard.training()
+        guard._launcher_deadline = 0.0
+        guard.decide(0, "done")
+        with pytest.raises(SystemExit):
+            guard._check_launchers(SimpleNamespace(gone=lambda: "torchrun"))
+    assert codes == [0]
 
 
 def _signal_until_it_ends(process: subprocess.Popen[str]) -> None:

@@ -91,11 +91,16 @@ def test_a_disk_that_is_full_for_a_while_costs_lines_and_checkpoints_only(inputs
 
 
 @pytest.mark.stops
-def test_a_run_whose_folder_is_removed_saves_and_ends(inputs, tokenizer_path, tmp_path):
-    run_dir = tmp_path / "run"
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_run_whose_folder_is_removed_saves_and_ends(inputs, tokenizer_path, tmp_path, linked):
+    run_dir = folder = tmp_path / "run"
+    if linked:
+        folder = tmp_path / "scratch"
+        folder.mkdir()
+        run_dir.symlink_to(folder)
     job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=100_000))
     job.wait_for_step(run_dir, 15)
-    run_dir.rename(tmp_path / "moved")
+    folder.rename(tmp_path / "moved")
     assert job.wait() == 75, job.output
     assert "the run folder was removed or moved" in job.output and "Traceback" not in job.output
     assert (run_dir / "checkpoints" / "latest").exists()
