@@ -197,7 +197,8 @@ class StudyFolder:
 
     def _remedy(self, cell: Cell) -> str:
         record = f" and its line in {self.records}" if cell.name in self.kept() else ""
-        return f"remove {self.run(cell).path}, {self.settings(cell)}{record}, or give another --out"
+        cell_files = f"{self.run(cell).path}, {self.settings(cell)}{record}"
+        return f"remove {cell_files}, give another --out, or put back what has changed"
 
 
 @functools.lru_cache(maxsize=2)
