@@ -149,8 +149,9 @@ $(VENV)/bin/python:
 $(VENV)/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c | $(VENV)/bin/python
 	@echo "installing relora_mora and its dependencies into $(VENV) (minutes, the first time)"
 	@$(PIP_INSTALL) --editable .
-	$(if $(word 2,$(CURDIR)),@echo 'the path has a space, with which the command deepspeed does not start: give python -m deepspeed.launcher.runner')
-	@echo '$(CURDIR)' > $@
+	$(if $(word 2,$(CURDIR)),@echo '$(SPACED)')
+	@pwd -P > $@
+SPACED := the path has a space, with which the command deepspeed does not start: give python -m deepspeed.launcher.runner
 
 # an environment that was moved or copied with its checkout runs the code where it was made; stamps of before are empty
 MADE_IN := $(shell cat $(VENV)/.installed 2>/dev/null)

@@ -185,8 +185,9 @@ def table(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         [run] = group.runs
         steps = [REACH.steps(run, share) for share in REACH.values]
+        [last] = REACH.last(group)
         told = ["not reached" if step is None else str(step) for step in steps]
-        rows.append((group.label, f"{run.parameters['trainable']:,}", *told, f"{REACH.last(run):.1%}"))
+        rows.append((group.label, f"{run.parameters['trainable']:,}", *told, f"{last:.1%}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -36,11 +36,20 @@ def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bo
     groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())
     with many_imports():
         from relora_mora.compare.spectra import accumulated_figure, rank_columns, spectrum_figure
-        from relora_mora.spectrum import update_spectra
+        from relora_mora.spectrum import newest_step, update_spectra
+    steps = [sorted({newest_step(each.folder) for each in group.runs}) for group in groups]
+    for group, of_group in zip(groups, steps, strict=True):
+        if len(of_group) > 1:
+            raise CompareError(
+                f"{group.label}: the newest checkpoints of its seeds are of steps {', '.join(map(str, of_group))}; "
+                "give the runs that have come equally far"
+            )
     spectra = [[update_spectra(each.folder) for each in group.runs] for group in groups]
     columns = {"method": [group.method for group in groups], "settings": [group.differs for group in groups]}
-    note = f"Effective rank of W - W_0; singular values above {above:g}. Means over layers."
-    table = table_of(columns | rank_columns(spectra, above), left=2) + f"\n{note}\n"
+    columns |= {"seeds": [str(len(group.runs)) for group in groups], "step": [str(step) for [step] in steps]}
+    notes = [f"Effective rank of W - W_0; singular values above {above:g}. Means over layers and seeds."]
+    notes += [f"{group.label}: {group.state}." for group in groups if group.state]
+    table = table_of(columns | rank_columns(spectra, above), left=2) + "".join(f"\n{note}\n" for note in notes)
     print(table, end="", flush=True)
     if out is None:
         return

@@ -12,6 +12,7 @@ from relora_mora.adapters import write_adapter
 from relora_mora.checkpoint import CheckpointReader, tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.generation import generation_config, ids_of_roles
+from relora_mora.model import stored_model_config
 from relora_mora.pretrained import merged_model
 from relora_mora.system.new_folder import new_folder
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
@@ -35,7 +36,10 @@ def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str 
             if form == "merged":
                 _write_model(checkpoint, tokenizer, work, dtype)
             else:
-                write_adapter(CheckpointReader(checkpoint), work, dtype, released=form == "peft-mora")
+                reader = CheckpointReader(checkpoint)
+                write_adapter(reader, work, dtype, released=form == "peft-mora")
+                model_config = stored_model_config(reader.manifest.model_config)
+                generation_config(tokenizer, model_config).save_pretrained(work)
             save_tokenizer(tokenizer, work)
     return checkpoint
 

@@ -41,6 +41,11 @@ def update_spectra(path: Path) -> Spectra:
     return {kind: torch.stack(layers) for kind, layers in found.items()}
 
 
+def newest_step(path: Path) -> int:
+    """The step of the checkpoint that :func:`update_spectra` reads; raises :class:`CheckpointError` without one."""
+    return read_manifest(find_checkpoint(path)).step
+
+
 def spectra_by_step(run: Path) -> Iterator[tuple[int, Spectra]]:
     """Those of every checkpoint in a run folder, oldest first; raises what :func:`update_spectra` raises."""
     for folder in reversed(list_checkpoints(RunFolder(run).checkpoints)):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from relora_mora.adapters.folder import AdapterFolder, is_adapter
 from relora_mora.checkpoint import CheckpointError
@@ -31,6 +32,8 @@ def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> Load
     merge_into(under.model, adapter, str(base or adapter.base))
     for parameter in under.model.parameters():  # not the buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(dtype)
+    if (path / GENERATION_CONFIG_NAME).is_file():  # it was trained to stop elsewhere than its base
+        under.model.generation_config = GenerationConfig.from_pretrained(path)
     own: AbstractContextManager[Path] = nullcontext(path)
     return replace(
         under,

@@ -187,7 +187,8 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
     groups = [group for group, _ in styled]
     several = any(len(group.runs) > 1 for group in groups)
     alone = [" (1 seed)" if several and len(group.runs) == 1 else "" for group in groups]
-    labels = [textwrap.fill(group.label + seeds, LABEL_WIDTH) for group, seeds in zip(groups, alone, strict=True)]
+    names = [f"{group.label}{seeds}{_state(group)}" for group, seeds in zip(groups, alone, strict=True)]
+    labels = [textwrap.fill(name, LABEL_WIDTH) for name in names]
     heights = np.array([label.count("\n") + 1.6 for label in labels])  # in lines
     places = np.cumsum(heights) - heights / 2
     line = textwrap.fill(f"dashed: {against.label}", PAGE_WIDTH)
@@ -295,18 +296,22 @@ def rank_figure(
 
 def _draw_curve(panel: Axes, each: Curve, group: Group, style: dict[str, Any]) -> None:
     """The mean over the seeds, and their band."""
-    panel.plot(each.x, each.mean, label=_name(group), markevery=-(-len(each.x) // MOST_MARKERS), **style)
+    panel.plot(each.x, each.mean, label=name_of(group), markevery=-(-len(each.x) // MOST_MARKERS), **style)
     if len(group.runs) > 1:
         panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def _name(group: Group) -> str:
+def name_of(group: Group) -> str:
     seeds = f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""
-    return f"{group.label}{seeds}" + (f" [{group.state}]" if group.state else "")
+    return f"{group.label}{seeds}{_state(group)}"
+
+
+def _state(group: Group) -> str:
+    return f" [{group.state}]" if group.state else ""
 
 
 def _columns(groups: Sequence[Group]) -> int:
-    longest = max((len(_name(group)) for group in groups), default=0)
+    longest = max((len(name_of(group)) for group in groups), default=0)
     return 1 if longest > 50 else 2 if longest > 28 else 3
 
 

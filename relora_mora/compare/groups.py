@@ -97,19 +97,20 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
     alike = Counter(parts)
     groups: list[Group] = []
     for (method, differs), runs in zip(parts, members, strict=True):
-        own_name = _own_name(runs[0], groups) if alike[method, differs] > 1 else ""
+        own_name = _own_name(runs[0], groups, [*unnamed, *best]) if alike[method, differs] > 1 else ""
         groups.append(Group(method, ", ".join(filter(None, (differs, own_name))), tuple(runs)))
     return groups
 
 
-def _own_name(run: Run, before: Iterable[Group]) -> str:
-    """The name of a run's folder, and why it is no further seed of the groups before it."""
-    settings = compared_settings(run.settings)
-    alike = [other for group in before for other in group.runs if compared_settings(other.settings) == settings]
-    if not alike:
-        return run.folder.name
-    others = ", ".join(sorted({name for other in alike for name in _noted_otherwise(run, other)}))
-    return f"{run.folder.name} (other {others})" if others else f"{run.folder.name} (the same seed)"
+def _own_name(run: Run, before: Iterable[Group], apart: Sequence[str]) -> str:
+    """The name of a run's folder, and why it is no further seed of those before it, settings ``apart`` aside."""
+    others = (other for group in before for other in group.runs)
+    alike = [other for other in others if _settings_but(apart, other) == _settings_but(apart, run)]
+    noted = ", ".join(sorted({name for other in alike for name in _noted_otherwise(run, other, apart)}))
+    if noted:
+        return f"{run.folder.name} (other {noted})"
+    is_same = any(_settings_but((), other) == _settings_but((), run) for other in alike)
+    return f"{run.folder.name} (the same seed)" if is_same else run.folder.name
 
 
 def _goes_with(run: Run, other: Run) -> bool:
@@ -127,7 +128,9 @@ def _noted_otherwise(run: Run, other: Run, apart: Sequence[str] = ()) -> list[st
 
 def _noted(run: Run) -> dict[str, Any]:
     """What settings name or leave open, by the setting, or its section; earlier versions noted less."""
-    noted = {"model": run.parameters.get("total"), "train.precision": run.bf16, **run.began_with}
+    noted: dict[str, Any] = {"model": run.parameters.get("total"), "train.precision": run.bf16, **run.began_with}
+    if run.starts:
+        noted |= {"settings before a resume": run.changes, "first step": run.first_step}
     return {name: value for name, value in noted.items() if value is not None}
 
 
@@ -144,11 +147,11 @@ def _best(members: Sequence[list[Run]], settings: Sequence[str]) -> list[list[Ru
 
 
 def _differ_only_in(settings: Sequence[str], run: Run, other: Run) -> bool:
-    left, right = (
-        {name: value for name, value in compared_settings(each.settings).items() if name not in settings}
-        for each in (run, other)
-    )
-    return left == right and not _noted_otherwise(run, other, settings)
+    return _settings_but(settings, run) == _settings_but(settings, other) and not _noted_otherwise(run, other, settings)
+
+
+def _settings_but(names: Sequence[str], run: Run) -> dict[str, Any]:
+    return {name: value for name, value in compared_settings(run.settings).items() if name not in names}
 
 
 def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:

@@ -30,8 +30,13 @@ class Reach:
         beyond = (step for step, now in series.items() if (now >= value if begin < value else now <= value))
         return next(beyond, None)
 
-    def last(self, run: Run) -> float:
-        return list(run.series(self.tag).values())[-1]
+    def last(self, group: Group) -> list[float]:
+        """Of each run; in a group that has not ended, at the last step that all have, of which there may be none."""
+        series = [run.series(self.tag) for run in group.runs]
+        if group.is_finished:
+            return [list(each.values())[-1] for each in series]
+        common = group.common_steps(series)[-1:]
+        return [each[step] for each in series for step in common]
 
 
 def parse_reach(text: str, groups: Sequence[Group]) -> Reach:
@@ -58,7 +63,7 @@ def step_cells(reach: Reach, groups: Sequence[Group]) -> dict[str, list[str]]:
         f"{reach.title} {value:g}, step": [_steps(reach, group, value) for group in groups] for value in reach.values
     }
     columns[f"{reach.title} at the end"] = [
-        number_cell(Number.of([reach.last(run) for run in group.runs]), ".3f") for group in groups
+        number_cell(Number.of(last), ".3f") if (last := reach.last(group)) else "–" for group in groups
     ]
     return columns
 

@@ -38,8 +38,15 @@ class Run:
     is_record: bool = False  # of a study; it has a few of the lines
 
     def series(self, tag: str) -> Series:
-        """A metric by step, without numbers that are not finite; the newest where a step has several."""
-        found = {line["step"]: line[tag] for line in self.lines if isinstance(line.get(tag), int | float)}
+        """A metric by step, without numbers that are not finite; the newest where a step has several.
+
+        Of evaluations those that scored as many tokens as the last one: a resume may have taken other held-out text.
+        """
+        lines = [line for line in self.lines if isinstance(line.get(tag), int | float)]
+        if tag.startswith("eval/") and lines:
+            scored = f"{tag.rpartition('/')[0]}/tokens"
+            lines = [line for line in lines if line.get(scored) == lines[-1].get(scored)]
+        found = {line["step"]: line[tag] for line in lines}
         return {step: value for step, value in found.items() if math.isfinite(value)}
 
     def is_named(self, name: str) -> bool:
@@ -134,6 +141,16 @@ class Run:
         """Digests of what settings name, by the setting; empty for runs of versions that noted none."""
         return noted_digests(self.starts)
 
+    @property
+    def first_step(self) -> int:
+        """The step at which its first start began: above 0 where that was a resume of another run's checkpoint."""
+        return int(self.starts[0].get("step", 0)) if self.starts else 0
+
+    @property
+    def changes(self) -> list[tuple[int, list[str]]]:
+        """What resumes changed that counts, in words, with the steps at which they did."""
+        return [(start["step"], start["changed"]) for start in self.starts if start.get("changed")]
+
     def tokens(self, steps: Any) -> NDArray[np.int64]:
         """Tokens trained on when so many steps are done: [n] -> [n]"""
         known, tokens = self._tokens
@@ -158,19 +175,20 @@ class Run:
         return int(self.settings["train.batch_size"] * self.settings["data.sequence_length"])
 
     @cached_property
-    def _begin(self) -> int:
-        """The step at which its first start began: above 0 where that was a resume of another run's checkpoint."""
-        return self.starts[0].get("step", 0) if self.starts else 0
-
-    @cached_property
     def _clock(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        steps = [self._begin]
+        steps = [self.first_step]
         seconds = [0.0]
         merging = 0.0
+        before = None if self.first_step else 0
         for line in self.lines:
             merging += line.get("merge/seconds", 0.0)
             if line.get("perf/tokens_per_second"):
-                made = (line["step"] - steps[-1]) * self._tokens_per_step
+                now = line.get("train/tokens")
+                if before is None or now is None:
+                    made = (line["step"] - steps[-1]) * self._tokens_per_step
+                else:  # a resume may have changed the batch
+                    made = now - before
+                before = now
                 steps.append(line["step"])
                 seconds.append(seconds[-1] + made / line["perf/tokens_per_second"] + merging)
                 merging = 0.0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from relora_mora.compare.figures import add_legend, legend_height, rank_figure
+from relora_mora.compare.figures import add_legend, legend_height, name_of, rank_figure
 from relora_mora.compare.groups import Group
 from relora_mora.compare.runs import Run
 from relora_mora.compare.style import PAPER, WIDTH, styles
@@ -80,7 +80,7 @@ def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Sequence[Spectra]
             for group, of_runs, style in zip(groups, spectra, styles(), strict=False):
                 values = _values(of_runs, kind).double().mean(0).tolist()
                 places = range(1, len(values) + 1)
-                panel.plot(places, values, label=group.label, **{**style, "markevery": max(1, len(values) // 6)})
+                panel.plot(places, values, label=name_of(group), **{**style, "markevery": max(1, len(values) // 6)})
             panel.set_yscale("log")
             panel.set_xlabel("index")
         for panel in panels.flat[len(kinds) :]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -57,6 +58,7 @@ class Row:
     validation: dict[str, Validation]  # by the name of its set, "" for one without a name
     tokens_per_second: Number | None
     peak_memory_gib: Number | None
+    began_with: dict[str, dict[str, str]]  # digests of what settings name, by the setting and its value
 
 
 def compare(groups: Sequence[Group], against: Group | None = None) -> list[Row]:
@@ -125,6 +127,12 @@ def _row(group: Group, reference: dict[str, float]) -> Row:
         validation=validation,
         tokens_per_second=_over_seeds(group, "perf/tokens_per_second", median),
         peak_memory_gib=_over_seeds(group, "perf/peak_memory_gib", max),
+        began_with={
+            name: {
+                json.dumps(run.settings.get(name)): run.began_with[name] for run in group.runs if name in run.began_with
+            }
+            for name in sorted({name for run in group.runs for name in run.began_with})
+        },
     )
 
 
@@ -196,6 +204,16 @@ def _notes(rows: Sequence[Row], against: Group | None) -> list[str]:
     notes += [f"\\* {row.label}: {row.state}." for row in rows if row.state]
     if len({row.tokens for row in rows}) > 1:
         notes.append("The runs were evaluated after unequal numbers of tokens: their ratios do not compare methods.")
+    for name in sorted({name for row in rows for name in row.began_with}):
+        known: dict[str, set[str]] = {}
+        for row in rows:
+            for value, digest in row.began_with.get(name, {}).items():
+                known.setdefault(value, set()).add(digest)
+        notes += [
+            f"The runs began with different things that {name} calls {value}: they do not compare."
+            for value, digests in known.items()
+            if len(digests) > 1
+        ]
     for name in rows[0].validation:
         title = _set_title(name).capitalize()
         if len({row.validation[name].scored_tokens for row in rows}) > 1:

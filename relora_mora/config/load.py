@@ -67,7 +67,13 @@ class _Loader(yaml.SafeLoader):
 def _refuse_colons_without_space(node: yaml.MappingNode) -> None:
     """To YAML ``{a:1}`` is the name ``a:1`` without a value."""
     for key, value in node.value:
-        if not key.style and ":" in key.value and value.tag.endswith(":null") and not value.value:
+        if (
+            isinstance(key, yaml.ScalarNode)
+            and not key.style
+            and ":" in key.value
+            and value.tag.endswith(":null")
+            and not value.value
+        ):
             raise yaml.MarkedYAMLError(
                 problem=f"{key.value!r} has no value; put a space behind the colon", problem_mark=key.start_mark
             )
@@ -330,9 +336,9 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
 
 
 def _has_comment(text: str, value: str) -> bool:
-    """Whether a text without quotes goes on behind the ``value`` that YAML takes it for."""
+    """Whether a plain text, without quotes or the signs of a block or tag, goes on behind its ``value`` in YAML."""
     text = text.strip()
-    return text[0] not in "\"'" and " #" in text and value != text
+    return text[0] not in "\"'|>!&" and " #" in text and value != text
 
 
 def _resolve_paths(config: Config, beside: Path) -> Config:

@@ -154,7 +154,9 @@ class StudyFolder:
         begun = self.run(cell).config.exists() or is_held(self.claim(cell)) or cell.name in self.kept()
         if noted is None or not begun:
             return
-        noted.pop("threads", None)  # of an earlier version
+        asked = [start["omp_num_threads"] for start in self._starts(cell) if start.get("omp_num_threads")]
+        if "threads" in noted:  # of an earlier version
+            asked.append(str(noted.pop("threads")))
         try:
             known = Config.model_validate(noted)  # with the defaults of settings that have come since
         except ValueError as error:
@@ -164,7 +166,8 @@ class StudyFolder:
         names = _differences(tree_of(known), tree_of(config))
         # what the text is at a commit, a resume compares
         changed = {name for name in names if name not in PLACES and not name.startswith("data.commits.")}
-        changed |= {"threads" for start in self._starts(cell) if start.get("threads", threads) != threads}
+        if any(one != str(threads) for one in asked):
+            changed.add("threads")
         if changed:
             raise ValueError(
                 f"{self.run(cell).path} was begun with other settings ({', '.join(sorted(changed))}); "

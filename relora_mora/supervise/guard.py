@@ -166,6 +166,7 @@ class Guard:
 
         Two threads may find out at the same moment: the first of them ends the process for both.
         """
+        self._leave_if_decided()
         self._ending.acquire()
         bounded(LAST_SECONDS, lambda: self._report(failure))
         if failure.rank != self.rank and not failure.announced and failure.host == host_id():
@@ -192,6 +193,7 @@ class Guard:
         if who is None:
             self._ask_to_stop("the run folder was removed or moved")
             return
+        self._leave_if_decided()
         reason = f"another trainer works in the run folder now ({who}): left without saving"
         leave_now(
             USER_ERROR,
@@ -210,7 +212,7 @@ class Guard:
 
     def _leave_if_decided(self) -> None:
         if self._decided is not None:
-            leave_now(self._decided[0], self._record_decided)
+            leave_now(self._decided[0], self._record_decided, linger=self._linger_seconds())
 
     def _record_decided(self) -> None:
         if self._decided is not None and self.rank == 0:

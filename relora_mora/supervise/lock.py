@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.system.disk_errors import disk_faults_named
-from relora_mora.system.files import make_folder
 from relora_mora.system.run_folder import RunFolder
 
 TOUCH_SECONDS = 5.0
@@ -57,7 +56,7 @@ class RunLock:
         Returns who held it last where that process ended without releasing it, else None. Raises :class:`LockError`
         when it is still held after ``wait_seconds``, OSError when the folder cannot be written.
         """
-        make_folder(self.path.parent)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._flock(handle, time.monotonic() + wait_seconds)

@@ -101,6 +101,11 @@ def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
     return state, reader
 
 
+def changes_of(run: Run, reader: CheckpointReader) -> list[str]:
+    """In words, what counts and is not as in the checkpoint: what ``train.allow_changes`` has allowed."""
+    return [change.text for change in changes_since(Identity.of(reader.manifest), run.checked.identity, set())]
+
+
 def _newest(run: Run) -> Path:
     folder = RunFolder(Path(run.config.train.run_dir)).checkpoints
     chosen, skipped = newest_whole(folder, run.engine)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from relora_mora.checkpoint.reader import list_candidates
-from relora_mora.config import ConfigError, dump
+from relora_mora.config import ConfigError, dump, parse_yaml
+from relora_mora.config.checks import OPERATIONAL
 from relora_mora.model.config import plain_model_config
 from relora_mora.optim import Parameters
 from relora_mora.origin import start_digests
 from relora_mora.system.disk_errors import disk_faults_named
-from relora_mora.system.files import append_synced, make_folder, remove, write_synced
+from relora_mora.system.files import append_synced, remove, write_synced
 from relora_mora.system.hardware import device_name
+from relora_mora.system.logs import log
 from relora_mora.system.run_folder import NOTED, RunFolder
 from relora_mora.tokenizer import save_tokenizer
-from relora_mora.train.check import Checked
+from relora_mora.train.check import Checked, saved_settings
+from relora_mora.train.identity import changed_settings
 
 
 def check_run_folder(path: Path) -> None:
@@ -38,6 +42,9 @@ def check_run_folder(path: Path) -> None:
     A folder that a trainer has held has a lock, and one with checkpoints may have been copied from elsewhere.
     """
     folder = RunFolder(path)
+    if path.is_symlink() and not path.exists():
+        fault = f"train.run_dir: {path} is a link to what is not there; mount its disk, or remove the link"
+        raise ConfigError([fault], "the settings")
     if folder.lock.exists() or list_candidates(folder.checkpoints):
         return
     written = (
@@ -57,24 +64,45 @@ def check_run_folder(path: Path) -> None:
         raise ConfigError([fault], "the settings")
 
 
-def write_run_folder(checked: Checked, parameters: Parameters, world_size: int, step: int, *, resumes: bool) -> Path:
+def write_run_folder(
+    checked: Checked,
+    parameters: Parameters,
+    world_size: int,
+    step: int,
+    *,
+    changed: Sequence[str] | None,
+    done: bool = False,
+) -> Path:
     """Writes settings, command, versions, commit, model and tokenizer into the run folder. First rank only.
 
-    A run that does not resume has read what it begins with: what that was is noted, too.
+    ``changed`` says what counts and is not as in the checkpoint that the run resumes; without one it is None, and what
+    the run begins with is noted. The settings of a run that is ``done`` stay: others have not trained it.
     """
     folder = Path(checked.config.train.run_dir)
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with disk_faults_named(folder):
         start = _start_record(checked, parameters, world_size, step)
-        if not resumes:
+        if changed is None:
             start[NOTED] = start_digests(checked.config)
-        _write(folder, checked, start)
+        elif changed and not done:
+            start["changed"] = list(changed)
+        _write(folder, checked, start, keep_settings=done)
     return folder
 
 
-def _write(folder: Path, checked: Checked, start: dict[str, Any]) -> None:
+def _write(folder: Path, checked: Checked, start: dict[str, Any], *, keep_settings: bool) -> None:
     names = RunFolder(folder)
-    write_synced(names.config, dump(checked.config))  # a resume looks there for the revision of the data
+    if keep_settings and names.config.is_file():
+        now = parse_yaml(dump(checked.config))
+        unused = [name for name in changed_settings(saved_settings(folder), now) if name not in OPERATIONAL]
+        if unused:
+            log.warning(
+                "the run is done and keeps the settings that it was made with, in place of %s as given now; "
+                "launch/evaluate.py scores it on other text",
+                ", ".join(unused),
+            )
+    else:
+        write_synced(names.config, dump(checked.config))  # a resume looks there for the revision of the data
     write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
     tokenizer = names.tokenizer
     if not _holds(tokenizer, checked.tokenizer):  # an earlier start may have had another one, or another chat template
@@ -110,6 +138,7 @@ def _start_record(checked: Checked, parameters: Parameters, world_size: int, ste
         "device": device_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "bf16": checked.bf16,
         "parameters": asdict(parameters),
         "python": platform.python_version(),

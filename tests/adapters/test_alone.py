@@ -19,6 +19,7 @@ from relora_mora.checkpoint import CheckpointError
 from relora_mora.export import export
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.pretrained import load_any_model
+from relora_mora.tokenizer import load_tokenizer, save_tokenizer
 from tests.tools.adapter_tools import ALONE, METHODS, adapted, logits, save_base, write_run
 from tests.tools.checkpoints import write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
@@ -71,6 +72,28 @@ def test_peft_computes_what_the_run_does(peft, base, tokenizer_path, tmp_path, n
         apart = (delta - module.delta_of(*values)).abs().max()
         exact = method["name"] == "mora" and name != "mora6"
         assert apart == 0 if exact else apart < 1e-6
+
+
+@pytest.mark.parametrize("form", ["peft", "peft-mora"])
+def test_an_answer_ends_where_the_merged_model_ends_it(base, tokenizer_path, tmp_path, form):
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    method = METHODS["mora1"] | ALONE
+    checkpoint = write_run(tmp_path / "run", adapted(base, method), base, tmp_path / "tokenizer", method)
+    export(checkpoint, tmp_path / "merged")
+    export(checkpoint, tmp_path / form, form=form)
+    ends = [load_model(tmp_path / name, torch.float32).model.generation_config for name in ("merged", form)]
+    assert (
+        ends[0].eos_token_id
+        == ends[1].eos_token_id
+        == [
+            tokenizer.eos_token_id,
+            tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        ]
+    )
+    assert load_any_model(base, torch.float32).model.generation_config.eos_token_id != ends[0].eos_token_id
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])

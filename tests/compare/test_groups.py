@@ -81,6 +81,22 @@ def test_runs_that_found_something_else_under_the_same_settings_are_not_one(
         assert len(group_runs(map(read_run, runs), best=[name])) == (1 if name.startswith(says_so) else 2)
 
 
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        ({"step": 10, "changed": ["optim.lr: 0.1 in the checkpoint, 0.2 now"]}, "settings before a resume"),
+        ({"step": 10}, "first step"),
+    ],
+)
+def test_a_run_that_was_not_always_so_is_no_further_seed(tmp_path: Path, start: dict[str, Any], reason: str) -> None:
+    runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1)]
+    starts = RunFolder(runs[1]).starts
+    first = starts.read_text() if "changed" in start else ""
+    starts.write_text(first + json.dumps(start) + "\n")
+    labels = [group.label for group in group_runs(map(read_run, runs))]
+    assert labels == ["ReMoRA (1, 2), run0", f"ReMoRA (1, 2), run1 (other {reason})"]
+
+
 def test_a_run_is_compared_with_all_that_were_before_it(tmp_path: Path):
     runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1, 2)]
     for run, text in zip(runs[1:], ("one", "another"), strict=True):  # the first noted nothing

@@ -34,6 +34,12 @@ def test_the_first_step_counts_and_seeds_are_a_mean_with_its_range(tmp_path: Pat
     }
 
 
+def test_of_seeds_that_have_not_come_equally_far_the_end_is_where_all_are(tmp_path: Path):
+    groups = _runs(tmp_path, [0.0, 0.5, 0.9], [0.0, 0.3])
+    cells = step_cells(parse_reach(f"{ACCURACY}=0.5", groups), groups)
+    assert cells["character accuracy at the end"] == ["0.400 (0.300–0.500)"]
+
+
 def test_a_metric_that_falls_reaches_what_is_below_its_beginning(tmp_path: Path):
     groups = _runs(tmp_path, [9.0, 5.0, 3.0])
     assert step_cells(parse_reach(f"{ACCURACY}=4", groups), groups)["character accuracy 4, step"] == ["200"]

@@ -46,6 +46,25 @@ def test_time_begins_with_another_runs_checkpoint_and_tokens_before_it(tmp_path:
     assert [run.tokens(step) for step in (100, 101, 111)] == [100 * TOKENS, 101 * TOKENS, 111 * TOKENS]
 
 
+def test_time_counts_the_tokens_that_were_trained_on_where_a_resume_changed_the_batch(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    files = RunFolder(folder)
+    config = files.config.read_text()
+    files.config.write_text(config.replace("batch_size: 8", "batch_size: 32", 1))
+    later = {"step": 20, "train/tokens": 10 * TOKENS + 10 * 4 * TOKENS, "perf/tokens_per_second": TOKENS}
+    with files.metrics.open("a") as stream:
+        stream.write(json.dumps(later) + "\n")
+    assert [read_run(folder).seconds(step) for step in (10, 20)] == [20.0, 60.0]
+
+
+def test_evaluations_on_other_text_before_a_resume_are_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    with RunFolder(folder).metrics.open("a") as stream:
+        for step in (20, 30):
+            stream.write(json.dumps({"step": step, "eval/loss": 3.0, "eval/tokens": 700}) + "\n")
+    assert read_run(folder).evaluations("") == {20: 3.0, 30: 3.0}
+
+
 @pytest.mark.parametrize(("sets", "expected"), [((), [""]), (("web", "loss"), ["web", "loss"])])
 def test_sets_of_held_out_text(tmp_path: Path, sets: tuple[str, ...], expected: list[str]) -> None:
     run = made_run(tmp_path / "a", sets=sets)

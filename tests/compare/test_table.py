@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from relora_mora.compare import CompareError, Group, as_json, compare, group_runs, markdown
-from tests.compare.folders import TOKENS, made_run
+from relora_mora.compare import CompareError, Group, as_json, compare, group_runs, markdown, read_run
+from relora_mora.system.run_folder import RunFolder
+from tests.compare.folders import TOKENS, made_run, write_run
 
 FULL: dict[str, Any] = {"method": {"name": "full"}}
 
@@ -106,6 +107,17 @@ def test_as_many_tokens_of_another_text_or_tokenizer_are_told(tmp_path: Path, gi
     said = "compare only where text and tokenizer are the same"
     assert said in markdown(compare(_groups(tmp_path, FULL, given)))
     assert said not in markdown(compare(_groups(tmp_path / "alike", FULL, {})))
+
+
+def test_other_things_under_one_name_are_told_across_a_sweep(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{rate}", [9.0, 4.0], optim={"lr": rate}) for rate in (1e-3, 2e-3, 3e-3)]
+    for run, digest in zip(runs, ("a", "b", "b"), strict=True):
+        starts = RunFolder(run).starts
+        noted = {"began_with": {"data.train": digest, "tokenizer.path": "same"}}
+        starts.write_text(json.dumps(json.loads(starts.read_text()) | noted) + "\n")
+    told = 'The runs began with different things that data.train calls "a": they do not compare.'
+    assert told in markdown(compare(group_runs(map(read_run, runs))))
+    assert told not in markdown(compare(group_runs(map(read_run, runs[1:]))))
 
 
 def test_a_run_without_a_finite_loss_is_told(tmp_path: Path) -> None:

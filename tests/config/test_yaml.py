@@ -46,6 +46,8 @@ def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:
         "a: [",
         "a: {b:1}",
         "{a: {b: 1, c:d}}",
+        "a: {{b}}",
+        "{[a]: 1}",
         "!!timestamp 2026-11-24",
         "!!timestamp maybe",
         "!!bool maybe",
@@ -142,3 +144,4 @@ def test_text_behind_a_hash_is_not_cut_off_in_silence(tmp_path: Path) -> None:
         load_config(path, {"train.run_dir": "run #2"})
     assert load_config(path, {"train.run_dir": '"run #2"'}).train.run_dir == "run #2"
     assert load_config(path, {"train.run_dir": "run#2 "}).train.run_dir == "run#2"
+    assert load_config(path, {"train.run_dir": ">-\n  run #2"}).train.run_dir == "run #2"

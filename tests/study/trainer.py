@@ -30,7 +30,8 @@ def main() -> int:
         "command": sys.argv,
         "commit": "abc",
         "host": "here",
-        "threads": int(os.environ["OMP_NUM_THREADS"]),
+        "threads": min(2, int(os.environ["OMP_NUM_THREADS"])),  # as where there are two cores
+        "omp_num_threads": os.environ["OMP_NUM_THREADS"],
     }
     if (
         settings["model"]["init_from"] or Path(settings["data"]["train"]).is_absolute()

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from relora_mora.supervise import Guard, LockError, RunLock, record_end
+from relora_mora.supervise.heartbeat import PeerFailure
 from relora_mora.supervise.launchers import is_launcher
 from relora_mora.supervise.lock import STALE_SECONDS, is_held
 
@@ -119,16 +120,27 @@ def test_what_comes_after_the_end_is_decided_does_not_change_it(busy, tmp_path):
     assert (json.loads(line)["code"], json.loads(line)["reason"]) == (75, "saved")
 
 
-def test_nor_does_a_launcher_that_ends_meanwhile(monkeypatch):
-    codes = []
-    monkeypatch.setattr("relora_mora.supervise.guard.leave_now", lambda code, *words: codes.append(code) or sys.exit())
+@pytest.mark.parametrize(
+    "happens",
+    [
+        lambda guard: guard._check_launchers(SimpleNamespace(gone=lambda: "torchrun")),
+        lambda guard: guard.end(PeerFailure(1, 69, "rank 1 is gone", announced=True)),
+        lambda guard: guard.folder_lost("pid 3"),
+    ],
+    ids=["launcher", "peer", "folder"],
+)
+def test_nor_does_what_is_lost_meanwhile(monkeypatch, happens):
+    def leave_now(code, *words, linger=0.0):
+        raise SystemExit(code)
+
+    monkeypatch.setattr("relora_mora.supervise.guard.leave_now", leave_now)
     with Guard(signals=False) as guard:
         guard.training()
         guard._launcher_deadline = 0.0
         guard.decide(0, "done")
-        with pytest.raises(SystemExit):
-            guard._check_launchers(SimpleNamespace(gone=lambda: "torchrun"))
-    assert codes == [0]
+        with pytest.raises(SystemExit) as end:
+            happens(guard)
+    assert end.value.code == 0
 
 
 def _signal_until_it_ends(process: subprocess.Popen[str]) -> None:

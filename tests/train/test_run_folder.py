@@ -13,10 +13,11 @@ import pytest
 
 from relora_mora.config import ConfigError
 from relora_mora.supervise import RunLock
+from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.train.run_folder import check_run_folder
 from tests.tools.commands import PRETRAIN, Answer, call, disk
 from tests.tools.jobs import Job, ends, write_config
-from tests.tools.runs import metrics, run_config
+from tests.tools.runs import metrics, run_config, train
 
 pytestmark = pytest.mark.distributed
 
@@ -88,6 +89,27 @@ def test_a_disk_that_is_full_for_a_while_costs_lines_and_checkpoints_only(inputs
         assert steps[-1] == 250 and len(steps) < 250
         assert ends(run_dir)[-1]["code"] == 0
         assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000250\n"
+
+
+def test_a_link_to_what_is_not_there_is_no_run_folder(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ConfigError, match=r"run is a link to what is not there; mount its disk, or remove the link"):
+        check_run_folder(tmp_path / "run")
+
+
+def test_what_a_resume_changed_is_noted_and_a_finished_run_keeps_its_settings(pools, inputs, tokenizer_path, tmp_path):
+    def start(stop_after=None, **sections):
+        pools(1)(train, run_config(inputs, tokenizer_path, tmp_path / "run", **sections), stop_after=stop_after)
+        return read_json_lines(RunFolder(tmp_path / "run").starts)[-1]
+
+    changed = {"optim": {"lr": 0.25}, "train": {"allow_changes": ["optim.lr"]}}
+    assert "changed" not in start(stop_after=5)
+    [said] = start(**changed)["changed"]
+    assert said.startswith("optim.lr: ") and said.endswith(" in the checkpoint, 0.25 now")
+    config = RunFolder(tmp_path / "run").config
+    trained_with = config.read_text()
+    again = start(optim={"lr": 0.5}, eval={"max_tokens": 7}, train={"allow_changes": ["optim.lr"]})
+    assert "changed" not in again and config.read_text() == trained_with
 
 
 @pytest.mark.stops
