@@ -84,18 +84,17 @@ def check_memory(
     needed = state.weights + state.masters + state.optimizer + (0 if on_gpu else state.host_base)
     stage = config.train.zero_stage
     higher = f", or a stage higher than train.zero_stage={stage}" if stage < 3 and world_size > 1 else ""
-    if needed > available:
-        what = "weights and optimizer state"
-    elif on_gpu and state.host_base > on_host:
-        what, needed, available, higher = "the base weights in host memory", state.host_base, on_host, ""
-    else:
-        return
-    fault = (
-        f"model: {what} need {needed / 2**30:,.1f} GiB on each of {world_size} ranks, "
-        f"and there are {available / 2**30:,.1f} for each; take a smaller model, or more devices or hosts{higher}: "
-        "launch/plan.py says what a run needs"
-    )
-    raise ConfigError([fault], "the settings")
+    parts = [("weights and optimizer state", needed, available, higher)]
+    if on_gpu:
+        parts.append(("the base weights in host memory", state.host_base, on_host, ""))
+    for what, size, there, remedy in parts:
+        if size > there:
+            fault = (
+                f"model: {what} need {size / 2**30:,.1f} GiB on each of {world_size} ranks, "
+                f"and there are {there / 2**30:,.1f} for each; take a smaller model, or more devices or hosts{remedy}: "
+                "launch/plan.py says what a run needs"
+            )
+            raise ConfigError([fault], "the settings")
 
 
 def choose_resident(
