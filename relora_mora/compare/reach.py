@@ -11,6 +11,9 @@ from relora_mora.compare.groups import Group
 from relora_mora.compare.runs import Run
 from relora_mora.compare.table import Number, number_cell
 
+FALLING = ("loss", "perplexity", "bits_per_byte")
+RISING = ("exact_match", "character_accuracy")
+
 
 @dataclass(frozen=True)
 class Reach:
@@ -24,10 +27,12 @@ class Reach:
         return self.tag.rpartition("/")[2].replace("_", " ")
 
     def steps(self, run: Run, value: float) -> int | None:
-        """The first step with the value or more; or less, where the metric began above it."""
+        """The first step with the value or more; or less, of a loss and its like, and where another began above it."""
         series = run.series(self.tag)
         begin = next(iter(series.values()), math.nan)
-        beyond = (step for step, now in series.items() if (now >= value if begin < value else now <= value))
+        name = self.tag.rpartition("/")[2]
+        falls = name in FALLING or (name not in RISING and begin > value)
+        beyond = (step for step, now in series.items() if (now <= value if falls else now >= value))
         return next(beyond, None)
 
     def last(self, group: Group) -> list[float]:

@@ -20,7 +20,7 @@ from relora_mora.compare.records import RECORDS, has_step, json_object, read_rec
 from relora_mora.config import MethodConfig, OptimConfig, parse_yaml
 from relora_mora.config.schema import SETTINGS
 from relora_mora.supervise.lock import is_held
-from relora_mora.system.run_folder import RunFolder, noted_digests
+from relora_mora.system.run_folder import RunFolder, changes_since_first, noted_digests
 
 COUNTS = ("train.steps", "train.batch_size", "data.sequence_length")
 Series = dict[int, float]  # values of a metric by step, in the order of steps
@@ -149,7 +149,7 @@ class Run:
     @property
     def changes(self) -> list[tuple[int, list[str]]]:
         """What resumes changed that counts, in words, with the steps at which they did."""
-        return [(start["step"], start["changed"]) for start in self.starts if start.get("changed")]
+        return changes_since_first(self.starts)
 
     def tokens(self, steps: Any) -> NDArray[np.int64]:
         """Tokens trained on when so many steps are done: [n] -> [n]"""

@@ -336,9 +336,9 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
 
 
 def _has_comment(text: str, value: str) -> bool:
-    """Whether a plain text, without quotes or the signs of a block or tag, goes on behind its ``value`` in YAML."""
-    text = text.strip()
-    return text[0] not in "\"'|>!&" and " #" in text and value != text
+    """Whether a plain text, which is not in quotes and no block, goes on behind its ``value`` in YAML."""
+    text = re.sub(r"^[!&]\S*\s+", "", text.strip())  # without a tag or an anchor
+    return text[:1] not in ("'", '"', "|", ">") and " #" in text and value != text
 
 
 def _resolve_paths(config: Config, beside: Path) -> Config:

@@ -10,7 +10,7 @@ from relora_mora.config import parse_yaml
 from relora_mora.study.cells import Cell
 from relora_mora.study.folder import StudyFolder
 from relora_mora.system.files import write_synced
-from relora_mora.system.run_folder import NOTED, noted_digests, read_json_lines
+from relora_mora.system.run_folder import CHANGES, NOTED, changes_since_first, noted_digests, read_json_lines
 
 KEPT_LINES = 40  # of a run's training, evenly over its steps, and of what merges did; evaluations are kept whole
 SPEED = "perf/tokens_per_second"
@@ -84,6 +84,8 @@ def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
     start = {**starts[-1], "step": starts[0]["step"]}
     if digests := noted_digests(starts):
         start[NOTED] = digests
+    if changes := changes_since_first(starts):
+        start[CHANGES] = changes
     return {
         "name": cell.name,
         "seed": cell.seed,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NOTED = "began_with"  # in a line of starts.jsonl: digests of what settings name, by the setting
+# in a line of starts.jsonl
+NOTED = "began_with"  # digests of what settings name, by the setting
+CHANGED = "changed"  # what counts and is not as in the checkpoint that was resumed, in words
+CHANGES = "changes"  # in a record of a study, which has one line: those of all, as changes_since_first gives them
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,20 @@ class RunFolder:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of ``starts.jsonl``, ``metrics.jsonl`` or ``ends.jsonl``, oldest first."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def changes_since_first(starts: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[str]]]:
+    """What later starts changed that counts, with the steps at which they did.
+
+    The first start's changes are those since another run's checkpoint. A start takes back those of starts before it
+    that began at its step or later: nothing that they trained has been kept.
+    """
+    found = {step: changed for start in starts[:1] for step, changed in start.get(CHANGES, ())}
+    for start in starts[1:]:
+        found = {step: changed for step, changed in found.items() if step < start["step"]}
+        if start.get(CHANGED):
+            found[start["step"]] = start[CHANGED]
+    return list(found.items())
 
 
 def noted_digests(starts: Iterable[Mapping[str, Any]]) -> dict[str, str]:

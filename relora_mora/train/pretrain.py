@@ -54,7 +54,7 @@ from relora_mora.train.loop import Trainer
 from relora_mora.train.restore import begin_records
 from relora_mora.train.resume import changes_of, resume, where_to_resume
 from relora_mora.train.rollback import forget_rollbacks
-from relora_mora.train.run_folder import check_run_folder, write_run_folder
+from relora_mora.train.run_folder import check_run_folder, keep_run_folder, write_run_folder
 from relora_mora.train.startup import Startup, describe
 from relora_mora.train.state import RunState
 from relora_mora.train.warm_up import warm_up
@@ -154,11 +154,12 @@ def _pretrain(config: Config, guard: Guard) -> int:
     if checked.compiled:
         warm_up(run, state, guard)
         startup.done("compile")
-    changed = None if reader is None else changes_of(run, reader)
-    done = state.step == config.train.steps and state.evaluated == state.step
-    from_first_rank(
-        lambda: write_run_folder(checked, run.parameters, world_size, state.step, changed=changed, done=done)
-    )
+    if reader is not None and state.step == config.train.steps and state.evaluated == state.step:
+        made_with = reader.manifest.config
+        from_first_rank(lambda: keep_run_folder(config, made_with))
+    else:
+        changed = None if reader is None else changes_of(run, reader)
+        from_first_rank(lambda: write_run_folder(checked, run.parameters, world_size, state.step, changed=changed))
     trainer = Trainer(run, state, guard, startup, resumed_from=reader)
     log.info("%s", describe(run, state))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import importlib.metadata
 import json
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from relora_mora.checkpoint.reader import list_candidates
-from relora_mora.config import ConfigError, dump, parse_yaml
+from relora_mora.config import Config, ConfigError, dump, parse_yaml, stored_config
 from relora_mora.config.checks import OPERATIONAL
 from relora_mora.model.config import plain_model_config
 from relora_mora.optim import Parameters
@@ -30,9 +31,9 @@ from relora_mora.system.disk_errors import disk_faults_named
 from relora_mora.system.files import append_synced, remove, write_synced
 from relora_mora.system.hardware import device_name
 from relora_mora.system.logs import log
-from relora_mora.system.run_folder import NOTED, RunFolder
+from relora_mora.system.run_folder import CHANGED, NOTED, RunFolder
 from relora_mora.tokenizer import save_tokenizer
-from relora_mora.train.check import Checked, saved_settings
+from relora_mora.train.check import Checked
 from relora_mora.train.identity import changed_settings
 
 
@@ -42,9 +43,10 @@ def check_run_folder(path: Path) -> None:
     A folder that a trainer has held has a lock, and one with checkpoints may have been copied from elsewhere.
     """
     folder = RunFolder(path)
-    if path.is_symlink() and not path.exists():
-        fault = f"train.run_dir: {path} is a link to what is not there; mount its disk, or remove the link"
-        raise ConfigError([fault], "the settings")
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            fault = f"train.run_dir: {place} is a link to what is not there; mount its disk, or remove the link"
+            raise ConfigError([fault], "the settings")
     if folder.lock.exists() or list_candidates(folder.checkpoints):
         return
     written = (
@@ -71,12 +73,11 @@ def write_run_folder(
     step: int,
     *,
     changed: Sequence[str] | None,
-    done: bool = False,
 ) -> Path:
     """Writes settings, command, versions, commit, model and tokenizer into the run folder. First rank only.
 
     ``changed`` says what counts and is not as in the checkpoint that the run resumes; without one it is None, and what
-    the run begins with is noted. The settings of a run that is ``done`` stay: others have not trained it.
+    the run begins with is noted.
     """
     folder = Path(checked.config.train.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,25 +85,35 @@ def write_run_folder(
         start = _start_record(checked, parameters, world_size, step)
         if changed is None:
             start[NOTED] = start_digests(checked.config)
-        elif changed and not done:
-            start["changed"] = list(changed)
-        _write(folder, checked, start, keep_settings=done)
+        elif changed:
+            start[CHANGED] = list(changed)
+        _write(folder, checked, start)
     return folder
 
 
-def _write(folder: Path, checked: Checked, start: dict[str, Any], *, keep_settings: bool) -> None:
+def keep_run_folder(config: Config, made_with: Mapping[str, Any]) -> None:
+    """Leaves the folder of a run that is done as it is: this start trains nothing. First rank only.
+
+    ``made_with`` are the settings in its last checkpoint; where ``config`` has others, that is said.
+    """
+    unused = [name for name in changed_settings(dict(made_with), parse_yaml(dump(config))) if name not in OPERATIONAL]
+    if unused:
+        log.warning(
+            "the run is done and keeps the settings that it was made with, in place of %s as given now; "
+            "launch/evaluate.py scores it on other text",
+            ", ".join(unused),
+        )
+    names = RunFolder(Path(config.train.run_dir))
+    with contextlib.suppress(ConfigError):  # of an earlier version
+        before = stored_config(made_with, str(names.config))
+        here = {"run_dir": config.train.run_dir, "resume": config.train.resume}
+        # a start that was cut off before it trained may have left others
+        write_synced(names.config, dump(before.model_copy(update={"train": before.train.model_copy(update=here)})))
+
+
+def _write(folder: Path, checked: Checked, start: dict[str, Any]) -> None:
     names = RunFolder(folder)
-    if keep_settings and names.config.is_file():
-        now = parse_yaml(dump(checked.config))
-        unused = [name for name in changed_settings(saved_settings(folder), now) if name not in OPERATIONAL]
-        if unused:
-            log.warning(
-                "the run is done and keeps the settings that it was made with, in place of %s as given now; "
-                "launch/evaluate.py scores it on other text",
-                ", ".join(unused),
-            )
-    else:
-        write_synced(names.config, dump(checked.config))  # a resume looks there for the revision of the data
+    write_synced(names.config, dump(checked.config))  # a resume looks there for the revision of the data
     write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
     tokenizer = names.tokenizer
     if not _holds(tokenizer, checked.tokenizer):  # an earlier start may have had another one, or another chat template

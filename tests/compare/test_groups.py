@@ -97,6 +97,27 @@ def test_a_run_that_was_not_always_so_is_no_further_seed(tmp_path: Path, start: 
     assert labels == ["ReMoRA (1, 2), run0", f"ReMoRA (1, 2), run1 (other {reason})"]
 
 
+def test_what_was_changed_and_not_trained_does_not_count(tmp_path: Path) -> None:
+    change = {"step": 10, "changed": ["optim.lr: 0.1 in the checkpoint, 0.2 now"]}
+    histories: list[list[dict[str, Any]]] = [
+        [{"step": 0}],
+        [{"step": 0}, change, {"step": 10}],  # the next start began there as before
+        [{"step": 0}, change, change],
+        [{"step": 0}, change],
+        [change, {"step": 20}],  # as it began at another run's checkpoint
+        [{"step": 10}],
+    ]
+    runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in range(6)]
+    for run, history in zip(runs, histories, strict=True):
+        RunFolder(run).starts.write_text("".join(json.dumps(start) + "\n" for start in history))
+    groups = group_runs(map(read_run, runs))
+    assert [[run.folder.name for run in group.runs] for group in groups] == [
+        ["run0", "run1"],
+        ["run2", "run3"],
+        ["run4", "run5"],
+    ]
+
+
 def test_a_run_is_compared_with_all_that_were_before_it(tmp_path: Path):
     runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1, 2)]
     for run, text in zip(runs[1:], ("one", "another"), strict=True):  # the first noted nothing

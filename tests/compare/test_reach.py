@@ -41,8 +41,17 @@ def test_of_seeds_that_have_not_come_equally_far_the_end_is_where_all_are(tmp_pa
 
 
 def test_a_metric_that_falls_reaches_what_is_below_its_beginning(tmp_path: Path):
-    groups = _runs(tmp_path, [9.0, 5.0, 3.0])
-    assert step_cells(parse_reach(f"{ACCURACY}=4", groups), groups)["character accuracy 4, step"] == ["200"]
+    folder = write_run(tmp_path / "run", [5.0, 4.0])
+    append_metrics(folder, "eval/errors", [9.0, 5.0, 3.0])
+    groups = group_runs([read_run(folder)])
+    assert step_cells(parse_reach("eval/errors=4", groups), groups)["errors 4, step"] == ["200"]
+
+
+def test_what_is_beyond_the_value_from_the_first_number_on_is_reached(tmp_path: Path):
+    """As of a run that began at another's checkpoint."""
+    groups = _runs(tmp_path, [0.7, 0.8])
+    assert step_cells(parse_reach(f"{ACCURACY}=0.5", groups), groups)["character accuracy 0.5, step"] == ["0"]
+    assert step_cells(parse_reach("eval/loss=6", groups), groups)["loss 6, step"] == ["0"]
 
 
 @pytest.mark.parametrize("text", ["eval/loss", "eval/loss=", "eval/loss=a"])

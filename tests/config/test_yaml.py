@@ -140,8 +140,10 @@ def test_overrides_below_a_value_are_refused(tmp_path: Path) -> None:
 def test_text_behind_a_hash_is_not_cut_off_in_silence(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree()), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"--train.run_dir=run #2: YAML takes what follows ' #' for a comment"):
-        load_config(path, {"train.run_dir": "run #2"})
+    for cut in ("run #2", "!!str run #2"):
+        with pytest.raises(ConfigError, match=rf"--train.run_dir={cut}: YAML takes what follows ' #' for a comment"):
+            load_config(path, {"train.run_dir": cut})
+    assert load_config(path, {"train.run_dir": "!!str 'run #2'"}).train.run_dir == "run #2"
     assert load_config(path, {"train.run_dir": '"run #2"'}).train.run_dir == "run #2"
     assert load_config(path, {"train.run_dir": "run#2 "}).train.run_dir == "run#2"
     assert load_config(path, {"train.run_dir": ">-\n  run #2"}).train.run_dir == "run #2"

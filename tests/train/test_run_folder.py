@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.config import ConfigError
+from relora_mora.config import ConfigError, dump
 from relora_mora.supervise import RunLock
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.train.run_folder import check_run_folder
@@ -108,8 +108,11 @@ def test_what_a_resume_changed_is_noted_and_a_finished_run_keeps_its_settings(po
     assert said.startswith("optim.lr: ") and said.endswith(" in the checkpoint, 0.25 now")
     config = RunFolder(tmp_path / "run").config
     trained_with = config.read_text()
-    again = start(optim={"lr": 0.5}, eval={"max_tokens": 7}, train={"allow_changes": ["optim.lr"]})
-    assert "changed" not in again and config.read_text() == trained_with
+    longer = run_config(inputs, tokenizer_path, tmp_path / "run", optim={"lr": 0.25}, train={"steps": 99})
+    config.write_text(dump(longer))  # as of a start that was killed before it trained
+    other = {"optim": {"lr": 0.5}, "train": {"allow_changes": ["optim.lr"]}}
+    assert start(**other, eval={"max_tokens": 7})["changed"] == [said], "no start is noted"
+    assert config.read_text() == trained_with
 
 
 @pytest.mark.stops
