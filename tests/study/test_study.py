@@ -333,7 +333,7 @@ except Stopped:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *rest((signal.SIGINT,))])
 def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals):
     study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.0, 3e-3, 2.5e-3]}]})
     folder = StudyFolder(tmp_path / "out")
