@@ -86,7 +86,8 @@ def measure(
 CASES = [("remora", stage, stage % 2 == 1, 2, 2, "adamw") for stage in (0, 1, 2, 3)]
 CASES += rest(*(("remora", stage, stage % 2 == 0, 2, 2, "adamw") for stage in (0, 1, 2, 3)))
 CASES += [("full", 0, True, 2, 2, "adamw"), ("full", 3, True, 1, 8, "adamw"), ("remora", 1, True, 1, 8, "adamw")]
-CASES += [("full", stage, stage % 2 == 1, 2, 2, "muon") for stage in (0, 1, 2, 3)] + [("remora", 2, True, 2, 2, "muon")]
+CASES += [("full", stage, stage % 2 == 1, 2, 2, "muon") for stage in (0, 3)] + [("remora", 2, True, 2, 2, "muon")]
+CASES += rest(*(("full", stage, stage % 2 == 1, 2, 2, "muon") for stage in (1, 2)))
 CASES += [("full", 0, True, 2, 2, "apollo"), ("full", 2, False, 2, 2, "galore"), ("full", 3, True, 2, 2, "fira")]
 
 
