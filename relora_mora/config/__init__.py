@@ -9,9 +9,7 @@ from relora_mora.config.load import (
     ConfigError,
     config_of,
     dump,
-    explain_yaml,
     load_config,
-    parse_yaml,
     read_tree,
     stored_config,
     validate,
@@ -33,6 +31,7 @@ from relora_mora.config.sources import (
     is_mixture,
     set_setting,
 )
+from relora_mora.config.yaml_text import explain_yaml, parse_yaml
 
 __all__ = [
     "DECODER_LINEARS",

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from relora_mora.config.data import DataConfig
-from relora_mora.config.load import ConfigError, explain_yaml, parse_yaml, put_overrides, validate
+from relora_mora.config.load import ConfigError, put_overrides, validate
+from relora_mora.config.yaml_text import explain_yaml, parse_yaml
 
 # settings of data that these commands take
 READING = frozenset({"revision", "text_column", "sample_by", "max_line_bytes", "max_bad_fraction", "timeout_seconds"})

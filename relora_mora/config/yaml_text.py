@@ -1,0 +1,146 @@
+"""YAML as settings are written in it: 1.2's numbers, names as keys and no key twice, plain values alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+MOST_CHARACTERS = 1 << 22  # tens of thousands of sources still fit
+MOST_VALUES = 100_000
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers (``4e-4`` is one, ``010`` is ten) and keys (``<<`` is one like others), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        if node.flow_style:
+            _refuse_colons_without_space(node)
+        seen = set()
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not a name", problem_mark=node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands there twice", problem_mark=node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _refuse_colons_without_space(node: yaml.MappingNode) -> None:
+    """To YAML ``{a:1}`` is the name ``a:1`` without a value."""
+    for key, value in node.value:
+        if (
+            isinstance(key, yaml.ScalarNode)
+            and not key.style
+            and ":" in key.value
+            and value.tag.endswith(":null")
+            and not value.value
+        ):
+            raise yaml.MarkedYAMLError(
+                problem=f"{key.value!r} has no value; put a space behind the colon", problem_mark=key.start_mark
+            )
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith((":float", ":int", ":timestamp", ":bool", ":merge", ":value"))
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+(_[0-9]+)*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^([-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value).replace("_", "")))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:float",
+    lambda loader, node: float(str(node.value).lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan")),
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes each text that YAML 1.1 or 1.2 would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # PyYAML folds these line ends of Unicode into spaces, except between double quotes, where it escapes them
+    style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(tuple, _Dumper.represent_list)
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML text as plain values.
+
+    Raises yaml.YAMLError, also for what is no plain value (dates, sets, loops of aliases) and for more than settings
+    hold: a few aliases of aliases stand for billions of values.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise yaml.YAMLError(f"it is longer than {MOST_CHARACTERS:,} characters, which no settings are")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        for count, inner in enumerate(_values_in(value)):
+            _refuse_other_than_plain(inner, count)
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # PyYAML's, for a tag on another value
+        raise yaml.YAMLError(str(error)) from error
+    return value
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain values as YAML text that :func:`parse_yaml` reads back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def explain_yaml(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What is wrong and where; without the line of the file that PyYAML quotes, which may be cut through a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    said = " ".join(part for part in (error.context, error.problem) if part)
+    mark = error.problem_mark or error.context_mark
+    return said if mark is None else f"{said} (line {mark.line + 1}, column {mark.column + 1})"
+
+
+def _values_in(value: Any) -> Iterator[Any]:
+    """The value and all inside it; what several aliases stand for, as often."""
+    yield value
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for inner in inside:
+        yield from _values_in(inner)
+
+
+def _refuse_other_than_plain(value: Any, count: int) -> None:
+    if not (value is None or isinstance(value, dict | list | str | int | float | bool)):
+        raise ValueError(
+            f"a {type(value).__name__} is no setting; use texts, numbers, true, false, null, lists and names"
+        )
+    if count > MOST_VALUES:
+        raise ValueError(
+            f"it holds more than {MOST_VALUES:,} values, counting what aliases stand for; write it without aliases"
+        )
