@@ -35,16 +35,20 @@ def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bo
         raise CompareError("--checkpoints: draws a figure; give --out, a folder for it")
     groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())
     with many_imports():
+        from relora_mora.checkpoint import CheckpointReader
+        from relora_mora.checkpoint.find import find_checkpoint
         from relora_mora.compare.spectra import accumulated_figure, rank_columns, spectrum_figure
-        from relora_mora.spectrum import newest_step, update_spectra
-    steps = [sorted({newest_step(each.folder) for each in group.runs}) for group in groups]
+        from relora_mora.spectrum import spectra_of
+    # opened, they stay readable when a run that goes on removes them
+    readers = [[CheckpointReader(find_checkpoint(each.folder)) for each in group.runs] for group in groups]
+    steps = [sorted({reader.manifest.step for reader in of_group}) for of_group in readers]
     for group, of_group in zip(groups, steps, strict=True):
         if len(of_group) > 1:
             raise CompareError(
                 f"{group.label}: the newest checkpoints of its seeds are of steps {', '.join(map(str, of_group))}; "
                 "give the runs that have come equally far"
             )
-    spectra = [[update_spectra(each.folder) for each in group.runs] for group in groups]
+    spectra = [[spectra_of(reader) for reader in of_group] for of_group in readers]
     columns = {"method": [group.method for group in groups], "settings": [group.differs for group in groups]}
     columns |= {"seeds": [str(len(group.runs)) for group in groups], "step": [str(step) for [step] in steps]}
     notes = [f"Effective rank of W - W_0; singular values above {above:g}. Means over layers and seeds."]

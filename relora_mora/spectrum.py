@@ -19,7 +19,6 @@ from relora_mora.system.run_folder import RunFolder, noted_digests
 Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32
 
 
-@torch.no_grad()
 def update_spectra(path: Path) -> Spectra:
     """The singular values of W - W_0 of every linear of the decoder; W has adapters and merges in it.
 
@@ -27,7 +26,12 @@ def update_spectra(path: Path) -> Spectra:
     from its seed, or read from its ``model.init_from``. Raises :class:`CheckpointError` for what is no checkpoint, or
     where that is not there any more, or is not what it was.
     """
-    reader = CheckpointReader(find_checkpoint(path))
+    return spectra_of(CheckpointReader(find_checkpoint(path)))
+
+
+@torch.no_grad()
+def spectra_of(reader: CheckpointReader) -> Spectra:
+    """:func:`update_spectra` of a checkpoint that is open already."""
     weights = merged_weights(reader)
     found: dict[str, list[Tensor]] = {kind: [] for kind in DECODER_LINEARS}
     linears = tuple(f".{kind}.weight" for kind in DECODER_LINEARS)
@@ -35,15 +39,10 @@ def update_spectra(path: Path) -> Spectra:
     for name, before in begin.items():
         if before.shape != weights[name].shape:
             raise CheckpointError(
-                f"{path}: {name} began as {list(before.shape)}, and is {list(weights[name].shape)} now"
+                f"{reader.folder}: {name} began as {list(before.shape)}, and is {list(weights[name].shape)} now"
             )
         found[name.split(".")[-2]].append(torch.linalg.svdvals(weights[name] - before))
     return {kind: torch.stack(layers) for kind, layers in found.items()}
-
-
-def newest_step(path: Path) -> int:
-    """The step of the checkpoint that :func:`update_spectra` reads; raises :class:`CheckpointError` without one."""
-    return read_manifest(find_checkpoint(path)).step
 
 
 def spectra_by_step(run: Path) -> Iterator[tuple[int, Spectra]]:

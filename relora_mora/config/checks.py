@@ -17,7 +17,7 @@ from relora_mora.config.schema import SETTINGS, Config
 from relora_mora.config.secrets import secrets_in
 from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
 
-BESIDE_ADAPTERS = ("train_linears", "train_embeddings", "train_norms", "train_head")
+BESIDE_ADAPTERS = ("method.train_linears", "method.train_embeddings", "method.train_norms", "method.train_head")
 SIZE_SETTINGS = ("method.rank", "method.rank_pattern", "method.square_rounding", "method.square_multiple")
 
 # how a run is done and watched: what comes out of it depends on none of these
@@ -61,7 +61,7 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     if settings["optim.schedule"] == "constant":
         unused["optim.min_ratio"] = "optim.schedule=constant"
     if record is not None and record.adapter is not None:
-        if not any(settings[f"method.{name}"] for name in BESIDE_ADAPTERS):
+        if not any(settings[name] for name in BESIDE_ADAPTERS):
             unused["optim.lr_other"] = "a run that trains adapters alone"
         if record.adapter.has_square and settings["method.square_size"] is not None:
             unused |= dict.fromkeys(SIZE_SETTINGS, "method.square_size")

@@ -36,7 +36,7 @@ def device_here() -> Device:
         return CPU
     name = torch.cuda.get_device_name()
     known = device_of_name(name) or Device(name, name, 0, 0, 0, 0, 0, "this machine", "")
-    return replace(known, memory_gb=torch.cuda.get_device_properties(0).total_memory / 1e9)
+    return replace(known, memory_gb=gpu_memory_bytes() / 1e9)
 
 
 def peak_flops(*, bf16: bool, on_cpu: bool = False) -> tuple[float, str]:
@@ -72,11 +72,9 @@ def device_name() -> str:
     return platform.machine()
 
 
-def memory_bytes() -> int:
-    """All memory of the device that this process computes with: of the card with CUDA, else of the host."""
-    if uses_cuda():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return host_memory_bytes()
+def gpu_memory_bytes() -> int:
+    """All memory of the GPU that this process computes with."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
 def host_memory_bytes(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:

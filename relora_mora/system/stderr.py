@@ -8,8 +8,7 @@ import sys
 
 def say(text: str) -> None:
     """A line on stderr, where that can be written: its reader may be gone, or its disk full."""
-    with contextlib.suppress(
-        OSError, ValueError, AttributeError
-    ):  # AttributeError: where it was closed, Python has None
+    # AttributeError: where it was closed, Python has None in its place
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

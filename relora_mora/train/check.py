@@ -23,7 +23,7 @@ from relora_mora.model.compiler import compiles_here
 from relora_mora.model.llama import check_attention
 from relora_mora.plan.fit import check_adapters, check_memory
 from relora_mora.pretrained import check_headers, model_config_of, tokenizer_beside
-from relora_mora.system.hardware import fast_bf16, host_memory_bytes, memory_bytes, uses_cuda
+from relora_mora.system.hardware import fast_bf16, gpu_memory_bytes, host_memory_bytes, uses_cuda
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer import (
@@ -120,7 +120,7 @@ def check_model(config: Config) -> PreTrainedConfig:
 
 def memory_of_rank() -> float:
     """Bytes of its GPU, or its part of the host's memory."""
-    return memory_bytes() if uses_cuda() else host_memory_of_rank()
+    return gpu_memory_bytes() if uses_cuda() else host_memory_of_rank()
 
 
 def host_memory_of_rank() -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from relora_mora.checkpoint import Manifest
 from relora_mora.config import TextSource
-from relora_mora.config.checks import OPERATIONAL
+from relora_mora.config.checks import BESIDE_ADAPTERS, OPERATIONAL, SIZE_SETTINGS
 from relora_mora.config.schema import SETTINGS, lanes_of
 from relora_mora.model import FUNCTION, TRAINING, keys_with, stored_model_config
 from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
@@ -37,18 +37,7 @@ FREE_SETTINGS = {
     "train.deterministic",
     "train.deepspeed",
 }
-_DECIDES_WHAT_TRAINS = (
-    "method.rank",
-    "method.rank_pattern",
-    "method.square_size",
-    "method.square_rounding",
-    "method.square_multiple",
-    "method.target_modules",
-    "method.train_linears",
-    "method.train_embeddings",
-    "method.train_norms",
-    "method.train_head",
-)
+_DECIDES_WHAT_TRAINS = (*SIZE_SETTINGS, "method.square_size", "method.target_modules", *BESIDE_ADAPTERS)
 # settings that no permission lets differ at a resume, and why
 FIXED_SETTINGS = {
     **dict.fromkeys(

@@ -84,16 +84,12 @@ def test_an_answer_ends_where_the_merged_model_ends_it(base, tokenizer_path, tmp
     checkpoint = write_run(tmp_path / "run", adapted(base, method), base, tmp_path / "tokenizer", method)
     export(checkpoint, tmp_path / "merged")
     export(checkpoint, tmp_path / form, form=form)
-    ends = [load_model(tmp_path / name, torch.float32).model.generation_config for name in ("merged", form)]
-    assert (
-        ends[0].eos_token_id
-        == ends[1].eos_token_id
-        == [
-            tokenizer.eos_token_id,
-            tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        ]
-    )
-    assert load_any_model(base, torch.float32).model.generation_config.eos_token_id != ends[0].eos_token_id
+
+    def ends(folder):
+        return load_model(folder, torch.float32).model.generation_config.eos_token_id
+
+    expected = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert ends(tmp_path / "merged") == ends(tmp_path / form) == expected != ends(base)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])

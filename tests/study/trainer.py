@@ -33,9 +33,8 @@ def main() -> int:
         "threads": min(2, int(os.environ["OMP_NUM_THREADS"])),  # as where there are two cores
         "omp_num_threads": os.environ["OMP_NUM_THREADS"],
     }
-    if (
-        settings["model"]["init_from"] or Path(settings["data"]["train"]).is_absolute()
-    ):  # the import takes as long as all else here
+    # the import takes as long as all else here
+    if settings["model"]["init_from"] or Path(settings["data"]["train"]).is_absolute():
         from relora_mora.config import load_config
         from relora_mora.origin import start_digests
 
