@@ -36,7 +36,7 @@ def device_here() -> Device:
         return CPU
     name = torch.cuda.get_device_name()
     known = device_of_name(name) or Device(name, name, 0, 0, 0, 0, 0, "this machine", "")
-    return replace(known, memory_gb=gpu_memory_bytes() / 1e9)
+    return replace(known, memory_gb=torch.cuda.get_device_properties(0).total_memory / 1e9)
 
 
 def peak_flops(*, bf16: bool, on_cpu: bool = False) -> tuple[float, str]:
