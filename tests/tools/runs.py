@@ -105,18 +105,26 @@ def losses(run_dir: Path) -> list[float]:
     return [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
 
 
+def left_by_a_kill(whole: Path, folder: Path, step: int) -> None:
+    """Makes the run folder that a run with a checkpoint of every step leaves behind when it is killed right after the
+    save of a step, from one that was not killed."""
+    shutil.copytree(whole, folder)
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        if checkpoint.name > f"step-{step:08d}":
+            shutil.rmtree(checkpoint)
+
+
 def assert_resumes_are_bit_equal(pool: Any, config: Callable[..., Config], folder: Path) -> None:
-    """Whether a run of ten steps that goes on after step 3, or 4, ends with the tensors and losses of one that was not
-    stopped; ``config`` makes its settings for a run folder, and changes of their sections."""
-    last = "step-00000010"
+    """Whether a run that goes on after step 3, or 4, ends with the tensors and losses of one that was not stopped;
+    ``config`` makes its settings for a run folder, and changes of their sections."""
     never = folder / "never"
-    pool(train, config(never))
+    settings = config(never)
+    last = f"step-{settings.train.steps:08d}"
+    pool(train, settings)
     expected = tensors(never / "checkpoints" / last)
     for stop in (3, 4):
         resumed = folder / f"stop{stop}"
-        shutil.copytree(never, resumed)
-        for number in range(stop + 1, 11):
-            shutil.rmtree(resumed / "checkpoints" / f"step-{number:08d}")
+        left_by_a_kill(never, resumed, stop)
         pool(train, config(resumed, checkpoint={"every_steps": 0}))
         found = tensors(resumed / "checkpoints" / last)
         assert found.keys() == expected.keys()

@@ -22,7 +22,7 @@ from relora_mora.system.run_folder import RunFolder
 from tests.tools.commands import EVALUATE, FINETUNE, PLAN, call, refused
 from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
-from tests.tools.runs import LLAMA, metrics, run_config, tensors, train
+from tests.tools.runs import LLAMA, left_by_a_kill, metrics, run_config, tensors, train
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 pytestmark = pytest.mark.distributed
@@ -66,10 +66,10 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
     sections = {"train": {"zero_stage": stage, "precision": precision}, "method": {"name": method}}
     never = tmp_path / "never"
     pools(2)(train, tuned(inputs, folder, never, 2, **sections))
-    stopped = tmp_path / "stopped"
-    pools(2)(train, tuned(inputs, folder, stopped, 2, **sections), stop_after=5)
-    pools(2)(train, tuned(inputs, folder, stopped, 2, **sections))
-    first, second = (tensors(run / "checkpoints" / "step-00000010") for run in (never, stopped))
+    killed = tmp_path / "killed"
+    left_by_a_kill(never, killed, 5)
+    pools(2)(train, tuned(inputs, folder, killed, 2, **sections))
+    first, second = (tensors(run / "checkpoints" / "step-00000010") for run in (never, killed))
     assert set(first) == set(second) and [key for key in first if not torch.equal(first[key], second[key])] == []
     assert {key.split("|")[1].rsplit(".", 1)[1] for key in first if key.startswith("master|")} <= {
         "mora_M",
@@ -107,7 +107,7 @@ def test_every_method_is_tuned_on_every_stage(pools, inputs, tmp_path, method, s
         settings |= {"operators": [6], "square_multiple": 2}
     if method == "full":
         settings["dropout"] = 0.0
-    sections = {"train": {"zero_stage": stage, "precision": "bf16"}, "method": settings}
+    sections = {"train": {"zero_stage": stage, "precision": "bf16", "steps": 6}, "method": settings}
     never = tmp_path / "never"
     pools(2)(train, tuned(inputs, folder, never, 2, **sections))
     losses = [line["eval/loss"] for line in metrics(never) if "eval/loss" in line]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.tools.grids import rest
-from tests.tools.runs import metrics, run_config, tensors, train
+from tests.tools.runs import left_by_a_kill, metrics, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
 
@@ -28,13 +28,6 @@ def _equal(a: Path, b: Path) -> list[str]:
     return [key for key in first if not torch.equal(first[key], second[key])]
 
 
-def _left_by_a_kill(never: Path, run_dir: Path, step: int) -> None:
-    """What a run leaves behind that is killed right after the save of a step, from one that was not."""
-    shutil.copytree(never, run_dir)
-    for number in range(step + 1, 11):
-        shutil.rmtree(run_dir / "checkpoints" / f"step-{number:08d}")
-
-
 CASES = [(0, False), (1, True), (2, False), (3, True), *rest((0, True), (1, False), (2, True), (3, False))]
 
 
@@ -42,39 +35,40 @@ CASES = [(0, False), (1, True), (2, False), (3, True), *rest((0, True), (1, Fals
 def test_a_resume_before_at_and_after_a_merge_is_bit_equal(pools, ranks, inputs, tokenizer_path, tmp_path, stage, bf16):
     pool = pools(ranks)
     never = tmp_path / "never"
-    pool(train, run_config(inputs, tokenizer_path, never, ranks, **_sections(stage, bf16)))
-    for stop in (3, 4, 5):
+    sections = _sections(stage, bf16)
+    sections["train"]["steps"] = 7
+    sections["method"]["merge_every"] = 3  # and so after step 6 once more
+    sections["eval"] = {"every_steps": 3}
+    pool(train, run_config(inputs, tokenizer_path, never, ranks, **sections))
+    for stop in (2, 3, 4):
         run_dir = tmp_path / f"stop{stop}"
-        sections = _sections(stage, bf16)
-        if stop == 4:
+        if stop == 3:
             pool(train, run_config(inputs, tokenizer_path, run_dir, ranks, **sections), stop_after=stop)
         else:
-            _left_by_a_kill(never, run_dir, stop)
+            left_by_a_kill(never, run_dir, stop)
         assert max((run_dir / "checkpoints").glob("step-*")).name == f"step-{stop:08d}"
         # how often it saves must not matter either
         pool(train, run_config(inputs, tokenizer_path, run_dir, ranks, checkpoint={"every_steps": 0}, **sections))
-        assert _equal(never / "checkpoints" / "step-00000010", run_dir / "checkpoints" / "step-00000010") == []
+        assert _equal(never / "checkpoints" / "step-00000007", run_dir / "checkpoints" / "step-00000007") == []
         losses = [
             [line["train/loss"] for line in metrics(folder) if "train/loss" in line] for folder in (never, run_dir)
         ]
-        assert losses[0] == losses[1] and len(losses[0]) == 10
+        assert losses[0] == losses[1] and len(losses[0]) == 7
         evals = [
             [(line["step"], line["eval/loss"]) for line in metrics(folder) if "eval/loss" in line]
             for folder in (never, run_dir)
         ]
-        assert evals[0] == evals[1] and [step for step, _ in evals[0]] == [0, 5, 10]
+        assert evals[0] == evals[1] and [step for step, _ in evals[0]] == [0, 3, 6, 7]
         shutil.rmtree(run_dir)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "mora", "relora"])
 def test_every_method_resumes_bit_equal(pools, ranks, inputs, tokenizer_path, tmp_path, method):
-    pool = pools(ranks)
-    folders = [tmp_path / "never", tmp_path / "stopped"]
+    folders = [tmp_path / "never", tmp_path / "killed"]
     for folder in folders:
-        config = run_config(inputs, tokenizer_path, folder, ranks, **_sections(2, True, method))
-        if folder.name == "stopped":
-            pool(train, config, stop_after=4)
-        pool(train, config)
+        if folder.name == "killed":
+            left_by_a_kill(folders[0], folder, 4)
+        pools(ranks)(train, run_config(inputs, tokenizer_path, folder, ranks, **_sections(2, True, method)))
     assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
 
 

@@ -15,6 +15,7 @@ from relora_mora.methods.inject import inject
 from relora_mora.methods.layers import adapter_layers, layer_generator
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import group_rates, make_schedule, parameter_groups, set_trainable
+from tests.tools.grids import rest
 from tests.tools.tiny import batch, tiny_config, tiny_llama
 
 pytestmark = pytest.mark.distributed
@@ -167,8 +168,9 @@ def _distance(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict
     return float(torch.stack(distances).max())  # Python's max would pass over NaN
 
 
-CASES = [(2, method, stage) for method in ("full", "relora", "remora") for stage in STAGES]
-CASES += [(1, "remora", stage) for stage in STAGES]
+CASES = [(2, "remora", stage) for stage in STAGES]
+CASES += [(2, "full", 1), (2, "full", 3), (2, "relora", 0), (2, "relora", 2), (1, "remora", 0), (1, "remora", 3)]
+CASES += rest((2, "full", 0), (2, "full", 2), (2, "relora", 1), (2, "relora", 3), (1, "remora", 1), (1, "remora", 2))
 
 
 @pytest.mark.parametrize("world,method,stage", CASES)
@@ -187,7 +189,7 @@ def test_every_stage_trains_as_plain_torch_does(pools, world, method, stage):
         assert found["states"] == {"exp_avg", "exp_avg_sq", "step"}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, 3, *rest((1,), (2,))])
 def test_without_nesterov(pools, stage):
     losses = _reference("remora", nesterov=False)[1]
     assert losses != pytest.approx(_reference("remora")[1], rel=2e-6)

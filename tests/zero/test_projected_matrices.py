@@ -13,6 +13,7 @@ from relora_mora.methods.layers import adapter_layers
 from relora_mora.optim import matrix_rule
 from relora_mora.rules import MatrixState
 from relora_mora.system.seeds import derived_seed
+from tests.tools.grids import rest
 from tests.zero.test_matrices import Reference, _config, _distance, _llama, _run
 
 pytestmark = pytest.mark.distributed
@@ -74,7 +75,7 @@ def trained(world_size: int, stage: int, method: str, matrices: str, bf16: bool 
     }
 
 
-CASES = [(2, "full", stage, "fira") for stage in (0, 1, 2, 3)]
+CASES = [(2, "full", 0, "fira"), (2, "full", 3, "fira"), *rest((2, "full", 1, "fira"), (2, "full", 2, "fira"))]
 CASES += [(2, "full", 3, "galore"), (2, "full", 2, "apollo"), (2, "remora", 3, "apollo"), (1, "relora", 1, "galore")]
 
 
@@ -94,7 +95,7 @@ def test_every_stage_trains_as_plain_torch_does(pools, world, method, stage, mat
     assert owners == dict.fromkeys(reference.states, world if stage == 0 else 1)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3, *rest((1,), (2,))])
 def test_in_bf16_it_trains_as_plain_torch_does_up_to_rounding(pools, stage):
     losses = _reference("full", "fira")[1]
     for found in pools(2)(trained, 2, stage, "full", "fira", bf16=True):

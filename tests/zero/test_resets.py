@@ -109,10 +109,12 @@ def scenario(world_size: int, stage: int, bf16: bool, method: str, threshold: in
 
 CASES = [
     *[(2, stage, bf16, "remora", None) for stage in STAGES for bf16 in (False, True)],
-    *[(1, stage, stage % 2 == 0, "remora", None) for stage in STAGES],
+    *[(1, stage, stage % 2 == 0, "remora", None) for stage in (0, 3)],
     *rest(*((1, stage, stage % 2 == 1, "remora", None) for stage in STAGES)),
+    *rest(*((1, stage, stage % 2 == 0, "remora", None) for stage in (1, 2))),
     *[(2, 3, bf16, "remora", 0) for bf16 in (False, True)],
-    *[(2, stage, True, "relora", None) for stage in STAGES],
+    *[(2, stage, True, "relora", None) for stage in (0, 3)],
+    *rest(*((2, stage, True, "relora", None) for stage in (1, 2))),
 ]
 
 
@@ -208,8 +210,11 @@ def carried(world_size: int, stage: int, matrices: str) -> dict[str, Any]:
     return {"far": _largest(far), "moved": _largest(moved), "steps": rig.engine.group_steps()["adapters"]}
 
 
-@pytest.mark.parametrize("matrices", ["adamw", "muon"])
-@pytest.mark.parametrize("stage", STAGES)
+CARRIED = [(stage, ("adamw", "muon")[stage % 2]) for stage in STAGES]
+CARRIED += rest(*((stage, ("muon", "adamw")[stage % 2]) for stage in STAGES))
+
+
+@pytest.mark.parametrize("stage,matrices", CARRIED)
 def test_carry_moves_the_state_to_the_new_operators(pools, ranks, stage, matrices):
     seen = pools(ranks)(carried, ranks, stage, matrices)[0]
     assert seen["far"] <= 1e-6 and seen["moved"] > 0.1
