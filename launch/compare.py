@@ -43,6 +43,7 @@ def main(
         is_model,
         markdown,
         parse_reach,
+        reach_notes,
         read_run,
         read_runs,
         step_cells,
@@ -66,7 +67,8 @@ def main(
     reference = None if against is None else group_of(groups, against)
     rows = compare(groups, reference)
     reached = None if reach is None else parse_reach(reach, groups)
-    table = markdown(rows, reference, None if reached is None else step_cells(reached, groups))
+    columns, notes = ({}, []) if reached is None else (step_cells(reached, groups), reach_notes(reached, groups))
+    table = markdown(rows, reference, columns, notes)
     print(table, end="", flush=True)
     if out is None:
         return

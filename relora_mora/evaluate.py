@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -25,22 +26,26 @@ class EvalResult:
     """``nats`` is the sum over ``tokens`` predicted tokens of text that has ``utf8_bytes`` bytes.
 
     End-of-document tokens are predicted and counted in ``tokens``; they add no bytes. Where not all of a text is
-    scored, as of records, its bytes are None.
+    scored, as of records, its bytes are None. Losses compare where ``digest`` is the same
+    (:class:`relora_mora.data.EvalSet`); that of several texts is one of theirs, in any order.
     """
 
     nats: float
     tokens: int
     utf8_bytes: int | None
+    digest: str
 
     @staticmethod
     def of_all(results: Iterable[EvalResult]) -> EvalResult:
         """That of several texts as one, in which every token weighs the same."""
         results = list(results)
         sizes = [each.utf8_bytes for each in results if each.utf8_bytes is not None]
+        digests = sorted(each.digest for each in results)
         return EvalResult(
             sum(each.nats for each in results),
             sum(each.tokens for each in results),
             sum(sizes) if len(sizes) == len(results) else None,
+            digests[0] if len(digests) == 1 else xxhash.xxh3_64_hexdigest(" ".join(digests).encode()),
         )
 
     @property
@@ -55,13 +60,14 @@ class EvalResult:
     def bits_per_byte(self) -> float | None:
         return None if self.utf8_bytes is None else self.nats / math.log(2) / self.utf8_bytes
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, float | int | str]:
         bits = self.bits_per_byte
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
             **({} if bits is None else {"bits_per_byte": bits}),
             "tokens": self.tokens,
+            "digest": self.digest,
         }
 
     def __str__(self) -> str:
@@ -155,7 +161,7 @@ def evaluate(
         progress(min(scored, data.predicted), data.predicted)
     nats, tokens = all_sum(totals).tolist()
     assert round(tokens) == data.predicted, f"scored {tokens:.0f} tokens of {data.predicted}"
-    return EvalResult(nats, data.predicted, data.utf8_bytes)
+    return EvalResult(nats, data.predicted, data.utf8_bytes, data.digest)
 
 
 @torch.no_grad()

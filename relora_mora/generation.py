@@ -53,6 +53,7 @@ class Generated:
         return {
             "exact_match": self.exact / self.answers,
             "character_accuracy": self.agreeing / max(1, self.characters),
+            "answers": self.answers,
         }
 
     def __str__(self) -> str:

@@ -25,7 +25,15 @@ from relora_mora.checkpoint import CheckpointError
 from relora_mora.config import DataConfig, RecordsConfig, parse_typed
 from relora_mora.data import SourceError, document_boundaries, load_eval_set
 from relora_mora.data.hub_sources import Commits
-from relora_mora.evaluate import causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal, rows_of_documents
+from relora_mora.evaluate import (
+    EvalResult,
+    causal_lm_loss,
+    evaluate,
+    evaluate_sets,
+    held_out,
+    is_causal,
+    rows_of_documents,
+)
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.pretrained import LoadedModel, load_any_model
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
@@ -102,6 +110,10 @@ def test_sets_are_scored_one_after_the_other(source, tokenizer_path, tmp_path):
     assert {name: result.tokens for name, result in results.items()} == {
         name: data.predicted for name, data in sets.items()
     }
+    whole = EvalResult.of_all(results.values())
+    assert len({whole.digest, *(data.digest for data in sets.values())}) == 3
+    assert EvalResult.of_all(reversed(results.values())).digest == whole.digest
+    assert EvalResult.of_all([results["two"]]) == results["two"]
     both = sum(data.predicted for data in sets.values())
     assert steps == sorted(steps) and {total for _, total in steps} == {both} and steps[-1][0] == both
     assert evaluate_sets(lambda data, _: results["all"] if data is sets["all"] else None, sets, print) is None, (
@@ -253,9 +265,8 @@ def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer
     )
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout.splitlines()[-1])
-    assert (
-        set(values) == {"loss", "perplexity", "bits_per_byte", "tokens"} and abs(values["loss"] - math.log(320)) < 0.2
-    )
+    assert set(values) == {"loss", "perplexity", "bits_per_byte", "tokens", "digest"}
+    assert abs(values["loss"] - math.log(320)) < 0.2
     refused(call(EVALUATE, tmp_path, f"--data={source}"), "no checkpoint")
     refused(call(EVALUATE, tmp_path, f"--data={tmp_path}/typo.json"), "no file matches")
     refused(call(EVALUATE, tmp_path, f"--data={source}", f"--tokenizer={tmp_path}/typo"), "typo: not found")

@@ -143,7 +143,11 @@ def test_every_answer_is_counted_once_on_any_number_of_ranks(lm, tokenizer_path)
         whole = Generated.of_all(results)
         assert (whole.answers, whole.exact, whole.characters) == (4, 3, sum(map(len, expected)))
         assert lost > 0 and whole.agreeing == whole.characters - lost
-        assert whole.as_dict() == {"exact_match": 0.75, "character_accuracy": whole.agreeing / whole.characters}
+        assert whole.as_dict() == {
+            "exact_match": 0.75,
+            "character_accuracy": whole.agreeing / whole.characters,
+            "answers": 4,
+        }
 
 
 def test_it_stops_before_a_batch_when_it_is_asked_to(lm, tokenizer_path):

@@ -4,7 +4,7 @@ from relora_mora.compare.errors import CompareError
 from relora_mora.compare.figures import figures_of, reach_figure
 from relora_mora.compare.files import check_plots, save, write_files
 from relora_mora.compare.groups import Group, group_of, group_runs
-from relora_mora.compare.reach import Reach, parse_reach, step_cells
+from relora_mora.compare.reach import Reach, parse_reach, reach_notes, step_cells
 from relora_mora.compare.runs import Run, is_model, read_run, read_runs
 from relora_mora.compare.table import as_json, compare, markdown, table_of
 
@@ -23,6 +23,7 @@ __all__ = [
     "markdown",
     "parse_reach",
     "reach_figure",
+    "reach_notes",
     "read_run",
     "read_runs",
     "save",

@@ -316,7 +316,8 @@ def _columns(groups: Sequence[Group]) -> int:
 
 
 def legend_height(groups: Sequence[Group]) -> float:
-    return LEGEND_LINE * -(-(len(groups) + 2) // _columns(groups))
+    further = sum(len(name_of(group)) // PAGE_WIDTH for group in groups)
+    return LEGEND_LINE * (-(-(len(groups) + 2) // _columns(groups)) + further)
 
 
 def add_legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training: bool = False) -> None:
@@ -330,4 +331,6 @@ def add_legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training
         if any(_marked_merges(group) for group in groups):
             handles.append(Line2D([], [], color="#777777", linestyle="", marker="|", markersize=5, markeredgewidth=1.2))
             labels.append("merge")
+    width = int(PAGE_WIDTH * figure.get_figwidth() / WIDTH)
+    labels = [textwrap.fill(label, width) for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=_columns(groups), handlelength=4)

@@ -12,6 +12,7 @@ from typing import Any
 
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.runs import Run
+from relora_mora.config import RecordsConfig, TextSource
 from relora_mora.config.checks import OPERATIONAL, unused_settings
 from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS
 
@@ -109,7 +110,7 @@ def _own_name(run: Run, before: Iterable[Group], apart: Sequence[str]) -> str:
     noted = ", ".join(sorted({name for other in alike for name in _noted_otherwise(run, other, apart)}))
     if noted:
         return f"{run.folder.name} (other {noted})"
-    is_same = any(_settings_but((), other) == _settings_but((), run) for other in alike)
+    is_same = any(_seed(other) == _seed(run) and _settings_but((), other) == _settings_but((), run) for other in alike)
     return f"{run.folder.name} (the same seed)" if is_same else run.folder.name
 
 
@@ -129,6 +130,7 @@ def _noted_otherwise(run: Run, other: Run, apart: Sequence[str] = ()) -> list[st
 def _noted(run: Run) -> dict[str, Any]:
     """What settings name or leave open, by the setting, or its section; earlier versions noted less."""
     noted: dict[str, Any] = {"model": run.parameters.get("total"), "train.precision": run.bf16, **run.began_with}
+    noted["data.validation"] = run.scored or None
     if run.starts:
         noted |= {"settings before a resume": run.changes, "first step": run.first_step}
     return {name: value for name, value in noted.items() if value is not None}
@@ -215,16 +217,21 @@ def _seed(run: Run) -> tuple[Any, ...]:
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the settings of which several values are in use; of a setting that one method has, that is one value."""
     names = dict.fromkeys(name for each in settings for name in each if name not in _IN_TITLE)
-    values = {name: {json.dumps(each[name], default=str) for each in settings if name in each} for name in names}
+    values = {name: {_written(each[name]) for each in settings if name in each} for name in names}
     operators = {
         json.dumps(each["method.operators"]) for each in settings if len(each.get("method.operators", ())) == 1
     }
     return [name for name in names if len(values[name]) > 1] + ["method.operators"] * (len(operators) > 1)
 
 
+def _written(value: Any) -> str:
+    """The same for sets of held-out text in any order."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
 def _is_one_word(name: str, settings: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a setting's different values look the same when paths are cut short."""
-    values = {json.dumps(each[name], default=str): _shown(each[name]) for each in settings if name in each}
+    values = {_written(each[name]): _shown(each[name]) for each in settings if name in each}
     return len(set(values.values())) < len(values)
 
 
@@ -244,6 +251,15 @@ def _differences(settings: Mapping[str, Any], names: Sequence[str], whole: Set[s
     return ", ".join(shown)
 
 
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a source of text, or of what its rows hold, what is not the default; else all."""
+    for model, key in ((TextSource, "source"), (RecordsConfig, "kind")):
+        if key in values:
+            defaults = {name: field.get_default() for name, field in model.model_fields.items() if name != key}
+            return {name: each for name, each in values.items() if name not in defaults or each != defaults[name]}
+    return values
+
+
 def _shown(value: Any, *, whole: bool = False) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "on", False: "off", None: "default"}[value]
@@ -252,5 +268,6 @@ def _shown(value: Any, *, whole: bool = False) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_shown(each, whole=whole) for each in value)
     if isinstance(value, dict):
+        value = _given(value)
         return ", ".join(f"{key} {_shown(inner, whole=whole)}" for key, inner in value.items())
     return Path(value).stem if isinstance(value, str) and "/" in value and not whole else str(value)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.groups import Group
-from relora_mora.compare.runs import Run
+from relora_mora.compare.runs import SHARES, Run
 from relora_mora.compare.table import Number, number_cell
 
 FALLING = ("loss", "perplexity", "bits_per_byte")
-RISING = ("exact_match", "character_accuracy")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Reach:
         series = run.series(self.tag)
         begin = next(iter(series.values()), math.nan)
         name = self.tag.rpartition("/")[2]
-        falls = name in FALLING or (name not in RISING and begin > value)
+        falls = name in FALLING or (name not in SHARES and begin > value)
         beyond = (step for step, now in series.items() if (now <= value if falls else now >= value))
         return next(beyond, None)
 
@@ -71,6 +70,15 @@ def step_cells(reach: Reach, groups: Sequence[Group]) -> dict[str, list[str]]:
         number_cell(Number.of(last), ".3f") if (last := reach.last(group)) else "–" for group in groups
     ]
     return columns
+
+
+def reach_notes(reach: Reach, groups: Sequence[Group]) -> list[str]:
+    """What a reader of its columns must know."""
+    of_set, _, name = reach.tag.rpartition("/")
+    counts = {count for group in groups for run in group.runs for count in run.series(f"{of_set}/answers").values()}
+    if name not in SHARES or len(counts) < 2:
+        return []
+    return [f"{reach.title}: runs generated different numbers of answers (eval.generate); their shares do not compare."]
 
 
 def _steps(reach: Reach, group: Group, value: float) -> str:

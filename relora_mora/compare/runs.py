@@ -23,6 +23,7 @@ from relora_mora.supervise.lock import is_held
 from relora_mora.system.run_folder import RunFolder, changes_since_first, noted_digests
 
 COUNTS = ("train.steps", "train.batch_size", "data.sequence_length")
+SHARES = ("exact_match", "character_accuracy")  # of answers that were generated
 Series = dict[int, float]  # values of a metric by step, in the order of steps
 
 
@@ -40,12 +41,15 @@ class Run:
     def series(self, tag: str) -> Series:
         """A metric by step, without numbers that are not finite; the newest where a step has several.
 
-        Of evaluations those that scored as many tokens as the last one: a resume may have taken other held-out text.
+        Of evaluations those that scored, or generated, what the last one did: a resume may have taken other held-out
+        text.
         """
         lines = [line for line in self.lines if isinstance(line.get(tag), int | float)]
         if tag.startswith("eval/") and lines:
-            scored = f"{tag.rpartition('/')[0]}/tokens"
-            lines = [line for line in lines if line.get(scored) == lines[-1].get(scored)]
+            of_set, _, name = tag.rpartition("/")
+            same = ("digest", "answers") if name in SHARES else ("digest",)
+            last = [lines[-1].get(f"{of_set}/{each}") for each in same]
+            lines = [line for line in lines if [line.get(f"{of_set}/{each}") for each in same] == last]
         found = {line["step"]: line[tag] for line in lines}
         return {step: value for step, value in found.items() if math.isfinite(value)}
 
@@ -95,6 +99,13 @@ class Run:
         scored = self.series(f"eval/{name}/tokens" if name else "eval/tokens")
         return int(list(scored.values())[-1]) if scored else None
 
+    @property
+    def scored(self) -> dict[str, str]:
+        """Digests of what its newest evaluation scored, by the names of the sets; earlier versions noted none."""
+        tags = {name: f"eval/{name}/digest" if name else "eval/digest" for name in self.validation_sets}
+        found = {name: [line[tag] for line in self.lines if tag in line] for name, tag in tags.items()}
+        return {name: digests[-1] for name, digests in found.items() if digests}
+
     def held_out(self, name: str) -> str:
         """The text of a set, and the tokenizer, as the settings name them."""
         validation = self.settings.get("data.validation")
@@ -138,8 +149,11 @@ class Run:
 
     @property
     def began_with(self) -> dict[str, str]:
-        """Digests of what settings name, by the setting; empty for runs of versions that noted none."""
-        return noted_digests(self.starts)
+        """Digests of what settings name, by the setting; empty for runs of versions that noted none.
+
+        But for held-out text, which a resume may change: see ``scored``.
+        """
+        return {name: digest for name, digest in noted_digests(self.starts).items() if name != "data.validation"}
 
     @property
     def first_step(self) -> int:

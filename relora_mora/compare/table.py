@@ -37,6 +37,7 @@ class Validation:
     perplexity: Number
     ratio: float  # of perplexities, to that of the row compared with
     scored_tokens: int | None
+    digest: str | None  # of what was scored; None where no run of the group has noted it
     text: str  # what was scored, and the tokenizer, as the settings name them
 
 
@@ -111,7 +112,8 @@ def _row(group: Group, reference: dict[str, float]) -> Row:
         perplexity = Number.of(perplexities(group, name))
         loss = Number.of([run.evaluations(name)[_step(group, run, name)] for run in group.runs])
         ratio = perplexity.mean / compared_with
-        validation[name] = Validation(loss, perplexity, ratio, first.scored_tokens(name), first.held_out(name))
+        digest = next((run.scored[name] for run in group.runs if name in run.scored), None)
+        validation[name] = Validation(loss, perplexity, ratio, first.scored_tokens(name), digest, first.held_out(name))
     return Row(
         label=group.label,
         method=group.method,
@@ -129,7 +131,9 @@ def _row(group: Group, reference: dict[str, float]) -> Row:
         peak_memory_gib=_over_seeds(group, "perf/peak_memory_gib", max),
         began_with={
             name: {
-                json.dumps(run.settings.get(name)): run.began_with[name] for run in group.runs if name in run.began_with
+                json.dumps(run.settings.get(name), sort_keys=True): run.began_with[name]
+                for run in group.runs
+                if name in run.began_with
             }
             for name in sorted({name for run in group.runs for name in run.began_with})
         },
@@ -159,8 +163,16 @@ def as_json(rows: Sequence[Row], against: Group | None = None) -> dict[str, Any]
     return {"against": rows[0].label if against is None else against.label, "rows": [asdict(row) for row in rows]}
 
 
-def markdown(rows: Sequence[Row], against: Group | None = None, more: Mapping[str, list[str]] | None = None) -> str:
-    """The table, and below it what a reader must know of it. ``more`` are columns to add, with a cell for each row."""
+def markdown(
+    rows: Sequence[Row],
+    against: Group | None = None,
+    more: Mapping[str, list[str]] | None = None,
+    notes: Sequence[str] = (),
+) -> str:
+    """The table, and below it what a reader must know of it.
+
+    ``more`` are columns to add, with a cell for each row, and ``notes`` are of these.
+    """
     sets = list(rows[0].validation)
     columns: dict[str, list[str]] = {"method": [row.method for row in rows]}
     if any(row.differs for row in rows):
@@ -182,8 +194,7 @@ def markdown(rows: Sequence[Row], against: Group | None = None, more: Mapping[st
     columns["tokens/s"] = [number_cell(row.tokens_per_second, ",.0f") for row in rows]
     columns["peak memory, GiB"] = [number_cell(row.peak_memory_gib, ".2f") for row in rows]
     table = table_of(columns, left=sum(name in ("method", "settings") for name in columns))
-    notes = "".join(f"\n{note}\n" for note in _notes(rows, against))
-    return table + notes
+    return table + "".join(f"\n{note}\n" for note in [*_notes(rows, against), *notes])
 
 
 def table_of(columns: Mapping[str, Sequence[str]], *, left: int) -> str:
@@ -216,9 +227,11 @@ def _notes(rows: Sequence[Row], against: Group | None) -> list[str]:
         ]
     for name in rows[0].validation:
         title = _set_title(name).capitalize()
-        if len({row.validation[name].scored_tokens for row in rows}) > 1:
+        scored = [row.validation[name] for row in rows]
+        digests = {each.digest for each in scored}
+        if len({each.scored_tokens for each in scored}) > 1 or len(digests - {None}) > 1:
             notes.append(f"{title}: runs were scored on different tokens; their losses do not compare.")
-        elif len({row.validation[name].text for row in rows}) > 1:
+        elif None in digests and len({each.text for each in scored}) > 1:
             notes.append(
                 f"{title}: runs name different data.validation or tokenizer.path; their losses compare only where text "
                 "and tokenizer are the same."

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 
 from relora_mora.config import DataConfig, TextSource, as_sources
 from relora_mora.data.answers import Answer, answer_of
 from relora_mora.data.batch import UNSCORED, document_ids
+from relora_mora.data.content import local_content
 from relora_mora.data.encoders import packing_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.judged_records import RecordsFound
@@ -44,6 +46,7 @@ class EvalSet:
     scored: Mask  # [blocks, T]: whether the token behind each input counts
     document_ids: DocumentIds | None  # [blocks, T], where attention stays within a document
     utf8_bytes: int | None
+    digest: str  # 16 hex digits over all tokens and which of them are scored, whatever their packing
     documents: int
     eos: int
     answers: Sequence[Answer] = ()  # to generate
@@ -109,6 +112,7 @@ def load_eval_set(
     config = config.model_copy(update={"sequence_length": sequence_length})
     shards = shards_of(sources, config, "validation")
     check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos)
+    local_content(shards)  # tokens that have changed, and a text beside its tokens, are refused
     packing = packing_of(config, shards)
     found = RecordsFound()
     in_order = rows_in_order(shards, config, tokenizer, packing, found)
@@ -125,6 +129,7 @@ def load_eval_set(
     return EvalSet(
         *pack(encoded, config, eos),
         utf8_bytes=sum(sizes) if len(sizes) == len(rows) else None,
+        digest=_digest(encoded),
         documents=len(rows),
         eos=eos,
         answers=list(itertools.islice(filter(None, map(answer_of, encoded)), answers)),
@@ -144,6 +149,16 @@ def _scored_tokens(row: Encoded, *, stream: bool) -> int:
     if stream:  # with the EOS behind it
         return len(row.ids) + 1 if row.scored is None else int(with_end(row.scored).sum())
     return len(row.ids) - 1 if row.scored is None else int(np.count_nonzero(row.scored[1:]))
+
+
+def _digest(rows: Iterable[Encoded]) -> str:
+    digest = xxhash.xxh3_64()
+    for row in rows:
+        digest.update(len(row.ids).to_bytes(8, "little"))
+        digest.update(np.asarray(row.ids, np.int32).tobytes())
+        if row.scored is not None:
+            digest.update(np.packbits(row.scored).tobytes())
+    return digest.hexdigest()
 
 
 def _stream(rows: Sequence[Encoded], config: DataConfig, eos: int) -> tuple[Tokens, Mask, DocumentIds | None]:

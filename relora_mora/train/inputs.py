@@ -19,6 +19,7 @@ from relora_mora.data import (
     check_records,
     check_tokens,
     configured_shards,
+    local_content,
     template_in_use,
 )
 from relora_mora.tokenizer import TokenizerError, load_tokenizer
@@ -63,6 +64,8 @@ def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | N
         check_records([shard for shard in shards if not shard.is_remote], data, tokenizer)
         limits = data if split == "train" else None
         check_tokens(shards, tokenizer_path=config.tokenizer_path, eos=tokenizer.eos_token_id, limits=limits)
+    if split == "validation":
+        local_content(shards)  # as of the training data, later: what has changed, or is there twice, is refused
     return shards
 
 

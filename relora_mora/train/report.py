@@ -79,7 +79,7 @@ def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_len
     }
 
 
-def eval_metrics(results: Mapping[str, EvalResult | Generated]) -> dict[str, float | int]:
+def eval_metrics(results: Mapping[str, EvalResult | Generated]) -> dict[str, float | int | str]:
     """``eval/<name>/loss`` and so on of each set; ``eval/loss`` for the name ""."""
     return {
         f"eval/{name}/{key}" if name else f"eval/{key}": value

@@ -31,7 +31,7 @@ _GROUPS = {
 }
 _OF_A_SET = re.compile("eval/[^/]+/[^/]+")  # a set of held-out text may be called "seconds"
 # the same at every merge or evaluation, or a single number of a start: no curves
-NO_CURVES = ("merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens")
+NO_CURVES = ("merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens", "eval/answers")
 LAYOUT = {
     "quality": {
         "perplexity": ["Multiline", ["eval/(.+/)?perplexity$", "train/perplexity"]],
@@ -72,7 +72,7 @@ def board_tag(tag: str) -> str | None:
     if tag in NO_CURVES:
         return None
     if _OF_A_SET.fullmatch(tag):
-        return None if tag.endswith("/tokens") else tag
+        return None if tag.endswith(("/tokens", "/answers")) else tag
     for prefix, group in _GROUPS.items():
         if tag.startswith(prefix):
             return group + tag.removeprefix(prefix)

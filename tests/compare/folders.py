@@ -24,11 +24,12 @@ def write_run(
     losses: Sequence[float],
     *,
     sets: Sequence[str] = (),
+    digest: str | None = None,
     step_seconds: float = 2.0,
     **sections: dict[str, Any],
 ) -> Path:
     """A run of 40 steps with a line each, and an evaluation every 10 that gives the next of the losses; without sets it
-    has one without a name. With fewer than five losses it is cut off."""
+    has one without a name. With fewer than five losses it is cut off. ``digest``: of what they score."""
     settings: dict[str, dict[str, Any]] = {
         "data": {"sequence_length": 16},
         "method": {"rank": 4, "merge_every": MERGED},
@@ -47,7 +48,7 @@ def write_run(
                 )
             lines.append(_training(step, step_seconds))
         if step % EVALUATED == 0:
-            lines.append({"step": step, **_evaluation(losses[step // EVALUATED], sets)})
+            lines.append({"step": step, **_evaluation(losses[step // EVALUATED], sets, digest)})
     files = RunFolder(folder)
     folder.mkdir(parents=True)
     files.config.write_text(dump(config))
@@ -67,9 +68,12 @@ def _training(step: int, step_seconds: float) -> dict[str, Any]:
     }
 
 
-def _evaluation(loss: float, sets: Sequence[str]) -> dict[str, Any]:
-    of_sets = {f"eval/{name}/loss": loss + index for index, name in enumerate(sets)}
-    return {"eval/loss": loss, "eval/tokens": 500, **of_sets, **{f"eval/{name}/tokens": 500 for name in sets}}
+def _evaluation(loss: float, sets: Sequence[str], digest: str | None) -> dict[str, Any]:
+    scored = {"tokens": 500} if digest is None else {"tokens": 500, "digest": digest}
+    found: dict[str, Any] = {"eval/loss": loss} | {f"eval/{name}/loss": loss + n for n, name in enumerate(sets)}
+    for of_set in ("eval", *(f"eval/{name}" for name in sets)):
+        found |= {f"{of_set}/{name}": value for name, value in scored.items()}
+    return found
 
 
 def append_metrics(folder: Path, tag: str, values: Sequence[float]) -> None:

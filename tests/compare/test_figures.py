@@ -149,8 +149,11 @@ def test_long_names_and_many_merging_rows_do_not_overlap(tmp_path: Path) -> None
     figure.draw_without_rendering()
     boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
     assert all(upper.ymin >= lower.ymax for upper, lower in itertools.pairwise(boxes))
-    [merges, *_] = loss_figure(groups, "tokens").axes
-    heights = [line.get_ydata()[0] for line in merges.get_lines() if line.get_marker() == "|"]
+    figure = loss_figure(groups, "tokens")
+    figure.draw_without_rendering()
+    [legend] = figure.legends
+    assert legend.get_window_extent().width <= figure.bbox.width
+    heights = [line.get_ydata()[0] for line in figure.axes[0].get_lines() if line.get_marker() == "|"]
     assert len(set(heights)) == 12 and max(heights) < 0.2
 
 

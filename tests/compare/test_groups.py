@@ -127,6 +127,40 @@ def test_a_run_is_compared_with_all_that_were_before_it(tmp_path: Path):
     assert labels == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run2 (other data.train)"]
 
 
+def test_a_run_that_was_scored_on_other_text_is_no_further_seed(tmp_path: Path) -> None:
+    texts = ("a text", "another", "a text", None)
+    runs = [made_run(tmp_path / f"run{seed}", digest=text, train={"seed": seed}) for seed, text in enumerate(texts)]
+    for run, text in zip(runs, ("as the settings name it", "something else", None, None), strict=True):
+        run.starts[0]["began_with"] = {} if text is None else {"data.validation": text}  # which a resume may change
+    groups = group_runs(runs)
+    assert [[run.folder.name for run in group.runs] for group in groups] == [["run0", "run2", "run3"], ["run1"]]
+    assert groups[1].label == "ReMoRA (1, 2), run1 (other data.validation)"
+
+
+def test_sets_of_held_out_text_have_no_order(tmp_path: Path) -> None:
+    sets = {"a": "a.jsonl", "b": "b.jsonl"}
+    ways = (sets, dict(reversed(sets.items())))
+    runs: list[Sections] = [{"data": {"validation": way}, "train": {"seed": seed}} for seed, way in enumerate(ways)]
+    assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2)"]
+    other: Sections = {"data": {"validation": ways[1]}, "optim": {"lr": 0.5}}
+    assert _labels(tmp_path / "rates", runs[0], other) == ["ReMoRA (1, 2), lr 0.0005", "ReMoRA (1, 2), lr 0.5"]
+
+
+def test_a_source_is_named_by_what_is_not_a_default(tmp_path: Path) -> None:
+    pairs = {"source": "q/pairs.jsonl", "records": {"kind": "question", "too_long": "drop"}}
+    runs: list[Sections] = [{"data": {"validation": {"a": "a.jsonl", "q": q}}} for q in ("q/q.jsonl", pairs)]
+    assert _labels(tmp_path, *runs) == [
+        "ReMoRA (1, 2), validation a a.jsonl, q q",
+        "ReMoRA (1, 2), validation a a.jsonl, q source pairs, records kind question, too_long drop",
+    ]
+
+
+def test_a_run_with_another_seed_is_not_called_the_same(tmp_path: Path) -> None:
+    runs = [made_run(tmp_path / f"run{seed}", digest=f"{seed}", train={"seed": seed}) for seed in (0, 1)]
+    labels = [group.label for group in group_runs(runs, unnamed=["data.validation"])]
+    assert labels == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1"]
+
+
 def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
     runs: list[Sections] = [{"train": {"seed": 1}}, {"train": {"seed": 1}}, {"train": {"seed": 2}}]
     assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1 (the same seed)"]

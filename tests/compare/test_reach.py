@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.compare import CompareError, group_runs, parse_reach, read_run, step_cells
+from relora_mora.compare import CompareError, group_runs, parse_reach, reach_notes, read_run, step_cells
 from relora_mora.compare.groups import Group
 from tests.compare.folders import append_metrics, write_run
 
@@ -52,6 +52,17 @@ def test_what_is_beyond_the_value_from_the_first_number_on_is_reached(tmp_path: 
     groups = _runs(tmp_path, [0.7, 0.8])
     assert step_cells(parse_reach(f"{ACCURACY}=0.5", groups), groups)["character accuracy 0.5, step"] == ["0"]
     assert step_cells(parse_reach("eval/loss=6", groups), groups)["loss 6, step"] == ["0"]
+
+
+def test_shares_of_unequal_numbers_of_answers_are_told(tmp_path: Path):
+    folders = [write_run(tmp_path / f"{seed}", [5.0, 4.0], train={"seed": seed}) for seed in (0, 1)]
+    for folder, answers in zip(folders, (7, 3), strict=True):
+        append_metrics(folder, ACCURACY, [0.5])
+        append_metrics(folder, "eval/answers", [answers])
+    for count, expected in ((1, 0), (2, 1)):
+        groups = group_runs(map(read_run, folders[:count]))
+        assert len(reach_notes(parse_reach(f"{ACCURACY}=0.5", groups), groups)) == expected
+        assert reach_notes(parse_reach("eval/loss=4", groups), groups) == []
 
 
 @pytest.mark.parametrize("text", ["eval/loss", "eval/loss=", "eval/loss=a"])

@@ -58,11 +58,26 @@ def test_time_counts_the_tokens_that_were_trained_on_where_a_resume_changed_the_
 
 
 def test_evaluations_on_other_text_before_a_resume_are_left_out(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    """Also where it has as many tokens, or the very set that was added to others."""
+    folder = write_run(tmp_path / "a", [9.0, 4.0], sets=["web"], digest="a text")
     with RunFolder(folder).metrics.open("a") as stream:
         for step in (20, 30):
-            stream.write(json.dumps({"step": step, "eval/loss": 3.0, "eval/tokens": 700}) + "\n")
-    assert read_run(folder).evaluations("") == {20: 3.0, 30: 3.0}
+            line = {"eval/loss": 3.0, "eval/tokens": 500, "eval/digest": "another"}
+            line |= {"eval/web/loss": 2.0, "eval/web/tokens": 500, "eval/web/digest": "a text"}
+            stream.write(json.dumps({"step": step, **line}) + "\n")
+    run = read_run(folder)
+    assert run.evaluations("") == {20: 3.0, 30: 3.0} and run.evaluations("web") == {0: 9.0, 10: 4.0, 20: 2.0, 30: 2.0}
+    assert run.scored == {"web": "a text"}
+
+
+def test_shares_of_other_answers_before_a_resume_are_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    with RunFolder(folder).metrics.open("a") as stream:
+        for step, answers in ((10, 3), (20, 7), (30, 7)):
+            line = {"step": step, "eval/loss": 3.0, "eval/exact_match": 0.5, "eval/answers": answers}
+            stream.write(json.dumps(line) + "\n")
+    run = read_run(folder)
+    assert run.series("eval/exact_match") == {20: 0.5, 30: 0.5} and 10 in run.series("eval/loss")
 
 
 @pytest.mark.parametrize(("sets", "expected"), [((), [""]), (("web", "loss"), ["web", "loss"])])

@@ -102,6 +102,16 @@ def test_losses_on_different_tokens_are_told(tmp_path: Path) -> None:
     assert "scored on different tokens" in markdown(compare(groups))
 
 
+def test_what_was_scored_decides_and_not_what_it_is_called(tmp_path: Path) -> None:
+    elsewhere: dict[str, Any] = {"data": {"validation": "other.jsonl"}, "digest": "a text"}
+    said = {
+        digest: markdown(compare(_groups(tmp_path / digest, {**FULL, "digest": digest}, elsewhere)))
+        for digest in ("a text", "another")
+    }
+    assert "scored on different tokens" in said["another"] and "do not compare" not in said["a text"]
+    assert "where text and tokenizer are the same" not in said["a text"]
+
+
 @pytest.mark.parametrize("given", [{"data": {"validation": "other.jsonl"}}, {"tokenizer": {"path": "other"}}])
 def test_as_many_tokens_of_another_text_or_tokenizer_are_told(tmp_path: Path, given: dict[str, Any]) -> None:
     said = "compare only where text and tokenizer are the same"

@@ -52,6 +52,15 @@ def test_the_tokens_are_whole_documents_between_eos(path, texts, tokenizer_path)
     assert whole.utf8_bytes == sum(len(text.encode()) for text in texts)
 
 
+def test_the_digest_is_that_of_the_tokens(path, texts, tokenizer_path, tmp_path):
+    whole = _load(path, tokenizer_path)
+    plain = write_shard(tmp_path / "b.json", texts)
+    assert whole.digest == _load(plain, tokenizer_path, length=8).digest
+    assert whole.digest != _load(path, tokenizer_path, whole.predicted - 1).digest
+    backwards = _load(write_shard(tmp_path / "c.json", texts[::-1]), tokenizer_path)
+    assert backwards.digest != whole.digest and backwards.predicted == whole.predicted
+
+
 def test_max_tokens_cuts_between_documents(path, texts, tokenizer_path):
     lengths = [len(ids) + 1 for ids in encode(load_tokenizer(tokenizer_path), texts)]
     exact = sum(lengths[:70])

@@ -217,6 +217,7 @@ def test_held_out_text_is_the_same(folder, tokenizer_path):
             ]
             assert np.array_equal(sets[0].tokens, sets[1].tokens)
             assert (sets[0].utf8_bytes, sets[0].documents) == (sets[1].utf8_bytes, sets[1].documents)
+            assert sets[0].digest == sets[1].digest
 
 
 def test_totals(folder, tokenizer_path):

@@ -15,7 +15,7 @@ from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.runs import metrics, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
-KEYS = ("loss", "perplexity", "bits_per_byte", "tokens")
+KEYS = ("loss", "perplexity", "bits_per_byte", "tokens", "digest")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_the_command_scores_the_text_of_the_run(inputs, together):
     assert list(values) == [*KEYS, "sets"] and list(values["sets"]) == ["books", "web"]
     for prefix, of_text in (("eval", values), *((f"eval/{name}", one) for name, one in values["sets"].items())):
         assert of_text["loss"] == pytest.approx(lines[-1][f"{prefix}/loss"], abs=2e-5)
-        assert of_text["tokens"] == lines[-1][f"{prefix}/tokens"]
+        assert [of_text[key] for key in KEYS[-2:]] == [lines[-1][f"{prefix}/{key}"] for key in KEYS[-2:]]
     heading, *rows = (row.split() for row in answer.err.splitlines()[-4:])
     assert heading == ["tokens", "loss", "perplexity", "bits", "per", "byte"]
     assert [row[0] for row in rows] == ["books", "web", "all"]

@@ -9,6 +9,7 @@ import pytest
 
 from relora_mora.config import Config, ConfigError, load_config
 from relora_mora.data import SourceError, configured_shards, make_tokens
+from relora_mora.evaluate import held_out
 from relora_mora.tokenizer import TokenizerError
 from relora_mora.train.inputs import open_inputs
 from tests.tools.data_tools import write_parquet
@@ -89,6 +90,27 @@ def test_tokens_of_another_tokenizer_are_told_with_what_else_is_wrong(
         open_inputs(changed(longer, "tokenizer", path=other_tokenizer))
     with pytest.raises(SourceError, match="holds tokens of another tokenizer"):
         open_inputs(changed(config, "data", validation=str(out)))
+
+
+def test_held_out_tokens_that_changed_or_stand_beside_their_text_are_refused(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    shards = configured_shards(config.data, "train")
+    make_tokens(shards, out, config=config.data, tokenizer_path=config.tokenizer_path, processes=1)
+    open_inputs(changed(config, "data", validation=str(out)))
+    both = changed(config, "data", validation={"web": [str(out), str(config.data.train)]})
+    _refused_everywhere(both, "hold the same text, once or twice as tokens")
+    [file, *_] = sorted(out.glob("*.arrow"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    _refused_everywhere(changed(config, "data", validation={"web": str(out)}), "is not what it was when its tokens")
+
+
+def _refused_everywhere(config: Config, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"data.validation.web: .*{message}"):
+        open_inputs(config)
+    with pytest.raises(SourceError, match=f"data.validation.web: .*{message}"):
+        held_out(config.data, config.tokenizer_path, None)
 
 
 def test_one_fault_alone_keeps_its_own_error(config: Config, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_groups_of_curves_come_in_the_order_of_reading():
     groups = dict(zip(tags, (tag.partition("/")[0] for tag in shown), strict=True))
     assert {groups["eval/seconds/loss"], groups["eval/c4/perplexity"]} == {"eval"}
     assert {groups["train/tokens/web"], groups["train/epoch/web"]} == {"training data"}
-    for tag in ("merge/layers", "eval/tokens", "eval/c4/tokens", "startup/imports_seconds"):
+    for tag in ("merge/layers", "eval/tokens", "eval/c4/tokens", "eval/c4/answers", "startup/imports_seconds"):
         assert board_tag(tag) is None, "no curve"
 
 
@@ -224,5 +224,6 @@ def test_the_documents_say_which_numbers_are_no_curves():
     text = (ROOT / "docs" / "metrics.md").read_text()
     only_in_file = text.partition("Only in `metrics.jsonl`:")[2].partition("\n\n")[0]
     tags = set(re.findall(r"`((?:train|eval|merge)/[a-z_]+)`", only_in_file))
-    assert {tag for tag in tags if board_tag(tag) is None} == tags - {"train/skipped_data"}
-    assert tags == {*NO_CURVES, "train/skipped_data"}, "the latter is text"
+    texts = {"train/skipped_data", "eval/digest"}
+    assert {tag for tag in tags if board_tag(tag) is None} == tags - texts
+    assert tags == {*NO_CURVES, *texts}
