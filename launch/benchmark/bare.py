@@ -17,6 +17,7 @@ from relora_mora.methods.layers import adapter_layers
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import group_rates, make_schedule, parameter_groups, set_trainable
 from relora_mora.plan.fit import choose_resident
+from relora_mora.plan.setup import Setup
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.train.build import build
 from relora_mora.train.check import Checked, memory_of_rank
@@ -71,16 +72,10 @@ class TorchLoop:
         if config.model.activation_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         set_trainable(lm, config.method)
-        choose_resident(
-            lm,
-            config,
-            config.train.zero_stage,
-            1,
-            memory_of_rank(),
-            bf16=checked.bf16,
-            on_gpu=uses_cuda(),
-            compiled=checked.compiled,
+        setup = Setup(
+            config, config.train.zero_stage, 1, bf16=checked.bf16, on_gpu=uses_cuda(), compiled=checked.compiled
         )
+        choose_resident(lm, setup, memory_of_rank())
         self.layers = [layer for _, layer in adapter_layers(lm)]
         self.groups = parameter_groups(lm, config.optim)
         self.schedule = make_schedule(config.method, config.optim, config.train.steps)

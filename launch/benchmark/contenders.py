@@ -26,6 +26,7 @@ from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim import build_optimizer, parameter_groups, set_trainable
 from relora_mora.plan.fit import check_adapters, choose_resident
 from relora_mora.plan.flops import flops_of
+from relora_mora.plan.setup import Setup
 from relora_mora.registry import METHODS
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.zero import ZeroEngine
@@ -99,7 +100,7 @@ class Ours:
         set_trainable(lm, config.method)
         on_gpu = uses_cuda()
         ranks = dist.get_world_size()
-        choose_resident(lm, config, setting.zero_stage, ranks, None, bf16=setting.bf16, on_gpu=on_gpu)
+        choose_resident(lm, Setup(config, setting.zero_stage, ranks, bf16=setting.bf16, on_gpu=on_gpu), None)
         if frozen:
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from relora_mora.config import Config
 from relora_mora.config.zero_defaults import zero_defaults
-from relora_mora.plan.memory import zero_setting
 from relora_mora.plan.network import Traffic
+from relora_mora.plan.setup import Setup
 from relora_mora.system.devices import Device
 
 BACKWARD_SHARE = 2 / 3
@@ -68,33 +67,30 @@ class StepTime:
 
 def step_time(
     cluster: Cluster,
-    config: Config,
-    stage: int,
+    setup: Setup,
     moved: Traffic,
     *,
     compute: float,
     trainable: int,
     passes: float,
     products: float,
-    bf16: bool,
-    on_gpu: bool,
 ) -> StepTime:
     """Seconds of a step whose arithmetic takes ``compute``.
 
     The optimizer reads and writes ``passes`` bytes beside the weights of the ``trainable`` parameters, and its matrix
     products take ``products`` seconds: of all ranks together, who share them from stage 1 on.
     """
-    sharers = cluster.world_size if stage else 1
+    stage = setup.stage
     bandwidth = cluster.device.memory_gbytes_per_s * 1e9
     gradients = cluster.seconds_to_send(moved.sent_gradients)
     weights = cluster.seconds_to_send(moved.sent_weights)
-    defaults = zero_defaults(stage, cluster.world_size, trainable, on_gpu=on_gpu)
-    overlaps = zero_setting(config, "overlap_comm", defaults.get("overlap_comm", stage == 3))
+    defaults = zero_defaults(stage, setup.world_size, trainable, on_gpu=setup.on_gpu)
+    overlaps = setup.zero("overlap_comm", defaults.get("overlap_comm", stage == 3))
     hidden = 0.0
     if stage == 3 and overlaps:
         hidden = min(gradients + weights, compute)
     elif stage == 2 and overlaps:
         hidden = min(gradients, BACKWARD_SHARE * compute)
-    moved_bytes = passes + trainable * (2 if bf16 else 4)
-    optimizer = (products + (moved_bytes / bandwidth if bandwidth else 0.0)) / sharers
+    moved_bytes = passes + trainable * setup.width
+    optimizer = (products + (moved_bytes / bandwidth if bandwidth else 0.0)) / setup.sharers
     return StepTime(compute, optimizer, gradients + weights + cluster.seconds_to_send(moved.sent_matrices), hidden)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from relora_mora.config import Config
+from relora_mora.plan.setup import Setup
 from relora_mora.registry import LORA, MORA, Adapter
 from relora_mora.system.devices import Device
 
@@ -72,29 +72,28 @@ class ComputeTime:
 
 def compute_time(
     model_config: PreTrainedConfig,
-    config: Config,
+    setup: Setup,
     device: Device,
     *,
     peak: float,
     flops_per_token: float,
-    bf16: bool,
-    compiled: bool,
     resident: bool,
-    micro_batches: int,
 ) -> ComputeTime:
     """For one micro-batch on a device with ``peak`` FLOP/s; its ``memory_gbytes_per_s`` must be known.
 
-    ``compiled``: the decoder layers are. ``resident``: the adapter layers keep ``W + delta`` for the ``micro_batches``
-    of a step, of which each has its share of the time in which it is built.
+    ``resident``: the adapter layers keep ``W + delta`` for the micro-batches of a step, of which each has its share of
+    the time in which it is built.
     """
+    config = setup.config
     adapter = config.method.record.adapter
-    work = (COMPILED if compiled else EAGER)[adapter, resident]
+    work = (COMPILED if setup.compiles else EAGER)[adapter, resident]
     if resident:
         build = _build(adapter)
+        micro_batches = setup.micro_batches
         work = LayerWork(work.launches + build.launches / micro_batches, work.moved + build.moved / micro_batches)
     layers = model_config.num_hidden_layers * (1 + FORWARD * config.model.activation_checkpointing)
     tokens = config.tokens_per_micro_batch
-    moved = layers * work.moved * (1 if bf16 else 2) * model_config.hidden_size * tokens
+    moved = layers * work.moved * (1 if setup.bf16 else 2) * model_config.hidden_size * tokens
     return ComputeTime(
         products=flops_per_token * tokens / (peak * PRODUCTS_RATE),
         passes=moved / (device.memory_gbytes_per_s * 1e9),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from relora_mora.config import Config, ConfigError, MethodConfig
+from relora_mora.config import ConfigError, MethodConfig
 from relora_mora.methods.inject import layer_class
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.methods.mora import layer_square_size
 from relora_mora.model.shapes import linear_shapes
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import peak_memory, state_memory
+from relora_mora.plan.setup import Setup
 
 USABLE = 0.9  # of a device's memory: the rest is for the CUDA context, NCCL's buffers and fragmentation
 VECTOR = 8  # elements
@@ -63,29 +65,19 @@ def uneven_widths(model_config: PreTrainedConfig) -> list[str]:
     ]
 
 
-def check_memory(
-    model_config: PreTrainedConfig,
-    config: Config,
-    world_size: int,
-    available: float,
-    on_host: float,
-    *,
-    bf16: bool,
-    on_gpu: bool,
-) -> None:
+def check_memory(model_config: PreTrainedConfig, setup: Setup, available: float, on_host: float) -> None:
     """Raises :class:`ConfigError` when what a rank always has is more than its ``available`` bytes.
 
     That is weights, masters and optimizer state, and its part of the float32 base; the base of a rank on a GPU is in
     the memory that it has ``on_host``.
     """
-    state = state_memory(
-        meta_model(model_config, config.method), config, config.train.zero_stage, world_size, bf16=bf16
-    )
-    needed = state.weights + state.masters + state.optimizer + (0 if on_gpu else state.host_base)
-    stage = config.train.zero_stage
+    state = state_memory(meta_model(model_config, setup.config.method), replace(setup, on_gpu=False))
+    needed = state.weights + state.masters + state.optimizer + (0 if setup.on_gpu else state.host_base)
+    stage = setup.stage
+    world_size = setup.world_size
     higher = f", or a stage higher than train.zero_stage={stage}" if stage < 3 and world_size > 1 else ""
     parts = [("weights and optimizer state", needed, available, higher)]
-    if on_gpu:
+    if setup.on_gpu:
         parts.append(("the base weights in host memory", state.host_base, on_host, ""))
     for what, size, there, remedy in parts:
         if size > there:
@@ -97,17 +89,7 @@ def check_memory(
             raise ConfigError([fault], "the settings")
 
 
-def choose_resident(
-    model: PreTrainedModel,
-    config: Config,
-    stage: int,
-    world_size: int,
-    available: float | None,
-    *,
-    bf16: bool,
-    on_gpu: bool,
-    compiled: bool | None = None,
-) -> None:
+def choose_resident(model: PreTrainedModel, setup: Setup, available: float | None) -> None:
     """Where ``method.form`` is ``auto``, makes the layers resident that would build ``W + delta`` for each use.
 
     It does so where a step is planned to take at most half of the ``available`` bytes of a rank (None: not known, and
@@ -115,42 +97,31 @@ def choose_resident(
     measured. The results are the same bits, so ranks and resumes may choose differently; in compiled layers they are
     the same up to rounding.
     """
-    if config.method.form != "auto":
+    if setup.config.method.form != "auto":
         return
-    tokens = config.tokens_per_micro_batch
-    pays = stage < 3 and (on_gpu or config.accumulation_steps(world_size) > 1)
+    tokens = setup.config.tokens_per_micro_batch
+    pays = setup.stage < 3 and (setup.on_gpu or setup.micro_batches > 1)
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:
         layer.resident = pays and layer.uses_merged_form(tokens)
     if available is None or not any(layer.resident for layer in layers):
         return
-    needed = peak_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu, compiled=compiled).device
+    needed = peak_memory(model, setup).device
     for layer in layers:
         layer.resident = layer.resident and needed <= RESIDENT_SHARE * available
 
 
-def stage_advice(
-    model: PreTrainedModel,
-    config: Config,
-    world_size: int,
-    available: float,
-    *,
-    bf16: bool,
-    on_gpu: bool,
-    compiled: bool | None = None,
-) -> str | None:
+def stage_advice(model: PreTrainedModel, setup: Setup, available: float) -> str | None:
     """Where the settings say stage 2 and stage 1 sends less and fits into the ``available`` bytes of a rank: so.
 
     On GPUs stage 2 sends beside backward, so that it depends on the network which is faster.
     """
-    micro_batches = config.accumulation_steps(world_size)
-    if config.train.zero_stage != 2 or world_size == 1 or micro_batches == 1:
+    if setup.stage != 2 or setup.world_size == 1 or setup.micro_batches == 1:
         return None
-    needed = peak_memory(model, config, 1, world_size, bf16=bf16, on_gpu=on_gpu, compiled=compiled).device
-    if needed > USABLE * available:
+    if peak_memory(model, replace(setup, stage=1)).device > USABLE * available:
         return None
     return (
-        f"train.zero_stage=2 sends the gradients after each of the {micro_batches} micro-batches of a step, "
+        f"train.zero_stage=2 sends the gradients after each of the {setup.micro_batches} micro-batches of a step, "
         "train.zero_stage=1 once, and there is memory for it"
-        + ("; launch/plan.py with --link_gbits says which is faster" if on_gpu else "")
+        + ("; launch/plan.py with --link_gbits says which is faster" if setup.on_gpu else "")
     )

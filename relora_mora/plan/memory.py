@@ -53,16 +53,13 @@ from relora_mora.config.zero_defaults import zero_defaults
 from relora_mora.methods.inject import INPUTS, decoder_linears
 from relora_mora.methods.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.model.attention import flash_takes
-from relora_mora.model.compiler import compiles
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
 from relora_mora.model.shapes import attention_widths
 from relora_mora.optim import count_parameters, parameter_groups
 from relora_mora.plan import optimizer
+from relora_mora.plan.setup import MAX_LIVE_PARAMETERS, Setup
 
-# DeepSpeed's defaults
-MAX_LIVE_PARAMETERS = 1_000_000_000
-PERSISTENCE_THRESHOLD = 100_000
-REDUCED_TOGETHER = 500_000_000  # elements, at stage 1 in bf16, of which the last group may have more
+REDUCED_TOGETHER = 500_000_000  # DeepSpeed's: elements, at stage 1 in bf16, of which the last group may have more
 
 PARTS = ("weights", "merged", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
 
@@ -75,7 +72,7 @@ class Memory:
     of which pinned memory may take twice as much.
     """
 
-    moment: str  # loss | backward's start | backward's end | reduction | step
+    phase: str  # loss | backward's start | backward's end | reduction | step
     weights: float
     merged: float
     gathered: float
@@ -93,102 +90,76 @@ class Memory:
         return sum(getattr(self, part) for part in PARTS)
 
 
-def peak_memory(
-    model: PreTrainedModel,
-    config: Config,
-    stage: int,
-    world_size: int,
-    *,
-    bf16: bool,
-    on_gpu: bool = False,
-    compiled: bool | None = None,
-) -> Memory:
-    """Memory of one device when a step needs most: at the loss, in the first layers of backward, or in the update.
-
-    ``compiled``: whether the decoder layers are; None: as ``model.compile`` says.
-    """
-    state = state_memory(model, config, stage, world_size, bf16=bf16, on_gpu=on_gpu)
-    gradients = gradient_memory(group_sizes(model, config.optim), stage, world_size, bf16=bf16)
-    before = gradients.between_micro_batches if config.accumulation_steps(world_size) > 1 else gradients.between_steps
-    merged = merged_memory(model, stage, world_size, bf16=bf16)
-    live = replace(
-        state,
-        merged=merged,
-        gradients=before,
-        gathered=max(state.gathered, gathered_memory(model, config, stage, world_size, bf16=bf16)),
-    )
-    compiled = compiles(config.model, stage, on_gpu=on_gpu) if compiled is None else compiled
-    kept, layer, mask = activation_memory(model, config, bf16=bf16, on_gpu=on_gpu, compiled=compiled)
-    again = layer if config.model.activation_checkpointing else 0
-    at_loss, in_backward = scratch_memory(model, config, bf16=bf16, on_gpu=on_gpu)
-    moments = [
-        replace(live, moment="loss", activations=kept, scratch=at_loss),
-        replace(live, moment="backward's start", activations=kept + again, scratch=in_backward),
+def peak_memory(model: PreTrainedModel, setup: Setup) -> Memory:
+    """Memory of one device when a step needs most: at the loss, in the first layers of backward, or in the update."""
+    state = state_memory(model, setup)
+    gradients = gradient_memory(group_sizes(model, setup.config.optim), setup)
+    before = gradients.between_micro_batches if setup.micro_batches > 1 else gradients.between_steps
+    merged = merged_memory(model, setup)
+    live = replace(state, merged=merged, gradients=before, gathered=max(state.gathered, gathered_memory(model, setup)))
+    kept, layer, mask = activation_memory(model, setup)
+    again = layer if setup.config.model.activation_checkpointing else 0
+    at_loss, in_backward = scratch_memory(model, setup)
+    phases = [
+        replace(live, phase="loss", activations=kept, scratch=at_loss),
+        replace(live, phase="backward's start", activations=kept + again, scratch=in_backward),
         replace(
             state,
-            moment="backward's end",
+            phase="backward's end",
             merged=merged,
             gradients=gradients.after_backward,
             activations=layer + mask,
             scratch=in_backward,
         ),
-        replace(state, moment="reduction", merged=merged, gradients=gradients.in_reduction),
+        replace(state, phase="reduction", merged=merged, gradients=gradients.in_reduction),
         replace(
             state,
-            moment="step",
+            phase="step",
             gradients=gradients.in_step,
-            scratch=optimizer.scratch_bytes(model, config.optim, stage, world_size, on_gpu=on_gpu),
+            scratch=optimizer.scratch_bytes(model, setup),
         ),
     ]
-    return max(moments, key=lambda memory: memory.device)
+    return max(phases, key=lambda memory: memory.device)
 
 
-def state_memory(
-    model: PreTrainedModel, config: Config, stage: int, world_size: int, *, bf16: bool, on_gpu: bool = False
-) -> Memory:
+def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     """What stays between steps, gradients apart."""
     counts = count_parameters(model)
-    width = 2 if bf16 else 4
-    part = counts.trainable / (world_size if stage else 1)
-    defaults = zero_defaults(stage, world_size, counts.trainable, on_gpu=on_gpu)
-    bucket = min(counts.trainable, zero_setting(config, "reduce_bucket_size", defaults["reduce_bucket_size"]))
-    overlaps = stage < 3 and zero_setting(config, "overlap_comm", defaults.get("overlap_comm", False))
-    buckets = (2 if overlaps else 1) if stage >= 2 or (stage == 1 and not bf16) else 0
-    small = zero_setting(config, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
-    persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
+    stage = setup.stage
+    moments = optimizer.state_bytes(model, setup.config.optim)
+    defaults = zero_defaults(stage, setup.world_size, counts.trainable, on_gpu=setup.on_gpu)
+    bucket = min(counts.trainable, setup.zero("reduce_bucket_size", defaults["reduce_bucket_size"]))
+    overlaps = stage < 3 and setup.zero("overlap_comm", defaults.get("overlap_comm", False))
+    buckets = (2 if overlaps else 1) if stage >= 2 or (stage == 1 and not setup.bf16) else 0
+    persistent = sum(p.numel() for p in model.parameters() if p.numel() <= setup.persistence_threshold)
     return Memory(
-        moment="between steps",
-        weights=width * (counts.trainable + counts.frozen) / (world_size if stage == 3 else 1),
+        phase="between steps",
+        weights=setup.width * (counts.trainable + counts.frozen) / setup.weight_sharers,
         merged=0,
-        gathered=width * persistent if stage == 3 and world_size > 1 else 0,
-        masters=4 * part if bf16 or stage > 0 else 0,
-        optimizer=optimizer.state_bytes(model, config.optim) / (world_size if stage else 1),
+        gathered=setup.width * persistent if setup.weight_sharers > 1 else 0,
+        masters=4 * counts.trainable / setup.sharers if setup.bf16 or stage > 0 else 0,
+        optimizer=moments / setup.sharers,
         gradients=0,
-        buffers=width * bucket * buckets,
+        buffers=setup.width * bucket * buckets,
         activations=0,
         scratch=0,
-        host_base=_host_base(model, world_size, pinned=on_gpu),
-        host_checkpoint=(4 * counts.trainable + optimizer.state_bytes(model, config.optim)) / world_size,
+        host_base=_host_base(model, setup.world_size, pinned=setup.on_gpu),
+        host_checkpoint=(4 * counts.trainable + moments) / setup.world_size,
     )
 
 
-def zero_setting(config: Config, name: str, default: int) -> int:
-    """A number of DeepSpeed's ``zero_optimization``, as ``train.deepspeed`` sets it."""
-    return int(config.train.deepspeed.get("zero_optimization", {}).get(name, default))
-
-
-def merged_memory(model: PreTrainedModel, stage: int, world_size: int, *, bf16: bool) -> float:
+def merged_memory(model: PreTrainedModel, setup: Setup) -> float:
     """Bytes of ``W + delta`` of all layers that keep it within a step, at stage 3 a slice of each."""
     resident = sum(layer.weight.numel() for _, layer in adapter_layers(model) if layer.resident)
-    return (2 if bf16 else 4) * resident / (world_size if stage == 3 else 1)
+    return setup.width * resident / setup.weight_sharers
 
 
-def gathered_memory(model: PreTrainedModel, config: Config, stage: int, world_size: int, *, bf16: bool) -> float:
+def gathered_memory(model: PreTrainedModel, setup: Setup) -> float:
     """Bytes of the weights that stage 3 has gathered where it has most of them, at the end of forward."""
-    if stage < 3 or world_size == 1:
+    if setup.weight_sharers == 1:
         return 0
     every = sum(parameter.numel() for parameter in model.parameters())
-    return (2 if bf16 else 4) * min(every, zero_setting(config, "stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+    return setup.width * min(every, setup.zero("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
 
 
 def _host_base(model: PreTrainedModel, world_size: int, *, pinned: bool) -> float:
@@ -201,7 +172,7 @@ def _host_base(model: PreTrainedModel, world_size: int, *, pinned: bool) -> floa
 
 @dataclass(frozen=True)
 class GradientMemory:
-    """Bytes of gradients at five moments; the last two include the copies that are made then."""
+    """Bytes of gradients in five phases; the last two include the copies that are made then."""
 
     between_steps: float
     between_micro_batches: float
@@ -216,10 +187,12 @@ def group_sizes(model: PreTrainedModel, optim: OptimConfig) -> list[int]:
     return [sum(sizes[name] for name in group.parameters) for group in parameter_groups(model, optim)]
 
 
-def gradient_memory(groups: Sequence[int], stage: int, world_size: int, *, bf16: bool) -> GradientMemory:
+def gradient_memory(groups: Sequence[int], setup: Setup) -> GradientMemory:
     """``groups``: the elements of each group of parameters, in the optimizer's order."""
+    stage = setup.stage
+    bf16 = setup.bf16
     whole = 4 * sum(groups)
-    part = whole / world_size
+    part = whole / setup.world_size
     if stage == 0 and bf16:
         return GradientMemory(0, whole / 2, whole / 2, whole / 2, 1.5 * whole)
     if stage == 0:
@@ -243,14 +216,13 @@ def _reduction_copies(groups: Sequence[int]) -> int:
     return max((6 if len(sizes) > 1 else 2) * sum(sizes) for sizes in together)
 
 
-def activation_memory(
-    model: PreTrainedModel, config: Config, *, bf16: bool, on_gpu: bool = False, compiled: bool = False
-) -> tuple[float, float, float]:
+def activation_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float, float]:
     """Bytes that backward needs of one micro-batch: (kept by forward, needed by one decoder layer, the mask).
 
-    There is one mask for all layers, which forward keeps. ``compiled``: the decoder layers are.
+    There is one mask for all layers, which forward keeps.
     """
-    width = 2 if bf16 else 4
+    config = setup.config
+    width = setup.width
     model_config = model.config
     hidden = model_config.hidden_size
     intermediate = model_config.intermediate_size
@@ -259,18 +231,18 @@ def activation_memory(
     tokens = config.tokens_per_micro_batch
     of_norm = 4 + (width if config.method.train_norms else 0)
     normed = hidden * of_norm + 4  # of the final norm, which is not compiled
-    of_norm = width if compiled else of_norm
+    of_norm = width if setup.compiles else of_norm
     queries, keys = attention_widths(model_config)
     heads_normed = _normed_heads(model) * (queries // heads * of_norm + 4)
-    flash = on_gpu and config.model.attention == "sdpa" and flash_takes(model_config, _compute_type(bf16))
+    flash = setup.on_gpu and config.model.attention == "sdpa" and flash_takes(model_config, _compute_type(setup))
     eager = config.model.attention == "eager"
     masked = eager or (config.data.masks_documents and not flash)
     if masked:
         keys = queries  # beside a mask transformers repeats keys and values for every head
     layer: float = 2 * (hidden * of_norm + 4) + heads_normed
-    layer += width * (2 * queries + 2 * keys) + 4 * heads + (2 if compiled else 3) * width * intermediate
+    layer += width * (2 * queries + 2 * keys) + 4 * heads + (2 if setup.compiles else 3) * width * intermediate
     if eager:
-        layer += heads * length * (6 if bf16 else 4)  # softmax in float32, and its rounded copy
+        layer += heads * length * (6 if setup.bf16 else 4)  # softmax in float32, and its rounded copy
     layer += width * _linear_inputs(model, config)
     mask = width * length if masked else 0
     layers = model_config.num_hidden_layers
@@ -308,16 +280,18 @@ def _kept(layer: nn.Linear | AdapterLinear, config: Config) -> list[Kept]:
     return [Kept(INPUT, layer.in_features, shared=True)] if layer.weight.requires_grad else []
 
 
-def _compute_type(bf16: bool) -> torch.dtype:
-    return torch.bfloat16 if bf16 else torch.float32
+def _compute_type(setup: Setup) -> torch.dtype:
+    return torch.bfloat16 if setup.bf16 else torch.float32
 
 
-def scratch_memory(model: PreTrainedModel, config: Config, *, bf16: bool, on_gpu: bool = False) -> tuple[float, float]:
+def scratch_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float]:
     """Bytes that come and go: (at the loss, in backward)."""
-    width = 2 if bf16 else 4
+    config = setup.config
+    on_gpu = setup.on_gpu
+    width = setup.width
     tokens = config.tokens_per_micro_batch
     vocabulary = model.config.vocab_size
-    logit = bytes_per_logit(_compute_type(bf16), in_place=on_gpu)
+    logit = bytes_per_logit(_compute_type(setup), in_place=on_gpu)
     chunk = min(tokens, loss_chunk(tokens, vocabulary, logit, on_gpu=on_gpu))
     head = model.get_output_embeddings().weight
     trains = head.numel() if head.requires_grad else 0
@@ -332,5 +306,5 @@ def scratch_memory(model: PreTrainedModel, config: Config, *, bf16: bool, on_gpu
     if config.model.attention == "eager":
         # in float32 before and behind the softmax, when the gated product and the rounded weights are gone
         weights = tokens * model.config.num_attention_heads * config.data.sequence_length
-        in_backward = max(in_backward, weights * (6 if bf16 else 8) - 1.5 * in_backward)
+        in_backward = max(in_backward, weights * (6 if setup.bf16 else 8) - 1.5 * in_backward)
     return at_loss, in_backward + width * (built + trains)

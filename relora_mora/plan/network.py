@@ -34,10 +34,9 @@ from transformers import PreTrainedModel
 from relora_mora.config import Config
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.optim import count_parameters, group_moments
-from relora_mora.plan.memory import PERSISTENCE_THRESHOLD, zero_setting
 from relora_mora.plan.optimizer import exchanged_bytes
+from relora_mora.plan.setup import MAX_REUSE_DISTANCE, Setup
 
-MAX_REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
 
 
@@ -86,29 +85,31 @@ class Traffic:
         return (self.merge + 2 * self.state) * (self.ranks - 1) / self.ranks
 
 
-def traffic(model: PreTrainedModel, config: Config, stage: int, ranks: int, *, bf16: bool) -> Traffic:
+def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
     """What one step moves; ``model`` may be on the meta device."""
+    config = setup.config
+    stage = setup.stage
+    ranks = setup.world_size
+    width = setup.width
     counts = count_parameters(model)
-    width = 2 if bf16 else 4
     gradients = _WIDTHS.get(str(config.train.deepspeed.get("communication_data_type")), width) * counts.trainable
-    micro_batches = config.accumulation_steps(ranks)
     merges = config.method.merges and ranks > 1
     merge = _merge(model, stage, width) if merges else 0
     state = _state(counts.adapters, config) if merges and stage else 0
     if stage < 3:
-        gradients *= micro_batches if stage == 2 else 1
-        honours = stage == 2 or (stage == 1 and not bf16)  # BF16_Optimizer has its own way
-        to_owners = honours and not zero_setting(config, "use_multi_rank_bucket_allreduce", True)
+        gradients *= setup.micro_batches if stage == 2 else 1
+        honours = stage == 2 or (stage == 1 and not setup.bf16)  # BF16_Optimizer has its own way
+        to_owners = honours and not setup.zero("use_multi_rank_bucket_allreduce", True)
         everywhere, to_one = (0.0, gradients) if to_owners else (gradients, 0.0)
         return Traffic(ranks, everywhere, to_one, width * counts.trainable if stage else 0, merge, state)
     every = counts.trainable + counts.frozen
-    small = zero_setting(config, "stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+    small = setup.persistence_threshold
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
-    again = max(0, every - zero_setting(config, "stage3_max_reuse_distance", MAX_REUSE_DISTANCE) / 2)
+    again = max(0, every - setup.zero("stage3_max_reuse_distance", MAX_REUSE_DISTANCE) / 2)
     to_build = sum(size for size in _resident_adapters(model) if size > small)
-    gathered = width * (micro_batches * (every - persistent + again) + persistent + to_build)
-    exchanged = exchanged_bytes(model, config.optim, stage, ranks)
-    return Traffic(ranks, 0, gradients * micro_batches, gathered, merge, state, exchanged)
+    gathered = width * (setup.micro_batches * (every - persistent + again) + persistent + to_build)
+    exchanged = exchanged_bytes(model, setup)
+    return Traffic(ranks, 0, gradients * setup.micro_batches, gathered, merge, state, exchanged)
 
 
 def _resident_adapters(model: PreTrainedModel) -> Iterator[int]:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from relora_mora.config import OptimConfig
 from relora_mora.optim import is_matrix, matrices_at_once, matrix_rule, parameter_moments
+from relora_mora.plan.setup import Setup
 
 ADAM_BYTES = 28  # reads master, both moments, gradient; writes master, both moments
 RULE_BYTES = (
@@ -52,16 +53,17 @@ def product_flops(model: PreTrainedModel, optim: OptimConfig) -> float:
     return 0.0 if rule is None else sum(rule.flops(*shape) for shape in _matrices(model))
 
 
-def exchanged_bytes(model: PreTrainedModel, optim: OptimConfig, stage: int, ranks: int) -> float:
+def exchanged_bytes(model: PreTrainedModel, setup: Setup) -> float:
     """Bytes that a rank gives to the exchanges of cut matrices in a step."""
-    if stage < 3 or ranks == 1 or matrix_rule(optim) is None:
+    if setup.weight_sharers == 1 or matrix_rule(setup.config.optim) is None:
         return 0
-    return 8 * sum(shape.numel() for shape in _matrices(model)) / ranks
+    return 8 * sum(shape.numel() for shape in _matrices(model)) / setup.world_size
 
 
-def scratch_bytes(model: PreTrainedModel, optim: OptimConfig, stage: int, ranks: int, *, on_gpu: bool) -> float:
+def scratch_bytes(model: PreTrainedModel, setup: Setup) -> float:
     """Bytes that come and go while matrices are updated."""
-    rule = matrix_rule(optim)
+    on_gpu = setup.on_gpu
+    rule = matrix_rule(setup.config.optim)
     if rule is None:
         return 0
     shapes = list(_matrices(model))
@@ -70,7 +72,7 @@ def scratch_bytes(model: PreTrainedModel, optim: OptimConfig, stage: int, ranks:
         count = min(shapes.count(shape), matrices_at_once(shape, on_gpu=on_gpu))
         copied = 4 * shape.numel() if count > 1 else 0
         largest = max(largest, count * (copied + rule.scratch(*shape, on_gpu=on_gpu)))
-    return largest + 1.5 * exchanged_bytes(model, optim, stage, ranks)
+    return largest + 1.5 * exchanged_bytes(model, setup)
 
 
 def _trained(model: PreTrainedModel) -> Iterator[tuple[str, int]]:

@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.config import Config
 from relora_mora.methods.layers import adapter_layers
-from relora_mora.model.compiler import compiles
 from relora_mora.optim import Parameters, count_parameters
 from relora_mora.plan.cluster import Cluster, StepTime, step_time
 from relora_mora.plan.compute import PRODUCTS_RATE, compute_time
@@ -18,6 +17,7 @@ from relora_mora.plan.flops import Flops, flops_of, meta_model
 from relora_mora.plan.memory import Memory, peak_memory
 from relora_mora.plan.network import Traffic, traffic
 from relora_mora.plan.optimizer import passes_bytes, product_flops
+from relora_mora.plan.setup import Setup
 from relora_mora.registry import METHODS
 
 STAGES = (0, 1, 2, 3)
@@ -134,6 +134,7 @@ def make_plan(
     models: dict[str, PreTrainedModel] = {}
     memory: dict[str, dict[int, Memory]] = {}
     network: dict[str, dict[int, Traffic]] = {}
+    setups: dict[int, Setup] = {}
     resident: dict[int, bool] = {}
     performed: dict[int, float] = {}  # FLOPs of a token
     for name in METHODS:
@@ -147,11 +148,12 @@ def make_plan(
         memory[name] = {}
         network[name] = {}
         for stage in STAGES:
-            available = cluster.device.memory_gb * 1e9 or None
-            choose_resident(models[name], other, stage, ranks, available, bf16=bf16, on_gpu=not on_cpu)
-            memory[name][stage] = peak_memory(models[name], other, stage, ranks, bf16=bf16, on_gpu=not on_cpu)
-            network[name][stage] = traffic(models[name], other, stage, ranks, bf16=bf16)
+            setup = Setup(other, stage, ranks, bf16=bf16, on_gpu=not on_cpu)
+            choose_resident(models[name], setup, cluster.device.memory_gb * 1e9 or None)
+            memory[name][stage] = peak_memory(models[name], setup)
+            network[name][stage] = traffic(models[name], setup)
             if name == own:
+                setups[stage] = setup
                 resident[stage] = any(layer.resident for _, layer in adapter_layers(models[name]))
                 performed[stage] = flops_of(models[name], model_config, config).performed
     flops = flops_of(models[own], model_config, config)
@@ -164,16 +166,13 @@ def make_plan(
         times = {
             stage: compute_time(
                 model_config,
-                config,
+                setup,
                 cluster.device,
                 peak=peak[0],
                 flops_per_token=performed[stage],
-                bf16=bf16,
-                compiled=compiles(config.model, stage, on_gpu=True),
                 resident=resident[stage],
-                micro_batches=config.accumulation_steps(ranks),
             )
-            for stage in STAGES
+            for stage, setup in setups.items()
         }
         compute = {stage: time.total * config.accumulation_steps(ranks) for stage, time in times.items()}
         own_stage = config.train.zero_stage
@@ -188,17 +187,14 @@ def make_plan(
     steps = {
         stage: step_time(
             cluster,
-            config,
-            stage,
+            setup,
             network[own][stage],
             compute=compute[stage],
             trainable=counts.trainable,
             passes=passes_bytes(models[own], config.optim),
             products=optimizer_flops / (peak[0] * rate),
-            bf16=bf16,
-            on_gpu=not on_cpu,
         )
-        for stage in STAGES
+        for stage, setup in setups.items()
     }
     if tokens_per_second is None:
         speed = config.tokens_per_step / steps[config.train.zero_stage].total

@@ -38,7 +38,7 @@ def render(plan: Plan) -> str:
                     _stage(plan, stage),
                     *(_gib(getattr(memory, part)) for part in PARTS),
                     _gib(memory.device),
-                    memory.moment,
+                    memory.phase,
                     _gib(memory.host_base),
                     _gib(memory.host_checkpoint),
                 ]

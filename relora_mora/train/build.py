@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,6 +24,7 @@ from relora_mora.optim import (
     set_trainable,
 )
 from relora_mora.plan.fit import choose_resident, stage_advice, uneven_widths
+from relora_mora.plan.setup import Setup
 from relora_mora.schedule import Schedule
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.logs import log, shared_log
@@ -71,9 +71,11 @@ def build(
     set_trainable(lm, config.method)
     on_gpu = uses_cuda()
     available = memory_of_rank()
-    how: Any = {"bf16": checked.bf16, "on_gpu": on_gpu, "compiled": checked.compiled}
-    choose_resident(lm, config, config.train.zero_stage, world_size, available, **how)
-    advice = stage_advice(lm, config, world_size, available, **how)
+    setup = Setup(
+        config, config.train.zero_stage, world_size, bf16=checked.bf16, on_gpu=on_gpu, compiled=checked.compiled
+    )
+    choose_resident(lm, setup, available)
+    advice = stage_advice(lm, setup, available)
     if advice:
         shared_log.warning(advice)
     for note in uneven_widths(checked.model_config) if on_gpu else ():

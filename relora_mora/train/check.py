@@ -22,6 +22,7 @@ from relora_mora.model import check_length, plain_model_config
 from relora_mora.model.compiler import compiles_here
 from relora_mora.model.llama import check_attention
 from relora_mora.plan.fit import check_adapters, check_memory
+from relora_mora.plan.setup import Setup
 from relora_mora.pretrained import check_headers, model_config_of, tokenizer_beside
 from relora_mora.system.hardware import fast_bf16, gpu_memory_bytes, host_memory_bytes, uses_cuda
 from relora_mora.system.logs import log
@@ -135,7 +136,8 @@ def check(config: Config, world_size: int) -> Checked:
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     check_attention(config.model, bf16=bf16)
     on_gpu = uses_cuda()
-    check_memory(model_config, config, world_size, memory_of_rank(), host_memory_of_rank(), bf16=bf16, on_gpu=on_gpu)
+    setup = Setup(config, config.train.zero_stage, world_size, bf16=bf16, on_gpu=on_gpu, compiled=compiled)
+    check_memory(model_config, setup, memory_of_rank(), host_memory_of_rank())
     inputs = open_inputs(config)
     tokenizer = inputs.tokenizer
     shards = inputs.shards

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from relora_mora.plan.memory import activation_memory, scratch_memory
+from relora_mora.plan.setup import Setup
 from tests.fakecuda.layers import LENGTH, SEQUENCES, model_with
 from tests.plan.test_memory import LiveTensors, make_config
 
@@ -34,8 +35,9 @@ def test_a_gpu_keeps_what_the_planner_says(documents: bool) -> None:
         at_loss = tracker.most - weights
         tracker.most = 0
         loss.backward()
-    planned, _, _ = activation_memory(model.lm, config, bf16=True, on_gpu=True)
-    planned_at_loss, planned_in_backward = scratch_memory(model.lm, config, bf16=True, on_gpu=True)
+    setup = Setup(config, 0, 1, bf16=True, on_gpu=True, compiled=False)
+    planned, _, _ = activation_memory(model.lm, setup)
+    planned_at_loss, planned_in_backward = scratch_memory(model.lm, setup)
     sum_of_head = 4 * model.lm.lm_head.weight.numel()  # kept from the loss to backward; counted as scratch
     assert kept == pytest.approx(planned + sum_of_head, rel=0.05)
     assert at_loss == pytest.approx(planned + planned_at_loss, rel=0.05)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from typing import Any
 
 import pytest
 
@@ -11,6 +10,7 @@ from relora_mora.config import load_config
 from relora_mora.model import read_model_config
 from relora_mora.plan import Cluster, make_plan
 from relora_mora.plan.compute import COMPILED, EAGER, LAUNCH_SECONDS, compute_time
+from relora_mora.plan.setup import Setup
 from relora_mora.registry import METHODS
 from relora_mora.system.devices import named_device
 from tests.tools.helpers import ROOT
@@ -45,14 +45,11 @@ def test_a_fast_device_waits_for_its_host_and_a_slow_one_does_not():
     fast, slow = (
         compute_time(
             model,
-            config,
+            Setup(config, 1, 1, bf16=True, on_gpu=True, compiled=False),
             device,
             peak=device.tflops * 1e12,
             flops_per_token=1.15e9,
-            bf16=True,
-            compiled=False,
             resident=True,
-            micro_batches=8,
         )
         for device in (named_device("b200"), named_device("l4"))
     )
@@ -62,16 +59,17 @@ def test_a_fast_device_waits_for_its_host_and_a_slow_one_does_not():
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_one_micro_batch_builds_resident_weights_for_itself(compiled: bool) -> None:
-    config = load_config("configs/run/paper_250m_remora.yaml", {}, world_size=1)
-
-    def launches(**how: Any) -> float:
-        where = {"peak": 1e15, "flops_per_token": 1e9, "bf16": True, "compiled": compiled}
-        host = compute_time(read_model_config(config.model), config, named_device("h100"), **where, **how).host
+    def launches(micro_batches: int, *, resident: bool) -> float:
+        size = {"train.batch_size": 4 * micro_batches, "train.micro_batch_size": 4}
+        config = load_config("configs/run/paper_250m_remora.yaml", size, world_size=1)
+        setup = Setup(config, 1, 1, bf16=True, on_gpu=True, compiled=compiled)
+        work = {"peak": 1e15, "flops_per_token": 1e9, "resident": resident}
+        host = compute_time(read_model_config(config.model), setup, named_device("h100"), **work).host
         return host / LAUNCH_SECONDS / 24
 
-    rebuilt = launches(resident=False, micro_batches=1)
-    assert launches(resident=True, micro_batches=1) == pytest.approx(rebuilt - 7)
-    assert launches(resident=True, micro_batches=7) == pytest.approx(rebuilt - 13)
+    rebuilt = launches(1, resident=False)
+    assert launches(1, resident=True) == pytest.approx(rebuilt - 7)
+    assert launches(7, resident=True) == pytest.approx(rebuilt - 13)
 
 
 def test_a_given_utilisation_replaces_the_calculation():

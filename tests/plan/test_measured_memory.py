@@ -13,6 +13,7 @@ from relora_mora.config import Config
 from relora_mora.plan import memory
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import gathered_memory, gradient_memory, group_sizes, state_memory
+from relora_mora.plan.setup import Setup
 from tests.tools.grids import rest
 from tests.tools.pool import Pools
 from tests.tools.tiny import build_rig, tiny_config, tiny_llama
@@ -98,17 +99,18 @@ def test_state_and_gradients(
     measured = pools(world_size)(measure, method, stage, bf16, micro_batch_size, matrices)
     config = _config(method, stage, world_size, micro_batch_size, matrices)
     model = meta_model(_llama(), config.method)
-    state = state_memory(model, config, stage, world_size, bf16=bf16)
-    gradients = gradient_memory(group_sizes(model, config.optim), stage, world_size, bf16=bf16)
+    setup = Setup(config, stage, world_size, bf16=bf16)
+    state = state_memory(model, setup)
+    gradients = gradient_memory(group_sizes(model, config.optim), setup)
     assert ("in_reduction" in measured[0]) == (stage == 1 and bf16)
-    for moment in ("between_steps", "between_micro_batches", "in_reduction", "after_backward"):
-        expected = state.device - state.buffers + getattr(gradients, moment)
+    for phase in ("between_steps", "between_micro_batches", "in_reduction", "after_backward"):
+        expected = state.device - state.buffers + getattr(gradients, phase)
         for rank in measured:
-            if moment in rank:
+            if phase in rank:
                 # the bucket comes and goes; a rank may keep the reduced gradients of its last bucket
-                assert expected * 0.97 <= rank[moment] <= (expected + state.buffers) * 1.03, moment
+                assert expected * 0.97 <= rank[phase] <= (expected + state.buffers) * 1.03, phase
     whole = sum(parameter.numel() for parameter in model.parameters()) * (2 if bf16 else 4)
-    live = gathered_memory(model, config, stage, world_size, bf16=bf16)
+    live = gathered_memory(model, setup)
     assert all(rank["at_loss"] == whole for rank in measured) and live in (0, whole)
     assert (live > 0) == (stage == 3 and world_size > 1)
     assert max(rank["base"] for rank in measured) == state.host_base
@@ -123,7 +125,7 @@ def test_groups_of_parameters_are_reduced_together_up_to_a_limit(
     sizes = group_sizes(model, config.optim)
     limit = sum(sizes[:groups]) - 1
     monkeypatch.setattr(memory, "REDUCED_TOGETHER", limit)
-    planned = gradient_memory(sizes, 1, 1, bf16=True)
+    planned = gradient_memory(sizes, Setup(config, 1, 1, bf16=True))
     [measured] = pools(1)(measure, "remora", 1, True, 8, "adamw", limit)
     copies = planned.in_reduction - planned.after_backward
     assert copies == (2 * max(sizes) if groups == 1 else 6 * sum(sizes[:2]))

@@ -11,6 +11,7 @@ import torch
 from relora_mora.config import Config
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.network import traffic
+from relora_mora.plan.setup import Setup
 from tests.conftest import Pools
 from tests.tools.grids import rest
 from tests.tools.tiny import build_rig, tiny_config, tiny_llama
@@ -127,7 +128,7 @@ def test_bytes_of_a_step_and_a_merge(
         zero = {"stage3_param_persistence_threshold": 0, **zero}
     measured = pools(2)(count, method, stage, bf16, micro_batch_size, matrices, zero)
     config = _config(method, stage, micro_batch_size, matrices, **zero)
-    planned = traffic(meta_model(tiny_llama(**LLAMA), config.method), config, stage, 2, bf16=bf16)
+    planned = traffic(meta_model(tiny_llama(**LLAMA), config.method), Setup(config, stage, 2, bf16=bf16))
     kinds = {
         "all-reduced": planned.all_reduced,
         "reduced": planned.reduced,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from relora_mora.optim import count_parameters, set_trainable
 from relora_mora.plan.fit import check_memory, choose_resident, stage_advice
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import activation_memory, merged_memory, peak_memory, scratch_memory, state_memory
+from relora_mora.plan.setup import Setup
 from relora_mora.train.check import memory_of_rank
 from tests.tools.helpers import ROOT
 
@@ -154,16 +156,17 @@ def check_activations_and_peak(config: Config, model_config: PreTrainedConfig, b
             tracker.add(layer.merged_weight)
     before = sum(parameter.nbytes for parameter in trained.parameters())
     weights = tracker.now
-    assert weights == before + merged_memory(trained.lm, 0, 1, bf16=bf16)
+    setup = Setup(config, 0, 1, bf16=bf16)
+    assert weights == before + merged_memory(trained.lm, setup)
     with tracker:
         loss = trained(ids, ids, boundaries)
         kept = tracker.now - weights
         loss.backward()
-    planned, layer, mask = activation_memory(trained.lm, config, bf16=bf16)
+    planned, layer, mask = activation_memory(trained.lm, setup)
     head_gradient = trained.lm.lm_head.weight.nbytes  # kept from the loss to backward; the planner counts it as scratch
     assert kept == pytest.approx(planned + head_gradient, rel=0.1)
 
-    at_loss, in_backward = scratch_memory(trained.lm, config, bf16=bf16)
+    at_loss, in_backward = scratch_memory(trained.lm, setup)
     gradients = sum(parameter.nbytes for parameter in trained.parameters() if parameter.requires_grad)
     again = layer if config.model.activation_checkpointing else 0
     peak = weights + max(planned + at_loss, planned + again + in_backward, gradients + layer + mask + in_backward)
@@ -186,7 +189,7 @@ def test_a_document_mask_is_kept_once_for_all_layers(bf16: bool) -> None:
             loss = trained(ids, ids, boundaries)
             kept.append(tracker.now)
         del loss
-        planned.append(activation_memory(trained.lm, config, bf16=bf16)[0])
+        planned.append(activation_memory(trained.lm, Setup(config, 0, 1, bf16=bf16))[0])
     assert kept[1] - kept[0] == pytest.approx(planned[1] - planned[0], rel=0.1)
 
 
@@ -196,12 +199,12 @@ def test_on_a_gpu_documents_need_no_mask_and_logits_no_copy() -> None:
     model = meta_model(MODEL, plain.method)
 
     def kept(config: Config, **where: bool) -> float:
-        return activation_memory(model, config, **where)[0]
+        return activation_memory(model, Setup(config, 0, 1, compiled=False, **where))[0]
 
     assert kept(masked, bf16=True, on_gpu=True) == kept(plain, bf16=True, on_gpu=True) < kept(masked, bf16=True)
     assert kept(masked, bf16=False, on_gpu=True) == kept(masked, bf16=False)  # flash attention knows no float32
     head = MODEL.vocab_size * MODEL.hidden_size
-    at_loss = [scratch_memory(model, plain, bf16=True, on_gpu=on_gpu)[0] for on_gpu in (False, True)]
+    at_loss = [scratch_memory(model, Setup(plain, 0, 1, bf16=True, on_gpu=on_gpu))[0] for on_gpu in (False, True)]
     assert at_loss == [256 * 512 * 6 + 6 * head, max(256 * 512 * 2 + 4 * head, 6 * head)]
 
 
@@ -216,7 +219,8 @@ def test_a_layer_keeps_what_was_counted(size: str, method: str, how: str) -> Non
     config = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": 512})})
     settings = ModelConfig(config=str(ROOT / f"configs/model/{size}.json"))
     model = meta_model(read_model_config(settings), config.method)
-    _, layer, _ = activation_memory(model, config, bf16=True, on_gpu=True, compiled=how == "compiled")
+    setup = Setup(config, 0, 1, bf16=True, on_gpu=True, compiled=how == "compiled")
+    _, layer, _ = activation_memory(model, setup)
     assert layer / 2**20 == pytest.approx(int(counted["kept_mib"]), rel=0.05)
 
 
@@ -234,7 +238,7 @@ def test_more_ranks_and_higher_stages_never_need_more_state() -> None:
     model = meta_model(MODEL, config.method)
     for bf16 in (True, False):
         sizes = {
-            (stage, ranks): peak_memory(model, config, stage, ranks, bf16=bf16)
+            (stage, ranks): peak_memory(model, Setup(config, stage, ranks, bf16=bf16))
             for stage in (1, 2, 3)
             for ranks in (1, 2, 4)
         }
@@ -248,7 +252,7 @@ def test_accumulation_keeps_gradients_through_the_loss() -> None:
     once = make_config({"name": "full"})
     twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
     model = meta_model(MODEL, once.method)
-    gradients = [peak_memory(model, config, 0, 1, bf16=True).gradients for config in (once, twice)]
+    gradients = [peak_memory(model, Setup(config, 0, 1, bf16=True)).gradients for config in (once, twice)]
     assert gradients[0] == 0 < gradients[1]
 
 
@@ -259,10 +263,10 @@ def test_stage_1_is_advised_where_it_has_the_memory() -> None:
         for size in (8, 16)
     )
     model = meta_model(MODEL, config.method)
-    needed = peak_memory(model, twice, 1, 2, bf16=True, on_gpu=True).device
+    needed = peak_memory(model, Setup(twice, 1, 2, bf16=True, on_gpu=True)).device
 
     def advice(config: Config, available: float) -> str | None:
-        return stage_advice(model, config, 2, available, bf16=True, on_gpu=True)
+        return stage_advice(model, Setup(config, config.train.zero_stage, 2, bf16=True, on_gpu=True), available)
 
     assert "train.zero_stage=1" in str(advice(twice, 1.2 * needed))
     assert advice(twice, needed) is None  # not all of it can be used
@@ -271,25 +275,27 @@ def test_stage_1_is_advised_where_it_has_the_memory() -> None:
 
 def test_ranks_on_cpus_share_the_memory_of_their_host(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config({"name": "remora"})
-    state = state_memory(meta_model(MODEL, config.method), config, config.train.zero_stage, 4, bf16=True)
+    setup = Setup(config, config.train.zero_stage, 4, bf16=True)
+    state = state_memory(meta_model(MODEL, config.method), setup)
     needed = state.weights + state.masters + state.optimizer + state.host_base
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("WORLD_SIZE", "4")
     for more, fits in ((64, True), (-64, False)):
         monkeypatch.setattr("relora_mora.train.check.host_memory_bytes", lambda more=more: 4 * needed + more)
         with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=r"on each of 4 ranks.* a stage h"):
-            check_memory(MODEL, config, 4, memory_of_rank(), memory_of_rank(), bf16=True, on_gpu=False)
+            check_memory(MODEL, setup, memory_of_rank(), memory_of_rank())
 
 
 def test_beside_a_gpu_the_host_needs_memory_for_the_base_alone() -> None:
     config = make_config({"name": "remora"})
-    state = state_memory(meta_model(MODEL, config.method), config, config.train.zero_stage, 4, bf16=True)
+    setup = Setup(config, config.train.zero_stage, 4, bf16=True, on_gpu=True)
+    state = state_memory(meta_model(MODEL, config.method), replace(setup, on_gpu=False))
     on_device = state.weights + state.masters + state.optimizer
-    check_memory(MODEL, config, 4, on_device, state.host_base, bf16=True, on_gpu=True)
+    check_memory(MODEL, setup, on_device, state.host_base)
     with pytest.raises(ConfigError, match=r"base weights in host memory need .* take a smaller model"):
-        check_memory(MODEL, config, 4, on_device, state.host_base - 1, bf16=True, on_gpu=True)
+        check_memory(MODEL, setup, on_device, state.host_base - 1)
     with pytest.raises(ConfigError, match="weights and optimizer state need"):
-        check_memory(MODEL, config, 4, on_device - 1, state.host_base, bf16=True, on_gpu=True)
+        check_memory(MODEL, setup, on_device - 1, state.host_base)
 
 
 def test_auto_keeps_merged_weights_where_it_pays_and_the_memory_is_there() -> None:
@@ -298,16 +304,17 @@ def test_auto_keeps_merged_weights_where_it_pays_and_the_memory_is_there() -> No
     model = meta_model(MODEL, once.method)
 
     def kept(config: Config, stage: int = 1, available: float | None = None, *, on_gpu: bool = False) -> int:
-        choose_resident(model, config, stage, 1, available, bf16=True, on_gpu=on_gpu)
+        choose_resident(model, Setup(config, stage, 1, bf16=True, on_gpu=on_gpu), available)
         return sum(layer.resident for _, layer in adapter_layers(model))
 
     assert kept(twice) == 7 * MODEL.num_hidden_layers
-    needed = peak_memory(model, twice, 1, 1, bf16=True)
+    needed = peak_memory(model, Setup(twice, 1, 1, bf16=True))
     assert needed.merged == 2 * sum(layer.weight.numel() for _, layer in adapter_layers(model))
     assert kept(twice, available=2 * needed.device) and not kept(twice, available=2 * needed.device - 1)
-    compiled = peak_memory(model, twice, 1, 1, bf16=True, on_gpu=True).device
-    eager = peak_memory(model, twice, 1, 1, bf16=True, on_gpu=True, compiled=False).device
-    choose_resident(model, twice, 1, 1, 2 * compiled, bf16=True, on_gpu=True, compiled=False)
+    on_gpu = Setup(twice, 1, 1, bf16=True, on_gpu=True)
+    compiled = peak_memory(model, on_gpu).device
+    eager = peak_memory(model, replace(on_gpu, compiled=False)).device
+    choose_resident(model, replace(on_gpu, compiled=False), 2 * compiled)
     assert compiled < eager and not any(layer.resident for _, layer in adapter_layers(model))
     assert kept(once, on_gpu=True) and not any((kept(once), kept(twice, stage=3), kept(twice, stage=3, on_gpu=True)))
 
@@ -315,6 +322,5 @@ def test_auto_keeps_merged_weights_where_it_pays_and_the_memory_is_there() -> No
 def test_at_stage_3_a_rank_keeps_a_slice_of_each_merged_weight() -> None:
     config = make_config({"name": "remora", "form": "resident"})
     model = meta_model(MODEL, config.method)
-    assert (
-        4 * peak_memory(model, config, 3, 4, bf16=True).merged == peak_memory(model, config, 2, 4, bf16=True).merged > 0
-    )
+    sliced, whole = (peak_memory(model, Setup(config, stage, 4, bf16=True)).merged for stage in (3, 2))
+    assert 4 * sliced == whole > 0
