@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from relora_mora.config import Config
 from relora_mora.methods.layers import adapter_layers
@@ -107,6 +107,17 @@ class Plan:
         return {**values, "world_size": self.world_size, "seconds": self.seconds, "resident": self.resident}
 
 
+@dataclass(frozen=True)
+class _AtStages:
+    """What a run with some method needs, by ZeRO stage."""
+
+    setups: dict[int, Setup]
+    memory: dict[int, Memory]
+    network: dict[int, Traffic]
+    resident: dict[int, bool]
+    performed: dict[int, float]  # FLOPs of a token
+
+
 def make_plan(
     model_config: PreTrainedConfig,
     config: Config,
@@ -129,87 +140,43 @@ def make_plan(
         raise ValueError(f"utilisation must be above 1e-6 and at most 1, got {utilisation:g}")
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise ValueError(f"tokens_per_second must be positive, got {tokens_per_second:g}")
-    ranks = cluster.world_size
-    own = config.method.name
-    models: dict[str, PreTrainedModel] = {}
-    memory: dict[str, dict[int, Memory]] = {}
-    network: dict[str, dict[int, Traffic]] = {}
-    setups: dict[int, Setup] = {}
-    resident: dict[int, bool] = {}
-    performed: dict[int, float] = {}  # FLOPs of a token
-    for name in METHODS:
-        other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
-        try:
-            models[name] = meta_model(model_config, other.method)
-        except ValueError:
-            if name == own:
-                raise
-            continue  # settings that only this method uses do not fit the model
-        memory[name] = {}
-        network[name] = {}
-        for stage in STAGES:
-            setup = Setup(other, stage, ranks, bf16=bf16, on_gpu=not on_cpu)
-            choose_resident(models[name], setup, cluster.device.memory_gb * 1e9 or None)
-            memory[name][stage] = peak_memory(models[name], setup)
-            network[name][stage] = traffic(models[name], setup)
-            if name == own:
-                setups[stage] = setup
-                resident[stage] = any(layer.resident for _, layer in adapter_layers(models[name]))
-                performed[stage] = flops_of(models[name], model_config, config).performed
-    flops = flops_of(models[own], model_config, config)
-    counts = count_parameters(models[own])
     if config.log.peak_tflops is not None:
         peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
-    device = f"{peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
-    arithmetic = flops.performed * config.tokens_per_step / (ranks * peak[0])  # seconds of a step at the peak
-    if utilisation is None and cluster.device.memory_gbytes_per_s:
-        times = {
-            stage: compute_time(
-                model_config,
-                setup,
-                cluster.device,
-                peak=peak[0],
-                flops_per_token=performed[stage],
-                resident=resident[stage],
-            )
-            for stage, setup in setups.items()
-        }
-        compute = {stage: time.total * config.accumulation_steps(ranks) for stage, time in times.items()}
-        own_stage = config.train.zero_stage
-        reached = f"{arithmetic / compute[own_stage]:.0%} of {device}"
-        assumption = f"calculated, {reached} while it computes ({times[own_stage]})"
-    else:
-        used = ASSUMED_UTILISATION if utilisation is None else utilisation
-        compute = dict.fromkeys(STAGES, arithmetic / used)
-        assumption = f"{'assuming' if utilisation is None else 'at'} {used:.0%} of {device}"
-    optimizer_flops = product_flops(models[own], config.optim)
+    model = meta_model(model_config, config.method)
+    methods = _methods(model_config, config, cluster, bf16=bf16, on_cpu=on_cpu)
+    own = methods[config.method.name]
+    flops = flops_of(model, model_config, config)
+    compute, assumption = _compute(own, model_config, cluster, flops, peak, utilisation)
+    optimizer_flops = product_flops(model, config.optim)
+    counts = count_parameters(model)
     rate = utilisation or (ASSUMED_UTILISATION if on_cpu else PRODUCTS_RATE)
     steps = {
         stage: step_time(
             cluster,
             setup,
-            network[own][stage],
+            own.network[stage],
             compute=compute[stage],
             trainable=counts.trainable,
-            passes=passes_bytes(models[own], config.optim),
+            passes=passes_bytes(model, config.optim),
             products=optimizer_flops / (peak[0] * rate),
         )
-        for stage, setup in setups.items()
+        for stage, setup in own.setups.items()
     }
     if tokens_per_second is None:
         speed = config.tokens_per_step / steps[config.train.zero_stage].total
     else:
         speed = tokens_per_second
-        assumption = f"the measured rate, which is {speed * flops.total / (ranks * peak[0]):.1%} of {device}"
+        reached = f"{speed * flops.total / (cluster.world_size * peak[0]):.1%} of {_of_a_device(peak)}"
+        assumption = f"the measured rate, which is {reached}"
     return Plan(
         parameters=counts,
         flops=flops,
         matrices=config.optim.matrices,
         optimizer_flops=optimizer_flops,
-        memory=memory,
-        network=network,
+        memory={name: each.memory for name, each in methods.items()},
+        network={name: each.network for name, each in methods.items()},
         steps=steps,
-        method=own,
+        method=config.method.name,
         zero_stage=config.train.zero_stage,
         cluster=cluster,
         bf16=bf16,
@@ -226,3 +193,64 @@ def make_plan(
             "take more or larger devices",
         ],
     )
+
+
+def _methods(
+    model_config: PreTrainedConfig, config: Config, cluster: Cluster, *, bf16: bool, on_cpu: bool
+) -> dict[str, _AtStages]:
+    """Of the run's method, and of those that its settings would do for as well."""
+    found = {}
+    for name in METHODS:
+        other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
+        try:
+            model = meta_model(model_config, other.method)
+        except ValueError:  # settings that only the run's method uses do not fit the model
+            continue
+        each = _AtStages({}, {}, {}, {}, {})
+        for stage in STAGES:
+            setup = Setup(other, stage, cluster.world_size, bf16=bf16, on_gpu=not on_cpu)
+            choose_resident(model, setup, cluster.device.memory_gb * 1e9 or None)
+            each.setups[stage] = setup
+            each.memory[stage] = peak_memory(model, setup)
+            each.network[stage] = traffic(model, setup)
+            each.resident[stage] = any(layer.resident for _, layer in adapter_layers(model))
+            each.performed[stage] = flops_of(model, model_config, other).performed
+        found[name] = each
+    return found
+
+
+def _compute(
+    own: _AtStages,
+    model_config: PreTrainedConfig,
+    cluster: Cluster,
+    flops: Flops,
+    peak: tuple[float, str],
+    utilisation: float | None,
+) -> tuple[dict[int, float], str]:
+    """Seconds of a step's arithmetic, by stage, and what they rest on."""
+    config = own.setups[0].config
+    arithmetic = flops.performed * config.tokens_per_step / (cluster.world_size * peak[0])  # seconds at the peak
+    device = _of_a_device(peak)
+    if utilisation is not None or not cluster.device.memory_gbytes_per_s:
+        used = ASSUMED_UTILISATION if utilisation is None else utilisation
+        said = "assuming" if utilisation is None else "at"
+        return dict.fromkeys(STAGES, arithmetic / used), f"{said} {used:.0%} of {device}"
+    times = {
+        stage: compute_time(
+            model_config,
+            setup,
+            cluster.device,
+            peak=peak[0],
+            flops_per_token=own.performed[stage],
+            resident=own.resident[stage],
+        )
+        for stage, setup in own.setups.items()
+    }
+    compute = {stage: time.total * own.setups[stage].micro_batches for stage, time in times.items()}
+    chosen = config.train.zero_stage
+    reached = f"{arithmetic / compute[chosen]:.0%} of {device}"
+    return compute, f"calculated, {reached} while it computes ({times[chosen]})"
+
+
+def _of_a_device(peak: tuple[float, str]) -> str:
+    return f"{peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
