@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     import torch
 
+    from relora_mora.data import EvalSet
     from relora_mora.evaluate import EvalResult
     from relora_mora.pretrained import LoadedModel
 
@@ -82,11 +83,9 @@ def main(
         from relora_mora.data import SourceError
         from relora_mora.data.hub_sources import hub_repo
         from relora_mora.data.sources import shards_of
-        from relora_mora.evaluate import EvalResult, causal_lm_loss, evaluate, evaluate_sets, held_out, is_causal
-        from relora_mora.model import length_of_documents
-        from relora_mora.pretrained import DTYPES, is_foreign, positions_of
-        from relora_mora.system.hardware import ran_out_of_memory, uses_cuda
-        from relora_mora.system.logs import progress_bar
+        from relora_mora.evaluate import EvalResult, held_out, is_causal
+        from relora_mora.pretrained import DTYPES, is_foreign
+        from relora_mora.system.hardware import uses_cuda
         from relora_mora.tokenizer import load_tokenizer
 
     if precision not in DTYPES:
@@ -117,18 +116,7 @@ def main(
     alone = settings.masks_documents_of(settings.sources("validation"))
     if "data.document_mask" in overrides and alone and not settings.document_mask:
         raise ValueError("--data.document_mask: records that are packed whole are always scored alone; leave it out")
-    length = settings.sequence_length
-    positions = positions_of(loaded.model)
-    if positions is not None and length > positions:
-        raise ValueError(
-            f"--data.sequence_length: got {length}, but {model} has {positions} positions; give at most {positions}"
-        )
-    longest = length_of_documents(loaded.model.config.get_text_config()) if alone else None
-    if longest is not None and length > longest:
-        raise ValueError(
-            f"--data.sequence_length: got {length}, but behind {longest} positions the longrope of {model} turns the "
-            f"documents of a batch by the longest of them; give at most {longest}, or score them in sequences"
-        )
+    _check_length(settings.sequence_length, loaded, model, alone=alone)
     with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
         sets = held_out(settings, str(tokenizer_path), max_tokens)
     device = torch.device("cuda" if uses_cuda() else "cpu")
@@ -141,10 +129,48 @@ def main(
     tokens = sum(each.predicted for each in sets.values())
     documents = sum(each.documents for each in sets.values())
     print(
-        f"{loaded.description}: {tokens:,} tokens of {documents:,} documents in sequences of {length}"
+        f"{loaded.description}: {tokens:,} tokens of {documents:,} documents in sequences of {settings.sequence_length}"
         f"{', each document alone' if alone else ''}",
         file=sys.stderr,
     )
+    results = _score(lm, sets, micro_batch_size, device)
+    whole = EvalResult.of_all(results.values())
+    if not math.isfinite(whole.loss):
+        raise ValueError(
+            f"{model}: its loss in {precision} is {whole.loss}; choose another --precision, or whole weights"
+        )
+    if "" in results:
+        print(json.dumps(whole.as_dict()))
+        return
+    print(_table({**results, "all sets": whole}), file=sys.stderr)
+    print(json.dumps({**whole.as_dict(), "sets": {name: result.as_dict() for name, result in results.items()}}))
+
+
+def _check_length(length: int, loaded: LoadedModel, name: str, *, alone: bool) -> None:
+    """Raises ValueError for sequences that the model does not have the positions for."""
+    from relora_mora.model import length_of_documents
+    from relora_mora.pretrained import positions_of
+
+    positions = positions_of(loaded.model)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"--data.sequence_length: got {length}, but {name} has {positions} positions; give at most {positions}"
+        )
+    longest = length_of_documents(loaded.model.config.get_text_config()) if alone else None
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"--data.sequence_length: got {length}, but behind {longest} positions the longrope of {name} turns the "
+            f"documents of a batch by the longest of them; give at most {longest}, or score them in sequences"
+        )
+
+
+def _score(
+    lm: torch.nn.Module, sets: Mapping[str, EvalSet], micro_batch_size: int, device: torch.device
+) -> dict[str, EvalResult]:
+    from relora_mora.evaluate import causal_lm_loss, evaluate, evaluate_sets
+    from relora_mora.system.hardware import ran_out_of_memory
+    from relora_mora.system.logs import progress_bar
+
     rows = min(micro_batch_size, max(each.blocks for each in sets.values()))
     mean_loss = causal_lm_loss(lm)
     try:
@@ -156,21 +182,13 @@ def main(
             )
     except (MemoryError, RuntimeError) as error:
         if ran_out_of_memory(error):
+            [length] = {each.scored.shape[1] for each in sets.values()}
             raise ValueError(
                 f"--micro_batch_size: {rows} sequences of {length} tokens need more memory than there is; lower it"
             ) from error
         raise
     assert results is not None, "nobody stops it"
-    whole = EvalResult.of_all(results.values())
-    if not math.isfinite(whole.loss):
-        raise ValueError(
-            f"{model}: its loss in {precision} is {whole.loss}; choose another --precision, or whole weights"
-        )
-    if "" in results:
-        print(json.dumps(whole.as_dict()))
-        return
-    print(_table({**results, "all sets": whole}), file=sys.stderr)
-    print(json.dumps({**whole.as_dict(), "sets": {name: result.as_dict() for name, result in results.items()}}))
+    return results
 
 
 def _score_tasks(
