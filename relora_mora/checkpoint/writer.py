@@ -40,8 +40,9 @@ class CheckpointWriter:
     """One per rank, made by all ranks together. What is kept: :func:`relora_mora.checkpoint.retention.retire`.
 
     The files of the folder ``tokenizer`` are read at once and written into every checkpoint, whatever becomes of the
-    folder. ``merge_states`` makes one data state of those of all ranks. On rank 0 ``report`` gets a line for each save
-    that failed. ``last_failure`` is None where the last save went well; on other ranks it covers their own part alone.
+    folder. ``merge_states`` makes one data state of those of all ranks. On rank 0 ``sync_beside`` is called before a
+    checkpoint gets its name, and ``report`` gets a line for each save that failed. ``last_failure`` is None where the
+    last save went well; on other ranks it covers their own part alone.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class CheckpointWriter:
         keep_last: int,
         keep_every_steps: int,
         merge_states: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        sync_beside: Callable[[], None],
         report: Callable[[str], None],
     ) -> None:
         self.folder = folder
@@ -62,6 +64,7 @@ class CheckpointWriter:
         self.keep_last = keep_last
         self.keep_every_steps = keep_every_steps
         self.merge_states = merge_states
+        self.sync_beside = sync_beside
         self.report = report
         self.last_failure: str | None = None
         files: dict[str, bytes] = {}
@@ -160,6 +163,7 @@ class CheckpointWriter:
                 _await_file(work / name, files[name].bytes, rank, deadline)
         state = self.merge_states([part["data_state"] for part in parts])
         write_synced(work / MANIFEST, replace(manifest, files=files, data_state=state).dump())
+        self.sync_beside()
         new = final.with_name(final.name + NEW)
         if new.exists():  # a save of this step that was whole, but could not get its name
             put_in_place(new)

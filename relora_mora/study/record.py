@@ -37,18 +37,29 @@ def write_records(cells: Sequence[Cell], folder: StudyFolder) -> int:
 
 
 def final_metric(cell: Cell, folder: StudyFolder, metric: str) -> float | None:
-    """The metric of the last evaluation; None where it is not finite, or the run is not done.
+    """The metric of the evaluation at the end; None where it is not finite, or the run is not done.
 
-    Raises ValueError where no evaluation has it.
+    Raises ValueError where no evaluation has it, or that of the last step is lost.
     """
     if not folder.is_done(cell):
         return None
-    run = folder.run(cell).metrics
-    lines = read_json_lines(run) if folder.has_run(cell) else folder.kept()[cell.name]["metrics"]
-    values = [line[metric] for line in lines if metric in line]
-    if not values:
-        raise ValueError(f"choose: no line of {run} has a number {metric}; docs/metrics.md lists them")
-    return None if values[-1] is None else float(values[-1])
+    run = folder.run(cell)
+    if folder.has_run(cell):
+        config = parse_yaml(run.config.read_text(encoding="utf-8"))
+        lines = read_json_lines(run.metrics)
+    else:
+        config, lines = (folder.kept()[cell.name][key] for key in ("config", "metrics"))
+    found = [line for line in lines if metric in line]
+    if not found:
+        raise ValueError(f"choose: no line of {run.metrics} has a number {metric}; docs/metrics.md lists them")
+    last = found[-1]
+    if last["step"] != config["train"]["steps"]:
+        raise ValueError(
+            f"choose: the last {metric} of {run.metrics} is of step {last['step']}, and that of the end, step "
+            f"{config['train']['steps']}, is lost; remove {run.path}, and its line, if any, in {folder.records}: "
+            "the study makes the run again"
+        )
+    return None if last[metric] is None else float(last[metric])
 
 
 def differences(cell: Cell, first: StudyFolder, second: StudyFolder) -> tuple[int, list[str]]:

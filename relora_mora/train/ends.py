@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,12 +18,13 @@ from relora_mora.train.state import RunState
 
 
 class Ends:
-    """Each end returns the exit code or raises, on all ranks alike."""
+    """Each end returns the exit code or raises, on all ranks alike; ``sync_metrics`` comes before its record."""
 
-    def __init__(self, folder: Path, saving: Saving, guard: Guard) -> None:
+    def __init__(self, folder: Path, saving: Saving, guard: Guard, sync_metrics: Callable[[], None]) -> None:
         self.folder = folder
         self.saving = saving
         self.guard = guard
+        self.sync_metrics = sync_metrics
 
     def finish(self, state: RunState) -> int:
         config = self.saving.run.config
@@ -56,5 +58,6 @@ class Ends:
         raise (DataError if by_user else TrainingError)(text + saved) from error
 
     def _leave(self, code: int, reason: str) -> int:
+        self.sync_metrics()
         self.guard.decide(code, reason)
         return code

@@ -70,6 +70,7 @@ class Trainer:
             keep_last=config.checkpoint.keep_last,
             keep_every_steps=config.checkpoint.keep_every_steps,
             merge_states=merge_states,
+            sync_beside=self.sync_metrics,
             report=log.error,
         )
         if resumed_from is not None and state.saved is not None:
@@ -94,7 +95,7 @@ class Trainer:
         self.reporting = Reporting(run, self.write, self.progress)
         self.evaluating = Evaluating(run, guard, self.write, self.progress)
         self.saving = Saving(run, self.writer, guard, self.write)
-        self.ends = Ends(self.folder, self.saving, guard)
+        self.ends = Ends(self.folder, self.saving, guard, self.sync_metrics)
         self._write_made_up()
 
     def fit(self) -> int:
@@ -224,6 +225,10 @@ class Trainer:
         """Metrics of a step; the first rank writes them."""
         if self.metrics is not None:
             self.metrics.write(step, values)
+
+    def sync_metrics(self) -> None:
+        if self.metrics is not None:
+            self.metrics.sync()
 
     def close(self) -> None:
         with contextlib.suppress(Exception):

@@ -124,7 +124,14 @@ class Metrics:
         file = self._open_file() if self._file is None else self._file  # the disk was full when the run went back
         append_whole(file, line)
 
+    def sync(self) -> None:
+        """What is written stays through a power cut, as checkpoints do: they say what has been evaluated."""
+        handle = self._file
+        if handle is not None:
+            self._try(self.path.name, lambda: os.fsync(handle))
+
     def close(self) -> None:
+        self.sync()
         self._close_file()
         for logger in self._loggers:
             with contextlib.suppress(Exception):

@@ -167,6 +167,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         keep_last=5,
         keep_every_steps=0,
         merge_states=lambda _: {},
+        sync_beside=lambda: None,
         report=report,
     )
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,8 +305,29 @@ def test_a_run_whose_last_evaluation_is_not_finite_is_not_chosen(tmp_path: Path)
     run = folder.run(cell)
     run.path.mkdir(parents=True)
     run.ends.write_text('{"code": 0}\n', encoding="utf-8")
+    run.config.write_text("train: {steps: 2}\n", encoding="utf-8")
     run.metrics.write_text('{"step": 1, "eval/loss": 2.0}\n{"step": 2, "eval/loss": null}\n', encoding="utf-8")
     assert final_metric(cell, folder, "eval/loss") is None
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_run_that_lost_its_last_evaluation_is_not_chosen_by_an_earlier_one(tmp_path: Path, gone: bool):
+    """A full disk costs lines of metrics, and no run."""
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
+    folder = StudyFolder(tmp_path)
+    conduct(study, folder, TRAINER, 1)
+    [cell] = first_round(study)
+    metrics = folder.run(cell).metrics
+    assert final_metric(cell, folder, "eval/loss") == 0.0
+    metrics.write_text('{"step": 500, "eval/loss": 2.0}\n{"step": 1000, "train/loss": 1.0}\n', encoding="utf-8")
+    if gone:
+        folder.records.unlink()
+        conduct(study, folder, TRAINER, 1)
+        shutil.rmtree(folder.run(cell).path)
+    with pytest.raises(
+        ValueError, match=r"eval/loss of .*metrics.jsonl is of step 500, and that of the end, step 1000, is lost; "
+    ):
+        final_metric(cell, folder, "eval/loss")
 
 
 def test_a_run_that_fails_is_named_when_the_others_are_done(tmp_path: Path):

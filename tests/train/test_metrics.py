@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,6 +20,8 @@ from relora_mora.train.metrics import Metrics
 from relora_mora.train.tensorboard import LAYOUT, NO_CURVES, TensorBoard, board_tag
 from tests.tools.config_tools import tree
 from tests.tools.helpers import ROOT
+from tests.tools.runs import metrics as metrics_of
+from tests.tools.runs import run_config
 
 
 def _write_config(folder, **sections):
@@ -121,6 +125,66 @@ def test_a_disk_that_is_full_when_a_run_goes_back_costs_lines_and_no_step_is_the
     metrics.write(3, {"train/loss": 3.0})
     metrics.close()
     assert [(line["step"], line["train/loss"]) for line in _lines(tmp_path)] == [(1, 1.0), (3, 3.0)]
+
+
+def after_a_power_cut(config: Any) -> dict[str, str]:
+    """Trains; what of ``metrics.jsonl`` would have survived a power cut as each checkpoint got its name, and as the end
+    was recorded."""
+    from relora_mora.checkpoint import writer
+    from relora_mora.supervise import guard
+    from relora_mora.train import pretrain
+
+    path = Path(config.train.run_dir) / "metrics.jsonl"
+    found: dict[str, str] = {}
+    survives = ""
+    fsync, put_in_place, record_end = os.fsync, writer.put_in_place, guard.record_end
+
+    def sync(handle: int) -> None:
+        nonlocal survives
+        fsync(handle)
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            survives = path.read_text()
+
+    def name(folder: Path) -> None:
+        found[folder.name] = survives
+        put_in_place(folder)
+
+    def end(*args: Any, **how: Any) -> None:
+        found["end"] = survives
+        record_end(*args, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", sync)
+        patch.setattr(writer, "put_in_place", name)
+        patch.setattr(guard, "record_end", end)
+        pretrain(config)
+    return found
+
+
+@pytest.mark.distributed
+def test_a_power_cut_costs_no_line_of_what_a_checkpoint_or_an_end_says_is_done(pools, inputs, tokenizer_path, tmp_path):
+    """Else the same command would not evaluate again, and the evaluation would be lost for good."""
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", checkpoint={"every_steps": 5})
+    [found] = pools(1)(after_a_power_cut, config)
+    assert found.keys() == {"step-00000005.new", "step-00000010.new", "end"}
+    for step in (5, 10):
+        lines = [json.loads(line) for line in found[f"step-{step:08d}.new"].splitlines()]
+        assert [line["step"] for line in lines if "eval/loss" in line][-1] == step
+    assert [json.loads(line) for line in found["end"].splitlines()] == metrics_of(tmp_path / "run")
+
+
+def test_metrics_that_a_disk_does_not_keep_are_told_once_and_end_nothing(tmp_path, monkeypatch, capfd):
+    metrics = Metrics(tmp_path, step=0)
+    metrics.write(1, {"train/loss": 1.0})
+    setup_logging(0)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", full)
+    metrics.sync()
+    metrics.close()
+    assert capfd.readouterr().err.count("metrics.jsonl: metrics cannot be written (Disk quota exceeded)") == 1
 
 
 def test_bytes_that_a_disk_has_spoilt_cost_a_line(tmp_path):
