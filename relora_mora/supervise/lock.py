@@ -121,12 +121,14 @@ class RunLock:
             except OSError:  # a file system that does not answer for a while
                 continue
 
-    def _present_holder(self) -> str:
+    def _present_holder(self) -> str | None:
+        """None where the file is a copy of its own: the folder was moved to another disk, and a link leads there."""
         handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return _who(_read(handle))
+            content = _read(handle)
         finally:
             os.close(handle)
+        return None if content.get("token") == self._token else _who(content)
 
     def _flock(self, handle: int, deadline: float) -> None:
         while True:

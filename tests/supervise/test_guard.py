@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -401,6 +402,22 @@ def test_a_holder_hears_that_its_file_was_removed_or_replaced(replaced, tmp_path
         assert heard.get(timeout=60) is None
     lock.release()
     other.release()
+
+
+def test_a_holder_whose_folder_was_copied_elsewhere_is_no_other_trainer(tmp_path, monkeypatch):
+    """A run is copied to a larger disk while it trains, and the link to its folder set anew."""
+    monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
+    heard: queue.Queue[str | None] = queue.Queue()
+    run, small, large, link = (tmp_path / name for name in ("run", "small", "large", "link"))
+    small.mkdir()
+    run.symlink_to(small)
+    lock = RunLock(run, heard.put)
+    lock.acquire()
+    shutil.copytree(small, large)
+    link.symlink_to(large)
+    link.replace(run)  # at once: there is no moment without the file
+    assert heard.get(timeout=60) is None
+    lock.release()
 
 
 def test_a_lock_waits_for_its_holder_to_end(holder, tmp_path):
