@@ -9,6 +9,9 @@ import secrets
 import shutil
 from pathlib import Path
 
+from relora_mora.system.disk_errors import LOST_DISK
+from relora_mora.system.logs import log
+
 
 def write_synced(path: Path, text: str) -> None:
     """Writes a small file whole or not at all; of several processes that write it at once, the last one's stays.
@@ -27,6 +30,19 @@ def write_synced(path: Path, text: str) -> None:
             beside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_if_possible(path: Path, text: str, without: str) -> None:
+    """As :func:`write_synced`; a disk that is full, or takes nothing, costs no more than the error says: ``without``.
+
+    Raises OSError where the disk is gone and may come back (``LOST_DISK``).
+    """
+    try:
+        write_synced(path, text)
+    except OSError as error:
+        if error.errno in LOST_DISK:
+            raise
+        log.error("%s: cannot be written (%s): %s", path, error.strerror, without)
 
 
 def make_folder(path: Path) -> None:

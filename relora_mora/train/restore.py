@@ -10,7 +10,7 @@ from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_check
 from relora_mora.checkpoint.layout import LATEST
 from relora_mora.checkpoint.places import NEW, list_new, step_folder, step_of
 from relora_mora.distributed import same_on_all_ranks
-from relora_mora.system.files import write_synced
+from relora_mora.system.files import write_if_possible
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
@@ -36,7 +36,9 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
             latest.unlink(missing_ok=True)
             abandon_records(folder)
         elif abandoned:
-            write_synced(latest, f"{step_folder(manifest.step)}\n")
+            write_if_possible(
+                latest, f"{step_folder(manifest.step)}\n", without="it names another one; training goes on"
+            )
     text = (run.checked.data_fingerprint, run.checked.data_content)
     if (manifest.data_fingerprint, manifest.data_content) != text:
         state.health.begin_window()

@@ -14,7 +14,7 @@ from typing import Any
 from relora_mora.checkpoint import CheckpointReader, CheckpointWriter, newest_whole, read_manifest
 from relora_mora.data import merge_states
 from relora_mora.distributed import from_first_rank, gather_from_ranks
-from relora_mora.system.files import write_synced
+from relora_mora.system.files import write_if_possible, write_synced
 from relora_mora.system.logs import shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
@@ -73,7 +73,11 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
     )
     if run.engine.rank == 0:
         known = read_rollbacks(folder)[: state.rollbacks]
-        write_synced(RunFolder(folder).rollbacks, dump_rollbacks([*known, rollback]))
+        write_if_possible(
+            RunFolder(folder).rollbacks,
+            dump_rollbacks([*known, rollback]),
+            without="a kill before the next checkpoint would have the bad data read again; training goes on",
+        )
     restored = restore(run, reader)
     restored.data = rollback.data_state
     restored.rollbacks = state.rollbacks + 1

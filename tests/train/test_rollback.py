@@ -4,9 +4,11 @@ that."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,9 @@ def faulty(
 
     def numbered(self: Trainer) -> Any:
         batch = next_batch(self)
-        number = self.data_numbers = getattr(self, "data_numbers", config_start(self)) + 1
+        if not hasattr(self, "data_numbers"):
+            self.data_numbers = config_start(self)
+        number = self.data_numbers = self.data_numbers + 1
         while number in drop and batch is not None:
             self.state.data = batch.batch.state
             batch = next_batch(self)
@@ -145,6 +149,43 @@ def test_bad_steps_in_a_row_roll_back_and_skip_their_data(pools, inputs, tokeniz
     assert not (killed / "checkpoints" / "step-00000006").exists()
     pools(2)(faulty, _settings(killed, inputs, tokenizer_path), NAN)
     assert _same(killed, reference)
+
+
+def on_a_full_disk(config: Any, factors: dict[int, float]) -> tuple[str, list[str]]:
+    """Trains as :func:`faulty` where a rollback can write nothing; returns the errors in the log, too."""
+    from relora_mora.system.logs import log
+
+    lines: list[str] = []
+    fsync = os.fsync
+
+    def keep(record: Any) -> bool:
+        if record.levelname == "ERROR":
+            lines.append(record.getMessage())
+        return True
+
+    def full(handle: int) -> None:
+        name = Path(f"/proc/self/fd/{handle}").readlink().name
+        if name.startswith(("rollbacks.json", "latest")) and threading.current_thread() is threading.main_thread():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "filters", [*log.filters, keep])
+        patch.setattr(os, "fsync", full)
+        return faulty(config, factors), lines
+
+
+def test_a_rollback_on_a_full_disk_skips_the_data_all_the_same(pools, inputs, tokenizer_path, tmp_path):
+    rolled, reference = tmp_path / "rolled", tmp_path / "reference"
+    pools(2)(faulty, _settings(reference, inputs, tokenizer_path), {}, drop=(4, 5))
+    settings = _settings(rolled, inputs, tokenizer_path)
+    each_step = settings.checkpoint.model_copy(update={"every_steps": 1})  # that of step 4 is left behind
+    (error, lines), _ = pools(2)(on_a_full_disk, settings.model_copy(update={"checkpoint": each_step}), NAN)
+    assert error == "" and _same(rolled, reference) and not (rolled / "rollbacks.json").exists()
+    assert [line.partition(": ")[0] for line in lines] == [
+        str(rolled / name) for name in ("rollbacks.json", "checkpoints/latest")
+    ]
+    assert "(No space left on device): a kill before the next checkpoint would have the bad data read again" in lines[0]
 
 
 def test_a_rollback_to_the_end_of_a_shorter_run_makes_its_merge_again(pools, inputs, tokenizer_path, tmp_path):
