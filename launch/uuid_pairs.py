@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 try:
     from relora_mora.cli import NonNegativeInt, PositiveInt, run
-    from relora_mora.system.disk_errors import disk_faults_named
     from relora_mora.system.files import write_synced
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
@@ -52,8 +51,7 @@ def main(out: str, *, pairs: PositiveInt = 10_000, seed: NonNegativeInt = 0, kin
     if path.exists():
         raise FileExistsError(f"{out}: File exists; give a new file, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with disk_faults_named(path):
-        write_synced(path, "".join(f"{json.dumps(pair)}\n" for pair in uuid_pairs(pairs, seed, kind)))
+    write_synced(path, "".join(f"{json.dumps(pair)}\n" for pair in uuid_pairs(pairs, seed, kind)))
     print(f"wrote {pairs:,} pairs to {out}")
 
 

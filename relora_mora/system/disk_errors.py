@@ -41,15 +41,15 @@ def place_of(error: OSError) -> str | None:
 
 
 @contextlib.contextmanager
-def disk_faults_named(folder: Path) -> Iterator[None]:
-    """While ``folder`` is written: a disk error that names no file, as those of writes do not, gets this name."""
+def disk_faults_named(place: Path) -> Iterator[None]:
+    """While a file or folder is written: a disk error that names no file, as those of writes do not, gets its name."""
     try:
         yield
     except Exception as error:
-        number = disk_errno(error, folder)
+        number = disk_errno(error, place)
         if number is None or (isinstance(error, OSError) and place_of(error)):
             raise
-        raise OSError(number, os.strerror(number), str(folder)) from error
+        raise OSError(number, os.strerror(number), str(place)) from error
 
 
 def disk_errno(error: Exception, folder: Path) -> int | None:

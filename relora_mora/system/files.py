@@ -9,27 +9,28 @@ import secrets
 import shutil
 from pathlib import Path
 
-from relora_mora.system.disk_errors import LOST_DISK
+from relora_mora.system.disk_errors import LOST_DISK, disk_faults_named
 from relora_mora.system.logs import log
 
 
 def write_synced(path: Path, text: str) -> None:
     """Writes a small file whole or not at all; of several processes that write it at once, the last one's stays.
 
-    Raises OSError, with the file as it was before.
+    Raises OSError that names a file, with the file as it was before.
     """
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    with disk_faults_named(path):
+        try:
+            with beside.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            beside.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
 def write_if_possible(path: Path, text: str, without: str) -> None:
@@ -62,13 +63,14 @@ def append_whole(handle: int, line: bytes) -> None:
 
 
 def append_synced(path: Path, line: str) -> None:
-    """A line of a file that may not be there yet, as :func:`append_whole` writes it."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        append_whole(handle, f"{line}\n".encode())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """A line of a file that may not be there yet, as :func:`append_whole` writes it. Raises OSError that names it."""
+    with disk_faults_named(path):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            append_whole(handle, f"{line}\n".encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def sync(path: Path) -> None:

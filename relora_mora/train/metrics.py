@@ -82,9 +82,10 @@ class Metrics:
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
             return
+        before = self.path.read_text(encoding="utf-8", errors="replace")
         kept = []
         made_again = {"eval/seconds": not self._evaluated, "merge/seconds": not self._merged}
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in before.splitlines():
             try:
                 values = json.loads(line)
                 again = values["step"] == step and any(made_again[tag] for tag in made_again.keys() & values.keys())
@@ -92,7 +93,9 @@ class Metrics:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 log.warning("metrics.jsonl: dropped a damaged line")
-        write_synced(self.path, "".join(kept))
+        text = "".join(kept)
+        if text != before:  # a run that is done writes nothing, where the disk may be full
+            write_synced(self.path, text)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of the file, and the same for each logger."""

@@ -28,7 +28,7 @@ from relora_mora.model.config import plain_model_config
 from relora_mora.optim import Parameters
 from relora_mora.origin import start_digests
 from relora_mora.system.disk_errors import disk_faults_named
-from relora_mora.system.files import append_synced, remove, write_synced
+from relora_mora.system.files import append_synced, remove, write_if_possible, write_synced
 from relora_mora.system.hardware import device_name
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import CHANGED, NOTED, RunFolder
@@ -108,7 +108,8 @@ def keep_run_folder(config: Config, made_with: Mapping[str, Any]) -> None:
         before = stored_config(made_with, str(names.config))
         here = {"run_dir": config.train.run_dir, "resume": config.train.resume}
         # a start that was cut off before it trained may have left others
-        write_synced(names.config, dump(before.model_copy(update={"train": before.train.model_copy(update=here)})))
+        settings = dump(before.model_copy(update={"train": before.train.model_copy(update=here)}))
+        write_if_possible(names.config, settings, without="it stays as the start before this one left it")
 
 
 def _write(folder: Path, checked: Checked, start: dict[str, Any]) -> None:

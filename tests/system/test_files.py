@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.system.disk_errors import disk_errno, disk_faults_named, place_of
-from relora_mora.system.files import remove, write_synced
+from relora_mora.system.files import append_synced, remove, write_synced
 from tests.tools.helpers import ROOT
 
 FULL = errno.ENOSPC
@@ -29,6 +29,30 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_synced(path, "after")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("write", [write_synced, append_synced])
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch, write):
+    """The system does not, where a write fails."""
+    path = tmp_path / "ends.jsonl"
+
+    def full(handle: int) -> None:
+        raise OSError(FULL, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        write(path, "after")
+    assert place_of(caught.value) == str(path)
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "ends.jsonl"
+    append_synced(path, "before")
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, line: write(handle, line[:3]))
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        append_synced(path, "after")
+    assert path.read_text() == "before\n"
 
 
 def test_processes_that_write_a_file_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ checkpoint."""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -113,6 +114,32 @@ def test_what_a_resume_changed_is_noted_and_a_finished_run_keeps_its_settings(po
     other = {"optim": {"lr": 0.5}, "train": {"allow_changes": ["optim.lr"]}}
     assert start(**other, eval={"max_tokens": 7})["changed"] == [said], "no start is noted"
     assert config.read_text() == trained_with
+
+
+def on_a_full_disk(config: Path) -> Answer:
+    """A start that cannot write a new file."""
+    fsync = os.fsync
+
+    def full(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").readlink().suffix == ".tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        return call(PRETRAIN, config)
+
+
+def test_a_run_that_is_done_stays_done_where_the_disk_is_full(pools, inputs, tokenizer_path, tmp_path):
+    config = _config(inputs, tokenizer_path, tmp_path / "run", tmp_path / "run.yaml")
+    assert [answer.code for answer in pools(2)(call, PRETRAIN, config)] == [0, 0]
+    names = RunFolder(tmp_path / "run")
+    before = [path.read_bytes() for path in (names.config, names.metrics)]
+    first, second = pools(2)(on_a_full_disk, config)
+    assert (first.code, second.code) == (0, 0)
+    assert f"{names.config}: cannot be written (No space left on device): it stays as" in first.err
+    assert [end["code"] for end in ends(names.path)] == [0, 0]
+    assert [path.read_bytes() for path in (names.config, names.metrics)] == before
 
 
 @pytest.mark.stops
