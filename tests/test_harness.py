@@ -23,7 +23,7 @@ from relora_mora.harness.local import compared, local_rows, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer import load_tokenizer
 from tests.tools.checkpoints import write_checkpoint
-from tests.tools.commands import EVALUATE, call, refused
+from tests.tools.commands import EVALUATE, call, files_end_at, refused
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -174,6 +174,25 @@ def test_a_run_keeps_what_its_tasks_gave(tmp_path):
     }
     assert [point.value for point in events.Scalars("tasks/local_uuid/exact_match/5-shot/first-100")] == [0.25]
     assert table(results).splitlines()[1].split() == ["local_uuid", "exact_match", "0.5000"]
+
+
+def test_a_score_is_kept_whole_or_not_at_all(tmp_path):
+    """Half a line would take the next score with it."""
+    tasks = RunFolder(tmp_path).tasks
+    before = '{"step": 1}\n' * 10_000
+    tasks.write_text(before)
+    results = {"local_uuid": {"exact_match": 0.5}}
+    with files_end_at(len(before) + 20), pytest.raises(OSError, match=f": '{tasks}'"):
+        record(tmp_path, 2, results, num_fewshot=None, limit=None)
+    assert tasks.read_text() == before
+    record(tmp_path, 3, results, num_fewshot=None, limit=None)
+    assert [line["step"] for line in read_json_lines(tasks)[10_000:]] == [3]
+
+
+def test_a_score_that_tensorboard_has_no_room_for_is_kept_and_said(tmp_path):
+    with files_end_at(1000), pytest.raises(OSError, match=f": '{RunFolder(tmp_path).tensorboard}'"):
+        record(tmp_path, 2, {"local_uuid": {f"metric_{n}": 0.5 for n in range(20)}}, num_fewshot=None, limit=None)
+    assert [line["step"] for line in read_json_lines(RunFolder(tmp_path).tasks)] == [2]
 
 
 def test_options_that_have_no_use_are_refused(model):

@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from relora_mora.system.disk_errors import disk_faults_named
+from relora_mora.system.files import append_synced
 from relora_mora.system.run_folder import RunFolder
 
 Results = Mapping[str, Mapping[str, float]]
@@ -26,10 +28,9 @@ def record(run: Path, step: int, results: Results, *, num_fewshot: int | None, l
     folder = RunFolder(run)
     numbers = {f"tasks/{task}/{metric}": value for task, found in results.items() for metric, value in found.items()}
     how = {"num_fewshot": num_fewshot, "limit": limit}
-    with folder.tasks.open("a", encoding="utf-8") as file:
-        file.write(f"{json.dumps({'step': step, 'time': time.time(), **how, **numbers})}\n")
+    append_synced(folder.tasks, json.dumps({"step": step, "time": time.time(), **how, **numbers}))
     shots = "" if num_fewshot is None else f"/{num_fewshot}-shot"
     part = "" if limit is None else f"/first-{limit}"
-    with SummaryWriter(str(folder.tensorboard)) as writer:
+    with disk_faults_named(folder.tensorboard), SummaryWriter(str(folder.tensorboard)) as writer:
         for tag, value in numbers.items():
             writer.add_scalar(f"{tag}{shots}{part}", value, step)
