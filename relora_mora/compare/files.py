@@ -11,6 +11,7 @@ from relora_mora.compare.errors import CompareError
 from relora_mora.compare.figures import REACH
 from relora_mora.compare.style import PAPER
 from relora_mora.system.disk_errors import disk_faults_named
+from relora_mora.system.files import write_synced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,25 +29,32 @@ def check_plots(folder: Path) -> None:
 
 
 def write_files(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Figure]) -> None:
-    """Texts by the names of their files, figures by those without ``.png``; what is there of these is replaced.
+    """Texts by the names of their files, figures by those without ``.png``; what is there of these is replaced, each
+    file whole or not at all.
 
     Older figures of what not every comparison has, ranks and ``--reach``, do not stay beside them.
     """
     with disk_faults_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        for older in (folder / "effective_rank.png", *folder.glob(f"{REACH}*.png")):
-            older.unlink(missing_ok=True)
+            write_synced(folder / name, text)
         for name, figure in figures.items():
             save(figure, folder / f"{name}.png")
+        for older in (folder / "effective_rank.png", *folder.glob(f"{REACH}*.png")):
+            if older.stem not in figures:
+                older.unlink(missing_ok=True)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG."""
+    """As PNG, whole or not at all."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with matplotlib.rc_context(PAPER):
-        FigureCanvasAgg(figure)
-        figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        with matplotlib.rc_context(PAPER):
+            FigureCanvasAgg(figure)
+            figure.savefig(beside, format="png", bbox_inches="tight", pad_inches=0.05)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

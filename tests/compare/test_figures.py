@@ -17,7 +17,7 @@ from relora_mora.compare.curves import curve, parting, running_mean
 from relora_mora.compare.figures import loss_figure, perplexity_figure, rank_figure, rate_figure
 from relora_mora.compare.style import styles
 from tests.compare.folders import TOKENS, made_run
-from tests.tools.commands import left_in
+from tests.tools.commands import files_end_at, left_in
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
 
@@ -230,6 +230,16 @@ def test_files_are_written(groups: list[Group], tmp_path: Path) -> None:
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
     assert "effective_rank" not in figures_of(groups[:1])
+
+
+def test_a_disk_that_fills_up_leaves_older_files_as_they_were(groups: list[Group], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_files(out, {"table.md": "a table", "long.md": "before"}, figures_of(groups))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for text, said in (("longer" * 500, "long.md"), ("before", "")):  # the figures come after the texts
+        with files_end_at(2000), pytest.raises(OSError, match=f"'{out / said}'"):
+            write_files(out, {"table.md": "a table", "long.md": text}, figures_of(groups[:1]))
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_running_mean_takes_as_many_values_on_either_side() -> None:
