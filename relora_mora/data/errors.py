@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from relora_mora.config.secrets import redact
 from relora_mora.system.disk_errors import LOST_DISK
 
@@ -23,6 +25,8 @@ def unreadable(place: str, error: OSError, remedy: str) -> Exception:
     """
     if error.errno in LOST_DISK:
         return OSError(error.errno, error.strerror, place)
+    if error.errno == errno.EMFILE:  # each lane has a file of its own open
+        remedy = "raise ulimit -n, or lower data.lanes"
     return SourceError(f"{place} cannot be read ({error.strerror}); {remedy}")
 
 

@@ -7,6 +7,7 @@ counts are those of the text.
 
 from __future__ import annotations
 
+import errno
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -71,7 +72,9 @@ class MappedTokens:
         except MemoryError:  # an ArrowException, too
             raise
         except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-            if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in LOST_DISK):
+            if isinstance(error, PermissionError) or (
+                isinstance(error, OSError) and error.errno in {*LOST_DISK, errno.EMFILE}
+            ):
                 raise unreadable(path, error, "check the path and its permissions") from error
             raise self.damaged(str(error)) from error
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]

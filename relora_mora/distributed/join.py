@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import re
 import resource
@@ -31,6 +32,7 @@ _NO_ABORTS = {
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
 }
+FEWEST_FILES = 34  # that a tiny run of one rank gets by with
 PORT_SECONDS = 20.0  # a run that was killed a moment ago may still hold the port
 
 
@@ -43,13 +45,18 @@ def join(timeout_seconds: float) -> None:
 
     On a CPU it also keeps freed memory with the process. ``timeout_seconds`` is how long to wait for the other ranks.
     Raises :class:`JoinError` when they do not come, or when another program holds the port, and ValueError when the
-    ranks and the GPUs do not fit together.
+    ranks and the GPUs do not fit together, or the host allows too few open files.
     """
     if not dist.is_initialized():
         _allow_files()
         for name, value in _WITHOUT_LAUNCHER.items():
             os.environ.setdefault(name, value)
-        _meet(timeout_seconds)
+        try:
+            _meet(timeout_seconds)
+        except RuntimeError as error:
+            if os.strerror(errno.EMFILE) in str(error):
+                raise _too_few_files() from error
+            raise
         if not uses_cuda():
             keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
@@ -63,10 +70,20 @@ def joined_within(timeout_seconds: float) -> float:
 
 
 def _allow_files() -> None:
-    """As many open files as the host allows: the first rank has several connections to each of the others."""
+    """As many open files as the host allows: the first rank has several connections to each of the others.
+
+    Raises ValueError where that is too few for one rank alone, in which torch and gloo fail in many ways.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # the kernel's own limit may be lower
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most != resource.RLIM_INFINITY and most < FEWEST_FILES:
+        raise _too_few_files()
+
+
+def _too_few_files() -> ValueError:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return ValueError(f"a process may have {most} files open on this host, too few for a rank; raise ulimit -n")
 
 
 def _meet(timeout_seconds: float) -> None:

@@ -288,7 +288,8 @@ class Saving:
         self.writer.wait()
         failures = [failure for failure in gather_from_ranks(self.writer.last_failure) if failure]
         if failures:
-            raise TrainingError(failures[0])
+            remedy = "see to the disk (df, df -i), and the same command continues from the newest checkpoint"
+            raise TrainingError(f"{failures[0]}; {remedy}")
 
     def _manifest(self, state: RunState) -> Manifest:
         """Without files and the place in the data, which the writer adds."""

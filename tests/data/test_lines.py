@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
 import tracemalloc
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -76,6 +78,17 @@ def test_a_long_line_is_never_held(tmp_path, suffix):
 def test_an_unreadable_file(tmp_path):
     with pytest.raises(SourceError, match=r"gone\.json cannot be read \(No such file"):
         ShardLines(Shard("gone.json", str(tmp_path / "gone.json")), max_line_bytes=9, timeout_seconds=1.0)
+
+
+def test_too_many_lanes_for_the_files_that_may_be_open(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "a.json", some_texts(5))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SourceError, match=r"a\.json .* \(Too many open files\); raise ulimit -n, or lower data\.lanes"):
+        _lines(path)
 
 
 @pytest.mark.parametrize("change", [-1000, 1000])

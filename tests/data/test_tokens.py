@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import shutil
 from contextlib import closing
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 
@@ -311,6 +314,17 @@ def _change(path, at):
     body = bytearray(path.read_bytes())
     body[at] ^= 255
     path.write_bytes(body)
+
+
+def test_a_file_that_may_not_be_opened_is_not_called_damaged(copy, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+
+    monkeypatch.setattr(pyarrow, "memory_map", refuse)
+    with pytest.raises(
+        SourceError, match=r"00001\.arrow .* \(Too many open files\); raise ulimit -n, or lower data\.lanes"
+    ):
+        MappedTokens(str(copy / "00001.arrow"))
 
 
 @pytest.mark.parametrize("at", [0, 9, 3000, -20, "cut", "empty", "gone", "swapped"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import resource
 import socket
 import threading
 from unittest import mock
@@ -47,9 +48,11 @@ def test_ranks_do_not_meet_in_the_store_of_an_earlier_job(monkeypatch: pytest.Mo
     assert found and found[0].check(["start"])
 
 
-def test_ranks_that_meet_and_cannot_connect_are_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def _let_gloo_fail(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    """Lets two ranks meet and not connect."""
+
     def init_process_group(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:144] no error")
+        raise RuntimeError(said)
 
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
@@ -57,6 +60,10 @@ def test_ranks_that_meet_and_cannot_connect_are_told_what_to_set(monkeypatch: py
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", init_process_group)
     monkeypatch.setattr(join, "bind_device", lambda *_: None)
+
+
+def test_ranks_that_meet_and_cannot_connect_are_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    _let_gloo_fail(monkeypatch, "Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:144] no error")
     with pytest.raises(
         join.JoinError, match=r"met the others at node1:0 and could not .*; .*set GLOO_SOCKET_IFNAME"
     ) as raised:
@@ -64,3 +71,16 @@ def test_ranks_that_meet_and_cannot_connect_are_told_what_to_set(monkeypatch: py
     guard = mock.Mock()
     _end_if_lost(guard, raised.value)
     assert guard.mock_calls == [], "it is no lost rank"
+
+
+@pytest.mark.parametrize("most", [24, 1024])
+def test_too_few_open_files_are_no_lost_rank(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """With the exit code of a lost one a job script would start the run again, for ever."""
+    _let_gloo_fail(monkeypatch, "[enforce fail at gloo/transport/tcp/device.cc:186] rv != -1. Too many open files")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (most, most))
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    met: list[object] = []
+    monkeypatch.setattr(join, "bind_device", lambda *_: met.append(None))
+    with pytest.raises(ValueError, match=f"may have {most} files open on this host, .*; raise ulimit -n"):
+        join.join(1.0)
+    assert len(met) == (most == 1024), "fewer than one rank needs are told before anything is opened"
