@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import time
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -64,6 +65,7 @@ _COMPARED = (
     "train.seed",
     "data.seed",
 )
+_EVENTS = "events.out.tfevents."  # the name of an event file, before the second in which it begins: ten digits
 _COSTS = ("perf/tokens_per_second", "perf/peak_memory_gib", "train/tokens")
 
 
@@ -126,6 +128,7 @@ class TensorBoard:
 
     def _begin_file(self, step: int) -> SummaryWriter:
         threading.excepthook = _without_disk_errors
+        _put_before_now(self._files.tensorboard)
         self._writer = SummaryWriter(str(self._files.tensorboard), purge_step=step, flush_secs=10)
         return self._writer
 
@@ -144,6 +147,17 @@ class TensorBoard:
         _, start, _ = hparams(used, results)  # without the third, the end of the run
         for summary in (columns, start):
             self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+
+
+def _put_before_now(board: Path) -> None:
+    """Renames files of a moment ago, and those of a clock that was ahead, so that they sort before a new one.
+
+    TensorBoard reads files in the order of their names, and a file hides steps of those that were read before it.
+    """
+    before = f"{_EVENTS}{int(time.time()) - 1:010d}"
+    for file in board.glob(f"{_EVENTS}*"):
+        if file.name >= before:
+            file.rename(file.with_name(f"{before}.{file.name.removeprefix(_EVENTS)}"))
 
 
 def _abandon(board: Path) -> None:

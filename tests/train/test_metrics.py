@@ -38,13 +38,6 @@ def _events(folder):
     return events
 
 
-def _next_second():
-    """TensorBoard reads files by the second they begin in, and those of one second by a number: 10 before 9."""
-    begin = int(time.time())
-    while int(time.time()) == begin:
-        time.sleep(0.01)
-
-
 def _board(folder, tag):
     events = _events(folder)
     return [(event.step, round(event.value, 4)) for event in events.Scalars(tag)]
@@ -58,7 +51,6 @@ def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 7, "tra')  # a line that a kill cut off
-    _next_second()
     second = Metrics(tmp_path, step=4, loggers=[TensorBoard(tmp_path)])
     for step in (5, 6):
         second.write(step, {"train/loss": 10.0 * step})
@@ -73,6 +65,24 @@ def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
     ]
     assert all("time" in line for line in _lines(tmp_path))
     assert _board(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60)]
+
+
+@pytest.mark.parametrize("ahead_seconds", [(3600,), (7200, 3600), (3600, 7200), 11 * (0,)])
+def test_what_is_resumed_is_shown_whatever_the_clock_said_before(tmp_path, monkeypatch, ahead_seconds):
+    """TensorBoard reads files by the second in their names, those of one second by a number, 10 before 9; and a file
+    hides steps of those that were read before it."""
+    _write_config(tmp_path)
+    now = time.time()
+    for start, ahead in enumerate((*ahead_seconds, 0)):
+        monkeypatch.setattr(time, "time", lambda ahead=ahead: now + ahead)
+        board = TensorBoard(tmp_path)
+        board.open(2 * start)
+        for step in range(2 * start + 1, 2 * start + 5):  # two of them will be made again
+            board.write(step, {"train/loss": 10.0 * start + step})
+        board.close()
+    expected = [(step, 10.0 * ((step - 1) // 2) + step) for step in range(1, 2 * start + 1)]
+    expected += [(step, 10.0 * start + step) for step in range(2 * start + 1, 2 * start + 5)]
+    assert _board(tmp_path, "train/loss") == expected
 
 
 def test_a_new_start_begins_an_empty_file(tmp_path):
@@ -99,7 +109,6 @@ def test_a_folder_that_cannot_be_written_for_a_while_costs_lines_and_no_tracebac
         metrics.write(step, {"train/loss": 1.0})
         step += 1
         time.sleep(0.01)
-    _next_second()
     board.unlink()
     (tmp_path / "away").rename(board)
     metrics.write(step, {"train/loss": 2.0})
@@ -276,7 +285,6 @@ def test_a_new_start_shows_nothing_of_the_one_before(tmp_path):
         metrics = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
         metrics.write(0, {"eval/loss": 10 * rate})
         metrics.close()
-        _next_second()
     content = _events(tmp_path).summary_metadata["_hparams_/session_start_info"].plugin_data.content
     hyperparameters = HParamsPluginData.FromString(content).session_start_info.hparams
     assert hyperparameters["optim.lr"].number_value == 0.25
