@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +190,14 @@ def test_a_score_is_kept_whole_or_not_at_all(tmp_path):
     assert [line["step"] for line in read_json_lines(tasks)[10_000:]] == [3]
 
 
-def test_a_score_that_tensorboard_has_no_room_for_is_kept_and_said(tmp_path):
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_score_that_tensorboard_has_no_room_for_is_kept_and_said_once(tmp_path):
+    before = set(threading.enumerate())
     with files_end_at(1000), pytest.raises(OSError, match=f": '{RunFolder(tmp_path).tensorboard}'"):
         record(tmp_path, 2, {"local_uuid": {f"metric_{n}": 0.5 for n in range(20)}}, num_fewshot=None, limit=None)
     assert [line["step"] for line in read_json_lines(RunFolder(tmp_path).tasks)] == [2]
+    for writing in set(threading.enumerate()) - before:
+        writing.join()  # as the thread ends, pytest has its exception
 
 
 def test_options_that_have_no_use_are_refused(model):

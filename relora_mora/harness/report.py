@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from relora_mora.system.disk_errors import disk_faults_named
+from relora_mora.system.disk_errors import disk_faults_named, without_disk_errors
 from relora_mora.system.files import append_synced
 from relora_mora.system.run_folder import RunFolder
 
@@ -31,6 +32,7 @@ def record(run: Path, step: int, results: Results, *, num_fewshot: int | None, l
     append_synced(folder.tasks, json.dumps({"step": step, "time": time.time(), **how, **numbers}))
     shots = "" if num_fewshot is None else f"/{num_fewshot}-shot"
     part = "" if limit is None else f"/first-{limit}"
+    threading.excepthook = without_disk_errors
     with disk_faults_named(folder.tensorboard), SummaryWriter(str(folder.tensorboard)) as writer:
         for tag, value in numbers.items():
             writer.add_scalar(f"{tag}{shots}{part}", value, step)

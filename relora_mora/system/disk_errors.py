@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def disk_faults_named(place: Path) -> Iterator[None]:
         if number is None or (isinstance(error, OSError) and place_of(error)):
             raise
         raise OSError(number, os.strerror(number), str(place)) from error
+
+
+def without_disk_errors(args: threading.ExceptHookArgs) -> None:
+    """A ``threading.excepthook`` beside a SummaryWriter: its thread ends with an error of the disk, which the next
+    write, or its end, meets again."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def disk_errno(error: Exception, folder: Path) -> int | None:

@@ -16,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from relora_mora.config import Config, dump, parse_yaml
 from relora_mora.config.checks import unused_settings
+from relora_mora.system.disk_errors import without_disk_errors
 from relora_mora.system.run_folder import RunFolder
 
 # TensorBoard sorts groups by name and opens the first two: eval and train, as all others come after them
@@ -127,7 +128,7 @@ class TensorBoard:
             self._writer = None
 
     def _begin_file(self, step: int) -> SummaryWriter:
-        threading.excepthook = _without_disk_errors
+        threading.excepthook = without_disk_errors
         _put_before_now(self._files.tensorboard)
         self._writer = SummaryWriter(str(self._files.tensorboard), purge_step=step, flush_secs=10)
         return self._writer
@@ -180,9 +181,3 @@ def _results(config: Config) -> list[str]:
     """The curves whose newest points the table of runs shows."""
     sets = [f"eval/{name}/perplexity" for name in config.data.validation_sets if name]
     return ["eval/perplexity", "eval/loss", *sets, "train/perplexity", *map(str, map(board_tag, _COSTS))]
-
-
-def _without_disk_errors(args: threading.ExceptHookArgs) -> None:
-    """The writing thread ends with an error of the disk; the next write meets it again and reports it."""
-    if not isinstance(args.exc_value, OSError):
-        threading.__excepthook__(args)
