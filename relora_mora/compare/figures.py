@@ -237,7 +237,7 @@ def metric_figure(
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(PAPER):
-        figure = Figure(figsize=(WIDTH * 0.6, 2.4 + legend_height(groups)), layout="constrained")
+        figure = Figure(figsize=(WIDTH * 0.6, 2.4 + legend_height(groups, WIDTH * 0.6)), layout="constrained")
         panel = figure.subplots()
         for group, style in zip(groups, styles(), strict=False):
             each = curve(group, series, axis)
@@ -315,9 +315,15 @@ def _columns(groups: Sequence[Group]) -> int:
     return 1 if longest > 50 else 2 if longest > 28 else 3
 
 
-def legend_height(groups: Sequence[Group]) -> float:
-    further = sum(len(name_of(group)) // PAGE_WIDTH for group in groups)
+def legend_height(groups: Sequence[Group], width: float = WIDTH) -> float:
+    """``width`` of the figure, in inches."""
+    further = sum(len(name_of(group)) // _letters(width) for group in groups)
     return LEGEND_LINE * (-(-(len(groups) + 2) // _columns(groups)) + further)
+
+
+def _letters(width: float) -> int:
+    """Of a line below all panels of a figure of that width."""
+    return int(PAGE_WIDTH * width / WIDTH)
 
 
 def add_legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training: bool = False) -> None:
@@ -331,6 +337,5 @@ def add_legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training
         if any(_marked_merges(group) for group in groups):
             handles.append(Line2D([], [], color="#777777", linestyle="", marker="|", markersize=5, markeredgewidth=1.2))
             labels.append("merge")
-    width = int(PAGE_WIDTH * figure.get_figwidth() / WIDTH)
-    labels = [textwrap.fill(label, width) for label in labels]
+    labels = [textwrap.fill(label, _letters(figure.get_figwidth())) for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=_columns(groups), handlelength=4)

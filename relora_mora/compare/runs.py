@@ -47,9 +47,8 @@ class Run:
         lines = [line for line in self.lines if isinstance(line.get(tag), int | float)]
         if tag.startswith("eval/") and lines:
             of_set, _, name = tag.rpartition("/")
-            same = ("digest", "answers") if name in SHARES else ("digest",)
-            last = [lines[-1].get(f"{of_set}/{each}") for each in same]
-            lines = [line for line in lines if [line.get(f"{of_set}/{each}") for each in same] == last]
+            counts = "answers" if name in SHARES else "tokens"
+            lines = [line for line in lines if _scored_alike(line, lines[-1], of_set, counts)]
         found = {line["step"]: line[tag] for line in lines}
         return {step: value for step, value in found.items() if math.isfinite(value)}
 
@@ -275,6 +274,12 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     found = map(json_object, path.read_text(encoding="utf-8", errors="replace").splitlines())
     return [record for record in found if record is not None]
+
+
+def _scored_alike(line: dict[str, Any], other: dict[str, Any], of_set: str, counts: str) -> bool:
+    """Whether two evaluations are of as much, and of the same where both say so; earlier versions noted no digest."""
+    digests = {line.get(f"{of_set}/digest"), other.get(f"{of_set}/digest")} - {None}
+    return len(digests) < 2 and line.get(f"{of_set}/{counts}") == other.get(f"{of_set}/{counts}")
 
 
 def _settings(tree: Any, source: Path) -> dict[str, Any]:

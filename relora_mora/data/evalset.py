@@ -46,7 +46,7 @@ class EvalSet:
     scored: Mask  # [blocks, T]: whether the token behind each input counts
     document_ids: DocumentIds | None  # [blocks, T], where attention stays within a document
     utf8_bytes: int | None
-    digest: str  # 16 hex digits over all tokens and which of them are scored, whatever their packing
+    digest: str  # 16 hex digits over the tokens of all rows and which of them are scored
     documents: int
     eos: int
     answers: Sequence[Answer] = ()  # to generate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -108,14 +109,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _AtStages:
-    """What a run with some method needs, by ZeRO stage."""
+class _Needs:
+    """What a run with some method needs at a ZeRO stage."""
 
-    setups: dict[int, Setup]
-    memory: dict[int, Memory]
-    network: dict[int, Traffic]
-    resident: dict[int, bool]
-    performed: dict[int, float]  # FLOPs of a token
+    setup: Setup
+    memory: Memory
+    network: Traffic
+    resident: bool
+    performed: float  # FLOPs of a token
 
 
 def make_plan(
@@ -153,14 +154,14 @@ def make_plan(
     steps = {
         stage: step_time(
             cluster,
-            setup,
-            own.network[stage],
+            needs.setup,
+            needs.network,
             compute=compute[stage],
             trainable=counts.trainable,
             passes=passes_bytes(model, config.optim),
             products=optimizer_flops / (peak[0] * rate),
         )
-        for stage, setup in own.setups.items()
+        for stage, needs in own.items()
     }
     if tokens_per_second is None:
         speed = config.tokens_per_step / steps[config.train.zero_stage].total
@@ -173,8 +174,8 @@ def make_plan(
         flops=flops,
         matrices=config.optim.matrices,
         optimizer_flops=optimizer_flops,
-        memory={name: each.memory for name, each in methods.items()},
-        network={name: each.network for name, each in methods.items()},
+        memory={name: {stage: needs.memory for stage, needs in each.items()} for name, each in methods.items()},
+        network={name: {stage: needs.network for stage, needs in each.items()} for name, each in methods.items()},
         steps=steps,
         method=config.method.name,
         zero_stage=config.train.zero_stage,
@@ -197,30 +198,31 @@ def make_plan(
 
 def _methods(
     model_config: PreTrainedConfig, config: Config, cluster: Cluster, *, bf16: bool, on_cpu: bool
-) -> dict[str, _AtStages]:
-    """Of the run's method, and of those that its settings would do for as well."""
-    found = {}
+) -> dict[str, dict[int, _Needs]]:
+    """[method][stage]: of the run's method, and of those that its settings would do for as well."""
+    found: dict[str, dict[int, _Needs]] = {}
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
         try:
             model = meta_model(model_config, other.method)
         except ValueError:  # settings that only the run's method uses do not fit the model
             continue
-        each = _AtStages({}, {}, {}, {}, {})
+        found[name] = {}
         for stage in STAGES:
             setup = Setup(other, stage, cluster.world_size, bf16=bf16, on_gpu=not on_cpu)
             choose_resident(model, setup, cluster.device.memory_gb * 1e9 or None)
-            each.setups[stage] = setup
-            each.memory[stage] = peak_memory(model, setup)
-            each.network[stage] = traffic(model, setup)
-            each.resident[stage] = any(layer.resident for _, layer in adapter_layers(model))
-            each.performed[stage] = flops_of(model, model_config, other).performed
-        found[name] = each
+            found[name][stage] = _Needs(
+                setup,
+                peak_memory(model, setup),
+                traffic(model, setup),
+                resident=any(layer.resident for _, layer in adapter_layers(model)),
+                performed=flops_of(model, model_config, other).performed,
+            )
     return found
 
 
 def _compute(
-    own: _AtStages,
+    own: Mapping[int, _Needs],
     model_config: PreTrainedConfig,
     cluster: Cluster,
     flops: Flops,
@@ -228,7 +230,7 @@ def _compute(
     utilisation: float | None,
 ) -> tuple[dict[int, float], str]:
     """Seconds of a step's arithmetic, by stage, and what they rest on."""
-    config = own.setups[0].config
+    config = own[0].setup.config
     arithmetic = flops.performed * config.tokens_per_step / (cluster.world_size * peak[0])  # seconds at the peak
     device = _of_a_device(peak)
     if utilisation is not None or not cluster.device.memory_gbytes_per_s:
@@ -238,15 +240,15 @@ def _compute(
     times = {
         stage: compute_time(
             model_config,
-            setup,
+            needs.setup,
             cluster.device,
             peak=peak[0],
-            flops_per_token=own.performed[stage],
-            resident=own.resident[stage],
+            flops_per_token=needs.performed,
+            resident=needs.resident,
         )
-        for stage, setup in own.setups.items()
+        for stage, needs in own.items()
     }
-    compute = {stage: time.total * own.setups[stage].micro_batches for stage, time in times.items()}
+    compute = {stage: time.total * own[stage].setup.micro_batches for stage, time in times.items()}
     chosen = config.train.zero_stage
     reached = f"{arithmetic / compute[chosen]:.0%} of {device}"
     return compute, f"calculated, {reached} while it computes ({times[chosen]})"

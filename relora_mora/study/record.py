@@ -16,6 +16,7 @@ KEPT_LINES = 40  # of a run's training, evenly over its steps, and of what merge
 SPEED = "perf/tokens_per_second"
 OF_TRAINING = ("train/loss", "train/lr", "train/tokens", SPEED, "perf/peak_memory_gib")
 OF_ALL_MERGES = ("merge/layers", "merge/seconds")
+NO_RESULTS = ("seconds", "/digest", "/answers")  # time; what was scored, which earlier versions did not note
 DIGITS = 8  # of a float; float32 has no more
 
 
@@ -85,7 +86,7 @@ def _numbers(lines: Iterable[dict[str, Any]]) -> dict[tuple[int, str], Any]:
         (line["step"], tag): value
         for line in lines
         for tag, value in line.items()
-        if tag.partition("/")[0] in ("train", "eval", "merge") and not tag.endswith("seconds")
+        if tag.partition("/")[0] in ("train", "eval", "merge") and not tag.endswith(NO_RESULTS)
     }
 
 

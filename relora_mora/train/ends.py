@@ -38,8 +38,9 @@ class Ends:
         reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(self.guard.stop_reason))))
         log.info(f"stopping after step {state.step} ({reason})")
         self.saving.save_the_end(state)
-        how = " with --train.resume=auto" if self.saving.run.config.train.resume == "never" else ""
-        saved = f"saved; the same command{how} continues from here" if state.step else "there is nothing to save yet"
+        saved = (
+            f"saved; {self.saving.same_command} continues from here" if state.step else "there is nothing to save yet"
+        )
         log.info(f"{saved} (exit code {REQUEUE})")
         return self._leave(REQUEUE, reason)
 

@@ -288,8 +288,13 @@ class Saving:
         self.writer.wait()
         failures = [failure for failure in gather_from_ranks(self.writer.last_failure) if failure]
         if failures:
-            remedy = "see to the disk (df, df -i), and the same command continues from the newest checkpoint"
+            remedy = f"see to the disk (df, df -i), and {self.same_command} continues from the newest checkpoint"
             raise TrainingError(f"{failures[0]}; {remedy}")
+
+    @property
+    def same_command(self) -> str:
+        """What makes the run go on, in words."""
+        return "the same command" + " with --train.resume=auto" * (self.run.config.train.resume == "never")
 
     def _manifest(self, state: RunState) -> Manifest:
         """Without files and the place in the data, which the writer adds."""

@@ -27,6 +27,7 @@ from relora_mora.train.state import RunState
 class Rollback:
     """The run went back from ``at`` to the checkpoint of ``step``, and on with the data behind ``at``."""
 
+    number: int  # from 1; a full disk may have cost the note of one before
     step: int
     at: int
     reason: str
@@ -65,6 +66,7 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
     reader = CheckpointReader(chosen)
     lacks_merge(run, reader)  # whether it fits the settings is told before anything is written
     rollback = Rollback(
+        number=state.rollbacks + 1,
         step=reader.manifest.step,
         at=state.step,
         reason=str(state.trouble),
@@ -72,7 +74,7 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
         data_order=run.checked.data_order,
     )
     if run.engine.rank == 0:
-        known = read_rollbacks(folder)[: state.rollbacks]
+        known = _until(state, read_rollbacks(folder))
         write_if_possible(
             RunFolder(folder).rollbacks,
             dump_rollbacks([*known, rollback]),
@@ -80,7 +82,7 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
         )
     restored = restore(run, reader)
     restored.data = rollback.data_state
-    restored.rollbacks = state.rollbacks + 1
+    restored.rollbacks = rollback.number
     writer.adopt_base(reader.manifest)
     shared_log.warning(
         "%s: back to step %d; the data of steps %d to %d is skipped",
@@ -98,10 +100,10 @@ def replay_rollbacks(folder: Path, state: RunState, data_order: str) -> None:
     ``data_order`` is that of the data which the run reads now.
     """
     rollbacks = from_first_rank(lambda: read_rollbacks(folder))
-    for number, rollback in enumerate(rollbacks[state.rollbacks :], state.rollbacks + 1):
+    for rollback in rollbacks[len(_until(state, rollbacks)) :]:
         if rollback.step == state.step and rollback.data_order == data_order:  # the last one is how the run went on
             state.data = rollback.data_state
-            state.rollbacks = number
+            state.rollbacks = rollback.number
             shared_log.info("the data of steps %d to %d is skipped, as after the rollback", state.step + 1, rollback.at)
 
 
@@ -111,9 +113,14 @@ def forget_rollbacks(folder: Path, state: RunState) -> None:
         from_first_rank(lambda: RunFolder(folder).rollbacks.unlink(missing_ok=True))
         return
     rollbacks = from_first_rank(lambda: read_rollbacks(folder))
-    if len(rollbacks) > state.rollbacks:
-        kept = dump_rollbacks(rollbacks[: state.rollbacks])
-        from_first_rank(lambda: write_synced(RunFolder(folder).rollbacks, kept))
+    kept = _until(state, rollbacks)
+    if len(rollbacks) > len(kept):
+        from_first_rank(lambda: write_synced(RunFolder(folder).rollbacks, dump_rollbacks(kept)))
+
+
+def _until(state: RunState, rollbacks: list[Rollback]) -> list[Rollback]:
+    """Those that the state has behind it."""
+    return [rollback for rollback in rollbacks if rollback.number <= state.rollbacks]
 
 
 def read_rollbacks(folder: Path) -> list[Rollback]:

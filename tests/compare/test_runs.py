@@ -70,6 +70,15 @@ def test_evaluations_on_other_text_before_a_resume_are_left_out(tmp_path: Path) 
     assert run.scored == {"web": "a text"}
 
 
+def test_evaluations_of_before_digests_were_noted_go_by_their_tokens(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    with RunFolder(folder).metrics.open("a") as stream:
+        for step, tokens, digest in ((10, 400, None), (20, 500, None), (30, 500, "a text")):
+            line = {"step": step, "eval/loss": 3.0, "eval/tokens": tokens}
+            stream.write(json.dumps(line if digest is None else line | {"eval/digest": digest}) + "\n")
+    assert read_run(folder).evaluations("") == {0: 9.0, 10: 4.0, 20: 3.0, 30: 3.0}
+
+
 def test_shares_of_other_answers_before_a_resume_are_left_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", [9.0, 4.0])
     with RunFolder(folder).metrics.open("a") as stream:

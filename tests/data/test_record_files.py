@@ -134,6 +134,8 @@ def test_held_out_records_score_their_answers(tokenizer, tokenizer_path, tmp_pat
     for _, labels, _ in held_out.batches(0, 1, 2):
         seen += labels[labels != -100].tolist()
     assert sorted(seen) == sorted(int(token) for row in rows for token in row.ids[row.scored])
+    of_all = {"kind": "messages", "template": "chatml", "score": "all"}
+    assert _held_out(path, tokenizer_path, packing=packing, records=of_all).digest != held_out.digest
 
 
 def test_whole_texts_score_what_a_stream_scores(tokenizer_path, tmp_path):

@@ -103,6 +103,9 @@ def test_what_is_no_record_is_told(tmp_path: Path, line: str):
 def test_a_run_made_again_is_compared_with_its_record(tmp_path: Path):
     study = made_study(grid=[{"method.name": ["mora", "lora"], "optim.lr": 3e-3}])
     folder = _moved(study, tmp_path, 2)
+    scored, *others = read_json_lines(folder.records)
+    scored["metrics"][-1] |= {"eval/digest": "0123", "eval/answers": 3}  # which another version did not note
+    folder.records.write_text("".join(json.dumps(record) + "\n" for record in (scored, *others)), encoding="utf-8")
     for _ in range(2):
         assert run_again(study, folder, "name=mora,lr=0.003,seed=0", TRAINER) == (2, [])
     _, different = run_again(study, folder, "name=lora,lr=0.003,seed=0", TRAINER)

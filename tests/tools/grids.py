@@ -8,5 +8,6 @@ import pytest
 
 
 def rest(*cases: Any) -> list[Any]:
-    """Cases that ``make test-elastic`` runs, and ``make test`` leaves out: others hold each of their values."""
+    """Cases that ``make test-elastic`` runs, and ``make test`` leaves out: others have each of their values, here or in
+    another test of the same code."""
     return [pytest.param(*case, marks=pytest.mark.elastic) for case in cases]

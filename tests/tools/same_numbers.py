@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 
+from relora_mora.study.record import NO_RESULTS
 from tests.tools.helpers import ROOT
 from tests.tools.ports import free_port
 from tests.tools.runs import metrics, run_config, tensors, write_inputs
@@ -119,7 +120,7 @@ def numbers(run_dir: Path) -> dict[tuple[int, str], Any]:
         (line["step"], tag): value
         for line in metrics(run_dir)
         for tag, value in line.items()
-        if tag.partition("/")[0] in ("train", "eval", "merge") and not tag.endswith("seconds")
+        if tag.partition("/")[0] in ("train", "eval", "merge") and not tag.endswith(NO_RESULTS)
     }
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from relora_mora.config import TrainConfig
+from relora_mora.train import rollback
 from relora_mora.train.health import Health
 from relora_mora.train.judge import Judge, StepResult
-from relora_mora.train.rollback import Rollback, dump_rollbacks, read_rollbacks
+from relora_mora.train.rollback import Rollback, dump_rollbacks, read_rollbacks, replay_rollbacks
 from relora_mora.train.state import RunState
 from tests.tools.tiny import tiny_config
 
@@ -82,12 +83,21 @@ def test_bad_steps_count_in_a_row():
 
 def test_rollbacks_come_back_and_a_damaged_file_is_no_empty_one(tmp_path):
     assert read_rollbacks(tmp_path) == []
-    rollbacks = [Rollback(3, 5, "why", {"0": {"row": 1}}, "order")]
+    rollbacks = [Rollback(1, 3, 5, "why", {"0": {"row": 1}}, "order")]
     (tmp_path / "rollbacks.json").write_text(dump_rollbacks(rollbacks))
     assert read_rollbacks(tmp_path) == rollbacks
     (tmp_path / "rollbacks.json").write_text("[{")
     with pytest.raises(ValueError, match="which data to skip"):
         read_rollbacks(tmp_path)
+
+
+def test_the_note_of_a_rollback_holds_though_that_of_one_before_was_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(rollback, "from_first_rank", lambda read: read())
+    second = Rollback(2, 8, 11, "why", {"0": {"row": 13}}, "order")
+    (tmp_path / "rollbacks.json").write_text(dump_rollbacks([second]))
+    state = RunState(initial_seed=0, step=8, rollbacks=1, data={"0": {"row": 8}})
+    replay_rollbacks(tmp_path, state, "order")
+    assert (state.data, state.rollbacks) == (second.data_state, 2)
 
 
 @pytest.mark.parametrize(
