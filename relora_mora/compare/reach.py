@@ -75,7 +75,8 @@ def step_cells(reach: Reach, groups: Sequence[Group]) -> dict[str, list[str]]:
 def reach_notes(reach: Reach, groups: Sequence[Group]) -> list[str]:
     """What a reader of its columns must know."""
     of_set, _, name = reach.tag.rpartition("/")
-    counts = {count for group in groups for run in group.runs for count in run.series(f"{of_set}/answers").values()}
+    runs = [run for group in groups for run in group.runs]
+    counts = {count for run in runs for count in list(run.series(f"{of_set}/answers").values())[-1:]}
     if name not in SHARES or len(counts) < 2:
         return []
     return [f"{reach.title}: runs generated different numbers of answers (eval.generate); their shares do not compare."]
