@@ -22,10 +22,10 @@ pytestmark = pytest.mark.distributed
 METHODS = ("full", "relora", "remora")
 WORLDS = (1, 2, 4)
 STAGES = (0, 1, 2, 3)
-MERGE_EVERY = 3
-STOPS = (2, 3, 4)  # before, at and after a merge
-STEPS = 10  # two merges follow
-LONG = 25  # seven merges follow
+MERGE_EVERY = 4
+STOPS = (3, 4, 5)  # before, at and after a merge
+STEPS = 13  # two merges follow
+LONG = 25  # five merges follow
 BATCH = 8
 Batches = dict[int, list[str]]  # by step: a hash of each sequence, over all ranks, in any order
 
