@@ -98,7 +98,7 @@ class Run:
         scored = self.series(f"eval/{name}/tokens" if name else "eval/tokens")
         return int(list(scored.values())[-1]) if scored else None
 
-    @property
+    @cached_property
     def scored(self) -> dict[str, str]:
         """Digests of what its newest evaluation scored, by the names of the sets; earlier versions noted none."""
         tags = {name: f"eval/{name}/digest" if name else "eval/digest" for name in self.validation_sets}
