@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 from relora_mora.kernels.cuda import OLDEST
 
 _compiled: dict[Hashable, Any] = {}
+_OPTIONS = {"enable_fp_fusion": True}  # products are added without rounding; said, as Triton's default changes in 3.10
 
 
 @functools.cache
@@ -48,7 +49,8 @@ def launch(
         key = kernel, torch.cuda.current_device(), pointers, values, warps
         compiled = _compiled.get(key)
         if compiled is None:
-            compiled = _compiled[key] = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=warps, **constants)
+            options = _OPTIONS | {"grid": grid, "num_warps": warps}
+            compiled = _compiled[key] = kernel.warmup(*tensors, *numbers, **constants, **options)
         compiled[grid](*tensors, *numbers, *values)
 
 
