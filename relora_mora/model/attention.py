@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from relora_mora.model.shapes import head_width
 
 SDPA_OR_DOCUMENTS = "relora_mora_sdpa_or_documents"  # the name under which layers of transformers find ``attend``
 
 
-def flash_takes(model_config: PreTrainedConfig, dtype: torch.dtype) -> bool:
-    """Whether torch's flash attention, called by lengths, computes such a model."""
-    width = head_width(model_config)
+def flash_takes(width: int, dtype: torch.dtype) -> bool:
+    """Whether torch's flash attention, called by lengths, computes heads of ``width`` features."""
     return dtype is torch.bfloat16 and width % 8 == 0 and width <= 256
 
 
@@ -30,7 +29,7 @@ def needs_no_mask(model_config: PreTrainedConfig, hidden: Tensor) -> bool:
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
         and model_config._attn_implementation == SDPA_OR_DOCUMENTS
-        and flash_takes(model_config, hidden.dtype)
+        and flash_takes(head_width(model_config), hidden.dtype)
     )
 
 
@@ -47,9 +46,13 @@ def attend(
     """query [B, heads, T, D], key and value [B, fewer heads, T, D] -> [B, T, heads, D], causal.
 
     With ``boundaries`` (:func:`relora_mora.data.document_boundaries`) inside documents only, else as transformers does
-    it with torch's ``scaled_dot_product_attention``.
+    it with torch's ``scaled_dot_product_attention``; where that is not flash attention on a GPU, with keys and values
+    repeated for every head: before torch 2.15 no other kernel takes fewer, and what is left keeps [T, T] of each head.
     """
     if boundaries is None:
+        if query.is_cuda and attention_mask is None and not flash_takes(query.shape[-1], query.dtype):
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (repeat_kv(x, repeats) for x in (key, value))
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
         return found
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))

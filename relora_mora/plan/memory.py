@@ -54,7 +54,7 @@ from relora_mora.methods.inject import INPUTS, decoder_linears
 from relora_mora.methods.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.model.attention import flash_takes
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
-from relora_mora.model.shapes import attention_widths
+from relora_mora.model.shapes import attention_widths, head_width
 from relora_mora.optim import count_parameters, parameter_groups
 from relora_mora.plan import optimizer
 from relora_mora.plan.setup import MAX_LIVE_PARAMETERS, Setup
@@ -234,11 +234,12 @@ def activation_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, floa
     of_norm = width if setup.compiles else of_norm
     queries, keys = attention_widths(model_config)
     heads_normed = _normed_heads(model) * (queries // heads * of_norm + 4)
-    flash = setup.on_gpu and config.model.attention == "sdpa" and flash_takes(model_config, _compute_type(setup))
     eager = config.model.attention == "eager"
+    fused = setup.on_gpu and config.model.attention == "sdpa"
+    flash = fused and flash_takes(head_width(model_config), _compute_type(setup))
     masked = eager or (config.data.masks_documents and not flash)
-    if masked:
-        keys = queries  # beside a mask transformers repeats keys and values for every head
+    if masked or (fused and not flash):
+        keys = queries  # keys and values are repeated for every head
     layer: float = 2 * (hidden * of_norm + 4) + heads_normed
     layer += width * (2 * queries + 2 * keys) + 4 * heads + (2 if setup.compiles else 3) * width * intermediate
     if eager:

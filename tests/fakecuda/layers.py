@@ -62,9 +62,12 @@ class Counts:
     kept_mib: int
 
 
-def model_with(name: str, method: str, layers: int, fake: FakeTensorMode) -> LossModel:
-    """A bf16 model on the device, as the trainer builds it, without values."""
-    settings = ModelConfig(config=str(ROOT / f"configs/model/{name}.json"), overrides={"num_hidden_layers": layers})
+def model_with(
+    name: str, method: str, layers: int, fake: FakeTensorMode, dtype: torch.dtype = torch.bfloat16, **overrides: int
+) -> LossModel:
+    """A model on the device, as the trainer builds it, without values."""
+    overrides = {"num_hidden_layers": layers, **overrides}
+    settings = ModelConfig(config=str(ROOT / f"configs/model/{name}.json"), overrides=overrides)
     lm: LlamaForCausalLM = empty_model(read_model_config(settings))
     if METHODS[method].uses_adapters:
         with torch.device("meta"):
@@ -75,9 +78,7 @@ def model_with(name: str, method: str, layers: int, fake: FakeTensorMode) -> Los
             if isinstance(linear, nn.Linear):
                 linear.requires_grad_(False)
     with fake:
-        on_device = {
-            name: torch.empty(p.shape, dtype=torch.bfloat16, device="cuda") for name, p in lm.named_parameters()
-        }
+        on_device = {name: torch.empty(p.shape, dtype=dtype, device="cuda") for name, p in lm.named_parameters()}
         put_values(lm, on_device)
         for key, buffer in list(lm.model.rotary_emb.named_buffers()):
             setattr(lm.model.rotary_emb, key, torch.empty(buffer.shape, device="cuda"))

@@ -15,14 +15,17 @@ from tests.fakecuda.layers import LENGTH, SEQUENCES, model_with
 from tests.plan.test_memory import LiveTensors, make_config
 
 
-@pytest.mark.parametrize("documents", [False, True])
-def test_a_gpu_keeps_what_the_planner_says(documents: bool) -> None:
+@pytest.mark.parametrize(
+    "documents,dtype,kv_heads",
+    [(False, torch.bfloat16, 16), (True, torch.bfloat16, 16), (False, torch.bfloat16, 4), (False, torch.float32, 4)],
+)
+def test_a_gpu_keeps_what_the_planner_says(documents: bool, dtype: torch.dtype, kv_heads: int) -> None:
     torch.autograd.set_multithreading_enabled(False)  # backward in this thread, inside the modes
     config = make_config({"name": "full"}, micro_batch_size=SEQUENCES)
     data = config.data.model_copy(update={"document_mask": documents, "sequence_length": LENGTH})
     config = config.model_copy(update={"data": data})
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    model = model_with("llama_250m", "full", 2, fake)
+    model = model_with("llama_250m", "full", 2, fake, dtype, num_key_value_heads=kv_heads)
     tracker = LiveTensors()
     for parameter in model.parameters():
         tracker.add(parameter.data)
@@ -35,7 +38,7 @@ def test_a_gpu_keeps_what_the_planner_says(documents: bool) -> None:
         at_loss = tracker.most - weights
         tracker.most = 0
         loss.backward()
-    setup = Setup(config, 0, 1, bf16=True, on_gpu=True, compiled=False)
+    setup = Setup(config, 0, 1, bf16=dtype is torch.bfloat16, on_gpu=True, compiled=False)
     planned, _, _ = activation_memory(model.lm, setup)
     planned_at_loss, planned_in_backward = scratch_memory(model.lm, setup)
     sum_of_head = 4 * model.lm.lm_head.weight.numel()  # kept from the loss to backward; counted as scratch

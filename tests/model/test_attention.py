@@ -67,9 +67,9 @@ def test_boundaries_keep_documents_apart_as_a_mask_does(
 
 def test_flash_attention_is_for_bf16_and_even_heads_on_gpus() -> None:
     wide = tiny_llama(hidden_size=1024, num_attention_heads=4, num_key_value_heads=4)
-    assert attention.flash_takes(wide, torch.bfloat16) and not attention.flash_takes(wide, torch.float32)
-    assert not attention.flash_takes(tiny_llama(head_dim=12), torch.bfloat16)
-    assert not attention.flash_takes(tiny_llama(head_dim=264), torch.bfloat16)
+    assert attention.flash_takes(256, torch.bfloat16) and not attention.flash_takes(256, torch.float32)
+    assert not attention.flash_takes(12, torch.bfloat16)
+    assert not attention.flash_takes(264, torch.bfloat16)
     lm = LossModel(build_model(wide, seed=1)).lm
     assert lm.config._attn_implementation == attention.SDPA_OR_DOCUMENTS
     assert not attention.needs_no_mask(lm.config, torch.zeros(1, dtype=torch.bfloat16))
