@@ -71,7 +71,7 @@ def check_memory(model_config: PreTrainedConfig, setup: Setup, available: float,
     That is weights, masters and optimizer state, and its part of the float32 base; the base of a rank on a GPU is in
     the memory that it has ``on_host``.
     """
-    state = state_memory(meta_model(model_config, setup.config.method), replace(setup, on_gpu=False))
+    state = state_memory(meta_model(model_config, setup.config.method), setup)
     needed = state.weights + state.masters + state.optimizer + (0 if setup.on_gpu else state.host_base)
     stage = setup.stage
     world_size = setup.world_size

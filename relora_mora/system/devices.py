@@ -99,6 +99,7 @@ _ALIASES = {
     "cuda": "a100-80gb",  # what a plan for CUDA assumes on a machine without it
 }
 CPU = Device("cpu", "", 0, 0, 0, 0, 0, "", "")
+_OTHER_CARD = r"(?! (?:NVL|Ti|D|Laptop)\b)"  # cards with another data sheet, whose names only begin alike
 
 
 def named_device(name: str) -> Device:
@@ -128,4 +129,4 @@ def device_of_name(cuda_name: str) -> Device | None:
     """The device whose data sheet belongs to what CUDA calls it; None for an unknown one, and for a part (MIG)."""
     if " MIG " in cuda_name:
         return None
-    return next((device for device in DEVICES if re.search(rf"\b{device.in_name}\b", cuda_name)), None)
+    return next((device for device in DEVICES if re.search(rf"\b{device.in_name}\b{_OTHER_CARD}", cuda_name)), None)

@@ -289,7 +289,9 @@ def test_ranks_on_cpus_share_the_memory_of_their_host(monkeypatch: pytest.Monkey
 def test_beside_a_gpu_the_host_needs_memory_for_the_base_alone() -> None:
     config = make_config({"name": "remora"})
     setup = Setup(config, config.train.zero_stage, 4, bf16=True, on_gpu=True)
-    state = state_memory(meta_model(MODEL, config.method), replace(setup, on_gpu=False))
+    model = meta_model(MODEL, config.method)
+    state = state_memory(model, setup)
+    assert state.host_base > state_memory(model, replace(setup, on_gpu=False)).host_base, "pinned memory is rounded up"
     on_device = state.weights + state.masters + state.optimizer
     check_memory(MODEL, setup, on_device, state.host_base)
     with pytest.raises(ConfigError, match=r"base weights in host memory need .* take a smaller model"):

@@ -173,8 +173,18 @@ def test_devices_are_found_by_their_names() -> None:
         found = device_of_name(cuda_name)
         assert found is not None and found.name == name
         assert named_device(name.upper()) is found
-    others = ("NVIDIA GeForce GTX 1080", "NVIDIA L40", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-80GB MIG 1g.10gb")
-    assert not any(map(device_of_name, others))
+    others = [
+        "NVIDIA GeForce GTX 1080",
+        "NVIDIA L40",
+        "NVIDIA GH200 480GB",
+        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+        "NVIDIA H100 NVL",
+        "NVIDIA H200 NVL",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+    ]
+    assert [device_of_name(other) for other in others] == [None] * len(others)
     for alias, name in (
         ("4090", "rtx4090"),
         ("RTX 3090", "rtx3090"),
