@@ -16,6 +16,7 @@ from relora_mora.config import DataConfig, set_setting
 from relora_mora.data import EvalSet, SourceError, document_boundaries, load_eval_set
 from relora_mora.model.llama import is_of_family
 from relora_mora.model.loss import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
+from relora_mora.system.hardware import to_device
 
 MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Update = Callable[[int, int], object]  # (tokens scored, all tokens)
@@ -145,19 +146,20 @@ def evaluate(
 
     All ranks score the same number of batches, some of them empty, since ZeRO-3 gathers weights in each. Before each
     batch ``stop`` is asked, with the same answer on all ranks: when it is true, the result is None. After each batch
-    ``progress`` is given the tokens scored so far and all tokens; of several ranks it is an estimate from this one.
+    ``progress`` is given the tokens scored so far and all tokens; of several ranks it is an estimate from this one. The
+    host waits for the device, and so at ZeRO-3 for other ranks, in ``all_sum`` alone.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     scored = 0
     for input_ids, labels, documents in data.batches(rank, world_size, micro_batch_size, shrinks=shrinks):
         if stop():
             return None
-        count = (labels != IGNORE).sum()
-        boundaries = None if documents is None else document_boundaries(documents).to(device)
-        loss = mean_loss(input_ids.to(device), labels.to(device), boundaries)
-        totals[0] += loss.double() * count.to(device)
-        totals[1] += count.to(device)
-        scored += int(count) * world_size
+        count = int((labels != IGNORE).sum())
+        boundaries = None if documents is None else to_device(document_boundaries(documents), device)
+        loss = mean_loss(to_device(input_ids, device), to_device(labels, device), boundaries)
+        totals[0] += loss.double() * count
+        totals[1] += count
+        scored += count * world_size
         progress(min(scored, data.predicted), data.predicted)
     nats, tokens = all_sum(totals).tolist()
     assert round(tokens) == data.predicted, f"scored {tokens:.0f} tokens of {data.predicted}"

@@ -13,6 +13,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 
 from relora_mora.data import Answer
 from relora_mora.data.chat import end_of_turn
+from relora_mora.distributed.waiting import collective
+from relora_mora.system.hardware import to_device
 
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -89,7 +91,7 @@ def generate_answers(
     All ranks make the same number of forward passes, since ZeRO-3 gathers weights in each. ``stop`` and ``all_sum`` are
     those of :func:`relora_mora.evaluate.evaluate`; where ``stop()`` is true the result is None.
     """
-    counts = torch.zeros(4, dtype=torch.float64, device=device)
+    counts = torch.zeros(4, dtype=torch.float64)
     special = special_tokens(tokenizer)
     begun = [_begun(each, special) for each in answers]
     ordered = sorted(begun, key=lambda each: len(each.prompt))  # little to fill up
@@ -102,13 +104,14 @@ def generate_answers(
         made = own or of_all[:1]
         prompts = [torch.from_numpy(each.prompt) for each in made]
         wanted = [len(each.answer) for each in made]
-        tokens = greedy(lm, prompts, max(len(each.answer) for each in of_all), device, wanted).tolist()
+        with collective():  # at ZeRO-3 a host that reads from its GPU waits for other ranks, as transformers' masks do
+            tokens = greedy(lm, prompts, max(len(each.answer) for each in of_all), device, wanted).tolist()
         for ids, (_, answer) in zip(tokens, own, strict=False):
             expected = text_of(tokenizer, answer.tolist(), special)
             found = text_of(tokenizer, ids[: len(answer)], special)
             same = agreeing_characters(found, expected)
             counts += counts.new_tensor([1, found == expected, len(expected), same])
-    return Generated(*map(round, all_sum(counts).tolist()))
+    return Generated(*map(round, all_sum(counts.to(device)).tolist()))
 
 
 def _begun(answer: Answer, special: Set[int]) -> Answer:
@@ -151,10 +154,10 @@ def greedy(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
-    ids = ids.to(device)
-    mask = mask.to(device)
+    lengths = torch.tensor(wanted or [new_tokens] * len(prompts))
+    ids, mask, lengths = (to_device(tensor, device) for tensor in (ids, mask, lengths))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    last = positions[:, -1:] + torch.tensor(wanted or [new_tokens] * len(prompts), device=device)[:, None] - 1
+    last = positions[:, -1:] + lengths[:, None] - 1
     cache = DynamicCache(config=lm.config)
     found = []
     with _attention_with_a_mask(lm), torch.compiler.set_stance("force_eager"):  # each length would be a new program

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from relora_mora.system.devices import CPU, Device, device_of_name
 
@@ -28,6 +29,14 @@ def fast_bf16() -> bool:
         return torch.cuda.get_device_capability()[0] >= 8
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on that device, without a wait of the host.
+
+    To a GPU it is copied from pinned memory, which torch does not use again before the copy is done.
+    """
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def device_here() -> Device:

@@ -16,6 +16,7 @@ from relora_mora.checkpoint import CheckpointReader, CheckpointWriter
 from relora_mora.data import Batch, TrainStream, document_boundaries, merge_states
 from relora_mora.optim import group_rates
 from relora_mora.supervise import LONG_SECONDS, Guard
+from relora_mora.system.hardware import to_device
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.system.seeds import derived_seed
@@ -242,17 +243,12 @@ class Trainer:
 def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """input_ids and labels [micro, T] (boundaries of documents as well where attention is masked), on the device
 
-    The whole share is copied at once, to a GPU from pinned memory, which the host does not wait for and torch does not
-    use again before the copy is done.
+    The whole share is copied at once.
     """
-
-    def there(tensor: Tensor) -> Tensor:
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-    input_ids = there(batch.input_ids)
-    labels = there(batch.labels)
+    input_ids = to_device(batch.input_ids, device)
+    labels = to_device(batch.labels, device)
     documents = batch.document_ids
     for start in range(0, len(input_ids), size):
         piece = slice(start, start + size)
-        boundaries = None if documents is None else there(document_boundaries(documents[piece]))
+        boundaries = None if documents is None else to_device(document_boundaries(documents[piece]), device)
         yield input_ids[piece], labels[piece], boundaries

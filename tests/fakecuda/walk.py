@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator
@@ -19,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from relora_mora.checkpoint.rank_files import RankFiles
-from relora_mora.data import Batch
+from relora_mora.data import Batch, EvalSet
 from relora_mora.data.lane_states import LaneStates
+from relora_mora.evaluate import evaluate
 from relora_mora.merging import FrozenMasters, Merger
 from relora_mora.methods.layers import adapter_layers
 from relora_mora.model import put_values
@@ -151,6 +153,23 @@ def test_no_batch_is_waited_for(fake: FakeTensorMode, monkeypatch: pytest.Monkey
         pieces = list(micro_batches(batch, 2, torch.device("cuda")))
     assert [tensor.device.type for piece in pieces for tensor in piece if tensor is not None] == 6 * ["cuda"]
     assert len(pinned) == watch.launches.total() == 4  # boundaries for each micro-batch
+    assert watch.syncs == []
+
+
+def test_an_evaluation_waits_at_its_end_alone(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    tokens = np.zeros((4, 17), dtype=np.int32)
+    data = EvalSet(tokens, np.ones((4, 16), dtype=bool), None, 64, "", documents=4, eos=0)
+    monkeypatch.setitem(data.__dict__, "predicted", 0)  # as numbers read back are
+    with fake, Watch() as watch:
+        result = evaluate(
+            lambda input_ids, labels, _: (input_ids + labels).float().mean(),
+            data,
+            micro_batch_size=2,
+            device=torch.device("cuda"),
+            all_sum=lambda totals: torch.zeros_like(totals, device="cpu"),  # which waits
+        )
+    assert result is not None and watch.launches["_to_copy"] >= 4
     assert watch.syncs == []
 
 
