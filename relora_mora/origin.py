@@ -13,7 +13,7 @@ import xxhash
 from relora_mora.config import Config, ModelConfig, Split
 from relora_mora.data import SourceError, configured_shards, local_content
 from relora_mora.data.content import samples_digest
-from relora_mora.system.run_folder import RunFolder, read_json_lines
+from relora_mora.system.run_folder import RunFolder, noted_digests, read_json_lines
 from relora_mora.tokenizer import TokenizerError, tokenizer_fingerprint
 
 FILES = ("manifest.json", "config.json", "adapter_config.json", "*.safetensors", "*.bin")  # of a model or an adapter
@@ -74,6 +74,20 @@ def changed_start(noted: Mapping[str, str], now: Mapping[str, str]) -> str | Non
     """
     changed = [CHANGED[name] for name, digest in noted.items() if now.get(name, digest) != digest]
     return " and ".join(changed) or None
+
+
+def other_weights(checkpoint: Path, model: ModelConfig) -> dict[str, str]:
+    """By setting, in words, what the run of a checkpoint began with, where ``model`` names other weights.
+
+    Empty where that run noted nothing: an earlier version began it, or another run's checkpoint.
+    """
+    noted = noted_digests(starts_of(checkpoint.resolve().parents[1]))
+    now = model_digests(model.model_copy(update={"config": None})) if noted else {}
+    return {
+        name: CHANGED[name] if name in noted else f"no {name}"
+        for name, digest in now.items()
+        if noted.get(name) != digest
+    }
 
 
 def _files(path: Path) -> list[Path]:

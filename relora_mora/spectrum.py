@@ -12,9 +12,9 @@ from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_check
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import DECODER_LINEARS, stored_config
 from relora_mora.model.llama import initial_value
-from relora_mora.origin import changed_start, model_digests, starts_of
+from relora_mora.origin import other_weights
 from relora_mora.pretrained import checked_model, merged_weights, start_weights
-from relora_mora.system.run_folder import RunFolder, noted_digests
+from relora_mora.system.run_folder import RunFolder
 
 Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32
 
@@ -60,11 +60,8 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     source = Path(config.model.init_from)
     if not source.exists():
         raise CheckpointError(f"{reader.folder}: began with {source} (model.init_from), which is not there any more")
-    weights_alone = config.model.model_copy(update={"config": None})
-    noted = noted_digests(starts_of(reader.folder.resolve().parents[1]))
-    changed = changed_start(noted, model_digests(weights_alone))
-    if changed is not None:
-        raise CheckpointError(f"{reader.folder}: began with {changed} ({source})")
+    if others := other_weights(reader.folder, config.model):
+        raise CheckpointError(f"{reader.folder}: began with {' and '.join(others.values())} ({source})")
     weights = start_weights(source, model.config)
     missing = [name for name in names if name not in weights]
     if missing:

@@ -171,10 +171,10 @@ class AdapterFolder:
         """
         noted = (self._tensors.metadata() or {}).get(KEY)
         if noted is not None and is_of_another(noted, weight_of):
-            raise CheckpointError(
-                f"{self.file}: was trained on other weights than those of {base}; give the model that it was trained "
-                f"on ({self.base})"
+            remedy = (
+                "it has changed since" if base == self.base else f"give the model that it was trained on ({self.base})"
             )
+            raise CheckpointError(f"{self.file}: was trained on other weights than those of {base}; {remedy}")
 
     def fits(self, layer: str, in_features: int, out_features: int) -> bool:
         """Whether R of a MoRA layer is what the adapter's rank makes of these sizes, rounded in any way."""

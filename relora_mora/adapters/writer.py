@@ -14,9 +14,10 @@ from torch import Tensor
 from relora_mora.adapters.base import KEY, note_of
 from relora_mora.adapters.folder import CONFIG, PREFIX, RELEASED_TYPES, WEIGHTS
 from relora_mora.checkpoint import CheckpointError, CheckpointReader
-from relora_mora.config import MethodConfig, stored_config
+from relora_mora.config import MethodConfig, ModelConfig, stored_config
 from relora_mora.methods.layers import AdapterLinear, adapter_layers, adapter_parameters
 from relora_mora.methods.mora import MoRALinear
+from relora_mora.origin import other_weights
 from relora_mora.pretrained import checked_model, in_short
 
 _MERGED = "export it with --format=merged"
@@ -34,7 +35,7 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     lm = checked_model(reader)
     config = stored_config(reader.manifest.config, str(reader.folder))
     layers = dict(adapter_layers(lm))
-    _check(reader, config.model.init_from, config.method, released=released)
+    _check(reader, config.model, config.method, released=released)
     modules = _whole_modules(reader, layers, adapter_parameters(lm))
     tensors = {
         f"{PREFIX}{name}": reader.weight(name)
@@ -66,13 +67,16 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     (out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _check(reader: CheckpointReader, base: str | None, method: MethodConfig, *, released: bool) -> None:
+def _check(reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *, released: bool) -> None:
     manifest = reader.manifest
+    other = other_weights(reader.folder, model).get("model.init_from")
     fault = None
     if not method.uses_adapters:
         fault = f"{method.name} trains without adapters"
-    elif base is None:
+    elif model.init_from is None:
         fault = "its settings have no model.init_from, so nobody has the model that its adapter would go to"
+    elif other is not None:
+        fault = f"it began with {other} ({model.init_from}), which its adapter does not go to"
     elif manifest.merges_done:
         fault = f"{manifest.merges_done} merges have changed the weights that its adapter goes to"
     elif "model.embed_tokens.weight" in manifest.parameters and manifest.model_config.get("tie_word_embeddings"):

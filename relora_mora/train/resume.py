@@ -15,11 +15,12 @@ from relora_mora.checkpoint.reader import list_candidates
 from relora_mora.config import Config, dump, parse_yaml
 from relora_mora.data import mixture_names, start_states
 from relora_mora.distributed import from_first_rank, same_on_all_ranks
+from relora_mora.origin import other_weights
 from relora_mora.system.logs import log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
 from relora_mora.train.check import saved_settings
-from relora_mora.train.identity import Identity, changed_settings, changes_since
+from relora_mora.train.identity import Change, Identity, changed_settings, changes_since
 from relora_mora.train.restore import restore
 from relora_mora.train.rollback import forget_rollbacks, replay_rollbacks
 from relora_mora.train.state import RunState
@@ -121,7 +122,12 @@ def _check_same_run(run: Run, reader: CheckpointReader) -> None:
     """Raises :class:`CheckpointError` with all differences that would change the result and are not allowed."""
     manifest = reader.manifest
     steps = run.config.train.steps
-    changes = list(changes_since(Identity.of(manifest), run.checked.identity, set(run.config.train.allow_changes)))
+    allowed = set(run.config.train.allow_changes)
+    changes = list(changes_since(Identity.of(manifest), run.checked.identity, allowed))
+    for name, began in from_first_rank(lambda: other_weights(reader.folder, run.config.model)).items():
+        if name not in allowed:
+            given = run.config.model.init_from if name == "model.init_from" else run.config.model.adapter
+            changes.append(Change(f"{name}: the run began with {began} ({given})", name))
     permissions = sorted({change.permission for change in changes if change.permission is not None})
     faults = []
     for change in changes:

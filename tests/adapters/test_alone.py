@@ -385,6 +385,11 @@ def test_an_adapter_is_scored_on_its_base(base, tokenizer_path, tmp_path):
         call(EVALUATE, folder, f"--base={other}", f"--data={text}"),
         f"{file}: was trained on other weights than those of {other}; give the model that it was trained on ({base})",
     )
+    config = folder / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"base_model_name_or_path": str(other)}))
+    refused(call(EVALUATE, folder, f"--data={text}"), f"other weights than those of {other}; it has changed since")
+    config.write_text(json.dumps(settings))
     save_file(load_file(file), file, metadata={"format": "pt"})  # as PEFT writes it
     narrow = save_base(tmp_path / "narrow", intermediate_size=32)
     refused(
@@ -392,6 +397,5 @@ def test_an_adapter_is_scored_on_its_base(base, tokenizer_path, tmp_path):
         f"{file}: model.layers.0.mlp.down_proj.lora_A is [16, 40]",
         f"{narrow} has [16, 32]",
     )
-    config = folder / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "some/model"}))
+    config.write_text(json.dumps(settings | {"base_model_name_or_path": "some/model"}))
     refused(call(EVALUATE, folder, f"--data={text}"), "its model some/model is no folder here", "--base")

@@ -87,6 +87,18 @@ def train(config: Config, stop_after: int | None = None) -> None:
         Trainer.train_step = whole_step  # type: ignore[method-assign]
 
 
+def refusal_of(config: Config) -> str:
+    """What a start of the trainer says of the checkpoint that it should go on from, and does not."""
+    from relora_mora.checkpoint import CheckpointError
+    from relora_mora.train import pretrain
+
+    try:
+        pretrain(config)
+    except CheckpointError as error:
+        return str(error)
+    raise AssertionError("it was not refused")
+
+
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint by its key."""
     found: dict[str, torch.Tensor] = {}

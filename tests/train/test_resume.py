@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.tools.grids import rest
-from tests.tools.runs import left_by_a_kill, metrics, run_config, tensors, train
+from tests.tools.runs import left_by_a_kill, metrics, refusal_of, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
 
@@ -163,22 +163,13 @@ def test_base_files_are_shared_between_merges(pools, inputs, tokenizer_path, tmp
     assert not list((folder / "checkpoints").glob("*.tmp"))
 
 
-def refused(config) -> str:
-    from relora_mora.checkpoint import CheckpointError
-    from relora_mora.train import pretrain
-
-    with pytest.raises(CheckpointError) as caught:
-        pretrain(config)
-    return str(caught.value)
-
-
 def test_another_config_is_refused_with_all_differences(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
     changed = run_config(
         inputs, tokenizer_path, folder, optim={"lr": 1e-3}, method={"merge_every": 5}, data={"seed": 7}
     )
-    (message,) = pools(1)(refused, changed)
+    (message,) = pools(1)(refusal_of, changed)
     for name in ("optim.lr: 0.02 in the checkpoint, 0.001 now", "method.merge_every", "data.seed"):
         assert name in message
     allowed = run_config(
@@ -186,7 +177,7 @@ def test_another_config_is_refused_with_all_differences(pools, inputs, tokenizer
     )
     pools(1)(train, allowed)
     assert metrics(folder)[-1]["step"] == 10
-    (message,) = pools(1)(refused, run_config(inputs, tokenizer_path, folder, train={"resume": "never"}))
+    (message,) = pools(1)(refusal_of, run_config(inputs, tokenizer_path, folder, train={"resume": "never"}))
     assert "train.resume=never" in message
 
 
@@ -232,7 +223,9 @@ def test_a_run_begins_in_a_new_folder_where_another_one_is(pools, inputs, tokeni
 def test_a_typing_error_beside_checkpoints_is_told_as_one(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
-    (message,) = pools(1)(refused, run_config(inputs, tokenizer_path, folder, train={"resume": str(tmp_path / "rum")}))
+    (message,) = pools(1)(
+        refusal_of, run_config(inputs, tokenizer_path, folder, train={"resume": str(tmp_path / "rum")})
+    )
     assert message.startswith(f"{tmp_path}/rum: not found; give a run folder, or a checkpoint")
 
 
@@ -243,7 +236,7 @@ def test_a_checkpoint_that_cannot_be_resumed_ends_all_ranks(pools, inputs, token
     if what == "damaged":
         pools(2)(train, run_config(inputs, tokenizer_path, folder, 2), stop_after=2)
         (given / "state-00001-of-00002.safetensors").write_bytes(b"")
-    messages = pools(2)(refused, run_config(inputs, tokenizer_path, folder, 2, train={"resume": str(given)}))
+    messages = pools(2)(refusal_of, run_config(inputs, tokenizer_path, folder, 2, train={"resume": str(given)}))
     assert all(
         ("0 bytes, expected" if what == "damaged" else "not found; give a run folder") in message
         for message in messages
