@@ -36,7 +36,8 @@ _IN_TITLE = ("method.name", "method.operators")
 class Group:
     """Runs that share all settings but the seeds: one row of a table, one line of a figure.
 
-    ``method`` is what papers call the method, ``differs`` the settings in which the groups of a comparison differ.
+    ``method`` is what papers call the method, ``differs`` the settings in which the groups of a comparison differ, and
+    what its runs did not do by their settings from their first step on.
     """
 
     method: str
@@ -94,7 +95,10 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
     compared = [compared_settings(runs[0].settings) for runs in members]
     names = [name for name in _differing(compared) if name not in unnamed]
     whole = {name for name in names if _is_one_word(name, compared)}
-    parts = [(method_title(each), _differences(each, names, whole)) for each in compared]
+    parts = [
+        (method_title(each), ", ".join(filter(None, (_differences(each, names, whole), _history(runs[0])))))
+        for each, runs in zip(compared, members, strict=True)
+    ]
     alike = Counter(parts)
     groups: list[Group] = []
     for (method, differs), runs in zip(parts, members, strict=True):
@@ -112,6 +116,16 @@ def _own_name(run: Run, before: Iterable[Group], apart: Sequence[str]) -> str:
         return f"{run.folder.name} (other {noted})"
     is_same = any(_seed(other) == _seed(run) and _settings_but((), other) == _settings_but((), run) for other in alike)
     return f"{run.folder.name} (the same seed)" if is_same else run.folder.name
+
+
+def _history(run: Run) -> str:
+    """In words, where it began if not at its start, and what resumes changed; empty for nearly all runs."""
+    changes = [
+        f"{' and '.join(dict.fromkeys(text.partition(':')[0] for text in changed))} changed at step {step:,}"
+        for step, changed in run.changes
+    ]
+    began = [f"begun at step {run.first_step:,} of another run"] if run.first_step else []
+    return ", ".join(began + changes)
 
 
 def _goes_with(run: Run, other: Run) -> bool:

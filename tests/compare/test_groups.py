@@ -81,20 +81,36 @@ def test_runs_that_found_something_else_under_the_same_settings_are_not_one(
         assert len(group_runs(map(read_run, runs), best=[name])) == (1 if name.startswith(says_so) else 2)
 
 
+CHANGED = {"step": 10, "changed": ["optim.lr: 0.1 in the checkpoint, 0.2 now", "data: other sources"]}
+
+
 @pytest.mark.parametrize(
-    ("start", "reason"),
+    ("starts", "history"),
     [
-        ({"step": 10, "changed": ["optim.lr: 0.1 in the checkpoint, 0.2 now"]}, "settings before a resume"),
-        ({"step": 10}, "first step"),
+        ([{"step": 0}, CHANGED], "optim.lr and data changed at step 10"),
+        ([{"step": 10}], "begun at step 10 of another run"),
+        ([{"step": 5}, CHANGED], "begun at step 5 of another run, optim.lr and data changed at step 10"),
     ],
 )
-def test_a_run_that_was_not_always_so_is_no_further_seed(tmp_path: Path, start: dict[str, Any], reason: str) -> None:
+def test_a_run_that_was_not_always_so_says_so_and_is_no_further_seed(
+    tmp_path: Path, starts: list[dict[str, Any]], history: str
+) -> None:
+    plain, other = (write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1))
+    RunFolder(other).starts.write_text("".join(json.dumps(start) + "\n" for start in starts))
+    assert [group.label for group in group_runs([read_run(other)])] == [f"ReMoRA (1, 2), {history}"]
+    for options in ({}, {"best": ["optim.lr"]}):
+        labels = [group.label for group in group_runs(map(read_run, (other, plain)), **options)]
+        assert labels == [f"ReMoRA (1, 2), {history}", "ReMoRA (1, 2)"]
+
+
+def test_runs_that_changed_to_the_same_from_different_settings_are_told_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1)]
-    starts = RunFolder(runs[1]).starts
-    first = starts.read_text() if "changed" in start else ""
-    starts.write_text(first + json.dumps(start) + "\n")
-    labels = [group.label for group in group_runs(map(read_run, runs))]
-    assert labels == ["ReMoRA (1, 2), run0", f"ReMoRA (1, 2), run1 (other {reason})"]
+    for before, run in zip((0.1, 0.3), runs, strict=True):
+        change = {"step": 10, "changed": [f"optim.lr: {before} in the checkpoint, 0.2 now"]}
+        RunFolder(run).starts.write_text(f'{{"step": 0}}\n{json.dumps(change)}\n')
+    first, second = (group.label for group in group_runs(map(read_run, runs)))
+    assert first == "ReMoRA (1, 2), optim.lr changed at step 10, run0"
+    assert second == "ReMoRA (1, 2), optim.lr changed at step 10, run1 (other settings before a resume)"
 
 
 def test_what_was_changed_and_not_trained_does_not_count(tmp_path: Path) -> None:
