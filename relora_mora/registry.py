@@ -1,4 +1,4 @@
-"""What methods, operators and optimizers there are: one record each.
+"""What methods, operators and optimizers there are, one record each, and the names of schedules.
 
 Settings are checked against these records before anything slow is imported, so this module imports nothing of the
 package. A record names its code as ``package.module:object``, and that is imported when a model is built.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+ScheduleKind = Literal["cosine", "linear", "wsd", "constant"]
 
 ADAPTER_SETTINGS = (
     "method.rank",

@@ -10,8 +10,9 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
-from relora_mora.registry import is_drawn
+from relora_mora.registry import ScheduleKind, is_drawn
 
 
 def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
@@ -63,7 +64,7 @@ class Schedule:
     length of its linear decay at the end.
     """
 
-    kind: str  # cosine | linear | wsd | constant
+    kind: ScheduleKind
     total_steps: int
     warmup_steps: int
     min_ratio: float
@@ -77,12 +78,22 @@ class Schedule:
         """The multiplier of step ``step`` without restarts."""
         if step < self.warmup_steps:
             return step / self.warmup_steps
-        if self.kind == "cosine":
-            return cosine(step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, min_ratio=self.min_ratio)
-        if self.kind == "constant":
-            return 1.0
-        decay = self.decay_steps if self.kind == "wsd" else self.total_steps - self.warmup_steps
-        left = (self.total_steps - step) / max(1, decay)
+        total = self.total_steps
+        match self.kind:
+            case "cosine":
+                return cosine(step, total_steps=total, warmup_steps=self.warmup_steps, min_ratio=self.min_ratio)
+            case "linear":
+                return self._line(step, total - self.warmup_steps)
+            case "wsd":
+                return self._line(step, self.decay_steps)
+            case "constant":
+                return 1.0
+            case _:
+                assert_never(self.kind)
+
+    def _line(self, step: int, length: int) -> float:
+        """From 1 to ``min_ratio`` over the last ``length`` steps."""
+        left = (self.total_steps - step) / max(1, length)
         return self.min_ratio + (1 - self.min_ratio) * min(1.0, max(0.0, left))
 
     def rate(self, step: int, *, rewarm: bool = True) -> float:

@@ -164,5 +164,5 @@ def _carry_faults(method: MethodConfig) -> Iterator[Fault]:
         if not OPERATORS[operator].groupings:
             yield Fault(
                 ("method.reset", "method.operators", "method.name"),
-                f"carry needs operators that group features, and {operator} rotates them; use method.reset=full",
+                f"carry needs operators that are pairs of groupings, and {operator} is none; use method.reset=full",
             )

@@ -25,7 +25,7 @@ from relora_mora.config.types import (
     Text,
     Whole,
 )
-from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, MatrixOptimizer, Method
+from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, MatrixOptimizer, Method, ScheduleKind
 
 if TYPE_CHECKING:
     MatrixOptimizerName = str
@@ -198,9 +198,7 @@ class OptimConfig(Strict):
     clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         1.0, description="clip the global gradient norm; 0: off"
     )
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
-        "cosine", description="shape of the rate after warmup; merges restart it"
-    )
+    schedule: ScheduleKind = Field("cosine", description="shape of the rate after warmup; merges restart it")
     warmup_steps: NotNegative = Field(1000, description="steps of linear warmup at the start")
     warmup_fraction: Decay | None = Field(
         None, description="linear warmup as a fraction of the run's steps, in place of warmup_steps; 0.03 is 3 %"

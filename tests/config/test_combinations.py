@@ -154,7 +154,7 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
         "ranks change nothing with method.square_size",
     ),
     ({"method": {"name": "relora", "reset": "carry"}}, None, "and relora has none; use method.reset=full"),
-    ({"method": {"operators": [2, 6], "reset": "carry", "square_multiple": 2}}, None, "and 6 rotates them"),
+    ({"method": {"operators": [2, 6], "reset": "carry", "square_multiple": 2}}, None, "and 6 is none"),
     *(
         (
             {"method": {"reset": reset}, "optim": {"matrices": "galore"}},
