@@ -1,15 +1,19 @@
-"""What the commands that train share, from their settings to their exit code. Light to import: settings come first."""
+"""What the commands that train share, from their settings to their exit code.
+
+All else is imported inside functions, so that Ctrl-C is answered meanwhile.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relora_mora.cli import run
-from relora_mora.config import Config, load_config
-from relora_mora.supervise import FAILED, LOST, Guard, check_environment, leave_process
 from relora_mora.system.imports import many_imports
 from relora_mora.system.stderr import say
+
+if TYPE_CHECKING:
+    from relora_mora.config import Config
 
 
 def train(
@@ -24,6 +28,9 @@ def train(
     ``overrides`` and ``defaults`` are those of :func:`relora_mora.config.load_config`. With ``show`` it prints so many
     rows of the training data instead.
     """
+    from relora_mora.config import load_config
+    from relora_mora.supervise import FAILED, LOST, Guard, check_environment
+
     if show is not None:
         return _show(load_config(config, overrides, defaults=defaults), show)
     rank, world_size = check_environment()
@@ -66,4 +73,6 @@ def run_to_the_end(main: Callable[..., int]) -> None:
     try:
         run(main)
     except SystemExit as end:
+        from relora_mora.supervise import FAILED, leave_process
+
         leave_process(end.code if isinstance(end.code, int) else FAILED)  # run() always gives a number

@@ -12,7 +12,7 @@ from relora_mora.data.sources import Shard
 # before this many rows a fraction says little; at the end of a shard it is exact, however few there are
 JUDGED_FROM_ROWS = 1000
 NOTES_PER_REASON = 3  # of a shard
-OTHER_KEYS = "data.text_column names the key of texts, data.records what else a line holds"
+OTHER_KEYS = "data.text_column names the key of texts, a run's data.records what else a line holds"
 
 
 def told_of(skipped: Skipped, shard: Shard) -> str:

@@ -64,7 +64,7 @@ def test_records_that_are_read_as_text_are_told_with_their_keys(tmp_path, tokeni
         bad = min(count, 11)
         assert _said(data_config(path), tokenizer).startswith(
             f"a.jsonl: {bad} of {bad} lines are bad, more than data.max_bad_fraction (0.01); "
-            f'line {bad} has no "text", but messages (data.text_column names the key of texts, data.records what else'
+            f'line {bad} has no "text", but messages (data.text_column names the key of texts, a run'
         )
 
 
@@ -72,7 +72,7 @@ def test_first_lines_that_are_all_of_no_use_are_told_whatever_is_allowed(tmp_pat
     path = _written(tmp_path / "a.jsonl", [_conversation(number) for number in range(30)])
     assert _said(data_config(path, max_bad_fraction=1.0), tokenizer) == (
         'a.jsonl: none of its first 16 lines can be used; one has no "text", but messages '
-        "(data.text_column names the key of texts, data.records what else a line holds)"
+        "(data.text_column names the key of texts, a run's data.records what else a line holds)"
     )
     config = data_config(path, max_bad_fraction=1.0, records={"kind": "question"})
     assert _said(config, tokenizer).endswith('one has no "question" (data.records.columns), but messages')
