@@ -31,6 +31,7 @@ _NO_ABORTS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # torchrun sets 1
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_DIST_USE_NCCL2": "0",  # which torch 2.15 prefers, and whose watchdog is another one (pytorch#192105)
 }
 FEWEST_FILES = 34  # that a tiny run of one rank gets by with
 PORT_SECONDS = 20.0  # a run that was killed a moment ago may still hold the port

@@ -60,13 +60,15 @@ def test_a_deterministic_run_takes_flash_attention(deterministic: bool, kernel: 
 
 
 def backend_and_device() -> tuple[str, str]:
-    return dist.get_backend(), str(device_of_rank())
+    device = device_of_rank()
+    backend = dist.distributed_c10d._get_default_group()._get_backend(device)
+    return type(backend).__name__, str(device)
 
 
 def test_workers_of_a_pool_on_gpus_join_over_nccl() -> None:
     """Those of tests/gpu."""
     pools = Pools("cuda")
     try:
-        assert pools(1)(backend_and_device) == [("nccl", "cuda:0")]
+        assert pools(1)(backend_and_device) == [("ProcessGroupNCCL", "cuda:0")]
     finally:
         pools.close()
