@@ -13,8 +13,6 @@ from typing import Literal
 ScheduleKind = Literal["cosine", "linear", "wsd", "constant"]
 
 ADAPTER_SETTINGS = (
-    "method.rank",
-    "method.rank_pattern",
     "method.form",
     "method.target_modules",
     "method.train_linears",
@@ -36,7 +34,7 @@ class Adapter:
     """What trains beside a frozen weight.
 
     ``layer`` is a subclass of :class:`relora_mora.methods.layers.AdapterLinear`, which holds the arithmetic, the memory
-    and the number of parameters. ``settings`` are those that no other adapter uses. ``has_square``: it has a square
+    and the number of parameters. ``settings`` are those that not every adapter uses. ``has_square``: it has a square
     matrix between the operators of ``method.operators``.
     """
 
@@ -45,10 +43,11 @@ class Adapter:
     has_square: bool = False
 
 
-LORA = Adapter("relora_mora.methods.lora:LoRALinear", ("method.lora_alpha",))
+_RANK_SETTINGS = ("method.rank", "method.rank_pattern")
+LORA = Adapter("relora_mora.methods.lora:LoRALinear", (*_RANK_SETTINGS, "method.lora_alpha"))
 MORA = Adapter(
     "relora_mora.methods.mora:MoRALinear",
-    ("method.square_size", "method.square_rounding", "method.square_multiple", "method.operators"),
+    (*_RANK_SETTINGS, "method.square_size", "method.square_rounding", "method.square_multiple", "method.operators"),
     has_square=True,
 )
 
@@ -74,8 +73,9 @@ class Method:
 
     @property
     def without_merges(self) -> str:
-        """The name of the method that has the same adapter and never merges."""
-        return next(other.name for other in METHODS.values() if other.adapter is self.adapter and not other.merges)
+        """The name of the method that has the same adapter and never merges, or else has none."""
+        alike = (other.name for other in METHODS.values() if other.adapter is self.adapter and not other.merges)
+        return next(alike, "full")
 
 
 METHODS = {
@@ -132,7 +132,8 @@ class MatrixOptimizer:
 
     ``title`` is what papers call it. ``moments`` are the names of its state that has one value of each for every
     element; of whole matrices a rule may keep more. ``rule`` makes a :class:`relora_mora.rules.MatrixRule` of the
-    settings of ``optim``; None for AdamW. ``settings`` are those that not all use.
+    settings of ``optim``; None for AdamW. ``settings`` are those that not all use. ``is_slow``: a step may take
+    minutes, which the watchdog is told.
     """
 
     name: str
@@ -140,6 +141,7 @@ class MatrixOptimizer:
     moments: tuple[str, ...] = ()
     rule: str | None = None
     settings: tuple[str, ...] = ()
+    is_slow: bool = False
 
 
 MATRIX_OPTIMIZERS = {
@@ -147,8 +149,9 @@ MATRIX_OPTIMIZERS = {
     for optimizer in (
         MatrixOptimizer("adamw", "AdamW", ("exp_avg", "exp_avg_sq")),
         MatrixOptimizer("muon", "Muon", ("momentum",), "relora_mora.muon:Muon", ("optim.momentum", "optim.nesterov")),
-        MatrixOptimizer("galore", "GaLore", (), "relora_mora.projected:GaLore", PROJECTION_SETTINGS),
-        MatrixOptimizer("fira", "Fira", (), "relora_mora.projected:Fira", PROJECTION_SETTINGS),
+        # a renewal of their projections takes the singular vectors of every matrix
+        MatrixOptimizer("galore", "GaLore", (), "relora_mora.projected:GaLore", PROJECTION_SETTINGS, is_slow=True),
+        MatrixOptimizer("fira", "Fira", (), "relora_mora.projected:Fira", PROJECTION_SETTINGS, is_slow=True),
         MatrixOptimizer("apollo", "APOLLO", (), "relora_mora.projected:Apollo", PROJECTION_SETTINGS),
     )
 }

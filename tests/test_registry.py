@@ -51,8 +51,8 @@ def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
     state = MatrixState(0, {key: torch.zeros(shape) for key, shape in rule.kept(6, 9).items()})
     rule.blend(gradient, moments)
     assert rule.update(gradient[None], [state]).shape == (1, 6, 9)
-    assert all(moment.any() for moment in {**moments, **state.tensors}.values()) and (moments or state.tensors)
-    assert rule.flops(6, 9) > 0 and rule.scratch(6, 9, on_gpu=False) > 0
+    assert all(moment.any() for moment in {**moments, **state.tensors}.values())
+    assert rule.flops(6, 9) >= 0 and rule.scratch(6, 9, on_gpu=False) >= 0
 
 
 @pytest.mark.parametrize(

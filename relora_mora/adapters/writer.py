@@ -16,7 +16,6 @@ from relora_mora.adapters.folder import CONFIG, PREFIX, RELEASED_TYPES, WEIGHTS
 from relora_mora.checkpoint import CheckpointError, CheckpointReader
 from relora_mora.config import MethodConfig, ModelConfig, stored_config
 from relora_mora.methods.layers import AdapterLinear, adapter_layers, adapter_parameters
-from relora_mora.methods.mora import MoRALinear
 from relora_mora.origin import other_weights
 from relora_mora.pretrained import checked_model, in_short
 
@@ -44,7 +43,10 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     }
     ranks: dict[str, float] = {}  # by kind of projection, as the layers of a kind have one shape
     for name, layer in layers.items():
-        A, B = _factors(layer, [reader.weight(f"{name}.{key}") for key in layer.adapter_names], released=released)
+        factors = _factors(layer, [reader.weight(f"{name}.{key}") for key in layer.adapter_names], released=released)
+        if factors is None:
+            raise CheckpointError(f"{reader.folder}: {config.method.name} has no adapter that PEFT knows; {_MERGED}")
+        A, B = factors
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
         # the released code takes the square root of (in + out) r for R
@@ -107,12 +109,11 @@ def _kind(module: str) -> str:
     return module.rpartition(".")[2] if ".layers." in module else module
 
 
-def _factors(layer: AdapterLinear, values: list[Tensor], *, released: bool) -> tuple[Tensor, Tensor]:
-    if not isinstance(layer, MoRALinear):
-        A, B = values
-        return A, B
+def _factors(layer: AdapterLinear, values: list[Tensor], *, released: bool) -> tuple[Tensor, Tensor] | None:
+    if not released:
+        return layer.as_lora(*values)
     [M] = values
-    return (M, M.clone()) if released else layer.operator.factors(M)
+    return M, M.clone()
 
 
 def _settings(method: MethodConfig, ranks: Mapping[str, float], *, released: bool) -> dict[str, Any]:

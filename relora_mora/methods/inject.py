@@ -39,6 +39,8 @@ def inject(
         if kind in by_kind and isinstance(module, nn.Linear):
             generator = layer_generator(seed, name, 0)
             adapter = layer.from_settings(module, method.of(kind), generator, mora_type, draw or Draw(seed))
+            assert all(adapter.get_parameter(key).dim() == 2 for key in adapter.adapter_names), "they are matrices"
+            assert not [*adapter.buffers()], "a resume brings back its parameters alone"
             setattr(model.get_submodule(parent_name), kind, adapter)
             by_kind[kind].append(name)
             by_input.setdefault((parent_name, INPUTS.get(kind, kind)), []).append(adapter)

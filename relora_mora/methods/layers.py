@@ -44,7 +44,10 @@ class AdapterLinear(nn.Module):
     """A linear layer whose weight is frozen and gets a trainable ``delta`` [out, in].
 
     A subclass says what its parameters are, what they add, and what that costs. Resetting, saving, exporting and
-    planning need nothing else; merging.py and adapters/writer.py know MoRA's and LoRA's apart.
+    planning need nothing else; merging.py knows MoRA's apart.
+
+    Its parameters are matrices, and all that it has: a resume and an export make the layer without values and fill
+    these in. What else it needs is calculated from the settings when it is used, and no buffer.
     """
 
     # tokens (in + out) / (in out) from which on the merged form takes less time, as measured (docs/method.md)
@@ -102,6 +105,13 @@ class AdapterLinear(nn.Module):
     @abstractmethod
     def singular_values(self, *parameters: Tensor) -> Tensor:
         """Singular values of ``delta_of(*parameters)``, without those that are zero by construction."""
+
+    def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A [r, in] and B [out, r] with ``delta_of(*parameters) = (alpha / r) B A``, as PEFT keeps a LoRA.
+
+        alpha is ``method.lora_alpha`` where the adapter uses it, else r. None where an adapter is no LoRA.
+        """
+        return None
 
     @abstractmethod
     def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:

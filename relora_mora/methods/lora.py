@@ -67,6 +67,10 @@ class LoRALinear(AdapterLinear):
         A, B = parameters
         return torch.linalg.svdvals(self.scale * (torch.linalg.qr(B)[1] @ torch.linalg.qr(A.mT)[1].mT))
 
+    def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        A, B = parameters
+        return A, B
+
     def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:
         product = 2.0 * self.lora_rank * (self.in_features + self.out_features)
         if not self.uses_merged_form(tokens):

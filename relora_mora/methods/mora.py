@@ -99,6 +99,9 @@ class MoRALinear(AdapterLinear):
     def singular_values(self, *parameters: Tensor) -> Tensor:
         return torch.linalg.svdvals(self.operator.core(*parameters))[: self.square_size * self.operator.blocks]
 
+    def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return self.operator.factors(*parameters)
+
     def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:
         blocks = self._blocks(cycle)
         product = 2.0 * self.square_size**2 * (sum(blocks) / len(blocks))

@@ -30,7 +30,7 @@ class LayerWork(NamedTuple):
     moved: float  # bytes for each token and hidden feature
 
 
-# by adapter, and whether W + delta is resident
+# by adapter, and whether W + delta is resident; one that is not here counts as LoRA, of which most is known
 EAGER: dict[tuple[Adapter | None, bool], LayerWork] = {
     (None, False): LayerWork(109, 645),
     (LORA, False): LayerWork(158, 705),
@@ -45,6 +45,10 @@ COMPILED: dict[tuple[Adapter | None, bool], LayerWork] = {
     (MORA, False): LayerWork(58, 311),
     (MORA, True): LayerWork(44, 293),
 }
+
+
+def _counted(adapter: Adapter | None) -> Adapter | None:
+    return adapter if (adapter, False) in EAGER else LORA
 
 
 def _build(adapter: Adapter | None) -> LayerWork:
@@ -85,7 +89,7 @@ def compute_time(
     the time in which it is built.
     """
     config = setup.config
-    adapter = config.method.record.adapter
+    adapter = _counted(config.method.record.adapter)
     work = (COMPILED if setup.compiles else EAGER)[adapter, resident]
     if resident:
         build = _build(adapter)

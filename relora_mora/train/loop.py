@@ -89,8 +89,7 @@ class Trainer:
             )
         self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
         self.feed = Feed(self.data, config.data, guard)
-        # a renewal of their projections takes the singular vectors of every matrix
-        self.update_seconds = LONG_SECONDS if config.optim.matrices in ("galore", "fira") else None
+        self.update_seconds = LONG_SECONDS if config.optim.record.is_slow else None
         self.judge = Judge(config, self.rank, run.engine.world_size, self.write, self._has_way_back)
         self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
         self.reporting = Reporting(run, self.write, self.progress)

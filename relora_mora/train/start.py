@@ -16,6 +16,7 @@ from relora_mora.methods.inject import inject
 from relora_mora.methods.layers import AdapterLinear, adapter_layers, adapter_parameters
 from relora_mora.model import empty_model
 from relora_mora.optim import set_trainable
+from relora_mora.registry import LORA, MORA
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 
@@ -62,8 +63,9 @@ def check_adapter(config: Config, model_config: PreTrainedConfig) -> None:
 
 
 def _method_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str]:
-    if (adapter.mora_type is None) == method.uses_squares:
-        kind = "LoRA" if adapter.mora_type is None else "MoRA"
+    wanted = LORA if adapter.mora_type is None else MORA
+    if method.record.adapter is not wanted:
+        kind = "LoRA" if wanted is LORA else "MoRA"
         yield f"method.name: {method.name} here, and the adapter is one of {kind}; set method.name={kind.lower()}"
         return
     kinds = sorted({name.rpartition(".")[2] for name in adapter.layers})

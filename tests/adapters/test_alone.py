@@ -17,7 +17,8 @@ from relora_mora.adapters import AdapterFolder, load_model
 from relora_mora.adapters.base import is_of_another, note_of
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.export import export
-from relora_mora.methods.layers import adapter_layers
+from relora_mora.methods.layers import AdapterLinear, adapter_layers
+from relora_mora.methods.lora import LoRALinear
 from relora_mora.pretrained import load_any_model
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
 from tests.tools.adapter_tools import ALONE, METHODS, adapted, logits, save_base, write_run
@@ -365,6 +366,12 @@ def test_in_half_precision_its_model_is_that_of_the_merged_export(base, tokenize
     for (name, value), (_, other) in zip(found.named_buffers(), expected.named_buffers(), strict=True):
         assert torch.equal(value, other) and value.dtype == torch.float32, name
     assert torch.equal(logits(found), logits(expected))
+
+
+def test_an_adapter_that_is_no_lora_is_not_written_as_one(base, tokenizer_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(LoRALinear, "as_lora", AdapterLinear.as_lora)
+    with pytest.raises(CheckpointError, match="lora has no adapter that PEFT knows; export it with --format=merged"):
+        exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ALONE, "peft")
 
 
 def test_an_adapter_is_scored_on_its_base(base, tokenizer_path, tmp_path):

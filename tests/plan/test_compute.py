@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from relora_mora.model import read_model_config
 from relora_mora.plan import Cluster, make_plan
 from relora_mora.plan.compute import COMPILED, EAGER, LAUNCH_SECONDS, compute_time
 from relora_mora.plan.setup import Setup
-from relora_mora.registry import METHODS
+from relora_mora.registry import METHODS, Adapter
 from relora_mora.system.devices import named_device
 from tests.tools.helpers import ROOT
 
@@ -55,6 +56,21 @@ def test_a_fast_device_waits_for_its_host_and_a_slow_one_does_not():
     )
     assert fast.total == fast.host == slow.host
     assert slow.total == slow.products + slow.passes > slow.host
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_adapter_that_nobody_has_counted_is_taken_for_lora(resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("configs/run/paper_250m_relora.yaml", {}, world_size=1)
+    model = read_model_config(config.model)
+    h100 = named_device("h100")
+
+    def seconds() -> float:
+        setup = Setup(config, 1, 1, bf16=True, on_gpu=True, compiled=True)
+        return compute_time(model, setup, h100, peak=1e15, flops_per_token=1e9, resident=resident).total
+
+    of_lora = seconds()
+    monkeypatch.setitem(METHODS, "relora", replace(METHODS["relora"], adapter=Adapter("new:Layer")))
+    assert seconds() == of_lora
 
 
 @pytest.mark.parametrize("compiled", [True, False])

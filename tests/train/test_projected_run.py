@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from relora_mora.registry import MATRIX_OPTIMIZERS
 from tests.tools.runs import assert_resumes_are_bit_equal, losses, run_config, tensors, train
 from tests.train.test_muon_run import refused
 
@@ -29,6 +30,8 @@ def config(inputs, tokenizer_path):
 
 CASES = [(2, "full", "fira", 0, True), (2, "full", "galore", 2, False), (2, "full", "fira", 3, True)]
 CASES += [(1, "remora", "apollo", 1, True)]
+TRIED = {"adamw", "muon", *(case[2] for case in CASES)}  # test_resume.py and test_muon_run.py have the first two
+CASES += [(2, "full", matrices, 2, True) for matrices in MATRIX_OPTIMIZERS if matrices not in TRIED]
 
 
 @pytest.mark.parametrize("world,method,matrices,stage,bf16", CASES)

@@ -16,13 +16,13 @@ from relora_mora.data import load_eval_set
 from relora_mora.evaluate import causal_lm_loss, evaluate
 from relora_mora.export import export
 from relora_mora.origin import start_digests
+from relora_mora.registry import METHODS
 from relora_mora.system.run_folder import read_json_lines
 from tests.tools.commands import PRETRAIN, call
 from tests.tools.helpers import ROOT
 from tests.tools.runs import metrics, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
-METHODS = ("full", "lora", "mora", "relora", "remora")
 UNSAVED: dict[str, dict[str, Any]] = {"checkpoint": {"every_steps": 0}}  # but at the end
 
 
@@ -53,7 +53,7 @@ def test_every_method_learns_and_explains_itself(finished, method):
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 10 and losses[-1] < losses[0] - 0.5
     merges = [line["step"] for line in lines if "merge/layers" in line]
-    assert merges == ([4, 8] if method in ("relora", "remora") else [])
+    assert merges == ([4, 8] if METHODS[method].merges else [])
     if method == "remora":
         switches = [
             (line["merge/operator_before"], line["merge/operator_after"]) for line in lines if "merge/layers" in line
