@@ -91,7 +91,7 @@ def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
     file = data / f"{name.removeprefix('local_')}.jsonl"
     expected = [{key: pairs(value) for key, value in row.items()} for row in ROWS[name]]
     for given in (data, file):
-        assert local_task(name, str(given))["custom_dataset"]()["test"].to_list() == expected
+        assert local_task(name, str(given), len)["custom_dataset"]()["test"].to_list() == expected
 
 
 def test_an_answer_is_compared_place_by_place():
@@ -113,7 +113,22 @@ def test_data_that_does_not_fit_is_named(tmp_path, content, said):
     if content is not None:
         (tmp_path / "uuid.jsonl").write_text(content)
     with pytest.raises(HarnessError, match=said):
-        local_task("local_uuid", str(tmp_path))
+        local_task("local_uuid", str(tmp_path), len)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "most"),
+    [
+        ("local_uuid", {"prompt": "a", "completion": "b" * 64}, 64),
+        ("local_uuid", {"prompt": "a", "completion": "b" * 65}, 65),
+        ("local_gsm8k", {"question": "a", "answer": "b" * 299 + "#### 1"}, 306),  # behind a space
+        ("local_metamath", {"question": "a", "answer": "1"}, 512),
+    ],
+)
+def test_an_answer_may_be_as_long_as_the_longest_of_the_rows(tmp_path, name, row, most):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[name][0]) + "\n" + json.dumps(row))
+    task = local_task(name, str(tmp_path / "rows.jsonl"), len)
+    assert task["generation_kwargs"]["max_gen_toks"] == most
 
 
 def test_what_stands_before_the_answer_of_gsm8k_may_say_so_too(tmp_path):
@@ -151,7 +166,7 @@ def test_a_row_of_another_kind_is_named(tmp_path, name, change, said):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(HarnessError, match=f"{name}: .*rows.jsonl, line 2: {said}"):
-        local_task(name, str(file))
+        local_task(name, str(file), len)
 
 
 def test_a_run_keeps_what_its_tasks_gave(tmp_path):
@@ -323,7 +338,13 @@ def test_prompts_that_are_cut_are_told(model, data, caplog):
     row = {"question": "How many? " * 30, "answer": "#### 1"}
     (data / "gsm8k.jsonl").write_text(json.dumps(row) + "\n")
     call(EVALUATE, model, "--tasks=local_gsm8k", f"--task_data={data}")
-    assert "longer than the model's 300 positions leave room for, and lost their beginning (1 times)" in caplog.text
+    assert "longer than the model's 300 positions leave room for, and lost their beginning (1 times); give a model" in (
+        caplog.text
+    )
+    caplog.clear()
+    (data / "gsm8k.jsonl").write_text(2 * (json.dumps(row) + "\n") + json.dumps(row | {"answer": "#### 2"}))
+    call(EVALUATE, model, "--tasks=local_gsm8k", f"--task_data={data}", "--num_fewshot=1")
+    assert "; give fewer --num_fewshot" in caplog.text
 
 
 @needs_lm_eval
@@ -394,7 +415,7 @@ def test_rows_with_their_answers_stand_before_each_row(model, data):
 
 
 def test_the_prompt_of_metamath_is_the_one_that_was_learned(data):
-    asked = str(local_task("local_metamath", str(data))["doc_to_text"])
+    asked = str(local_task("local_metamath", str(data), len)["doc_to_text"])
     alpaca = RecordFormat(RecordsConfig(kind="alpaca"))
     learned = passage_of("alpaca", Record({"instruction": "{{question}}", "output": "x"}, "a row", alpaca))
     assert asked + "x" == learned.text
@@ -411,6 +432,6 @@ class _Manager:
 
 
 @pytest.mark.parametrize("names", [["all", "history"], ["history", "all"]])
-def test_a_task_of_a_group_that_is_asked_for_too_is_asked_once(names):
+def test_a_task_of_a_group_that_is_asked_for_too_is_asked_once(names, model):
     """lm-eval refuses one task twice, with a traceback and when all data are there."""
-    assert _loaded(names, _Manager(), None) == (["the group"], [])
+    assert _loaded(names, _Manager(), None, load_tokenizer(model)) == (["the group"], [])

@@ -64,13 +64,13 @@ def evaluate_tasks(
 
         manager = TaskManager(include_defaults=not set(names) <= set(LOCAL_TASKS))
         _check_names(names, manager.all_tasks)
-        found, missing = _loaded(names, manager, data)
+        found, missing = _loaded(names, manager, data, tokenizer)
         if not found:
             raise HarnessError("; ".join(missing))
         for text in missing:
             log.warning("left out: %s", text)
         _check_answers_fit(found, positions_of(lm))
-        with _cut_prompts_told(positions_of(lm)):
+        with _cut_prompts_told(positions_of(lm), num_fewshot):
             results = simple_evaluate(
                 HFLM(
                     pretrained=lm,
@@ -99,14 +99,20 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
-def _loaded(names: Sequence[str], manager: Any, data: str | None) -> tuple[list[Any], list[str]]:
+def _loaded(
+    names: Sequence[str], manager: Any, data: str | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Any], list[str]]:
     """Tasks and groups of lm-eval with their data, each once, and why others have none."""
+
+    def tokens_of(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
     found: dict[str, Any] = {}
     inside: set[str] = set()  # of a group
     missing: list[str] = []
     for name in names:
         try:
-            loaded = manager.load([local_task(name, data) if name in LOCAL_TASKS else name])
+            loaded = manager.load([local_task(name, data, tokens_of) if name in LOCAL_TASKS else name])
         except Exception as error:  # whatever a hub, a file or a dataset raises
             missing.append(f"{name}: its data cannot be had ({' '.join(str(error).split()):.200})")
         else:
@@ -149,7 +155,7 @@ class _Cuts(logging.Handler):
 
 
 @contextlib.contextmanager
-def _cut_prompts_told(positions: int | None) -> Iterator[None]:
+def _cut_prompts_told(positions: int | None, num_fewshot: int | None) -> Iterator[None]:
     logger = logging.getLogger("lm_eval.models.huggingface")
     before = logger.level, logger.propagate
     cuts = _Cuts()
@@ -164,9 +170,10 @@ def _cut_prompts_told(positions: int | None) -> Iterator[None]:
     if cuts.count:
         log.warning(
             "prompts were longer than the model's %s positions leave room for, and lost their beginning (%d times); "
-            "give fewer --num_fewshot",
+            "give %s",
             positions,
             cuts.count,
+            "fewer --num_fewshot" if num_fewshot else "a model with more positions, or shorter rows",
         )
 
 

@@ -35,13 +35,20 @@ class HarnessError(ValueError):
     """A task cannot be run: which, why, what to do."""
 
 
-def local_task(name: str, data: str | None) -> dict[str, Any]:
+def local_task(name: str, data: str | None, tokens_of: Callable[[str], int]) -> dict[str, Any]:
     """The settings of a task of :data:`LOCAL_TASKS` for lm-eval, with its rows.
 
-    ``data`` is their file, or the folder that has it under its name. Raises :class:`HarnessError`.
+    ``data`` is their file, or the folder that has it under its name. Where answers are generated, they may have as many
+    tokens as the longest of the rows (``tokens_of(text)``), if that is more than the task's file says. Raises
+    :class:`HarnessError`.
     """
     settings = _settings(name)
     rows = local_rows(name, data)
+    generation = settings.get("generation_kwargs")
+    if generation is not None:
+        begin = settings.get("target_delimiter", " ")
+        longest = max(tokens_of(begin + row[settings["doc_to_target"]]) for row in rows)
+        generation["max_gen_toks"] = max(generation["max_gen_toks"], longest)
 
     def dataset(**_: Any) -> Any:
         from datasets import Dataset, DatasetDict
