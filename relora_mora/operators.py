@@ -40,7 +40,7 @@ class Draw(NamedTuple):
 def square_size(in_features: int, out_features: int, rank: int) -> int:
     """``R = floor(sqrt((in + out) * rank))``: the largest square with at most LoRA's number of parameters.
 
-    MoRA (arXiv 2405.12130, section 3.2) floors; the released code rounds and so can exceed the budget.
+    MoRA (arXiv 2405.12130, section 4) floors; the released code rounds and so can exceed the budget.
     """
     if min(in_features, out_features, rank) < 1:
         raise ValueError(
