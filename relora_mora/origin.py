@@ -79,10 +79,13 @@ def changed_start(noted: Mapping[str, str], now: Mapping[str, str]) -> str | Non
 def other_weights(checkpoint: Path, model: ModelConfig) -> dict[str, str]:
     """By setting, in words, what the run of a checkpoint began with, where ``model`` names other weights.
 
-    Empty where that run noted nothing: an earlier version began it, or another run's checkpoint.
+    Empty where that run noted nothing, as an earlier version began it, or another run's checkpoint, and where the
+    weights cannot be read now. Files are compared: a model that was saved again is another one, and a run that went on.
     """
-    noted = noted_digests(starts_of(checkpoint.resolve().parents[1]))
-    now = model_digests(model.model_copy(update={"config": None})) if noted else {}
+    noted = noted_digests(starts_of(checkpoint.absolute().parent.parent))
+    now: dict[str, str] = {}
+    with contextlib.suppress(SourceError):
+        now = model_digests(model.model_copy(update={"config": None})) if noted else {}
     return {
         name: CHANGED[name] if name in noted else f"no {name}"
         for name, digest in now.items()

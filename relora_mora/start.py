@@ -73,6 +73,8 @@ def run_to_the_end(main: Callable[..., int]) -> None:
     try:
         run(main)
     except SystemExit as end:
-        from relora_mora.supervise import FAILED, leave_process
-
+        try:
+            from relora_mora.supervise import FAILED, leave_process
+        except ModuleNotFoundError:  # which has been said
+            raise end from None
         leave_process(end.code if isinstance(end.code, int) else FAILED)  # run() always gives a number

@@ -52,7 +52,6 @@ def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
     rule.blend(gradient, moments)
     assert rule.update(gradient[None], [state]).shape == (1, 6, 9)
     assert all(moment.any() for moment in {**moments, **state.tensors}.values())
-    assert rule.flops(6, 9) >= 0 and rule.scratch(6, 9, on_gpu=False) >= 0
 
 
 @pytest.mark.parametrize(

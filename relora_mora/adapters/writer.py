@@ -18,6 +18,7 @@ from relora_mora.config import MethodConfig, ModelConfig, stored_config
 from relora_mora.methods.layers import AdapterLinear, adapter_layers, adapter_parameters
 from relora_mora.origin import other_weights
 from relora_mora.pretrained import checked_model, in_short
+from relora_mora.system.logs import log
 
 _MERGED = "export it with --format=merged"
 
@@ -71,14 +72,11 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
 
 def _check(reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *, released: bool) -> None:
     manifest = reader.manifest
-    other = other_weights(reader.folder, model).get("model.init_from")
     fault = None
     if not method.uses_adapters:
         fault = f"{method.name} trains without adapters"
     elif model.init_from is None:
         fault = "its settings have no model.init_from, so nobody has the model that its adapter would go to"
-    elif other is not None:
-        fault = f"it began with {other} ({model.init_from}), which its adapter does not go to"
     elif manifest.merges_done:
         fault = f"{manifest.merges_done} merges have changed the weights that its adapter goes to"
     elif "model.embed_tokens.weight" in manifest.parameters and manifest.model_config.get("tie_word_embeddings"):
@@ -89,6 +87,14 @@ def _check(reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *
         fault = f"{what} is not known to the released MoRA, which has the operators {known}"
     if fault is not None:
         raise CheckpointError(f"{reader.folder}: {fault}; {_MERGED}")
+    other = other_weights(reader.folder, model).get("model.init_from")
+    if other is not None:
+        log.warning(
+            "%s: the run began with %s; its adapter goes to the former, and names %s",
+            reader.folder,
+            other,
+            model.init_from,
+        )
 
 
 def _whole_modules(reader: CheckpointReader, layers: Mapping[str, AdapterLinear], adapters: set[str]) -> set[str]:

@@ -116,14 +116,17 @@ def _flush_output() -> None:
 
 
 def _show(error: Exception) -> None:
-    from relora_mora.config.secrets import redact
-
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if getattr(error, "same_on_all_ranks", False) and rank != "0":
         return  # the first rank says it
     if getattr(error, "same_on_host", False) and _rank_on_host() != "0":
         return
     prefix = "" if rank == "0" else f"[rank {rank}] "
+    if isinstance(error, ModuleNotFoundError):
+        say(prefix + missing_package(error))
+        return
+    from relora_mora.config.secrets import redact
+
     say(prefix + redact(_message(error)))
 
 
@@ -132,8 +135,6 @@ def _rank_on_host() -> str:
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return missing_package(error)
     if not isinstance(error, OSError) or error.errno is None or not error.strerror:
         return str(error)
     place = place_of(error)

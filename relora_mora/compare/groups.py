@@ -96,7 +96,7 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
     names = [name for name in _differing(compared) if name not in unnamed]
     whole = {name for name in names if _is_one_word(name, compared)}
     parts = [
-        (method_title(each), ", ".join(filter(None, (_differences(each, names, whole), _history(runs[0])))))
+        (method_title(each), ", ".join(filter(None, (_differences(each, names, whole), *_histories(runs)))))
         for each, runs in zip(compared, members, strict=True)
     ]
     alike = Counter(parts)
@@ -118,13 +118,18 @@ def _own_name(run: Run, before: Iterable[Group], apart: Sequence[str]) -> str:
     return f"{run.folder.name} (the same seed)" if is_same else run.folder.name
 
 
+def _histories(runs: Iterable[Run]) -> list[str]:
+    """Of seeds that are one row: what one of them noted, or none where none did."""
+    return list(dict.fromkeys(filter(None, map(_history, runs))))
+
+
 def _history(run: Run) -> str:
     """In words, where it began if not at its start, and what resumes changed; empty for nearly all runs."""
     changes = [
         f"{' and '.join(dict.fromkeys(text.partition(':')[0] for text in changed))} changed at step {step:,}"
         for step, changed in run.changes
     ]
-    began = [f"begun at step {run.first_step:,} of another run"] if run.first_step else []
+    began = [f"begun at a checkpoint of step {run.first_step:,}"] if run.first_step else []
     return ", ".join(began + changes)
 
 

@@ -20,7 +20,7 @@ from relora_mora.system.logs import log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.build import Run
 from relora_mora.train.check import saved_settings
-from relora_mora.train.identity import Change, Identity, changed_settings, changes_since
+from relora_mora.train.identity import Identity, changed_settings, changes_since
 from relora_mora.train.restore import restore
 from relora_mora.train.rollback import forget_rollbacks, replay_rollbacks
 from relora_mora.train.state import RunState
@@ -85,6 +85,9 @@ def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
     problem = damaged_tokenizer(chosen, reader.manifest) if run.engine.rank == 0 else None
     if problem is not None:
         log.warning("%s: %s; its tensors are whole, and the run goes on with tokenizer.path", chosen, problem)
+    if run.engine.rank == 0:
+        for name, began in other_weights(chosen, run.config.model).items():
+            log.warning("%s: the run began with %s; it goes on from %s, whatever is there", name, began, chosen)
     state = restore(run, reader)
     log.info("resumed from %s at step %d", chosen, state.step)
     if reader.manifest.data_order != run.checked.data_order:
@@ -122,12 +125,7 @@ def _check_same_run(run: Run, reader: CheckpointReader) -> None:
     """Raises :class:`CheckpointError` with all differences that would change the result and are not allowed."""
     manifest = reader.manifest
     steps = run.config.train.steps
-    allowed = set(run.config.train.allow_changes)
-    changes = list(changes_since(Identity.of(manifest), run.checked.identity, allowed))
-    for name, began in from_first_rank(lambda: other_weights(reader.folder, run.config.model)).items():
-        if name not in allowed:
-            given = run.config.model.init_from if name == "model.init_from" else run.config.model.adapter
-            changes.append(Change(f"{name}: the run began with {began} ({given})", name))
+    changes = list(changes_since(Identity.of(manifest), run.checked.identity, set(run.config.train.allow_changes)))
     permissions = sorted({change.permission for change in changes if change.permission is not None})
     faults = []
     for change in changes:

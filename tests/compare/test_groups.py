@@ -87,8 +87,8 @@ CHANGED = {"step": 10, "changed": ["optim.lr: 0.1 in the checkpoint, 0.2 now", "
     ("starts", "history"),
     [
         ([{"step": 0}, CHANGED], "optim.lr and data changed at step 10"),
-        ([{"step": 10}], "begun at step 10 of another run"),
-        ([{"step": 5}, CHANGED], "begun at step 5 of another run, optim.lr and data changed at step 10"),
+        ([{"step": 10}], "begun at a checkpoint of step 10"),
+        ([{"step": 5}, CHANGED], "begun at a checkpoint of step 5, optim.lr and data changed at step 10"),
     ],
 )
 def test_a_run_that_was_not_always_so_says_so_and_is_no_further_seed(
@@ -97,6 +97,9 @@ def test_a_run_that_was_not_always_so_says_so_and_is_no_further_seed(
     plain, other = (write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1))
     RunFolder(other).starts.write_text("".join(json.dumps(start) + "\n" for start in starts))
     assert [group.label for group in group_runs([read_run(other)])] == [f"ReMoRA (1, 2), {history}"]
+    silent = write_run(tmp_path / "run2", [9.0, 4.0], train={"seed": 2})
+    RunFolder(silent).starts.unlink()  # it goes with any
+    assert [group.label for group in group_runs(map(read_run, (silent, other)))] == [f"ReMoRA (1, 2), {history}"]
     for options in ({}, {"best": ["optim.lr"]}):
         labels = [group.label for group in group_runs(map(read_run, (other, plain)), **options)]
         assert labels == [f"ReMoRA (1, 2), {history}", "ReMoRA (1, 2)"]

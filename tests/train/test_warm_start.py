@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copytree
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from relora_mora.checkpoint import CheckpointError
 from relora_mora.config import Config, ModelConfig
 from relora_mora.export import export
 from relora_mora.model import ARCHITECTURES, read_model_config
 from relora_mora.model.llama import empty_model
+from relora_mora.system.logs import log
 from tests.tools.commands import EVALUATE, call
-from tests.tools.runs import LLAMA, metrics, refusal_of, run_config, train
+from tests.tools.runs import LLAMA, metrics, run_config, train
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 pytestmark = pytest.mark.distributed
@@ -318,37 +319,49 @@ def test_a_run_of_ours_is_compared_as_well(refuses, pools, inputs, tokenizer_pat
     pools(1)(train, again, stop_after=1)
 
 
-def test_a_resume_and_an_export_know_other_weights_than_the_run_began_with(pools, inputs, tokenizer_path, tmp_path):
+def warnings_of(config: Config, stop_after: int) -> list[str]:
+    """What a start says of the weights that its settings name."""
+    with mock.patch.object(log, "warning") as warning:  # the trainer puts handlers of its own in the place of any
+        train(config, stop_after)
+    said = [call.args[0] % call.args[1:] for call in warning.call_args_list]
+    return [message for message in said if message.startswith("model.")]
+
+
+def test_a_resume_and_an_export_tell_of_other_weights_than_the_run_began_with(
+    pools, inputs, tokenizer_path, tmp_path, caplog
+):
     base = save(tmp_path / "base")
     other = save(tmp_path / "other", initializer_range=0.3)
     run = tmp_path / "run"
 
-    def config_of(folder: Path | None, **settings: Any) -> Config:
-        model = {"config": str(base / "config.json"), "init_from": folder and str(folder)}
-        return run_config(inputs, tokenizer_path, run, model=model, method={"name": "lora"}, train=settings)
+    def config_of(folder: Path) -> Config:
+        model = {"config": str(base / "config.json"), "init_from": str(folder)}
+        return run_config(inputs, tokenizer_path, run, model=model, method={"name": "lora"})
 
     pools(1)(train, config_of(base), stop_after=1)
-    (message,) = pools(1)(refusal_of, config_of(other))
-    assert f"model.init_from: the run began with other weights than model.init_from holds now ({other})" in message
-    assert "to allow it: '--train.allow_changes=[model.init_from]'" in message
     moved = base.rename(tmp_path / "moved")
-    copytree(moved, base)
-    pools(1)(train, config_of(moved), stop_after=2)
+    shutil.copytree(moved, base)
+    assert pools(1)(warnings_of, config_of(moved), stop_after=2) == [[]]
     export(run, tmp_path / "adapter", form="peft")
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
-    pools(1)(train, config_of(other, allow_changes=["model.init_from"]), stop_after=3)
-    with pytest.raises(
-        CheckpointError, match=r"it began with other weights .*other\), which its adapter does not go to"
-    ):
-        export(run, tmp_path / "adapter2", form="peft")
-    export(run, tmp_path / "merged")
+    assert not caplog.messages
+    [[warning]] = pools(1)(warnings_of, config_of(other), stop_after=3)
+    assert warning.startswith(
+        "model.init_from: the run began with other weights than model.init_from holds now; it goes"
+    )
+    export(run, tmp_path / "adapter2", form="peft")
+    assert f"its adapter goes to the former, and names {other}" in caplog.text
+    shutil.move(run / "checkpoints", tmp_path / "scratch")
+    (run / "checkpoints").symlink_to(tmp_path / "scratch")
+    [[again]] = pools(1)(warnings_of, config_of(other), stop_after=4)
+    assert again.startswith("model.init_from: the run began with other weights")
 
 
-def test_a_run_that_began_without_weights_is_given_none(pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_that_began_without_weights_says_that_it_has_no_use_for_any(pools, inputs, tokenizer_path, tmp_path):
     run = tmp_path / "run"
     given = save(tmp_path / "given")
     model = {"config": str(given / "config.json")}
     pools(1)(train, run_config(inputs, tokenizer_path, run, model=model), stop_after=1)
     again = run_config(inputs, tokenizer_path, run, model=model | {"init_from": str(given)})
-    (message,) = pools(1)(refusal_of, again)
-    assert f"model.init_from: the run began with no model.init_from ({given})" in message
+    [[warning]] = pools(1)(warnings_of, again, stop_after=2)
+    assert warning.startswith("model.init_from: the run began with no model.init_from; it goes on from ")
