@@ -131,6 +131,18 @@ def test_an_answer_may_be_as_long_as_the_longest_of_the_rows(tmp_path, name, row
     assert task["generation_kwargs"]["max_gen_toks"] == most
 
 
+@pytest.mark.parametrize(
+    ("positions", "limit", "most"), [(1000, None, 300), (400, None, 200), (100, None, 64), (400, 1, 64)]
+)
+def test_long_answers_leave_half_of_the_positions_to_prompts(tmp_path, caplog, positions, limit, most):
+    rows = [{"prompt": "a", "completion": "b" * length} for length in (10, 300)]
+    (tmp_path / "uuid.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    task = local_task("local_uuid", str(tmp_path), len, positions=positions, limit=limit)
+    assert task["generation_kwargs"]["max_gen_toks"] == most
+    told = "local_uuid: 1 of 2 answers have more than"
+    assert (told in caplog.text) == (most < 300 and limit is None)
+
+
 def test_what_stands_before_the_answer_of_gsm8k_may_say_so_too(tmp_path):
     row = {"question": "How many?", "answer": "The answer is 5*2 = <<5*2=10>>10 apples.\n#### 10"}
     (tmp_path / "metamath.jsonl").write_text(json.dumps(row))
@@ -432,6 +444,6 @@ class _Manager:
 
 
 @pytest.mark.parametrize("names", [["all", "history"], ["history", "all"]])
-def test_a_task_of_a_group_that_is_asked_for_too_is_asked_once(names, model):
+def test_a_task_of_a_group_that_is_asked_for_too_is_asked_once(names):
     """lm-eval refuses one task twice, with a traceback and when all data are there."""
-    assert _loaded(names, _Manager(), None, load_tokenizer(model)) == (["the group"], [])
+    assert _loaded(names, _Manager(), lambda name: {}) == (["the group"], [])

@@ -7,7 +7,8 @@ import importlib.util
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +65,12 @@ def evaluate_tasks(
 
         manager = TaskManager(include_defaults=not set(names) <= set(LOCAL_TASKS))
         _check_names(names, manager.all_tasks)
-        found, missing = _loaded(names, manager, data, tokenizer)
+
+        def tokens_of(text: str) -> int:
+            return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+        local = partial(local_task, data=data, tokens_of=tokens_of, positions=positions_of(lm), limit=limit)
+        found, missing = _loaded(names, manager, local)
         if not found:
             raise HarnessError("; ".join(missing))
         for text in missing:
@@ -99,20 +105,14 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
-def _loaded(
-    names: Sequence[str], manager: Any, data: str | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Any], list[str]]:
-    """Tasks and groups of lm-eval with their data, each once, and why others have none."""
-
-    def tokens_of(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False).input_ids)
-
+def _loaded(names: Sequence[str], manager: Any, local: Callable[[str], dict[str, Any]]) -> tuple[list[Any], list[str]]:
+    """Tasks and groups of lm-eval with their data, each once, and why others have none; ``local(name)`` makes ours."""
     found: dict[str, Any] = {}
     inside: set[str] = set()  # of a group
     missing: list[str] = []
     for name in names:
         try:
-            loaded = manager.load([local_task(name, data, tokens_of) if name in LOCAL_TASKS else name])
+            loaded = manager.load([local(name) if name in LOCAL_TASKS else name])
         except Exception as error:  # whatever a hub, a file or a dataset raises
             missing.append(f"{name}: its data cannot be had ({' '.join(str(error).split()):.200})")
         else:

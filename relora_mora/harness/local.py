@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from relora_mora.generation import agreeing_characters
+from relora_mora.system.logs import log
 
 _FOLDER = Path(__file__).parent / "tasks"
 LOCAL_TASKS = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
@@ -35,11 +36,19 @@ class HarnessError(ValueError):
     """A task cannot be run: which, why, what to do."""
 
 
-def local_task(name: str, data: str | None, tokens_of: Callable[[str], int]) -> dict[str, Any]:
+def local_task(
+    name: str,
+    data: str | None,
+    tokens_of: Callable[[str], int],
+    *,
+    positions: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
     """The settings of a task of :data:`LOCAL_TASKS` for lm-eval, with its rows.
 
     ``data`` is their file, or the folder that has it under its name. Where answers are generated, they may have as many
-    tokens as the longest of the rows (``tokens_of(text)``), if that is more than the task's file says. Raises
+    tokens as the longest of the first ``limit`` rows (``tokens_of(text)``), or what the task's file says if that is
+    more; but not beyond half of the model's ``positions``, since prompts are cut to what answers leave. Raises
     :class:`HarnessError`.
     """
     settings = _settings(name)
@@ -47,8 +56,19 @@ def local_task(name: str, data: str | None, tokens_of: Callable[[str], int]) -> 
     generation = settings.get("generation_kwargs")
     if generation is not None:
         begin = settings.get("target_delimiter", " ")
-        longest = max(tokens_of(begin + row[settings["doc_to_target"]]) for row in rows)
-        generation["max_gen_toks"] = max(generation["max_gen_toks"], longest)
+        lengths = [tokens_of(begin + row[settings["doc_to_target"]]) for row in rows[:limit]]
+        most = max(lengths) if positions is None else min(max(lengths), positions // 2)
+        generation["max_gen_toks"] = max(generation["max_gen_toks"], most)
+        longer = sum(length > generation["max_gen_toks"] for length in lengths)
+        if longer:
+            log.warning(
+                "%s: %d of %d answers have more than %d tokens, which is what the model's %s positions leave",
+                name,
+                longer,
+                len(lengths),
+                generation["max_gen_toks"],
+                positions,
+            )
 
     def dataset(**_: Any) -> Any:
         from datasets import Dataset, DatasetDict
