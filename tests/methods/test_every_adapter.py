@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from tests.methods.tools import made_resident
 from tests.tools.tiny import tiny_llama
 
 ADAPTERS = [method.name for method in METHODS.values() if method.adapter is not None]
-INPUTS, OUTPUTS, ROWS = 12, 20, 5
+INPUTS = 12
+OUTPUTS = 20
+ROWS = 5
 
 
 def layer_of(name: str) -> AdapterLinear:
@@ -88,8 +91,8 @@ def test_it_starts_at_nothing_and_is_its_parameters_alone(name: str) -> None:
 def test_one_that_a_resume_could_not_bring_back_is_not_built(stray: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = LoRALinear.__init__
 
-    def with_more(self: LoRALinear, *given: object) -> None:
-        made(self, *given)  # type: ignore[arg-type]
+    def with_more(self: LoRALinear, *given: Any) -> None:
+        made(self, *given)
         if stray == "buffer":
             self.register_buffer("shift", torch.zeros(2), persistent=False)
         else:
