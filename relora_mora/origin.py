@@ -84,7 +84,7 @@ def other_weights(checkpoint: Path, model: ModelConfig) -> dict[str, str]:
     """
     noted = noted_digests(starts_of(checkpoint.absolute().parent.parent))
     now: dict[str, str] = {}
-    with contextlib.suppress(SourceError):
+    with contextlib.suppress(SourceError, OSError):
         now = model_digests(model.model_copy(update={"config": None})) if noted else {}
     return {
         name: CHANGED[name] if name in noted else f"no {name}"
