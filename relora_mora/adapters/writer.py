@@ -72,11 +72,14 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
 
 def _check(reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *, released: bool) -> None:
     manifest = reader.manifest
+    began = other_weights(reader.folder, model).get("model.init_from")
     fault = None
     if not method.uses_adapters:
         fault = f"{method.name} trains without adapters"
     elif model.init_from is None:
         fault = "its settings have no model.init_from, so nobody has the model that its adapter would go to"
+    elif began == "no model.init_from":
+        fault = f"it began with {began}, so nobody has the model that its adapter would go to"
     elif manifest.merges_done:
         fault = f"{manifest.merges_done} merges have changed the weights that its adapter goes to"
     elif "model.embed_tokens.weight" in manifest.parameters and manifest.model_config.get("tie_word_embeddings"):
@@ -87,12 +90,10 @@ def _check(reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *
         fault = f"{what} is not known to the released MoRA, which has the operators {known}"
     if fault is not None:
         raise CheckpointError(f"{reader.folder}: {fault}; {_MERGED}")
-    other = other_weights(reader.folder, model).get("model.init_from")
-    if other is not None:
+    if began is not None:
         log.warning(
-            "%s: the run began with %s; its adapter goes to the former, and names %s",
+            "%s: the run began with other files than %s holds now, which its adapter names as its base; use it with those",
             reader.folder,
-            other,
             model.init_from,
         )
 

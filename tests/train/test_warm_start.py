@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from relora_mora.checkpoint import CheckpointError
 from relora_mora.config import Config, ModelConfig
 from relora_mora.export import export
 from relora_mora.model import ARCHITECTURES, read_model_config
@@ -350,7 +351,7 @@ def test_a_resume_and_an_export_tell_of_other_weights_than_the_run_began_with(
         "model.init_from: the run began with other weights than model.init_from holds now; it goes"
     )
     export(run, tmp_path / "adapter2", form="peft")
-    assert f"its adapter goes to the former, and names {other}" in caplog.text
+    assert f"the run began with other files than {other} holds now, which its adapter names as its base" in caplog.text
     shutil.move(run / "checkpoints", tmp_path / "scratch")
     (run / "checkpoints").symlink_to(tmp_path / "scratch")
     [[again]] = pools(1)(warnings_of, config_of(other), stop_after=4)
@@ -361,7 +362,9 @@ def test_a_run_that_began_without_weights_says_that_it_has_no_use_for_any(pools,
     run = tmp_path / "run"
     given = save(tmp_path / "given")
     model = {"config": str(given / "config.json")}
-    pools(1)(train, run_config(inputs, tokenizer_path, run, model=model), stop_after=1)
-    again = run_config(inputs, tokenizer_path, run, model=model | {"init_from": str(given)})
+    pools(1)(train, run_config(inputs, tokenizer_path, run, model=model, method={"name": "lora"}), stop_after=1)
+    again = run_config(inputs, tokenizer_path, run, model=model | {"init_from": str(given)}, method={"name": "lora"})
     [[warning]] = pools(1)(warnings_of, again, stop_after=2)
     assert warning.startswith("model.init_from: the run began with no model.init_from; it goes on from ")
+    with pytest.raises(CheckpointError, match=r"it began with no model\.init_from, so nobody has the model"):
+        export(run, tmp_path / "adapter", form="peft")
