@@ -92,7 +92,7 @@ def _check(reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *
         raise CheckpointError(f"{reader.folder}: {fault}; {_MERGED}")
     if began is not None:
         log.warning(
-            "%s: the run began with other files than %s holds now, which its adapter names as its base; use it with those",
+            "%s: %s, the base that its adapter names, holds other files than the run began with; use it with those",
             reader.folder,
             model.init_from,
         )

@@ -351,7 +351,7 @@ def test_a_resume_and_an_export_tell_of_other_weights_than_the_run_began_with(
         "model.init_from: the run began with other weights than model.init_from holds now; it goes"
     )
     export(run, tmp_path / "adapter2", form="peft")
-    assert f"the run began with other files than {other} holds now, which its adapter names as its base" in caplog.text
+    assert f"{other}, the base that its adapter names, holds other files than the run began with" in caplog.text
     shutil.move(run / "checkpoints", tmp_path / "scratch")
     (run / "checkpoints").symlink_to(tmp_path / "scratch")
     [[again]] = pools(1)(warnings_of, config_of(other), stop_after=4)
