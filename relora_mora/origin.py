@@ -26,6 +26,8 @@ CHANGED = {  # by setting, what is said where its digest is another one
     "data.validation": "other text than data.validation holds now",
 }
 
+ABSENT = {name: f"no {name}" for name in ("model.init_from", "model.adapter")}  # where a run began without
+
 
 def start_digests(config: Config) -> dict[str, str]:
     """Those of :func:`model_digests`, that of the tokenizer and, of each side, that of the local files of its text.
@@ -87,7 +89,7 @@ def other_weights(checkpoint: Path, model: ModelConfig) -> dict[str, str]:
     with contextlib.suppress(SourceError, OSError):
         now = model_digests(model.model_copy(update={"config": None})) if noted else {}
     return {
-        name: CHANGED[name] if name in noted else f"no {name}"
+        name: CHANGED[name] if name in noted else ABSENT[name]
         for name, digest in now.items()
         if noted.get(name) != digest
     }

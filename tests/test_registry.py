@@ -18,6 +18,8 @@ from relora_mora.optim import matrix_rule
 from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS
 from relora_mora.rules import MatrixState
 
+OF_WHOLE_MATRICES = ("muon", "galore", "fira", "apollo")  # one that goes element by element may cost and keep nothing
+
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_names_its_layer_and_settings_that_exist(name):
@@ -52,6 +54,9 @@ def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
     rule.blend(gradient, moments)
     assert rule.update(gradient[None], [state]).shape == (1, 6, 9)
     assert all(moment.any() for moment in {**moments, **state.tensors}.values())
+    if name in OF_WHOLE_MATRICES:
+        assert moments or state.tensors
+        assert rule.flops(6, 9) > 0 and rule.scratch(6, 9, on_gpu=False) > 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from relora_mora.adapters.folder import CONFIG, PREFIX, RELEASED_TYPES, WEIGHTS
 from relora_mora.checkpoint import CheckpointError, CheckpointReader
 from relora_mora.config import MethodConfig, ModelConfig, stored_config
 from relora_mora.methods.layers import AdapterLinear, adapter_layers, adapter_parameters
-from relora_mora.origin import other_weights
+from relora_mora.origin import ABSENT, other_weights
 from relora_mora.pretrained import checked_model, in_short
 from relora_mora.system.logs import log
 
@@ -78,7 +78,7 @@ def _check(reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *
         fault = f"{method.name} trains without adapters"
     elif model.init_from is None:
         fault = "its settings have no model.init_from, so nobody has the model that its adapter would go to"
-    elif began == "no model.init_from":
+    elif began == ABSENT["model.init_from"]:
         fault = f"it began with {began}, so nobody has the model that its adapter would go to"
     elif manifest.merges_done:
         fault = f"{manifest.merges_done} merges have changed the weights that its adapter goes to"

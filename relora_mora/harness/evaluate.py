@@ -69,20 +69,21 @@ def evaluate_tasks(
         def tokens_of(text: str) -> int:
             return len(tokenizer(text, add_special_tokens=False).input_ids)
 
-        local = partial(local_task, data=data, tokens_of=tokens_of, positions=positions_of(lm), limit=limit)
+        positions = positions_of(lm)
+        local = partial(local_task, data=data, tokens_of=tokens_of, positions=positions, limit=limit)
         found, missing = _loaded(names, manager, local)
         if not found:
             raise HarnessError("; ".join(missing))
         for text in missing:
             log.warning("left out: %s", text)
-        _check_answers_fit(found, positions_of(lm))
-        with _cut_prompts_told(positions_of(lm), num_fewshot):
+        _check_answers_fit(found, positions)
+        with _cut_prompts_told(positions, num_fewshot):
             results = simple_evaluate(
                 HFLM(
                     pretrained=lm,
                     tokenizer=tokenizer,
                     batch_size=batch_size,
-                    max_length=positions_of(lm),
+                    max_length=positions,
                     # what a text without a context begins with: by default BOS, also where no text of training did
                     prefix_token_id=None if own_prefix(tokenizer) else tokenizer.eos_token_id,
                 ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +53,10 @@ def local_task(
     """
     settings = _settings(name)
     rows = local_rows(name, data)
-    generation = settings.get("generation_kwargs")
-    if generation is not None:
+    if "generation_kwargs" in settings:
         begin = settings.get("target_delimiter", " ")
         lengths = [tokens_of(begin + row[settings["doc_to_target"]]) for row in rows[:limit]]
-        most = max(lengths) if positions is None else min(max(lengths), positions // 2)
-        generation["max_gen_toks"] = max(generation["max_gen_toks"], most)
-        longer = sum(length > generation["max_gen_toks"] for length in lengths)
-        if longer:
-            log.warning(
-                "%s: %d of %d answers have more than %d tokens, which is what the model's %s positions leave",
-                name,
-                longer,
-                len(lengths),
-                generation["max_gen_toks"],
-                positions,
-            )
+        _make_room(settings, lengths, positions)
 
     def dataset(**_: Any) -> Any:
         from datasets import Dataset, DatasetDict
@@ -79,6 +67,23 @@ def local_task(
     if name == "local_uuid":
         settings["process_results"] = compared
     return settings
+
+
+def _make_room(settings: dict[str, Any], lengths: Sequence[int], positions: int | None) -> None:
+    """Lets a task generate answers of these lengths, in tokens, as far as it may; says how many are longer."""
+    generation = settings["generation_kwargs"]
+    most = max(lengths) if positions is None else min(max(lengths), positions // 2)
+    generation["max_gen_toks"] = max(generation["max_gen_toks"], most)
+    longer = sum(length > generation["max_gen_toks"] for length in lengths)
+    if longer:
+        log.warning(
+            "%s: %d of %d answers have more than %d tokens, which is what the model's %s positions leave",
+            settings["task"],
+            longer,
+            len(lengths),
+            generation["max_gen_toks"],
+            positions,
+        )
 
 
 def local_rows(name: str, data: str | None) -> list[dict[str, Any]]:

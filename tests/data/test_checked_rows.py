@@ -64,7 +64,8 @@ def test_records_that_are_read_as_text_are_told_with_their_keys(tmp_path, tokeni
         bad = min(count, 11)
         assert _said(data_config(path), tokenizer).startswith(
             f"a.jsonl: {bad} of {bad} lines are bad, more than data.max_bad_fraction (0.01); "
-            f'line {bad} has no "text", but messages (data.text_column names the key of texts, a run'
+            f'line {bad} has no "text", but messages '
+            "(data.text_column names the key of texts, a run's data.records what else"
         )
 
 

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from tests.tools.grids import rest
-from tests.tools.runs import assert_resumes_are_bit_equal, losses, run_config, tensors, train
+from tests.tools.runs import assert_resumes_are_bit_equal, losses, refusal_of, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
 
@@ -72,24 +72,15 @@ def test_a_checkpoint_holds_one_moment_of_matrices(pools, config, tmp_path):
         assert found == ({"master", "momentum"} if "mora_M" in name else {"master", "exp_avg", "exp_avg_sq"}), name
 
 
-def refused(config: Any) -> str:
-    from relora_mora.checkpoint import CheckpointError
-    from relora_mora.train import pretrain
-
-    with pytest.raises(CheckpointError) as caught:
-        pretrain(config)
-    return str(caught.value)
-
-
 def test_a_resume_with_another_optimizer_is_refused_whatever_is_allowed(pools, config, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, config(folder), stop_after=1)
     for allowed in ([], ["optim.matrices"]):
         changed = config(folder, optim={"matrices": "adamw"}, train={"allow_changes": allowed})
-        (message,) = pools(1)(refused, changed)
+        (message,) = pools(1)(refusal_of, changed)
         assert "optim.matrices: 'muon' in the checkpoint, 'adamw' now; the state of one" in message
         assert "to allow" not in message
-    (message,) = pools(1)(refused, config(folder, optim={"momentum": 0.5}))
+    (message,) = pools(1)(refusal_of, config(folder, optim={"momentum": 0.5}))
     assert "optim.momentum: 0.9 in the checkpoint, 0.5 now; to allow it: '--train.allow_changes" in message
 
 

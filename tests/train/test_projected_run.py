@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from relora_mora.registry import MATRIX_OPTIMIZERS
-from tests.tools.runs import assert_resumes_are_bit_equal, losses, run_config, tensors, train
-from tests.train.test_muon_run import refused
+from tests.tools.runs import assert_resumes_are_bit_equal, losses, refusal_of, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
 
@@ -89,8 +88,8 @@ def test_a_resume_with_another_rank_or_rule_is_refused_whatever_is_allowed(pools
     for name, value in (("projection_rank", 5), ("matrices", "fira")):
         for allowed in ([], [f"optim.{name}"]):
             changed = {"matrices": "galore", name: value}
-            (message,) = pools(1)(refused, config(folder, optim=changed, train={"allow_changes": allowed}))
+            (message,) = pools(1)(refusal_of, config(folder, optim=changed, train={"allow_changes": allowed}))
             assert f"optim.{name}: " in message and f"{value!r} now; " in message and "model.init_from" in message
             assert "to allow" not in message
-    (message,) = pools(1)(refused, config(folder, optim={"matrices": "galore", "projection_every": 9}))
+    (message,) = pools(1)(refusal_of, config(folder, optim={"matrices": "galore", "projection_every": 9}))
     assert "optim.projection_every: 3 in the checkpoint, 9 now; to allow it: '--train.allow_changes" in message

@@ -161,7 +161,10 @@ def test_a_run_can_be_looked_at_before_it_starts(inputs, tokenizer_path, tmp_pat
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("records={kind: text}", 'has no "text", but messages (data.text_column names the key of texts, a run'),
+        (
+            "records={kind: text}",
+            'has no "text", but messages (data.text_column names the key of texts, a run\'s data.records',
+        ),
         ("records.kind=sharegpt", 'one has no "conversations" (data.records.columns), but messages'),
         (
             "sequence_length=4",
