@@ -124,8 +124,12 @@ class MoRALinear(AdapterLinear):
         return _MergedMoRA.apply(x, self.weight, self.mora_M, self.built, self.operator, handle)
 
     def asks(self, x: Tensor) -> bool:
-        """Whether this layer will ask for a handle if it gets this x."""
-        return self.multiplies_merged(x) and self.mora_M.requires_grad
+        """Whether this layer will ask for a handle if it gets this x.
+
+        Another layer asks this in its own forward. Under ZeRO-3 that must not touch M: DeepSpeed would take M for a
+        parameter that the other layer uses, and would gather it there. M always trains under ZeRO-3.
+        """
+        return self.multiplies_merged(x) and (self.gathered or self.mora_M.requires_grad)
 
     def _delta(self, x: Tensor) -> Tensor:
         return self.operator.decompress(F.linear(self.operator.compress(x), self.mora_M))

@@ -53,6 +53,8 @@ def other_settings(world_size: int, stage: int, settings: dict[str, Any]) -> lis
         (2, {"overlap_comm": True, "reduce_bucket_size": 1000}),
         (2, {"contiguous_gradients": False}),
         (3, {"sub_group_size": 1000, "reduce_bucket_size": 1000}),
+        (3, {"stage3_prefetch_bucket_size": 0}),
+        (3, {"stage3_max_live_parameters": 1000}),
     ],
 )
 def test_deepspeeds_own_settings_change_nothing(pools, stage, settings):
