@@ -20,8 +20,8 @@ Fira    c (a P N + limit((G - a P R) phi)), with the same P (arXiv 2410.01623)
 APOLLO  c sqrt(a) limit(G phi), with P drawn from a normal distribution of variance 1 / r (arXiv 2412.05270)
 ======  ==============================================================================================================
 
-limit() is Fira's norm-growth limiter: where a matrix's norm is more than 1.01 times (+ 1e-8) what limit() returned in
-the step before, it is scaled down to 1.01 times that. Null for a means 0.25, and 1 for APOLLO; its paper's factor of
+limit() is Fira's norm-growth limiter: if a matrix's norm is more than 1.01 times (+ 1e-8) that of what limit() returned
+in the step before, it is scaled down to 1.01 times that. Null for a means 0.25, and 1 for APOLLO; its paper's factor of
 sqrt(s / r) is a = s / r.
 
 The formulas are those of the released packages galore-torch 1.0, fira 1.0.2 and apollo-torch 1.0.3
@@ -35,8 +35,11 @@ limiter, eps is added before it is, and Fira's a counts in the remainder too. Ou
   so that P is not kept. Another kind of device draws others. The packages draw from a parameter's place in the
   optimizer, and keep P.
 - r is at most s for APOLLO too.
-- Nothing is limited where the last norm is zero, as it is before the first step. The packages let a matrix whose
-  first gradient is zero grow from 1e-8.
+- P is never made from a gradient of zeros, such as that of a step without scored tokens, or of LoRA's A while B is
+  zero. If P is due then, the matrix waits: its state stays as it is, its step is zero and is not counted, and P is made
+  from the next gradient that is not zero. The packages take the vectors that the SVD of a zero matrix returns.
+- limit() compares with the last norm above zero, and limits nothing before there is one. The packages let a matrix
+  grow from 1e-8 after a gradient of zeros.
 - Decay comes before the step, as in AdamW. All arithmetic is in float32.
 """
 
@@ -82,6 +85,8 @@ class _Projected(ABC):
         for matrix, state in zip(matrices, states, strict=True):
             gradient = matrix if rows < columns else matrix.mT
             done = state.tensors[COUNT]
+            if self._waits(gradient, int(done)):
+                continue  # the step is zero, as the gradient is
             gradient.copy_(self._step(gradient, state, int(done)))
             done += 1
         return matrices
@@ -111,16 +116,23 @@ class _Projected(ABC):
     def _step(self, gradient: Tensor, state: MatrixState, done: int) -> Tensor:
         """What a rate of 1 subtracts [s, l] for a gradient [s, l]; ``done`` steps have been made."""
 
+    def _waits(self, gradient: Tensor, done: int) -> bool:
+        """Whether P is due and the gradient [s, l] is zero, which has no directions.
+
+        The count of steps then stays, so P is due again in the next step. The host asks a GPU for this only when P is
+        due, and the decomposition has it wait anyway.
+        """
+        return self.keeps_projection and done % self.every == 0 and not gradient.any()
+
     def _singular(self, gradient: Tensor, state: MatrixState, done: int) -> Tensor:
-        """P [s, r], renewed when that is due; one step later where the gradient was zero, as LoRA's A has it first."""
+        """P [s, r], renewed if that is due"""
         projection = state.tensors["projection"]
-        since = done % self.every
-        if since == 0 or (since == 1 and not projection.any()):
+        if done % self.every == 0:
             left = torch.linalg.svd(gradient, full_matrices=False).U[:, : projection.shape[1]]
             along = (left * projection).sum(dim=0)
             largest = left.gather(0, left.abs().argmax(dim=0, keepdim=True))[0]  # its sign counts where P was zero
             against = torch.where(along == 0, largest, along) < 0
-            projection.copy_(torch.where(against, -left, left) * gradient.any())
+            projection.copy_(torch.where(against, -left, left))
         return projection
 
     def _adam(self, projected: Tensor, state: MatrixState) -> Tensor:
@@ -190,9 +202,9 @@ def _growth(adam: Tensor, projected: Tensor) -> Tensor:
 
 
 def _limit(step: Tensor, last: Tensor) -> None:
-    """limit() in place; ``last`` [] is the norm that it returned in the step before, and then in this one."""
+    """limit() in place; ``last`` [] is the last norm above zero that it returned, and then that of this step."""
     norm = torch.linalg.vector_norm(step)
     excess = (norm / (last + SMALL)).clamp(min=NORM_GROWTH) / NORM_GROWTH
     divisor = torch.where(last > 0, excess, 1.0)
     step.div_(divisor)
-    last.copy_(norm / divisor)
+    last.copy_(torch.where(norm > 0, norm / divisor, last))

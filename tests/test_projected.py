@@ -154,7 +154,7 @@ def test_apollo_draws_by_seed_and_renewal_alone():
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_gradient_of_zeros_is_no_step_and_limits_nothing(name):
+def test_a_gradient_of_zeros_at_first_is_no_step_and_limits_nothing(name):
     rule = _rule(name)
     state = _state(rule, (5, 7))
     assert not rule.update(torch.zeros(1, 5, 7), [state]).any()
@@ -163,16 +163,37 @@ def test_a_gradient_of_zeros_is_no_step_and_limits_nothing(name):
     assert update.isfinite().all() and torch.linalg.vector_norm(update) > 0.1
 
 
-def test_where_the_first_gradient_is_zero_the_second_is_projected():
+@pytest.mark.parametrize("done", [0, EVERY, 2 * EVERY])
+@pytest.mark.parametrize("shape", [(5, 31), (31, 5)])
+@pytest.mark.parametrize("name", ["galore", "fira"])
+def test_a_matrix_whose_projection_is_due_waits_for_a_gradient(name, shape, done):
     """LoRA's A has none as long as B is zero; directions of nothing would hold for projection_every steps."""
-    rule = _rule("galore", projection_rank=2, projection_every=100)
-    state = _state(rule, (5, 7))
-    rule.update(torch.zeros(1, 5, 7), [state])
-    moves = torch.stack([rule.update(gradient[None], [state])[0].abs().sum(dim=1) for gradient in _gradients((5, 7))])
-    assert (moves.sum(dim=0) > 0).all()
-    kept = state.tensors["projection"].clone()
-    rule.update(torch.zeros(1, 5, 7), [state])
-    assert torch.equal(kept, state.tensors["projection"])
+    rule = _rule(name, projection_rank=2)
+    state, waited = _state(rule, shape), _state(rule, shape)
+    before, after = _gradients(shape)[:done], _gradients(shape)[done:]
+    for gradient in before:
+        rule.update(gradient.clone()[None], [state])
+        rule.update(gradient.clone()[None], [waited])
+    for _ in range(EVERY + 1):
+        assert not rule.update(torch.zeros(1, *shape), [waited]).any()
+    for gradient in after:
+        expected = rule.update(gradient.clone()[None], [state])[0]
+        assert torch.equal(rule.update(gradient.clone()[None], [waited])[0], expected)
+        assert expected.any(dim=0).all() and expected.any(dim=1).all()
+    assert all(torch.equal(value, waited.tensors[key]) for key, value in state.tensors.items())
+
+
+@pytest.mark.parametrize("name", ["fira", "apollo"])
+def test_a_gradient_of_zeros_leaves_the_limiter_as_it_was(name):
+    rule = _rule(name)
+    state = _state(rule, (5, 31))
+    first, second = _gradients((5, 31))[:2]
+    rule.update(first[None], [state])
+    norm = state.tensors["limited_norm"].fill_(1e-3)  # what follows is larger
+    rule.update(torch.zeros(1, 5, 31), [state])
+    assert float(norm) == pytest.approx(1e-3)
+    rule.update(second[None], [state])
+    assert float(norm) == pytest.approx(1.01e-3, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", RULES)

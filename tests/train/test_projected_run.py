@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from relora_mora.registry import MATRIX_OPTIMIZERS
-from tests.tools.runs import assert_resumes_are_bit_equal, losses, refusal_of, run_config, tensors, train
+from tests.tools.grids import rest
+from tests.tools.runs import (
+    assert_resumes_are_bit_equal,
+    left_by_a_kill,
+    losses,
+    refusal_of,
+    run_config,
+    tensors,
+    train,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -42,6 +53,57 @@ def test_a_resume_is_bit_equal(pools, config, tmp_path, world, method, matrices,
         "train": {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32", "steps": 8},
     }
     assert_resumes_are_bit_equal(pools(world), partial(config, world_size=world, **sections), tmp_path)
+
+
+UNSCORED_STEPS = (1, 2, 6, 7, 9)  # projections are due in the steps 1 to 3 and 6 to 8
+
+
+def partly_unscored(config: Any) -> None:
+    """Trains, but no token of those steps is scored, as within a long prompt."""
+    from relora_mora.data import UNSCORED
+    from relora_mora.train import Trainer
+    from relora_mora.train.feed import Share
+
+    whole_step = Trainer.train_step
+
+    def train_step(self: Trainer, share: Share) -> Any:
+        if self.state.step + 1 in UNSCORED_STEPS:
+            labels = torch.full_like(share.batch.labels, UNSCORED)
+            share = Share(replace(share.batch, labels=labels), scored=0)
+        return whole_step(self, share)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        train(config)
+
+
+def _linears(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Their masters in a checkpoint, by key."""
+    found = tensors(run / "checkpoints" / f"step-{step:08d}")
+    return {key: value for key, value in found.items() if key.startswith("master|") and "_proj" in key}
+
+
+def _equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[bool]:
+    assert found.keys() == expected.keys()
+    return [torch.equal(value, expected[key]) for key, value in found.items()]
+
+
+@pytest.mark.parametrize("matrices,stage", [("fira", 0), ("galore", 1), *rest(("galore", 2)), ("fira", 3)])
+def test_a_projection_waits_for_a_scored_step(pools, config, tmp_path, matrices, stage):
+    """On every stage, and also after a resume within the wait."""
+    train_settings = {"steps": 10, "micro_batch_size": 1}
+    make = partial(config, world_size=2, optim={"matrices": matrices}, train=train_settings | {"zero_stage": stage})
+    one_rank, run = tmp_path / "one_rank", tmp_path / "run"
+    pools(1)(partly_unscored, config(one_rank, optim={"matrices": matrices}, train=train_settings | {"zero_stage": 0}))
+    pools(2)(partly_unscored, make(run))
+    assert len(losses(run)) == 5 and losses(run) == pytest.approx(losses(one_rank), rel=0, abs=1e-5)
+    for waits, before, after in ((True, 1, 2), (False, 2, 3), (True, 5, 7), (False, 7, 8), (False, 8, 9)):
+        assert set(_equal(_linears(run, before), _linears(run, after))) == {waits}, f"steps {before} to {after}"
+    assert max(float(value.abs().max()) for value in _linears(run, 10).values()) < 0.2
+    resumed = tmp_path / "resumed"
+    left_by_a_kill(run, resumed, 6)
+    pools(2)(partly_unscored, make(resumed, checkpoint={"every_steps": 0}))
+    assert all(_equal(_linears(resumed, 10), _linears(run, 10)))
 
 
 MOVES = [(1, 0, 2, 3), (2, 3, 1, 2), (2, 1, 4, 2), (2, 0, 1, 1)]
