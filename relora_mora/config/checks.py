@@ -87,6 +87,7 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from record_faults(config.data)
     yield from generation_faults(config)
     yield from method_faults(config)
+    yield from _projection_faults(config)
     yield from _schedule_faults(config)
     yield from _batch_faults(config, world_size)
     yield from deepspeed_faults(config)
@@ -100,6 +101,16 @@ def _start_faults(config: Config) -> Iterator[Fault]:
                 (setting, "model.init_from"),
                 "must be given, or model.init_from, a model to begin with, of which it is taken then",
             )
+
+
+def _projection_faults(config: Config) -> Iterator[Fault]:
+    if config.optim.matrices == "apollo" and config.optim.projection_rank == 1:
+        yield Fault(
+            ("optim.projection_rank", "optim.matrices"),
+            "apollo divides each column of a step by the norm of its projection, which at rank 1 is one number and "
+            "often nearly zero, so some columns would step a thousand times too far; use 2 or more (APOLLO-Mini, which "
+            "has rank 1 and one scale for a whole matrix, is not implemented)",
+        )
 
 
 def _schedule_faults(config: Config) -> Iterator[Fault]:

@@ -165,6 +165,11 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
         for reset in ("magnitude", "random", "carry")
     ),
     (
+        {"optim": {"matrices": "apollo", "projection_rank": 1}},
+        None,
+        "optim.projection_rank: apollo divides each column of a step by the norm of its projection",
+    ),
+    (
         {"method": {"merge_every": 999}},
         None,
         "method.merge_every: the first merge (step 999) comes before the warmup ends (step 1000)",
@@ -241,6 +246,8 @@ def test_combination_that_cannot_work(
         {"method": {"square_size": 96, "square_multiple": 8}},
         {"method": {"reset": "full", "reset_ratio": 0.0}},
         {"optim": {"warmup_steps": 0}},
+        {"optim": {"matrices": "apollo", "projection_rank": 2}},
+        {"optim": {"matrices": "fira", "projection_rank": 1}},
         {"optim": {"schedule": "wsd", "decay_steps": 9000}},
         {"data": {"lanes": 1024}},
         {"train": {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1}, "comms_logger": {"enabled": True}}}},
