@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from relora_mora.adapters import AdapterFolder
+from relora_mora.adapters.apply import merge_into
 from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_checkpoints, read_manifest
 from relora_mora.checkpoint.find import find_checkpoint
 from relora_mora.config import DECODER_LINEARS, stored_config
+from relora_mora.model import empty_model, put_values
 from relora_mora.model.llama import initial_value
 from relora_mora.origin import other_weights
 from relora_mora.pretrained import checked_model, merged_weights, start_weights
@@ -22,9 +25,10 @@ Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending
 def update_spectra(path: Path) -> Spectra:
     """The singular values of W - W_0 of every linear of the decoder; W has adapters and merges in it.
 
-    ``path`` is a run folder (its newest whole checkpoint) or a checkpoint. W_0 is what the run began with: drawn again
-    from its seed, or read from its ``model.init_from``. Raises :class:`CheckpointError` for what is no checkpoint, or
-    where that is not there any more, or is not what it was.
+    ``path`` is a run folder (its newest whole checkpoint) or a checkpoint. W_0 are the run's initial weights: drawn
+    again from its seed, or read from its ``model.init_from``, with its ``model.adapter`` merged in. Raises
+    :class:`CheckpointError` if ``path`` is not a checkpoint, and if the files of the initial weights are missing or
+    have changed.
     """
     return spectra_of(CheckpointReader(find_checkpoint(path)))
 
@@ -58,12 +62,20 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
         seed = reader.manifest.counters["initial_seed"]
         return {name: initial_value(model, name, seed) for name in names}
     source = Path(config.model.init_from)
-    if not source.exists():
-        raise CheckpointError(f"{reader.folder}: began with {source} (model.init_from), which is not there any more")
+    files = {"model.init_from": config.model.init_from, "model.adapter": config.model.adapter}
+    for setting, path in files.items():
+        if path is not None and not Path(path).exists():
+            raise CheckpointError(f"{reader.folder}: began with {path} ({setting}), which is not there any more")
     if others := other_weights(reader.folder, config.model):
-        raise CheckpointError(f"{reader.folder}: began with {' and '.join(others.values())} ({source})")
+        changed = " and ".join(f"{words} ({files[setting]})" for setting, words in others.items())
+        raise CheckpointError(f"{reader.folder}: began with {changed}")
     weights = start_weights(source, model.config)
     missing = [name for name in names if name not in weights]
     if missing:
         raise CheckpointError(f"{source}: has no {missing[0]}, which the run began with; it has changed since")
+    if config.model.adapter is not None:
+        plain = empty_model(model.config)
+        put_values(plain, weights)
+        merge_into(plain, AdapterFolder(Path(config.model.adapter)), str(source))
+        weights = plain.state_dict()
     return {name: weights[name] for name in names}

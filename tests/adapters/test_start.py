@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from relora_mora.adapters import AdapterFolder
+from relora_mora.checkpoint import CheckpointError
 from relora_mora.config import Config, ConfigError
 from relora_mora.export import export
+from relora_mora.spectrum import update_spectra
 from tests.tools.adapter_tools import ALONE, METHODS, adapted, logits, save_base, write_run
 from tests.tools.commands import EVALUATE, call
 from tests.tools.runs import metrics, run_config, train
@@ -100,6 +102,20 @@ def test_a_whole_linear_with_a_frozen_bias_is_taken_in(pools, inputs, tokenizer_
         f"model.layers.{layer}.self_attn.{kind}_proj.bias" for layer in (0, 1) for kind in "kvo"
     }
     assert all(value.equal(adapter.value(key)) for key, value in found.items())
+
+
+@pytest.mark.parametrize("name", ["lora", "mora6", "lora_pattern"])
+def test_the_adapter_is_not_part_of_what_the_run_adds(pools, inputs, base, adapters, tokenizer_path, tmp_path, name):
+    """A run that hardly trains has added hardly anything."""
+    run = tmp_path / "run"
+    config = config_of(inputs, tokenizer_path, run, base, adapters[name], METHODS[name] | ALONE)
+    still = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 1e-7})})
+    pools(1)(train, still, stop_after=1)
+    assert max(float(values.max()) for values in update_spectra(run).values()) < 1e-4
+    moved = shutil.move(adapters[name], tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=rf"began with .*{name} \(model.adapter\), which is not there any more"):
+        update_spectra(run)
+    shutil.move(moved, adapters[name])
 
 
 @pytest.mark.parametrize("name", ["lora", "mora6"])
