@@ -34,7 +34,7 @@ from relora_mora.evaluate import (
     is_causal,
     rows_of_documents,
 )
-from relora_mora.model.llama import LossModel, build_model
+from relora_mora.model.llama import LossModel, build_model, empty_model
 from relora_mora.pretrained import LoadedModel, load_any_model
 from relora_mora.tokenizer import load_tokenizer, save_tokenizer
 from tests.tools.commands import EVALUATE, Answer, call, refused
@@ -288,6 +288,23 @@ def test_what_a_foreign_folder_holds_beside_its_model_is_told(tmp_path, caplog):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="an adapter of PEFT beside its model"):
         load_any_model(folder, torch.float32)
+
+
+def test_sizes_are_compared_before_a_model_is_built(tmp_path, monkeypatch):
+    folder = tmp_path / "llama"
+    _llama().save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    built = []
+    monkeypatch.setattr("relora_mora.pretrained.foreign.quiet_transformers", lambda: pytest.fail("the model is built"))
+    monkeypatch.setattr("relora_mora.pretrained.foreign.empty_model", lambda of: built.append(of) or empty_model(of))
+    for changes, said in (
+        ({"num_hidden_layers": 4000}, r"missing: model.layers.\*.input_layernorm.weight \(3998\)"),
+        ({"vocab_size": 8_000_000}, "of another shape: lm_head.weight, model.embed_tokens.weight"),
+    ):
+        (folder / "config.json").write_text(json.dumps(settings | changes))
+        with pytest.raises(CheckpointError, match=said):
+            load_any_model(folder, torch.float32)
+    assert [config.num_hidden_layers for config in built] == [1, 1], "it takes seconds for thousands of layers"
 
 
 def _bert(*, is_decoder: bool) -> BertLMHeadModel:

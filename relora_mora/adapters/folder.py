@@ -28,7 +28,7 @@ from relora_mora.checkpoint import CheckpointError
 from relora_mora.methods.layers import AdapterLinear, layer_generator
 from relora_mora.methods.lora import LoRALinear
 from relora_mora.methods.mora import MoRALinear
-from relora_mora.pretrained import in_short
+from relora_mora.pretrained import has_weights, in_short
 from relora_mora.registry import OPERATORS
 
 CONFIG = "adapter_config.json"
@@ -68,8 +68,8 @@ class _Settings(BaseModel):
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter without its model."""
-    return (path / CONFIG).exists() and not (path / "config.json").exists()
+    """Whether a folder holds an adapter without the weights of its model, whose config.json may be there."""
+    return (path / CONFIG).exists() and not has_weights(path)
 
 
 class AdapterFolder:

@@ -1,6 +1,6 @@
 """Trained models: checkpoints as plain LLaMA with the adapters merged in, and models in Hugging Face folders."""
 
-from relora_mora.pretrained.foreign import check_headers, is_foreign, load_foreign, positions_of
+from relora_mora.pretrained.foreign import check_headers, has_weights, is_foreign, load_foreign, positions_of
 from relora_mora.pretrained.load import LoadedModel, load_any_model
 from relora_mora.pretrained.merged import DTYPES, checked_model, merged_model, merged_weights
 from relora_mora.pretrained.names import in_short
@@ -11,6 +11,7 @@ __all__ = [
     "LoadedModel",
     "check_headers",
     "checked_model",
+    "has_weights",
     "in_short",
     "is_foreign",
     "load_any_model",

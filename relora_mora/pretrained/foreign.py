@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from relora_mora.checkpoint import CheckpointError
@@ -106,9 +108,9 @@ def check_headers(path: Path) -> None:
             raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
     if not found:
         return
-    lm = empty_model(foreign_config(path))
-    expected = {bare(name): (name, tuple(p.shape)) for name, p in lm.named_parameters()}
-    if lm.config.tie_word_embeddings and "embed_tokens.weight" not in found and "lm_head.weight" in found:
+    model_config = foreign_config(path)
+    expected = {bare(name): (name, shape) for name, shape in _shapes_of(model_config).items()}
+    if model_config.tie_word_embeddings and "embed_tokens.weight" not in found and "lm_head.weight" in found:
         found["embed_tokens.weight"] = found["lm_head.weight"]  # of the two names a file may have either
     _refuse_weights(
         path,
@@ -119,10 +121,29 @@ def check_headers(path: Path) -> None:
     )
 
 
+def _shapes_of(model_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its name. One layer is built for all of them, as they have the same shapes."""
+    one_layer = deepcopy(model_config)
+    one_layer.num_hidden_layers = 1
+    shapes = {name: tuple(parameter.shape) for name, parameter in empty_model(one_layer).named_parameters()}
+    first = ".layers.0."
+    return {
+        name.replace(first, f".layers.{layer}."): shape
+        for name, shape in shapes.items()
+        for layer in range(model_config.num_hidden_layers if first in name else 1)
+    }
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a Hugging Face folder holds weights of a whole model."""
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    return any((path / name).exists() for name in names)
+
+
 def _safetensors(path: Path) -> list[Path]:
     """The files that transformers reads in a folder."""
-    whole = path / "model.safetensors"
-    index = path / "model.safetensors.index.json"
+    whole = path / SAFE_WEIGHTS_NAME
+    index = path / SAFE_WEIGHTS_INDEX_NAME
     if whole.exists() or not index.exists():
         return [whole] if whole.exists() else []
     shards = read_json(index, "model.init_from").get("weight_map")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from relora_mora.checkpoint import read_manifest, tokenizer_of
 from relora_mora.checkpoint.find import find_checkpoint
-from relora_mora.config import SCORING, DataConfig, TextSource, read_data, stored_config
+from relora_mora.config import SCORING, ConfigError, DataConfig, TextSource, read_data, stored_config
 from relora_mora.config.records import CHATML, RecordsConfig
 from relora_mora.config.sources import map_records
 from relora_mora.data.hub_sources import hub_repo
-from relora_mora.pretrained.foreign import is_foreign, load_foreign, positions_of
+from relora_mora.pretrained.foreign import check_headers, is_foreign, load_foreign, positions_of
 from relora_mora.pretrained.merged import merged_model
 
 HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by default
@@ -91,6 +91,8 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     Raises :class:`CheckpointError` for anything else.
     """
     if is_foreign(path):
+        with suppress(ConfigError):  # of another family: only transformers knows its sizes
+            check_headers(path)
         model = load_foreign(path, dtype)
         plain = DataConfig(
             train="none", validation="none", sequence_length=min(HF_LENGTH, positions_of(model) or HF_LENGTH)
