@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -113,11 +114,14 @@ class AdapterFolder:
         if settings.use_mora and settings.mora_type not in RELEASED_TYPES:
             known = ", ".join(map(str, RELEASED_TYPES))
             raise CheckpointError(f"{path}: mora_type is {settings.mora_type}, expected one of {known}; {_REMEDY}")
-        patterns = [key for key in settings.alpha_pattern if not _is_plain(key)]
-        if patterns:
-            raise CheckpointError(
-                f"{path}: alpha_pattern has {patterns[0]!r}, expected names such as q_proj; name the modules instead"
-            )
+        for pattern in ("alpha_pattern", "rank_pattern"):
+            for key in getattr(settings, pattern):
+                try:
+                    _matches(key, "")
+                except (re.error, OverflowError) as error:
+                    raise CheckpointError(
+                        f"{path}: {pattern} has {key!r}, which is not a regular expression ({error}); correct it"
+                    ) from error
         return settings
 
     def _index(self) -> None:
@@ -178,9 +182,8 @@ class AdapterFolder:
 
     def fits(self, layer: str, in_features: int, out_features: int) -> bool:
         """Whether R of a MoRA layer is what the adapter's rank makes of these sizes, rounded in any way."""
-        pattern = self._settings.rank_pattern
-        rank = _of_layer(pattern, layer, self._settings.r)
-        if self.mora_type is None or rank is None or not all(map(_is_plain, pattern)):
+        rank = _of_layer(self._settings.rank_pattern, layer, self._settings.r)
+        if self.mora_type is None or rank is None:
             return True
         return abs(math.sqrt((in_features + out_features) * rank) - self.layers[layer]) <= _ROUNDING
 
@@ -222,14 +225,14 @@ class AdapterFolder:
         return LoRALinear(linear, self.layers[name], self.alpha(name), layer_generator(0, name, 0))
 
 
-def _is_plain(key: str) -> bool:
-    """Whether a key of a pattern is the name of modules, and no regular expression."""
-    return key.replace(".", "").replace("_", "").isalnum()
+def _matches(key: str, layer: str) -> bool:
+    """Whether a key of a pattern is for a layer, as ``peft.utils.other.get_pattern_key`` decides it."""
+    return re.match(rf"(.*\.)?({key})$", layer) is not None
 
 
 def _of_layer(pattern: Mapping[str, float], layer: str, default: T) -> float | T:
-    """What PEFT takes for a layer from names of modules and their values."""
-    return next((value for key, value in pattern.items() if f".{layer}".endswith(f".{key}")), default)
+    """What PEFT takes for a layer: the value of the first key that matches it."""
+    return next((value for key, value in pattern.items() if _matches(key, layer)), default)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

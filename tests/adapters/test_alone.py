@@ -112,6 +112,7 @@ def test_peft_computes_what_a_run_of_another_family_does(peft, tokenizer_path, t
         {"r": 3, "lora_alpha": 5},
         {"r": 4, "lora_alpha": 3, "use_rslora": True},
         {"r": 2, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 7, "layers.1.mlp.up_proj": 3}},
+        {"r": 2, "alpha_pattern": {"q.proj": 7, r"layers\.1\.mlp\..*|k_proj": 3}, "rank_pattern": {"(q|up)_proj": 5}},
         {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
         {"r": 2, "layers_to_transform": [1]},
     ],
@@ -237,7 +238,8 @@ SQUARE = {"use_mora": True, "mora_type": 1}
         ({"bias": "all"}, GOOD, "bias is 'all'"),
         ({"init_lora_weights": "pissa"}, GOOD, "init_lora_weights is 'pissa'"),
         ({"lora_alpha": "much"}, GOOD, "lora_alpha is 'much'"),
-        ({"alpha_pattern": {".*_proj": 4}}, GOOD, "alpha_pattern has '.*_proj'"),
+        ({"alpha_pattern": {"*_proj": 4}}, GOOD, "alpha_pattern has '*_proj', which is not a regular expression"),
+        ({"rank_pattern": {"(q_proj": 4}}, GOOD, "rank_pattern has '(q_proj', which is not a regular expression"),
         ({}, {"A": torch.ones(2, 5)}, "model.q has A [2, 5] and B []"),
         ({}, {"A": torch.ones(2, 5), "B": torch.ones(3, 4)}, "model.q has A [2, 5] and B [3, 4]"),
         ({}, GOOD | {"magnitude_vector": torch.ones(3)}, "no tensors of LoRA or MoRA"),
@@ -341,13 +343,14 @@ def test_a_large_weight_can_be_noted():
     assert not is_of_another(noted, {"w": weight}.get) and is_of_another(noted, {"w": torch.zeros(5120, 5120)}.get)
 
 
-def test_a_pattern_of_ranks_that_is_an_expression_tells_nothing_of_the_base(base, tokenizer_path, tmp_path):
+def test_a_pattern_of_ranks_that_is_an_expression_tells_of_another_base(base, tokenizer_path, tmp_path):
     folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft-mora")
     config = folder / "adapter_config.json"
     settings = json.loads(config.read_text())
     assert not AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 80)
-    config.write_text(json.dumps(settings | {"rank_pattern": {r".*\.up_proj": 4}}))
-    assert AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 80)
+    config.write_text(json.dumps(settings | {"rank_pattern": {r".*\.up.proj": 4}}))
+    assert not AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 80)
+    assert AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 40)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
