@@ -11,11 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from relora_mora.tokenizer import (
@@ -35,7 +37,7 @@ from relora_mora.tokenizer import (
 from relora_mora.tokenizer import load as loading
 from relora_mora.tokenizer.folder import read_tokenizer
 from tests.tools.shared import SHARED, needs_shared
-from tests.tools.tokenizer_tools import own_text, train_tokenizer, training
+from tests.tools.tokenizer_tools import own_text, save_other_tokenizer, train_tokenizer, training
 
 EOS = 2
 
@@ -245,7 +247,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_named(folder: Path, tmp_path: Path,
     path = _hugging_face(folder, tmp_path / "hf")
     config = json.loads((path / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(json.dumps(config | wrong))
-    with pytest.raises(TokenizerError, match="mend its tokenizer_config") as caught:
+    with pytest.raises(TokenizerError, match="fix its tokenizer_config") as caught:
         save_tokenizer(path, tmp_path / "out")
     assert str(caught.value).startswith(f"{path}: ")
     assert sorted(name.name for name in tmp_path.iterdir()) == ["hf", "out"]
@@ -288,7 +290,7 @@ def test_padding_in_a_file_does_not_change_which_tokenizer_it_is(tmp_path: Path)
 
 
 def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import models, pre_tokenizers
 
     backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "end": 2, "?": 3}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -302,6 +304,49 @@ def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> No
     json_file.write_text(json.dumps(description))
     with pytest.raises(TokenizerError, match=r"reads the text 'end' as the end of a document \(id 2\)"):
         load_tokenizer(tmp_path / "words")
+
+
+def _as_described(folder: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of what a tokenizer.json says, by the package that wrote it."""
+    described = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    described.encode_special_tokens = True
+    return [encoding.ids for encoding in described.encode_batch(texts, add_special_tokens=False)]
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", [None, "PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", "LlamaTokenizer"])
+def test_a_tokenizer_json_decides_next_to_any_model(tmp_path: Path, model_type: str | None, name: str | None) -> None:
+    path = save_other_tokenizer(tmp_path / "given", **({} if name is None else {"tokenizer_class": name}))
+    if model_type is not None:
+        (path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert encode(load_tokenizer(path), HARD_TEXTS) == _as_described(path, HARD_TEXTS)
+    save_tokenizer(path, tmp_path / "saved")
+    assert _plain(tmp_path / "saved", ["1000 cafe\u0301"]) == _as_described(path, ["1000 cafe\u0301"])
+    assert tokenizer_fingerprint(tmp_path / "saved") == tokenizer_fingerprint(path)
+
+
+def test_what_transformers_would_read_otherwise_next_to_a_model_is_not_saved(tmp_path: Path) -> None:
+    path, out = save_other_tokenizer(tmp_path / "given"), tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(
+        TokenizerError, match=r"saved next to a model of type qwen2, .* reads it with other ids"
+    ) as caught:
+        save_tokenizer(path, out)
+    assert str(caught.value).startswith(f"{path}: ") and str(out) not in str(caught.value)
+
+
+def test_dropout_of_merges_is_switched_off(tmp_path: Path) -> None:
+    path = save_other_tokenizer(tmp_path / "given")
+    expected, fingerprint = _as_described(path, ["1000 the"]), tokenizer_fingerprint(path)
+    described = json.loads((path / "tokenizer.json").read_text())
+    described["model"]["dropout"] = 0.5
+    (path / "tokenizer.json").write_text(json.dumps(described))
+    tokenizer = load_tokenizer(path)
+    assert all(encode(tokenizer, ["1000 the"]) == expected for _ in range(50))
+    assert tokenizer_fingerprint(path) == fingerprint
+    save_tokenizer(path, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/tokenizer.json").read_text())["model"]["dropout"] is None
 
 
 def test_a_conversion_with_other_ids_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,10 +104,20 @@ def read_tokenizer(file: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more special
         remedy = "update tokenizers, or save it again"
         raise TokenizerError(f"{file}: tokenizers cannot read it ({error}); {remedy}") from error
+    make_exact(tokenizer)
+    return tokenizer
+
+
+def make_exact(tokenizer: Tokenizer) -> None:
+    """Switches off what whoever saved a tokenizer has left on: text is neither cut nor padded, and has one encoding."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
 
 
 def _pieces(processor: SentencePieceProcessor) -> dict[str, int]:
@@ -135,8 +145,6 @@ def _goes_on_as_model(described: dict[str, Any], folder: Path, processor: Senten
     if special is None:
         return True
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     return all(
         tokenizer.encode(special["content"] + text, add_special_tokens=False).ids
         == [special["id"], *processor.encode(text)]

@@ -16,6 +16,7 @@ from relora_mora.tokenizer.folder import (
     TokenizerError,
     added_tokens,
     check_exists,
+    make_exact,
     open_sentencepiece,
     read_json,
     read_tokenizer,
@@ -49,6 +50,7 @@ HARD_TEXTS = (
     "\u00a0\u200b\u2028\ufeff no-break, zero width, line separator",
     "日本語 русский العربية हिन्दी 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \u2585 \ufffd",
     "0123456789 3.14159 1,000,000",
+    "DON'T (a+b)/c; //x  \n\n  y=_z",
     "The quick brown fox, it's said, \"jumps\" over 13 lazy dogs — doesn't it?",
 )
 
@@ -59,8 +61,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Where a folder holds both ``tokenizer.model`` and a ``tokenizer.json`` with the same vocabulary, the model decides;
     with another vocabulary (added tokens), or other spaces behind special tokens, ``tokenizer.json`` does. Without one,
     added tokens are those of ``added_tokens.json`` and ``tokenizer_config.json``. Text is never parsed for special
-    tokens. Silent, and reads the disk alone. Sets ``TOKENIZERS_PARALLELISM=false`` unless it is set: here the worker
-    processes are the parallelism.
+    tokens, and dropout that a file asks for is off. Silent, and reads the disk alone. Sets
+    ``TOKENIZERS_PARALLELISM=false`` unless it is set: here the worker processes are the parallelism.
 
     Raises :class:`TokenizerError` when there is none, it has no end-of-document token, it would find that token in
     text, or its ids differ from sentencepiece's.
@@ -111,17 +113,21 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def auto_tokenizer(folder: Path, **settings: Any) -> PreTrainedTokenizerBase:
+def auto_tokenizer(folder: Path, kind: Any = None, *, named: Path | None = None, **settings: Any) -> Any:
+    """A tokenizer of transformers: what ``AutoTokenizer`` makes of a folder, or the class ``kind``.
+
+    Raises :class:`TokenizerError`, which calls the folder ``named``.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = (kind or AutoTokenizer).from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, **settings
         )
     except Exception as error:  # transformers raises nearly any kind of error here
-        raise TokenizerError(
-            f"{folder}: transformers cannot load this tokenizer ({' '.join(str(error).split())}); {EXPECTED}"
-        ) from error
+        name = named or folder
+        said = " ".join(str(error).split()).replace(str(folder), str(name))
+        raise TokenizerError(f"{name}: transformers cannot load this tokenizer ({said}); {EXPECTED}") from error
     # not to be written into tokenizer_config.json: arguments of this call, and names of code
     for key in ("is_local", "local_files_only", "auto_map"):
         tokenizer.init_kwargs.pop(key, None)
@@ -134,7 +140,7 @@ def _from_model(model: Path, given: Path) -> PreTrainedTokenizerBase:
     # alone in a folder: other files beside it would change the class
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         shutil.copyfile(model, Path(folder, MODEL_FILE))
-        tokenizer = auto_tokenizer(Path(folder), split_special_tokens=True)
+        tokenizer = auto_tokenizer(Path(folder), named=given, split_special_tokens=True)
     tokenizer.name_or_path = str(given)
     tokenizer.init_kwargs["name_or_path"] = str(given)
     if getattr(tokenizer, "vocab_file", None):
@@ -220,11 +226,21 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
 
 
 def _from_folder(path: Path) -> PreTrainedTokenizerBase:
-    tokenizer = auto_tokenizer(path, split_special_tokens=True)
+    """What ``tokenizer.json`` describes; without one, what ``AutoTokenizer`` makes of the other files.
+
+    Of a ``tokenizer.json`` the classes of some models, such as Qwen2Tokenizer, take only the vocabulary, and split text
+    by rules of their own. ``AutoTokenizer`` chooses a class by names in the folder.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    described = (path / "tokenizer.json").is_file()
+    if not described or "auto_map" in (read_json(path / "tokenizer_config.json") or {}):
+        tokenizer = auto_tokenizer(path, split_special_tokens=True)  # refuses code of the folder
+    if described:
+        tokenizer = auto_tokenizer(path, PreTrainedTokenizerFast, split_special_tokens=True)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # settings of whoever saved it; documents are neither cut nor padded
-        backend.no_truncation()
-        backend.no_padding()
+    if backend is not None:
+        make_exact(backend)
     return tokenizer
 
 

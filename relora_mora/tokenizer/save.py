@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relora_mora.tokenizer.folder import MODEL_FILE, TokenizerError, sentencepiece_file
+from relora_mora.tokenizer.folder import MODEL_FILE, TokenizerError, read_json, sentencepiece_file
 from relora_mora.tokenizer.load import HARD_TEXTS, auto_tokenizer, encode, load_tokenizer, quiet_transformers
 
 if TYPE_CHECKING:
@@ -35,13 +35,17 @@ def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | P
             saved = auto_tokenizer(out)
         written = [saved.encode(text, add_special_tokens=False, split_special_tokens=True) for text in HARD_TEXTS]
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # what values of another kind end in
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()).replace(str(out), tokenizer.name_or_path)
         raise TokenizerError(
-            f"{tokenizer.name_or_path}: transformers cannot save it ({said}); mend its tokenizer_config.json"
+            f"{tokenizer.name_or_path}: transformers cannot save it ({said}); fix its tokenizer_config.json"
         ) from error
     if written != encode(tokenizer, HARD_TEXTS) or saved.eos_token_id != tokenizer.eos_token_id:
+        beside, remedy = "", "report this with the tokenizer"
+        kind = (read_json(out / "config.json") or {}).get("model_type")
+        if kind is not None:
+            beside, remedy = f" next to a model of type {kind}", "use a tokenizer of that kind of model"
         raise TokenizerError(
-            f"{out}: the saved tokenizer gives other ids than {tokenizer.name_or_path}; report this with the tokenizer"
+            f"{tokenizer.name_or_path}: when it is saved{beside}, transformers reads it with other ids; {remedy}"
         )
 
 

@@ -182,10 +182,4 @@ def _check_tokenizer(config: Config, model_type: str, tokenizer: PreTrainedToken
         return
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         Path(folder, "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
-        try:
-            save_tokenizer(path, folder)
-        except TokenizerError as error:
-            raise TokenizerError(
-                f"{path}: transformers would not read it beside a model of type {model_type} ({error}); "
-                "use a tokenizer of that kind of model"
-            ) from error
+        save_tokenizer(tokenizer, folder)

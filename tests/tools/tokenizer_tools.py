@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.tools.commands import TRAIN, module_of
 from tests.tools.helpers import ROOT
@@ -49,6 +51,28 @@ def save_bytes_tokenizer(folder: Path) -> None:
     end = "<|endoftext|>"
     vocabulary = {token: index for index, token in enumerate([*sorted(ByteLevel.alphabet()), end])}
     Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token=end, unk_token=end, pad_token=end).save_pretrained(folder)
+
+
+def save_other_tokenizer(folder: Path, **config: Any) -> Path:
+    """Puts a tokenizer.json into a folder that joins digits, and accents as they are: no class of a model does so.
+
+    ``config`` is that of the tokenizer; the end of a document is ``<|endoftext|>``.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["the 1000 2000 3.14 the Caf\u00e9 cafe\u0301\n\n"] * 20, trainer)
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": special[0]} | config))
+    return folder
 
 
 def own_text() -> list[str]:

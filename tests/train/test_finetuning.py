@@ -23,7 +23,7 @@ from tests.tools.commands import EVALUATE, FINETUNE, PLAN, call, refused
 from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
 from tests.tools.runs import LLAMA, left_by_a_kill, metrics, run_config, tensors, train
-from tests.tools.tokenizer_tools import save_bytes_tokenizer
+from tests.tools.tokenizer_tools import save_bytes_tokenizer, save_other_tokenizer
 
 pytestmark = pytest.mark.distributed
 
@@ -224,7 +224,13 @@ def test_a_tokenizer_that_does_not_fit_the_model(pools, settings, tokenizer_path
         )
     qwen2 = save(tmp_path / "qwen2", "qwen2", num_key_value_heads=1)
     (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={qwen2}", f"--tokenizer.path={tokenizer_path}")
-    refused(answer, "would not read it beside a model of type qwen2", notes=1)
+    said = (
+        "when it is saved next to a model of type qwen2, transformers reads it with other ids; use a tokenizer of that"
+    )
+    refused(answer, f"{tokenizer_path}: {said}", notes=1)
+    save_other_tokenizer(qwen2)
+    (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={qwen2}")
+    refused(answer, f"{qwen2}: {said}")
 
 
 def test_weights_that_are_not_the_models_are_told_before_any_text_is_read(pools, settings, tmp_path):
