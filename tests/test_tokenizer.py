@@ -302,8 +302,31 @@ def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> No
     description = json.loads(json_file.read_text())
     description["added_tokens"][0]["special"] = False
     json_file.write_text(json.dumps(description))
-    with pytest.raises(TokenizerError, match=r"reads the text 'end' as the end of a document \(id 2\)"):
+    with pytest.raises(TokenizerError, match=r"the end-of-document token 'end' \(id 2\) is one that text can have"):
         load_tokenizer(tmp_path / "words")
+
+
+END_IN_TEXT = ["\u010a", "\u0120the", "e", "he"]  # in the vocabulary, a newline and a space are written as letters
+
+
+@pytest.mark.parametrize(
+    ("token", "listed"), [*((token, listed) for token in END_IN_TEXT for listed in (False, True)), ("\u00c3", False)]
+)
+def test_an_end_that_is_a_piece_of_text_is_refused(tmp_path: Path, token: str, listed: bool) -> None:
+    """``listed``: as an added token, which transformers makes of it when it saves the tokenizer."""
+    path = save_other_tokenizer(tmp_path / "pieces", eos_token=token)
+    if listed:
+        PreTrainedTokenizerFast.from_pretrained(path).save_pretrained(path)
+    with pytest.raises(TokenizerError, match=f"{path}: the end-of-document token '{token}' .* is one that text can"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("token", ["\u2581the", "<0x0A>", "<unk>"])
+def test_an_end_that_is_a_piece_of_a_sentencepiece_model_is_refused(folder: Path, tmp_path: Path, token: str) -> None:
+    shutil.copy(folder / MODEL_FILE, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    with pytest.raises(TokenizerError, match=f"the end-of-document token '{token}' .* is one that text can have"):
+        load_tokenizer(tmp_path)
 
 
 def _as_described(folder: Path, texts: Sequence[str]) -> list[list[int]]:

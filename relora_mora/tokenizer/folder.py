@@ -120,6 +120,22 @@ def make_exact(tokenizer: Tokenizer) -> None:
         tokenizer.model.dropout = None
 
 
+def is_ordinary(token: str, folder: Path, model: Path | None) -> bool:
+    """Whether a token is one of those that text is made of: neither an added nor a control token.
+
+    ``model`` is the sentencepiece model that decides the ids, if there is one.
+    """
+    if model is not None:
+        processor = open_sentencepiece(model)
+        number = _pieces(processor).get(token)
+        return number is not None and not processor.is_control(number)
+    described = read_json(folder / "tokenizer.json")
+    if described is None:
+        return False
+    added = {each["content"] for each in described.get("added_tokens", [])}
+    return token not in added and token in _names(described, folder)
+
+
 def _pieces(processor: SentencePieceProcessor) -> dict[str, int]:
     return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
 

@@ -16,6 +16,7 @@ from relora_mora.tokenizer.folder import (
     TokenizerError,
     added_tokens,
     check_exists,
+    is_ordinary,
     make_exact,
     open_sentencepiece,
     read_json,
@@ -64,8 +65,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     tokens, and dropout that a file asks for is off. Silent, and reads the disk alone. Sets
     ``TOKENIZERS_PARALLELISM=false`` unless it is set: here the worker processes are the parallelism.
 
-    Raises :class:`TokenizerError` when there is none, it has no end-of-document token, it would find that token in
-    text, or its ids differ from sentencepiece's.
+    Raises :class:`TokenizerError` when there is none, it has no end-of-document token, text could have that token, or
+    its ids differ from sentencepiece's.
     """
     path = Path(path)
     check_exists(path)
@@ -79,13 +80,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {_eos_remedy(model)}")
     if model is not None:
         _check_ids(tokenizer, model)
-    text = str(tokenizer.eos_token)
-    if tokenizer.eos_token_id in encode(tokenizer, [f"a {text} b"])[0]:
-        raise TokenizerError(
-            f"{path}: this tokenizer reads the text {text!r} as the end of a document (id {tokenizer.eos_token_id}), "
-            "so crawled text could end one; mark that token as special in tokenizer.json, or train a tokenizer with "
-            "tokenizer/train.py"
-        )
+    _check_end(tokenizer, path, model)
     return tokenizer
 
 
@@ -242,6 +237,19 @@ def _from_folder(path: Path) -> PreTrainedTokenizerBase:
     if backend is not None:
         make_exact(backend)
     return tokenizer
+
+
+def _check_end(tokenizer: PreTrainedTokenizerBase, path: Path, model: Path | None) -> None:
+    """Raises :class:`TokenizerError` if text could have the token that ends a document."""
+    end, number = str(tokenizer.eos_token), tokenizer.eos_token_id
+    written = {end, tokenizer.decode([number])}  # "Ġthe" and " the"
+    texts = [f"{before}{text}{after}" for text in written for before, after in (("", ""), ("a", "b"), ("a ", " b"))]
+    if is_ordinary(end, path, model) or any(number in ids for ids in encode(tokenizer, texts)):
+        raise TokenizerError(
+            f"{path}: the end-of-document token {end!r} (id {number}) is one that text can have, so crawled text could "
+            "end a document; name a special token as eos_token in tokenizer_config.json (tokenizer.json lists these "
+            "under added_tokens), or train a tokenizer with tokenizer/train.py"
+        )
 
 
 def _eos_remedy(model: Path | None) -> str:
