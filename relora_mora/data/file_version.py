@@ -1,18 +1,24 @@
-"""The version of a file at a server, and that it stays the same."""
+"""The version of a file on a disk or at a server, and that it stays the same."""
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 from relora_mora.data.errors import SourceError
 
 
 class Version(NamedTuple):
-    """What a server says of the version of a file."""
+    """What a server or a disk says about the version of a file."""
 
     etag: str | None
     modified: str | None
-    size: int | None  # bytes; an answer may be wrong here
+    size: int | None  # bytes; the answer of a server may be wrong here
+
+    @staticmethod
+    def on_disk(status: os.stat_result) -> Version:
+        """The inode is left out: FAT, SMB and FUSE give the same file another one once the kernel has forgotten it."""
+        return Version(None, str(status.st_mtime_ns), status.st_size)
 
     def is_other_than(self, other: Version) -> bool:
         """Whether they cannot be of the same version. An answer may lack what another one has."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.file_version import Version
 from relora_mora.data.random_access import RandomAccessFile
 from relora_mora.data.sources import Shard
 
@@ -29,8 +30,7 @@ class LocalBytes:
             data = self._file.read(size)
         except OSError as error:
             raise unreadable(self.shard.location, error, "check the disk") from error
-        if len(data) < size:
-            _check_size(self.shard, self._file)
+        _check_version(self.shard, self._file)
         self.position += len(data)
         return data
 
@@ -54,8 +54,7 @@ class LocalFile(RandomAccessFile):
             data = self._file.read(size)
         except OSError as error:
             raise unreadable(self._shard.location, error, "check the disk") from error
-        if len(data) < size:
-            _check_size(self._shard, self._file)
+        _check_version(self._shard, self._file)
         return data
 
     def close(self) -> None:
@@ -68,16 +67,16 @@ def _open(shard: Shard) -> IO[bytes]:
         file = Path(shard.location).open("rb")  # noqa: SIM115
     except OSError as error:
         raise unreadable(shard.location, error, "check the path and its permissions") from error
-    _check_size(shard, file)
+    _check_version(shard, file)
     return file
 
 
-def _check_size(shard: Shard, file: IO[bytes]) -> None:
-    """Raises SourceError, with the file closed, where its size is not what it was when it was found."""
-    size = os.fstat(file.fileno()).st_size
-    if shard.size is not None and size != shard.size:
-        file.close()
-        raise SourceError(
-            f"{shard.location} changed since the start: {shard.size:,} bytes then, {size:,} now; "
-            "start with data that does not change"
-        )
+def _check_version(shard: Shard, file: IO[bytes]) -> None:
+    """Raises SourceError, with the file closed, if it is not the file that was found at the start."""
+    then = shard.version
+    now = Version.on_disk(os.fstat(file.fileno()))
+    if then is None or then == now:
+        return
+    file.close()
+    change = "it was written again" if then.size == now.size else f"{then.size:,} bytes then, {now.size:,} now"
+    raise SourceError(f"{shard.location} changed since the start: {change}; start with data that does not change")

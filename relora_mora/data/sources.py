@@ -33,7 +33,7 @@ class Shard:
     name: str
     location: str
     size: int | None = None  # bytes, local files only
-    version: Version | None = None  # http(s) files only; None where it was not asked for
+    version: Version | None = None  # text on disks and http(s) servers only; None if it was not asked for
     hub: bool = False  # requests carry the hub's token, where there is one
     text_column: str = "text"  # the key or column that holds the text, where rows are text
     records: RecordFormat | None = None  # what rows hold; None: text
@@ -296,7 +296,7 @@ def _local_shards(source: str) -> Iterator[Shard]:
                 pipes := sorted(path for path in found if Path(path).exists() and not Path(path).is_dir())
             ):
                 raise SourceError(f"{pipes[0]} is a pipe or a device, and text is read more than once; give a file")
-        sizes = [Path(path).stat().st_size for path in paths]
+        versions = [Version.on_disk(Path(path).stat()) for path in paths]
     except OSError as error:
         raise unreadable(source, error, "check the path and its permissions") from error
     if not paths:
@@ -305,9 +305,9 @@ def _local_shards(source: str) -> Iterator[Shard]:
     for folder in {Path(path).parent for path in paths if format_of(path) is ARROW}:
         if is_token_folder(folder):
             raise SourceError(f"{source}: {folder} holds tokens made in advance, not text; give the folder itself")
-    for path, size in zip(paths, sizes, strict=True):
+    for path, version in zip(paths, versions, strict=True):
         _check_suffix(path, source)
-        yield Shard(Path(path).name, str(Path(path).absolute()), size=size)
+        yield Shard(Path(path).name, str(Path(path).absolute()), size=version.size, version=version)
 
 
 def _check_suffix(path: str, source: str, *, may_be_missing: bool = False) -> None:

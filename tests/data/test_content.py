@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import random
+import shutil
 import threading
 from contextlib import closing
 from types import SimpleNamespace
@@ -136,6 +137,35 @@ def test_files_are_read_in_the_version_that_was_asked_for(tmp_path, suffix, etag
             pytest.raises(SourceError, match=rf"a\{suffix} changed while it was read"),
             closing(open_rows(config, shards[0])) as rows,
         ):
+            rows.take(9)
+
+
+@pytest.mark.parametrize("suffix", [".json.gz", ".txt", ".parquet"])
+def test_a_local_file_is_read_as_it_was_at_the_start_and_copies_of_it_are_the_same(tmp_path, suffix):
+    path = write_shard(tmp_path / f"a{suffix}", some_texts(8))
+    config = data_config(path, sample_by="paragraph")
+    (shard,) = resolve_shards(str(path))
+    before = path.stat()
+    copy = shutil.copy2(path, tmp_path / "copy")  # as rsync and backups write it: with the time of the first one
+    copy.replace(path)
+    with closing(open_rows(config, shard)) as rows:
+        assert rows.take(9) == some_texts(8)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(SourceError, match=rf"a\{suffix} changed since the start: it was written again; start with"):
+        open_rows(config, shard)
+    with closing(open_rows(config, resolve_shards(str(path))[0])) as rows:  # another start finds it as it is now
+        assert rows.take(9) == some_texts(8)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".arrow"])
+def test_a_local_file_that_is_written_again_while_it_is_read_is_refused(tmp_path, suffix):
+    path = write_shard(tmp_path / f"a{suffix}", some_texts(8))
+    (shard,) = resolve_shards(str(path))
+    body = path.read_bytes()
+    with closing(open_rows(data_config(path), shard)) as rows:
+        path.write_bytes(body)
+        os.utime(path, ns=(0, 0))
+        with pytest.raises(SourceError, match=rf"a\{suffix} changed since the start: it was written again"):
             rows.take(9)
 
 
