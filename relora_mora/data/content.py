@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import xxhash
@@ -22,6 +26,8 @@ from relora_mora.data.token_index import COMMAND
 
 if TYPE_CHECKING:
     import requests
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 THREADS = 16
@@ -37,24 +43,50 @@ def local_content(shards: Sequence[Shard]) -> str:
     A gzip or zstd file ends with a checksum of all of its text; in plain text a change in the middle may be missed. Of
     tokens made in advance that of their text counts, and is kept with them; the tokens are looked at in the same way.
     Raises SourceError for a file that cannot be read, for tokens that are not what they were, and for those of a text
-    that is there as well.
+    that is there as well, on a disk or on the hub.
     """
     near = [shard for shard in shards if not shard.is_remote]
     seen = dict(zip(near, _each(near, _seen_here), strict=True))
-    _refuse_twice(seen)
+    _refuse_twice(seen | {shard: b"" for shard in shards if shard.hub})  # as their tokens say of these, too
     return _digest([shard for shard in near if shard.origin == "local"], seen)
 
 
 def _refuse_twice(seen: Mapping[Shard, bytes]) -> None:
-    first: dict[tuple[str, bytes], Shard] = {}
-    for shard, content in seen.items():
-        other = first.setdefault((shard.name, content), shard)
-        made = shard.tokens or other.tokens
-        if other is not shard and made and made.totals.documents:
-            raise SourceError(
-                f"{other.location} and {shard.location} hold the same text, once or twice as tokens; "
-                "it would be read twice: give one of them"
-            )
+    """Raises SourceError if a folder of tokens is listed together with its text, or with other tokens of that.
+
+    Local names are short, and two trees may hold the same license: text is listed twice if one side has all files of
+    the other, and some files in common are only warned about. The name of a remote file is its address.
+    """
+    if not any(shard.tokens for shard in seen):
+        return
+    files = {shard: (shard.name, content) for shard, content in seen.items()}
+    empty = {file for shard, file in files.items() if shard.tokens and not shard.tokens.totals.documents}
+    groups = defaultdict[tuple[bool, str], dict[tuple[str, bytes], Shard]](dict)
+    for shard, file in files.items():
+        if file not in empty:
+            group = (True, str(Path(shard.location).parent)) if shard.tokens else (False, shard.source)
+            groups[group].setdefault(file, shard)
+    for first, second in itertools.combinations(groups, 2):
+        if not (first[0] or second[0]):
+            continue
+        ones, others = groups[first], groups[second]
+        both = ones.keys() & others.keys()
+        if not both:
+            continue
+        file = min(both)
+        given = f"{_place(ones[file])} and {_place(others[file])} hold the same text, once or twice as tokens"
+        if any(ones[each].origin != "local" for each in both) or len(both) in (len(ones), len(others)):
+            raise SourceError(f"{given}; it would be read twice: give one of them")
+        _warn(f"{given}, and both are read; files in common: {len(both)}")
+
+
+@functools.cache  # a start looks at the same text several times
+def _warn(text: str) -> None:
+    log.warning("%s", text)
+
+
+def _place(shard: Shard) -> str:
+    return shard.name if shard.is_remote else shard.location  # a url may hold a secret
 
 
 def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int, Version]:
@@ -83,9 +115,14 @@ def at_versions(shards: Sequence[Shard], versions: Mapping[int, Version]) -> lis
 
 
 def remote_content(shards: Sequence[Shard]) -> str:
-    """32 hex digits over the names and the versions of http(s) files; "" where there are none."""
+    """32 hex digits over the names and the versions of http(s) files; "" if there are none.
+
+    Raises SourceError for tokens of a text that is there as well.
+    """
     urls = [shard for shard in shards if shard.origin == "server"]
-    return _digest(urls, {shard: _seen_at_server(shard) for shard in urls})
+    seen = {shard: _seen_at_server(shard) for shard in urls}
+    _refuse_twice(seen)
+    return _digest(urls, seen)
 
 
 def content_digests(shards: Sequence[Shard]) -> list[str]:

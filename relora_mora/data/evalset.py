@@ -15,7 +15,7 @@ import xxhash
 from relora_mora.config import DataConfig, TextSource, as_sources
 from relora_mora.data.answers import Answer, answer_of
 from relora_mora.data.batch import UNSCORED, document_ids
-from relora_mora.data.content import local_content
+from relora_mora.data.content import at_versions, local_content, remote_content, remote_versions
 from relora_mora.data.encoders import packing_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.judged_records import RecordsFound
@@ -112,7 +112,9 @@ def load_eval_set(
     config = config.model_copy(update={"sequence_length": sequence_length})
     shards = shards_of(sources, config, "validation")
     check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos)
-    local_content(shards)  # tokens that have changed, and a text beside its tokens, are refused
+    local_content(shards)  # refuses tokens that have changed, and a text that is listed together with its tokens
+    if any(shard.tokens and shard.origin == "server" for shard in shards):
+        remote_content(at_versions(shards, remote_versions(shards, config.timeout_seconds)))
     packing = packing_of(config, shards)
     found = RecordsFound()
     in_order = rows_in_order(shards, config, tokenizer, packing, found)

@@ -44,6 +44,7 @@ from tests.tools.faulty_server import serving
 
 KINDS = [".json.gz", ".parquet"]
 BATCH = 16
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 LIMITS = {
     "max_bad_fraction": 0.9,
     "max_line_bytes": 150,
@@ -140,14 +141,83 @@ def test_text_and_tokens_together(folder, tokenizer_path):
     assert epoch_tokens(resolve_shards(mixed)) is None
 
 
-@pytest.mark.parametrize("first,second", [("few/*", "few.tokens"), ("few.tokens", "few/*"), ("few.tokens", "again")])
-def test_a_text_twice_once_as_tokens_is_refused(folder, tmp_path, first, second):
+@pytest.mark.parametrize(
+    "sources",
+    [
+        ["few/*", "few.tokens"],
+        ["few.tokens", "few/*"],
+        ["few.tokens", "again"],
+        ["few.tokens", "few/part-00001*"],
+        ["many/*", "few/*", "few.tokens"],
+    ],
+)
+def test_a_text_twice_once_as_tokens_is_refused(folder, tmp_path, sources):
     place = folder / ".json.gz"
     shutil.copytree(place / "few.tokens", tmp_path / "again")
-    sources = [str((tmp_path if name == "again" else place) / name) for name in (first, second)]
+    given = [str((tmp_path if name == "again" else place) / name) for name in sources]
     with pytest.raises(SourceError, match=r"few.*0000.* hold the same text, once or twice as tokens; it would be read"):
-        local_content(resolve_shards(sources))
+        local_content(resolve_shards(given))
     assert local_content(resolve_shards([str(place / "odd.tokens"), str(place / "odd" / "empty*")])), "it has no text"
+
+
+def test_equal_files_of_several_trees_are_read_as_tokens_as_they_are_as_text(tmp_path, tokenizer_path, caplog):
+    """Two licenses in one tree, and one more in another."""
+    for place, texts in (("a", "first"), ("a/b", "second"), ("c", "third")):
+        write_shard(tmp_path / place / "LICENSE.txt", ["the same"])
+        write_shard(tmp_path / place / f"{texts}.txt", [texts])
+    text = [str(tmp_path / name / "**") for name in ("a", "c")]
+    tokens = [str(tmp_path / f"{name}.tokens") for name in ("a", "c")]
+    for source, out in zip(text, tokens, strict=True):
+        _make(source, tmp_path / out, tokenizer_path)
+    content = local_content(resolve_shards(text))
+    assert local_content(resolve_shards(tokens[:1])) == local_content(resolve_shards(text[:1]))
+    assert not caplog.messages
+    assert local_content(resolve_shards(tokens)) == local_content(resolve_shards([text[0], tokens[1]])) == content
+    assert [message.count("LICENSE.txt") for message in caplog.messages] == [0, 1]
+    assert "hold the same text, once or twice as tokens, and both are read; files in common: 1" in caplog.messages[0]
+    assert _run(tokens, tokenizer_path, steps=6, lanes=2) == _run(text, tokenizer_path, steps=6, lanes=2)
+
+
+def test_a_text_at_a_server_is_not_read_together_with_its_tokens(tmp_path, tokenizer_path):
+    write_shards(tmp_path / "served", 3, 20)
+    out = str(tmp_path / "out")
+    with serving(tmp_path / "served") as server:
+        url = f"{server.url}/part-{{00000..00002}}.json.gz"
+        _make(url, tmp_path / "out", tokenizer_path)
+        secret = f"{server.url}/part-00001.json.gz?key=secret"
+        for sources in ([url, out], [out, secret]):
+            shards = resolve_shards(sources)
+            local_content(shards)  # asks nothing
+            shards = at_versions(shards, remote_versions(shards, 5.0))
+            with pytest.raises(SourceError, match=r"part-0000.*hold the same text, .*give one of them") as raised:
+                remote_content(shards)
+            assert "secret" not in str(raised.value)
+            with pytest.raises(SourceError, match="hold the same text"):
+                load_eval_set(
+                    sources,
+                    config=data_config(url),
+                    tokenizer_path=tokenizer_path,
+                    sequence_length=9,
+                    max_tokens=None,
+                )
+        write_shard(tmp_path / "served" / "part-00001.json.gz", ["another text"])
+        shards = resolve_shards([out, secret])
+        assert remote_content(at_versions(shards, remote_versions(shards, 5.0)))
+
+
+def test_a_text_of_the_hub_is_not_read_together_with_its_tokens(tmp_path, tokenizer_path, monkeypatch):
+    write_shards(tmp_path / "datasets/some/set/resolve" / COMMIT, 3, 20)
+    with serving(tmp_path) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        make = {"config": data_config("unused", **LIMITS), "tokenizer_path": tokenizer_path, "processes": 1}
+        text = "hub:some/set/part-{00000..00001}.json.gz"
+        make_tokens(resolve_shards(text, COMMIT), tmp_path / "out", **make)
+        asked = len(server.requests)
+        for other in (text, "hub:some/set/part-{00001..00002}.json.gz"):
+            with pytest.raises(SourceError, match=rf"hub:some/set@{COMMIT}/part-0000.*hold the same text"):
+                local_content(resolve_shards([str(tmp_path / "out"), other], COMMIT))
+        assert len(server.requests) == asked
+        assert local_content(resolve_shards([str(tmp_path / "out"), text], COMMIT[::-1])) == "", "at another commit"
 
 
 def test_a_run_reads_them_without_a_tokenizer(folder, tokenizer_path, monkeypatch):
