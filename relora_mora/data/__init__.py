@@ -13,7 +13,7 @@ from relora_mora.data.file_rows import iter_texts
 from relora_mora.data.fingerprint import fingerprints
 from relora_mora.data.hub_sources import with_commits
 from relora_mora.data.lane_states import counts_of, merge_states, start_states
-from relora_mora.data.mixture import mixture_names
+from relora_mora.data.mixture import in_saved_order, mixture_names
 from relora_mora.data.positions import describe_position
 from relora_mora.data.show import show_records
 from relora_mora.data.skipped import SKIP_REASONS
@@ -45,6 +45,7 @@ __all__ = [
     "epoch_tokens",
     "find_datasets",
     "fingerprints",
+    "in_saved_order",
     "iter_texts",
     "load_eval_set",
     "local_content",

@@ -11,8 +11,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
-from relora_mora.config import DataConfig
+from relora_mora.config import DataConfig, TextSource
 from relora_mora.data.lanes import seeded_order
 from relora_mora.data.sources import Shard
 
@@ -90,6 +91,28 @@ def _turns(lanes: int, group: int) -> list[int]:
 def mixture_names(config: DataConfig) -> Sequence[str]:
     """The names of the sources, in the order of the settings; [""] where the training text is no mixture."""
     return [source.label for source in config.train_sources] if config.is_mixture else [""]
+
+
+def in_saved_order(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
+    """The same mixture with its sources in the order of saved settings, if these name the same ones.
+
+    A mixture reads the same text in any order. Of sources with equal weights the first one goes first in a batch, and
+    fingerprints are made in the order of the shards, so a run keeps the order that it began with.
+    """
+    listed = saved.get("train")
+    records = [record for record in listed if isinstance(record, Mapping)] if isinstance(listed, list) else []
+    names = [TextSource.model_validate(record).label for record in records]
+    sources = {source.label: source for source in config.train_sources}
+    if not config.is_mixture or set(names) != set(sources):
+        return config
+    weights = {stage["from_step"]: list(stage["weights"]) for stage in saved.get("stages", ())}
+    stages = [
+        stage.model_copy(
+            update={"weights": {name: stage.weights[name] for name in weights.get(stage.from_step, stage.weights)}}
+        )
+        for stage in config.stages
+    ]
+    return config.model_copy(update={"train": [sources[name] for name in names], "stages": stages})
 
 
 def shards_of_source(shards: Sequence[Shard], config: DataConfig, name: str) -> list[Shard]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from relora_mora.checkpoint import CheckpointError
 from relora_mora.checkpoint.find import newest_manifest
 from relora_mora.config import Config, DataConfig, parse_yaml, unused_by
-from relora_mora.data import Shard, fingerprints, local_content
+from relora_mora.data import Shard, fingerprints, in_saved_order, local_content
 from relora_mora.distributed.join import processes_on_host
 from relora_mora.model import check_length, plain_model_config
 from relora_mora.model.compiler import compiles_here
@@ -89,17 +89,18 @@ def saved_settings(run_dir: Path) -> dict[str, Any]:
 def as_before(config: Config) -> DataConfig:
     """The data settings with the commits that this run has read before: a resume reads the same data.
 
-    They are in the checkpoint that it goes on from, and in the settings of its start before.
+    They are in the checkpoint that it goes on from, and in the settings of its start before. A mixture keeps the order
+    of its sources in the checkpoint.
     """
     run_dir = Path(config.train.run_dir)
     named = config.train.resume not in ("auto", "never")
-    found = [saved_settings(run_dir)]
+    saved: dict[str, Any] = {}
     with contextlib.suppress(CheckpointError):
-        found.append(newest_manifest(Path(config.train.resume) if named else run_dir).config)
+        saved = newest_manifest(Path(config.train.resume) if named else run_dir).config.get("data", {})
     known: dict[str, str] = {}
-    for settings in found:
-        known |= settings.get("data", {}).get("commits") or {}
-    return config.data.model_copy(update={"commits": known | config.data.commits})
+    for data in (saved_settings(run_dir).get("data", {}), saved):
+        known |= data.get("commits") or {}
+    return in_saved_order(config.data.model_copy(update={"commits": known | config.data.commits}), saved)
 
 
 def check_model(config: Config) -> PreTrainedConfig:

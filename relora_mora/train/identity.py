@@ -104,8 +104,8 @@ def unlike(first: Identity, other: Identity) -> list[str]:
 
 def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
     """The differences between a checkpoint and a run that would change the result and are not in ``allowed``."""
-    saved = replace(saved, config=_with_lanes(saved.config))
-    now = replace(now, config=_with_lanes(now.config))
+    saved = replace(saved, config=_comparable(saved.config))
+    now = replace(now, config=_comparable(now.config))
     fixed_settings = _fixed_settings(saved, now)
     settings = [
         name for name in changed_settings(saved.config, now.config) if name in fixed_settings or _counts(name, allowed)
@@ -123,10 +123,15 @@ def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator
         yield Change("train.precision: auto means another precision on this machine", "train.precision")
 
 
-def _with_lanes(config: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """With the number of lanes that null stands for."""
+def _comparable(config: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """With the number of lanes that null stands for, and with names in one order if their order means nothing."""
     lanes = config["data"]["lanes"] or lanes_of(config["train"]["batch_size"])
-    return {**config, "data": {**config["data"], "lanes": lanes}}
+    modules = sorted(_value(config, "method.target_modules"))
+    return {
+        **config,
+        "data": {**config["data"], "lanes": lanes},
+        "method": {**config["method"], "target_modules": modules},
+    }
 
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

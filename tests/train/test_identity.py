@@ -107,6 +107,13 @@ def test_other_names_of_sources_are_other_data_whatever_their_weights():
     assert list(changes_since(mixture("web", "1"), mixture("web", "1", 3.0), {"data.train"})) == []
 
 
+def test_the_order_of_projections_means_nothing():
+    names = identity().config["method"]["target_modules"]
+    assert list(changes_since(identity(), with_setting("method", "target_modules", names[::-1]), set())) == []
+    [change] = changes_since(identity(), with_setting("method", "target_modules", names[1:]), set())
+    assert change.text.startswith("method.target_modules: ")
+
+
 def test_weights_with_the_same_shares_are_no_change():
     def mixture(*weights: float) -> Identity:
         named = zip("abc", weights, strict=False)

@@ -10,7 +10,7 @@ import pytest
 
 from relora_mora.checkpoint import CheckpointError
 from tests.tools.data_tools import write_shards
-from tests.tools.runs import Stopped, metrics, run_config, train, write_inputs
+from tests.tools.runs import Stopped, left_by_a_kill, losses, metrics, run_config, train, write_inputs
 from tests.train.test_resume import _equal
 
 pytestmark = pytest.mark.distributed
@@ -110,3 +110,21 @@ def test_weights_change_where_that_is_allowed(pools, inputs, tokenizer_path, tmp
     pools(2)(train, _config(inputs, tokenizer_path, folder, weight=5.0, allow_changes=["data.train"]))
     counted = {line["step"]: line for line in metrics(folder) if "train/tokens" in line}
     assert counted[5]["train/tokens/lines"] == (24 + 3) * 32 and counted[5]["train/tokens/rows"] == (8 + 5) * 32
+
+
+def test_sources_may_be_listed_in_another_order_at_a_resume(pools, inputs, tokenizer_path, tmp_path):
+    """Which of two with equal weights comes first in a batch stays as it was."""
+
+    def config(run_dir: Path, step: int) -> Any:
+        sources = [
+            {"source": f"{inputs}/train/*", "name": "lines"},
+            {"source": f"{inputs}/rows/*", "name": "rows"},
+        ]
+        stages = [{"from_step": 6, "weights": dict([("lines", 2.0), ("rows", 2.0)][::step])}]
+        return run_config(inputs, tokenizer_path, run_dir, data={"train": sources[::step], "stages": stages})
+
+    pools(1)(train, config(tmp_path / "never", 1))
+    left_by_a_kill(tmp_path / "never", tmp_path / "run", 4)
+    pools(1)(train, config(tmp_path / "run", -1))
+    assert _equal(_end(tmp_path / "never"), _end(tmp_path / "run")) == []
+    assert losses(tmp_path / "run") == losses(tmp_path / "never")
