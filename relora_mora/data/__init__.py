@@ -3,7 +3,7 @@
 from relora_mora.data.answers import Answer
 from relora_mora.data.batch import UNSCORED, Batch, document_boundaries, document_ids
 from relora_mora.data.chat import template_in_use
-from relora_mora.data.checked_rows import check_columns, check_records
+from relora_mora.data.checked_rows import check_columns, check_lanes, check_records
 from relora_mora.data.content import at_versions, local_content, remote_content, remote_versions
 from relora_mora.data.counting import count_epochs
 from relora_mora.data.dataset_sources import find_datasets, remember_datasets
@@ -34,6 +34,7 @@ __all__ = [
     "WorkerError",
     "at_versions",
     "check_columns",
+    "check_lanes",
     "check_records",
     "check_tokens",
     "configured_shards",

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from relora_mora.config import DataConfig
 from relora_mora.data.bad_rows import JUDGED_FROM_ROWS, OTHER_KEYS, told_of
+from relora_mora.data.content import THREADS
 from relora_mora.data.encoders import encoder_of, packing_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.file_rows import open_rows
 from relora_mora.data.formats import JSON_LINES, TEXT
 from relora_mora.data.judged_records import TOO_LONG, RecordsFound
+from relora_mora.data.lane_states import Cursor
+from relora_mora.data.lanes import LanePlan, LaneRows, lane_plans
+from relora_mora.data.mixture import mixture_names, shards_of_source
 from relora_mora.data.rows import calls_of
 from relora_mora.data.skipped import BAD_REASONS, Skipped
 from relora_mora.data.sources import Shard
+from relora_mora.data.token_rows import open_any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,6 +102,52 @@ def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrain
             found.seen,
             found.told[TOO_LONG],
         )
+
+
+def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
+    """Reads the first text of all lanes in each source of a mixture that ever has a weight; meant for one rank.
+
+    Without this a lane without text is found when the turn of its source comes, in a late stage after days. Text that
+    is not a mixture needs no check, because the first batch reads every lane. Raises SourceError.
+    """
+    if not config.is_mixture:
+        return
+    weights = [{source.label: source.weight for source in config.train_sources}]
+    weights += [stage.weights for stage in config.stages]
+    for name in mixture_names(config):
+        if any(each[name] for each in weights):
+            _check_lanes_of(shards_of_source(shards, config, name), config, lanes)
+
+
+def _check_lanes_of(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
+    plans = lane_plans(config, lanes, len(shards), packing_of(config, shards))
+    shared = {part.shard: part.stride for plan in plans for part in plan.parts if part.stride > 1}
+    in_turn = [shard for shard in shared if not shards[shard].format.in_groups]
+    one_row = config.model_copy(update={"shuffle_documents": 1})
+
+    def phases(shard: int) -> set[int]:
+        return _phases_with_text(shards[shard], config, shared[shard])
+
+    def read_first(plan: LanePlan) -> None:
+        with closing(LaneRows(plan, shards, one_row, functools.partial(open_any, config)).rows_from(Cursor())) as rows:
+            next(rows)
+
+    with ThreadPoolExecutor(THREADS) as threads:  # most of the time they wait for servers
+        found = dict(zip(in_turn, threads.map(phases, in_turn), strict=True))
+        left = [plan for plan in plans if not any(part.phase in found.get(part.shard, ()) for part in plan.parts)]
+        list(threads.map(read_first, left))
+
+
+def _phases_with_text(shard: Shard, config: DataConfig, stride: int) -> set[int]:
+    """Which of the lanes that take the rows of a shard in turn get a text; for many lanes faster than to ask each."""
+    found: set[int] = set()
+    with closing(open_any(config, shard, note=_unheard)) as opened:
+        for number, row in enumerate(itertools.chain.from_iterable(calls_of(opened, _ROWS_PER_CALL))):
+            if not isinstance(row, Skipped):
+                found.add(number % stride)
+                if len(found) == stride:
+                    break
+    return found
 
 
 def _rows(shards: Sequence[Shard], config: DataConfig) -> Generator[list[Any]]:

@@ -174,9 +174,13 @@ class LaneRows(Generic[Row]):
             if skipped
             else "there are fewer documents than lanes"
         )
-        return SourceError(
-            f"lane {self.plan.lane} found no text in {shards}: {why}; give more text or lower data.lanes"
-        )
+        remedy = "give more text or lower data.lanes"
+        if self.config.is_mixture:
+            remedy += (
+                f", or give its source {self.shards[0].source} no weight in data.train and data.stages; a run that has "
+                "begun can do this with --train.allow_changes=[data.train,data.stages]"
+            )
+        return SourceError(f"lane {self.plan.lane} found no text in {shards}: {why}; {remedy}")
 
     def _became_shorter(self, shard: Shard) -> SourceError:
         return SourceError(

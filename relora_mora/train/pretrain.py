@@ -13,6 +13,7 @@ from relora_mora.config import Config, DataConfig, with_epochs
 from relora_mora.data import (
     at_versions,
     check_columns,
+    check_lanes,
     check_records,
     count_epochs,
     find_datasets,
@@ -124,6 +125,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     versions = from_first_rank(lambda: _asked(checked, data))
     shards = at_versions(checked.shards, versions)
     checked = replace(checked, shards=shards, data_content=checked.data_content + remote_content(shards))
+    from_first_rank(lambda: check_lanes(shards, data, config.lanes))
     if checked.chat_template is not None:  # the run's tokenizer, and that of an export, write what was trained on
         checked.tokenizer.chat_template = checked.chat_template
     lock = from_first_rank(lambda: _lock(guard, folder))

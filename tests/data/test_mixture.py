@@ -11,13 +11,15 @@ import pytest
 from relora_mora.data import (
     TrainStream,
     check_columns,
+    check_lanes,
     configured_shards,
     describe_position,
     fingerprints,
 )
 from relora_mora.data.errors import SourceError
 from relora_mora.data.mixture import Mixture
-from tests.tools.data_tools import data_config, write_parquet, write_shards
+from tests.tools.data_tools import data_config, some_texts, write_parquet, write_shard, write_shards
+from tests.tools.faulty_server import serving
 
 
 def _mixture_config(weights, **settings):
@@ -176,3 +178,30 @@ def test_a_wrong_column_is_told_with_the_source_that_it_belongs_to(folder):
     held_out = data_config("a.json", validation=_records(folder, text_column="contents")[1:])
     with pytest.raises(SourceError, match="set text_column of the source books to one of id"):
         check_columns(configured_shards(held_out, "validation"), held_out)
+
+
+@pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("suffix", [".json.gz", ".txt", ".parquet"])
+def test_every_lane_needs_a_text_in_each_source_that_ever_has_a_weight(folder, tmp_path, suffix, served):
+    write_shard(tmp_path / f"few{suffix}", some_texts(3))
+    write_shard(tmp_path / f"gap{suffix}", [*some_texts(3), "" if suffix == ".parquet" else b" "])
+
+    def check(name, lanes, weight=1.0, **settings):
+        place = server.url if served else tmp_path
+        few = {"source": f"{place}/{name}{suffix}", "weight": weight}
+        config = data_config([*_records(folder), few], **settings)
+        check_lanes(configured_shards(config, "train"), config, lanes)
+
+    message = (
+        rf"lane 3 found no text in .*few\{suffix}: there are fewer documents than lanes; .* source few no weight in"
+    )
+    weights = {"web": 1.0, "books": 1.0}
+    with serving(tmp_path) as server:
+        check("few", 3)
+        with pytest.raises(SourceError, match=message):
+            check("few", 4)
+        with pytest.raises(SourceError, match="lane 3 found no text"):
+            check("gap", 4)
+        check("few", 4, weight=0.0, stages=[{"from_step": 9, "weights": {**weights, "few": 0.0}}])
+        with pytest.raises(SourceError, match=message):
+            check("few", 4, weight=0.0, stages=[{"from_step": 9, "weights": {**weights, "few": 0.1}}])

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from relora_mora.checkpoint import CheckpointError
-from tests.tools.data_tools import write_shards
+from relora_mora.data import SourceError
+from tests.tools.data_tools import some_texts, write_shard, write_shards
 from tests.tools.runs import Stopped, left_by_a_kill, losses, metrics, run_config, train, write_inputs
 from tests.train.test_resume import _equal
 
@@ -128,3 +129,36 @@ def test_sources_may_be_listed_in_another_order_at_a_resume(pools, inputs, token
     pools(1)(train, config(tmp_path / "run", -1))
     assert _equal(_end(tmp_path / "never"), _end(tmp_path / "run")) == []
     assert losses(tmp_path / "run") == losses(tmp_path / "never")
+
+
+def _few(inputs: Path, tokenizer: str, run_dir: Path, **settings: Any) -> Any:
+    """Eight lanes, and a source of seven texts with weight from step 6 on."""
+    write_shard(inputs / "few.json", some_texts(7))
+    sources = [
+        {"source": f"{inputs}/train/*", "name": "lines"},
+        {"source": f"{inputs}/few.json", "name": "few", "weight": 0.0},
+    ]
+    stages = [{"from_step": 6, "weights": {"lines": 1.0, "few": 1.0}}]
+    data = {"train": sources, "stages": stages, "lanes": 8, **settings.pop("data", {})}
+    return run_config(inputs, tokenizer, run_dir, data=data, train=settings)
+
+
+def _source_refused(config: Any) -> str:
+    with pytest.raises(SourceError) as error:
+        train(config)
+    return str(error.value)
+
+
+def test_a_source_with_fewer_texts_than_lanes_is_found_long_before_its_stage(pools, inputs, tokenizer_path, tmp_path):
+    (said,) = pools(1)(_source_refused, _few(inputs, tokenizer_path, tmp_path / "run"))
+    assert "lane 7 found no text in few.json: there are fewer documents than lanes" in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    without = {"data": {"stages": []}}  # and so it is where a run that has begun gets such a stage
+    pools(1)(train, _few(inputs, tokenizer_path, tmp_path / "run", **without), stop_after=4)
+    (said,) = pools(1)(_source_refused, _few(inputs, tokenizer_path, tmp_path / "run", allow_changes=["data.stages"]))
+    assert "give its source few no weight in data.train and data.stages" in said
+    assert "--train.allow_changes=[data.train,data.stages]" in said
+    data = {"stages": [{"from_step": 6, "weights": {"lines": 2.0, "few": 0.0}}]}
+    allow = ["data.train", "data.stages"]
+    pools(1)(train, _few(inputs, tokenizer_path, tmp_path / "run", data=data, allow_changes=allow))
+    assert _end(tmp_path / "run").exists()
