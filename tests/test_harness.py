@@ -20,7 +20,7 @@ from relora_mora.data.record_format import Record, RecordFormat
 from relora_mora.export import export
 from relora_mora.harness import LOCAL_TASKS, HarnessError, evaluate_tasks, record, table
 from relora_mora.harness.evaluate import _loaded
-from relora_mora.harness.local import compared, local_rows, local_task
+from relora_mora.harness.local import local_rows, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer import load_tokenizer
 from tests.tools.checkpoints import write_checkpoint
@@ -94,11 +94,6 @@ def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
         assert local_task(name, str(given), len)["custom_dataset"]()["test"].to_list() == expected
 
 
-def test_an_answer_is_compared_place_by_place():
-    assert compared({"completion": "abcd"}, ["abcd"]) == {"exact_match": 1.0, "character_accuracy": 1.0}
-    assert compared({"completion": "abcd"}, ["abXdefg"]) == {"exact_match": 0.0, "character_accuracy": 0.75}
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -164,6 +159,7 @@ def test_a_row_is_what_ends_with_a_line_feed(tmp_path):
         ("local_uuid", {"completion": 3}, "completion is 3, expected: text"),
         ("local_uuid", {"completion": "a\nb"}, r'completion is "a\\nb", expected: text of one line'),
         ("local_gsm8k", {"answer": "It is 4."}, 'answer is "It is 4.", expected: number, alone or behind ####'),
+        ("local_gsm8k", {"answer": "#### 1.2.3"}, 'answer is "#### 1.2.3", expected: number, alone or behind ####'),
         ("local_gsm8k", {"answer": "#### $4"}, r'answer is "#### \$4", expected: number, alone or behind ####'),
         ("local_metamath", {"answer": "The answer is: 4"}, '.*4", expected: answer, alone or behind ####'),
         ("local_medqa", {"question": 7}, "question is 7, expected: text"),
@@ -322,7 +318,11 @@ def test_a_right_number_is_found_behind_its_steps(model, data):
     }
     Says.said = "#### 1004.00"
     assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings)["local_gsm8k"]["exact_match/strict"] == 1.0
+    Says.said = "It is $1,004.00."
+    assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings)["local_gsm8k"]["exact_match/flexible"] == 1.0
     for said, right in {
+        "The answer is: 1004.0%": 0.5,
+        "The answer is: 10,04": 0.0,
         "2 and 2.\nThe answer is: 1004": 0.5,
         " $0.5$. The answer is: $\\frac{1}{2}$.": 0.5,
         "#### 1004": 0.0,

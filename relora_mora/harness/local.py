@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from relora_mora.generation import agreeing_characters
+from relora_mora.harness.scoring import SCORES
 from relora_mora.system.logs import log
 
 _FOLDER = Path(__file__).parent / "tasks"
 LOCAL_TASKS = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
-_NUMBER = re.compile(r"(.*#### )?-?[0-9][0-9.,]*\s*", re.DOTALL)
+_NUMBER = re.compile(r"(.*#### )?-?[0-9][0-9,]*(\.[0-9]*)?\s*", re.DOTALL)
 
 # what a field of a row is, in the words of the task's file
 _KINDS: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
@@ -64,8 +64,8 @@ def local_task(
         return DatasetDict({"test": Dataset.from_list(rows)})
 
     settings["custom_dataset"] = dataset
-    if name == "local_uuid":
-        settings["process_results"] = compared
+    if name in SCORES:
+        settings["process_results"] = SCORES[name]
     return settings
 
 
@@ -125,16 +125,6 @@ def local_rows(name: str, data: str | None) -> list[dict[str, Any]]:
 def _settings(name: str) -> dict[str, Any]:
     settings: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     return settings
-
-
-def compared(row: Mapping[str, str], results: list[str]) -> dict[str, float]:
-    """The metrics of one answer that was generated for a pair."""
-    [found] = results
-    expected = row["completion"]
-    return {
-        "exact_match": float(found == expected),
-        "character_accuracy": agreeing_characters(found, expected) / len(expected),
-    }
 
 
 def _without_names(value: Any) -> Any:
