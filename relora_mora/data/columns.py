@@ -60,14 +60,21 @@ class ColumnFile:
     def _check(self, schema: Any) -> None:
         check_names(self._shard, schema.names)
         self._columns = [name for name in schema.names if name in self._shard.columns]
+        kinds = {name: _value_type(schema.field(name).type) for name in schema.names}
+        for column in self._columns:
+            if _is_bytes(kinds[column]):
+                raise SourceError(
+                    f'{self._shard.name}: the column "{column}" holds bytes ({kinds[column]}), not strings; if they '
+                    f'are UTF-8, write them as strings (pyarrow: column.cast("string")), else {_remedy(self._shard)} '
+                    "to another one"
+                )
         if self._shard.holds_records:
             return
         [column] = self._columns
-        kind = schema.field(column).type
-        if not _is_string(kind):
-            strings = ", ".join(field.name for field in schema if _is_string(field.type)) or "none"
+        if not (_is_string(kinds[column]) or str(kinds[column]) == "null"):  # what writers make of nothing but nulls
+            strings = ", ".join(name for name, kind in kinds.items() if _is_string(kind)) or "none"
             raise SourceError(
-                f'{self._shard.name}: the column "{column}" holds {kind}, not strings; '
+                f'{self._shard.name}: the column "{column}" holds {schema.field(column).type}, not strings; '
                 f"{_remedy(self._shard)} to one of those that do ({strings}){_RECORDS}"
             )
 
@@ -128,9 +135,9 @@ def utf8(column: Any) -> Any:
     """A column of strings as the bytes that are stored: whether they are UTF-8 nobody has checked."""
     import pyarrow
 
-    values = column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
-    if pyarrow.types.is_string_view(values.type):
-        values = values.cast(pyarrow.binary_view())
+    if isinstance(column, pyarrow.DictionaryArray):
+        return utf8(column.dictionary).take(column.indices)
+    values = column.cast(pyarrow.binary_view()) if pyarrow.types.is_string_view(column.type) else column
     return values.cast(pyarrow.large_binary())
 
 
@@ -142,8 +149,18 @@ def _open(shard: Shard, timeout_seconds: float) -> RandomAccessFile:
     return RemoteFile(shard, timeout_seconds)
 
 
+def _value_type(kind: Any) -> Any:
+    """The type of what a column holds, also where each value is stored once."""
+    import pyarrow
+
+    return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+
+
 def _is_string(kind: Any) -> bool:
+    return str(kind) in ("string", "large_string", "string_view")
+
+
+def _is_bytes(kind: Any) -> bool:
     from pyarrow import types
 
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)

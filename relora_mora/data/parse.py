@@ -27,6 +27,8 @@ def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: s
             "no_text", f'has no "{column}", but {names_of(value)}' if isinstance(value, dict) and value else ""
         )
     text = value[column]
+    if text is None:
+        return Skipped("null_text")
     if not isinstance(text, str):
         return Skipped("text_not_string")
     if not text:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import struct
+import threading
 from collections import Counter
 from contextlib import closing
 
@@ -15,6 +17,7 @@ from relora_mora.data import iter_texts, local_content, resolve_shards, retry
 from relora_mora.data.errors import SourceError
 from relora_mora.data.file_rows import open_rows
 from relora_mora.data.local import LocalFile
+from relora_mora.data.remote_file import RemoteFile
 from relora_mora.data.sources import Shard
 from tests.tools.data_tools import data_config, some_texts, write_arrow, write_shard
 from tests.tools.faulty_server import COMMIT, serving
@@ -24,16 +27,39 @@ def _texts(source, split="train"):
     return list(iter_texts(str(source), split=split, config=data_config(source)))
 
 
-@pytest.mark.parametrize("stream", [True, False])
+def _as_polars_writes(path):
+    """Takes from a file how long its first message, the schema, is: then only the footer says where batches begin."""
+    body = bytearray(path.read_bytes())
+    end = 16 + struct.unpack_from("<i", body, 12)[0]
+    body[8:end] = body[16:end] + bytes(8)
+    path.write_bytes(body)
+
+
+@pytest.mark.parametrize("written", ["stream", "file", "file of polars"])
 @pytest.mark.parametrize("compression", [None, "lz4", "zstd"])
 @pytest.mark.parametrize(
-    "kind", ["string", "large_string", "string_view", pyarrow.dictionary(pyarrow.int32(), pyarrow.string())]
+    "kind",
+    [
+        "string",
+        "large_string",
+        "string_view",
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        pyarrow.dictionary(pyarrow.uint32(), pyarrow.string_view()),
+    ],
 )
-def test_files_and_streams_of_every_kind_of_string_and_compression(tmp_path, stream, compression, kind):
+def test_files_and_streams_of_every_kind_of_string_and_compression(tmp_path, written, compression, kind):
     texts = [*some_texts(20), None, "", "größer\0", "twice", "twice"]
     values = pyarrow.array(texts, "string")
-    values = values.cast(kind) if isinstance(kind, str) else values.dictionary_encode()
-    path = write_arrow(tmp_path / "a.arrow", values, group_rows=9, stream=stream, compression=compression)
+    if isinstance(kind, str):
+        values = values.cast(kind)
+    else:
+        encoded = values.dictionary_encode()
+        indices = encoded.indices.cast(kind.index_type)
+        values = pyarrow.DictionaryArray.from_arrays(indices, encoded.dictionary.cast(kind.value_type))
+    path = tmp_path / "a.arrow"
+    write_arrow(path, values, group_rows=9, stream=written == "stream", compression=compression)
+    if written == "file of polars":
+        _as_polars_writes(path)
     local_content(resolve_shards(str(path)))
     assert _texts(path) == [text for text in texts if text]
     found = []
@@ -44,13 +70,14 @@ def test_files_and_streams_of_every_kind_of_string_and_compression(tmp_path, str
     assert Counter(row for row in found if isinstance(row, str)) == Counter(text for text in texts if text)
 
 
-def test_dictionaries_that_grow_are_those_before_a_batch(tmp_path):
+@pytest.mark.parametrize("new", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+def test_dictionaries_that_grow_are_those_before_a_batch(tmp_path, new):
     path = tmp_path / "a.arrow"
-    parts = [["a", "b"], ["a", "b", "c"], ["d"]]
+    parts = [["a", "b"], ["a", "b", "c"], ["d"] if new is pyarrow.ipc.new_stream else ["a", "b", "c", "d"]]
     arrays = [pyarrow.DictionaryArray.from_arrays(range(len(part)), pyarrow.array(part)) for part in parts]
     schema = pyarrow.schema({"text": arrays[0].type})
     options = pyarrow.ipc.IpcWriteOptions(emit_dictionary_deltas=True)
-    with pyarrow.ipc.new_stream(str(path), schema, options=options) as writer:
+    with new(str(path), schema, options=options) as writer:
         for array in arrays:
             writer.write_batch(pyarrow.record_batch([array], schema=schema))
     assert _texts(path) == [text for part in parts for text in part]
@@ -77,14 +104,14 @@ def test_any_cut_and_any_changed_byte_is_text_or_one_message(tmp_path, stream):
         path.write_bytes(body[: rng.randrange(len(body))])
         with pytest.raises(SourceError, match=r"is no Arrow or cut short"):
             local_content(resolve_shards(str(path)))
-        if stream:  # of a file only the end is missing: the stream in it may be whole
-            with pytest.raises(SourceError, match=r"a\.arrow: its schema cannot be read .*: fetch or write it again"):
-                _texts(path)
+        with pytest.raises(SourceError, match=r"a\.arrow: its schema cannot be read .*: fetch or write it again"):
+            _texts(path)
 
 
-def test_a_seek_reads_of_other_batches_the_beginning_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_seek_reads_of_other_batches_the_beginning_alone(tmp_path, monkeypatch, stream):
     texts = [random.Random(n).randbytes(500).hex() for n in range(2000)]
-    path = write_arrow(tmp_path / "a.arrow", texts, group_rows=200)
+    path = write_arrow(tmp_path / "a.arrow", texts, group_rows=200, stream=stream)
     read = []
     read_at = LocalFile.read_at
     monkeypatch.setattr(
@@ -94,6 +121,19 @@ def test_a_seek_reads_of_other_batches_the_beginning_alone(tmp_path, monkeypatch
         assert rows.skip(1501)
         assert rows.take(1) == [texts[1501]]
     assert sum(read) < path.stat().st_size / 5
+
+
+def test_a_file_on_a_server_is_read_by_the_thread_that_asks_for_it(tmp_path, short_waits, monkeypatch):
+    """A request of a thread of pyarrow could not be ended."""
+    texts = some_texts(40)
+    write_arrow(tmp_path / "a.arrow", texts, stream=False)
+    _as_polars_writes(tmp_path / "a.arrow")
+    threads = set()
+    read_at = RemoteFile.read_at
+    monkeypatch.setattr(RemoteFile, "read_at", lambda *args: threads.add(threading.current_thread()) or read_at(*args))
+    with serving(tmp_path, lambda n: "503" if n % 3 == 1 else None) as server:
+        assert _texts(f"{server.url}/a.arrow") == texts
+    assert threads == {threading.current_thread()}
 
 
 @pytest.fixture

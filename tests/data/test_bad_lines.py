@@ -6,14 +6,16 @@ import json
 import re
 from collections import Counter
 
+import pyarrow
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from relora_mora.data import bad_rows, iter_texts
+from relora_mora.data import bad_rows, check_columns, configured_shards, iter_texts
 from relora_mora.data.errors import SourceError
 from relora_mora.data.skipped import BAD_REASONS
 from tests.tools.data_tools import (
+    WRITE_GROUPS,
     data_config,
     documents_in,
     epoch_tokens,
@@ -31,6 +33,7 @@ LINES = {
     "invalid_utf8": b'{"text": "\xff"}',
     "too_long": b'{"text": "' + b"x" * 2000 + b'"}',
     "raw_nul": b'{"text": "a\0b"}',
+    "null_text": line(None),
     "empty_text": line(""),
     "blank_line": b"",
 }
@@ -69,11 +72,12 @@ def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path, suffix):
         f"a{suffix}: {UNITS[suffix]} {2 * n + 2} {BAD_REASONS[kind].format(column='text')}; skipped"
         for n, kind in enumerate(bad)
     ]
-    assert set(entries) - set(bad) == ({"empty_text", "blank_line"} if suffix != ".txt" else set())
+    harmless = {".json": {"null_text", "empty_text", "blank_line"}, ".csv": {"empty_text", "blank_line"}, ".txt": set()}
+    assert set(entries) - set(bad) == harmless[suffix]
 
 
 def test_what_is_not_bad_never_stops_a_run(tmp_path):
-    path = write_shard(tmp_path / "a.json", ["text", *[line(""), b""] * 50])
+    path = write_shard(tmp_path / "a.json", ["text", *[line(""), line(None), b""] * 50])
     assert documents_in(epoch_tokens(_lane(path, max_bad_fraction=0.0)))[0] == "text"
 
 
@@ -113,6 +117,21 @@ def test_damaged_shards_between_good_ones(tmp_path):
     assert any(note.startswith("cut.json.gz: line ") and "breaks off" in note for note in notes)
     with pytest.raises(SourceError, match=r"(page|cut)\.json\.gz: \d of \d+ lines are bad"):
         epoch_tokens(_lane([str(path) for path in paths], max_bad_fraction=0.01))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz", ".parquet", ".arrow"])
+def test_a_file_of_nothing_but_null_is_harmless_in_every_format(tmp_path, suffix):
+    """Its column has the type null in Parquet and Arrow."""
+    write_shard(tmp_path / f"a{suffix}", ["text"] * 9)
+    null = pyarrow.nulls(9) if suffix in WRITE_GROUPS else [line(None)] * 9
+    write_shard(tmp_path / f"b{suffix}", null)
+    config = data_config(tmp_path / "*", max_bad_fraction=0.0, shuffle_documents=1)
+    check_columns(configured_shards(config, "train"), config)
+    lane = make_lane(config, 1, 0)
+    assert documents_in(epoch_tokens(lane))[:9] == ["text"] * 9
+    while lane.state()["epoch"] < 2:
+        lane.next_block()
+    assert set(lane.state()["skipped"]) == {"null_text"} and lane.state()["skipped"]["null_text"] % 9 == 0
 
 
 def _until_stop(lane, blocks):

@@ -124,6 +124,17 @@ def test_a_wrong_column_is_told_with_those_there_are(suffix, tmp_path, column, s
     assert str(again.value) == str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["binary", "large_binary", pyarrow.dictionary(pyarrow.int32(), pyarrow.binary())])
+@pytest.mark.parametrize("records", [None, {"kind": "prompt", "columns": {"prompt": "url", "completion": "text"}}])
+def test_a_column_of_bytes_is_told_with_its_remedy(suffix, tmp_path, kind, records):
+    values = pyarrow.array([b"text"], "binary")
+    values = values.cast(kind) if isinstance(kind, str) else values.dictionary_encode()
+    config = data_config(WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", values), records=records)
+    said = rf'a\{suffix}: the column "text" holds bytes .*, not strings; .*column\.cast\("string"\)\), else set data'
+    with pytest.raises(SourceError, match=said):
+        check_columns(configured_shards(config, "train"), config)
+
+
 def test_a_file_that_was_cut_is_told_before_training(suffix, tmp_path):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(100))
     local_content(resolve_shards(str(path)))
