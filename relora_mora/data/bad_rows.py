@@ -55,7 +55,7 @@ class BadRowLimit:
         self._last = f"{self._unit} {number} {told_of(skipped, self._shard)}"
         self._noted[reason] += 1
         if self._noted[reason] <= NOTES_PER_REASON:
-            self._note(f"{self._shard.name}: {self._last}; skipped")
+            self._note(f"{self._shard.label}: {self._last}; skipped")
         self._check(seen, max(seen, JUDGED_FROM_ROWS))
 
     def finish(self, rows: int, *, are_all: bool = True) -> None:
@@ -64,7 +64,7 @@ class BadRowLimit:
         Raises SourceError where more than the allowed fraction is bad.
         """
         if not rows:
-            self._note(f"{self._shard.name} is empty; skipped")
+            self._note(f"{self._shard.label} is empty; skipped")
         self._check(rows, rows if are_all else max(rows, JUDGED_FROM_ROWS))
 
     def _check(self, rows: int, at_least: int) -> None:
@@ -74,6 +74,6 @@ class BadRowLimit:
         if self._noted["no_text"] and not self._shard.holds_records:
             last += f" ({OTHER_KEYS})"
         raise SourceError(
-            f"{self._shard.name}: {self.bad} of {rows} {self._unit}s are bad, more than data.max_bad_fraction "
+            f"{self._shard.label}: {self.bad} of {rows} {self._unit}s are bad, more than data.max_bad_fraction "
             f"({self._max_bad_fraction:g}){last}. Repair or drop the shard, or raise data.max_bad_fraction"
         )

@@ -59,7 +59,7 @@ def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
         if bad and len(bad) == len(first):
             hint = f" ({OTHER_KEYS})" if bad[0].reason == "no_text" and not shard.holds_records else ""
             raise SourceError(
-                f"{shard.name}: none of its first {len(first)} lines can be used; one {told_of(bad[0], shard)}{hint}"
+                f"{shard.label}: none of its first {len(first)} lines can be used; one {told_of(bad[0], shard)}{hint}"
             )
 
 
@@ -91,13 +91,13 @@ def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrain
                 found.add(row)
             characters += sum(map(len, some))
     if whole and not found.seen:
-        raise SourceError(f"{shards[0].name}: holds no record; give a file with at least one")
-    if fault := found.fault(shards[0].name, config.max_bad_fraction, whole=whole):
+        raise SourceError(f"{shards[0].label}: holds no record; give a file with at least one")
+    if fault := found.fault(shards[0].label, config.max_bad_fraction, whole=whole):
         raise fault
     if found.too_long * 2 > found.seen:
         log.warning(
             "%s: %d of the first %d records are too long and left out, for instance %s; raise data.sequence_length",
-            shards[0].name,
+            shards[0].label,
             found.too_long,
             found.seen,
             found.told[TOO_LONG],

@@ -64,7 +64,7 @@ class ColumnFile:
         for column in self._columns:
             if _is_bytes(kinds[column]):
                 raise SourceError(
-                    f'{self._shard.name}: the column "{column}" holds bytes ({kinds[column]}), not strings; if they '
+                    f'{self._shard.label}: the column "{column}" holds bytes ({kinds[column]}), not strings; if they '
                     f'are UTF-8, write them as strings (pyarrow: column.cast("string")), else {_remedy(self._shard)} '
                     "to another one"
                 )
@@ -74,7 +74,7 @@ class ColumnFile:
         if not (_is_string(kinds[column]) or str(kinds[column]) == "null"):  # what writers make of nothing but nulls
             strings = ", ".join(name for name, kind in kinds.items() if _is_string(kind)) or "none"
             raise SourceError(
-                f'{self._shard.name}: the column "{column}" holds {schema.field(column).type}, not strings; '
+                f'{self._shard.label}: the column "{column}" holds {schema.field(column).type}, not strings; '
                 f"{_remedy(self._shard)} to one of those that do ({strings}){_RECORDS}"
             )
 
@@ -101,7 +101,7 @@ class ColumnFile:
 
     def _damaged(self, where: str, reason: str) -> SourceError:
         return SourceError(
-            f"{self._shard.name}: {where} cannot be read ({' '.join(reason.split())}); "
+            f"{self._shard.label}: {where} cannot be read ({' '.join(reason.split())}); "
             f"the file is no {self._shard.format.name}, cut short or damaged: fetch or write it again"
         )
 
@@ -112,7 +112,7 @@ def check_names(shard: Shard, names: Sequence[str]) -> None:
         count = list(names).count(column)
         if count > 1 or (count == 0 and column in shard.required_columns):
             raise SourceError(
-                f'{shard.name} has {count or "no"} column{"s" if count else ""} "{column}"; '
+                f'{shard.label} has {count or "no"} column{"s" if count else ""} "{column}"; '
                 f"{_remedy(shard)} to one of {names_of(names)}{'' if shard.holds_records else _RECORDS}"
             )
 

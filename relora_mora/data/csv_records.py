@@ -127,7 +127,7 @@ class CsvRecords:
         reason = row.reason if isinstance(row, Skipped) else self._lines.foreign_format
         if reason is not None:
             raise SourceError(
-                f"{shard.name}: its header {BAD_REASONS[reason].format(column=shard.text_column)}; "
+                f"{shard.label}: its header {BAD_REASONS[reason].format(column=shard.text_column)}; "
                 "the first row of CSV names the columns: repair or drop the file"
             )
         assert isinstance(row, list)
@@ -143,7 +143,7 @@ def _check_delimiter(shard: Shard, header: str) -> None:
     found = next((each for each in _OTHER_DELIMITERS if each in header), None)
     if found is not None and header.replace("\t", " ").isprintable():
         raise SourceError(
-            f"{shard.name}: its header is {header!r}, which {found!r} seems to divide, and not commas; write it again "
+            f"{shard.label}: its header is {header!r}, which {found!r} seems to divide, and not commas; write it again "
             "with commas (pandas: read_csv(FILE, sep=...).to_csv(FILE, index=False)), or as Parquet"
         )
 

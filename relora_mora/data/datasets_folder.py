@@ -7,18 +7,21 @@ and reads no text: what comes out depends on the names alone, and a set on the h
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from relora_mora.data.errors import SourceError
+from relora_mora.data.formats import format_of
 from relora_mora.data.hub_sources import DatasetName
 
 CARDS = ("README.md", ".huggingface.yaml")  # what describes a set, beside the names of its files
+_ODD = re.compile(r"\n|::")
 
 
-def split_files(name: DatasetName, split: str, paths: Iterable[str], cards: Mapping[str, str]) -> list[str]:
+def split_files(name: DatasetName, split: str, paths: Collection[str], cards: Mapping[str, str]) -> list[str]:
     """The files of the split that is named, else of ``split``, sorted, of the set that has these ``paths`` and cards.
 
     ``cards`` are the contents of ``CARDS``. Raises SourceError with what there is for a configuration or split that
@@ -44,7 +47,7 @@ def split_files(name: DatasetName, split: str, paths: Iterable[str], cards: Mapp
             raise SourceError(f"{source} holds no files of text; check what is in it, or give its files by path")
         if split not in splits:
             raise missing_split(name, split, splits)
-        _refuse_mixed(name, split, root, splits)
+        _refuse_mixed(name, split, root, splits, paths)
         return splits[split]
 
 
@@ -132,11 +135,28 @@ def _refused(name: DatasetName, root: Path, error: Exception) -> SourceError:
     )
 
 
-def _refuse_mixed(name: DatasetName, split: str, root: Path, splits: Mapping[str, list[str]]) -> None:
-    """Raises SourceError where without the files that were found others are found in their place."""
+def _plain(path: str, *, lower: bool) -> str:
+    file = PurePosixPath(_ODD.sub("_", path))
+    return file.with_name(file.name.lower() if lower else file.name).as_posix()
+
+
+def _refuse_mixed(
+    name: DatasetName, split: str, root: Path, splits: Mapping[str, list[str]], paths: Collection[str]
+) -> None:
+    """Raises SourceError if others are found in place of the files that were found.
+
+    ``datasets`` passes over names with a line break or ``::`` and over suffixes in capitals, so these are renamed here.
+    """
     taken = [path for files in splits.values() for path in files]
     for path in taken:
         (root / path).unlink(missing_ok=True)
+    renamed = {}
+    for path in set(paths).difference(taken):
+        plain = _plain(path, lower=not name.data_files)
+        if plain != path and format_of(path):
+            (root / plain).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).rename(root / plain)
+            renamed[plain] = path
     try:
         others = _splits(name, split, root)
     except SourceError:
@@ -144,6 +164,6 @@ def _refuse_mixed(name: DatasetName, split: str, root: Path, splits: Mapping[str
     if others:
         first = next(path for files in others.values() for path in files)
         raise SourceError(
-            f"{name.source}: datasets would read {taken[0]} and the like, and leave out {first} and the like; "
-            "give the files to read by a pattern"
+            f"{name.source}: datasets would read {taken[0]} and the like, and leave out {renamed.get(first, first)!r} "
+            "and the like; give the files to read by a pattern"
         )

@@ -51,7 +51,7 @@ def decompress(source: ShardBytes, shard: Shard) -> Iterator[bytes]:
     if head.startswith(GZIP_MAGIC):
         yield from _gunzip(read)
     elif _ZSTD_MAGIC.match(head):
-        yield from _unzstd(read, shard.name)
+        yield from _unzstd(read, shard.label)
     else:
         while data := read(CHUNK_BYTES):
             yield data

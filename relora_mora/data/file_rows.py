@@ -74,7 +74,7 @@ def check_is_text(shard: Shard) -> None:
         raise SourceError(f"{shard.location} holds tokens, and text is needed here; give the text that they are of")
     if shard.holds_records:
         raise SourceError(
-            f"{shard.name} is read as records (data.records), and text is needed here; set data.records=null, or its "
+            f"{shard.label} is read as records (data.records), and text is needed here; set data.records=null, or its "
             "kind to text"
         )
 

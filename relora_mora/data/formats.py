@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".zstd")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Format:
     ends: tuple[bytes, ...] = ()  # every whole file ends in one of these
 
 
-JSON_LINES = Format("JSON lines", (".json", ".jsonl"), "line")
+JSON_LINES = Format("JSON lines", (".json", ".jsonl", ".ndjson"), "line")
 TEXT = Format("text", (".txt",), None)
 CSV = Format("CSV", (".csv",), "row")
 PARQUET = Format("Parquet", (".parquet",), "row", in_groups=True, ends=(b"PAR1",))
@@ -30,10 +30,11 @@ SUFFIXES = (*(suffix for format in FORMATS for suffix in format.suffixes), *COMP
 
 
 def format_of(path: str) -> Format | None:
-    """The format that a file's name tells; None for names of other files.
+    """The format that a file's name tells, in letters of any case; None for names of other files.
 
     What is compressed and tells no more, such as ``a.gz``, holds JSON lines.
     """
+    path = path.lower()
     suffix = PurePosixPath(path).suffix
     compressed = suffix in COMPRESSED
     if compressed:

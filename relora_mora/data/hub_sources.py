@@ -104,7 +104,7 @@ def _named(source: TextSource, match: re.Match[str]) -> DatasetName | None:
     )
     if os.path.isdir(name.folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         return None if is_token_folder(name.folder) else name
-    if not _ON_HUB.fullmatch(place) or format_of(place.lower()) or os.path.isdir(name.folder.parent):  # noqa: PTH112
+    if not _ON_HUB.fullmatch(place) or format_of(place) or os.path.isdir(name.folder.parent):  # noqa: PTH112
         return None
     return replace(name, on_hub=True)
 

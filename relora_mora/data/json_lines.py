@@ -35,6 +35,6 @@ class JsonLines(ShardLines):
     def begin(self, head: bytes) -> None:
         if _ARRAY.match(head.removeprefix(BOM)):
             raise SourceError(
-                f"{self._shard.name} is one JSON array, and not JSON lines, an object on each; "
+                f"{self._shard.label} is one JSON array, and not JSON lines, an object on each; "
                 "write it as lines: jq -c '.[]' OLD.json > NEW.jsonl"
             )

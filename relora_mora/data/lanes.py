@@ -168,7 +168,7 @@ class LaneRows(Generic[Row]):
     def _no_text(self, before: Cursor, now: Cursor) -> SourceError:
         passed = zip(SKIP_REASONS, before.skipped, now.skipped, strict=True)
         skipped = [f"{reason}: {to - was}" for reason, was, to in passed if to > was and reason != "empty_shard"]
-        shards = ", ".join(self.shards[part.shard].name for part in self.plan.parts[:3])
+        shards = ", ".join(self.shards[part.shard].label for part in self.plan.parts[:3])
         why = (
             f"all of its rows were skipped ({', '.join(skipped)})"
             if skipped
@@ -184,6 +184,6 @@ class LaneRows(Generic[Row]):
 
     def _became_shorter(self, shard: Shard) -> SourceError:
         return SourceError(
-            f"lane {self.plan.lane}: {shard.name} has fewer lines than when its position was saved; "
+            f"lane {self.plan.lane}: {shard.label} has fewer lines than when its position was saved; "
             "resume with the same files; another data.seed reads other text of the same names from its beginning"
         )

@@ -65,8 +65,10 @@ def _parse(line: bytes | Skipped, foreign_format: str | None) -> tuple[str, Any]
         return Skipped("blank_line")
     try:
         return decoded, json.loads(decoded)
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, RecursionError):
         return Skipped(foreign_format or "not_json")
+    except ValueError:
+        return Skipped("long_integer")
 
 
 def decode_text(text: bytes) -> str | Skipped:

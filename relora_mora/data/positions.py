@@ -58,7 +58,7 @@ def _rows_behind(plan: LanePlan, cursor: Cursor, shards: Sequence[Shard], config
         first = cursor.block * config.shuffle_documents + 1
         share = f" of share {part.phase + 1} of {part.stride}" if part.stride > 1 else ""
         rows = f"behind {cursor.item} of rows {first} to {first + config.shuffle_documents - 1}{share} (shuffled)"
-        return f"epoch {cursor.epoch}, {shard.name}, {rows}"
+        return f"epoch {cursor.epoch}, {shard.label}, {rows}"
     unit = shard.format.unit or config.sample_by
     first = cursor.block * config.shuffle_documents * part.stride + part.phase + 1
     last = first + (config.shuffle_documents - 1) * part.stride
@@ -67,4 +67,4 @@ def _rows_behind(plan: LanePlan, cursor: Cursor, shards: Sequence[Shard], config
     else:
         steps = f" in steps of {part.stride}" if part.stride > 1 else ""
         lines = f"behind {cursor.item} of {unit}s {first} to {last}{steps} (shuffled)"
-    return f"epoch {cursor.epoch}, {shard.name}, {lines}"
+    return f"epoch {cursor.epoch}, {shard.label}, {lines}"

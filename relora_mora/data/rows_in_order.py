@@ -58,7 +58,7 @@ def rows_in_order(
                         log.warning("%s; skipped", row.told)
                     if fault := found.too_many(config.max_bad_fraction):
                         raise fault
-    if fault := found.fault(shards[0].name, config.max_bad_fraction, whole=True):
+    if fault := found.fault(shards[0].label, config.max_bad_fraction, whole=True):
         raise fault
 
 

@@ -38,6 +38,8 @@ def saved_files(name: DatasetName, split: str, paths: Collection[str], read: Cal
         raise missing_split(name, split, folders)
     folder = folders[split]
     state = _read(source, folder + _STATE, read) if folder + _STATE in paths else {}
+    if state.get("_data_files") == []:
+        raise SourceError(f"{source}: its split {split} has no rows (save_to_disk); give a set or a split with some")
     files = [f"{folder}{entry['filename']}" for entry in state.get("_data_files", ())]
     missing = [file for file in files if file not in paths]
     if missing or not files:

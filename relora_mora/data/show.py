@@ -69,7 +69,7 @@ def _show_source(
             _print(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{', cut' if encoded.cut else ''}")
             _print(marked(tokenizer, encoded.ids, mask, colour=sys.stdout.isatty()))
     if not rows:
-        raise SourceError(f"the training data {source or shards[0].name} holds no text; give a file with at least one")
+        raise SourceError(f"the training data {source or shards[0].label} holds no text; give a file with at least one")
     name = f"{source}: " if source else ""
     without = "".join(f", {number:,} left out: {reason}" for reason, number in found.left_out.items())
     _print(f"{name}{scored / max(1, tokens):.1%} of {tokens:,} tokens are scored (the first {rows:,} rows{without})")

@@ -15,6 +15,7 @@ BAD_REASONS = {
     "raw_nul": "holds a raw NUL byte",
     "invalid_utf8": "is not UTF-8",
     "not_json": "is not JSON",
+    "long_integer": "holds an integer of more digits than Python reads (4,300); write it as a string",
     "html": "is HTML, not JSON",
     "utf16": "is UTF-16, not UTF-8 (iconv -f UTF-16 -t UTF-8)",
     "columns": "is of a Parquet or Arrow file, whose name or url has to end in .parquet or .arrow",

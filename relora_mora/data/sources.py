@@ -6,8 +6,9 @@ import glob
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -39,6 +40,12 @@ class Shard:
     records: RecordFormat | None = None  # what rows hold; None: text
     source: str = ""  # the name of its source, in a mixture and where that has a text_column of its own
     tokens: TokenFile | None = None  # made in advance, at the location; all else but that is said of their text
+    path: str = field(default="", compare=False)  # the end of the location, where other local files have this name
+
+    @property
+    def label(self) -> str:
+        """The name, for messages: it tells which of the files of a list is meant."""
+        return self.path or self.name
 
     @property
     def format(self) -> Format:
@@ -66,7 +73,7 @@ class Shard:
     def record(self, fields: dict[str, Any], where: str) -> Record:
         """A row of this shard, which holds records, with these fields."""
         assert self.records is not None
-        return Record(fields, f"{self.name}, {where}", self.records)
+        return Record(fields, f"{self.label}, {where}", self.records)
 
     @property
     def is_remote(self) -> bool:
@@ -130,7 +137,7 @@ def resolve_shards(
         raise SourceError(
             f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources"
         )
-    return shards
+    return _told_apart(shards)
 
 
 def shards_of(sources: str | Sequence[str | TextSource], config: DataConfig, split: Split) -> list[Shard]:
@@ -198,6 +205,21 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
         yield from _token_shards(folder)
     else:
         yield from _local_shards(source)
+
+
+def _told_apart(shards: Sequence[Shard]) -> list[Shard]:
+    """Local files of one name get the shortest ends of their paths that are of no other one."""
+    labels = {shard.location: shard.name for shard in shards if shard.tokens is None and not shard.is_remote}
+    for parts in itertools.count(2):
+        counts = Counter(labels.values())
+        same = [location for location, label in labels.items() if counts[label] > 1]
+        if not same:
+            break
+        labels |= {location: "/".join(location.split("/")[-parts:]) for location in same}
+    return [
+        shard if labels.get(shard.location, shard.name) == shard.name else replace(shard, path=labels[shard.location])
+        for shard in shards
+    ]
 
 
 def _text_column(source: TextSource, records: RecordsConfig | None, default: str) -> str:

@@ -167,6 +167,17 @@ def test_what_save_to_disk_wrote(tmp_path, saved, monkeypatch):
         assert list(iter_texts("some/set", split="validation", config=config)) == saved["validation"]
 
 
+def test_a_set_of_no_rows_is_told(tmp_path):
+    import datasets
+
+    empty = datasets.Dataset.from_dict({"text": []})
+    empty.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": empty}).save_to_disk(tmp_path / "both")
+    for name in ("one", "both"):
+        with pytest.raises(SourceError, match=rf"{name}: its split train has no rows \(save_to_disk\); give a set or"):
+            resolve_shards(str(tmp_path / name))
+
+
 def test_a_folder_of_save_to_disk_that_is_not_whole_is_one_message(tmp_path, saved):
     (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(SourceError, match=r"save_to_disk, and data-00001-of-00002\.arrow is missing .*; copy or write"):

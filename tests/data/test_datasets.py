@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -109,8 +110,22 @@ def test_a_folder_without_a_card_has_the_splits_that_its_names_tell(tmp_path):
 def test_a_folder_of_several_formats_is_refused(tmp_path):
     write_shard(tmp_path / "set" / "a.jsonl", ["a"])
     write_shard(tmp_path / "set" / "b.parquet", ["b"])
-    with pytest.raises(SourceError, match=r"would read b\.parquet and the like, and leave out a\.jsonl and the like"):
+    with pytest.raises(SourceError, match=r"would read b\.parquet and the like, and leave out 'a\.jsonl' and the like"):
         resolve_shards(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("name", ["a\nb.jsonl", "a::b.jsonl", "of\na folder/a.jsonl", "A.JSONL", "a.Jsonl.GZ"])
+def test_a_file_that_datasets_passes_over_is_told(tmp_path, name):
+    for file in ("z.jsonl", "more/y.jsonl", name):
+        write_shard(tmp_path / "set" / file, [file])
+    with pytest.raises(
+        SourceError, match=re.escape(f"set: datasets would read more/y.jsonl and the like, and leave out {name!r}")
+    ):
+        resolve_shards(str(tmp_path / "set"))
+    assert sorted(_texts(f"{tmp_path}/set/**/*.[jJ]*")) == sorted(["z.jsonl", "more/y.jsonl", name])
+    if name.lower() != name:
+        [shard] = resolve_shards([TextSource(source=str(tmp_path / "set"), data_files="*.jsonl")])
+        assert shard.name == "z.jsonl"
 
 
 def test_each_pattern_of_data_files_finds_something(tmp_path):

@@ -29,6 +29,8 @@ LINES = [
     (b'{"body": "x"}', "no_text"),
     (b'{"text": null}', "null_text"),
     (b'{"text": "a", "text": null}', "null_text"),
+    (b'{"text": "a", "n": ' + b"1" * 4300 + b"}", None),
+    (b'{"text": "a", "n": [' + b"1" * 4301 + b"]}", "long_integer"),
     (b'{"text": ["a"]}', "text_not_string"),
     (b'{"text": "\xff"}', "invalid_utf8"),
     (b'{"text": "\\ud83d alone"}', "invalid_utf8"),

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from relora_mora.config import TextSource
 from relora_mora.data import Shard, configured_shards, fingerprints, local_content, resolve_shards
 from relora_mora.data.errors import SourceError
+from relora_mora.data.file_rows import open_rows
 from relora_mora.data.formats import format_of
 from relora_mora.data.remote import RemoteBytes
 from relora_mora.data.sources import expand_braces
@@ -71,6 +73,29 @@ def test_local_globs_are_sorted_and_sources_keep_their_order(tmp_path):
     shards = resolve_shards([f"{tmp_path}/x/*", f"{tmp_path}/y/0.json"])
     assert [shard.name for shard in shards] == ["a.json.gz", "b.json", "c.jsonl", "d.jsonl.zst", "0.json"]
     assert shards[0].size == (tmp_path / "x" / "a.json.gz").stat().st_size
+
+
+def test_files_of_one_name_are_told_apart_in_messages(tmp_path):
+    names = ["a/x/data.jsonl", "b/x/data.jsonl", "b/data.jsonl", "b/other.jsonl"]
+    for name in names:
+        write_shard(tmp_path / name, ["text", b"rubbish"])
+    shards = resolve_shards(f"{tmp_path}/**/*.jsonl")
+    assert [shard.label for shard in shards] == [
+        "a/x/data.jsonl",
+        "b/data.jsonl",
+        "other.jsonl",
+        "b/x/data.jsonl",
+    ]
+    config = data_config(tmp_path / "**" / "*.jsonl")
+    for shard in shards:
+        with (
+            pytest.raises(SourceError, match=f"^{shard.label}: 1 of 2 lines are bad"),
+            closing(open_rows(config, shard)) as rows,
+        ):
+            while rows.take(9):
+                pass
+    [alone] = resolve_shards(f"{tmp_path}/a/x/data.jsonl")
+    assert alone.label == "data.jsonl" and alone == shards[0]
 
 
 @pytest.mark.parametrize("pattern", ["part-{0..3}.json", "part-{0..3}*.json"])
@@ -261,6 +286,12 @@ def test_how_text_is_cut_is_part_of_the_fingerprint_where_there_is_text():
         "a.txt": "text",
         "x.gz/a.csv.zst": "CSV",
         "a.arrow": "Arrow",
+        "a.ndjson": "JSON lines",
+        "A.JSONL": "JSON lines",
+        "a.Csv.GZ": "CSV",
+        "a.txt.zstd": "text",
+        "A.PARQUET": "Parquet",
+        "A.Arrow.zstd": None,
         "a.parquet.gz": None,
         "a.arrow.zst": None,
         "a": None,
