@@ -22,6 +22,7 @@ FREE_SETTINGS = {
     "model.init_from",
     "model.adapter",
     "model.activation_checkpointing",
+    "model.attention",
     "model.compile",
     "tokenizer.path",  # compared by fingerprint
     "data.train",  # compared by fingerprint, and by weights
@@ -32,6 +33,7 @@ FREE_SETTINGS = {
     "data.packing",  # part of the fingerprint where it is not "stream"
     "data.text_column",  # part of the fingerprint
     "data.sample_by",  # part of the fingerprint where there is a .txt file
+    "method.form",
     "train.micro_batch_size",
     "train.zero_stage",
     "train.deterministic",

@@ -75,6 +75,11 @@ def test_a_change_is_named_until_it_is_allowed(other, permission):
     assert list(changes_since(identity(), other, {permission})) == []
 
 
+def test_what_only_rounds_needs_no_permission():
+    for section, key, value in (("method", "form", "decoupled"), ("model", "attention", "eager")):
+        assert list(changes_since(identity(), with_setting(section, key, value), set())) == []
+
+
 def test_other_text_is_named_beside_what_its_places_depend_on():
     both = with_setting("data", "seed", 7)
     both.config["data"]["text_column"] = "summary"
