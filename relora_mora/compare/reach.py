@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from relora_mora.compare.errors import CompareError
 from relora_mora.compare.groups import Group
@@ -87,5 +87,6 @@ def _steps(reach: Reach, group: Group, value: float) -> str:
     reached = [step for step in found if step is not None]
     if not reached:
         return "not reached"
-    shown = number_cell(Number.of(reached), ",.0f")
+    steps = Number.of(reached)
+    shown = number_cell(replace(steps, mean=round(steps.mean, 1)), ",.10g")  # a mean over seeds may be 4.5
     return shown if len(reached) == len(found) else f"{shown}; {len(reached)} of {len(found)} runs"

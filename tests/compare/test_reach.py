@@ -34,6 +34,20 @@ def test_the_first_step_counts_and_seeds_are_a_mean_with_its_range(tmp_path: Pat
     }
 
 
+def test_a_mean_step_between_two_is_shown_as_it_is(tmp_path: Path):
+    def cell(*curves: list[float]) -> str:
+        folder = tmp_path / str(len(curves))
+        groups = _runs(folder, *curves)
+        for group in groups:
+            for run in group.runs:
+                run.lines[:] = [{**line, "step": line["step"] // 100} for line in run.lines]
+        return step_cells(parse_reach(f"{ACCURACY}=0.5", groups), groups)["character accuracy 0.5, step"][0]
+
+    early, late = [0.0, 0.6], [0.0, 0.1, 0.6]
+    assert cell(early, late) == "1.5 (1–2)"
+    assert cell(early, early, late) == "1.3 (1–2)"
+
+
 def test_of_seeds_that_have_not_come_equally_far_the_end_is_where_all_are(tmp_path: Path):
     groups = _runs(tmp_path, [0.0, 0.5, 0.9], [0.0, 0.3])
     cells = step_cells(parse_reach(f"{ACCURACY}=0.5", groups), groups)
