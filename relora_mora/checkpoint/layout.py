@@ -38,6 +38,7 @@ from relora_mora.system.disk_errors import raise_if_lost
 FORMAT = "relora_mora checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
+_OF_MODELS = ("config.json", "adapter_config.json")  # what an export has instead
 LATEST = "latest"
 TOKENIZER = "tokenizer"
 
@@ -160,6 +161,12 @@ def read_manifest(folder: Path) -> Manifest:
         content = path.read_bytes() if regular else b""
     except OSError as error:
         raise_if_lost(error)
+        model = next((name for name in _OF_MODELS if (folder / name).is_file()), None)
+        if model is not None:
+            raise CheckpointError(
+                f"{folder}: holds a model ({model}) and not a checkpoint; give the run or the checkpoint that it was "
+                "exported from"
+            ) from error
         raise CheckpointError(
             f"{folder}: no checkpoint ({MANIFEST}: {error.strerror}); "
             "give a folder such as RUN/checkpoints/step-00001000"
