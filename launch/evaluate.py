@@ -86,6 +86,7 @@ def main(
         from relora_mora.evaluate import EvalResult, held_out, is_causal
         from relora_mora.pretrained import DTYPES, is_foreign
         from relora_mora.system.hardware import uses_cuda
+        from relora_mora.system.words import counted
         from relora_mora.tokenizer import load_tokenizer
 
     if precision not in DTYPES:
@@ -129,7 +130,8 @@ def main(
     tokens = sum(each.predicted for each in sets.values())
     documents = sum(each.documents for each in sets.values())
     print(
-        f"{loaded.description}: {tokens:,} tokens of {documents:,} documents in sequences of {settings.sequence_length}"
+        f"{loaded.description}: {tokens:,} tokens of {counted(documents, 'document')} in sequences of "
+        f"{settings.sequence_length}"
         f"{', each document alone' if alone else ''}",
         file=sys.stderr,
     )
@@ -184,7 +186,7 @@ def _score(
         if ran_out_of_memory(error):
             [length] = {each.scored.shape[1] for each in sets.values()}
             raise ValueError(
-                f"--micro_batch_size: {rows} sequences of {length} tokens need more memory than there is; lower it"
+                f"--micro_batch_size: {rows} x {length} tokens need more memory than there is; lower it"
             ) from error
         raise
     assert results is not None, "nobody stops it"

@@ -74,7 +74,7 @@ def _write_table(folder: StudyFolder) -> None:
 def _say_differences(numbers: int, different: list[str]) -> int:
     for line in different:
         print(line)
-    print(f"{len(different)} of {numbers:,} numbers are different")
+    print(f"different: {len(different)} of {numbers:,} numbers")
     return 1 if different else 0
 
 

@@ -54,6 +54,7 @@ def main(
         raise ValueError(f"--processes: got {processes}, expected 1 to {MOST_PROCESSES}, or leave it out")
     from relora_mora.config import is_mixture
     from relora_mora.data import configured_shards, make_tokens
+    from relora_mora.system.words import counted
 
     started = time.monotonic()
     data, tokenizer = _settings(source, tokenizer, overrides, finetune=finetune)
@@ -72,11 +73,11 @@ def main(
         processes=processes or len(os.sched_getaffinity(0)),
     )
     print(
-        f"{out}: {totals.tokens:,} tokens of {totals.documents:,} documents ({totals.utf8_bytes:,} bytes) in "
-        f"{len(shards):,} files, {time.monotonic() - started:.1f} s"
+        f"{out}: {totals.tokens:,} tokens of {counted(totals.documents, 'document')} ({totals.utf8_bytes:,} bytes) in "
+        f"{counted(len(shards), 'file')}, {time.monotonic() - started:.1f} s"
     )
     if totals.bad:
-        print(f"{totals.bad:,} of {totals.rows:,} rows are bad and were skipped")
+        print(f"{totals.bad:,} of {totals.rows:,} rows bad and skipped")
     print(f"use it with --data.{split}={out}")
 
 

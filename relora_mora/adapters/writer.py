@@ -19,6 +19,7 @@ from relora_mora.methods.layers import AdapterLinear, adapter_layers, adapter_pa
 from relora_mora.origin import ABSENT, other_weights
 from relora_mora.pretrained import checked_model, in_short
 from relora_mora.system.logs import log
+from relora_mora.system.words import counted
 
 _MERGED = "export it with --format=merged"
 
@@ -81,7 +82,7 @@ def _check(reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *
     elif began == ABSENT["model.init_from"]:
         fault = f"it began with {began}, so nobody has the model that its adapter would go to"
     elif manifest.merges_done:
-        fault = f"{manifest.merges_done} merges have changed the weights that its adapter goes to"
+        fault = f"{counted(manifest.merges_done, 'merge')} changed the weights that its adapter goes to"
     elif "model.embed_tokens.weight" in manifest.parameters and manifest.model_config.get("tie_word_embeddings"):
         fault = "embeddings that are also the head were trained, which PEFT does not keep with an adapter"
     elif released and manifest.operator not in RELEASED_TYPES:

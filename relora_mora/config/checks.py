@@ -16,6 +16,7 @@ from relora_mora.config.record_checks import generation_faults, record_faults
 from relora_mora.config.schema import SETTINGS, Config
 from relora_mora.config.secrets import secrets_in
 from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
+from relora_mora.system.words import counted
 
 BESIDE_ADAPTERS = ("method.train_linears", "method.train_embeddings", "method.train_norms", "method.train_head")
 SIZE_SETTINGS = ("method.rank", "method.rank_pattern", "method.square_rounding", "method.square_multiple")
@@ -119,7 +120,8 @@ def _schedule_faults(config: Config) -> Iterator[Fault]:
     if optim.warmup_steps >= steps:
         yield Fault(
             ("optim.warmup_steps", "train.steps"),
-            f"{optim.warmup_steps} warmup steps leave nothing of a run of {steps} steps; lower it or raise train.steps",
+            f"{counted(optim.warmup_steps, 'warmup step')} leave nothing of a run of {counted(steps, 'step')}; "
+            "lower it or raise train.steps",
         )
     if optim.schedule != "wsd":
         if optim.decay_steps is None:
@@ -131,8 +133,8 @@ def _schedule_faults(config: Config) -> Iterator[Fault]:
     elif optim.warmup_steps + (decay := optim.decay_of(steps)) > steps:
         yield Fault(
             ("optim.decay_steps", "optim.warmup_steps", "train.steps", "optim.schedule"),
-            f"{decay} steps of decay and {optim.warmup_steps} of warmup are longer "
-            f"than the run of {steps} steps; shorten them",
+            f"{counted(decay, 'step')} of decay and {optim.warmup_steps} of warmup are longer "
+            f"than the run of {counted(steps, 'step')}; shorten them",
         )
 
 
@@ -144,7 +146,7 @@ def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
         yield Fault(
             ("data.lanes", "train.batch_size"),
             f"every global batch takes as many sequences from each lane, but train.batch_size {batch} / {lanes} lanes "
-            f"is no whole number; use a divisor of {batch}",
+            f"is not a whole number; use a divisor of {batch}",
         )
     if batch % micro:
         yield Fault(
@@ -156,7 +158,7 @@ def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     if batch % (micro * world_size) and not batch % micro:
         yield Fault(
             ("train.batch_size", "train.micro_batch_size"),
-            f"{batch} is no multiple of train.micro_batch_size {micro} x {world_size} ranks; "
+            f"{batch} is not a multiple of train.micro_batch_size {micro} x {counted(world_size, 'rank')}; "
             f"use a multiple of {micro * world_size}, or smaller micro-batches",
         )
     if lanes % world_size:
@@ -167,8 +169,8 @@ def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
             remedy = f"data.lanes={next((number for number in enough if number >= lanes), enough[-1])}, {remedy}"
         yield Fault(
             ("data.lanes", "train.batch_size"),
-            f"{lanes} lanes cannot be shared evenly by {world_size} ranks; set {remedy}. A run keeps its lanes for "
-            "good, so count the most ranks that it may move to",
+            f"{counted(lanes, 'lane')} cannot be shared evenly by {world_size} ranks; set {remedy}. A run keeps its "
+            "lanes for good, so count the most ranks that it may move to",
         )
 
 

@@ -11,6 +11,7 @@ from relora_mora.config.fault import Fault
 from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.config.schema import Config
 from relora_mora.config.sources import TextSource, is_mixture, set_setting
+from relora_mora.system.words import counted
 
 _OF_MIXTURES = ("weight", "max_epochs", "at_max_epochs")
 _WHAT = {"train": "the length of a run", "optim": "the warmup"}
@@ -147,7 +148,8 @@ def _stage_faults(config: Config) -> Iterator[Fault]:
         if stage.from_step > config.train.steps:
             yield Fault(
                 (f"{setting}.from_step", "data.stages", "train.steps"),
-                f"{stage.from_step} is never reached in a run of {config.train.steps} steps; lower or drop it",
+                f"{stage.from_step} is never reached in a run of {counted(config.train.steps, 'step')}; "
+                "lower or drop it",
             )
         if set(stage.weights) != set(labels):
             yield Fault(

@@ -28,6 +28,7 @@ from relora_mora.config.secrets import redact
 from relora_mora.config.sources import TextSource, map_records
 from relora_mora.config.yaml_text import MOST_CHARACTERS, dump_yaml, explain_yaml, parse_yaml
 from relora_mora.system.home import from_home
+from relora_mora.system.words import counted
 
 
 class ConfigError(ValueError):
@@ -41,8 +42,8 @@ class ConfigError(ValueError):
     def __init__(self, faults: list[str], source: str) -> None:
         self.faults = [redact(fault) for fault in faults]
         self.source = redact(source)
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        super().__init__("\n".join([f"{count} in {self.source}:", *(f"  - {fault}" for fault in self.faults)]))
+        title = f"{counted(len(faults), 'fault')} in {self.source}:"
+        super().__init__("\n".join([title, *(f"  - {fault}" for fault in self.faults)]))
 
 
 def load_config(
@@ -153,7 +154,7 @@ def with_epochs(config: Config, tokens: float, world_size: int) -> Config:
     config = with_counted_epochs(config, tokens)
     found = [str(fault) for fault in faults(config, world_size)]
     if found:
-        steps = f"{config.train.steps:,} steps"
+        steps = counted(config.train.steps, "step")
         raise ConfigError(found, f"the settings, with {steps} for {tokens:,.0f} tokens of all epochs")
     return config
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from relora_mora.config.fault import Fault
 from relora_mora.config.schema import DECODER_LINEARS, Config, MethodConfig
 from relora_mora.registry import OPERATORS, is_drawn
+from relora_mora.system.words import counted
 
 
 def method_faults(config: Config) -> Iterator[Fault]:
@@ -134,13 +135,13 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
     if every < optim.restart_warmup_steps:
         yield Fault(
             ("method.merge_every", "optim.restart_warmup_steps", "method.name"),
-            f"{every} steps between merges are fewer than optim.restart_warmup_steps ({optim.restart_warmup_steps}); "
-            "raise it or lower those",
+            f"{counted(every, 'step')} between merges, fewer than optim.restart_warmup_steps "
+            f"({optim.restart_warmup_steps}); raise it or lower those",
         )
     if every >= config.train.steps:
         yield Fault(
             ("method.merge_every", "train.steps", "method.name"),
-            f"{every} means no merge in a run of {config.train.steps} steps; lower it, "
+            f"{every} means no merge in a run of {counted(config.train.steps, 'step')}; lower it, "
             f"or use method.name={method.record.without_merges}",
         )
     if method.merge_until_step is not None and method.merge_until_step < every:

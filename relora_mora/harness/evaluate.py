@@ -17,6 +17,7 @@ from relora_mora.data.encoders import own_prefix
 from relora_mora.harness.local import LOCAL_TASKS, HarnessError, local_rows, local_task
 from relora_mora.pretrained import positions_of
 from relora_mora.system.logs import log
+from relora_mora.system.words import counted
 
 Results = dict[str, dict[str, float]]  # by task and metric
 ANSWER_TOKENS = 256  # of a task that does not say how many, by lm-eval's HFLM
@@ -37,7 +38,8 @@ def check_tasks(names: Sequence[str], data: str | None, num_fewshot: int | None 
         copies = max(Counter(rows).values())  # of a row that is asked, none of which is an example
         if num_fewshot is not None and len(rows) - copies < num_fewshot:
             raise HarnessError(
-                f"--num_fewshot: got {num_fewshot}, and {name} has {len(rows)} rows with the one that is asked"
+                f"--num_fewshot: got {num_fewshot}, and {name} has {counted(len(rows), 'row')} with the one that is "
+                "asked"
                 f"{f' and its copies ({copies} of one)' if copies > 1 else ''}; give fewer, or more rows"
             )
 

@@ -15,6 +15,7 @@ from relora_mora.model.shapes import linear_shapes
 from relora_mora.plan.flops import meta_model
 from relora_mora.plan.memory import peak_memory, state_memory
 from relora_mora.plan.setup import Setup
+from relora_mora.system.words import counted
 
 USABLE = 0.9  # of a device's memory: the rest is for the CUDA context, NCCL's buffers and fragmentation
 VECTOR = 8  # elements
@@ -82,7 +83,7 @@ def check_memory(model_config: PreTrainedConfig, setup: Setup, available: float,
     for what, size, there, remedy in parts:
         if size > there:
             fault = (
-                f"model: {what} need {size / 2**30:,.1f} GiB on each of {world_size} ranks, "
+                f"model: {what} need {size / 2**30:,.1f} GiB on each of {counted(world_size, 'rank')}, "
                 f"and there are {there / 2**30:,.1f} for each; take a smaller model, or more devices or hosts{remedy}: "
                 "launch/plan.py says what a run needs"
             )

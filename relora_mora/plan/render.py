@@ -5,6 +5,7 @@ from __future__ import annotations
 from relora_mora.plan.fit import USABLE
 from relora_mora.plan.memory import PARTS
 from relora_mora.plan.plan import PROCESS_BYTES, Plan
+from relora_mora.system.words import counted
 
 
 def render(plan: Plan) -> str:
@@ -24,8 +25,8 @@ def render(plan: Plan) -> str:
         *_optimizer(plan),
         f"data           {plan.tokens_per_step:,} tokens a step, {plan.tokens:,} in all, "
         f"{flops.total * plan.tokens:.3g} FLOP",
-        f"time           {duration(plan.seconds)} at {plan.tokens_per_second:,.0f} tokens/s on {plan.world_size} "
-        f"device{'s' if plan.world_size > 1 else ''}, {plan.assumption}",
+        f"time           {duration(plan.seconds)} at {plan.tokens_per_second:,.0f} tokens/s on "
+        f"{counted(plan.world_size, 'device')}, {plan.assumption}",
         *_cluster(plan),
         *(f"note           {note}" for note in plan.notes),
         "",

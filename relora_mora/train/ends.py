@@ -10,6 +10,7 @@ from relora_mora.distributed import gather_from_ranks, same_on_all_ranks
 from relora_mora.supervise import FINISHED, REQUEUE, Guard
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
+from relora_mora.system.words import counted
 from relora_mora.train.errors import DataError, TrainingError
 from relora_mora.train.events import Saving
 from relora_mora.train.feed import DataFailed
@@ -29,7 +30,7 @@ class Ends:
     def finish(self, state: RunState) -> int:
         config = self.saving.run.config
         self.saving.save_the_end(state)
-        log.info(f"done: {state.step} steps, {state.tokens:,} tokens, {RunFolder(self.folder).checkpoints}")
+        log.info(f"done: {counted(state.step, 'step')}, {state.tokens:,} tokens, {RunFolder(self.folder).checkpoints}")
         log.info(next_commands(config.train.run_dir))
         return self._leave(FINISHED, "done")
 

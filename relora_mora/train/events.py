@@ -21,6 +21,7 @@ from relora_mora.supervise import LONG_SECONDS, Guard
 from relora_mora.system.hardware import peak_memory_bytes
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
+from relora_mora.system.words import counted
 from relora_mora.train.build import Run
 from relora_mora.train.errors import TrainingError
 from relora_mora.train.feed import DataFailed
@@ -68,7 +69,7 @@ class Merging:
         if record.operator_after is not None:
             anew = " (drawn anew)" if is_drawn(record.operator_after) else ""
             switched = f", operator {record.operator_before} -> {record.operator_after}{anew}"
-        log.info(f"step {step}: merge {done}, {record.layers} layers in {record.seconds:.2f} s{switched}")
+        log.info(f"step {step}: merge {done}, {counted(record.layers, 'layer')} in {record.seconds:.2f} s{switched}")
 
 
 class Reporting:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from relora_mora.config import Config
 from relora_mora.distributed import gather_from_ranks, sum_over_hosts
 from relora_mora.system.logs import shared_log
+from relora_mora.system.words import counted
 from relora_mora.train.report import Write
 from relora_mora.train.state import RunState
 
@@ -80,6 +81,6 @@ class Judge:
         self.write(state.step, {"train/skipped_steps": state.skipped_steps, "train/skipped_data": where})
         if in_a_row >= self.config.max_bad_steps:
             state.trouble = (
-                f"the gradient was not finite for {in_a_row} steps in a row (train.max_bad_steps), "
+                f"the gradient was not finite for {counted(in_a_row, 'step')} in a row (train.max_bad_steps), "
                 f"the last is step {state.step}"
             )

@@ -46,6 +46,7 @@ from relora_mora.system.disk_errors import LOST_DISK
 from relora_mora.system.hardware import ran_out_of_memory
 from relora_mora.system.logs import log, setup_logging
 from relora_mora.system.run_folder import RunFolder
+from relora_mora.system.words import counted
 from relora_mora.train.agreement import check_agreement, check_shared
 from relora_mora.train.build import build
 from relora_mora.train.check import Checked, as_before, check
@@ -92,8 +93,9 @@ def _run(config: Config, guard: Guard) -> int:
     except Exception as error:
         if not ran_out_of_memory(error):
             raise
+        sequences = counted(config.train.micro_batch_size, "sequence")
         raise MemoryShortage(
-            f"train.micro_batch_size: {config.train.micro_batch_size} sequences of {config.data.sequence_length} "
+            f"train.micro_batch_size: {sequences} of {config.data.sequence_length} "
             "tokens, the model and its optimizer need more memory than the device or its host has; lower it, or see "
             "what a run needs with launch/plan.py"
         ) from error

@@ -13,6 +13,7 @@ from relora_mora.distributed import same_on_all_ranks
 from relora_mora.system.files import write_if_possible
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
+from relora_mora.system.words import counted
 from relora_mora.train.build import Run
 from relora_mora.train.state import RunState
 
@@ -101,8 +102,8 @@ def lacks_merge(run: Run, reader: CheckpointReader) -> bool:
         return True
     if due != manifest.merges_done:
         fault = (
-            f"has merged {manifest.merges_done} times, with these settings a run at step {manifest.step} has merged "
-            f"{due} times; resume with the method.name, method.merge_every, method.merge_until_step and train.steps it "
+            f"has made {counted(manifest.merges_done, 'merge')}, with these settings a run at step {manifest.step} has "
+            f"made {due}; resume with the method.name, method.merge_every, method.merge_until_step and train.steps it "
             "was made with"
         )
     elif operator != manifest.operator:

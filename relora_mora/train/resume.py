@@ -116,7 +116,7 @@ def _newest(run: Run) -> Path:
     for reason in skipped if run.engine.rank == 0 else ():  # all ranks know the same
         log.warning("passed over %s", reason)
     if chosen is None:
-        said = f"{folder}: none of {len(skipped)} checkpoints is whole; move them away to start anew"
+        said = f"{folder}: no checkpoint in it is whole; move them away to begin again"
         raise same_on_all_ranks(CheckpointError(said))
     return chosen
 

@@ -12,6 +12,7 @@ import torch
 
 from relora_mora.supervise.launchers import Launchers
 from relora_mora.system.logs import log
+from relora_mora.system.words import counted
 from relora_mora.train.build import Run
 from relora_mora.train.report import Write
 from relora_mora.train.state import RunState
@@ -65,14 +66,14 @@ def describe(run: Run, state: RunState) -> str:
     """What runs, where and how, in one line."""
     config = run.config
     engine = run.engine
-    ranks = "1 rank" if engine.world_size == 1 else f"{engine.world_size} ranks"
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     precision = "bf16" if engine.bf16 else "fp32"
+    sequences = counted(config.train.batch_size, "sequence")
     accumulation = config.accumulation_steps(engine.world_size)
     micro_batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
     parts = [
-        f"{config.method.name} on {ranks} ({device}), ZeRO-{engine.stage}, {precision}",
-        f"a step has {config.train.batch_size} sequences of {config.data.sequence_length} tokens",
+        f"{config.method.name} on {counted(engine.world_size, 'rank')} ({device}), ZeRO-{engine.stage}, {precision}",
+        f"a step has {sequences} of {config.data.sequence_length} tokens",
         f"each rank makes {micro_batches} of {config.train.micro_batch_size}",
         f"step {state.step} of {config.train.steps}",
         f"run folder {config.train.run_dir}",

@@ -182,7 +182,7 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     (
         {"method": {"merge_every": 10_000}},
         None,
-        "method.merge_every: 10000 means no merge in a run of 10000 steps; lower it, or use method.name=mora",
+        "method.merge_every: 10000 means no merge in a run of 10,000 steps; lower it, or use method.name=mora",
     ),
     ({"method": {"name": "relora", "merge_every": 10_000}}, None, "use method.name=lora"),
     (
@@ -193,17 +193,17 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     (
         {"method": {"name": "full"}, "optim": {"warmup_steps": 10_000}},
         None,
-        "optim.warmup_steps: 10000 warmup steps leave nothing",
+        "optim.warmup_steps: 10,000 warmup steps leave nothing",
     ),
     ({"optim": {"decay_steps": 100}}, None, "optim.decay_steps: only the schedule wsd has it, got cosine"),
     (
         {"optim": {"schedule": "wsd", "decay_steps": 9001}},
         None,
-        "optim.decay_steps: 9001 steps of decay and 1000 of warmup are longer",
+        "optim.decay_steps: 9,001 steps of decay and 1000 of warmup are longer",
     ),
     ({"data": {"lanes": 48}}, None, "data.lanes: every global batch takes as many sequences from each lane"),
     ({"train": {"micro_batch_size": 3}}, None, "train.micro_batch_size: 3 does not divide train.batch_size 1024"),
-    ({"train": {"batch_size": 48}}, 6, "train.batch_size: 48 is no multiple of train.micro_batch_size 16 x 6 ranks"),
+    ({"train": {"batch_size": 48}}, 6, "train.batch_size: 48 is not a multiple of train.micro_batch_size 16 x 6 ranks"),
     (
         {"train": {"batch_size": 96, "micro_batch_size": 2}},
         6,

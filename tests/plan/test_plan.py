@@ -346,7 +346,7 @@ def test_command_line_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--world_size=3"], "no multiple of train.micro_batch_size 8 x 3 ranks"),
+        (["--world_size=3"], "not a multiple of train.micro_batch_size 8 x 3 ranks"),
         (["--world_size=0"], "--world_size: got 0"),
         (["--device=tpu"], "got 'tpu', expected cuda or cpu, or one of a100, a100-40gb"),
         (["--nodes=2"], "--gpus_per_node: not given with --nodes=2"),

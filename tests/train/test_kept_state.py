@@ -83,7 +83,7 @@ def test_a_run_taken_over_and_stopped_before_its_first_step_keeps_its_place_in_t
 @pytest.mark.parametrize(
     ("section", "setting", "value", "expected"),
     [
-        ("method", "merge_every", 5, "has merged 2 times, with these settings a run at step 4 has merged 0 times"),
+        ("method", "merge_every", 5, "has made 2 merges, with these settings a run at step 4 has made 0"),
         ("method", "operators", [2, 1], "was made with operator 1, the settings say 2 after step 4"),
         ("train", "steps", 3, "train.steps: the checkpoint is at step 4 already"),
     ],

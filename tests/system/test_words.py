@@ -1,0 +1,12 @@
+"""Numbers in messages."""
+
+from __future__ import annotations
+
+import pytest
+
+from relora_mora.system.words import counted
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 merges"), (1, "1 merge"), (2, "2 merges"), (1200, "1,200 merges")])
+def test_only_one_has_no_s(number: int, said: str) -> None:
+    assert counted(number, "merge") == said
