@@ -16,20 +16,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import demo  # launch/demo.py
 from demo import ROOT, say
 from smollm2 import PACKAGES  # launch/smollm2.py
 
 from relora_mora.cli import run
-from relora_mora.compare import Group, Reach, group_runs, reach_figure, read_run, save
+
+if TYPE_CHECKING:
+    from relora_mora.compare import Group
 
 HOME = Path("runs/demo_finetune")
 CONFIG = "configs/run/demo_finetune.yaml"
 PAIRS = 16  # that config's train.batch_size
 NAMES = {"mora": "MoRA", "lora": "LoRA"}
-REACH = Reach("eval/character_accuracy", (0.5, 0.95))  # whose steps the table tells
+REACHED = ("eval/character_accuracy", (0.5, 0.95))  # whose steps the table tells
 # a rate of each method that suits the model; of the demo's model also what its size and its many tokens ask for
 RATES = {"mora": "2e-3", "lora": "5e-3"}
 RATES_OF_DEMO = {"mora": "5e-3", "lora": "2e-2"}
@@ -167,6 +169,8 @@ def _answers(model_folder: Path, tokenizer_folder: Path, questions: list[str]) -
 
 
 def _report(start: Start, seconds: float) -> None:
+    from relora_mora.compare import group_runs, read_run
+
     groups = group_runs(read_run(start.run_dir(method)) for method in NAMES)
     picture = start.home / "accuracy.png"
     draw(groups, picture)
@@ -181,11 +185,14 @@ Start again from nothing: rm -r {HOME}""")
 
 def table(groups: Sequence[Group]) -> list[str]:
     """A line for each method, of one run each."""
-    rows = [("", "parameters", *(f"step of {share:.0%}" for share in REACH.values), "at the end")]
+    from relora_mora.compare import Reach
+
+    reach = Reach(*REACHED)
+    rows = [("", "parameters", *(f"step of {share:.0%}" for share in reach.values), "at the end")]
     for group in groups:
         [run] = group.runs
-        steps = [REACH.steps(run, share) for share in REACH.values]
-        [last] = REACH.last(group)
+        steps = [reach.steps(run, share) for share in reach.values]
+        [last] = reach.last(group)
         told = ["not reached" if step is None else str(step) for step in steps]
         rows.append((group.label, f"{run.parameters['trainable']:,}", *told, f"{last:.1%}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -196,7 +203,9 @@ def draw(groups: Sequence[Group], picture: Path) -> None:
     """Right characters of generated answers by step, as a PNG."""
     from matplotlib.ticker import PercentFormatter
 
-    figure = reach_figure(REACH, groups)
+    from relora_mora.compare import Reach, reach_figure, save
+
+    figure = reach_figure(Reach(*REACHED), groups)
     [panel] = figure.axes
     panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     panel.set(ylabel="characters right", ylim=(0, 1.02), title=f"{PAIRS} UUID pairs by heart")

@@ -7,18 +7,6 @@ from pathlib import Path
 
 try:
     from relora_mora.cli import PositiveInt, run
-    from relora_mora.compare import (
-        CompareError,
-        check_plots,
-        compare,
-        figures_of,
-        group_runs,
-        markdown,
-        read_runs,
-        write_files,
-    )
-    from relora_mora.study import CellsFailed, Stopped, StudyFolder, conduct, read_study, run_again
-    from relora_mora.supervise import REQUEUE
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -37,6 +25,10 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: st
         jobs: runs at a time
         again: the name of a run that is done, to run it a second time and compare all its numbers
     """
+    from relora_mora.compare import CompareError, check_plots
+    from relora_mora.study import CellsFailed, Stopped, StudyFolder, conduct, read_study, run_again
+    from relora_mora.supervise import REQUEUE
+
     plan = read_study(study)
     folder = StudyFolder(Path(out or f"runs/studies/{Path(study).stem}"))
     program = LAUNCH / f"{plan.command}.py"
@@ -54,20 +46,22 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: st
     except CellsFailed:
         if folder.kept():
             try:
-                _write_table(folder)
+                _write_table(folder.records, folder.table)
             except CompareError as error:
                 sys.stderr.write(f"{error}\n")
         raise
-    _write_table(folder)
+    _write_table(folder.records, folder.table)
     print(f"done: {cells}; {folder.records}, {folder.table}")
     return 0
 
 
-def _write_table(folder: StudyFolder) -> None:
-    """Prints the table of the runs that are done, and writes it and their figures into the folder."""
-    groups = group_runs(read_runs(folder.records))
+def _write_table(records: Path, file: Path) -> None:
+    """Prints the table of the runs that are done, and writes it as ``file``, with their figures next to it."""
+    from relora_mora.compare import compare, figures_of, group_runs, markdown, read_runs, write_files
+
+    groups = group_runs(read_runs(records))
     table = markdown(compare(groups))
-    write_files(folder.path, {folder.table.name: table}, figures_of(groups))
+    write_files(file.parent, {file.name: table}, figures_of(groups))
     print(table, end="", flush=True)
 
 

@@ -21,7 +21,6 @@ from typing import Any
 
 try:
     from relora_mora.cli import run
-    from relora_mora.data.rows import in_calls
     from relora_mora.system.new_folder import new_folder
     from relora_mora.tokenizer import (
         HARD_TEXTS,
@@ -176,6 +175,8 @@ def train(
 
 def write(model: bytes, out: Path, documents: list[str]) -> float:
     """Writes the folder, having checked the model on the documents and on hard texts; returns UTF-8 bytes per token."""
+    from relora_mora.data.rows import in_calls
+
     out.mkdir(parents=True, exist_ok=True)
     file = out / MODEL_FILE
     file.write_bytes(model)

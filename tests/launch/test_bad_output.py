@@ -207,6 +207,20 @@ def interrupt(argv: list[str], until: Callable[[int], bool], seconds: float = 0.
     return process.returncode, err
 
 
+def test_ctrl_c_is_heard_before_what_takes_long_to_import() -> None:
+    """A command handles it from its call of ``run`` on: before that, Python shows a traceback."""
+    code = (
+        "import runpy, sys\n"
+        "for script in sys.argv[1:]:\n"
+        "    runpy.run_path(script, run_name='imported')\n"
+        "    for package in ('numpy', 'pydantic', 'torch', 'transformers'):\n"
+        "        assert package not in sys.modules, f'{script} imports {package}'\n"
+    )
+    scripts = [*sorted((ROOT / "launch").glob("*.py")), ROOT / TRAIN]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "launch")))}
+    subprocess.run([sys.executable, "-c", code, *map(str, scripts)], env=environment, check=True)
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
 def test_ctrl_c_while_processes_start_and_read(tmp_path: Path, delay: float) -> None:
     """Else each of them would show a traceback of its own, or keep the lock that the others wait for."""

@@ -74,7 +74,7 @@ def test_without_smollm2_the_model_of_the_demo_learns(
     assert heads.split("  ")[-1] == "at the end" and all(row.endswith("%") for row in rows)
     for method in ("mora", "lora"):
         run = read_run(tmp_path / "home" / "demo" / method)
-        assert list(run.series(finetuning.REACH.tag)) == [0, 2, 4]
+        assert list(run.series(finetuning.REACHED[0])) == [0, 2, 4]
     picture = tmp_path / "home" / "demo" / "accuracy.png"
     assert picture.read_bytes().startswith(PNG)
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["demo", "pairs.jsonl"]
@@ -108,7 +108,7 @@ def groups(finetuning: ModuleType, tmp_path: Path) -> list[Group]:
     for method, curve in curves.items():
         name = {"name": method}
         folder = write_run(tmp_path / method, [1.0], method=name, optim={"lr": float(finetuning.RATES[method])})
-        append_metrics(folder, finetuning.REACH.tag, curve)
+        append_metrics(folder, finetuning.REACHED[0], curve)
         runs.append(read_run(folder))
     return group_runs(runs)
 

@@ -15,7 +15,7 @@ from relora_mora.study import CellsFailed, Study, StudyFolder, conduct
 from relora_mora.study.check import check_inputs
 from tests.study.tools import TRAINER, made_study
 from tests.tools.adapter_tools import save_base
-from tests.tools.commands import call, module_of, refused
+from tests.tools.commands import call, refused
 from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
@@ -94,9 +94,8 @@ def test_the_others_are_in_the_table_where_a_run_has_failed(tmp_path: Path, monk
         folder.records.write_bytes(records.read_bytes())
         raise CellsFailed("name=lora,seed=0 is not done")
 
-    module = module_of(STUDY)
     monkeypatch.setattr("relora_mora.study.check.check_inputs", lambda *_: None)
-    monkeypatch.setattr(module, "conduct", failing)
+    monkeypatch.setattr("relora_mora.study.conduct", failing)
     result = call(STUDY, ROOT / "configs/study/merges_tiny.yaml", f"--out={tmp_path / 'out'}")
     refused(result, "name=lora,seed=0 is not done")
     assert "| ReMoRA (3, 4) |" in result.out and "| ReMoRA (3, 4) |" in (tmp_path / "out/compare.md").read_text()
