@@ -44,8 +44,9 @@ class Metrics:
     """Writes ``metrics.jsonl`` of a run folder, and hands the same to loggers.
 
     After a resume at ``step``, what an earlier process logged beyond it is dropped from the file, because those steps
-    are made again; and where the evaluation or the merge of ``step`` is made again (not ``evaluated``, not ``merged``),
-    what one has given. A line that cannot be written (the disk is full) is lost, with a warning, and training goes on.
+    are made again. If the evaluation or the merge of ``step`` is made again (not ``evaluated``, not ``merged``), its
+    line is dropped, and with it what followed: the checkpoint that has it was not finished. A line that cannot be
+    written (the disk is full) is lost, with a warning, and training goes on.
     """
 
     def __init__(
@@ -85,10 +86,12 @@ class Metrics:
         before = self.path.read_text(encoding="utf-8", errors="replace")
         kept = []
         made_again = {"eval/seconds": not self._evaluated, "merge/seconds": not self._merged}
+        again = False
         for line in before.splitlines():
             try:
                 values = json.loads(line)
-                again = values["step"] == step and any(made_again[tag] for tag in made_again.keys() & values.keys())
+                of_step = values["step"] == step
+                again = again or (of_step and any(made_again[tag] for tag in made_again.keys() & values.keys()))
                 if 0 < step >= values["step"] and not again:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):

@@ -14,7 +14,7 @@ import pytest
 
 from relora_mora.data import configured_shards, make_tokens
 from tests.tools.faulty_server import serving
-from tests.tools.runs import metrics, run_config, train, write_inputs
+from tests.tools.runs import Stopped, metrics, run_config, train, write_inputs
 from tests.train.test_resume import _equal
 from tests.train.test_rollback import NAN, _same, _settings, faulty, spiked
 
@@ -148,6 +148,34 @@ def test_a_last_evaluation_that_was_stopped_is_made_at_the_resume(pools, inputs,
     assert not [line for line in metrics(tmp_path / "run") if "eval/loss" in line]
     pools(2)(train_without_text, config)
     assert [line["step"] for line in metrics(tmp_path / "run") if "eval/loss" in line] == [10]
+
+
+def test_an_evaluation_that_was_made_up_and_not_saved_has_its_lines_once(pools, inputs, tokenizer_path, tmp_path):
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, eval={"every_steps": 0, "at_start": False})
+    assert pools(2)(stopped, config, where="evaluation") == [75, 75]
+    pools(2)(killed_in_the_save, config)
+    pools(2)(train, config)
+    lines = metrics(tmp_path / "run")
+    saves = [line["step"] for line in lines if "perf/checkpoint_stall_seconds" in line]
+    assert saves == [*range(1, 11), 10]  # the second one has the evaluation
+    assert [line["step"] for line in lines if "eval/loss" in line] == [10]
+
+
+def killed_in_the_save(config: Any) -> None:
+    """As by a kill after the line that the next save writes, and before that is whole."""
+    from relora_mora.checkpoint import CheckpointWriter
+    from relora_mora.train.events import Saving
+
+    save = Saving.save
+
+    def cut_off(self: Saving, state: Any) -> None:
+        save(self, state)
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointWriter, "save", lambda *_: 0.0)
+        patch.setattr(Saving, "save", cut_off)
+        train(config)
 
 
 def train_without_text(config: Any) -> None:
