@@ -10,7 +10,7 @@ from relora_mora.checkpoint import CheckpointError, CheckpointReader, list_check
 from relora_mora.checkpoint.layout import LATEST
 from relora_mora.checkpoint.places import NEW, list_new, step_folder, step_of
 from relora_mora.distributed import same_on_all_ranks
-from relora_mora.system.files import write_if_possible
+from relora_mora.system.files import write_if_possible, write_synced
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.system.words import counted
@@ -32,10 +32,11 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     run.merger.set_operator(manifest.operator, manifest.draw)
     if run.engine.rank == 0:
         latest = folder.checkpoints / LATEST
-        abandoned = _abandon_checkpoints(folder.checkpoints, after=manifest.step if own else -1)
+        abandoned = _abandon_checkpoints(folder, after=manifest.step if own else -1)
         if not own:
             latest.unlink(missing_ok=True)
             abandon_records(folder)
+            _take_back_starts(folder, reader.folder)
         elif abandoned:
             write_if_possible(
                 latest, f"{step_folder(manifest.step)}\n", without="it names another one; training goes on"
@@ -56,14 +57,18 @@ def is_own(run: Run, reader: CheckpointReader) -> bool:
     return reader.folder.resolve() in (named.resolve(), named.with_name(named.name + NEW).resolve())
 
 
-def _abandon_checkpoints(checkpoints: Path, *, after: int) -> bool:
+def _abandon_checkpoints(folder: RunFolder, *, after: int) -> bool:
     """Renames checkpoints of later steps: they belong to another history, and the next resume must not take them.
 
-    Returns whether there were any.
+    Each gets a copy of ``starts.jsonl``, which says how it was made. Returns whether there were any.
     """
-    found = [*list_checkpoints(checkpoints), *list_new(checkpoints)]
+    found = [*list_checkpoints(folder.checkpoints), *list_new(folder.checkpoints)]
     later = [each for each in found if (step_of(each.with_suffix("")) or 0) > after]
+    starts = folder.starts.read_text(encoding="utf-8", errors="replace") if folder.starts.exists() else ""
     for other in later:
+        write_if_possible(
+            other / folder.starts.name, starts, without="a run that goes back there will not know what it began with"
+        )
         _abandon(other, other.with_suffix("").name)
     return bool(later)
 
@@ -73,6 +78,13 @@ def abandon_records(folder: RunFolder) -> None:
     for path in (folder.metrics, folder.starts, folder.tasks):
         if path.exists():
             _abandon(path, path.name)
+
+
+def _take_back_starts(folder: RunFolder, checkpoint: Path) -> None:
+    """Where a run goes back to a checkpoint that it abandoned: the starts that had made it."""
+    kept = checkpoint / folder.starts.name
+    if checkpoint.parent.resolve() == folder.checkpoints.resolve() and kept.is_file():
+        write_synced(folder.starts, kept.read_text(encoding="utf-8"))
 
 
 def begin_records(folder: RunFolder) -> None:

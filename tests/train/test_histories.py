@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from relora_mora.system.run_folder import read_json_lines
+from relora_mora.system.run_folder import RunFolder, changes_since_first, noted_digests, read_json_lines
 from tests.tools.runs import metrics, run_config, train
 from tests.train.test_rollback import NAN, _same, _settings, faulty
 
@@ -135,7 +135,31 @@ def test_nothing_of_an_abandoned_history_is_lost(pools, inputs, tokenizer_path, 
     pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given), stop_after=4)
     assert (kept / "abandoned-3-step-00000003" / "mark").read_text() == "step-00000001"
     assert [(folder / f"abandoned-{name}").read_text() for name in names] == before
-    assert len(lines := (folder / "starts.jsonl").read_text().splitlines()) == 1 and json.loads(lines[0])["step"] == 3
+    assert [line["step"] for line in read_json_lines(folder / "starts.jsonl")] == [0, 2, 3]  # not that at step 1
+
+
+def test_a_run_that_goes_back_to_an_abandoned_checkpoint_knows_its_history(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    kept = folder / "checkpoints"
+
+    def start(stop_after: int, lr: float, **given: Any) -> None:
+        given["allow_changes"] = ["optim.lr"]
+        config = run_config(inputs, tokenizer_path, folder, optim={"lr": lr}, train=given)
+        pools(1)(train, config, stop_after=stop_after)
+
+    start(2, 0.02)
+    start(4, 0.25)
+    starts = RunFolder(folder).starts
+    before = read_json_lines(starts)
+    start(3, 0.5, resume=str(kept / "step-00000001"))
+    assert [step for step, _ in changes_since_first(read_json_lines(starts))] == [1]
+    for _ in range(2):  # and once more, where a kill came before a checkpoint of its own
+        start(4, 0.25, resume=str(kept / "abandoned-step-00000004"))
+        shutil.rmtree(kept / "step-00000004")
+    now = read_json_lines(starts)
+    assert now[:2] == before and [line["step"] for line in now] == [0, 2, 4]
+    assert noted_digests(now) == noted_digests(before) != {}
+    assert changes_since_first(now) == changes_since_first(before) != []
 
 
 def test_a_run_that_begins_with_a_checkpoint_has_one_of_its_own_at_once(pools, inputs, tokenizer_path, tmp_path):
