@@ -40,7 +40,8 @@ def main(runs: str, *, port: PositiveInt = 6006, host: str = "localhost") -> int
     with tempfile.TemporaryDirectory(prefix="tensorboard-") as links:
         link_boards(root, Path(links))
         print(url(host, port), flush=True)
-        options = [f"--logdir={links}", f"--host={host}", f"--port={port}"]
+        # the fast loader drops the second of two points of a step, which relora_mora/train/tensorboard.py needs
+        options = [f"--logdir={links}", "--load_fast=false", f"--host={host}", f"--port={port}"]
         with subprocess.Popen(ending_with_me(["-m", "tensorboard.main", *options])) as process:
             signal.signal(signal.SIGTERM, lambda *_: process.terminate())
             while True:

@@ -66,6 +66,10 @@ _COMPARED = (
     "train.seed",
     "data.seed",
 )
+# A chart of TensorBoard takes the lowest and the highest of up to 21 values for outliers and leaves them out: of a few
+# evaluations the best one could not be seen. What is written twice is shown. The evaluation of random weights is
+# written once, since a chart with it would show nothing of the others.
+_FEW = ("eval/", "merge/")
 _EVENTS = "events.out.tfevents."  # the name of an event file, before the second in which it begins: ten digits
 _COSTS = ("perf/tokens_per_second", "perf/peak_memory_gib", "train/tokens")
 
@@ -94,6 +98,7 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         self._files = RunFolder(folder)
         self._writer: SummaryWriter | None = None
+        self._begins_random = False
 
     def open(self, step: int) -> None:
         """Hides what earlier files hold beyond ``step``; describes the run where nothing has yet.
@@ -107,15 +112,20 @@ class TensorBoard:
         is_new = step == 0 or not any(board.glob("events.*"))
         self._begin_file(step + 1)
         if is_new:
-            self._describe(Config.model_validate(parse_yaml(self._files.config.read_text(encoding="utf-8"))))
+            config = Config.model_validate(parse_yaml(self._files.config.read_text(encoding="utf-8")))
+            self._begins_random = step == 0 and config.model.init_from is None
+            self._describe(config)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One point for every number that is a curve."""
+        """One point for every number that is a curve, and two for one of a few (``_FEW``)."""
         writer = self._writer or self._begin_file(step)  # closed after a fault of the disk
         try:
             for tag, value in values.items():
                 shown = board_tag(tag)
-                if shown is not None and isinstance(value, int | float):
+                if shown is None or not isinstance(value, int | float):
+                    continue
+                is_outlier = step == 0 and self._begins_random
+                for _ in range(2 if tag.startswith(_FEW) and not is_outlier else 1):
                     writer.add_scalar(shown, value, step)
         except OSError:
             self.close()

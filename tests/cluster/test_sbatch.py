@@ -290,7 +290,7 @@ def test_a_python_that_is_not_there_is_told(slurm: Slurm) -> None:
 
 def test_the_log_says_how_to_see_tensorboard(slurm: Slurm) -> None:
     [line] = [line for line in slurm.start().stdout.splitlines() if "TensorBoard" in line]
-    tensorboard = "python -m tensorboard.main --logdir run --host localhost --port 6006"
+    tensorboard = "python -m tensorboard.main --logdir run --load_fast=false --host localhost --port 6006"
     assert line.endswith(f'ssh -t -L 6006:localhost:6006 user@login1 "cd {slurm.folder} && {tensorboard}"')
 
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
+from urllib.request import urlopen
 
 import pytest
 
-from relora_mora.train.tensorboard import board_tag
+from relora_mora.config import dump, validate
+from relora_mora.train.tensorboard import TensorBoard, board_tag
 from tests.tools.commands import BOARD, call, module_of, refused
+from tests.tools.config_tools import tree
+from tests.tools.helpers import ROOT
+from tests.tools.ports import free_port
 
 SCRIPT = BOARD
 
@@ -90,6 +99,29 @@ def test_a_port_that_is_taken_or_none_is_told_before_an_address_is_shown(runs: P
     refused(answer, f"--host=localhost --port={port}: cannot be listened at", "give another port, such as --port=6007")
     assert answer.out == ""
     refused(call(SCRIPT, runs, "--port=70000"), "--port=70000: cannot be listened at")
+
+
+def test_a_point_that_is_written_twice_is_there_twice(tmp_path: Path) -> None:
+    """TensorBoard's fast loader would drop the second one, and its charts the best of a few evaluations."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump(validate(tree(), "the test")))
+    board = TensorBoard(tmp_path / "run")
+    board.open(0)
+    board.write(5, {"eval/perplexity": 2.0})
+    board.close()
+    port = free_port()
+    process = subprocess.Popen([sys.executable, str(ROOT / BOARD), str(tmp_path), f"--port={port}"])
+    points: list[list[float]] = []
+    deadline = time.monotonic() + 60
+    while not points:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):  # it has not started, or not read the run
+            asked = f"http://localhost:{port}/data/plugin/scalars/scalars?run=run&tag=eval/perplexity"
+            points = json.load(urlopen(asked, timeout=10))
+    process.terminate()
+    process.wait(timeout=30)
+    assert [point[1:] for point in points] == [[5, 2.0], [5, 2.0]]
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import time
@@ -277,6 +278,28 @@ def test_runs_are_compared_by_settings_that_their_method_uses(tmp_path, method, 
     assert hyperparameters["optim.lr"].number_value == 0.25
     assert ("method.rank" in hyperparameters) is uses_rank
     assert "run/config/text_summary" in events.Tags()["tensors"]
+
+
+def _shown(values: list[float]) -> tuple[float, float]:
+    """Between which values TensorBoard's chart has its points, "Ignore outliers in chart scaling" being on."""
+    ordered = sorted(values)
+    if len(ordered) < 3:
+        return ordered[0], ordered[-1]
+    return ordered[math.ceil(0.05 * (len(ordered) - 1))], ordered[math.floor(0.95 * (len(ordered) - 1))]
+
+
+@pytest.mark.parametrize("evaluations", [2, 4, 9])
+@pytest.mark.parametrize("start", [None, "models/base"])
+def test_the_best_of_a_few_evaluations_is_shown(tmp_path, evaluations, start):
+    _write_config(tmp_path, model={"init_from": start})
+    metrics = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
+    values = [8529.0, *(600.0 - 50 * number for number in range(evaluations))]
+    for number, value in enumerate(values):
+        metrics.write(50 * number, {"eval/perplexity": value})
+    metrics.close()
+    highest = values[1] if start is None else values[0]  # of random weights it tells nothing, and hides the others
+    assert _shown([value for _, value in _board(tmp_path, "eval/perplexity")]) == (values[-1], highest)
+    assert [line["eval/perplexity"] for line in _lines(tmp_path)] == values
 
 
 def test_a_new_start_shows_nothing_of_the_one_before(tmp_path):
