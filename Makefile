@@ -40,8 +40,8 @@ test-image: $(VENV)/.installed-dev  ## the image built and run for real, with bu
 	$(BIN)/python -m pytest -s -rs tests/containers/image.py
 
 test-extras: .venv-extras/.installed  ## what make test skips without other packages: lm-eval, SmolLM2, reasoning-gym, wandb, GaLore, in .venv-extras
-	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs tests/test_harness.py tests/test_scoring.py tests/launch/test_smollm2.py tests/launch/test_reasoning_data.py \
-	  tests/train/test_loggers.py tests/test_projected.py
+	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs tests/evaluation/test_harness.py tests/evaluation/test_scoring.py tests/launch/test_smollm2.py tests/launch/test_reasoning_data.py \
+	  tests/train/log/test_loggers.py tests/optim/test_projected.py
 .venv-extras/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --editable '.[dev,eval,math,wandb]'
@@ -109,7 +109,7 @@ AGAINST ?= HEAD
 same: $(VENV)/.installed-dev  ## whether the code here trains tiny runs bit for bit as that of a commit: make same AGAINST=main
 	$(BIN)/python -m tests.tools.same_numbers $(AGAINST)
 
-VERSION_TESTS := tests/train/test_resume.py tests/zero/test_resets.py tests/zero/test_stages.py tests/train/test_golden_loss.py
+VERSION_TESTS := tests/train/state/test_resume.py tests/engine/test_resets.py tests/engine/test_stages.py tests/train/test_golden_loss.py
 test-newest:  ## unit, resume, reset and golden tests with the newest packages that are allowed, in .venv-newest
 	@$(MAKE) --no-print-directory versions KIND=newest
 test-oldest:  ## the same with the oldest, in .venv-oldest

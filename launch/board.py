@@ -13,8 +13,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 try:
-    from relora_mora.cli import PositiveInt, run
-    from relora_mora.system.parent import ending_with_me
+    from relora_mora.cli.arguments import PositiveInt
+    from relora_mora.cli.command import run
+    from relora_mora.system.process import ending_with_me
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 try:
-    from relora_mora.cli import run
+    from relora_mora.cli.command import run
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -32,23 +32,12 @@ def main(
         best: settings such as optim.lr; of rows that differ in these alone, the one with most seeds or else the lowest
             validation loss is left
     """
-    from relora_mora.compare import (
-        CompareError,
-        as_json,
-        check_plots,
-        compare,
-        figures_of,
-        group_of,
-        group_runs,
-        is_model,
-        markdown,
-        parse_reach,
-        reach_notes,
-        read_run,
-        read_runs,
-        step_cells,
-        write_files,
-    )
+    from relora_mora.experiments.compare.figures import figures_of
+    from relora_mora.experiments.compare.files import check_plots, write_files
+    from relora_mora.experiments.compare.groups import group_of, group_runs
+    from relora_mora.experiments.compare.reach import parse_reach, reach_notes, step_cells
+    from relora_mora.experiments.compare.runs import CompareError, is_model, read_run, read_runs
+    from relora_mora.experiments.compare.table import as_json, compare, markdown
 
     if not runs:
         raise CompareError("no run given; give run folders, e.g. runs/full runs/remora")

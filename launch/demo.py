@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from relora_mora.cli import run
-from relora_mora.cli.interrupt import INTERRUPTED
+from relora_mora.cli.command import INTERRUPTED, run
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent

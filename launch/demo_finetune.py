@@ -22,10 +22,10 @@ import demo  # launch/demo.py
 from demo import ROOT, say
 from smollm2 import PACKAGES  # launch/smollm2.py
 
-from relora_mora.cli import run
+from relora_mora.cli.command import run
 
 if TYPE_CHECKING:
-    from relora_mora.compare import Group
+    from relora_mora.experiments.compare.groups import Group
 
 HOME = Path("runs/demo_finetune")
 CONFIG = "configs/run/demo_finetune.yaml"
@@ -169,7 +169,8 @@ def _answers(model_folder: Path, tokenizer_folder: Path, questions: list[str]) -
 
 
 def _report(start: Start, seconds: float) -> None:
-    from relora_mora.compare import group_runs, read_run
+    from relora_mora.experiments.compare.groups import group_runs
+    from relora_mora.experiments.compare.runs import read_run
 
     groups = group_runs(read_run(start.run_dir(method)) for method in NAMES)
     picture = start.home / "accuracy.png"
@@ -185,7 +186,7 @@ Start again from nothing: rm -r {HOME}""")
 
 def table(groups: Sequence[Group]) -> list[str]:
     """A line for each method, of one run each."""
-    from relora_mora.compare import Reach
+    from relora_mora.experiments.compare.reach import Reach
 
     reach = Reach(*REACHED)
     rows = [("", "parameters", *(f"step of {share:.0%}" for share in reach.values), "at the end")]
@@ -203,7 +204,9 @@ def draw(groups: Sequence[Group], picture: Path) -> None:
     """Right characters of generated answers by step, as a PNG."""
     from matplotlib.ticker import PercentFormatter
 
-    from relora_mora.compare import Reach, reach_figure, save
+    from relora_mora.experiments.compare.figures import reach_figure
+    from relora_mora.experiments.compare.files import save
+    from relora_mora.experiments.compare.reach import Reach
 
     figure = reach_figure(Reach(*REACHED), groups)
     [panel] = figure.axes

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from relora_mora.cli import PositiveInt, run
-    from relora_mora.system.new_folder import new_folder
+    from relora_mora.cli.arguments import PositiveInt
+    from relora_mora.cli.command import run
+    from relora_mora.system.files import new_folder
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 

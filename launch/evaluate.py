@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
-    from relora_mora.cli import NonNegativeInt, PositiveInt, run
-    from relora_mora.system.imports import many_imports
+    from relora_mora.cli.arguments import NonNegativeInt, PositiveInt
+    from relora_mora.cli.command import run
+    from relora_mora.system.process import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 if TYPE_CHECKING:
     import torch
 
-    from relora_mora.data import EvalSet
-    from relora_mora.evaluate import EvalResult
-    from relora_mora.pretrained import LoadedModel
+    from relora_mora.data.sets.held_out import EvalSet
+    from relora_mora.evaluation.loss import EvalResult
+    from relora_mora.weights.load import LoadedModel
 
 
 def main(
@@ -62,7 +63,7 @@ def main(
             --data.document_mask=true or --data.records.kind=question. Default is as trained, else as
             docs/settings.md says, with the model's maximum up to 2048 as sequence_length
     """
-    from relora_mora.config import SCORING, check_names, parse_typed, read_data
+    from relora_mora.config.data_flags import SCORING, check_names, parse_typed, read_data
 
     check_names(overrides, SCORING)
     of_tasks: dict[str, Any] = {"task_data": task_data, "num_fewshot": num_fewshot, "limit": limit}
@@ -78,21 +79,23 @@ def main(
     with many_imports():  # takes seconds: what was typed is checked before
         import torch
 
-        from relora_mora.adapters import is_adapter, load_model
-        from relora_mora.config import set_setting
-        from relora_mora.data import SourceError
-        from relora_mora.data.hub_sources import hub_repo
-        from relora_mora.data.sources import shards_of
-        from relora_mora.evaluate import EvalResult, held_out, is_causal
-        from relora_mora.pretrained import DTYPES, is_foreign
+        from relora_mora.config.data import set_setting
+        from relora_mora.data.errors import SourceError
+        from relora_mora.data.sources.names import hub_repo
+        from relora_mora.data.sources.resolve import shards_of
+        from relora_mora.evaluation.loss import EvalResult, held_out, is_causal
         from relora_mora.system.hardware import uses_cuda
-        from relora_mora.system.words import counted
-        from relora_mora.tokenizer import load_tokenizer
+        from relora_mora.system.logs import counted
+        from relora_mora.tokenizer.load import load_tokenizer
+        from relora_mora.weights.foreign import is_foreign
+        from relora_mora.weights.load import load_model
+        from relora_mora.weights.merged import DTYPES
+        from relora_mora.weights.peft import is_adapter
 
     if precision not in DTYPES:
         raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
     if tasks is not None:
-        from relora_mora.harness import check_tasks
+        from relora_mora.evaluation.harness import check_tasks
 
         names = [name.strip() for name in tasks.split(",")]
         check_tasks(names, task_data, num_fewshot)
@@ -150,8 +153,8 @@ def main(
 
 def _check_length(length: int, loaded: LoadedModel, name: str, *, alone: bool) -> None:
     """Raises ValueError for sequences that the model does not have the positions for."""
-    from relora_mora.model import length_of_documents
-    from relora_mora.pretrained import positions_of
+    from relora_mora.model.config import length_of_documents
+    from relora_mora.weights.foreign import positions_of
 
     positions = positions_of(loaded.model)
     if positions is not None and length > positions:
@@ -169,7 +172,7 @@ def _check_length(length: int, loaded: LoadedModel, name: str, *, alone: bool) -
 def _score(
     lm: torch.nn.Module, sets: Mapping[str, EvalSet], micro_batch_size: int, device: torch.device
 ) -> dict[str, EvalResult]:
-    from relora_mora.evaluate import causal_lm_loss, evaluate, evaluate_sets
+    from relora_mora.evaluation.loss import causal_lm_loss, evaluate, evaluate_sets
     from relora_mora.system.hardware import ran_out_of_memory
     from relora_mora.system.logs import progress_bar
 
@@ -206,11 +209,11 @@ def _score_tasks(
     """Prints what tasks gave, and keeps it beside a run."""
     import torch
 
-    from relora_mora.generation import generation_config
-    from relora_mora.harness import evaluate_tasks, record, table
+    from relora_mora.evaluation.harness import evaluate_tasks, record, table
     from relora_mora.system.hardware import uses_cuda
     from relora_mora.system.run_folder import RunFolder
-    from relora_mora.tokenizer import load_tokenizer
+    from relora_mora.tokenizer.load import load_tokenizer
+    from relora_mora.weights.generation_config import generation_config
 
     lm = _on(torch.device("cuda" if uses_cuda() else "cpu"), loaded.model)
     with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
@@ -234,8 +237,10 @@ def _score_tasks(
 @contextlib.contextmanager
 def _tokenizer_of(loaded: LoadedModel, given: str | None) -> Iterator[Path]:
     """The folder of the model's own tokenizer, or the one that is given in its place, whose ids the model has."""
-    from relora_mora.checkpoint import damaged_tokenizer, read_manifest
-    from relora_mora.tokenizer import check_vocabulary, gives_same_tokens, load_tokenizer
+    from relora_mora.checkpoint.layout import read_manifest
+    from relora_mora.checkpoint.tokenizer import damaged_tokenizer
+    from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens
+    from relora_mora.tokenizer.load import load_tokenizer
 
     vocab_size = loaded.model.config.get_text_config().vocab_size
     if given is None:

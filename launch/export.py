@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 try:
-    from relora_mora.cli import run
-    from relora_mora.system.imports import many_imports
+    from relora_mora.cli.command import run
+    from relora_mora.system.process import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -22,8 +22,8 @@ def main(checkpoint: str, out: str, *, dtype: str = "float32", format: str = "me
             released MoRA writes it
     """
     with many_imports():
-        from relora_mora.export import FORMATS, export
-        from relora_mora.pretrained import DTYPES
+        from relora_mora.weights.export import FORMATS, export
+        from relora_mora.weights.merged import DTYPES
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype}, expected one of {', '.join(DTYPES)}")

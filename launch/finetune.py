@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 try:
-    from relora_mora.cli import PositiveInt
-    from relora_mora.start import run_to_the_end, train
+    from relora_mora.cli.arguments import PositiveInt
+    from relora_mora.train.command import run_to_the_end, train
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -19,7 +19,7 @@ def main(config: str, *, show: PositiveInt | None = None, **overrides: str) -> i
         show: prints so many rows of the training data as tokens, with the scored part marked, and trains nothing
         overrides: settings as --section.key=value, e.g. --model.init_from=FOLDER; docs/settings.md lists them
     """
-    from relora_mora.config import FINETUNING
+    from relora_mora.config.load import FINETUNING
 
     return train(config, overrides, FINETUNING, show=show)
 

@@ -10,8 +10,9 @@ import json as json_module
 import math
 
 try:
-    from relora_mora.cli import PositiveInt, run
-    from relora_mora.system.imports import many_imports
+    from relora_mora.cli.arguments import PositiveInt
+    from relora_mora.cli.command import run
+    from relora_mora.system.process import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -46,7 +47,7 @@ def main(
         finetune: the run is one of launch/finetune.py, with its defaults.
         overrides: --section.key=value, as for training.
     """
-    from relora_mora.config import FINETUNING, ConfigError, load_config
+    from relora_mora.config.load import FINETUNING, ConfigError, load_config
 
     for name, rate in (("tokens_per_second", tokens_per_second), ("link_gbits", link_gbits)):
         if rate is not None and not (math.isfinite(rate) and rate > SLOWEST):
@@ -63,13 +64,15 @@ def main(
     if link_gbits is not None and nodes is None:
         raise ValueError("--link_gbits: one host sends nothing to others; give --nodes, or leave it out")
     with many_imports():  # takes seconds: arguments are checked before
-        from relora_mora.model import check_length
-        from relora_mora.plan import Cluster, make_plan, render
-        from relora_mora.plan.fit import check_adapters
-        from relora_mora.pretrained import model_config_of
+        from relora_mora.experiments.planner.cluster import Cluster
+        from relora_mora.experiments.planner.plan import make_plan
+        from relora_mora.experiments.planner.render import render
+        from relora_mora.model.config import check_length
+        from relora_mora.sizing.fit import check_adapters
         from relora_mora.system.devices import named_device
         from relora_mora.system.hardware import device_here, fast_bf16, peak_flops
-        from relora_mora.train.start import check_start
+        from relora_mora.train.begin.start_adapter import check_start
+        from relora_mora.weights.load import model_config_of
 
     here = device_here()
     chosen = here if device is None else named_device(device)

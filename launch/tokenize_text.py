@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from relora_mora.config import DataConfig
+    from relora_mora.config.data import DataConfig
 
 try:
-    from relora_mora.cli import run
+    from relora_mora.cli.command import run
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -52,9 +52,10 @@ def main(
         raise ValueError(f"--split: got {split!r}, expected train or validation")
     if processes is not None and not 1 <= processes <= MOST_PROCESSES:
         raise ValueError(f"--processes: got {processes}, expected 1 to {MOST_PROCESSES}, or leave it out")
-    from relora_mora.config import is_mixture
-    from relora_mora.data import configured_shards, make_tokens
-    from relora_mora.system.words import counted
+    from relora_mora.config.data import is_mixture
+    from relora_mora.data.sources.resolve import configured_shards
+    from relora_mora.data.tokens.folder import make_tokens
+    from relora_mora.system.logs import counted
 
     started = time.monotonic()
     data, tokenizer = _settings(source, tokenizer, overrides, finetune=finetune)
@@ -85,7 +86,8 @@ def _settings(
     source: str, tokenizer: str | None, overrides: dict[str, str], *, finetune: bool
 ) -> tuple[DataConfig, str]:
     """Text and tokenizer: of the settings of a run, or as typed."""
-    from relora_mora.config import FINETUNING, READING, check_names, load_config, parse_typed, read_data
+    from relora_mora.config.data_flags import READING, check_names, parse_typed, read_data
+    from relora_mora.config.load import FINETUNING, load_config
 
     check_names(overrides, READING)
     if source.endswith((".yaml", ".yml")):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 try:
-    from relora_mora.cli import NonNegativeInt, PositiveInt, run
+    from relora_mora.cli.arguments import NonNegativeInt, PositiveInt
+    from relora_mora.cli.command import run
     from relora_mora.system.files import write_synced
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None

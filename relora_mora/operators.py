@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from relora_mora.kernels import Grouping, expand_add, group_sum, group_sums, grouping, rotary, rotary_add
-from relora_mora.registry import OPERATORS, is_drawn
+from relora_mora.config.registry import OPERATORS, is_drawn
+from relora_mora.kernels import Grouping, expand_add, group_sum, group_sums, grouping, reference, rotary_add
 from relora_mora.system.seeds import derived_seed
 
 MORA_TYPES = tuple(OPERATORS)
@@ -224,11 +224,11 @@ class RotaryOperator(Operator):
                 "set method.square_multiple to an even number or give an even method.square_size"
             )
         super().__init__(mora_type, in_features, out_features, size)
-        self.blocks = rotary.blocks_of(in_features, out_features, size)
+        self.blocks = reference.blocks_of(in_features, out_features, size)
 
     def _angles(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, R] of block j and feature i, halves paired"""
-        return rotary.angles(self.blocks, self.square_size, like.dtype, like.device)
+        return reference.angles(self.blocks, self.square_size, like.dtype, like.device)
 
     def compress(self, x: Tensor) -> Tensor:
         blocks = _tile(x, self.blocks * self.square_size).unflatten(-1, (self.blocks, self.square_size))
@@ -243,7 +243,7 @@ class RotaryOperator(Operator):
         return _fold(dy, self.blocks * self.square_size).unflatten(-1, (self.blocks, self.square_size))
 
     def delta(self, M: Tensor) -> Tensor:
-        return rotary.add_blocks(M.new_zeros(self.out_features, self.in_features), M)
+        return reference.add_blocks(M.new_zeros(self.out_features, self.in_features), M)
 
     def add_delta(self, weight: Tensor, M: Tensor, after: Tensor | None = None) -> Tensor:
         return rotary_add(weight, M, after)

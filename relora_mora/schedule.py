@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from relora_mora.registry import ScheduleKind, is_drawn
+from relora_mora.config.registry import ScheduleKind, is_drawn
 
 
 def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from relora_mora.supervise.signals import STOP_SIGNALS
+from relora_mora.supervise.exits import STOP_SIGNALS
 from tests.tools.jobs import kill_all
 from tests.tools.pool import Pools
 from tests.tools.tokenizer_tools import train_tokenizer

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from relora_mora.config import Config
 from relora_mora.config.explain import model_in
-from relora_mora.data import iter_texts
-from relora_mora.train.identity import FREE_SECTIONS, FREE_SETTINGS
+from relora_mora.config.schema import Config
+from relora_mora.data.formats.file_rows import iter_texts
+from relora_mora.train.begin.identity import FREE_SECTIONS, FREE_SETTINGS
 from tests.tools.data_tools import data_config
 from tests.tools.helpers import ROOT
 
@@ -172,7 +172,7 @@ def test_every_make_target_that_is_named_exists(path: Path) -> None:
 
 
 def test_the_readme_shows_the_message_that_the_program_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    from relora_mora.config import ConfigError, load_config
+    from relora_mora.config.load import ConfigError, load_config
 
     monkeypatch.chdir(ROOT)
     shown = re.search(
@@ -204,7 +204,7 @@ def test_the_readme_reads_lines_of_json_and_folders_of_text(tmp_path: Path) -> N
 
 
 def test_metrics_that_are_described_are_written_and_the_other_way_round() -> None:
-    files = [path for path in sorted((ROOT / "relora_mora" / "train").glob("*.py")) if path.name != "tensorboard.py"]
+    files = [path for path in sorted((ROOT / "relora_mora" / "train").rglob("*.py")) if path.name != "tensorboard.py"]
     # keys of dictionaries
     written = set(re.findall(r'"([a-z]+/[a-z_]+)[^"]*"[]:]', "".join(path.read_text() for path in files)))
     table = (ROOT / "docs" / "metrics.md").read_text().partition("| tag |")[2].partition("\n\n")[0]
@@ -374,7 +374,7 @@ def test_launches_of_every_kind_are_found() -> None:
 def test_the_config_of_a_launch_suits_its_number_of_ranks(
     path: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relora_mora.config import load_config
+    from relora_mora.config.load import load_config
 
     monkeypatch.chdir(ROOT)
     [config] = re.findall(r"configs/run/\S+?\.yaml", command)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relora_mora.config.registry import OPERATORS
 from relora_mora.operators import MORA_TYPES, Draw, Operator, make_operator, square_size
-from relora_mora.registry import OPERATORS
 from tests.tools.shared import SHARED, needs_shared
 
 RELEASED = {1, 2, 3, 4, 6}

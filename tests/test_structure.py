@@ -12,19 +12,17 @@ from tests.tools.helpers import ROOT
 PACKAGE = ROOT / "relora_mora"
 # a package or module imports only what stands in a line above its own
 LAYERS = [
-    ["registry", "system"],
-    ["config", "distributed", "kernels", "rules", "schedule"],
-    ["cli", "supervise", "operators", "muon", "projected", "tokenizer"],
-    ["data", "methods", "model"],
-    ["optim", "origin"],
-    ["plan", "zero"],
-    ["merging"],
+    ["system"],
+    ["config", "distributed", "kernels"],
+    ["cli", "supervise", "operators", "schedule", "tokenizer"],
+    ["adapters", "data", "model"],
+    ["optim"],
+    ["sizing", "engine"],
     ["checkpoint"],
-    ["evaluate", "generation", "pretrained"],
-    ["adapters"],
-    ["export", "harness", "spectrum"],
-    ["compare", "train"],
-    ["start", "study"],
+    ["weights"],
+    ["evaluation"],
+    ["train"],
+    ["experiments"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
@@ -49,8 +47,23 @@ def _files() -> list[tuple[str, Path]]:
     ]
 
 
-def test_every_module_stands_in_a_layer():
+def test_every_room_has_a_layer():
     assert {module for module, _ in _files()} == set(LAYER)
+
+
+def test_contributing_shows_every_module_in_its_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lines = text.partition("```\nrelora_mora/\n")[2].partition("\nlaunch/")[0].splitlines()
+    shown, room = set(), ""
+    for line in lines:
+        name, *modules = line.split()
+        if not name.endswith("/"):
+            shown.add(name)  # a module with a description
+            continue
+        room = f"{room.partition('/')[0]}/{name[:-1]}" if line.startswith("    ") else name[:-1]
+        shown |= {f"{room}/{module}" for module in modules}
+    files = (path.relative_to(PACKAGE).with_suffix("") for _, path in _files())
+    assert shown == {path.as_posix() for path in files if path.name != "__init__"}
 
 
 def test_modules_import_only_lower_layers():
@@ -110,11 +123,11 @@ def test_no_files_import_each_other():
     assert _circles({name: _imported_files(path, files) for name, path in files.items()}) == []
 
 
-def test_only_zero_imports_deepspeed():
+def test_only_the_engine_imports_deepspeed():
     importers = {
         module for module, path in _files() if any(name.split(".")[0] == "deepspeed" for name in _imports(path))
     }
-    assert importers == {"zero"}
+    assert importers == {"engine"}
 
 
 def test_one_function_decides_between_cpu_and_gpu():
@@ -125,18 +138,26 @@ def test_one_function_decides_between_cpu_and_gpu():
 
 
 def test_what_trains_nothing_does_without_deepspeed():
-    modules = ", ".join(f"relora_mora.{name}" for name in ("checkpoint", "evaluate", "export", "plan"))
-    code = f"import sys, {modules}; print('deepspeed' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout == "False\n"
+    assert not _imported_with("deepspeed", "checkpoint", "evaluation", "sizing", "weights", "experiments/planner")
 
 
 def test_what_checks_settings_does_without_torch():
     """A mistake is told at once; importing torch takes seconds."""
-    modules = ", ".join(f"relora_mora.{name}" for name in ("cli", "compare", "config", "data", "study", "tokenizer"))
-    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    assert not _imported_with(
+        "torch", "cli", "config", "data", "tokenizer", "experiments/compare/files.py", "experiments/study/conduct.py"
+    )
+
+
+def _files_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def _imported_with(package: str, *rooms: str) -> bool:
+    """Whether importing every module of these rooms imports a package."""
+    modules = ", ".join(_names(path) for room in rooms for path in _files_of(PACKAGE / room))
+    code = f"import sys, {modules}; print({package!r} in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout == "False\n"
+    return done.stdout == "True\n"
 
 
 def test_the_package_never_imports_the_scripts():

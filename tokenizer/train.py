@@ -20,17 +20,11 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from relora_mora.cli import run
-    from relora_mora.system.new_folder import new_folder
-    from relora_mora.tokenizer import (
-        HARD_TEXTS,
-        MODEL_FILE,
-        TokenizerError,
-        encode,
-        load_tokenizer,
-        open_sentencepiece,
-        save_tokenizer,
-    )
+    from relora_mora.cli.command import run
+    from relora_mora.system.files import new_folder
+    from relora_mora.tokenizer.folder import MODEL_FILE, TokenizerError, open_sentencepiece
+    from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
+    from relora_mora.tokenizer.save import save_tokenizer
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
@@ -90,8 +84,8 @@ def main(
         overrides: how the text is read, as --data.KEY=VALUE, for instance --data.sample_by=document;
             docs/settings.md lists them
     """
-    from relora_mora.config import READING, parse_typed, read_data
-    from relora_mora.data import iter_texts
+    from relora_mora.config.data_flags import READING, parse_typed, read_data
+    from relora_mora.data.formats.file_rows import iter_texts
 
     started = time.monotonic()
     _check_settings(vocab_size, max_documents, max_bytes, character_coverage, threads)

@@ -6,9 +6,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from relora_mora.cli import missing_package, run
-from relora_mora.supervise import leave_process
-from relora_mora.system.threads import sleep_soon
+from relora_mora.cli.command import missing_package, run
+from relora_mora.supervise.exits import leave_process
+from relora_mora.system.process import sleep_soon
 
 KINDS = {
     "steps": "whole training steps of several methods side by side: time, memory, traffic",
@@ -30,7 +30,7 @@ On CPUs put DS_ACCELERATOR=cpu in front.""".format(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one kind of benchmark and exits, as :func:`relora_mora.cli.run` does."""
+    """Runs one kind of benchmark and exits, as :func:`relora_mora.cli.command.run` does."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # the first word is not always the first argument: DeepSpeed's launcher puts its --local_rank before it
     kind = next((argument for argument in arguments if not argument.startswith("-")), None)

@@ -9,19 +9,20 @@ from typing import Protocol
 import torch
 
 from launch.benchmark.device import synchronize
-from relora_mora.config import Config
-from relora_mora.data import Batch, TrainStream
+from relora_mora.adapters.inject import inject
+from relora_mora.adapters.layers import adapter_layers
+from relora_mora.config.schema import Config
+from relora_mora.data.stream.packing import Batch
+from relora_mora.data.stream.stream import TrainStream
 from relora_mora.distributed.device import device_of_rank
-from relora_mora.methods.inject import inject
-from relora_mora.methods.layers import adapter_layers
 from relora_mora.model.llama import LossModel, build_model
-from relora_mora.optim import group_rates, make_schedule, parameter_groups, set_trainable
-from relora_mora.plan.fit import choose_resident
-from relora_mora.plan.setup import Setup
+from relora_mora.optim.groups import group_rates, make_schedule, parameter_groups, set_trainable
+from relora_mora.sizing.fit import choose_resident
+from relora_mora.sizing.setup import Setup
 from relora_mora.system.hardware import uses_cuda
-from relora_mora.train.build import build
-from relora_mora.train.check import Checked, memory_of_rank
-from relora_mora.train.loop import micro_batches
+from relora_mora.train.begin.build import build
+from relora_mora.train.begin.check import ResolvedRun, memory_of_rank
+from relora_mora.train.loop.loop import micro_batches
 
 
 def make_batches(config: Config, steps: int) -> list[Batch]:
@@ -45,7 +46,7 @@ class Loop(Protocol):
 class EngineLoop:
     """The trainer's own model and engine."""
 
-    def __init__(self, checked: Checked) -> None:
+    def __init__(self, checked: ResolvedRun) -> None:
         self.run = build(checked, rank=0, world_size=1)
         self.micro_batch_size = checked.config.train.micro_batch_size
         self.device = self.run.engine.device
@@ -64,7 +65,7 @@ class EngineLoop:
 class TorchLoop:
     """Plain torch: the same model and optimizer without DeepSpeed; float32 masters, float32 sums of gradients."""
 
-    def __init__(self, checked: Checked) -> None:
+    def __init__(self, checked: ResolvedRun) -> None:
         config = checked.config
         lm = build_model(checked.model_config, seed=config.train.seed, attention=config.model.attention)
         if config.method.uses_adapters:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from relora_mora.config import DECODER_LINEARS
+from relora_mora.config.schema import DECODER_LINEARS
 
 PARTS = ("weights", "optimizer", "gradients", "activations", "rest")
 

@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from launch.benchmark.released import RELEASED_TYPE, use_released_layers
-from relora_mora.config import DECODER_LINEARS, FINETUNING, Config, ConfigError, validate, with_defaults
-from relora_mora.merging import FrozenMasters, Merger
-from relora_mora.methods.inject import decoder_linears, inject
+from relora_mora.adapters.inject import decoder_linears, inject
+from relora_mora.config.load import FINETUNING, ConfigError, validate, with_defaults
+from relora_mora.config.registry import METHODS
+from relora_mora.config.schema import DECODER_LINEARS, Config
+from relora_mora.engine.engine import ZeroEngine
+from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.llama import LossModel, build_model
-from relora_mora.optim import build_optimizer, parameter_groups, set_trainable
-from relora_mora.plan.fit import check_adapters, choose_resident
-from relora_mora.plan.flops import flops_of
-from relora_mora.plan.setup import Setup
-from relora_mora.registry import METHODS
+from relora_mora.optim.groups import build_optimizer, parameter_groups, set_trainable
+from relora_mora.sizing.fit import check_adapters, choose_resident
+from relora_mora.sizing.flops import flops_of
+from relora_mora.sizing.setup import Setup
 from relora_mora.system.hardware import uses_cuda
-from relora_mora.zero import ZeroEngine
 
 RATE = 1e-5  # a step costs the same at any rate, and this one keeps the numbers small
 

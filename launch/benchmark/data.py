@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 
-from relora_mora.cli import PositiveInt
+from relora_mora.cli.arguments import PositiveInt
 
 MAX_LANES = 65_536  # each lane gets its own plan of the shards
 
@@ -23,7 +23,7 @@ def main(
         overrides: settings as --section.key=value
     """
     from launch.benchmark.pipeline import pipeline_throughput
-    from relora_mora.config import load_config
+    from relora_mora.config.load import load_config
 
     if lanes is not None and not 1 <= lanes <= MAX_LANES:
         raise ValueError(f"--lanes: got {lanes}, expected 1 to {MAX_LANES:,}")

@@ -20,12 +20,11 @@ from transformers import PreTrainedConfig
 from launch.benchmark.device import chosen_device, seconds_of
 from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
-from relora_mora.cli import PositiveInt
-from relora_mora.config import MethodConfig, ModelConfig
-from relora_mora.methods.mora import layer_square_size
-from relora_mora.model import read_model_config
+from relora_mora.adapters.mora import layer_square_size
+from relora_mora.cli.arguments import PositiveInt
+from relora_mora.config.schema import MethodConfig, ModelConfig
+from relora_mora.model.config import attention_widths, read_model_config
 from relora_mora.model.loss import chunked_cross_entropy
-from relora_mora.model.shapes import attention_widths
 from relora_mora.system.hardware import device_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

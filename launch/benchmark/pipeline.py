@@ -10,14 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from relora_mora.config import DataConfig
-from relora_mora.data.file_rows import check_is_text
+from relora_mora.config.data import DataConfig
+from relora_mora.data.formats.file_rows import check_is_text
 from relora_mora.data.lanes import LaneRows, plan_lanes
-from relora_mora.data.packing import Lane
 from relora_mora.data.rows import Encode, Encoded
-from relora_mora.data.sources import Shard, configured_shards, resolve_shards
-from relora_mora.data.token_folder import make_tokens
-from relora_mora.data.token_rows import only_tokens, open_any, or_tokens
+from relora_mora.data.shard import Shard
+from relora_mora.data.sources.resolve import configured_shards, resolve_shards
+from relora_mora.data.stream.packing import Lane
+from relora_mora.data.tokens.folder import make_tokens
+from relora_mora.data.tokens.rows import only_tokens, open_any, or_tokens
 
 # by the one worker that is measured; few, so that its blocks of documents are used up and not only loaded
 LANES_READ = 2
@@ -36,7 +37,7 @@ def pipeline_throughput(
     number of lanes that share the shards; None: as many as shards, at most 64. Where the training data are tokens, only
     reading them is measured. Raises SourceError.
     """
-    from relora_mora.tokenizer import encode, load_tokenizer
+    from relora_mora.tokenizer.load import encode, load_tokenizer
 
     shards = configured_shards(config, "train")
     lanes = lanes or min(64, len(shards))

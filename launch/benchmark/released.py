@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.methods.layers import adapter_layers
-from relora_mora.methods.mora import MoRALinear
+from relora_mora.adapters.layers import adapter_layers
+from relora_mora.adapters.mora import MoRALinear
 
 RELEASED_TYPE = 1
 

@@ -10,8 +10,9 @@ import math
 import os
 import sys
 
-from relora_mora.cli import PositiveInt
-from relora_mora.config import ConfigError, ModelConfig
+from relora_mora.cli.arguments import PositiveInt
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import ModelConfig
 
 DEFAULT = "full,remora,remora_decoupled,relora"
 
@@ -79,9 +80,9 @@ def main(
     from launch.benchmark.measure import run as measure
     from launch.benchmark.report import as_json, limits, tables
     from relora_mora.distributed.device import device_of_rank
-    from relora_mora.model import read_model_config
+    from relora_mora.engine.start import init_distributed
+    from relora_mora.model.config import read_model_config
     from relora_mora.system.hardware import fast_bf16
-    from relora_mora.zero import init_distributed
 
     names = chosen([name for name in methods.split(",") if name], int(os.environ.get("WORLD_SIZE", "1")))
     model_config = read_model_config(settings)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.benchmark.turns import medians, take_turns
-from relora_mora.cli import PositiveInt
-from relora_mora.config import Config, ConfigError, dump, load_config
-from relora_mora.supervise import REQUEUE
-from relora_mora.system.parent import ending_with_me
+from relora_mora.cli.arguments import PositiveInt
+from relora_mora.config.load import ConfigError, dump, load_config
+from relora_mora.config.schema import Config
+from relora_mora.supervise.exits import REQUEUE
+from relora_mora.system.process import ending_with_me
 from relora_mora.system.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,8 +103,8 @@ def measure(config: Config, folder: Path, steps: int, rounds: int) -> dict[str, 
     import torch
 
     from launch.benchmark.bare import EngineLoop, TorchLoop, make_batches, seconds_of
-    from relora_mora.train.check import check
-    from relora_mora.zero import init_distributed
+    from relora_mora.engine.start import init_distributed
+    from relora_mora.train.begin.check import check
 
     init_distributed()
     checked = check(config, world_size=1)

@@ -10,6 +10,9 @@
         base-00000-of-00002.safetensors        the frozen weights that rank 0 owned, float32
         tokenizer/...                          what AutoTokenizer loads; damage here does not cost the tensors
 
+A folder ``*.tmp`` is being written or removed and does not count. A folder ``*.new`` is whole and about to replace
+``step-N``; it counts, in case a kill came in between.
+
 A tensor of a state file is a piece of one parameter: its key is ``kind|name|start`` with the kind master, exp_avg,
 exp_avg_sq or momentum, the parameter's name, and the index of the first element in the flattened parameter. What an
 optimizer keeps of a whole matrix (``matrix_states`` of the manifest) has kinds of its own; those tensors are whole. A
@@ -21,6 +24,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -30,10 +35,62 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
+from relora_mora.config.registry import MATRIX_OPTIMIZERS
 from relora_mora.operators import Draw
-from relora_mora.optim import parameter_moments
-from relora_mora.registry import MATRIX_OPTIMIZERS
-from relora_mora.system.disk_errors import raise_if_lost
+from relora_mora.optim.groups import parameter_moments
+from relora_mora.system.files import raise_if_lost, remove, sync
+
+NEW = ".new"
+TEMPORARY = ".tmp"
+
+
+def step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in the name of a checkpoint folder, None for other names."""
+    match = re.fullmatch(r"step-([0-9]{8,15})", folder.name)
+    return int(match[1]) if match and folder.name == step_folder(int(match[1])) else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Folders below ``checkpoints/`` that are named like checkpoints, whole or not, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(step, path) for path in folder.iterdir() if path.is_dir() and (step := step_of(path)) is not None]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def list_new(folder: Path) -> list[Path]:
+    """Whole checkpoints that were about to take the place of the folder of their step, newest first."""
+    return sorted(
+        (path for path in folder.glob(f"step-*{NEW}") if path.is_dir() and step_of(path.with_suffix("")) is not None),
+        reverse=True,
+    )
+
+
+def put_in_place(new: Path) -> None:
+    """Renames a whole checkpoint ``step-N.new`` to ``step-N``; what had that name is removed only after that."""
+    final = new.with_suffix("")
+    aside = _set_aside(final)
+    new.rename(final)
+    sync(final.parent)
+    remove(aside)
+
+
+def discard(checkpoint: Path) -> None:
+    """Removes a checkpoint. However this is cut short, nothing that is left looks like one."""
+    remove(_set_aside(checkpoint))
+
+
+def _set_aside(path: Path) -> Path:
+    aside = path.with_name(f"{path.name}.old{TEMPORARY}")
+    remove(aside)
+    if os.path.lexists(path):
+        path.rename(aside)
+    return aside
+
 
 FORMAT = "relora_mora checkpoint"
 VERSION = 2

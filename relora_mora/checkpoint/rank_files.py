@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relora_mora.checkpoint.layout import TOKENIZER, FileEntry, Manifest, file_entry
-from relora_mora.checkpoint.places import NEW
+from relora_mora.checkpoint.layout import NEW, TOKENIZER, FileEntry, Manifest, file_entry
 from relora_mora.checkpoint.tokenizer import write_tokenizer
-from relora_mora.system.disk_errors import disk_faults_named
-from relora_mora.system.files import make_folder, ordinary_mode, sync
+from relora_mora.system.files import disk_faults_named, make_folder, ordinary_mode, sync
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
-    from relora_mora.merging import FrozenMasters
-    from relora_mora.zero import Fragment, ZeroEngine
+    from relora_mora.engine.engine import ZeroEngine
+    from relora_mora.engine.masters import Fragment
+    from relora_mora.engine.merging import FrozenMasters
+
 
 PLACES_KEPT = 12
 _T = TypeVar("_T")

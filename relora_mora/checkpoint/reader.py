@@ -1,4 +1,4 @@
-"""Reads a checkpoint into any world size and ZeRO stage."""
+"""Finds the checkpoint that a user names, and reads it into any world size and ZeRO stage."""
 
 from __future__ import annotations
 
@@ -11,14 +11,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from relora_mora.checkpoint.layout import MANIFEST, CheckpointError, Manifest, damage, read_manifest
-from relora_mora.checkpoint.places import list_checkpoints, list_new, step_of
+from relora_mora.checkpoint.layout import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    damage,
+    list_checkpoints,
+    list_new,
+    read_manifest,
+    step_of,
+)
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, same_on_all_ranks
-from relora_mora.system.disk_errors import raise_if_lost
+from relora_mora.system.files import raise_if_lost
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
-    from relora_mora.merging import FrozenMasters
-    from relora_mora.zero import ZeroEngine
+    from relora_mora.engine.engine import ZeroEngine
+    from relora_mora.engine.merging import FrozenMasters
+import contextlib
+
+from relora_mora.system.logs import shared_log
+from relora_mora.system.run_folder import RunFolder
 
 
 class _Piece(NamedTuple):
@@ -230,3 +242,44 @@ def list_candidates(folder: Path) -> list[Path]:
         key=lambda path: (step_of(path.with_suffix("")) or 0, path.name),
         reverse=True,
     )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint at ``path``, or the newest whole one where that is a run folder or its ``checkpoints/``.
+
+    A warning names newer ones that are damaged. Raises :class:`CheckpointError` when there is none or when it is
+    damaged.
+    """
+    for folder in (path, RunFolder(path).checkpoints):
+        while candidates := list_candidates(folder):
+            found, skipped = newest_whole(folder)
+            if found is not None:
+                for reason in skipped:
+                    shared_log.warning("%s: passed over %s", folder, reason)
+                return found
+            if list_candidates(folder) == candidates:  # else its run has removed them, and has newer ones
+                raise CheckpointError(f"{folder}: no checkpoint in it is whole: {'; '.join(skipped)}")
+    if not path.is_dir():
+        what = "is no folder" if path.exists() else "not found"
+        raise CheckpointError(
+            f"{path}: {what}; give a run folder, or a checkpoint such as RUN/checkpoints/step-00001000"
+        )
+    problem = verify(path)
+    if problem is not None:
+        raise CheckpointError(
+            problem if problem.startswith(str(path)) else f"{path}: {problem}; use an older checkpoint"
+        )
+    return path
+
+
+def newest_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint at ``path``, or the newest that can be read where that is a run folder or its
+    ``checkpoints/``. Whether the checkpoint's files are whole is not looked at.
+
+    Raises :class:`CheckpointError` when there is none.
+    """
+    for folder in (path, RunFolder(path).checkpoints):
+        for checkpoint in list_candidates(folder):
+            with contextlib.suppress(CheckpointError):
+                return read_manifest(checkpoint)
+    return read_manifest(path)

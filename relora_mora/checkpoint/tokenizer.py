@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, Manifest, damage, read_manifest
-from relora_mora.system.disk_errors import disk_faults_named
+from relora_mora.system.files import disk_faults_named
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.tokenizer import TokenizerError, is_tokenizer
+from relora_mora.tokenizer.folder import TokenizerError
+from relora_mora.tokenizer.identity import is_tokenizer
 
 SUFFIXES = (".jinja", ".json", ".model", ".spm", ".txt")  # of data: no code, and no weights
 MAX_BYTES = 2**28  # of a file: several times the largest vocabularies

@@ -1,13 +1,14 @@
-"""Writes checkpoints in the background, whole or not at all.
+"""Writes checkpoints in the background, whole or not at all, and removes those that are not kept.
 
-Training stands still only while the state is copied to host memory. Then a thread of every rank writes the rank's own
-files below ``step-N.JOB-ATTEMPT.tmp`` and sends rank 0 their sizes and checksums, or why it failed. Rank 0's thread
-waits for all ranks, writes the manifest and renames the folder, or removes it after a failure. No collective is used,
-so a slow disk cannot hold up those of training.
+Training pauses only while the state is copied to host memory. Then a thread of every rank writes the rank's own files
+below ``step-N.JOB-ATTEMPT.tmp`` and sends rank 0 their sizes and checksums, or why it failed. Rank 0's thread waits for
+all ranks, writes the manifest and renames the folder, or removes it after a failure. No collective is used, so a slow
+disk cannot hold up training.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import uuid
@@ -16,20 +17,101 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from relora_mora.checkpoint.layout import LATEST, MANIFEST, FileEntry, Manifest
-from relora_mora.checkpoint.mailbox import Mailbox
-from relora_mora.checkpoint.places import NEW, TEMPORARY, put_in_place, step_folder
+from relora_mora.checkpoint.layout import (
+    LATEST,
+    MANIFEST,
+    NEW,
+    TEMPORARY,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    discard,
+    list_checkpoints,
+    list_new,
+    put_in_place,
+    read_manifest,
+    step_folder,
+    step_of,
+)
 from relora_mora.checkpoint.rank_files import RankFiles
-from relora_mora.checkpoint.retention import retire, tidy
+from relora_mora.checkpoint.reader import verify
 from relora_mora.checkpoint.tokenizer import read_tokenizer
 from relora_mora.distributed.collectives import from_first_rank
 from relora_mora.system.files import make_folder, remove, write_synced
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
-    from relora_mora.merging import FrozenMasters
-    from relora_mora.zero import ZeroEngine
+    from relora_mora.engine.engine import ZeroEngine
+    from relora_mora.engine.merging import FrozenMasters
+
+
+POLL_SECONDS = 0.05
+
+
+class Mailbox:
+    """Messages in the job's key-value store, which works where a disk is full or cannot be written.
+
+    ``job`` keeps the messages of one writer apart from those of others; it is the same on all ranks.
+    """
+
+    def __init__(self, job: str) -> None:
+        everyone = torch.distributed.group.WORLD
+        assert everyone is not None, "the processes of a run are joined before it is built"
+        self._store = torch.distributed.PrefixStore(f"checkpoint/{job}", everyone.get_group_store())
+
+    def send(self, about: str, rank: int, message: dict[str, Any]) -> None:
+        self._store.set(f"{about}/{rank}", json.dumps(message))
+
+    def receive(self, about: str, rank: int, deadline: float) -> dict[str, Any] | None:
+        """Takes a rank's message from the store; None when there is none by ``deadline`` (of ``time.monotonic``)."""
+        key = f"{about}/{rank}"
+        while not self._store.check([key]):  # to wait in the store would block its connection for the main thread
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(POLL_SECONDS)
+        message = json.loads(self._store.get(key))
+        self._store.delete_key(key)
+        return message
+
+
+def retire(folder: Path, newest: int, *, keep_last: int, keep_every_steps: int) -> None:
+    """Removes the checkpoints below ``checkpoints/`` up to step ``newest`` that need not be kept.
+
+    Kept are the ``keep_last`` newest, those whose step is a multiple of ``keep_every_steps``, and the newest one that
+    a run can go back to. Checkpoints of later steps belong to another history and are left alone.
+    """
+    whole: list[tuple[int, Path]] = []  # newest first
+    for path in list_checkpoints(folder):
+        step = step_of(path)
+        if step is not None and step <= newest and (path / MANIFEST).exists():
+            whole.append((step, path))
+    kept = {path for step, path in whole if keep_every_steps and step % keep_every_steps == 0}
+    kept |= {path for _, path in whole[:keep_last]}
+    good = next((path for _, path in whole if _is_good(path)), None)
+    for _, path in whole:
+        if path not in kept and path != good:
+            discard(path)
+
+
+def _is_good(checkpoint: Path) -> bool:
+    try:
+        return read_manifest(checkpoint).is_good
+    except CheckpointError:
+        return False
+
+
+def tidy(folder: Path) -> None:
+    """Finishes or removes what a killed run left half done below ``checkpoints/``."""
+    for new in list_new(folder):
+        if verify(new) is None or not new.with_suffix("").exists():
+            put_in_place(new)
+        else:
+            remove(new)
+    for path in folder.glob(f"*{TEMPORARY}"):
+        remove(path)
+
 
 NAMED_RANKS = 3  # of those that failed
 APPEAR_SECONDS = 10.0  # for a file that another host wrote to be seen on this one
@@ -37,7 +119,7 @@ LATE_SECONDS = 1500.0  # for a rank to write its part; shorter than the watchdog
 
 
 class CheckpointWriter:
-    """One per rank, made by all ranks together. What is kept: :func:`relora_mora.checkpoint.retention.retire`.
+    """One per rank, made by all ranks together. What is kept: :func:`relora_mora.checkpoint.writer.retire`.
 
     The files of the folder ``tokenizer`` are read at once and written into every checkpoint, whatever becomes of the
     folder. ``merge_states`` makes one data state of those of all ranks. On rank 0 ``sync_beside`` is called before a

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from relora_mora.system.home import from_home
+from relora_mora.system.files import from_home
 
 Command = Callable[..., Any]
 PositiveInt = Annotated[int, Ge(1)]  # of parameters of commands
@@ -60,7 +60,7 @@ def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.
 
 
 def _raise(faults: list[str]) -> None:
-    from relora_mora.config import ConfigError
+    from relora_mora.config.load import ConfigError
 
     if faults:
         raise ConfigError(faults, "the command line")
@@ -159,7 +159,7 @@ def _typed(value: Any, expected: Any) -> Any:
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
-    from relora_mora.config import parse_yaml
+    from relora_mora.config.yaml_text import parse_yaml
 
     try:
         return TypeAdapter(expected).validate_python(parse_yaml(value), strict=True)

@@ -1,4 +1,4 @@
-"""Reads a run's settings: YAML file, then ``--section.key=value``; every fault is reported at once."""
+"""Reads the settings of a run: defaults, YAML file, then ``--section.key=value``. All faults are reported at once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from relora_mora.config.checks import faults, secret_faults
+from relora_mora.config.checks.combinations import faults, secret_faults
+from relora_mora.config.data import CHATML, RecordsConfig, TextSource, map_records
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
-from relora_mora.config.finetuning import with_defaults
 from relora_mora.config.lengths import (
     ALTERNATIVES,
     settled,
@@ -22,13 +22,52 @@ from relora_mora.config.lengths import (
     without_nulls,
     without_replaced,
 )
-from relora_mora.config.records import CHATML, RecordsConfig
+from relora_mora.config.registry import METHODS, settings_of_others
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
-from relora_mora.config.sources import TextSource, map_records
 from relora_mora.config.yaml_text import MOST_CHARACTERS, dump_yaml, explain_yaml, parse_yaml
-from relora_mora.system.home import from_home
-from relora_mora.system.words import counted
+from relora_mora.system.files import from_home
+from relora_mora.system.logs import counted
+
+# rank, operator 6, rate, warmup, batch and epochs are those of the release for mathematics (github.com/kongds/MoRA)
+FINETUNING: dict[str, dict[str, Any]] = {
+    "method": {
+        "name": "mora",
+        "rank": 8,
+        "square_multiple": 2,  # operator 6 turns pairs
+        "operators": [6, 1],
+        "train_embeddings": False,
+        "train_norms": False,
+        "train_head": False,
+    },
+    "optim": {"lr": 3e-4, "warmup_fraction": 0.03},
+    "train": {"epochs": 3, "batch_size": 128},
+}
+
+
+def with_defaults(tree: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A tree of settings with others below it.
+
+    A default is left out where the tree says the same in another way (steps for epochs), or where the tree's method
+    does not use it.
+    """
+    given = tree.get("method")
+    method = METHODS.get(str(given.get("name"))) if isinstance(given, dict) else None
+    unused = settings_of_others(METHODS, method)
+    result = dict(tree)
+    for section, values in defaults.items():
+        own = tree.get(section) or {}
+        if not isinstance(own, dict):
+            continue  # a fault, which is told as such
+        alternatives = ALTERNATIVES.get(section, ())
+        said = any(own.get(key) is not None for key in alternatives)
+        below = {
+            key: value
+            for key, value in values.items()
+            if f"{section}.{key}" not in unused and not (said and key in alternatives)
+        }
+        result[section] = {**below, **own}
+    return result
 
 
 class ConfigError(ValueError):

@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from relora_mora.config.data import DataConfig
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, MatrixOptimizer, Method, ScheduleKind
 from relora_mora.config.types import (
     LARGEST,
     LONGEST_SECONDS,
@@ -25,7 +26,6 @@ from relora_mora.config.types import (
     Text,
     Whole,
 )
-from relora_mora.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, MatrixOptimizer, Method, ScheduleKind
 
 if TYPE_CHECKING:
     MatrixOptimizerName = str
@@ -35,6 +35,7 @@ else:  # a type checker takes no choices that are known at run time only
     MatrixOptimizerName = Literal[tuple(MATRIX_OPTIMIZERS)]
     MethodName = Literal[tuple(METHODS)]
     MoraType = Literal[tuple(OPERATORS)]
+
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -1,12 +1,23 @@
-"""What settings are made of: texts, numbers with their limits, and a model that refuses what it does not know."""
+"""The building blocks of settings: strings and numbers with limits, and models that refuse unknown keys."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+
+class Fault(NamedTuple):
+    """``settings``: every setting that the judgement rests on, the one to change first. ``text``: the message."""
+
+    settings: tuple[str, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.settings[0]}: {self.text}"
+
 
 LARGEST = 2**53  # of any whole number: up to here float64 counts exactly
 LONGEST_SECONDS = 1e9  # what clocks and timers of all libraries can wait for

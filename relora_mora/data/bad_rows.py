@@ -1,13 +1,13 @@
-"""How many bad rows a shard may hold."""
+"""How many bad rows or unusable records a shard may hold before the run ends."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
 
-from relora_mora.data.errors import SourceError
-from relora_mora.data.skipped import BAD_REASONS, Skipped
-from relora_mora.data.sources import Shard
+from relora_mora.data.errors import BAD_REASONS, ENCODING_REASONS, Skipped, SourceError
+from relora_mora.data.rows import Encoded
+from relora_mora.data.shard import Shard
 
 # before this many rows a fraction says little; at the end of a shard it is exact, however few there are
 JUDGED_FROM_ROWS = 1000
@@ -15,9 +15,9 @@ NOTES_PER_REASON = 3  # of a shard
 OTHER_KEYS = "data.text_column names the key of texts, a run's data.records what else a line holds"
 
 
-def told_of(skipped: Skipped, shard: Shard) -> str:
+def skip_reason(skipped: Skipped, shard: Shard) -> str:
     """What is wrong with a bad row of a shard."""
-    return skipped.told or BAD_REASONS[skipped.reason].format(column=shard.text_column)
+    return skipped.detail or BAD_REASONS[skipped.reason].format(column=shard.text_column)
 
 
 class BadRowLimit:
@@ -52,7 +52,7 @@ class BadRowLimit:
         seen = number if seen is None else seen
         self.bad += 1
         reason = skipped.reason
-        self._last = f"{self._unit} {number} {told_of(skipped, self._shard)}"
+        self._last = f"{self._unit} {number} {skip_reason(skipped, self._shard)}"
         self._noted[reason] += 1
         if self._noted[reason] <= NOTES_PER_REASON:
             self._note(f"{self._shard.label}: {self._last}; skipped")
@@ -76,4 +76,67 @@ class BadRowLimit:
         raise SourceError(
             f"{self._shard.label}: {self.bad} of {rows} {self._unit}s are bad, more than data.max_bad_fraction "
             f"({self._max_bad_fraction:g}){last}. Repair or drop the shard, or raise data.max_bad_fraction"
+        )
+
+
+TOO_LONG = "over_length"
+
+
+def too_many_records(
+    bad: int, seen: int, max_bad_fraction: float, told: str, *, whole: bool = False
+) -> SourceError | None:
+    """What to raise where more than the allowed fraction of records cannot be used; ``told``: one of them.
+
+    The fraction is judged from the 1,000th on; of a ``whole`` set, however small it is.
+    """
+    if bad <= max_bad_fraction * (seen if whole else max(seen, JUDGED_FROM_ROWS)):
+        return None
+    return SourceError(
+        f"{bad:,} of {seen:,} records cannot be used, more than data.max_bad_fraction ({max_bad_fraction:g}); "
+        f"the last one: {told}. Correct them or what data.records says of them, or raise data.max_bad_fraction"
+    )
+
+
+class RecordsFound:
+    """What became of rows that were read from the beginning, once each."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.left_out = Counter[str]()  # by reason
+        self.told: dict[str, str] = {}  # by reason, of the last such row
+        self._last = ""
+
+    @property
+    def bad(self) -> int:
+        return sum(self.left_out[reason] for reason in ENCODING_REASONS)
+
+    @property
+    def too_long(self) -> int:
+        return self.left_out[TOO_LONG]
+
+    def add(self, row: Encoded | Skipped) -> None:
+        self.seen += 1
+        if isinstance(row, Skipped):
+            self.left_out[row.reason] += 1
+            self.told[row.reason] = row.detail
+            if row.reason in ENCODING_REASONS:
+                self._last = row.detail
+
+    def too_many(self, max_bad_fraction: float, *, whole: bool = False) -> SourceError | None:
+        """The error where too many rows are bad."""
+        return too_many_records(self.bad, self.seen, max_bad_fraction, self._last, whole=whole)
+
+    def fault(self, name: str, max_bad_fraction: float, *, whole: bool) -> SourceError | None:
+        """The error where too many rows are bad, or none can be used; ``whole``: there are no others."""
+        if fault := self.too_many(max_bad_fraction, whole=whole):
+            return fault
+        if not self.seen or self.left_out.total() < self.seen:
+            return None
+        reasons = self.left_out.most_common()
+        reason = reasons[0][0]
+        among = "" if whole else f" among the first {self.seen:,}"
+        counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons)
+        remedy = "raise data.sequence_length" if reason == TOO_LONG else "correct what data.records says of them"
+        return SourceError(
+            f"{name}: no record can be used{among} ({counts}); for instance {self.told[reason]}; {remedy}"
         )

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, TypeVar
 import xxhash
 
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.file_version import Version
-from relora_mora.data.sources import Shard
-from relora_mora.data.token_index import COMMAND
+from relora_mora.data.shard import Shard, Version
+from relora_mora.data.tokens.index import COMMAND
 
 if TYPE_CHECKING:
     import requests
+
 
 log = logging.getLogger(__name__)
 
@@ -212,8 +212,8 @@ def _opened(path: str) -> Iterator[int]:
 
 
 def _version_at_server(shard: Shard, *, session: requests.Session, timeout_seconds: float) -> Version:
-    from relora_mora.data.retry import retrying
-    from relora_mora.data.transport import check_status, send, version_of
+    from relora_mora.data.bytes.retry import retrying
+    from relora_mora.data.bytes.transport import check_status, send, version_of
 
     def ask() -> Version:
         # where a server refuses HEAD: one byte, whose answer has the same headers

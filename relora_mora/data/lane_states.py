@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from relora_mora.data.errors import SourceError
-from relora_mora.data.skipped import BAD_REASONS, SKIP_REASONS
+from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, SourceError
 
 LaneStates = dict[str, dict[str, Any]]  # by ``state_key``, as text because JSON knows no other keys
 

@@ -9,12 +9,11 @@ from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
-from relora_mora.config import DataConfig, Packing
-from relora_mora.data.errors import SourceError
+from relora_mora.config.data import DataConfig, Packing
+from relora_mora.data.errors import SKIP_REASONS, Skipped, SourceError
 from relora_mora.data.lane_states import Cursor, read_state
 from relora_mora.data.rows import OpenRows, Row
-from relora_mora.data.skipped import SKIP_REASONS, Skipped
-from relora_mora.data.sources import Shard
+from relora_mora.data.shard import Shard
 
 
 class Part(NamedTuple):

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from relora_mora.data.skipped import Skipped
-from relora_mora.data.sources import Shard
+from relora_mora.data.errors import Skipped
+from relora_mora.data.shard import Shard
 
 # What a row holds: a text, say, or the messages of a conversation. Its length is about its number of characters.
 Row = TypeVar("Row", bound=Sized)

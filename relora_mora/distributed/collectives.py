@@ -13,7 +13,7 @@ import torch
 from torch import distributed as dist
 
 from relora_mora.distributed.waiting import collective
-from relora_mora.system.disk_errors import LOST_DISK
+from relora_mora.system.files import LOST_DISK
 from relora_mora.system.hardware import ran_out_of_memory
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from relora_mora.system.hardware import uses_cuda
 _GPU_REMEDY = "start one rank for each GPU, or compute on CPUs with DS_ACCELERATOR=cpu in the environment"
 
 
-class Seat(NamedTuple):
+class DeviceAssignment(NamedTuple):
     """Where a rank computes. ``gpu`` is the UUID of its GPU; None on CPUs, and where none of the visible is its own.
 
     ``address`` is where gloo listens for the other ranks; None where there are none, or GLOO_SOCKET_IFNAME says it.
@@ -56,7 +56,7 @@ def bind_device(store: Any, rank: int, world_size: int) -> torch.device | None:
         torch.cuda.set_device(index)
         os.environ["LOCAL_RANK"] = str(index)
         gpu = str(torch.cuda.get_device_properties(index).uuid)
-    mine = Seat(socket.gethostname(), local_rank, visible, gpu, _gloo_address() if world_size > 1 else None)
+    mine = DeviceAssignment(socket.gethostname(), local_rank, visible, gpu, _gloo_address() if world_size > 1 else None)
     seats = _seats_of_ranks(mine, store, rank, world_size)
     fault = seat_fault(seats)
     if not any(seat.visible for seat in seats) and os.environ.get("DS_ACCELERATOR") == "cuda":
@@ -74,13 +74,13 @@ def gpu_of(local_rank: int, visible: int) -> int | None:
     return local_rank if local_rank < visible else None
 
 
-def seat_fault(seats: Sequence[Seat]) -> str | None:
+def seat_fault(seats: Sequence[DeviceAssignment]) -> str | None:
     """What keeps these ranks from computing together, and the remedy; None if nothing does."""
     gpu_fault = _gpu_fault(seats)
     return _address_fault(seats) or (gpu_fault and f"{gpu_fault}; {_GPU_REMEDY}")
 
 
-def _address_fault(seats: Sequence[Seat]) -> str | None:
+def _address_fault(seats: Sequence[DeviceAssignment]) -> str | None:
     if len({seat.host for seat in seats}) == 1:
         return None
     for rank, seat in enumerate(seats):
@@ -93,7 +93,7 @@ def _address_fault(seats: Sequence[Seat]) -> str | None:
     return None
 
 
-def _gpu_fault(seats: Sequence[Seat]) -> str | None:
+def _gpu_fault(seats: Sequence[DeviceAssignment]) -> str | None:
     owners: dict[str, int] = {}
     for rank, seat in enumerate(seats):
         if not seat.visible:
@@ -128,11 +128,11 @@ def has_met(store: Any, rank: int) -> bool:
     return bool(dist.PrefixStore("seats", store).check([str(rank)]))
 
 
-def _seats_of_ranks(mine: Seat, store: Any, rank: int, world_size: int) -> list[Seat]:
+def _seats_of_ranks(mine: DeviceAssignment, store: Any, rank: int, world_size: int) -> list[DeviceAssignment]:
     if world_size == 1:
         return [mine]
     seats = dist.PrefixStore("seats", store)
     seats.set(str(rank), json.dumps(mine))
     ranks = [str(other) for other in range(world_size)]
     seats.wait(ranks)
-    return [Seat(*json.loads(text)) for text in seats.multi_get(ranks)]
+    return [DeviceAssignment(*json.loads(text)) for text in seats.multi_get(ranks)]

@@ -16,8 +16,8 @@ from torch import distributed as dist
 
 from relora_mora.distributed.collectives import control_group, is_peer_failure
 from relora_mora.distributed.device import backend_name, bind_device, has_met
-from relora_mora.system.allocator import keep_freed_memory
 from relora_mora.system.hardware import uses_cuda
+from relora_mora.system.process import keep_freed_memory
 
 _WITHOUT_LAUNCHER = {
     "RANK": "0",

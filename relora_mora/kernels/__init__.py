@@ -16,7 +16,7 @@ from relora_mora.kernels.ops import (
     group_sum,
     group_sums,
     rotary_add,
-    takes,
+    supports,
 )
 
 __all__ = [
@@ -32,6 +32,6 @@ __all__ = [
     "interleaved",
     "rotary_add",
     "rotated",
-    "takes",
+    "supports",
     "wrapped_interleaved",
 ]

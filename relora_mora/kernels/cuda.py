@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from relora_mora.system.compilers import missing_to_compile
+from relora_mora.system.process import missing_to_compile
 
 DTYPES = (torch.bfloat16, torch.float32)
 # of a grouping: a kernel has code for each piece, and is compiled for 30 s with 90 of them, for 5 minutes with 500

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relora_mora.kernels import cpu, cuda, reference, rotary
+from relora_mora.kernels import cpu, cuda, reference
+from relora_mora.kernels import reference as rotary
 from relora_mora.kernels.grouping import Grouping
 
 LIBRARY = torch.library.Library("relora_mora", "DEF")
@@ -112,7 +113,7 @@ def disabled() -> Iterator[None]:
         _enabled = before
 
 
-def takes(*tensors: Tensor) -> bool:
+def supports(*tensors: Tensor) -> bool:
     """Whether there are kernels for tensors of this device and one dtype, and autograd keeps no record of them."""
     dtype = tensors[0].dtype
     if not _enabled or dtype not in _DEVICES.get(tensors[0].device.type, ()):
@@ -123,12 +124,12 @@ def takes(*tensors: Tensor) -> bool:
 
 def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
     """x [..., features] -> [..., slots], the sum of each slot's features; differentiable."""
-    return _group_sums([x], grouping.numbers) if takes(x) else grouping.sum(x)
+    return _group_sums([x], grouping.numbers) if supports(x) else grouping.sum(x)
 
 
 def group_sums(xs: Sequence[Tensor], grouping: Grouping) -> Tensor:
     """n tensors [..., features] of one shape -> [..., n * slots], their sums side by side; differentiable."""
-    return _group_sums(xs, grouping.numbers) if takes(*xs) else torch.cat([grouping.sum(x) for x in xs], -1)
+    return _group_sums(xs, grouping.numbers) if supports(*xs) else torch.cat([grouping.sum(x) for x in xs], -1)
 
 
 def expand_add(
@@ -139,7 +140,7 @@ def expand_add(
     Nothing is read from ``after``: with a gradient there, a compiler makes the sum in backward, as it stands, and does
     not keep the equal one of forward until then.
     """
-    if outputs.once and takes(weight, square):
+    if outputs.once and supports(weight, square):
         return _expand_add(weight, square, inputs.numbers, outputs.numbers, after)
     return reference.expand_add(weight, square, inputs, outputs)
 
@@ -165,7 +166,7 @@ def cross_entropy_(
     look at it.
     """
     assert scale.device == logits.device, "a kernel cannot read it elsewhere"
-    if takes(logits):
+    if supports(logits):
         losses = _cross_entropy_(logits, labels, scale, ignore, gradient)
         d_logits = logits if gradient else None
     else:

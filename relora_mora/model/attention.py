@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from relora_mora.model.shapes import head_width
+from relora_mora.model.config import head_width
 
 SDPA_OR_DOCUMENTS = "relora_mora_sdpa_or_documents"  # the name under which layers of transformers find ``attend``
 
@@ -45,7 +45,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """query [B, heads, T, D], key and value [B, fewer heads, T, D] -> [B, T, heads, D], causal.
 
-    With ``boundaries`` (:func:`relora_mora.data.document_boundaries`) inside documents only, else as transformers does
+    With ``boundaries`` (:func:`document_boundaries`) inside documents only, else as transformers does
     it with torch's ``scaled_dot_product_attention``; where that is not flash attention on a GPU, with keys and values
     repeated for every head: before torch 2.15 no other kernel takes fewer, and what is left keeps [T, T] of each head.
     """

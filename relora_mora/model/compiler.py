@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from relora_mora.config import ConfigError, ModelConfig
-from relora_mora.system.compilers import missing_to_compile
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import ModelConfig
 from relora_mora.system.logs import log
+from relora_mora.system.process import missing_to_compile
 
 # programs of one layer: training and evaluation, and each size of a batch have their own
 RECOMPILE_LIMIT = 64

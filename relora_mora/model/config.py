@@ -1,4 +1,7 @@
-"""Reads, checks and compares the configs of the LLaMA family. The rule for each key is in ``config_keys``."""
+"""Reads, checks and compares configs of the LLaMA family, and the shapes that follow from them.
+
+The rule for each key is in ``config_keys``.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from relora_mora.config import ConfigError, ModelConfig
-from relora_mora.config.load import relative_to
+from relora_mora.config.load import ConfigError, relative_to
+from relora_mora.config.schema import ModelConfig
 from relora_mora.model.config_keys import (
     ALIAS,
     ARCHITECTURES,
@@ -26,6 +29,36 @@ from relora_mora.model.config_keys import (
     TRAINING,
     Architecture,
 )
+
+
+def head_width(model_config: PreTrainedConfig) -> int:
+    """Features of a head of attention."""
+    width: int = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+    return width
+
+
+def attention_widths(model_config: PreTrainedConfig) -> tuple[int, int]:
+    """Features of all queries, and of all keys (the values have as many), of one token."""
+    heads = model_config.num_attention_heads
+    shared_heads = model_config.num_key_value_heads or heads
+    return heads * head_width(model_config), shared_heads * head_width(model_config)
+
+
+def linear_shapes(model_config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of each linear of a decoder layer, by its name."""
+    hidden = model_config.hidden_size
+    intermediate = model_config.intermediate_size
+    queries, keys = attention_widths(model_config)
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, intermediate),
+        "up_proj": (hidden, intermediate),
+        "down_proj": (intermediate, hidden),
+    }
+
 
 LARGEST_FILE = 16 * 2**20  # bytes; a config has a few thousand
 LARGEST_MODEL = 2**42  # parameters

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from relora_mora.config import ConfigError, ModelConfig
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import ModelConfig
 from relora_mora.model.attention import SDPA_OR_DOCUMENTS, needs_no_mask
 from relora_mora.model.compiler import compile_layers
 from relora_mora.model.config_keys import ARCHITECTURES
@@ -108,7 +109,7 @@ class LossModel(nn.Module):
         """input_ids [B, T] and labels [B, T] (already shifted, -100 is not scored) -> nats / ``tokens``.
 
         Without ``tokens`` it is the mean over the scored tokens.
-        With boundaries [P + 1] (:func:`relora_mora.data.document_boundaries`) every document sees what it sees where it
+        With boundaries [P + 1] (:func:`document_boundaries`) every document sees what it sees where it
         is scored alone: itself, from position 0 on.
         """
         return self.lm.lm_head(self.hidden(input_ids, boundaries), labels, tokens)
@@ -127,7 +128,7 @@ class LossModel(nn.Module):
             if self.lm.config._attn_implementation == "eager":
                 causal["attention_mask"] = document_mask(torch.zeros_like(input_ids), hidden.dtype)
         else:
-            documents, positions = places(boundaries, input_ids.shape)
+            documents, positions = document_positions(boundaries, input_ids.shape)
             if needs_no_mask(self.lm.config, hidden):
                 if self.compiled:  # one program for any number of documents
                     torch._dynamo.mark_dynamic(boundaries, 0)
@@ -150,7 +151,7 @@ def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~same.tril(), -math.inf).unsqueeze(1)
 
 
-def places(boundaries: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def document_positions(boundaries: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """boundaries [P + 1], shape (B, T) -> int64 [B, T], twice: the document of each token, and its place in there."""
     token = torch.arange(shape.numel(), device=boundaries.device)
     document = torch.searchsorted(boundaries, token, right=True) - 1

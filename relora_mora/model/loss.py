@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.kernels import cross_entropy_, takes
+from relora_mora.kernels import cross_entropy_, supports
 
 IGNORE = -100
 CHUNK_BYTES = 192 * 2**20  # of logits that exist at once
@@ -83,7 +83,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         else:
             scored = torch.full((), tokens, dtype=torch.float32, device=hidden.device)
         scale = 1.0 / scored
-        in_place = takes(hidden)
+        in_place = supports(hidden)
         logit_bytes = bytes_per_logit(hidden.dtype, in_place=in_place)
         chunk = chunk or loss_chunk(len(hidden), len(weight), logit_bytes, on_gpu=in_place and hidden.is_cuda)
         room = _logits(min(chunk, len(hidden)), len(weight), hidden)

@@ -1,20 +1,74 @@
-"""How a run ends: exit codes, and a line about it in the run folder."""
+"""How a run ends: stop signals, exit codes, and a line in the run folder.
+
+The first stop signal asks for an orderly stop. A later one exits at once, whatever the main thread is doing.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from relora_mora.system.bounded import bounded
 from relora_mora.system.files import append_synced
+from relora_mora.system.process import run_with_timeout
 from relora_mora.system.run_folder import RunFolder
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Ctrl-C on a terminal reaches launcher and ranks, and the launcher passes it on: together they are one request
+SAME_REQUEST_SECONDS = 1.0
+
+
+class StopSignals:
+    """Calls ``on_first(signal)`` and, for a signal more than a second later, ``on_second(signal)``, in its own thread.
+
+    Python runs signal handlers between two bytecodes of the main thread, which may be in a collective for minutes. The
+    interpreter's C handler, however, writes the number of the signal to the wakeup pipe at once, and a thread reads it.
+    Waiting for blocked signals (sigwait) would need no pipe, but every child process would inherit the blocked signals.
+    SIGHUP stays ignored where it is, as under nohup. Main thread only.
+    """
+
+    def __init__(self, on_first: Callable[[signal.Signals], None], on_second: Callable[[signal.Signals], None]) -> None:
+        self._on_first = on_first
+        self._on_second = on_second
+        self._first_at: float | None = None
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)  # without a Python handler nothing is written to the pipe
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._read, args=(reader,), daemon=True, name="signals").start()
+
+    def _read(self, reader: int) -> None:
+        while numbers := os.read(reader, 64):
+            for number in numbers:
+                if number in STOP_SIGNALS:
+                    self._received(signal.Signals(number))
+        os.close(reader)
+
+    def _received(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if self._first_at is None:
+            self._first_at = now
+            self._on_first(number)
+        elif now - self._first_at > SAME_REQUEST_SECONDS:
+            self._on_second(number)
+
+    def close(self) -> None:
+        """Ignores signals from now on: how the process ends is decided."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
+        os.close(self._writer)
+
 
 FINISHED = 0
 FAILED = 1
@@ -66,7 +120,7 @@ def leave_now(code: int, *last_words: Callable[[], object], linger: float = 0.0)
                 words()
         _flush()
 
-    bounded(LAST_SECONDS, speak)
+    run_with_timeout(LAST_SECONDS, speak)
     time.sleep(linger)
     os._exit(code)
 

@@ -12,16 +12,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
-from relora_mora.supervise.exits import LAST_SECONDS, LOST, REQUEUE, STACKS_SECONDS, USER_ERROR, leave_now, record_end
+from relora_mora.supervise.exits import (
+    LAST_SECONDS,
+    LOST,
+    REQUEUE,
+    STACKS_SECONDS,
+    USER_ERROR,
+    StopSignals,
+    leave_now,
+    record_end,
+)
 from relora_mora.supervise.heartbeat import PeerFailure
 from relora_mora.supervise.launchers import Launchers
 from relora_mora.supervise.lock import RunLock, host_id
-from relora_mora.supervise.signals import StopSignals
-from relora_mora.system.bounded import bounded
-from relora_mora.system.stderr import say
+from relora_mora.system.process import run_with_timeout, say
 
 if TYPE_CHECKING:
     from relora_mora.supervise.watchdog import Watchdog  # needs torch
+
 
 LONG_SECONDS = 1800.0  # for `begin`: what building a model, a merge or the write of a checkpoint may take
 LAUNCHER_SECONDS = 8.0  # to save and exit after the launcher has gone
@@ -168,7 +176,7 @@ class Guard:
         """
         self._leave_if_decided()
         self._ending.acquire()
-        bounded(LAST_SECONDS, lambda: self._report(failure))
+        run_with_timeout(LAST_SECONDS, lambda: self._report(failure))
         if failure.rank != self.rank and not failure.announced and failure.host == host_id():
             time.sleep(STACKS_SECONDS + 0.5)
             with contextlib.suppress(OSError):  # a launcher would wait half a minute for a process that does not answer

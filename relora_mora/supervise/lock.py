@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from relora_mora.system.disk_errors import disk_faults_named
+from relora_mora.system.files import disk_faults_named
 from relora_mora.system.run_folder import RunFolder
 
 TOUCH_SECONDS = 5.0

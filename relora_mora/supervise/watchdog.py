@@ -24,7 +24,7 @@ from relora_mora.distributed.waiting import in_collective
 from relora_mora.supervise.exits import FAILED, LOST, STACKS_SECONDS
 from relora_mora.supervise.heartbeat import Heartbeat, PeerFailure, Received, find_hung, find_silent, lost
 from relora_mora.supervise.lock import host_id
-from relora_mora.system.bounded import bounded
+from relora_mora.system.process import run_with_timeout
 
 HEARTBEAT_SECONDS = 1.0
 STORE_SECONDS = 15.0  # for an answer of the store; one that takes longer means that its host is gone
@@ -179,7 +179,7 @@ class Watchdog:
     def _exit_for(self, failure: PeerFailure) -> None:
         """Ends this process, unless its main thread does so in time by itself."""
         if failure.rank == self.rank and not failure.announced:
-            bounded(STACKS_SECONDS, self._write_stacks)  # what hangs may be the disk of the run folder
+            run_with_timeout(STACKS_SECONDS, self._write_stacks)  # what hangs may be the disk of the run folder
         grace = time.monotonic() + (LEAVE_SECONDS if failure.announced else 0.0)
         while time.monotonic() < grace:
             if self._closed.wait(0.1):

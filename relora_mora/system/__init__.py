@@ -1,1 +1,1 @@
-"""The machine: files, memory, devices, the log. Knows nothing of training."""
+"""The machine: files, processes, devices, logs. Knows nothing of training."""

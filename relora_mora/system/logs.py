@@ -1,4 +1,4 @@
-"""The log of this package, and bars that show how long something takes; both on stderr."""
+"""The log of this package, progress bars, and counts in words; the first two go to stderr."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 merge``, ``0 merges``, ``1,200 merges``: a noun whose plural ends with an s."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
 
 log = logging.getLogger("relora_mora")
 shared_log = log.getChild("shared")  # for what all ranks know alike: only the first one says it

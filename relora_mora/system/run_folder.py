@@ -22,7 +22,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Held by the first rank of the trainer that works here, see :class:`relora_mora.supervise.RunLock`."""
+        """Held by the first rank of the trainer that works here, see :class:`relora_mora.supervise.lock.RunLock`."""
         return self.path / "lock"
 
     @property

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
 
+
 MODEL_FILE = "tokenizer.model"
 EXPECTED = "expected a folder with tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder"
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")

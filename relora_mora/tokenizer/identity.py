@@ -14,6 +14,7 @@ from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 _OF_NO_ID = ("version", "truncation", "padding", "post_processor", "decoder")  # they change no id of a text
 
 

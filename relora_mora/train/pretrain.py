@@ -9,58 +9,45 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from relora_mora.config import Config, DataConfig, with_epochs
-from relora_mora.data import (
-    at_versions,
-    check_columns,
-    check_lanes,
-    check_records,
-    count_epochs,
-    find_datasets,
-    remember_datasets,
-    remote_content,
-    remote_versions,
-    with_commits,
-)
-from relora_mora.data.counting import Epochs
-from relora_mora.data.dataset_sources import Datasets
-from relora_mora.data.file_version import Version
-from relora_mora.data.sources import Shard
-from relora_mora.distributed import (
+from relora_mora.config.data import DataConfig
+from relora_mora.config.load import with_epochs
+from relora_mora.config.schema import Config
+from relora_mora.data.content import at_versions, remote_content, remote_versions
+from relora_mora.data.sets.counting import Epochs, count_epochs
+from relora_mora.data.sets.show import check_columns, check_lanes, check_records
+from relora_mora.data.shard import Shard, Version
+from relora_mora.data.sources.named_sets import Datasets, find_datasets, remember_datasets
+from relora_mora.data.sources.names import with_commits
+from relora_mora.distributed.collectives import (
     from_first_rank,
     gather_from_ranks,
     is_device_failure,
     is_peer_failure,
-    joined_within,
     leave_together,
     let_ranks_wait,
     on_all_ranks,
-    store_address,
 )
-from relora_mora.distributed.join import JoinError
-from relora_mora.pretrained import with_tokenizer
-from relora_mora.supervise import FAILED, LONG_SECONDS, USER_ERROR, Guard, RunLock
+from relora_mora.distributed.join import JoinError, joined_within, store_address
+from relora_mora.engine.start import init_distributed
+from relora_mora.supervise.exits import FAILED, USER_ERROR
+from relora_mora.supervise.guard import LONG_SECONDS, Guard
+from relora_mora.supervise.lock import RunLock
 from relora_mora.supervise.watchdog import Watchdog
-from relora_mora.system.determinism import compute_deterministically
-from relora_mora.system.disk_errors import LOST_DISK
-from relora_mora.system.hardware import ran_out_of_memory
-from relora_mora.system.logs import log, setup_logging
+from relora_mora.system.files import LOST_DISK
+from relora_mora.system.hardware import compute_deterministically, ran_out_of_memory
+from relora_mora.system.logs import counted, log, setup_logging
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.system.words import counted
-from relora_mora.train.agreement import check_agreement, check_shared
-from relora_mora.train.build import build
-from relora_mora.train.check import Checked, as_before, check
-from relora_mora.train.errors import MemoryShortage
-from relora_mora.train.loggers import check_loggers
-from relora_mora.train.loop import Trainer
-from relora_mora.train.restore import begin_records
-from relora_mora.train.resume import changes_of, resume, where_to_resume
-from relora_mora.train.rollback import forget_rollbacks
-from relora_mora.train.run_folder import check_run_folder, keep_run_folder, write_run_folder
-from relora_mora.train.startup import Startup, describe
-from relora_mora.train.state import RunState
-from relora_mora.train.warm_up import warm_up
-from relora_mora.zero import init_distributed
+from relora_mora.train.begin.build import build, warm_up
+from relora_mora.train.begin.check import ResolvedRun, as_before, check, check_agreement, check_shared
+from relora_mora.train.begin.run_folder import check_run_folder, keep_run_folder, write_run_folder
+from relora_mora.train.log.loggers import check_loggers
+from relora_mora.train.log.startup import Startup, describe
+from relora_mora.train.loop.loop import Trainer
+from relora_mora.train.state.restore import begin_records
+from relora_mora.train.state.resume import changes_of, resume, where_to_resume
+from relora_mora.train.state.rollback import forget_rollbacks
+from relora_mora.train.state.run_state import MemoryShortage, RunState
+from relora_mora.weights.load import with_tokenizer
 
 COUNTING_SECONDS = 86400.0  # a text that takes longer to read once is no text to read some times
 
@@ -218,7 +205,7 @@ def _count(config: Config, shards: Sequence[Shard]) -> Epochs:
     return counted
 
 
-def _asked(checked: Checked, data: DataConfig) -> dict[int, Version]:
+def _asked(checked: ResolvedRun, data: DataConfig) -> dict[int, Version]:
     """What servers say of the training data's versions. One rank asks."""
     remote = [shard for shard in checked.shards if shard.is_remote]
     check_columns(remote, data)

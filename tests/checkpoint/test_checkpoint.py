@@ -15,21 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from relora_mora.checkpoint import (
-    CheckpointError,
-    CheckpointReader,
-    damaged_tokenizer,
-    list_checkpoints,
-    newest_whole,
-    read_manifest,
-    verify,
-)
-from relora_mora.checkpoint.find import find_checkpoint, newest_manifest
-from relora_mora.checkpoint.places import discard, put_in_place
-from relora_mora.checkpoint.retention import tidy
-from relora_mora.checkpoint.tokenizer import read_tokenizer
-from relora_mora.config import Config, validate
-from relora_mora.train.resume import where_to_resume
+from relora_mora.checkpoint.layout import CheckpointError, discard, list_checkpoints, put_in_place, read_manifest
+from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, newest_manifest, newest_whole, verify
+from relora_mora.checkpoint.tokenizer import damaged_tokenizer, read_tokenizer
+from relora_mora.checkpoint.writer import tidy
+from relora_mora.config.load import validate
+from relora_mora.config.schema import Config
+from relora_mora.train.state.resume import where_to_resume
 from tests.checkpoint.tools import FILES, STATE, TOKENIZER, made_checkpoint, passed_over, rewrite
 from tests.tools.config_tools import tree
 
@@ -149,7 +141,7 @@ def test_checkpoints_that_their_run_replaces_meanwhile_are_not_damaged(folder, m
             return None, ["step-00000015: manifest.json: No such file or directory"]
         return newest_whole(place)
 
-    monkeypatch.setattr("relora_mora.checkpoint.find.newest_whole", newest)
+    monkeypatch.setattr("relora_mora.checkpoint.reader.newest_whole", newest)
     assert find_checkpoint(folder) == folder / "step-00000010" and len(looks) == 2
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from relora_mora.checkpoint import Manifest, damaged_tokenizer, list_checkpoints, read_manifest, verify
-from relora_mora.tokenizer import is_tokenizer, tokenizer_fingerprint
+from relora_mora.checkpoint.layout import Manifest, list_checkpoints, read_manifest
+from relora_mora.checkpoint.reader import verify
+from relora_mora.checkpoint.tokenizer import damaged_tokenizer
+from relora_mora.tokenizer.identity import is_tokenizer, tokenizer_fingerprint
 from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
 
 pytestmark = pytest.mark.distributed
@@ -181,8 +183,8 @@ def _newest(run_dir: Path) -> tuple[Path, Manifest]:
 
 
 def _refused(config: Any) -> str:
-    from relora_mora.checkpoint import CheckpointError
-    from relora_mora.train import pretrain
+    from relora_mora.checkpoint.layout import CheckpointError
+    from relora_mora.train.pretrain import pretrain
 
     with pytest.raises(CheckpointError) as caught:
         pretrain(config)

@@ -69,7 +69,7 @@ SUBSET = [move for move in MATRIX if _chosen(move)]
 
 def followed(config: Any, stop_after: int | None = None) -> Batches:
     """Trains, and returns what this rank trained on."""
-    from relora_mora.train import Trainer
+    from relora_mora.train.loop.loop import Trainer
 
     seen: Batches = {}
     whole = Trainer.train_step

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from relora_mora.checkpoint import list_checkpoints, verify
+from relora_mora.checkpoint.layout import list_checkpoints
+from relora_mora.checkpoint.reader import verify
 from tests.tools.commands import disk
 from tests.tools.runs import run_config, tensors, train
 
@@ -31,7 +32,8 @@ def followed(
     """
     from relora_mora.checkpoint import rank_files
     from relora_mora.system.logs import log
-    from relora_mora.train import Trainer, TrainingError
+    from relora_mora.train.loop.loop import Trainer
+    from relora_mora.train.state.run_state import TrainingError
 
     rank = int(os.environ["RANK"])
     steps = (failing or {}).get(rank, [])
@@ -144,8 +146,10 @@ def test_a_folder_that_cannot_be_written_is_survived(pools, inputs, tokenizer_pa
 
 def saves_of_a_rig(folder: Path, what: str) -> list[str]:
     """Three saves of the same state by a writer alone; the second one may be troubled."""
-    from relora_mora.checkpoint import CheckpointWriter, Manifest, rank_files
+    from relora_mora.checkpoint import rank_files
     from relora_mora.checkpoint import writer as module
+    from relora_mora.checkpoint.layout import Manifest
+    from relora_mora.checkpoint.writer import CheckpointWriter
     from tests.tools.tiny import build_rig, tiny_config
 
     rig = build_rig(tiny_config(2))
@@ -278,7 +282,8 @@ def slow_to_write(config: Any, what: str) -> bool:
     step 4 must not come first.
     """
     from relora_mora.checkpoint.rank_files import RankFiles
-    from relora_mora.train import Trainer, pretrain
+    from relora_mora.train.loop.loop import Trainer
+    from relora_mora.train.pretrain import pretrain
 
     whole = RankFiles.write
     write_base = RankFiles._write_base

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from relora_mora.checkpoint import CheckpointError, Manifest, newest_whole, read_manifest, verify
+from relora_mora.checkpoint.layout import CheckpointError, Manifest, read_manifest
+from relora_mora.checkpoint.reader import newest_whole, verify
 from relora_mora.system.files import write_synced
 from tests.checkpoint.tools import passed_over, rewrite
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from relora_mora.checkpoint import CheckpointError, retention
-from relora_mora.checkpoint.places import step_folder, step_of
+from relora_mora.checkpoint import writer
+from relora_mora.checkpoint.layout import CheckpointError, step_folder, step_of
 
 GOOD = "good"
 BAD = "bad"
@@ -31,7 +31,7 @@ def test_what_is_kept(tmp_path, monkeypatch, checkpoints, keep_last, keep_every_
             raise CheckpointError("damaged")
         return SimpleNamespace(is_good=state == GOOD)
 
-    monkeypatch.setattr(retention, "read_manifest", read_manifest)
+    monkeypatch.setattr(writer, "read_manifest", read_manifest)
     newest = max(checkpoints)
     for step in checkpoints:
         folder = tmp_path / step_folder(step)
@@ -41,5 +41,5 @@ def test_what_is_kept(tmp_path, monkeypatch, checkpoints, keep_last, keep_every_
     for name in of_others:
         (tmp_path / name).mkdir()
     (tmp_path / of_others[0] / "manifest.json").touch()
-    retention.retire(tmp_path, newest, keep_last=keep_last, keep_every_steps=keep_every_steps)
+    writer.retire(tmp_path, newest, keep_last=keep_last, keep_every_steps=keep_every_steps)
     assert {path.name for path in tmp_path.iterdir()} == {*of_others, *(step_folder(step) for step in kept)}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from relora_mora.checkpoint import Manifest, newest_whole
-from relora_mora.checkpoint.layout import content_checksum, file_entry
+from relora_mora.checkpoint.layout import Manifest, content_checksum, file_entry
+from relora_mora.checkpoint.reader import newest_whole
 from relora_mora.system.files import write_synced
 
 STATE = "state-00001-of-00002.safetensors"

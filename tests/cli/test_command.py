@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora_mora.cli import run
-from relora_mora.config import ConfigError
-from relora_mora.distributed import same_on_all_ranks
-from relora_mora.tokenizer import TokenizerError
+from relora_mora.cli.command import run
+from relora_mora.config.load import ConfigError
+from relora_mora.distributed.collectives import same_on_all_ranks
+from relora_mora.tokenizer.folder import TokenizerError
 from tests.tools.commands import PRETRAIN, call, refused
 
 
@@ -279,8 +279,9 @@ def _ended_inside_a_folder(tmp_path: Path, code: str, number: signal.Signals) ->
     script = tmp_path / "script.py"
     script.write_text(
         "import hashlib, time\nfrom pathlib import Path\n"
-        "import relora_mora.cli.interrupt\nfrom relora_mora.cli import new_folder, run\n"
-        "relora_mora.cli.interrupt.GRACE_SECONDS = 0.5\n"
+        "import relora_mora.cli.command\nfrom relora_mora.cli.command import run\n"
+        "from relora_mora.system.files import new_folder\n"
+        "relora_mora.cli.command.GRACE_SECONDS = 0.5\n"
         f"def main() -> None:\n  with new_folder(Path({str(tmp_path / 'out' / 'new')!r})):\n"
         f"    Path({str(tmp_path / 'inside')!r}).touch()\n    {code}\nrun(main)\n"
     )
@@ -347,7 +348,7 @@ def test_streams_that_cannot_be_written_do_not_change_the_exit_code(
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "from relora_mora.start import run_to_the_end\ndef main(a: str) -> int:\n    print(a)\n    return 0\n"
+        "from relora_mora.train.command import run_to_the_end\ndef main(a: str) -> int:\n    print(a)\n    return 0\n"
         "run_to_the_end(main)\n"
     )
     shell = f"{sys.executable} {script} {words} {streams}"
@@ -358,7 +359,7 @@ def test_the_package_of_another_checkout_is_named(tmp_path: Path) -> None:
     for folder in ("launch", "relora_mora"):
         (tmp_path / folder).mkdir()
     script = tmp_path / "launch/script.py"
-    script.write_text("from relora_mora.cli import run\ndef main() -> None:\n    pass\nrun(main)\n")
+    script.write_text("from relora_mora.cli.command import run\ndef main() -> None:\n    pass\nrun(main)\n")
 
     def said(rank: str) -> str:
         environment = os.environ | {"LOCAL_RANK": rank}
@@ -373,7 +374,7 @@ def test_the_package_of_another_checkout_is_named(tmp_path: Path) -> None:
 def test_as_a_program(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "from relora_mora.cli import run\ndef main(a: str, b: int = 1) -> None:\n    print(a, b)\nrun(main)\n"
+        "from relora_mora.cli.command import run\ndef main(a: str, b: int = 1) -> None:\n    print(a, b)\nrun(main)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.pretrain import main
-from relora_mora.cli import run
+from relora_mora.cli.command import run
 
 
 @functools.wraps(main)
 def follower(*args: Any, **kwargs: Any) -> int:
-    from relora_mora.train import Trainer
+    from relora_mora.train.loop.loop import Trainer
 
     whole = Trainer.train_step
     log = Path(f"{os.environ['FOLLOWED']}.{os.environ.get('RANK', '0')}-of-{os.environ.get('WORLD_SIZE', '1')}")

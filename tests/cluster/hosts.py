@@ -25,7 +25,7 @@ from tests.tools.jobs import lives
 
 NAMES = ("node1", "node2")
 NEEDED = ("unshare", "nsenter", "setpriv", "mount", "ip", "sshd", "ssh-keygen", "pdsh")
-_OF_A_RUN = ("launch/pretrain.py", "follower.py", "relora_mora.data.worker", "deepspeed", "torchrun")
+_OF_A_RUN = ("launch/pretrain.py", "follower.py", "relora_mora.data.stream.worker", "deepspeed", "torchrun")
 _BOOT = """
 set -e
 mount -t tmpfs tmpfs /run

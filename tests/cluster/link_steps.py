@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relora_mora.config import ModelConfig
+from relora_mora.config.schema import ModelConfig
 from relora_mora.distributed.collectives import sum_over_hosts
-from relora_mora.model import read_model_config
-from relora_mora.optim import group_rates
+from relora_mora.engine.start import init_distributed
+from relora_mora.model.config import read_model_config
+from relora_mora.optim.groups import group_rates
 from relora_mora.system.hardware import fast_bf16
-from relora_mora.zero import init_distributed
 from tests.tools.tiny import Rig, build_rig, tiny_config
 
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from relora_mora.config import ModelConfig
-from relora_mora.model import read_model_config
+from relora_mora.config.schema import ModelConfig
+from relora_mora.model.config import read_model_config
 from tests.cluster import slow_links
 from tests.cluster.slow_links import PLAN, RATES, VARIANTS, table
 from tests.tools.helpers import ROOT

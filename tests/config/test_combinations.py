@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from relora_mora.config import dump, load_config, parse_yaml, validate
-from relora_mora.config.deepspeed_checks import DERIVED_DEEPSPEED_KEYS
+from relora_mora.config.checks.deepspeed import DERIVED_DEEPSPEED_KEYS
+from relora_mora.config.load import dump, load_config, validate
+from relora_mora.config.yaml_text import parse_yaml
 from tests.tools.config_tools import SETTINGS, faults_of, tree
 from tests.tools.helpers import ROOT
 

@@ -9,18 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from relora_mora.config import (
-    FINETUNING,
-    ConfigError,
-    dump,
-    load_config,
-    parse_yaml,
-    stored_config,
-    unused_by,
-    validate,
-    with_epochs,
-)
+from relora_mora.config.checks.combinations import unused_by
+from relora_mora.config.load import FINETUNING, ConfigError, dump, load_config, stored_config, validate, with_epochs
 from relora_mora.config.table import settings_page
+from relora_mora.config.yaml_text import parse_yaml
 from tests.tools.config_tools import SETTINGS, faults_of, tree
 from tests.tools.helpers import ROOT
 

@@ -10,9 +10,13 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from relora_mora.config import Config, ConfigError, dump, load_config, parse_yaml, validate
-from relora_mora.optim import make_schedule
-from relora_mora.plan import Cluster, make_plan, render
+from relora_mora.config.load import ConfigError, dump, load_config, validate
+from relora_mora.config.schema import Config
+from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.experiments.planner.cluster import Cluster
+from relora_mora.experiments.planner.plan import make_plan
+from relora_mora.experiments.planner.render import render
+from relora_mora.optim.groups import make_schedule
 from relora_mora.system.devices import CPU
 from tests.tools.config_tools import SECTIONS, SETTINGS, same, tree
 from tests.tools.tiny import tiny_llama

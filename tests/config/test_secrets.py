@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relora_mora.config import ConfigError, dump, load_config, validate
+from relora_mora.config.load import ConfigError, dump, load_config, validate
 from relora_mora.config.secrets import redact, secret_in
 from tests.tools.commands import BENCHMARK, EVALUATE, TRAIN, call, refused
 from tests.tools.config_tools import faults_of, tree

@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from relora_mora.config import FINETUNING, Config, load_config, unused_by
-from relora_mora.data.hub_sources import C4
-from relora_mora.model import check_length, read_model_config
-from relora_mora.optim import count_parameters, make_schedule
-from relora_mora.plan.flops import meta_model
+from relora_mora.config.checks.combinations import unused_by
+from relora_mora.config.load import FINETUNING, load_config
+from relora_mora.config.schema import Config
+from relora_mora.data.sources.names import C4
+from relora_mora.model.config import check_length, read_model_config
+from relora_mora.optim.groups import count_parameters, make_schedule
+from relora_mora.sizing.flops import meta_model
 from tests.tools.helpers import ROOT
 
 MODELS = sorted((ROOT / "configs" / "model").glob("*.json"))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from relora_mora.config import ConfigError, load_config, parse_yaml
+from relora_mora.config.load import ConfigError, load_config
+from relora_mora.config.yaml_text import parse_yaml
 from tests.tools.config_tools import same, tree
 
 

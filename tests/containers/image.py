@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.config import dump, load_config
-from relora_mora.optim import make_schedule
+from relora_mora.config.load import dump, load_config
+from relora_mora.optim.groups import make_schedule
 from tests.containers.buildah import CANARY, IMAGE, Buildah, Container, need_disk, pip_settings, skip_reason
 from tests.tools.helpers import ROOT
 from tests.tools.runs import run_config, write_inputs

@@ -18,8 +18,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from relora_mora.config import load_config
-from relora_mora.supervise import FAILED, LOST, REQUEUE, USER_ERROR
+from relora_mora.config.load import load_config
+from relora_mora.supervise.exits import FAILED, LOST, REQUEUE, USER_ERROR
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import ends, last_step, write_config
 from tests.tools.ports import free_port

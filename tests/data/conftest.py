@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from relora_mora.data import retry, transport
-from relora_mora.tokenizer import load_tokenizer
+from relora_mora.data.bytes import retry, transport
+from relora_mora.tokenizer.load import load_tokenizer
 
 
 @pytest.fixture

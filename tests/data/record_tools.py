@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from relora_mora.config import RecordsConfig
-from relora_mora.data.encoders import encoder_of
-from relora_mora.data.record_format import Record, RecordFormat
+from relora_mora.config.data import RecordsConfig
+from relora_mora.data.records.encoders import encoder_of
 from relora_mora.data.rows import Encoded
+from relora_mora.data.shard import Record, RecordFormat
 
 CONVERSATION = [
     {"role": "system", "content": "over the rank"},

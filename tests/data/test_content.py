@@ -13,18 +13,12 @@ from types import SimpleNamespace
 import pytest
 import zstandard
 
-from relora_mora.data import (
-    at_versions,
-    content,
-    local_content,
-    remote_content,
-    remote_versions,
-    resolve_shards,
-    retry,
-    transport,
-)
+from relora_mora.data import content
+from relora_mora.data.bytes import retry, transport
+from relora_mora.data.content import at_versions, local_content, remote_content, remote_versions
 from relora_mora.data.errors import SourceError
-from relora_mora.data.file_rows import open_rows
+from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.sources.resolve import resolve_shards
 from tests.tools.data_tools import data_config, some_texts, write_shard, write_shards
 from tests.tools.faulty_server import FAULTS, serving
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-from relora_mora.data import counts_of, merge_states, start_states
-from relora_mora.data.lane_states import Cursor, read_state
+from relora_mora.data.lane_states import Cursor, counts_of, merge_states, read_state, start_states
 
 SAVED = (
     '{"epoch": 1, "place": 4, "block": 2, "item": 3, "bad": 6, "documents": 55, '

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relora_mora.data.errors import SourceError
-from relora_mora.data.fingerprint import RULE
 from relora_mora.data.lanes import plan_lanes, seeded_order
+from relora_mora.data.stream.fingerprint import RULE
 from tests.tools.data_tools import (
     EOS,
     assert_resumes_anywhere,

@@ -14,7 +14,14 @@ import torch
 from torch import distributed as dist
 
 from relora_mora.distributed.collectives import is_device_failure
-from relora_mora.distributed.device import Seat, backend_name, bind_device, device_of_rank, gpu_of, seat_fault
+from relora_mora.distributed.device import (
+    DeviceAssignment,
+    backend_name,
+    bind_device,
+    device_of_rank,
+    gpu_of,
+    seat_fault,
+)
 from relora_mora.system import hardware
 
 
@@ -35,7 +42,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     return show
 
 
-def store_with(*seats: Seat) -> dist.Store:
+def store_with(*seats: DeviceAssignment) -> dist.Store:
     """What the ranks from 1 on have told."""
     store = dist.HashStore()
     for rank, seat in enumerate(seats, 1):
@@ -76,7 +83,7 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one(local_rank: int, vis
 def test_ranks_whose_gpus_do_not_fit_are_told_so_alike(
     seats: list[tuple[Any, ...]], says: str | None, gpus: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine, *others = [Seat(*seat) for seat in seats]
+    mine, *others = [DeviceAssignment(*seat) for seat in seats]
     fault = seat_fault([mine, *others])
     assert (fault is None) == (says is None)
     gpus(*(f"G{number}" for number in range(mine.visible)))
@@ -108,7 +115,7 @@ def test_the_device_is_bound_before_the_ranks_are_joined(gpus: Any, monkeypatch:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    store = store_with(Seat("b", 0, 1, "G2"))
+    store = store_with(DeviceAssignment("b", 0, 1, "G2"))
     module = importlib.import_module("relora_mora.distributed.join")  # the package shows the function of that name
     monkeypatch.setattr(module, "control_group", lambda: done.append("control group"))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from relora_mora.kernels import expand_add, group_sum, group_sums, takes, triton_launch
+from relora_mora.kernels import expand_add, group_sum, group_sums, supports, triton_launch
 from relora_mora.operators import GroupingOperator, make_operator, square_size
 from tests.fakecuda.assembled import resources
 
@@ -130,7 +130,7 @@ def test_launches_of_one_shape_share_a_kernel() -> None:
     shapes = [(8, 32), (1, 64), (3, 5), (1, 1)]
     for shape in shapes:
         x = on_device(*shape, 768)
-        assert takes(x) and group_sum(x, grouping).shape == (*shape, 448)
+        assert supports(x) and group_sum(x, grouping).shape == (*shape, 448)
     assert len(triton_launch._compiled) == 1
     assert group_sum(on_device(0, 768), grouping).shape == (0, 448)
 

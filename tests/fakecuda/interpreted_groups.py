@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from relora_mora.adapters.mora import MoRALinear
 from relora_mora.kernels import (
     Grouping,
     contiguous,
@@ -23,7 +24,6 @@ from relora_mora.kernels import (
     triton_groups,
     wrapped_interleaved,
 )
-from relora_mora.methods.mora import MoRALinear
 
 GROUPINGS = [interleaved, wrapped_interleaved, contiguous, rotated]
 # whole and broken groups, slots than features, powers of two, more than a block of slots and of repeats

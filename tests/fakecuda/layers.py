@@ -24,11 +24,12 @@ from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaForCausalLM
 
-from relora_mora.config import MethodConfig, ModelConfig
-from relora_mora.methods.inject import inject
-from relora_mora.methods.layers import adapter_layers
-from relora_mora.model import LossModel, empty_model, put_values, read_model_config
-from relora_mora.optim import set_trainable
+from relora_mora.adapters.inject import inject
+from relora_mora.adapters.layers import adapter_layers
+from relora_mora.config.schema import MethodConfig, ModelConfig
+from relora_mora.model.config import read_model_config
+from relora_mora.model.llama import LossModel, empty_model, put_values
+from relora_mora.optim.groups import set_trainable
 from tests.fakecuda.watch import AFTER, Kept, Watch, size_of
 from tests.tools.helpers import ROOT
 

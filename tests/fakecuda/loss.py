@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from relora_mora.config import ModelConfig
-from relora_mora.model import read_model_config
+from relora_mora.config.schema import ModelConfig
+from relora_mora.model.config import read_model_config
 from relora_mora.model.loss import chunked_cross_entropy
 from tests.fakecuda.layers import LENGTH, MODELS, SEQUENCES, as_csv
 from tests.fakecuda.watch import Watch

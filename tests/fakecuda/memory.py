@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from relora_mora.plan.memory import activation_memory, scratch_memory
-from relora_mora.plan.setup import Setup
+from relora_mora.sizing.memory import activation_memory, scratch_memory
+from relora_mora.sizing.setup import Setup
 from tests.fakecuda.layers import LENGTH, SEQUENCES, model_with
-from tests.plan.test_memory import LiveTensors, make_config
+from tests.sizing.test_memory import LiveTensors, make_config
 
 
 @pytest.mark.parametrize(

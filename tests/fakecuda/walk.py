@@ -19,16 +19,17 @@ from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from relora_mora.adapters.layers import adapter_layers
 from relora_mora.checkpoint.rank_files import RankFiles
-from relora_mora.data import Batch, EvalSet
 from relora_mora.data.lane_states import LaneStates
-from relora_mora.evaluate import evaluate
-from relora_mora.merging import FrozenMasters, Merger
-from relora_mora.methods.layers import adapter_layers
-from relora_mora.model import put_values
-from relora_mora.optim import build_optimizer, make_schedule, parameter_groups
-from relora_mora.train.loop import micro_batches
-from relora_mora.zero import ZeroEngine
+from relora_mora.data.sets.held_out import EvalSet
+from relora_mora.data.stream.packing import Batch
+from relora_mora.engine.engine import ZeroEngine
+from relora_mora.engine.merging import FrozenMasters, Merger
+from relora_mora.evaluation.loss import evaluate
+from relora_mora.model.llama import put_values
+from relora_mora.optim.groups import build_optimizer, make_schedule, parameter_groups
+from relora_mora.train.loop.loop import micro_batches
 from tests.fakecuda.layers import model_with
 from tests.fakecuda.watch import Watch
 from tests.tools.tiny import Rig, tiny_config, whole_weights
@@ -146,7 +147,7 @@ def test_no_batch_is_waited_for(fake: FakeTensorMode, monkeypatch: pytest.Monkey
     pinned: list[Tensor] = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     boundaries = torch.zeros(3, dtype=torch.int32)  # it would look at the values of fake tensors
-    monkeypatch.setattr("relora_mora.train.loop.document_boundaries", lambda ids: boundaries)
+    monkeypatch.setattr("relora_mora.train.loop.loop.document_boundaries", lambda ids: boundaries)
     ids = torch.zeros(4, 16, dtype=torch.long)
     batch = Batch(ids, ids, ids.int(), LaneStates(), {}, [])
     with fake, Watch() as watch:

@@ -9,20 +9,22 @@ import torch
 from relora_mora import kernels
 from relora_mora.model import attention, llama
 from relora_mora.model.llama import LossModel, build_model
+from tests.adapters.test_layers import test_all_forms_agree
 from tests.gpu.conftest import gpu_only
 from tests.kernels.test_kernels import (
     test_compiled_sum_rounds_once,
     test_expand_add_rounds_once,
     test_sums_of_several_tensors_stand_side_by_side,
 )
-from tests.methods.test_layers import test_all_forms_agree
 from tests.model.test_attention import DOCUMENTS, loss_and_gradients
 from tests.model.test_llama import (
     test_chunked_loss_and_gradients_are_those_of_plain_cross_entropy,
     test_the_wrapped_model_has_transformers_loss_and_gradients,
 )
 from tests.model.test_loss import test_loss_and_gradient_are_those_of_float64
-from tests.test_export import (
+from tests.test_operators import test_an_operator_in_the_types_of_training_is_that_in_float64
+from tests.tools.tiny import tiny_llama
+from tests.weights.test_export import (
     checkpoint,
     hf_tokenizer,
     model,
@@ -31,8 +33,6 @@ from tests.test_export import (
     test_every_form_of_a_model_is_scored_alike,
     text,
 )
-from tests.test_operators import test_an_operator_in_the_types_of_training_is_that_in_float64
-from tests.tools.tiny import tiny_llama
 
 
 @gpu_only
@@ -56,4 +56,4 @@ def test_flash_attention_keeps_documents_apart_as_a_mask_does(
 @gpu_only
 def test_kernels_compute_here(device: torch.device) -> None:
     assert kernels.describe("cuda") == "Triton"
-    assert kernels.takes(torch.zeros(2, 2, dtype=torch.bfloat16, device=device))
+    assert kernels.supports(torch.zeros(2, 2, dtype=torch.bfloat16, device=device))

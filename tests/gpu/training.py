@@ -13,38 +13,38 @@ from typing import Any
 import pytest
 import torch
 
-from relora_mora.supervise import USER_ERROR
+from relora_mora.supervise.exits import USER_ERROR
 from relora_mora.system.run_folder import RunFolder, read_json_lines
+from tests.engine.test_matrices import test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding
+from tests.engine.test_resets import (
+    test_a_merge_from_all_sides,
+    test_carry_moves_the_state_to_the_new_operators,
+    test_reset_modes,
+    test_the_base_is_exact_after_a_hundred_merges,
+)
+from tests.engine.test_resident import (
+    test_it_trains_as_the_merged_form_bit_for_bit_and_builds_once_a_step,
+    test_whatever_changes_a_weight_lets_go_of_it,
+)
+from tests.engine.test_stages import (
+    test_a_nan_on_one_rank_stops_the_step_on_all,
+    test_stages_agree_around_a_merge,
+    test_stages_agree_in_bf16,
+)
 from tests.gpu.conftest import DEVICE, gpu_only
 from tests.tools.jobs import Job, write_config
 from tests.tools.pool import Pools
 from tests.tools.runs import metrics, run_config, tensors, train
+from tests.train.state.test_resume import (
+    test_a_resume_before_at_and_after_a_merge_is_bit_equal,
+    test_every_method_resumes_bit_equal,
+)
 from tests.train.test_golden_loss import (
     golden,
     test_compiled_layers_train_as_the_reference,
     test_the_losses_are_the_references,
 )
 from tests.train.test_muon_run import config, test_a_resume_is_bit_equal
-from tests.train.test_resume import (
-    test_a_resume_before_at_and_after_a_merge_is_bit_equal,
-    test_every_method_resumes_bit_equal,
-)
-from tests.zero.test_matrices import test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding
-from tests.zero.test_resets import (
-    test_a_merge_from_all_sides,
-    test_carry_moves_the_state_to_the_new_operators,
-    test_reset_modes,
-    test_the_base_is_exact_after_a_hundred_merges,
-)
-from tests.zero.test_resident import (
-    test_it_trains_as_the_merged_form_bit_for_bit_and_builds_once_a_step,
-    test_whatever_changes_a_weight_lets_go_of_it,
-)
-from tests.zero.test_stages import (
-    test_a_nan_on_one_rank_stops_the_step_on_all,
-    test_stages_agree_around_a_merge,
-    test_stages_agree_in_bf16,
-)
 
 
 @pytest.mark.parametrize("method", ["full", "remora"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from relora_mora import kernels
+from relora_mora.config.registry import OPERATORS
 from relora_mora.kernels import (
     Grouping,
     contiguous,
@@ -24,7 +25,6 @@ from relora_mora.kernels import (
     rotated,
     wrapped_interleaved,
 )
-from relora_mora.registry import OPERATORS
 
 # those of a GPU, which tests/gpu tries, are compiled there
 compiled_only = pytest.mark.skipif(
@@ -99,11 +99,11 @@ def test_sum_and_copy_are_the_matrix_of_the_definition(make, features, slots):
 
 def _assert_taken(tensor: torch.Tensor, grouping: Grouping) -> None:
     device = tensor.device.type
-    if device != "cpu" and not kernels.takes(tensor):
+    if device != "cpu" and not kernels.supports(tensor):
         pytest.skip(f"there are no kernels for {device}: {kernels.describe(device)}")
     if device != "cpu" and len(grouping.pieces) > cuda.MOST_PIECES:
         pytest.skip(f"there are no kernels for {device} with {len(grouping.pieces)} pieces")
-    assert kernels.takes(tensor)
+    assert kernels.supports(tensor)
 
 
 @compiled_only
@@ -143,7 +143,7 @@ def test_sums_of_several_tensors_stand_side_by_side(make, library, device, monke
 def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slots, dtype, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     # a feature with two slots is rounded between them by torch, so its sums must be exact there
-    rounds_once = kernels.takes(torch.zeros(1, dtype=dtype, device=device))
+    rounds_once = kernels.supports(torch.zeros(1, dtype=dtype, device=device))
     weight = _integers(out_features, in_features, dtype=dtype, bound=255 if rounds_once else 60).to(device)
     M = _integers(slots, slots, dtype=dtype, bound=255 if rounds_once else 60).to(device)
     columns, rows = inputs(in_features, slots), outputs(out_features, slots)
@@ -205,16 +205,16 @@ def test_what_is_not_finite_stays_so():
 def test_autograd_and_other_types_take_torch():
     x = torch.randn(4, 10, requires_grad=True)
     assert (
-        not kernels.takes(x)
-        and not kernels.takes(x.detach().double())
-        and not kernels.takes(torch.empty(2, 3, device="meta"))
+        not kernels.supports(x)
+        and not kernels.supports(x.detach().double())
+        and not kernels.supports(torch.empty(2, 3, device="meta"))
     )
     group_sum(x, interleaved(10, 4)).square().sum().backward()
     C = _matrix(interleaved, 10, 4).float()
     torch.testing.assert_close(x.grad, 2 * x.detach() @ C.T @ C)
     with kernels.disabled():
-        assert not kernels.takes(x.detach())
-    assert kernels.takes(x.detach()) == kernels.available()
+        assert not kernels.supports(x.detach())
+    assert kernels.supports(x.detach()) == kernels.available()
 
 
 def _both(x, weight, M):
@@ -299,7 +299,7 @@ def test_a_library_that_does_not_fit_is_not_used(monkeypatch, tmp_path):
                 patch.setattr(cpu, name, tmp_path / name)
                 patch.setattr(kernels.ops, "_DEVICES", kernels.ops.kernels_here())
                 assert message in kernels.describe() and not kernels.available()
-                assert not kernels.takes(torch.zeros(2, 2))
+                assert not kernels.supports(torch.zeros(2, 2))
             cpu.load.cache_clear()
     finally:
         cpu.load.cache_clear()

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from relora_mora import kernels
-from relora_mora.config import ConfigError, ModelConfig
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import ModelConfig
 from relora_mora.kernels import cuda
 from relora_mora.model.compiler import compiles_here
-from relora_mora.system.compilers import missing_to_compile
+from relora_mora.system.process import missing_to_compile
 
 
 def with_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path, *, compiler: bool, headers: bool) -> None:

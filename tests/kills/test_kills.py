@@ -18,8 +18,8 @@ import psutil
 import pytest
 import torch
 
-from relora_mora.checkpoint import verify
-from relora_mora.config import Config
+from relora_mora.checkpoint.reader import verify
+from relora_mora.config.schema import Config
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import Job, write_config
 from tests.tools.runs import run_config, tensors, write_inputs

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.pretrain import main
-from relora_mora.cli import run
+from relora_mora.cli.command import run
 
 PHASES = Path(os.environ["VICTIM_PHASES"])
 
@@ -36,11 +36,11 @@ def announced(owner: Any, name: str, phase: str, seconds: float = 0.0) -> None:
 
 @functools.wraps(main)
 def victim(*args: Any, **kwargs: Any) -> int:
-    from relora_mora.checkpoint import CheckpointWriter
     from relora_mora.checkpoint.rank_files import RankFiles
-    from relora_mora.merging import Merger
-    from relora_mora.train import Trainer
-    from relora_mora.train.events import Evaluating
+    from relora_mora.checkpoint.writer import CheckpointWriter
+    from relora_mora.engine.merging import Merger
+    from relora_mora.train.loop.events import Evaluating
+    from relora_mora.train.loop.loop import Trainer
 
     say("start")
     announced(Trainer, "train_step", "step")

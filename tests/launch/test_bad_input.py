@@ -1,4 +1,4 @@
-"""Bad input to a command: one clear message and exit code 2. Checkpoints: tests/train/test_bad_input.py."""
+"""Bad input to a command: one clear message and exit code 2. Checkpoints: tests/train/begin/test_bad_input.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from relora_mora.config import load_config
+from relora_mora.config.load import load_config
 from tests.tools.commands import (
     BENCHMARK,
     BOARD,
@@ -329,7 +329,7 @@ def test_files_that_may_not_be_read(inputs: Path, tokenizer_path: str, script: s
     ],
 )
 def test_what_the_trainer_checks_first(inputs: Path, setting: str, message: str) -> None:
-    from relora_mora.train.check import check
+    from relora_mora.train.begin.check import check
 
     def main(config: str, **overrides: str) -> None:
         check(load_config(config, overrides), world_size=1)

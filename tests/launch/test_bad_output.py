@@ -17,11 +17,11 @@ import psutil
 import pytest
 from transformers import LlamaConfig
 
-from relora_mora.optim import Parameters
-from relora_mora.supervise import RunLock
-from relora_mora.system.new_folder import new_folder
-from relora_mora.tokenizer import load_tokenizer
-from relora_mora.train.run_folder import write_run_folder
+from relora_mora.optim.groups import Parameters
+from relora_mora.supervise.lock import RunLock
+from relora_mora.system.files import new_folder
+from relora_mora.tokenizer.load import load_tokenizer
+from relora_mora.train.begin.run_folder import write_run_folder
 from tests.tools.commands import (
     DEMO_TEXT,
     EVALUATE,
@@ -177,7 +177,7 @@ def test_places_that_cannot_be_written_to(inputs: Path, tmp_path: Path, script: 
 @pytest.mark.parametrize("code", ["print('x')", "print('x' * 100_000)", "print('x', flush=True)"])
 def test_a_full_disk_behind_the_output(tmp_path: Path, code: str) -> None:
     script = tmp_path / "script.py"
-    script.write_text(f"from relora_mora.cli import run\ndef main() -> None:\n    {code}\nrun(main)\n")
+    script.write_text(f"from relora_mora.cli.command import run\ndef main() -> None:\n    {code}\nrun(main)\n")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     for argv in ([], ["--help"]):
         with Path("/dev/full").open("w") as full:

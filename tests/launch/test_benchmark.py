@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from launch.benchmark.byte_tracker import PARTS, ByteTracker
 from launch.benchmark.contenders import CONTENDERS, Ours, Setting
-from relora_mora.methods.layers import adapter_layers
+from relora_mora.adapters.layers import adapter_layers
 from relora_mora.operators import square_size
 from tests.tools.commands import call, module_of, refused
 from tests.tools.helpers import ROOT

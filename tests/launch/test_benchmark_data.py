@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from launch.benchmark.pipeline import pipeline_throughput
-from relora_mora.data import SourceError, make_tokens, resolve_shards
+from relora_mora.data.errors import SourceError
+from relora_mora.data.sources.resolve import resolve_shards
+from relora_mora.data.tokens.folder import make_tokens
 from tests.tools.data_tools import data_config, write_shards
 
 

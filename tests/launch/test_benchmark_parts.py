@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from relora_mora.config import MethodConfig, ModelConfig
-from relora_mora.model import read_model_config
+from relora_mora.config.schema import MethodConfig, ModelConfig
+from relora_mora.model.config import read_model_config
 from relora_mora.operators import GroupingOperator
 from tests.tools.commands import call, module_of, refused
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.compare.folders import write_run
+from tests.experiments.compare.folders import write_run
 from tests.tools.commands import COMPARE, call, left_in, refused
 from tests.tools.helpers import ROOT
 

@@ -22,7 +22,7 @@ DEMO = """
 import sys
 sys.path.insert(0, "launch")
 import demo
-from relora_mora.cli import run
+from relora_mora.cli.command import run
 def main():
     demo.step("a step", [sys.executable, "-c", sys.argv[1], sys.argv[2]])
     print("the next step")

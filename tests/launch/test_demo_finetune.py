@@ -10,9 +10,11 @@ from types import ModuleType
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from relora_mora.compare import Group, group_runs, read_run
-from relora_mora.config import FINETUNING, load_config, unused_by
-from tests.compare.folders import append_metrics, write_run
+from relora_mora.config.checks.combinations import unused_by
+from relora_mora.config.load import FINETUNING, load_config
+from relora_mora.experiments.compare.groups import Group, group_runs
+from relora_mora.experiments.compare.runs import read_run
+from tests.experiments.compare.folders import append_metrics, write_run
 from tests.tools.commands import call, module_of, refused, run_main
 from tests.tools.helpers import ROOT
 from tests.tools.pool import Pools

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from relora_mora.config import DataConfig
-from relora_mora.data import iter_texts
+from relora_mora.config.data import DataConfig
+from relora_mora.data.formats.file_rows import iter_texts
 from tests.tools.helpers import ROOT
 
 

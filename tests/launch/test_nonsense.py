@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from relora_mora.config import Config
-from relora_mora.config.deepspeed_checks import DEEPSPEED_KEYS
+from relora_mora.config.checks.deepspeed import DEEPSPEED_KEYS
+from relora_mora.config.schema import Config
 from relora_mora.model.config_keys import KEYS
 from tests.tools.runs import metrics, run_config, train
 
@@ -68,7 +68,7 @@ def outcomes(inputs: Path, tokenizer: str, folder: Path, world: int, cases: dict
 
 def too_large(inputs: Path, tokenizer: str, folder: Path, error: Exception) -> str:
     """What a run says whose first step finds no memory."""
-    from relora_mora.train import Trainer
+    from relora_mora.train.loop.loop import Trainer
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", lambda *_: (_ for _ in ()).throw(error))

@@ -10,10 +10,12 @@ import pytest
 import yaml
 
 from launch.uuid_pairs import uuid_pairs
-from relora_mora.config import ConfigError
-from relora_mora.study import CellsFailed, Study, StudyFolder, conduct
-from relora_mora.study.check import check_inputs
-from tests.study.tools import TRAINER, made_study
+from relora_mora.config.load import ConfigError
+from relora_mora.experiments.study.check import check_inputs
+from relora_mora.experiments.study.conduct import CellsFailed, conduct
+from relora_mora.experiments.study.design import Study
+from relora_mora.experiments.study.folder import StudyFolder
+from tests.experiments.study.tools import TRAINER, made_study
 from tests.tools.adapter_tools import save_base
 from tests.tools.commands import call, refused
 from tests.tools.helpers import ROOT
@@ -94,8 +96,8 @@ def test_the_others_are_in_the_table_where_a_run_has_failed(tmp_path: Path, monk
         folder.records.write_bytes(records.read_bytes())
         raise CellsFailed("name=lora,seed=0 is not done")
 
-    monkeypatch.setattr("relora_mora.study.check.check_inputs", lambda *_: None)
-    monkeypatch.setattr("relora_mora.study.conduct", failing)
+    monkeypatch.setattr("relora_mora.experiments.study.check.check_inputs", lambda *_: None)
+    monkeypatch.setattr("relora_mora.experiments.study.conduct", failing)
     result = call(STUDY, ROOT / "configs/study/merges_tiny.yaml", f"--out={tmp_path / 'out'}")
     refused(result, "name=lora,seed=0 is not done")
     assert "| ReMoRA (3, 4) |" in result.out and "| ReMoRA (3, 4) |" in (tmp_path / "out/compare.md").read_text()

@@ -18,7 +18,8 @@ import psutil
 import pytest
 import yaml
 
-from relora_mora.data import make_tokens, resolve_shards
+from relora_mora.data.sources.resolve import resolve_shards
+from relora_mora.data.tokens.folder import make_tokens
 from tests.tools.commands import Answer, call, disk, left_in, refused
 from tests.tools.data_tools import data_config, line, some_texts, write_parquet, write_shard, write_shards
 from tests.tools.helpers import ROOT

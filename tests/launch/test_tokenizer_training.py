@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from relora_mora.data import SourceError
-from relora_mora.tokenizer import TokenizerError, load_tokenizer, vocabulary_size
+from relora_mora.data.errors import SourceError
+from relora_mora.tokenizer.folder import TokenizerError
+from relora_mora.tokenizer.identity import vocabulary_size
+from relora_mora.tokenizer.load import load_tokenizer
 from tests.tools.tokenizer_tools import own_text, training
 
 

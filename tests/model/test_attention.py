@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relora_mora.data import document_boundaries
+from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.model import attention, llama
 from relora_mora.model.llama import LossModel, build_model
 from tests.tools.tiny import batch, tiny_llama

@@ -11,9 +11,10 @@ import torch
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
-from relora_mora.config import ConfigError, ModelConfig
-from relora_mora.model import ARCHITECTURES, FUNCTION, TRAINING, check_length, keys_with, read_model_config
-from relora_mora.model.config import plain_model_config
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import ModelConfig
+from relora_mora.model.config import check_length, keys_with, plain_model_config, read_model_config
+from relora_mora.model.config_keys import ARCHITECTURES, FUNCTION, TRAINING
 from relora_mora.model.llama import LossModel, build_model
 from tests.tools.helpers import ROOT
 from tests.tools.tiny import batch

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from relora_mora.config import ModelConfig, validate
-from relora_mora.methods.layers import adapter_layers
-from relora_mora.model import ARCHITECTURES, LossModel, build_model, plain_model_config
-from relora_mora.optim import count_parameters
-from relora_mora.plan.flops import meta_model
-from relora_mora.pretrained import model_config_of
+from relora_mora.adapters.layers import adapter_layers
+from relora_mora.config.load import validate
+from relora_mora.config.schema import ModelConfig
+from relora_mora.model.config import plain_model_config
+from relora_mora.model.config_keys import ARCHITECTURES
+from relora_mora.model.llama import LossModel, build_model
+from relora_mora.optim.groups import count_parameters
+from relora_mora.sizing.flops import meta_model
+from relora_mora.weights.load import model_config_of
 from tests.tools.config_tools import tree
 from tests.tools.tiny import batch, tiny_llama
 

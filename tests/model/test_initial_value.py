@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from relora_mora.config import MethodConfig
-from relora_mora.methods.inject import inject
+from relora_mora.adapters.inject import inject
+from relora_mora.config.schema import MethodConfig
 from relora_mora.model.llama import build_model, empty_model, initial_value, put_values
 from tests.tools.tiny import batch, tiny_llama
 

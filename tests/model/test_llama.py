@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from relora_mora import kernels
-from relora_mora.config import ConfigError, ModelConfig
-from relora_mora.data import document_boundaries
-from relora_mora.model import check_length, read_model_config
-from relora_mora.model.llama import LossModel, build_model, document_mask, places
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import ModelConfig
+from relora_mora.data.stream.packing import document_boundaries
+from relora_mora.model.config import check_length, read_model_config
+from relora_mora.model.llama import LossModel, build_model, document_mask, document_positions
 from relora_mora.model.loss import chunked_cross_entropy
 from tests.tools.tiny import batch, tiny_config, tiny_llama
 
@@ -130,7 +131,7 @@ def test_masked_attention_sees_one_document_only(attention):
 def test_positions_begin_anew_with_each_document():
     ids = torch.tensor([[1, 1, 1, 2, 3, 3], [0, 0, 0, 0, 0, 0], [4, 5, 6, 7, 8, 9]], dtype=torch.int32)
     boundaries = document_boundaries(ids)
-    documents, positions = places(boundaries, ids.shape)
+    documents, positions = document_positions(boundaries, ids.shape)
     assert positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]]
     assert documents.tolist() == [[0, 0, 0, 1, 2, 2], [3, 3, 3, 3, 3, 3], [4, 5, 6, 7, 8, 9]]
     assert boundaries.tolist() == [0, 3, 4, 6, 12, 13, 14, 15, 16, 17, 18]

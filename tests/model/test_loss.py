@@ -35,7 +35,7 @@ def _case(rows: int, vocabulary: int, dtype: torch.dtype, spread: float = 3.0) -
 def test_loss_and_gradient_are_those_of_float64(vocabulary, dtype, tolerance, spread, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     logits, labels = (tensor.to(device) for tensor in _case(13, vocabulary, dtype, spread))
-    taken = kernels.takes(logits)
+    taken = kernels.supports(logits)
     expected, gradient = _reference(logits, labels)
     scale = SCALE.to(device)
     loss, _ = cross_entropy_(logits.clone(), labels, ignore=-100, scale=scale, gradient=False)
@@ -115,5 +115,5 @@ def test_chunks_are_equal_parts_below_the_limit():
 
 
 def test_in_place_is_for_plain_cpu_tensors_only():
-    assert kernels.takes(torch.zeros(2, 2)) == kernels.available()
-    assert not kernels.takes(torch.zeros(2, 2).double()) and not kernels.takes(torch.empty(2, 2, device="meta"))
+    assert kernels.supports(torch.zeros(2, 2)) == kernels.available()
+    assert not kernels.supports(torch.zeros(2, 2).double()) and not kernels.supports(torch.empty(2, 2, device="meta"))

@@ -20,14 +20,15 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from relora_mora.supervise import Guard, LockError, RunLock, record_end
+from relora_mora.supervise.exits import record_end
+from relora_mora.supervise.guard import Guard
 from relora_mora.supervise.heartbeat import PeerFailure
 from relora_mora.supervise.launchers import is_launcher
-from relora_mora.supervise.lock import STALE_SECONDS, is_held
+from relora_mora.supervise.lock import STALE_SECONDS, LockError, RunLock, is_held
 
 BUSY = """
 import hashlib, sys
-from relora_mora.supervise import Guard
+from relora_mora.supervise.guard import Guard
 guard = Guard()
 if sys.argv[1] != "start":
     guard.training()
@@ -155,7 +156,8 @@ def _signal_until_it_ends(process: subprocess.Popen[str]) -> None:
 SILENCED = """
 import os, sys
 from pathlib import Path
-from relora_mora.supervise import Guard, RunLock
+from relora_mora.supervise.guard import Guard
+from relora_mora.supervise.lock import RunLock
 guard = Guard()
 folder = Path(sys.argv[1])
 lock = RunLock(folder)
@@ -173,7 +175,7 @@ while True:
 BOTH = """
 import sys, threading
 from pathlib import Path
-from relora_mora.supervise import Guard
+from relora_mora.supervise.guard import Guard
 from relora_mora.supervise.heartbeat import PeerFailure
 guard = Guard(signals=False)
 both = threading.Barrier(2)
@@ -193,8 +195,8 @@ def test_an_end_that_two_threads_find_is_said_once():
 
 ALL_RANKS = """
 import os, sys
-from relora_mora.distributed import join  # imported once for all of them
-from relora_mora.supervise import Guard
+from relora_mora.distributed.join import join  # imported once for all of them
+from relora_mora.supervise.guard import Guard
 from relora_mora.supervise.heartbeat import PeerFailure
 lost = int(sys.argv[1])
 for rank in range(6):
@@ -218,7 +220,8 @@ def test_one_rank_tells_of_the_end_where_the_host_of_the_first_is_lost_too(lost,
 LEFT = """
 import sys
 from pathlib import Path
-from relora_mora.supervise import Guard, RunLock
+from relora_mora.supervise.guard import Guard
+from relora_mora.supervise.lock import RunLock
 from relora_mora.supervise.heartbeat import PeerFailure
 guard = Guard(signals=False)
 lock = RunLock(Path(sys.argv[1]))
@@ -256,7 +259,7 @@ def test_a_full_pipe_and_a_disk_that_does_not_answer_keep_nobody(phase, signals,
 
 CLOSED = """
 import os, signal
-from relora_mora.supervise import Guard
+from relora_mora.supervise.guard import Guard
 Guard().close()
 os.kill(os.getpid(), signal.SIGTERM)
 print("end")
@@ -346,7 +349,7 @@ def test_a_launcher_that_is_gone_already_is_missed(chain, gone, tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from relora_mora.supervise import RunLock
+from relora_mora.supervise.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relora_mora.supervise import LOST
+from relora_mora.supervise.exits import LOST
 from relora_mora.supervise.heartbeat import Heartbeat, Received, find_hung, find_silent
 
 NOW = 1000.0

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from relora_mora.checkpoint import newest_whole
+from relora_mora.checkpoint.reader import newest_whole
 from tests.tools.jobs import Job, checkpoints, ends, last_step, write_config
 from tests.tools.runs import run_config, tensors
 

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from relora_mora.system.allocator import keep_freed_memory
+from relora_mora.system.process import keep_freed_memory
 
 CODE = """
 import ctypes, resource, torch
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: the counts are of pages of 4 KiB
-from relora_mora.system.allocator import keep_freed_memory
+from relora_mora.system.process import keep_freed_memory
 def faults():
     torch.ones(16 * 2**20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

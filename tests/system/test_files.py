@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.system.disk_errors import disk_errno, disk_faults_named, place_of
-from relora_mora.system.files import append_synced, remove, write_synced
+from relora_mora.system.files import append_synced, disk_errno, disk_faults_named, place_of, remove, write_synced
 from tests.tools.helpers import ROOT
 
 FULL = errno.ENOSPC

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 CODE = """
-from relora_mora.system.imports import many_imports
+from relora_mora.system.process import many_imports
 with many_imports():
     import torch
 """

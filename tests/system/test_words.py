@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relora_mora.system.words import counted
+from relora_mora.system.logs import counted
 
 
 @pytest.mark.parametrize(("number", "said"), [(0, "0 merges"), (1, "1 merge"), (2, "2 merges"), (1200, "1,200 merges")])

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from relora_mora.config import MethodConfig
-from relora_mora.methods.inject import inject
-from relora_mora.methods.layers import adapter_layers
-from relora_mora.optim import set_trainable
+from relora_mora.adapters.inject import inject
+from relora_mora.adapters.layers import adapter_layers
+from relora_mora.config.schema import MethodConfig
+from relora_mora.optim.groups import set_trainable
 from tests.tools.checkpoints import write_checkpoint
 from tests.tools.runs import LLAMA
 

@@ -8,10 +8,10 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
-from relora_mora.checkpoint import Manifest
-from relora_mora.checkpoint.layout import file_entry
+from relora_mora.checkpoint.layout import Manifest, file_entry
 from relora_mora.system.files import write_synced
-from relora_mora.tokenizer import save_tokenizer, tokenizer_fingerprint
+from relora_mora.tokenizer.identity import tokenizer_fingerprint
+from relora_mora.tokenizer.save import save_tokenizer
 from tests.tools.commands import left_in
 from tests.tools.runs import run_config
 

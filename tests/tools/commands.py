@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from relora_mora.cli import run
+from relora_mora.cli.command import run
 from tests.tools.helpers import ROOT
 
 NOBODY = 65534

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from relora_mora.config import Config, ConfigError, validate
+from relora_mora.config.load import ConfigError, validate
+from relora_mora.config.schema import Config
 
 SECTIONS = {name: list(field.annotation.model_fields) for name, field in Config.model_fields.items()}  # type: ignore[union-attr]
 SETTINGS = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys]

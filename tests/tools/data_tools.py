@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from relora_mora.config import DataConfig
-from relora_mora.data.file_rows import open_rows
+from relora_mora.config.data import DataConfig
+from relora_mora.data.formats.file_rows import open_rows
 from relora_mora.data.lanes import LaneRows, plan_lanes
-from relora_mora.data.packing import Lane
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sources import Shard, configured_shards
+from relora_mora.data.shard import Shard
+from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.stream.packing import Lane
 
 EOS = 256
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 
-from relora_mora.config import Config, dump
+from relora_mora.config.load import dump
+from relora_mora.config.schema import Config
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.tools.helpers import ROOT, python_path
 from tests.tools.ports import free_port
@@ -124,7 +125,7 @@ class Job:
                 if (
                     is_rank
                     and environment.get("RANK", "0") == str(number)
-                    and "relora_mora.data.worker" not in process.cmdline()
+                    and "relora_mora.data.stream.worker" not in process.cmdline()
                 ):
                     return process
             except psutil.Error:

@@ -52,7 +52,7 @@ def _serve(rank: int, world_size: int, port: int, device: str, pipe: Connection,
     }
     import torch
 
-    from relora_mora.zero import init_distributed
+    from relora_mora.engine.start import init_distributed
 
     torch.set_num_threads(1)
     init_distributed(timeout_seconds=120)

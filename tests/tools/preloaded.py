@@ -4,15 +4,15 @@ else.
 
 import gc
 
-from relora_mora.system.imports import many_imports
+from relora_mora.system.process import many_imports
 
 with many_imports():
     import pytest  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import relora_mora.train  # noqa: F401
-    from relora_mora.checkpoint import mailbox
+    from relora_mora.checkpoint import writer
 
-mailbox.POLL_SECONDS = 0.005  # tiny runs save at every step
+writer.POLL_SECONDS = 0.005  # tiny runs save at every step
 
 gc.freeze()  # a collection would write to memory that the workers share

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from relora_mora.config import Config, validate
+from relora_mora.config.load import validate
+from relora_mora.config.schema import Config
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.tools.data_tools import write_shards
 
@@ -69,7 +70,8 @@ class Stopped(Exception):
 def train(config: Config, stop_after: int | None = None) -> None:
     """Runs the trainer in this process (all ranks call it); with ``stop_after`` it is cut off after the save of that
     step."""
-    from relora_mora.train import Trainer, pretrain
+    from relora_mora.train.loop.loop import Trainer
+    from relora_mora.train.pretrain import pretrain
 
     whole_step = Trainer.train_step
 
@@ -89,8 +91,8 @@ def train(config: Config, stop_after: int | None = None) -> None:
 
 def refusal_of(config: Config) -> str:
     """What a start of the trainer says of the checkpoint that it should go on from, and does not."""
-    from relora_mora.checkpoint import CheckpointError
-    from relora_mora.train import pretrain
+    from relora_mora.checkpoint.layout import CheckpointError
+    from relora_mora.train.pretrain import pretrain
 
     try:
         pretrain(config)

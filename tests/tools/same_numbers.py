@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from relora_mora.study.record import NO_RESULTS
+from relora_mora.experiments.study.record import NO_RESULTS
 from tests.tools.helpers import ROOT
 from tests.tools.ports import free_port
 from tests.tools.runs import metrics, run_config, tensors, write_inputs

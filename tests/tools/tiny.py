@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from relora_mora.config import Config, validate
-from relora_mora.merging import FrozenMasters, Merger
-from relora_mora.methods.inject import inject
+from relora_mora.adapters.inject import inject
+from relora_mora.config.load import validate
+from relora_mora.config.schema import Config
+from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.llama import LossModel, build_model
-from relora_mora.optim import build_optimizer, make_schedule, parameter_groups, set_trainable
+from relora_mora.optim.groups import build_optimizer, make_schedule, parameter_groups, set_trainable
 
 VOCABULARY, LENGTH, BATCH = 64, 16, 8
 
@@ -72,7 +73,7 @@ class Rig:
 
     def step(self, step: int, *, poison: bool = False, scale: float = 1.0) -> tuple[float, float, bool]:
         """One optimizer step: (mean loss over all ranks, gradient norm, applied)."""
-        from relora_mora.optim import group_rates
+        from relora_mora.optim.groups import group_rates
 
         micro = self.micro_batches(step)
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
@@ -102,7 +103,7 @@ class Rig:
 
 
 def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None = None) -> Rig:
-    from relora_mora.zero import ZeroEngine
+    from relora_mora.engine.engine import ZeroEngine
 
     lm = build_model(llama or tiny_llama(), seed=config.train.seed)
     if config.method.uses_adapters:

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import torch
 
 from launch.pretrain import main
-from relora_mora.cli import run
-from relora_mora.supervise import leave_process
+from relora_mora.cli.command import run
+from relora_mora.supervise.exits import leave_process
 
 
 def killed(*args: Any, **kwargs: Any) -> NoReturn:
@@ -53,8 +53,8 @@ def without_text(whole: Callable[..., Any]) -> Callable[..., Any]:
 @functools.wraps(main)
 def victim(*args: Any, **kwargs: Any) -> int:
     from relora_mora.checkpoint.rank_files import RankFiles
-    from relora_mora.data import TrainStream
-    from relora_mora.train import Trainer
+    from relora_mora.data.stream.stream import TrainStream
+    from relora_mora.train.loop.loop import Trainer
 
     train_step = Trainer.train_step
 

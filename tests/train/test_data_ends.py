@@ -9,25 +9,24 @@ from typing import Any
 import psutil
 import pytest
 
-from relora_mora.data import SourceError
-from relora_mora.supervise import Guard
-from relora_mora.train.ends import Ends
-from relora_mora.train.errors import DataError, TrainingError
-from relora_mora.train.feed import DataFailed
-from relora_mora.train.state import RunState
+from relora_mora.data.errors import SourceError
+from relora_mora.supervise.guard import Guard
+from relora_mora.train.loop.feed import DataFailed
+from relora_mora.train.loop.loop import Shutdown
+from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 from tests.tools.data_tools import write_shard, write_shards
 from tests.tools.faulty_server import serving
 from tests.tools.jobs import Job, ends, last_step, write_config
 from tests.tools.runs import metrics, run_config
-from tests.train.test_resume import _equal
+from tests.train.state.test_resume import _equal
 
 pytestmark = pytest.mark.distributed
 
 
 def ended(config: Any) -> tuple[str, str]:
     """Runs on every rank: the kind of error that ended a run, and its text. Lanes read few documents ahead."""
-    from relora_mora.data import encoded_rows
-    from relora_mora.train import pretrain
+    from relora_mora.data.stream import encoded_rows
+    from relora_mora.train.pretrain import pretrain
 
     whole = encoded_rows.ENCODE_ROWS
     encoded_rows.ENCODE_ROWS = 2
@@ -86,7 +85,7 @@ def test_what_is_wrong_with_the_data_is_told_where_nothing_can_be_saved_either(t
         raise TrainingError("the checkpoint failed")
 
     saving = SimpleNamespace(save_the_end=fail)
-    ends_of_run = Ends(tmp_path, saving, Guard(signals=False), lambda: None)  # type: ignore[arg-type]
+    ends_of_run = Shutdown(tmp_path, saving, Guard(signals=False), lambda: None)  # type: ignore[arg-type]
     with pytest.raises(OSError if kind is OSError else DataError) as raised:
         ends_of_run.fail_for_data(RunState(initial_seed=0, step=3), DataFailed([kind("the disk of the text is gone")]))
     assert "the disk of the text is gone" in str(raised.value)
@@ -154,7 +153,9 @@ def test_a_killed_data_worker_ends_the_job_with_its_state_saved(inputs, tokenize
     )
     job = Job(write_config(settings, tmp_path / "run.yaml"))
     job.wait_for_step(run_dir, 5)
-    worker = next(process for process in job.rank(1).children() if "relora_mora.data.worker" in process.cmdline())
+    worker = next(
+        process for process in job.rank(1).children() if "relora_mora.data.stream.worker" in process.cmdline()
+    )
     assert isinstance(worker, psutil.Process)
     worker.kill()
     assert job.wait(30) == 1

@@ -8,9 +8,9 @@ import random
 import pytest
 import torch
 
-from relora_mora.config import Config
-from relora_mora.data import retry
-from relora_mora.data.retry import RETRIES
+from relora_mora.config.schema import Config
+from relora_mora.data.bytes import retry
+from relora_mora.data.bytes.retry import RETRIES
 from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.faulty_server import FAULTS, serving
 from tests.tools.runs import metrics, run_config, tensors, train, write_inputs

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
-from relora_mora.system import determinism
-from relora_mora.system.determinism import compute_deterministically
-from relora_mora.train import pretrain
+from relora_mora.system import hardware
+from relora_mora.system.hardware import compute_deterministically
+from relora_mora.train.pretrain import pretrain
 from tests.tools.helpers import ROOT, arithmetic_put_back
 from tests.tools.tiny import tiny_config
 
@@ -55,7 +55,7 @@ def test_a_run_on_gpus_is_switched_before_the_ranks_meet(switches: pytest.Monkey
         seen.append(switched())
         raise StopHere
 
-    switches.setattr(determinism, "uses_cuda", lambda: True)
+    switches.setattr(hardware, "uses_cuda", lambda: True)
     switches.setattr(importlib.import_module("relora_mora.train.pretrain"), "init_distributed", meet)
     with pytest.raises(StopHere):
         pretrain(tiny_config(train={"deterministic": deterministic}))

@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 import torch
 
-from relora_mora.data import load_eval_set
-from relora_mora.evaluate import causal_lm_loss, evaluate
-from relora_mora.pretrained import merged_model
+from relora_mora.data.sets.held_out import load_eval_set
+from relora_mora.evaluation.loss import causal_lm_loss, evaluate
+from relora_mora.weights.merged import merged_model
 from tests.tools.runs import metrics, run_config, tensors, train
 from tests.train.test_golden_loss import compiled_graphs, compiler_only
 
@@ -47,7 +47,7 @@ def cut_at(never: Path, folder: Path, step: int) -> Path:
 
 def drawn(config: Any) -> dict[int, list[list[int]]]:
     """Trains; by merges done, the groupings of the inputs and of the outputs of the layers, each once."""
-    from relora_mora.methods.mora import MoRALinear
+    from relora_mora.adapters.mora import MoRALinear
 
     seen: dict[int, list[list[int]]] = {}
     set_operator = MoRALinear.set_operator

@@ -13,12 +13,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from relora_mora.checkpoint import CheckpointError
-from relora_mora.config import FINETUNING, Config, load_config
-from relora_mora.export import export
-from relora_mora.model import ARCHITECTURES
-from relora_mora.pretrained import check_headers, load_foreign
+from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.config.load import FINETUNING, load_config
+from relora_mora.config.schema import Config
+from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.system.run_folder import RunFolder
+from relora_mora.weights.export import export
+from relora_mora.weights.foreign import check_headers, load_foreign
 from tests.tools.commands import EVALUATE, FINETUNE, PLAN, call, refused
 from tests.tools.grids import rest
 from tests.tools.helpers import ROOT

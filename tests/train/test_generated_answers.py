@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.uuid_pairs import uuid_pairs
-from relora_mora.config import Config, ConfigError
-from relora_mora.export import export
-from relora_mora.tokenizer import load_tokenizer
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import Config
+from relora_mora.tokenizer.load import load_tokenizer
+from relora_mora.weights.export import export
 from tests.tools.grids import rest
 from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
 

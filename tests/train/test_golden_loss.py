@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from relora_mora.system.compilers import missing_to_compile
+from relora_mora.system.process import missing_to_compile
 from tests.tools.grids import rest
 from tests.tools.runs import metrics, run_config, train
 
@@ -132,7 +132,7 @@ def compiled_graphs(config: Any) -> tuple[int, int]:
     """Trains, and counts the programs that torch.compile made: before the first step, and in all."""
     from torch._dynamo.utils import counters
 
-    from relora_mora.train.warm_up import warm_up
+    from relora_mora.train.begin.build import warm_up
 
     def programs() -> int:
         """Those of forward and backward, whether they were in the compiler's cache or not."""

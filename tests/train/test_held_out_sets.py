@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from relora_mora.evaluate import held_out
+from relora_mora.evaluation.loss import held_out
 from tests.tools.commands import EVALUATE, call, refused
 from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.runs import metrics, run_config, train, write_inputs

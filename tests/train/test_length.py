@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from relora_mora.config import ConfigError
-from relora_mora.data import SourceError, count_epochs
+from relora_mora.config.load import ConfigError
+from relora_mora.data.errors import SourceError
+from relora_mora.data.sets.counting import count_epochs
 from tests.tools.runs import metrics, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed

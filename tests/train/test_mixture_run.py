@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from relora_mora.checkpoint import CheckpointError
-from relora_mora.data import SourceError
+from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.data.errors import SourceError
 from tests.tools.data_tools import some_texts, write_shard, write_shards
 from tests.tools.runs import Stopped, left_by_a_kill, losses, metrics, run_config, train, write_inputs
-from tests.train.test_resume import _equal
+from tests.train.state.test_resume import _equal
 
 pytestmark = pytest.mark.distributed
 
@@ -36,7 +36,8 @@ def _config(inputs: Path, tokenizer: str, run_dir: Path, weight: float = 1.0, **
 
 def _bad_at(config: Any, steps: tuple[int, ...], kill_at: int | None = None) -> None:
     """Trains on every rank; before a rollback some steps are found bad. ``kill_at``: a step after it."""
-    from relora_mora.train import Trainer, pretrain
+    from relora_mora.train.loop.loop import Trainer
+    from relora_mora.train.pretrain import pretrain
 
     train_step = Trainer.train_step
 

@@ -86,7 +86,7 @@ def test_a_resume_with_another_optimizer_is_refused_whatever_is_allowed(pools, c
 
 def said(config: Any) -> list[str]:
     """What the check of a run's settings logs."""
-    from relora_mora.train import check
+    from relora_mora.train.begin import check
 
     with mock.patch.object(check, "log") as log:
         train(config, stop_after=0)

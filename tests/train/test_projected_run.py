@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from relora_mora.registry import MATRIX_OPTIMIZERS
+from relora_mora.config.registry import MATRIX_OPTIMIZERS
 from tests.tools.grids import rest
 from tests.tools.runs import (
     assert_resumes_are_bit_equal,
@@ -60,16 +60,16 @@ UNSCORED_STEPS = (1, 2, 6, 7, 9)  # projections are due in the steps 1 to 3 and 
 
 def partly_unscored(config: Any) -> None:
     """Trains, but no token of those steps is scored, as within a long prompt."""
-    from relora_mora.data import UNSCORED
-    from relora_mora.train import Trainer
-    from relora_mora.train.feed import Share
+    from relora_mora.data.stream.packing import UNSCORED
+    from relora_mora.train.loop.feed import LocalBatch
+    from relora_mora.train.loop.loop import Trainer
 
     whole_step = Trainer.train_step
 
-    def train_step(self: Trainer, share: Share) -> Any:
+    def train_step(self: Trainer, share: LocalBatch) -> Any:
         if self.state.step + 1 in UNSCORED_STEPS:
             labels = torch.full_like(share.batch.labels, UNSCORED)
-            share = Share(replace(share.batch, labels=labels), scored=0)
+            share = LocalBatch(replace(share.batch, labels=labels), scored=0)
         return whole_step(self, share)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from relora_mora.config import dump
-from relora_mora.tokenizer import load_tokenizer
+from relora_mora.config.load import dump
+from relora_mora.tokenizer.load import load_tokenizer
 from tests.tools.commands import PRETRAIN, call, refused
 from tests.tools.runs import LLAMA, metrics, run_config, tensors, train
 
@@ -220,7 +220,7 @@ def of_both(counts: list[dict[str, int]]) -> dict[str, int]:
     """Called by all ranks, of which each has its own counts."""
     from torch import distributed
 
-    from relora_mora.train.report import data_metrics
+    from relora_mora.train.log.report import data_metrics
 
     return data_metrics(counts[distributed.get_rank()], ["a"], 4)
 

@@ -17,7 +17,8 @@ STEPS = 6
 
 def mostly_unscored(config: Any) -> None:
     """Trains where of each sequence only so many tokens are scored as its content says: from one to all."""
-    from relora_mora.data import UNSCORED, TrainStream
+    from relora_mora.data.stream.packing import UNSCORED
+    from relora_mora.data.stream.stream import TrainStream
 
     whole = TrainStream.__next__
 

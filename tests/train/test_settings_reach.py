@@ -13,9 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
-from relora_mora.config import Config
 from relora_mora.config.data import DataConfig
-from relora_mora.config.schema import ModelConfig
+from relora_mora.config.schema import Config, ModelConfig
 from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.runs import LLAMA, metrics, run_config, train
 
@@ -41,15 +40,15 @@ REACHES = {
     "model.activation_checkpointing": Reach(True, False, True),
     "model.compile": Reach(None, False, True),  # takes a compiler and a minute: tests/kernels/test_kernels.py
     "data.train": Reach("validation.json", False, False),
-    "data.concatenate": Reach(None, False, False),  # of records alone: tests/data/test_concatenation.py
-    "data.stages": Reach(None, False, False),  # of mixtures only: tests/data/test_mixture.py
+    "data.concatenate": Reach(None, False, False),  # of records alone: tests/data/stream/test_concatenation.py
+    "data.stages": Reach(None, False, False),  # of mixtures only: tests/data/stream/test_mixture.py
     "data.validation": Reach("train.json", True, False),
     "data.revision": Reach("v2", False, False),
     "data.commits": Reach({"some/set@main": "0" * 40}, False, False),
     "data.records": Reach(None, True, True),  # of other rows: tests/train/test_records_run.py
     "data.packing": Reach(None, True, True),  # as above: here a stream is evaluated anew
     "data.text_column": Reach("url", True, False),
-    "data.sample_by": Reach("line", False, False),  # of .txt alone: tests/data/test_text_files.py
+    "data.sample_by": Reach("line", False, False),  # of .txt alone: tests/data/formats/test_text_files.py
     "data.sequence_length": Reach(16, True, True),
     "data.lanes": Reach(2, False, False),
     "data.workers": Reach(1, False, False),
@@ -111,7 +110,7 @@ def _config(inputs: Path, tokenizer: str, run_dir: Path, *changed: str) -> Confi
 
 def evaluations(config: Config) -> dict[str, float]:
     """One run, and its loss as four ways of evaluating see it."""
-    from relora_mora.export import export
+    from relora_mora.weights.export import export
 
     train(config)
     run_dir = Path(config.train.run_dir)
@@ -162,8 +161,9 @@ def _plain_transformers_on(folder: Path, config: Config) -> float:
 
 
 def _plan(config: Config) -> str:
-    from relora_mora.model import read_model_config
-    from relora_mora.plan import Cluster, make_plan
+    from relora_mora.experiments.planner.cluster import Cluster
+    from relora_mora.experiments.planner.plan import make_plan
+    from relora_mora.model.config import read_model_config
     from relora_mora.system.devices import named_device
 
     cluster = Cluster(1, 2, named_device("h100"), None)

@@ -12,12 +12,12 @@ from unittest import mock
 import pytest
 import torch
 
-from relora_mora.data import load_eval_set
-from relora_mora.evaluate import causal_lm_loss, evaluate
-from relora_mora.export import export
-from relora_mora.origin import start_digests
-from relora_mora.registry import METHODS
+from relora_mora.config.registry import METHODS
+from relora_mora.data.sets.held_out import load_eval_set
+from relora_mora.evaluation.loss import causal_lm_loss, evaluate
 from relora_mora.system.run_folder import read_json_lines
+from relora_mora.weights.digests import start_digests
+from relora_mora.weights.export import export
 from tests.tools.commands import PRETRAIN, call
 from tests.tools.helpers import ROOT
 from tests.tools.runs import metrics, run_config, tensors, train
@@ -120,7 +120,7 @@ def test_a_warm_start_begins_with_the_weights_of_the_other_run(
 
 def reads_of_validation(config: Any) -> int:
     """How often this rank reads the held-out text in a whole run."""
-    from relora_mora.train import events
+    from relora_mora.train.loop import events
 
     with mock.patch.object(events, "held_out", wraps=events.held_out) as read:
         train(config)
@@ -228,7 +228,7 @@ def test_every_tiny_config_trains_as_shipped(pools, inputs, tokenizer_path, tmp_
 
 def rates_of(config: Any) -> list[list[float]]:
     """Those that each step was made with, a rate for each parameter group."""
-    from relora_mora.zero import ZeroEngine
+    from relora_mora.engine.engine import ZeroEngine
 
     step = ZeroEngine.step
     rates: list[list[float]] = []

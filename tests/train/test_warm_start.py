@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from relora_mora.checkpoint import CheckpointError
-from relora_mora.config import Config, ModelConfig
-from relora_mora.export import export
-from relora_mora.model import ARCHITECTURES, read_model_config
+from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.config.schema import Config, ModelConfig
+from relora_mora.model.config import read_model_config
+from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.model.llama import empty_model
 from relora_mora.system.logs import log
+from relora_mora.weights.export import export
 from tests.tools.commands import EVALUATE, call
 from tests.tools.runs import LLAMA, metrics, run_config, train
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
@@ -119,7 +120,7 @@ def test_the_first_loss_is_that_of_the_folder(pools, inputs, tokenizer_path, tmp
     loss = first_loss(pools, inputs, tokenizer_path, tmp_path / "run", folder)
     assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
     with pytest.MonkeyPatch.context() as patch:  # and that of plain transformers, from whole logits
-        patch.setattr("relora_mora.evaluate.is_of_family", lambda lm: False)
+        patch.setattr("relora_mora.evaluation.loss.is_of_family", lambda lm: False)
         assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
     export(export_of(pools, inputs, tokenizer_path, tmp_path, folder), tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -173,7 +174,7 @@ def refuses(inputs, tokenizer_path, tmp_path) -> Callable[..., None]:
     """Asserts that weights of a folder are refused with all these parts in the message."""
 
     def check(folder: Path, *parts: str, overrides: dict[str, Any] | None = None) -> None:
-        from relora_mora.train.initial import _foreign_weights
+        from relora_mora.train.begin.build import _foreign_weights
 
         model = {"init_from": str(folder), "overrides": overrides or {}}
         config = run_config(inputs, tokenizer_path, tmp_path / "run", model=model)

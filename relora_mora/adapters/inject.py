@@ -1,0 +1,63 @@
+"""Puts adapter layers into a model that knows nothing of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pkgutil import resolve_name
+
+from torch import nn
+
+from relora_mora.adapters.layers import AdapterLinear, layer_generator
+from relora_mora.config.schema import MethodConfig
+from relora_mora.operators import Draw
+
+# what the linears of a decoder layer see, where several see the same
+INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
+
+
+def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | AdapterLinear]]:
+    """Every linear layer, adapter or not, inside the decoder layers (``....layers.<i>....``)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | AdapterLinear) and ".layers." in name:
+            yield name, module
+
+
+def inject(
+    model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None, draw: Draw | None = None
+) -> dict[str, list[str]]:
+    """Replaces the target linears of the decoder by adapter layers, in place; their names by kind of projection.
+
+    ``mora_type`` is the operator to begin with (default: the first of the cycle), ``draw`` its draw (default: that of a
+    run's beginning). Raises ValueError when a target name matches no layer, or when an operator cannot be built for a
+    layer's shape.
+    """
+    layer = layer_class(method)
+    by_kind: dict[str, list[str]] = {kind: [] for kind in method.target_modules}
+    by_input: dict[tuple[str, str], list[AdapterLinear]] = {}
+    for name, module in list(decoder_linears(model)):
+        parent_name, _, kind = name.rpartition(".")
+        if kind in by_kind and isinstance(module, nn.Linear):
+            generator = layer_generator(seed, name, 0)
+            adapter = layer.from_settings(module, method.of(kind), generator, mora_type, draw or Draw(seed))
+            assert all(adapter.get_parameter(key).dim() == 2 for key in adapter.adapter_names), "they are matrices"
+            assert not [*adapter.buffers()], "a resume brings back its parameters alone"
+            setattr(model.get_submodule(parent_name), kind, adapter)
+            by_kind[kind].append(name)
+            by_input.setdefault((parent_name, INPUTS.get(kind, kind)), []).append(adapter)
+    unmatched = [kind for kind, names in by_kind.items() if not names]
+    if unmatched:
+        present = sorted({name.rpartition(".")[2] for name, _ in decoder_linears(model)})
+        raise ValueError(
+            f"method.target_modules: no linear of the decoder is named {', '.join(unmatched)}; it has "
+            f"{', '.join(present)}"
+        )
+    for layers in by_input.values():
+        layer.share_input(layers)
+    return by_kind
+
+
+def layer_class(method: MethodConfig) -> type[AdapterLinear]:
+    """The class of the method's adapter layers; only for methods that have an adapter."""
+    assert method.record.adapter is not None
+    found: type[AdapterLinear] = resolve_name(method.record.adapter.layer)
+    return found

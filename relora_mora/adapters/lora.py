@@ -1,0 +1,124 @@
+"""LoRA's adapter: ``delta = (alpha / r) B A`` (arXiv 2106.09685, eq. 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from relora_mora.adapters.layers import DROPPED, INPUT, AdapterLinear, Flops, Kept
+from relora_mora.config.schema import MethodConfig
+from relora_mora.operators import Draw
+
+
+class LoRALinear(AdapterLinear):
+    """``W + scale B A`` with A [r, in] and B [out, r]."""
+
+    break_even = 1.5
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        lora_rank: int,
+        alpha: float | None,
+        generator: torch.Generator,
+        form: str = "auto",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(linear, form, dropout)
+        self.lora_rank = lora_rank
+        self.scale = (lora_rank if alpha is None else alpha) / lora_rank
+        dtype = linear.weight.dtype
+        self.lora_A = nn.Parameter(self.fresh("lora_A", generator).to(dtype))
+        self.lora_B = nn.Parameter(self.fresh("lora_B", generator).to(dtype))
+
+    @classmethod
+    def from_settings(
+        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None, draw: Draw
+    ) -> Self:
+        return cls(linear, method.rank, method.lora_alpha, generator, method.form, method.dropout)
+
+    @classmethod
+    def parameters_for(cls, method: MethodConfig, in_features: int, out_features: int) -> int:
+        return method.rank * (in_features + out_features)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        return ("lora_A", "lora_B")
+
+    def delta_of(self, *parameters: Tensor) -> Tensor:
+        A, B = parameters
+        return self.scale * (B @ A)
+
+    def build_merged(self, weight: Tensor) -> Tensor:
+        return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale)
+
+    def fresh(self, name: str, generator: torch.Generator) -> Tensor:
+        if name == "lora_B":
+            return torch.zeros(self.out_features, self.lora_rank)
+        A = torch.empty(self.lora_rank, self.in_features)
+        return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+
+    def singular_values(self, *parameters: Tensor) -> Tensor:
+        A, B = parameters
+        return torch.linalg.svdvals(self.scale * (torch.linalg.qr(B)[1] @ torch.linalg.qr(A.mT)[1].mT))
+
+    def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        A, B = parameters
+        return A, B
+
+    def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:
+        product = 2.0 * self.lora_rank * (self.in_features + self.out_features)
+        if not self.uses_merged_form(tokens):
+            return Flops(product, 3 * product)
+        # W + B A, made once for all tokens in forward and again in backward, unless it is there already
+        build = 0.0 if self.resident else 2.0 * self.in_features * self.out_features * self.lora_rank / tokens
+        return Flops(build, 2 * build + 2 * product)
+
+    def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
+        of_input = Kept(DROPPED if self.drops else INPUT, self.in_features, shared=not self.drops)
+        if self.uses_merged_form(tokens):
+            return [of_input]
+        return [of_input, Kept("A x", self.lora_rank, shared=False), *self._kept_by_dropout()]
+
+    def _merged(self, x: Tensor) -> Tensor:
+        return _MergedLoRA.apply(x, self.weight, self.lora_A, self.lora_B, self.built, self.scale)
+
+    def _delta(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.lora_rank}, scale={self.scale:g}"
+
+
+class _MergedLoRA(torch.autograd.Function):
+    """``x (W + scale B A)^T``; both gradients go through r features, none through [out, in].
+
+    ``merged`` is ``W + scale B A`` where it is resident; else it is built in forward and again in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, merged: Tensor | None, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, A, B, merged)
+        ctx.scale = scale
+        return F.linear(x, torch.addmm(weight, B, A, alpha=scale) if merged is None else merged)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
+        x, weight, A, B, merged = ctx.saved_tensors
+        dy = grads[0]
+        scale = ctx.scale
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ (torch.addmm(weight, B, A, alpha=scale) if merged is None else merged)
+        x = x.reshape(-1, x.shape[-1])
+        dy = dy.reshape(-1, dy.shape[-1])
+        dA = scale * ((dy @ B).T @ x) if ctx.needs_input_grad[2] else None
+        dB = scale * (dy.T @ (x @ A.T)) if ctx.needs_input_grad[3] else None
+        return dx, None, dA, dB, None, None

@@ -1,0 +1,1 @@
+"""Combinations of settings that cannot work, each with its remedy."""

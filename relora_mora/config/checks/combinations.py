@@ -1,0 +1,196 @@
+"""Combinations of settings that cannot work, each with its remedy. Pure: only the settings are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from relora_mora.config.checks.data import data_faults, generation_faults, length_faults, record_faults
+from relora_mora.config.checks.deepspeed import deepspeed_faults
+from relora_mora.config.checks.method import method_faults
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
+from relora_mora.config.schema import SETTINGS, Config
+from relora_mora.config.secrets import secrets_in
+from relora_mora.config.types import Fault
+from relora_mora.system.logs import counted
+
+BESIDE_ADAPTERS = ("method.train_linears", "method.train_embeddings", "method.train_norms", "method.train_head")
+SIZE_SETTINGS = ("method.rank", "method.rank_pattern", "method.square_rounding", "method.square_multiple")
+
+# how a run is done and watched: what comes out of it depends on none of these
+OPERATIONAL = {
+    "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
+    "data.prefetch_batches",
+    "data.timeout_seconds",
+    "data.workers",
+    "train.allow_changes",
+    "train.max_bad_steps",
+    "train.max_rollbacks",
+    "train.peer_timeout_seconds",
+    "train.resume",
+    "train.run_dir",
+}
+
+
+def unused_by(config: Config) -> dict[str, str]:
+    """The settings that are not as by default and have no use, with what it is that does not use them."""
+    settings = config.by_name
+    unused = unused_settings(settings)
+    return {
+        name: unused[name]
+        for name, setting in SETTINGS.items()
+        if name in unused and settings[name] != setting.get_default()
+    }
+
+
+def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Those that make no difference beside the others, with what it is that does not use them.
+
+    ``settings`` are all of a run, by dotted name. A method or optimizer that is not known is taken to use all.
+    """
+    matrices, method = settings["optim.matrices"], settings["method.name"]
+    record = METHODS.get(method)
+    unused: dict[str, str] = {}
+    if settings["method.reset"] not in ("magnitude", "random"):
+        unused["method.reset_ratio"] = f"method.reset={settings['method.reset']}"
+    if settings["optim.restart_warmup_steps"] == 0:
+        unused["optim.rewarm"] = "optim.restart_warmup_steps=0"
+    if settings["optim.schedule"] == "constant":
+        unused["optim.min_ratio"] = "optim.schedule=constant"
+    if record is not None and record.adapter is not None:
+        if not any(settings[name] for name in BESIDE_ADAPTERS):
+            unused["optim.lr_other"] = "a run that trains adapters alone"
+        if record.adapter.has_square and settings["method.square_size"] is not None:
+            unused |= dict.fromkeys(SIZE_SETTINGS, "method.square_size")
+    for records, own, who in (
+        (MATRIX_OPTIMIZERS, MATRIX_OPTIMIZERS.get(matrices), f"optim.matrices={matrices}"),
+        (METHODS, record, f"method {method}"),
+    ):
+        unused |= dict.fromkeys(settings_of_others(records, own), who)
+    return unused
+
+
+def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:
+    """Tokens and passwords anywhere in the settings, which go to config.yaml, to logs and into checkpoints."""
+    for name, text in secrets_in(tree):
+        yield Fault((name,), text)
+
+
+def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
+    """Each combination that cannot work: what was given, what was expected, the remedy. world_size None: unknown."""
+    yield from _start_faults(config)
+    yield from length_faults(config)
+    yield from data_faults(config)
+    yield from record_faults(config.data)
+    yield from generation_faults(config)
+    yield from method_faults(config)
+    yield from _projection_faults(config)
+    yield from _schedule_faults(config)
+    yield from _batch_faults(config, world_size)
+    yield from deepspeed_faults(config)
+    yield from _other_faults(config)
+
+
+def _start_faults(config: Config) -> Iterator[Fault]:
+    for setting, given in (("model.config", config.model.config), ("tokenizer.path", config.tokenizer.path)):
+        if given is None and config.model.init_from is None:
+            yield Fault(
+                (setting, "model.init_from"),
+                "must be given, or model.init_from, a model to begin with, of which it is taken then",
+            )
+
+
+def _projection_faults(config: Config) -> Iterator[Fault]:
+    if config.optim.matrices == "apollo" and config.optim.projection_rank == 1:
+        yield Fault(
+            ("optim.projection_rank", "optim.matrices"),
+            "apollo divides each column of a step by the norm of its projection, which at rank 1 is one number and "
+            "often nearly zero, so some columns would step a thousand times too far; use 2 or more (APOLLO-Mini, which "
+            "has rank 1 and one scale for a whole matrix, is not implemented)",
+        )
+
+
+def _schedule_faults(config: Config) -> Iterator[Fault]:
+    optim = config.optim
+    steps = config.train.steps
+    if optim.warmup_steps >= steps:
+        yield Fault(
+            ("optim.warmup_steps", "train.steps"),
+            f"{counted(optim.warmup_steps, 'warmup step')} leave nothing of a run of {counted(steps, 'step')}; "
+            "lower it or raise train.steps",
+        )
+    if optim.schedule != "wsd":
+        if optim.decay_steps is None:
+            return
+        yield Fault(
+            ("optim.decay_steps", "optim.schedule"),
+            f"only the schedule wsd has it, got {optim.schedule}; drop it or set optim.schedule=wsd",
+        )
+    elif optim.warmup_steps + (decay := optim.decay_of(steps)) > steps:
+        yield Fault(
+            ("optim.decay_steps", "optim.warmup_steps", "train.steps", "optim.schedule"),
+            f"{counted(decay, 'step')} of decay and {optim.warmup_steps} of warmup are longer "
+            f"than the run of {counted(steps, 'step')}; shorten them",
+        )
+
+
+def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
+    batch = config.train.batch_size
+    micro = config.train.micro_batch_size
+    lanes = config.lanes
+    if batch % lanes:
+        yield Fault(
+            ("data.lanes", "train.batch_size"),
+            f"every global batch takes as many sequences from each lane, but train.batch_size {batch} / {lanes} lanes "
+            f"is not a whole number; use a divisor of {batch}",
+        )
+    if batch % micro:
+        yield Fault(
+            ("train.micro_batch_size", "train.batch_size"),
+            f"{micro} does not divide train.batch_size {batch}; use a divisor",
+        )
+    if world_size is None:
+        return
+    if batch % (micro * world_size) and not batch % micro:
+        yield Fault(
+            ("train.batch_size", "train.micro_batch_size"),
+            f"{batch} is not a multiple of train.micro_batch_size {micro} x {counted(world_size, 'rank')}; "
+            f"use a multiple of {micro * world_size}, or smaller micro-batches",
+        )
+    if lanes % world_size:
+        # of the divisors of the batch the smallest that serves all ranks, and not fewer lanes than by default
+        enough = [number for number in range(world_size, batch + 1, world_size) if batch % number == 0]
+        remedy = f"a multiple of {world_size} that divides train.batch_size"
+        if enough:
+            remedy = f"data.lanes={next((number for number in enough if number >= lanes), enough[-1])}, {remedy}"
+        yield Fault(
+            ("data.lanes", "train.batch_size"),
+            f"{counted(lanes, 'lane')} cannot be shared evenly by {world_size} ranks; set {remedy}. A run keeps its "
+            "lanes for good, so count the most ranks that it may move to",
+        )
+
+
+def _other_faults(config: Config) -> Iterator[Fault]:
+    if config.data.masks_documents and config.model.attention == "flash_attention_2":
+        masked_by = "data.document_mask" if config.data.document_mask else "data.packing"
+        yield Fault(
+            (masked_by, "model.attention", "data.records", "data.train"),
+            "flash_attention_2 takes no mask between documents; use model.attention=sdpa",
+        )
+    if config.model.attention == "flash_attention_2" and config.train.precision == "fp32":
+        yield Fault(
+            ("model.attention", "train.precision"),
+            "flash_attention_2 computes in bf16 alone; use model.attention=sdpa, or train.precision=bf16",
+        )
+    if config.model.compile is True and config.train.zero_stage == 3:
+        yield Fault(
+            ("model.compile", "train.zero_stage"),
+            "torch.compile cannot look through what ZeRO-3 does around each module; use train.zero_stage=2, "
+            "or leave it at auto",
+        )
+    unknown = [name for name in config.train.allow_changes if name not in {*SETTINGS, "tokenizer", "data"}]
+    if unknown:
+        yield Fault(
+            ("train.allow_changes",),
+            f"{', '.join(unknown)}: no such setting; names have the form optim.lr, or are tokenizer or data",
+        )

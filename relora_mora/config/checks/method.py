@@ -1,0 +1,169 @@
+"""Faults in the settings of methods: adapters, their sizes and forms, and merges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from relora_mora.config.registry import OPERATORS, is_drawn
+from relora_mora.config.schema import DECODER_LINEARS, Config, MethodConfig
+from relora_mora.config.types import Fault
+from relora_mora.system.logs import counted
+
+
+def method_faults(config: Config) -> Iterator[Fault]:
+    yield from _target_faults(config)
+    yield from _pattern_faults(config)
+    yield from _form_faults(config)
+    yield from _square_faults(config)
+    yield from _adapter_faults(config)
+    yield from _merge_faults(config)
+
+
+def _target_faults(config: Config) -> Iterator[Fault]:
+    names = config.method.target_modules
+    unknown = [name for name in names if name not in DECODER_LINEARS]
+    if unknown and config.method.uses_adapters:
+        yield Fault(
+            ("method.target_modules", "method.name"),
+            f"{', '.join(unknown)} is not a linear of the decoder; use some of {', '.join(DECODER_LINEARS)}",
+        )
+    if len(set(names)) < len(names):
+        yield Fault(("method.target_modules",), "a name stands there twice; name each once")
+
+
+def _pattern_faults(config: Config) -> Iterator[Fault]:
+    method = config.method
+    if not method.rank_pattern or not method.uses_adapters:
+        return
+    unknown = [name for name in method.rank_pattern if name not in method.target_modules]
+    if unknown:
+        yield Fault(
+            ("method.rank_pattern", "method.target_modules", "method.name"),
+            f"{', '.join(unknown)} is none of method.target_modules ({', '.join(method.target_modules)})",
+        )
+    if method.uses_squares and method.square_size is not None:
+        yield Fault(
+            ("method.rank_pattern", "method.square_size", "method.name"),
+            f"ranks change nothing with method.square_size={method.square_size}, R of every layer; drop one of them",
+        )
+
+
+def _form_faults(config: Config) -> Iterator[Fault]:
+    form = config.method.form
+    if config.method.dropout and form in ("merged", "resident") and config.method.uses_adapters:
+        yield Fault(
+            ("method.dropout", "method.form", "method.name"),
+            f"dropout acts on what an adapter sees beside its weight, and the form {form} makes one weight of both; "
+            "use method.form=auto, or method.dropout=0",
+        )
+
+
+def _square_faults(config: Config) -> Iterator[Fault]:
+    method = config.method
+    size = method.square_size
+    multiple = method.square_multiple
+    if not method.uses_squares:
+        return
+    even = [operator for operator in method.cycle if OPERATORS[operator].even_size]
+    if size is None:
+        if even and multiple % 2:
+            yield Fault(
+                ("method.square_multiple", "method.operators", "method.name", "method.square_size"),
+                f"operator {even[0]} needs an even R, and with a multiple of {multiple} it may be odd; "
+                f"set method.square_multiple={2 * multiple}",
+            )
+        return
+    if size % multiple:
+        yield Fault(
+            ("method.square_size", "method.square_multiple", "method.name"),
+            f"{size} is no multiple of method.square_multiple {multiple}; "
+            f"set method.square_multiple={math.gcd(size, multiple)}",
+        )
+    if even and size % 2:
+        yield Fault(
+            ("method.square_size", "method.operators", "method.name"),
+            f"operator {even[0]} needs an even size, got {size}; take {size - 1 or 2}",
+        )
+
+
+def _adapter_faults(config: Config) -> Iterator[Fault]:
+    if config.model.adapter is None:
+        return
+    if not config.method.uses_adapters:
+        yield Fault(
+            ("model.adapter", "method.name"),
+            f"{config.method.name} has no adapters that it could give values to; drop it, or set method.name",
+        )
+    if config.model.init_from is None:
+        yield Fault(
+            ("model.adapter", "model.init_from"), "an adapter belongs to a trained model; name that in model.init_from"
+        )
+
+
+def _merge_faults(config: Config) -> Iterator[Fault]:
+    method = config.method
+    optim = config.optim
+    if not method.merges:
+        return
+    cycle = method.cycle
+    if any(a == b and not is_drawn(a) for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
+        yield Fault(
+            ("method.operators", "method.name"),
+            f"the cycle {list(cycle)} repeats an operator across a merge, which cannot raise the rank; "
+            "alternate two or more",
+        )
+    if method.reset in ("magnitude", "random") and method.reset_ratio == 0:
+        yield Fault(
+            ("method.reset_ratio", "method.reset", "method.name"),
+            f"0 with method.reset={method.reset} resets nothing; use method.reset=none",
+        )
+    if method.reset not in ("full", "none") and not optim.record.moments:
+        yield Fault(
+            ("method.reset", "optim.matrices", "method.name"),
+            f"{method.reset} changes moments element by element, and those of {optim.matrices} are not of elements; "
+            "use method.reset=full or none",
+        )
+    yield from _carry_faults(method)
+    every = method.merge_every
+    if every < optim.warmup_steps and optim.restart_warmup_steps:
+        yield Fault(
+            ("method.merge_every", "optim.warmup_steps", "method.name"),
+            f"the first merge (step {every}) comes before the warmup ends (step {optim.warmup_steps}); raise it, "
+            "or set optim.restart_warmup_steps=0",
+        )
+    if every < optim.restart_warmup_steps:
+        yield Fault(
+            ("method.merge_every", "optim.restart_warmup_steps", "method.name"),
+            f"{counted(every, 'step')} between merges, fewer than optim.restart_warmup_steps "
+            f"({optim.restart_warmup_steps}); raise it or lower those",
+        )
+    if every >= config.train.steps:
+        yield Fault(
+            ("method.merge_every", "train.steps", "method.name"),
+            f"{every} means no merge in a run of {counted(config.train.steps, 'step')}; lower it, "
+            f"or use method.name={method.record.without_merges}",
+        )
+    if method.merge_until_step is not None and method.merge_until_step < every:
+        yield Fault(
+            ("method.merge_until_step", "method.merge_every", "method.name"),
+            f"{method.merge_until_step} comes before the first merge (step {every}); raise it, "
+            f"or use method.name={method.record.without_merges}",
+        )
+
+
+def _carry_faults(method: MethodConfig) -> Iterator[Fault]:
+    if method.reset != "carry":
+        return
+    if not method.cycle:
+        yield Fault(
+            ("method.reset", "method.name"),
+            f"carry moves the state of square matrices to their next operator, and {method.name} has none; "
+            "use method.reset=full",
+        )
+    for operator in sorted(set(method.cycle)):
+        if not OPERATORS[operator].groupings:
+            yield Fault(
+                ("method.reset", "method.operators", "method.name"),
+                f"carry needs operators that are pairs of groupings, and {operator} is none; use method.reset=full",
+            )

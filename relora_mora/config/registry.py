@@ -1,0 +1,169 @@
+"""What methods, operators and optimizers there are, one record each, and the names of schedules.
+
+Settings are checked against these records before anything slow is imported, so this module imports nothing of the
+package. A record names its code as ``package.module:object``, and that is imported when a model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+ScheduleKind = Literal["cosine", "linear", "wsd", "constant"]
+
+ADAPTER_SETTINGS = (
+    "method.form",
+    "method.target_modules",
+    "method.train_linears",
+    "method.dropout",
+)
+MERGE_SETTINGS = (
+    "method.merge_every",
+    "method.merge_until_step",
+    "method.reset",
+    "method.reset_ratio",
+    "optim.restart_warmup_steps",
+    "optim.rewarm",
+)
+PROJECTION_SETTINGS = ("optim.projection_rank", "optim.projection_every", "optim.projection_scale")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What trains beside a frozen weight.
+
+    ``layer`` is a subclass of :class:`AdapterLinear`, which holds the arithmetic, the memory
+    and the number of parameters. ``settings`` are those that not every adapter uses. ``has_square``: it has a square
+    matrix between the operators of ``method.operators``.
+    """
+
+    layer: str
+    settings: tuple[str, ...] = ()
+    has_square: bool = False
+
+
+_RANK_SETTINGS = ("method.rank", "method.rank_pattern")
+LORA = Adapter("relora_mora.adapters.lora:LoRALinear", (*_RANK_SETTINGS, "method.lora_alpha"))
+MORA = Adapter(
+    "relora_mora.adapters.mora:MoRALinear",
+    (*_RANK_SETTINGS, "method.square_size", "method.square_rounding", "method.square_multiple", "method.operators"),
+    has_square=True,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A value of ``method.name``. Without an adapter every weight trains; ``merges``: adapters go into the weights.
+
+    ``title`` is what papers call it.
+    """
+
+    name: str
+    title: str
+    adapter: Adapter | None = None
+    merges: bool = False
+    note: str = ""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings it uses, of those that some methods do not use."""
+        of_adapter = () if self.adapter is None else ADAPTER_SETTINGS + self.adapter.settings
+        return of_adapter + (MERGE_SETTINGS if self.merges else ())
+
+    @property
+    def without_merges(self) -> str:
+        """The name of the method that has the same adapter and never merges, or else has none."""
+        alike = (other.name for other in METHODS.values() if other.adapter is self.adapter and not other.merges)
+        return next(alike, "full")
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("full", "Full rank"),
+        Method("lora", "LoRA", LORA),
+        Method("mora", "MoRA", MORA),
+        Method("relora", "ReLoRA", LORA, merges=True, note="LoRA with merges"),
+        Method("remora", "ReMoRA", MORA, merges=True, note="MoRA with merges"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class OperatorType:
+    """A value of ``method.operators``: a pair of maps C and D (docs/method.md).
+
+    ``code`` makes a :class:`relora_mora.operators.Operator` of (mora type, in, out, R, *groupings), where ``groupings``
+    are names of functions in ``relora_mora.kernels.grouping``. ``even_size``: R must be even. ``drawn``: it is another
+    operator after every merge, and takes a :class:`relora_mora.operators.Draw` as well. ``method.reset: carry`` needs
+    groupings.
+    """
+
+    code: str
+    groupings: tuple[str, ...] = ()
+    even_size: bool = False
+    drawn: bool = False
+
+
+def _grouped(inputs: str, outputs: str) -> OperatorType:
+    return OperatorType("relora_mora.operators:GroupingOperator", (inputs, outputs))
+
+
+# the numbers up to 6 are those of the released code (kongds/MoRA)
+OPERATORS = {
+    1: _grouped("wrapped_interleaved", "interleaved"),
+    2: _grouped("contiguous", "contiguous"),
+    3: _grouped("contiguous", "interleaved"),
+    4: _grouped("wrapped_interleaved", "contiguous"),
+    6: OperatorType("relora_mora.operators:RotaryOperator", even_size=True),
+    7: OperatorType("relora_mora.operators:GroupingOperator", ("rotated", "rotated"), drawn=True),
+}
+
+
+def is_drawn(operator: int | None) -> bool:
+    """Whether every merge draws this operator anew."""
+    return operator is not None and OPERATORS[operator].drawn
+
+
+@dataclass(frozen=True)
+class MatrixOptimizer:
+    """A value of ``optim.matrices``: what trains the decoder's linears or their adapters. AdamW trains all else.
+
+    ``title`` is what papers call it. ``moments`` are the names of its state that has one value of each for every
+    element; of whole matrices a rule may keep more. ``rule`` makes a :class:`relora_mora.optim.rules.MatrixRule` of the
+    settings of ``optim``; None for AdamW. ``settings`` are those that not all use. ``is_slow``: a step may take
+    minutes, which the watchdog is told.
+    """
+
+    name: str
+    title: str
+    moments: tuple[str, ...] = ()
+    rule: str | None = None
+    settings: tuple[str, ...] = ()
+    is_slow: bool = False
+
+
+MATRIX_OPTIMIZERS = {
+    optimizer.name: optimizer
+    for optimizer in (
+        MatrixOptimizer("adamw", "AdamW", ("exp_avg", "exp_avg_sq")),
+        MatrixOptimizer(
+            "muon", "Muon", ("momentum",), "relora_mora.optim.muon:Muon", ("optim.momentum", "optim.nesterov")
+        ),
+        # a renewal of their projections takes the singular vectors of every matrix
+        MatrixOptimizer(
+            "galore", "GaLore", (), "relora_mora.optim.projected:GaLore", PROJECTION_SETTINGS, is_slow=True
+        ),
+        MatrixOptimizer("fira", "Fira", (), "relora_mora.optim.projected:Fira", PROJECTION_SETTINGS, is_slow=True),
+        MatrixOptimizer("apollo", "APOLLO", (), "relora_mora.optim.projected:Apollo", PROJECTION_SETTINGS),
+    )
+}
+
+
+def settings_of_others(
+    records: Mapping[str, Method] | Mapping[str, MatrixOptimizer], own: Method | MatrixOptimizer | None
+) -> set[str]:
+    """Those that some of the records use and not this one; where None is known, none."""
+    used = {setting for record in records.values() for setting in record.settings}
+    return set() if own is None else used.difference(own.settings)

@@ -1,0 +1,1 @@
+"""The bytes of a shard, from a disk, a server or the hub."""

@@ -1,0 +1,222 @@
+"""Arrow's format for files and streams: the column of text, or those of records, a record batch after the other.
+
+A stream, as ``datasets`` writes it, is messages which say how long they are and how many rows they hold, so one walk
+over them, without their bodies, finds every record batch. A file has a footer that says where they are. What lies
+before the first of them differs by the writer, and pyarrow's reader of files knows it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from relora_mora.data.bytes.local import RandomAccessFile
+from relora_mora.data.formats.columns import ColumnFile, Content
+
+FILE_MAGIC = b"ARROW1"
+CONTINUATION = b"\xff\xff\xff\xff"
+END_OF_STREAM = CONTINUATION + b"\0\0\0\0"
+LOOK_BYTES = 1 << 12
+BATCH_ROWS = 1024  # of a record batch, as Python's objects at once
+# format/Message.fbs of Arrow: kinds of messages, and the numbers of fields in their tables
+_DICTIONARY = 2
+_RECORD_BATCH = 3
+# fields of a Message, and of a RecordBatch
+_KIND = 1
+_HEADER = 2
+_BODY_LENGTH = 3
+_ROWS = 0
+# format/File.fbs: the field of a Footer that lists the record batches; an entry begins with the place of its message
+_BATCHES = 3
+_BATCH_BYTES = 24
+
+
+@dataclass(frozen=True)
+class Message:
+    start: int
+    end: int
+    kind: int
+    rows: int
+
+
+class ArrowColumn(ColumnFile):
+    """The groups are record batches; one is read as a whole."""
+
+    head = "its schema"
+
+    def contents(self, group: int, first: int, stride: int) -> Iterator[tuple[int, Content]]:
+        before = self._rows_before[group]
+        with self._damage_named(f"record batch {group + 1}, from row {before + 1} on,"):
+            batch = self._read(group)
+        count = batch.num_rows
+        if count != self.group_rows[group]:
+            raise self._damaged(f"record batch {group + 1}", f"{count} rows, not {self.group_rows[group]}")
+        for start in range(first, count, stride * BATCH_ROWS):
+            rows = range(start, min(count, start + stride * BATCH_ROWS), stride)
+            contents = self._contents(batch.slice(start, rows.stop - start), 0, stride)
+            for row, content in zip(rows, contents, strict=True):
+                yield before + row + 1, content
+
+    def _read_schema(self) -> Any:
+        import pyarrow
+
+        head = self._look(0)
+        self._is_file = head.startswith(FILE_MAGIC)
+        if self._is_file:
+            self._footed = _FooterInMemory(self._bytes)
+            schema = pyarrow.ipc.open_file(self._footed).schema
+            with _nonsense_named():
+                self._batches = [self._message_at(start, self._look(start)) for start in _starts(self._footed.footer)]
+            return schema
+        with _nonsense_named():
+            messages = list(self._walk(head))
+        self._dictionaries = [message for message in messages if message.kind == _DICTIONARY]
+        self._batches = [message for message in messages if message.kind == _RECORD_BATCH]
+        self._schema = b"".join(map(self._message, messages[:1]))
+        return pyarrow.ipc.open_stream(self._schema + END_OF_STREAM).schema
+
+    def _count_rows(self, schema: Any) -> list[int]:
+        import pyarrow
+
+        fields = list(map(schema.names.index, self._columns))
+        self._options = pyarrow.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
+        if self._is_file:
+            self._file = pyarrow.ipc.open_file(self._footed, options=self._options)
+        return [message.rows for message in self._batches]
+
+    def _look(self, start: int) -> bytes:
+        """The bytes from a place on, as many as a message most often has metadata; none outside of the file."""
+        left = self._bytes.size - start
+        return self._bytes.read_at(start, min(LOOK_BYTES, left)) if 0 <= left <= self._bytes.size else b""
+
+    def _walk(self, look: bytes) -> Iterator[Message]:
+        """The messages of a stream, whose first bytes are ``look``."""
+        start = 0
+        while not look.startswith(END_OF_STREAM):
+            message = self._message_at(start, look)
+            yield message
+            start = message.end
+            look = self._look(start)
+
+    def _message_at(self, start: int, look: bytes) -> Message:
+        import pyarrow
+
+        if len(look) < 8 or not look.startswith(CONTINUATION):
+            raise pyarrow.ArrowInvalid(f"no message of Arrow at byte {start}")
+        body = start + 8 + struct.unpack_from("<i", look, 4)[0]
+        if not start + 8 < body <= self._bytes.size:
+            raise pyarrow.ArrowInvalid(f"a message at byte {start} that is longer than the file")
+        metadata = look[8 : body - start]
+        if len(metadata) < body - start - 8:
+            metadata = self._bytes.read_at(start + 8, body - start - 8)
+        message = _parse(metadata, start, body)
+        if not start < message.end <= self._bytes.size or message.rows < 0:
+            raise pyarrow.ArrowInvalid(f"a message at byte {start} that is longer than the file or has no length")
+        return message
+
+    def _read(self, group: int) -> Any:
+        """The columns in a record batch, checked, since pyarrow trusts what it reads; that of text as bytes."""
+        import pyarrow
+
+        read = self._file.get_batch(group) if self._is_file else self._read_stream(self._batches[group])
+        if self._shard.holds_records:
+            read.validate(full=True)
+            return read
+        column = read.column(0)
+        if isinstance(column, pyarrow.DictionaryArray):
+            column = pyarrow.DictionaryArray.from_arrays(column.indices, _as_binary(column.dictionary), safe=True)
+        else:
+            column = _as_binary(column)
+        column.validate(full=True)
+        return pyarrow.record_batch([column], self._columns)
+
+    def _read_stream(self, batch: Message) -> Any:
+        import pyarrow
+
+        needed = [message for message in self._dictionaries if message.end <= batch.start]
+        stream = b"".join([self._schema, *map(self._message, [*needed, batch]), END_OF_STREAM])
+        return pyarrow.ipc.open_stream(stream, options=self._options).read_next_batch()
+
+    def _message(self, message: Message) -> bytes:
+        return self._bytes.read_at(message.start, message.end - message.start)
+
+
+class _FooterInMemory(RandomAccessFile):
+    """A file whose end was read: pyarrow asks for it in a thread of its own, where nothing could end a request."""
+
+    def __init__(self, file: RandomAccessFile) -> None:
+        import pyarrow
+
+        super().__init__(file.size)
+        ends = 4 + len(FILE_MAGIC)  # the length of the footer, and the mark
+        tail = file.read_at(max(0, file.size - ends), min(file.size, ends))
+        length = struct.unpack_from("<i", tail)[0] if len(tail) == ends else 0
+        self._file = file
+        self._start = file.size - ends - length
+        if length <= 0 or self._start < 0:
+            raise pyarrow.ArrowInvalid("it has no footer")
+        self.footer = file.read_at(self._start, length)
+        self._end = self.footer + tail
+
+    def read_at(self, position: int, size: int) -> bytes:
+        at = position - self._start
+        return self._file.read_at(position, size) if at < 0 else self._end[at : at + size]
+
+
+def _starts(footer: bytes) -> Iterator[int]:
+    """Where the record batches of a file begin."""
+    at = _place(footer, struct.unpack_from("<I", footer)[0], _BATCHES)
+    vector = at + struct.unpack_from("<I", footer, at)[0]
+    count = struct.unpack_from("<I", footer, vector)[0] if at else 0
+    for number in range(count):
+        yield struct.unpack_from("<q", footer, vector + 4 + number * _BATCH_BYTES)[0]
+
+
+@contextmanager
+def _nonsense_named() -> Iterator[None]:
+    """A place outside of the metadata as an error of pyarrow."""
+    import pyarrow
+
+    try:
+        yield
+    except struct.error as error:
+        raise pyarrow.ArrowInvalid("a message makes no sense") from error
+
+
+def _parse(metadata: bytes, start: int, body: int) -> Message:
+    """A message that begins at byte ``start`` and has its body at ``body``. Raises struct.error for nonsense."""
+    message = struct.unpack_from("<I", metadata)[0]
+    kind = _field(metadata, message, _KIND, "<B")
+    at = _place(metadata, message, _HEADER)
+    header = at + struct.unpack_from("<I", metadata, at)[0]
+    rows = _field(metadata, header, _ROWS, "<q") if kind == _RECORD_BATCH else 0
+    return Message(start, body + _field(metadata, message, _BODY_LENGTH, "<q"), kind, rows)
+
+
+def _field(buffer: bytes, table: int, number: int, kind: str) -> int:
+    """A number in a table of flatbuffers; one that is left out is 0."""
+    at = _place(buffer, table, number)
+    return struct.unpack_from(kind, buffer, at)[0] if at else 0
+
+
+def _place(buffer: bytes, table: int, number: int) -> int:
+    """Where a field of a table begins; 0 where it is left out. A table begins with the way to its list of places."""
+    places = table - struct.unpack_from("<i", buffer, table)[0]
+    if 4 + 2 * number >= struct.unpack_from("<H", buffer, places)[0]:
+        return 0
+    offset = struct.unpack_from("<H", buffer, places + 4 + 2 * number)[0]
+    return table + offset if offset else 0
+
+
+def _as_binary(values: Any) -> Any:
+    """Strings as their bytes; those that hold nothing as they are."""
+    import pyarrow
+
+    if pyarrow.types.is_null(values.type):
+        return values
+    if pyarrow.types.is_string_view(values.type):
+        return values.cast(pyarrow.binary_view())
+    return values.view(pyarrow.binary() if pyarrow.types.is_string(values.type) else pyarrow.large_binary())

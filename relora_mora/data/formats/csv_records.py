@@ -1,0 +1,158 @@
+"""CSV: the rows below a header, of each the column of text or those of a record.
+
+What a row is Python's ``csv`` says, as strictly as it can.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from typing import Any
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.bytes.decompress import BOM
+from relora_mora.data.bytes.lines import ShardLines
+from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
+from relora_mora.data.formats.columns import check_names
+from relora_mora.data.formats.json_lines import decode_text
+from relora_mora.data.shard import Shard
+
+# bytes pass through csv as the characters of the same numbers, so that it counts bytes and meets no wrong encoding
+_BYTES = "latin-1"
+_OTHER_DELIMITERS = ";\t|"
+_INSIDE = re.compile(rb'([^"])[^"]+([^"])')
+
+
+class CsvRecords:
+    """The rows of a shard (see ``turns.Entries``); ``max_line_bytes`` limits each as it is written.
+
+    Raises SourceError where the header cannot be read or does not name each of the columns once.
+    """
+
+    def __init__(self, shard: Shard, config: DataConfig) -> None:
+        csv.field_size_limit(sys.maxsize)  # a limit of the process; that on rows is our own
+        self.row = 0
+        self._limit = config.max_line_bytes
+        self._bytes = 0  # of the row so far
+        self._taken = 0  # lines of it
+        self._lost = 0  # further lines of one that is no CSV
+        self._lines = ShardLines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
+        self._reader = csv.reader(iter(self._line, None), strict=True)
+        try:
+            names = self._header(shard)
+        except BaseException:
+            self.close()
+            raise
+        self._shard = shard
+        self._width = len(names)
+        self._columns = {name: at for at, name in enumerate(names) if name in shard.columns}
+
+    @property
+    def progress(self) -> float:
+        return self._lines.progress
+
+    def skip(self, count: int) -> bool:
+        return all(self.take() is not None for _ in range(count))
+
+    def take(self) -> list[str] | Skipped | None:
+        row = self._next()
+        self.row += row is not None
+        return row
+
+    def content(self, entry: list[str] | Skipped) -> str | dict[str, Any] | Skipped:
+        if isinstance(entry, Skipped):
+            return entry
+        if not entry:
+            return Skipped("blank_line")
+        if len(entry) != self._width:
+            return Skipped("field_count")
+        if self._shard.records is None or self._shard.records.is_text:
+            return _text(entry[self._columns[self._shard.text_column]])
+        texts = {name: _text(entry[at]) for name, at in self._columns.items()}
+        bad = next((text for text in texts.values() if isinstance(text, Skipped) and text.reason in BAD_REASONS), None)
+        return bad or self._shard.records.fields_of(
+            {name: "" if isinstance(text, Skipped) else text for name, text in texts.items()}
+        )
+
+    def seems_good(self, entry: list[str] | Skipped) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def _next(self) -> list[str] | Skipped | None:
+        """The next row; each line of one that is no CSV is a bad row: an open quote takes in all up to the next one."""
+        if self._lost:
+            self._lost -= 1
+            return Skipped("not_csv")
+        self._bytes = 0
+        self._taken = 0
+        try:
+            row = next(self._reader, None)
+        except _BadRow as bad:
+            self._lost = self._taken
+            return bad.skipped
+        except csv.Error:
+            self._lost = self._taken - 1
+            return Skipped("not_csv")
+        return Skipped("too_long") if self._bytes > self._limit + 1 else row  # its last newline does not count
+
+    def _line(self) -> str | None:
+        """The next line for csv.
+
+        Behind the limit only what tells csv where the row ends: lines that may close a quote, without what is inside.
+        """
+        while (line := self._lines.take()) is not None:
+            if isinstance(line, Skipped):
+                raise _BadRow(line)
+            self._taken += 1
+            if self._lines.row == 1:
+                line = line.removeprefix(BOM)
+            self._bytes += len(line) + 1
+            if self._bytes <= self._limit + 1:
+                return line.decode(_BYTES) + "\n"
+            if b'"' in line.replace(b'""', b""):
+                return _INSIDE.sub(rb"\1\2", line).decode(_BYTES) + "\n"
+        return None
+
+    def _header(self, shard: Shard) -> list[str]:
+        """The names of the columns; none where the file is empty."""
+        row = self._next()
+        while row == []:
+            row = self._next()
+        if row is None:
+            return []
+        reason = row.reason if isinstance(row, Skipped) else self._lines.foreign_format
+        if reason is not None:
+            raise SourceError(
+                f"{shard.label}: its header {BAD_REASONS[reason].format(column=shard.text_column)}; "
+                "the first row of CSV names the columns: repair or drop the file"
+            )
+        assert isinstance(row, list)
+        names = [name.encode(_BYTES).decode("utf-8", "replace") for name in row]
+        if len(names) == 1:
+            _check_delimiter(shard, names[0])
+        check_names(shard, names)
+        return names
+
+
+def _check_delimiter(shard: Shard, header: str) -> None:
+    """Raises SourceError for a header of one column that is several with another delimiter."""
+    found = next((each for each in _OTHER_DELIMITERS if each in header), None)
+    if found is not None and header.replace("\t", " ").isprintable():
+        raise SourceError(
+            f"{shard.label}: its header is {header!r}, which {found!r} seems to divide, and not commas; write it again "
+            "with commas (pandas: read_csv(FILE, sep=...).to_csv(FILE, index=False)), or as Parquet"
+        )
+
+
+def _text(field: str) -> str | Skipped:
+    text = field.encode(_BYTES)
+    return Skipped("raw_nul") if b"\0" in text else decode_text(text)
+
+
+class _BadRow(Exception):
+    def __init__(self, skipped: Skipped) -> None:
+        super().__init__(skipped.reason)
+        self.skipped = skipped

@@ -1,0 +1,73 @@
+"""Files of text without any markup: a document is a line, a paragraph or the whole file (``data.sample_by``)."""
+
+from __future__ import annotations
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.bytes.lines import ShardLines
+from relora_mora.data.errors import Skipped
+from relora_mora.data.formats.json_lines import BLANK, decode_text
+from relora_mora.data.shard import Shard
+
+
+class TextDocuments:
+    """The documents of a shard (see ``turns.Entries``), with line ends as ``\\n`` and without the last of them.
+
+    Paragraphs stand between blank lines, which hold white space of ASCII at most. ``max_line_bytes`` limits a document.
+    """
+
+    def __init__(self, shard: Shard, config: DataConfig) -> None:
+        self.row = 0
+        self._sample_by = config.sample_by
+        self._limit = config.max_line_bytes
+        self._lines = ShardLines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
+
+    @property
+    def progress(self) -> float:
+        return self._lines.progress
+
+    def skip(self, count: int) -> bool:
+        return all(self.take() is not None for _ in range(count))
+
+    def take(self) -> bytes | Skipped | None:
+        document = self._line() if self._sample_by == "line" else self._joined_lines()
+        self.row += document is not None
+        return document
+
+    def content(self, entry: bytes | Skipped) -> str | Skipped:
+        if isinstance(entry, Skipped):
+            return entry
+        text = Skipped("raw_nul") if b"\0" in entry else decode_text(entry)
+        if isinstance(text, Skipped):
+            return Skipped("utf16") if self._lines.foreign_format == "utf16" and entry else text
+        text = text.removeprefix("\ufeff")
+        return text if text.strip(BLANK) else Skipped("blank_line")
+
+    def seems_good(self, entry: bytes | Skipped) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def _line(self) -> bytes | Skipped | None:
+        line = self._lines.take()
+        return line.removesuffix(b"\r") if isinstance(line, bytes) else line
+
+    def _joined_lines(self) -> bytes | Skipped | None:
+        """The lines up to the end of the paragraph or file; None where there are none."""
+        lines: list[bytes] = []
+        size = -1  # with a newline between two lines
+        bad: Skipped | None = None  # the first fault in it, which spoils all of it
+        while (line := self._line()) is not None:
+            if isinstance(line, Skipped):
+                bad = bad or line
+            elif self._sample_by == "paragraph" and not line.strip():
+                if lines or bad:
+                    break
+            elif bad is None:
+                lines.append(line)
+                size += len(line) + 1
+                if size > self._limit:
+                    bad = Skipped("too_long")
+            if bad is not None:
+                lines.clear()  # only where it ends is of interest now
+        return bad or (b"\n".join(lines) if lines else None)

@@ -1,0 +1,100 @@
+"""The rows of shards of every format: texts, or records. Of plain text every document is a row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Protocol
+
+from relora_mora.config.data import DataConfig, Split, TextSource
+from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.formats.arrow import ArrowColumn
+from relora_mora.data.formats.columns import ColumnFile, GroupRows
+from relora_mora.data.formats.csv_records import CsvRecords
+from relora_mora.data.formats.documents import TextDocuments
+from relora_mora.data.formats.json_lines import JsonLines
+from relora_mora.data.formats.kinds import ARROW, CSV, JSON_LINES, PARQUET, TEXT, Format
+from relora_mora.data.formats.parquet import ParquetColumn
+from relora_mora.data.formats.turns import Entries, TurnRows
+from relora_mora.data.rows import Encoded, EncodeTexts, Rows
+from relora_mora.data.shard import Shard
+from relora_mora.data.sources.resolve import shards_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
+
+
+_ENTRIES: dict[Format, Callable[[Shard, DataConfig], Entries]] = {
+    JSON_LINES: JsonLines,
+    TEXT: TextDocuments,
+    CSV: CsvRecords,
+}
+_GROUPS: dict[Format, Callable[[Shard, float], ColumnFile]] = {PARQUET: ParquetColumn, ARROW: ArrowColumn}
+
+
+class FileRows(Rows[Any], Protocol):
+    """Rows of a file, and what making tokens in advance asks for."""
+
+    @property
+    def groups(self) -> list[int] | None:
+        """Rows of each group that lanes deal out among themselves; None where they take the rows in turn."""
+
+    @property
+    def progress(self) -> float:
+        """The part of the shard that was read, 0 to 1; 0 as long as its size is not known."""
+
+
+def open_rows(
+    config: DataConfig,
+    shard: Shard,
+    *,
+    stride: int = 1,
+    phase: int = 0,
+    bad: int = 0,
+    note: Callable[[str], None] = log.warning,
+) -> FileRows:
+    """The texts of a shard of any format, or its records (see ``rows.OpenRows``).
+
+    Of ``config`` limits and ``sample_by`` are used.
+    """
+    if shard.format.in_groups:
+        groups = _GROUPS[shard.format](shard, config.timeout_seconds)
+        return GroupRows(groups, config, shard, stride=stride, phase=phase, bad=bad, note=note)
+    entries = _ENTRIES[shard.format](shard, config)
+    return TurnRows(entries, config, shard, stride=stride, phase=phase, bad=bad, note=note)
+
+
+def check_is_text(shard: Shard) -> None:
+    """Raises SourceError for a shard of tokens or records."""
+    if shard.tokens is not None:
+        raise SourceError(f"{shard.location} holds tokens, and text is needed here; give the text that they are of")
+    if shard.holds_records:
+        raise SourceError(
+            f"{shard.label} is read as records (data.records), and text is needed here; set data.records=null, or its "
+            "kind to text"
+        )
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> EncodeTexts:
+    """The function from texts to their tokens, all of them scored."""
+    from relora_mora.tokenizer.load import encode
+
+    return lambda texts: [Encoded(ids) for ids in encode(tokenizer, texts)]
+
+
+def iter_texts(sources: str | Sequence[str | TextSource], *, split: Split, config: DataConfig) -> Iterator[str]:
+    """Every text of the sources, shard after shard, line after line.
+
+    Of ``config`` the limits, the revision and the text column count. Bad lines are skipped and
+    logged; raises SourceError when a shard has too many, or when no shard can be found.
+    """
+    for shard in shards_of(sources, config, split):
+        check_is_text(shard)
+        with closing(open_rows(config, shard)) as rows:
+            # one at a time: nobody waits for, or hears of, what stands behind the text that is wanted
+            while row := rows.take(1):
+                yield from (text for text in row if not isinstance(text, Skipped))

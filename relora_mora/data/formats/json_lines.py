@@ -1,0 +1,148 @@
+"""JSON lines: the text, or the record, in each line, or the reason why there is none."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from typing import Any
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.bytes.decompress import BOM
+from relora_mora.data.bytes.lines import ShardLines
+from relora_mora.data.errors import Skipped, SourceError, names_of
+from relora_mora.data.shard import Shard
+
+BLANK = " \t\r\n\v\f"  # what bytes.strip strips
+
+
+def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: str | None = None) -> str | Skipped:
+    """The string under the key ``column``, or why there is none.
+
+    ``foreign_format`` is the reason for every line of a shard that is not JSON at all.
+
+    An escaped ``\\u0000`` is text, a raw NUL is not. An escaped lone surrogate cannot be encoded: it is invalid UTF-8.
+    """
+    parsed = _parse(line, foreign_format)
+    if isinstance(parsed, Skipped):
+        return parsed
+    decoded, value = parsed
+    if not isinstance(value, dict) or column not in value:
+        return Skipped(
+            "no_text", f'has no "{column}", but {names_of(value)}' if isinstance(value, dict) and value else ""
+        )
+    text = value[column]
+    if text is None:
+        return Skipped("null_text")
+    if not isinstance(text, str):
+        return Skipped("text_not_string")
+    if not text:
+        return Skipped("empty_text")
+    if "\\u" in decoded and not is_encodable(text):
+        return Skipped("invalid_utf8")
+    return text
+
+
+def parse_row(line: bytes | Skipped, *, foreign_format: str | None = None) -> dict[str, Any] | Skipped:
+    """The whole object, or why there is none: for the same reasons as there is no text."""
+    parsed = _parse(line, foreign_format)
+    if isinstance(parsed, Skipped):
+        return parsed
+    decoded, value = parsed
+    if not isinstance(value, dict):
+        return Skipped("bad_record", "is no object of keys and values")
+    if "\\u" in decoded and not is_encodable(json.dumps(value, ensure_ascii=False)):
+        return Skipped("invalid_utf8")
+    return value
+
+
+def _parse(line: bytes | Skipped, foreign_format: str | None) -> tuple[str, Any] | Skipped:
+    """The text of a line and the value that it is of."""
+    if isinstance(line, Skipped):
+        return line
+    if b"\0" in line:
+        return Skipped(foreign_format or "raw_nul")
+    try:
+        decoded = line.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        return Skipped(foreign_format or "invalid_utf8")
+    if not decoded.strip(BLANK):
+        return Skipped("blank_line")
+    try:
+        return decoded, json.loads(decoded)
+    except (json.JSONDecodeError, RecursionError):
+        return Skipped(foreign_format or "not_json")
+    except ValueError:
+        return Skipped("long_integer")
+
+
+def decode_text(text: bytes) -> str | Skipped:
+    """The string in a text's own bytes, or why there is none."""
+    if not text:
+        return Skipped("empty_text")
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return Skipped("invalid_utf8")
+
+
+def surely_bad(line: bytes | Skipped, *, column: str = "text") -> bool:
+    """Whether ``parse_line`` would find a bad row, as far as that shows without parsing. Never true for a good line.
+
+    For lines that belong to another lane: several times faster than parsing, and misses only rare kinds of damage.
+    """
+    if isinstance(line, Skipped):
+        return True
+    body = line.strip().removeprefix("\ufeff".encode()).lstrip()
+    if not body:
+        return b"\0" in line
+    if not (body.startswith(b"{") and body.endswith(b"}")) or b"\0" in body:
+        return True
+    if not body.isascii():
+        try:
+            body.decode("utf-8")
+        except UnicodeDecodeError:
+            return True
+    # a key may be written with escapes: with \u any character, and a slash in one more way
+    return b"\\u" not in body and "/" not in column and _quoted(column) not in body
+
+
+@functools.cache
+def _quoted(column: str) -> bytes:
+    """A key as JSON writes it without needless escapes."""
+    return json.dumps(column, ensure_ascii=False).encode()
+
+
+def is_encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_ARRAY = re.compile(rb"\s*\[\s*\{")
+
+
+class JsonLines(ShardLines):
+    """The lines of a shard (see ``turns.Entries``). Raises SourceError where it begins like one array of objects."""
+
+    def __init__(self, shard: Shard, config: DataConfig) -> None:
+        super().__init__(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
+        self._shard = shard
+
+    def content(self, entry: bytes | Skipped) -> str | dict[str, Any] | Skipped:
+        if self._shard.records is None or self._shard.records.is_text:
+            return parse_line(entry, column=self._shard.text_column, foreign_format=self.foreign_format)
+        row = parse_row(entry, foreign_format=self.foreign_format)
+        return row if isinstance(row, Skipped) else self._shard.records.fields_of(row)
+
+    def seems_good(self, entry: bytes | Skipped) -> bool:
+        return not any(surely_bad(entry, column=column) for column in self._shard.required_columns)
+
+    def begin(self, head: bytes) -> None:
+        if _ARRAY.match(head.removeprefix(BOM)):
+            raise SourceError(
+                f"{self._shard.label} is one JSON array, and not JSON lines, an object on each; "
+                "write it as lines: jq -c '.[]' OLD.json > NEW.jsonl"
+            )

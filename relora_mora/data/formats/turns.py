@@ -1,0 +1,108 @@
+"""Formats that are read from their beginning: lanes that share a shard take its rows in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.bad_rows import BadRowLimit
+from relora_mora.data.errors import BAD_REASONS, Skipped
+from relora_mora.data.shard import Record, Shard
+
+Entry = TypeVar("Entry")
+
+
+class Entries(Protocol[Entry]):
+    """What a shard is cut into, in order; each is a text (or a record) or the reason why there is none."""
+
+    @property
+    def row(self) -> int:
+        """The number of the entry that ``take`` gives next, from 0."""
+
+    @property
+    def progress(self) -> float:
+        """The part of the shard's bytes that was read, 0 to 1; 0 as long as its size is not known."""
+
+    def skip(self, count: int) -> bool:
+        """Pass over entries without looking into them; False when the shard ends before."""
+
+    def take(self) -> Entry | None:
+        """The next entry; None at the end."""
+
+    def content(self, entry: Entry) -> str | dict[str, Any] | Skipped:
+        """The text; where the shard holds records, their fields."""
+
+    def seems_good(self, entry: Entry) -> bool:
+        """Whether another lane's entry is passed over; where not, its content decides."""
+
+    def close(self) -> None: ...
+
+
+class TurnRows(Generic[Entry]):
+    """The texts or records of a shard: those of the entries ``phase``, ``phase + stride``, ... (see ``rows.Rows``).
+
+    All entries count towards the limit on bad ones, so that lanes which share a shard judge it alike. Of ``config`` the
+    limits are used.
+    """
+
+    groups = None
+
+    def __init__(
+        self,
+        entries: Entries[Entry],
+        config: DataConfig,
+        shard: Shard,
+        *,
+        stride: int,
+        phase: int,
+        bad: int,
+        note: Callable[[str], None],
+    ) -> None:
+        self._entries = entries
+        self._stride = stride
+        self._phase = phase
+        self._shard = shard
+        self._unit = shard.format.unit or config.sample_by
+        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit=self._unit)
+
+    @property
+    def bad(self) -> int:
+        return self._limit.bad
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._entries.row
+
+    @property
+    def progress(self) -> float:
+        return self._entries.progress
+
+    def skip(self, count: int) -> bool:
+        return self._entries.skip(count * self._stride)
+
+    def take(self, count: int) -> list[str | Record | Skipped]:
+        rows: list[str | Record | Skipped] = []
+        for at in range(count * self._stride):
+            entry = self._entries.take()
+            if entry is None:
+                break
+            if at % self._stride == self._phase:
+                rows.append(self._content(entry))
+            elif not self._entries.seems_good(entry):
+                self._content(entry)  # for the reason
+        if not rows:
+            self._limit.finish(self._entries.row)
+        return rows
+
+    def close(self) -> None:
+        self._entries.close()
+
+    def _content(self, entry: Entry) -> str | Record | Skipped:
+        """That of the entry taken last, or the reason why there is none; counts a bad one."""
+        row = self._entries.content(entry)
+        if isinstance(row, dict):
+            return self._shard.record(row, f"{self._unit} {self._entries.row}")
+        if isinstance(row, Skipped) and row.reason in BAD_REASONS:
+            self._limit.count(self._entries.row, row)
+        return row

@@ -1,0 +1,121 @@
+"""Conversations as text, by a chat template, with the places of their answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from relora_mora.config.data import CHATML
+from relora_mora.data.errors import SourceError
+from relora_mora.data.records.passages import Conversation, Passage
+from relora_mora.data.shard import RecordFormat, Shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# ChatML (github.com/openai/openai-python, chatml.md), with the marks of transformers around what is generated
+_CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}{{ message['content'] + END_OF_TURN }}{% endgeneration %}
+    {%- else %}
+        {{- message['content'] + END_OF_TURN }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+_END = "<|im_end|>"
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Llama 3 writes the date of today where it is given none, and this one where it cannot ask for it
+_DATE = "26 Jul 2024"
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> str:
+    """The template of a set of conversations. Raises SourceError where there is none, or none that can be used."""
+    name = record_format.settings.template
+    if name == CHATML:
+        return chatml(tokenizer)
+    template = record_format.template
+    if template is None:
+        if tokenizer.chat_template is None:
+            raise SourceError(
+                f"{tokenizer.name_or_path} has no chat template; set data.records.template to chatml or a .jinja file"
+            )
+        template = str(tokenizer.get_chat_template())
+    where = template_name(tokenizer, record_format)
+    if record_format.settings.score == "answers" and not _MARK.search(template):
+        raise SourceError(
+            f"{where} does not mark answers ({{% generation %}} ... {{% endgeneration %}}), so nothing would be "
+            "learned; set data.records.template=chatml, a .jinja file with these marks, or data.records.score=all"
+        )
+    if "strftime_now" in template and "date_string" not in template:
+        raise SourceError(
+            f"{where} writes the time of day (strftime_now), so no two runs would read the same; "
+            "set data.records.template to a .jinja file without it"
+        )
+    return template
+
+
+def template_name(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> str:
+    """What messages call the template of a set of conversations."""
+    name = record_format.settings.template
+    return f"the template {name}" if name else f"the chat template of {tokenizer.name_or_path}"
+
+
+def template_in_use(shards: Iterable[Shard], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """That of the first conversations among some data, None where there are none. Raises SourceError."""
+    held = (shard.records for shard in shards)
+    found = next((each for each in held if each is not None and each.settings.is_conversation), None)
+    return None if found is None else chat_template(tokenizer, found)
+
+
+def chatml(tokenizer: PreTrainedTokenizerBase) -> str:
+    """ChatML for a tokenizer: a turn ends in ``<|im_end|>`` where that is one of its tokens, else in its EOS.
+
+    So an answer always ends in one token, at which generation can stop.
+    """
+    has_end = tokenizer.get_vocab().get(_END) is not None
+    return _CHATML.replace("END_OF_TURN", f"'{_END}'" if has_end else "eos_token")
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that a tokenizer's chat template writes behind an answer; None where there is no such token."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if tokenizer.chat_template is None or backend is None:
+        return None
+    answer = "answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        written = render(tokenizer, str(tokenizer.get_chat_template()), Conversation(turns, []), marked=False).text
+    except Exception:  # whatever a template raises: not every one writes these two turns
+        return None
+    behind = written.rpartition(answer)[2].lstrip()
+    backend.encode_special_tokens = False
+    ids = backend.encode(behind, add_special_tokens=False).ids
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def render(tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, *, marked: bool) -> Passage:
+    """A conversation as transformers' ``apply_chat_template`` writes it; its answers where they are ``marked``.
+
+    Raises jinja2's TemplateSyntaxError for a template that is no Jinja, and whatever a template raises for messages
+    that it refuses.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    variables: dict[str, Any] = {"date_string": _DATE, **tokenizer.special_tokens_map}
+    rendered: Any = render_jinja_template(
+        [conversation.messages],
+        tools=conversation.tools or None,  # type: ignore[arg-type]
+        chat_template=template,
+        return_assistant_tokens_mask=marked,
+        **variables,
+    )
+    [text], answers = rendered
+    return Passage(text, list(answers[0]) if marked else [(0, len(text))])

@@ -1,0 +1,178 @@
+"""How much training text there is: what a run of some epochs must know before its schedule can be drawn."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+from relora_mora.config.data import DataConfig, Packing
+from relora_mora.data.bad_rows import too_many_records
+from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.lanes import LanePlan, LaneRows, lane_plans
+from relora_mora.data.records.encoders import encoder_of, packing_of
+from relora_mora.data.rows import Encode, Encoded
+from relora_mora.data.sets.rows_in_order import rows_in_order
+from relora_mora.data.shard import Record, Shard
+from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.stream.encoded_rows import judged
+from relora_mora.data.stream.whole import CountedLane, of_epoch
+from relora_mora.data.tokens.checks import epoch_tokens
+from relora_mora.data.tokens.rows import open_any
+
+log = logging.getLogger(__name__)
+
+
+class Epochs(NamedTuple):
+    """How long each of the first epochs is; later ones are as long as the last of these.
+
+    ``tokens``: of a stream with the EOS behind each document; of whole rows with what fills sequences up. ``blocks``:
+    those that the epoch takes of every lane of whole rows; None in a stream.
+    """
+
+    tokens: Sequence[int]
+    blocks: Sequence[int] | None
+
+    def tokens_of(self, epochs: float) -> float:
+        """Of the first so many."""
+        whole = int(epochs)
+        lengths = [of_epoch(self.tokens, number) for number in range(whole + 1)]
+        return sum(lengths[:whole]) + (epochs - whole) * lengths[whole]
+
+
+def count_epochs(
+    config: DataConfig,
+    tokenizer_path: str,
+    *,
+    lanes: int,
+    blocks_per_lane: int = 1,
+    epochs: int = 1,
+    shards: Sequence[Shard] | None = None,
+) -> Epochs:
+    """How long each of the first epochs is; of whole rows for the lane that has most in it.
+
+    Lanes of whole rows begin each epoch together, and with a global batch, which takes ``blocks_per_lane`` of each.
+    Epochs differ, since rows are packed in another order. Reads all of the text, and judges all of its records; of
+    tokens made in advance the number is known. ``shards`` are those of ``config`` as they were found before. Raises
+    SourceError, also where there are none.
+    """
+    shards = configured_shards(config, "train") if shards is None else shards
+    packing = packing_of(config, shards)
+    if packing == "stream":
+        counted = Epochs([_stream_tokens(shards, config, tokenizer_path)], None)
+        late = _read_late(shards, lane_plans(config, lanes, len(shards), packing))
+        if late > 0.05:
+            log.warning(
+                "about %.0f %% of the text comes after an epoch's end, and other text twice before it: lanes have "
+                "unequal shares of %s files; make them of equal sizes, or give few of them as records with "
+                "data.concatenate=true",
+                100 * late,
+                len(shards),
+            )
+    else:
+        most, rows = _most_blocks(shards, config, tokenizer_path, lanes, packing, epochs)
+        blocks = [-(-longest // blocks_per_lane) * blocks_per_lane for longest in most]
+        counted = Epochs([each * lanes * config.sequence_length for each in blocks], blocks)
+        if rows < 0.9 * blocks[0] * lanes:
+            why = "its end does not fill a global batch; lower train.batch_size"
+            if rows < 0.9 * most[0] * lanes:
+                why = f"{lanes} lanes wait for the one with most; lower data.lanes"
+            empty = 100 - 100 * rows / (blocks[0] * lanes)
+            log.warning("%.0f %% of the sequences of an epoch are empty: %s", empty, why)
+    if not counted.tokens[0]:
+        given = ", ".join(source.source for source in config.train_sources)
+        raise SourceError(f"the training data {given} holds no text; give a source with at least one document")
+    return counted
+
+
+def _read_late(shards: Sequence[Shard], plans: Sequence[LanePlan]) -> float:
+    """The fraction of a stream that the lanes have not read when they have read as much as there is.
+
+    By the sizes of files, so about; where one is not known all are taken to be the same.
+    """
+    sizes = [shard.size or 0 for shard in shards]
+    if not all(sizes):
+        sizes = [1] * len(shards)
+    shares = [sum(sizes[part.shard] / part.stride for part in plan.parts) for plan in plans]
+    mean = sum(shares) / len(shares)
+    return sum(max(0.0, share - mean) for share in shares) / sum(shares)
+
+
+def _stream_tokens(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> int:
+    from relora_mora.tokenizer.load import load_tokenizer
+
+    tokens = epoch_tokens(shards)
+    if tokens is not None:
+        return tokens
+    rows = rows_in_order(shards, config, load_tokenizer(tokenizer_path), "stream")
+    return sum(len(row.encoded.ids) + 1 for row in rows)
+
+
+def _most_blocks(
+    shards: Sequence[Shard], config: DataConfig, tokenizer_path: str, lanes: int, packing: Packing, epochs: int
+) -> tuple[list[int], int]:
+    """(of each epoch the blocks of the lane that has most, blocks of all lanes in the first one).
+
+    Raises SourceError where too many records are bad.
+    """
+    from relora_mora.tokenizer.load import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_path)
+    encode = encoder_of(tokenizer, (shard.records for shard in shards), packing, config.sequence_length)
+    fills = packing == "whole"
+    counted = epochs if fills else 1  # where each row is a block, all epochs are alike
+    most = [0] * counted
+    first = bad = seen = used = tokens = 0
+    passed = Counter[str]()
+    last_bad = ""
+    for plan in lane_plans(config, lanes, len(shards), packing):
+        lane = CountedLane(
+            LaneRows(plan, shards, config, functools.partial(open_any, config)),
+            _remembered(encode) if counted > 1 else encode,
+            eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
+            sequence_length=config.sequence_length,
+            fills=fills,
+        )
+        with closing(lane):
+            blocks = lane.epoch_blocks(counted)
+        most = list(map(max, most, blocks))
+        first += blocks[0]
+        of_lane = judged(lane.encoded.first_epoch)
+        bad += of_lane[0]
+        seen += of_lane[1]
+        used += lane.encoded.first_epoch.documents
+        tokens += lane.tokens
+        passed.update(lane.encoded.first_epoch.skipped_by_reason())
+        last_bad = lane.encoded.last_bad or last_bad
+    if fault := too_many_records(bad, seen, config.max_bad_fraction, last_bad, whole=True):
+        raise fault
+    log.info(
+        "%s records in %s sequences, which they fill to %.0f %%%s",
+        f"{used:,}",
+        f"{first:,}",
+        100 * tokens / (first * config.sequence_length),
+        "".join(f"; {reason}: {count:,}" for reason, count in passed.items() if count),
+    )
+    return most, first
+
+
+def _remembered(encode: Encode[Any]) -> Encode[Any]:
+    """Tokenizes each row once and remembers how long it is, since other epochs only pack it with other ones."""
+    lengths: dict[int, Encoded | Skipped] = {}
+
+    def key_of(row: Any) -> int:
+        if isinstance(row, Record):
+            return hash((str(row.fields), row.format))
+        return hash(row if isinstance(row, str) else bytes(row))  # a text, or tokens
+
+    def remembered(rows: list[Any]) -> list[Encoded | Skipped]:
+        keys = [key_of(row) for row in rows]
+        new = [at for at, key in enumerate(keys) if key not in lengths]
+        for at, found in zip(new, encode([rows[at] for at in new]), strict=True):
+            lengths[keys[at]] = found if isinstance(found, Skipped) else Encoded(range(len(found.ids)), cut=found.cut)
+        return [lengths[key] for key in keys]
+
+    return remembered

@@ -1,0 +1,211 @@
+"""Held-out text or records, the same tokens each time on any number of ranks, and the answers to generate."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import xxhash
+
+from relora_mora.config.data import DataConfig, TextSource, as_sources
+from relora_mora.data.bad_rows import RecordsFound
+from relora_mora.data.content import at_versions, local_content, remote_content, remote_versions
+from relora_mora.data.errors import SourceError
+from relora_mora.data.records.encoders import packing_of
+from relora_mora.data.rows import Encoded
+from relora_mora.data.sets.rows_in_order import TokenizedRow, rows_in_order
+from relora_mora.data.sources.resolve import shards_of
+from relora_mora.data.stream.packing import UNSCORED, DocumentIds, Mask, Tokens, document_ids, joined, with_end
+from relora_mora.data.stream.whole import block_of, groups_of, packed
+from relora_mora.data.tokens.checks import check_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+    EvalBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+class Answer(NamedTuple):
+    """Token ids, int32: what stands before an answer, and the answer with the end that it is to learn."""
+
+    prompt: Tokens
+    answer: Tokens
+
+
+def answer_of(row: Encoded) -> Answer | None:
+    """The last answer of a record; None where there is none behind a prompt, or it is not whole."""
+    if row.scored is None or row.cut:
+        return None
+    scored = np.asarray(row.scored, np.bool_)
+    ids = np.asarray(row.ids, np.int32)
+    end = int(np.flatnonzero(scored)[-1]) + 1
+    before = np.flatnonzero(~scored[:end])
+    if not len(before):
+        return None
+    begin = int(before[-1]) + 1
+    return Answer(ids[:begin], ids[begin:end])
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Whole documents, packed as in training. Plain text is EOS, document, EOS, document, EOS.
+
+    ``utf8_bytes`` are those of the text where all of it is scored, else None. Bits per byte are the summed nats over
+    ``predicted`` tokens / ln 2 / ``utf8_bytes``: EOS is predicted and has no bytes.
+    """
+
+    tokens: Tokens  # int32 [blocks, T + 1]
+    scored: Mask  # [blocks, T]: whether the token behind each input counts
+    document_ids: DocumentIds | None  # [blocks, T], where attention stays within a document
+    utf8_bytes: int | None
+    digest: str  # 16 hex digits over the tokens of all rows and which of them are scored
+    documents: int
+    eos: int
+    answers: Sequence[Answer] = ()  # to generate
+
+    @functools.cached_property
+    def predicted(self) -> int:
+        """Tokens that are scored."""
+        return int(self.scored.sum())
+
+    @property
+    def blocks(self) -> int:
+        return len(self.tokens)
+
+    def batches(
+        self, rank: int, world_size: int, micro_batch_size: int, *, shrinks: bool = True
+    ) -> Iterator[EvalBatch]:
+        """(input_ids, labels, document_ids), each [micro_batch_size, sequence_length].
+
+        Labels are shifted already, and ``UNSCORED`` where nothing is scored; document_ids are those of training. Every
+        rank gets the same number of batches (collectives need that), the last ones filled up with unscored sequences;
+        over all ranks each token is scored once, those of the short last block too. No batch is larger than needed,
+        unless it never ``shrinks``: programs of compiled layers are for batches of one size.
+        """
+        import torch
+
+        length = self.scored.shape[1]
+        if shrinks:
+            micro_batch_size = min(micro_batch_size, -(-self.blocks // world_size))
+        per_round = micro_batch_size * world_size
+        for first in range(rank * micro_batch_size, -(-self.blocks // per_round) * per_round, per_round):
+            inputs = np.full((micro_batch_size, length), self.eos, np.int64)
+            labels = np.full((micro_batch_size, length), UNSCORED, np.int64)
+            documents = np.tile(np.arange(1, length + 1, dtype=np.int32), (micro_batch_size, 1))  # an EOS begins one
+            rows = slice(first, min(first + micro_batch_size, self.blocks))
+            here = slice(0, max(0, rows.stop - first))
+            inputs[here] = self.tokens[rows, :-1]
+            labels[here] = np.where(self.scored[rows], self.tokens[rows, 1:], UNSCORED)
+            if self.document_ids is not None:
+                documents[here] = self.document_ids[rows]
+            told = None if self.document_ids is None else torch.from_numpy(documents)
+            yield torch.from_numpy(inputs), torch.from_numpy(labels), told
+
+
+def load_eval_set(
+    sources: str | Sequence[str | TextSource],
+    *,
+    config: DataConfig,
+    tokenizer_path: str,
+    sequence_length: int,
+    max_tokens: int | None,
+    answers: int = 0,
+) -> EvalSet:
+    """The first documents of the sources' validation split that score at most ``max_tokens`` together; None: all.
+
+    Of ``config`` the revision, the limits on lines, the records and how they are packed count. The first document is
+    taken whatever its length. The first ``answers`` answers among them are to be generated. Raises SourceError when
+    there is no document.
+    """
+    from relora_mora.tokenizer.load import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_path)
+    eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    config = config.model_copy(update={"sequence_length": sequence_length})
+    shards = shards_of(sources, config, "validation")
+    check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos)
+    local_content(shards)  # refuses tokens that have changed, and a text that is listed together with its tokens
+    if any(shard.tokens and shard.origin == "server" for shard in shards):
+        remote_content(at_versions(shards, remote_versions(shards, config.timeout_seconds)))
+    packing = packing_of(config, shards)
+    found = RecordsFound()
+    in_order = rows_in_order(shards, config, tokenizer, packing, found)
+    rows = list(_up_to(max_tokens, in_order, stream=packing == "stream"))
+    given = ", ".join(source.source for source in as_sources(sources))
+    if not rows:
+        raise SourceError(f"the validation data {given} holds no text; give a source with at least one document")
+    encoded = [row.encoded for row in rows]
+    if found.left_out:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in found.left_out.items())
+        log.info("%s: %s rows are scored; left out: %s", given, f"{len(rows):,}", reasons)
+    sizes = [row.utf8_bytes for row in rows if row.utf8_bytes is not None]
+    pack = _stream if packing == "stream" else functools.partial(_whole, fills=packing == "whole")
+    return EvalSet(
+        *pack(encoded, config, eos),
+        utf8_bytes=sum(sizes) if len(sizes) == len(rows) else None,
+        digest=_digest(encoded),
+        documents=len(rows),
+        eos=eos,
+        answers=list(itertools.islice(filter(None, map(answer_of, encoded)), answers)),
+    )
+
+
+def _up_to(max_tokens: int | None, rows: Iterable[TokenizedRow], *, stream: bool) -> Iterator[TokenizedRow]:
+    total = 0
+    for number, row in enumerate(rows):
+        total += _scored_tokens(row.encoded, stream=stream)
+        if max_tokens is not None and number and total > max_tokens:
+            return
+        yield row
+
+
+def _scored_tokens(row: Encoded, *, stream: bool) -> int:
+    if stream:  # with the EOS behind it
+        return len(row.ids) + 1 if row.scored is None else int(with_end(row.scored).sum())
+    return len(row.ids) - 1 if row.scored is None else int(np.count_nonzero(row.scored[1:]))
+
+
+def _digest(rows: Iterable[Encoded]) -> str:
+    digest = xxhash.xxh3_64()
+    for row in rows:
+        digest.update(len(row.ids).to_bytes(8, "little"))
+        digest.update(np.asarray(row.ids, np.int32).tobytes())
+        if row.scored is not None:
+            digest.update(np.packbits(row.scored).tobytes())
+    return digest.hexdigest()
+
+
+def _stream(rows: Sequence[Encoded], config: DataConfig, eos: int) -> tuple[Tokens, Mask, DocumentIds | None]:
+    """As the first lane of a stream would have them; the last block is filled up with EOS that are not scored."""
+    length = config.sequence_length
+    row_tokens, row_scored, _ = joined(rows, eos)
+    blocks = -(-len(row_tokens) // length)
+    tokens = np.full(blocks * length + 1, eos, np.int32)
+    tokens[1 : len(row_tokens) + 1] = row_tokens
+    scored = np.zeros(blocks * length, np.bool_)
+    scored[: len(row_tokens)] = True if row_scored is None else row_scored
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+    documents = document_ids(windows[:, :-1], eos) if config.document_mask else None
+    return windows, scored.reshape(blocks, length), documents
+
+
+def _whole(
+    rows: Sequence[Encoded], config: DataConfig, eos: int, *, fills: bool
+) -> tuple[Tokens, Mask, DocumentIds | None]:
+    length = config.sequence_length
+    blocks = [
+        block_of(each, eos=eos, sequence_length=length, fills=fills)
+        for group in groups_of(rows, length)
+        for each in packed(group, length, fills=fills)
+    ]
+    documents = np.stack([block.documents for block in blocks]) if fills else None  # type: ignore[misc]
+    scored = np.stack([block.scored for block in blocks])  # type: ignore[misc]
+    return np.stack([block.tokens for block in blocks]), scored, documents

@@ -1,0 +1,240 @@
+"""Looks at the first rows: whether they fit the settings and can be learned from, and what is scored in them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.bad_rows import JUDGED_FROM_ROWS, OTHER_KEYS, TOO_LONG, RecordsFound, skip_reason
+from relora_mora.data.content import THREADS
+from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
+from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.formats.kinds import JSON_LINES, TEXT
+from relora_mora.data.lane_states import Cursor
+from relora_mora.data.lanes import LanePlan, LaneRows, lane_plans
+from relora_mora.data.records.encoders import encoder_of, packing_of
+from relora_mora.data.rows import calls_of
+from relora_mora.data.shard import Shard
+from relora_mora.data.stream.mixture import mixture_names, shards_of_source
+from relora_mora.data.tokens.rows import open_any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relora_mora.config.schema import Config
+from relora_mora.data.rows import Encoded, Ids, Scored
+from relora_mora.data.sets.rows_in_order import rows_in_order
+from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.stream.packing import with_end
+
+log = logging.getLogger(__name__)
+
+_FIRST_LINES = 16
+_ROWS_PER_CALL = 64
+_CHARACTERS = 1 << 22  # no more are tokenized, which takes a second or two
+
+
+def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
+    """Looks at one file of each folder and format that can be wrong as a whole.
+
+    That is one without the columns that are read, or an array in JSON; of JSON lines the first are judged. Raises
+    SourceError.
+    """
+    looked_at = {
+        (shard.location.rpartition("/")[0], shard.format, tuple(shard.columns)): shard
+        for shard in shards
+        if not shard.tokens and shard.format is not TEXT
+    }
+    for shard in looked_at.values():
+        with closing(open_rows(config, shard, note=_unheard)) as rows:
+            if shard.format is not JSON_LINES:
+                rows.skip(1)
+                continue
+            first = rows.take(_FIRST_LINES)
+            if len(first) < _FIRST_LINES:
+                rows.take(1)  # at the end all of it is judged
+        bad = [row for row in first if isinstance(row, Skipped) and row.reason in BAD_REASONS]
+        if bad and len(bad) == len(first):
+            hint = f" ({OTHER_KEYS})" if bad[0].reason == "no_text" and not shard.holds_records else ""
+            reason = skip_reason(bad[0], shard)
+            raise SourceError(f"{shard.label}: none of its first {len(first)} lines can be used; one {reason}{hint}")
+
+
+def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokenizes the first rows of each source of records, or of whole texts, and judges them as a run does.
+
+    Those are 1,000 or, where they are long, fewer; of a server's only some of the first file. Raises SourceError where
+    the tokenizer or the template cannot be used, where too many of the rows cannot, or none of them, or where there are
+    none; warns where most are too long.
+    """
+    for _, some in itertools.groupby(shards, lambda shard: (shard.source, shard.records)):
+        group = [shard for shard in some if shard.tokens is None]
+        if group and (packing_of(config, group) != "stream" or group[0].holds_records):
+            _check_rows(group, config, tokenizer)
+
+
+def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    encode = encoder_of(tokenizer, [shards[0].records], packing_of(config, shards), config.sequence_length)
+    looked_at = shards[:1] if shards[0].is_remote else shards
+    found = RecordsFound()
+    characters = 0
+    whole = len(looked_at) == len(shards)
+    with closing(_rows(looked_at, config)) as rows:
+        for some in rows:
+            if found.seen >= JUDGED_FROM_ROWS or characters >= _CHARACTERS:
+                whole = False
+                break
+            for row in encode(some):
+                found.add(row)
+            characters += sum(map(len, some))
+    if whole and not found.seen:
+        raise SourceError(f"{shards[0].label}: holds no record; give a file with at least one")
+    if fault := found.fault(shards[0].label, config.max_bad_fraction, whole=whole):
+        raise fault
+    if found.too_long * 2 > found.seen:
+        log.warning(
+            "%s: %d of the first %d records are too long and left out, for instance %s; raise data.sequence_length",
+            shards[0].label,
+            found.too_long,
+            found.seen,
+            found.told[TOO_LONG],
+        )
+
+
+def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
+    """Reads the first text of all lanes in each source of a mixture that ever has a weight; meant for one rank.
+
+    Without this a lane without text is found when the turn of its source comes, in a late stage after days. Text that
+    is not a mixture needs no check, because the first batch reads every lane. Raises SourceError.
+    """
+    if not config.is_mixture:
+        return
+    weights = [{source.label: source.weight for source in config.train_sources}]
+    weights += [stage.weights for stage in config.stages]
+    for name in mixture_names(config):
+        if any(each[name] for each in weights):
+            _check_lanes_of(shards_of_source(shards, config, name), config, lanes)
+
+
+def _check_lanes_of(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
+    plans = lane_plans(config, lanes, len(shards), packing_of(config, shards))
+    shared = {part.shard: part.stride for plan in plans for part in plan.parts if part.stride > 1}
+    in_turn = [shard for shard in shared if not shards[shard].format.in_groups]
+    one_row = config.model_copy(update={"shuffle_documents": 1})
+
+    def phases(shard: int) -> set[int]:
+        return _phases_with_text(shards[shard], config, shared[shard])
+
+    def read_first(plan: LanePlan) -> None:
+        with closing(LaneRows(plan, shards, one_row, functools.partial(open_any, config)).rows_from(Cursor())) as rows:
+            next(rows)
+
+    with ThreadPoolExecutor(THREADS) as threads:  # most of the time they wait for servers
+        found = dict(zip(in_turn, threads.map(phases, in_turn), strict=True))
+        left = [plan for plan in plans if not any(part.phase in found.get(part.shard, ()) for part in plan.parts)]
+        list(threads.map(read_first, left))
+
+
+def _phases_with_text(shard: Shard, config: DataConfig, stride: int) -> set[int]:
+    """Which of the lanes that take the rows of a shard in turn get a text; for many lanes faster than to ask each."""
+    found: set[int] = set()
+    with closing(open_any(config, shard, note=_unheard)) as opened:
+        for number, row in enumerate(itertools.chain.from_iterable(calls_of(opened, _ROWS_PER_CALL))):
+            if not isinstance(row, Skipped):
+                found.add(number % stride)
+                if len(found) == stride:
+                    break
+    return found
+
+
+def _rows(shards: Sequence[Shard], config: DataConfig) -> Generator[list[Any]]:
+    """All rows that can be read, some at a time."""
+    for shard in shards:
+        with closing(open_rows(config, shard, note=_unheard)) as opened:
+            for some in calls_of(opened, _ROWS_PER_CALL):
+                yield [row for row in some if not isinstance(row, Skipped)]
+
+
+def _unheard(note: str) -> None:
+    """The run tells of rows that are skipped, when it reads them."""
+
+
+SAMPLE_ROWS = 1000
+_GREEN = "\x1b[32m"
+_PLAIN = "\x1b[0m"
+
+
+def show_records(config: Config, count: int) -> None:
+    """Prints the first ``count`` rows of each source of the training data, and the share of scored tokens.
+
+    Tokens are separated by ``·``; those that are scored are green on a terminal, else in brackets. Raises SourceError
+    and TokenizerError.
+    """
+    from relora_mora.tokenizer.load import load_tokenizer
+
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    shards = configured_shards(config.data, "train")
+    check_columns(shards, config.data)
+    check_records(shards, config.data, tokenizer)
+    for source, some in itertools.groupby(shards, lambda shard: shard.source):
+        _show_source(source, list(some), config.data, tokenizer, count)
+
+
+def _show_source(
+    source: str, shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase, count: int
+) -> None:
+    packing = packing_of(config, shards)
+    in_stream = packing == "stream"
+    eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    scored = 0
+    tokens = 0
+    rows = 0
+    found = RecordsFound()
+    in_order = rows_in_order(shards, config, tokenizer, packing, found)
+    for row in itertools.islice(in_order, max(count, SAMPLE_ROWS)):
+        rows += 1
+        encoded = _with_eos(row.encoded, eos) if in_stream else row.encoded
+        mask = np.ones(len(encoded.ids), np.bool_)
+        if encoded.scored is not None:
+            mask[:] = encoded.scored
+        if not in_stream:
+            mask[0] = False  # nothing stands before it
+        scored += int(mask.sum())
+        tokens += len(mask)
+        if rows <= count:
+            name = f" of {source}" if source else ""
+            _print(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{', cut' if encoded.cut else ''}")
+            _print(marked(tokenizer, encoded.ids, mask, colour=sys.stdout.isatty()))
+    if not rows:
+        raise SourceError(f"the training data {source or shards[0].label} holds no text; give a file with at least one")
+    name = f"{source}: " if source else ""
+    without = "".join(f", {number:,} left out: {reason}" for reason, number in found.left_out.items())
+    _print(f"{name}{scored / max(1, tokens):.1%} of {tokens:,} tokens are scored (the first {rows:,} rows{without})")
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, ids: Ids, scored: Scored, *, colour: bool) -> str:
+    """Tokens, each as the text that it is of, with those that are scored marked; line breaks are shown and kept."""
+    begin, end = (_GREEN, _PLAIN) if colour else ("[", "]")
+    parts = []
+    for is_scored, run in itertools.groupby(zip(ids, scored, strict=True), lambda pair: bool(pair[1])):
+        texts = "·".join(str(tokenizer.decode([int(token)])).replace("\n", "\\n\n") for token, _ in run)
+        parts.append(f"{begin}{texts}{end}" if is_scored else texts)
+    return "·".join(parts)
+
+
+def _with_eos(row: Encoded, eos: int) -> Encoded:
+    return row._replace(ids=[*row.ids, eos], scored=None if row.scored is None else with_end(row.scored))
+
+
+def _print(text: str) -> None:
+    print(text)  # noqa: T201 - what the command is for

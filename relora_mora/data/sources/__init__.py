@@ -1,0 +1,1 @@
+"""From the names in the settings to an ordered list of shards."""

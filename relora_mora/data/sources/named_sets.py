@@ -1,0 +1,324 @@
+"""Sets of text by name: ``OWNER/NAME`` on the hub or a local folder, with a configuration and a split.
+
+One process of a run looks up what is in a set and hands the answer to the others (``remember_datasets``). ``datasets``
+is given a copy of the folder in which every file is empty except those that describe the set. So it makes no requests
+and reads no text: the answer depends on the names only, and a set on the hub is resolved like one on a disk. Folders
+written by ``save_to_disk`` say in files of their own what is in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.formats.kinds import format_of
+from relora_mora.data.sources.names import SPLITS, Commits, DatasetName, dataset_name
+
+Key = tuple[DatasetName, str, str]  # split and commit
+Found = tuple[str, ...] | SourceError
+Datasets = dict[Key, Found]
+_MOST_FILES = 200_000
+_remembered: Datasets = {}
+
+
+def dataset_files(name: DatasetName, split: str, commits: Commits) -> tuple[str, ...]:
+    """The files of the split that the source names, else of ``split``, relative to the repository or folder.
+
+    Raises SourceError.
+    """
+    found = _remembered.get(_key(name, split, commits)) or _find(name, split, commits)
+    if isinstance(found, SourceError):
+        raise found
+    return found
+
+
+def find_datasets(config: DataConfig) -> Datasets:
+    """What is in each set that the settings name, or why that cannot be told. For one rank, which asks for all."""
+    commits = Commits.of(config)
+    found: Datasets = {}
+    for split in SPLITS:
+        for source in config.sources(split):
+            name = dataset_name(source)
+            if name is not None:
+                found[_key(name, split, commits)] = _find(name, split, commits)
+    return found
+
+
+def remember_datasets(found: Datasets) -> None:
+    """From now on this process takes these for what is in the sets, and asks no more."""
+    _remembered.clear()
+    _remembered.update(found)
+
+
+def _key(name: DatasetName, split: str, commits: Commits) -> Key:
+    return name, name.split or split, commits.at(name.place, name.revision) if name.on_hub else ""
+
+
+def _find(name: DatasetName, split: str, commits: Commits) -> Found:
+    """The files, or the error to raise where the sources are resolved, so that it is told with all other faults."""
+
+    try:
+        if name.on_hub:
+            from relora_mora.data.bytes.hub import list_files, read_text  # here: its libraries take long to load
+
+            commit = commits.at(name.place, name.revision)
+            sizes = list_files(name.place, commit, commits.timeout_seconds)
+            paths = list(sizes)
+
+            def read(path: str) -> str:
+                return read_text(name.place, commit, path, sizes[path], commits.timeout_seconds)
+
+        else:
+            paths = _files_below(name)
+
+            def read(path: str) -> str:
+                return _read_card(name.folder / path)
+
+        saved = None if name.config or name.data_files else saved_files(name, split, set(paths), read)
+        if saved is not None:
+            return tuple(saved)
+        cards = {card: read(card) for card in CARDS if card in paths}
+        return tuple(split_files(name, split, paths, cards))
+    except SourceError as error:
+        return error
+
+
+def _files_below(name: DatasetName) -> list[str]:
+    """All files in a folder and in those below it, relative to it, but the hidden ones."""
+
+    def refuse(error: OSError) -> None:
+        raise unreadable(str(error.filename), error, "check the path and its permissions")
+
+    paths: list[str] = []
+    for parent, folders, files in os.walk(name.folder, onerror=refuse, followlinks=True):
+        folders[:] = [folder for folder in folders if not folder.startswith((".", "__"))]
+        paths += [(Path(parent) / file).relative_to(name.folder).as_posix() for file in files]
+        if len(paths) > _MOST_FILES:
+            raise SourceError(
+                f"{name.source} is a folder of more than {_MOST_FILES:,} files; "
+                f"give those to read, e.g. {name.place}/*.parquet"
+            )
+    return paths
+
+
+def _read_card(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise unreadable(str(path), error, "check the path and its permissions") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path} is not UTF-8, and it describes the set; mend it, or give the files by path"
+        ) from error
+
+
+CARDS = ("README.md", ".huggingface.yaml")  # what describes a set, beside the names of its files
+_ODD = re.compile(r"\n|::")
+
+
+def split_files(name: DatasetName, split: str, paths: Collection[str], cards: Mapping[str, str]) -> list[str]:
+    """The files of the split that is named, else of ``split``, sorted, of the set that has these ``paths`` and cards.
+
+    ``cards`` are the contents of ``CARDS``. Raises SourceError with what there is for a configuration or split that
+    there is not, and for files of several formats, of which ``datasets`` would silently take one.
+    """
+    source = name.source
+    split = name.split or split
+    script = f"{PurePosixPath(name.place).name if name.on_hub else name.folder.resolve().name}.py"
+    with tempfile.TemporaryDirectory() as folder, _torch_not_halted():
+        root = Path(folder) / "set"
+        for path in paths:
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise SourceError(f"{source}: {path!r} is no name of a file inside of it; give the files by path")
+            if path == script:
+                raise SourceError(f"{source}: is a script, {path}, which datasets runs no more; give its files by path")
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).touch()
+        for path, text in cards.items():
+            (root / path).write_text(text, encoding="utf-8")
+        _refuse_unmatched(name, root)
+        splits = _splits(name, split, root)
+        if splits is None:
+            raise SourceError(f"{source} holds no files of text; check what is in it, or give its files by path")
+        if split not in splits:
+            raise missing_split(name, split, splits)
+        _refuse_mixed(name, split, root, splits, paths)
+        return splits[split]
+
+
+@contextlib.contextmanager
+def _torch_not_halted() -> Iterator[None]:
+    """``datasets`` takes torch for imported where a command has halted its import (None in ``sys.modules``)."""
+    halted = sys.modules.get("torch", sys) is None
+    if halted:
+        del sys.modules["torch"]
+    try:
+        yield
+    finally:
+        if halted:
+            sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
+def missing_split(name: DatasetName, split: str, splits: Iterable[str]) -> SourceError:
+    there = list(splits)
+    return SourceError(
+        f"{name.source} has no split {split}, but {', '.join(there)}; "
+        f"name one as {name.place}:{name.config or ''}:{''.join(there[:1])}"
+    )
+
+
+def _refuse_unmatched(name: DatasetName, root: Path) -> None:
+    """Raises SourceError for a pattern of ``data_files`` that finds nothing: ``datasets`` passes over it in silence."""
+    from datasets.data_files import resolve_pattern
+
+    for pattern in name.data_files:
+        if "://" in pattern:
+            raise SourceError(f"{name.source}: {pattern!r} in data_files is no name of files inside of it; name those")
+        try:
+            resolve_pattern(pattern, str(root))
+        except FileNotFoundError as error:
+            raise SourceError(f"{name.source} holds no files {pattern}; check data_files") from error
+        except Exception as error:  # of many kinds, as of a ** beside other letters
+            raise SourceError(
+                f"{name.source}: {pattern!r} in data_files is no pattern ({error}); correct it"
+            ) from error
+
+
+def _splits(name: DatasetName, split: str, root: Path) -> dict[str, list[str]] | None:
+    """The files of each split, sorted and relative to the root; None where there are none at all."""
+    import datasets
+
+    files = {split: list(name.data_files)} if name.data_files else None
+
+    datasets.disable_progress_bars()
+    try:
+        builder = datasets.load_dataset_builder(
+            str(root), name.config, data_files=files, cache_dir=str(root.parent / "cache")
+        )
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # of many kinds, since the README is anybody's
+        raise _refused(name, root, error) from error
+    home = root.resolve()
+    splits: dict[str, list[str]] = {}
+    for part, paths in (builder.config.data_files or {}).items():
+        found = [Path(path).resolve() for path in paths]
+        outside = [file for file in found if not file.is_relative_to(home)]
+        if outside:
+            raise SourceError(f"{name.source}: its README names files outside of it; give the files by path")
+        if found:
+            splits[str(part)] = sorted(file.relative_to(home).as_posix() for file in found)
+    return splits or None
+
+
+def _refused(name: DatasetName, root: Path, error: Exception) -> SourceError:
+    """With the configurations there are, where it is the name of one that is missing or wrong."""
+    import datasets
+
+    source = name.source
+    config = name.config
+    try:
+        configs = datasets.get_dataset_config_names(str(root))
+    except Exception:  # as before: then the set is wrong and not the name
+        configs = []
+    if config in configs or len(configs) < (2 if config is None else 1):
+        said = " ".join(str(error).split()).replace(str(root), source)
+        return SourceError(f"{source}: datasets cannot tell its files ({said:.500}); give them by path")
+    return SourceError(
+        f"{source}: it has {f'no configuration {config}' if config else 'several configurations'}, "
+        f"but {', '.join(configs)}; name one as {name.place}:{configs[0]}"
+    )
+
+
+def _plain(path: str, *, lower: bool) -> str:
+    file = PurePosixPath(_ODD.sub("_", path))
+    return file.with_name(file.name.lower() if lower else file.name).as_posix()
+
+
+def _refuse_mixed(
+    name: DatasetName, split: str, root: Path, splits: Mapping[str, list[str]], paths: Collection[str]
+) -> None:
+    """Raises SourceError if others are found in place of the files that were found.
+
+    ``datasets`` passes over names with a line break or ``::`` and over suffixes in capitals, so these are renamed here.
+    """
+    taken = [path for files in splits.values() for path in files]
+    for path in taken:
+        (root / path).unlink(missing_ok=True)
+    renamed = {}
+    for path in set(paths).difference(taken):
+        plain = _plain(path, lower=not name.data_files)
+        if plain != path and format_of(path):
+            (root / plain).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).rename(root / plain)
+            renamed[plain] = path
+    try:
+        others = _splits(name, split, root)
+    except SourceError:
+        return
+    if others:
+        first = next(path for files in others.values() for path in files)
+        raise SourceError(
+            f"{name.source}: datasets would read {taken[0]} and the like, and leave out {renamed.get(first, first)!r} "
+            "and the like; give the files to read by a pattern"
+        )
+
+
+_SPLITS = "dataset_dict.json"
+_STATE = "state.json"
+
+
+def saved_files(name: DatasetName, split: str, paths: Collection[str], read: Callable[[str], str]) -> list[str] | None:
+    """The files of the split that is named, else of ``split``, in order; None where ``paths`` are not of such a folder.
+
+    ``read`` gives the text of a file.
+    A single set without a split's name is ``train``, as everywhere in ``datasets``. Raises SourceError.
+    """
+    source = name.source
+    split = name.split or split
+    if _SPLITS in paths:
+        splits = _read(source, _SPLITS, read)
+        folders = {part: f"{part}/" for part in splits.get("splits", ())}
+    elif _STATE in paths:
+        state = _read(source, _STATE, read)
+        if "_data_files" not in state:
+            return None
+        named = re.match(r"\w+", state.get("_split") or "train")  # of train[:10%] the name
+        folders = {named[0] if named else "train": ""}
+    else:
+        return None
+    if split not in folders:
+        raise missing_split(name, split, folders)
+    folder = folders[split]
+    state = _read(source, folder + _STATE, read) if folder + _STATE in paths else {}
+    if state.get("_data_files") == []:
+        raise SourceError(f"{source}: its split {split} has no rows (save_to_disk); give a set or a split with some")
+    files = [f"{folder}{entry['filename']}" for entry in state.get("_data_files", ())]
+    missing = [file for file in files if file not in paths]
+    if missing or not files:
+        raise SourceError(
+            f"{source} was written by save_to_disk, and {missing[0] if missing else folder + _STATE} is missing or "
+            "names no files; copy or write the whole folder again"
+        )
+    return files
+
+
+def _read(source: str, path: str, read: Callable[[str], str]) -> dict[str, Any]:
+    try:
+        content = json.loads(read(path))
+    except ValueError as error:
+        if isinstance(error, SourceError):
+            raise
+        content = None
+    if not isinstance(content, dict):
+        raise SourceError(f"{source}: {path} is no object in JSON; write the set again, or give its files by path")
+    return content

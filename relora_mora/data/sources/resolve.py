@@ -1,0 +1,282 @@
+"""Where text comes from: sources become an ordered list of shards."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from relora_mora.config.data import DataConfig, RecordsConfig, Split, TextSource, as_sources, is_mixture
+from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.formats.kinds import ARROW, SUFFIXES, TEXT, format_of
+from relora_mora.data.shard import RecordFormat, Shard, Version
+from relora_mora.data.sources.named_sets import dataset_files
+from relora_mora.data.sources.names import C4, Commits, DatasetName, dataset_name, hub_parts, hub_source, is_hub
+from relora_mora.data.tokens.index import file_in, finished_index, is_token_folder
+from relora_mora.system.files import from_home
+
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MAX_SHARDS = 1_000_000
+
+
+def resolve_shards(
+    sources: str | Sequence[str | TextSource],
+    revision: str = "main",
+    *,
+    commits: Mapping[str, str] | None = None,
+    split: Split = "train",
+    timeout_seconds: float = 600.0,
+    text_column: str = "text",
+    records: RecordsConfig | None = None,
+) -> list[Shard]:
+    """The shards of all sources, in the order given; those of a local glob are sorted by path.
+
+    A source is ``allenai/c4`` (config ``en``, the files of ``split``), a set ``OWNER/NAME[:CONFIG[:SPLIT]]`` on the hub
+    or ``FOLDER[:CONFIG[:SPLIT]]``, ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local path or a local glob, or a
+    folder of tokens made in advance.
+    ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources are addressed at the commit
+    that ``revision`` is in ``commits``, or else now. ``text_column`` and ``records`` are those of sources that name
+    none. Raises SourceError for what names no file, or one that was named before, and for files that cannot hold such
+    records.
+    """
+    given = as_sources(sources)
+    if not given:
+        raise SourceError(f"the {split} data has no source; give a path, a glob, a url, OWNER/NAME or {C4}")
+    mixed = split == "train" and is_mixture(sources)
+    at = Commits(revision, timeout_seconds, commits or {})
+    shards = []
+    named: dict[str | tuple[int, int], tuple[Shard, str]] = {}
+    for source in given:
+        held = source.records or records
+        record_format = RecordFormat.of(held) if held else None
+        for shard in _resolve(source, split, at):
+            before, named_by = named.setdefault(_identity(shard), (shard, source.source))
+            if before is not shard:
+                as_well = "" if before.name == shard.name else f", there as {before.name}"
+                raise SourceError(
+                    f"{source.source}: {shard.name} is a file that {named_by} names already{as_well}; "
+                    "its text would be read twice: give each file once"
+                )
+            column = shard.text_column if shard.tokens else _text_column(source, held, text_column)
+            name = source.label if mixed or source.text_column or source.records else ""
+            shard = replace(shard, text_column=column, records=record_format, source=name)
+            if shard.holds_records:
+                _check_columns(shard)
+            shards.append(shard)
+    if len(shards) > _MAX_SHARDS:
+        raise SourceError(
+            f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources"
+        )
+    return _told_apart(shards)
+
+
+def shards_of(sources: str | Sequence[str | TextSource], config: DataConfig, split: Split) -> list[Shard]:
+    """The shards of some sources, for what they do not name themselves as the settings say. Raises SourceError."""
+    return resolve_shards(
+        sources,
+        config.revision,
+        commits=config.commits,
+        split=split,
+        timeout_seconds=config.timeout_seconds,
+        text_column=config.text_column,
+        records=config.records,
+    )
+
+
+def configured_shards(config: DataConfig, split: Split) -> list[Shard]:
+    """The shards of the training or the validation data of a run, those of all sets. Raises SourceError."""
+    groups = [config.train] if split == "train" else config.validation_sets.values()
+    return [shard for sources in groups for shard in shards_of(sources, config, split)]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """``a{00..02}`` is a00, a01, a02; several ranges give every combination, the last one changing fastest."""
+    pieces = _BRACES.split(pattern)  # text, first, last, text, first, last, text
+    ranges = []
+    for first, last in zip(pieces[1::3], pieces[2::3], strict=True):
+        if int(last) < int(first):
+            raise SourceError(f"{pattern}: the range {{{first}..{last}}} counts down; write {{{last}..{first}}}")
+        if int(last) - int(first) >= _MAX_SHARDS:
+            raise SourceError(
+                f"{pattern}: the range {{{first}..{last}}} names more than {_MAX_SHARDS:,} shards; shorten it"
+            )
+        ranges.append([str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)])
+    if math.prod(map(len, ranges)) > _MAX_SHARDS:
+        raise SourceError(f"{pattern}: its ranges name more than {_MAX_SHARDS:,} shards together; shorten them")
+    texts = pieces[0::3]
+    return [
+        texts[0] + "".join(number + text for number, text in zip(numbers, texts[1:], strict=True))
+        for numbers in itertools.product(*ranges)
+    ]
+
+
+def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Shard]:
+    source = record.source
+    dataset = dataset_name(record)
+    if dataset is not None:
+        yield from _dataset_shards(dataset, split, commits)
+    elif is_hub(source):
+        yield from _hub_shards(hub_source(source, record.split or split), record.revision, commits)
+    elif source.startswith(("http://", "https://")):
+        for url in expand_braces(source):
+            try:
+                name = public_url(url)
+                path = unquote(urlsplit(url).path)
+            except ValueError as error:
+                raise SourceError(f"{url}: no url that can be read ({error}); check it") from error
+            _check_suffix(path, source, may_be_missing=True)
+            yield Shard(name, url)
+    elif "://" in source:
+        raise SourceError(
+            f"{source.split('://')[0]}:// is no kind of source; "
+            "give a path, a glob, an http(s) url or hub:OWNER/NAME/PATTERN"
+        )
+    elif is_token_folder(folder := Path(from_home(source))):
+        yield from _token_shards(folder)
+    else:
+        yield from _local_shards(source)
+
+
+def _told_apart(shards: Sequence[Shard]) -> list[Shard]:
+    """Local files of one name get the shortest ends of their paths that are of no other one."""
+    labels = {shard.location: shard.name for shard in shards if shard.tokens is None and not shard.is_remote}
+    for parts in itertools.count(2):
+        counts = Counter(labels.values())
+        same = [location for location, label in labels.items() if counts[label] > 1]
+        if not same:
+            break
+        labels |= {location: "/".join(location.split("/")[-parts:]) for location in same}
+    return [
+        shard if labels.get(shard.location, shard.name) == shard.name else replace(shard, path=labels[shard.location])
+        for shard in shards
+    ]
+
+
+def _text_column(source: TextSource, records: RecordsConfig | None, default: str) -> str:
+    named = records.columns.get("text") if records else None
+    return source.text_column or named or default
+
+
+def _check_columns(shard: Shard) -> None:
+    if shard.tokens is None and shard.format is not TEXT:
+        return
+    assert shard.records is not None
+    holds = "text without columns" if shard.tokens is None else "tokens of plain text"
+    raise SourceError(
+        f"{shard.name} holds {holds}, and its records are to be {shard.records.settings.kind}; "
+        "give files with columns or keys, or set records.kind=text"
+    )
+
+
+def _identity(shard: Shard) -> str | tuple[int, int]:
+    """Equal for shards that are one file: by other paths, links, or another spelling of a url."""
+    if not shard.is_remote:
+        try:
+            status = Path(shard.location).stat()
+        except OSError as error:
+            raise unreadable(shard.location, error, "check the path and its permissions") from error
+        return status.st_dev, status.st_ino
+    from urllib3.util import parse_url
+
+    try:
+        url = parse_url(shard.location)  # lower case where that means nothing, without dots in the path
+    except ValueError as error:
+        raise SourceError(f"{shard.name}: no url that can be read ({type(error).__name__}); check it") from error
+    default = {"http": 80, "https": 443}[url.scheme or ""]
+    return url._replace(fragment=None, port=None if url.port == default else url.port).url
+
+
+def _dataset_shards(name: DatasetName, split: Split, commits: Commits) -> Iterator[Shard]:
+    paths = dataset_files(name, split, commits)
+    for path in paths:
+        _check_suffix(path, name.source)
+    if name.on_hub:
+        yield from _shards_at_commit(name.place, paths, commits.at(name.place, name.revision))
+    else:
+        for path in paths:
+            yield from _local_shards(str(name.folder / path))
+
+
+def _hub_shards(source: str, revision: str | None, commits: Commits) -> Iterator[Shard]:
+    repo, pattern = hub_parts(source)
+    if any(sign in pattern for sign in "*?["):
+        raise SourceError(
+            f"{source}: a hub pattern is not listed, so * and ? cannot be used; write a range such as {{00000..00007}}"
+        )
+    paths = expand_braces(pattern)
+    _check_suffix(paths[0], source)
+    yield from _shards_at_commit(repo, paths, commits.at(repo, revision))
+
+
+def _shards_at_commit(repo: str, paths: Iterable[str], commit: str) -> Iterator[Shard]:
+    from huggingface_hub import hf_hub_url
+
+    from relora_mora.data.bytes.hub import endpoint
+
+    for path in paths:
+        url = hf_hub_url(repo, path, repo_type="dataset", revision=commit, endpoint=endpoint())
+        yield Shard(f"hub:{repo}@{commit}/{path}", url, hub=True)
+
+
+def _token_shards(folder: Path) -> Iterator[Shard]:
+    for number, file in enumerate(finished_index(folder).token_files()):
+        text = file.text
+        location = str(file_in(folder, number).absolute())
+        yield Shard(text.name, location, size=text.size, text_column=text.text_column, tokens=file)
+
+
+def _local_shards(source: str) -> Iterator[Shard]:
+    pattern = str(Path(from_home(source)))
+    try:
+        if Path(pattern).is_file():
+            paths = [pattern]
+        else:
+            # Path.glob takes no absolute pattern
+            by_pattern = {one: glob.glob(one, recursive=True) for one in expand_braces(pattern)}  # noqa: PTH207
+            found = {path for matches in by_pattern.values() for path in matches}
+            if dangling := sorted(path for path in found if not Path(path).exists()):
+                raise SourceError(
+                    f"{dangling[0]} is a link to a file that is not there; bring it back, or remove the link"
+                )
+            paths = sorted(path for path in found if Path(path).is_file())
+            missing = [one for one, matches in by_pattern.items() if not matches]
+            if paths and missing:
+                raise SourceError(
+                    f"{source}: no file matches {', '.join(missing[:3])}; fetch it, or name what is there"
+                )
+            if not paths and (
+                pipes := sorted(path for path in found if Path(path).exists() and not Path(path).is_dir())
+            ):
+                raise SourceError(f"{pipes[0]} is a pipe or a device, and text is read more than once; give a file")
+        versions = [Version.on_disk(Path(path).stat()) for path in paths]
+    except OSError as error:
+        raise unreadable(source, error, "check the path and its permissions") from error
+    if not paths:
+        hint = f"; files on the hub are hub:{source}/PATTERN" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
+        raise SourceError(f"no file matches {source} (from {Path.cwd()}); check the path{hint}")
+    for folder in {Path(path).parent for path in paths if format_of(path) is ARROW}:
+        if is_token_folder(folder):
+            raise SourceError(f"{source}: {folder} holds tokens made in advance, not text; give the folder itself")
+    for path, version in zip(paths, versions, strict=True):
+        _check_suffix(path, source)
+        yield Shard(Path(path).name, str(Path(path).absolute()), size=version.size, version=version)
+
+
+def _check_suffix(path: str, source: str, *, may_be_missing: bool = False) -> None:
+    if format_of(path) is None and not (may_be_missing and not PurePosixPath(path).suffix):
+        raise SourceError(
+            f"{source}: {PurePosixPath(path).name} is in no format that is read; "
+            f"expected one of {', '.join(SUFFIXES)} (what has columns inside is not compressed once more)"
+        )
+
+
+def public_url(url: str) -> str:
+    """The url without user, password, query and fragment, any of which may be a secret."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -1,0 +1,1 @@
+"""The training stream: lanes of token blocks, made by worker processes."""

@@ -1,0 +1,188 @@
+"""The blocks of some lanes for each global batch, made in one process: the trainer's, or a worker's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relora_mora.config.data import DataConfig, Packing
+from relora_mora.data.bytes.retry import RETRIES
+from relora_mora.data.lane_states import LaneStates, lane_state, state_key
+from relora_mora.data.lanes import EpochLimit, LaneRows, lane_plans
+from relora_mora.data.records.encoders import encoder_of, packing_of, whole_texts
+from relora_mora.data.rows import Encode
+from relora_mora.data.shard import Shard
+from relora_mora.data.stream.mixture import Mixture, shards_of_source
+from relora_mora.data.stream.packing import DocumentIds, Lane, Mask, Packer, Tokens
+from relora_mora.data.stream.whole import PackedLane
+from relora_mora.data.tokens.rows import only_tokens, open_any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one process reads: some lanes, ``blocks_per_lane`` blocks of each per global batch."""
+
+    config: DataConfig
+    shards: Sequence[Shard]
+    tokenizer_path: str
+    lanes: Sequence[int]
+    lanes_of_all: int
+    blocks_per_lane: int
+    batch: int  # global batches before the first
+    states: Mapping[str, Mapping[str, Any]]  # of these lanes; empty at the start of a run
+    epoch_blocks: Sequence[int] | None = None  # where lanes of whole rows wait for each other (``counting.Epochs``)
+
+
+@dataclass
+class LaneBlocks:
+    """What one process made for one global batch."""
+
+    tokens: Tokens  # [lanes * blocks_per_lane, T + 1], ordered by lane
+    scored: Mask | None  # [lanes * blocks_per_lane, T]; None where all tokens are
+    documents: DocumentIds | None  # [lanes * blocks_per_lane, T]; None where no block tells them
+    states: LaneStates
+    retries: int  # so far, of all that this process reads
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SourceLane:
+    """A lane in one source: what comes next in it, and how many blocks it has given."""
+
+    lane: Packer
+    blocks: int
+
+
+class Producer:
+    """Reads, tokenizes and packs the lanes of an assignment, in this process."""
+
+    is_dead = False
+
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self.mixture = Mixture(assignment.config, assignment.lanes_of_all, assignment.blocks_per_lane)
+        self.batch = assignment.batch
+        records = assignment.config.train_sources if assignment.config.is_mixture else [None]
+        self.limits = {
+            name: EpochLimit(name, record.max_epochs, stops=record.at_max_epochs == "stop")
+            for name, record in zip(self.mixture.names, records, strict=True)
+            if record is not None and record.max_epochs is not None
+        }
+        self._told: set[str] = set()  # sources that are known to be read again
+        self.lanes: dict[tuple[int, str], SourceLane] = {}
+        for name in self.mixture.names:
+            self._open_source(name)
+
+    def _open_source(self, name: str) -> None:
+        config = self.assignment.config
+        shards = shards_of_source(self.assignment.shards, config, name)
+        packing = packing_of(config, shards)
+        plans = lane_plans(config, self.assignment.lanes_of_all, len(shards), packing)
+        encode, eos = self._encoder(shards, packing)
+        for lane in self.assignment.lanes:
+            rows = LaneRows(plans[lane], shards, config, functools.partial(open_any, config), self.limits.get(name))
+            restored = self.assignment.states.get(state_key(lane, name))
+            packer = _packer(packing, rows, encode, eos, restored, self.assignment.epoch_blocks)
+            self.lanes[lane, name] = SourceLane(packer, restored.get("blocks", 0) if restored else 0)
+
+    def _encoder(self, shards: Sequence[Shard], packing: Packing) -> tuple[Encode[Any], int]:
+        """What makes tokens of the rows of these shards, and EOS. Rows that are tokens need no tokenizer."""
+        made = shards[0].tokens
+        length = self.assignment.config.sequence_length
+        if made is not None and all(shard.tokens for shard in shards):
+            eos = made.making.eos
+            whole = whole_texts(only_tokens, eos, shards[0].records, length)
+            return only_tokens if packing == "stream" else whole, eos
+        encode = encoder_of(self.tokenizer, (shard.records for shard in shards), packing, length)
+        return encode, int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from relora_mora.tokenizer.load import load_tokenizer
+
+        return load_tokenizer(self.assignment.tokenizer_path)
+
+    def produce(self) -> LaneBlocks:
+        """The next global batch's blocks of these lanes. Raises SourceError."""
+        lanes = self.assignment.lanes
+        blocks = []
+        for lane, sources in zip(lanes, self.mixture.sources(self.batch, lanes), strict=True):
+            for source in sources:
+                drawn = self.lanes[lane, source]
+                blocks.append(drawn.lane.next_block())
+                drawn.blocks += 1
+        self.batch += 1
+        rows = [drawn.lane.rows for drawn in self.lanes.values()]
+        notes = [note for one in rows for note in one.notes]
+        for one in rows:
+            one.notes.clear()
+        states = {
+            state_key(lane, source): lane_state(drawn.lane.state(), source, drawn.blocks)
+            for (lane, source), drawn in self.lanes.items()
+        }
+        length = self.assignment.config.sequence_length
+        return LaneBlocks(
+            tokens=np.stack([block.tokens for block in blocks]),
+            scored=_stacked([block.scored for block in blocks], np.ones(length, np.bool_)),
+            documents=_stacked([block.documents for block in blocks], np.zeros(length, np.int32)),
+            states=states,
+            retries=RETRIES.retries,
+            notes=[*notes, *self._read_again(states)],
+        )
+
+    def _read_again(self, states: LaneStates) -> Iterator[str]:
+        """Said once of a source: when its turn comes, since rows are read long before."""
+        for name, limit in self.limits.items():
+            keys = [state_key(lane, name) for lane in self.assignment.lanes]
+            if not limit.stops and name not in self._told and any(states[key]["epoch"] >= limit.epochs for key in keys):
+                self._told.add(name)
+                yield f"{limit.reached}; it is read again"
+
+    def ready(self, timeout_seconds: float) -> bool:
+        return True
+
+    def hung(self, seconds: float) -> None:
+        return None
+
+    def close(self) -> None:
+        for drawn in self.lanes.values():
+            drawn.lane.close()
+
+
+def _packer(
+    packing: Packing,
+    rows: LaneRows[Any],
+    encode: Encode[Any],
+    eos: int,
+    restored: Mapping[str, Any] | None,
+    epoch_blocks: Sequence[int] | None,
+) -> Packer:
+    length = rows.config.sequence_length
+    if packing == "stream":
+        mask = rows.config.document_mask
+        return Lane(rows, encode, eos=eos, sequence_length=length, document_mask=mask, restored=restored)
+    fills = packing == "whole"
+    return PackedLane(
+        rows,
+        encode,
+        eos=eos,
+        sequence_length=length,
+        fills=fills,
+        epoch_blocks=epoch_blocks,
+        restored=restored,
+    )
+
+
+def _stacked(parts: Sequence[NDArray[Any] | None], others: NDArray[Any]) -> NDArray[Any] | None:
+    """[blocks, T] of the parts [T] of each block, ``others`` where it has none; None where no block has one."""
+    if all(part is None for part in parts):
+        return None
+    return np.stack([others if part is None else part for part in parts])

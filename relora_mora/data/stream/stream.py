@@ -1,0 +1,264 @@
+"""The training stream: this rank's share of every global batch, equal for any number of ranks and workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.bytes.retry import RETRIES
+from relora_mora.data.errors import WorkerError
+from relora_mora.data.lane_states import Cursor, LaneStates, check_states, counts_of, merge_states, read_key
+from relora_mora.data.lanes import LanePlan, lane_plans
+from relora_mora.data.records.encoders import packing_of
+from relora_mora.data.shard import Shard
+from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.stream.mixture import mixture_names, shards_of_source
+from relora_mora.data.stream.packing import UNSCORED, Batch, DocumentIds
+from relora_mora.data.stream.producer import Assignment, LaneBlocks, Producer
+from relora_mora.data.stream.worker_process import WorkerProcess
+
+
+def describe_position(
+    state: Mapping[str, Mapping[str, Any]],
+    *,
+    lanes: int,
+    shards: Sequence[Shard],
+    config: DataConfig,
+    since: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[str]:
+    """A sentence for each lane of a ``Batch.state``: epoch, shard, and how many of which lines (from 1) are behind it.
+
+    Documents are shuffled, so the lines are those of a whole block; the last block of a shard may have fewer than are
+    named. ``since`` is an earlier state, that before a batch for instance: the sentence then names the data in between.
+    A lane that it lacks was at its start. Raises SourceError for a position that its lane cannot have.
+    """
+    sentences = []
+    for key in sorted(state, key=read_key):
+        lane, source = read_key(key)
+        own = shards_of_source(shards, config, source)
+        packing = packing_of(config, own)
+        plan = lane_plans(config, lanes, len(own), packing)[lane]
+        counted = "tokens of the next document" if packing == "stream" else "sequences of what follows"
+        here = _place(plan, *plan.read(state[key]), own, config, counted)
+        name = f"lane {lane}, {source}" if source else f"lane {lane}"
+        if since is None:
+            sentences.append(f"{name}: {here}")
+        elif since.get(key) != state[key]:  # of a mixture, a batch takes from some sources only
+            before = plan.read(since[key]) if key in since else (Cursor(), 0)
+            sentences.append(f"{name}: from {_place(plan, *before, own, config, counted)} to {here}")
+    return sentences
+
+
+def _place(
+    plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard], config: DataConfig, counted: str
+) -> str:
+    place = _rows_behind(plan, cursor, shards, config)
+    return f"{place} and {offset} {counted}" if offset else place
+
+
+def _rows_behind(plan: LanePlan, cursor: Cursor, shards: Sequence[Shard], config: DataConfig) -> str:
+    part = plan.order(config.seed, cursor.epoch)[cursor.place]
+    shard = shards[part.shard]
+    if shard.format.in_groups:  # whose rows these are in the file stands in it
+        first = cursor.block * config.shuffle_documents + 1
+        share = f" of share {part.phase + 1} of {part.stride}" if part.stride > 1 else ""
+        rows = f"behind {cursor.item} of rows {first} to {first + config.shuffle_documents - 1}{share} (shuffled)"
+        return f"epoch {cursor.epoch}, {shard.label}, {rows}"
+    unit = shard.format.unit or config.sample_by
+    first = cursor.block * config.shuffle_documents * part.stride + part.phase + 1
+    last = first + (config.shuffle_documents - 1) * part.stride
+    if last == first:
+        lines = f"{'behind' if cursor.item else 'before'} {unit} {first}"
+    else:
+        steps = f" in steps of {part.stride}" if part.stride > 1 else ""
+        lines = f"behind {cursor.item} of {unit}s {first} to {last}{steps} (shuffled)"
+    return f"epoch {cursor.epoch}, {shard.label}, {lines}"
+
+
+class TrainStream:
+    """An endless iterator over this rank's batches; ``close()`` (or a with statement) ends its workers at once.
+
+    ``lanes`` is the number of lanes of all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
+    the merged states of all ranks (``merge_states``), from any number of ranks and workers, and ``step`` the global
+    batches before the next one, on which a mixture depends; ``shards`` saves resolving the sources again. With
+    ``epoch_blocks`` (``count_epochs``) lanes of whole rows begin each epoch together; a state brings its own. Build it
+    in a thread that lives as long as the stream: its workers end with that thread. Raises SourceError for sources that
+    cannot be read, ValueError for numbers that do not divide.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        tokenizer_path: str,
+        batch_size: int,
+        lanes: int,
+        rank: int,
+        world_size: int,
+        state: Mapping[str, Mapping[str, Any]] | None = None,
+        step: int = 0,
+        shards: Sequence[Shard] | None = None,
+        epoch_blocks: Sequence[int] | None = None,
+    ) -> None:
+        if batch_size % lanes or lanes % world_size or not 0 <= rank < world_size:
+            raise ValueError(
+                f"{lanes} lanes, {batch_size} sequences per batch, rank {rank} of {world_size}: "
+                "the lanes must divide the batch and the ranks the lanes; change data.lanes or train.batch_size"
+            )
+        if shards is None:
+            shards = configured_shards(config, "train")
+        if state:
+            check_states(state, lanes, mixture_names(config))
+        self.config = config
+        self._tokenizer_path = tokenizer_path
+        self._shards = shards
+        self._epoch_blocks = epoch_blocks
+        self._lanes_of_all = lanes
+        self._lanes = list(range(rank, lanes, world_size))
+        self._blocks_per_lane = batch_size // lanes
+        self._retries_before = RETRIES.retries
+        self._producers: list[Producer | WorkerProcess] = []
+        self._start(state or {}, step)
+
+    def _start(self, states: Mapping[str, Mapping[str, Any]], step: int) -> None:
+        workers = min(self.config.workers, len(self._lanes))
+        shares = [self._lanes[number::workers] for number in range(workers)] if workers else [self._lanes]
+        assignments = [
+            Assignment(
+                config=self.config,
+                shards=self._shards,
+                tokenizer_path=self._tokenizer_path,
+                lanes=share,
+                lanes_of_all=self._lanes_of_all,
+                blocks_per_lane=self._blocks_per_lane,
+                batch=step,
+                states=_of_lanes(states, share),
+                epoch_blocks=self._epoch_blocks,
+            )
+            for share in shares
+        ]
+        self._has_workers = workers > 0
+        if self._has_workers:
+            self._start_workers(assignments)
+        else:
+            self._producers.append(Producer(assignments[0]))
+
+    def _start_workers(self, assignments: Sequence[Assignment]) -> None:
+        workers = []
+        try:
+            for assignment in assignments:
+                worker = WorkerProcess(assignment)
+                workers.append(worker)
+                self._producers.append(worker)
+            for worker in workers:
+                worker.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        for producer in self._producers:
+            while producer.is_dead:  # told at once, though another one may wait for the network; ends with its error
+                producer.produce()
+        return self._batch([producer.produce() for producer in self._producers])
+
+    def ready(self, timeout_seconds: float) -> bool:
+        """Wait at most so long for the next batch; whether ``next()`` would give it (or its error) at once.
+
+        Without workers always true.
+        """
+        end = time.monotonic() + timeout_seconds
+        if any(producer.is_dead for producer in self._producers):
+            return True
+        return all(producer.ready(max(0.0, end - time.monotonic())) for producer in self._producers)
+
+    def hung(self, seconds: float) -> WorkerError | None:
+        """The error to raise where a worker owes blocks and has used no processor time for so long."""
+        for producer in self._producers:
+            if error := producer.hung(seconds):
+                return error
+        return None
+
+    def go_back(self, step: int, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """The next batch is the one after ``step`` others, behind ``state``; what was read ahead is dropped."""
+        self.close()
+        self._start(state, step)
+
+    def own_part(self, state: Mapping[str, Mapping[str, Any]]) -> LaneStates:
+        """Of the merged states of all ranks, those of this rank's lanes."""
+        return _of_lanes(state, self._lanes)
+
+    def describe(
+        self, state: Mapping[str, Mapping[str, Any]], since: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> list[str]:
+        """Where the lanes of a ``Batch.state`` are, in words; with an earlier state, ``since``, the data in between."""
+        return describe_position(state, lanes=self._lanes_of_all, shards=self._shards, config=self.config, since=since)
+
+    def __enter__(self) -> TrainStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self._producers:
+            self._producers.pop().close()
+
+    def _batch(self, shares: list[LaneBlocks]) -> Batch:
+        import torch
+
+        tokens = self._by_lane([share.tokens for share in shares]).astype(np.int64)
+        inputs = tokens[:, :-1]
+        labels = tokens[:, 1:].copy()
+        if any(share.scored is not None for share in shares):
+            labels[~self._by_lane([_mask(share) for share in shares])] = UNSCORED
+        documents = None
+        if any(share.documents is not None for share in shares):
+            documents = torch.from_numpy(self._by_lane([_documents(share) for share in shares]))
+        states = merge_states([share.states for share in shares])
+        retries = RETRIES.retries - self._retries_before
+        if self._has_workers:
+            retries += sum(share.retries for share in shares)
+        return Batch(
+            input_ids=torch.from_numpy(inputs.copy()),
+            labels=torch.from_numpy(labels),
+            document_ids=documents,
+            state=states,
+            counts={**counts_of(states), "retries": retries},
+            notes=[note for share in shares for note in share.notes],
+        )
+
+    def _by_lane(self, shares: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """The blocks of all processes, each of which has every ``len(shares)``-th lane, by lane: [n, ...]."""
+        blocks = np.empty((len(self._lanes), self._blocks_per_lane, *shares[0].shape[1:]), shares[0].dtype)
+        for number, share in enumerate(shares):
+            blocks[number :: len(shares)] = share.reshape(-1, *blocks.shape[1:])
+        return blocks.reshape(-1, *blocks.shape[2:])
+
+
+def _of_lanes(states: Mapping[str, Mapping[str, Any]], lanes: Sequence[int]) -> LaneStates:
+    wanted = set(lanes)
+    return {key: dict(state) for key, state in states.items() if read_key(key)[0] in wanted}
+
+
+def _mask(share: LaneBlocks) -> npt.NDArray[np.bool_]:
+    if share.scored is not None:
+        return share.scored
+    return np.ones_like(share.tokens[:, 1:], np.bool_)
+
+
+def _documents(share: LaneBlocks) -> DocumentIds:
+    if share.documents is not None:
+        return share.documents
+    return np.zeros_like(share.tokens[:, 1:])

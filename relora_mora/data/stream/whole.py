@@ -1,0 +1,228 @@
+"""Packing of whole rows: several in a block, as many as fit, or one in each; the rest of a block is filled up.
+
+The rows of a lane are taken in groups, and those of a group are put into blocks together: a row that is left over for
+want of room goes into another block of its group. A group ends where its tokens fill ``GROUP_BLOCKS`` blocks or more,
+and at the end of an epoch, so an epoch is whole blocks. A position is where a group begins, and how many of its blocks
+and rows were given.
+
+Lanes have unequal numbers of blocks. Where the largest of each epoch is known (``counting.py``), a lane that has given
+all of an epoch gives blocks without rows until the others have done so too: nobody begins an epoch before its time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Generic
+
+import numpy as np
+
+from relora_mora.data.errors import SourceError
+from relora_mora.data.lane_states import Cursor
+from relora_mora.data.lanes import EpochsReached, LaneRows, seeded_order
+from relora_mora.data.rows import Encode, Encoded, Row
+from relora_mora.data.stream.encoded_rows import EncodedRows
+from relora_mora.data.stream.packing import Block
+
+GROUP_BLOCKS = 16  # more waste less room and make a resume repeat more
+
+
+def of_epoch(numbers: Sequence[int], epoch: int) -> int:
+    """That of an epoch, from 0, in the numbers of the first ones; those beyond are like the last."""
+    return numbers[min(epoch, len(numbers) - 1)]
+
+
+class PackedLane(Generic[Row]):
+    """A ``packing.Packer`` of rows that fit into a block; ``fills``: several in each, else one.
+
+    ``epoch_blocks`` are those that each epoch takes of every lane; None: each lane begins the next one at once.
+    ``restored`` is a state of this lane, which keeps its numbers once the lane has begun, and takes those of further
+    epochs. Raises SourceError where the source does not fit it.
+    """
+
+    def __init__(
+        self,
+        rows: LaneRows[Row],
+        encode: Encode[Row],
+        *,
+        eos: int,
+        sequence_length: int,
+        fills: bool,
+        epoch_blocks: Sequence[int] | None = None,
+        restored: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.rows = rows
+        self.eos = eos
+        self.sequence_length = sequence_length
+        self.fills = fills
+        self._epoch_blocks = epoch_blocks
+        self._turn = 0  # blocks given in this epoch
+        cursor = Cursor()
+        given = 0
+        if restored:
+            cursor, given = rows.plan.read(restored)
+            if given or cursor != Cursor() or "turn" in restored:  # it has begun
+                saved = restored.get("epoch_blocks")
+                if saved is None or epoch_blocks is None or list(epoch_blocks[: len(saved)]) != saved:
+                    self._epoch_blocks = saved
+                self._turn = restored.get("turn", 0)
+            cursor = cursor._replace(documents=cursor.documents - restored.get("documents_given", 0))
+        self.encoded = EncodedRows(rows, encode, cursor)
+        self._waiting: deque[tuple[Encoded, Cursor]] = deque()
+        self._before = cursor  # of the group
+        self._after = cursor
+        self._epoch = cursor.epoch
+        self._blocks: list[list[Encoded]] = []  # of the group, the rows of each
+        self._given = 0
+        if given:
+            self._next_group()
+            if given >= len(self._blocks):
+                raise SourceError(
+                    f"lane {rows.plan.lane}: there are fewer records at the saved position than there were; "
+                    "the source or the tokenizer changed"
+                )
+            self._given = given
+
+    def next_block(self) -> Block:
+        if self._given == len(self._blocks):
+            if self._waits():
+                self._turn += 1
+                return self._block([])
+            self._next_group()
+        self._given += 1
+        self._turn += 1
+        return self._block(self._blocks[self._given - 1])
+
+    def state(self) -> dict[str, Any]:
+        turn = {} if self._epoch_blocks is None else {"epoch_blocks": list(self._epoch_blocks), "turn": self._turn}
+        if self._given == len(self._blocks):
+            return {**self._after.state(0), **turn}
+        documents = sum(map(len, self._blocks[: self._given]))
+        before = self._before._replace(documents=self._before.documents + documents)
+        return {**before.state(self._given), "documents_given": documents, **turn}
+
+    def close(self) -> None:
+        self.encoded.close()
+
+    def _waits(self) -> bool:
+        """Whether all rows of this epoch were given, and other lanes may have some. At a group's end."""
+        if self._epoch_blocks is None or self._goes_on(self._epoch):
+            return False
+        blocks = of_epoch(self._epoch_blocks, self._epoch)
+        if self._turn < blocks:
+            return True
+        self._turn -= blocks
+        return False
+
+    def _block(self, rows: Sequence[Encoded]) -> Block:
+        return block_of(rows, eos=self.eos, sequence_length=self.sequence_length, fills=self.fills)
+
+    def _next_group(self) -> None:
+        before = self._after
+        group = [self._next_row()]
+        epoch = group[0][1].epoch
+        self._epoch = epoch
+        tokens = len(group[0][0].ids)
+        while self.fills and tokens < GROUP_BLOCKS * self.sequence_length and self._goes_on(epoch):
+            group.append(self._next_row())
+            tokens += len(group[-1][0].ids)
+        self._before = before
+        self._after = group[-1][1]
+        self._given = 0
+        key = (self.rows.config.seed, self.rows.plan.lane, epoch, before.place, before.block, before.item)
+        blocks = packed([row for row, _ in group], self.sequence_length, fills=self.fills)
+        self._blocks = [blocks[at] for at in seeded_order(len(blocks), *key)]
+
+    def _next_row(self) -> tuple[Encoded, Cursor]:
+        self._look_ahead()
+        return self._waiting.popleft()
+
+    def _goes_on(self, epoch: int) -> bool:
+        """Whether there is another row in this epoch; none where it was the last, which the next group raises again.
+
+        Any other error ends no group: blocks of a shorter one would not be those that a resume makes.
+        """
+        try:
+            self._look_ahead()
+        except EpochsReached:
+            return False
+        return self._waiting[0][1].epoch == epoch
+
+    def _look_ahead(self) -> None:
+        if not self._waiting:
+            _, rows, after = self.encoded.next_group()
+            self._waiting.extend(zip(rows, after, strict=True))
+
+
+class CountedLane(PackedLane[Row]):
+    """Tells how many blocks there are. ``tokens`` are those of the first epoch's rows."""
+
+    tokens = 0
+
+    def epoch_blocks(self, epochs: int) -> list[int]:
+        """How many blocks each of the first epochs has: for a lane at its start, whose blocks are then given."""
+        blocks = [0] * epochs
+        self._next_group()
+        while self._epoch < epochs:
+            blocks[self._epoch] += len(self._blocks)
+            if self._epoch == 0:
+                self.tokens += sum(len(row.ids) for rows in self._blocks for row in rows)
+            self._next_group()
+        return blocks
+
+
+def groups_of(rows: Sequence[Encoded], sequence_length: int) -> Iterator[list[Encoded]]:
+    """Groups of rows as a lane takes them."""
+    group: list[Encoded] = []
+    tokens = 0
+    for row in rows:
+        group.append(row)
+        tokens += len(row.ids)
+        if tokens >= GROUP_BLOCKS * sequence_length:
+            yield group
+            group = []
+            tokens = 0
+    if group:
+        yield group
+
+
+def packed(rows: Sequence[Encoded], sequence_length: int, *, fills: bool) -> list[list[Encoded]]:
+    """The rows of each block; none is longer than ``sequence_length`` and the token behind it."""
+    if not fills:
+        return [[row] for row in rows]
+    blocks = first_fit([len(row.ids) for row in rows], sequence_length + 1)
+    return [[rows[number] for number in numbers] for numbers in blocks]
+
+
+def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Which rows each block holds: the largest first, each put into the first block that has room for it."""
+    blocks: list[list[int]] = []
+    left: list[int] = []
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        size = sizes[number]
+        at = next((at for at, free in enumerate(left) if free >= size), len(left))
+        if at == len(left):
+            blocks.append([])
+            left.append(room)
+        blocks[at].append(number)
+        left[at] -= size
+    return [sorted(numbers) for numbers in blocks]
+
+
+def block_of(rows: Sequence[Encoded], *, eos: int, sequence_length: int, fills: bool = True) -> Block:
+    """Rows side by side, then EOS that are not scored and are a document of their own.
+
+    Neither is the first token of a row, which nothing stands before. Where each block has one row (``fills`` is false),
+    documents need not be told apart.
+    """
+    tokens = np.full(sequence_length + 1, eos, np.int32)
+    scored = np.zeros(sequence_length + 1, np.bool_)
+    documents = np.full(sequence_length + 1, len(rows), np.int32)
+    begin = 0
+    for number, row in enumerate(rows):
+        end = begin + len(row.ids)
+        tokens[begin:end] = row.ids
+        scored[begin + 1 : end] = True if row.scored is None else row.scored[1:]
+        documents[begin:end] = number
+        begin = end
+    return Block(tokens, scored[1:], documents[:-1] if fills else None)

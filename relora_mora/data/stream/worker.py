@@ -1,0 +1,67 @@
+"""The program of a worker process: the lanes of an assignment, tokenized ahead of the trainer.
+
+It ignores the signals that ask a job to stop: the trainer still needs batches to finish its step. It is killed by the
+trainer's end (``worker_process.py``) and dies with its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+
+from relora_mora.data.errors import SourceError, WorkerError
+from relora_mora.data.stream.producer import Assignment, LaneBlocks, Producer
+from relora_mora.data.stream.worker_process import IGNORED_SIGNALS
+from relora_mora.system.files import LOST_DISK
+from relora_mora.system.process import end_with_parent
+
+Answers = queue.Queue[LaneBlocks | Exception]  # an exception is the last of them
+
+
+def main(descriptor: int, parent: int) -> None:
+    """``descriptor`` is this end of the pipe, ``parent`` the process to die with."""
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
+    end_with_parent(parent, signal.SIGKILL)
+    # tokenizing needs no torch, but transformers imports it where it can: 190 MB and more than a second in every worker
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    connection = Connection(descriptor)
+    assignment: Assignment = connection.recv()
+    # the queue holds the batches prepared ahead; the pipe holds at most a part of one
+    answers: Answers = queue.Queue(maxsize=assignment.config.prefetch_batches)
+    threading.Thread(target=_send_all, args=(connection, answers), daemon=True).start()
+    try:
+        producer = Producer(assignment)
+        while True:
+            answers.put(producer.produce())
+    except Exception as error:
+        answers.put(_told(error))
+    threading.Event().wait()  # the last answer must get through; the parent ends this process
+
+
+def _told(error: Exception) -> Exception:
+    """What the trainer is to raise, so that it tells the user what it would without workers."""
+    # SourceError and TokenizerError are ValueErrors
+    if isinstance(error, ValueError) and type(error).__module__.startswith("relora_mora."):
+        return SourceError(str(error))
+    if isinstance(error, OSError) and error.errno in LOST_DISK:
+        return error
+    return WorkerError(f"a data worker failed:\n{''.join(traceback.format_exception(error))}")
+
+
+def _send_all(connection: Connection, answers: Answers) -> None:
+    while True:
+        try:
+            connection.send(answers.get())
+        except OSError:  # the parent closed its end
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

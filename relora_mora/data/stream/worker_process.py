@@ -1,0 +1,132 @@
+"""The trainer's end of a worker process.
+
+The process is a fresh interpreter, not a fork (the trainer has threads and may hold an accelerator) and not
+multiprocessing's spawn (which would import the trainer's script, and with it torch and deepspeed, once more in each).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Pipe
+from pathlib import Path
+
+import psutil
+
+from relora_mora.data.errors import WorkerError
+from relora_mora.data.stream.producer import Assignment, LaneBlocks
+
+PROGRAM = "relora_mora.data.stream.worker"
+IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+KILL_SECONDS = 5.0  # for a killed process to be gone
+# one thread each: the workers are the parallelism. transformers need not say that it misses torch
+_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
+_PACKAGE_ROOT = Path(__file__).resolve().parents[3]
+
+
+class WorkerProcess:
+    """``produce()`` gives and raises what ``Producer.produce()`` would, in the same order.
+
+    A worker that was killed, or failed for another reason than the user's input, is a WorkerError.
+    """
+
+    def __init__(self, assignment: Assignment) -> None:
+        self._connection, theirs = Pipe()
+        environment = os.environ | _ENVIRONMENT
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+        # the child inherits the blocked signals, so that none can end it before it ignores them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+        self._assignment: Assignment | None = assignment
+        self._failure: Exception | None = None
+        self._cpu_seconds = -1.0  # of the process when it was last seen to work
+        self._worked_at = 0.0
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_dead(self) -> bool:
+        return self._process.poll() is not None
+
+    def start(self) -> None:
+        """Hand over the assignment. Apart from the constructor, so that several workers can come up at once."""
+        try:
+            self._connection.send(self._assignment)
+        except OSError as error:
+            raise self._death() from error
+        self._assignment = None
+
+    def produce(self) -> LaneBlocks:
+        if self._failure is None:
+            try:
+                answer = self._connection.recv()
+            except (EOFError, OSError):
+                answer = self._death()
+            if isinstance(answer, LaneBlocks):
+                self._cpu_seconds = -1.0
+                return answer
+            self._failure = answer
+        raise self._failure
+
+    def ready(self, timeout_seconds: float) -> bool:
+        return self._failure is not None or self._connection.poll(timeout_seconds)
+
+    def hung(self, seconds: float) -> WorkerError | None:
+        """What to raise where the process has used no processor time for so long, with nothing of it to be read.
+
+        Its time is looked at now: ask again and again.
+        """
+        try:
+            used = sum(psutil.Process(self.pid).cpu_times()[:2])
+        except psutil.Error:  # gone: see is_dead
+            return None
+        now = time.monotonic()
+        if used != self._cpu_seconds or self.ready(0.0):
+            self._cpu_seconds = used
+            self._worked_at = now
+        idle = now - self._worked_at
+        if idle <= seconds:
+            return None
+        return WorkerError(
+            f"data worker {self.pid} hangs: it has done nothing for {idle:.0f} s (data.timeout_seconds and a minute); "
+            "was it stopped, or does a network file system not answer?"
+        )
+
+    def close(self) -> None:
+        self._process.kill()
+        # it cannot die inside a read of a disk that does not answer
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(KILL_SECONDS)
+        self._connection.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_process"):
+            self.close()
+
+    def _death(self) -> WorkerError:
+        code = self._process.wait()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return WorkerError(
+            f"data worker {self.pid} {how}; "
+            "if memory ran out, lower data.workers, data.lanes, data.shuffle_documents or data.max_line_bytes"
+        )

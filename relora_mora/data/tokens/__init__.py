@@ -1,0 +1,1 @@
+"""Pre-tokenized text: its index, its files, and how they are made."""

@@ -1,0 +1,253 @@
+"""Tokens made in advance as the rows of a lane, out of a file that is mapped into memory.
+
+A file is Arrow's IPC format. Each row of the text is a row here: ``tokens`` (16 or 32 bits each, without EOS),
+``utf8_bytes`` of its text, and ``skipped``, the reason why there is no text, else null. So positions, shuffling and
+counts are those of the text.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, Skipped, SourceError, unreadable
+from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.lanes import plan_lanes
+from relora_mora.data.rows import Encode, Encoded, EncodeTexts, Rows, TokenIds
+from relora_mora.data.shard import Shard
+from relora_mora.data.tokens.index import COMMAND, SourceText, TokenizationSpec
+from relora_mora.system.files import LOST_DISK
+
+METADATA = b"relora_mora"  # in the schema of a file
+
+
+class Header(NamedTuple):
+    """What a file says of itself. ``groups``: rows of each group that lanes deal out; None: they take rows in turn."""
+
+    making: TokenizationSpec
+    text: SourceText
+    groups: list[int] | None
+
+    def dump(self) -> bytes:
+        return json.dumps([self.making.model_dump(), self.text.model_dump(), self.groups]).encode()
+
+    @staticmethod
+    def load(data: bytes) -> Header:
+        making, text, groups = json.loads(data)
+        return Header(TokenizationSpec(**making), SourceText(**text), groups)
+
+
+class _Columns(NamedTuple):
+    """A record batch, mapped and not copied."""
+
+    offsets: npt.NDArray[np.int32]  # in ids, one more than there are rows
+    ids: TokenIds
+    utf8_bytes: npt.NDArray[np.int64]
+    skipped: Any  # an array of Arrow
+
+
+class MappedTokens:
+    """A file of tokens. Raises SourceError for one that is damaged, OSError where its disk is gone (``LOST_DISK``)."""
+
+    def __init__(self, path: str) -> None:
+        import pyarrow
+
+        self._path = path
+        try:
+            self._map = pyarrow.memory_map(path)
+            file = pyarrow.ipc.open_file(self._map)
+            self._batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+            self.head = Header.load(file.schema.metadata[METADATA])
+        except FileNotFoundError as error:
+            raise SourceError(f"{path} is missing; make it again: {COMMAND}") from error
+        except MemoryError:  # an ArrowException, too
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+            if isinstance(error, PermissionError) or (
+                isinstance(error, OSError) and error.errno in {*LOST_DISK, errno.EMFILE}
+            ):
+                raise unreadable(path, error, "check the path and its permissions") from error
+            raise self.damaged(str(error)) from error
+        self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
+        self._at = -1
+        self._columns: _Columns | None = None
+
+    @property
+    def rows(self) -> int:
+        return self._starts[-1]
+
+    def take(self, numbers: range) -> Iterator[TokenIds | Skipped]:
+        """The rows with these numbers, which rise."""
+        for columns, here in self._parts(numbers):
+            begins = columns.offsets[:-1][here].tolist()
+            ends = columns.offsets[1:][here].tolist()
+            ids = columns.ids
+            if columns.skipped.null_count == len(columns.skipped):
+                yield from [ids[begin:end] for begin, end in zip(begins, ends, strict=True)]
+                continue
+            reasons = columns.skipped[here].to_pylist()
+            for begin, end, reason in zip(begins, ends, reasons, strict=True):
+                yield ids[begin:end] if reason is None else self._skipped(reason)
+
+    def documents(self) -> Iterator[tuple[TokenIds, int]]:
+        """The tokens of every row that is not skipped, and the UTF-8 bytes of its text."""
+        for number in range(len(self._batches)):
+            numbers = range(self._starts[number], self._starts[number + 1])
+            sizes = self._batch(number).utf8_bytes.tolist()
+            for ids, size in zip(self.take(numbers), sizes, strict=True):
+                if not isinstance(ids, Skipped):
+                    yield ids, size
+
+    def counts(self) -> tuple[int, int, int]:
+        """Rows that are not skipped, their tokens without EOS, and the UTF-8 bytes of their texts."""
+        all_columns = [self._batch(number) for number in range(len(self._batches))]
+        return (
+            sum(columns.skipped.null_count for columns in all_columns),
+            sum(len(columns.ids) for columns in all_columns),
+            sum(int(columns.utf8_bytes.sum()) for columns in all_columns),
+        )
+
+    def bad_among(self, numbers: range) -> int:
+        """Bad rows among those with these numbers."""
+        return sum(
+            reason in BAD_REASONS
+            for columns, here in self._parts(numbers)
+            if columns.skipped.null_count < len(columns.skipped)
+            for reason in columns.skipped[here].to_pylist()
+        )
+
+    def damaged(self, reason: str) -> SourceError:
+        return SourceError(
+            f"{self._path} cannot be read ({' '.join(reason.split())}); it is cut short or damaged: "
+            f"remove it and make it again: {COMMAND}"
+        )
+
+    def close(self) -> None:
+        self._columns = None
+        self._batches = []
+        self._map.close()
+
+    def _parts(self, numbers: range) -> Iterator[tuple[_Columns, slice]]:
+        """The batches that hold these rows, and which rows of each they are."""
+        first = numbers.start
+        while first < numbers.stop:
+            batch = bisect_right(self._starts, first) - 1
+            start, end = self._starts[batch : batch + 2]
+            stop = min(end, numbers.stop)
+            yield self._batch(batch), slice(first - start, stop - start, numbers.step)
+            first = range(first, stop, numbers.step)[-1] + numbers.step
+
+    def _batch(self, number: int) -> _Columns:
+        if self._columns is None or self._at != number:
+            import pyarrow
+
+            batch = self._batches[number]
+            try:
+                batch.validate(full=True)  # that offsets rise and stay within the file
+                tokens = batch.column("tokens")
+                sizes = batch.column("utf8_bytes").to_numpy()
+                self._columns = _Columns(
+                    tokens.offsets.to_numpy(), tokens.values.to_numpy(), sizes, batch.column("skipped")
+                )
+            except MemoryError:
+                raise
+            except (pyarrow.ArrowException, KeyError) as error:
+                raise self.damaged(str(error)) from error
+            self._at = number
+        return self._columns
+
+    def _skipped(self, reason: str) -> Skipped:
+        if reason not in SKIP_REASONS:
+            raise self.damaged(f"a row is skipped for the reason {reason!r}")
+        return Skipped(reason)
+
+
+class TokenRows:
+    """The tokens of a lane's share of a shard (see ``rows.Rows``), which is what its share of the text would be.
+
+    The bad rows were judged as a whole when the tokens were made, and again at the start of a run.
+    """
+
+    def __init__(self, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0) -> None:
+        self.bad = bad
+        self._tokens = open_tokens(shard)
+        groups = self._tokens.head.groups
+        sizes = [self._tokens.rows] if groups is None else [rows for rows in groups if rows]
+        starts = [0, *accumulate(sizes)]
+        own = plan_lanes(stride, max(1, len(sizes)), whole=True)[phase].parts if sizes else ()
+        self.is_empty = not self._tokens.rows
+        self._parts = [range(starts[part.shard] + part.phase, starts[part.shard + 1], part.stride) for part in own]
+        # of a group only the own rows are looked at, of lines all
+        self._looks_at_all = groups is None
+        self._next = 0  # of the own rows
+
+    def skip(self, count: int) -> bool:
+        self._next += count
+        return self._next <= sum(map(len, self._parts))
+
+    def take(self, count: int) -> list[TokenIds | Skipped]:
+        rows: list[TokenIds | Skipped] = []
+        before = 0  # own rows in the parts before
+        for part in self._parts:
+            wanted = part[max(0, self._next - before) : max(0, self._next + count - before)]
+            if wanted:
+                rows += self._tokens.take(wanted)
+                self.bad += self._tokens.bad_among(self._looked_at(wanted, part))
+            before += len(part)
+        self._next += len(rows)
+        return rows
+
+    def close(self) -> None:
+        self._tokens.close()
+
+    def _looked_at(self, wanted: range, part: range) -> range:
+        if not self._looks_at_all:
+            return wanted
+        begin = wanted.start - part.start
+        return range(begin, min(begin + len(wanted) * part.step, self._tokens.rows))
+
+
+def open_tokens(shard: Shard) -> MappedTokens:
+    """The file of a shard whose tokens were made in advance. Raises SourceError for one that is not what it was."""
+    made = shard.tokens
+    assert made is not None, "a shard of text"
+    tokens = MappedTokens(shard.location)
+    head = tokens.head
+    groups = head.groups
+    if (head.making, head.text) != (made.making, made.text) or tokens.rows != made.totals.rows:
+        raise tokens.damaged("it is another file than its folder says")
+    if groups is not None and sum(groups) != tokens.rows:
+        raise tokens.damaged(f"{tokens.rows} rows in groups of {sum(groups)}")
+    return tokens
+
+
+def open_any(
+    config: DataConfig, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0, note: Callable[[str], None]
+) -> Rows[Any]:
+    """The rows of a shard of text, records or tokens (see ``rows.OpenRows``)."""
+    if shard.tokens is None:
+        return open_rows(config, shard, stride=stride, phase=phase, bad=bad, note=note)
+    return TokenRows(shard, stride=stride, phase=phase, bad=bad)
+
+
+def only_tokens(rows: list[TokenIds]) -> list[Encoded]:
+    """The ``rows.Encode`` of rows that are tokens."""
+    return [Encoded(ids) for ids in rows]
+
+
+def or_tokens(encode: EncodeTexts) -> Encode[Any]:
+    """``encode`` for rows of which some are tokens already."""
+
+    def encoded(rows: list[Any]) -> list[Encoded]:
+        made = iter(encode([row for row in rows if isinstance(row, str)]))
+        return [next(made) if isinstance(row, str) else Encoded(row) for row in rows]
+
+    return encoded

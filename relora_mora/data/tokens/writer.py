@@ -1,0 +1,130 @@
+"""Writes the tokens of one shard of text, in bounded memory, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.content import samples_digest
+from relora_mora.data.errors import Skipped
+from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.rows import EncodeTexts, Ids, TokenIds, calls_of
+from relora_mora.data.shard import Shard
+from relora_mora.data.tokens.index import FileStats
+from relora_mora.data.tokens.rows import METADATA, Header, MappedTokens
+from relora_mora.system.files import disk_faults_named, sync
+
+# of a record batch: a lane that reads rows maps one at a time
+BATCH_TOKENS = 1 << 22
+BATCH_ROWS = 1 << 16
+UNFINISHED = ".tmp"  # behind the name of a file that is being written
+TEXTS_PER_CALL = 256  # of the tokenizer: with these several cores are busy in one process
+
+
+class TokenWriter:
+    """``write(row, utf8_bytes)`` adds a row: its tokens, or the reason why it has none."""
+
+    def __init__(self, stream: Any, head: Header, vocabulary: int) -> None:
+        import pyarrow
+
+        ids = pyarrow.uint16() if vocabulary <= 1 << 16 else pyarrow.uint32()
+        self._schema = pyarrow.schema(
+            [("tokens", pyarrow.list_(ids)), ("utf8_bytes", pyarrow.int64()), ("skipped", pyarrow.string())],
+            metadata={METADATA: head.dump()},
+        )
+        self._ids = ids.to_pandas_dtype()
+        self._file = pyarrow.ipc.new_file(stream, self._schema)
+        self._clear()
+
+    def write(self, row: Ids | Skipped, utf8_bytes: int = 0) -> None:
+        ids = np.array([] if isinstance(row, Skipped) else row, self._ids)
+        self._rows.append(ids)
+        self._ends.append(self._ends[-1] + len(ids))
+        self._sizes.append(utf8_bytes)
+        self._skipped.append(row.reason if isinstance(row, Skipped) else None)
+        if self._ends[-1] >= BATCH_TOKENS or len(self._rows) >= BATCH_ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._file.close()
+
+    def _clear(self) -> None:
+        self._rows: list[TokenIds] = []
+        self._ends = [0]
+        self._sizes: list[int] = []
+        self._skipped: list[str | None] = []
+
+    def _flush(self) -> None:
+        import pyarrow
+
+        if not self._rows:
+            return
+        tokens = pyarrow.ListArray.from_arrays(
+            pyarrow.array(self._ends, pyarrow.int32()), pyarrow.array(np.concatenate(self._rows))
+        )
+        columns = [tokens, pyarrow.array(self._sizes, pyarrow.int64()), pyarrow.array(self._skipped, pyarrow.string())]
+        self._file.write_batch(pyarrow.record_batch(columns, schema=self._schema))
+        self._clear()
+
+
+def write_tokens(
+    path: Path,
+    shard: Shard,
+    head: Header,
+    *,
+    config: DataConfig,
+    encode: EncodeTexts,
+    vocabulary: int,
+    threads: int = 1,
+    progress: Callable[[float], object] = lambda part: None,
+) -> FileStats:
+    """Makes the tokens of a shard of text. ``vocabulary``: the largest id plus one. ``threads``: the tokenizer's.
+
+    ``progress`` is told the part of the shard that was read. Of ``config`` the limits count. Raises SourceError for
+    text that cannot be read or has too many bad rows, OSError for a disk that cannot be written.
+    """
+    with _whole(path) as beside, closing(open_rows(config, shard)) as texts, beside.open("wb") as stream:
+        writer = TokenWriter(stream, head._replace(groups=texts.groups), vocabulary)
+        for rows in calls_of(texts, TEXTS_PER_CALL, threads):
+            made = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
+            for row in rows:
+                if isinstance(row, Skipped):
+                    writer.write(row)
+                else:
+                    writer.write(next(made).ids, len(row.encode()))
+            progress(texts.progress)
+        writer.close()
+        stream.flush()
+        os.fsync(stream.fileno())
+    return totals_of(path)
+
+
+def totals_of(path: Path) -> FileStats:
+    """What is in a file of tokens. Raises SourceError for one that is damaged."""
+    with closing(MappedTokens(str(path))) as tokens:
+        documents, ids, utf8_bytes = tokens.counts()
+        return FileStats(
+            rows=tokens.rows,
+            documents=documents,
+            bad=tokens.bad_among(range(tokens.rows)),
+            tokens=ids + documents,
+            utf8_bytes=utf8_bytes,
+            digest=samples_digest(str(path)),
+        )
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path beside to write to, which becomes ``path`` when the block ends without an error."""
+    beside = path.with_name(path.name + UNFINISHED)
+    with disk_faults_named(path.parent):
+        yield beside
+        beside.replace(path)
+        sync(path.parent)

@@ -1,0 +1,171 @@
+"""Starting DeepSpeed: its settings, accelerator and process group, and what is switched off."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.runtime import compiler
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+from relora_mora.config.checks.deepspeed import zero_defaults
+from relora_mora.config.schema import TrainConfig
+from relora_mora.distributed.device import backend_name
+from relora_mora.distributed.join import join
+from relora_mora.distributed.waiting import collective
+from relora_mora.system.hardware import uses_cuda
+
+
+def deepspeed_settings(
+    train: TrainConfig, world_size: int, *, clip: float, bf16: bool, trainable: int, on_gpu: bool
+) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from ours; ``train.deepspeed`` adds what we have no setting for."""
+    zero_optimization = {
+        **zero_defaults(train.zero_stage, world_size, trainable, on_gpu=on_gpu),
+        **train.deepspeed.get("zero_optimization", {}),
+        "stage": train.zero_stage,
+    }
+    plain = train.zero_stage == 0 and not bf16  # no optimizer of DeepSpeed's around ours
+    settings: dict[str, Any] = {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_clipping": 0.0 if plain else clip,  # plain: see ZeroEngine.step
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},  # ZeroEngine.step does
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice at every micro-batch
+        "zero_optimization": zero_optimization,
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
+    }
+    if bf16 and train.zero_stage > 0:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return {**train.deepspeed, **settings}
+
+
+if not uses_cuda():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed looks
+
+
+if uses_cuda():  # it reads CUDA_VISIBLE_DEVICES as numbers, which may name MIG parts: so DeepSpeed does without
+    from deepspeed.accelerator import cuda_accelerator
+
+    cuda_accelerator.pynvml = None
+
+
+COLLECTIVES = (  # methods of DeepSpeed's backend
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+)
+
+
+def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
+    """Joins the process group, for DeepSpeed as well, and returns (rank, world size).
+
+    See :func:`relora_mora.distributed.join`. DeepSpeed's shared-memory collective is switched off: training does not
+    use it, and it compiles with g++.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls collectives by names that torch renames; it says so at every single call
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
+    join(timeout_seconds)
+    if not deepspeed.comm.is_initialized():
+        with quiet():
+            deepspeed.init_distributed(dist_backend=backend_name(), auto_mpi_discovery=False, verbose=False)
+        _flag_collectives(deepspeed.comm.comm.cdb)
+        if uses_cuda():
+            _flag_device_waits()
+        _import_muon()
+        # DeepSpeed collects garbage while it makes an engine, several times; of what was imported none is
+        gc.freeze()
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _import_muon() -> None:
+    """Imports DeepSpeed's Muon, as every engine of ZeRO does, without torch's compiler.
+
+    Nothing here trains with it (docs/method.md says why), but its module hands functions to torch.compile, and to
+    import that takes seconds.
+    """
+    compile_functions = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_functions
+
+
+def allow_optimizer(kind: type[torch.optim.Optimizer]) -> None:
+    """Has ZeRO take optimizers of a class, which it looks up in a list."""
+    if kind not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(kind)
+
+
+class _FlaggedWork:
+    """The handle of an asynchronous collective; its ``wait`` is flagged."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, *args: Any) -> Any:
+        with collective():
+            return self._work.wait(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+def _flagged(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with collective():
+            work = method(*args, **kwargs)
+        return _FlaggedWork(work) if hasattr(work, "wait") else work
+
+    return call
+
+
+def _flag_collectives(backend: Any) -> None:
+    """Flags the collectives of DeepSpeed while they wait: it makes all of them through the methods of one object."""
+    for name in COLLECTIVES:
+        setattr(backend, name, _flagged(getattr(backend, name)))
+
+
+def _flag_device_waits() -> None:
+    """Flags the host's waits for the device: NCCL's calls return at once, and DeepSpeed waits for them in these."""
+    owners: tuple[Any, ...] = (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
+    for owner in owners:
+        owner.synchronize = _flagged(owner.synchronize)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hides what DeepSpeed prints of its set-up; its warnings still come through the logger."""
+    if os.environ.get("DEEPSPEED_LOG_LEVEL"):
+        yield
+        return
+    with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink):
+        yield

@@ -1,0 +1,235 @@
+"""Held-out loss in nats per predicted token, perplexity, and bits per UTF-8 byte of the text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import xxhash
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from relora_mora.config.data import DataConfig, set_setting
+from relora_mora.data.errors import SourceError
+from relora_mora.data.sets.held_out import EvalSet, load_eval_set
+from relora_mora.data.stream.packing import document_boundaries
+from relora_mora.model.llama import is_of_family
+from relora_mora.model.loss import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
+from relora_mora.system.hardware import to_device
+
+MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Update = Callable[[int, int], object]  # (tokens scored, all tokens)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """``nats`` is the sum over ``tokens`` predicted tokens of text that has ``utf8_bytes`` bytes.
+
+    End-of-document tokens are predicted and counted in ``tokens``; they add no bytes. Where not all of a text is
+    scored, as of records, its bytes are None. Losses compare where ``digest`` is the same
+    (:class:`relora_mora.data.sets.held_out.EvalSet`); that of several texts is one of theirs, in any order.
+    """
+
+    nats: float
+    tokens: int
+    utf8_bytes: int | None
+    digest: str
+
+    @staticmethod
+    def of_all(results: Iterable[EvalResult]) -> EvalResult:
+        """That of several texts as one, in which every token weighs the same."""
+        results = list(results)
+        sizes = [each.utf8_bytes for each in results if each.utf8_bytes is not None]
+        digests = sorted(each.digest for each in results)
+        return EvalResult(
+            sum(each.nats for each in results),
+            sum(each.tokens for each in results),
+            sum(sizes) if len(sizes) == len(results) else None,
+            digests[0] if len(digests) == 1 else xxhash.xxh3_64_hexdigest(" ".join(digests).encode()),
+        )
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return None if self.utf8_bytes is None else self.nats / math.log(2) / self.utf8_bytes
+
+    def as_dict(self) -> dict[str, float | int | str]:
+        bits = self.bits_per_byte
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            **({} if bits is None else {"bits_per_byte": bits}),
+            "tokens": self.tokens,
+            "digest": self.digest,
+        }
+
+    def __str__(self) -> str:
+        bits = self.bits_per_byte
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}" + (
+            "" if bits is None else f", {bits:.4f} bits per byte"
+        )
+
+
+def held_out(data: DataConfig, tokenizer_path: str, max_tokens: int | None, answers: int = 0) -> dict[str, EvalSet]:
+    """The sets of ``data.validation`` by name, each of at most ``max_tokens``; without names one, called "".
+
+    ``answers``: how many of each set are to be generated.
+
+    Raises the errors of :func:`load_eval_set`, in which a set that has a name is named.
+    """
+    sets = {}
+    for name, sources in data.validation_sets.items():
+        try:
+            sets[name] = load_eval_set(
+                sources,
+                config=data,
+                tokenizer_path=tokenizer_path,
+                sequence_length=data.sequence_length,
+                max_tokens=max_tokens,
+                answers=answers,
+            )
+        except SourceError as error:
+            if not name:
+                raise
+            raise SourceError(f"{set_setting(name)}: {error}") from error
+    return sets
+
+
+def evaluate_sets(
+    score: Callable[[EvalSet, Update], EvalResult | None], sets: Mapping[str, EvalSet], progress: Update
+) -> dict[str, EvalResult] | None:
+    """What ``score`` makes of each set by name; None as soon as it makes None of one, since it was stopped.
+
+    ``score(set, update)`` is :func:`evaluate` with what it needs; ``progress`` counts the tokens of all sets.
+    """
+    total = sum(data.predicted for data in sets.values())
+
+    def counted_from(before: int) -> Update:
+        return lambda done, _: progress(before + done, total)
+
+    results: dict[str, EvalResult] = {}
+    for name, data in sets.items():
+        result = score(data, counted_from(sum(each.tokens for each in results.values())))
+        if result is None:
+            return None
+        results[name] = result
+    return results
+
+
+@torch.no_grad()
+def evaluate(
+    mean_loss: MeanLoss,
+    data: EvalSet,
+    *,
+    micro_batch_size: int,
+    shrinks: bool = True,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    all_sum: Callable[[Tensor], Tensor] = lambda values: values,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Update = lambda done, total: None,
+) -> EvalResult | None:
+    """Scores every token of ``data`` once, whatever the number of ranks.
+
+    ``mean_loss(input_ids [b, T], labels [b, T], boundaries [P + 1] or None)`` gives the mean nats of the labels that
+    are not -100; with boundaries (:func:`document_boundaries`) each document is scored alone.
+    ``all_sum`` sums over the ranks. ``shrinks``: batches of few sequences are no larger than needed.
+
+    All ranks score the same number of batches, some of them empty, since ZeRO-3 gathers weights in each. Before each
+    batch ``stop`` is asked, with the same answer on all ranks: when it is true, the result is None. After each batch
+    ``progress`` is given the tokens scored so far and all tokens; of several ranks it is an estimate from this one. The
+    host waits for the device, and so at ZeRO-3 for other ranks, in ``all_sum`` alone.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    scored = 0
+    for input_ids, labels, documents in data.batches(rank, world_size, micro_batch_size, shrinks=shrinks):
+        if stop():
+            return None
+        count = int((labels != IGNORE).sum())
+        boundaries = None if documents is None else to_device(document_boundaries(documents), device)
+        loss = mean_loss(to_device(input_ids, device), to_device(labels, device), boundaries)
+        totals[0] += loss.double() * count
+        totals[1] += count
+        scored += count * world_size
+        progress(min(scored, data.predicted), data.predicted)
+    nats, tokens = all_sum(totals).tolist()
+    assert round(tokens) == data.predicted, f"scored {tokens:.0f} tokens of {data.predicted}"
+    return EvalResult(nats, data.predicted, data.utf8_bytes, data.digest)
+
+
+@torch.no_grad()
+def is_causal(lm: nn.Module, device: torch.device) -> bool:
+    """Whether a language model predicts a token from those before it alone, unlike an encoder such as BERT."""
+    pair = torch.tensor([[1, 2, 3], [1, 2, 0]], device=device)
+    logits = lm(input_ids=pair, use_cache=False).logits[:, :2].float()
+    return torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
+def causal_lm_loss(lm: nn.Module) -> MeanLoss:
+    """``mean_loss`` of any causal language model of transformers.
+
+    Documents that are to be scored alone get rows of their own, since not every model takes a mask between them.
+    """
+    of_rows = _loss_of_rows(lm)
+
+    def mean_loss(input_ids: Tensor, labels: Tensor, boundaries: Tensor | None = None) -> Tensor:
+        if boundaries is None:
+            return of_rows(input_ids, labels)
+        total = torch.zeros((), dtype=torch.float64, device=labels.device)
+        for rows, targets in rows_of_documents(input_ids, labels, boundaries):
+            total += of_rows(rows, targets).double() * (targets != IGNORE).sum()
+        return total / (labels != IGNORE).sum().clamp(min=1)
+
+    return mean_loss
+
+
+def rows_of_documents(input_ids: Tensor, labels: Tensor, boundaries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The documents inside sequences [B, T], each at the start of its own row: (input_ids, labels) [rows, longest].
+
+    Rows are filled up at their end, where a causal model does not look and nothing is scored. A batch of rows has at
+    most as many tokens as the sequences; the longest documents come first.
+    """
+    lengths = boundaries.diff().tolist()
+    pieces = list(zip(input_ids.flatten().split(lengths), labels.flatten().split(lengths), strict=True))
+    pieces = [piece for piece in pieces if (piece[1] != IGNORE).any()]
+    pieces.sort(key=lambda piece: len(piece[0]), reverse=True)
+    while pieces:
+        count = input_ids.numel() // len(pieces[0][0])
+        inputs, targets = zip(*pieces[:count], strict=True)
+        pieces = pieces[count:]
+        yield (
+            pad_sequence(list(inputs), batch_first=True),
+            pad_sequence(list(targets), batch_first=True, padding_value=IGNORE),
+        )
+
+
+def _loss_of_rows(lm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mean nats of labels [b, T]; in the LLaMA family logits are never whole, others' in float32 in chunks."""
+    if is_of_family(lm):
+        head = lm.get_output_embeddings().weight
+        return lambda input_ids, labels: chunked_cross_entropy(
+            lm.model(input_ids, use_cache=False).last_hidden_state, head, labels
+        )
+
+    def mean_loss(input_ids: Tensor, labels: Tensor) -> Tensor:
+        logits = lm(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)  # [N, V]
+        target = labels.flatten()
+        rows = loss_chunk(logits.shape[0], logits.shape[1], bytes_per_logit(logits.dtype, in_place=False))
+        pieces = zip(logits.split(rows), target.split(rows), strict=True)
+        total = torch.stack(
+            [F.cross_entropy(piece.float(), want, ignore_index=IGNORE, reduction="sum") for piece, want in pieces]
+        ).sum()
+        return total / (target != IGNORE).sum().clamp(min=1)
+
+    return mean_loss

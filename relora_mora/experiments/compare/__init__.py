@@ -1,0 +1,1 @@
+"""Comparing runs: tables, curves and figures, from the files of their folders."""

@@ -1,0 +1,438 @@
+"""Figures of a comparison for print: loss against tokens and time, learning rate, and rank of the updates."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relora_mora.config.schema import DECODER_LINEARS
+from relora_mora.experiments.compare.groups import Group
+from relora_mora.experiments.compare.reach import Reach
+from relora_mora.experiments.compare.runs import Run, Series
+from relora_mora.experiments.compare.table import common_sets, count, perplexities
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; lines and markers tell as much in grey, and come round
+# after other numbers of curves than colours do
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+PAPER: Any = {
+    "figure.dpi": 100,
+    "savefig.dpi": 300,
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.color": "#DDDDDD",
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+}
+WIDTH = 7.0  # inches, of the text of a page
+
+
+def styles() -> Iterator[dict[str, Any]]:
+    """Colour, line and marker of each group in turn."""
+    for colour, line, marker in zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False):
+        yield {"color": colour, "linestyle": line, "marker": marker}
+
+
+Axis = Literal["steps", "tokens", "time"]
+Values = NDArray[np.float64]
+VISIBLE = 0.4  # of the height of a zoomed panel that the last gap between curves fills
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A mean over seeds with the least and the greatest; all [n]. ``x`` is in steps, tokens or seconds."""
+
+    steps: list[int]
+    x: Values
+    mean: Values
+    low: Values
+    high: Values
+
+
+def curve(group: Group, series: Callable[[Run], Series], axis: Axis, *, smooth: bool = False) -> Curve:
+    """A metric of a group at the steps that all its runs have; it may be empty.
+
+    ``smooth``: each run's values become centred means over about a twenty-fifth of them.
+    """
+    found = [series(run) for run in group.runs]
+    steps = group.common_steps(found)
+    values = [np.array([each[step] for step in steps], dtype=float) for each in found]
+    if smooth:
+        values = [running_mean(each, max(1, len(steps) // 50)) for each in values]
+    rows = np.stack(values)
+    return Curve(steps, positions(group, steps, axis), rows.mean(axis=0), rows.min(axis=0), rows.max(axis=0))
+
+
+def positions(group: Group, steps: Sequence[int], axis: Axis) -> Values:
+    """Where steps stand on an axis: themselves, tokens trained on, or seconds of training, a mean over the runs."""
+    if axis == "steps":
+        return np.array(steps, dtype=float)
+    if axis == "tokens":
+        return group.runs[0].tokens(steps).astype(float)
+    return np.mean([run.seconds(steps) for run in group.runs], axis=0)
+
+
+def running_mean(values: Values, half: int) -> Values:
+    """Centred means over 2 half + 1 values, over fewer near the ends: as many on either side."""
+    reach = [min(half, index, len(values) - 1 - index) for index in range(len(values))]
+    return np.array([values[index - near : index + near + 1].mean() for index, near in enumerate(reach)])
+
+
+def parting(curves: Sequence[Curve]) -> float | None:
+    """From where on a panel shows the curves apart: there the gap at the end fills a good part of its height.
+
+    None where there are no two curves to tell apart.
+    """
+    curves = [each for each in curves if len(each.x) > 1]
+    if len(curves) < 2:
+        return None
+    begin = max(each.x[0] for each in curves)
+    end = min(each.x[-1] for each in curves)
+    at_end = [float(np.interp(end, each.x, each.mean)) for each in curves]
+    gap = max(at_end) - min(at_end)
+    places = np.linspace(begin, end, 201)
+    heights = np.max([np.interp(places, each.x, each.mean) for each in curves], axis=0) - min(at_end)
+    shown = places[heights > gap / VISIBLE]
+    start = float(shown[-1]) if len(shown) else float(begin)
+    return min(max(start, begin + (end - begin) / 4), begin + (end - begin) * 3 / 4)
+
+
+REACH = "reach_"  # begins the name of a figure of reach
+LEGEND_LINE = 0.2  # inches
+LABEL_WIDTH = 40  # letters of a line beside a panel
+PAGE_WIDTH = 100  # letters of a line below all panels
+TITLES = {"steps": "steps", "tokens": "tokens trained on"}
+UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+MOST_MARKERS = 12
+MOST_MERGES = 25  # of a run, that are marked
+
+
+def figures_of(groups: Sequence[Group], reach: Reach | None = None, against: Group | None = None) -> dict[str, Figure]:
+    """All figures of a comparison by name; one of ranks where a run has merged, and one of ``reach``."""
+    figures = {"loss_by_tokens": loss_figure(groups, "tokens"), "loss_by_time": loss_figure(groups, "time")}
+    figures["perplexity"] = perplexity_figure(groups, against)
+    figures["learning_rate"] = rate_figure(groups)
+    ranks = rank_figure(groups)
+    if ranks is not None:
+        figures["effective_rank"] = ranks
+    if reach is not None:
+        figures[REACH + reach.title.replace(" ", "_")] = reach_figure(reach, groups)
+    return figures
+
+
+def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
+    """Loss against tokens or time: a row for each set of held-out text, on the right where the curves part."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    sets = common_sets(groups)
+    merging = [group for group in groups if _marked_merges(group)]
+    unit, title = _unit(groups, axis)
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(WIDTH, 2.6 * len(sets) + legend_height(groups)), layout="constrained")
+        panels: Any = figure.subplots(len(sets), 2, squeeze=False)
+        panels[0][1].set_title("enlarged")
+        for (whole, zoomed), name in zip(panels, sets, strict=True):
+            drawings = [
+                Drawing(group, style, axis, unit, name, _height_of_merges(group, merging))
+                for group, style in zip(groups, styles(), strict=False)
+            ]
+            for panel in (whole, zoomed):
+                for drawing in drawings:
+                    drawing.draw(panel)
+                panel.set_xlabel(title)
+                _count_on(panel, axis)
+            whole.set_ylabel(f"loss on {name}, nats per token" if name else "validation loss, nats per token")
+            _zoom(whole, zoomed, drawings)
+            low, high = whole.get_ylim()
+            for drawing in drawings:
+                drawing.draw_training(whole)
+            _keep_between(whole, low - (high - low) / 2, high + (high - low) / 2)
+        add_legend(figure, panels[0][0], groups, training=True)
+    return figure
+
+
+class Drawing:
+    """The losses of a group on one set of held-out text; ``unit`` is that of the axis, in tokens or seconds.
+
+    Its merges are marked at ``height``, a fraction of the panel's.
+    """
+
+    def __init__(self, group: Group, style: dict[str, Any], axis: Axis, unit: float, name: str, height: float) -> None:
+        self.group = group
+        self.height = height
+        self.style = style
+        self.axis = axis
+        self.unit = unit
+        self.by_tokens = curve(group, lambda run: run.evaluations(name), "tokens")
+        self.curve = self._scaled(curve(group, lambda run: run.evaluations(name), axis))
+
+    def _scaled(self, each: Curve) -> Curve:
+        return replace(each, x=each.x / self.unit)
+
+    def draw(self, panel: Axes) -> None:
+        each = self.curve
+        _draw_curve(panel, each, self.group, self.style)
+        self._draw_merges(panel)
+
+    def _draw_merges(self, panel: Axes) -> None:
+        merges = [step for step in _marked_merges(self.group) if step <= self.curve.steps[-1]]
+        if merges:
+            x = positions(self.group, merges, self.axis) / self.unit
+            panel.plot(
+                x,
+                [self.height] * len(x),
+                "|",
+                color=self.style["color"],
+                markersize=5,
+                markeredgewidth=1.2,
+                transform=panel.get_xaxis_transform(),
+            )
+
+    def draw_training(self, panel: Axes) -> None:
+        each = self._scaled(curve(self.group, lambda run: run.series("train/loss"), self.axis, smooth=True))
+        panel.plot(each.x, each.mean, color=self.style["color"], linewidth=0.6, alpha=0.6, zorder=1)
+
+
+def _keep_between(panel: Axes, low: float, high: float) -> None:
+    """Cuts off what lies beyond, as losses on training text of another kind may."""
+    bottom, top = panel.get_ylim()
+    panel.set_ylim(max(bottom, low), min(top, high))
+
+
+def _height_of_merges(group: Group, merging: Sequence[Group]) -> float:
+    """Rows of strokes along the axis, one for each of the groups ``merging``, in the lowest fifth of a panel."""
+    return 0.03 + min(0.05, 0.17 / len(merging)) * merging.index(group) if group in merging else 0.0
+
+
+def _marked_merges(group: Group) -> list[int]:
+    """The steps of a group's merges; none where there are too many to tell apart."""
+    merges = group.runs[0].merges
+    return merges if len(merges) <= MOST_MERGES else []
+
+
+def _unit(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
+    """What a step of the axis is worth, and its title: the largest unit of time of which a run takes two."""
+    if axis != "time":
+        return 1.0, TITLES[axis]
+    longest = max(run.seconds(run.last_step) for group in groups for run in group.runs)
+    size, unit = next((each for each in UNITS if longest >= 2 * each[0]), UNITS[-1])
+    return size, f"time of steps and merges, {unit}"
+
+
+def _count_on(panel: Axes, axis: Axis, ticks: int = 5) -> None:
+    """Few ticks, and 150k in place of 150000."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(ticks))
+    if axis == "tokens":
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+
+
+def _zoom(whole: Axes, zoomed: Axes, drawings: Sequence[Drawing]) -> None:
+    """Shows in the right panel where the curves part, and marks that place in the left one; hides it for one curve."""
+    start = parting([each.by_tokens for each in drawings])
+    if start is None:
+        zoomed.set_visible(False)
+        return
+    curves = [each.curve for each in drawings]
+    left = min(float(np.interp(start, each.by_tokens.x, each.curve.x)) for each in drawings)
+    right = max(each.x[-1] for each in curves)
+    inside = [each.x >= left for each in curves]
+    low = min(each.low[shown].min() for each, shown in zip(curves, inside, strict=True) if shown.any())
+    high = max(each.high[shown].max() for each, shown in zip(curves, inside, strict=True) if shown.any())
+    margin = 0.05 * (high - low) or 0.01
+    zoomed.set_xlim(left, right + 0.02 * (right - left))
+    zoomed.set_ylim(low - margin, high + margin)
+    whole.indicate_inset((left, low - margin, right - left, high - low + 2 * margin), edgecolor="#777777")
+
+
+def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> Figure:
+    """The last perplexity of each run as a dot, and of each group the mean as a stroke; a panel for each held-out set.
+
+    The lowest of the last set is at the top. The dashed line is the mean of ``against``, by default the first group.
+    Groups of one run among larger ones say so.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    sets = common_sets(groups)
+    against = against or groups[0]
+    styled = sorted(zip(groups, styles(), strict=False), key=lambda each: np.mean(perplexities(each[0], sets[-1])))
+    groups = [group for group, _ in styled]
+    several = any(len(group.runs) > 1 for group in groups)
+    alone = [" (1 seed)" if several and len(group.runs) == 1 else "" for group in groups]
+    names = [f"{group.label}{seeds}{_state(group)}" for group, seeds in zip(groups, alone, strict=True)]
+    labels = [textwrap.fill(name, LABEL_WIDTH) for name in names]
+    heights = np.array([label.count("\n") + 1.6 for label in labels])  # in lines
+    places = np.cumsum(heights) - heights / 2
+    line = textwrap.fill(f"dashed: {against.label}", PAGE_WIDTH)
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(WIDTH, 0.8 + 0.15 * (heights.sum() + line.count("\n"))), layout="constrained")
+        panels: Any = figure.subplots(1, len(sets), sharey=True, squeeze=False)
+        for panel, name in zip(panels[0], sets, strict=True):
+            reference = np.mean(perplexities(against, name))
+            panel.axvline(reference, color="#777777", linestyle="--", linewidth=1.0, zorder=1)
+            for place, (group, style) in zip(places, styled, strict=True):
+                values = perplexities(group, name)
+                panel.plot(values, [place] * len(values), "o", color=style["color"], markerfacecolor="none")
+                panel.plot(np.mean(values), place, "|", color=style["color"], markersize=11, markeredgewidth=1.5)
+            panel.set_xlabel(f"perplexity on {name}" if name else "validation perplexity")
+        panels[0][0].set_yticks(places, labels)
+        panels[0][0].set_ylim(heights.sum(), 0)  # the first row at the top
+        figure.supxlabel(line, fontsize=PAPER["axes.labelsize"])
+    return figure
+
+
+def rate_figure(groups: Sequence[Group]) -> Figure:
+    """The learning rate of the linears, or of their adapters, against tokens."""
+    figure = metric_figure(groups, Run.rates, "learning rate of the matrices", markers=False)
+    figure.axes[0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    return figure
+
+
+def reach_figure(reach: Reach, groups: Sequence[Group]) -> Figure:
+    """The metric against steps, with a line across at each value."""
+    figure = metric_figure(groups, lambda run: run.series(reach.tag), reach.title, axis="steps")
+    for value in reach.values:
+        figure.axes[0].axhline(value, color="#777777", linestyle=":", linewidth=1.0, zorder=1)
+    return figure
+
+
+def metric_figure(
+    groups: Sequence[Group],
+    series: Callable[[Run], Series],
+    title: str,
+    *,
+    axis: Axis = "tokens",
+    markers: bool = True,
+) -> Figure:
+    """Any metric of the runs, with the band of the seeds."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(WIDTH * 0.6, 2.4 + legend_height(groups, WIDTH * 0.6)), layout="constrained")
+        panel = figure.subplots()
+        for group, style in zip(groups, styles(), strict=False):
+            each = curve(group, series, axis)
+            _draw_curve(panel, each, group, style if markers else {**style, "marker": None})
+        panel.set_xlabel(_unit(groups, axis)[1])
+        _count_on(panel, axis)
+        panel.set_ylabel(title)
+        add_legend(figure, panel, groups)
+    return figure
+
+
+def rank_figure(
+    groups: Sequence[Group], tag: str = "merge/effective_rank", title: str = "effective rank of a merge"
+) -> Figure | None:
+    """Effective ranks, a panel for each kind of projection, of the groups that have them; None where there are none.
+
+    Those of a merge are of a layer in the middle of the model (docs/method.md).
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    having = {
+        kind: [each for each in groups if each.common_steps([run.series(f"{tag}/{kind}") for run in each.runs])]
+        for kind in DECODER_LINEARS
+    }
+    kinds = [kind for kind in DECODER_LINEARS if having[kind]]
+    if not kinds:
+        return None
+    shown = [group for group in groups if any(group in of_kind for of_kind in having.values())]
+    with matplotlib.rc_context(PAPER):
+        rows = -(-len(kinds) // 4)
+        figure = Figure(figsize=(WIDTH, 1.8 * rows + legend_height(shown)), layout="constrained")
+        panels: Any = figure.subplots(rows, min(4, len(kinds)), sharex=True, sharey=True, squeeze=False)
+        for panel, kind in zip(panels.flat, kinds, strict=False):
+            panel.set_title(kind)
+            for group, style in zip(groups, styles(), strict=False):
+                if group in having[kind]:
+                    each = curve(group, partial(Run.series, tag=f"{tag}/{kind}"), "tokens")
+                    _draw_curve(panel, each, group, style)
+            panel.xaxis.set_tick_params(labelbottom=True)
+            _count_on(panel, "tokens", ticks=3)
+        for panel in panels.flat[len(kinds) :]:
+            panel.set_visible(False)
+        limits = [panel.dataLim for panel in panels.flat[: len(kinds)]]
+        low, high = min(each.ymin for each in limits), max(each.ymax for each in limits)
+        margin = 0.08 * (high - low) or 1.0
+        panels[0][0].set_ylim(max(0.0, low - margin), high + margin)
+        panels[0][0].set_xlim(left=0)
+        for panel in panels.flat[max(0, len(kinds) - panels.shape[1]) : len(kinds)]:
+            panel.set_xlabel("tokens")
+        for panel in panels[:, 0]:
+            panel.set_ylabel(title)
+        add_legend(figure, panels[0][0], shown)
+    return figure
+
+
+def _draw_curve(panel: Axes, each: Curve, group: Group, style: dict[str, Any]) -> None:
+    """The mean over the seeds, and their band."""
+    panel.plot(each.x, each.mean, label=name_of(group), markevery=-(-len(each.x) // MOST_MARKERS), **style)
+    if len(group.runs) > 1:
+        panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def name_of(group: Group) -> str:
+    seeds = f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""
+    return f"{group.label}{seeds}{_state(group)}"
+
+
+def _state(group: Group) -> str:
+    return f" [{group.state}]" if group.state else ""
+
+
+def _columns(groups: Sequence[Group]) -> int:
+    longest = max((len(name_of(group)) for group in groups), default=0)
+    return 1 if longest > 50 else 2 if longest > 28 else 3
+
+
+def legend_height(groups: Sequence[Group], width: float = WIDTH) -> float:
+    """``width`` of the figure, in inches."""
+    further = sum(len(name_of(group)) // _letters(width) for group in groups)
+    return LEGEND_LINE * (-(-(len(groups) + 2) // _columns(groups)) + further)
+
+
+def _letters(width: float) -> int:
+    """Of a line below all panels of a figure of that width."""
+    return int(PAGE_WIDTH * width / WIDTH)
+
+
+def add_legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training: bool = False) -> None:
+    """Below the panels."""
+    from matplotlib.lines import Line2D
+
+    handles, labels = panel.get_legend_handles_labels()
+    if training:
+        handles.append(Line2D([], [], color="#777777", linewidth=0.6))
+        labels.append("training, running mean")
+        if any(_marked_merges(group) for group in groups):
+            handles.append(Line2D([], [], color="#777777", linestyle="", marker="|", markersize=5, markeredgewidth=1.2))
+            labels.append("merge")
+    labels = [textwrap.fill(label, _letters(figure.get_figwidth())) for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=_columns(groups), handlelength=4)

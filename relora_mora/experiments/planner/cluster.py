@@ -1,0 +1,96 @@
+"""The time of a step on a cluster, by a stated model.
+
+A step takes compute + optimizer + what the network takes and is not hidden:
+
+compute    on a GPU by ``compute.py``; FLOPs of the arithmetic / (ranks x peak x utilisation) where that is given
+optimizer  AdamW in float32 reads 16 and writes 12 bytes for each parameter that a rank owns, and writes the weight: at
+           the device's memory bandwidth. Where matrices have another optimizer, its passes and its products
+           (``optimizer.py``), the products at the rate of the arithmetic
+network    bytes that a device sends in a ring (``network.py``) / bandwidth, where the slowest part of the ring
+           decides: from device to device within a host, and from host to host, where a ring's bytes leave each host
+           once. Latency is not counted
+hidden     DeepSpeed sends while it computes at stage 3, and at stage 2 with ``overlap_comm``, the default on GPUs: at
+           stage 3 all of it behind compute, at stage 2 the gradients behind backward, two thirds of compute. Elsewhere
+           it computes, then sends
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from relora_mora.config.checks.deepspeed import zero_defaults
+from relora_mora.experiments.planner.network import Traffic
+from relora_mora.sizing.setup import Setup
+from relora_mora.system.devices import Device
+
+BACKWARD_SHARE = 2 / 3
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hosts with equal devices. ``link_gbits``: one host's network, all cards together; None: as the vendor's host."""
+
+    nodes: int
+    devices_per_node: int
+    device: Device
+    link_gbits: float | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.devices_per_node
+
+    @property
+    def node_gbits(self) -> float:
+        """Network of one host in Gbit/s, 0 where it is not known."""
+        return self.device.node_gbits * self.devices_per_node if self.link_gbits is None else self.link_gbits
+
+    def seconds_to_send(self, size: float) -> float:
+        """For bytes that each device of a ring sends; 0 where no bandwidth is known."""
+        rates = [self.device.peer_gbytes_per_s * 1e9] if self.devices_per_node > 1 else []
+        rates += [self.node_gbits * 1e9 / 8] if self.nodes > 1 else []
+        return max([0.0, *(size / rate for rate in rates if rate)])
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step, by part; ``hidden`` is the part of ``network`` that passes while the devices compute."""
+
+    compute: float
+    optimizer: float
+    network: float
+    hidden: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.optimizer + self.network - self.hidden
+
+
+def step_time(
+    cluster: Cluster,
+    setup: Setup,
+    moved: Traffic,
+    *,
+    compute: float,
+    trainable: int,
+    passes: float,
+    products: float,
+) -> StepTime:
+    """Seconds of a step whose arithmetic takes ``compute``.
+
+    The optimizer reads and writes ``passes`` bytes beside the weights of the ``trainable`` parameters, and its matrix
+    products take ``products`` seconds: of all ranks together, who share them from stage 1 on.
+    """
+    stage = setup.stage
+    bandwidth = cluster.device.memory_gbytes_per_s * 1e9
+    gradients = cluster.seconds_to_send(moved.sent_gradients)
+    weights = cluster.seconds_to_send(moved.sent_weights)
+    defaults = zero_defaults(stage, setup.world_size, trainable, on_gpu=setup.on_gpu)
+    overlaps = setup.zero("overlap_comm", defaults.get("overlap_comm", stage == 3))
+    hidden = 0.0
+    if stage == 3 and overlaps:
+        hidden = min(gradients + weights, compute)
+    elif stage == 2 and overlaps:
+        hidden = min(gradients, BACKWARD_SHARE * compute)
+    moved_bytes = passes + trainable * setup.width
+    optimizer = (products + (moved_bytes / bandwidth if bandwidth else 0.0)) / setup.sharers
+    return StepTime(compute, optimizer, gradients + weights + cluster.seconds_to_send(moved.sent_matrices), hidden)

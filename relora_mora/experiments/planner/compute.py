@@ -1,0 +1,105 @@
+"""The time in which a GPU computes a micro-batch, calculated from counts; measured on none.
+
+The decoder layers do their matrix products at ``PRODUCTS_RATE`` of the peak and read and write ``moved`` bytes at the
+memory's bandwidth, one after the other. Meanwhile the host launches their kernels one by one; a device that is faster
+than its host waits. Counts are those of tests/fakecuda, for micro-batches of 8,192 tokens; head, loss and optimizer are
+not among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig
+
+from relora_mora.config.registry import LORA, MORA, Adapter
+from relora_mora.sizing.setup import Setup
+from relora_mora.system.devices import Device
+
+PRODUCTS_RATE = 0.6  # of the data sheet's peak: assumed
+# Python, torch and autograd for one operation: measured with tiny tensors on a Zen 4 core (docs/performance.md)
+LAUNCH_SECONDS = 13e-6
+FORWARD = 1 / 3  # of a layer's launches and bytes: what activation checkpointing does a second time, assumed
+
+
+class LayerWork(NamedTuple):
+    """Of one decoder layer in bf16, forward and backward."""
+
+    launches: float
+    moved: float  # bytes for each token and hidden feature
+
+
+# by adapter, and whether W + delta is resident; one that is not here counts as LoRA, of which most is known
+EAGER: dict[tuple[Adapter | None, bool], LayerWork] = {
+    (None, False): LayerWork(109, 645),
+    (LORA, False): LayerWork(158, 705),
+    (LORA, True): LayerWork(144, 688),
+    (MORA, False): LayerWork(132, 678),
+    (MORA, True): LayerWork(118, 660),
+}
+COMPILED: dict[tuple[Adapter | None, bool], LayerWork] = {
+    (None, False): LayerWork(35, 277),
+    (LORA, False): LayerWork(77, 331),
+    (LORA, True): LayerWork(70, 322),
+    (MORA, False): LayerWork(58, 311),
+    (MORA, True): LayerWork(44, 293),
+}
+
+
+def _counted(adapter: Adapter | None) -> Adapter | None:
+    return adapter if (adapter, False) in EAGER else LORA
+
+
+def _build(adapter: Adapter | None) -> LayerWork:
+    """Of ``W + delta``, which layers that are not resident build twice."""
+    twice, never = EAGER[adapter, False], EAGER[adapter, True]
+    return LayerWork((twice.launches - never.launches) / 2, (twice.moved - never.moved) / 2)
+
+
+@dataclass(frozen=True)
+class ComputeTime:
+    """Seconds of one micro-batch."""
+
+    products: float
+    passes: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        return max(self.products + self.passes, self.host)
+
+    def __str__(self) -> str:
+        device = f"products {self.products * 1e3:.3g} ms, passes over memory {self.passes * 1e3:.3g} ms"
+        return f"a micro-batch: {device}, launching it all {self.host * 1e3:.3g} ms"
+
+
+def compute_time(
+    model_config: PreTrainedConfig,
+    setup: Setup,
+    device: Device,
+    *,
+    peak: float,
+    flops_per_token: float,
+    resident: bool,
+) -> ComputeTime:
+    """For one micro-batch on a device with ``peak`` FLOP/s; its ``memory_gbytes_per_s`` must be known.
+
+    ``resident``: the adapter layers keep ``W + delta`` for the micro-batches of a step, of which each has its share of
+    the time in which it is built.
+    """
+    config = setup.config
+    adapter = _counted(config.method.record.adapter)
+    work = (COMPILED if setup.compiles else EAGER)[adapter, resident]
+    if resident:
+        build = _build(adapter)
+        micro_batches = setup.micro_batches
+        work = LayerWork(work.launches + build.launches / micro_batches, work.moved + build.moved / micro_batches)
+    layers = model_config.num_hidden_layers * (1 + FORWARD * config.model.activation_checkpointing)
+    tokens = config.tokens_per_micro_batch
+    moved = layers * work.moved * (1 if setup.bf16 else 2) * model_config.hidden_size * tokens
+    return ComputeTime(
+        products=flops_per_token * tokens / (peak * PRODUCTS_RATE),
+        passes=moved / (device.memory_gbytes_per_s * 1e9),
+        host=layers * work.launches * LAUNCH_SECONDS,
+    )

@@ -1,0 +1,81 @@
+"""Singular values of what a run has added to the weights that it began with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints, read_manifest
+from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
+from relora_mora.config.load import stored_config
+from relora_mora.config.schema import DECODER_LINEARS
+from relora_mora.model.llama import empty_model, initial_value, put_values
+from relora_mora.system.run_folder import RunFolder
+from relora_mora.weights.digests import other_weights
+from relora_mora.weights.load import merge_into, start_weights
+from relora_mora.weights.merged import checked_model, merged_weights
+from relora_mora.weights.peft import AdapterFolder
+
+Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32
+
+
+def update_spectra(path: Path) -> Spectra:
+    """The singular values of W - W_0 of every linear of the decoder; W has adapters and merges in it.
+
+    ``path`` is a run folder (its newest whole checkpoint) or a checkpoint. W_0 are the run's initial weights: drawn
+    again from its seed, or read from its ``model.init_from``, with its ``model.adapter`` merged in. Raises
+    :class:`CheckpointError` if ``path`` is not a checkpoint, and if the files of the initial weights are missing or
+    have changed.
+    """
+    return spectra_of(CheckpointReader(find_checkpoint(path)))
+
+
+@torch.no_grad()
+def spectra_of(reader: CheckpointReader) -> Spectra:
+    """:func:`update_spectra` of a checkpoint that is open already."""
+    weights = merged_weights(reader)
+    found: dict[str, list[Tensor]] = {kind: [] for kind in DECODER_LINEARS}
+    linears = tuple(f".{kind}.weight" for kind in DECODER_LINEARS)
+    begin = _initial_weights(reader, [name for name in weights if name.endswith(linears)])
+    for name, before in begin.items():
+        if before.shape != weights[name].shape:
+            raise CheckpointError(
+                f"{reader.folder}: {name} began as {list(before.shape)}, and is {list(weights[name].shape)} now"
+            )
+        found[name.split(".")[-2]].append(torch.linalg.svdvals(weights[name] - before))
+    return {kind: torch.stack(layers) for kind, layers in found.items()}
+
+
+def spectra_by_step(run: Path) -> Iterator[tuple[int, Spectra]]:
+    """Those of every checkpoint in a run folder, oldest first; raises what :func:`update_spectra` raises."""
+    for folder in reversed(list_checkpoints(RunFolder(run).checkpoints)):
+        yield read_manifest(folder).step, update_spectra(folder)
+
+
+def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor]:
+    config = stored_config(reader.manifest.config, str(reader.folder))
+    model = checked_model(reader)
+    if config.model.init_from is None:
+        seed = reader.manifest.counters["initial_seed"]
+        return {name: initial_value(model, name, seed) for name in names}
+    source = Path(config.model.init_from)
+    files = {"model.init_from": config.model.init_from, "model.adapter": config.model.adapter}
+    for setting, path in files.items():
+        if path is not None and not Path(path).exists():
+            raise CheckpointError(f"{reader.folder}: began with {path} ({setting}), which is not there any more")
+    if others := other_weights(reader.folder, config.model):
+        changed = " and ".join(f"{words} ({files[setting]})" for setting, words in others.items())
+        raise CheckpointError(f"{reader.folder}: began with {changed}")
+    weights = start_weights(source, model.config)
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise CheckpointError(f"{source}: has no {missing[0]}, which the run began with; it has changed since")
+    if config.model.adapter is not None:
+        plain = empty_model(model.config)
+        put_values(plain, weights)
+        merge_into(plain, AdapterFolder(Path(config.model.adapter)), str(source))
+        weights = plain.state_dict()
+    return {name: weights[name] for name in names}

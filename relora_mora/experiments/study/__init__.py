@@ -1,0 +1,1 @@
+"""Grids of runs: what is run, the runs in turn, and what is kept of them."""

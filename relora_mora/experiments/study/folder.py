@@ -1,0 +1,295 @@
+"""The folder of a study: a run folder for each cell, what they print, and what is kept of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora_mora.config.lengths import tree_of
+from relora_mora.config.load import FINETUNING, ConfigError, config_of
+from relora_mora.config.schema import Config
+from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.experiments.compare.groups import used_settings
+from relora_mora.experiments.compare.runs import RECORDS, read_records
+from relora_mora.experiments.study.design import Cell, Study
+from relora_mora.supervise.exits import FINISHED
+from relora_mora.supervise.lock import is_held
+from relora_mora.system.files import write_synced
+from relora_mora.system.run_folder import RunFolder, noted_digests, read_json_lines
+from relora_mora.weights.digests import changed_start, start_digests, starts_of
+
+PLACES = {"train.run_dir"}  # settings that do not matter for a run's numbers
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Its runs are complete run folders: they can be resumed, exported and looked at like any other."""
+
+    path: Path
+
+    def run(self, cell: Cell) -> RunFolder:
+        return RunFolder(self.path / "runs" / cell.name)
+
+    def overrides(self, cell: Cell, study: Study) -> dict[str, str]:
+        """The cell's, with its run folder and with what revisions on the hub are for the whole study."""
+        given: dict[str, Any] = {"train.run_dir": str(self.run(cell).path)}
+        if commits := self.commits():
+            given["data.commits"] = commits
+        return cell.overrides(study) | {name: json.dumps(value, ensure_ascii=False) for name, value in given.items()}
+
+    def commits(self) -> dict[str, str]:
+        """The commit of each revision on the hub, as noted, or as the records of the study hold it."""
+        if self._commits.exists():
+            return dict(json.loads(self._commits.read_text(encoding="utf-8")))
+        settings = ({**record["given"], **record["config"]} for record in self.kept().values())
+        of_records = (each.get("data", {}).get("commits", {}) for each in settings)
+        return {revision: commit for commits in of_records for revision, commit in commits.items()}
+
+    def find_commits(self, configs: Iterable[Config]) -> None:
+        """Notes which commits these settings read; asks the hub, once for the study.
+
+        Raises SourceError where it does not answer.
+        """
+        from relora_mora.data.sources.names import with_commits  # here: with all that reads data
+
+        known = self.commits()
+        for config in configs:
+            known |= with_commits(config.data.model_copy(update={"commits": known | config.data.commits})).commits
+        self.note_commits(known)
+
+    def note_commits(self, commits: Mapping[str, str]) -> None:
+        if commits and commits != self.commits():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_synced(self._commits, json.dumps(commits, indent=1) + "\n")
+
+    @property
+    def _commits(self) -> Path:
+        return self.path / "commits.json"
+
+    def settings(self, cell: Cell) -> Path:
+        """All settings of a cell, as JSON: the file that its run is started with."""
+        return self.path / "settings" / f"{cell.name}.json"
+
+    def log(self, cell: Cell) -> Path:
+        """What the run printed."""
+        return self.path / "logs" / f"{cell.name}.txt"
+
+    def claim(self, cell: Cell) -> Path:
+        """A folder whose lock is held by the study that runs the cell."""
+        return self.path / "claims" / cell.name
+
+    @property
+    def records(self) -> Path:
+        """One JSON object a line for every run that is done, see :mod:`relora_mora.experiments.study.record`."""
+        return self.path / RECORDS
+
+    @property
+    def table(self) -> Path:
+        return self.path / "compare.md"
+
+    def kept(self) -> dict[str, dict[str, Any]]:
+        """The records by the names of their cells. The runs may have been made on another machine.
+
+        Raises ValueError where the file is damaged.
+        """
+        try:
+            changed = self.records.stat().st_mtime_ns
+        except FileNotFoundError:
+            return {}
+        return _kept(self.records, changed)
+
+    def has_run(self, cell: Cell) -> bool:
+        """Whether the run ended well and its folder is here."""
+        try:
+            ends = read_json_lines(self.run(cell).ends)
+        except (OSError, ValueError):  # not there, or cut off where the disk was full: it is run, and ends again
+            return False
+        return bool(ends) and ends[-1]["code"] == FINISHED
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether the run ended well, here or where its record was made."""
+        return cell.name in self.kept() or self.has_run(cell)
+
+    def fraction(self, cell: Cell) -> float:
+        """How much of the run is done, from 0 to 1."""
+        if self.is_done(cell):
+            return 1.0
+        run = self.run(cell)
+        try:
+            return min(1.0, last_step(run) / _steps(run.config))
+        except (OSError, ValueError):
+            return 0.0
+
+    def begin(self, configs: Mapping[Cell, Config], threads: int) -> None:
+        """Notes the settings of cells; raises ValueError where one was begun, or is done, with others.
+
+        So it does where model, text or tokenizer that one began with are not what they were.
+        """
+        from relora_mora.weights.load import with_tokenizer  # here: with torch, which takes seconds
+
+        faults = []
+        digests: dict[str, dict[str, str]] = {}  # by what is read: most cells read the same
+        for cell, config in configs.items():
+            try:
+                self._check_settings(cell, config, threads)
+                if noted := noted_digests(self._starts(cell)):
+                    read = what_it_reads(config)
+                    if read not in digests:
+                        digests[read] = start_digests(with_tokenizer(config))
+                    self._check_start(cell, noted, digests[read])
+            except ValueError as error:
+                faults.append(str(error))
+        if faults:
+            raise ValueError("\n".join(faults))
+        for cell, config in configs.items():
+            path = self.settings(cell)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_synced(path, json.dumps(tree_of(config), ensure_ascii=False) + "\n")
+
+    def _check_settings(self, cell: Cell, config: Config, threads: int) -> None:
+        noted = self.given(cell)
+        # a run writes its settings once it has found no fault in them
+        begun = self.run(cell).config.exists() or is_held(self.claim(cell)) or cell.name in self.kept()
+        if noted is None or not begun:
+            return
+        asked = [start["omp_num_threads"] for start in self._starts(cell) if start.get("omp_num_threads")]
+        if "threads" in noted:  # of an earlier version
+            asked.append(str(noted.pop("threads")))
+        try:
+            known = Config.model_validate(noted)  # with the defaults of settings that have come since
+        except ValueError as error:
+            raise ValueError(
+                f"{self.run(cell).path} was begun with settings that this version does not know; {self._remedy(cell)}"
+            ) from error
+        names = _differences(tree_of(known), tree_of(config))
+        # what the text is at a commit, a resume compares
+        changed = {name for name in names if name not in PLACES and not name.startswith("data.commits.")}
+        if any(one != str(threads) for one in asked):
+            changed.add("threads")
+        if changed:
+            raise ValueError(
+                f"{self.run(cell).path} was begun with other settings ({', '.join(sorted(changed))}); "
+                f"{self._remedy(cell)}"
+            )
+
+    def _check_start(self, cell: Cell, noted: Mapping[str, str], now: Mapping[str, str]) -> None:
+        changed = changed_start(noted, now)
+        if changed is not None:
+            raise ValueError(f"{self.run(cell).path} was begun with {changed}; {self._remedy(cell)}")
+
+    def given(self, cell: Cell) -> dict[str, Any] | None:
+        """The settings that the cell was begun with; None where it was not begun.
+
+        Raises ValueError where they cannot be read.
+        """
+        path = self.settings(cell)
+        if path.exists():
+            try:
+                return dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} does not hold the settings of a run; {self._remedy(cell)}") from error
+        record = self.kept().get(cell.name)
+        return None if record is None else dict(record["given"])
+
+    def _starts(self, cell: Cell) -> list[dict[str, Any]]:
+        """What the run noted when it was started, or what its record has of that; empty where it has not started."""
+        record = self.kept().get(cell.name)
+        return starts_of(self.run(cell).path) or ([] if record is None else [record["start"]])
+
+    def _remedy(self, cell: Cell) -> str:
+        record = f" and its line in {self.records}" if cell.name in self.kept() else ""
+        cell_files = f"{self.run(cell).path}, {self.settings(cell)}{record}"
+        return f"remove {cell_files}, give another --out, or put back what has changed"
+
+
+@functools.lru_cache(maxsize=2)
+def _kept(records: Path, changed: int) -> dict[str, dict[str, Any]]:
+    """``changed`` is the time of the file's last change; it is read once while that stays."""
+    return {record["name"]: record for record in read_records(records)}
+
+
+@functools.cache
+def _steps(config: Path) -> int:
+    """Of a run that was started: epochs are counted by then."""
+    return int(parse_yaml(config.read_text(encoding="utf-8"))["train"]["steps"])
+
+
+def last_step(run: RunFolder) -> int:
+    """The newest step of the run's metrics; raises OSError or ValueError where there is none yet."""
+    with run.metrics.open("rb") as stream:
+        stream.seek(max(0, run.metrics.stat().st_size - 100_000))
+        line = stream.read().splitlines()[-1:]
+    return int(json.loads(line[0])["step"]) if line else 0
+
+
+def what_it_reads(config: Config) -> str:
+    """Equal for two runs that read the same model, tokenizer and text, in whatever order."""
+    return config.model_dump_json(
+        include={"data": True, "tokenizer": True, "model": {"config", "init_from", "adapter"}},
+        exclude={"data": {"seed"}},
+    )
+
+
+def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, Config]:
+    """The settings of every cell; raises ConfigError with the faults of all of them, named once each.
+
+    One that will not have the metric to choose by is a fault, too, and so are runs without held-out text in common.
+    """
+    defaults = FINETUNING if study.command == "finetune" else None
+    configs = {}
+    faults: dict[str, str] = {}
+    alike: dict[str, str] = {}
+    common: set[str] | None = None
+    for cell in cells:
+        try:
+            overrides = folder.overrides(cell, study)
+            configs[cell] = config_of(study.base_tree, study.base, overrides, defaults=defaults)
+        except ConfigError as error:
+            found = error.faults
+        else:
+            found = [] if study.choose is None else study.choose.faults(configs[cell])
+            if configs[cell].train.resume == "never":
+                found.append("train.resume: never, but a run of a study that was cut goes on; leave it out")
+            sets = set(configs[cell].data.validation_sets)
+            common = sets if common is None else common & sets
+            if not common:
+                found.append("data.validation: no set that all runs have, as a table needs; make a study for each set")
+            other = alike.setdefault(_numbers_of(configs[cell], cell.seed), cell.name)
+            if other != cell.name:
+                found.append(
+                    f"grid: {cell.name} has the settings of {other}, but for those without an effect; leave one out"
+                )
+        for fault in found:
+            faults.setdefault(fault, cell.name)
+    refuse(faults, study)
+    return configs
+
+
+def refuse(faults: Mapping[str, str], study: Study) -> None:
+    """Raises ConfigError where there are faults, each with the first cell that has it."""
+    if faults:
+        raise ConfigError([f"{fault} (in {name})" for fault, name in faults.items()], f"the runs over {study.base}")
+
+
+def _numbers_of(config: Config, seed: int) -> str:
+    """Equal for two runs that have all settings in common, but for those that neither uses."""
+    sections = json.loads(config.model_dump_json())
+    settings = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    used = {name: value for name, value in used_settings(settings).items() if name not in PLACES}
+    return json.dumps([used, seed], sort_keys=True)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for key in {*old, *new}:
+        before = old.get(key)
+        after = new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            names += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            names.append(f"{prefix}{key}")
+    return names

@@ -1,0 +1,170 @@
+"""Runs the cells of a study: a process each, so many at a time, with one bar over all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Never
+
+from tqdm import tqdm
+
+from relora_mora.experiments.study.design import Cell, Study
+from relora_mora.experiments.study.folder import StudyFolder
+from relora_mora.supervise.lock import LockError, RunLock, is_held
+from relora_mora.system.process import ending_with_me
+
+POLL_SECONDS = 0.5
+PASS_ON_SECONDS = 0.1
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(Exception):
+    """The study was asked to stop; its runs have ended."""
+
+
+@dataclass(frozen=True)
+class _Running:
+    cell: Cell
+    claim: RunLock
+    process: subprocess.Popen[bytes]
+    sent: list[int] = field(default_factory=list)  # signals
+
+
+class Runner:
+    """Starts ``program`` for each cell, with the settings that its folder notes, and shows how far all of them are.
+
+    ``note`` is called when some have ended.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        folder: StudyFolder,
+        program: Path,
+        jobs: int,
+        bar: tqdm[Never],
+        note: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.study = study
+        self.folder = folder
+        self.program = program
+        self.jobs = jobs
+        self.bar = bar
+        self.note = note
+        self._done = 0
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Runs the cells that are not done; those that were cut go on where they were.
+
+        Those that another study on the same folder has claimed are left to it, unless it ends before they do. What a
+        run that failed has printed is in its log. Raises :class:`Stopped` after SIGINT or SIGTERM, which every run is
+        sent: a first one saves and ends, a second one ends at once. Where this process is killed, the kernel sends
+        them a first one (Linux).
+        """
+        waiting = [cell for cell in cells if not self.folder.is_done(cell)]
+        self._done += len(cells) - len(waiting)
+        running: list[_Running] = []
+        with _stop_signals() as signals, _passing_on(signals, running):
+            while running or (waiting and not signals):
+                while len(running) < self.jobs and (one := self._start_next(waiting, signals)) is not None:
+                    waiting.remove(one.cell)
+                    running.append(one)
+                time.sleep(POLL_SECONDS)
+                ended = [one for one in running if one.process.poll() is not None]
+                running[:] = [one for one in running if one not in ended]
+                for one in ended:
+                    one.claim.release()
+                elsewhere = [cell for cell in waiting if self.folder.is_done(cell)]
+                waiting = [cell for cell in waiting if cell not in elsewhere]
+                self._done += len(elsewhere) + sum(self.folder.is_done(one.cell) for one in ended)
+                if ended:
+                    self.note()
+                self._show(waiting, running)
+        self._show(waiting, running)
+        if signals:
+            raise Stopped
+
+    def _start_next(self, waiting: Sequence[Cell], signals: Sequence[int]) -> _Running | None:
+        """Starts the first cell that no other study has claimed."""
+        for cell in waiting:
+            if signals:  # a claim may take seconds where the disk knows no locks
+                return None
+            if is_held(self.folder.run(cell).path):  # by a run that outlives its study: it may be saving
+                continue
+            claim = RunLock(self.folder.claim(cell))
+            try:
+                claim.acquire(wait_seconds=0)
+            except LockError:
+                continue
+            if not self.folder.is_done(cell):
+                return self._start(cell, claim)
+            claim.release()
+        return None
+
+    def _start(self, cell: Cell, claim: RunLock) -> _Running:
+        log = self.folder.log(cell)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                ending_with_me([str(self.program), str(self.folder.settings(cell))]),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": str(self.study.threads), "TOKENIZERS_PARALLELISM": "false"},
+                start_new_session=True,  # Ctrl-C reaches it through the study alone
+            )
+        return _Running(cell, claim, process)
+
+    def _show(self, waiting: list[Cell], running: list[_Running]) -> None:
+        begun = [*waiting, *(one.cell for one in running)]
+        done = self._done + sum(map(self.folder.fraction, begun))
+        self.bar.set_postfix_str(" ".join(one.cell.name for one in running), refresh=False)
+        self.bar.update(done - self.bar.n)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that gets each signal that asks for a stop."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _passing_on(signals: list[int], running: list[_Running]) -> Iterator[None]:
+    """Sends each signal on to all runs, also while the study waits for a claim.
+
+    A signal to the whole job reaches the runs as well: only soon after it another one asks for nothing more.
+    """
+    over = threading.Event()
+
+    def pass_on() -> None:
+        while not over.wait(PASS_ON_SECONDS):
+            for one in list(running):
+                for number in signals[len(one.sent) :]:
+                    one.process.send_signal(signal.SIGTERM)
+                    one.sent.append(number)
+
+    thread = threading.Thread(target=pass_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -1,1 +1,0 @@
-"""Adapter layers, and putting them into a model."""

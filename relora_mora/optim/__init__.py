@@ -1,0 +1,1 @@
+"""Which parameters train, by which rule, at which rate."""

@@ -1,0 +1,237 @@
+"""Parameter groups and their optimizers: which parameters train, by which rule, at which rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from relora_mora.adapters.layers import adapter_layers, adapter_parameters
+from relora_mora.config.registry import MATRIX_OPTIMIZERS
+from relora_mora.config.schema import MethodConfig, OptimConfig
+from relora_mora.optim.rules import MatrixRule, MatrixState
+from relora_mora.schedule import Schedule
+
+ADAMW = MATRIX_OPTIMIZERS["adamw"]
+MATRIX_GROUPS = ("adapters", "linears")  # of nothing but matrices
+GPU_BATCH = 2**22  # elements of the matrices that a rule updates together
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters; ``total`` is the model's without adapters, ``trainable`` includes them."""
+
+    total: int
+    trainable: int
+    adapters: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameter names, their peak rate, and the names of their optimizer's state. ``adapters`` is reset by a merge."""
+
+    name: str  # adapters | linears | embeddings | norms
+    parameters: tuple[str, ...]
+    peak_lr: float
+    weight_decay: float
+    rewarms: bool
+    moments: tuple[str, ...] = ADAMW.moments
+
+
+class WholeMatrices(Protocol):
+    """Where the matrices lie in the flat tensors that an optimizer steps; the engine knows."""
+
+    def replace(self, gradients: Mapping[Tensor, Tensor], update: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
+        """Replaces all matrices in the gradients, by flat tensor, by what ``update`` makes of them; a collective.
+
+        Of each, with its name, on one rank, its owner.
+        """
+
+
+def state_of(optimizer: torch.optim.Optimizer, flat: Tensor, moments: Iterable[str]) -> dict[str, Tensor]:
+    """The moments of a flat tensor and the ``step`` count of Adam: zeros where the optimizer has not made them yet."""
+    state: dict[str, Tensor] = optimizer.state[flat]
+    for key in moments:
+        if key not in state:
+            state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+    return state
+
+
+def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
+    """Marks what trains: adapters, other linears, embeddings, norms and head as the settings say."""
+    adapters = adapter_parameters(model)
+    under_adapters = {f"{name}.weight" for name, _ in adapter_layers(model)}
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for name, parameter in model.named_parameters():
+        kind = "adapters" if name in adapters else _kind(name)
+        train = {
+            "adapters": True,
+            "linears": method.trains_linears and name not in under_adapters,
+            "embeddings": method.train_embeddings or (tied and method.train_head),
+            "head": method.train_head,
+            "norms": method.train_norms,
+        }[kind]
+        parameter.requires_grad_(train)
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGroup]:
+    """The groups of trainable parameters, in a fixed order; empty ones are left out.
+
+    Linears of the decoder that train without an adapter do so at ``optim.lr_other`` where the others have adapters.
+    """
+    other = optim.lr if optim.lr_other is None else optim.lr_other
+    adapters = adapter_parameters(model)
+    members: dict[str, list[str]] = {"adapters": [], "linears": [], "embeddings": [], "norms": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "adapters" if name in adapters else {"head": "embeddings"}.get(_kind(name), _kind(name))
+            members[kind].append(name)
+    main = "adapters" if adapters else "linears"
+    return [
+        ParameterGroup(
+            name=kind,
+            parameters=tuple(names),
+            peak_lr=optim.lr if kind == main else other,
+            weight_decay=0.0 if kind == "norms" else optim.weight_decay,
+            rewarms=optim.rewarm == "all" or kind == "adapters",
+            moments=group_moments(kind, optim.matrices),
+        )
+        for kind, names in members.items()
+        if names
+    ]
+
+
+class MatrixAdamW(torch.optim.AdamW):
+    """AdamW, but for the groups of matrices, which step by a :class:`MatrixRule`.
+
+    Those are left alone until ``matrices`` is set: DeepSpeed makes steps while it builds an engine. ``states`` are, by
+    name, those of the matrices that this rank owns.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], rule: MatrixRule, **settings: Any) -> None:
+        super().__init__(groups, **settings)
+        self.rule = rule
+        self.matrices: WholeMatrices | None = None
+        self.states: dict[str, MatrixState] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Steps all parameters that have gradients; of matrices the gradients are overwritten. No closure."""
+        groups = self.param_groups
+        self._step_matrices([group for group in groups if group["name"] in MATRIX_GROUPS])
+        self.param_groups = [group for group in groups if group["name"] not in MATRIX_GROUPS]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+
+    def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
+        rates = {flat: group for group in groups for flat in group["params"] if flat.grad is not None}
+        if self.matrices is None or not rates:
+            return
+        for flat, group in rates.items():
+            self.rule.update_moments(flat.grad, state_of(self, flat, group["moments"]))
+        self.matrices.replace({flat: flat.grad for flat in rates}, self._update)
+        for flat, group in rates.items():
+            if group["weight_decay"]:
+                flat.mul_(1 - group["lr"] * group["weight_decay"])
+            flat.add_(flat.grad, alpha=-group["lr"])
+
+    def _update(self, matrices: Tensor, names: Sequence[str]) -> Tensor:
+        return self.rule.update(matrices, [self.states[name] for name in names])
+
+
+def matrix_rule(optim: OptimConfig) -> MatrixRule | None:
+    """The rule of ``optim.matrices``; None for AdamW, which has none."""
+    name = optim.record.rule
+    rule: MatrixRule | None = None if name is None else resolve_name(name)(optim)
+    return rule
+
+
+def matrices_at_once(shape: Sequence[int], *, on_gpu: bool) -> int:
+    """How many matrices of a shape a rule updates together: on a GPU a small one alone is all launches."""
+    return max(1, GPU_BATCH // math.prod(shape)) if on_gpu else 1
+
+
+def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: OptimConfig) -> torch.optim.AdamW:
+    """The optimizer of the groups, built at rate 0: the trainer sets each group's rate before every step."""
+    parameters = dict(model.named_parameters())
+    members = [
+        {
+            "params": [parameters[name] for name in group.parameters],
+            "weight_decay": group.weight_decay,
+            "name": group.name,
+            "moments": group.moments,
+        }
+        for group in groups
+    ]
+    settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "fused": True}
+    rule = matrix_rule(optim)
+    return torch.optim.AdamW(members, **settings) if rule is None else MatrixAdamW(members, rule, **settings)
+
+
+def group_moments(group: str, matrices: str) -> tuple[str, ...]:
+    """The names of a group's optimizer state, where ``matrices`` is the value of ``optim.matrices``."""
+    return (MATRIX_OPTIMIZERS[matrices] if group in MATRIX_GROUPS else ADAMW).moments
+
+
+def parameter_moments(name: str, matrices: str) -> tuple[str, ...]:
+    """The names of the optimizer state of a parameter that trains: see :func:`group_moments`."""
+    return (MATRIX_OPTIMIZERS[matrices] if is_matrix(name) else ADAMW).moments
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is one of the groups of matrices: a decoder's linear, or of an adapter."""
+    return _kind(name) in MATRIX_GROUPS
+
+
+def group_rates(schedule: Schedule, groups: list[ParameterGroup], step: int) -> list[float]:
+    """The rate of each group for step number ``step`` (the first is 1)."""
+    return [group.peak_lr * schedule.rate(step, rewarm=group.rewarms) for group in groups]
+
+
+def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Schedule:
+    """The clock of a run of ``steps`` optimizer steps."""
+    return Schedule(
+        kind=optim.schedule,
+        total_steps=steps,
+        warmup_steps=optim.warmup_steps,
+        min_ratio=optim.min_ratio,
+        decay_steps=optim.decay_of(steps),
+        merge_every=method.merge_every if method.merges else 0,
+        merge_until_step=method.merge_until_step,
+        restart_warmup_steps=optim.restart_warmup_steps if method.merges else 0,
+        operators=method.cycle,
+    )
+
+
+def _kind(name: str) -> str:
+    """embeddings, head, norms or linears, by the names of transformers' LLaMA family"""
+    if "embed_tokens" in name:
+        return "embeddings"
+    if name.startswith("lm_head"):
+        return "head"
+    if "norm" in name or name.endswith(".bias"):
+        return "norms"
+    return "linears"
+
+
+def count_parameters(model: nn.Module) -> Parameters:
+    """Counts a model whose parameters are marked (``set_trainable``); its tensors may be on ``meta``."""
+    adapters = adapter_parameters(model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    everything = sum(sizes.values())
+    of_adapters = sum(sizes[name] for name in adapters)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Parameters(
+        total=everything - of_adapters, trainable=trainable, adapters=of_adapters, frozen=everything - trainable
+    )

@@ -1,0 +1,78 @@
+"""Muon: the momentum of a matrix, made orthogonal, is its step.
+
+By Keller Jordan, https://kellerjordan.github.io/posts/muon. With the gradient G [m, n], momentum mu and rate eta,
+a step of W is::
+
+    B <- mu B + (1 - mu) G
+    U  = mu B + (1 - mu) G        with ``optim.nesterov``, else B
+    W <- (1 - eta lambda) W - eta 0.2 sqrt(max(m, n)) NS(U)
+
+NS makes the singular values of U about one, so the step's elements have a root mean square of about 0.2, as AdamW's.
+Factor and decay are those of Moonlight (arXiv 2502.16982, section 2.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from relora_mora.config.schema import OptimConfig
+
+ITERATIONS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: steep at zero, and near one wherever x was in (0, 1]
+SMALLEST_NORM = 1e-7  # a smaller U is not scaled up to one
+
+
+class Muon:
+    """The rule by which Muon steps; see :class:`relora_mora.optim.rules.MatrixRule`."""
+
+    def __init__(self, optim: OptimConfig) -> None:
+        self.momentum = optim.momentum
+        self.nesterov = optim.nesterov
+
+    def update_moments(self, gradient: Tensor, moments: Mapping[str, Tensor]) -> None:
+        momentum = moments["momentum"]
+        momentum.lerp_(gradient, 1 - self.momentum)
+        if self.nesterov:
+            gradient.lerp_(momentum, self.momentum)
+        else:
+            gradient.copy_(momentum)
+
+    def update(self, matrices: Tensor, states: object = None) -> Tensor:
+        rows, columns = matrices.shape[-2:]
+        return 0.2 * math.sqrt(max(rows, columns)) * orthogonalize(matrices)
+
+    @staticmethod
+    def state_shapes(rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    @staticmethod
+    def flops(rows: int, columns: int) -> float:
+        short, long = sorted((rows, columns))
+        return ITERATIONS * (4.0 * short * short * long + 2.0 * short**3)
+
+    @staticmethod
+    def workspace_bytes(rows: int, columns: int, *, on_gpu: bool) -> int:
+        short, long = sorted((rows, columns))
+        return (2 if on_gpu else 4) * (2 * short * long + 2 * short * short)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """[k, m, n] -> about U V^T of each matrix's decomposition U S V^T: singular values of 0.7 to 1.2 in place of ones.
+
+    Newton-Schulz iterations of fifth order: X <- a X + (b G + c G^2) X with G = X X^T. In float32; on GPUs in bf16,
+    which is enough for them. A matrix of zeros stays one.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    x = matrices / norms.clamp(min=SMALLEST_NORM)
+    x = (x.mT if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x

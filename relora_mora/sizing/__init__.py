@@ -1,0 +1,1 @@
+"""What a run needs, computed from shapes: memory, arithmetic, and whether it fits."""

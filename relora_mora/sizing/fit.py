@@ -1,0 +1,129 @@
+"""Whether settings go with a model: adapters beside their weights, the state of training in the memory there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from relora_mora.adapters.inject import layer_class
+from relora_mora.adapters.layers import adapter_layers
+from relora_mora.adapters.mora import layer_square_size
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import MethodConfig
+from relora_mora.model.config import linear_shapes
+from relora_mora.sizing.flops import meta_model
+from relora_mora.sizing.memory import peak_memory, state_memory
+from relora_mora.sizing.setup import Setup
+from relora_mora.system.logs import counted
+
+USABLE = 0.9  # of a device's memory: the rest is for the CUDA context, NCCL's buffers and fragmentation
+VECTOR = 8  # elements
+RESIDENT_SHARE = 0.5  # of the memory: a step of a run with resident layers is planned to take no more
+
+
+def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None:
+    """Raises :class:`ConfigError` where adapters are larger than the weights beside them, or a square than a layer."""
+    if not method.uses_adapters:
+        return
+    shapes = {kind: shape for kind, shape in linear_shapes(model_config).items() if kind in method.target_modules}
+    by_size = method.uses_squares and method.square_size is not None
+    setting = "square_size" if by_size else "rank_pattern" if method.rank_pattern else "rank"
+    faults = [
+        f"method.{setting}: R of {size} is more than both widths of {kind} ({inputs} -> {outputs}); lower it"
+        for kind, (inputs, outputs) in shapes.items()
+        if method.uses_squares and (by_size or kind in method.rank_pattern)
+        if (size := layer_square_size(method.of(kind), inputs, outputs)) > max(inputs, outputs)
+    ]
+    weights = sum(inputs * outputs for inputs, outputs in shapes.values())
+    adapters = adapter_parameters(method, shapes)
+    if adapters > weights and not faults:
+        faults.append(
+            f"method.{setting}: the adapters of a layer have {adapters:,} parameters, more than the {weights:,} of the "
+            "weights beside them; lower it, or use method.name=full"
+        )
+    if faults:
+        raise ConfigError(faults, "the settings")
+
+
+def adapter_parameters(method: MethodConfig, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Parameters of the adapters of one decoder layer, whose linears have these (in, out)."""
+    layer = layer_class(method)
+    return sum(layer.parameters_for(method.of(kind), inputs, outputs) for kind, (inputs, outputs) in shapes.items())
+
+
+def uneven_widths(model_config: PreTrainedConfig) -> list[str]:
+    """Widths that a GPU is slow with: rows in bf16 that are not whole vectors of 16 bytes, each with the next good one.
+
+    cuBLAS asks for multiples of 16 bytes in all matrices of a product (its documentation, "Tensor Core Usage").
+    """
+    widths = ("hidden_size", "intermediate_size", "vocab_size")
+    return [
+        f"{name} of {width:,} is no multiple of {VECTOR}: a GPU is slow with its products; "
+        f"{-(-width // VECTOR) * VECTOR:,} would be better for a new model"
+        for name in widths
+        if (width := getattr(model_config, name)) % VECTOR
+    ]
+
+
+def check_memory(model_config: PreTrainedConfig, setup: Setup, available: float, on_host: float) -> None:
+    """Raises :class:`ConfigError` when what a rank always has is more than its ``available`` bytes.
+
+    That is weights, masters and optimizer state, and its part of the float32 base; the base of a rank on a GPU is in
+    the memory that it has ``on_host``.
+    """
+    state = state_memory(meta_model(model_config, setup.config.method), setup)
+    needed = state.weights + state.masters + state.optimizer + (0 if setup.on_gpu else state.host_base)
+    stage = setup.stage
+    world_size = setup.world_size
+    higher = f", or a stage higher than train.zero_stage={stage}" if stage < 3 and world_size > 1 else ""
+    parts = [("weights and optimizer state", needed, available, higher)]
+    if setup.on_gpu:
+        parts.append(("the base weights in host memory", state.host_base, on_host, ""))
+    for what, size, there, remedy in parts:
+        if size > there:
+            fault = (
+                f"model: {what} need {size / 2**30:,.1f} GiB on each of {counted(world_size, 'rank')}, "
+                f"and there are {there / 2**30:,.1f} for each; take a smaller model, or more devices or hosts{remedy}: "
+                "launch/plan.py says what a run needs"
+            )
+            raise ConfigError([fault], "the settings")
+
+
+def choose_resident(model: PreTrainedModel, setup: Setup, available: float | None) -> None:
+    """Where ``method.form`` is ``auto``, makes the layers resident that would build ``W + delta`` for each use.
+
+    It does so where a step is planned to take at most half of the ``available`` bytes of a rank (None: not known, and
+    taken to be enough), on CPUs only where it has several micro-batches, and not at stage 3, where no gain has been
+    measured. The results are the same bits, so ranks and resumes may choose differently; in compiled layers they are
+    the same up to rounding.
+    """
+    if setup.config.method.form != "auto":
+        return
+    tokens = setup.config.tokens_per_micro_batch
+    pays = setup.stage < 3 and (setup.on_gpu or setup.micro_batches > 1)
+    layers = [layer for _, layer in adapter_layers(model)]
+    for layer in layers:
+        layer.resident = pays and layer.uses_merged_form(tokens)
+    if available is None or not any(layer.resident for layer in layers):
+        return
+    needed = peak_memory(model, setup).device
+    for layer in layers:
+        layer.resident = layer.resident and needed <= RESIDENT_SHARE * available
+
+
+def stage_advice(model: PreTrainedModel, setup: Setup, available: float) -> str | None:
+    """Where the settings say stage 2 and stage 1 sends less and fits into the ``available`` bytes of a rank: so.
+
+    On GPUs stage 2 sends beside backward, so that it depends on the network which is faster.
+    """
+    if setup.stage != 2 or setup.world_size == 1 or setup.micro_batches == 1:
+        return None
+    if peak_memory(model, replace(setup, stage=1)).device > USABLE * available:
+        return None
+    return (
+        f"train.zero_stage=2 sends the gradients after each of the {setup.micro_batches} micro-batches of a step, "
+        "train.zero_stage=1 once, and there is memory for it"
+        + ("; launch/plan.py with --link_gbits says which is faster" if setup.on_gpu else "")
+    )

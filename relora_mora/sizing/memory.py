@@ -1,0 +1,311 @@
+"""Memory of one device, part by part, and parameters: formulas from shapes, nothing is allocated.
+
+Symbols: T trainable and F frozen parameters, N ranks, b bytes of the compute type (2 in bf16, 4 in fp32), n tokens of a
+micro-batch, h hidden, f intermediate, q and k widths of queries and keys, V vocabulary, R size of a square matrix.
+
+After the sources of DeepSpeed 0.19 and transformers 5.24:
+
+==============  ======================================================================================================
+part            bytes
+==============  ======================================================================================================
+weights         b (T + F); stage 3: b (T + F) / N
+merged          ``W + delta`` of resident linears, from a step's first forward to its last backward: b each element
+gathered        stage 3: what forward gathers of other ranks' weights and keeps for backward (DeepSpeed's default reuse
+                distance keeps it), b min(T + F, ``stage3_max_live_parameters``); parameters of at most
+                ``stage3_param_persistence_threshold`` elements always
+masters         float32 copies of what trains: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at stages 1-3
+                DeepSpeed clones them though the parameters are float32 already
+optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; other optimizers of matrices: ``optimizer.py``
+gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T that stays.
+                Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N; at stage 3 it stays.
+                A step in fp32 on stages 1-3 copies 4 T / N. The reduction of stage 1 in bf16 copies 2 bytes an element
+                of the groups of parameters that go at once (until they have more than 500 M), and 4 more of several
+buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages 2 and 3, and 1 in fp32; at stages 1 and
+                2 a second one with ``overlap_comm``
+activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) where queries and keys have norms of their
+                own, b (2 q + 2 k) for attention, with eager attention the weights of each head in float32 and, in
+                bf16, in it; 3 b f for the gated product and
+                the inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of
+                which only ``C x`` is kept. A compiled layer computes norms and the gated product once more and keeps
+                2 h b and 2 b f for them. With activation checkpointing b h a layer, and one whole layer
+scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient
+                (4 + b) h V; on a GPU b V a token and 4 h V, or then (4 + b) h V; in backward: the gradients of the
+                gated product, 2 b f a token, or of eager attention's weights, and ``W + delta`` of one linear that is
+                not resident; in the step what an optimizer of whole matrices needs (``optimizer.py``)
+==============  ======================================================================================================
+
+A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N. Beside a GPU
+it is pinned, and torch rounds its bytes up to a power of two.
+Not counted: the CUDA context, fragmentation, the Python process itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from relora_mora.adapters.inject import INPUTS, decoder_linears
+from relora_mora.adapters.layers import INPUT, AdapterLinear, Kept, adapter_layers
+from relora_mora.config.checks.deepspeed import zero_defaults
+from relora_mora.config.schema import Config, OptimConfig
+from relora_mora.model.attention import flash_takes
+from relora_mora.model.config import attention_widths, head_width
+from relora_mora.model.loss import bytes_per_logit, loss_chunk
+from relora_mora.optim.groups import count_parameters, parameter_groups
+from relora_mora.sizing import optimizer
+from relora_mora.sizing.setup import MAX_LIVE_PARAMETERS, Setup
+
+REDUCED_TOGETHER = 500_000_000  # DeepSpeed's: elements, at stage 1 in bf16, of which the last group may have more
+
+PARTS = ("weights", "merged", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device when a step needs most, and of a rank in host memory.
+
+    ``host_base``: the float32 copies of frozen weights. ``host_checkpoint``: masters and moments on their way to disk,
+    of which pinned memory may take twice as much.
+    """
+
+    phase: str  # loss | backward's start | backward's end | reduction | step
+    weights: float
+    merged: float
+    gathered: float
+    masters: float
+    optimizer: float
+    gradients: float
+    buffers: float
+    activations: float
+    scratch: float
+    host_base: float
+    host_checkpoint: float
+
+    @property
+    def device(self) -> float:
+        return sum(getattr(self, part) for part in PARTS)
+
+
+def peak_memory(model: PreTrainedModel, setup: Setup) -> Memory:
+    """Memory of one device when a step needs most: at the loss, in the first layers of backward, or in the update."""
+    state = state_memory(model, setup)
+    gradients = gradient_memory(group_sizes(model, setup.config.optim), setup)
+    before = gradients.between_micro_batches if setup.micro_batches > 1 else gradients.between_steps
+    merged = merged_memory(model, setup)
+    live = replace(state, merged=merged, gradients=before, gathered=max(state.gathered, gathered_memory(model, setup)))
+    kept, layer, mask = activation_memory(model, setup)
+    again = layer if setup.config.model.activation_checkpointing else 0
+    at_loss, in_backward = scratch_memory(model, setup)
+    phases = [
+        replace(live, phase="loss", activations=kept, scratch=at_loss),
+        replace(live, phase="backward's start", activations=kept + again, scratch=in_backward),
+        replace(
+            state,
+            phase="backward's end",
+            merged=merged,
+            gradients=gradients.after_backward,
+            activations=layer + mask,
+            scratch=in_backward,
+        ),
+        replace(state, phase="reduction", merged=merged, gradients=gradients.in_reduction),
+        replace(
+            state,
+            phase="step",
+            gradients=gradients.in_step,
+            scratch=optimizer.scratch_bytes(model, setup),
+        ),
+    ]
+    return max(phases, key=lambda memory: memory.device)
+
+
+def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
+    """What stays between steps, gradients apart."""
+    counts = count_parameters(model)
+    stage = setup.stage
+    moments = optimizer.state_bytes(model, setup.config.optim)
+    defaults = zero_defaults(stage, setup.world_size, counts.trainable, on_gpu=setup.on_gpu)
+    bucket = min(counts.trainable, setup.zero("reduce_bucket_size", defaults["reduce_bucket_size"]))
+    overlaps = stage < 3 and setup.zero("overlap_comm", defaults.get("overlap_comm", False))
+    buckets = (2 if overlaps else 1) if stage >= 2 or (stage == 1 and not setup.bf16) else 0
+    persistent = sum(p.numel() for p in model.parameters() if p.numel() <= setup.persistence_threshold)
+    return Memory(
+        phase="between steps",
+        weights=setup.width * (counts.trainable + counts.frozen) / setup.weight_sharers,
+        merged=0,
+        gathered=setup.width * persistent if setup.weight_sharers > 1 else 0,
+        masters=4 * counts.trainable / setup.sharers if setup.bf16 or stage > 0 else 0,
+        optimizer=moments / setup.sharers,
+        gradients=0,
+        buffers=setup.width * bucket * buckets,
+        activations=0,
+        scratch=0,
+        host_base=_host_base(model, setup.world_size, pinned=setup.on_gpu),
+        host_checkpoint=(4 * counts.trainable + moments) / setup.world_size,
+    )
+
+
+def merged_memory(model: PreTrainedModel, setup: Setup) -> float:
+    """Bytes of ``W + delta`` of all layers that keep it within a step, at stage 3 a slice of each."""
+    resident = sum(layer.weight.numel() for _, layer in adapter_layers(model) if layer.resident)
+    return setup.width * resident / setup.weight_sharers
+
+
+def gathered_memory(model: PreTrainedModel, setup: Setup) -> float:
+    """Bytes of the weights that stage 3 has gathered where it has most of them, at the end of forward."""
+    if setup.weight_sharers == 1:
+        return 0
+    every = sum(parameter.numel() for parameter in model.parameters())
+    return setup.width * min(every, setup.zero("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+
+
+def _host_base(model: PreTrainedModel, world_size: int, *, pinned: bool) -> float:
+    """Bytes of the float32 copies on the rank that has most; the i-th frozen weight belongs to rank i mod world size"""
+    sizes = [4 * parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
+    if pinned:
+        sizes = [1 << (size - 1).bit_length() for size in sizes]
+    return max(sum(sizes[rank::world_size]) for rank in range(world_size))
+
+
+@dataclass(frozen=True)
+class GradientMemory:
+    """Bytes of gradients in five phases; the last two include the copies that are made then."""
+
+    between_steps: float
+    between_micro_batches: float
+    after_backward: float
+    in_reduction: float
+    in_step: float
+
+
+def group_sizes(model: PreTrainedModel, optim: OptimConfig) -> list[int]:
+    """Elements of each group of parameters that the optimizer has."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return [sum(sizes[name] for name in group.parameters) for group in parameter_groups(model, optim)]
+
+
+def gradient_memory(groups: Sequence[int], setup: Setup) -> GradientMemory:
+    """``groups``: the elements of each group of parameters, in the optimizer's order."""
+    stage = setup.stage
+    bf16 = setup.bf16
+    whole = 4 * sum(groups)
+    part = whole / setup.world_size
+    if stage == 0 and bf16:
+        return GradientMemory(0, whole / 2, whole / 2, whole / 2, 1.5 * whole)
+    if stage == 0:
+        return GradientMemory(0, whole, whole, whole, whole)
+    if stage == 1 and bf16:
+        held = 1.5 * whole
+        return GradientMemory(whole, held, held, held + _reduction_copies(groups), held)
+    in_step = part if bf16 else 2 * part
+    if stage == 1:
+        return GradientMemory(0, whole, part, part, in_step)
+    return GradientMemory(part if stage == 3 else 0, part, part, part, in_step)
+
+
+def _reduction_copies(groups: Sequence[int]) -> int:
+    """Bytes that DeepSpeed copies at a time (``DeepSpeedEngine.allreduce_no_retain``)."""
+    together: list[list[int]] = [[]]
+    for size in groups:
+        if sum(together[-1]) > REDUCED_TOGETHER:
+            together.append([])
+        together[-1].append(size)
+    return max((6 if len(sizes) > 1 else 2) * sum(sizes) for sizes in together)
+
+
+def activation_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float, float]:
+    """Bytes that backward needs of one micro-batch: (kept by forward, needed by one decoder layer, the mask).
+
+    There is one mask for all layers, which forward keeps.
+    """
+    config = setup.config
+    width = setup.width
+    model_config = model.config
+    hidden = model_config.hidden_size
+    intermediate = model_config.intermediate_size
+    length = config.data.sequence_length
+    heads = model_config.num_attention_heads
+    tokens = config.tokens_per_micro_batch
+    of_norm = 4 + (width if config.method.train_norms else 0)
+    normed = hidden * of_norm + 4  # of the final norm, which is not compiled
+    of_norm = width if setup.compiles else of_norm
+    queries, keys = attention_widths(model_config)
+    heads_normed = _normed_heads(model) * (queries // heads * of_norm + 4)
+    eager = config.model.attention == "eager"
+    fused = setup.on_gpu and config.model.attention == "sdpa"
+    flash = fused and flash_takes(head_width(model_config), _compute_type(setup))
+    masked = eager or (config.data.masks_documents and not flash)
+    if masked or (fused and not flash):
+        keys = queries  # keys and values are repeated for every head
+    layer: float = 2 * (hidden * of_norm + 4) + heads_normed
+    layer += width * (2 * queries + 2 * keys) + 4 * heads + (2 if setup.compiles else 3) * width * intermediate
+    if eager:
+        layer += heads * length * (6 if setup.bf16 else 4)  # softmax in float32, and its rounded copy
+    layer += width * _linear_inputs(model, config)
+    mask = width * length if masked else 0
+    layers = model_config.num_hidden_layers
+    kept = layers * (width * hidden if config.model.activation_checkpointing else layer)
+    ends = normed + 2 * width * hidden  # the final norm, the head's input and its gradient
+    return tokens * (kept + ends + mask), tokens * layer, tokens * mask
+
+
+def _normed_heads(model: PreTrainedModel) -> int:
+    """Heads of queries and keys of a token that have a norm of their own, as in a Qwen3."""
+    attention = model.model.layers[0].self_attn
+    shared = model.config.num_key_value_heads
+    return model.config.num_attention_heads + shared if hasattr(attention, "q_norm") else 0
+
+
+def _linear_inputs(model: PreTrainedModel, config: Config) -> float:
+    """Elements of one token that a decoder layer's linears keep for their own gradients, averaged over the layers.
+
+    An input that several linears share is kept once; the input of ``o_proj`` is attention's output, which is kept
+    anyway.
+    """
+    elements: dict[tuple[str, str, str], int] = {}
+    for name, layer in decoder_linears(model):
+        prefix, _, kind = name.rpartition(".")
+        source = INPUTS.get(kind, kind)
+        for kept in _kept(layer, config):
+            if (source, kept.what) != ("o_proj", INPUT):
+                elements[prefix, source if kept.shared else kind, kept.what] = kept.elements
+    return sum(elements.values()) / model.config.num_hidden_layers
+
+
+def _kept(layer: nn.Linear | AdapterLinear, config: Config) -> list[Kept]:
+    if isinstance(layer, AdapterLinear):
+        return layer.kept(config.tokens_per_micro_batch, config.method.cycle)
+    return [Kept(INPUT, layer.in_features, shared=True)] if layer.weight.requires_grad else []
+
+
+def _compute_type(setup: Setup) -> torch.dtype:
+    return torch.bfloat16 if setup.bf16 else torch.float32
+
+
+def scratch_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float]:
+    """Bytes that come and go: (at the loss, in backward)."""
+    config = setup.config
+    on_gpu = setup.on_gpu
+    width = setup.width
+    tokens = config.tokens_per_micro_batch
+    vocabulary = model.config.vocab_size
+    logit = bytes_per_logit(_compute_type(setup), in_place=on_gpu)
+    chunk = min(tokens, loss_chunk(tokens, vocabulary, logit, on_gpu=on_gpu))
+    head = model.get_output_embeddings().weight
+    trains = head.numel() if head.requires_grad else 0
+    rounded = (4 + width) * trains
+    logits = chunk * vocabulary * logit
+    at_loss = max(logits + 4 * trains, rounded) if on_gpu else logits + rounded
+    built = 0.0
+    for _, layer in decoder_linears(model):
+        if isinstance(layer, AdapterLinear) and not layer.resident and layer.uses_merged_form(tokens):
+            built = max(built, layer.weights_built * layer.weight.numel())
+    in_backward = 2 * width * tokens * model.config.intermediate_size
+    if config.model.attention == "eager":
+        # in float32 before and behind the softmax, when the gated product and the rounded weights are gone
+        weights = tokens * model.config.num_attention_heads * config.data.sequence_length
+        in_backward = max(in_backward, weights * (6 if setup.bf16 else 8) - 1.5 * in_backward)
+    return at_loss, in_backward + width * (built + trains)

@@ -1,0 +1,58 @@
+"""How a run is carried out, as far as its memory, its network and its time depend on that."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from relora_mora.config.schema import Config
+from relora_mora.model.compiler import compiles
+
+# DeepSpeed's defaults
+MAX_LIVE_PARAMETERS = 1_000_000_000
+MAX_REUSE_DISTANCE = 1_000_000_000
+PERSISTENCE_THRESHOLD = 100_000
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Settings at a ZeRO stage, which need not be that of ``config``, on so many ranks."""
+
+    config: Config
+    stage: int
+    world_size: int
+    _: KW_ONLY
+    bf16: bool
+    on_gpu: bool = False
+    compiled: bool | None = None  # the decoder layers; None: as model.compile says
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that share the masters and the optimizer's state."""
+        return self.world_size if self.stage else 1
+
+    @property
+    def weight_sharers(self) -> int:
+        return self.world_size if self.stage == 3 else 1
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, on each rank."""
+        return self.config.accumulation_steps(self.world_size)
+
+    @property
+    def compiles(self) -> bool:
+        return compiles(self.config.model, self.stage, on_gpu=self.on_gpu) if self.compiled is None else self.compiled
+
+    @property
+    def persistence_threshold(self) -> int:
+        """Elements up to which stage 3 keeps a parameter gathered."""
+        return self.zero("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+
+    def zero(self, name: str, default: int) -> int:
+        """A number of DeepSpeed's ``zero_optimization``, as ``train.deepspeed`` sets it."""
+        return int(self.config.train.deepspeed.get("zero_optimization", {}).get(name, default))

@@ -1,0 +1,1 @@
+"""The start of a run: checks, inputs, identity, and building its parts."""

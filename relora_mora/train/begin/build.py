@@ -1,0 +1,254 @@
+"""The parts of a run, built in the order in which they depend on each other, with their initial values."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from relora_mora import kernels
+from relora_mora.adapters.inject import inject
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import Config
+from relora_mora.data.stream.packing import document_boundaries
+from relora_mora.distributed.collectives import from_first_rank
+from relora_mora.engine.engine import ZeroEngine
+from relora_mora.engine.merging import FrozenMasters, Merger
+from relora_mora.model.compiler import allow_programs
+from relora_mora.model.config import function_differences
+from relora_mora.model.llama import LossModel, empty_model, initial_value, put_values
+from relora_mora.operators import Draw
+from relora_mora.optim.groups import (
+    ParameterGroup,
+    Parameters,
+    build_optimizer,
+    count_parameters,
+    make_schedule,
+    parameter_groups,
+    set_trainable,
+)
+from relora_mora.schedule import Schedule
+from relora_mora.sizing.fit import choose_resident, stage_advice, uneven_widths
+from relora_mora.sizing.setup import Setup
+from relora_mora.supervise.guard import LONG_SECONDS, Guard
+from relora_mora.system.hardware import uses_cuda
+from relora_mora.system.logs import log, shared_log
+from relora_mora.train.begin.check import ResolvedRun, memory_of_rank
+from relora_mora.train.state.run_state import RunState
+from relora_mora.weights.foreign import in_short
+from relora_mora.weights.load import start_config, start_weights
+from relora_mora.weights.peft import AdapterFolder
+
+
+def initial_values(
+    lm: PreTrainedModel, base: FrozenMasters, config: Config, world_size: int
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Which rank makes which parameter of the plain model, and what this rank has made, in float32.
+
+    A collective. The ranks draw at the same time, a part each; ``model.init_from`` and ``model.adapter``, whose values
+    take the place of those that the adapters were drawn with, are read by the first rank.
+    """
+    shapes = {name: p.shape for name, p in lm.named_parameters() if p.is_meta}
+    made: dict[str, Tensor] = {}
+    if config.model.init_from is not None:
+
+        def read() -> list[str]:
+            made.update(_foreign_weights(config, lm, shapes))
+            if config.model.adapter is not None:
+                adapter = AdapterFolder(Path(config.model.adapter))
+                adapter.check_base(made.get, config.model.init_from or "model.init_from")
+                made.update((name, adapter.value(name)) for name in adapter.shapes)
+            return list(made)
+
+        return dict.fromkeys(from_first_rank(read), 0), made
+    maker = dict(base.owner)
+    load = [0] * world_size
+    frozen_first = sorted(shapes.items(), key=lambda item: item[0] not in base.owner)
+    for name, shape in frozen_first:  # what trains goes to the rank that has least to do
+        load[maker.setdefault(name, load.index(min(load)))] += shape.numel()
+    return maker, {name: initial_value(lm, name, config.train.seed) for name in shapes if maker[name] == base.rank}
+
+
+def write_initial_values(
+    engine: ZeroEngine, base: FrozenMasters, maker: Mapping[str, int], made: dict[str, Tensor]
+) -> None:
+    """Puts initial values where they belong, one parameter after the other; a collective.
+
+    What is frozen goes to the base of its owner, and from there to all in the precision that they compute with; of what
+    trains each rank takes the part of the float32 master that it owns.
+    """
+    for name, rank in maker.items():
+        owner = base.owner.get(name)
+        value = made.pop(name, None)
+        if engine.world_size > 1 and owner != rank:
+            sent = torch.empty(engine.shapes[name], dtype=torch.float32, device=engine.device)
+            if value is not None:
+                sent.copy_(value)
+            engine.broadcast(sent, rank)
+            value = sent
+        if owner is None:
+            assert value is not None
+            engine.scatter(name, value)
+        elif owner == engine.rank:
+            assert value is not None
+            base.put(name, value)
+    base.push(engine)
+    engine.refresh()
+
+
+def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The float32 weights of ``model.init_from`` by the names of ours.
+
+    Raises :class:`ConfigError` where they do not fit, or mean something else in the model that they come from.
+    """
+    path = Path(str(config.model.init_from))
+    _check_function(start_config(path), lm.config, path)
+    weights = start_weights(path, lm.config)
+    embedding = weights["model.embed_tokens.weight"]
+    if lm.config.tie_word_embeddings and not torch.equal(embedding, weights.get("lm_head.weight", embedding)):
+        fault = (
+            "model.init_from: its config ties the output head to the embeddings, but its files hold another head; "
+            "set tie_word_embeddings to false in its config.json and in model.overrides"
+        )
+        raise ConfigError([fault], str(path))
+    broken = [name for name in shapes if not weights[name].isfinite().all()]
+    if broken:
+        fault = f"model.init_from: numbers that are not finite in {in_short(broken)}; use weights that are whole"
+        raise ConfigError([fault], str(path))
+    return {name: weights[name] for name in shapes}
+
+
+def _check_function(theirs: PreTrainedConfig, ours: PreTrainedConfig, path: Path) -> None:
+    """Raises :class:`ConfigError` with every difference by which the same weights would compute something else."""
+    faults = [
+        f"model.init_from: {key} is {there!r} there and {here!r} in model.config; "
+        f"set model.overrides.{key}, or leave model.config and overrides out"
+        for key, there, here in function_differences(theirs, ours)
+    ]
+    if faults:
+        raise ConfigError(faults, str(path))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What trains. Where it stands is a :class:`RunState`."""
+
+    checked: ResolvedRun
+    engine: ZeroEngine
+    base: FrozenMasters
+    merger: Merger
+    groups: list[ParameterGroup]
+    schedule: Schedule
+    parameters: Parameters
+
+    @property
+    def config(self) -> Config:
+        return self.checked.config
+
+
+def build(
+    checked: ResolvedRun,
+    rank: int,
+    world_size: int,
+    *,
+    resumes: bool = False,
+    done: Callable[[str], None] = lambda part: None,
+) -> Run:
+    """A run at step 0; a collective. With ``resumes`` nothing is drawn or read: a checkpoint brings all values.
+
+    ``done`` hears which part is finished: model, engine.
+    """
+    config = checked.config
+    lm = empty_model(checked.model_config, attention=config.model.attention)
+    if config.model.activation_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.method.uses_adapters:
+        _add_adapters(lm, config, with_values=not resumes)
+    set_trainable(lm, config.method)
+    on_gpu = uses_cuda()
+    available = memory_of_rank()
+    setup = Setup(
+        config, config.train.zero_stage, world_size, bf16=checked.bf16, on_gpu=on_gpu, compiled=checked.compiled
+    )
+    choose_resident(lm, setup, available)
+    advice = stage_advice(lm, setup, available)
+    if advice:
+        shared_log.warning(advice)
+    for note in uneven_widths(checked.model_config) if on_gpu else ():
+        shared_log.warning("model: %s", note)
+    groups = parameter_groups(lm, config.optim)
+    counts = count_parameters(lm)
+    log.info(
+        "parameters: %s total, %s trainable, %s adapters",
+        f"{counts.total:,}",
+        f"{counts.trainable:,}",
+        f"{counts.adapters:,}",
+    )
+    frozen = [name for name, p in lm.named_parameters() if not p.requires_grad]
+    base = FrozenMasters(frozen, rank, world_size)
+    # drawn and read while shapes are known; at ZeRO-3 a parameter shows none later
+    maker, made = ({}, {}) if resumes else initial_values(lm, base, config, world_size)
+    dtype = torch.bfloat16 if checked.bf16 else torch.float32
+    # zeros take no memory until they are written to: DeepSpeed places, casts and partitions them
+    put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
+    done("model")
+    module = LossModel(lm, compiled=checked.compiled)
+    engine = ZeroEngine(
+        module, lm, build_optimizer(lm, groups, config.optim), config.train, clip=config.optim.clip, bf16=checked.bf16
+    )
+    done("engine")
+    if not resumes:
+        write_initial_values(engine, base, maker, made)
+        done("model")
+    merger = Merger(engine, base, config.method, seed=config.train.seed)
+    schedule = make_schedule(config.method, config.optim, config.train.steps)
+    return Run(checked, engine, base, merger, groups, schedule, counts)
+
+
+def _add_adapters(lm: PreTrainedModel, config: Config, *, with_values: bool) -> None:
+    with contextlib.nullcontext() if with_values else torch.device("meta"):
+        found = inject(lm, config.method, seed=config.train.seed)
+    kinds = ", ".join(f"{len(names)} {kind}" for kind, names in found.items())
+    used = kernels.describe("cuda" if uses_cuda() else "cpu")
+    log.info("%s adapters on %d layers: %s; %s", config.method.name, sum(map(len, found.values())), kinds, used)
+
+
+def warm_up(run: Run, state: RunState, guard: Guard) -> None:
+    """One micro-batch of each kind in training and evaluation with each operator that is still to come, on this rank.
+
+    Nothing of the run changes. Only for layers that torch.compile compiles. An operator that is drawn anew at every
+    merge is another one to the compiler each time, since pieces of groupings are constants of its programs.
+    """
+    config = run.config
+    data = config.data
+    train_size = config.train.micro_batch_size
+    eval_size = config.eval.micro_batch_size or train_size
+    # (training, sequences, whether documents are kept apart) of all batches there will be
+    batches = {(True, train_size, data.masks_documents_of([source])) for source in data.train_sources}
+    batches |= {(False, eval_size, data.masks_documents_of(sources)) for sources in data.validation_sets.values()}
+    module = run.engine.module
+    merger = run.merger
+    before = merger.operator(), merger.draw
+    left = run.schedule.operators_left(state.step)
+    allow_programs(len(batches) * len(left))
+    if len(left) > 1:
+        log.info("compiling the decoder layers for %d operators", len(left))
+    for operator, merges_done in left:
+        now = merges_done == merger.draw.merges_done
+        merger.set_operator(operator, merger.draw if now else Draw(merger.seed, merges_done))
+        for training, size, masked in sorted(batches, reverse=True):
+            guard.begin("compiling the decoder layers", within=LONG_SECONDS)
+            ids = torch.zeros(size, config.data.sequence_length, dtype=torch.int64, device=run.engine.device)
+            boundaries = document_boundaries(ids.cpu()).to(ids.device) if masked else None
+            run.engine.keep_merged()
+            module.train(training)
+            with torch.set_grad_enabled(training):
+                loss = module(ids, ids, boundaries, float(ids.numel()))
+            if training:  # the gradients go nowhere: no hook of ZeRO hears of them
+                torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
+    merger.set_operator(*before)

@@ -1,0 +1,233 @@
+"""What can be checked before anything expensive: settings, model, memory, and that all ranks agree."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.checkpoint.reader import newest_manifest
+from relora_mora.config.checks.combinations import unused_by
+from relora_mora.config.data import DataConfig
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import Config
+from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.data.content import local_content
+from relora_mora.data.shard import Shard
+from relora_mora.data.stream.fingerprint import fingerprints
+from relora_mora.data.stream.mixture import in_saved_order
+from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
+from relora_mora.distributed.join import processes_on_host
+from relora_mora.model.compiler import compiles_here
+from relora_mora.model.config import check_length, plain_model_config
+from relora_mora.model.llama import check_attention
+from relora_mora.sizing.fit import check_adapters, check_memory
+from relora_mora.sizing.setup import Setup
+from relora_mora.system.hardware import fast_bf16, gpu_memory_bytes, host_memory_bytes, uses_cuda
+from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
+from relora_mora.tokenizer.folder import TokenizerError
+from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens, tokenizer_fingerprint
+from relora_mora.tokenizer.save import save_tokenizer
+from relora_mora.train.begin.identity import Identity, unlike
+from relora_mora.train.begin.inputs import open_inputs
+from relora_mora.train.begin.start_adapter import check_adapter, check_start
+from relora_mora.weights.foreign import check_headers
+from relora_mora.weights.load import model_config_of, tokenizer_beside
+
+
+@dataclass
+class ResolvedRun:
+    """Settings, and what was found where they point: model and tokenizer fit, the data is there."""
+
+    config: Config
+    model_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str | None  # of the first conversations in the training data
+    tokenizer_fingerprint: str
+    shards: list[Shard]  # of the training data
+    data_fingerprint: str
+    data_content: str  # fingerprint of what stands in the shards; of http(s) ones after the first rank has asked
+    data_order: str
+    bf16: bool
+    compiled: bool  # the decoder layers
+    epochs: float | None = None  # train.epochs, in whose place the config has steps once they are counted
+    warmup_fraction: float | None = None  # of a run of epochs, likewise
+    epoch_blocks: Sequence[int] | None = None  # that each of them takes of a lane of whole rows
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(
+            config=self.config.model_dump(mode="json"),
+            model_config=plain_model_config(self.model_config),
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            eos_token_id=self.tokenizer.eos_token_id,
+            data_fingerprint=self.data_fingerprint,
+            data_content=self.data_content,
+            data_order=self.data_order,
+            bf16=self.bf16,
+        )
+
+
+def saved_settings(run_dir: Path) -> dict[str, Any]:
+    """The settings of the newest start in a run folder, by section; empty where there is none that can be read.
+
+    Of a run whose folder was removed while it trained, the newest checkpoint has them.
+    """
+    tree: Any = None
+    with contextlib.suppress(FileNotFoundError, UnicodeError, yaml.YAMLError):
+        tree = parse_yaml(RunFolder(run_dir).config.read_text(encoding="utf-8"))
+    if not isinstance(tree, dict):
+        with contextlib.suppress(CheckpointError):
+            tree = newest_manifest(run_dir).config
+    return {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
+
+
+def as_before(config: Config) -> DataConfig:
+    """The data settings with the commits that this run has read before: a resume reads the same data.
+
+    They are in the checkpoint that it goes on from, and in the settings of its start before. A mixture keeps the order
+    of its sources in the checkpoint.
+    """
+    run_dir = Path(config.train.run_dir)
+    named = config.train.resume not in ("auto", "never")
+    saved: dict[str, Any] = {}
+    with contextlib.suppress(CheckpointError):
+        saved = newest_manifest(Path(config.train.resume) if named else run_dir).config.get("data", {})
+    known: dict[str, str] = {}
+    for data in (saved_settings(run_dir).get("data", {}), saved):
+        known |= data.get("commits") or {}
+    return in_saved_order(config.data.model_copy(update={"commits": known | config.data.commits}), saved)
+
+
+def check_model(config: Config) -> PreTrainedConfig:
+    """The model that the settings ask for; raises ValueErrors of the package where it cannot be made."""
+    check_start(config)
+    model_config = model_config_of(config.model)
+    check_length(
+        model_config,
+        config.data.sequence_length,
+        config.model.config or str(config.model.init_from),
+        documents_alone=config.data.masks_documents,
+    )
+    check_adapters(model_config, config.method)
+    if config.model.init_from is not None:
+        check_headers(Path(config.model.init_from))
+    check_adapter(config, model_config)
+    return model_config
+
+
+def memory_of_rank() -> float:
+    """Bytes of its GPU, or its part of the host's memory."""
+    return gpu_memory_bytes() if uses_cuda() else host_memory_of_rank()
+
+
+def host_memory_of_rank() -> float:
+    return host_memory_bytes() / processes_on_host()
+
+
+def check(config: Config, world_size: int) -> ResolvedRun:
+    """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
+    data = config.data
+    model_config = check_model(config)
+    compiled = compiles_here(config.model, config.train.zero_stage, on_gpu=uses_cuda())
+    bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
+    check_attention(config.model, bf16=bf16)
+    on_gpu = uses_cuda()
+    setup = Setup(config, config.train.zero_stage, world_size, bf16=bf16, on_gpu=on_gpu, compiled=compiled)
+    check_memory(model_config, setup, memory_of_rank(), host_memory_of_rank())
+    inputs = open_inputs(config)
+    tokenizer = inputs.tokenizer
+    shards = inputs.shards
+    remark = check_vocabulary(tokenizer, model_config.vocab_size, trained=config.model.init_from is not None)
+    if remark:
+        log.info(remark)
+    tokens = tokenizer_fingerprint(config.tokenizer_path, tokenizer)
+    _check_tokenizer(config, model_config.model_type, tokenizer)
+    for name, who in unused_by(config).items():
+        log.info("%s does not use %s", who, name)
+    data_fingerprint, data_order = fingerprints(
+        data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards, tokenizer=tokenizer
+    )
+    return ResolvedRun(
+        config=config,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        chat_template=inputs.chat_template,
+        tokenizer_fingerprint=tokens,
+        shards=shards,
+        data_fingerprint=data_fingerprint,
+        data_content=local_content(shards),
+        data_order=data_order,
+        bf16=bf16,
+        compiled=compiled,
+    )
+
+
+def _check_tokenizer(config: Config, model_type: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Says where a model begins with weights that were trained with other tokens.
+
+    Raises :class:`TokenizerError` where an export could not be loaded: in the folder of a Qwen2 transformers takes any
+    tokenizer for one of Qwen's.
+    """
+    path = config.tokenizer_path
+    if config.model.init_from is not None:
+        theirs = tokenizer_beside(Path(config.model.init_from))
+        with contextlib.suppress(TokenizerError):  # it may have none
+            if not gives_same_tokens(path, theirs, tokenizer):
+                log.warning("%s gives other tokens than %s, which model.init_from was trained with", path, theirs)
+    if model_type == "llama":
+        return
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        Path(folder, "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+        save_tokenizer(tokenizer, folder)
+
+
+APPEAR_SECONDS = 15.0  # for a file that another host has just written
+
+
+def check_agreement(identity: Identity) -> None:
+    """A collective. Raises :class:`ConfigError` on all ranks when one was given, or has found, other things."""
+    found = gather_from_ranks((socket.gethostname(), identity))
+    first_host, first = found[0]
+    faults = []
+    for rank, (host, other) in enumerate(found):
+        different = unlike(first, other)
+        if different:
+            faults.append(
+                f"rank {rank} ({host}): {', '.join(different)}: not as on the first rank ({first_host}); "
+                "start all ranks with the same command, and give all hosts the same files"
+            )
+    if faults:
+        raise same_on_all_ranks(ConfigError(faults, "what the ranks found"))
+
+
+def check_shared(file: Path, content: str) -> None:
+    """A collective. Raises :class:`ConfigError` on all ranks when one does not see what the first rank wrote."""
+    deadline = time.monotonic() + APPEAR_SECONDS
+    while not (seen := _content(file) == content) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    missing = [place for place in gather_from_ranks(None if seen else socket.gethostname()) if place is not None]
+    if missing:
+        hosts = ", ".join(dict.fromkeys(missing))
+        fault = (
+            f"train.run_dir: {file.parent} is another folder on {hosts}; put it on a file system that all hosts share"
+        )
+        raise same_on_all_ranks(ConfigError([fault], "what the ranks found"))
+
+
+def _content(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
+        return None

@@ -1,0 +1,230 @@
+"""What makes a run the run it is: compared between the ranks at a start, and with a checkpoint at a resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from relora_mora.checkpoint.layout import Manifest
+from relora_mora.config.checks.combinations import BESIDE_ADAPTERS, OPERATIONAL, SIZE_SETTINGS
+from relora_mora.config.data import TextSource
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
+from relora_mora.config.schema import SETTINGS, lanes_of
+from relora_mora.model.config import keys_with, stored_model_config
+from relora_mora.model.config_keys import FUNCTION, TRAINING
+
+# settings that may differ at a resume
+FREE_SETTINGS = {
+    *OPERATIONAL,
+    "model.config",  # the model's own settings are compared instead
+    "model.overrides",
+    "model.init_from",
+    "model.adapter",
+    "model.activation_checkpointing",
+    "model.attention",
+    "model.compile",
+    "tokenizer.path",  # compared by fingerprint
+    "data.train",  # compared by fingerprint, and by weights
+    "data.validation",
+    "data.revision",  # its commit is part of the fingerprint
+    "data.commits",
+    "data.records",  # part of the fingerprint, and so is the text of its template
+    "data.packing",  # part of the fingerprint where it is not "stream"
+    "data.text_column",  # part of the fingerprint
+    "data.sample_by",  # part of the fingerprint where there is a .txt file
+    "method.form",
+    "train.micro_batch_size",
+    "train.zero_stage",
+    "train.deterministic",
+    "train.deepspeed",
+}
+_DECIDES_WHAT_TRAINS = (*SIZE_SETTINGS, "method.square_size", "method.target_modules", *BESIDE_ADAPTERS)
+# settings that no permission lets differ at a resume, and why
+FIXED_SETTINGS = {
+    **dict.fromkeys(
+        _DECIDES_WHAT_TRAINS, "the checkpoint holds the state of what trained with it; begin anew with model.init_from"
+    ),
+    "method.name": "the checkpoint holds the state of what trained by that method; give another train.run_dir, or "
+    "begin anew with model.init_from",
+    "optim.matrices": "the state of one optimizer means nothing to another; begin anew with model.init_from",
+    "optim.projection_rank": "moments of one rank are none of another; begin anew with model.init_from",
+}
+ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # what places in the data depend on
+TEXT_SETTINGS = {  # what text it is, and what its rows are
+    "data.train",
+    "data.records",
+    "data.packing",
+    "data.text_column",
+    "data.sample_by",
+    "data.revision",
+    "data.commits",
+}
+FREE_SECTIONS = {"eval", "checkpoint", "log"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The settings, and what was found where they point. A checkpoint's manifest holds the same fields."""
+
+    config: dict[str, dict[str, Any]]  # all settings
+    model_config: dict[str, Any]
+    tokenizer_fingerprint: str
+    eos_token_id: int  # ends a document; the fingerprint of a Hugging Face tokenizer does not tell it
+    data_fingerprint: str
+    data_content: str  # fingerprint of what stands in the training data
+    data_order: str  # fingerprint of what gives places in the data their meaning
+    bf16: bool
+
+    @staticmethod
+    def of(manifest: Manifest) -> Identity:
+        return Identity(**{field.name: getattr(manifest, field.name) for field in fields(Identity)})
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference that would change the result of a run. ``permission``: what in train.allow_changes allows it."""
+
+    text: str
+    permission: str | None
+
+
+def unlike(first: Identity, other: Identity) -> list[str]:
+    """In words, what another rank was given or has found that the first rank has not."""
+    found = {
+        "the model's settings": ("model_config",),
+        "the tokenizer": ("tokenizer_fingerprint", "eos_token_id"),
+        "the training data": ("data_fingerprint", "data_content"),
+        "the precision that is fast": ("bf16",),
+    }
+    names = list(changed_settings(first.config, other.config))
+    for what, keys in found.items():
+        if any(getattr(first, key) != getattr(other, key) for key in keys):
+            names.append(what)
+    return names
+
+
+def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
+    """The differences between a checkpoint and a run that would change the result and are not in ``allowed``."""
+    saved = replace(saved, config=_comparable(saved.config))
+    now = replace(now, config=_comparable(now.config))
+    fixed_settings = _fixed_settings(saved, now)
+    settings = [
+        name for name in changed_settings(saved.config, now.config) if name in fixed_settings or _counts(name, allowed)
+    ]
+    for name in settings:
+        difference = f"{name}: {_value(saved.config, name)!r} in the checkpoint, {_value(now.config, name)!r} now"
+        fixed = fixed_settings.get(name)
+        yield Change(difference, name) if fixed is None else Change(f"{difference}; {fixed}", None)
+    yield from _weight_changes(saved, now, allowed)
+    yield from _model_changes(saved, now)
+    yield from _tokenizer_changes(saved, now, allowed)
+    if _other_data(saved, now) and "data" not in allowed:
+        yield Change("data: other sources, or files that have changed", "data")
+    if saved.bf16 != now.bf16 and "train.precision" not in allowed and "train.precision" not in settings:
+        yield Change("train.precision: auto means another precision on this machine", "train.precision")
+
+
+def _comparable(config: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """With the number of lanes that null stands for, and with names in one order if their order means nothing."""
+    lanes = config["data"]["lanes"] or lanes_of(config["train"]["batch_size"])
+    modules = sorted(_value(config, "method.target_modules"))
+    return {
+        **config,
+        "data": {**config["data"], "lanes": lanes},
+        "method": {**config["method"], "target_modules": modules},
+    }
+
+
+def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Names of settings (dotted) whose values differ between two dumps of a config."""
+    for section in {**saved, **now}:
+        before = saved.get(section, {})
+        after = now.get(section, {})
+        for key in {**before, **after}:
+            default = _default(section, key)  # what an older version did without this setting
+            if before.get(key, default) != after.get(key, default):
+                yield f"{section}.{key}"
+
+
+def _default(section: str, key: str) -> Any:
+    setting = SETTINGS.get(f"{section}.{key}")
+    return None if setting is None or setting.is_required() else setting.get_default()
+
+
+def _counts(name: str, allowed: set[str]) -> bool:
+    section = name.partition(".")[0]
+    return not (section in FREE_SECTIONS or name in FREE_SETTINGS | allowed)
+
+
+def _fixed_settings(saved: Identity, now: Identity) -> dict[str, str]:
+    """Those of ``FIXED_SETTINGS`` that the run uses, and that matter: methods may have the same adapter."""
+    before, after = (METHODS[_value(each.config, "method.name")] for each in (saved, now))
+    unused = settings_of_others(MATRIX_OPTIMIZERS, MATRIX_OPTIMIZERS[_value(saved.config, "optim.matrices")])
+    unused |= settings_of_others(METHODS, before)
+    if before.adapter is after.adapter:
+        unused.add("method.name")
+    return {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
+
+
+def _value(tree: dict[str, Any], name: str) -> Any:
+    section, _, key = name.partition(".")
+    return tree.get(section, {}).get(key, _default(section, key))
+
+
+def _weights(identity: Identity) -> dict[str, float] | None:
+    """The shares of a mixture's sources by name; None where the training text is no mixture."""
+    given = _value(identity.config, "data.train")
+    if not isinstance(given, list) or not isinstance(given[0], dict):
+        return None
+    sources = [TextSource.model_validate(record) for record in given]
+    total = sum(source.weight for source in sources)
+    return {source.label: source.weight / total for source in sources}
+
+
+def _weight_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
+    before = _weights(saved)
+    after = _weights(now)
+    if before is None or after is None or set(before) != set(after):
+        return
+    if all(math.isclose(before[name], share) for name, share in after.items()):
+        return
+    if not allowed & {"data", "data.train"}:
+        shown = " and ".join(
+            f"{name} {before[name]:.3g} in the checkpoint, {share:.3g} now" for name, share in after.items()
+        )
+        yield Change(f"data.train: the shares of its sources: {shown}", "data.train")
+
+
+def _model_changes(saved: Identity, now: Identity) -> Iterator[Change]:
+    before = keys_with(stored_model_config(saved.model_config), FUNCTION, TRAINING)
+    after = keys_with(stored_model_config(now.model_config), FUNCTION, TRAINING)
+    for key, value in after.items():
+        if before.get(key) != value:
+            yield Change(f"model: {key} is {before.get(key)!r} in the checkpoint, {value!r} now", None)
+
+
+def _tokenizer_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
+    if "tokenizer" in allowed:
+        return
+    path = _value(now.config, "tokenizer.path")
+    if saved.tokenizer_fingerprint != now.tokenizer_fingerprint:
+        yield Change(f"tokenizer: {path} gives other tokens", "tokenizer")
+    if saved.eos_token_id != now.eos_token_id:
+        yield Change(
+            f"tokenizer: a document ended with token {saved.eos_token_id}, that of {path} ends with {now.eos_token_id}",
+            "tokenizer",
+        )
+
+
+def _other_data(saved: Identity, now: Identity) -> bool:
+    if saved.data_content != now.data_content:
+        return True
+    if saved.data_order == now.data_order:
+        return False
+    changed = set(changed_settings(saved.config, now.config))
+    if saved.tokenizer_fingerprint == now.tokenizer_fingerprint and not changed & ORDER_SETTINGS:
+        return True
+    # the fingerprint contains these, which are named, and says nothing of the text then
+    return bool(changed & TEXT_SETTINGS)

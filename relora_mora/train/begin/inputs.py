@@ -1,0 +1,93 @@
+"""What a run reads before it starts: tokenizer and text. All that is missing is reported together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from relora_mora.config.data import Split, set_setting
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import Config
+from relora_mora.data.content import local_content
+from relora_mora.data.errors import SourceError
+from relora_mora.data.records.chat import template_in_use
+from relora_mora.data.sets.show import check_columns, check_records
+from relora_mora.data.shard import Shard
+from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.tokens.checks import check_tokens
+from relora_mora.tokenizer.folder import TokenizerError
+from relora_mora.tokenizer.load import load_tokenizer
+
+T = TypeVar("T")
+_DEMO = "runs/demo/"  # what configs/run/demo.yaml and tiny_*.yaml read
+
+
+@dataclass(frozen=True)
+class Inputs:
+    tokenizer: PreTrainedTokenizerBase
+    shards: list[Shard]  # of the training data
+    chat_template: str | None  # of the first conversations in it; the run's tokenizer has it
+
+
+def open_inputs(config: Config) -> Inputs:
+    """Loads the tokenizer and finds the shards of both sides.
+
+    Raises TokenizerError or SourceError for one of them that cannot be used, and ConfigError for several.
+    """
+    errors: list[tuple[str, TokenizerError | SourceError]] = []
+    tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer_path))
+    shards = _attempt(errors, "data.train", lambda: _shards(config, "train", tokenizer))
+    template = template_in_use(shards, tokenizer) if shards and tokenizer else None
+    of_run = copy(tokenizer)
+    if of_run is not None and template is not None:
+        of_run.chat_template = template
+    for name, sources in config.data.validation_sets.items():
+        data = config.data.model_copy(update={"validation": sources})
+        alone = config.model_copy(update={"data": data})
+        _attempt(errors, set_setting(name), partial(_shards, alone, "validation", of_run))
+    if tokenizer is None or shards is None or errors:
+        raise _one_error(errors, config)
+    return Inputs(tokenizer, shards, template)
+
+
+def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | None) -> list[Shard]:
+    data = config.data
+    shards = configured_shards(data, split)
+    check_columns([shard for shard in shards if not shard.is_remote], data)
+    if tokenizer is not None:
+        check_records([shard for shard in shards if not shard.is_remote], data, tokenizer)
+        limits = data if split == "train" else None
+        check_tokens(shards, tokenizer_path=config.tokenizer_path, eos=tokenizer.eos_token_id, limits=limits)
+    if split == "validation":
+        local_content(shards)  # as of the training data, later: what has changed, or is there twice, is refused
+    return shards
+
+
+def _attempt(errors: list[tuple[str, TokenizerError | SourceError]], setting: str, action: Callable[[], T]) -> T | None:
+    try:
+        return action()
+    except (TokenizerError, SourceError) as error:
+        errors.append((setting, error))
+        return None
+
+
+def _one_error(errors: list[tuple[str, TokenizerError | SourceError]], config: Config) -> ValueError:
+    """The error itself; where there are several, a set has to be named, or files of the demo are missing, one error
+    that tells each with its setting, and what makes those files."""
+    [setting, error], *others = errors
+    if not others and setting.count(".") == 1 and _DEMO not in str(error):
+        return error
+    faults = []
+    for setting, error in errors:
+        fault = f"{setting}: {error}"
+        if _DEMO in fault:
+            here = "" if str(Path.cwd()) in fault else f"; the current folder is {Path.cwd()}"
+            fault += f" (`make demo`, run in the checkout, makes it{here})"
+        faults.append(fault)
+    return ConfigError(faults, "the settings")

@@ -1,0 +1,187 @@
+"""What makes a run folder explain itself."""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from relora_mora.checkpoint.reader import list_candidates
+from relora_mora.config.checks.combinations import OPERATIONAL
+from relora_mora.config.load import ConfigError, dump, stored_config
+from relora_mora.config.schema import Config
+from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.model.config import plain_model_config
+from relora_mora.optim.groups import Parameters
+from relora_mora.system.files import append_synced, disk_faults_named, remove, write_if_possible, write_synced
+from relora_mora.system.hardware import device_name
+from relora_mora.system.logs import log
+from relora_mora.system.run_folder import CHANGED, NOTED, RunFolder
+from relora_mora.tokenizer.save import save_tokenizer
+from relora_mora.train.begin.check import ResolvedRun
+from relora_mora.train.begin.identity import changed_settings
+from relora_mora.weights.digests import start_digests
+
+
+def check_run_folder(path: Path) -> None:
+    """Raises :class:`ConfigError` where a run would write over files of something else. First rank only.
+
+    A folder that a trainer has held has a lock, and one with checkpoints may have been copied from elsewhere.
+    """
+    folder = RunFolder(path)
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            fault = f"train.run_dir: {place} is a link to what is not there; mount its disk, or remove the link"
+            raise ConfigError([fault], "the settings")
+    if folder.lock.exists() or list_candidates(folder.checkpoints):
+        return
+    written = (
+        folder.config,
+        folder.model_config,
+        folder.tokenizer,
+        folder.metrics,
+        folder.wandb_id,
+        folder.rollbacks,
+    )
+    found = [name.name for name in written if name.exists()]
+    if found:
+        fault = (
+            f"train.run_dir: {path} is not the folder of a run, and a run would write over {', '.join(found)} there; "
+            "give a new or empty folder"
+        )
+        raise ConfigError([fault], "the settings")
+
+
+def write_run_folder(
+    checked: ResolvedRun,
+    parameters: Parameters,
+    world_size: int,
+    step: int,
+    *,
+    changed: Sequence[str] | None,
+) -> Path:
+    """Writes settings, command, versions, commit, model and tokenizer into the run folder. First rank only.
+
+    ``changed`` says what counts and is not as in the checkpoint that the run resumes; without one it is None, and what
+    the run begins with is noted.
+    """
+    folder = Path(checked.config.train.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with disk_faults_named(folder):
+        start = _start_record(checked, parameters, world_size, step)
+        if changed is None:
+            start[NOTED] = start_digests(checked.config)
+        elif changed:
+            start[CHANGED] = list(changed)
+        _write(folder, checked, start)
+    return folder
+
+
+def keep_run_folder(config: Config, made_with: Mapping[str, Any]) -> None:
+    """Leaves the folder of a run that is done as it is: this start trains nothing. First rank only.
+
+    ``made_with`` are the settings in its last checkpoint; where ``config`` has others, that is said.
+    """
+    unused = [name for name in changed_settings(dict(made_with), parse_yaml(dump(config))) if name not in OPERATIONAL]
+    if unused:
+        log.warning(
+            "the run is done and keeps the settings that it was made with, in place of %s as given now; "
+            "launch/evaluate.py scores it on other text",
+            ", ".join(unused),
+        )
+    names = RunFolder(Path(config.train.run_dir))
+    with contextlib.suppress(ConfigError):  # of an earlier version
+        before = stored_config(made_with, str(names.config))
+        here = {"run_dir": config.train.run_dir, "resume": config.train.resume}
+        # a start that was cut off before it trained may have left others
+        settings = dump(before.model_copy(update={"train": before.train.model_copy(update=here)}))
+        write_if_possible(names.config, settings, without="it stays as the start before this one left it")
+
+
+def _write(folder: Path, checked: ResolvedRun, start: dict[str, Any]) -> None:
+    names = RunFolder(folder)
+    write_synced(names.config, dump(checked.config))  # a resume looks there for the revision of the data
+    write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
+    tokenizer = names.tokenizer
+    if not _holds(tokenizer, checked.tokenizer):  # an earlier start may have had another one, or another chat template
+        work = folder / "tokenizer.tmp"
+        remove(work)
+        save_tokenizer(checked.tokenizer, work)
+        remove(tokenizer)
+        work.rename(tokenizer)
+    append_synced(names.starts, json.dumps(start))
+
+
+def _holds(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the files of a tokenizer are in a folder, beside whatever else."""
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as work:
+        with disk_faults_named(Path(work)):
+            save_tokenizer(tokenizer, work)
+        files = [path.relative_to(work) for path in Path(work).rglob("*") if path.is_file()]
+        return all(
+            (folder / name).is_file() and filecmp.cmp(Path(work, name), folder / name, shallow=False) for name in files
+        )
+
+
+def _start_record(checked: ResolvedRun, parameters: Parameters, world_size: int, step: int) -> dict[str, Any]:
+    packages = ("relora_mora", "torch", "deepspeed", "transformers", "safetensors")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": step,
+        "epochs": checked.epochs,
+        "warmup_fraction": checked.warmup_fraction,
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "world_size": world_size,
+        "device": device_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "bf16": checked.bf16,
+        "parameters": asdict(parameters),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "commit": _git_commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path, and is not installed
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this package runs from, ``+`` when that has uncommitted code; None outside one."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / "setup.cfg").is_file():  # installed, perhaps into an environment inside of another repository
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "-C", root, "status", "--porcelain", "--", "relora_mora", "launch"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if dirty else "")

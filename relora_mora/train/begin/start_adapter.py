@@ -1,0 +1,156 @@
+"""Whether a run can begin with the weights and adapters that its settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from relora_mora.adapters.inject import inject
+from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
+from relora_mora.checkpoint.layout import MANIFEST, list_checkpoints
+from relora_mora.config.load import ConfigError
+from relora_mora.config.registry import LORA, MORA
+from relora_mora.config.schema import Config, MethodConfig
+from relora_mora.model.llama import empty_model
+from relora_mora.optim.groups import set_trainable
+from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
+from relora_mora.weights.peft import AdapterFolder, is_adapter
+
+_MODELS = ("config.json", MANIFEST, RunFolder(Path()).checkpoints.name)  # in a Hugging Face folder, a checkpoint, a run
+_REMEDY = "give a Hugging Face folder of the LLaMA family (`hf download REPO --local-dir DIR` fetches one) or a run"
+
+
+def check_start(config: Config) -> None:
+    """Raises :class:`ConfigError` where ``model.init_from`` is no model."""
+    if config.model.init_from is None:
+        return
+    start = Path(config.model.init_from)
+    fault = None
+    if not start.exists():
+        fault = f"does not exist; {_REMEDY}"
+    elif is_adapter(start):
+        fault = "holds an adapter without its model; give that model there, and the adapter in model.adapter"
+    elif not any((start / name).exists() for name in _MODELS) and not list_checkpoints(start):
+        fault = f"holds neither a config.json nor checkpoints; {_REMEDY}"
+    if fault is not None:
+        raise ConfigError([f"model.init_from: {start} {fault}"], "the settings")
+
+
+def check_adapter(config: Config, model_config: PreTrainedConfig) -> None:
+    """Raises :class:`ConfigError` with every difference between ``model.adapter`` and the adapters of the settings."""
+    if config.model.adapter is None:
+        return
+    adapter = AdapterFolder(Path(config.model.adapter))
+    faults = list(_method_faults(adapter, config.method))
+    if not faults:
+        lm = empty_model(model_config)
+        adapter.check_head(lm)
+        with torch.device("meta"):
+            inject(lm, config.method, seed=config.train.seed)
+        set_trainable(lm, config.method)
+        faults = [*_alpha_faults(adapter, config.method), *_tensor_faults(adapter, lm)]
+    if faults:
+        raise ConfigError(faults, str(adapter.folder))
+    start = str(config.model.init_from)
+    if adapter.base is not None and Path(adapter.base).name != Path(start).name:
+        log.warning(
+            "model.adapter: %s was trained on %s, and model.init_from is %s", adapter.folder, adapter.base, start
+        )
+
+
+def _method_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str]:
+    wanted = LORA if adapter.mora_type is None else MORA
+    if method.record.adapter is not wanted:
+        kind = "LoRA" if wanted is LORA else "MoRA"
+        yield f"method.name: {method.name} here, and the adapter is one of {kind}; set method.name={kind.lower()}"
+        return
+    kinds = sorted({name.rpartition(".")[2] for name in adapter.layers})
+    if kinds != sorted(method.target_modules):
+        here = ", ".join(sorted(method.target_modules))
+        yield (
+            f"method.target_modules: {here} here, and {', '.join(kinds)} in the adapter; "
+            f"set method.target_modules=[{','.join(kinds)}]"
+        )
+    if adapter.mora_type is not None and adapter.mora_type != method.cycle[0]:
+        yield (
+            f"method.operators: begins with {method.cycle[0]} here, and the adapter has operator {adapter.mora_type}; "
+            "begin with that"
+        )
+
+
+def _alpha_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str]:
+    there = {adapter.alpha(name) for name in adapter.layers}
+    differ = any(
+        adapter.alpha(name) != float(rank if method.lora_alpha is None else method.lora_alpha)
+        for name, rank in adapter.layers.items()
+    )
+    if adapter.mora_type is None and differ:
+        alphas = ", ".join(f"{alpha:.17g}" for alpha in sorted(there))
+        remedy = f"set method.lora_alpha={alphas}" if len(there) == 1 else "here all layers have one"
+        given = "r" if method.lora_alpha is None else f"{method.lora_alpha:.17g}"
+        yield f"method.lora_alpha: {given} here and {alphas} in the adapter; {remedy}"
+
+
+def _tensor_faults(adapter: AdapterFolder, lm: PreTrainedModel) -> Iterator[str]:
+    parameters = dict(lm.named_parameters())
+    expected = {name: tuple(parameters[name].shape) for name in adapter_parameters(lm)}
+    expected |= {name: tuple(parameters[name].shape) for name in adapter.plain() if name in parameters}
+    wrong = sorted(name for name in expected | adapter.shapes if expected.get(name) != adapter.shapes.get(name))
+    if wrong:
+        layers = {name: layer for name, layer in adapter_layers(lm) if name in adapter.layers}
+        foreign = [
+            name for name, layer in layers.items() if not adapter.fits(name, layer.in_features, layer.out_features)
+        ]
+        yield _other_sizes(adapter, foreign[0], layers) if foreign else _wrong_shape(adapter, wrong, expected)
+    # a module that trains is kept whole, with biases that do not
+    whole = {name.rpartition(".")[0] for name, parameter in parameters.items() if parameter.requires_grad}
+    frozen = sorted(name for name in adapter.plain() if name in parameters and name.rpartition(".")[0] not in whole)
+    if frozen:
+        yield (
+            f"model.adapter: it brings {frozen[0]} with it, which does not train here; set "
+            "method.train_linears, train_embeddings, train_norms or train_head, as where it was made"
+        )
+
+
+def _other_sizes(adapter: AdapterFolder, name: str, layers: Mapping[str, AdapterLinear]) -> str:
+    sizes = f"{layers[name].in_features} -> {layers[name].out_features}"
+    return (
+        f"model.adapter: {name} has an M of {adapter.layers[name]} in {adapter.file}, which its rank does not make of "
+        f"the layer {sizes} here; give the model that it was trained on in model.init_from ({adapter.base})"
+    )
+
+
+def _wrong_shape(adapter: AdapterFolder, wrong: list[str], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """In words, how the first of these tensors differs, and of how many it is the first."""
+    name = wrong[0]
+    rank = adapter.layers.get(name.rpartition(".")[0])
+    there = adapter.shapes.get(name)
+    here = expected.get(name)
+    remedy = "is it the adapter of another model? then give that in model.init_from"
+    ranks: dict[str, set[int]] = {}
+    for layer, of_layer in adapter.layers.items():
+        ranks.setdefault(layer.rpartition(".")[2], set()).add(of_layer)
+    kind = name.rpartition(".")[0].rpartition(".")[2]
+    if any(len(each) > 1 for each in ranks.values()):
+        remedy = "here all layers of a kind have one rank; merge it into its model, and begin with that"
+    elif there is None and kind in ranks:
+        remedy = "here all layers of a kind have an adapter; give its own model, or merge it into that and begin there"
+    elif there and here and rank is not None:
+        if adapter.mora_type is not None:
+            remedy = (
+                f"R is {rank} there: set method.rank, method.square_rounding (nearest: as the released MoRA) "
+                "and method.square_multiple (1 where R is odd), or method.square_size"
+            )
+        elif there == ((rank, here[1]) if name.endswith("lora_A") else (here[0], rank)):
+            pattern = ", ".join(f"{kind}: {each}" for kind, [each] in ranks.items())
+            alike = len(set.union(*ranks.values())) == 1
+            remedy = f"set method.rank={rank}" if alike else f"set method.rank_pattern={{{pattern}}}"
+    more = f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else ""
+    return (
+        f"model.adapter: {name} is {list(there) if there else 'missing'} in {adapter.file} and "
+        f"{list(here) if here else 'nothing'} here{more}; {remedy}"
+    )

@@ -1,0 +1,104 @@
+"""The loggers that a run writes its metrics to, next to ``metrics.jsonl``: TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import LogConfig
+from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.system.files import write_synced
+from relora_mora.system.logs import log
+from relora_mora.system.process import run_with_timeout
+from relora_mora.system.run_folder import RunFolder
+from relora_mora.train.log.metrics import Logger
+from relora_mora.train.log.tensorboard import TensorBoard
+
+ANSWER_SECONDS = 60.0  # for the servers at a start
+FINISH_SECONDS = 20.0  # to send what is left at the end: other ranks wait for this one
+STEP = "step"  # the metric that all others are drawn against
+
+
+class WeightsAndBiases:
+    """Logs to ``project``, which may be ENTITY/PROJECT. All else is said by W&B's own environment variables.
+
+    The run folder keeps the id of the run there, which a resume continues; a run that begins anew has another one. W&B
+    takes nothing back, so steps that are made again after a resume or a rollback have two points each. Where W&B cannot
+    be reached at the start the run is not logged there.
+    """
+
+    title = "Weights & Biases"
+
+    def __init__(self, folder: Path, project: str) -> None:
+        self._folder = folder
+        self._files = RunFolder(folder)
+        self._entity, _, self._project = project.rpartition("/")
+        self._run: Any = None
+
+    def open(self, step: int) -> None:
+        if self._run is not None:  # after a rollback
+            return
+        import wandb
+
+        known = self._known_id() if step > 0 else None
+        identifier = known or secrets.token_hex(8)
+        write_synced(self._files.wandb_id, identifier + "\n")
+        run = wandb.init(
+            entity=self._entity or None,
+            project=self._project,
+            id=identifier,
+            name=os.environ.get("WANDB_NAME", self._folder.resolve().name),
+            dir=os.environ.get("WANDB_DIR", str(self._folder)),
+            config=parse_yaml(self._files.config.read_text(encoding="utf-8")),
+            resume="allow" if known else None,
+            settings=wandb.Settings(
+                console="off", silent=True, init_timeout=ANSWER_SECONDS, login_timeout=int(ANSWER_SECONDS)
+            ),
+        )
+        run.define_metric(STEP, hidden=True)
+        run.define_metric("*", step_metric=STEP)
+        where = f"in {Path(run.dir).parent}; wandb sync sends it" if run.offline else f"on {run.url}"
+        log.info("%s: run %s %s", self.title, identifier, where)
+        self._run = run
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._run is not None:
+            numbers = {tag: value for tag, value in values.items() if isinstance(value, int | float)}
+            self._run.log({STEP: step, **numbers})
+
+    def close(self) -> None:
+        if self._run is not None:
+            run_with_timeout(FINISH_SECONDS, self._run.finish)
+            self._run = None
+
+    def _known_id(self) -> str | None:
+        path = self._files.wandb_id
+        return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
+
+
+def check_loggers(config: LogConfig) -> None:
+    """Raises :class:`ConfigError` where a package is missing. First rank only, which alone writes."""
+    if config.wandb is None:
+        return
+    found = importlib.util.find_spec("wandb")
+    if found is None or found.origin is None:  # a folder of this name is no package: W&B itself makes one
+        fault = (
+            "log.wandb: the package wandb is not installed; pip install wandb, or pip install -e '.[wandb]' in the "
+            "checkout, or set log.wandb=null"
+        )
+        raise ConfigError([fault], "the settings")
+
+
+def make_loggers(folder: Path, config: LogConfig) -> list[Logger]:
+    """Those that the settings ask for; nothing is opened yet."""
+    loggers: list[Logger] = []
+    if config.tensorboard:
+        loggers.append(TensorBoard(folder))
+    if config.wandb is not None:
+        loggers.append(WeightsAndBiases(folder, config.wandb))
+    return loggers

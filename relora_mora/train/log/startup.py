@@ -1,0 +1,94 @@
+"""How long a start takes, part by part: one line in the log, and once in the metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from relora_mora.supervise.launchers import Launchers
+from relora_mora.system.logs import counted, log
+from relora_mora.train.begin.build import Run
+from relora_mora.train.log.report import Write
+from relora_mora.train.state.run_state import RunState
+
+
+class Startup:
+    """Seconds of each part on this rank, from the start of the command to the end of the first step.
+
+    ``launcher``: until this process began; ``imports``: Python, imports and settings; ``rendezvous``: the ranks meet;
+    ``checks``: settings, tokenizer, hub; ``model``: initial weights; ``engine``: DeepSpeed; ``resume``: the checkpoint;
+    ``compile``: the programs of compiled layers; ``validation_data``: run folder, and the held-out text;
+    ``evaluation``: the one at the start; ``data``: the first batch; ``first_step``. The command is this host's
+    launcher. After the first step nothing is counted any more.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._over = False
+        age = _age_of_interpreter()
+        with contextlib.suppress(OSError, ValueError):  # no launcher, or it is gone already
+            self.seconds["launcher"] = max(_age(process.pid) for process in Launchers().processes) - age
+        self._last = time.monotonic() - age
+
+    def done(self, part: str) -> None:
+        """A part is finished, which began where the one before ended."""
+        if self._over:
+            return
+        now = time.monotonic()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def first_step_done(self, step: int, write: Write) -> None:
+        """Reports the start, the first time this is called."""
+        if self._over:
+            return
+        self.done("first_step")
+        self._over = True
+        write(step, self.metrics())
+        log.info("start: %s", self)
+
+    def metrics(self) -> dict[str, float]:
+        parts = {f"startup/{part}_seconds": seconds for part, seconds in self.seconds.items()}
+        return {**parts, "startup/seconds": sum(self.seconds.values())}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part.replace('_', ' ')} {seconds:.1f}" for part, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s from the command to the end of the first step: {parts}"
+
+
+def describe(run: Run, state: RunState) -> str:
+    """What runs, where and how, in one line."""
+    config = run.config
+    engine = run.engine
+    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
+    precision = "bf16" if engine.bf16 else "fp32"
+    sequences = counted(config.train.batch_size, "sequence")
+    accumulation = config.accumulation_steps(engine.world_size)
+    micro_batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
+    parts = [
+        f"{config.method.name} on {counted(engine.world_size, 'rank')} ({device}), ZeRO-{engine.stage}, {precision}",
+        f"a step has {sequences} of {config.data.sequence_length} tokens",
+        f"each rank makes {micro_batches} of {config.train.micro_batch_size}",
+        f"step {state.step} of {config.train.steps}",
+        f"run folder {config.train.run_dir}",
+    ]
+    return "; ".join(parts)
+
+
+def _age_of_interpreter() -> float:
+    """Seconds since Python loaded its logging module, one of its first.
+
+    The process may be hours older: a shell that ends with ``exec`` hands its process on.
+    """
+    return logging.makeLogRecord({}).relativeCreated / 1000
+
+
+def _age(pid: int) -> float:
+    """Seconds since a process of this host was started."""
+    after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")

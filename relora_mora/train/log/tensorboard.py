@@ -1,0 +1,195 @@
+"""What TensorBoard shows of a run: curves in an order for reading, the settings, and a table that compares runs."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Mapping
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from relora_mora.config.checks.combinations import unused_settings
+from relora_mora.config.load import dump
+from relora_mora.config.schema import Config
+from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.system.files import without_disk_errors
+from relora_mora.system.run_folder import RunFolder
+
+# TensorBoard sorts groups by name and opens the first two: eval and train, as all others come after them
+_GROUPS = {
+    "train/tokens": "training data/tokens",
+    "train/epoch": "training data/epoch",
+    "train/documents": "training data/documents",
+    "perf/data_wait_seconds": "training speed/data_wait_seconds",
+    "perf/data_": "training data/",
+    "perf/": "training speed/",
+    "eval/seconds": "training speed/evaluation_seconds",
+    "startup/seconds": "training speed/startup_seconds",
+    "merge/": "training merges/",
+}
+_OF_A_SET = re.compile("eval/[^/]+/[^/]+")  # a set of held-out text may be called "seconds"
+# the same at every merge or evaluation, or a single number of a start: no curves
+NO_CURVES = ("merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens", "eval/answers")
+LAYOUT = {
+    "quality": {
+        "perplexity": ["Multiline", ["eval/(.+/)?perplexity$", "train/perplexity"]],
+        "loss": ["Multiline", ["eval/(.+/)?loss$", "train/loss"]],
+    },
+    "merges, by projection": {
+        "norm of what was merged": ["Multiline", ["training merges/delta_norm/.*"]],
+        "its effective rank": ["Multiline", ["training merges/effective_rank/.*"]],
+    },
+}
+_COMPARED = (
+    "method.name",
+    "method.rank",
+    "method.operators",
+    "method.merge_every",
+    "method.merge_until_step",
+    "method.reset",
+    "optim.matrices",
+    "optim.momentum",
+    "optim.projection_rank",
+    "optim.lr",
+    "optim.lr_other",
+    "optim.schedule",
+    "optim.warmup_steps",
+    "optim.restart_warmup_steps",
+    "train.steps",
+    "train.batch_size",
+    "data.sequence_length",
+    "model.config",
+    "train.seed",
+    "data.seed",
+)
+# A chart of TensorBoard takes the lowest and the highest of up to 21 values for outliers and leaves them out: of a few
+# evaluations the best one could not be seen. What is written twice is shown. The evaluation of random weights is
+# written once, since a chart with it would show nothing of the others.
+_FEW = ("eval/", "merge/")
+_EVENTS = "events.out.tfevents."  # the name of an event file, before the second in which it begins: ten digits
+_COSTS = ("perf/tokens_per_second", "perf/peak_memory_gib", "train/tokens")
+
+
+def board_tag(tag: str) -> str | None:
+    """The tag of a curve in TensorBoard, from its tag in metrics.jsonl; None for what is no curve."""
+    if tag in NO_CURVES:
+        return None
+    if _OF_A_SET.fullmatch(tag):
+        return None if tag.endswith(("/tokens", "/answers")) else tag
+    for prefix, group in _GROUPS.items():
+        if tag.startswith(prefix):
+            return group + tag.removeprefix(prefix)
+    return None if tag.startswith("startup/") else tag
+
+
+class TensorBoard:
+    """Writes event files into ``tensorboard/`` of a run folder.
+
+    ``open`` and ``write`` raise OSError, at once or at a later call, where the disk fails: a thread writes in the
+    background. The next ``write`` begins another file.
+    """
+
+    title = "TensorBoard"
+
+    def __init__(self, folder: Path) -> None:
+        self._files = RunFolder(folder)
+        self._writer: SummaryWriter | None = None
+        self._begins_random = False
+
+    def open(self, step: int) -> None:
+        """Hides what earlier files hold beyond ``step``; describes the run where nothing has yet.
+
+        At step 0 they are put aside: of an earlier start, TensorBoard would show the settings, and the values at 0.
+        """
+        self.close()
+        board = self._files.tensorboard
+        if step == 0:
+            _abandon(board)
+        is_new = step == 0 or not any(board.glob("events.*"))
+        self._begin_file(step + 1)
+        if is_new:
+            config = Config.model_validate(parse_yaml(self._files.config.read_text(encoding="utf-8")))
+            self._begins_random = step == 0 and config.model.init_from is None
+            self._describe(config)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One point for every number that is a curve, and two for one of a few (``_FEW``)."""
+        writer = self._writer or self._begin_file(step)  # closed after a fault of the disk
+        try:
+            for tag, value in values.items():
+                shown = board_tag(tag)
+                if shown is None or not isinstance(value, int | float):
+                    continue
+                is_outlier = step == 0 and self._begins_random
+                for _ in range(2 if tag.startswith(_FEW) and not is_outlier else 1):
+                    writer.add_scalar(shown, value, step)
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._writer = None
+
+    def _begin_file(self, step: int) -> SummaryWriter:
+        threading.excepthook = without_disk_errors
+        _put_before_now(self._files.tensorboard)
+        self._writer = SummaryWriter(str(self._files.tensorboard), purge_step=step, flush_secs=10)
+        return self._writer
+
+    def _describe(self, config: Config) -> None:
+        """All settings as text and those that tell runs apart in the table of runs, and the custom charts."""
+        assert self._writer is not None
+        indented = "".join(f"    {line}\n" for line in dump(config).splitlines())
+        self._writer.add_text("run/config", indented, 0)
+        self._writer.add_custom_scalars(LAYOUT)
+        values = _compared(config)
+        results = dict.fromkeys(_results(config), 0.0)  # the table takes the newest points of these curves
+        # TensorBoard takes the columns of all runs from the first of them: they are there for every method
+        columns, _, _ = hparams(values, results)
+        unused = unused_settings(config.by_name)
+        used = {name: value for name, value in values.items() if name not in unused}
+        _, start, _ = hparams(used, results)  # without the third, the end of the run
+        for summary in (columns, start):
+            self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+
+
+def _put_before_now(board: Path) -> None:
+    """Renames files of a moment ago, and those of a clock that was ahead, so that they sort before a new one.
+
+    TensorBoard reads files in the order of their names, and a file hides steps of those that were read before it.
+    """
+    before = f"{_EVENTS}{int(time.time()) - 1:010d}"
+    for file in board.glob(f"{_EVENTS}*"):
+        if file.name >= before:
+            file.rename(file.with_name(f"{before}.{file.name.removeprefix(_EVENTS)}"))
+
+
+def _abandon(board: Path) -> None:
+    for file in board.glob("events.*"):
+        # TensorBoard reads whatever has tfevents in its name
+        file.rename(file.with_name(f"abandoned-{file.name.replace('tfevents', 'events', 1)}"))
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """The settings by which runs are compared; lists as texts."""
+    values = {name: attrgetter(name)(config) for name in _COMPARED}
+    if config.optim.lr_other is None:
+        values["optim.lr_other"] = config.optim.lr
+    if config.model.config is None:
+        values["model.config"] = config.model.init_from
+    return {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _results(config: Config) -> list[str]:
+    """The curves whose newest points the table of runs shows."""
+    sets = [f"eval/{name}/perplexity" for name in config.data.validation_sets if name]
+    return ["eval/perplexity", "eval/loss", *sets, "train/perplexity", *map(str, map(board_tag, _COSTS))]

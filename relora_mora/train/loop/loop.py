@@ -1,0 +1,304 @@
+"""The training loop and its ends. What happens when follows from ``step``; ``events`` holds what is periodic."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from relora_mora.checkpoint.reader import CheckpointReader
+from relora_mora.checkpoint.writer import CheckpointWriter
+from relora_mora.data.lane_states import merge_states
+from relora_mora.data.stream.packing import Batch, document_boundaries
+from relora_mora.data.stream.stream import TrainStream
+from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
+from relora_mora.optim.groups import group_rates
+from relora_mora.supervise.exits import FINISHED, REQUEUE
+from relora_mora.supervise.guard import LONG_SECONDS, Guard
+from relora_mora.system.hardware import to_device
+from relora_mora.system.logs import counted, log
+from relora_mora.system.run_folder import RunFolder
+from relora_mora.system.seeds import derived_seed
+from relora_mora.train.begin.build import Run
+from relora_mora.train.log.loggers import make_loggers
+from relora_mora.train.log.metrics import Metrics
+from relora_mora.train.log.progress import Progress, next_commands
+from relora_mora.train.log.report import merge_metrics
+from relora_mora.train.log.startup import Startup
+from relora_mora.train.loop.events import Evaluating, Merging, Reporting, Saving
+from relora_mora.train.loop.feed import BatchLoader, DataFailed, LocalBatch
+from relora_mora.train.loop.judge import StabilityMonitor, StepResult
+from relora_mora.train.state.rollback import roll_back, way_back
+from relora_mora.train.state.run_state import DataError, RunState, TrainingError
+
+
+class Shutdown:
+    """Each end returns the exit code or raises, on all ranks alike; ``sync_metrics`` comes before its record."""
+
+    def __init__(self, folder: Path, saving: Saving, guard: Guard, sync_metrics: Callable[[], None]) -> None:
+        self.folder = folder
+        self.saving = saving
+        self.guard = guard
+        self.sync_metrics = sync_metrics
+
+    def finish(self, state: RunState) -> int:
+        config = self.saving.run.config
+        self.saving.save_the_end(state)
+        log.info(f"done: {counted(state.step, 'step')}, {state.tokens:,} tokens, {RunFolder(self.folder).checkpoints}")
+        log.info(next_commands(config.train.run_dir))
+        return self._leave(FINISHED, "done")
+
+    def stop(self, state: RunState) -> int:
+        """Some rank was asked to stop."""
+        reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(self.guard.stop_reason))))
+        log.info(f"stopping after step {state.step} ({reason})")
+        self.saving.save_the_end(state)
+        saved = (
+            f"saved; {self.saving.same_command} continues from here" if state.step else "there is nothing to save yet"
+        )
+        log.info(f"{saved} (exit code {REQUEUE})")
+        return self._leave(REQUEUE, reason)
+
+    def fail_for_data(self, state: RunState, error: DataFailed) -> NoReturn:
+        """The data of some rank has failed: all end with the same error."""
+        saved = f"\nwhat was trained up to step {state.step} is saved" if state.step else ""
+        try:
+            self.saving.save_the_end(state)
+        except TrainingError as failed:  # the disk of both may be gone
+            saved = f"\n{failed}"
+        lost_disk = next((failure for failure in error.failures if isinstance(failure, OSError)), None)
+        if lost_disk is not None:
+            raise same_on_all_ranks(lost_disk)
+        text = "\n".join(dict.fromkeys(map(str, error.failures)))
+        by_user = all(isinstance(failure, ValueError) for failure in error.failures)
+        raise (DataError if by_user else TrainingError)(text + saved) from error
+
+    def _leave(self, code: int, reason: str) -> int:
+        self.sync_metrics()
+        self.guard.decide(code, reason)
+        return code
+
+
+class Trainer:
+    """Trains a run from where ``state`` says to its end; ``resumed_from`` is the checkpoint that it was loaded from."""
+
+    def __init__(
+        self, run: Run, state: RunState, guard: Guard, startup: Startup, resumed_from: CheckpointReader | None = None
+    ) -> None:
+        config = run.config
+        self.run = run
+        self.config = config
+        self.engine = run.engine
+        self.rank = run.engine.rank
+        self.state = state
+        self.guard = guard
+        self.startup = startup
+        self.folder = Path(config.train.run_dir)
+        self.data = TrainStream(
+            config.data,
+            tokenizer_path=config.tokenizer_path,
+            batch_size=config.train.batch_size,
+            lanes=config.lanes,
+            rank=self.rank,
+            world_size=run.engine.world_size,
+            state=state.data or None,
+            step=state.step,
+            shards=run.checked.shards,
+            epoch_blocks=run.checked.epoch_blocks,
+        )
+        state.data = self.data.own_part(state.data)
+        guard.step = state.step
+        self.writer = CheckpointWriter(
+            RunFolder(self.folder).checkpoints,
+            run.engine,
+            run.base,
+            tokenizer=RunFolder(self.folder).tokenizer,
+            keep_last=config.checkpoint.keep_last,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+            merge_states=merge_states,
+            sync_beside=self.sync_metrics,
+            report=log.error,
+        )
+        if resumed_from is not None and state.saved is not None:
+            self.writer.adopt_base(resumed_from.manifest)
+        first = self.rank == 0
+        self.metrics = None
+        if first:
+            goes_on = state.saved is not None  # and takes nothing over from a run of another folder
+            self.metrics = Metrics(
+                self.folder,
+                step=state.step if goes_on else 0,
+                evaluated=state.evaluated == state.step,
+                merged=state.made_up is None,
+                loggers=make_loggers(self.folder, config.log),
+            )
+        self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
+        self.feed = BatchLoader(self.data, config.data, guard)
+        self.update_seconds = LONG_SECONDS if config.optim.record.is_slow else None
+        self.judge = StabilityMonitor(config, self.rank, run.engine.world_size, self.write, self._has_way_back)
+        self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
+        self.reporting = Reporting(run, self.write, self.progress)
+        self.evaluating = Evaluating(run, guard, self.write, self.progress)
+        self.saving = Saving(run, self.writer, guard, self.write)
+        self.ends = Shutdown(self.folder, self.saving, guard, self.sync_metrics)
+        self._write_made_up()
+
+    def fit(self) -> int:
+        """Trains to the end, or until some rank is asked to stop; returns the exit code."""
+        try:
+            self.evaluating.read()  # takes long where the text is far away, and there is nothing to save yet
+            self.startup.done("validation_data")
+            self.guard.training()
+            return self._fit()
+        except DataFailed as error:
+            self.ends.fail_for_data(self.state, error)
+
+    def _fit(self) -> int:
+        first = None
+        if self.evaluating.is_due_at_start(self.state):
+            if self.state.step < self.config.train.steps:
+                first = self.next_batch()  # text that cannot be used is told before an evaluation, which can take long
+                if first is None:
+                    return self.ends.stop(self.state)
+            if not self.evaluating.evaluate(self.state):
+                return self.ends.stop(self.state)
+            self.startup.done("evaluation")
+            self.state.saved = None  # it is saved anew, with this evaluation: the next start makes none
+        if self.state.step and self.state.saved is None and self.state.trouble is None:
+            self.saving.save(self.state)  # what began with another run's checkpoint has one of its own
+        self.progress.begin()
+        while self.state.step < self.config.train.steps or self.state.trouble:
+            share = first or self.next_batch()
+            first = None
+            if share is None:
+                return self.ends.stop(self.state)
+            if self.state.trouble:
+                self.roll_back()
+                if self.config.data.is_mixture:  # this batch was drawn for another step
+                    self.data.go_back(self.state.step, self.state.data)
+                    continue
+            result = self.train_step(share)
+            self.judge(self.state, result)
+            if self.state.trouble:
+                continue
+            self.merging.after_step(self.state)
+            self.reporting.after_step(self.state)
+            if not self.evaluating.after_step(self.state):
+                return self.ends.stop(self.state)
+            self.saving.after_step(self.state)
+        if not self.evaluating.after_step(self.state):
+            return self.ends.stop(self.state)
+        return self.ends.finish(self.state)
+
+    def next_batch(self) -> LocalBatch | None:
+        """This rank's share of the next global batch when every rank has its own; None when the ranks stop."""
+        begin = time.perf_counter()
+        share = self.feed.next_batch(self.state.step + 1)
+        self.state.interval.data_seconds += time.perf_counter() - begin
+        self.startup.done("data")
+        return share
+
+    def train_step(self, share: LocalBatch) -> StepResult:
+        """One optimizer step on this rank's share of a global batch.
+
+        The loss is the sum over the scored tokens of all ranks and micro-batches, divided by their number. DeepSpeed
+        takes means over micro-batches and ranks, so each micro-batch divides its sum by its share of that number.
+        """
+        begin = time.perf_counter()
+        state = self.state
+        step = state.step + 1
+        pieces = list(micro_batches(share.batch, self.config.train.micro_batch_size, self.engine.device))
+        tokens = max(1, share.scored) / (len(pieces) * self.engine.world_size)
+        losses = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        self.engine.train()
+        for index, (input_ids, labels, boundaries) in enumerate(pieces):
+            self.guard.begin(f"step {step}: micro-batch {index + 1} of {len(pieces)}")
+            torch.manual_seed(derived_seed(self.config.train.seed, "dropout", state.step, self.rank, index))
+            loss = self.engine(input_ids, labels, boundaries, tokens)
+            losses += loss.detach()
+            # the gradient of a loss that is not finite may be finite; made NaN, it keeps every rank from stepping
+            loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+            self.engine.accumulate(loss, last=index == len(pieces) - 1)
+        self.guard.begin(f"step {step}: optimizer", within=self.update_seconds)
+        rates = group_rates(self.run.schedule, self.run.groups, step)
+        done = self.engine.step(rates, losses / len(pieces))
+        batch = share.batch
+        data = [] if done.applied else self.data.describe(batch.state, since=state.data)
+        state.step = self.guard.step = step
+        state.tokens += self.config.tokens_per_step
+        state.data = batch.state
+        interval = state.interval
+        interval.data_counts = batch.counts
+        interval.steps += 1
+        loss_of_step = done.loss if share.scored else math.nan  # there is none of no token
+        if done.applied and share.scored:
+            interval.loss += loss_of_step
+            interval.good_steps += 1
+            interval.grad_norm = done.grad_norm
+        interval.step_seconds += time.perf_counter() - begin
+        self.progress.update()
+        self.startup.first_step_done(step, self.write)
+        return StepResult(loss=loss_of_step, applied=done.applied, grad_norm=done.grad_norm, data=data)
+
+    def _has_way_back(self, step: int) -> bool:
+        self.guard.begin(f"step {step}: looking for a checkpoint to go back to", within=LONG_SECONDS)
+        return way_back(self.run, step, self.writer) is not None
+
+    def roll_back(self) -> None:
+        """Back to a checkpoint from before the trouble; the data goes on where it is."""
+        before = self.state
+        self.guard.begin(f"step {before.step}: rollback", within=LONG_SECONDS)
+        state = roll_back(self.run, before, self.writer)
+        state.data = self.data.own_part(state.data)
+        self.state = state
+        self.guard.step = state.step
+        self.progress.go_back(state.step)
+        if self.metrics is not None:
+            self.metrics.go_back(state.step, merged=state.made_up is None)
+        values = {"train/rollbacks": state.rollbacks, "train/rolled_back_from": before.step}
+        # the lines that named the bad data are those of steps that never were
+        skipped = {"train/skipped_data": before.health.bad_data} if before.health.bad_data else {}
+        self.write(state.step, {**values, **skipped})
+        self._write_made_up()
+
+    def _write_made_up(self) -> None:
+        """The merge that loading the state made, as one that follows a step."""
+        if self.state.made_up is not None:
+            self.write(self.state.step, merge_metrics(self.state.made_up))
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Metrics of a step; the first rank writes them."""
+        if self.metrics is not None:
+            self.metrics.write(step, values)
+
+    def sync_metrics(self) -> None:
+        if self.metrics is not None:
+            self.metrics.sync()
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.progress.close()
+        self.data.close()
+        self.writer.wait()
+        if self.metrics is not None:
+            self.metrics.close()
+
+
+def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """input_ids and labels [micro, T] (boundaries of documents as well where attention is masked), on the device
+
+    The whole share is copied at once.
+    """
+    input_ids = to_device(batch.input_ids, device)
+    labels = to_device(batch.labels, device)
+    documents = batch.document_ids
+    for start in range(0, len(input_ids), size):
+        piece = slice(start, start + size)
+        boundaries = None if documents is None else to_device(document_boundaries(documents[piece]), device)
+        yield input_ids[piece], labels[piece], boundaries

@@ -1,0 +1,146 @@
+"""Whether and where a run goes on, and whether it may."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, list_candidates, newest_whole
+from relora_mora.checkpoint.tokenizer import damaged_tokenizer
+from relora_mora.config.load import dump
+from relora_mora.config.schema import Config
+from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.data.lane_states import start_states
+from relora_mora.data.stream.mixture import mixture_names
+from relora_mora.distributed.collectives import from_first_rank, same_on_all_ranks
+from relora_mora.system.logs import log, shared_log
+from relora_mora.system.run_folder import RunFolder
+from relora_mora.train.begin.build import Run
+from relora_mora.train.begin.check import saved_settings
+from relora_mora.train.begin.identity import Identity, changed_settings, changes_since
+from relora_mora.train.state.restore import restore
+from relora_mora.train.state.rollback import forget_rollbacks, replay_rollbacks
+from relora_mora.train.state.run_state import RunState
+from relora_mora.weights.digests import other_weights
+
+
+def where_to_resume(config: Config) -> Path | None:
+    """The checkpoint or run folder that this start goes on from; None where the run begins.
+
+    That is the run's own folder of checkpoints where it goes on from the newest of these.
+
+    A checkpoint given by name is where a run begins, or one of its own to go back to, once: a start with the same
+    settings goes on from what the one before it has saved. Raises :class:`CheckpointError` where a run would begin
+    beside checkpoints, or where it is not certain what is meant.
+    """
+    resume = config.train.resume
+    folder = RunFolder(Path(config.train.run_dir))
+    holds = bool(list_candidates(folder.checkpoints))
+    if resume == "never" and holds:
+        raise CheckpointError(
+            f"{folder.checkpoints}: holds checkpoints, and train.resume=never; use another train.run_dir, or "
+            "train.resume=auto"
+        )
+    own = folder.checkpoints.resolve()
+    named = Path(resume).absolute()
+    if holds and own in (named.resolve(), RunFolder(named).checkpoints.resolve()):
+        resume = "auto"  # it is this run
+    if resume not in ("auto", "never"):
+        before = saved_settings(folder.path)
+        is_own = own in (named.parent.resolve(), named.resolve().parent)
+        if not holds or (is_own and before.get("train", {}).get("resume") != resume):
+            return Path(resume)
+        if any(changed_settings(before, parse_yaml(dump(config)))):
+            if not named.exists():
+                return Path(resume)  # who looks there says so
+            raise CheckpointError(
+                f"train.resume={resume}: {folder.path} holds what a start with other settings has trained; "
+                "train.resume=auto goes on from that, and another train.run_dir begins at what you named"
+            )
+        log.warning(
+            "train.resume=%s: the start before this one, with the same settings, began there, and the run goes on from "
+            "what it saved; to begin there again, give another train.run_dir",
+            resume,
+        )
+    if resume == "auto" and not holds and (abandoned := sorted(folder.checkpoints.glob("abandoned-*step-*"))):
+        raise CheckpointError(
+            f"{folder.checkpoints}: holds {abandoned[-1].name} and no other checkpoint; name one in train.resume, "
+            "or move it away to begin anew"
+        )
+    return folder.checkpoints if holds else None
+
+
+def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
+    """Puts a run where its newest checkpoint stands, or the one at ``begin``; a collective.
+
+    Raises :class:`CheckpointError` when there is no whole one, or when it was made with settings that may not change.
+    """
+    config = run.config.train
+    goes_on = begin == RunFolder(Path(config.run_dir)).checkpoints
+    chosen = _newest(run) if goes_on else from_first_rank(lambda: find_checkpoint(begin))
+    reader = CheckpointReader(chosen)
+    _check_same_run(run, reader)
+    problem = damaged_tokenizer(chosen, reader.manifest) if run.engine.rank == 0 else None
+    if problem is not None:
+        log.warning("%s: %s; its tensors are whole, and the run goes on with tokenizer.path", chosen, problem)
+    if run.engine.rank == 0:
+        for name, began in other_weights(chosen, run.config.model).items():
+            log.warning("%s: the run began with %s; it goes on from %s, whatever is there", name, began, chosen)
+    state = restore(run, reader)
+    log.info("resumed from %s at step %d", chosen, state.step)
+    if reader.manifest.data_order != run.checked.data_order:
+        state.data = start_states(run.config.lanes, mixture_names(run.config.data))
+        shared_log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
+    elif reader.manifest.data_content != run.checked.data_content:
+        shared_log.warning(
+            "the training data has other content under the same names (train.allow_changes): "
+            "reading goes on at the same lines"
+        )
+    if goes_on:
+        replay_rollbacks(Path(config.run_dir), state, run.checked.data_order)
+    else:
+        forget_rollbacks(Path(config.run_dir), state)
+    return state, reader
+
+
+def changes_of(run: Run, reader: CheckpointReader) -> list[str]:
+    """In words, what counts and is not as in the checkpoint: what ``train.allow_changes`` has allowed."""
+    return [change.text for change in changes_since(Identity.of(reader.manifest), run.checked.identity, set())]
+
+
+def _newest(run: Run) -> Path:
+    folder = RunFolder(Path(run.config.train.run_dir)).checkpoints
+    chosen, skipped = newest_whole(folder, run.engine)
+    for reason in skipped if run.engine.rank == 0 else ():  # all ranks know the same
+        log.warning("passed over %s", reason)
+    if chosen is None:
+        said = f"{folder}: no checkpoint in it is whole; move them away to begin again"
+        raise same_on_all_ranks(CheckpointError(said))
+    return chosen
+
+
+def _check_same_run(run: Run, reader: CheckpointReader) -> None:
+    """Raises :class:`CheckpointError` with all differences that would change the result and are not allowed."""
+    manifest = reader.manifest
+    steps = run.config.train.steps
+    changes = list(changes_since(Identity.of(manifest), run.checked.identity, set(run.config.train.allow_changes)))
+    permissions = sorted({change.permission for change in changes if change.permission is not None})
+    faults = []
+    for change in changes:
+        alone = change.permission is not None and len(permissions) == 1
+        faults.append(f"{change.text}; {_permission(permissions)}" if alone else change.text)
+    if manifest.step > 0 and not manifest.data_state:
+        faults.append("data: the checkpoint does not say where in the data it stands")
+    if manifest.step > steps:
+        faults.append(f"train.steps: the checkpoint is at step {manifest.step} already")
+    if not faults:
+        return
+    lines = [f"{reader.folder}: made with other settings:", *(f"  - {fault}" for fault in faults)]
+    if len(permissions) > 1:
+        lines.append(_permission(permissions))
+    raise same_on_all_ranks(CheckpointError("\n".join(lines)))
+
+
+def _permission(names: list[str]) -> str:
+    """The flag that allows these changes, quoted for the shell."""
+    return f"to allow {'it' if len(names) == 1 else 'these changes'}: '--train.allow_changes=[{','.join(names)}]'"

@@ -1,0 +1,1 @@
+"""Trained weights on disk: checkpoints as plain models, Hugging Face folders, adapters, exports."""

@@ -1,0 +1,190 @@
+"""Models in Hugging Face folders that this trainer did not write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import logging as transformers_logging
+
+from relora_mora.checkpoint.layout import MANIFEST, CheckpointError
+from relora_mora.config.load import ConfigError
+from relora_mora.model.config import architecture_of, parse_model_config, read_json
+from relora_mora.model.config_keys import ARCHITECTURES
+from relora_mora.model.llama import empty_model
+from relora_mora.system.logs import log
+from relora_mora.tokenizer.load import quiet_transformers
+
+
+def in_short(names: Iterable[str]) -> str:
+    """Names of weights; one that several layers have is named once, with a star for the layer and how often."""
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(names):
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    return ", ".join(same[0] if len(same) == 1 else f"{kind} ({len(same)})" for kind, same in kinds.items())
+
+
+def bare(name: str) -> str:
+    """A weight's name without those of the models around it."""
+    return re.sub(r"^(?:model\.)+", "", name)
+
+
+transformers_logging.disable_progress_bar()  # it would draw one for each file
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a folder is that of a Hugging Face model, not a checkpoint with a stray config.json."""
+    return (path / "config.json").exists() and not (path / MANIFEST).exists()
+
+
+def foreign_config(path: Path) -> PreTrainedConfig:
+    """The config of the model in a Hugging Face folder, whose foreign keys transformers ignores.
+
+    Where its generation_config.json lists several ids that end an answer, these are its ``eos_token_id``, as for
+    transformers. Raises :class:`ConfigError`.
+    """
+    file = path / "config.json"
+    values = read_json(file, "model.init_from")
+    if values.get("model_type") is None:
+        fault = f"model.init_from: there is no model_type; say in it which of {', '.join(ARCHITECTURES)} the model is"
+        raise ConfigError([fault], str(file))
+    keys = architecture_of(values, str(file)).keys
+    known = {key: value for key, value in values.items() if key in keys}
+    generation = path / "generation_config.json"
+    ends = read_json(generation, "model.init_from").get("eos_token_id") if generation.exists() else None
+    return parse_model_config(known | ({"eos_token_id": ends} if isinstance(ends, list) else {}), str(file))
+
+
+def load_foreign(
+    path: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalLM, *, whole: bool = False
+) -> PreTrainedModel:
+    """The model in a Hugging Face folder.
+
+    Raises :class:`CheckpointError`, also for a weight that is missing or has another shape, which transformers would
+    draw at random, and for an adapter beside the model, which it may leave out. A weight that the model has no place
+    for is named in a warning; with ``whole`` it is refused.
+    """
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path}: holds an adapter of PEFT beside its model; save the model with the adapter merged in"
+        )
+    try:
+        with quiet_transformers():
+            model, info = kind.from_pretrained(
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # of nearly any kind
+        said = " ".join(str(error).split())
+        file = _damaged_file(path) or path
+        raise CheckpointError(f"{file}: transformers cannot load it as a causal language model: {said}") from error
+    _refuse_weights(
+        path,
+        {
+            "missing": info["missing_keys"],
+            "of another shape": [key for key, *_ in info["mismatched_keys"]],
+            "left over": info["unexpected_keys"] if whole else (),
+        },
+    )
+    if info["unexpected_keys"]:
+        log.warning(
+            "%s: its model has no place for these weights, which are left out: %s",
+            path,
+            in_short(info["unexpected_keys"]),
+        )
+    return model
+
+
+def check_headers(path: Path) -> None:
+    """Looks at names and shapes in the safetensors of a Hugging Face folder, without reading a weight.
+
+    Raises :class:`CheckpointError` where they are not those of the model in its config.json, as :func:`load_foreign`
+    would after it has read them.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for file in _safetensors(path) if is_foreign(path) else ():
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = tensors.keys()  # a safetensors handle is no mapping
+                found |= {bare(name): tuple(tensors.get_slice(name).get_shape()) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
+    if not found:
+        return
+    model_config = foreign_config(path)
+    expected = {bare(name): (name, shape) for name, shape in _shapes_of(model_config).items()}
+    if model_config.tie_word_embeddings and "embed_tokens.weight" not in found and "lm_head.weight" in found:
+        found["embed_tokens.weight"] = found["lm_head.weight"]  # of the two names a file may have either
+    _refuse_weights(
+        path,
+        {
+            "missing": [name for key, (name, _) in expected.items() if key not in found],
+            "of another shape": [name for key, (name, shape) in expected.items() if found.get(key, shape) != shape],
+        },
+    )
+
+
+def _shapes_of(model_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its name. One layer is built for all of them, as they have the same shapes."""
+    one_layer = deepcopy(model_config)
+    one_layer.num_hidden_layers = 1
+    shapes = {name: tuple(parameter.shape) for name, parameter in empty_model(one_layer).named_parameters()}
+    first = ".layers.0."
+    return {
+        name.replace(first, f".layers.{layer}."): shape
+        for name, shape in shapes.items()
+        for layer in range(model_config.num_hidden_layers if first in name else 1)
+    }
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a Hugging Face folder holds weights of a whole model."""
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    return any((path / name).exists() for name in names)
+
+
+def _safetensors(path: Path) -> list[Path]:
+    """The files that transformers reads in a folder."""
+    whole = path / SAFE_WEIGHTS_NAME
+    index = path / SAFE_WEIGHTS_INDEX_NAME
+    if whole.exists() or not index.exists():
+        return [whole] if whole.exists() else []
+    shards = read_json(index, "model.init_from").get("weight_map")
+    return [path / name for name in sorted(set(shards.values()))] if isinstance(shards, dict) else []
+
+
+def _refuse_weights(path: Path, wrong: Mapping[str, Sequence[str]]) -> None:
+    """Raises :class:`CheckpointError` where there are any, by what is wrong with them."""
+    if any(wrong.values()):
+        said = "; ".join(f"{what}: {in_short(names)}" for what, names in wrong.items() if names)
+        raise CheckpointError(
+            f"{path}: its weights are not those that its config.json asks for; {said}; "
+            "fetch it again, or correct that file"
+        )
+
+
+def _damaged_file(folder: Path) -> Path | None:
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return file
+    return None
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can see at once; None where its config has no limit, which some write as -1."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None

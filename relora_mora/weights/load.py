@@ -1,0 +1,240 @@
+"""Any trained model: the one that a run starts from, one to score text with, one that an adapter makes of its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints, read_manifest
+from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, newest_manifest
+from relora_mora.checkpoint.tokenizer import tokenizer_of
+from relora_mora.config.data import CHATML, DataConfig, RecordsConfig, TextSource, map_records
+from relora_mora.config.data_flags import SCORING, read_data
+from relora_mora.config.load import ConfigError, stored_config
+from relora_mora.config.schema import Config, ModelConfig
+from relora_mora.data.sources.names import hub_repo
+from relora_mora.model.config import parse_model_config, plain_model_config, read_model_config, stored_model_config
+from relora_mora.model.llama import model_class
+from relora_mora.system.run_folder import RunFolder
+from relora_mora.tokenizer.folder import has_tokenizer
+from relora_mora.weights.foreign import check_headers, foreign_config, is_foreign, load_foreign, positions_of
+from relora_mora.weights.merged import merged_model, merged_weights
+from relora_mora.weights.peft import AdapterFolder, is_adapter
+
+
+def model_config_of(settings: ModelConfig) -> PreTrainedConfig:
+    """The config of a run's model: that of ``model.config`` or else of ``model.init_from``, with the overrides applied.
+
+    Raises :class:`ConfigError`, and :class:`CheckpointError` where ``model.init_from`` is neither model nor run.
+    """
+    if settings.config is not None:
+        return read_model_config(settings)
+    path = Path(str(settings.init_from))
+    return parse_model_config(plain_model_config(start_config(path)) | settings.overrides, str(path))
+
+
+def start_config(path: Path) -> PreTrainedConfig:
+    """The config of the model in a Hugging Face folder, whose foreign keys transformers ignores, a checkpoint or a run.
+
+    Raises what :func:`model_config_of` raises.
+    """
+    if is_foreign(path):
+        return foreign_config(path)
+    return stored_model_config(newest_manifest(path).model_config)
+
+
+def with_tokenizer(config: Config) -> Config:
+    """With the tokenizer of ``model.init_from`` where ``tokenizer.path`` is null."""
+    if config.tokenizer.path is not None:
+        return config
+    path = tokenizer_beside(Path(str(config.model.init_from)))
+    return config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"path": str(path)})})
+
+
+def tokenizer_beside(path: Path) -> Path:
+    """Where a Hugging Face folder, a run, its ``checkpoints/`` or a checkpoint has its tokenizer."""
+    if is_foreign(path):
+        return path
+    return RunFolder(path.parent if list_checkpoints(path) else path).tokenizer  # a checkpoint's has the same name
+
+
+def start_weights(path: Path, model_config: PreTrainedConfig) -> dict[str, Tensor]:
+    """The float32 weights of a start, which is a model's folder, a run or a checkpoint, by the names of ours."""
+    if is_foreign(path):
+        return load_foreign(path, torch.float32, model_class(model_config), whole=True).state_dict()
+    return merged_weights(CheckpointReader(find_checkpoint(path)))
+
+
+HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by default
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM to score text with.
+
+    ``tokenizer`` is a context manager that gives the tokenizer's folder; ``data`` says how the training text was read.
+    ``checkpoint`` is that of this trainer which the weights are from, and its step. ``of_run``: so are they, or those
+    that an adapter was put on; then the model's config may name other special tokens than the tokenizer.
+    """
+
+    model: PreTrainedModel
+    tokenizer: AbstractContextManager[Path]
+    data: DataConfig
+    description: str
+    checkpoint: tuple[Path, int] | None = None
+    of_run: bool = False
+
+    def data_settings(self, validation: Any, overrides: Mapping[str, str], *, own_tokenizer: bool = True) -> DataConfig:
+        """Settings for reading held-out text: those of training, and over them what a command line gives.
+
+        ``validation`` is as the setting of that name, or None for the run's own. Of a run, the revisions hold for its
+        own sources alone, its commits for all. With its ``own_tokenizer`` a run's conversations have the chat template
+        that this took along. Raises :class:`ConfigError`.
+        """
+        trained = _by_own_template(self.data) if own_tokenizer else self.data
+        given = trained.model_dump(include={*SCORING, "validation", "commits"}) | {"train": "none"}
+        if any(name.startswith("data.records") for name in overrides):
+            del given["packing"]
+        kind = overrides.get("data.records.kind")
+        if kind is not None and trained.records is not None and trained.records.kind != kind:
+            given["records"] = None  # columns and template of one kind are none of another
+        if overrides.get("data.packing") == "none":
+            del given["document_mask"]
+        if validation is None:
+            return read_data(given, overrides, SCORING)
+        del given["revision"]
+        data = read_data({**given, "validation": validation}, overrides, SCORING)
+        own = [] if "data.revision" in overrides else filter(hub_repo, self.data.sources("validation"))
+        known = {source.source: source.revision or self.data.revision for source in own}
+
+        def pinned(source: TextSource) -> TextSource:
+            return source.model_copy(update={"revision": source.revision or known.get(source.source)})
+
+        sets = {name: [pinned(source) for source in sources] for name, sources in data.validation_sets.items()}
+        return data.model_copy(update={"validation": sets})
+
+
+def _by_own_template(data: DataConfig) -> DataConfig:
+    """With null in place of the file of the chat template that the run's tokenizer has from its training."""
+    trained = map(data.records_of, data.train_sources)
+    file = next((each.template for each in trained if each is not None and each.is_conversation), None)
+    if file in (None, CHATML):
+        return data
+
+    def own(records: RecordsConfig | None) -> RecordsConfig | None:
+        if records is None or records.template != file:
+            return records
+        return records.model_copy(update={"template": None})
+
+    validation = map_records(data.validation, lambda one: one.model_copy(update={"records": own(one.records)}))
+    return data.model_copy(update={"records": own(data.records), "validation": validation})
+
+
+def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
+    """The model of a checkpoint, run folder or Hugging Face folder. Nothing is downloaded and no code of it is run.
+
+    Raises :class:`CheckpointError` for anything else.
+    """
+    if is_foreign(path):
+        with suppress(ConfigError):  # of another family: only transformers knows its sizes
+            check_headers(path)
+        model = load_foreign(path, dtype)
+        plain = DataConfig(
+            train="none", validation="none", sequence_length=min(HF_LENGTH, positions_of(model) or HF_LENGTH)
+        )
+        return LoadedModel(model, nullcontext(path), plain, f"{path} ({type(model).__name__})")
+    checkpoint = find_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    data = stored_config(manifest.config, str(checkpoint)).data
+    return LoadedModel(
+        merged_model(checkpoint, dtype),
+        tokenizer_of(checkpoint),
+        data,
+        f"{checkpoint} (step {manifest.step})",
+        (checkpoint, manifest.step),
+        of_run=True,
+    )
+
+
+def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> LoadedModel:
+    """The model of a checkpoint, run, Hugging Face folder or adapter alone, as :func:`load_any_model` gives it.
+
+    ``base`` is the model that an adapter was trained on; by default its config names it. Raises
+    :class:`CheckpointError` where that is not to be found, or does not fit.
+    """
+    if not is_adapter(path):
+        if base is not None:
+            raise CheckpointError(f"--base: {path} is no adapter alone, so it has none; leave it out")
+        return load_any_model(path, dtype)
+    adapter = AdapterFolder(path)
+    under = load_any_model(base or _named_base(adapter), torch.float32)
+    merge_into(under.model, adapter, str(base or adapter.base))
+    for parameter in under.model.parameters():  # not the buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
+    if (path / GENERATION_CONFIG_NAME).is_file():  # it was trained to stop elsewhere than its base
+        under.model.generation_config = GenerationConfig.from_pretrained(path)
+    own: AbstractContextManager[Path] = nullcontext(path)
+    return replace(
+        under,
+        tokenizer=own if has_tokenizer(path) else under.tokenizer,
+        description=f"{path} on {under.description}",
+        checkpoint=None,
+    )
+
+
+def _named_base(adapter: AdapterFolder) -> Path:
+    if adapter.base is not None and Path(adapter.base).is_dir():
+        return Path(adapter.base)
+    named = "it names no model" if adapter.base is None else f"its model {adapter.base} is no folder here"
+    raise CheckpointError(f"{adapter.folder}: an adapter alone, and {named}; give the model's folder with --base")
+
+
+@torch.no_grad()
+def merge_into(model: PreTrainedModel, adapter: AdapterFolder, named: str) -> None:
+    """Adds every delta to its weight, in place, and sets what trained as a whole.
+
+    ``model`` is in float32; errors call it ``named``.
+
+    Raises :class:`CheckpointError` where the adapter is that of another model; the model is then half changed.
+    """
+    adapter.check_head(model)
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    adapter.check_base(parameters.get, named)
+    for name in adapter.layers:
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(f"{adapter.file}: {name} is no linear layer of {named}; give its own base")
+        if not adapter.fits(name, linear.in_features, linear.out_features):
+            raise CheckpointError(
+                f"{adapter.file}: {name} has an M of {adapter.layers[name]}, and its rank makes another size of the "
+                f"layer {linear.in_features} -> {linear.out_features} of {named}; give the model that the "
+                "adapter was trained on"
+            )
+        with torch.device("meta"):
+            layer = adapter.layer_on(name, linear)
+        names = [f"{name}.{key}" for key in layer.adapter_names]
+        for key in layer.adapter_names:
+            _check_shape(adapter, f"{name}.{key}", layer.get_parameter(key), named)
+        linear.weight += layer.delta_of(*map(adapter.value, names))
+    for name in adapter.plain():
+        _check_shape(adapter, name, parameters.get(name), named)
+        parameters[name].copy_(adapter.value(name))
+
+
+def _check_shape(adapter: AdapterFolder, name: str, expected: torch.Tensor | None, named: str) -> None:
+    shape = None if expected is None else tuple(expected.shape)
+    if adapter.shapes[name] != shape:
+        wanted = "nothing of that name" if shape is None else list(shape)
+        raise CheckpointError(
+            f"{adapter.file}: {name} is {list(adapter.shapes[name])}, and {named} has {wanted}; "
+            "give the model that the adapter was trained on"
+        )

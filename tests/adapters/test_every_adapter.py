@@ -1,0 +1,105 @@
+"""What every adapter of the registry has to keep, whatever it is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from relora_mora.adapters.inject import inject, layer_class
+from relora_mora.adapters.layers import AdapterLinear
+from relora_mora.adapters.lora import LoRALinear
+from relora_mora.config.registry import METHODS
+from relora_mora.config.schema import MethodConfig
+from relora_mora.model.llama import empty_model
+from relora_mora.operators import Draw
+from tests.adapters.tools import made_resident
+from tests.tools.tiny import tiny_llama
+
+ADAPTERS = [method.name for method in METHODS.values() if method.adapter is not None]
+INPUTS = 12
+OUTPUTS = 20
+ROWS = 5
+
+
+def layer_of(name: str) -> AdapterLinear:
+    """Merged, in float64, with values that are not those of a start."""
+    torch.manual_seed(0)
+    linear = nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.float64)
+    method = MethodConfig(name=name, rank=3, form="merged")
+    layer = layer_class(method).from_settings(linear, method, torch.Generator().manual_seed(1), None, Draw(0))
+    for key in layer.adapter_names:
+        nn.init.normal_(layer.get_parameter(key), std=0.3)
+    return layer
+
+
+def values_of(layer: AdapterLinear) -> list[torch.Tensor]:
+    return [layer.get_parameter(key).detach() for key in layer.adapter_names]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_form_adds_the_delta_that_a_merge_adds(name: str) -> None:
+    merged = layer_of(name)
+    decoupled = copy.deepcopy(merged)
+    decoupled.form = "decoupled"
+    resident = made_resident(copy.deepcopy(merged))
+    delta = merged.delta_of(*values_of(merged))
+    weight = (merged.weight + delta).detach()
+    torch.testing.assert_close(merged.build_merged(merged.weight).detach(), weight)
+    results = []
+    for layer in (merged, decoupled, resident):
+        x = torch.linspace(-1, 1, ROWS * INPUTS, dtype=torch.float64).view(ROWS, INPUTS).requires_grad_()
+        dy = torch.linspace(-1, 1, ROWS * OUTPUTS, dtype=torch.float64).view(ROWS, OUTPUTS)
+        y = layer(x)
+        y.backward(dy)
+        torch.testing.assert_close(y, x @ weight.T)
+        torch.testing.assert_close(x.grad, dy @ weight)
+        results.append([layer.get_parameter(key).grad for key in layer.adapter_names])
+    for gradients in zip(*results, strict=True):
+        torch.testing.assert_close(gradients[0], gradients[1])
+        torch.testing.assert_close(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_its_singular_values_and_its_lora_are_those_of_the_delta(name: str) -> None:
+    layer = layer_of(name)
+    delta = layer.delta_of(*values_of(layer))
+    found = layer.singular_values(*values_of(layer))
+    expected = torch.linalg.svdvals(delta)
+    torch.testing.assert_close(found, expected[: len(found)])
+    assert (expected[len(found) :] < 1e-12).all()
+    factors = layer.as_lora(*values_of(layer))
+    if factors is not None:  # alpha is r
+        A, B = factors
+        torch.testing.assert_close(B @ A, delta)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_it_starts_at_nothing_and_is_its_parameters_alone(name: str) -> None:
+    with torch.device("meta"):  # as a resume and an export make it
+        layer = layer_of(name)
+    started = [layer.fresh(key, torch.Generator().manual_seed(2)) for key in layer.adapter_names]
+    assert not layer.delta_of(*started).any()
+    method = MethodConfig(name=name, rank=3)
+    assert sum(value.numel() for value in started) == layer.parameters_for(method, INPUTS, OUTPUTS)
+
+
+@pytest.mark.parametrize("stray", ["buffer", "vector"])
+def test_one_that_a_resume_could_not_bring_back_is_not_built(stray: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = LoRALinear.__init__
+
+    def with_more(self: LoRALinear, *given: Any) -> None:
+        made(self, *given)
+        if stray == "buffer":
+            self.register_buffer("shift", torch.zeros(2), persistent=False)
+        else:
+            self.lora_A = nn.Parameter(torch.zeros(3))
+
+    monkeypatch.setattr(LoRALinear, "__init__", with_more)
+    with pytest.raises(
+        AssertionError, match="they are matrices" if stray == "vector" else "brings back its parameters"
+    ):
+        inject(empty_model(tiny_llama()), MethodConfig(name="lora", rank=3), seed=0)

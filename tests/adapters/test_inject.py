@@ -1,0 +1,124 @@
+"""Adapters put into a model: nothing changes at the start, and exactly what the method says trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from relora_mora.adapters.inject import inject
+from relora_mora.adapters.layers import adapter_layers
+from relora_mora.config.registry import METHODS
+from relora_mora.config.schema import MethodConfig
+from relora_mora.model.config import linear_shapes
+from relora_mora.model.llama import build_model
+from relora_mora.operators import square_size
+from relora_mora.optim.groups import parameter_groups, set_trainable
+from relora_mora.sizing.fit import adapter_parameters
+from tests.tools.tiny import tiny_config, tiny_llama
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
+def test_injection_changes_nothing_at_the_start(method):
+    config = tiny_config(method={"name": method})
+    plain, adapted = build_model(tiny_llama(), seed=3), build_model(tiny_llama(), seed=3)
+    found = inject(adapted, config.method, seed=3)
+    assert {kind: len(names) for kind, names in found.items()} == dict.fromkeys(config.method.target_modules, 2)
+    ids = torch.arange(10).view(1, 10)
+    torch.testing.assert_close(adapted(ids).logits, plain(ids).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trainable_is_exactly_what_the_method_says(method):
+    config = tiny_config(method={"name": method})
+    model = build_model(tiny_llama(), seed=0)
+    linears = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    }
+    if config.method.uses_adapters:
+        inject(model, config.method, seed=0)
+    set_trainable(model, config.method)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    others = {
+        name for name, _ in model.named_parameters() if "norm" in name or "embed" in name or name == "lm_head.weight"
+    }
+    adapters = {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
+    assert trains == others | (linears if method == "full" else adapters)
+    assert len(linears) == 14 and bool(adapters) == (method != "full")
+    groups = parameter_groups(model, config.optim)
+    assert sorted(name for group in groups for name in group.parameters) == sorted(trains)
+    rates = {group.name: group.peak_lr for group in groups}
+    assert rates.pop("linears" if method == "full" else "adapters") == config.optim.lr
+    assert set(rates.values()) == {config.optim.lr_other}
+
+
+@pytest.mark.parametrize("method", ["lora", "mora"])
+def test_a_projection_may_have_a_rank_of_its_own(method):
+    config = tiny_config(method={"name": method, "rank": 3, "rank_pattern": {"down_proj": 5}})
+    model = build_model(tiny_llama(), seed=0)
+    inject(model, config.method, seed=0)
+    shapes = linear_shapes(tiny_llama())
+    for name, layer in adapter_layers(model):
+        kind = name.rpartition(".")[2]
+        rank = 5 if kind == "down_proj" else 3
+        if method == "lora":
+            assert layer.lora_A.shape == (rank, shapes[kind][0]) and layer.lora_B.shape == (shapes[kind][1], rank)
+        else:
+            assert layer.mora_M.shape == (square_size(*shapes[kind], rank),) * 2
+    numbers = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if "mora_" in name or "lora_" in name
+    )
+    assert numbers == 2 * adapter_parameters(config.method, shapes)  # two decoder layers, as planned
+
+
+ALONE = {"train_embeddings": False, "train_norms": False, "train_head": False}
+
+
+@pytest.mark.parametrize(
+    ("method", "groups"),
+    [
+        (ALONE, ["adapters"]),
+        (ALONE | {"target_modules": ["q_proj"]}, ["adapters"]),
+        (ALONE | {"target_modules": ["q_proj"], "train_linears": True}, ["adapters", "linears"]),
+        (ALONE | {"target_modules": ["q_proj"], "train_norms": True}, ["adapters", "linears", "norms"]),
+        ({"target_modules": ["q_proj"], "train_linears": False}, ["adapters", "embeddings", "norms"]),
+        (ALONE | {"name": "lora", "target_modules": ["q_proj"]}, ["adapters"]),
+    ],
+)
+def test_everything_beside_the_adapters_can_be_frozen(method: dict[str, Any], groups: list[str]):
+    config = tiny_config(method=method)
+    model = build_model(tiny_llama(), seed=0)
+    inject(model, config.method, seed=0)
+    set_trainable(model, config.method)
+    assert [group.name for group in parameter_groups(model, config.optim)] == groups
+    alone = config.optim.model_copy(update={"rewarm": "adapters"})
+    assert [group.name for group in parameter_groups(model, alone) if group.rewarms] == ["adapters"]
+
+
+def test_norms_do_not_decay():
+    config = tiny_config(optim={"weight_decay": 0.1})
+    model = build_model(tiny_llama(), seed=0)
+    inject(model, config.method, seed=0)
+    set_trainable(model, config.method)
+    decays = {group.name: group.weight_decay for group in parameter_groups(model, config.optim)}
+    assert decays == {"adapters": 0.1, "embeddings": 0.1, "norms": 0.0}
+
+
+def test_targets_that_match_nothing_are_an_error():
+    with pytest.raises(ValueError, match=r"no linear of the decoder is named experts; it has down_proj, gate_proj"):
+        inject(build_model(tiny_llama(), seed=0), MethodConfig(target_modules=["q_proj", "experts"]), seed=0)
+
+
+def test_after_one_step_every_adapter_has_moved():
+    """A = 0 and B = 0 at the start, as in a predecessor, would leave all gradients zero."""
+    for method in ("lora", "mora"):
+        config = tiny_config(method={"name": method})
+        model = build_model(tiny_llama(), seed=0)
+        inject(model, config.method, seed=0)
+        model(input_ids=torch.arange(12).view(1, 12), labels=torch.arange(12).view(1, 12)).loss.backward()
+        for _, layer in adapter_layers(model):
+            assert any(layer.get_parameter(name).grad.abs().max() > 0 for name in layer.adapter_names)

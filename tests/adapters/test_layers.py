@@ -1,0 +1,159 @@
+"""Adapter layers: three forms with one result, what they keep, dropout, sizes and draws."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+
+from relora_mora import kernels
+from relora_mora.adapters.inject import inject
+from relora_mora.adapters.layers import adapter_layers, effective_rank, layer_generator
+from relora_mora.adapters.mora import layer_square_size
+from relora_mora.config.schema import MethodConfig
+from relora_mora.model.llama import build_model
+from tests.adapters.tools import layers_of, made_resident
+from tests.tools.tiny import tiny_config, tiny_llama
+
+SHAPES = [(12, 20, 7), (20, 12, 6), (16, 16, 8), (5, 7, 12), (9, 9, 4)]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["lora", "1", "2", "3", "4", "6"])
+@pytest.mark.parametrize("inputs,outputs,size", SHAPES)
+def test_all_forms_agree(kind, inputs, outputs, size, dtype, device):
+    size += size % 2 if kind == "6" else 0
+    merged, decoupled = (layer.to(device) for layer in layers_of(kind, inputs, outputs, size, dtype))
+    resident = made_resident(copy.deepcopy(merged))
+    x = torch.randn(3, 5, inputs, dtype=dtype).to(device)
+    results = []
+    for layer in (merged, decoupled, resident):
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y).to(device))
+        results.append([y.detach(), given.grad, *(layer.get_parameter(name).grad for name in layer.adapter_names)])
+        assert layer.weight.grad is None
+    for a, b, c in zip(*results, strict=True):
+        scale = max(1.0, float(b.abs().max()))
+        assert float((a - b).abs().max()) <= TOLERANCE[dtype] * scale
+        assert torch.equal(a, c)  # the same operations on the same W + delta
+
+
+@pytest.mark.parametrize("kind", ["lora", "1", "2", "6"])
+def test_the_delta_is_what_the_layer_adds(kind):
+    layer, _ = layers_of(kind, 12, 20, 6, torch.float64)
+    x = torch.randn(4, 12, dtype=torch.float64)
+    delta = layer.delta_of(*(layer.get_parameter(name) for name in layer.adapter_names))
+    torch.testing.assert_close(layer(x), x @ (layer.weight + delta).T, rtol=0, atol=1e-12)
+    values = layer.singular_values(*(layer.get_parameter(name) for name in layer.adapter_names))
+    expected = torch.linalg.svdvals(delta)
+    torch.testing.assert_close(values, expected[: len(values)], rtol=0, atol=1e-12)
+    assert bool((expected[len(values) :] < 1e-10).all())
+
+
+def test_the_merged_form_keeps_the_compressed_input_only():
+    layer, _ = layers_of("1", 64, 48, 8, torch.float32)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        layer(torch.randn(100, 64, requires_grad=True))
+    assert torch.Size([100, 8]) in kept
+    assert torch.Size([100, 64]) not in kept and torch.Size([48, 64]) in kept  # the weight itself, no copy of it
+    assert len(kept) == 3
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"kernels are {kernels.describe()}")
+def test_a_compiled_layer_keeps_no_weight_for_backward():
+    """W + delta of forward and of backward are equal calls, and a compiler would merge them."""
+    layer, _ = layers_of("1", 24, 32, 10, torch.float32)
+    kept = []
+
+    def forward(graph, inputs):
+        output = next(node for node in graph.graph.nodes if node.op == "output")
+        kept.extend(tuple(node.meta["val"].shape) for node in output.args[0] if node.op != "placeholder")
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    torch._dynamo.reset()
+    x = torch.randn(9, 24, requires_grad=True)
+    torch.compile(layer, backend=backend, fullgraph=True)(x).sum().backward()
+    assert (9, 10) in kept and (32, 24) not in kept
+
+
+@pytest.mark.parametrize("kind,tokens", [("1", 7), ("lora", 42)])
+def test_auto_builds_the_weight_where_tokens_outweigh_it(kind, tokens):
+    layer, _ = layers_of(kind, 64, 48, 8, torch.float32)
+    layer.form = "auto"
+    assert layer.uses_merged_form(tokens) and not layer.uses_merged_form(tokens - 1)
+
+
+@pytest.mark.parametrize("kind", ["lora", "1", "2", "6"])
+def test_dropout_is_of_the_adapters_input_alone(kind):
+    """Its mean is the layer without dropout; W sees the whole x; in evaluation there is none."""
+    layer, _ = layers_of(kind, 12, 20, 6, torch.float64)
+    layer.form = "auto"
+    layer.dropout = 0.25
+    x = torch.randn(1, 12, dtype=torch.float64)
+    plain = x @ layer.weight.T
+    whole = layer.eval()(x)
+    layer.train()
+    torch.manual_seed(0)
+    draws = torch.stack([layer(x) for _ in range(4000)])
+    delta = layer.delta_of(*(layer.get_parameter(name) for name in layer.adapter_names))
+    added = (draws - plain)[:, 0]
+    spread = ((delta * x) ** 2).sum(-1).mul(0.25 / 0.75).sqrt()  # of one draw: elements of x drop independently
+    assert bool(((draws.mean(0) - whole)[0].abs() <= 5 * spread / 4000**0.5 + 1e-12).all())
+    torch.testing.assert_close(added.std(0), spread, rtol=0.1, atol=1e-9)
+    assert not layer.uses_merged_form(10**6) and layer.eval().uses_merged_form(10**6)
+
+
+@pytest.mark.parametrize("method", ["lora", "mora"])
+def test_what_dropout_drops_is_the_same_where_a_layer_is_recomputed(method):
+    config = tiny_config(method={"name": method, "dropout": 0.5, "operators": [1]})
+    gradients = []
+    for recomputes in (False, True):
+        model = build_model(tiny_llama(), seed=0)
+        inject(model, config.method, seed=0)
+        for _, layer in adapter_layers(model):
+            for name in layer.adapter_names:
+                nn.init.normal_(layer.get_parameter(name), std=0.3, generator=torch.Generator().manual_seed(1))
+        if recomputes:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        torch.manual_seed(7)
+        model(input_ids=torch.arange(12).view(1, 12), labels=torch.arange(12).view(1, 12)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    first, second = gradients
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sizes_and_draws():
+    method = MethodConfig(rank=8, square_multiple=16)
+    assert layer_square_size(method, 64, 64) == 32
+    with pytest.raises(ValueError, match=r"method.square_multiple: 16 is more than R of a 8 -> 8 layer"):
+        layer_square_size(MethodConfig(rank=1, square_multiple=16), 8, 8)
+    for inputs, outputs, rank in ((24, 24, 4), (576, 192, 8), (4096, 11008, 7), (1, 2, 1), (50, 50, 1)):
+        nearest = int(math.sqrt((inputs + outputs) * rank) + 0.5)  # as the released code
+        assert layer_square_size(MethodConfig(rank=rank, square_rounding="nearest"), inputs, outputs) == nearest
+        assert layer_square_size(MethodConfig(rank=rank), inputs, outputs) in (nearest, nearest - 1)
+    draws = [
+        torch.rand(3, generator=layer_generator(*key)).tolist()
+        for key in [(0, "a", 0), (0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0)]
+    ]
+    assert draws[0] == draws[1] and len({tuple(draw) for draw in draws}) == 4
+
+
+def test_effective_rank():
+    assert effective_rank(torch.ones(5)) == pytest.approx(5)
+    assert effective_rank(torch.tensor([3.0, 0.0])) == pytest.approx(1)
+    assert effective_rank(torch.zeros(4)) == 0
+    assert effective_rank(torch.tensor([[1.0, 1.0], [0.0, 0.0], [2.0, 0.0]])).tolist() == pytest.approx([2, 0, 1])

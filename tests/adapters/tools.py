@@ -1,0 +1,37 @@
+"""A layer of any kind in each of its forms."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from relora_mora.adapters.layers import AdapterLinear
+from relora_mora.adapters.lora import LoRALinear
+from relora_mora.adapters.mora import MoRALinear
+
+
+def layers_of(
+    kind: str, inputs: int, outputs: int, size: int, dtype: torch.dtype
+) -> tuple[AdapterLinear, AdapterLinear]:
+    """One layer, merged and decoupled; ``kind`` is "lora" or an operator."""
+    torch.manual_seed(0)
+    linear = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
+    layer: AdapterLinear
+    if kind == "lora":
+        layer = LoRALinear(linear, 3, 6.0, torch.Generator().manual_seed(1), "merged")
+    else:
+        layer = MoRALinear(linear, size, int(kind), "merged")
+    for name in layer.adapter_names:
+        nn.init.normal_(layer.get_parameter(name), std=0.3)
+    other = copy.deepcopy(layer)
+    other.form = "decoupled"
+    return layer, other
+
+
+def made_resident(layer: AdapterLinear) -> AdapterLinear:
+    layer.form = "resident"
+    layer.resident = True
+    layer.keep_merged()
+    return layer

@@ -1,0 +1,139 @@
+"""The lines in damaged and undamaged, plain and compressed shards."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from contextlib import closing
+
+import pytest
+import zstandard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from relora_mora.data.bytes.lines import ShardLines
+from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.formats.file_rows import iter_texts
+from relora_mora.data.shard import Shard
+from tests.tools.data_tools import data_config, line, some_texts, write_shard
+from tests.tools.helpers import ROOT
+
+
+def _lines(path, limit=1000):
+    with closing(ShardLines(Shard(path.name, str(path)), max_line_bytes=limit, timeout_seconds=1.0)) as lines:
+        return list(iter(lines.take, None))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz", ".jsonl.zst"])
+def test_every_format_gives_the_same_lines(tmp_path, suffix):
+    texts = some_texts(3000)
+    path = write_shard(tmp_path / f"a{suffix}", texts)
+    assert [json.loads(entry)["text"] for entry in _lines(path)] == texts
+    assert list(iter_texts(str(path), split="train", config=data_config(path))) == texts
+
+
+def test_several_gzip_members_and_zstd_frames(tmp_path):
+    (tmp_path / "a.gz").write_bytes(
+        gzip.compress(b"one\ntw") + gzip.compress(b"o\n") + gzip.compress(b"") + gzip.compress(b"three") + b"\0" * 9
+    )
+    (tmp_path / "a.zst").write_bytes(zstandard.compress(b"one\ntw") + zstandard.compress(b"o\nthree"))
+    assert _lines(tmp_path / "a.gz") == _lines(tmp_path / "a.zst") == [b"one", b"two", b"three"]
+
+
+def _skippable(number: int, size: int) -> bytes:
+    """A zstd frame to pass over, as pzstd and the seekable format write them (RFC 8878, 3.1.2)."""
+    return struct.pack("<II", 0x184D2A50 + number, size) + (b"\x28\xb5\x2f\xfd{\n" * size)[:size]
+
+
+def _long(text: bytes, window_log: int) -> bytes:
+    """As zstd --long writes to a pipe: the window in the header, and not the size of the text."""
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=window_log)
+    compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    return compressor.compress(text) + compressor.flush()
+
+
+def _gzip_member(text: bytes, flags: int) -> bytes:
+    """With the optional fields of RFC 1952 that ``flags`` name: 2 header checksum, 4 extra, 8 name, 16 comment."""
+    header = b"\x1f\x8b\x08" + bytes([flags]) + bytes(4) + b"\x00\x03"
+    header += b"\x06\x00BC\x02\x00ab" if flags & 4 else b""
+    header += b"name\0" if flags & 8 else b""
+    header += b"comment\0" if flags & 16 else b""
+    header += struct.pack("<H", zlib.crc32(header) & 0xFFFF) if flags & 2 else b""
+    return header + gzip.compress(text, mtime=0)[10:]
+
+
+ZSTD_PARTS = st.one_of(
+    st.builds(_skippable, st.integers(0, 15), st.sampled_from([0, 1, 300, 70_000])).map(lambda frame: (frame, b"")),
+    st.tuples(st.binary(max_size=300) | st.just(b"line\n" * 40_000), st.integers(10, 31)).map(
+        lambda part: (_long(*part), part[0])
+    ),
+    st.sampled_from([(zstandard.compress(b""), b""), (zstandard.compress(b"on\ne"), b"on\ne")]),
+)
+GZIP_PARTS = st.tuples(st.binary(max_size=300) | st.just(b"line\n" * 40_000), st.integers(0, 15)).map(
+    lambda part: (_gzip_member(part[0], 2 * part[1]), part[0])
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(parts=st.one_of(st.lists(ZSTD_PARTS, min_size=1, max_size=6), st.lists(GZIP_PARTS, min_size=1, max_size=6)))
+@example(parts=[(_skippable(0, 5), b""), (zstandard.compress(b"text"), b"text")])
+@example(parts=[(_skippable(15, 70_000), b"")])
+@example(parts=[(_long(b"text", 31), b"text")])
+def test_any_row_of_frames_and_members_is_the_text_in_them(tmp_path_factory, parts):
+    path = tmp_path_factory.mktemp("any") / "a.json"
+    path.write_bytes(b"".join(frame for frame, _ in parts))
+    text = b"".join(text for _, text in parts)
+    assert _lines(path, limit=1 << 20) == [*text.split(b"\n")[:-1], *filter(None, [text.split(b"\n")[-1]])]
+
+
+def test_no_memory_for_the_window_is_no_damage(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(_long(line("text") + b"\n", 31))
+    code = f"""
+import resource, zstandard
+from pathlib import Path
+from tests.data.bytes.test_decompress import _lines
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+_lines(Path({str(path)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    *_, message = done.stderr.splitlines()
+    assert (
+        "SourceError: a.jsonl.zst: there is no memory for the window" in message
+        and "compress it again without --long" in message
+    )
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.gz", "a.zst", "compressed.gz", "compressed.zst"])
+@pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\xef\xbb\xbf \n\n", b"\n \t\n", b" " * 70_000])
+def test_text_behind_a_byte_order_mark_and_blanks_whatever_the_name(tmp_path, name, before):
+    path = tmp_path / name
+    body = before + line("text") + b"\n"
+    if name.startswith("compressed"):
+        body = gzip.compress(body) if name.endswith(".gz") else zstandard.compress(body)
+    path.write_bytes(body)
+    assert list(iter_texts(str(path), split="train", config=data_config(path))) == ["text"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_shard_that_breaks_off_or_is_damaged(tmp_path, suffix):
+    whole = write_shard(tmp_path / f"a{suffix}", some_texts(4000))
+    expected = _lines(whole)
+    body = whole.read_bytes()
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(body[: len(body) // 2])
+    lines = _lines(cut)
+    assert lines[-1] == Skipped("truncated") and 1000 < len(lines) < 3000
+    assert lines[:-1] == expected[: len(lines) - 1]
+    damaged = tmp_path / f"damaged{suffix}"
+    damaged.write_bytes(body[: len(body) // 2] + b"\xff" * 100 + body[len(body) // 2 + 100 :])
+    assert isinstance(_lines(damaged)[-1], Skipped) and _lines(damaged) == _lines(damaged)
+    damaged.write_bytes(b"junk" + body[4:])
+    with pytest.raises(SourceError, match=r"lines are bad, more than data\.max_bad_fraction"):
+        list(iter_texts(str(damaged), split="train", config=data_config(damaged)))
+    damaged.write_bytes(b"")
+    assert _lines(damaged) == []

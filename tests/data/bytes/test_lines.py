@@ -1,0 +1,106 @@
+"""Lines of bounded length, and files that are not what they were."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import tracemalloc
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from relora_mora.data.bytes.lines import ShardLines
+from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.formats.file_rows import iter_texts
+from relora_mora.data.sets.show import check_columns
+from relora_mora.data.shard import Shard
+from relora_mora.data.sources.resolve import resolve_shards
+from tests.tools.data_tools import data_config, line, some_texts, write_shard
+
+
+def _lines(path, limit=1000):
+    with closing(ShardLines(Shard(path.name, str(path)), max_line_bytes=limit, timeout_seconds=1.0)) as lines:
+        return list(iter(lines.take, None))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.gz", "compressed.gz", "compressed.zst"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_has_a_name(tmp_path, name, encoding):
+    path = tmp_path / name
+    body = b"\n".join(line(text) for text in some_texts(20)).decode().encode(encoding)
+    if name.startswith("compressed"):
+        body = gzip.compress(body) if name.endswith(".gz") else zstandard.compress(body)
+    path.write_bytes(body)
+    with pytest.raises(SourceError, match=r"lines are bad.*is UTF-16, not UTF-8 \(iconv -f UTF-16 -t UTF-8\)"):
+        list(iter_texts(str(path), split="train", config=data_config(path)))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_one_array_in_json_is_one_message_before_training(tmp_path, name, indent):
+    body = json.dumps([{"text": text} for text in some_texts(20)], indent=indent).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(body) if name.endswith(".gz") else body)
+    config = data_config(path)
+    message = rf"{name} is one JSON array, and not JSON lines, .*: jq -c '\.\[\]' OLD\.json > NEW\.jsonl"
+    with pytest.raises(SourceError, match=message):
+        check_columns(resolve_shards(str(path)), config)
+    with pytest.raises(SourceError, match=message):
+        list(iter_texts(str(path), split="train", config=config))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".gz", ".zst"])
+def test_skipping_is_the_same_as_taking(tmp_path, suffix):
+    path = write_shard(tmp_path / f"a{suffix}", some_texts(5000))
+    expected = _lines(path)
+    with closing(ShardLines(Shard("a", str(path)), max_line_bytes=1000, timeout_seconds=1.0)) as lines:
+        assert lines.skip(3) and lines.take() == expected[3]
+        assert lines.skip(4000) and lines.take() == expected[4004] and lines.row == 4005
+        assert lines.skip(994) and not lines.skip(2) and lines.take() is None
+
+
+@pytest.mark.parametrize("suffix", [".json", ".gz", ".zst"])
+def test_a_long_line_is_never_held(tmp_path, suffix):
+    # 64 MB on one line, which a compressed shard holds in a few kB
+    path = write_shard(tmp_path / f"a{suffix}", [b"first", b"x" * (1 << 26), b"y" * 1000, b"z" * 1001, b"last"])
+    tracemalloc.start()
+    lines = _lines(path, limit=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lines == [b"first", Skipped("too_long"), b"y" * 1000, Skipped("too_long"), b"last"]
+    assert peak < 1 << 25 or suffix == ".zst"  # zstd gives up to 32 MiB at once
+    assert peak < 3 << 25
+
+
+def test_an_unreadable_file(tmp_path):
+    with pytest.raises(SourceError, match=r"gone\.json cannot be read \(No such file"):
+        ShardLines(Shard("gone.json", str(tmp_path / "gone.json")), max_line_bytes=9, timeout_seconds=1.0)
+
+
+def test_too_many_lanes_for_the_files_that_may_be_open(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "a.json", some_texts(5))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SourceError, match=r"a\.json .* \(Too many open files\); raise ulimit -n, or lower data\.lanes"):
+        _lines(path)
+
+
+@pytest.mark.parametrize("change", [-1000, 1000])
+def test_a_file_that_changes_while_it_is_read_stops_at_once(tmp_path, change):
+    path = write_shard(tmp_path / "a.json", some_texts(20_000))
+    (shard,) = resolve_shards(str(path))
+    message = r"a\.json changed since the start: [\d,]+ bytes then, [\d,]+ now; start with data that does not change"
+    with closing(ShardLines(shard, max_line_bytes=1000, timeout_seconds=1.0)) as lines:
+        assert lines.skip(100)
+        os.truncate(path, path.stat().st_size + change)
+        with pytest.raises(SourceError, match=message):
+            lines.skip(20_000)
+    with pytest.raises(SourceError, match=message):  # and so does one that is another at the next epoch
+        ShardLines(shard, max_line_bytes=1000, timeout_seconds=1.0)

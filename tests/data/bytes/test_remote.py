@@ -1,0 +1,409 @@
+"""Over http: whatever passes, the bytes are those of a server without faults; whatever stays is one clear error."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import random
+import re
+import threading
+import time
+from contextlib import closing
+from email.utils import formatdate
+
+import pytest
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.bytes import retry, transport
+from relora_mora.data.bytes.remote import RemoteBytes
+from relora_mora.data.bytes.retry import (
+    FIRST_WAIT_SECONDS,
+    LONGEST_WAIT_SECONDS,
+    RETRIES,
+    TransientError,
+    retry_after_seconds,
+    retrying,
+)
+from relora_mora.data.errors import SourceError
+from relora_mora.data.formats.file_rows import iter_texts
+from relora_mora.data.shard import Shard
+from relora_mora.data.sources.names import with_commits
+from relora_mora.data.sources.resolve import configured_shards, resolve_shards
+from tests.tools.data_tools import data_config, documents_in, make_lane, some_texts, write_shard, write_shards
+from tests.tools.faulty_server import COMMIT, FAULTS, serving
+
+JSON_LINES = (".json", ".json.gz", ".jsonl.zst")
+WAITING = ("stall", "429")
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
+    monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.02)
+
+
+@pytest.fixture
+def shard(tmp_path):
+    return write_shard(
+        tmp_path / "a.json.gz", [random.Random(n).randbytes(60).hex() for n in range(6000)]
+    )  # 480 kB compressed
+
+
+def _read(server, timeout_seconds=8.0):
+    with closing(RemoteBytes(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds)) as source:
+        pieces = []
+        while piece := source.read(50_000):
+            pieces.append(piece)
+        return b"".join(pieces)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("etag", [True, False])
+def test_no_fault(tmp_path, shard, ranges, etag):
+    before = RETRIES.retries
+    with serving(tmp_path, ranges=ranges, etag=etag) as server:
+        assert _read(server) == shard.read_bytes()
+        assert len(server.requests) == 2  # the second one confirms the end
+    assert RETRIES.retries == before
+
+
+# the two that wait for a second or more: once is enough
+@pytest.mark.parametrize(
+    "fault,ranges",
+    [(fault, ranges) for fault in FAULTS for ranges in (True, False) if ranges or fault not in (*WAITING, "cut_range")],
+)
+def test_each_fault_once_at_the_start_and_once_later(tmp_path, shard, fault, ranges):
+    before = RETRIES.retries
+    began = time.monotonic()
+    at = {"cut_range": (1, 2), "short": (0, 2), "no_length": (0, 2)}.get(fault, (0, 1))
+    with serving(
+        tmp_path, lambda n: "reset" if fault == "cut_range" and n == 0 else fault if n in at else None, ranges=ranges
+    ) as server:
+        assert _read(server, timeout_seconds=4.0 if fault == "stall" else 60.0) == shard.read_bytes()
+        assert server.faults.count(fault) == 2
+    assert RETRIES.retries - before == 2 + (fault == "cut_range")  # each counted, and the reset before
+    if fault == "429":
+        assert time.monotonic() - began > 2  # Retry-After: 1, twice
+
+
+def test_a_connection_that_never_gets_far_is_read_in_smaller_pieces(tmp_path, shard):
+    body = shard.read_bytes()[:60_000]
+    shard.write_bytes(body)
+    with serving(tmp_path, lambda n: "few") as server:
+        assert _read(server) == body
+        assert len(server.requests) > 60_000 / 3000
+
+
+def test_a_server_that_comes_up_late(tmp_path, shard):
+    with serving(tmp_path) as server:
+        port = server.server_address[1]
+    read = threading.Event()
+    before = RETRIES.retries
+
+    def serve():
+        while RETRIES.retries - before <= 3 and not read.wait(0.005):
+            pass
+        with serving(tmp_path, port=port):
+            read.wait(60)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        assert _read(server) == shard.read_bytes()  # connections are refused at first
+    finally:
+        read.set()
+        thread.join()
+    assert RETRIES.retries - before > 3
+
+
+def test_faults_at_a_tenth_of_the_requests_leave_the_stream_of_tokens_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
+    names = [f"{n}{suffix}" for n in range(10) for suffix in (*JSON_LINES, ".txt", ".txt.gz", ".csv.zst")]
+    for seed, name in enumerate(names):
+        write_shard(tmp_path / name, some_texts(12, seed=seed))
+    blocks = 6000  # more than an epoch
+    clean = make_lane(data_config([f"{tmp_path}/{name}" for name in names]), 1, 0)
+    expected = [clean.next_block().tokens.tolist() for _ in range(blocks)]
+    rng = random.Random(0)
+    kinds = itertools.cycle(FAULTS)
+    before = RETRIES.retries
+    with serving(tmp_path, lambda n: next(kinds) if rng.random() < 0.1 else None) as server:
+        server.stall_seconds = 0.5
+        server.retry_after["429"] = "0"
+        lane = make_lane(data_config([f"{server.url}/{name}" for name in names]), 1, 0)
+        assert [lane.next_block().tokens.tolist() for _ in range(blocks)] == expected
+        assert 0.05 < len(server.faults) / len(server.requests) < 0.15 and set(server.faults) == set(FAULTS)
+        assert RETRIES.retries - before >= len(server.faults) - 1  # the last one may not be met yet
+    assert lane.state()["epoch"] >= 1 and not lane.state()["skipped"]
+
+
+def test_a_server_that_stays_away(tmp_path, shard):
+    with serving(tmp_path, lambda n: "503" if n else "reset") as server:
+        config = data_config(f"{server.url}/a.json.gz", timeout_seconds=0.5)
+        began = time.monotonic()
+        with pytest.raises(
+            SourceError, match=r"a\.json\.gz at byte \d+: gave up after 0\.5 s .*status 503.*data\.timeout_seconds"
+        ):
+            list(iter_texts(config.train, split="train", config=config))
+        assert 0.4 < time.monotonic() - began < 5
+    with pytest.raises(SourceError, match=r"gave up after 0\.3 s"):
+        list(
+            iter_texts(
+                f"{server.url}/a.json.gz", split="train", config=config.model_copy(update={"timeout_seconds": 0.3})
+            )
+        )
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "http://[secret"])
+def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    with pytest.raises(SourceError, match=r"check it, and the proxy in HTTP_PROXY, .*requests\[socks\]") as raised:
+        RemoteBytes(Shard("a", "http://example.org/a.json"), 0.5).read(9)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("location", ["/b\xfccher.json", "http://[bad/"])
+def test_a_redirect_to_what_is_no_url(location, tmp_path, monkeypatch):
+    with serving(tmp_path) as server:
+        monkeypatch.setattr(
+            server.RequestHandlerClass,
+            "_file",
+            lambda self, path, fault: self._answer(302, b"", {"Location": location}),
+        )
+        with pytest.raises(SourceError, match="a redirects to what is no url"):
+            RemoteBytes(Shard("a", f"{server.url}/a.json"), 5.0).read(9)
+
+
+def test_a_file_that_changes(tmp_path, shard):
+    with serving(tmp_path) as server, closing(RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 1.0)) as source:
+        source.read(50_000)
+        shard.write_bytes(shard.read_bytes() + b"more")
+        source.close()
+        with pytest.raises(SourceError, match="a changed while it was read"):
+            source.read(50_000)
+    with (
+        serving(tmp_path, etag=False) as server,
+        closing(RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 0.5)) as source,
+    ):
+        source.read(50_000)
+        shard.write_bytes(bytes(reversed(shard.read_bytes())))
+        source.close()
+        with pytest.raises(SourceError, match="differs from what was read before"):
+            source.read(50_000)
+
+
+@pytest.mark.parametrize("status,message", [(404, "status 404"), (403, "access denied"), (401, "access denied")])
+def test_what_does_not_pass_is_not_tried_again(tmp_path, status, message, monkeypatch):
+    with serving(tmp_path, lambda n: None) as server:
+        if status != 404:
+            monkeypatch.setattr(
+                server.RequestHandlerClass, "_file", lambda self, path, fault: self._answer(status, b"", {})
+            )
+        began = time.monotonic()
+        with pytest.raises(SourceError, match=message):
+            _read(server)
+        assert time.monotonic() - began < 2 and len(server.requests) == 1
+
+
+def test_a_truncated_and_a_corrupt_shard_over_http(tmp_path):
+    body = gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(20_000)))
+    (tmp_path / "cut.json.gz").write_bytes(body[:-5000])
+    with serving(tmp_path) as server:
+        config = data_config(f"{server.url}/cut.json.gz")
+        texts = list(iter_texts(config.train, split="train", config=config))
+    assert texts == [str(n) for n in range(len(texts))] and 10_000 < len(texts) < 20_000
+
+
+@pytest.mark.parametrize("suffix", [".json.gz", ".jsonl.zst"])
+def test_damage_does_not_pass_and_is_not_asked_for_again(tmp_path, suffix):
+    path = write_shard(
+        tmp_path / f"a{suffix}", [f"{random.Random(n).random()} {text}" for n, text in enumerate(some_texts(12_000))]
+    )
+    before = RETRIES.retries
+    settings = {"sequence_length": 4096, "max_bad_fraction": 0.5}
+    with serving(tmp_path, lambda n: "corrupt" if n == 0 else None) as server:
+        lane = make_lane(data_config(f"{server.url}/a{suffix}", **settings), 1, 0)
+        while lane.state()["epoch"] < 1:
+            lane.next_block()
+    assert RETRIES.retries == before and lane.state()["skipped"]["corrupt"] == 1
+    damage = rf"http\S+/a{suffix}: line \d+ is where the compressed shard is damaged; what follows is lost; skipped"
+    assert any(re.fullmatch(damage, note) for note in lane.rows.notes)
+    body = path.read_bytes()  # the same bytes on a disk: the same decision
+    path.write_bytes(body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 255]) + body[len(body) // 2 + 1 :])
+    local = make_lane(data_config(path, **settings), 1, 0)
+    while local.state()["epoch"] < 1:
+        local.next_block()
+    assert local.state() == lane.state()
+
+
+def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):
+    monkeypatch.undo()  # of the short waits
+
+    def waits_of(failures):
+        waits = []
+        left = iter(range(failures))
+        before = RETRIES.retries
+        state = random.getstate()
+
+        def ask():
+            if next(left, None) is not None:
+                raise TransientError("busy")
+
+        retrying(ask, "a", 1e6, sleep=waits.append)
+        assert RETRIES.retries - before == failures and random.getstate() == state
+        return waits
+
+    waits = waits_of(12)
+    others = waits_of(12)
+    for attempt, wait in enumerate(waits, 1):
+        bound = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt)
+        assert bound / 4 <= wait <= bound
+    assert not set(waits) & set(others)
+
+
+def test_retry_after_is_honoured_and_read():
+    waits = []
+    answers = iter([TransientError("busy", 7.0), TransientError("busy"), TransientError("busy", 1e9)])
+
+    def ask():
+        error = next(answers, None)
+        if error:
+            raise error
+        return "done"
+
+    assert retrying(ask, "a", 100.0, sleep=waits.append) == "done"
+    assert waits[0] == 7.0 and waits[1] < 1 and 99 < waits[2] <= 100
+    assert retry_after_seconds({"Retry-After": "12"}) == 12
+    assert 50 < retry_after_seconds({"Retry-After": formatdate(time.time() + 60, usegmt=True)}) <= 61
+    assert (
+        retry_after_seconds({})
+        == retry_after_seconds({"Retry-After": "soon"})
+        == retry_after_seconds({"Retry-After": "\xb2"})
+        == 0
+    )
+
+
+class TestHub:
+    @pytest.fixture
+    def hub(self, tmp_path, monkeypatch):
+        for split, count in (("train", 1024), ("validation", 8)):
+            for n in range(2):
+                write_shard(tmp_path / "en" / f"c4-{split}.{n:05d}-of-{count:05d}.json.gz", some_texts(20, seed=n))
+        with serving(tmp_path) as server:
+            monkeypatch.setenv("HF_ENDPOINT", server.url)
+            monkeypatch.setenv("HF_TOKEN", "hf_secret")
+            yield server
+
+    def test_c4_is_read_from_a_mirror(self, hub):
+        shards = resolve_shards("allenai/c4", "main", split="train")
+        assert len(shards) == 1024 and shards[0].name.startswith(f"hub:allenai/c4@{COMMIT}/")
+        assert hub.paths == ["/api/datasets/allenai/c4/revision/main"]  # the commit, once; nothing is listed
+        source = "hub:allenai/c4/en/c4-train.{00000..00001}-of-01024.json.gz"
+        assert list(iter_texts(source, split="train", config=data_config(source))) == some_texts(
+            20, seed=0
+        ) + some_texts(20, seed=1)
+
+    def test_a_login_in_netrc_does_not_take_the_place_of_the_token(self, hub, tmp_path, monkeypatch):
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
+        list(iter_texts(source, split="train", config=data_config(source)))
+        sent = [headers["authorization"] for path, headers in hub.requests if "/resolve/" in path]
+        assert sent and set(sent) == {"Bearer hf_secret"}
+
+    def test_the_token_goes_to_the_hub_and_nowhere_else(self, hub, tmp_path):
+        source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
+        list(iter_texts(source, split="train", config=data_config(source)))
+        assert all(
+            headers["authorization"] == "Bearer hf_secret" for path, headers in hub.requests if "/resolve/" in path
+        )
+        assert "hf_secret" not in repr(resolve_shards(source))
+        hub.requests.clear()
+        url = f"{hub.url}/en/c4-train.00000-of-01024.json.gz"
+        list(iter_texts(url, split="train", config=data_config(url)))
+        assert hub.requests and all("authorization" not in headers for _, headers in hub.requests)
+
+    def test_the_commit_of_a_revision_is_asked_for_once(self, hub):
+        known = with_commits(data_config("allenai/c4"))
+        assert known.commits == {"allenai/c4@main": COMMIT} and len(hub.paths) == 1
+        assert configured_shards(known, "train")[0].name.startswith(f"hub:allenai/c4@{COMMIT}/")
+        assert with_commits(known) == known and len(hub.paths) == 1
+        others = data_config("a.json").model_copy(update={"commits": known.commits})
+        assert with_commits(others).commits == {} and len(hub.paths) == 1, "of what it does not read it knows nothing"
+        DataConfig(train="a.json", validation="a.json", commits={"allenai/c4@v1@2": COMMIT})
+
+    def test_what_the_hub_does_not_know(self, hub):
+        with pytest.raises(SourceError, match="has no revision 'nowhere'"):
+            resolve_shards("allenai/c4", "nowhere")
+        hub.fault = lambda n: "503" if n % 2 else None
+        assert len(resolve_shards("allenai/c4", "main")) == 1024
+
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_faults_pass_while_the_commit_is_asked_for(self, hub, monkeypatch, fault):
+        monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)
+        hub.fault = lambda n: fault if n < 2 else None
+        hub.stall_seconds = 1.0
+        hub.retry_after["429"] = "0"
+        assert len(resolve_shards("allenai/c4", "main", timeout_seconds=60.0)) == 1024
+        assert len(hub.faults) == (0 if fault == "cut_range" else 2)
+
+    @pytest.mark.parametrize("fault", ["refuse", "truncate"])
+    def test_a_hub_without_an_answer_is_one_line_with_its_address_and_the_ways_around_it(self, hub, fault):
+        hub.fault = lambda n: fault
+        with pytest.raises(SourceError, match=r"gave up after 0\.3 s") as caught:
+            resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
+        text = str(caught.value)
+        assert (
+            f"network to {hub.url}, name a mirror with HF_ENDPOINT, give local files by path" in text
+            and "\n" not in text
+        )
+        hub.fault = lambda n: "503"
+        with pytest.raises(SourceError, match=r"status 503.*HF_ENDPOINT"):  # a file, too
+            RemoteBytes(resolve_shards("hub:allenai/c4/en/a.json", COMMIT)[0], 3.0).read(9)
+
+    def test_a_login_that_fails_on_its_way_may_pass(self, hub, monkeypatch):
+        class OtherTransportError(Exception):
+            pass
+
+        def login():
+            if next(failures, None):
+                raise OtherTransportError
+            return {"authorization": "Bearer renewed"}
+
+        monkeypatch.setattr("huggingface_hub.utils.build_hf_headers", login)
+        failures = iter([True] * 2)
+        resolve_shards("allenai/c4", "main")
+        assert hub.requests[-1][1]["authorization"] == "Bearer renewed"
+        failures = iter(itertools.repeat(True))
+        with pytest.raises(SourceError, match=r"no login to the hub \(OtherTransportError\)"):
+            resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
+
+    @pytest.mark.parametrize("token", ["hf_\u201csecret\u201d", "folder"])
+    def test_a_token_that_cannot_be_read_or_sent(self, hub, monkeypatch, tmp_path, token):
+        monkeypatch.setenv("HF_TOKEN", "" if token == "folder" else token)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path))
+        with pytest.raises(SourceError, match="hf auth login") as caught:
+            resolve_shards("allenai/c4", "main", timeout_seconds=60.0)
+        assert "secret" not in str(caught.value)
+
+    @pytest.mark.parametrize("revision", ["main", COMMIT])
+    def test_an_endpoint_that_is_no_address(self, hub, monkeypatch, revision):
+        monkeypatch.setenv("HF_ENDPOINT", "mirror.example.org")
+        with pytest.raises(SourceError, match=r"HF_ENDPOINT: got 'mirror\.example\.org'"):
+            resolve_shards("allenai/c4", revision)
+
+    def test_the_hub_stays_away(self, hub):
+        hub.fault = lambda n: "503"
+        with pytest.raises(SourceError, match=r"hub:allenai/c4 \(revision main\): gave up after 0.3 s"):
+            resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
+
+
+def test_a_lane_reads_over_http_what_it_reads_from_disk(tmp_path):
+    written = write_shards(tmp_path, 1, 50)
+    with serving(tmp_path) as server:
+        lane = make_lane(data_config(f"{server.url}/part-00000.json.gz", shuffle_documents=1), 1, 0)
+        tokens = [256]
+        while lane.state()["epoch"] == 0:
+            tokens += lane.next_block().tokens[1:].tolist()
+    found = documents_in(tokens)
+    assert found[:50] == written[0]

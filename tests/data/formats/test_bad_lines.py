@@ -1,0 +1,283 @@
+"""Bad lines and damaged shards: counted by kind, named, skipped up to a limit, and the same again on every resume."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+
+import pyarrow
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from relora_mora.data import bad_rows
+from relora_mora.data.errors import BAD_REASONS, SourceError
+from relora_mora.data.formats.file_rows import iter_texts
+from relora_mora.data.sets.show import check_columns
+from relora_mora.data.sources.resolve import configured_shards
+from tests.tools.data_tools import (
+    WRITE_GROUPS,
+    data_config,
+    documents_in,
+    epoch_tokens,
+    line,
+    make_lane,
+    some_texts,
+    write_shard,
+    write_shards,
+)
+
+LINES = {
+    "not_json": b"rubbish",
+    "no_text": b"{}",
+    "text_not_string": b'{"text": 3}',
+    "invalid_utf8": b'{"text": "\xff"}',
+    "too_long": b'{"text": "' + b"x" * 2000 + b'"}',
+    "raw_nul": b'{"text": "a\0b"}',
+    "null_text": line(None),
+    "empty_text": line(""),
+    "blank_line": b"",
+}
+
+ROWS = {  # of CSV
+    "not_csv": b'x,"a"b,',
+    "field_count": b"x,y",
+    "invalid_utf8": b'x,"\xff",',
+    "too_long": b'x,"' + b'a line, ""quoted"", of many\n\n' * 50 + b'",',
+    "raw_nul": b"x,a\0b,",
+    "empty_text": b"x,,",
+    "blank_line": b"",
+}
+PARAGRAPHS = {"invalid_utf8": b"first line\na\xff", "too_long": b"many lines\n" * 200 + b"the end", "raw_nul": b"a\0b"}
+ENTRIES = {".json": LINES, ".csv": ROWS, ".txt": PARAGRAPHS}
+UNITS = {".json": "line", ".csv": "row", ".txt": "paragraph"}
+
+
+def _lane(path, lanes=1, number=0, state=None, **changes):
+    given = {"max_line_bytes": 1000, "max_bad_fraction": 1.0, "sequence_length": 8, "shuffle_documents": 1, **changes}
+    return make_lane(data_config(path, **given), lanes, number, state)
+
+
+@pytest.mark.parametrize("suffix", ENTRIES)
+def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path, suffix):
+    entries = ENTRIES[suffix]
+    good = [f"text {n}" for n in range(20)]
+    if suffix == ".json":
+        good[-1] = "a\0b"  # a NUL that is escaped is text
+    rows = [row for n, text in enumerate(good) for row in (text, *list(entries.values())[n : n + 1])]
+    lane = _lane(write_shard(tmp_path / f"a{suffix}", rows), sequence_length=2)
+    assert documents_in(epoch_tokens(lane))[:20] == good
+    assert lane.state()["skipped"] == dict.fromkeys(entries, 1)
+    bad = [kind for kind in entries if kind in BAD_REASONS]
+    assert lane.rows.notes[: len(bad)] == [
+        f"a{suffix}: {UNITS[suffix]} {2 * n + 2} {BAD_REASONS[kind].format(column='text')}; skipped"
+        for n, kind in enumerate(bad)
+    ]
+    harmless = {".json": {"null_text", "empty_text", "blank_line"}, ".csv": {"empty_text", "blank_line"}, ".txt": set()}
+    assert set(entries) - set(bad) == harmless[suffix]
+
+
+def test_what_is_not_bad_never_stops_a_run(tmp_path):
+    path = write_shard(tmp_path / "a.json", ["text", *[line(""), line(None), b""] * 50])
+    assert documents_in(epoch_tokens(_lane(path, max_bad_fraction=0.0)))[0] == "text"
+
+
+@pytest.mark.parametrize("suffix", ENTRIES)
+@pytest.mark.parametrize("lanes", [2, 3, 7])
+def test_lanes_that_share_a_shard_count_each_line_once(tmp_path, lanes, suffix):
+    entries = ENTRIES[suffix]
+    kinds = [kind for n in range(30) for kind in ("text", list(entries)[n % len(entries)])] + ["text"] * lanes
+    path = write_shard(tmp_path / f"a{suffix}.gz", [entries.get(kind, "text") for kind in kinds])
+    counted = Counter()
+    for number in range(lanes):
+        lane = _lane(path, lanes, number, sequence_length=2)  # a block ends behind each document
+        while lane.state()["documents"] < kinds[number::lanes].count("text"):
+            lane.next_block()
+        counted.update(lane.state()["skipped"])
+    assert counted == Counter(kind for kind in kinds if kind != "text")
+
+
+def test_damaged_shards_between_good_ones(tmp_path):
+    good = [some_texts(20, seed=n) for n in range(2)]
+    paths = [write_shard(tmp_path / f"good{n}.json.gz", good[n]) for n in range(2)]
+    paths += [tmp_path / f"{name}.json.gz" for name in ("cut", "empty", "page")]
+    paths[2].write_bytes(paths[0].read_bytes()[:-9])
+    paths[3].write_bytes(b"")
+    paths[4].write_bytes(b"<!DOCTYPE html>\n<html>\n\n<body>Log in</body>\n</html>\n")
+    lane = _lane([str(path) for path in paths])
+    found = documents_in(epoch_tokens(lane))
+    while lane.state()["epoch"] < 2:  # skipped shards at the end of an epoch are counted with the next document
+        lane.next_block()
+    assert Counter(found) >= Counter(good[0]) + Counter(good[1])
+    assert set(lane.state()["skipped"]) == {"truncated", "empty_shard", "html", "blank_line"}
+    notes = set(lane.rows.notes)
+    assert notes >= {
+        "empty.json.gz is empty; skipped",
+        *[f"page.json.gz: line {n} is HTML, not JSON; skipped" for n in (1, 2, 4)],
+    }
+    assert any(note.startswith("cut.json.gz: line ") and "breaks off" in note for note in notes)
+    with pytest.raises(SourceError, match=r"(page|cut)\.json\.gz: \d of \d+ lines are bad"):
+        epoch_tokens(_lane([str(path) for path in paths], max_bad_fraction=0.01))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz", ".parquet", ".arrow"])
+def test_a_file_of_nothing_but_null_is_harmless_in_every_format(tmp_path, suffix):
+    """Its column has the type null in Parquet and Arrow."""
+    write_shard(tmp_path / f"a{suffix}", ["text"] * 9)
+    null = pyarrow.nulls(9) if suffix in WRITE_GROUPS else [line(None)] * 9
+    write_shard(tmp_path / f"b{suffix}", null)
+    config = data_config(tmp_path / "*", max_bad_fraction=0.0, shuffle_documents=1)
+    check_columns(configured_shards(config, "train"), config)
+    lane = make_lane(config, 1, 0)
+    assert documents_in(epoch_tokens(lane))[:9] == ["text"] * 9
+    while lane.state()["epoch"] < 2:
+        lane.next_block()
+    assert set(lane.state()["skipped"]) == {"null_text"} and lane.state()["skipped"]["null_text"] % 9 == 0
+
+
+def _until_stop(lane, blocks):
+    """States before each block, the blocks, and why there are no more."""
+    states = []
+    made = []
+    try:
+        while len(made) < blocks:
+            states.append(json.loads(json.dumps(lane.state())))
+            made.append(lane.next_block().tokens.tolist())
+    except SourceError as error:
+        return (
+            states,
+            made,
+            re.split(r" \w+ are bad", str(error))[0],
+        )  # a resume may not have met the last bad line again
+    return [*states, lane.state()], made, None
+
+
+@settings(max_examples=75, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from(["text", "text", "text", *{**LINES, **ROWS}]), min_size=1, max_size=40),
+    suffix=st.sampled_from([".json", ".json.gz", ".jsonl.zst", ".csv", ".csv.gz", ".txt", ".txt.zst"]),
+    cut=st.integers(0, 40),
+    lanes=st.integers(1, 3),
+    shuffle=st.integers(1, 7),
+    fraction=st.sampled_from([0.0, 0.1, 0.3, 0.5, 1.0]),
+)
+# what is chosen at random seldom stops because of a line long before the position
+@example(kinds=["text", "not_json", *["text"] * 5], suffix=".json", cut=0, lanes=1, shuffle=1, fraction=0.14)
+@example(
+    kinds=["not_json", "text", "not_json", *["text"] * 15], suffix=".json.gz", cut=0, lanes=2, shuffle=2, fraction=0.1
+)
+# bad and good lines in one block
+@example(kinds=["text", "text", "not_json", *["text"] * 8], suffix=".json", cut=0, lanes=1, shuffle=2, fraction=1.0)
+def test_a_resume_at_every_block_skips_and_stops_as_before(
+    tmp_path_factory, kinds, suffix, cut, lanes, shuffle, fraction
+):
+    entries = next(ENTRIES[known] for known in ENTRIES if suffix.startswith(known))
+    texts = [f"{n} " + "x" * (7 * n % 30 if n % 3 else 0) for n in range(len(kinds))]
+    rows = [entries.get(kind, text) for kind, text in zip(kinds, texts, strict=True)]
+    path = write_shard(tmp_path_factory.mktemp("any") / f"a{suffix}", rows)
+    if cut:
+        path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bad_rows, "JUDGED_FROM_ROWS", 8)  # so that some stop inside the shard
+        for number in range(lanes):
+            again = {"max_bad_fraction": fraction, "shuffle_documents": shuffle}
+            states, blocks, stop = _until_stop(_lane(path, lanes, number, **again), 24)
+            for at, state in enumerate(states[: len(blocks) + 1]):
+                assert _until_stop(_lane(path, lanes, number, state, **again), 24 - at) == (
+                    states[at:],
+                    blocks[at:],
+                    stop,
+                )
+
+
+def test_empty_shards_are_passed_over_and_counted(tmp_path):
+    write_shard(tmp_path / "a.json.gz", [])
+    (tmp_path / "b.json.gz").write_bytes(b"")
+    write_shard(tmp_path / "c.json", ["text"])
+    lane = make_lane(data_config([f"{tmp_path}/{name}" for name in ("a.json.gz", "b.json.gz", "c.json")]), 1, 0)
+    for _ in range(10):
+        lane.next_block()
+    state = lane.state()
+    assert state["epoch"] >= 2 and 0 <= state["skipped"]["empty_shard"] - 2 * state["epoch"] <= 2
+    assert set(lane.rows.notes) == {"a.json.gz is empty; skipped", "b.json.gz is empty; skipped"}
+    with pytest.raises(SourceError, match="found no text"):
+        make_lane(data_config(tmp_path / "*.gz"), 1, 0).next_block()
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_the_fraction_of_bad_lines_is_the_shards_whatever_the_lanes(tmp_path, lanes):
+    texts = [f"text {n}" for n in range(200)]
+    path = write_shard(tmp_path / "a.json", [*texts[:100], b"bad", b"bad", *texts[100:]])
+    allowed = data_config(path, max_bad_fraction=0.01)
+    for number in range(lanes):
+        epoch_tokens(make_lane(allowed, lanes, number))
+        with pytest.raises(SourceError, match=r"a\.json: 2 of 202 lines are bad, .*; line 102 is not JSON\. Repair"):
+            epoch_tokens(make_lane(data_config(path, max_bad_fraction=0.009), lanes, number))
+
+
+def test_the_stop_comes_after_the_same_blocks_also_when_resumed(tmp_path):
+    path = write_shard(tmp_path / "a.json", [*[f"text {n}" for n in range(1200)], *[b"bad"] * 30])
+    config = data_config(path, max_bad_fraction=0.01)
+
+    def blocks_until_stop(state=None):
+        lane = make_lane(config, 1, 0, state)
+        blocks = []
+        states = []
+        with pytest.raises(SourceError, match=r"of 12\d\d lines are bad"):
+            while True:
+                states.append(lane.state())
+                blocks.append(lane.next_block().tokens.tolist())
+        with pytest.raises(SourceError):  # and again
+            lane.next_block()
+        return blocks, states
+
+    blocks, states = blocks_until_stop()
+    assert len(blocks) > 200
+    for at in (100, len(blocks) - 1):
+        assert blocks_until_stop(states[at])[0] == blocks[at:]
+
+
+def test_a_truncated_shard_goes_on_in_the_next(tmp_path):
+    written = write_shards(tmp_path, 2, 2000)
+    first = tmp_path / "part-00000.json.gz"
+    first.write_bytes(first.read_bytes()[:-3000])
+    lane = make_lane(data_config(tmp_path / "*.gz", shuffle_documents=64), 1, 0)
+    found = documents_in(epoch_tokens(lane))
+    assert set(written[1]) <= set(found)
+    assert 1500 < len(set(written[0]) & set(found)) < 2000
+    assert lane.state()["skipped"] == {"truncated": 1}
+
+
+def test_too_many_bad_lines_are_a_clear_stop(tmp_path):
+    texts = some_texts(99)
+    path = write_shard(tmp_path / "a.json", [*texts[:50], b"rubbish", *texts[50:]])
+    assert list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=0.01))) == texts
+    with pytest.raises(SourceError, match=r"a\.json: 1 of 51 lines are bad, .*line 51 is not JSON"):
+        list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=0.0)))
+    write_shard(path, [*texts[:40], b"rubbish", b'{"text": 1}', *texts[40:]])
+    with pytest.raises(SourceError, match=r'2 of 101 lines are bad, .*line 42 has a "text" that is no string'):
+        list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=0.01)))
+
+
+def test_a_wrong_column_is_named(tmp_path):
+    path = write_shard(tmp_path / "a.json", ["a text"] * 30)
+    with pytest.raises(
+        SourceError,
+        match=r'11 of 11 lines are bad, .*; line 11 has no "content", but url, text \(data.text_column names ',
+    ):
+        list(iter_texts(str(path), split="train", config=data_config(path, text_column="content")))
+
+
+def test_a_file_of_columns_behind_another_name(tmp_path):
+    for suffix in (".parquet", ".arrow"):
+        path = write_shard(tmp_path / f"a{suffix}", some_texts(50)).rename(tmp_path / "a.jsonl")
+        with pytest.raises(SourceError, match=r"lines are bad, .*of a Parquet or Arrow file, whose name or url has to"):
+            list(iter_texts(str(path), split="train", config=data_config(path)))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_page_instead_of_a_shard(tmp_path, name):
+    (tmp_path / name).write_bytes(b"<!DOCTYPE html>\n<html>\n<body>Log in</body>\n</html>\n")
+    with pytest.raises(SourceError, match=r"4 of 4 lines are bad, .*line 4 is HTML"):
+        list(iter_texts(str(tmp_path / name), split="train", config=data_config(tmp_path / name)))

@@ -1,0 +1,146 @@
+"""CSV: what csv writes is read back, rows of any length keep their place, and a wrong header is one message."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tracemalloc
+from contextlib import closing
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.formats.file_rows import iter_texts, open_rows
+from relora_mora.data.sets.show import check_columns
+from relora_mora.data.shard import Shard
+from relora_mora.data.sources.resolve import resolve_shards
+from tests.tools.data_tools import data_config, some_texts, write_shard
+
+
+def _rows(path, lanes=1, lane=0, skip=0, **changes):
+    """All rows of a lane behind the first ``skip``, with those that give no text."""
+    config = data_config(path, max_bad_fraction=1.0, **changes)
+    with closing(open_rows(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
+        rows.skip(skip)
+        return [row for part in iter(lambda: rows.take(3), []) for row in part]
+
+
+def _written(row, end):
+    out = io.StringIO(newline="")
+    quoting = csv.QUOTE_ALL if "\r" in row[1] else csv.QUOTE_MINIMAL  # before Python 3.13 it forgot to
+    csv.writer(out, lineterminator=end, quoting=quoting).writerow(row)
+    return out.getvalue().encode()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    texts=st.lists(st.text('ab",\r\n é', max_size=25), min_size=1, max_size=12),
+    end=st.sampled_from(["\n", "\r\n"]),
+    limit=st.sampled_from([12, 20, 1000]),
+    lanes=st.integers(1, 3),
+    skip=st.integers(0, 2),
+)
+def test_what_csv_writes_is_read_back(tmp_path_factory, texts, end, limit, lanes, skip):
+    rows = [_written([n, text, "x"], end) for n, text in enumerate(texts)]
+    # of a longer line nothing is kept, so where its row ends is not known
+    assume(all(len(line) <= limit for row in rows for line in row.split(b"\n")))
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    path.write_bytes(_written(["id", "text", ""], end) + b"".join(rows))
+    expected = [
+        Skipped("too_long") if len(row) - 1 > limit else text or Skipped("empty_text")
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    for lane in range(lanes):
+        own = expected[lane::lanes]
+        behind = min(skip, len(own))
+        assert _rows(path, lanes, lane, behind, max_line_bytes=limit) == own[behind:]
+
+
+def test_a_long_row_is_never_held(tmp_path):
+    long = ['x,"' + f'{"a line, and":200}""quotes""\n' * 20_000 + '",', 'x,"' + f"{'no quotes':200}\n" * 20_000 + '",']
+    path = write_shard(tmp_path / "a.csv.gz", ["first", *map(str.encode, long), "last"])
+    tracemalloc.start()
+    rows = _rows(path, max_line_bytes=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == ["first", Skipped("too_long"), Skipped("too_long"), "last"]
+    assert peak < 1 << 22
+
+
+def test_a_text_that_is_longer_than_csv_takes_by_itself(tmp_path):
+    path = write_shard(tmp_path / "a.csv", ["x" * 200_000, "y"])
+    assert _rows(path) == ["x" * 200_000, "y"]
+
+
+def test_a_quote_that_is_never_closed_makes_every_line_behind_it_bad(tmp_path):
+    """So that the limit on bad rows sees how much of the file is lost."""
+    path = write_shard(tmp_path / "a.csv", ["first", b'x,"' + b"\n".join(map(str.encode, some_texts(5)))])
+    assert _rows(path) == ["first", *[Skipped("not_csv")] * 5]
+
+
+def test_an_open_quote_makes_every_line_up_to_the_next_one_bad(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('text,id\nfirst,0\n"open,1\n' + "lost,2\n" * 50 + '"ok",3\nlast,4\n')
+    assert _rows(path) == ["first", *[Skipped("not_csv")] * 52, "last"]
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("head", [b'"text",id\r\n', b"\n\nid,text"])
+def test_the_header(tmp_path, bom, head):
+    path = tmp_path / "a.csv"
+    path.write_bytes(bom + head + b'\r\nx 5" disk,x 5" disk\r\n"1","1"')
+    assert [row for row in _rows(path) if isinstance(row, str)] == ['x 5" disk', "1"]
+
+
+@pytest.mark.parametrize(
+    "body,said",
+    [
+        (b"id,body,url\n", 'has no column "text"; set data.text_column to one of id, body, url'),
+        ("größe,x\n".encode(), 'has no column "text"; set data.text_column to one of größe, x'),
+        (b"text,id,text\n", 'has 2 columns "text"; set data.text_column to one of text, id, text'),
+        (b"<html>\n<body>Log in", "its header is HTML, not JSON; the first row of CSV names the columns"),
+        ("id,text\n".encode("utf-16"), "its header is UTF-16, not UTF-8 (iconv -f UTF-16 -t UTF-8); the first row"),
+        (
+            b"id;text\n",
+            "its header is 'id;text', which ';' seems to divide, and not commas; write it again with commas",
+        ),
+        (b"text\turl\n", r"its header is 'text\turl', which '\t' seems to divide"),
+        (b'"text\n', "its header is not CSV; the first row of CSV names the columns: repair or drop the file"),
+    ],
+)
+def test_a_wrong_header_is_told_before_training(tmp_path, body, said):
+    path = tmp_path / "a.csv"
+    path.write_bytes(body + b"1,2,3\n")
+    with pytest.raises(SourceError) as caught:
+        check_columns(resolve_shards(str(path)), data_config(path))
+    assert f"a.csv{':' * said.startswith('its')} {said}" in str(caught.value)
+    with pytest.raises(SourceError) as again:
+        _rows(path)
+    assert str(again.value) == str(caught.value)
+
+
+@pytest.mark.parametrize("body", [b"", b"\n\n", b"id,text", b"id,text\n"])
+def test_a_file_without_rows_is_empty(tmp_path, body):
+    path = tmp_path / "a.csv"
+    path.write_bytes(body)
+    config = data_config(path)
+    check_columns(resolve_shards(str(path)), config)
+    notes = []
+    with closing(open_rows(config, Shard("a.csv", str(path)), note=notes.append)) as rows:
+        assert rows.take(1) == [] and rows.is_empty
+    assert notes == ["a.csv is empty; skipped"]
+
+
+def test_the_fraction_of_bad_rows_is_the_files_whatever_the_lanes(tmp_path):
+    path = write_shard(tmp_path / "a.csv", [*some_texts(50), b"a,b", *some_texts(49)])
+    config = data_config(path, max_bad_fraction=0.001)
+    for lane in range(3):
+        with (
+            closing(open_rows(config, Shard("a.csv", str(path)), stride=3, phase=lane)) as rows,
+            pytest.raises(SourceError, match=r"a\.csv: 1 of \d+ rows are bad, .*; row 51 has more or fewer fields"),
+        ):
+            while rows.take(10):
+                pass
+    assert len(list(iter_texts(str(path), split="train", config=data_config(path)))) == 99

@@ -1,0 +1,303 @@
+"""Files with groups of rows, Parquet and Arrow: each row once, resumed in its group, exact over a bad network."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import random
+import subprocess
+import sys
+from collections import Counter
+from contextlib import closing
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from relora_mora.data.bytes import retry, transport
+from relora_mora.data.bytes.local import LocalFile
+from relora_mora.data.bytes.retry import RETRIES
+from relora_mora.data.content import local_content
+from relora_mora.data.errors import SourceError
+from relora_mora.data.formats.file_rows import iter_texts, open_rows
+from relora_mora.data.sets.show import check_columns
+from relora_mora.data.sources.resolve import configured_shards, resolve_shards
+from relora_mora.data.stream.stream import TrainStream
+from tests.tools.data_tools import (
+    WRITE_GROUPS,
+    assert_resumes_anywhere,
+    data_config,
+    documents_in,
+    epoch_tokens,
+    make_lane,
+    rows_of,
+    some_texts,
+)
+from tests.tools.faulty_server import FAULTS, serving
+
+
+@pytest.fixture(params=WRITE_GROUPS)
+def suffix(request):
+    return request.param
+
+
+@pytest.mark.parametrize("group_rows", [1, 7, 1000])
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8])
+def test_lanes_that_share_a_file_have_each_row_once_and_get_to_any(suffix, tmp_path, group_rows, lanes):
+    texts = some_texts(60)
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=group_rows)
+    found = [rows_of(path, lanes, lane) for lane in range(lanes)]
+    assert Counter(itertools.chain(*found)) == Counter(texts)
+    assert all(found)  # with fewer groups than lanes, too
+    for lane, own in enumerate(found):
+        for skip in (0, 1, 6, 7, len(own) - 1, len(own)):
+            assert rows_of(path, lanes, lane, min(skip, len(own))) == own[skip:]
+
+
+def test_rows_without_text_are_counted_by_kind_and_bad_ones_told_by_their_row(suffix, tmp_path):
+    values = pyarrow.array([b"good", None, b"", b"\xff", b"x" * 2000, b"good too"]).view("string")
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", values, group_rows=2)
+    lane = make_lane(data_config(path, max_bad_fraction=1.0, max_line_bytes=1000, shuffle_documents=1), 1, 0)
+    assert documents_in(epoch_tokens(lane))[:2] == ["good", "good too"]
+    while lane.state()["epoch"] < 2:
+        lane.next_block()
+    skipped = lane.state()["skipped"]
+    assert set(skipped) == {"null_text", "empty_text", "invalid_utf8", "too_long"}
+    assert lane.rows.notes[:2] == [
+        f"a{suffix}: row 4 is not UTF-8; skipped",
+        f"a{suffix}: row 5 longer than data.max_line_bytes; skipped",
+    ]
+    with pytest.raises(SourceError, match=rf"a\{suffix}: 2 of 6 rows are bad, .*data\.max_bad_fraction"):
+        epoch_tokens(make_lane(data_config(path, max_bad_fraction=0.3, max_line_bytes=1000), 1, 0))
+
+
+def test_an_empty_file_is_passed_over(suffix, tmp_path):
+    WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", [])
+    WRITE_GROUPS[suffix](tmp_path / f"b{suffix}", ["text"])
+    lane = make_lane(data_config(tmp_path / "*"), 1, 0)
+    for _ in range(10):
+        lane.next_block()
+    assert lane.state()["skipped"]["empty_shard"] >= 2
+    assert set(lane.rows.notes) == {f"a{suffix} is empty; skipped"}
+
+
+@pytest.mark.parametrize("lanes,names", [(1, "ab"), (3, "a"), (2, "abc")])
+def test_a_resume_anywhere_gives_the_very_next_block(suffix, tmp_path, lanes, names):
+    for seed, name in enumerate(names):
+        WRITE_GROUPS[suffix](tmp_path / f"{name}{suffix}", [None, "", *some_texts(23, seed=seed, words=25)])
+    config = data_config(tmp_path / "*")
+    assert_resumes_anywhere(config, lanes)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_an_epoch_holds_every_document_once(suffix, tmp_path, lanes):
+    written = [some_texts(41, seed=seed) for seed in range(2)]
+    for seed, texts in enumerate(written):
+        WRITE_GROUPS[suffix](tmp_path / f"{seed}{suffix}", texts)
+    found = []
+    for number in range(lanes):
+        lane = make_lane(data_config(tmp_path / "*"), lanes, number)
+        plan = lane.rows.plan
+        share = sum(len(rows_of(tmp_path / f"{part.shard}{suffix}", part.stride, part.phase)) for part in plan.parts)
+        found += documents_in(epoch_tokens(lane))[:share]
+    assert Counter(found) == Counter(itertools.chain(*written))
+
+
+def test_another_column_and_held_out_text(suffix, tmp_path):
+    texts = some_texts(30)
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, column="with.dot")
+    assert list(iter_texts(str(path), split="validation", config=data_config(path, text_column="with.dot"))) == texts
+
+
+@pytest.mark.parametrize(
+    "column,said",
+    [
+        ("body", 'a{} has no column "body"; set data.text_column to one of id, text, url'),
+        ("id", 'a{}: the column "id" holds int64, not strings; set data.text_column to one of those that do (text'),
+    ],
+)
+def test_a_wrong_column_is_told_with_those_there_are(suffix, tmp_path, column, said):
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", ["text"])
+    with pytest.raises(SourceError) as caught:
+        check_columns(resolve_shards(str(path), text_column=column), data_config(path))
+    assert said.format(suffix) in str(caught.value)
+    with pytest.raises(SourceError) as again:
+        make_lane(data_config(path, text_column=column), 1, 0).next_block()
+    assert str(again.value) == str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", pyarrow.dictionary(pyarrow.int32(), pyarrow.binary())])
+@pytest.mark.parametrize("records", [None, {"kind": "prompt", "columns": {"prompt": "url", "completion": "text"}}])
+def test_a_column_of_bytes_is_told_with_its_remedy(suffix, tmp_path, kind, records):
+    values = pyarrow.array([b"text"], "binary")
+    values = values.cast(kind) if isinstance(kind, str) else values.dictionary_encode()
+    config = data_config(WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", values), records=records)
+    said = rf'a\{suffix}: the column "text" holds bytes .*, not strings; .*column\.cast\("string"\)\), else set data'
+    with pytest.raises(SourceError, match=said):
+        check_columns(configured_shards(config, "train"), config)
+
+
+def test_a_file_that_was_cut_is_told_before_training(suffix, tmp_path):
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(100))
+    local_content(resolve_shards(str(path)))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SourceError, match=rf"a\{suffix} is no \w+ or cut short: it ends in .*; fetch or write it"):
+        local_content(resolve_shards(str(path)))
+    with pytest.raises(SourceError, match=rf"a\{suffix}: its (footer|schema) cannot be read .*cut short .*: fetch or"):
+        make_lane(data_config(path), 1, 0).next_block()
+
+
+@pytest.mark.parametrize("good_reads", [0, 1])
+def test_a_disk_that_is_gone_is_an_error_of_the_system(suffix, tmp_path, monkeypatch, good_reads):
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", [random.Random(n).randbytes(500).hex() for n in range(500)])
+    read_at = LocalFile.read_at
+    reads = itertools.count()
+
+    def failing(self, position, size):
+        if next(reads) >= good_reads:
+            raise OSError(errno.EIO, "Input/output error", f"a{suffix}")
+        return read_at(self, position, size)
+
+    monkeypatch.setattr(LocalFile, "read_at", failing)
+    with pytest.raises(OSError, match=rf"a\{suffix}") as caught:
+        make_lane(data_config(path), 1, 0).next_block()
+    assert caught.value.errno == errno.EIO
+
+
+def test_a_file_that_changed_is_refused(suffix, tmp_path):
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(100))
+    shards = resolve_shards(str(path))
+    WRITE_GROUPS[suffix](path, some_texts(99))
+    with pytest.raises(SourceError, match=rf"a\{suffix} changed since the start"):
+        make_lane(data_config(path), 1, 0, shards=shards).next_block()
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_faults_at_a_third_of_the_requests_leave_the_tokens_as_they_are(suffix, tmp_path, short_waits, lanes):
+    names = [f"{n}{suffix}" for n in range(12 // lanes)]
+    for seed, name in enumerate(names):
+        texts = [random.Random(f"{seed} {n}").randbytes(400).hex() for n in range(120)]
+        WRITE_GROUPS[suffix](tmp_path / name, texts, group_rows=17)
+    here = data_config([f"{tmp_path}/{name}" for name in names], sequence_length=512)
+    clean = [make_lane(here, lanes, number) for number in range(lanes)]
+    kinds = itertools.cycle(FAULTS)
+    rng = random.Random(1)
+    before = RETRIES.retries
+    with serving(tmp_path, lambda n: next(kinds) if rng.random() < 0.3 else None) as server:
+        server.stall_seconds = 0.5
+        server.retry_after["429"] = "0"
+        there = data_config([f"{server.url}/{name}" for name in names], sequence_length=512, timeout_seconds=300.0)
+        for number, expected in enumerate(clean):
+            lane = make_lane(there, lanes, number)
+            while expected.state()["epoch"] < 1:
+                assert np.array_equal(lane.next_block().tokens, expected.next_block().tokens)
+                assert lane.state() == expected.state()
+            lane.close()
+        assert len(server.faults) > 0.2 * len(server.requests) and set(server.faults) == set(FAULTS)
+    assert RETRIES.retries - before > len(server.faults) / 2
+
+
+def test_a_seek_over_http_costs_few_requests_and_bytes(suffix, tmp_path, monkeypatch):
+    texts = [random.Random(n).randbytes(500).hex() for n in range(2000)]
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=200)
+    with serving(tmp_path) as server:
+        (shard,) = resolve_shards(f"{server.url}/a{suffix}")
+        with closing(open_rows(data_config(path), shard)) as rows:
+            assert rows.skip(1501)
+            assert rows.take(400) == texts[1501:1901]
+        ranges = [headers["range"] for _, headers in server.requests]
+    assert len(ranges) <= {".parquet": 5, ".arrow": 17}[suffix], ranges  # of Arrow one for each of 10 batches
+    asked = [[int(place) for place in text.removeprefix("bytes=").split("-")] for text in ranges]
+    assert sum(last - first + 1 for first, last in asked) < path.stat().st_size / 2
+
+
+def test_a_file_that_changes_at_the_server_is_refused(suffix, tmp_path, short_waits):
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", [random.Random(n).randbytes(500).hex() for n in range(2000)])
+    with serving(tmp_path) as server:
+        (shard,) = resolve_shards(f"{server.url}/a{suffix}")
+        with closing(open_rows(data_config(path), shard)) as rows:
+            rows.take(10)
+            WRITE_GROUPS[suffix](path, some_texts(10))
+            with pytest.raises(SourceError, match=rf"a\{suffix} changed while it was read"):
+                rows.take(1990)
+
+
+def test_one_answer_without_a_range_among_others_is_asked_for_again(suffix, tmp_path, short_waits):
+    texts = some_texts(1000)
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=100)
+    with serving(tmp_path) as server:
+        server.fault = lambda n: setattr(server, "ranges", n != 3)
+        (shard,) = resolve_shards(f"{server.url}/a{suffix}")
+        before = RETRIES.retries
+        with closing(open_rows(data_config(path), shard)) as rows:
+            assert rows.take(1001) == texts
+    assert RETRIES.retries == before + 1
+
+
+def test_a_server_without_ranges_is_refused_with_the_remedy(suffix, tmp_path, short_waits):
+    WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(10))
+    with (
+        serving(tmp_path, ranges=False) as server,
+        pytest.raises(SourceError, match=rf"a\{suffix}: the server answers no ranges, .*; download the file"),
+    ):
+        make_lane(data_config(f"{server.url}/a{suffix}"), 1, 0).next_block()
+
+
+def test_a_server_that_stays_away(suffix, tmp_path, short_waits, monkeypatch):
+    monkeypatch.setattr(retry.tenacity, "stop_after_delay", lambda _: retry.tenacity.stop_after_attempt(5))
+    monkeypatch.setattr(transport, "STALL_SECONDS", 30.0)
+    WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(1000), group_rows=100)
+    with serving(tmp_path, lambda n: "503" if n > 2 else None) as server:
+        lane = make_lane(data_config(f"{server.url}/a{suffix}", timeout_seconds=300.0), 1, 0)
+        said = rf"a\{suffix} at byte \d+: gave up after 300 s and 5 attempts .*status 503"
+        with pytest.raises(SourceError, match=said):
+            epoch_tokens(lane)
+
+
+def test_a_place_in_words(suffix, tmp_path, tokenizer_path):
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(60))
+    with TrainStream(
+        data_config(path), tokenizer_path=tokenizer_path, batch_size=2, lanes=2, rank=0, world_size=1
+    ) as stream:
+        state = next(stream).state
+        words = stream.describe(state)
+    place = f"behind {state['1']['item']} of rows 1 to 8 of share 2 of 2 (shuffled)"
+    assert words[1] == f"lane 1: epoch 0, a{suffix}, {place} and {state['1']['offset']} tokens of the next document"
+
+
+def test_a_lanes_share_of_a_file_is_judged_as_the_file_is(suffix, tmp_path):
+    texts = some_texts(600)
+    for row in (0, 6):
+        texts[row] = "long " * 9000
+    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=60)
+    config = data_config(path, max_line_bytes=30_000)
+    [shard] = resolve_shards(str(path))
+    with closing(open_rows(config, shard, phase=0, stride=6)) as rows:
+        assert len(rows.take(1000)) == 120 and rows.take(1) == [] and rows.bad == 2
+
+
+def test_a_file_that_cannot_be_opened_is_one_message(tmp_path):
+    """From Python 3.13 on a finalizer that fails is told always, before that in development mode."""
+    program = f"""
+from relora_mora.data.errors import SourceError
+from relora_mora.data.bytes.local import LocalFile
+from relora_mora.data.shard import Shard
+
+try:
+    LocalFile(Shard("a", {str(tmp_path / "a.parquet")!r}))
+except SourceError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-X", "dev", "-c", program], capture_output=True, text=True, check=True)
+    assert "cannot be read (No such file or directory)" in said.stdout and "Exception ignored" not in said.stderr
+
+
+def test_records_in_string_views_are_read_where_lanes_share_a_group(tmp_path):
+    table = pyarrow.table({name: pyarrow.array([f"{name} {n}" for n in range(8)]) for name in ("question", "answer")})
+    views = table.cast(pyarrow.schema([(name, pyarrow.string_view()) for name in table.column_names]))
+    pyarrow.parquet.write_table(views, tmp_path / "a.parquet")
+    config = data_config(tmp_path / "a.parquet", records={"kind": "question"})
+    [shard] = configured_shards(config, "train")
+    with closing(open_rows(config, shard, stride=2, phase=1)) as rows:
+        assert [row.fields["question"] for row in rows.take(8)] == [f"question {n}" for n in (1, 3, 5, 7)]

@@ -1,0 +1,136 @@
+"""Files of text: lines, paragraphs or whole files, of bounded size, whatever their line ends."""
+
+from __future__ import annotations
+
+import gzip
+import tracemalloc
+from contextlib import closing
+
+import pytest
+
+from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.formats.file_rows import iter_texts, open_rows
+from relora_mora.data.sources.resolve import resolve_shards
+from relora_mora.data.stream.stream import TrainStream, describe_position
+from tests.tools.data_tools import assert_resumes_anywhere, data_config, some_texts, write_shard
+from tests.tools.faulty_server import serving
+
+BODY = b"\xef\xbb\xbf  first line\r\nsecond\r\n\r\n \t\r\nthird\n\n\nthe last"
+DOCUMENTS = {
+    "line": ["  first line", "second", "third", "the last"],
+    "paragraph": ["  first line\nsecond", "third", "the last"],
+    "document": ["  first line\nsecond\n\n \t\nthird\n\n\nthe last"],
+}
+
+
+def _texts(path, **settings):
+    return list(iter_texts(str(path), split="train", config=data_config(path, **settings)))
+
+
+def _rows(path, **settings):
+    """All rows, those that were skipped too."""
+    config = data_config(path, max_bad_fraction=1.0, **settings)
+    (shard,) = resolve_shards(str(path))
+    with closing(open_rows(config, shard)) as rows:
+        return [row for part in iter(lambda: rows.take(3), []) for row in part]
+
+
+@pytest.mark.parametrize("sample_by", DOCUMENTS)
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n"])
+def test_what_a_document_is(tmp_path, sample_by, end):
+    (tmp_path / "a.txt").write_bytes(BODY + end)
+    expected = list(DOCUMENTS[sample_by])
+    if sample_by == "document" and end == b"\n\n":
+        expected[-1] += "\n"  # the last newline alone belongs to no line
+    assert _texts(tmp_path / "a.txt", sample_by=sample_by) == expected
+
+
+@pytest.mark.parametrize("sample_by", DOCUMENTS)
+def test_documents_are_those_of_datasets(tmp_path, sample_by):
+    import datasets
+
+    path = tmp_path / "a.txt"
+    path.write_bytes("\n\n".join(text.replace(" the", "\r\nthe") for text in some_texts(50)).encode())
+    reference = datasets.load_dataset(
+        "text", data_files=str(path), sample_by=sample_by, split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert _texts(path, sample_by=sample_by) == [text for text in reference["text"] if text]
+
+
+@pytest.mark.parametrize("sample_by", DOCUMENTS)
+def test_a_resume_anywhere_gives_the_very_next_block(tmp_path, sample_by):
+    for n in range(5):
+        write_shard(tmp_path / f"{n}.txt", [text.replace(" ", "\n", 3) for text in some_texts(6, seed=n, words=25)])
+    assert_resumes_anywhere(data_config(tmp_path / "*", sample_by=sample_by), 2)
+
+
+@pytest.mark.parametrize("sample_by", ["paragraph", "document"])
+def test_a_long_document_is_never_held(tmp_path, sample_by):
+    path = write_shard(
+        tmp_path / "a.txt.gz", ["first", f"{'many words on a line':200}\n".encode() * 20_000 + b"end", "last"]
+    )
+    tracemalloc.start()
+    rows = _rows(path, sample_by=sample_by, max_line_bytes=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    too_long = Skipped("too_long")
+    assert rows == (["first", too_long, "last"] if sample_by == "paragraph" else [too_long])
+    assert peak < 1 << 22
+
+
+def test_the_limit_is_on_the_bytes_of_a_document(tmp_path):
+    path = write_shard(tmp_path / "a.txt", ["é\n" * 9 + "é", "é\n" * 9 + "éx"])
+    assert _rows(path, max_line_bytes=29) == ["é\n" * 9 + "é", Skipped("too_long")]
+
+
+def test_where_a_shard_breaks_off_the_document_is_lost(tmp_path):
+    path = write_shard(tmp_path / "a.txt.gz", some_texts(2000))
+    path.write_bytes(path.read_bytes()[:-5000])
+    for sample_by in ("paragraph", "document"):
+        *whole, last = _rows(path, sample_by=sample_by, max_line_bytes=1 << 20)
+        assert whole == (some_texts(2000)[: len(whole)] if sample_by == "paragraph" else [])
+        assert last == Skipped("truncated")
+
+
+def test_files_without_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"")
+    (tmp_path / "b.txt").write_bytes(b" \n\n\t\n")
+    (tmp_path / "c.txt").write_text("text in UTF-16\n\nand more", encoding="utf-16")
+    found = {
+        sample_by: [_rows(tmp_path / name, sample_by=sample_by) for name in ("a.txt", "b.txt", "c.txt")]
+        for sample_by in DOCUMENTS
+    }
+    blank, utf16 = Skipped("blank_line"), Skipped("utf16")
+    assert found["document"] == [[], [blank], [utf16]]
+    assert found["paragraph"][:2] == [[], []] and set(found["paragraph"][2]) == {utf16}
+    assert found["line"][1] == [blank, Skipped("empty_text"), blank] and set(found["line"][2]) >= {utf16}
+    with pytest.raises(SourceError, match=r"c\.txt: \d of \d paragraphs are bad, .*is UTF-16"):
+        _texts(tmp_path / "c.txt")
+
+
+@pytest.mark.parametrize("name,body", [("a.txt.gz", "größer\n\ntext"), ("a.csv.gz", "id,text\n1,größer\n2,text\n")])
+def test_what_a_server_unpacked_is_read_too(tmp_path, monkeypatch, name, body):
+    (tmp_path / name).write_text(body, encoding="utf-8")
+    with serving(tmp_path) as server:
+        assert _texts(f"{server.url}/{name}") == ["größer", "text"]
+    (tmp_path / name).write_bytes(gzip.compress(body.encode())[2:])  # no gzip, and no text
+    with pytest.raises(SourceError, match=r"holds a raw NUL byte|has no column"):
+        _texts(tmp_path / name)
+
+
+def test_a_place_in_words(tmp_path, tokenizer_path):
+    config = data_config(write_shard(tmp_path / "a.txt", some_texts(60)))
+    with TrainStream(config, tokenizer_path=tokenizer_path, batch_size=2, lanes=2, rank=0, world_size=1) as stream:
+        state = next(stream).state
+    shards = resolve_shards(config.train)
+    for sample_by in DOCUMENTS:
+        given = config.model_copy(update={"sample_by": sample_by})
+        said, _ = describe_position(state, lanes=2, shards=shards, config=given)
+        assert f" of {sample_by}s 1 to 15 in steps of 2" in said
+
+
+def test_fewer_documents_than_lanes_are_refused(tmp_path, tokenizer_path):
+    config = data_config(write_shard(tmp_path / "a.txt", some_texts(60)), sample_by="document")
+    settings = {"tokenizer_path": tokenizer_path, "batch_size": 2, "lanes": 2, "rank": 0, "world_size": 1}
+    with TrainStream(config, **settings) as stream, pytest.raises(SourceError, match=r"lower data\.lanes"):
+        next(stream)

@@ -1,0 +1,195 @@
+"""Files of records, and held-out records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.config.data import RecordsConfig
+from relora_mora.config.schema import Config
+from relora_mora.data.errors import SourceError
+from relora_mora.data.formats.file_rows import iter_texts, open_rows
+from relora_mora.data.records.encoders import encoder_of
+from relora_mora.data.sets.held_out import load_eval_set
+from relora_mora.data.sets.show import check_records, marked, show_records
+from relora_mora.data.sources.resolve import configured_shards, resolve_shards
+from relora_mora.data.tokens.folder import make_tokens
+from relora_mora.tokenizer.load import load_tokenizer
+from tests.data.record_tools import CONVERSATION, encoded
+from tests.tools.data_tools import data_config
+
+ROWS = [
+    {"messages": CONVERSATION[1:3], "id": 1},
+    {"messages": CONVERSATION, "id": 2},
+    {"messages": CONVERSATION[3:], "id": 3},
+]
+
+
+def _write(path: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=2)
+    elif path.suffix == ".arrow":
+        with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    elif path.suffix == ".csv":
+        cells = ['"' + json.dumps(row["messages"]).replace('"', '""') + f'",{row["id"]}' for row in ROWS]
+        path.write_text("\n".join(["messages,id", *cells]) + "\n")
+    else:
+        path.write_text("\n".join(map(json.dumps, ROWS)))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
+def test_every_format_with_columns_holds_records(tokenizer, tmp_path, suffix):
+    path = _write(tmp_path / f"a{suffix}")
+    held = RecordsConfig(kind="messages", template="chatml")
+    config = data_config(path, records=held)
+    [shard] = resolve_shards(str(path), records=held)
+    encode = encoder_of(tokenizer, [shard.records], "whole", 1000)
+    expected = [encoded(tokenizer, {"messages": row["messages"]}, kind="messages", template="chatml") for row in ROWS]
+    rows = []
+    for lane in range(2):
+        opened = open_rows(config, shard, stride=2, phase=lane)
+        taken = opened.take(9)
+        opened.close()
+        rows += list(encode(taken))
+    found = sorted((row.ids.tolist(), row.scored.tolist()) for row in rows)
+    assert found == sorted((row.ids.tolist(), row.scored.tolist()) for row in expected)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
+def test_a_column_that_is_not_there_is_told(tokenizer, tmp_path, suffix):
+    path = _write(tmp_path / f"a{suffix}")
+    shards = resolve_shards(str(path), records=RecordsConfig(kind="sharegpt", template="chatml"))
+    said = (
+        r'a\.jsonl: 3 of 3 lines are bad, .* line 3 has no "conversations" \(data\.records\.columns\), but messages, id'
+        if suffix == ".jsonl"
+        else 'no column "conversations"; set data.records.columns to one of messages, id'
+    )
+    with pytest.raises(SourceError, match=said):
+        check_records(shards, data_config(path), tokenizer)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\n"])
+def test_a_file_without_records_is_refused(tokenizer, tokenizer_path, tmp_path, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    held = RecordsConfig(kind="prompt")
+    shards = resolve_shards(str(tmp_path / "a.jsonl"), records=held)
+    with pytest.raises(SourceError, match=r"a\.jsonl: holds no record; give a file with at least one"):
+        check_records(shards, data_config(tmp_path / "a.jsonl", records=held), tokenizer)
+    settings = {"model": {"config": "c"}, "tokenizer": {"path": tokenizer_path}, "train": {"run_dir": "r"}}
+    config = Config(data=data_config(tmp_path / "a.jsonl"), **settings)
+    with pytest.raises(SourceError, match=r"the training data .*a\.jsonl holds no text; give a file with at least one"):
+        show_records(config, 1)
+
+
+def test_text_files_hold_no_records(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("the rank")
+    with pytest.raises(SourceError, match=r"a\.txt holds text without columns, .* messages; give files with columns"):
+        resolve_shards(str(path), records=RecordsConfig(kind="messages"))
+    [shard] = resolve_shards(str(path), records=RecordsConfig(kind="text"))
+    assert not shard.holds_records
+
+
+def test_an_optional_cell_of_csv_may_be_empty(tokenizer, tmp_path):
+    path = tmp_path / "a.csv"
+    messages = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).replace('"', '""')
+    path.write_text(f'messages,tools\n"{messages}",\n"{messages}","[]"\n')
+    config = data_config(path, records={"kind": "messages", "template": "chatml"}, sequence_length=64)
+    check_records(configured_shards(config, "train"), config, tokenizer)
+
+
+def _held_out(path: Path, tokenizer_path: str, length: int = 400, **settings: Any) -> Any:
+    return load_eval_set(
+        str(path),
+        config=data_config(path, **settings),
+        tokenizer_path=tokenizer_path,
+        sequence_length=length,
+        max_tokens=None,
+    )
+
+
+@pytest.mark.parametrize("packing", [None, "whole", "none", "stream"])
+def test_held_out_records_score_their_answers(tokenizer, tokenizer_path, tmp_path, packing):
+    path = _write(tmp_path / "a.jsonl")
+    held_out = _held_out(path, tokenizer_path, packing=packing, records={"kind": "messages", "template": "chatml"})
+    rows = [encoded(tokenizer, {"messages": row["messages"]}, kind="messages", template="chatml") for row in ROWS]
+    assert held_out.predicted == sum(row.scored.sum() for row in rows)
+    assert held_out.documents == 3 and held_out.utf8_bytes is None
+    assert (held_out.document_ids is not None) == (packing in (None, "whole"))
+    seen = []
+    for _, labels, _ in held_out.batches(0, 1, 2):
+        seen += labels[labels != -100].tolist()
+    assert sorted(seen) == sorted(int(token) for row in rows for token in row.ids[row.scored])
+    of_all = {"kind": "messages", "template": "chatml", "score": "all"}
+    assert _held_out(path, tokenizer_path, packing=packing, records=of_all).digest != held_out.digest
+
+
+def test_whole_texts_score_what_a_stream_scores(tokenizer_path, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ("the rank", "matrix over", "one")))
+    stream, whole, one = (_held_out(path, tokenizer_path, packing=packing) for packing in ("stream", "whole", "none"))
+    assert stream.predicted == whole.predicted == one.predicted and stream.utf8_bytes == whole.utf8_bytes == 22
+    assert (len(whole.tokens), len(one.tokens)) == (1, 3)
+    cut = _held_out(path, tokenizer_path, length=4, packing="whole")
+    assert cut.utf8_bytes is None and cut.predicted < whole.predicted
+
+
+def test_too_many_records_that_cannot_be_used_end_an_evaluation(tokenizer_path, tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [*ROWS, {"messages": CONVERSATION[:1], "id": 4}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    records = {"kind": "messages", "template": "chatml"}
+    with pytest.raises(
+        SourceError, match=r"1 of 4 records cannot be used, .*; the last one: a\.jsonl, line 4, has no answer"
+    ):
+        _held_out(path, tokenizer_path, records=records)
+    assert _held_out(path, tokenizer_path, records=records, max_bad_fraction=0.3).documents == 3
+
+
+def test_held_out_records_that_are_all_too_long_are_named_as_such(tokenizer_path, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "the rank of the matrix?", "answer": "one"}))
+    with pytest.raises(SourceError, match=r"no record can be used \(over_length: 1\); .* 36 tokens, .*; raise"):
+        _held_out(path, tokenizer_path, 4, records={"kind": "question"})
+
+
+def test_what_is_trained_on_is_shown(tokenizer_path, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"the rank {n}?", "answer": "one\nmore"}) for n in range(5)))
+    data = data_config(path, records={"kind": "question"}, sequence_length=64)
+    show_records(
+        Config(model={"config": "c"}, tokenizer={"path": tokenizer_path}, data=data, train={"run_dir": "r"}), 2
+    )
+    output = capsys.readouterr().out.replace("·", "")
+    assert "--- row 2: 9 of " in output and "--- row 3" not in output
+    assert "Question: the rank 1?\\n\nAnswer:[ one\\n\nmore</s>]\n" in output
+    assert output.endswith("tokens are scored (the first 5 rows)\n")
+    with path.open("a") as stream:
+        stream.write("\n" + json.dumps({"question": "the rank " * 90, "answer": "one"}))
+    show_records(
+        Config(model={"config": "c"}, tokenizer={"path": tokenizer_path}, data=data, train={"run_dir": "r"}), 1
+    )
+    assert capsys.readouterr().out.endswith("(the first 5 rows, 1 left out: over_length)\n")
+    tokenizer = load_tokenizer(tokenizer_path)
+    ids = [*tokenizer("the").input_ids, *tokenizer("a").input_ids]
+    assert marked(tokenizer, ids, [False, True], colour=True) == "the·\x1b[32ma\x1b[0m"
+
+
+def test_tokens_in_advance_and_training_of_tokenizers_take_text_alone(tokenizer_path, tmp_path):
+    path = _write(tmp_path / "a.jsonl")
+    config = data_config(path, records={"kind": "messages", "template": "chatml"})
+    shards = configured_shards(config, "train")
+    said = r"a\.jsonl is read as records \(data\.records\), and text is needed here; set data\.records=null"
+    with pytest.raises(SourceError, match=said):
+        make_tokens(shards, tmp_path / "out", config=config, tokenizer_path=tokenizer_path, processes=1)
+    with pytest.raises(SourceError, match=said):
+        list(iter_texts(str(path), split="train", config=config))

@@ -1,0 +1,249 @@
+"""Sets by name, on the hub and in folders: configurations and splits are those of ``datasets``, files of one commit."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+
+import pytest
+
+from relora_mora.config.data import TextSource
+from relora_mora.data.bytes import retry, transport
+from relora_mora.data.errors import SourceError
+from relora_mora.data.formats.file_rows import iter_texts
+from relora_mora.data.sources import named_sets
+from relora_mora.data.sources.named_sets import find_datasets, remember_datasets
+from relora_mora.data.sources.resolve import resolve_shards
+from tests.tools.data_tools import data_config, make_lane, some_texts, write_shard
+from tests.tools.faulty_server import COMMIT, FAULTS, serving
+
+CARD = """---
+license: mit
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/train-*
+  - split: test
+    path: en/test-*
+- config_name: fr
+  data_files: fr/*
+---
+Texts.
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
+    monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
+    yield
+    remember_datasets({})
+
+
+def _write_set(folder):
+    """The texts by configuration and split."""
+    texts = {"en/train": some_texts(40, seed=1), "en/test": some_texts(5, seed=2), "fr/train": some_texts(9, seed=3)}
+    for n in range(4):
+        write_shard(folder / "en" / f"train-{n}.parquet", texts["en/train"][10 * n : 10 * n + 10])
+    write_shard(folder / "en" / "test-0.parquet", texts["en/test"])
+    write_shard(folder / "fr" / "a.jsonl.zst", texts["fr/train"])
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
+    (folder / "licenses.txt").write_text("none of the text", encoding="utf-8")
+    return texts
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with serving(tmp_path / "set") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        server.stall_seconds = 0.5
+        server.retry_after["429"] = "0"
+        yield server
+
+
+def _texts(source, split="train"):
+    return list(iter_texts(source, split=split, config=data_config(source)))
+
+
+@pytest.mark.parametrize("where", ["hub", "folder"])
+def test_configurations_and_splits_by_name(tmp_path, hub, where):
+    texts = _write_set(tmp_path / "set")
+    place = "some/set" if where == "hub" else str(tmp_path / "set")
+    assert _texts(f"{place}:en") == texts["en/train"]
+    assert _texts(f"{place}:en:test", "validation") == texts["en/test"]
+    assert _texts(f"{place}:fr") == texts["fr/train"]
+    if where == "hub":
+        names = [shard.name for shard in resolve_shards("some/set:en")]
+        assert names == [f"hub:some/set@{COMMIT}/en/train-{n}.parquet" for n in range(4)]
+        assert all(headers["authorization"] == "Bearer hf_secret" for path, headers in hub.requests if "/tree/" in path)
+    for source, said in {
+        place: f"{place}: it has several configurations, but en, fr; name one as {place}:en",
+        f"{place}:de": f"it has no configuration de, but en, fr; name one as {place}:en",
+        f"{place}:en:dev": f"{place}:en:dev has no split dev, but train, test; name one as {place}:en:train",
+    }.items():
+        with pytest.raises(SourceError) as caught:
+            resolve_shards(source)
+        assert said in str(caught.value)
+
+
+def test_a_folder_without_a_card_has_the_splits_that_its_names_tell(tmp_path):
+    for split in ("train", "validation"):
+        write_shard(tmp_path / "plain" / "data" / f"{split}-00000-of-00001.parquet", [split])
+    place = str(tmp_path / "plain")
+    assert (_texts(place), _texts(place, "validation")) == (["train"], ["validation"])
+    write_shard(tmp_path / "flat" / "b.jsonl", ["b"])
+    write_shard(tmp_path / "flat" / "a.jsonl", ["a"])
+    assert _texts(str(tmp_path / "flat")) == ["a", "b"]
+    with pytest.raises(SourceError, match=r"flat has no split validation, but train; name one as .*/flat::train"):
+        resolve_shards(str(tmp_path / "flat"), split="validation")
+
+
+def test_a_folder_of_several_formats_is_refused(tmp_path):
+    write_shard(tmp_path / "set" / "a.jsonl", ["a"])
+    write_shard(tmp_path / "set" / "b.parquet", ["b"])
+    with pytest.raises(SourceError, match=r"would read b\.parquet and the like, and leave out 'a\.jsonl' and the like"):
+        resolve_shards(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("name", ["a\nb.jsonl", "a::b.jsonl", "of\na folder/a.jsonl", "A.JSONL", "a.Jsonl.GZ"])
+def test_a_file_that_datasets_passes_over_is_told(tmp_path, name):
+    for file in ("z.jsonl", "more/y.jsonl", name):
+        write_shard(tmp_path / "set" / file, [file])
+    with pytest.raises(
+        SourceError, match=re.escape(f"set: datasets would read more/y.jsonl and the like, and leave out {name!r}")
+    ):
+        resolve_shards(str(tmp_path / "set"))
+    assert sorted(_texts(f"{tmp_path}/set/**/*.[jJ]*")) == sorted(["z.jsonl", "more/y.jsonl", name])
+    if name.lower() != name:
+        [shard] = resolve_shards([TextSource(source=str(tmp_path / "set"), data_files="*.jsonl")])
+        assert shard.name == "z.jsonl"
+
+
+def test_each_pattern_of_data_files_finds_something(tmp_path):
+    write_shard(tmp_path / "set" / "a.jsonl", ["a"])
+    source = TextSource(source=str(tmp_path / "set"), data_files=["*.jsonl", "b*.jsonl"])
+    with pytest.raises(SourceError, match=r"set holds no files b\*\.jsonl; check data_files"):
+        resolve_shards([source])
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".csv", ".arrow"])
+def test_a_folder_of_any_format(tmp_path, suffix):
+    for split in ("train", "test"):
+        write_shard(tmp_path / "set" / split / f"0{suffix}", [split])
+    place = str(tmp_path / "set")
+    assert (_texts(place), _texts(f"{place}::test")) == (["train"], ["test"])
+
+
+@pytest.mark.parametrize(
+    "card,said",
+    [
+        ("---\nconfigs: [\n---\n", "datasets cannot tell its files"),
+        ("---\nconfigs: 3\n---\n", "datasets cannot tell its files"),
+        ("---\nconfigs:\n- config_name: a\n  data_files: {}\n---\n", "its README names files outside of it"),
+        ("---\nconfigs:\n- config_name: a\n  data_files: gone/*\n---\n", "holds no files of text"),
+    ],
+)
+def test_a_readme_that_makes_no_sense_is_one_message(tmp_path, card, said):
+    outside = write_shard(tmp_path / "outside.jsonl", ["text"])
+    write_shard(tmp_path / "set" / "a.jsonl", ["text"])
+    (tmp_path / "set" / "README.md").write_text(card.replace("{}", str(outside)), encoding="utf-8")
+    with pytest.raises(SourceError) as caught:
+        resolve_shards(str(tmp_path / "set"))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="empty holds no files of text"):
+        resolve_shards(str(tmp_path / "empty"))
+
+
+def test_what_a_set_does_not_name_rightly_is_no_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(SourceError, match="no file matches data/tain"):  # nobody asks the hub about a slip
+        resolve_shards("data/tain")
+
+
+def test_what_the_hub_does_not_have(hub, tmp_path):
+    (tmp_path / "set").mkdir()
+    hub.RequestHandlerClass.do_GET, do_get = (
+        lambda handler: handler._answer(404, b"", {}),
+        hub.RequestHandlerClass.do_GET,
+    )
+    try:
+        with pytest.raises(SourceError, match=r"hub:some/set is no dataset on http.*check the name or path, or log in"):
+            resolve_shards("some/set")
+    finally:
+        hub.RequestHandlerClass.do_GET = do_get
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_on_the_way_do_not_change_what_is_found(tmp_path, hub, fault):
+    _write_set(tmp_path / "set")
+    expected = resolve_shards("some/set:en")
+    hub.fault = lambda n: fault if n % 3 == 1 else None
+    assert resolve_shards("some/set:en", timeout_seconds=60.0) == expected
+    assert hub.faults or fault == "cut_range"
+
+
+def test_the_stream_over_a_bad_network_is_that_of_the_files(tmp_path, hub):
+    _write_set(tmp_path / "set")
+    here = make_lane(data_config(tmp_path / "set" / "en" / "train-*"), 1, 0)
+    kinds = itertools.cycle(FAULTS)
+    hub.fault = lambda n: next(kinds) if n % 3 == 1 else None
+    config = data_config("some/set:en")
+    shards = resolve_shards(config.train)
+    config = config.model_copy(update={"train": [shard.location for shard in shards]})
+    there = make_lane(config, 1, 0, shards=shards)
+    while here.state()["epoch"] < 1:
+        assert there.next_block().tokens.tolist() == here.next_block().tokens.tolist()
+    assert len(hub.faults) > 5
+
+
+def test_one_process_asks_and_the_others_are_told(tmp_path, hub, monkeypatch):
+    _write_set(tmp_path / "set")
+    config = data_config(["some/set:en", str(tmp_path / "set:fr"), "some/set:xx"])
+    found = find_datasets(config)
+    expected = resolve_shards(config.train[:2])
+    remember_datasets(found)
+    monkeypatch.setattr(named_sets, "_find", lambda *given: pytest.fail("asked again"))
+    before = len(hub.paths)
+    assert resolve_shards(config.train[:2], COMMIT) == expected and len(hub.paths) == before
+    with pytest.raises(SourceError, match="no configuration xx"):
+        resolve_shards(config.train, COMMIT)
+
+
+def test_a_set_is_told_from_files_without_loading_anything(tmp_path):
+    write_shard(tmp_path / "a.json", ["text"])
+    code = (
+        "import sys; from relora_mora.data.sources.resolve import resolve_shards; "
+        "resolve_shards(sys.argv[1]); print('datasets' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "*.json")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+
+
+def test_a_set_that_is_a_script_is_refused_as_by_datasets(tmp_path):
+    """Its files are lists of urls."""
+    for name in ("dolma.py", "urls/v1.txt", "urls/v2.txt"):
+        (tmp_path / "dolma" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "dolma" / name).write_text("https://example.com/a\n")
+    with pytest.raises(SourceError, match=r"dolma: is a script, dolma\.py, which datasets runs no more"):
+        resolve_shards(str(tmp_path / "dolma"))
+
+
+@pytest.mark.parametrize(
+    "pattern,said", [("**a.jsonl", "is no pattern"), ("https://a.b/*.jsonl", "is no name of files")]
+)
+def test_a_pattern_of_data_files_that_cannot_be_one_is_told(tmp_path, pattern, said):
+    write_shard(tmp_path / "set" / "a.jsonl", ["a"])
+    with pytest.raises(SourceError, match=said):
+        resolve_shards([TextSource(source=str(tmp_path / "set"), data_files=[pattern])])

@@ -1,0 +1,338 @@
+"""Source patterns become shards, or one clear error."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from relora_mora.config.data import TextSource
+from relora_mora.data.bytes.remote import RemoteBytes
+from relora_mora.data.content import local_content
+from relora_mora.data.errors import SourceError
+from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.formats.kinds import format_of
+from relora_mora.data.shard import Shard
+from relora_mora.data.sources.resolve import configured_shards, expand_braces, resolve_shards
+from relora_mora.data.stream.fingerprint import fingerprints
+from tests.tools.commands import permissions_count, public_folder
+from tests.tools.data_tools import data_config, write_shard, write_shards
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_importing_the_package_is_light():
+    heavy = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "requests", "huggingface_hub")
+    modules = ", ".join(
+        f"relora_mora.data.{name}"
+        for name in ("sets.counting", "sets.held_out", "sets.show", "stream.stream", "tokens.folder")
+    )
+    code = f"import {modules}, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "pattern,expected",
+    [
+        ("a.json", ["a.json"]),
+        ("a{0..2}.json", ["a0.json", "a1.json", "a2.json"]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("{0..1}x{8..9}", ["0x8", "0x9", "1x8", "1x9"]),
+    ],
+)
+def test_braces(pattern, expected):
+    assert expand_braces(pattern) == expected
+
+
+def test_c4_is_addressed_without_asking_anyone_when_a_commit_is_given():
+    train = resolve_shards("allenai/c4", COMMIT, split="train")
+    assert len(train) == 1024
+    assert train[1023].name == f"hub:allenai/c4@{COMMIT}/en/c4-train.01023-of-01024.json.gz"
+    assert train[1023].location.endswith(f"/datasets/allenai/c4/resolve/{COMMIT}/en/c4-train.01023-of-01024.json.gz")
+    validation = resolve_shards("allenai/c4", COMMIT, split="validation")
+    assert [shard.name.rpartition("/")[2] for shard in validation] == [
+        f"c4-validation.{n:05d}-of-00008.json.gz" for n in range(8)
+    ]
+    assert all(shard.hub for shard in [*train, *validation])
+
+
+def test_hub_patterns(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example.org/")
+    shards = resolve_shards("hub:some/set/data/{0..1}.jsonl", COMMIT)
+    assert [shard.location for shard in shards] == [
+        f"https://mirror.example.org/datasets/some/set/resolve/{COMMIT}/data/{n}.jsonl" for n in (0, 1)
+    ]
+    assert "mirror" not in shards[0].name
+
+
+def test_local_globs_are_sorted_and_sources_keep_their_order(tmp_path):
+    for name in ("b.json", "a.json.gz", "c.jsonl", "d.jsonl.zst"):
+        write_shard(tmp_path / "x" / name, ["text"])
+    write_shard(tmp_path / "y" / "0.json", ["text"])
+    shards = resolve_shards([f"{tmp_path}/x/*", f"{tmp_path}/y/0.json"])
+    assert [shard.name for shard in shards] == ["a.json.gz", "b.json", "c.jsonl", "d.jsonl.zst", "0.json"]
+    assert shards[0].size == (tmp_path / "x" / "a.json.gz").stat().st_size
+
+
+def test_files_of_one_name_are_told_apart_in_messages(tmp_path):
+    names = ["a/x/data.jsonl", "b/x/data.jsonl", "b/data.jsonl", "b/other.jsonl"]
+    for name in names:
+        write_shard(tmp_path / name, ["text", b"rubbish"])
+    shards = resolve_shards(f"{tmp_path}/**/*.jsonl")
+    assert [shard.label for shard in shards] == [
+        "a/x/data.jsonl",
+        "b/data.jsonl",
+        "other.jsonl",
+        "b/x/data.jsonl",
+    ]
+    config = data_config(tmp_path / "**" / "*.jsonl")
+    for shard in shards:
+        with (
+            pytest.raises(SourceError, match=f"^{shard.label}: 1 of 2 lines are bad"),
+            closing(open_rows(config, shard)) as rows,
+        ):
+            while rows.take(9):
+                pass
+    [alone] = resolve_shards(f"{tmp_path}/a/x/data.jsonl")
+    assert alone.label == "data.jsonl" and alone == shards[0]
+
+
+@pytest.mark.parametrize("pattern", ["part-{0..3}.json", "part-{0..3}*.json"])
+def test_a_file_of_a_range_that_is_missing_is_told(tmp_path, pattern):
+    for number in (0, 1, 3):
+        write_shard(tmp_path / f"part-{number}.json", ["text"])
+    missing = str(tmp_path / pattern.replace("{0..3}", "2"))
+    with pytest.raises(SourceError, match=re.escape(f"no file matches {missing}; fetch it, or name what is there")):
+        resolve_shards(f"{tmp_path}/{pattern}")
+    assert len(resolve_shards(f"{tmp_path}/part-{{0..1}}.json")) == 2
+
+
+def test_urls_show_no_secret():
+    (shard,) = resolve_shards("https://user:secret@example.org/x/a.json.gz?token=secret")
+    assert shard.name == "https://example.org/x/a.json.gz"
+    assert "secret" in shard.location
+    for wrong in ("https://user:secret@example.org/a.orc", "https://example.org/{3..1}.json?token=secret"):
+        with pytest.raises(SourceError) as caught:
+            resolve_shards(wrong)
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "again,said",
+    [
+        (
+            "{}/a.json",
+            "{}/a.json: a.json is a file that {}/[ab].json names already; "
+            "its text would be read twice: give each file once",
+        ),
+        ("{}/[ab].json", "names already"),
+        ("{}/./x/../a.json", "names already"),
+        ("{}/x/link.json", "link.json is a file that {}/[ab].json names already, there as a.json;"),
+        ("{}/x/hard.json", "hard.json is a file that {}/[ab].json names already, there as b.json;"),
+        ("{}/linked/a.json", "names already"),
+        ("{}/{{a..b}}.json", None),
+    ],
+)
+def test_a_local_file_is_named_once(tmp_path, again, said):
+    for name in ("a", "b"):
+        write_shard(tmp_path / f"{name}.json", ["the same text"])  # equal, and still two files
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "link.json").symlink_to("../a.json")
+    (tmp_path / "x" / "hard.json").hardlink_to(tmp_path / "b.json")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    write_shard(tmp_path / "{a..b}.json", ["of an odd name"])
+    sources = [f"{tmp_path}/[ab].json", again.format(tmp_path)]
+    if said is None:
+        assert len(resolve_shards(sources)) == 3
+        return
+    with pytest.raises(SourceError) as caught:
+        resolve_shards(sources)
+    assert said.format(*[tmp_path] * 2) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "first,again",
+    [
+        ("https://example.org/x/{0..3}.json", "https://EXAMPLE.org:443/x/./2.json#top"),
+        ("https://example.org/2.json?a=1", "https://example.org/2.json?a=1"),
+        ("hub:a/b/x/{0..3}.json.gz", "hub:a/b/x/3.json.gz"),
+        ("allenai/c4", "hub:allenai/c4/en/c4-train.00007-of-01024.json.gz"),
+        ("hub:a/b/3.json", f"https://huggingface.co/datasets/a/b/resolve/{COMMIT}/3.json"),
+    ],
+)
+def test_a_remote_file_is_named_once(monkeypatch, first, again):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    with pytest.raises(SourceError, match=r"names already.*give each file once"):
+        resolve_shards([first, again], COMMIT)
+    others = [
+        "https://example.org/x/2.json?a=2",
+        "http://example.org:443/x/2.json",
+        "hub:a/c/3.json",
+        "hub:a/b/X/3.json",
+    ]
+    resolve_shards([first, *others], COMMIT)
+
+
+@pytest.mark.parametrize(
+    "source,message",
+    [
+        ("nowhere/*.json", "no file matches nowhere"),
+        ("tests/dataset", "no file matches tests/dataset"),
+        ("tests/dataset", "hub:tests/dataset/PATTERN"),
+        (f"{Path(__file__).parent}", "holds no files of text"),
+        ("ftp://example.org/a.json", "no kind of source"),
+        ("hub:allenai/c4", "expected hub:OWNER/NAME/PATTERN"),
+        ("hub:a/b/../../x.json", "expected hub:OWNER/NAME/PATTERN"),
+        ("hub:a/b/*.json", "cannot be used"),
+        ("hub:a b/c/x.json", "hub:a b/c/x.json: Repo id must"),
+        ("https://example.org/{5..2}.json", "counts down"),
+        ("https://example.org/{00000..99999}-of-{00000..99999}.json", "name more than 1,000,000 shards together"),
+        ("https://example.org/a.orc", "expected one of .json"),
+        ("https://[x/a.json", "no url that can be read"),
+        ("https://example.org:99999/a.json", "no url that can be read"),
+        (__file__, "expected one of .json"),
+        ("/dev/null", "/dev/null is a pipe or a device, and text is read more than once; give a file"),
+        ("~nobody-of-this-name/a.json", "no file matches ~nobody-of-this-name"),
+        (f"{'x' * 300}.json", "cannot be read (File name too long); check the path"),
+        ([], "no source"),
+        ([TextSource(source="a.json", revision="main")], "a.json: only a source on the hub has a revision (main)"),
+        ([TextSource(source="hub:a/b/c.json", split="validation")], "only a set by name (OWNER/NAME or a folder)"),
+        (
+            [TextSource(source="hub:a/b/c.json", config="en")],
+            "only a set by name (OWNER/NAME or a folder) has a config",
+        ),
+    ],
+)
+def test_what_names_no_shard_is_refused(source, message):
+    with pytest.raises(SourceError, match=re.escape(message)):
+        resolve_shards(source, COMMIT)
+
+
+def test_pipes_and_links_to_themselves_are_no_shards(tmp_path):
+    write_shard(tmp_path / "a.json", ["text"])
+    os.mkfifo(tmp_path / "pipe.json")
+    assert [shard.name for shard in resolve_shards(f"{tmp_path}/*.json")] == ["a.json"]
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    for name, message in {"pipe.json": "is a pipe", "p*.json": "is a pipe", "loop.json": "is a link to a file"}.items():
+        with pytest.raises(SourceError, match=message):
+            resolve_shards(f"{tmp_path}/{name}")
+
+
+def test_what_may_not_be_read_is_one_message():
+    with public_folder() as folder:
+        write_shard(folder / "closed" / "a.json", ["text"])
+        write_shard(folder / "b.json", ["text"]).chmod(0)
+        (folder / "closed").chmod(0)
+        for name in ("closed/a.json", "b.json"):
+            message = rf"{name} cannot be read \(Permission denied\); check the path and its permissions"
+            with permissions_count(), pytest.raises(SourceError, match=message):
+                local_content(resolve_shards(f"{folder}/{name}"))
+        (folder / "closed").chmod(0o755)
+
+
+def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
+    write_shards(tmp_path / "here", 2, 5)
+    write_shards(tmp_path / "there", 2, 5)
+    config = data_config(tmp_path / "here" / "*.gz")
+
+    def of(config=config, tokenizer="t", lanes=4):
+        shards = configured_shards(config, "train")
+        return fingerprints(config, tokenizer_fingerprint=tokenizer, batch_lanes=lanes, shards=shards)[0]
+
+    same = [
+        of(),
+        of(data_config(tmp_path / "there" / "*.gz")),
+        of(config.model_copy(update={"workers": 3, "prefetch_batches": 9})),
+    ]
+    assert len(set(same)) == 1
+    changed = [
+        config.model_copy(update={key: value})
+        for key, value in {
+            "seed": 1,
+            "sequence_length": 33,
+            "shuffle_documents": 9,
+            "text_column": "content",
+        }.items()
+    ]
+    write_shard(tmp_path / "there" / "part-00001.json.gz", ["another size"])
+    others = [*map(of, changed), of(tokenizer="u"), of(lanes=2), of(data_config(tmp_path / "there" / "*.gz"))]
+    assert len({same[0], *others}) == 1 + len(others)
+
+
+def test_a_local_folder_counts_before_the_set_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_shard(tmp_path / "allenai" / "c4" / "train-0.json.gz", ["the rank"])
+    [shard] = resolve_shards("allenai/c4", COMMIT)
+    assert shard.origin == "local"
+
+
+def test_how_text_is_cut_is_part_of_the_fingerprint_where_there_is_text():
+    given = {"tokenizer_fingerprint": "t", "batch_lanes": 4}
+    by_line = data_config("unused", sample_by="line")
+    for name, counts in {"a.txt": True, "a.txt.gz": True, "a.json": False, "b": False}.items():
+        shards = [Shard("a.csv", "/x/a.csv"), Shard(name, f"/x/{name}")]
+        found = [fingerprints(config, **given, shards=shards) for config in (by_line, data_config("unused"))]
+        assert [len(set(each)) for each in zip(*found, strict=True)] == [1 + counts] * 2
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    {
+        "a.json.gz": "JSON lines",
+        "b.c.jsonl.zst": "JSON lines",
+        "a.gz": "JSON lines",
+        "a.x.gz": "JSON lines",
+        "a.txt": "text",
+        "x.gz/a.csv.zst": "CSV",
+        "a.arrow": "Arrow",
+        "a.ndjson": "JSON lines",
+        "A.JSONL": "JSON lines",
+        "a.Csv.GZ": "CSV",
+        "a.txt.zstd": "text",
+        "A.PARQUET": "Parquet",
+        "A.Arrow.zstd": None,
+        "a.parquet.gz": None,
+        "a.arrow.zst": None,
+        "a": None,
+        "a.tsv": None,
+    }.items(),
+)
+def test_a_name_tells_the_format(name, expected):
+    found = format_of(name)
+    assert (found and found.name) == expected
+
+
+def test_the_fingerprints_are_what_they_have_always_been():
+    """Checkpoints hold them."""
+    config = data_config("unused")
+    shards = [Shard("a.json", "/x/a.json", size=3), Shard("b", "http://x/b")]
+    given = {"tokenizer_fingerprint": "t", "batch_lanes": 4, "shards": shards}
+    plain = config.model_copy(update={"shuffle_documents": 1024})
+    assert fingerprints(plain, **given) == ("02aafe596527296c8d60a22910e10fab", "e93bc9fdc325dfd902f7e93e8e95499e")
+    given["shards"] = [replace(shard, text_column="content") for shard in shards]
+    assert fingerprints(plain, **given)[0] != "02aafe596527296c8d60a22910e10fab"
+
+
+def test_a_link_to_nothing_is_no_reason_to_read_less(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(SourceError, match=r"b\.jsonl is a link to a file that is not there; bring it back"):
+        resolve_shards(f"{tmp_path}/*.jsonl")
+
+
+def test_where_the_hub_is_not_to_be_asked_that_is_said_at_once(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        SourceError, match=r"hub:some/set needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
+    ):
+        resolve_shards("hub:some/set/a.jsonl")
+    name = f"hub:some/set@{'a' * 40}/a.jsonl"
+    with pytest.raises(SourceError, match=rf"{name} needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"):
+        RemoteBytes(Shard(name, "http://127.0.0.1:1/a.jsonl", hub=True), 60.0).read(1)

@@ -1,0 +1,166 @@
+"""Sources whose rows differ in kind, read as one text: each row of each once an epoch, as it is read alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.lane_states import merge_states
+from relora_mora.data.sets.counting import count_epochs
+from relora_mora.data.sets.rows_in_order import rows_in_order
+from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.stream.fingerprint import fingerprints
+from relora_mora.data.stream.packing import UNSCORED, Batch
+from relora_mora.data.stream.stream import TrainStream
+from relora_mora.tokenizer.load import load_tokenizer
+
+LENGTH = 96
+LANES = 4
+BATCH = 8
+EPOCHS = 2
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> list[dict[str, Any]]:
+    """Two of them are files of one name, with rows of other lengths at the same places."""
+    folder = tmp_path_factory.mktemp("sources")
+    questions = [{"q": f"rank {n}?" * (1 + n % 3), "answer": f"{n}" + " matrix" * (n % 4)} for n in range(23)]
+    prompts = [{"prompt": f"the {n}", "completion": f" {n}" + " rank" * (6 - n % 5)} for n in range(31)]
+    turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"yes {n}"}] for n in range(9)]
+    texts = [{"text": f"text number {n} is whole"} for n in range(12)]
+    asked = {"kind": "question", "columns": {"question": "q"}}
+    return [
+        {"source": _write(folder / "a" / "rows.jsonl", questions), "records": asked, "name": "questions"},
+        {"source": _write(folder / "b" / "rows.jsonl", prompts), "records": {"kind": "prompt"}, "name": "prompts"},
+        {"source": _write(folder / "chats.jsonl", [{"messages": turn} for turn in turns]),
+         "records": {"kind": "messages", "template": "chatml"}},
+        {"source": _write(folder / "texts.jsonl", texts)},
+    ]  # fmt: skip
+
+
+def _config(sources: Any, packing: str = "none", **settings: Any) -> DataConfig:
+    given = {"concatenate": True, "packing": packing, "sequence_length": LENGTH, "workers": 0, **settings}
+    return DataConfig(train=sources, validation="unused", **given)
+
+
+def _stream(config: DataConfig, tokenizer: str, rank: int = 0, ranks: int = 1, **settings: Any) -> TrainStream:
+    return TrainStream(
+        config, tokenizer_path=tokenizer, batch_size=BATCH, lanes=LANES, rank=rank, world_size=ranks, **settings
+    )
+
+
+def _count(config: DataConfig, tokenizer: str) -> Any:
+    return count_epochs(config, tokenizer, lanes=LANES, blocks_per_lane=BATCH // LANES, epochs=EPOCHS)
+
+
+def _scored(batch: Batch) -> Counter[tuple[int, ...]]:
+    """The scored tokens of each sequence that has any."""
+    rows = (tuple(int(label) for label in labels if label != UNSCORED) for labels in batch.labels)
+    return Counter(row for row in rows if row)
+
+
+def _alone(sources: Any, packing: str, tokenizer_path: str) -> Counter[tuple[int, ...]]:
+    """The scored tokens of each row, read from its source alone."""
+    rows: Counter[tuple[int, ...]] = Counter()
+    for source in sources:
+        config = _config([source], packing, concatenate=False)
+        shards = configured_shards(config, "train")
+        for row in rows_in_order(shards, config, load_tokenizer(tokenizer_path), "none"):
+            scored = [True] * len(row.encoded.ids) if row.encoded.scored is None else row.encoded.scored
+            kept = zip(row.encoded.ids[1:], scored[1:], strict=True)
+            rows[tuple(int(token) for token, learned in kept if learned)] += 1
+    return rows
+
+
+def test_every_row_of_every_source_is_learned_once_in_each_epoch(sources, tokenizer_path):
+    config = _config(sources)
+    epoch = _count(config, tokenizer_path)
+    expected = _alone(sources, "none", tokenizer_path)
+    assert expected.total() == 23 + 31 + 9 + 12
+    with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
+        for blocks in epoch.blocks:
+            seen = sum((_scored(next(stream)) for _ in range(blocks * LANES // BATCH)), Counter())
+            assert seen == expected
+
+
+def test_a_stream_comes_once_in_an_epoch_but_for_its_ends(tokenizer_path, tmp_path):
+    """Files of other sizes: all lanes share each of them."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    sizes = {"large": 180, "small": 20}
+    given = [
+        {"source": _write(tmp_path / f"{name}.jsonl", [{"text": f"<{name} {n:03}>"} for n in range(size)])}
+        for name, size in sizes.items()
+    ]
+    config = _config(given, "stream")
+    steps = _count(config, tokenizer_path).tokens[0] // (BATCH * LENGTH)
+    with _stream(config, tokenizer_path) as stream:
+        batches = [next(stream) for _ in range(steps)]
+    lanes: list[list[int]] = [[] for _ in range(LANES)]
+    for batch in batches:
+        for lane, rows in enumerate(batch.labels.unflatten(0, (LANES, -1))):
+            lanes[lane] += rows.flatten().tolist()
+    texts = [text.strip() for tokens in lanes for text in tokenizer.decode(tokens).split("</s>")]
+    seen = Counter(text for text in texts if text.startswith("<") and text.endswith(">"))
+    assert max(seen.values()) <= 2 and len(seen) >= 0.9 * sum(sizes.values())
+    for name, size in sizes.items():
+        assert abs(sum(count for text, count in seen.items() if name in text) - size) <= 2 * LANES
+
+
+@pytest.mark.parametrize("packing", ["whole", "stream"])
+def test_stops_and_other_numbers_of_ranks_change_none_of_it(sources, tokenizer_path, packing):
+    config = _config(sources, packing)
+    epoch = _count(config, tokenizer_path)
+    steps = int(epoch.tokens_of(EPOCHS)) // (BATCH * LENGTH)
+    with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
+        expected = [next(stream) for _ in range(steps)]
+    state = None
+    step = 0
+    while step < steps:
+        ranks = 1 + step % 2
+        parts = [
+            _stream(config, tokenizer_path, rank, ranks, state=state, step=step, epoch_blocks=epoch.blocks)
+            for rank in range(ranks)
+        ]
+        for _ in range(min(5, steps - step)):
+            batches = [next(part) for part in parts]
+            assert sum(map(_scored, batches), Counter()) == _scored(expected[step])
+            step += 1
+        for part in parts:
+            part.close()
+        state = merge_states([json.loads(json.dumps(batch.state)) for batch in batches])
+        assert state == merge_states([expected[step - 1].state])
+
+
+def test_an_epoch_is_counted_right_where_files_have_one_name(tokenizer_path, tmp_path):
+    answers = [" rank"] * LANES + [" matrix" * (LENGTH // 3)] * LANES  # a lane reads one of either length
+    paths = [
+        _write(tmp_path / str(n) / "rows.jsonl", [{"prompt": f"{n}", "completion": answer}] * 10)
+        for n, answer in enumerate(answers)
+    ]
+    config = _config(paths, "whole", concatenate=False, records={"kind": "prompt"})
+    counted = _count(config, tokenizer_path)
+    [first] = count_epochs(config, tokenizer_path, lanes=LANES, blocks_per_lane=BATCH // LANES).blocks
+    assert set(counted.blocks) == {first}
+    with _stream(config, tokenizer_path, epoch_blocks=counted.blocks) as stream:
+        batches = [next(stream) for _ in range(EPOCHS * first * LANES // BATCH)]
+    assert batches[-1].counts["documents"] == EPOCHS * 10 * len(paths)
+    assert batches[-1].counts["epoch"] == EPOCHS - 1
+
+
+def test_a_mixture_of_the_same_sources_is_other_data(sources, tokenizer_path):
+    tokenizer = load_tokenizer(tokenizer_path)
+    given = {"tokenizer_fingerprint": "x", "batch_lanes": LANES, "tokenizer": tokenizer}
+    configs = (_config(sources), _config(sources, concatenate=False))
+    found = [fingerprints(each, shards=configured_shards(each, "train"), **given)[0] for each in configs]
+    assert found[0] != found[1]

@@ -1,0 +1,203 @@
+"""Over some epochs every record is seen as often as that, whatever lanes, ranks and stops there are."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.data.lane_states import merge_states, start_states
+from relora_mora.data.sets.counting import count_epochs
+from relora_mora.data.stream.packing import UNSCORED, Batch
+from relora_mora.data.stream.stream import TrainStream
+from relora_mora.data.stream.whole import of_epoch
+from relora_mora.tokenizer.load import load_tokenizer
+from tests.tools.data_tools import data_config
+from tests.tools.grids import rest
+
+LENGTH = 48
+LANES = 4
+BATCH = 8
+EPOCHS = 3
+SIZES = (50, 31, 6)  # of the files: lanes have unequal shares of each
+
+
+def _completion(number: int) -> str:
+    return f" {number}" + " matrix" * (1 + number % 3)
+
+
+@pytest.fixture(scope="module", params=["many", "one"])
+def path(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("records")
+    rows = [
+        {"prompt": "the" + " rank" * (number % 5), "completion": _completion(number)} for number in range(sum(SIZES))
+    ]
+    rows[9]["completion"] = ""  # has no answer
+    for part, size in enumerate(SIZES if request.param == "many" else (sum(SIZES),)):
+        begin = sum(SIZES[:part])
+        (folder / f"part-{part}.jsonl").write_text("\n".join(map(json.dumps, rows[begin : begin + size])) + "\n")
+    return folder / "*.jsonl"
+
+
+def _config(path: Path, packing: str, **settings: Any) -> Any:
+    records = {"kind": "prompt"}
+    given = {"packing": packing, "records": records, "sequence_length": LENGTH, "max_bad_fraction": 0.1, **settings}
+    return data_config(path, **given)
+
+
+def _stream(config: Any, tokenizer: str, rank: int = 0, ranks: int = 1, **settings: Any) -> TrainStream:
+    return TrainStream(
+        config, tokenizer_path=tokenizer, batch_size=BATCH, lanes=LANES, rank=rank, world_size=ranks, **settings
+    )
+
+
+def _count(config: Any, tokenizer: str) -> Any:
+    return count_epochs(config, tokenizer, lanes=LANES, blocks_per_lane=BATCH // LANES, epochs=EPOCHS)
+
+
+def _answers(batch: Batch, tokenizer: Any) -> list[str]:
+    """What is scored in a batch, record by record."""
+    texts = [tokenizer.decode([int(label) for label in labels if label != UNSCORED]) for labels in batch.labels]
+    return [answer for text in texts for answer in text.split("</s>") if answer]
+
+
+EXPECTED = [_completion(number) for number in range(sum(SIZES)) if number != 9]
+
+
+# a resume with other data, which is allowed, begins with states of lanes that have not begun
+@pytest.mark.parametrize("packing,state", [("whole", None), ("none", None), ("whole", start_states(LANES))])
+def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packing, state):
+    config = _config(path, packing)
+    tokenizer = load_tokenizer(tokenizer_path)
+    epoch = _count(config, tokenizer_path)
+    assert list(epoch.tokens) == [blocks * LANES * LENGTH for blocks in epoch.blocks]
+    with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks, state=state) as stream:
+        for number in range(EPOCHS):
+            blocks = of_epoch(epoch.blocks, number)
+            assert blocks % (BATCH // LANES) == 0
+            batches = [next(stream) for _ in range(blocks * LANES // BATCH)]
+            assert sorted(answer for batch in batches for answer in _answers(batch, tokenizer)) == sorted(EXPECTED)
+            assert all((batch.labels != UNSCORED).any() for batch in batches), "no batch is empty"
+            assert batches[-1].counts["epoch"] == number
+            assert batches[-1].counts["documents"] == (number + 1) * len(EXPECTED)
+
+
+def test_no_batch_is_empty_where_an_epoch_packs_into_fewer_blocks_than_another(tmp_path, tokenizer_path):
+    draw = random.Random(0)
+    rows = [{"prompt": "the" + " rank" * draw.randint(1, 7), "completion": " matrix"} for _ in range(800)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = _config(tmp_path / "a.jsonl", "whole", shuffle_documents=1000)
+    counted = count_epochs(config, tokenizer_path, lanes=BATCH, epochs=EPOCHS)
+    assert min(counted.blocks) < max(counted.blocks)
+    stream = TrainStream(
+        config,
+        tokenizer_path=tokenizer_path,
+        batch_size=BATCH,
+        lanes=BATCH,
+        rank=0,
+        world_size=1,
+        epoch_blocks=counted.blocks,
+    )
+    with stream:
+        for number, blocks in enumerate(counted.blocks):
+            batches = [next(stream) for _ in range(blocks)]
+            assert all((batch.labels != UNSCORED).any() for batch in batches)
+            assert batches[-1].counts["documents"] == (number + 1) * len(rows)
+
+
+@pytest.mark.parametrize("packing,workers", [("whole", 0), ("none", 0), ("whole", 1), *rest(("none", 1))])
+def test_stops_and_other_numbers_of_ranks_change_none_of_it(path, tokenizer_path, packing, workers):
+    config = _config(path, packing, workers=workers)
+    tokenizer = load_tokenizer(tokenizer_path)
+    epoch = _count(config, tokenizer_path)
+    steps = int(epoch.tokens_of(EPOCHS)) // (BATCH * LENGTH)
+    between_stops = 13 if workers else 3  # a worker takes a second to start
+    seen: Counter[str] = Counter()
+    state = None
+    step = 0
+    with _stream(_config(path, packing), tokenizer_path, epoch_blocks=epoch.blocks) as stream:
+        expected = [next(stream).state for _ in range(steps)]
+    while step < steps:
+        ranks = 1 + step % 2
+        # a run that goes on takes the number from its state: the settings that it saved have steps, and no epochs
+        given = epoch.blocks if state is None else None
+        parts = [
+            _stream(config, tokenizer_path, rank, ranks, state=state, step=step, epoch_blocks=given)
+            for rank in range(ranks)
+        ]
+        for _ in range(min(between_stops, steps - step)):
+            batches = [next(part) for part in parts]
+            for batch in batches:
+                seen.update(_answers(batch, tokenizer))
+            step += 1
+        for part in parts:
+            part.close()
+        state = merge_states([json.loads(json.dumps(batch.state)) for batch in batches])
+        assert state == merge_states([expected[step - 1]])
+    assert seen == Counter(dict.fromkeys(EXPECTED, EPOCHS))
+
+
+def test_without_a_count_each_lane_begins_its_next_epoch_at_once(path, tokenizer_path):
+    config = _config(path, "none")
+    tokenizer = load_tokenizer(tokenizer_path)
+    seen: Counter[str] = Counter()
+    with _stream(config, tokenizer_path) as stream:
+        for _ in range(EPOCHS * len(EXPECTED) // BATCH):
+            batch = next(stream)
+            assert (batch.labels != UNSCORED).any(dim=1).all(), "no sequence is empty"
+            seen.update(_answers(batch, tokenizer))
+    assert set(seen.values()) <= {EPOCHS - 1, EPOCHS, EPOCHS + 1} and set(seen) == set(EXPECTED)
+
+
+def test_what_becomes_of_the_records_is_told(tokenizer_path, tmp_path, caplog):
+    rows = [{"prompt": "the", "completion": _completion(number)} for number in range(20)]
+    rows[3]["completion"] = ""
+    rows[7]["prompt"] = "the rank " * LENGTH
+    rows[8]["completion"] = " matrix" * 2 * LENGTH
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with caplog.at_level("INFO", "relora_mora.data.sets.counting"):
+        epoch = _count(_config(tmp_path / "a.jsonl", "whole"), tokenizer_path)
+    [said] = [message for message in caplog.messages if "sequences, which" in message]
+    found = re.fullmatch(r"18 records in (\d+) sequences, which they fill to (\d+) %(.*)", said)
+    assert found is not None and found[3] == "; no_answer: 1; over_length: 1; cut: 1"
+    tokenizer = load_tokenizer(tokenizer_path)
+    texts = [row["prompt"] + row["completion"] for at, row in enumerate(rows) if at not in (3, 7, 8)]
+    tokens = LENGTH + 1 + sum(len(tokenizer(text).input_ids) + 1 for text in texts)
+    assert int(found[1]) <= epoch.blocks[0] * LANES
+    assert int(found[2]) == round(100 * tokens / (int(found[1]) * LENGTH))
+
+
+def test_much_waiting_is_warned_of(tokenizer_path, tmp_path, caplog):
+    for part, size in enumerate((40, 3, 3, 3)):  # a file for each lane
+        rows = [{"prompt": "the", "completion": _completion(number)} for number in range(size)]
+        (tmp_path / f"part-{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    epoch = _count(_config(tmp_path / "*.jsonl", "none"), tokenizer_path)
+    assert epoch.blocks == [40]
+    [said] = caplog.messages
+    assert said == ("69 % of the sequences of an epoch are empty: 4 lanes wait for the one with most; lower data.lanes")
+
+
+def test_an_end_that_does_not_fill_a_batch_is_warned_of(tokenizer_path, tmp_path, caplog):
+    rows = [{"prompt": "the", "completion": _completion(number)} for number in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    count_epochs(_config(tmp_path / "a.jsonl", "none"), tokenizer_path, lanes=1, blocks_per_lane=8)
+    assert caplog.messages == [
+        "62 % of the sequences of an epoch are empty: its end does not fill a global batch; lower train.batch_size"
+    ]
+
+
+def test_a_stream_whose_lanes_have_unequal_shares_is_warned_of(tokenizer_path, tmp_path, caplog):
+    for part, size in enumerate((90, 10)):
+        (tmp_path / f"part-{part}.jsonl").write_text((json.dumps({"text": "the rank"}) + "\n") * size)
+    config = data_config(tmp_path / "*.jsonl", sequence_length=LENGTH)
+    count_epochs(config, tokenizer_path, lanes=LANES)
+    [said] = caplog.messages
+    assert said.startswith("about 40 % of the text comes after an epoch's end")
+    caplog.clear()
+    count_epochs(config.model_copy(update={"concatenate": True}), tokenizer_path, lanes=LANES)
+    assert not caplog.messages

@@ -1,0 +1,203 @@
+"""Mixtures: blocks by weight, for every lane, as a function of the step."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+
+import pytest
+
+from relora_mora.data.errors import SourceError
+from relora_mora.data.sets.show import check_columns, check_lanes
+from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.stream.fingerprint import fingerprints
+from relora_mora.data.stream.mixture import Mixture
+from relora_mora.data.stream.stream import TrainStream, describe_position
+from tests.tools.data_tools import data_config, some_texts, write_parquet, write_shard, write_shards
+from tests.tools.faulty_server import serving
+
+
+def _mixture_config(weights, **settings):
+    records = [{"source": f"{name}.json", "name": name, "weight": weight} for name, weight in weights.items()]
+    return data_config(records, **settings)
+
+
+@pytest.mark.parametrize(
+    ("weights", "lanes", "blocks_per_lane"),
+    [
+        ({"a": 0.7, "b": 0.3}, 8, 1),
+        ({"a": 1, "b": 1}, 2, 1),
+        ({"a": 1, "b": 1, "c": 2}, 1, 4),
+        (dict.fromkeys("abcdefgh", 1), 8, 1),
+        ({"a": 6, "b": 2, "c": 1, "d": 0.5, "e": 0.3, "f": 0.2}, 64, 2),
+        ({"a": 0.99, "b": 0.01, "c": 0}, 8, 1),
+        ({"a": 20, "b": 1}, 4, 2),  # the blocks of b come in a pattern of 21 steps
+    ],
+)
+def test_every_source_gets_its_share_in_all_and_on_every_lane(weights, lanes, blocks_per_lane):
+    mixture = Mixture(_mixture_config(weights), lanes, blocks_per_lane)
+    total = sum(weights.values())
+    taken = Counter()
+    of_lanes = [Counter() for _ in range(lanes)]
+    for batch in range(500):
+        for counter, sources in zip(of_lanes, mixture.sources(batch, range(lanes)), strict=True):
+            assert len(sources) == blocks_per_lane
+            counter.update(sources)
+            taken.update(sources)
+        blocks = (batch + 1) * lanes * blocks_per_lane
+        for name, weight in weights.items():
+            assert abs(taken[name] - blocks * weight / total) < 2
+    for name, weight in weights.items():
+        exact = 500 * blocks_per_lane * weight / total
+        assert all(
+            abs(counter[name] - exact) < 2 * exact**0.5 + 2 for counter in of_lanes
+        )  # as draws at random would be
+        assert weight or not taken[name]
+
+
+def test_a_stage_from_the_first_step_on_takes_the_place_of_the_weights():
+    mixture = Mixture(_mixture_config({"a": 1, "b": 1}, stages=[{"from_step": 1, "weights": {"a": 0, "b": 1}}]), 4, 1)
+    assert {name for step in range(6) for [name] in mixture.sources(step, range(4))} == {"b"}
+
+
+def test_a_stage_begins_at_its_step_whatever_was_drawn_before():
+    weights = {"a": 3, "b": 1}
+    stages = [{"from_step": 5, "weights": {"a": 0, "b": 1}}, {"from_step": 7, "weights": {"a": 1, "b": 1}}]
+    mixture = Mixture(_mixture_config(weights, stages=stages), 4, 1)
+    counts = [Counter(itertools.chain(*mixture.sources(step - 1, range(4)))) for step in range(1, 11)]
+    assert counts == [{"a": 3, "b": 1}] * 4 + [{"b": 4}] * 2 + [{"a": 2, "b": 2}] * 4
+    # and a lane's draw is the same when it is asked for alone
+    for step in range(10):
+        assert mixture.sources(step, [2]) == mixture.sources(step, range(4))[2:3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    write_shards(folder / "web", 4, 30, suffix=".json")
+    for number in range(2):
+        texts = [f"book {number} {n} " + "word " * 20 for n in range(24)]
+        write_parquet(folder / "books" / f"{number}.parquet", texts, column="content")
+    return folder
+
+
+def _records(folder, **of_books):
+    return [
+        {"source": f"{folder}/web/*", "weight": 3},
+        {"source": f"{folder}/books/*", "weight": 1, "text_column": "content", **of_books},
+    ]
+
+
+def _stream(config, tokenizer_path, **settings):
+    return TrainStream(config, tokenizer_path=tokenizer_path, batch_size=8, lanes=4, rank=0, world_size=1, **settings)
+
+
+def test_a_mixture_reads_each_source_as_alone(folder, tokenizer_path):
+    """Every lane's blocks of a source are those that it has where there is no other."""
+    alone = {}
+    for name, record in zip(("web", "books"), _records(folder), strict=True):
+        with _stream(data_config([record]), tokenizer_path) as stream:
+            alone[name] = [[tuple(row) for row in next(stream).input_ids.tolist()] for _ in range(12)]
+    config = data_config(_records(folder))
+    mixture = Mixture(config, 4, 2)
+    given = {
+        (name, lane): iter([row for rows in alone[name] for row in rows[2 * lane : 2 * lane + 2]])
+        for name in alone
+        for lane in range(4)
+    }
+    with _stream(config, tokenizer_path) as stream:
+        for step in range(12):
+            batch = next(stream)
+            rows = [tuple(row) for row in batch.input_ids.tolist()]
+            sources = itertools.chain(*mixture.sources(step, range(4)))
+            for number, (row, source) in enumerate(zip(rows, sources, strict=True)):
+                assert row == next(given[source, number // 2])
+        assert batch.counts["blocks/web"] == 72 and batch.counts["blocks/books"] == 24
+        assert batch.counts["epoch/web"] == batch.counts["epoch"] == 0
+        said = stream.describe(batch.state)
+        assert len(said) == 8 and said[1].startswith("lane 0, web: epoch 0, part-0000")
+        json.dumps(batch.state)
+
+
+def test_weights_are_part_of_the_fingerprint_and_not_of_the_places(folder):
+    config = data_config(_records(folder))
+    others = [data_config(_records(folder, weight=2)), data_config(_records(folder, name="novels"))]
+    prints = []
+    for one in (config, *others):
+        given = {"tokenizer_fingerprint": "t", "batch_lanes": 4, "shards": configured_shards(one, "train")}
+        prints.append(fingerprints(one, **given))
+    (whole, order), (of_weights, order_of_weights), (of_names, order_of_names) = prints
+    assert whole != of_weights and order == order_of_weights
+    assert whole != of_names and order != order_of_names
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_is_read_as_often_as_it_may_be(folder, tokenizer_path, workers):
+    config = data_config(_records(folder, max_epochs=2), workers=workers)
+    with (
+        _stream(config, tokenizer_path) as stream,
+        pytest.raises(SourceError, match=r"source books has been read 2 times.*max_epochs.*at_max_epochs: warn"),
+    ):
+        for _ in range(500):
+            batch = next(stream)
+    assert batch.counts["epoch/books"] == 1
+    warns = data_config(_records(folder, max_epochs=1, at_max_epochs="warn"), workers=workers)
+    with _stream(warns, tokenizer_path) as stream:
+        batches = [next(stream) for _ in range(300)]
+    (first,) = [batch for batch in batches if batch.notes]  # once a process, and not when the rows are read ahead
+    assert "books has been read once" in first.notes[0]
+    assert any(state["epoch"] for key, state in first.state.items() if key.endswith("/books"))
+
+
+def test_states_of_other_sources_are_refused(folder, tokenizer_path):
+    with _stream(data_config(_records(folder)), tokenizer_path) as stream:
+        state = next(stream).state
+    with pytest.raises(SourceError, match="is of other sources"):
+        _stream(data_config(_records(folder, name="novels")), tokenizer_path, state=state)
+
+
+def test_positions_of_a_batch_name_the_sources_that_it_took_from(folder):
+    config = data_config(_records(folder))
+    shards = configured_shards(config, "train")
+    place = {"epoch": 0, "place": 0, "block": 0, "item": 2, "bad": 0, "documents": 2, "skipped": {}, "offset": 3}
+    before = {"0/web": {**place, "blocks": 1}, "0/books": {**place, "blocks": 1}}
+    after = {"0/web": {**place, "item": 3, "blocks": 2}, "0/books": before["0/books"]}
+    (said,) = describe_position(after, lanes=4, shards=shards, config=config, since=before)
+    assert said.startswith("lane 0, web: from ")
+
+
+def test_a_wrong_column_is_told_with_the_source_that_it_belongs_to(folder):
+    config = data_config(_records(folder, text_column="contents"))
+    with pytest.raises(SourceError, match=r'no column "contents"; set text_column of the source books to one of id'):
+        check_columns(configured_shards(config, "train"), config)
+    held_out = data_config("a.json", validation=_records(folder, text_column="contents")[1:])
+    with pytest.raises(SourceError, match="set text_column of the source books to one of id"):
+        check_columns(configured_shards(held_out, "validation"), held_out)
+
+
+@pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("suffix", [".json.gz", ".txt", ".parquet"])
+def test_every_lane_needs_a_text_in_each_source_that_ever_has_a_weight(folder, tmp_path, suffix, served):
+    write_shard(tmp_path / f"few{suffix}", some_texts(3))
+    write_shard(tmp_path / f"gap{suffix}", [*some_texts(3), "" if suffix == ".parquet" else b" "])
+
+    def check(name, lanes, weight=1.0, **settings):
+        place = server.url if served else tmp_path
+        few = {"source": f"{place}/{name}{suffix}", "weight": weight}
+        config = data_config([*_records(folder), few], **settings)
+        check_lanes(configured_shards(config, "train"), config, lanes)
+
+    message = (
+        rf"lane 3 found no text in .*few\{suffix}: there are fewer documents than lanes; .* source few no weight in"
+    )
+    weights = {"web": 1.0, "books": 1.0}
+    with serving(tmp_path) as server:
+        check("few", 3)
+        with pytest.raises(SourceError, match=message):
+            check("few", 4)
+        with pytest.raises(SourceError, match="lane 3 found no text"):
+            check("gap", 4)
+        check("few", 4, weight=0.0, stages=[{"from_step": 9, "weights": {**weights, "few": 0.0}}])
+        with pytest.raises(SourceError, match=message):
+            check("few", 4, weight=0.0, stages=[{"from_step": 9, "weights": {**weights, "few": 0.1}}])

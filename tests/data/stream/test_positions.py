@@ -1,0 +1,71 @@
+"""Positions in words: the shard and the lines that a lane has really read."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from relora_mora.data.errors import SourceError
+from relora_mora.data.sources.resolve import resolve_shards
+from relora_mora.data.stream.stream import TrainStream, describe_position
+from tests.tools.data_tools import EOS, data_config, documents_in, make_lane, write_shard
+
+SENTENCE = re.compile(
+    r"lane (\d+): epoch (\d+), (\w)\.json, behind (?:(?P<count>\d+) of lines "
+    r"(?P<first>\d+) to (?P<last>\d+)(?: in steps of (?P<step>\d+))? "
+    r"\(shuffled\)|line (?P<line>\d+))(?: and (?P<tokens>\d+) tokens of the next document)?"
+)
+
+
+def _source(folder, shards, rows):
+    for name in "abcdef"[:shards]:
+        write_shard(folder / f"{name}.json", [f"{name} {row} {'x' * (3 * row % 17)}" for row in range(rows)])
+    return data_config(folder / "*.json", sequence_length=8)
+
+
+@pytest.mark.parametrize("lanes,shards,shuffle", [(1, 3, 4), (2, 5, 1), (3, 1, 4), (3, 2, 1)])
+def test_what_is_named_is_what_was_read(tmp_path, lanes, shards, shuffle):
+    config = _source(tmp_path, shards, 22).model_copy(update={"shuffle_documents": shuffle})
+    for number in range(lanes):
+        lane = make_lane(config, lanes, number)
+        tokens = [EOS]
+        while lane.state()["documents"] < 90:
+            tokens += lane.next_block().tokens[1:].tolist()
+            if not lane.state()["documents"]:
+                continue
+            state = lane.state()
+            (said,) = describe_position(
+                {str(number): state}, lanes=lanes, shards=resolve_shards(config.train), config=config
+            )
+            match = SENTENCE.fullmatch(said)
+            assert match and match.group(1, 2) == (str(number), str(state["epoch"])), said
+            name, row, _ = documents_in(tokens)[-1].split(" ")  # the last one that was finished
+            lines = range(
+                int(match["first"] or match["line"]), int(match["last"] or match["line"]) + 1, int(match["step"] or 1)
+            )
+            assert len(lines) == shuffle and match[3] == name and int(row) + 1 in lines, (said, name, row)
+            assert int(match["tokens"] or 0) == len(tokens) - 1 - max(
+                at for at, token in enumerate(tokens) if token == EOS
+            )
+        assert state["epoch"] >= 1
+
+
+def test_the_words_of_a_step(tmp_path, tokenizer_path):
+    config = _source(tmp_path, 1, 22).model_copy(update={"shuffle_documents": 8, "workers": 0})
+    with TrainStream(config, tokenizer_path=tokenizer_path, batch_size=4, lanes=2, rank=1, world_size=2) as stream:
+        first = next(stream).state
+        second = next(stream).state
+        assert stream.describe({}) == []
+        (at_first,) = stream.describe(first)
+        (at_second,) = stream.describe(second)
+        assert re.fullmatch(
+            r"lane 1: epoch 0, a\.json, behind \d of lines 2 to 16 in steps of 2 \(shuffled\)( and \d+ tokens .*)?",
+            at_first,
+        )
+        assert stream.describe(second, since=first) == [f"lane 1: from {at_first[8:]} to {at_second[8:]}"]
+        (of_first,) = stream.describe(first, since={})
+        start = "epoch 0, a.json, behind 0 of lines 2 to 16 in steps of 2 (shuffled)"
+        assert of_first == f"lane 1: from {start} to {at_first[8:]}" != at_first
+        with pytest.raises(SourceError, match="lane 1: the saved position is beyond its 1 shards"):
+            stream.describe({"1": {**first["1"], "place": 1}})

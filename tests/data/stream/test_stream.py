@@ -1,0 +1,222 @@
+"""The same global batches on any number of ranks and workers, and what comes with them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from relora_mora.data.bytes.retry import RETRIES
+from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, SourceError
+from relora_mora.data.lane_states import counts_of, merge_states
+from relora_mora.data.stream.packing import document_ids
+from relora_mora.data.stream.stream import TrainStream
+from tests.tools.data_tools import data_config, line, write_shard, write_shards
+from tests.tools.faulty_server import serving
+
+BATCH = 16
+LANES = 8
+KINDS = (".json.gz", ".txt.zst", ".csv", ".parquet", ".arrow")
+
+
+def _streams(config, tokenizer_path, world_size, state=None, step=0):
+    return [
+        TrainStream(
+            config,
+            tokenizer_path=tokenizer_path,
+            batch_size=BATCH,
+            lanes=LANES,
+            rank=rank,
+            world_size=world_size,
+            state=state,
+            step=step,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def _take(streams, steps):
+    """Per step the set of (input_ids, labels) of the global batch, and the merged state after it."""
+    steps_taken = []
+    for _ in range(steps):
+        batches = [next(stream) for stream in streams]
+        rows = [
+            row
+            for b in batches
+            for row in zip(map(tuple, b.input_ids.tolist()), map(tuple, b.labels.tolist()), strict=True)
+        ]
+        assert len(rows) == BATCH
+        steps_taken.append((set(rows), json.loads(json.dumps(merge_states(b.state for b in batches)))))
+    return steps_taken
+
+
+def _run(config, tokenizer_path, world_size, steps, state=None, step=0):
+    streams = _streams(config, tokenizer_path, world_size, state, step)
+    try:
+        return _take(streams, steps)
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    for kind in KINDS:
+        write_shards(folder / kind, 5, 40, suffix=kind)  # fewer shards than lanes
+    return folder
+
+
+def _with(config, workers):
+    return config.model_copy(update={"workers": workers})
+
+
+def _config(folder, kind):
+    if kind != "mixture":
+        return data_config(folder / kind / "*")
+    sources = [
+        {"source": f"{folder}/.json.gz/*", "name": "lines", "weight": 0.2},
+        {"source": f"{folder}/.parquet/*", "name": "rows", "weight": 0.8},
+    ]
+    return data_config(sources, stages=[{"from_step": 9, "weights": {"lines": 0.01, "rows": 1}}])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mixture"])
+def test_global_batches_do_not_depend_on_ranks_and_resume_on_others(folder, tokenizer_path, kind):
+    config = _config(folder, kind)
+    reference = _run(config, tokenizer_path, 1, 24)
+    states = reference[-1][1].values()
+    assert {state["epoch"] for state in states} != {0}  # across the border of an epoch
+    assert _run(config, tokenizer_path, 4, 24) == reference
+    first = _run(config, tokenizer_path, 2, 11)
+    assert first == reference[:11]
+    assert _run(config, tokenizer_path, 4, 13, first[-1][1], step=11) == reference[11:]
+
+
+def test_global_batches_do_not_depend_on_workers_and_resume_on_others(folder, tokenizer_path):
+    config = data_config([str(folder / kind / "part-00001*") for kind in KINDS])  # every format in one list
+    reference = _run(config, tokenizer_path, 1, 24)
+    assert _run(_with(config, 1), tokenizer_path, 1, 10) == reference[:10]
+    # where one run stops the next goes on: other ranks, other workers
+    first = _run(_with(config, 2), tokenizer_path, 2, 7)
+    second = _run(_with(config, 2), tokenizer_path, 1, 4, first[-1][1], step=7)
+    third = _run(config, tokenizer_path, 4, 13, second[-1][1], step=11)
+    assert first + second + third == reference
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_shards_than_lanes(tmp_path, tokenizer_path, kind):
+    write_shards(tmp_path, 19, 15, suffix=kind)
+    config = data_config(tmp_path / "*")
+    reference = _run(config, tokenizer_path, 1, 20)
+    for world_size in (2, 8):
+        assert _run(config, tokenizer_path, world_size, 20) == reference
+    assert _run(config, tokenizer_path, 2, 9, reference[10][1]) == reference[11:]
+
+
+def test_a_batch(folder, tokenizer_path):
+    config = data_config(folder / ".json.gz" / "*", document_mask=True, sequence_length=16)
+    with TrainStream(
+        config, tokenizer_path=tokenizer_path, batch_size=BATCH, lanes=4, rank=1, world_size=2, state=None
+    ) as stream:
+        batch = next(stream)
+        after = next(stream)
+        assert stream.ready(0.0)
+    assert batch.input_ids.shape == batch.labels.shape == batch.document_ids.shape == (8, 16)
+    assert (batch.input_ids.dtype, batch.labels.dtype, batch.document_ids.dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.int32,
+    )
+    assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
+    assert list(batch.state) == ["1", "3"]  # this rank's lanes, four blocks of each, in their order
+    for lane in (0, 1):
+        blocks = [batch.input_ids[4 * lane + n] for n in range(4)] + [after.input_ids[4 * lane]]
+        lasts = [batch.labels[4 * lane + n, -1] for n in range(4)]
+        assert [block[0] for block in blocks[1:]] == lasts
+    eos = batch.input_ids[0, 0]
+    assert torch.equal(batch.document_ids.long(), torch.cumsum(batch.input_ids == eos, 1))
+    assert len(json.dumps(batch.state)) < 1000
+
+
+def test_an_eos_belongs_to_the_document_after_it():
+    assert document_ids(torch.tensor([[5, 2, 7, 8, 2, 2, 9]]).numpy(), 2).tolist() == [[0, 1, 1, 1, 2, 3, 3]]
+
+
+def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
+    write_shard(tmp_path / "a.json", [b"rubbish", "text", line(""), "more"])
+    config = data_config(tmp_path / "a.json", max_bad_fraction=0.5, sequence_length=4)
+    for workers in (0, 1):
+        with TrainStream(
+            _with(config, workers),
+            tokenizer_path=tokenizer_path,
+            batch_size=4,
+            lanes=1,
+            rank=0,
+            world_size=1,
+            state=None,
+        ) as stream:
+            batch = next(stream)
+            while not batch.counts["epoch"]:
+                batch = next(stream)
+            assert (
+                batch.counts["skipped/not_json"] == batch.counts["bad"] >= 1 and batch.counts["skipped/empty_text"] >= 1
+            )
+            assert batch.counts["documents"] >= 2 and batch.counts["retries"] == 0
+            assert counts_of(batch.state)["documents"] == batch.counts["documents"]
+            # the same names on every rank, whatever each has met: sums over ranks rely on that
+            assert list(batch.counts) == [
+                "documents",
+                "epoch",
+                "bad",
+                *(f"skipped/{kind}" for kind in SKIP_REASONS),
+                "retries",
+            ]
+            assert batch.counts["bad"] == sum(batch.counts[f"skipped/{kind}"] for kind in BAD_REASONS)
+
+
+def test_retries_of_workers_and_of_the_trainer_are_counted_since_the_stream_began(
+    tmp_path, tokenizer_path, monkeypatch
+):
+    write_shards(tmp_path, 1, 40)
+    RETRIES.retries += 5  # of a stream before
+    with serving(tmp_path, lambda n: None if n else "reset") as server:
+        config = data_config(f"{server.url}/part-00000.json.gz", workers=1, prefetch_batches=1)
+        settings = {"tokenizer_path": tokenizer_path, "batch_size": 2, "lanes": 1, "rank": 0, "world_size": 1}
+        with TrainStream(config, **settings) as stream:
+            assert next(stream).counts["retries"] == 1
+            RETRIES.retries += 1  # by held-out text, which the trainer's process reads
+            assert next(stream).counts["retries"] == 2
+
+
+def test_what_does_not_fit_is_refused(folder, tokenizer_path):
+    config = data_config(folder / ".json.gz" / "*")
+    settings = {"tokenizer_path": tokenizer_path, "batch_size": 16, "rank": 0}
+    with pytest.raises(ValueError, match="lanes must divide the batch"):
+        TrainStream(config, lanes=5, world_size=1, state=None, **settings)
+    with pytest.raises(ValueError, match="the ranks the lanes"):
+        TrainStream(config, lanes=4, world_size=8, state=None, **settings)
+    with TrainStream(config, lanes=4, world_size=1, state=None, **settings) as stream:
+        state = next(stream).state
+    with pytest.raises(SourceError, match="has 4 lanes, this run 8"):
+        TrainStream(config, lanes=8, world_size=1, state=state, **settings)
+    with pytest.raises(SourceError, match="cannot be read"):
+        TrainStream(config, lanes=4, world_size=1, state={**state, "2": {}}, **settings)
+    with pytest.raises(ValueError, match="lane 0 stands in the data state of two ranks"):
+        merge_states([state, state])
+
+
+def test_fewer_documents_than_lanes_are_refused_with_the_remedy(tmp_path, tokenizer_path):
+    path = write_shard(tmp_path / "a.json", ["the only document"])
+    with (
+        TrainStream(
+            data_config(path), tokenizer_path=tokenizer_path, batch_size=8, lanes=8, rank=0, world_size=1
+        ) as stream,
+        pytest.raises(
+            SourceError,
+            match=r"lane \d found no text in a\.json: there are fewer documents than lanes; "
+            r"give more .* lower data\.lanes",
+        ),
+    ):
+        next(stream)

@@ -1,0 +1,350 @@
+"""Whole rows in blocks: every record once in an epoch, the same blocks after a resume and on any number of ranks."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from relora_mora.config.load import ConfigError, load_config, validate
+from relora_mora.data.errors import SourceError
+from relora_mora.data.lane_states import merge_states
+from relora_mora.data.lanes import LaneRows, plan_lanes
+from relora_mora.data.records.encoders import encoder_of, packing_of
+from relora_mora.data.rows import Encoded
+from relora_mora.data.sets.counting import count_epochs
+from relora_mora.data.shard import Record
+from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.stream.packing import UNSCORED, Block
+from relora_mora.data.stream.stream import TrainStream
+from relora_mora.data.stream.whole import CountedLane, PackedLane, block_of, first_fit
+from relora_mora.data.tokens.rows import open_any
+from relora_mora.tokenizer.load import load_tokenizer
+from tests.tools.data_tools import EOS, data_config
+
+LENGTH = 48
+RECORDS = 90
+
+
+def _row(number: int) -> dict[str, Any]:
+    """Records of many lengths; each holds its number."""
+    return {"prompt": f"{number} " + "the rank " * (number % 5), "completion": " matrix" * (1 + number % 3)}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("records")
+    for part in range(3):
+        rows = [_row(number) for number in range(part, RECORDS, 3)]
+        (folder / f"part-{part}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder / "*.jsonl"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_path):
+    return load_tokenizer(tokenizer_path)
+
+
+def _config(path: Path, packing: str = "whole", **settings: Any) -> Any:
+    records = {"kind": "prompt", **settings.pop("records", {})}
+    return data_config(path, packing=packing, records=records, sequence_length=LENGTH, **settings)
+
+
+def _lane(
+    config: Any, tokenizer: Any, lanes: int, number: int, restored: Any = None, kind: type[PackedLane] = PackedLane
+) -> PackedLane:
+    shards = configured_shards(config, "train")
+    packing = packing_of(config, shards)
+    plans = plan_lanes(lanes, len(shards), even=True)
+    return kind(
+        LaneRows(plans[number], shards, config, functools.partial(open_any, config)),
+        encoder_of(tokenizer, [shards[0].records], packing, config.sequence_length),
+        eos=tokenizer.eos_token_id,
+        sequence_length=config.sequence_length,
+        fills=packing == "whole",
+        restored=restored,
+    )
+
+
+def _blocks(config: Any, tokenizer: Any, lanes: int, number: int) -> int:
+    """Of the first epoch of a lane."""
+    [blocks] = _lane(config, tokenizer, lanes, number, kind=CountedLane).epoch_blocks(1)
+    return blocks
+
+
+def _plain(block: Block) -> tuple[Any, ...]:
+    return tuple(None if part is None else part.tolist() for part in block)
+
+
+def _numbers(block: Block, tokenizer: Any) -> list[int]:
+    """Of the records in a block: each begins with its own."""
+    texts = tokenizer.decode([int(token) for token in block.tokens]).split("</s>")
+    return [int(text.split()[0]) for text in texts if text]
+
+
+def test_the_largest_come_first_and_each_goes_where_there_is_room():
+    assert first_fit([3, 9, 4, 1, 6], 10) == [[1, 3], [2, 4], [0]]
+    assert first_fit([5, 5, 5], 5) == [[0], [1], [2]]
+    assert first_fit([], 5) == []
+
+
+def test_a_block_by_hand():
+    rows = [Encoded([7, 8, 9], [True, False, True]), Encoded([4, 5])]
+    block = block_of(rows, eos=EOS, sequence_length=6)
+    assert block.tokens.tolist() == [7, 8, 9, 4, 5, EOS, EOS]
+    assert block.scored.tolist() == [False, True, False, True, False, False]
+    assert block.documents.tolist() == [0, 0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("packing", ["whole", "none"])
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_every_record_once_in_every_epoch(path, tokenizer, packing, lanes):
+    config = _config(path, packing)
+    seen: list[int] = []
+    for number in range(lanes):
+        lane = _lane(config, tokenizer, lanes, number)
+        epochs: list[list[int]] = [[], []]
+        for _ in range(_blocks(config, tokenizer, lanes, number)):
+            epochs[0] += _numbers(lane.next_block(), tokenizer)
+        share = lane.state()["documents"]
+        assert lane.state()["epoch"] == 0 and share == len(epochs[0])
+        while len(epochs[1]) < share:
+            epochs[1] += _numbers(lane.next_block(), tokenizer)
+            assert lane.state()["documents"] == share + len(epochs[1])
+        assert lane.state()["epoch"] == 1
+        assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+        seen += epochs[0]
+    assert sorted(seen) == list(range(RECORDS))
+
+
+def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
+    config = _config(path)
+    [shard, *_] = configured_shards(config, "train")
+    encode = encoder_of(tokenizer, [shard.records], "whole", LENGTH)
+    rows = encode([Record(_row(number), "here", shard.records) for number in range(RECORDS)])
+    lane = _lane(config, tokenizer, 1, 0)
+    blocks = [lane.next_block() for _ in range(_blocks(config, tokenizer, 1, 0))]
+    expected = Counter(tuple(row.ids.tolist()) for row in rows)
+    found = Counter()
+    for block in blocks:
+        documents = [*block.documents, block.documents[-1]]  # that of the last token, which is no input
+        for _, tokens in itertools.groupby(zip(documents, block.tokens.tolist(), strict=True), lambda pair: pair[0]):
+            found[tuple(token for _, token in tokens)] += 1
+    assert {ids: count for ids, count in found.items() if set(ids) != {tokenizer.eos_token_id}} == expected
+    assert sum(len(row.ids) for row in rows) > 0.8 * len(blocks) * (LENGTH + 1)
+    assert sum(int(block.scored.sum()) for block in blocks) == sum(int(row.scored.sum()) for row in rows)
+
+
+@pytest.mark.parametrize("packing,lanes", [("whole", 1), ("whole", 4), ("none", 2)])
+def test_a_resume_anywhere_gives_the_very_next_block(path, tokenizer, packing, lanes):
+    config = _config(path, packing)
+    for number in range(lanes):
+        lane = _lane(config, tokenizer, lanes, number)
+        states = []
+        blocks = []
+        while lane.state()["epoch"] < 2 or len(blocks) < 20:
+            states.append(json.loads(json.dumps(lane.state())))
+            blocks.append(_plain(lane.next_block()))
+        offsets = {state["offset"] for state in states}
+        assert (len(offsets) > 2) == (packing == "whole")
+        for at in range(0, len(states), 3):
+            resumed = _lane(config, tokenizer, lanes, number, states[at])
+            assert resumed.state() == states[at]
+            for block, state in itertools.islice(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True), 6):
+                assert _plain(resumed.next_block()) == block
+                assert resumed.state() == state
+
+
+def test_a_position_beyond_its_group_is_refused(path, tokenizer):
+    lane = _lane(_config(path), tokenizer, 1, 0)
+    lane.next_block()
+    with pytest.raises(SourceError, match="lane 0: there are fewer records at the saved position than there were"):
+        _lane(_config(path), tokenizer, 1, 0, {**lane.state(), "offset": 99})
+
+
+def _stream(config: Any, tokenizer_path: str, rank: int = 0, ranks: int = 1, **settings: Any) -> TrainStream:
+    return TrainStream(
+        config, tokenizer_path=tokenizer_path, batch_size=8, lanes=4, rank=rank, world_size=ranks, **settings
+    )
+
+
+def _tensors(batch: Any) -> list[torch.Tensor]:
+    return [part for part in (batch.input_ids, batch.labels, batch.document_ids) if part is not None]
+
+
+@pytest.mark.parametrize("packing", ["whole", "none"])
+def test_a_run_goes_on_on_two_ranks(path, tokenizer_path, packing):
+    config = _config(path, packing)
+    with _stream(config, tokenizer_path) as stream:
+        whole = [next(stream) for _ in range(9)]
+    assert (whole[0].document_ids is not None) == (packing == "whole")
+    for at in (1, 4):
+        state = merge_states([whole[at - 1].state])
+        parts = [_stream(config, tokenizer_path, rank, 2, state=state, step=at) for rank in range(2)]
+        for batch in whole[at:]:
+            here = [next(part) for part in parts]
+            by_lane = [_tensors(one) for one in here]
+            for number, tensor in enumerate(_tensors(batch)):
+                # lanes 0 and 2 are those of rank 0, two blocks of each
+                mine = [by_lane[lane % 2][number][2 * (lane // 2) : 2 * (lane // 2) + 2] for lane in range(4)]
+                assert torch.equal(torch.cat(mine), tensor)
+            assert merge_states([one.state for one in here]) == merge_states([batch.state])
+        for part in parts:
+            part.close()
+
+
+def test_workers_give_the_same_batches(path, tokenizer_path):
+    with _stream(_config(path), tokenizer_path) as here, _stream(_config(path, workers=1), tokenizer_path) as there:
+        for _ in range(4):
+            one = next(here)
+            other = next(there)
+            assert all(map(torch.equal, _tensors(one), _tensors(other)))
+            assert one.state == other.state
+
+
+def test_labels_are_those_of_the_answers(path, tokenizer, tokenizer_path):
+    with _stream(_config(path), tokenizer_path) as stream:
+        batch = next(stream)
+    for inputs, labels, documents in zip(*_tensors(batch), strict=True):
+        for number in documents.unique():
+            here = documents == number
+            text = tokenizer.decode(inputs[here].tolist())
+            answer = tokenizer.decode([int(label) for label in labels[here] if label != UNSCORED])
+            if answer:
+                assert answer.endswith("</s>") and answer.removesuffix("</s>").strip("matrix ") == ""
+                assert text.removesuffix("</s>").endswith(answer.removesuffix("</s>"))
+
+
+def test_sources_of_text_and_of_records_are_mixed(path, tokenizer, tokenizer_path, tmp_path):
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": "over the rank " * 9}) for _ in range(20)))
+    train = [
+        {"source": str(path), "name": "records", "records": {"kind": "prompt"}},
+        {"source": str(tmp_path / "text.jsonl"), "name": "text"},
+    ]
+    config = data_config("x", train=train, sequence_length=LENGTH)
+    assert config.masks_documents
+    with _stream(config, tokenizer_path) as stream:
+        batch = next(stream)
+    kinds = Counter()
+    for inputs, labels, documents in zip(*_tensors(batch), strict=True):
+        is_text = bool((labels != UNSCORED).all())
+        kinds[is_text] += 1
+        assert is_text == (len(documents.unique()) == 1)
+        assert not is_text or "over the rank over" in tokenizer.decode(inputs.tolist())
+    assert kinds == {True: 4, False: 4}
+
+
+@pytest.mark.parametrize("packing", ["whole", "none"])
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_an_epoch_is_counted_in_the_blocks_of_its_lanes(path, tokenizer, tokenizer_path, packing, lanes):
+    config = _config(path, packing)
+    epoch = count_epochs(config, tokenizer_path, lanes=lanes)
+    blocks = [_blocks(config, tokenizer, lanes, number) for number in range(lanes)]
+    assert epoch.blocks == [max(blocks)] and epoch.tokens == [max(blocks) * lanes * LENGTH]
+    if packing == "none":
+        assert sum(blocks) == RECORDS
+
+
+def _usable(numbers: range) -> list[dict[str, Any]]:
+    """Some records without an answer, and some longer than a sequence."""
+    rows = [_row(number) for number in numbers]
+    for number, row in zip(numbers, rows, strict=True):
+        if number % 10 == 3:
+            row["completion"] = ""
+        if number % 10 == 6:
+            row["prompt"] += "the rank " * 30
+        if number % 10 == 8:
+            row["completion"] += " matrix" * 30
+    return rows
+
+
+@pytest.mark.parametrize("packing", ["whole", "none", "stream"])
+def test_records_that_cannot_be_used_are_counted_alike_after_a_resume(tmp_path, tokenizer_path, packing):
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n".join(map(json.dumps, _usable(range(60)))))
+    config = _config(source, packing, max_bad_fraction=0.2)
+    with _stream(config, tokenizer_path) as stream:
+        batches = [next(stream) for _ in range(12)]
+    last = batches[-1].counts
+    assert last["skipped/no_answer"] == last["bad"] > 0
+    if packing != "stream":
+        assert last["skipped/over_length"] > 0 < last["skipped/cut"]
+    if packing == "none":
+        assert last["documents"] == 8 * len(batches)
+    for at in (2, 7):
+        with _stream(config, tokenizer_path, state=batches[at - 1].state, step=at) as resumed:
+            for batch in batches[at:]:
+                again = next(resumed)
+                assert all(map(torch.equal, _tensors(again), _tensors(batch)))
+                assert again.state == batch.state and again.counts == batch.counts
+    notes = [note for batch in batches for note in batch.notes]
+    assert any(note.startswith("a.jsonl, line 4, has no answer to learn: {'prompt': '3 ") for note in notes)
+
+
+@pytest.mark.parametrize("fills", [True, False])
+def test_too_many_records_that_cannot_be_used_end_the_stream_before_their_group(tmp_path, tokenizer, fills):
+    """When they may be as many, it goes on with the blocks that it would have given."""
+    source = tmp_path / "a.jsonl"
+    rows = [*(_row(number) for number in range(200)), *({"prompt": "x", "completion": ""} for _ in range(30))]
+    source.write_text("\n".join(map(json.dumps, [*rows, *map(_row, range(200, 300))])))
+    packing = "whole" if fills else "none"
+    lane = _lane(_config(source, shuffle_documents=1, packing=packing), tokenizer, 1, 0)
+    before = []
+    with pytest.raises(SourceError, match=r"\d+ of \d+ records cannot be used, .* has no answer to learn"):
+        while True:
+            before.append(_numbers(lane.next_block(), tokenizer))
+    assert before
+    allowed = _config(source, shuffle_documents=1, packing=packing, max_bad_fraction=1.0)
+    again, never = _lane(allowed, tokenizer, 1, 0, lane.state()), _lane(allowed, tokenizer, 1, 0)
+    expected = [_numbers(never.next_block(), tokenizer) for _ in range(len(before) + 60)]
+    assert before + [_numbers(again.next_block(), tokenizer) for _ in range(60)] == expected
+
+
+def test_a_lane_of_records_that_are_all_too_long_is_told(tmp_path, tokenizer):
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n".join(json.dumps({"prompt": "the rank " * 40, "completion": "x"}) for _ in range(3)))
+    with pytest.raises(SourceError, match=r"lane 0: none of its records .* more than data\.sequence_length \(48\)"):
+        _lane(_config(source), tokenizer, 1, 0).next_block()
+
+
+def test_a_template_is_found_beside_the_settings(tmp_path):
+    (tmp_path / "own.jinja").write_text("x")
+    records = {"kind": "messages", "template": "own.jinja"}
+    tree = {
+        "model": {"config": "c"},
+        "tokenizer": {"path": "t"},
+        "train": {"run_dir": "r"},
+        "data": {"train": "a", "validation": [{"source": "b", "records": records}], "records": records},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(tree))
+    data = load_config(tmp_path / "run.yaml").data
+    found = [held.template for held in (data.records, data.sources("validation")[0].records) if held]
+    assert found == [str(tmp_path / "own.jinja")] * 2
+
+
+def test_what_cannot_be_packed_so_is_refused():
+    def faults(**data: Any) -> str:
+        tree = {"model": {"config": "c"}, "tokenizer": {"path": "t"}, "train": {"run_dir": "r"}}
+        with pytest.raises(ConfigError) as caught:
+            validate({**tree, "data": {"train": "a", "validation": "b", **data}}, "the test")
+        return str(caught.value)
+
+    assert "data.records.too_long: with data.packing=stream" in faults(
+        records={"kind": "prompt", "too_long": "drop"}, packing="stream"
+    )
+    assert "data.document_mask: with data.packing=none" in faults(document_mask=True, packing="none")
+    assert "data.document_mask: with data.packing=stream" in faults(
+        records={"kind": "messages"}, packing="stream", document_mask=True
+    )
+    held_out = [{"source": "b", "records": {"kind": "messages"}}]
+    assert "data.document_mask: with data.packing=stream" in faults(
+        validation=held_out, packing="stream", document_mask=True
+    )
+    assert "data.records.columns: x: no field of prompt" in faults(records={"kind": "prompt", "columns": {"x": "y"}})
+    assert "data.records.template: prompt has a form" in faults(records={"kind": "prompt", "template": "chatml"})

@@ -1,0 +1,315 @@
+"""Muon on every ZeRO stage against a loop of plain torch; and whole matrices out of cut ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from relora_mora.adapters.inject import inject
+from relora_mora.adapters.layers import adapter_layers, layer_generator
+from relora_mora.config.schema import Config
+from relora_mora.model.llama import LossModel, build_model
+from relora_mora.optim.groups import group_rates, make_schedule, parameter_groups, set_trainable
+from tests.tools.grids import rest
+from tests.tools.tiny import batch, tiny_config, tiny_llama
+
+pytestmark = pytest.mark.distributed
+
+STAGES = (0, 1, 2, 3)
+STEPS = 7  # a merge after the fourth
+OPTIM = {"matrices": "muon", "momentum": 0.8, "weight_decay": 0.1, "clip": 0.2, "lr": 2e-2, "lr_other": 1e-2}
+
+
+def _llama() -> Any:
+    return tiny_llama(num_hidden_layers=3, intermediate_size=52)  # with two ranks a border lies within a matrix
+
+
+def _config(world_size: int, stage: int, method: str, zero: dict[str, Any] | None = None, **optim: Any) -> Config:
+    train = {"zero_stage": stage, "deepspeed": {"zero_optimization": zero or {}}}
+    return tiny_config(world_size, method={"name": method, "rank": 5}, optim={**OPTIM, **optim}, train=train)
+
+
+# ---- the reference: one process, plain torch ----------------------------------------------------------------------
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """Five steps of X <- 3.4445 X - 4.775 X X^T X + 2.0315 (X X^T)^2 X in float64."""
+    x = matrix.double()
+    norm = x.square().sum().sqrt()
+    x = x / norm if norm > 0 else x
+    for _ in range(5):
+        cube = x @ x.T @ x
+        x = 3.4445 * x - 4.775 * cube + 2.0315 * (x @ x.T @ cube)
+    return x
+
+
+class Reference:
+    """Losses and parameters of the same run."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.lm = build_model(_llama(), seed=config.train.seed)
+        if config.method.uses_adapters:
+            inject(self.lm, config.method, seed=config.train.seed)
+        set_trainable(self.lm, config.method)
+        self.groups = parameter_groups(self.lm, config.optim)
+        self.parameters = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
+        self.momentum = {
+            name: torch.zeros_like(self.parameters[name])
+            for group in self.groups
+            if group.name in ("adapters", "linears")
+            for name in group.parameters
+        }
+        self.others = [group for group in self.groups if group.parameters[0] not in self.momentum]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [self.parameters[name] for name in group.parameters], "weight_decay": group.weight_decay}
+                for group in self.others
+            ],
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+        )
+        self.schedule = make_schedule(config.method, config.optim, config.train.steps)
+        self.module = LossModel(self.lm)
+
+    def step(self, step: int) -> float:
+        self.lm.zero_grad()
+        loss = self.module(*batch(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.optim.clip)
+        rates = dict(zip(self.groups, group_rates(self.schedule, self.groups, step), strict=True))
+        for members, group in zip(self.adamw.param_groups, self.others, strict=True):
+            members["lr"] = rates[group]
+        self.adamw.step()
+        for group, rate in rates.items():
+            for name in set(group.parameters) & set(self.momentum):
+                self._step_matrix(name, rate, group.weight_decay)
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _step_matrix(self, name: str, rate: float, decay: float) -> None:
+        weight = self.parameters[name]
+        assert weight.grad is not None
+        old = self.config.optim.momentum
+        momentum = self.momentum[name] = old * self.momentum[name] + (1 - old) * weight.grad
+        step = old * momentum + (1 - old) * weight.grad if self.config.optim.nesterov else momentum
+        weight *= 1 - rate * decay
+        weight -= rate * 0.2 * math.sqrt(max(weight.shape)) * _orthogonal(step).float()
+
+    @torch.no_grad()
+    def merge(self, step: int) -> None:
+        merges = self.schedule.merges_done(step)
+        for name, layer in adapter_layers(self.lm):
+            values = [getattr(layer, key) for key in layer.adapter_names]
+            layer.weight += layer.delta_of(*values)
+            generator = layer_generator(self.config.train.seed, name, merges)
+            for key, value in zip(layer.adapter_names, values, strict=True):
+                value.copy_(layer.fresh(key, generator))
+                self.momentum[f"{name}.{key}"].zero_()
+            if self.config.method.uses_squares:
+                layer.set_operator(self.schedule.operator(step))
+
+
+def _run(run: Any, merges: bool) -> list[float]:
+    losses = []
+    for step in range(1, STEPS + 1):
+        loss = run.step(step)
+        losses.append(loss if isinstance(loss, float) else loss[0])
+        if merges and run.schedule.merge_after(step):
+            run.merge(step)
+    return losses
+
+
+_references: dict[Any, tuple[Reference, list[float]]] = {}
+
+
+def _reference(method: str, **optim: Any) -> tuple[Reference, list[float]]:
+    key = (method, *optim.items())
+    if key not in _references:
+        run = Reference(_config(1, 0, method, **optim))
+        _references[key] = run, _run(run, run.config.method.merges)
+    return _references[key]
+
+
+# ---- the engine ---------------------------------------------------------------------------------------------------
+
+
+def trained(world_size: int, stage: int, method: str, bf16: bool = False, **settings: Any) -> dict[str, Any]:
+    """Losses, and what the run ends with: masters, momentum, frozen weights."""
+    from tests.tools.tiny import build_rig, whole_weights
+
+    rig = build_rig(_config(world_size, stage, method, **settings), bf16=bf16, llama=_llama())
+    losses = _run(rig, rig.config.method.merges)
+    matrices = [name for name, moments in rig.engine.moments.items() if moments == ("momentum",)]
+    exchanges = rig.engine.optimizer.matrices._exchanges.values()
+    return {
+        "losses": losses,
+        "masters": {name: rig.gather(name) for name in rig.engine.moments},
+        "momentum": {name: rig.gather(name, "momentum") for name in matrices},
+        "frozen": whole_weights(rig.engine, rig.base.owner),
+        "cut": any(exchange.is_needed for exchange in exchanges),
+        "states": {key for flat in rig.engine.flats("norms") for key in rig.engine.state_of(flat)},
+    }
+
+
+def _distance(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """The largest relative distance from the reference, of what has changed."""
+    assert found.keys() == expected.keys()
+    distances = [
+        torch.linalg.vector_norm(found[name] - expected[name])
+        / torch.linalg.vector_norm(expected[name] - start.get(name, 0)).clamp(min=1e-12)
+        for name in found
+    ]
+    return float(torch.stack(distances).max())  # Python's max would pass over NaN
+
+
+CASES = [(2, "remora", stage) for stage in STAGES]
+CASES += [(2, "full", 1), (2, "full", 3), (2, "relora", 0), (2, "relora", 2), (1, "remora", 0), (1, "remora", 3)]
+CASES += rest((2, "full", 0), (2, "full", 2), (2, "relora", 1), (2, "relora", 3), (1, "remora", 1), (1, "remora", 2))
+
+
+@pytest.mark.parametrize("world,method,stage", CASES)
+def test_every_stage_trains_as_plain_torch_does(pools, world, method, stage):
+    reference, losses = _reference(method)
+    start = {name: p.detach() for name, p in Reference(reference.config).lm.named_parameters()}
+    parameters = {name: p.detach() for name, p in reference.lm.named_parameters()}
+    masters = {name: parameters[name] for name in reference.parameters}
+    for found in pools(world)(trained, world, stage, method):
+        assert found["losses"] == pytest.approx(losses, rel=2e-6)
+        assert _distance(found["masters"], masters, start) < 5e-5
+        assert _distance(found["momentum"], reference.momentum, {}) < 2e-5
+        frozen = {name: value for name, value in parameters.items() if name not in masters}
+        assert _distance(found["frozen"], frozen, start) < 5e-5 if frozen else not found["frozen"]
+        assert found["cut"] == (world > 1 and stage > 0)
+        assert found["states"] == {"exp_avg", "exp_avg_sq", "step"}
+
+
+@pytest.mark.parametrize("stage", [0, 3, *rest((1,), (2,))])
+def test_without_nesterov(pools, stage):
+    losses = _reference("remora", nesterov=False)[1]
+    assert losses != pytest.approx(_reference("remora")[1], rel=2e-6)
+    [found] = pools(1)(trained, 1, stage, "remora", nesterov=False)
+    assert found["losses"] == pytest.approx(losses, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    "stage,zero",
+    [
+        (1, {"round_robin_gradients": True}),
+        (2, {"round_robin_gradients": True}),
+        (2, {"overlap_comm": True, "reduce_bucket_size": 1000}),
+        (3, {"sub_group_size": 1000, "reduce_bucket_size": 1000}),
+    ],
+)
+def test_with_deepspeeds_own_settings(pools, stage, zero):
+    for found in pools(2)(trained, 2, stage, "full", zero=zero):
+        assert found["cut"] and found["losses"] == pytest.approx(_reference("full")[1], rel=2e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding(pools, ranks, stage):
+    losses = _reference("remora")[1]
+    for found in pools(ranks)(trained, ranks, stage, "remora", bf16=True):
+        assert found["losses"] == pytest.approx(losses, rel=1e-3)
+
+
+# ---- whole matrices -----------------------------------------------------------------------------------------------
+
+SHAPES = {
+    f"m{number}": torch.Size(shape) for number, shape in enumerate([(3, 4), (5, 5), (2, 9), (5, 5), (7, 1), (3, 4)])
+}
+FLATS = (("m0", "m1", "vector", "m2"), ("m3", "m4", "m5"))
+
+
+def _less_its_mean(matrices: Tensor) -> Tensor:
+    """What no rank can do to a piece, and what tells a matrix from its transpose."""
+    columns = torch.arange(matrices.shape[2], dtype=matrices.dtype)
+    return (matrices - matrices.mean(dim=(1, 2), keepdim=True)) * (1 + columns)
+
+
+def put_together(rank: int, world_size: int, seed: int, together: int) -> tuple[list[Tensor], list[int]]:
+    """Lays parameters end to end, cuts them at random between the ranks, and changes the matrices.
+
+    Returns this rank's parts of the result, and how many matrices were changed at once.
+    """
+    from relora_mora.engine import matrices
+    from relora_mora.engine.masters import Fragment
+
+    shapes = {**SHAPES, "vector": torch.Size([6])}
+    generator = torch.Generator().manual_seed(seed)
+    fragments: dict[int, list[Fragment]] = {other: [] for other in range(world_size)}
+    gradients = {}
+    for names in FLATS:
+        values = torch.cat([_values(name, shapes[name]).view(-1) for name in names])
+        cuts = torch.randint(0, len(values) + 1, (world_size - 1,), generator=generator).sort().values.tolist()
+        begins, ends = [0, *cuts], [*cuts, len(values)]
+        flat = torch.zeros(ends[rank] - begins[rank])
+        gradients[flat] = values[begins[rank] : ends[rank]].clone()
+        offset = 0
+        for name in names:
+            for other, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+                left, right = max(begin, offset), min(end, offset + shapes[name].numel())
+                if left < right:
+                    fragments[other].append(Fragment(name, left - offset, right - left, flat, left - begin))
+            offset += shapes[name].numel()
+    counts: list[int] = []
+
+    def update(stack: Tensor, names: Sequence[str]) -> Tensor:
+        assert all(torch.equal(matrix, _values(name, SHAPES[name])) for matrix, name in zip(stack, names, strict=True))
+        counts.append(len(stack))
+        return _less_its_mean(stack)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matrices, "matrices_at_once", lambda shape, on_gpu: together)
+        cut = matrices.CutMatrices(list(SHAPES), fragments, shapes, rank=rank, world_size=world_size)
+        cut.replace(gradients, update)
+    return list(gradients.values()), counts
+
+
+def _values(name: str, shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(map(ord, name))))
+
+
+def many_cuts(world_size: int, together: int) -> list[tuple[list[Tensor], list[int]]]:
+    from torch import distributed as dist
+
+    return [put_together(dist.get_rank(), world_size, seed, together) for seed in range(40)]
+
+
+@pytest.mark.parametrize("world,together", [(1, 1), (2, 1), (4, 1), (4, 8)])
+def test_matrices_are_whole_wherever_they_were_cut(pools, world, together):
+    expected = []
+    for names in FLATS:
+        parts = [_values(name, SHAPES.get(name, torch.Size([6]))) for name in names]
+        changed = [part if part.dim() == 1 else _less_its_mean(part[None])[0] for part in parts]
+        expected.append(torch.cat([part.reshape(-1) for part in changed]))
+    for of_ranks in zip(*pools(world)(many_cuts, world, together), strict=True):
+        for index, values in enumerate(expected):
+            assert torch.equal(torch.cat([parts[index] for parts, _ in of_ranks]), values)
+        counts = [count for _, counts in of_ranks for count in counts]
+        assert sum(counts) == len(SHAPES)  # each by one rank
+        assert together > 1 or max(counts) == 1
+
+
+def test_several_matrices_of_a_shape_go_together(pools):
+    [runs] = pools(1)(many_cuts, 1, 8)
+    assert all(sorted(counts) == [1, 1, 2, 2] for _, counts in runs)
+
+
+def elements_owned(world_size: int) -> int:
+    from tests.tools.tiny import build_rig
+
+    rig = build_rig(_config(world_size, 3, "remora"), llama=_llama())
+    rig.step(1)
+    [exchange] = rig.engine.optimizer.matrices._exchanges.values()
+    return sum(part.numel for parts in exchange.incoming for _, part in parts)
+
+
+def test_the_ranks_share_the_work_where_all_matrices_are_cut(pools):
+    work = pools(2)(elements_owned, 2)
+    assert max(work) < 1.2 * min(work)

@@ -1,0 +1,96 @@
+"""A merge that cannot be right does not begin, or ends the run: nothing of it is saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.distributed
+MERGE_AT = 4
+
+
+def refused_merge(rig: Any) -> str:
+    from relora_mora.engine.merging import MergeError
+
+    with pytest.raises(MergeError) as caught:
+        rig.merge(MERGE_AT)
+    return str(caught.value)
+
+
+def spoiled_merge(world_size: int, stage: int) -> str:
+    from tests.tools.tiny import build_rig, tiny_config
+
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}))
+    rig.step(1)
+    before = {name: weight.clone() for name, weight in rig.base.weights.items()}
+    if rig.engine.rank == 0:
+        shard = next(shard for shard in rig.engine.fragments if shard.name.endswith("mora_M"))
+        with torch.no_grad():
+            shard.of(shard.flat)[0] = float("inf")
+    said = refused_merge(rig)
+    assert all(torch.equal(before[name], weight) for name, weight in rig.base.weights.items())
+    return said
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_delta_that_is_not_finite_is_never_merged(pools, stage):
+    messages = pools(2)(spoiled_merge, 2, stage)
+    assert messages[0] == messages[1] and ".mora_M)" in messages[0]
+    assert "not finite" in messages[0] and "nothing was merged" in messages[0]
+
+
+def merge_with_a_part_missing(world_size: int, stage: int, what: str) -> str:
+    from tests.tools.tiny import build_rig, tiny_config
+
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}))
+    rig.step(1)
+    before = {name: weight.clone() for name, weight in rig.base.weights.items()}
+    if what == "layer":
+        del rig.merger.layers[next(iter(rig.merger.layers))]
+    elif rig.engine.rank == 1:
+        rig.engine.fragments.remove(next(shard for shard in rig.engine.fragments if shard.name.endswith("mora_M")))
+    said = refused_merge(rig)
+    assert all(torch.equal(before[name], weight) for name, weight in rig.base.weights.items())
+    return said
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("what", ["layer", "shard of one rank"])
+def test_a_merge_that_would_not_reach_everything_does_not_begin(pools, stage, what):
+    messages = pools(2)(merge_with_a_part_missing, 2, stage, what)
+    assert messages[0] == messages[1] and "nothing was merged" in messages[0]
+    assert ("13 layers to merge, expected 14" in messages[0]) == (what == "layer")
+
+
+def merge_of_large_products(world_size: int, stage: int) -> str:
+    from tests.tools.tiny import build_rig, tiny_config
+
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method={"name": "relora"}))
+    names = [name for layer in rig.merger.parameters.values() for name in layer]
+    rig.engine.write_masters({name: torch.full(rig.engine.shapes[name], 1e20) for name in names})
+    return refused_merge(rig)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_product_of_finite_adapters_that_is_too_large_ends_the_run(pools, stage):
+    first, second = pools(2)(merge_of_large_products, 2, stage)
+    assert first == second and "is too large for float32" in first and "was saved nowhere" in first
+
+
+def merge_with_a_part_not_reset(world_size: int, stage: int) -> str:
+    from tests.tools.tiny import build_rig, tiny_config
+
+    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}))
+    rig.step(1)
+    scatter = rig.engine.scatter
+    if rig.engine.rank == 1:
+        rig.engine.scatter = lambda name, value, key=None: max(0, scatter(name, value, key) - 1)
+    return refused_merge(rig)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_merge_that_has_not_reset_everything_ends_the_run(pools, stage):
+    first, second = pools(2)(merge_with_a_part_not_reset, 2, stage)
+    assert first == second and "merged, and reset " in first and "cannot be trusted from here" in first

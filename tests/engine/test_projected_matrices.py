@@ -1,0 +1,126 @@
+"""GaLore, Fira and APOLLO on every ZeRO stage against a loop of plain torch, which has whole matrices."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from relora_mora.adapters.layers import adapter_layers
+from relora_mora.config.schema import Config
+from relora_mora.optim.groups import matrix_rule
+from relora_mora.optim.rules import MatrixState
+from relora_mora.system.seeds import derived_seed
+from tests.engine.test_matrices import Reference, _config, _distance, _llama, _run
+from tests.tools.grids import rest
+
+pytestmark = pytest.mark.distributed
+
+SETTINGS = {"projection_rank": 5, "projection_every": 3, "eps": 1e-4}  # renewed at the first step, the 4th and the 7th
+
+
+def _settings(world_size: int, stage: int, method: str, matrices: str) -> Config:
+    return _config(world_size, stage, method, matrices=matrices, **SETTINGS)
+
+
+class ProjectedReference(Reference):
+    """The rules themselves are compared with their formulas in tests/optim/test_projected.py."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.rule = matrix_rule(config.optim)
+        self.states: dict[str, MatrixState] = {}
+        self._forget(self.momentum)
+
+    def _forget(self, names: Any) -> None:
+        for name in names:
+            shapes = self.rule.kept(*self.parameters[name].shape)
+            tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
+            self.states[name] = MatrixState(derived_seed(self.config.train.seed, name), tensors)
+
+    @torch.no_grad()
+    def _step_matrix(self, name: str, rate: float, decay: float) -> None:
+        weight = self.parameters[name]
+        weight *= 1 - rate * decay
+        weight -= rate * self.rule.update(weight.grad.clone()[None], [self.states[name]])[0]
+
+    def merge(self, step: int) -> None:
+        super().merge(step)
+        self._forget(f"{name}.{key}" for name, layer in adapter_layers(self.lm) for key in layer.adapter_names)
+
+
+_references: dict[Any, tuple[ProjectedReference, list[float]]] = {}
+
+
+def _reference(method: str, matrices: str) -> tuple[ProjectedReference, list[float]]:
+    if (method, matrices) not in _references:
+        run = ProjectedReference(_settings(1, 0, method, matrices))
+        _references[method, matrices] = run, _run(run, run.config.method.merges)
+    return _references[method, matrices]
+
+
+def trained(world_size: int, stage: int, method: str, matrices: str, bf16: bool = False) -> dict[str, Any]:
+    """Losses, and what the run ends with: masters, and the states that this rank has."""
+    from tests.tools.tiny import build_rig
+
+    rig = build_rig(_settings(world_size, stage, method, matrices), bf16=bf16, llama=_llama())
+    losses = _run(rig, rig.config.method.merges)
+    return {
+        "losses": losses,
+        "masters": {name: rig.gather(name) for name in rig.engine.moments},
+        "states": {name: state.tensors for name, state in rig.engine.matrix_states.items()},
+        "moments": {name: moments for name, moments in rig.engine.moments.items() if not moments},
+    }
+
+
+CASES = [(2, "full", 0, "fira"), (2, "full", 3, "fira"), *rest((2, "full", 1, "fira"), (2, "full", 2, "fira"))]
+CASES += [(2, "full", 3, "galore"), (2, "full", 2, "apollo"), (2, "remora", 3, "apollo"), (1, "relora", 1, "galore")]
+
+
+@pytest.mark.parametrize("world,method,stage,matrices", CASES)
+def test_every_stage_trains_as_plain_torch_does(pools, world, method, stage, matrices):
+    reference, losses = _reference(method, matrices)
+    start = {name: p.detach() for name, p in ProjectedReference(reference.config).lm.named_parameters()}
+    masters = {name: p.detach() for name, p in reference.parameters.items()}
+    owners: Counter[str] = Counter()
+    for found in pools(world)(trained, world, stage, method, matrices):
+        assert found["losses"] == pytest.approx(losses, rel=2e-6)
+        assert _distance(found["masters"], masters, start) < 5e-5
+        assert found["moments"].keys() == reference.states.keys()
+        owners.update(list(found["states"]))
+        for name, state in found["states"].items():
+            assert _distance(state, reference.states[name].tensors, {}) < 2e-4, name
+    assert owners == dict.fromkeys(reference.states, world if stage == 0 else 1)
+
+
+@pytest.mark.parametrize("stage", [0, 3, *rest((1,), (2,))])
+def test_in_bf16_it_trains_as_plain_torch_does_up_to_rounding(pools, stage):
+    losses = _reference("full", "fira")[1]
+    for found in pools(2)(trained, 2, stage, "full", "fira", bf16=True):
+        assert found["losses"] == pytest.approx(losses, rel=3e-3)
+
+
+def reset(world_size: int, mode: str) -> list[tuple[int, int]]:
+    """Matrices that have a state, and those whose state is zero, before a merge and after it."""
+    from tests.tools.tiny import build_rig
+
+    config = _config(world_size, 2, "remora", matrices="fira", **SETTINGS)
+    config = config.model_copy(update={"method": config.method.model_copy(update={"reset": mode})})
+    rig = build_rig(config, llama=_llama())
+    rig.step(1)
+    counts = []
+    for _ in range(2):
+        states = rig.engine.matrix_states.values()
+        counts.append((len(states), sum(not any(value.any() for value in state.tensors.values()) for state in states)))
+        if len(counts) == 1:
+            rig.merge(4)
+    return counts
+
+
+@pytest.mark.parametrize("mode", ["full", "none"])
+def test_a_merge_drops_the_states_of_adapters_or_keeps_them(pools, mode):
+    for (held, zero), after in pools(2)(reset, 2, mode):
+        assert held > 0 and zero == 0
+        assert after == (held, held if mode == "full" else 0)

@@ -1,0 +1,448 @@
+"""Tasks of lm-evaluation-harness: ours of local data against counting by hand; what is missing is said in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from launch.uuid_pairs import uuid_pairs
+from relora_mora.config.data import RecordsConfig
+from relora_mora.data.records.passages import passage_of
+from relora_mora.data.shard import Record, RecordFormat
+from relora_mora.evaluation.harness import _loaded, evaluate_tasks, record, table
+from relora_mora.evaluation.local_tasks import LOCAL_TASKS, HarnessError, local_rows, local_task
+from relora_mora.system.run_folder import RunFolder, read_json_lines
+from relora_mora.tokenizer.load import load_tokenizer
+from relora_mora.weights.export import export
+from tests.tools.checkpoints import write_checkpoint
+from tests.tools.commands import EVALUATE, call, files_end_at, refused
+from tests.tools.tokenizer_tools import save_bytes_tokenizer
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "local_pubmedqa": [
+        {"QUESTION": f"Is it {number}?", "CONTEXTS": ["One.", "Two."], "final_decision": answer}
+        for number, answer in enumerate(["yes", "no", "maybe", "yes"])
+    ],
+    "local_medqa": [
+        {"question": f"Which {number}?", "options": {"A": "a", "B": "b", "C": "c", "D": "d"}, "answer_idx": answer}
+        for number, answer in enumerate("ABC")
+    ]
+    + [{"question": "Which 3?", "options": {"D": "d", "E": "e"}, "answer_idx": "E"}],
+    "local_gsm8k": [{"question": "How many?", "answer": "Two and two.\n#### 1,004"}],
+    "local_metamath": [
+        {"question": "How many?", "answer": "#### 1,004"},
+        {"question": "What part?", "answer": "\\frac{1}{2}"},
+    ],
+    "local_uuid": list(uuid_pairs(3, 0)),
+}
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[eval]'"
+)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, rows in ROWS.items():
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (folder / f"{name.removeprefix('local_')}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=257, max_position_embeddings=1024, initializer_range=0.3, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    save_bytes_tokenizer(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def nats(lm: LlamaForCausalLM, tokenizer: Any, prompt: str, answer: str) -> float:
+    before = tokenizer(prompt).input_ids
+    ids = torch.tensor([before + tokenizer(answer).input_ids])
+    with torch.no_grad():
+        chances = lm(ids).logits.log_softmax(-1)
+    return sum(float(chances[0, place - 1, ids[0, place]]) for place in range(len(before), ids.shape[1]))
+
+
+def test_every_task_says_what_it_reads():
+    assert set(ROWS) == set(LOCAL_TASKS)
+
+
+def pairs(value: Any) -> Any:
+    """A question has its own options alone: rows of a dataset would have the names of all."""
+    return [list(pair) for pair in value.items()] if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("name", LOCAL_TASKS)
+def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
+    file = data / f"{name.removeprefix('local_')}.jsonl"
+    expected = [{key: pairs(value) for key, value in row.items()} for row in ROWS[name]]
+    for given in (data, file):
+        assert local_task(name, str(given), len)["custom_dataset"]()["test"].to_list() == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "local_uuid: .*uuid.jsonl cannot be read"),
+        ("", "holds no line"),
+        ("{}\n", "line 1: has no prompt, completion; a row has prompt, completion"),
+        ('{"prompt": "a", "completion": "b"}\n[]\n', "line 2: has no prompt"),
+        ("{", "line 1: is no JSON"),
+    ],
+)
+def test_data_that_does_not_fit_is_named(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "uuid.jsonl").write_text(content)
+    with pytest.raises(HarnessError, match=said):
+        local_task("local_uuid", str(tmp_path), len)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "most"),
+    [
+        ("local_uuid", {"prompt": "a", "completion": "b" * 64}, 64),
+        ("local_uuid", {"prompt": "a", "completion": "b" * 65}, 65),
+        ("local_gsm8k", {"question": "a", "answer": "b" * 299 + "#### 1"}, 306),  # behind a space
+        ("local_metamath", {"question": "a", "answer": "1"}, 512),
+    ],
+)
+def test_an_answer_may_be_as_long_as_the_longest_of_the_rows(tmp_path, name, row, most):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[name][0]) + "\n" + json.dumps(row))
+    task = local_task(name, str(tmp_path / "rows.jsonl"), len)
+    assert task["generation_kwargs"]["max_gen_toks"] == most
+
+
+@pytest.mark.parametrize(
+    ("positions", "limit", "most"), [(1000, None, 300), (400, None, 200), (100, None, 64), (400, 1, 64)]
+)
+def test_long_answers_leave_half_of_the_positions_to_prompts(tmp_path, caplog, positions, limit, most):
+    rows = [{"prompt": "a", "completion": "b" * length} for length in (10, 300)]
+    (tmp_path / "uuid.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    task = local_task("local_uuid", str(tmp_path), len, positions=positions, limit=limit)
+    assert task["generation_kwargs"]["max_gen_toks"] == most
+    told = "local_uuid: 1 of 2 answers have more than"
+    assert (told in caplog.text) == (most < 300 and limit is None)
+
+
+def test_what_stands_before_the_answer_of_gsm8k_may_say_so_too(tmp_path):
+    row = {"question": "How many?", "answer": "The answer is 5*2 = <<5*2=10>>10 apples.\n#### 10"}
+    (tmp_path / "metamath.jsonl").write_text(json.dumps(row))
+    assert local_rows("local_metamath", str(tmp_path)) == [row]
+
+
+def test_a_row_is_what_ends_with_a_line_feed(tmp_path):
+    """JSON may hold U+2028 as it is; a byte order mark and blank lines are none of the rows."""
+    text = "a\u2028b\u0085c"
+    rows = [{"prompt": text, "completion": "x"}, {"prompt": "y", "completion": "z"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "uuid.jsonl").write_text("\ufeff" + "\n\n".join(lines) + "\n", encoding="utf-8")
+    assert local_rows("local_uuid", str(tmp_path)) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("local_uuid", {"completion": 3}, "completion is 3, expected: text"),
+        ("local_uuid", {"completion": "a\nb"}, r'completion is "a\\nb", expected: text of one line'),
+        ("local_gsm8k", {"answer": "It is 4."}, 'answer is "It is 4.", expected: number, alone or behind ####'),
+        ("local_gsm8k", {"answer": "#### 1.2.3"}, 'answer is "#### 1.2.3", expected: number, alone or behind ####'),
+        ("local_gsm8k", {"answer": "#### $4"}, r'answer is "#### \$4", expected: number, alone or behind ####'),
+        ("local_metamath", {"answer": "The answer is: 4"}, '.*4", expected: answer, alone or behind ####'),
+        ("local_medqa", {"question": 7}, "question is 7, expected: text"),
+        ("local_medqa", {"options": ["a", "b"]}, r'options is \["a", "b"\], expected: texts by name'),
+        ("local_medqa", {"answer_idx": "Z"}, 'answer_idx is "Z", expected: key of options'),
+        ("local_pubmedqa", {"final_decision": "Yes"}, 'final_decision is "Yes", expected: yes or no or maybe'),
+        ("local_pubmedqa", {"CONTEXTS": "One."}, 'CONTEXTS is "One.", expected: list of texts'),
+    ],
+)
+def test_a_row_of_another_kind_is_named(tmp_path, name, change, said):
+    rows = [ROWS[name][0], {**ROWS[name][0], **change}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(HarnessError, match=f"{name}: .*rows.jsonl, line 2: {said}"):
+        local_task(name, str(file), len)
+
+
+def test_a_run_keeps_what_its_tasks_gave(tmp_path):
+    results = {"local_uuid": {"exact_match": 0.5, "character_accuracy": 0.75}}
+    for step in (10, 20):
+        record(tmp_path, step, results, num_fewshot=None, limit=None)
+    record(tmp_path, 20, {"local_uuid": {"exact_match": 0.25}}, num_fewshot=5, limit=100)
+    lines = read_json_lines(RunFolder(tmp_path).tasks)
+    assert [(line["step"], line["num_fewshot"], line["limit"]) for line in lines] == [
+        (10, None, None),
+        (20, None, None),
+        (20, 5, 100),
+    ]
+    assert lines[0]["tasks/local_uuid/exact_match"] == 0.5
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(RunFolder(tmp_path).tensorboard)).Reload()
+    assert {point.step: point.value for point in events.Scalars("tasks/local_uuid/character_accuracy")} == {
+        10: 0.75,
+        20: 0.75,
+    }
+    assert [point.value for point in events.Scalars("tasks/local_uuid/exact_match/5-shot/first-100")] == [0.25]
+    assert table(results).splitlines()[1].split() == ["local_uuid", "exact_match", "0.5000"]
+
+
+def test_a_score_is_kept_whole_or_not_at_all(tmp_path):
+    """Half a line would take the next score with it."""
+    tasks = RunFolder(tmp_path).tasks
+    before = '{"step": 1}\n' * 10_000
+    tasks.write_text(before)
+    results = {"local_uuid": {"exact_match": 0.5}}
+    with files_end_at(len(before) + 20), pytest.raises(OSError, match=f": '{tasks}'"):
+        record(tmp_path, 2, results, num_fewshot=None, limit=None)
+    assert tasks.read_text() == before
+    record(tmp_path, 3, results, num_fewshot=None, limit=None)
+    assert [line["step"] for line in read_json_lines(tasks)[10_000:]] == [3]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_score_that_tensorboard_has_no_room_for_is_kept_and_said_once(tmp_path):
+    before = set(threading.enumerate())
+    with files_end_at(1000), pytest.raises(OSError, match=f": '{RunFolder(tmp_path).tensorboard}'"):
+        record(tmp_path, 2, {"local_uuid": {f"metric_{n}": 0.5 for n in range(20)}}, num_fewshot=None, limit=None)
+    assert [line["step"] for line in read_json_lines(RunFolder(tmp_path).tasks)] == [2]
+    for writing in set(threading.enumerate()) - before:
+        writing.join()  # as the thread ends, pytest has its exception
+
+
+def test_options_that_have_no_use_are_refused(model):
+    refused(call(EVALUATE, model, "--tasks=local_uuid", "--data=x.jsonl"), "--data: is about text")
+    for option in ("--data.document_mask=true", "--data.records.kind=prompt"):
+        refused(call(EVALUATE, model, "--tasks=local_uuid", option), f"{option.partition('=')[0]}: is about text")
+    refused(call(EVALUATE, model, "--data=x.jsonl", "--limit=3"), "--limit: belongs to --tasks")
+    refused(call(EVALUATE, model, "--tasks=local_uuid", "--limit=0"), "--limit: got 0, expected at least 1")
+    refused(call(EVALUATE, model, "--tasks=hellaswag", "--task_data=x"), "--task_data: hellaswag has no local task")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_without_lm_eval_one_line_says_how_to_get_it(model):
+    refused(call(EVALUATE, model, "--tasks=local_uuid"), "--tasks: lm-evaluation-harness is not installed", "[eval]")
+
+
+# ---- with lm-eval: make test-extras ----------------------------------------------------------------------------------
+
+
+@needs_lm_eval
+def test_tasks_give_what_counting_by_hand_gives(model, data):
+    answer = call(EVALUATE, model, f"--tasks={','.join(LOCAL_TASKS)}", f"--task_data={data}")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out.splitlines()[-1])["tasks"]
+    lm = LlamaForCausalLM.from_pretrained(model).eval()
+    tokenizer = load_tokenizer(model)
+    prompts = {
+        "local_pubmedqa": lambda row: f"Abstract: One.\nTwo.\nQuestion: {row['QUESTION']}\nAnswer:",
+        "local_medqa": lambda row: "\n".join(
+            [f"Question: {row['question']}", *(f"{key}. {text}" for key, text in row["options"].items()), "Answer:"]
+        ),
+    }
+    choices = {"local_pubmedqa": lambda row: ["yes", "no", "maybe"], "local_medqa": lambda row: list(row["options"])}
+    wanted = {"local_pubmedqa": "final_decision", "local_medqa": "answer_idx"}
+    for name, prompt in prompts.items():
+        best = [
+            max(choices[name](row), key=lambda c, r=row: nats(lm, tokenizer, prompt(r), f" {c}")) for row in ROWS[name]
+        ]
+        right = sum(mine == row[wanted[name]] for mine, row in zip(best, ROWS[name], strict=True))
+        assert found[name] == {"acc": right / 4}
+    assert found["local_gsm8k"] == {"exact_match/strict": 0.0, "exact_match/flexible": 0.0}
+    assert found["local_uuid"]["exact_match"] == 0.0 and 0 <= found["local_uuid"]["character_accuracy"] < 0.5
+    assert "local_medqa" in answer.err and "acc" in answer.err
+
+
+@needs_lm_eval
+def test_texts_begin_as_in_training(model, data, monkeypatch):
+    """Where the tokenizer puts no BOS before a text, no text of the training began with one."""
+    from lm_eval.models.huggingface import HFLM
+
+    begins = []
+
+    def generate(self, *args, **settings):
+        begins.append(self.prefix_token_id)
+        return generated(self, *args, **settings)
+
+    generated = HFLM.generate_until
+    monkeypatch.setattr(HFLM, "generate_until", generate)
+    tokenizer = load_tokenizer(model)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(65)
+    given = {"data": str(data), "num_fewshot": None, "limit": 1, "batch_size": 1}
+    evaluate_tasks(LlamaForCausalLM.from_pretrained(model), tokenizer, ["local_uuid"], **given)
+    assert begins == [tokenizer.eos_token_id]
+
+
+@needs_lm_eval
+def test_what_does_not_fit_the_model_is_said(model, data, tmp_path):
+    save_bytes_tokenizer(tmp_path / "wider")
+    wider = load_tokenizer(tmp_path / "wider")
+    wider.add_tokens([f"more{number}" for number in range(50)])
+    wider.save_pretrained(tmp_path / "wider")
+    task = ("--tasks=local_gsm8k", f"--task_data={data}")
+    refused(call(EVALUATE, model, *task, f"--tokenizer={tmp_path / 'wider'}"), "token ids, but the model has only 257")
+    small = LlamaForCausalLM.from_pretrained(model)
+    small.config.max_position_embeddings = 256
+    small.save_pretrained(model)
+    refused(call(EVALUATE, model, *task), "local_gsm8k: its answers have up to 256 tokens, and the model 256 positions")
+    refused(call(EVALUATE, tmp_path / "none", "--tasks=local_uuid", "--task_data=nowhere"), "nowhere cannot be read")
+
+
+@needs_lm_eval
+def test_a_right_number_is_found_behind_its_steps(model, data):
+    class Says(LlamaForCausalLM):
+        said = "So 4 and 1,000 make it.\n#### 1004."
+
+        def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            ids = torch.tensor([load_tokenizer(model)(self.said).input_ids] * len(input_ids))
+            return torch.cat([input_ids, ids], dim=1)
+
+    lm = Says.from_pretrained(model).eval()
+    settings = {"data": str(data), "num_fewshot": None, "limit": None, "batch_size": 2}
+    tokenizer = load_tokenizer(model)
+    assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings) == {
+        "local_gsm8k": {"exact_match/strict": 1.0, "exact_match/flexible": 1.0}
+    }
+    Says.said = "#### 1004.00"
+    assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings)["local_gsm8k"]["exact_match/strict"] == 1.0
+    Says.said = "It is $1,004.00."
+    assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings)["local_gsm8k"]["exact_match/flexible"] == 1.0
+    for said, right in {
+        "The answer is: 1004.0%": 0.5,
+        "The answer is: 10,04": 0.0,
+        "2 and 2.\nThe answer is: 1004": 0.5,
+        " $0.5$. The answer is: $\\frac{1}{2}$.": 0.5,
+        "#### 1004": 0.0,
+        "The answer is: 1004\nThe answer is: 4": 0.0,
+    }.items():
+        Says.said = said
+        assert evaluate_tasks(lm, tokenizer, ["local_metamath"], **settings) == {
+            "local_metamath": {"exact_match": right}
+        }
+    (data / "metamath.jsonl").write_text(json.dumps({"question": "Which interval?", "answer": "[0,2]"}) + "\n")
+    Says.said = "The answer is: [0,2]"
+    assert evaluate_tasks(lm, tokenizer, ["local_metamath"], **settings)["local_metamath"]["exact_match"] == 1.0
+    Says.said = ROWS["local_uuid"][1]["completion"] + "\nmore"
+    found = evaluate_tasks(lm, tokenizer, ["local_uuid"], **settings)["local_uuid"]
+    assert found["exact_match"] == pytest.approx(1 / 3) and found["character_accuracy"] < 1
+
+
+@needs_lm_eval
+def test_prompts_that_are_cut_are_told(model, data, caplog):
+    small = LlamaForCausalLM.from_pretrained(model)
+    small.config.max_position_embeddings = 300
+    small.save_pretrained(model)
+    answer = call(EVALUATE, model, "--tasks=local_gsm8k", f"--task_data={data}")
+    assert answer.code == 0 and "lost their beginning" not in caplog.text
+    row = {"question": "How many? " * 30, "answer": "#### 1"}
+    (data / "gsm8k.jsonl").write_text(json.dumps(row) + "\n")
+    call(EVALUATE, model, "--tasks=local_gsm8k", f"--task_data={data}")
+    assert "longer than the model's 300 positions leave room for, and lost their beginning (1 times); give a model" in (
+        caplog.text
+    )
+    caplog.clear()
+    (data / "gsm8k.jsonl").write_text(2 * (json.dumps(row) + "\n") + json.dumps(row | {"answer": "#### 2"}))
+    call(EVALUATE, model, "--tasks=local_gsm8k", f"--task_data={data}", "--num_fewshot=1")
+    assert "; give fewer --num_fewshot" in caplog.text
+
+
+@needs_lm_eval
+def test_a_run_and_an_adapter_on_it_score_as_their_exports(tmp_path):
+    """Its answers end with the tokenizer's EOS, 256, also where the model's config names another token, here 2."""
+    save_bytes_tokenizer(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    sizes = {"hidden_size": 272, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=512, eos_token_id=2, **sizes))
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+        lm.model.embed_tokens.weight[:, :257] = torch.eye(257)
+        for before, after in ("ab", "cd", "de", "ef", "fg", "zz"):  # after each token comes one other
+            lm.lm_head.weight[tokenizer(after).input_ids[0], tokenizer(before).input_ids[0]] = 1.0
+        for last in "bg":
+            lm.lm_head.weight[256, tokenizer(last).input_ids[0]] = 1.0
+        lm.lm_head.weight[tokenizer("z").input_ids[0], 256] = 1.0
+    pairs = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "defg"}]
+    (tmp_path / "uuid.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+    checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000005", lm, tmp_path / "tokenizer")
+    export(checkpoint, tmp_path / "export")
+    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps(adapter | {"base_model_name_or_path": str(checkpoint)})
+    )
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.lora_A.weight": torch.zeros(2, 272), f"{name}.lora_B.weight": torch.zeros(272, 2)}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    for given in (checkpoint, tmp_path / "export", tmp_path / "adapter"):
+        answer = call(EVALUATE, given, "--tasks=local_uuid", f"--task_data={tmp_path}")
+        found = json.loads(answer.out.splitlines()[-1])["tasks"]["local_uuid"]
+        assert found["exact_match"] == 1.0, given
+
+
+@needs_lm_eval
+def test_what_cannot_be_had_is_said_and_the_rest_runs(model, data, monkeypatch):
+    import datasets
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no way to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    answer = call(EVALUATE, model, "--tasks=sciq,local_uuid", f"--task_data={data}", "--limit=1")
+    assert answer.code == 0 and list(json.loads(answer.out.splitlines()[-1])["tasks"]) == ["local_uuid"]
+    refused(call(EVALUATE, model, "--tasks=sciq"), "sciq: its data cannot be had (no way to the hub)")
+    refused(call(EVALUATE, model, "--tasks=local_uuid"), "local_uuid: needs --task_data")
+    refused(call(EVALUATE, model, "--tasks=nonsense"), "lm-eval has no task nonsense")
+
+
+@needs_lm_eval
+def test_rows_with_their_answers_stand_before_each_row(model, data):
+    answer = call(
+        EVALUATE, model, "--tasks=local_medqa, local_uuid", f"--task_data={data}", "--num_fewshot=2", "--limit=2"
+    )
+    assert answer.code == 0 and 0 <= json.loads(answer.out.splitlines()[-1])["tasks"]["local_medqa"]["acc"] <= 1
+    refused(
+        call(EVALUATE, model, "--tasks=local_uuid", f"--task_data={data}", "--num_fewshot=3"),
+        "--num_fewshot: got 3, and local_uuid has 3 rows with the one that is asked",
+    )
+    copied = "".join(f"{json.dumps(row)}\n" for row in [ROWS["local_uuid"][0]] * 2 + ROWS["local_uuid"][1:2])
+    (data / "uuid.jsonl").write_text(copied)
+    refused(
+        call(EVALUATE, model, "--tasks=local_uuid", f"--task_data={data}", "--num_fewshot=2"),
+        "local_uuid has 3 rows with the one that is asked and its copies (2 of one)",
+    )
+
+
+def test_the_prompt_of_metamath_is_the_one_that_was_learned(data):
+    asked = str(local_task("local_metamath", str(data), len)["doc_to_text"])
+    alpaca = RecordFormat(RecordsConfig(kind="alpaca"))
+    learned = passage_of("alpaca", Record({"instruction": "{{question}}", "output": "x"}, "a row", alpaca))
+    assert asked + "x" == learned.text
+
+
+class _Manager:
+    """What lm-eval's loads: a group of two tasks, one of them alone."""
+
+    def load(self, names: list[str]) -> dict[str, Any]:
+        tasks = {"history": "the task of history", "physics": "the task of physics"}
+        if names == ["all"]:
+            return {"groups": {"all": "the group"}, "tasks": tasks, "group_map": {"all": list(tasks)}}
+        return {"groups": {}, "tasks": {name: tasks[name] for name in names}, "group_map": {}}
+
+
+@pytest.mark.parametrize("names", [["all", "history"], ["history", "all"]])
+def test_a_task_of_a_group_that_is_asked_for_too_is_asked_once(names):
+    """lm-eval refuses one task twice, with a traceback and when all data are there."""
+    assert _loaded(names, _Manager(), lambda name: {}) == (["the group"], [])

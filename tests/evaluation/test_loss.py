@@ -1,0 +1,372 @@
+"""Held-out loss: any causal LM of transformers, any batch size, and bits per byte by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
+
+from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.config.data import DataConfig, RecordsConfig
+from relora_mora.config.data_flags import parse_typed
+from relora_mora.data.errors import SourceError
+from relora_mora.data.sets.held_out import load_eval_set
+from relora_mora.data.sources.names import Commits
+from relora_mora.data.stream.packing import document_boundaries
+from relora_mora.evaluation.loss import (
+    EvalResult,
+    causal_lm_loss,
+    evaluate,
+    evaluate_sets,
+    held_out,
+    is_causal,
+    rows_of_documents,
+)
+from relora_mora.model.llama import LossModel, build_model, empty_model
+from relora_mora.tokenizer.load import load_tokenizer
+from relora_mora.tokenizer.save import save_tokenizer
+from relora_mora.weights.load import LoadedModel, load_any_model
+from tests.tools.commands import EVALUATE, Answer, call, refused
+from tests.tools.data_tools import data_config, write_shard
+from tests.tools.helpers import ROOT
+from tests.tools.tiny import tiny_llama
+
+TEXTS = ["the rank of a merge", "größer als the matrix", "🙂 one more of the same"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_shard(tmp_path / "text.json.gz", TEXTS)
+
+
+def _gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=64)).eval()
+
+
+def test_every_token_counts_once_whatever_the_batch(source, tokenizer_path):
+    lm = _gpt2()
+    tokens = sum(len(load_tokenizer(tokenizer_path)(text, add_special_tokens=False).input_ids) + 1 for text in TEXTS)
+    results = []
+    for length, micro in ((8, 1), (8, 3), (8, 100)):
+        data = load_eval_set(
+            str(source),
+            config=data_config(source),
+            tokenizer_path=tokenizer_path,
+            sequence_length=length,
+            max_tokens=None,
+        )
+        results.append(evaluate(causal_lm_loss(lm), data, micro_batch_size=micro, device=torch.device("cpu")))
+    assert {result.tokens for result in results} == {tokens}
+    assert all(result.loss == pytest.approx(results[0].loss, rel=1e-6) for result in results)
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert results[0].bits_per_byte == pytest.approx(results[0].loss * tokens / math.log(2) / size)
+    assert results[0].perplexity == pytest.approx(math.exp(results[0].loss))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_progress_goes_up_to_all_tokens(source, tokenizer_path, world_size):
+    data = load_eval_set(
+        str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=8, max_tokens=None
+    )
+    steps: list[tuple[int, int]] = []
+    evaluate(
+        causal_lm_loss(_gpt2()),
+        data,
+        micro_batch_size=2,
+        device=torch.device("cpu"),
+        world_size=world_size,
+        all_sum=lambda totals: torch.tensor([totals[0], data.predicted]),  # as if the other rank had scored the rest
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    assert len(steps) > 1 and steps == sorted(steps) and {total for _, total in steps} == {data.predicted}
+    assert steps[0][0] == 16 * world_size and steps[-1][0] == data.predicted
+
+
+def test_sets_are_scored_one_after_the_other(source, tokenizer_path, tmp_path):
+    other = write_shard(tmp_path / "other.json", TEXTS[:2])
+    config = data_config(source, sequence_length=8).model_copy(
+        update={"validation": {"all": str(source), "two": [str(other)]}}
+    )
+    sets = held_out(config, tokenizer_path, max_tokens=None)
+    mean_loss = causal_lm_loss(_gpt2())
+    steps: list[tuple[int, int]] = []
+
+    def score(data, update):
+        return evaluate(mean_loss, data, micro_batch_size=2, device=torch.device("cpu"), progress=update)
+
+    results = evaluate_sets(score, sets, lambda done, total: steps.append((done, total)))
+    assert {name: result.tokens for name, result in results.items()} == {
+        name: data.predicted for name, data in sets.items()
+    }
+    whole = EvalResult.of_all(results.values())
+    assert len({whole.digest, *(data.digest for data in sets.values())}) == 3
+    assert EvalResult.of_all(reversed(results.values())).digest == whole.digest
+    assert EvalResult.of_all([results["two"]]) == results["two"]
+    both = sum(data.predicted for data in sets.values())
+    assert steps == sorted(steps) and {total for _, total in steps} == {both} and steps[-1][0] == both
+    assert evaluate_sets(lambda data, _: results["all"] if data is sets["all"] else None, sets, print) is None, (
+        "stopped"
+    )
+    other.write_text('{"text": ""}\n')
+    with pytest.raises(SourceError, match=r"^data\.validation\.two: the validation data .* holds no text"):
+        held_out(config, tokenizer_path, max_tokens=None)
+
+
+def test_what_a_command_is_given_as_text():
+    """A glob may begin with a bracket, and a range with a brace."""
+    for source in ("[ab]*.json", "{00..15}.json.gz", "a: b.json", "allenai/c4", "*.json"):
+        assert parse_typed(source, "--data") == source
+    record = {"source": "b", "text_column": "body"}
+    assert parse_typed("{web: a, books: [b]}", "--data") == {"web": "a", "books": ["b"]}
+    assert parse_typed("{source: b, text_column: body}", "--data") == record
+    assert parse_typed("[{source: b, text_column: body}, c]", "--data") == [record, "c"]
+
+
+def test_the_revisions_of_a_run_hold_for_its_own_text():
+    commits = ["a" * 40, "b" * 40]
+    own = {"c4": "allenai/c4", "web": [{"source": "some/set", "revision": commits[1]}]}
+    data = DataConfig(train="allenai/c4", validation=own | {"here": "a.jsonl"}, revision=commits[0])
+    loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
+    own_settings = loaded.data_settings(None, {})
+    assert (own_settings.validation, own_settings.revision) == (data.validation, data.revision)
+    for given in ({"web": "some/set", "new": "other/set", "c4": "allenai/c4"}, ["some/set", "other/set", "allenai/c4"]):
+        settings = loaded.data_settings(given, {"data.sequence_length": "64"})
+        assert [source.revision for source in settings.sources("validation")] == [commits[1], None, commits[0]]
+        assert (settings.revision, settings.sequence_length) == ("main", 64)
+    noted = {"other/set@main": commits[0]}
+    of_run = LoadedModel(_gpt2(), nullcontext(), data.model_copy(update={"commits": noted}), "a run")
+    assert Commits.of(of_run.data_settings("other/set", {})).at("other/set") == commits[0]
+    (here,) = loaded.data_settings(["a.jsonl"], {}).sources("validation")
+    assert here.revision is None  # it is on no hub
+    asked = loaded.data_settings(["some/set"], {"data.revision": "v2"})
+    assert asked.revision == "v2" and asked.sources("validation")[0].revision is None
+    masked = LoadedModel(_gpt2(), nullcontext(), data.model_copy(update={"document_mask": True}), "a run")
+    rows = {"data.records.kind": "question", "data.packing": "none"}
+    assert masked.data_settings(None, {}).document_mask and not masked.data_settings(["a.jsonl"], rows).document_mask
+
+
+def test_conversations_of_a_run_have_the_template_that_its_tokenizer_took_along():
+    """The file may be another by now. Another tokenizer has no template of the run."""
+    records = {"kind": "messages", "template": "chat.jinja"}
+    data = DataConfig(train="a.jsonl", validation="b.jsonl", records=records)
+    loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
+    assert loaded.data_settings(None, {}).records.template is None
+    assert loaded.data_settings(None, {}, own_tokenizer=False).records.template == "chat.jinja"
+
+
+@pytest.mark.parametrize(
+    "own", [{"kind": "messages", "template": "chatml"}, {"kind": "alpaca", "columns": {"output": "a"}}]
+)
+def test_records_of_another_kind_than_a_run_s_own_have_nothing_of_these(own):
+    data = DataConfig(train="a.jsonl", validation="b.jsonl", records=own)
+    loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
+    for kind in ("question", "text"):
+        asked = loaded.data_settings("c.jsonl", {"data.records.kind": kind})
+        assert asked.records == RecordsConfig(kind=kind)
+    assert loaded.data_settings("c.jsonl", {"data.records.kind": own["kind"]}).records == data.records
+
+
+def _llama(**changes) -> LlamaForCausalLM:
+    return build_model(tiny_llama(vocab_size=320, **changes), seed=3).eval()
+
+
+def _loss_of_documents(lm, texts: list[str], tokenizer, length: int) -> float:
+    """Each document alone, cut where a sequence of the packed text ends; one forward of plain transformers for each."""
+    nats = tokens = place = 0
+    for text in texts:
+        ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        begin = 0
+        while begin < len(ids) - 1:
+            end = min(len(ids) - 1, begin + length - place % length)
+            logits = lm(torch.tensor([ids[begin:end]])).logits[0].double()
+            nats -= logits.log_softmax(-1).gather(1, torch.tensor(ids[begin + 1 : end + 1])[:, None]).sum().item()
+            place += end - begin
+            tokens += end - begin
+            begin = end
+    return nats / tokens
+
+
+@pytest.mark.parametrize("make", [_gpt2, _llama])
+@pytest.mark.parametrize("length,micro", [(8, 3), (64, 1)])
+def test_with_a_document_mask_each_document_is_scored_alone(source, tokenizer_path, make, length, micro):
+    lm = make()
+    data = load_eval_set(
+        str(source),
+        config=data_config(source, document_mask=True),
+        tokenizer_path=tokenizer_path,
+        sequence_length=length,
+        max_tokens=None,
+    )
+    expected = _loss_of_documents(lm, TEXTS, load_tokenizer(tokenizer_path), length)
+    loss = evaluate(causal_lm_loss(lm), data, micro_batch_size=micro, device=torch.device("cpu")).loss
+    assert loss == pytest.approx(expected, abs=1e-6)
+    if isinstance(lm, LlamaForCausalLM):  # what a run evaluates with
+        of_run = evaluate(LossModel(lm), data, micro_batch_size=micro, device=torch.device("cpu")).loss
+        assert of_run == pytest.approx(expected, abs=1e-6)
+    together = load_eval_set(
+        str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=length, max_tokens=None
+    )
+    assert (
+        abs(
+            evaluate(causal_lm_loss(make()), together, micro_batch_size=micro, device=torch.device("cpu")).loss
+            - expected
+        )
+        > 1e-5
+    )
+
+
+def test_rows_of_documents_hold_every_scored_label_once_and_no_more_tokens_than_the_sequences():
+    ids = torch.arange(1, 25).reshape(2, 12)
+    labels = ids + 100
+    labels[1, 8:] = -100
+    documents = torch.tensor([[1] * 7 + [2] + [3] * 4, [5] * 8 + [6] * 4], dtype=torch.int32)
+    seen = []
+    for rows, targets in rows_of_documents(ids, labels, document_boundaries(documents)):
+        assert rows.shape == targets.shape and rows.numel() <= ids.numel()
+        for row, target in zip(rows, targets, strict=True):
+            scored = target != -100
+            assert torch.equal(row[scored] + 100, target[scored]) and bool(scored[: scored.sum()].all())
+            seen.append(row[scored].tolist())
+    assert sorted(seen) == [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11, 12], [13, 14, 15, 16, 17, 18, 19, 20]]
+
+
+def test_a_uniform_model_has_the_entropy_of_its_vocabulary(source, tokenizer_path):
+    data = load_eval_set(
+        str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=16, max_tokens=None
+    )
+    lm = _gpt2()
+    with torch.no_grad():
+        lm.lm_head.weight.zero_()
+    assert evaluate(causal_lm_loss(lm), data, micro_batch_size=2, device=torch.device("cpu")).loss == pytest.approx(
+        math.log(320), rel=1e-6
+    )
+
+
+def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer_path, tmp_path):
+    folder = tmp_path / "gpt2"
+    _gpt2().save_pretrained(folder)
+    save_tokenizer(tokenizer_path, folder)
+    command = [sys.executable, str(ROOT / "launch" / "evaluate.py")]
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"}
+    done = subprocess.run(
+        [*command, str(folder), f"--data={source}"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert set(values) == {"loss", "perplexity", "bits_per_byte", "tokens", "digest"}
+    assert abs(values["loss"] - math.log(320)) < 0.2
+    refused(call(EVALUATE, tmp_path, f"--data={source}"), "no checkpoint")
+    refused(call(EVALUATE, tmp_path, f"--data={tmp_path}/typo.json"), "no file matches")
+    refused(call(EVALUATE, tmp_path, f"--data={source}", f"--tokenizer={tmp_path}/typo"), "typo: not found")
+
+
+def test_a_model_from_elsewhere_names_no_text(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    refused(call(EVALUATE, tmp_path), f"--data: {tmp_path} is no run", "say what to score")
+
+
+def test_what_a_foreign_folder_holds_beside_its_model_is_told(tmp_path, caplog):
+    folder = tmp_path / "llama"
+    _llama().save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
+    with caplog.at_level("WARNING"):
+        load_any_model(folder, torch.float32)
+    assert "no place for these weights" in caplog.text and "model.layers.1.mlp.up_proj.weight" in caplog.text
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="an adapter of PEFT beside its model"):
+        load_any_model(folder, torch.float32)
+
+
+def test_sizes_are_compared_before_a_model_is_built(tmp_path, monkeypatch):
+    folder = tmp_path / "llama"
+    _llama().save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    built = []
+    monkeypatch.setattr("relora_mora.weights.foreign.quiet_transformers", lambda: pytest.fail("the model is built"))
+    monkeypatch.setattr("relora_mora.weights.foreign.empty_model", lambda of: built.append(of) or empty_model(of))
+    for changes, said in (
+        ({"num_hidden_layers": 4000}, r"missing: model.layers.\*.input_layernorm.weight \(3998\)"),
+        ({"vocab_size": 8_000_000}, "of another shape: lm_head.weight, model.embed_tokens.weight"),
+    ):
+        (folder / "config.json").write_text(json.dumps(settings | changes))
+        with pytest.raises(CheckpointError, match=said):
+            load_any_model(folder, torch.float32)
+    assert [config.num_hidden_layers for config in built] == [1, 1], "it takes seconds for thousands of layers"
+
+
+def _bert(*, is_decoder: bool) -> BertLMHeadModel:
+    config = {
+        "vocab_size": 320,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return BertLMHeadModel(BertConfig(**config, is_decoder=is_decoder, initializer_range=0.5)).eval()
+
+
+def test_a_model_that_sees_what_it_predicts_is_refused(source, tokenizer_path, tmp_path):
+    """Its loss would look like a very good one."""
+    torch.manual_seed(0)
+    xlnet = XLNetLMHeadModel(
+        XLNetConfig(vocab_size=320, d_model=16, n_layer=1, n_head=2, d_inner=16, initializer_range=0.5)
+    ).eval()
+    for lm in (_bert(is_decoder=False), xlnet):
+        folder = tmp_path / type(lm).__name__
+        lm.save_pretrained(folder)
+        answer = call(EVALUATE, folder, f"--data={source}", f"--tokenizer={tokenizer_path}")
+        refused(
+            answer,
+            str(folder),
+            f"{type(lm).__name__} predicts a token from that token and later ones",
+            notes=_lines(answer) - 1,
+        )
+    for lm in (_bert(is_decoder=True), _gpt2()):
+        assert is_causal(lm, torch.device("cpu"))
+
+
+def test_documents_that_are_always_alone_cannot_be_scored_in_sequences(source, tokenizer_path, tmp_path):
+    _gpt2().save_pretrained(tmp_path)
+    given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--data.document_mask=false")
+    answer = call(EVALUATE, tmp_path, *given, "--data.records={kind: prompt}")
+    refused(answer, "--data.document_mask: records that are packed whole are always scored alone")
+
+
+def test_documents_that_longrope_would_turn_by_the_longest_are_refused(source, tokenizer_path, tmp_path):
+    factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "original_max_position_embeddings": 16}
+    lm = _llama(rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors})
+    lm.save_pretrained(tmp_path)
+    given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--data.document_mask=true")
+    refused(call(EVALUATE, tmp_path, *given), "behind 16 positions the longrope of", "give at most 16")
+    assert call(EVALUATE, tmp_path, *given, "--data.sequence_length=16").code == 0
+
+
+def test_a_loss_that_is_no_number_is_no_result(source, tokenizer_path, tmp_path):
+    lm = _gpt2()
+    with torch.no_grad():
+        lm.transformer.ln_f.weight[0] = math.nan
+    lm.save_pretrained(tmp_path)
+    answer = call(EVALUATE, tmp_path, f"--data={source}", f"--tokenizer={tokenizer_path}")
+    refused(answer, str(tmp_path), "its loss in float32 is nan", notes=_lines(answer) - 1)
+    assert not answer.out
+
+
+def _lines(answer: Answer) -> int:
+    return len(answer.err.splitlines())

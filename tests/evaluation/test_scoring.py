@@ -1,0 +1,147 @@
+"""Generated answers against right ones: what counts as right, and where the published scripts say otherwise."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from relora_mora.evaluation.scoring import gsm8k_scores, metamath_scores, pair_scores
+
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[eval]'"
+)
+
+# right answer, generated text, (strict, flexible), and what lm-eval's task gsm8k says if that is something else
+GSM8K: list[tuple[str, str, tuple[int, int], tuple[int, int] | None]] = [
+    ("18", "So 9 * 2 = 18\n#### 18", (1, 1), None),
+    ("18", "#### 18.", (1, 1), None),
+    ("69", "It is 69.0.", (0, 1), (0, 0)),
+    ("69", "#### 69.0.", (1, 1), (0, 0)),
+    ("1000", "She earns $1,000.00.", (0, 1), (0, 0)),
+    ("1,000", "#### 1000", (1, 1), None),
+    ("1,234,567", "#### 1,234,567,", (1, 1), None),
+    ("-5", "It falls by -$5.", (0, 1), None),
+    ("-5", "#### -5", (1, 1), None),
+    ("0.5", "#### .5", (1, 1), (0, 0)),
+    ("0.5", "He pays $.50.", (0, 1), (0, 0)),
+    ("18", "#### 18 eggs in 2 days", (1, 0), None),
+    ("18", "#### $18", (0, 1), None),
+    ("18", "#### 18\n#### 19", (1, 0), None),
+    ("18", "18...", (0, 1), (0, 0)),
+    ("18", "It is 18, and so on ...", (0, 1), (0, 0)),
+    ("18", "#### 18.5", (0, 0), None),
+    ("18", "#### 180", (0, 0), None),
+    ("18", "####18", (0, 1), None),
+    ("12", "#### 1,2", (0, 0), (1, 1)),
+    ("2", "It is 1/2", (0, 0), (0, 1)),
+    ("18", "#### ,", (0, 0), None),
+    ("18", "No number", (0, 0), None),
+    ("18", "", (0, 0), None),
+]
+# right answer (after ####: of GSM8K), the line after "The answer is: ", whether it is right, and what eval_gsm8k.py or
+# eval_math.py of MetaMath says if that is something else
+METAMATH: list[tuple[str, str, int, int | None]] = [
+    ("#### 18", "18", 1, None),
+    ("#### 18", "18.0", 1, None),
+    ("#### 18", "18%", 1, None),
+    ("#### 18", "$18 per day.", 1, None),
+    ("#### 18", "$\\boxed{18}$", 1, None),
+    ("#### 18", "180", 0, None),
+    ("#### 18", "18.4", 0, 1),
+    ("#### 1,000,000", "1,000,000", 1, 0),
+    ("#### 12", "1,2", 0, 1),
+    ("#### -5", "-$5", 1, 0),
+    ("#### 1", "1/2", 0, None),
+    ("#### 18", "eighteen", 0, None),
+    ("#### \\frac{1}{2}", "\\frac12", 1, None),
+    ("18", "18", 1, None),
+    ("18", "18.", 1, None),
+    ("18", "18.0", 1, 0),
+    ("18", "18%", 1, 0),
+    ("18", "18\\%", 1, None),
+    ("18", "\\$18", 1, None),
+    ("18", "$18$.", 1, 0),
+    ("18", "18 apples", 0, None),
+    ("18", "18\\text{ apples}", 1, None),
+    ("18", "18x", 0, None),
+    ("12", "1,2", 0, None),
+    ("1,2", "12", 0, None),
+    ("1,2,3", "1, 2, 3", 1, None),
+    ("23", "2 3", 0, 1),
+    ("2 3", "23", 0, 1),
+    ("2 3", "2  3", 1, None),
+    ("10,\\!000", "10,000", 1, None),
+    ("10,\\!000", "10000", 1, 0),
+    ("30", "30^\\circ", 1, None),
+    ("[0,2]", "[0, 2]", 1, None),
+    ("\\left(\\frac{1}{2},3\\right)", "(\\dfrac12, 3)", 1, None),
+    ("\\frac{1}{2}", "\\frac{1}2", 1, 0),
+    ("\\frac{1}{2}", "1/2", 1, None),
+    ("\\frac{1}{2}", "0.5", 1, None),
+    ("\\frac{1}{2}", ".5", 1, None),
+    ("\\frac{1}{2}", "\\frac{2}{4}", 0, None),
+    ("-\\frac{a}{2}", "-\\frac a2", 1, None),
+    ("3\\sqrt{2}", "3\\sqrt2", 1, None),
+    ("5", "x = 5", 1, None),
+    ("x+y=5", "x + y = 5", 1, None),
+    ("\\text{Evelyn}", "\\text{Evelyn}", 1, None),
+    ("\\text{Evelyn}", "\\text{Ann}", 0, None),
+    ("x^2+2x+1", "x^2 + 2x + 1", 1, None),
+    ("5", "", 0, None),
+]
+
+
+@pytest.mark.parametrize(("answer", "said", "right", "_"), GSM8K)
+@pytest.mark.parametrize("steps", ["", "Two and two.\n#### "])
+def test_answers_of_gsm8k(steps, answer, said, right, _):
+    scores = gsm8k_scores({"answer": steps + answer}, [said])
+    assert scores == {"exact_match/strict": right[0], "exact_match/flexible": right[1]}
+
+
+@pytest.mark.parametrize(("answer", "said", "right", "_"), METAMATH)
+@pytest.mark.parametrize(
+    "before", ["The answer is: ", "It is 1. The answer is: 7\nNo. The answer is: ", "The answer is "]
+)
+def test_answers_of_metamath(before, answer, said, right, _):
+    assert metamath_scores({"answer": answer}, [before + said]) == {"exact_match": right}
+    assert metamath_scores({"answer": answer}, [before + said + "\nIs it 5?"]) == {"exact_match": right}
+    assert metamath_scores({"answer": answer}, [said]) == {"exact_match": 0}
+
+
+def test_a_pair_is_compared_place_by_place():
+    assert pair_scores({"completion": "abcd"}, ["abcd"]) == {"exact_match": 1.0, "character_accuracy": 1.0}
+    assert pair_scores({"completion": "abcd"}, ["abXdefg"]) == {"exact_match": 0.0, "character_accuracy": 0.75}
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(("answer", "said", "right", "theirs"), GSM8K)
+def test_what_gsm8k_of_lm_eval_says(answer, said, right, theirs):
+    import lm_eval
+    from lm_eval.api.metrics import exact_match_fn
+    from lm_eval.filters.extraction import RegexFilter
+
+    path = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"
+    task: dict[str, Any] = yaml.safe_load(path.read_text())
+    [metric] = task["metric_list"]
+    settings = {key: metric[key] for key in ("ignore_case", "ignore_punctuation", "regexes_to_ignore")}
+    found = []
+    for kind in task["filter_list"]:
+        extract = RegexFilter(**{key: value for key, value in kind["filter"][0].items() if key != "function"})
+        [[number]] = extract.apply([[said]], [{}])
+        found.append(
+            int(exact_match_fn(predictions=[number], references=[f"#### {answer}"], **settings)["exact_match"])
+        )
+    assert tuple(found) == (theirs or right)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(("answer", "said", "right", "theirs"), [row for row in METAMATH if "####" not in row[0]])
+def test_what_is_equiv_of_math_says(answer, said, right, theirs):
+    """lm-eval has the function with which MetaMath's eval_math.py compares, after one full stop was removed."""
+    from lm_eval.tasks.hendrycks_math.utils import is_equiv
+
+    assert is_equiv(said.removesuffix("."), answer) == (right if theirs is None else theirs)

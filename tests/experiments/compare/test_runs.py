@@ -1,0 +1,209 @@
+"""What a run folder tells: tokens, time, merges, sets of held-out text, and whether the run has ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from relora_mora.experiments.compare.groups import group_runs
+from relora_mora.experiments.compare.runs import CompareError, read_run, read_runs
+from relora_mora.experiments.compare.table import compare
+from relora_mora.supervise.lock import STALE_SECONDS, RunLock, is_held
+from relora_mora.system.run_folder import RunFolder
+from tests.experiments.compare.folders import PARAMETERS, TOKENS, made_run, write_run
+
+
+def test_tokens_and_time_of_a_step(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "a")
+    assert [run.tokens(step) for step in (0, 7, 40)] == [0, 7 * TOKENS, 40 * TOKENS]
+    assert [run.seconds(step) for step in (0, 7, 19, 20, 40)] == [0, 14, 38, 45, 85], "a merge after step 20 takes 5 s"
+    assert run.merges == [20] and run.parameters == PARAMETERS
+
+
+def test_tokens_beyond_the_last_line_follow_from_the_batch(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "a", [9.0, 4.0])
+    assert run.tokens(13) == 13 * TOKENS
+
+
+def test_time_begins_with_another_runs_checkpoint_and_tokens_before_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    files = RunFolder(folder)
+    files.starts.write_text('{"step": 100}\n{"step": 105}\n')
+    lines = [json.loads(line) for line in files.metrics.read_text().splitlines()]
+    for line in lines:
+        line["step"] += 100
+        if "train/tokens" in line:
+            line["train/tokens"] += 100 * TOKENS  # the checkpoint's are counted on
+    files.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    assert run.seconds(110) == 20.0 and run.parameters == {}
+    assert [run.tokens(step) for step in (100, 101, 111)] == [100 * TOKENS, 101 * TOKENS, 111 * TOKENS]
+
+
+def test_time_counts_the_tokens_that_were_trained_on_where_a_resume_changed_the_batch(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    files = RunFolder(folder)
+    config = files.config.read_text()
+    files.config.write_text(config.replace("batch_size: 8", "batch_size: 32", 1))
+    later = {"step": 20, "train/tokens": 10 * TOKENS + 10 * 4 * TOKENS, "perf/tokens_per_second": TOKENS}
+    with files.metrics.open("a") as stream:
+        stream.write(json.dumps(later) + "\n")
+    assert [read_run(folder).seconds(step) for step in (10, 20)] == [20.0, 60.0]
+
+
+def test_evaluations_on_other_text_before_a_resume_are_left_out(tmp_path: Path) -> None:
+    """Also where it has as many tokens, or the very set that was added to others."""
+    folder = write_run(tmp_path / "a", [9.0, 4.0], sets=["web"], digest="a text")
+    with RunFolder(folder).metrics.open("a") as stream:
+        for step in (20, 30):
+            line = {"eval/loss": 3.0, "eval/tokens": 500, "eval/digest": "another"}
+            line |= {"eval/web/loss": 2.0, "eval/web/tokens": 500, "eval/web/digest": "a text"}
+            stream.write(json.dumps({"step": step, **line}) + "\n")
+    run = read_run(folder)
+    assert run.evaluations("") == {20: 3.0, 30: 3.0} and run.evaluations("web") == {0: 9.0, 10: 4.0, 20: 2.0, 30: 2.0}
+    assert run.scored == {"web": "a text"}
+
+
+def test_evaluations_of_before_digests_were_noted_go_by_their_tokens(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    with RunFolder(folder).metrics.open("a") as stream:
+        for step, tokens, digest in ((10, 400, None), (20, 500, None), (30, 500, "a text")):
+            line = {"step": step, "eval/loss": 3.0, "eval/tokens": tokens}
+            stream.write(json.dumps(line if digest is None else line | {"eval/digest": digest}) + "\n")
+    assert read_run(folder).evaluations("") == {0: 9.0, 10: 4.0, 20: 3.0, 30: 3.0}
+
+
+def test_shares_of_other_answers_before_a_resume_are_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    with RunFolder(folder).metrics.open("a") as stream:
+        for step, answers in ((10, 3), (20, 7), (30, 7)):
+            line = {"step": step, "eval/loss": 3.0, "eval/exact_match": 0.5, "eval/answers": answers}
+            stream.write(json.dumps(line) + "\n")
+    run = read_run(folder)
+    assert run.series("eval/exact_match") == {20: 0.5, 30: 0.5} and 10 in run.series("eval/loss")
+
+
+@pytest.mark.parametrize(("sets", "expected"), [((), [""]), (("web", "loss"), ["web", "loss"])])
+def test_sets_of_held_out_text(tmp_path: Path, sets: tuple[str, ...], expected: list[str]) -> None:
+    run = made_run(tmp_path / "a", sets=sets)
+    assert run.validation_sets == expected
+    assert run.evaluations(expected[-1]) == {
+        0: 8.0 + len(expected),
+        10: 3.0 + len(expected),
+        20: 2.0 + len(expected),
+    } | {
+        30: 1.0 + len(expected),
+        40: float(len(expected)),
+    }
+
+
+def test_sets_are_those_of_the_newest_evaluation(tmp_path: Path) -> None:
+    """A resume may go on with other text."""
+    folder = write_run(tmp_path / "a", [9.0, 4.0], sets=("old", "both"))
+    with RunFolder(folder).metrics.open("a") as stream:
+        stream.write('{"step": 20, "eval/loss": 3.0, "eval/new/loss": 2.0, "eval/both/loss": 4.0}\n')
+    run = read_run(folder)
+    assert run.validation_sets == ["new", "both"]
+    assert [run.held_out(name) for name in run.validation_sets] == [run.held_out("")] * 2
+    [row] = compare(group_runs([run]))
+    assert {name: each.loss.mean for name, each in row.validation.items()} == {"new": 2.0, "both": 4.0}
+
+
+def test_numbers_that_are_not_finite_and_a_line_that_was_cut_off_are_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    with RunFolder(folder).metrics.open("a") as stream:
+        stream.write('{"step": 11, "train/loss": null}\n{"step": 12, "train/lo')
+    assert max(read_run(folder).series("train/loss")) == 10 and read_run(folder).last_step == 11
+
+
+def test_settings_that_an_older_version_did_not_know_have_their_defaults(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [9.0, 4.0])
+    config = RunFolder(folder).config
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if "reset_ratio" not in line))
+    assert read_run(folder).settings["method.reset_ratio"] == 0.9
+
+
+def test_a_run_is_finished_unfinished_or_running(tmp_path: Path) -> None:
+    assert made_run(tmp_path / "whole").is_finished
+    cut = made_run(tmp_path / "cut", [9.0, 4.0])
+    assert not cut.is_finished and not cut.is_running
+    lock = RunLock(cut.folder)
+    lock.acquire()
+    assert read_run(cut.folder).is_running
+    lock.release()
+    assert not read_run(cut.folder).is_running
+
+
+def test_a_holder_on_another_host_is_alive_while_it_touches_the_lock(tmp_path: Path) -> None:
+    path = RunFolder(tmp_path).lock
+    path.write_text(json.dumps({"host_id": "another", "pid": 1, "released": False}))
+    assert is_held(tmp_path)
+    long_ago = path.stat().st_mtime - 2 * STALE_SECONDS
+    os.utime(path, (long_ago, long_ago))
+    assert not is_held(tmp_path)
+    path.write_text("damaged")
+    assert not is_held(tmp_path)
+
+
+def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "a")
+    tree: dict[str, dict[str, object]] = {}
+    for name, value in run.settings.items():
+        section, _, key = name.partition(".")
+        tree.setdefault(section, {})[key] = value
+    given = tree | {"train": tree["train"] | {"epochs": 3.0}}
+    record = {"name": "cell", "seed": 0, "given": given, "config": tree, "start": run.starts[-1], "metrics": run.lines}
+    (tmp_path / "cells.jsonl").write_text(json.dumps(record) + "\n" + json.dumps({**record, "name": "other"}) + "\n")
+    kept, other = read_runs(tmp_path / "cells.jsonl")
+    assert (kept.folder, other.folder) == (tmp_path / "runs/cell", tmp_path / "runs/other")
+    assert kept.is_finished and kept.parameters == PARAMETERS and kept.seconds(40) == 85
+    assert kept.settings["train.epochs"] == 3.0, "the config has their steps"
+    assert [run.folder for run in read_runs(tmp_path)] == [kept.folder, other.folder], "by the study's folder"
+    for copy in ("first", "second"):
+        (tmp_path / f"{copy}.jsonl").write_text(json.dumps(record) + "\n")
+        assert read_runs(tmp_path / f"{copy}.jsonl")[0].folder == tmp_path / copy / "runs/cell"
+    damages = ({"metrics": 3}, {"metrics": [{"step": None}]}, {"metrics": [{"eval/loss": 2.0}]}, {"start": None})
+    for line in ["{}", *(json.dumps({**record, **damage}) for damage in damages), json.dumps(record)[:-40]]:
+        (tmp_path / "cells.jsonl").write_text(json.dumps(record) + f"\n{line}\n")
+        with pytest.raises(CompareError, match=r"cells\.jsonl, line 2: no record of a run"):
+            read_runs(tmp_path / "cells.jsonl")
+
+
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CompareError, match=r"no run folder, as it has no config\.yaml"):
+        read_run(tmp_path)
+    folder = write_run(tmp_path / "a", [9.0])
+    RunFolder(folder).metrics.write_text("")
+    with pytest.raises(CompareError, match="no metrics yet"):
+        read_run(folder)
+    RunFolder(folder).metrics.write_text('{"step": 0}\n')
+    for text in ("- a list", "a: {b: c", "method: {name: full}", "train:\n"):
+        RunFolder(folder).config.write_text(text)
+        with pytest.raises(CompareError, match=r"config\.yaml: "):
+            read_run(folder)
+    for section, key in (("train", "steps"), ("train", "batch_size"), ("data", "sequence_length")):
+        folder = write_run(tmp_path / key, [9.0])
+        config = RunFolder(folder).config
+        config.write_text(re.sub(rf"{key}: \d+", f"{key}: many", config.read_text()))
+        with pytest.raises(CompareError, match=rf"config\.yaml: {section}\.{key} is many, expected a whole number"):
+            read_run(folder)
+
+
+def test_a_record_whose_settings_make_no_rates_is_told(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "a")
+    damaged = replace(run, settings={**run.settings, "optim.lr": "fast"}, is_record=True)
+    with pytest.raises(CompareError, match=r"its settings have no rates .*lr"):
+        damaged.rates()
+
+
+def test_comparing_needs_neither_torch_nor_matplotlib_to_be_imported() -> None:
+    heavy = {"torch", "matplotlib", "transformers"}
+    code = f"import sys, relora_mora.experiments.compare.files; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,169 @@
+"""The numbers of a row, and the table that shows them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.experiments.compare.groups import Group, group_runs
+from relora_mora.experiments.compare.runs import CompareError, read_run
+from relora_mora.experiments.compare.table import as_json, compare, markdown
+from relora_mora.system.run_folder import RunFolder
+from tests.experiments.compare.folders import TOKENS, made_run, write_run
+
+FULL: dict[str, Any] = {"method": {"name": "full"}}
+
+
+def _groups(folder: Path, *runs: dict[str, Any]) -> list[Group]:
+    return group_runs(made_run(folder / f"run{index}", **given) for index, given in enumerate(runs))
+
+
+def _cells(table: str) -> list[dict[str, str]]:
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    return [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
+
+
+def test_a_row_has_the_last_evaluation_and_what_it_cost(tmp_path: Path) -> None:
+    groups = _groups(tmp_path, {**FULL, "losses": [9.0, 4.0, 3.0, 2.0, 1.5]}, {"step_seconds": 4.0})
+    full, remora = compare(groups)
+    assert (full.tokens, full.step, remora.trainable_parameters, remora.adapter_parameters) == (
+        40 * TOKENS,
+        40,
+        1_234_567,
+        54_321,
+    )
+    assert remora.validation[""].loss.mean == 1.0 and remora.validation[""].perplexity.mean == math.e
+    assert full.validation[""].ratio == 1.0 and remora.validation[""].ratio == math.exp(-0.5)
+    assert remora.tokens_per_second is not None and remora.tokens_per_second.mean == TOKENS / 4
+    assert remora.peak_memory_gib is not None and remora.peak_memory_gib.mean == 1.4
+    cells = _cells(markdown([full, remora]))
+    assert cells[1] == {
+        "method": "ReMoRA (1, 2)",
+        "trainable": "1.23M",
+        "adapters": "54.3k",
+        "tokens": "5.12k",
+        "loss": "1.0000",
+        "perplexity": "2.72",
+        "ratio": "0.607",
+        "tokens/s": "32",
+        "peak memory, GiB": "1.40",
+    }
+
+
+def test_seeds_are_a_mean_with_its_spread(tmp_path: Path) -> None:
+    seeds = [
+        {"losses": [9.0, 4.0, 3.0, 2.0, loss], "train": {"seed": seed}} for seed, loss in enumerate((1.0, 2.0, 1.2))
+    ]
+    [row] = compare(_groups(tmp_path, *seeds))
+    assert row.seeds == 3
+    loss, perplexity = row.validation[""].loss, row.validation[""].perplexity
+    assert (loss.mean, loss.low, loss.high) == (pytest.approx(1.4), 1.0, 2.0)
+    assert perplexity.mean == pytest.approx((math.exp(1) + math.exp(2) + math.exp(1.2)) / 3), "not exp of the mean"
+    [cells] = _cells(markdown([row]))
+    assert (cells["seeds"], cells["loss"], cells["tokens/s"]) == ("3", "1.4000 (1.0000–2.0000)", "64")
+
+
+def test_sets_that_all_runs_share_have_columns_of_their_own(tmp_path: Path) -> None:
+    groups = _groups(tmp_path, {"sets": ["web", "books"], **FULL}, {"sets": ["books", "code"]})
+    rows = compare(groups)
+    assert [list(row.validation) for row in rows] == [["books"], ["books"]]
+    assert [row.validation["books"].loss.mean for row in rows] == [2.0, 1.0]
+    assert "ratio (books)" in _cells(markdown(rows))[0]
+
+
+def test_perplexities_are_compared_with_another_row(tmp_path: Path) -> None:
+    groups = _groups(tmp_path, {**FULL, "losses": [9.0, 4.0, 3.0, 2.0, 2.0]}, {})
+    rows = compare(groups, groups[1])
+    assert [row.validation[""].ratio for row in rows] == pytest.approx([math.e, 1.0])
+    assert "to ReMoRA (1, 2)" in markdown(rows, groups[1]) and as_json(rows, groups[1])["against"] == "ReMoRA (1, 2)"
+
+
+def test_a_run_that_was_cut_off_is_marked(tmp_path: Path) -> None:
+    rows = compare(_groups(tmp_path, FULL, {"losses": [9.0, 4.0, 3.5]}))
+    table = markdown(rows)
+    assert [cells["tokens"] for cells in _cells(table)] == ["5.12k", "2.56k*"]
+    assert "\\* ReMoRA (1, 2): unfinished, step 20 of 40." in table and "unequal numbers of tokens" in table
+
+
+def test_seeds_of_unequal_length_are_compared_where_all_are(tmp_path: Path) -> None:
+    [row] = compare(_groups(tmp_path, {}, {"losses": [9.0, 4.0, 3.5], "train": {"seed": 1}}))
+    assert row.step == 20 and row.validation[""].loss.high == 3.5 and row.validation[""].loss.low == 3.0
+
+
+def test_losses_on_different_tokens_are_told(tmp_path: Path) -> None:
+    groups = _groups(tmp_path, FULL, {})
+    for line in groups[1].runs[0].lines:
+        if "eval/tokens" in line:
+            line["eval/tokens"] = 501
+    assert "scored on different tokens" in markdown(compare(groups))
+
+
+def test_what_was_scored_decides_and_not_what_it_is_called(tmp_path: Path) -> None:
+    elsewhere: dict[str, Any] = {"data": {"validation": "other.jsonl"}, "digest": "a text"}
+    said = {
+        digest: markdown(compare(_groups(tmp_path / digest, {**FULL, "digest": digest}, elsewhere)))
+        for digest in ("a text", "another")
+    }
+    assert "scored on different tokens" in said["another"] and "do not compare" not in said["a text"]
+    assert "where text and tokenizer are the same" not in said["a text"]
+
+
+@pytest.mark.parametrize("given", [{"data": {"validation": "other.jsonl"}}, {"tokenizer": {"path": "other"}}])
+def test_as_many_tokens_of_another_text_or_tokenizer_are_told(tmp_path: Path, given: dict[str, Any]) -> None:
+    said = "compare only where text and tokenizer are the same"
+    assert said in markdown(compare(_groups(tmp_path, FULL, given)))
+    assert said not in markdown(compare(_groups(tmp_path / "alike", FULL, {})))
+
+
+def test_other_things_under_one_name_are_told_across_a_sweep(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{rate}", [9.0, 4.0], optim={"lr": rate}) for rate in (1e-3, 2e-3, 3e-3)]
+    for run, digest in zip(runs, ("a", "b", "b"), strict=True):
+        starts = RunFolder(run).starts
+        noted = {"began_with": {"data.train": digest, "tokenizer.path": "same"}}
+        starts.write_text(json.dumps(json.loads(starts.read_text()) | noted) + "\n")
+    told = 'The runs began with different things that data.train calls "a": they do not compare.'
+    assert told in markdown(compare(group_runs(map(read_run, runs))))
+    assert told not in markdown(compare(group_runs(map(read_run, runs[1:]))))
+
+
+def test_a_run_without_a_finite_loss_is_told(tmp_path: Path) -> None:
+    with pytest.raises(
+        CompareError, match=r"run1: no loss on a set without a name is a finite number; leave the run out"
+    ):
+        compare(_groups(tmp_path, {**FULL}, {"losses": [math.nan] * 5}))
+
+
+def test_a_perplexity_beyond_all_bounds_takes_little_room(tmp_path: Path) -> None:
+    assert _cells(markdown(compare(_groups(tmp_path, {"losses": [1e6] * 5}))))[0]["perplexity"] == "1.01e+304"
+
+
+def test_json_has_every_number_of_the_rows(tmp_path: Path) -> None:
+    rows = compare(_groups(tmp_path, FULL, {}))
+    read = json.loads(json.dumps(as_json(rows)))
+    assert read["against"] == "Full rank" and [row["label"] for row in read["rows"]] == ["Full rank", "ReMoRA (1, 2)"]
+    assert read["rows"][1]["validation"][""]["loss"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert read["rows"][1]["folders"] == [str(tmp_path / "run1")]
+
+
+def test_a_run_of_an_older_version_has_no_parameters(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "a")
+    run.starts.clear()
+    rows = compare(group_runs([run]))
+    assert rows[0].trainable_parameters is None and _cells(markdown(rows))[0]["trainable"] == "–"
+
+
+def test_runs_without_held_out_text_in_common_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        CompareError, match=r"no validation set in common .*run0: set web; .*run1: a set without a name"
+    ):
+        compare(_groups(tmp_path, {"sets": ["web"], **FULL}, {}))
+    run = made_run(tmp_path / "a")
+    run.lines[:] = [line for line in run.lines if "eval/loss" not in line]
+    with pytest.raises(CompareError, match="no evaluation yet"):
+        compare(group_runs([run]))

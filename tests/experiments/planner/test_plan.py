@@ -1,0 +1,374 @@
+"""The plan of a run, and its command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from relora_mora.config.load import load_config
+from relora_mora.config.registry import METHODS
+from relora_mora.experiments.planner.cluster import Cluster
+from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, STAGES, Plan, make_plan
+from relora_mora.experiments.planner.render import duration, render
+from relora_mora.model.config import read_model_config
+from relora_mora.sizing.flops import flops_per_token
+from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
+from relora_mora.system.hardware import device_here
+from tests.tools.commands import PLAN, call
+from tests.tools.helpers import ROOT
+
+CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+TWO = Cluster(1, 2, CPU)
+
+
+def plan_of(
+    tokens_per_second: float | None = None, utilisation: float | None = None, cluster: Cluster = TWO, **overrides: str
+) -> Plan:
+    config = load_config(CONFIG, overrides, world_size=cluster.world_size)
+    return make_plan(
+        read_model_config(config.model),
+        config,
+        cluster=cluster,
+        bf16=True,
+        on_cpu=cluster.device is CPU,
+        peak=(1e12, "the test"),
+        tokens_per_second=tokens_per_second,
+        utilisation=utilisation,
+    )
+
+
+@pytest.mark.parametrize("stage,batch_size,given", [(2, 64, True), (2, 32, False), (1, 64, False)])
+def test_stage_1_is_advised_where_stage_2_sends_gradients_several_times(
+    stage: int, batch_size: int, given: bool
+) -> None:
+    settings = {"train.zero_stage": stage, "train.batch_size": batch_size, "train.micro_batch_size": 16}
+    plan = plan_of(**{name: str(value) for name, value in settings.items()})
+    assert plan.sends_less_at_one == ("--train.zero_stage=1" in render(plan)) == given
+
+
+@pytest.mark.parametrize(("link_gbits", "given"), [(0.1, True), (100.0, False)])
+def test_stage_1_is_not_advised_where_stage_2_hides_what_it_sends(link_gbits: float, given: bool) -> None:
+    settings = {"train.zero_stage": "2", "train.batch_size": "512", "train.micro_batch_size": "16"}
+    plan = plan_of(cluster=Cluster(2, 8, named_device("h100"), link_gbits), **settings)
+    assert plan.sends_less_at_one is given
+    assert (plan.steps[1].total <= plan.steps[2].total) is given
+
+
+def test_what_is_set_already_is_no_remedy_for_too_little_memory() -> None:
+    small = plan_of(**{"train.micro_batch_size": "1", "model.activation_checkpointing": "true"})
+    assert plan_of().savings == ["lower train.micro_batch_size", "set model.activation_checkpointing", *small.savings]
+    assert small.savings == ["take more or larger devices"]
+
+
+def test_parameters_and_tokens() -> None:
+    plan = plan_of()
+    assert plan.parameters.total == 7_358_720
+    # MoRA has at most LoRA's 7 layers' r (in + out): here R = floor(sqrt(...)) loses less than 2 %
+    lora = 32 * 4 * (4 * 512 + 3 * (256 + 688))
+    assert 0.98 * lora < plan.parameters.adapters <= lora
+    assert plan.parameters.trainable == 2 * 8192 * 256 + 9 * 256 + plan.parameters.adapters
+    assert (plan.tokens_per_step, plan.tokens) == (4096, 4_096_000)
+
+
+def test_time_follows_from_what_is_known() -> None:
+    assumed, given, measured = plan_of(), plan_of(utilisation=0.8), plan_of(tokens_per_second=2000.0)
+    assert assumed.tokens_per_second == pytest.approx(2 * 0.4e12 / assumed.flops.performed)
+    assert given.seconds == pytest.approx(assumed.seconds / 2)
+    assert measured.seconds == 2048.0
+    assert "assuming 40% of 1 TFLOP/s a device (the test)" in assumed.assumption
+    assert f"{2000 * measured.flops.total / 2e12:.1%}" in measured.assumption
+    assert plan_of(**{"log.peak_tflops": "2.0"}).seconds == pytest.approx(assumed.seconds / 2)
+
+
+@pytest.mark.parametrize(("name", "value"), [("utilisation", 0.0), ("utilisation", 1.5), ("tokens_per_second", 0.0)])
+def test_refuses_impossible_rates(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        plan_of(**{name: value})
+
+
+def test_every_method_on_every_stage() -> None:
+    plan = plan_of()
+    assert set(plan.memory) == set(METHODS)
+    assert all(set(stages) == set(STAGES) for stages in plan.memory.values())
+    full, remora = plan.memory["full"][0], plan.memory["remora"][0]
+    assert remora.optimizer < full.optimizer
+    assert full.host_base == 0 < remora.host_base
+    assert plan.memory["mora"][1].activations < plan.memory["lora"][1].activations
+
+
+def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
+    adamw, muon = plan_of(), plan_of(**{"optim.matrices": "muon"})
+    # R of the four squares of attention and of the three of the MLP, in each of four layers
+    assert muon.optimizer_flops == 4 * (4 * 30 * 128**3 + 3 * 30 * 173**3)
+    assert adamw.optimizer_flops == 0 and "muon" not in render(adamw)
+    share = muon.optimizer_flops / (muon.flops.total * muon.tokens_per_step)
+    assert f"TFLOP a step, {share:.2%} more; the devices share it" in render(muon)
+    saved = adamw.memory["remora"][0].optimizer - muon.memory["remora"][0].optimizer
+    assert saved == 4 * muon.parameters.adapters
+    # on a CPU, whose memory's bandwidth is not known, what is left are the products
+    assert muon.steps[0].optimizer == pytest.approx(muon.optimizer_flops / 0.4e12)
+    assert muon.steps[1].optimizer == pytest.approx(muon.steps[0].optimizer / 2)
+    moved = muon.network["remora"]
+    assert moved[3].exchanged == pytest.approx(8 * muon.parameters.adapters / 2) and moved[2].exchanged == 0
+
+
+@pytest.mark.parametrize("matrices,projections,norms", [("galore", 1, 0), ("fira", 1, 1), ("apollo", 0, 1)])
+def test_moments_of_a_projection_are_counted(matrices: str, projections: int, norms: int) -> None:
+    adamw = plan_of(**{"method.name": "full"})
+    plan = plan_of(**{"method.name": "full", "optim.matrices": matrices, "optim.projection_rank": "64"})
+    # four layers with hidden 256 and intermediate 688: two moments [64, 256] or [64, 688], and a projection [256, 64]
+    attention, mlp = (2 * 64 * long + projections * 256 * 64 + norms + 1 for long in (256, 688))
+    of_adamw = 8 * 4 * (4 * 256 * 256 + 3 * 256 * 688)
+    kept = 4 * 4 * (4 * attention + 3 * mlp)
+    for stage, share in ((0, 1), (1, 2), (2, 2), (3, 2)):
+        saved = adamw.memory["full"][stage].optimizer - plan.memory["full"][stage].optimizer
+        assert saved == (of_adamw - kept) / share
+    products = {"galore": 2, "fira": 3, "apollo": 1}[matrices]
+    assert plan.optimizer_flops == products * 4 * 2 * 64 * (4 * 256 * 256 + 3 * 256 * 688)
+    assert f"optimizer      {matrices}: " in render(plan)
+
+
+def test_text_names_every_part() -> None:
+    plan = plan_of()
+    text = render(plan)
+    assert "7,358,720 in the model; remora trains" in text
+    assert "4,096 tokens a step, 4,096,000 in all" in text
+    assert re.search(r"^ *2\* ", text, re.MULTILINE), "the stage in the settings is marked"
+    assert all(method in text for method in METHODS)
+    memory = plan.memory["remora"][2]
+    host = memory.host_base + memory.host_checkpoint
+    assert plan.resident == FRAGMENTATION * (PROCESS_BYTES + memory.device + host)
+    assert f"resident memory of a rank: {plan.resident / 2**30:.3g} GiB" in text
+
+
+def test_widths_that_a_gpu_is_slow_with_are_named() -> None:
+    gpus = Cluster(1, 2, named_device("h100"))
+    assert plan_of(cluster=gpus).notes == []
+    odd = {"model.overrides": "{intermediate_size: 5461}"}
+    plan = plan_of(cluster=gpus, **odd)
+    assert len(plan.notes) == 1 and f"note           {plan.notes[0]}" in render(plan)
+    assert "intermediate_size of 5,461 is no multiple of 8" in plan.notes[0]
+    assert "5,464 would be better" in plan.notes[0]
+    assert plan_of(**odd).notes == []
+
+
+def test_devices_are_found_by_their_names() -> None:
+    for cuda_name, name in [
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+    ]:
+        found = device_of_name(cuda_name)
+        assert found is not None and found.name == name
+        assert named_device(name.upper()) is found
+    others = [
+        "NVIDIA GeForce GTX 1080",
+        "NVIDIA L40",
+        "NVIDIA GH200 480GB",
+        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+        "NVIDIA H100 NVL",
+        "NVIDIA H200 NVL",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+    ]
+    assert [device_of_name(other) for other in others] == [None] * len(others)
+    for alias, name in (
+        ("4090", "rtx4090"),
+        ("RTX 3090", "rtx3090"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("a100", "a100-80gb"),
+        ("A100_40GB", "a100-40gb"),
+        ("H100", "h100"),
+        ("h100 pcie", "h100-pcie"),
+        ("cuda", "a100-80gb"),
+        ("CPU", "cpu"),
+    ):
+        assert named_device(alias).name == name
+    assert all(
+        device.tflops and device.memory_gb and device.memory_gbytes_per_s and device.source for device in DEVICES
+    )
+
+
+def test_a_card_has_the_memory_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-PCIE-40GB")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=42e9))
+    assert (device_here().name, device_here().memory_gb) == ("a100-80gb", 42.0)
+
+
+def test_of_an_unknown_card_only_the_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L5")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=12e9))
+    card = device_here()
+    assert (card.name, card.memory_gb, card.tflops) == ("NVIDIA L5", 12.0, 0)
+    plan = plan_of(cluster=Cluster(2, 1, card, link_gbits=8.0))
+    assert plan.fits(1) is True and plan.fits(1, "full") is True
+    assert plan.steps[1].network == pytest.approx(plan.network["remora"][1].sent / 1e9) and plan.steps[1].optimizer == 0
+
+
+def test_time_of_a_step_on_a_cluster() -> None:
+    """A network that is a hundred times slower: all of it shows at stage 1, at stage 3 what compute does not hide."""
+    cluster = Cluster(2, 4, named_device("h100"), link_gbits=80.0)
+    plan = plan_of(cluster=cluster, utilisation=0.4, **{"train.batch_size": "64"})
+    trainable = plan.parameters.trainable
+    one = plan.steps[1]
+    assert one.network == pytest.approx(
+        (2 * 2 + 2) * trainable * 7 / 8 / 10e9
+    )  # all-reduced and gathered in bf16, at 10 GB/s
+    assert one.optimizer == pytest.approx(30 * trainable / 8 / 3350e9)
+    assert one.compute == pytest.approx(plan.flops.total * plan.tokens_per_step / (8 * 0.4e12))
+    assert one.hidden == 0 and one.total == one.compute + one.optimizer + one.network
+    three = plan.steps[3]
+    assert three.hidden == min(three.network, three.compute) > 0
+    waiting = plan_of(
+        cluster=cluster, **{"train.batch_size": "64", "train.deepspeed": "{zero_optimization: {overlap_comm: false}}"}
+    )
+    assert waiting.steps[2].hidden == 0 < plan.steps[2].hidden
+    slow = plan_of(cluster=Cluster(2, 4, named_device("h100"), link_gbits=0.8), **{"train.batch_size": "64"})
+    assert slow.steps[1].network == pytest.approx(100 * one.network)
+    assert slow.steps[3].total == pytest.approx(slow.steps[3].network + slow.steps[3].optimizer)
+    within = plan_of(cluster=Cluster(1, 8, named_device("h100")), **{"train.batch_size": "64"})
+    assert within.steps[1].network == pytest.approx(one.network * 10 / 450)
+    assert plan.seconds == pytest.approx(1000 * plan.steps[2].total)
+
+
+def test_remora_moves_what_it_trains_below_stage_3() -> None:
+    plan = plan_of()
+    assert (
+        plan.network["remora"][2].sent / plan.network["full"][2].sent
+        == plan.parameters.trainable / plan.parameters.total
+    )
+    assert plan.network["remora"][2].merge > plan.network["remora"][2].gathered
+    assert plan.network["mora"][2].merge == plan.network["full"][2].merge == 0
+    wide = plan_of(**{"train.deepspeed": "{communication_data_type: fp32}"})
+    assert wide.network["remora"][2].all_reduced == 2 * plan.network["remora"][2].all_reduced
+    narrow = plan_of(**{"train.deepspeed": "{zero_optimization: {use_multi_rank_bucket_allreduce: false}}"})
+    for stage, before in plan.network["remora"].items():
+        after = narrow.network["remora"][stage]
+        assert after.given == before.given and (after.sent < before.sent) == (stage == 2), stage
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (6.05, "6.0 s"),
+        (306, "5 min 6 s"),
+        (4 * 3600 + 300, "4 h 5 min"),
+        (76 * 3600.0, "3 d 4 h"),
+        (47 * 3600, "47 h 0 min"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def run_cli(*arguments: str) -> int:
+    from launch import plan as script
+    from relora_mora.cli.command import run
+
+    with pytest.raises(SystemExit) as end:
+        run(script.main, list(arguments))
+    return int(end.value.code or 0)
+
+
+def test_command_line_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(str(CONFIG), "--world_size=2", "--train.steps=2000", "--tokens_per_second=4096", "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    config = load_config(CONFIG)
+    assert values["tokens"] == 8_192_000
+    assert values["seconds"] == 2000
+    assert values["flops"]["total"] == flops_per_token(read_model_config(config.model), config).total
+    assert values["memory"]["remora"]["2"]["device"] > values["memory"]["remora"]["2"]["activations"] > 0
+
+
+@pytest.mark.parametrize("setting", ["--method.operators=[6]", "--method.square_multiple=4096"])
+def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
+    capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    arguments = ["--method.name=full", "--method.rank=33", setting]
+    assert run_cli(str(CONFIG), "--world_size=1", *arguments, "--json") == 0
+    assert "full" in (planned := json.loads(capsys.readouterr().out)["memory"]) and "remora" not in planned
+    assert run_cli(str(CONFIG), "--world_size=1", *arguments[1:]) == 2
+
+
+def test_float32_and_recomputing_take_their_time_on_a_gpu() -> None:
+    gpu = Cluster(1, 1, named_device("h100"))
+    usual, again = (plan_of(cluster=gpu, **{"model.activation_checkpointing": on}) for on in ("false", "true"))
+    assert again.steps[2].compute > 1.2 * usual.steps[2].compute
+    config = load_config(CONFIG, world_size=1)
+    single = make_plan(
+        read_model_config(config.model), config, cluster=gpu, bf16=False, on_cpu=False, peak=(1e12, "the test")
+    )
+    assert single.steps[2].compute > usual.steps[2].compute
+
+
+def test_command_line_for_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(str(ROOT / "configs/run/paper_250m_remora.yaml"), "--world_size=32", "--device=cuda") == 0
+    out = capsys.readouterr().out
+    assert "remora in bf16" in out
+    assert "resident" not in out
+    assert "5,242,880,000 in all" in out
+
+
+def test_command_line_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs/run/paper_1_3b_full.yaml")
+    assert (
+        run_cli(config, "--nodes", "2", "--gpus-per-node=8", "--device=A10G", "--model.activation_checkpointing=true")
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "2 x 8 a10g, 24 GB each" in out and "100 Gbit/s from host to host" in out
+    assert "fits at ZeRO stage 1, 2, 3 (within 90%" in out and "0 too large" in out
+    assert run_cli(config, "--nodes=1", "--gpus-per-node=2", "--device=a10g") == 0
+    assert "fits at NO stage: lower train.micro_batch_size" in capsys.readouterr().out
+    assert run_cli(config, "--nodes=2", "--gpus_per_node=8", "--device=h100", "--link_gbits=10", "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["world_size"] == 16 and values["memory"]["full"]["2"]["fits"] is True
+    assert values["steps"]["1"]["network"] == pytest.approx(values["network"]["full"]["1"]["sent"] / 1.25e9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world_size=3"], "not a multiple of train.micro_batch_size 8 x 3 ranks"),
+        (["--world_size=0"], "--world_size: got 0"),
+        (["--device=tpu"], "got 'tpu', expected cuda or cpu, or one of a100, a100-40gb"),
+        (["--nodes=2"], "--gpus_per_node: not given with --nodes=2"),
+        (["--nodes=2", "--world_size=2"], "--world_size: given beside --nodes"),
+        (["--link_gbits=-1"], "--link_gbits: got -1"),
+        (["--link_gbits=10"], "--link_gbits: one host sends nothing to others"),
+        (["--train.stepss=3"], "did you mean steps?"),
+        (["--data.sequence_length=4096"], "max_position_embeddings"),
+    ],
+)
+def test_command_line_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert run_cli(str(CONFIG), *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ranks_on_one_host_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relora_mora.system.hardware.peak_flops", lambda **_: (1e12, "the test"))
+    seconds = []
+    for ranks in (1, 2):
+        answer = call(PLAN, "configs/run/tiny_remora.yaml", "--device=cpu", f"--world_size={ranks}", "--json")
+        assert answer.code == 0, answer
+        seconds.append(json.loads(answer.out)["seconds"])
+    assert seconds[0] == pytest.approx(seconds[1])

@@ -1,0 +1,193 @@
+"""A study that is not what it was when its runs began is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.experiments.study.conduct import CellsFailed, conduct, run_again
+from relora_mora.experiments.study.design import first_round, second_round
+from relora_mora.experiments.study.folder import StudyFolder, cell_configs
+from relora_mora.supervise.lock import RunLock
+from relora_mora.system.run_folder import read_json_lines
+from tests.experiments.study.tools import BASE, CHANGES, TRAINER, made_start, made_study
+from tests.tools.data_tools import write_shards
+from tests.tools.runs import write_inputs
+
+
+def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
+    grid = [{"optim.lr": [1.0]}]
+    folder = StudyFolder(tmp_path)
+    with pytest.raises(CellsFailed):
+        conduct(made_study(grid=grid, settings={"method.name": "mora"}), folder, TRAINER, 1)
+    with pytest.raises(ValueError, match=r"begun with other settings \(optim.clip\); remove .*lr=1.0,seed=0"):
+        conduct(made_study(grid=grid, settings={"method.name": "mora", "optim.clip": 3.0}), folder, TRAINER, 1)
+
+
+@pytest.mark.parametrize(("changes", "named"), CHANGES)
+def test_nor_is_it_where_all_runs_are_done(tmp_path: Path, changes: dict[str, Any], named: str):
+    grid = [{"method.name": "mora", "optim.lr": 3e-3}]
+    folder = StudyFolder(tmp_path)
+    conduct(made_study(grid=grid), folder, TRAINER, 1)
+    with pytest.raises(ValueError, match=rf"begun with other settings \({named}\); remove .*lr=0.003,seed=0"):
+        conduct(made_study(grid=grid, **changes), folder, TRAINER, 1)
+
+
+def test_what_was_never_run_may_change(tmp_path: Path):
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+    folder = StudyFolder(tmp_path)
+    before = made_study(grid=grid)
+    folder.begin(cell_configs(before, first_round(before), folder), 1)
+    assert conduct(made_study(grid=grid, settings={"optim.clip": 3.0}), folder, TRAINER, 1) == 2
+
+
+def test_but_not_while_another_study_begins_it(tmp_path: Path):
+    """The run makes its folder once it has read its model and text."""
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+    folder = StudyFolder(tmp_path)
+    before = made_study(grid=grid)
+    folder.begin(cell_configs(before, first_round(before), folder), 1)
+    claim = RunLock(folder.claim(first_round(before)[0]))
+    claim.acquire()
+    after = made_study(grid=grid, settings={"optim.clip": 3.0})
+    with pytest.raises(ValueError, match=r"begun with other settings \(optim.clip\)"):
+        folder.begin(cell_configs(after, first_round(after), folder), 1)
+    claim.release()
+
+
+def test_a_start_that_is_refused_changes_nothing(tmp_path: Path):
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+    study = made_study(grid=grid)
+    folder = StudyFolder(tmp_path)
+    first, second = first_round(study)
+    folder.begin(cell_configs(study, [first, second], folder), 1)
+    claim = RunLock(folder.claim(first))
+    claim.acquire()
+    with pytest.raises(ValueError, match="begun with other settings"):
+        conduct(made_study(grid=grid, settings={"optim.clip": 3.0}), folder, TRAINER, 1)
+    claim.release()
+    assert (folder.given(second) or {})["optim"]["clip"] == 1.0
+
+
+def test_a_study_goes_on_with_the_base_config_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = tmp_path / "base.yaml"
+    content = Path(BASE).read_text(encoding="utf-8")
+    base.write_text(content, encoding="utf-8")
+    choose = {"over": ["optim.lr"], "lowest": "eval/loss"}
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+
+    def changed(*given: Any) -> Any:
+        base.write_text(content.replace("steps: 1000", "steps: 2000"), encoding="utf-8")
+        return second_round(*given)
+
+    monkeypatch.setitem(conduct.__globals__, "second_round", changed)
+    folder = StudyFolder(tmp_path / "out")
+    assert conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, TRAINER, 1) == 3
+    assert {record["config"]["train"]["steps"] for record in folder.kept().values()} == {1000}
+    with pytest.raises(ValueError, match=r"begun with other settings \(train.steps\)"):
+        conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, TRAINER, 1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "3"])
+def test_settings_that_were_cut_off_are_told(tmp_path: Path, text: str):
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
+    folder = StudyFolder(tmp_path)
+    conduct(study, folder, TRAINER, 1)
+    [settings] = (tmp_path / "settings").iterdir()
+    settings.write_text(text)
+    with pytest.raises(ValueError, match=r"lr=0\.003,seed=0\.json does not hold the settings of a run; remove "):
+        conduct(study, folder, TRAINER, 1)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    return made_start(tmp_path / "start")
+
+
+OTHER_WEIGHTS = r"lr=0.003,seed=0 was begun with other weights than model.init_from holds now; remove .*lr="
+
+
+def test_a_model_to_begin_with_that_has_changed_is_not_mixed_either(tmp_path: Path, start: Path):
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
+    folder = StudyFolder(tmp_path / "out")
+    for _ in range(2):
+        assert conduct(study, folder, TRAINER, 1) == 1
+    (start / "model.safetensors").write_bytes(b"b" * 100_000)
+    with pytest.raises(ValueError, match=OTHER_WEIGHTS):
+        conduct(study, folder, TRAINER, 1)
+    with pytest.raises(ValueError, match=OTHER_WEIGHTS):
+        run_again(study, folder, "name=mora,lr=0.003,seed=0", TRAINER)
+    kept = folder.run(first_round(study)[0]).starts
+    [line] = read_json_lines(kept)
+    kept.write_text(json.dumps({**line, "began_with": {}}) + "\n", encoding="utf-8")
+    assert conduct(study, folder, TRAINER, 1) == 1, "an earlier version did not note it"
+    kept.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    shutil.rmtree(start)
+    assert conduct(study, folder, TRAINER, 1) == 1, "all is done, and the model is needed no more"
+
+
+def test_nor_is_one_that_changes_between_the_rounds(tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch):
+    choose = {"over": ["optim.lr"], "lowest": "eval/loss"}
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+    study = made_study(grid=grid, seeds=[0, 1], choose=choose, settings={"model.init_from": str(start)})
+
+    def changed(*given: Any) -> Any:
+        (start / "model.safetensors").write_bytes(b"b" * 100_000)
+        return second_round(*given)
+
+    monkeypatch.setitem(conduct.__globals__, "second_round", changed)
+    folder = StudyFolder(tmp_path / "out")
+    with pytest.raises(ValueError, match=OTHER_WEIGHTS):
+        conduct(study, folder, TRAINER, 1)
+    assert len(list((folder.path / "runs").iterdir())) == 2
+
+
+def test_nor_is_text_that_has_changed(tmp_path: Path):
+    text = write_inputs(tmp_path / "text")
+    settings = {f"data.{side}": str(text / side / "*.json.gz") for side in ("train", "validation")}
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], seeds=[0, 1], settings=settings)
+    folder = StudyFolder(tmp_path / "out")
+    for _ in range(2):
+        assert conduct(study, folder, TRAINER, 1) == 2
+    write_shards(text / "train", 3, 61)
+    with pytest.raises(ValueError) as told:
+        conduct(study, folder, TRAINER, 1)
+    assert str(told.value).count("was begun with other text than data.train holds now; remove ") == 2
+    shutil.rmtree(text)
+    assert conduct(study, folder, TRAINER, 1) == 2, "all is done, and the text is needed no more"
+
+
+def test_runs_that_found_a_fault_in_their_settings_have_not_begun(tmp_path: Path):
+    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
+    folder = StudyFolder(tmp_path)
+    study = made_study(grid=grid)
+    folder.begin(cell_configs(study, first_round(study), folder), 1)
+    for cell in first_round(study):
+        folder.run(cell).path.mkdir(parents=True)
+        folder.run(cell).ends.write_text('{"code": 2}\n')
+    changed = made_study(grid=grid, settings={"optim.clip": 3.0})
+    assert conduct(changed, folder, TRAINER, 1) == 2
+    with pytest.raises(ValueError) as told:
+        conduct(study, folder, TRAINER, 1)
+    assert str(told.value).count("was begun with other settings (optim.clip)") == 2
+
+
+def test_a_setting_that_has_come_since_had_its_default(tmp_path: Path):
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
+    folder = StudyFolder(tmp_path)
+    conduct(study, folder, TRAINER, 1)
+    path = folder.settings(first_round(study)[0])
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    del noted["optim"]["matrices"]
+    path.write_text(json.dumps(noted), encoding="utf-8")
+    assert conduct(study, folder, TRAINER, 1) == 1
+    path.write_text(json.dumps(noted), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"begun with other settings \(optim.matrices\)"):
+        conduct(made_study(grid=study.grid, settings={"optim.matrices": "muon"}), folder, TRAINER, 1)
+    path.write_text(json.dumps(noted | {"data": noted["data"] | {"gone_since": 1}}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"begun with settings that this version does not know; remove"):
+        conduct(study, folder, TRAINER, 1)

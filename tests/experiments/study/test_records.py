@@ -1,0 +1,159 @@
+"""A study goes on from its records alone, as on another machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.experiments.study.conduct import conduct, run_again
+from relora_mora.experiments.study.design import Cell, Study, first_round, read_study
+from relora_mora.experiments.study.folder import StudyFolder, cell_configs
+from relora_mora.system.run_folder import read_json_lines
+from tests.experiments.study.tools import CHANGES, TRAINER, made_start, made_study
+from tests.tools.helpers import ROOT
+
+CHOOSE = {"over": ["optim.lr"], "lowest": "eval/loss"}
+
+
+def _moved(study: Study, path: Path, keep: int) -> StudyFolder:
+    """Another folder, with the first records of a study that was conducted."""
+    first = StudyFolder(path / "here")
+    conduct(study, first, TRAINER, 4)
+    there = StudyFolder(path / "there")
+    there.path.mkdir()
+    lines = first.records.read_text(encoding="utf-8").splitlines(keepends=True)
+    there.records.write_text("".join(lines[:keep]), encoding="utf-8")
+    return there
+
+
+def test_what_has_a_record_is_not_run(tmp_path: Path):
+    study = made_study(seeds=[0, 1], choose=CHOOSE)
+    folder = _moved(study, tmp_path, 5)
+    before = folder.records.read_text(encoding="utf-8")
+    assert conduct(study, folder, TRAINER, 4) == 8
+    names = [record["name"] for record in read_json_lines(folder.records)]
+    assert folder.records.read_text(encoding="utf-8").startswith(before)
+    assert {path.name for path in (folder.path / "runs").iterdir()} == set(names[5:])
+    assert names[-2:] == ["name=mora,rank=8,lr=0.003,seed=1", "name=mora,rank=16,lr=0.003,seed=1"]
+
+
+def test_a_record_of_a_run_that_the_grid_names_no_more_stays(tmp_path: Path):
+    folder = _moved(made_study(), tmp_path, 6)
+    kept = read_json_lines(folder.records)
+    less = made_study(grid=[{"method.name": "mora", "method.rank": 16, "optim.lr": 3e-3}])
+    assert conduct(less, folder, TRAINER, 1) == 1
+    assert [record["name"] for record in read_json_lines(folder.records)] == [
+        "name=mora,rank=16,lr=0.003,seed=0",
+        *(record["name"] for record in kept if record["name"] != "name=mora,rank=16,lr=0.003,seed=0"),
+    ]
+
+
+@pytest.mark.parametrize(("changes", "named"), CHANGES)
+def test_a_record_of_other_settings_is_refused(tmp_path: Path, changes: dict[str, Any], named: str):
+    folder = _moved(made_study(), tmp_path, 1)
+    said = rf"rank=8,lr=0.001,seed=0 was begun with other settings \({named}\); remove .* and its line in .*cells.jsonl"
+    with pytest.raises(ValueError, match=said):
+        conduct(made_study(**changes), folder, TRAINER, 1)
+    assert not (folder.path / "runs").exists()
+
+
+def test_what_a_run_began_with_is_kept_when_it_was_resumed(tmp_path: Path):
+    start = made_start(tmp_path / "start")
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
+    folder = StudyFolder(tmp_path / "out")
+    conduct(study, folder, TRAINER, 1)
+    with folder.run(first_round(study)[0]).starts.open("a") as starts:
+        starts.write('{"command": [], "step": 5}\n')  # of a resume
+    [before] = folder.kept().values()
+    folder.records.unlink()
+    conduct(study, folder, TRAINER, 1)
+    [record] = folder.kept().values()
+    assert record["start"]["began_with"] == before["start"]["began_with"] != {}
+
+
+def test_a_record_of_other_weights_is_refused(tmp_path: Path):
+    start = made_start(tmp_path / "start")
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
+    folder = _moved(study, tmp_path, 1)
+    (start / "model.safetensors").write_bytes(b"b" * 100_000)
+    with pytest.raises(ValueError, match=r"other weights than model.init_from holds now; .*its line in .*cells.jsonl"):
+        conduct(study, folder, TRAINER, 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"name": "cut', "[1]", '{"name": "a"}', "", '{"name": 1, "given": 2, "config": 3, "start": 4, "metrics": 5}'],
+)
+def test_what_is_no_record_is_told(tmp_path: Path, line: str):
+    folder = StudyFolder(tmp_path)
+    whole = json.dumps({"name": "a", "given": {}, "config": {}, "start": {}, "metrics": [{"step": 0}]})
+    folder.records.write_text(f"{whole}\n{line}\n", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"cells\.jsonl, line 2: no record of a run; .* copy it again or remove the line"
+    ):
+        conduct(made_study(), folder, TRAINER, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
+
+
+def test_a_run_made_again_is_compared_with_its_record(tmp_path: Path):
+    study = made_study(grid=[{"method.name": ["mora", "lora"], "optim.lr": 3e-3}])
+    folder = _moved(study, tmp_path, 2)
+    scored, *others = read_json_lines(folder.records)
+    scored["metrics"][-1] |= {"eval/digest": "0123", "eval/answers": 3}  # which another version did not note
+    folder.records.write_text("".join(json.dumps(record) + "\n" for record in (scored, *others)), encoding="utf-8")
+    for _ in range(2):
+        assert run_again(study, folder, "name=mora,lr=0.003,seed=0", TRAINER) == (2, [])
+    _, different = run_again(study, folder, "name=lora,lr=0.003,seed=0", TRAINER)
+    assert [line.partition(":")[0] for line in different] == ["eval/loss at step 1000"]
+
+
+@pytest.mark.parametrize("records", sorted((ROOT / "docs/studies").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_what_is_kept_in_the_documents_is_of_the_studies_as_they_are(
+    tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(ROOT)
+    study = read_study(ROOT / f"configs/study/{records.stem}.yaml")
+    folder = StudyFolder(tmp_path)
+    shutil.copy(records, folder.records)
+    kept = [cell for cell in all_rounds(study) if cell.name in folder.kept()]
+    assert len(kept) == len(folder.kept())
+    folder.begin(cell_configs(study, kept, folder), study.threads)
+
+
+def all_rounds(study: Study) -> list[Cell]:
+    """The cells of the first round, each with every seed."""
+    return [
+        cell for seed in study.seeds for cell in first_round(study.model_copy(update={"seeds": [seed], "choose": None}))
+    ]
+
+
+def test_of_many_merges_and_steps_some_are_kept_whole(tmp_path: Path):
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
+    folder = StudyFolder(tmp_path)
+    conduct(study, folder, TRAINER, 1)
+    folder.records.unlink()
+    [cell] = first_round(study)
+    merge = {"merge/layers": 28, "merge/seconds": 0.5, "merge/delta_norm/q_proj": 1.0}
+    with folder.run(cell).metrics.open("a", encoding="utf-8") as stream:
+        for step in range(1001, 1101):
+            training = {"train/loss": 4.0, "perf/tokens_per_second": 100.0 if step == 1050 else 1000.0}
+            stream.writelines(json.dumps({"step": step, **line}) + "\n" for line in (merge, training))
+    [begun, *others] = read_json_lines(folder.run(cell).metrics)
+    lines = [{**begun, "perf/tokens_per_second": 1000.0}, *others]
+    folder.run(cell).metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert conduct(study, folder, TRAINER, 1) == 1
+    [record] = read_json_lines(folder.records)
+    kept = {
+        tag: [line["step"] for line in record["metrics"] if tag in line] for tag in (*merge, "train/loss", "eval/loss")
+    }
+    assert kept["merge/layers"] == kept["merge/seconds"] == list(range(1001, 1101))
+    assert kept["merge/delta_norm/q_proj"] == [*range(1001, 1101, 3)]
+    assert kept["train/loss"] == [500, *range(1003, 1101, 3), 1100] and kept["eval/loss"] == [1000]
+    run = [line for line in record["metrics"] if "train/loss" in line]
+    gaps = [line["step"] - before for before, line in zip([0, *kept["train/loss"]], run, strict=False)]
+    seconds = sum(gap / line["perf/tokens_per_second"] for gap, line in zip(gaps, run, strict=True))
+    assert seconds == pytest.approx(1099 / 1000 + 1 / 100), "slow steps that are not kept count in the time"

@@ -1,0 +1,33 @@
+"""A small study, and the stand-in for the script that trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from relora_mora.experiments.study.design import Study
+from tests.tools.helpers import ROOT
+
+BASE = str(ROOT / "configs/run/tiny_mora.yaml")
+TRAINER = Path(__file__).with_name("trainer.py")
+RATES = [1e-3, 3e-3, 1e-2]
+
+
+# what is changed of a study, and what the message names
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"settings": {"optim.clip": 3.0}}, "optim.clip"),
+    ({"threads": 2}, "threads"),
+]
+
+
+def made_start(folder: Path) -> Path:
+    """The folder of a model to begin with, as far as the stand-in looks at it."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"a" * 100_000)
+    return folder
+
+
+def made_study(**changes: Any) -> Study:
+    grid = [{"method.name": "mora", "method.rank": [8, 16], "optim.lr": RATES}]
+    return Study.model_validate({"base": BASE, "grid": grid} | changes)

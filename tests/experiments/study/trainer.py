@@ -1,0 +1,72 @@
+"""A stand-in for a script that trains: it writes the files of a run folder at once.
+
+A run ends by itself unless its rate is 1 (it fails) or 2 (it waits to be stopped, and ends well at its second start).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+REQUEUE = 75
+
+
+def main() -> int:
+    _, file = sys.argv
+    settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    folder = Path(settings["train"]["run_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    rate = settings["optim"]["lr"]
+    seed = settings["train"]["seed"]
+    first = not (folder / "metrics.jsonl").exists()
+    steps = settings["train"]["steps"]
+    start: dict[str, object] = {
+        "command": sys.argv,
+        "commit": "abc",
+        "host": "here",
+        "threads": min(2, int(os.environ["OMP_NUM_THREADS"])),  # as where there are two cores
+        "omp_num_threads": os.environ["OMP_NUM_THREADS"],
+    }
+    # the import takes as long as all else here
+    if settings["model"]["init_from"] or Path(settings["data"]["train"]).is_absolute():
+        from relora_mora.config.load import load_config
+        from relora_mora.weights.digests import start_digests
+
+        start["began_with"] = start_digests(load_config(file))
+    settled = {
+        "train": {"steps": steps},
+        "method": {"rank": settings["method"]["rank"]},
+        "optim": {"lr": rate},
+    }
+    (folder / "config.yaml").write_text(yaml.dump(settled), encoding="utf-8")
+    _append(folder / "starts.jsonl", {**start, "step": 0 if first else steps // 2})
+    _append(folder / "metrics.jsonl", {"step": steps // 2, "time": time.time(), "train/loss": 5.0, "perf/mfu": 0.1})
+    print("some words of the run", flush=True)
+    if rate == 1:
+        print("it diverged", flush=True)
+        return 1
+    if rate == 2 and first:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(REQUEUE))
+        _append(folder / "ends.jsonl", {"code": REQUEUE})
+        (folder / "pid").write_text(str(os.getpid()))
+        (folder / "waits").touch()
+        signal.pause()
+    noise = time.time() % 100 if settings["method"]["name"] == "lora" else 0
+    _append(folder / "metrics.jsonl", {"step": steps, "eval/loss": abs(rate - 3e-3) + seed / 100 + noise})
+    _append(folder / "ends.jsonl", {"code": 0})
+    return 0
+
+
+def _append(path: Path, line: dict[str, object]) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,126 @@
+"""Singular values of updates: LoRA's has the rank of its adapters, ReLoRA's of all that it merged, MoRA's up to R."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.experiments.compare.groups import group_runs
+from relora_mora.experiments.compare.runs import read_run
+from relora_mora.experiments.compare.spectra import accumulated_figure, rank_columns
+from relora_mora.experiments.spectrum import update_spectra
+from tests.tools.commands import call, refused
+from tests.tools.runs import run_config, train, write_inputs
+
+SPECTRUM = "launch/spectrum.py"
+RANK = 3
+LAYERS = 2
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def runs(inputs: Path, tokenizer_path: str, pools: Any) -> dict[str, Path]:
+    """LoRA, ReLoRA after two merges, MoRA, and LoRA that began with the ReLoRA run."""
+    begins = {"lora": None, "relora": None, "mora": None, "further": str(inputs / "relora")}
+    for name, init_from in begins.items():
+        method = {"name": "lora" if name == "further" else name, "rank": RANK}
+        config = run_config(inputs, tokenizer_path, inputs / name, method=method, model={"init_from": init_from})
+        pools(1)(train, config)
+    return {name: inputs / name for name in begins}
+
+
+def _ranks(run: Path) -> set[int]:
+    """Of the updates of all layers; what is below is rounding."""
+    spectra = update_spectra(run)
+    assert [len(layers) for layers in spectra.values()] == [LAYERS] * 7
+    return {int((values > 1e-4 * values[0]).sum()) for layers in spectra.values() for values in layers}
+
+
+def test_an_update_has_the_rank_of_what_trained(runs: dict[str, Path]) -> None:
+    assert _ranks(runs["lora"]) == {RANK}
+    assert _ranks(runs["relora"]) == {3 * RANK}, "of two merges, and of the adapter since"
+    assert min(_ranks(runs["mora"])) > RANK
+
+
+def test_a_run_is_compared_with_what_it_began_with(runs: dict[str, Path]) -> None:
+    assert _ranks(runs["further"]) == {RANK}
+
+
+def test_a_seed_that_changed_on_the_way_is_not_that_of_the_first_weights(
+    inputs: Path, tokenizer_path: str, pools: Any, tmp_path: Path
+) -> None:
+    method = {"name": "lora", "rank": RANK}
+    pools(1)(train, run_config(inputs, tokenizer_path, tmp_path, method=method), stop_after=5)
+    other = {"seed": 9, "allow_changes": ["train.seed"]}
+    pools(1)(train, run_config(inputs, tokenizer_path, tmp_path, method=method, train=other))
+    assert _ranks(tmp_path) == {RANK}
+
+
+def test_what_a_run_began_with_must_be_as_it_was(runs: dict[str, Path], tmp_path: Path) -> None:
+    source = runs["relora"]
+    newest = source / "checkpoints" / "step-00000010"
+    newest.rename(tmp_path / newest.name)
+    with pytest.raises(
+        CheckpointError, match=r"further.*began with other weights than model.init_from holds now .*relora"
+    ):
+        update_spectra(runs["further"])
+    (tmp_path / newest.name).rename(newest)
+    source.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"further.*began with .*relora .*, which is not there any more"):
+        update_spectra(runs["further"])
+    (tmp_path / "moved").rename(source)
+    assert _ranks(runs["further"]) == {RANK}
+
+
+def test_biases_are_no_matrices(inputs: Path, tokenizer_path: str, pools: Any) -> None:
+    biased = {"overrides": {"attention_bias": True}}
+    config = run_config(inputs, tokenizer_path, inputs / "biased", method={"name": "lora", "rank": RANK}, model=biased)
+    pools(1)(train, config)
+    assert _ranks(inputs / "biased") == {RANK}
+
+
+def test_the_table_has_means_over_layers() -> None:
+    mixed = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])  # 4 and 1
+    steep = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    groups = [[{"q_proj": mixed}], [{"q_proj": steep}], [{"q_proj": mixed}, {"q_proj": steep.repeat(5, 1)}]]
+    assert rank_columns(groups, 0.5) == {"q_proj": ["2; 2", "1; 1", "1; 1"]}
+
+
+def test_ranks_accumulate_from_merge_to_merge(runs: dict[str, Path]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
+    figure = accumulated_figure(group_runs([read_run(runs["relora"]), read_run(runs["lora"])]))
+    assert figure is not None and len([panel for panel in figure.axes if panel.get_visible()]) == 7
+    relora, lora = figure.axes[0].get_lines()
+    assert list(relora.get_xdata()) == list(lora.get_xdata()) == [8 * 32 * step for step in range(1, 11)]
+    assert max(lora.get_ydata()) <= RANK
+    merged = dict(zip(range(1, 11), relora.get_ydata(), strict=True))  # after the steps 4 and 8
+    assert max(merged[step] for step in (1, 2, 3, 4)) <= RANK < merged[8] <= 2 * RANK
+    assert merged[8] < merged[10] <= 3 * RANK
+
+
+def test_the_command_prints_a_table_and_draws(runs: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
+    given = (runs["lora"], runs["relora"], runs["relora"] / "../lora")
+    answer = call(SPECTRUM, *given, "--checkpoints", f"--out={tmp_path / 'out'}")
+    assert answer.code == 0, answer
+    assert "| LoRA |" in answer.out and answer.out.count("| LoRA |") == 1, "a run that stands there twice is one"
+    assert "| ReLoRA |" in answer.out and "| down_proj |" in answer.out
+    assert (tmp_path / "out" / "spectrum.md").read_text() == answer.out
+    for name in ("spectrum", "effective_rank"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_input_is_one_message(runs: dict[str, Path], tmp_path: Path) -> None:
+    refused(call(SPECTRUM), "no run given")
+    refused(call(SPECTRUM, runs["lora"], "--checkpoints"), "--checkpoints: draws a figure; give --out")
+    refused(call(SPECTRUM, tmp_path / "none"), "no run folder")

@@ -1,0 +1,118 @@
+"""Muon's arithmetic on whole matrices."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from relora_mora.config.schema import OptimConfig
+from relora_mora.optim.groups import matrix_rule
+from relora_mora.optim.muon import Muon, orthogonalize
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (12, 12), (5, 31), (31, 5), (64, 24)]
+
+
+def _matrices(shape: tuple[int, int], count: int = 3) -> torch.Tensor:
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_singular_values_become_about_one_and_the_directions_stay(shape):
+    matrices = _matrices(shape) * torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1)
+    for before, after in zip(matrices.double(), orthogonalize(matrices).double(), strict=True):
+        left, values, right = torch.linalg.svd(before, full_matrices=False)
+        made = left.mT @ after @ right.mT
+        off = made - torch.diag(made.diagonal())
+        assert off.abs().max() < 2e-4
+        large = made.diagonal()[values > 0.02 * values[0]]
+        assert large.min() > 0.6 and made.diagonal().max() < 1.3
+
+
+def test_each_of_several_matrices_is_as_it_is_alone():
+    matrices = _matrices((12, 20))
+    alone = torch.cat([orthogonalize(matrix[None]) for matrix in matrices])
+    assert torch.allclose(orthogonalize(matrices), alone, atol=1e-6)
+
+
+def test_a_matrix_of_zeros_stays_one():
+    assert not orthogonalize(torch.zeros(2, 4, 6)).any()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12)])
+def test_it_steps_as_torchs_muon_does(shape, nesterov):
+    """Up to the bf16 in which torch's makes its iterations: a few percent of the step."""
+    gradients = _matrices(shape, 4)
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    settings = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+    theirs = torch.optim.Muon([weight], nesterov=nesterov, **settings)
+    rule = Muon(OptimConfig(matrices="muon", momentum=0.9, nesterov=nesterov))
+    ours = torch.zeros(shape)
+    state = {"momentum": torch.zeros(shape)}
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        theirs.step()
+        blended = gradient.clone()
+        rule.update_moments(blended, state)
+        ours -= rule.update(blended[None])[0]
+    assert torch.linalg.vector_norm(ours - weight) < 0.05 * torch.linalg.vector_norm(ours)
+    assert torch.linalg.vector_norm(ours) > 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_steps_elements_have_a_root_mean_square_of_a_fifth(shape):
+    update = Muon(OptimConfig()).update(_matrices(shape))
+    assert 0.12 < math.sqrt(float(update.square().mean())) < 0.26
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flops_are_what_torch_counts(shape):
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(_matrices(shape, 1))
+    assert counter.get_total_flops() == Muon.flops(*shape)
+
+
+class _Peak(TorchDispatchMode):
+    """The most bytes that results of operations held at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self.known: set[int] = set()
+        self.given: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.known | self.given:
+                self.known.add(storage.data_ptr())
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.data_ptr(), storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return result
+
+    def _free(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.held -= size
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (40, 120), (120, 40)])
+def test_scratch_is_what_an_update_allocates(shape):
+    matrices = _matrices(shape, 1)
+    with _Peak() as peak:
+        peak.given = {matrices.untyped_storage().data_ptr()}
+        Muon(OptimConfig()).update(matrices)
+    assert peak.peak == pytest.approx(Muon.workspace_bytes(*shape, on_gpu=False), rel=0.01)
+
+
+def test_the_settings_name_the_rule():
+    assert isinstance(matrix_rule(OptimConfig(matrices="muon")), Muon)
+    assert matrix_rule(OptimConfig()) is None

@@ -1,0 +1,278 @@
+"""GaLore, Fira and APOLLO on whole matrices: against their formulas in float64, and against the released packages."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from relora_mora.config.schema import OptimConfig
+from relora_mora.optim.groups import matrix_rule
+from relora_mora.optim.projected import Apollo, _Projected
+from relora_mora.optim.rules import MatrixState
+from relora_mora.system.seeds import derived_seed
+from tests.optim.test_muon import _Peak
+
+RULES = ("galore", "fira", "apollo")
+SHAPES = [(12, 12), (5, 31), (31, 5), (24, 16)]
+STEPS = 7
+EVERY = 3  # renewals at the steps 1, 4 and 7
+SEED = 11
+
+
+def _optim(name: str, **settings: Any) -> OptimConfig:
+    given = {"projection_rank": 4, "projection_every": EVERY, "betas": (0.8, 0.9), "eps": 1e-3}
+    return OptimConfig(matrices=name, **{**given, **settings})
+
+
+def _rule(name: str, **settings: Any) -> _Projected:
+    rule = matrix_rule(_optim(name, **settings))
+    assert isinstance(rule, _Projected)
+    return rule
+
+
+def _state(rule: _Projected, shape: tuple[int, int]) -> MatrixState:
+    return MatrixState(SEED, {key: torch.zeros(size) for key, size in rule.state_shapes(*shape).items()})
+
+
+def _gradients(shape: tuple[int, int]) -> list[Tensor]:
+    """They grow by a third in each step, so that the limiter has something to do."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    common = torch.randn(shape, generator=generator)
+    return [1.3**step * (common + torch.randn(shape, generator=generator)) for step in range(STEPS)]
+
+
+def _updates(rule: _Projected, shape: tuple[int, int]) -> list[Tensor]:
+    state = _state(rule, shape)
+    return [rule.update(gradient.clone()[None], [state])[0].clone() for gradient in _gradients(shape)]
+
+
+def _with_signs_of(before: Tensor, found: Tensor) -> Tensor:
+    """Columns, each with the sign that brings it nearer to the one before."""
+    return torch.stack([new if old @ new >= 0 else -new for old, new in zip(before.T, found.T, strict=True)], dim=1)
+
+
+# ---- the formulas, for matrices as they are -------------------------------------------------------------------------
+
+
+class Reference:
+    """One matrix in float64. A tall or square one is projected from the right: R = G P."""
+
+    def __init__(self, name: str, optim: OptimConfig, scale: float) -> None:
+        self.name = name
+        self.optim = optim
+        self.scale = scale
+        self.steps = 0
+        self.projection = self.first = self.second = self.last = None
+
+    def step(self, gradient: Tensor) -> Tensor:
+        gradient = gradient.double()
+        rows, columns = gradient.shape
+        right = rows >= columns
+        rank = min(self.optim.projection_rank, rows, columns)
+        if self.steps % self.optim.projection_every == 0:
+            self.projection = self._projection(gradient, right, rank)
+        self.steps += 1
+        to = (lambda g: g @ self.projection) if right else (lambda g: self.projection.T @ g)
+        back = (lambda r: r @ self.projection.T) if right else (lambda r: self.projection @ r)
+        small = to(gradient)
+        b1, b2 = self.optim.betas
+        self.first = (0 if self.first is None else b1 * self.first) + (1 - b1) * small
+        self.second = (0 if self.second is None else b2 * self.second) + (1 - b2) * small**2
+        adam = self.first / (self.second**0.5 + self.optim.eps)
+        correction = math.sqrt(1 - b2**self.steps) / (1 - b1**self.steps)
+        if self.name == "galore":
+            return correction * self.scale * back(adam)
+        along = 1 if right else 0
+        growth = (adam**2).sum(along, keepdim=True) ** 0.5 / ((small**2).sum(along, keepdim=True) ** 0.5 + 1e-8)
+        if self.name == "fira":
+            return correction * (
+                self.scale * back(adam) + self._limited((gradient - self.scale * back(small)) * growth)
+            )
+        return correction * math.sqrt(self.scale) * self._limited(gradient * growth)
+
+    def _projection(self, gradient: Tensor, right: bool, rank: int) -> Tensor:
+        if self.name != "apollo":
+            left, _, transposed = torch.linalg.svd(gradient)
+            found = transposed[:rank].T if right else left[:, :rank]
+            return found if self.projection is None else _with_signs_of(self.projection, found)
+        generator = torch.Generator().manual_seed(derived_seed(SEED, self.steps // self.optim.projection_every))
+        return torch.randn(min(gradient.shape), rank, generator=generator).double() / math.sqrt(rank)
+
+    def _limited(self, step: Tensor) -> Tensor:
+        norm = (step**2).sum() ** 0.5
+        if self.last is not None and norm > 1.01 * (self.last + 1e-8):
+            step = step * (1.01 * (self.last + 1e-8) / norm)
+        self.last = (step**2).sum() ** 0.5
+        return step
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "name,scale,used", [("galore", None, 0.25), ("fira", None, 0.25), ("fira", 0.6, 0.6), ("apollo", None, 1.0)]
+)
+def test_it_steps_as_the_formulas_say(name, scale, used, shape):
+    reference = Reference(name, _optim(name), used)
+    for found, gradient in zip(_updates(_rule(name, projection_scale=scale), shape), _gradients(shape), strict=True):
+        expected = reference.step(gradient)
+        assert torch.linalg.vector_norm(found - expected) < 1e-4 * torch.linalg.vector_norm(expected)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rank_above_the_shorter_side_is_that_side(name):
+    wide, exact = (_updates(_rule(name, projection_rank=rank), (5, 31)) for rank in (128, 5))
+    assert all(torch.equal(a, b) for a, b in zip(wide, exact, strict=True))
+
+
+def test_galore_of_full_rank_is_adam_in_another_basis():
+    """A projection onto all of the space that is never renewed; with one row, the basis is that of Adam."""
+    found = _updates(_rule("galore", projection_every=100, projection_scale=1.0, eps=1e-12), (1, 9))
+    weight = torch.nn.Parameter(torch.zeros(1, 9))
+    adam = torch.optim.Adam([weight], lr=1.0, betas=(0.8, 0.9), eps=1e-12)
+    for update, gradient in zip(found, _gradients((1, 9)), strict=True):
+        before = weight.detach().clone()
+        weight.grad = gradient
+        adam.step()
+        assert torch.allclose(before - weight, update, rtol=1e-4, atol=1e-6)
+
+
+def test_apollo_draws_by_seed_and_renewal_alone():
+    rule = _rule("apollo")
+    draws = [rule._drawn(6, seed, done, torch.device("cpu")) for seed, done in [(1, 0), (1, 2), (1, 3), (2, 0)]]
+    assert torch.equal(draws[0], draws[1])
+    assert not any(torch.equal(draws[0], other) for other in draws[2:])
+    large = Apollo(_optim("apollo", projection_rank=64))._drawn(400, 1, 0, torch.device("cpu"))
+    assert float(large.square().mean()) == pytest.approx(1 / 64, rel=0.05)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_gradient_of_zeros_at_first_is_no_step_and_limits_nothing(name):
+    rule = _rule(name)
+    state = _state(rule, (5, 7))
+    assert not rule.update(torch.zeros(1, 5, 7), [state]).any()
+    gradient = torch.randn(1, 5, 7, generator=torch.Generator().manual_seed(0))
+    update = rule.update(gradient, [state])
+    assert update.isfinite().all() and torch.linalg.vector_norm(update) > 0.1
+
+
+@pytest.mark.parametrize("done", [0, EVERY, 2 * EVERY])
+@pytest.mark.parametrize("shape", [(5, 31), (31, 5)])
+@pytest.mark.parametrize("name", ["galore", "fira"])
+def test_a_matrix_whose_projection_is_due_waits_for_a_gradient(name, shape, done):
+    """LoRA's A has none as long as B is zero; directions of nothing would hold for projection_every steps."""
+    rule = _rule(name, projection_rank=2)
+    state, waited = _state(rule, shape), _state(rule, shape)
+    before, after = _gradients(shape)[:done], _gradients(shape)[done:]
+    for gradient in before:
+        rule.update(gradient.clone()[None], [state])
+        rule.update(gradient.clone()[None], [waited])
+    for _ in range(EVERY + 1):
+        assert not rule.update(torch.zeros(1, *shape), [waited]).any()
+    for gradient in after:
+        expected = rule.update(gradient.clone()[None], [state])[0]
+        assert torch.equal(rule.update(gradient.clone()[None], [waited])[0], expected)
+        assert expected.any(dim=0).all() and expected.any(dim=1).all()
+    assert all(torch.equal(value, waited.tensors[key]) for key, value in state.tensors.items())
+
+
+@pytest.mark.parametrize("name", ["fira", "apollo"])
+def test_a_gradient_of_zeros_leaves_the_limiter_as_it_was(name):
+    rule = _rule(name)
+    state = _state(rule, (5, 31))
+    first, second = _gradients((5, 31))[:2]
+    rule.update(first[None], [state])
+    norm = state.tensors["limited_norm"].fill_(1e-3)  # what follows is larger
+    rule.update(torch.zeros(1, 5, 31), [state])
+    assert float(norm) == pytest.approx(1e-3)
+    rule.update(second[None], [state])
+    assert float(norm) == pytest.approx(1.01e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_each_of_several_matrices_has_its_own_state(name):
+    rule = _rule(name)
+    gradients = torch.stack(_gradients((5, 9))[:3])
+    states = [_state(rule, (5, 9)) for _ in gradients]
+    rule.update(gradients[:1].clone(), states[:1])  # one is a step ahead
+    alone = [_state(rule, (5, 9)) for _ in gradients]
+    rule.update(gradients[:1].clone(), alone[:1])
+    expected = [
+        rule.update(gradient.clone()[None], [state])[0] for gradient, state in zip(gradients, alone, strict=True)
+    ]
+    assert torch.equal(rule.update(gradients, states), torch.stack(expected))
+    assert [int(state.tensors["updates"]) for state in states] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(5, 31), (31, 5), (12, 12)])
+@pytest.mark.parametrize("name", RULES)
+def test_flops_are_what_torch_counts(name, shape):
+    rule = _rule(name)
+    state = _state(rule, shape)
+    with FlopCounterMode(display=False) as counter:
+        rule.update(torch.randn(1, *shape), [state])
+    assert counter.get_total_flops() == rule.flops(*shape)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (160, 480), (480, 160)])
+@pytest.mark.parametrize("name,rank", [("galore", 64), ("fira", 64), ("apollo", 64), ("apollo", 150)])
+def test_scratch_is_what_an_update_allocates(name, rank, shape):
+    rule = _rule(name, projection_rank=rank)
+    state = _state(rule, shape)
+    matrices = torch.randn(1, *shape)
+    with _Peak() as peak:
+        peak.given = {tensor.untyped_storage().data_ptr() for tensor in (matrices, *state.tensors.values())}
+        rule.update(matrices, [state])
+    assert peak.peak == pytest.approx(rule.workspace_bytes(*shape, on_gpu=False), rel=0.03)
+
+
+# ---- the released packages ------------------------------------------------------------------------------------------
+
+PACKAGES = {
+    "galore": ("galore_torch", "adamw", {"scale": 0.3}),
+    "fira": ("fira", "fira_adamw", {"alpha": 0.3}),
+    "apollo": ("apollo_torch", "apollo", {"scale": 0.3, "proj": "random", "scale_type": "channel"}),
+}
+
+
+def _released(package: str, module: str, patch: pytest.MonkeyPatch) -> Any:
+    """The AdamW of a module, without what its package imports beside it (bitsandbytes)."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        pytest.skip(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}")
+    bare = ModuleType(package)
+    bare.__path__ = list(spec.submodule_search_locations or ())
+    patch.setitem(sys.modules, package, bare)
+    return importlib.import_module(f"{package}.{module}").AdamW
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", RULES)
+def test_it_steps_as_the_released_package_does(name, shape, monkeypatch):
+    package, module, settings = PACKAGES[name]
+    adamw = _released(package, module, monkeypatch)
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    group = {"params": [weight], "rank": 4, "update_proj_gap": EVERY, "proj_type": "std", **settings}
+    theirs = adamw([group], lr=1.0, betas=(0.8, 0.9), eps=1e-3, no_deprecation_warning=True)
+    rule = _rule(name, projection_scale=0.3)
+    state = _state(rule, shape)
+    for gradient in _gradients(shape):
+        before = weight.detach().clone()
+        weight.grad = gradient.clone()
+        theirs.step()
+        projection = theirs.state[weight]["projector"].ortho_matrix
+        projection = projection if shape[0] < shape[1] else projection.T
+        if name == "apollo":
+            monkeypatch.setattr(Apollo, "_drawn", lambda *_, p=projection: p)
+        else:  # the signs that the package's SVD found
+            monkeypatch.setattr(_Projected, "_singular", lambda *_, p=projection: p)
+        found = rule.update(gradient.clone()[None], [state])[0]
+        expected = before - weight.detach()
+        assert torch.linalg.vector_norm(found - expected) < 2e-5 * torch.linalg.vector_norm(expected)

@@ -1,0 +1,330 @@
+"""The planner's activations against the tensors that live while a model trains."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import LlamaConfig, PreTrainedConfig
+
+from relora_mora.adapters.inject import inject
+from relora_mora.adapters.layers import adapter_layers
+from relora_mora.config.load import ConfigError, validate
+from relora_mora.config.schema import Config, ModelConfig
+from relora_mora.data.stream.packing import document_boundaries
+from relora_mora.model.config import read_model_config
+from relora_mora.model.config_keys import ARCHITECTURES
+from relora_mora.model.llama import LossModel, build_model
+from relora_mora.optim.groups import count_parameters, set_trainable
+from relora_mora.sizing.fit import check_memory, choose_resident, stage_advice
+from relora_mora.sizing.flops import meta_model
+from relora_mora.sizing.memory import activation_memory, merged_memory, peak_memory, scratch_memory, state_memory
+from relora_mora.sizing.setup import Setup
+from relora_mora.train.begin.check import memory_of_rank
+from tests.tools.helpers import ROOT
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "max_position_embeddings": 64,
+}
+MODEL = LlamaConfig(**SIZES)
+
+
+class LiveTensors(TorchDispatchMode):
+    """Bytes of the storages that operations make and that are still alive, and their maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, Any] = {}
+        self.now = self.most = 0
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.live:
+            self.live[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+            self.now += size
+            self.most = max(self.most, self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        if self.live.pop(key, None) is not None:
+            self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, Tensor):
+                self.add(value)
+        return out
+
+
+def make_config(method: dict[str, Any], model: dict[str, Any] | None = None, micro_batch_size: int = 4) -> Config:
+    tree = {
+        "model": {"config": "x", **(model or {})},
+        "tokenizer": {"path": "x"},
+        "data": {"train": "x", "validation": "x", "sequence_length": 64},
+        "method": {"rank": 16, **method},
+        "train": {"run_dir": "x", "batch_size": micro_batch_size, "micro_batch_size": micro_batch_size},
+    }
+    return validate(tree, "the test")
+
+
+def build(config: Config, bf16: bool, model_config: PreTrainedConfig = MODEL) -> LossModel:
+    lm = build_model(model_config, seed=0, attention=config.model.attention)
+    if config.method.uses_adapters:
+        inject(lm, config.method, seed=0)
+    set_trainable(lm, config.method)
+    lm.to(torch.bfloat16 if bf16 else torch.float32)
+    model = LossModel(lm)
+    if config.model.activation_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    return model
+
+
+CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"name": "full"}, {}),
+    ({"name": "lora", "form": "merged"}, {}),
+    ({"name": "lora", "form": "decoupled"}, {}),
+    ({"name": "mora", "form": "merged"}, {}),
+    ({"name": "mora", "form": "decoupled"}, {}),
+    ({"name": "mora", "form": "resident"}, {}),
+    ({"name": "lora", "form": "resident"}, {"activation_checkpointing": True}),
+    ({"name": "mora", "operators": [6], "square_multiple": 2}, {}),
+    ({"name": "mora", "train_norms": False}, {}),
+    ({"name": "mora", "target_modules": ["q_proj", "down_proj"]}, {}),
+    ({"name": "mora", "target_modules": ["q_proj", "down_proj"], "train_linears": False}, {}),
+    ({"name": "full"}, {"attention": "eager"}),
+    ({"name": "full"}, {"activation_checkpointing": True}),
+    ({"name": "mora"}, {"activation_checkpointing": True}),
+    ({"name": "mora", "dropout": 0.1}, {}),
+    ({"name": "lora", "dropout": 0.1}, {}),
+    ({"name": "lora", "dropout": 0.1}, {"activation_checkpointing": True}),
+]
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("method", "model"), CASES, ids=str)
+def test_activations_and_peak(method: dict[str, Any], model: dict[str, Any], bf16: bool) -> None:
+    check_activations_and_peak(make_config(method, model), MODEL, bf16)
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("method", [{"name": "full"}, {"name": "mora", "train_norms": False}], ids=str)
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_activations_and_peak_of_the_family(kind: str, method: dict[str, Any], bf16: bool) -> None:
+    check_activations_and_peak(make_config(method), ARCHITECTURES[kind].config_class(**SIZES), bf16)
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "masked"])
+def test_activations_and_peak_of_long_sequences(attention: str, checkpointing: bool, bf16: bool) -> None:
+    model: dict[str, Any] = {"activation_checkpointing": checkpointing}
+    if attention == "eager":
+        model["attention"] = attention
+    config = make_config({"name": "mora"}, model, micro_batch_size=1)
+    of_data = {"sequence_length": 1024, "document_mask": attention == "masked"}
+    config = config.model_copy(update={"data": config.data.model_copy(update=of_data)})
+    check_activations_and_peak(config, LlamaConfig(**{**SIZES, "max_position_embeddings": 1024}), bf16)
+
+
+def check_activations_and_peak(config: Config, model_config: PreTrainedConfig, bf16: bool) -> None:
+    trained = build(config, bf16, model_config).train()
+    shape = config.train.micro_batch_size, config.data.sequence_length
+    ids = torch.randint(0, MODEL.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    documents = torch.arange(shape[1]).div(100, rounding_mode="floor").expand(shape)
+    boundaries = document_boundaries(documents) if config.data.document_mask else None
+    tracker = LiveTensors()
+    for parameter in trained.parameters():
+        tracker.add(parameter.data)
+    for _, layer in adapter_layers(trained.lm):
+        layer.keep_merged()
+        if layer.merged_weight is not None:
+            tracker.add(layer.merged_weight)
+    before = sum(parameter.nbytes for parameter in trained.parameters())
+    weights = tracker.now
+    setup = Setup(config, 0, 1, bf16=bf16)
+    assert weights == before + merged_memory(trained.lm, setup)
+    with tracker:
+        loss = trained(ids, ids, boundaries)
+        kept = tracker.now - weights
+        loss.backward()
+    planned, layer, mask = activation_memory(trained.lm, setup)
+    head_gradient = trained.lm.lm_head.weight.nbytes  # kept from the loss to backward; the planner counts it as scratch
+    assert kept == pytest.approx(planned + head_gradient, rel=0.1)
+
+    at_loss, in_backward = scratch_memory(trained.lm, setup)
+    gradients = sum(parameter.nbytes for parameter in trained.parameters() if parameter.requires_grad)
+    again = layer if config.model.activation_checkpointing else 0
+    peak = weights + max(planned + at_loss, planned + again + in_backward, gradients + layer + mask + in_backward)
+    assert tracker.most == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+def test_a_document_mask_is_kept_once_for_all_layers(bf16: bool) -> None:
+    kept, planned = [], []
+    for masked in (False, True):
+        config = make_config({"name": "full"})
+        config = config.model_copy(
+            update={"data": config.data.model_copy(update={"document_mask": masked, "sequence_length": 256})}
+        )
+        trained = build(config, bf16)
+        ids = torch.randint(0, MODEL.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
+        documents = torch.arange(256).div(50, rounding_mode="floor").expand(4, 256)
+        boundaries = document_boundaries(documents) if masked else None
+        with LiveTensors() as tracker:
+            loss = trained(ids, ids, boundaries)
+            kept.append(tracker.now)
+        del loss
+        planned.append(activation_memory(trained.lm, Setup(config, 0, 1, bf16=bf16))[0])
+    assert kept[1] - kept[0] == pytest.approx(planned[1] - planned[0], rel=0.1)
+
+
+def test_on_a_gpu_documents_need_no_mask_and_logits_no_copy() -> None:
+    plain = make_config({"name": "full"})
+    masked = plain.model_copy(update={"data": plain.data.model_copy(update={"document_mask": True})})
+    model = meta_model(MODEL, plain.method)
+
+    def kept(config: Config, **where: bool) -> float:
+        return activation_memory(model, Setup(config, 0, 1, compiled=False, **where))[0]
+
+    assert kept(masked, bf16=True, on_gpu=True) == kept(plain, bf16=True, on_gpu=True) < kept(masked, bf16=True)
+    assert kept(masked, bf16=False, on_gpu=True) == kept(masked, bf16=False)  # flash attention knows no float32
+    head = MODEL.vocab_size * MODEL.hidden_size
+    at_loss = [scratch_memory(model, Setup(plain, 0, 1, bf16=True, on_gpu=on_gpu))[0] for on_gpu in (False, True)]
+    assert at_loss == [256 * 512 * 6 + 6 * head, max(256 * 512 * 2 + 4 * head, 6 * head)]
+
+
+@pytest.mark.parametrize("size", ["llama_250m", "llama_1_3b"])
+@pytest.mark.parametrize("method", ["full", "relora resident", "remora operator 1 resident"])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_a_layer_keeps_what_was_counted(size: str, method: str, how: str) -> None:
+    """On fake tensors, by tests/fakecuda."""
+    rows = csv.DictReader((ROOT / "tests/fakecuda/counts.csv").read_text().splitlines())
+    [counted] = [row for row in rows if (row["model"], row["method"], row["compiled"]) == (size, method, how)]
+    config = make_config({"name": method.split()[0], "operators": [1, 2], "rank": 128}, micro_batch_size=16)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": 512})})
+    settings = ModelConfig(config=str(ROOT / f"configs/model/{size}.json"))
+    model = meta_model(read_model_config(settings), config.method)
+    setup = Setup(config, 0, 1, bf16=True, on_gpu=True, compiled=how == "compiled")
+    _, layer, _ = activation_memory(model, setup)
+    assert layer / 2**20 == pytest.approx(int(counted["kept_mib"]), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "remora"])
+def test_parameters_are_those_of_the_real_model(name: str) -> None:
+    config = make_config({"name": name, "target_modules": ["q_proj", "up_proj"], "train_head": False})
+    model = build(config, False).lm
+    counts = count_parameters(model)
+    assert counts == count_parameters(meta_model(model.config, config.method))
+    assert counts.trainable + counts.frozen == counts.total + counts.adapters
+
+
+def test_more_ranks_and_higher_stages_never_need_more_state() -> None:
+    config = make_config({"name": "remora"})
+    model = meta_model(MODEL, config.method)
+    for bf16 in (True, False):
+        sizes = {
+            (stage, ranks): peak_memory(model, Setup(config, stage, ranks, bf16=bf16))
+            for stage in (1, 2, 3)
+            for ranks in (1, 2, 4)
+        }
+        for stage in (1, 2, 3):
+            states = [sizes[stage, ranks].masters + sizes[stage, ranks].optimizer for ranks in (1, 2, 4)]
+            assert states == [states[0], states[0] / 2, states[0] / 4]
+        assert sizes[3, 4].weights == sizes[2, 4].weights / 4
+
+
+def test_accumulation_keeps_gradients_through_the_loss() -> None:
+    once = make_config({"name": "full"})
+    twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
+    model = meta_model(MODEL, once.method)
+    gradients = [peak_memory(model, Setup(config, 0, 1, bf16=True)).gradients for config in (once, twice)]
+    assert gradients[0] == 0 < gradients[1]
+
+
+def test_stage_1_is_advised_where_it_has_the_memory() -> None:
+    config = make_config({"name": "remora"})
+    once, twice = (
+        config.model_copy(update={"train": config.train.model_copy(update={"zero_stage": 2, "batch_size": size})})
+        for size in (8, 16)
+    )
+    model = meta_model(MODEL, config.method)
+    needed = peak_memory(model, Setup(twice, 1, 2, bf16=True, on_gpu=True)).device
+
+    def advice(config: Config, available: float) -> str | None:
+        return stage_advice(model, Setup(config, config.train.zero_stage, 2, bf16=True, on_gpu=True), available)
+
+    assert "train.zero_stage=1" in str(advice(twice, 1.2 * needed))
+    assert advice(twice, needed) is None  # not all of it can be used
+    assert advice(once, 1.2 * needed) is None
+
+
+def test_ranks_on_cpus_share_the_memory_of_their_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config({"name": "remora"})
+    setup = Setup(config, config.train.zero_stage, 4, bf16=True)
+    state = state_memory(meta_model(MODEL, config.method), setup)
+    needed = state.weights + state.masters + state.optimizer + state.host_base
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for more, fits in ((64, True), (-64, False)):
+        monkeypatch.setattr("relora_mora.train.begin.check.host_memory_bytes", lambda more=more: 4 * needed + more)
+        with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=r"on each of 4 ranks.* a stage h"):
+            check_memory(MODEL, setup, memory_of_rank(), memory_of_rank())
+
+
+def test_beside_a_gpu_the_host_needs_memory_for_the_base_alone() -> None:
+    config = make_config({"name": "remora"})
+    setup = Setup(config, config.train.zero_stage, 4, bf16=True, on_gpu=True)
+    model = meta_model(MODEL, config.method)
+    state = state_memory(model, setup)
+    assert state.host_base > state_memory(model, replace(setup, on_gpu=False)).host_base, "pinned memory is rounded up"
+    on_device = state.weights + state.masters + state.optimizer
+    check_memory(MODEL, setup, on_device, state.host_base)
+    with pytest.raises(ConfigError, match=r"base weights in host memory need .* take a smaller model"):
+        check_memory(MODEL, setup, on_device, state.host_base - 1)
+    with pytest.raises(ConfigError, match="weights and optimizer state need"):
+        check_memory(MODEL, setup, on_device - 1, state.host_base)
+
+
+def test_auto_keeps_merged_weights_where_it_pays_and_the_memory_is_there() -> None:
+    once = make_config({"name": "remora"})
+    twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
+    model = meta_model(MODEL, once.method)
+
+    def kept(config: Config, stage: int = 1, available: float | None = None, *, on_gpu: bool = False) -> int:
+        choose_resident(model, Setup(config, stage, 1, bf16=True, on_gpu=on_gpu), available)
+        return sum(layer.resident for _, layer in adapter_layers(model))
+
+    assert kept(twice) == 7 * MODEL.num_hidden_layers
+    needed = peak_memory(model, Setup(twice, 1, 1, bf16=True))
+    assert needed.merged == 2 * sum(layer.weight.numel() for _, layer in adapter_layers(model))
+    assert kept(twice, available=2 * needed.device) and not kept(twice, available=2 * needed.device - 1)
+    on_gpu = Setup(twice, 1, 1, bf16=True, on_gpu=True)
+    compiled = peak_memory(model, on_gpu).device
+    eager = peak_memory(model, replace(on_gpu, compiled=False)).device
+    choose_resident(model, replace(on_gpu, compiled=False), 2 * compiled)
+    assert compiled < eager and not any(layer.resident for _, layer in adapter_layers(model))
+    assert kept(once, on_gpu=True) and not any((kept(once), kept(twice, stage=3), kept(twice, stage=3, on_gpu=True)))
+
+
+def test_at_stage_3_a_rank_keeps_a_slice_of_each_merged_weight() -> None:
+    config = make_config({"name": "remora", "form": "resident"})
+    model = meta_model(MODEL, config.method)
+    sliced, whole = (peak_memory(model, Setup(config, stage, 4, bf16=True)).merged for stage in (3, 2))
+    assert 4 * sliced == whole > 0

@@ -1,0 +1,557 @@
+"""The tokenizer is exact: sentencepiece's ids on every way in and out, and nothing in a text is a special token."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from relora_mora.tokenizer import load as loading
+from relora_mora.tokenizer.folder import MODEL_FILE, TokenizerError, open_sentencepiece, read_tokenizer
+from relora_mora.tokenizer.identity import (
+    check_vocabulary,
+    gives_same_tokens,
+    is_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
+from relora_mora.tokenizer.save import save_tokenizer
+from tests.tools.shared import SHARED, needs_shared
+from tests.tools.tokenizer_tools import own_text, save_other_tokenizer, train_tokenizer, training
+
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained tokenizer of 1,000 ids, as tokenizer/train.py writes it."""
+    out = tmp_path_factory.mktemp("tokenizer") / "trained"
+    documents = own_text()
+    training.write(training.train(documents, vocab_size=1000, character_coverage=0.9995), out, documents)
+    return out
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    found: list[str] = []
+    for shard in sorted((SHARED / "data/c4like/train").glob("*.json.gz")):
+        with gzip.open(shard, "rt", encoding="utf-8") as lines:
+            found += [json.loads(line)["text"] for line in lines]
+    return sorted(found, key=len)[:10_000]  # the shorter half, whole: the test takes seconds
+
+
+def _plain(folder: Path, texts: list[str]) -> list[list[int]]:
+    """Ids as a user of the exported folder gets them, with nothing said about special tokens."""
+    return AutoTokenizer.from_pretrained(str(folder))(texts)["input_ids"]
+
+
+@needs_shared
+def test_ten_thousand_documents_are_exact(documents: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "trained"
+    bytes_per_token = training.write(training.train(documents[::5], vocab_size=8192), out, documents[-100:])
+    assert 3 < bytes_per_token < 6
+    reference = open_sentencepiece(out / MODEL_FILE).encode(documents)
+    tokenizer = load_tokenizer(out)
+    assert len(documents) == 10_000
+    assert encode(tokenizer, documents) == reference
+    assert not any(EOS in ids or 0 in ids or 1 in ids for ids in reference)
+    decoded = tokenizer.batch_decode(reference)
+    assert [text.replace("\u2581", " ") for text in documents] == decoded
+    exported = tmp_path / "exported"
+    save_tokenizer(tokenizer, exported)
+    assert _plain(exported, documents[::10]) == reference[::10]
+
+
+def test_hard_texts_are_exact_on_every_way(folder: Path, tmp_path: Path) -> None:
+    texts = [*HARD_TEXTS, *(text + other for text in HARD_TEXTS for other in HARD_TEXTS), "".join(HARD_TEXTS)]
+    reference = open_sentencepiece(folder / MODEL_FILE).encode(texts)
+    LlamaConfig().save_pretrained(str(tmp_path / "export"))  # its model_type must not decide the tokenizer's class
+    save_tokenizer(folder, tmp_path / "export")
+    for path in (folder, folder / MODEL_FILE, tmp_path / "export"):
+        assert encode(load_tokenizer(path), texts) == reference
+    for path in (folder, tmp_path / "export"):
+        assert _plain(path, texts) == reference
+        assert AutoTokenizer.from_pretrained(str(path)).batch_decode(reference) == texts
+    assert (tmp_path / "export" / MODEL_FILE).read_bytes() == (folder / MODEL_FILE).read_bytes()
+
+
+def test_random_texts_are_exact(folder: Path) -> None:
+    draw = random.Random(0)
+    alphabet = [*"ab  \n\t<>/s0x", "</s>", "<s>", "\r\n", "é", "🙂", "the", " self", "    ", "\0", "▅", "\u2581"]
+    texts = ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(3000)]
+    tokenizer = load_tokenizer(folder)
+    ids = encode(tokenizer, texts)
+    assert ids == open_sentencepiece(folder / MODEL_FILE).encode(texts)
+    assert tokenizer.batch_decode(ids) == [text.replace("\u2581", " ") for text in texts]
+
+
+def test_parts_of_a_text_decode_to_its_parts(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    ids = encode(tokenizer, ["return the value of  the setting"])[0]
+    assert all(
+        tokenizer.decode(ids[:cut]) + tokenizer.decode(ids[cut:]) == "return the value of  the setting"
+        for cut in range(len(ids))
+    )
+
+
+def test_no_text_ends_a_document(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    for loaded in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):  # as it reaches a worker process
+        ids = encode(loaded, ["</s>", "a</s>", "<s> </s> <unk>"])
+        assert all(special not in found for found in ids for special in (0, 1, 2))
+    assert encode(tokenizer, []) == []
+
+
+def test_llama_class_would_not_be_exact(folder: Path, tmp_path: Path) -> None:
+    """The reason for loading the model alone: the class that config.json suggests loses a space and parses ``</s>``."""
+    shutil.copy(folder / MODEL_FILE, tmp_path / MODEL_FILE)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    reference = open_sentencepiece(folder / MODEL_FILE).encode(["  leading", "a</s>"])
+    assert (
+        AutoTokenizer.from_pretrained(str(tmp_path))(["  leading", "a</s>"], add_special_tokens=False)["input_ids"]
+        != reference
+    )
+    assert encode(load_tokenizer(tmp_path), ["  leading", "a</s>"]) == reference
+
+
+def test_fingerprint_follows_the_vocabulary(folder: Path, tmp_path: Path) -> None:
+    save_tokenizer(folder, tmp_path / "export")
+    fingerprints = {tokenizer_fingerprint(path) for path in (folder, folder / MODEL_FILE, tmp_path / "export")}
+    assert len(fingerprints) == 1
+    other = tmp_path / "other"
+    training.write(training.train(own_text(), vocab_size=999, character_coverage=0.9995), other, ["x"])
+    assert tokenizer_fingerprint(other) not in fingerprints
+
+
+def test_the_same_tokens_are_known_in_another_form(folder: Path, tmp_path: Path) -> None:
+    save_tokenizer(folder, tmp_path / "export")
+    (tmp_path / "export" / MODEL_FILE).unlink()
+    assert tokenizer_fingerprint(tmp_path / "export") != tokenizer_fingerprint(folder)
+    for path in (folder, folder / MODEL_FILE):
+        assert gives_same_tokens(path, tmp_path / "export") and gives_same_tokens(tmp_path / "export", path)
+    assert not gives_same_tokens(folder, _hugging_face(folder, tmp_path / "hf"))
+
+
+def _hugging_face(folder: Path, out: Path, **changes: Any) -> Path:
+    """A Hugging Face folder without tokenizer.model, with added tokens, truncation and padding left on."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>", "pad_token": "<|pad|>"})
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=4)
+    tokenizer.save_pretrained(str(out))
+    description = json.loads((out / "tokenizer.json").read_text())
+    description.update(changes)
+    (out / "tokenizer.json").write_text(json.dumps(description))
+    return out
+
+
+def test_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
+    path = _hugging_face(folder, tmp_path / "hf")
+    tokenizer = load_tokenizer(path)
+    text = "a longer text </s> with <|end|> and <|pad|> in it"
+    assert tokenizer.eos_token_id == 1000
+    assert encode(tokenizer, [text]) == open_sentencepiece(folder / MODEL_FILE).encode([text])
+    assert vocabulary_size(tokenizer) == 1002
+    uncut = _hugging_face(folder, tmp_path / "uncut", truncation=None, padding=None)
+    assert tokenizer_fingerprint(path) == tokenizer_fingerprint(uncut) != tokenizer_fingerprint(folder)
+    shutil.copy(folder / MODEL_FILE, path / MODEL_FILE)  # without the added tokens: tokenizer.json decides
+    assert load_tokenizer(path).eos_token_id == 1000
+    save_tokenizer(path, tmp_path / "export")
+    assert _plain(tmp_path / "export", [text]) == encode(tokenizer, [text])
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_tokenizer_of_llama_is_saved_as_it_is(folder: Path, tmp_path: Path, legacy: bool) -> None:
+    """transformers leaves ``legacy`` out, without which the class builds another one."""
+    path = _hugging_face(folder, tmp_path / "hf")
+    file = path / "tokenizer_config.json"
+    described = json.loads(file.read_text()) | {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+    file.write_text(json.dumps(described))
+    save_tokenizer(path, tmp_path / "export")
+    assert tokenizer_fingerprint(path) == tokenizer_fingerprint(tmp_path / "export")
+
+
+OLD_FORMS = {
+    "merges as strings": lambda model: {"merges": [" ".join(pair) for pair in model["merges"]]},
+    "no ignore_merges": lambda model: {"ignore_merges": ...},
+}
+
+
+@pytest.mark.parametrize("form", OLD_FORMS)
+def test_a_tokenizer_written_in_an_older_form_is_the_same_one(folder: Path, tmp_path: Path, form: str) -> None:
+    path = _hugging_face(folder, tmp_path / "hf")
+    expected = tokenizer_fingerprint(path)
+    model = json.loads((path / "tokenizer.json").read_text())["model"]
+    assert {"merges", "ignore_merges"} <= set(model)
+    changed = {key: value for key, value in (model | OLD_FORMS[form](model)).items() if value is not ...}
+    older = _hugging_face(folder, tmp_path / "older", model=changed)
+    assert (older / "tokenizer.json").read_text() != (path / "tokenizer.json").read_text()
+    save_tokenizer(older, tmp_path / "saved")
+    assert tokenizer_fingerprint(older) == tokenizer_fingerprint(tmp_path / "saved") == expected
+    fewer = _hugging_face(folder, tmp_path / "fewer", model=model | {"merges": model["merges"][:-1]})
+    assert tokenizer_fingerprint(fewer) != expected
+
+
+def test_code_of_a_tokenizer_is_neither_run_nor_saved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
+    path = _hugging_face(folder, tmp_path / "hf")
+    mark = tmp_path / "it was run"
+    (path / "foreign_code.py").write_text(
+        f"open({str(mark)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+    )
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    code = {"auto_map": {"AutoTokenizer": [None, "foreign_code.Own"]}, "trust_remote_code": True}
+    (path / "tokenizer_config.json").write_text(json.dumps(config | code))
+    save_tokenizer(path, tmp_path / "out")
+    assert not [
+        file.name for file in (tmp_path / "out").iterdir() if file.suffix == ".py" or "foreign_code" in file.read_text()
+    ]
+    (path / "tokenizer_config.json").write_text(json.dumps(config | code | {"tokenizer_class": "Own"}))
+    with pytest.raises(TokenizerError, match="custom code"):
+        load_tokenizer(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"chat_template": [{"name": "../../x", "template": ""}]},
+        {"chat_template": [{"name": 3, "template": 4}]},
+        {"model_max_length": "x"},
+    ],
+)
+def test_a_tokenizer_that_cannot_be_saved_is_named(folder: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    path = _hugging_face(folder, tmp_path / "hf")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | wrong))
+    with pytest.raises(TokenizerError, match="fix its tokenizer_config") as caught:
+        save_tokenizer(path, tmp_path / "out")
+    assert str(caught.value).startswith(f"{path}: ")
+    assert sorted(name.name for name in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_turns_of_a_newer_llama_are_tokenized_as_by_transformers(tmp_path: Path) -> None:
+    """Its tokenizer.json adds no space behind a special token, and has the vocabulary of the model beside it."""
+    given, saved, out = (tmp_path / name for name in ("given", "saved", "out"))
+    train_tokenizer(given, add_dummy_prefix=True, control_symbols=["[INST]", "[/INST]"])
+    tokens = {str(at): {"content": token, "special": True} for at, token in enumerate(("<unk>", "<s>", "</s>"))}
+    tokens |= {"3": {"content": "[INST]", "special": True}, "4": {"content": "[/INST]", "special": True}}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "added_tokens_decoder": tokens}
+    settings |= {"chat_template": "{{ messages }}"}
+    (given / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "</s>", "bos_token": "<s>"}))
+    AutoTokenizer.from_pretrained(given).save_pretrained(saved)
+    shutil.copy(given / MODEL_FILE, saved / MODEL_FILE)
+    turns = "<s>[INST] a word[/INST] another</s>[INST]one[/INST]\nmore"
+    expected = AutoTokenizer.from_pretrained(saved)(turns, add_special_tokens=False)["input_ids"]
+    tokenizer = load_tokenizer(saved)
+    save_tokenizer(tokenizer, out)
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    assert tokenizer.backend_tokenizer.encode(turns, add_special_tokens=False).ids == expected
+    assert AutoTokenizer.from_pretrained(out)(turns, add_special_tokens=False)["input_ids"] == expected
+
+
+def test_padding_in_a_file_does_not_change_which_tokenizer_it_is(tmp_path: Path) -> None:
+    """It is left to whoever makes batches; folders of fine-tuned models often have it."""
+    given, plain, padded = (tmp_path / name for name in ("given", "plain", "padded"))
+    train_tokenizer(given)
+    for folder in (plain, padded):
+        AutoTokenizer.from_pretrained(given).save_pretrained(folder)
+        shutil.copy(given / MODEL_FILE, folder / MODEL_FILE)
+    backend = read_tokenizer(padded / "tokenizer.json")
+    backend.enable_padding(length=16)
+    backend.enable_truncation(max_length=2)
+    backend.save(str(padded / "tokenizer.json"))
+    assert len({tokenizer_fingerprint(folder) for folder in (given, plain, padded)}) == 1
+    save_tokenizer(load_tokenizer(padded), tmp_path / "out")
+    assert (tmp_path / "out" / MODEL_FILE).exists()
+
+
+def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> None:
+    from tokenizers import models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "end": 2, "?": 3}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="end").save_pretrained(str(tmp_path / "words"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="no end-of-document token"):
+        load_tokenizer(tmp_path)
+    json_file = tmp_path / "words" / "tokenizer.json"
+    description = json.loads(json_file.read_text())
+    description["added_tokens"][0]["special"] = False
+    json_file.write_text(json.dumps(description))
+    with pytest.raises(TokenizerError, match=r"the end-of-document token 'end' \(id 2\) is one that text can have"):
+        load_tokenizer(tmp_path / "words")
+
+
+END_IN_TEXT = ["\u010a", "\u0120the", "e", "he"]  # in the vocabulary, a newline and a space are written as letters
+
+
+@pytest.mark.parametrize(
+    ("token", "listed"), [*((token, listed) for token in END_IN_TEXT for listed in (False, True)), ("\u00c3", False)]
+)
+def test_an_end_that_is_a_piece_of_text_is_refused(tmp_path: Path, token: str, listed: bool) -> None:
+    """``listed``: as an added token, which transformers makes of it when it saves the tokenizer."""
+    path = save_other_tokenizer(tmp_path / "pieces", eos_token=token)
+    if listed:
+        PreTrainedTokenizerFast.from_pretrained(path).save_pretrained(path)
+    with pytest.raises(TokenizerError, match=f"{path}: the end-of-document token '{token}' .* is one that text can"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("token", ["\u2581the", "<0x0A>", "<unk>"])
+def test_an_end_that_is_a_piece_of_a_sentencepiece_model_is_refused(folder: Path, tmp_path: Path, token: str) -> None:
+    shutil.copy(folder / MODEL_FILE, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    with pytest.raises(TokenizerError, match=f"the end-of-document token '{token}' .* is one that text can have"):
+        load_tokenizer(tmp_path)
+
+
+def _as_described(folder: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of what a tokenizer.json says, by the package that wrote it."""
+    described = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    described.encode_special_tokens = True
+    return [encoding.ids for encoding in described.encode_batch(texts, add_special_tokens=False)]
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", [None, "PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", "LlamaTokenizer"])
+def test_a_tokenizer_json_decides_next_to_any_model(tmp_path: Path, model_type: str | None, name: str | None) -> None:
+    path = save_other_tokenizer(tmp_path / "given", **({} if name is None else {"tokenizer_class": name}))
+    if model_type is not None:
+        (path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert encode(load_tokenizer(path), HARD_TEXTS) == _as_described(path, HARD_TEXTS)
+    save_tokenizer(path, tmp_path / "saved")
+    assert _plain(tmp_path / "saved", ["1000 cafe\u0301"]) == _as_described(path, ["1000 cafe\u0301"])
+    assert tokenizer_fingerprint(tmp_path / "saved") == tokenizer_fingerprint(path)
+
+
+def test_what_transformers_would_read_otherwise_next_to_a_model_is_not_saved(tmp_path: Path) -> None:
+    path, out = save_other_tokenizer(tmp_path / "given"), tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(
+        TokenizerError, match=r"saved next to a model of type qwen2, .* reads it with other ids"
+    ) as caught:
+        save_tokenizer(path, out)
+    assert str(caught.value).startswith(f"{path}: ") and str(out) not in str(caught.value)
+
+
+def test_dropout_of_merges_is_switched_off(tmp_path: Path) -> None:
+    path = save_other_tokenizer(tmp_path / "given")
+    expected, fingerprint = _as_described(path, ["1000 the"]), tokenizer_fingerprint(path)
+    described = json.loads((path / "tokenizer.json").read_text())
+    described["model"]["dropout"] = 0.5
+    (path / "tokenizer.json").write_text(json.dumps(described))
+    tokenizer = load_tokenizer(path)
+    assert all(encode(tokenizer, ["1000 the"]) == expected for _ in range(50))
+    assert tokenizer_fingerprint(path) == fingerprint
+    save_tokenizer(path, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/tokenizer.json").read_text())["model"]["dropout"] is None
+
+
+def test_a_conversion_with_other_ids_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loading.auto_tokenizer
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        tokenizer = real(*args, **kwargs)
+        tokenizer.backend_tokenizer.normalizer = None
+        return tokenizer
+
+    monkeypatch.setattr(loading, "auto_tokenizer", broken)
+    with pytest.raises(TokenizerError, match="other ids than sentencepiece's"):
+        load_tokenizer(folder)
+
+
+def test_what_is_no_tokenizer_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("words.txt", "noise.model", "nothing.model"):
+        (tmp_path / name).write_bytes(b"" if name == "nothing.model" else b"no model")
+    for name, message in {
+        "missing": "not found",
+        "empty": "no tokenizer in this folder",
+        "words.txt": "a file of another kind",
+        "noise.model": "not a sentencepiece model",
+        "nothing.model": "not a sentencepiece model",
+    }.items():
+        for function in (load_tokenizer, tokenizer_fingerprint):
+            with pytest.raises(TokenizerError, match=message) as caught:
+                function(tmp_path / name)
+            assert name in str(caught.value)
+            assert "expected a folder with tokenizer.model" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", bytes(range(256)), b"{}", b'{"model": {"vocab": 3}}'])
+def test_a_damaged_tokenizer_json_is_named(folder: Path, tmp_path: Path, content: bytes) -> None:
+    alone = tmp_path / "alone"
+    beside = shutil.copytree(folder, tmp_path / "beside")
+    alone.mkdir()
+    is_object = content.endswith(b"}")  # of which the fingerprint alone asks nothing
+    for path, functions in ((alone, [load_tokenizer]), (beside, [load_tokenizer, tokenizer_fingerprint])):
+        (path / "tokenizer.json").write_bytes(content)
+        for function in functions if is_object else (load_tokenizer, tokenizer_fingerprint):
+            with pytest.raises(TokenizerError) as caught:
+                function(path)
+            assert str(path) in str(caught.value)
+
+
+def test_a_model_without_an_end_is_refused(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(own_text()[0].splitlines()), model_prefix=str(tmp_path / "x"), vocab_size=320,
+        model_type="bpe", byte_fallback=True, eos_id=-1, normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(TokenizerError, match="no end-of-document token"):
+        load_tokenizer(tmp_path / "x.model")
+
+
+def test_vocabulary_against_the_model(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert vocabulary_size(tokenizer) == 1000
+    assert check_vocabulary(tokenizer, 1000) is None
+    assert check_vocabulary(tokenizer, 1024) is None
+    assert "31000 of them never used" in (check_vocabulary(tokenizer, 32000) or "")
+    with pytest.raises(TokenizerError, match=r"1000 token ids, but the model has only 999.*vocab_size: 1000"):
+        check_vocabulary(tokenizer, 999, trained=False)
+    with pytest.raises(TokenizerError, match=r"has only 999.*take the tokenizer that the model was trained with"):
+        check_vocabulary(tokenizer, 999)
+
+
+def test_loading_is_silent_and_offline(folder: Path) -> None:
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from relora_mora.tokenizer.load import encode, load_tokenizer\n"
+        f"tokenizer = load_tokenizer({str(folder)!r})\n"
+        "assert encode(tokenizer, ['x' * 100_000, 'y'])[1]\n"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY")
+    }
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_chat_template_and_the_beginning_of_texts_go_with_a_sentencepiece_model(folder: Path, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(folder)
+    bos = tokenizer.bos_token_id
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    plain = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    conversation = [{"role": "user", "content": "the rank"}]
+    [text] = encode(tokenizer, ["the rank"])
+    assert plain.apply_chat_template(conversation)["input_ids"] == [bos, *text, tokenizer.eos_token_id]
+    assert plain("the rank").input_ids == [bos, *text]
+    again = load_tokenizer(tmp_path / "saved")
+    assert again.chat_template == tokenizer.chat_template and again("the rank").input_ids == [bos, *text]
+    assert encode(again, ["a</s>b"]) == encode(tokenizer, ["a</s>b"]) and tokenizer.eos_token_id not in encode(
+        again, ["a</s>b"]
+    )
+    assert is_tokenizer(tmp_path / "saved", tokenizer_fingerprint(folder))
+    (tmp_path / "saved" / "chat_template.jinja").unlink()
+    config = tmp_path / "saved" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "older"}))
+    assert load_tokenizer(tmp_path / "saved").chat_template == "older"
+
+
+def test_how_texts_begin_and_are_padded_goes_with_a_sentencepiece_model_without_tokenizer_json(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Folders of the first LLaMA models are so."""
+    start = tmp_path / "start"
+    start.mkdir()
+    shutil.copy(folder / MODEL_FILE, start)
+    described = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "pad_token": "<unk>",
+        "padding_side": "left",
+        "model_max_length": 4096,
+    }
+    (start / "tokenizer_config.json").write_text(json.dumps(described))
+    save_tokenizer(start, tmp_path / "saved")
+    for tokenizer in (load_tokenizer(start), AutoTokenizer.from_pretrained(str(tmp_path / "saved"))):
+        [text] = encode(load_tokenizer(folder), ["the rank"])
+        assert tokenizer("the rank").input_ids == [tokenizer.bos_token_id, *text]
+        batch = tokenizer(["the rank of a matrix", "the"], padding=True)["input_ids"]
+        assert batch[1][0] == tokenizer.pad_token_id == 0 and tokenizer.model_max_length == 4096
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("chat_template.jinja", b"\xff\xfe"), ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Newer"}}')],
+)
+def test_files_beside_a_model_that_cannot_be_read_are_named(
+    folder: Path, tmp_path: Path, file: str, content: bytes
+) -> None:
+    shutil.copy(folder / MODEL_FILE, tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(TokenizerError, match=re.escape(str(tmp_path / file))):
+        load_tokenizer(tmp_path)
+
+
+def _special(token: str) -> dict[str, Any]:
+    return {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+
+
+@pytest.fixture
+def with_turns(folder: Path, tmp_path: Path) -> Path:
+    """Tokens of ChatML beside a sentencepiece model, as they were saved before there was a tokenizer.json."""
+    out = tmp_path / "with_turns"
+    out.mkdir()
+    shutil.copy(folder / MODEL_FILE, out)
+    (out / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 1000, "<|im_start|>": 1001}))
+    described = {
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": {"2": _special("</s>"), "1001": _special("<|im_start|>")},
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(described))
+    return out
+
+
+def test_tokens_beside_a_sentencepiece_model_are_added(with_turns: Path, folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(with_turns)
+    assert (vocabulary_size(tokenizer), tokenizer.eos_token, tokenizer.eos_token_id) == (1002, "<|im_end|>", 1000)
+    text = "<|im_start|>user\nhi  <|im_end|> "
+    assert encode(tokenizer, [text])[0] == open_sentencepiece(folder / MODEL_FILE).encode(text), "no text has them"
+    parsed = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+    assert parsed[0] == 1001 and 1000 in parsed, "what a chat template writes has"
+    assert not is_tokenizer(folder, tokenizer_fingerprint(with_turns))
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    assert is_tokenizer(tmp_path / "saved", tokenizer_fingerprint(with_turns))
+    assert load_tokenizer(tmp_path / "saved").eos_token_id == 1000
+
+
+@pytest.mark.parametrize(
+    ("added", "eos", "said"),
+    [
+        ({"<x>": 1001}, "</s>", "'<x>' has the id 1001, which is not the next one"),
+        ({"a": "b"}, "</s>", "its added tokens cannot be read"),
+        ({"<x>": 1000}, "<end>", "eos_token in tokenizer_config.json is '<end>', which is none of its tokens"),
+    ],
+)
+def test_tokens_that_cannot_be_added_are_named(with_turns: Path, added: dict[str, Any], eos: str, said: str) -> None:
+    (with_turns / "added_tokens.json").write_text(json.dumps(added))
+    (with_turns / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": eos}}))
+    with pytest.raises(TokenizerError, match=said):
+        load_tokenizer(with_turns)

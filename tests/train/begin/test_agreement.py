@@ -1,0 +1,177 @@
+"""Ranks that were given different things, or share no run folder, do not train; a data worker that hangs is missed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from tests.tools.runs import metrics, run_config
+
+pytestmark = pytest.mark.distributed
+
+
+def with_a_stopped_worker(config: Any) -> str:
+    """Rank 1 stops its data worker after step 3, as a debugger or a disk that does not answer would. Returns the
+    error's text."""
+    from relora_mora.train.loop import feed
+    from relora_mora.train.loop.loop import Trainer
+    from relora_mora.train.pretrain import pretrain
+    from relora_mora.train.state.run_state import TrainingError
+
+    train_step = Trainer.train_step
+    before = feed.WORKER_SECONDS
+
+    def step(self: Trainer, share: Any) -> Any:
+        result = train_step(self, share)
+        if self.state.step == 3 and self.rank == 1:
+            os.kill(self.data._producers[0].pid, signal.SIGSTOP)
+        return result
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+    feed.WORKER_SECONDS = 0.0
+    try:
+        pretrain(config)
+    except TrainingError as error:
+        return str(error)
+    finally:
+        Trainer.train_step = train_step  # type: ignore[method-assign]
+        feed.WORKER_SECONDS = before
+    return ""
+
+
+@pytest.mark.stops
+def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    data = {"workers": 1, "timeout_seconds": 3.0, "prefetch_batches": 1}
+    settings = {
+        "data": data,
+        "train": {"steps": 200},
+        "checkpoint": {"every_steps": 0},
+        "eval": {"every_steps": 0, "at_start": False},
+    }
+    first, second = pools(2)(with_a_stopped_worker, run_config(inputs, tokenizer_path, folder, 2, **settings))
+    assert first == second and "data worker " in first and " hangs: it has done nothing for " in first
+    step = metrics(folder)[-1]["step"]
+    assert step >= 3 and (folder / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+
+
+def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
+    """Runs on every rank; the second one has other settings, or finds another fingerprint or content at the same
+    paths."""
+    from relora_mora.config.load import ConfigError
+    from relora_mora.train.begin import check
+    from relora_mora.train.pretrain import pretrain
+
+    second, before = (
+        os.environ["RANK"] == "1",
+        {name: getattr(check, name) for name in ("fingerprints", "local_content")},
+    )
+    if second and finds:
+        another = ("another", "another") if finds == "fingerprints" else "another"
+        setattr(check, finds, lambda *args, **kwargs: another)
+    try:
+        with pytest.raises(ConfigError) as caught:
+            pretrain(other if second else config)
+    finally:
+        for name, function in before.items():
+            setattr(check, name, function)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["settings", "fingerprints", "local_content", "tokenizer"])
+def test_ranks_that_were_given_different_things_do_not_train(
+    pools, inputs, tokenizer_path, other_tokenizer, tmp_path, what
+):
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
+    optim = {"lr": 1e-3} if what == "settings" else {}
+    different = run_config(
+        inputs, other_tokenizer if what == "tokenizer" else tokenizer_path, tmp_path / "run", 2, optim=optim
+    )
+    first, second = pools(2)(
+        of_two_hosts, config, different, finds=what if what in ("fingerprints", "local_content") else ""
+    )
+    expected = {"settings": "optim.lr", "tokenizer": "the tokenizer"}.get(what, "the training data")
+    assert (
+        first == second
+        and "rank 1 (" in first
+        and expected in first
+        and "start all ranks with the same command" in first
+    )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def with_less_on_the_second(config: Any, other: Any) -> str:
+    """Each rank checks settings of its own, as if a file were on one host alone. Returns the error's text."""
+    from relora_mora.train.pretrain import pretrain
+
+    with pytest.raises(ValueError) as caught:
+        pretrain(other if os.environ["RANK"] == "1" else config)
+    assert getattr(caught.value, "same_on_all_ranks", False), "the others are not told that this rank is gone"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer"])
+def test_what_is_missing_on_one_host_alone_is_told_by_the_first_rank(
+    pools, inputs, tokenizer_path, tmp_path, monkeypatch, what
+):
+    gone = str(tmp_path / "gone")
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
+    changed = {"config": gone} if what == "model" else {"path": gone}
+    section = getattr(config, what).model_copy(update=changed)
+    other = config.model_copy(update={what: section})
+    first, second = pools(2)(with_less_on_the_second, config, other)
+    assert first == second and first.startswith("rank 1 (") and gone in first and "rank 0" not in first
+    first, second = pools(2)(with_less_on_the_second, other, other)
+    assert first == second and gone in first and "rank" not in first
+    assert not (tmp_path / "run").exists()
+
+
+def together(errors: list[Exception | None]) -> tuple[str, str, bool]:
+    """What ``on_all_ranks`` makes of an outcome of each rank."""
+    from relora_mora.distributed.collectives import on_all_ranks
+
+    def outcome() -> str:
+        error = errors[int(os.environ["RANK"])]
+        if error is not None:
+            raise error
+        return "done"
+
+    try:
+        return on_all_ranks(outcome), "", False
+    except (ValueError, OSError) as error:
+        return type(error).__name__, str(error), getattr(error, "same_on_all_ranks", False)
+
+
+def test_what_several_ranks_find_becomes_one_end(pools):
+    stale = OSError(errno.ESTALE, "Stale file handle", "a.json")
+    for errors, expected in (
+        ([None, None], [("done", "", False)] * 2),
+        ([None, stale], [("OSError", str(stale), True)] * 2),  # it ends with the code that starts a job again
+        ([ValueError("in /tmp/x1"), ValueError("in /tmp/x2")], [("ValueError", f"in /tmp/x{n}", True) for n in (1, 2)]),
+    ):
+        assert pools(2)(together, errors) == expected
+    for kind, text, same in pools(2)(together, [None, ValueError("gone")]):
+        assert kind == "RanksError" and same and text.startswith("rank 1 (") and text.endswith("not all ranks: gone")
+
+
+def on_folders_of_their_own(config: Any) -> str:
+    """As ``of_two_hosts``, with a run folder that rank 1 does not share."""
+    from relora_mora.train.begin import check as agreement
+
+    content, before = agreement._content, agreement.APPEAR_SECONDS
+    if os.environ["RANK"] == "1":
+        agreement._content = lambda file: None
+    agreement.APPEAR_SECONDS = 0.5
+    try:
+        return of_two_hosts(config, config)
+    finally:
+        agreement._content, agreement.APPEAR_SECONDS = content, before
+
+
+def test_a_run_folder_that_the_hosts_do_not_share_is_refused(pools, inputs, tokenizer_path, tmp_path):
+    first, second = pools(2)(on_folders_of_their_own, run_config(inputs, tokenizer_path, tmp_path / "run", 2))
+    assert first == second and "train.run_dir: " in first and "put it on a file system that all hosts share" in first

@@ -1,0 +1,279 @@
+"""Checkpoints and models that evaluate and export cannot use: the message names the file, and nothing half-written
+stays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from relora_mora.checkpoint.layout import content_checksum
+from relora_mora.weights.export import export
+from tests.tools.commands import EVALUATE, EXPORT, call, disk, left_in, permissions_count, public_folder, refused
+from tests.tools.runs import run_config, train
+
+pytestmark = pytest.mark.distributed
+RUBBISH = bytes(range(256)) * 4
+STATE, BASE = "state-00000-of-00001.safetensors", "base-00000-of-00001.safetensors"
+
+
+@pytest.fixture(scope="module")
+def run_folder(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    pools(1)(
+        train,
+        run_config(
+            inputs, tokenizer_path, folder, train={"steps": 5}, checkpoint={"every_steps": 4}, eval={"every_steps": 0}
+        ),
+    )
+    return folder
+
+
+@pytest.fixture
+def checkpoint(run_folder, tmp_path) -> Path:
+    return shutil.copytree(run_folder / "checkpoints" / "step-00000005", tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def refuses(inputs, tmp_path) -> Callable[..., None]:
+    """Asserts that both commands refuse a path with the same parts in their message, and that export writes nothing."""
+
+    def check(path: Path, *parts: str) -> None:
+        refused(call(EVALUATE, path, f"--data={inputs}/validation/*.json.gz"), *parts)
+        outputs = tmp_path / "outputs"
+        outputs.mkdir()
+        refused(call(EXPORT, path, outputs / "out"), *parts)
+        assert left_in(outputs) == []
+        outputs.rmdir()
+
+    return check
+
+
+def change_manifest(checkpoint: Path, **changes: Any) -> None:
+    """As a program of another version would have written it."""
+    path = checkpoint / "manifest.json"
+    values = json.loads(path.read_text()) | changes
+    values["checksum"] = content_checksum({key: value for key, value in values.items() if key != "checksum"})
+    path.write_text(json.dumps(values))
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_no_checkpoint(refuses, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_bytes(RUBBISH)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "run" / "checkpoints" / "step-00000005").mkdir(parents=True)
+    for name, message in {
+        "nowhere": "not found; give a run folder",
+        "dangling": "not found",
+        "loop": "not found",
+        "file": "is no folder",
+        "empty": "no checkpoint (manifest.json: No such file or directory)",
+        "run": "no checkpoint in it is whole: step-00000005",
+        "x" * 300: "File name too long; give a shorter one",
+    }.items():
+        refuses(tmp_path / name, str(tmp_path / name), message)
+
+
+def test_another_format_version(refuses, checkpoint):
+    path = checkpoint / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
+    refuses(
+        checkpoint,
+        f"{checkpoint}/manifest.json: format version 3, this program reads version 2; use the release that wrote it",
+    )
+    change_manifest(checkpoint, format="another checkpoint")
+    refuses(checkpoint, f"{checkpoint}/manifest.json: not the manifest of a relora_mora checkpoint")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", RUBBISH, None, "folder", "dangling"])
+def test_a_manifest_that_is_something_else(refuses, checkpoint, content):
+    path = checkpoint / "manifest.json"
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    elif content == "dangling":
+        path.symlink_to("nowhere")
+    refuses(checkpoint, "manifest.json", str(checkpoint))
+
+
+def test_a_manifest_with_a_flipped_bit(refuses, checkpoint):
+    path = checkpoint / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), len(whole) // 6):
+        flip(path, place)
+        refuses(checkpoint, "manifest.json")
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", [STATE, BASE, "tokenizer/tokenizer.model", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("harm", ["bit", "cut", "empty", "gone", "folder"])
+def test_a_damaged_file(refuses, checkpoint, name, harm):
+    path = checkpoint / name
+    if harm == "bit":
+        flip(path, -3)
+    elif harm in ("cut", "empty"):
+        path.write_bytes(path.read_bytes()[:-7] if harm == "cut" else b"")
+    else:
+        path.unlink()
+        if harm == "folder":
+            path.mkdir()
+    refuses(checkpoint, str(checkpoint), name)
+
+
+def test_a_run_goes_back_to_a_whole_checkpoint_or_names_what_is_wrong(refuses, run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    newest, older = run / "checkpoints" / "step-00000005", run / "checkpoints" / "step-00000004"
+    flip(newest / STATE, -3)
+    assert export(run, tmp_path / "out") == older
+    (older / BASE).unlink()
+    refuses(run, "no checkpoint in it is whole", f"step-00000005: {STATE}", f"step-00000004: {BASE}")
+
+
+@pytest.mark.parametrize("name", [STATE, "manifest.json", "tokenizer/tokenizer.json"])
+def test_a_file_that_may_not_be_read(checkpoint, name):
+    with public_folder() as folder:
+        public = shutil.copytree(checkpoint, folder / "checkpoint")
+        for path in (public, *public.rglob("*")):
+            path.chmod(0o755)
+        folder.chmod(0o777)
+        assert call(EXPORT, public, folder / "of root").code == 0  # which imports all that it needs
+        with permissions_count():
+            assert call(EXPORT, public, folder / "good").code == 0
+        (public / name).chmod(0)
+        with permissions_count():
+            refused(call(EXPORT, public, folder / "out"), str(public), name, "Permission denied")
+        assert left_in(folder) == ["checkpoint", "good", "of root"]
+
+
+# ---- folders of other programs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(run_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export(run_folder, folder)
+    return folder
+
+
+@pytest.mark.parametrize("harm", ["missing", "shape", "cut", "empty", "rubbish"])
+def test_a_damaged_model(exported, inputs, tmp_path, harm):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    value = weights.pop(name)
+    if harm in ("missing", "shape"):
+        save_file(weights | ({name: value[:4].clone()} if harm == "shape" else {}), path, metadata={"format": "pt"})
+    else:
+        path.write_bytes({"cut": path.read_bytes()[:-7], "empty": b"", "rubbish": RUBBISH}[harm])
+    named = name if harm in ("missing", "shape") else str(path)
+    refused(call(EVALUATE, folder, f"--data={inputs}/validation/*.json.gz"), str(folder), named)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", RUBBISH),
+        ("config.json", b'{"model_type": "bert"}'),
+        ("tokenizer.json", b"{}"),
+    ],
+)
+def test_a_model_whose_json_is_something_else(exported, inputs, tmp_path, name, content):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    (folder / name).write_bytes(content)
+    refused(call(EVALUATE, folder, f"--data={inputs}/validation/*.json.gz"), str(folder))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data={}/nowhere.json"], "no file matches"),
+        (
+            ["--data={}/model.json"],
+            'more than data.max_bad_fraction (0.01); line 1 has no "text", but vocab_size, hidden_size, ',
+        ),
+        (
+            ["--data={}/validation/*.json.gz", "--tokenizer={}/nowhere"],
+            "not found; expected a folder with tokenizer.model",
+        ),
+        (["--data={}/validation/*.json.gz", "--tokenizer={}"], "no tokenizer in this folder"),
+        (["--data={}/validation/*.json.gz", "--data.sequence_length=65"], "--data.sequence_length: got 65"),
+    ],
+)
+def test_what_is_scored(run_folder, inputs, argv, message):
+    answer = call(EVALUATE, run_folder, *(argument.format(inputs) for argument in argv))
+    refused(answer, message, notes=sum(line.endswith("; skipped") for line in answer.err.splitlines()))
+
+
+def test_more_sequences_at_once_than_there_are_or_than_fit(run_folder, inputs, monkeypatch):
+    argv = (run_folder, f"--data={inputs}/validation/*.json.gz", f"--micro_batch_size={10**15}")
+    assert call(EVALUATE, *argv).out == call(EVALUATE, *argv[:2], "--micro_batch_size=1000").out
+
+    def too_much(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("relora_mora.evaluation.loss.evaluate", too_much)
+    answer = call(EVALUATE, *argv)
+    refused(answer, "--micro_batch_size: ", "need more memory than there is; lower it", notes=1)
+
+
+# ---- output ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_to_what_is_there_already(run_folder, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    for out, message in {
+        "full": "exists and is not empty",
+        "file": "exists and is not empty",
+        "file/below": "a part of this path is no folder",
+    }.items():
+        refused(call(EXPORT, run_folder, tmp_path / out), str(tmp_path / out), message)
+    refused(call(EXPORT, run_folder, run_folder), "exists and is not empty")
+    assert left_in(tmp_path) == ["file", "full"] and left_in(tmp_path / "full") == ["mine"]
+
+
+def test_an_export_to_a_full_disk(run_folder, exported, tmp_path):
+    """At any size the folder is whole or absent, and nothing is left."""
+    need = sum(-(-path.stat().st_size // 4096) * 4096 for path in exported.iterdir())
+    for size in (4096, 16384, need // 2, need - 4096):
+        with disk(tmp_path / "disk", f"size={size}") as folder:
+            refused(
+                call(EXPORT, run_folder, folder / "out"), f"{folder / 'out'}: No space left on device; free some space"
+            )
+            assert left_in(folder) == []
+    with disk(tmp_path / "disk", f"size={4 * need}") as folder:
+        assert call(EXPORT, run_folder, folder / "out").code == 0
+        assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == {
+            path.name: path.read_bytes() for path in exported.iterdir()
+        }
+
+
+def test_an_export_to_a_disk_that_is_read_only(run_folder, tmp_path):
+    with disk(tmp_path / "disk", "ro") as folder:
+        refused(call(EXPORT, run_folder, folder / "out"), f"{folder / 'out'}: Read-only file system; choose a place")
+
+
+def test_scoring_needs_no_place_to_write(run_folder, inputs, tmp_path):
+    with disk(tmp_path / "disk", "size=8m") as folder:
+        shutil.copytree(run_folder, folder / "run")
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        assert call(EVALUATE, folder / "run", f"--data={inputs}/validation/*.json.gz").code == 0

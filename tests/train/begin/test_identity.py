@@ -1,0 +1,176 @@
+"""What two runs differ in: between ranks, and between a checkpoint and a run that goes on from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from relora_mora.model.config import plain_model_config
+from relora_mora.train.begin.identity import Identity, changed_settings, changes_since, unlike
+from tests.tools.tiny import tiny_config, tiny_llama
+
+
+def identity(**changes: Any) -> Identity:
+    found = Identity(
+        config=tiny_config().model_dump(mode="json"),
+        model_config=plain_model_config(tiny_llama()),
+        tokenizer_fingerprint="tokens",
+        eos_token_id=2,
+        data_fingerprint="data",
+        data_content="content",
+        data_order="order",
+        bf16=False,
+    )
+    return replace(found, **changes)
+
+
+def with_setting(section: str, key: str, value: Any) -> Identity:
+    config = tiny_config().model_dump(mode="json")
+    config[section][key] = value
+    return identity(config=config)
+
+
+def test_changed_settings_are_named():
+    saved = {"optim": {"lr": 1.0, "clip": 1.0}, "train": {"steps": 3}}
+    now = {"optim": {"lr": 2.0, "clip": 1.0, "new": 1}, "train": {"steps": 3}}
+    assert sorted(changed_settings(saved, now)) == ["optim.lr", "optim.new"]
+
+
+@pytest.mark.parametrize(
+    "changes,said",
+    [
+        ({}, []),
+        ({"tokenizer_fingerprint": "other"}, ["the tokenizer"]),
+        ({"eos_token_id": 3}, ["the tokenizer"]),
+        ({"data_fingerprint": "other"}, ["the training data"]),
+        ({"data_content": "other"}, ["the training data"]),
+        ({"bf16": True}, ["the precision that is fast"]),
+    ],
+)
+def test_ranks_are_told_what_differs(changes, said):
+    assert unlike(identity(), identity(**changes)) == said
+
+
+def test_ranks_compare_every_setting():
+    assert unlike(identity(), with_setting("data", "workers", 7)) == ["data.workers"]
+
+
+@pytest.mark.parametrize(
+    "other,permission",
+    [
+        (with_setting("optim", "lr", 1.0), "optim.lr"),
+        (with_setting("data", "seed", 7), "data.seed"),
+        (identity(tokenizer_fingerprint="other"), "tokenizer"),
+        (identity(eos_token_id=3), "tokenizer"),
+        (identity(data_content="other"), "data"),
+        (identity(data_order="other"), "data"),
+        (identity(bf16=True), "train.precision"),
+    ],
+)
+def test_a_change_is_named_until_it_is_allowed(other, permission):
+    [change] = changes_since(identity(), other, set())
+    assert change.permission == permission
+    assert list(changes_since(identity(), other, {permission})) == []
+
+
+def test_what_only_rounds_needs_no_permission():
+    for section, key, value in (("method", "form", "decoupled"), ("model", "attention", "eager")):
+        assert list(changes_since(identity(), with_setting(section, key, value), set())) == []
+
+
+def test_other_text_is_named_beside_what_its_places_depend_on():
+    both = with_setting("data", "seed", 7)
+    both.config["data"]["text_column"] = "summary"
+    both = replace(both, data_order="other")
+    assert {change.permission for change in changes_since(identity(), both, set())} == {"data.seed", "data"}
+    seed = replace(with_setting("data", "seed", 7), data_order="other")
+    assert [change.permission for change in changes_since(identity(), seed, set())] == ["data.seed"]
+
+
+def test_what_decides_which_parameters_train_is_never_allowed_where_it_is_used():
+    def rank(method: str, value: int) -> Identity:
+        given = identity(config=tiny_config(method={"name": method}).model_dump(mode="json"))
+        given.config["method"]["rank"] = value
+        return given
+
+    [change] = changes_since(rank("remora", 3), rank("remora", 5), {"method.rank"})
+    assert change.permission is None and "begin anew with model.init_from" in change.text
+    assert list(changes_since(rank("full", 3), rank("full", 5), {"method.rank"})) == []
+
+
+def test_other_names_of_sources_are_other_data_whatever_their_weights():
+    def mixture(name: str, order: str, weight: float = 1.0) -> Identity:
+        records = [{"source": "a", "name": name, "weight": weight}, {"source": "b", "weight": 1.0}]
+        return replace(with_setting("data", "train", records), data_order=order, data_fingerprint=f"{order}{weight}")
+
+    text = identity(data_fingerprint="text")
+    for before, now in ((mixture("web", "1"), mixture("wev", "2", 3.0)), (text, mixture("web", "1"))):
+        [change] = changes_since(before, now, {"data.train"})
+        assert change.permission == "data"
+    assert list(changes_since(mixture("web", "1"), mixture("web", "1", 3.0), {"data.train"})) == []
+
+
+def test_the_order_of_projections_means_nothing():
+    names = identity().config["method"]["target_modules"]
+    assert list(changes_since(identity(), with_setting("method", "target_modules", names[::-1]), set())) == []
+    [change] = changes_since(identity(), with_setting("method", "target_modules", names[1:]), set())
+    assert change.text.startswith("method.target_modules: ")
+
+
+def test_weights_with_the_same_shares_are_no_change():
+    def mixture(*weights: float) -> Identity:
+        named = zip("abc", weights, strict=False)
+        records = [{"source": name, "name": name, "weight": weight} for name, weight in named]
+        return replace(with_setting("data", "train", records), data_fingerprint=str(weights))
+
+    assert list(changes_since(mixture(1.0, 1.0), mixture(2.0, 2.0), set())) == []
+    assert list(changes_since(mixture(0.1, 0.1, 0.5), mixture(1.0, 1.0, 5.0), set())) == []
+
+
+def test_lanes_are_compared_as_they_are():
+    def lanes(batch_size: int, given: int | None, order: str) -> Identity:
+        config = tiny_config().model_dump(mode="json")
+        config["train"]["batch_size"], config["data"]["lanes"] = batch_size, given
+        return identity(config=config, data_order=order)
+
+    assert list(changes_since(lanes(16, None, "16"), lanes(16, 16, "16"), set())) == []
+    [change] = changes_since(lanes(16, None, "16"), lanes(24, None, "8"), {"train.batch_size"})
+    assert change.text == "data.lanes: 16 in the checkpoint, 8 now" and change.permission == "data.lanes"
+
+
+def test_another_model_cannot_be_allowed():
+    other = identity(model_config=plain_model_config(tiny_llama(rms_norm_eps=1e-3)))
+    [change] = changes_since(identity(), other, {"model"})
+    assert change.permission is None and "rms_norm_eps" in change.text
+
+
+def test_another_optimizer_cannot_be_allowed():
+    [change] = changes_since(identity(), with_setting("optim", "matrices", "muon"), {"optim.matrices"})
+    assert change.permission is None and "'adamw' in the checkpoint, 'muon' now" in change.text
+    older = identity()
+    del older.config["optim"]["matrices"]  # as a version without it wrote
+    assert list(changes_since(older, identity(), set())) == []
+    [change] = changes_since(older, with_setting("optim", "matrices", "muon"), set())
+    assert "'adamw' in the checkpoint, 'muon' now" in change.text
+
+
+def test_another_rank_can_be_allowed_where_nothing_has_that_rank():
+    changed = with_setting("optim", "projection_rank", 7)
+    assert list(changes_since(identity(), changed, {"optim.projection_rank"})) == []
+    [change] = changes_since(identity(), changed, set())
+    assert change.permission == "optim.projection_rank"
+    galore, other = (replace(each, config=_with_matrices(each.config, "galore")) for each in (identity(), changed))
+    [change] = changes_since(galore, other, {"optim.projection_rank"})
+    assert change.permission is None and "128 in the checkpoint, 7 now; moments of one rank" in change.text
+
+
+def _with_matrices(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return {**config, "optim": {**config["optim"], "matrices": name}}
+
+
+@pytest.mark.parametrize("name", ["data.workers", "train.zero_stage", "eval.every_steps", "log.progress"])
+def test_how_a_run_is_done_may_change(name):
+    section, key = name.split(".")
+    assert list(changes_since(identity(), with_setting(section, key, "another"), set())) == []

@@ -1,0 +1,184 @@
+"""The start of a run: every weight is made once, by one rank, and a resume makes none."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.model.llama import build_model
+from tests.tools.data_tools import some_texts, write_shard
+from tests.tools.faulty_server import COMMIT, serving
+from tests.tools.runs import LLAMA, metrics, run_config, train
+from tests.tools.tiny import whole_weights
+
+pytestmark = pytest.mark.distributed
+
+
+def started(config) -> dict[str, Any]:
+    """Runs on every rank: builds the run; what was drawn or read here, the base, the masters and the weights."""
+    from torch import distributed as dist
+
+    from relora_mora.train.begin import build, check
+    from relora_mora.train.begin import build as initial
+    from relora_mora.train.state import resume
+
+    drawn: list[str] = []
+    read: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        value, foreign = initial.initial_value, initial._foreign_weights
+        patch.setattr(initial, "initial_value", lambda lm, name, seed: drawn.append(name) or value(lm, name, seed))
+        patch.setattr(
+            initial, "_foreign_weights", lambda config, lm, shapes: read.extend(shapes) or foreign(config, lm, shapes)
+        )
+        rank = dist.get_rank()
+        world_size = dist.get_world_size()
+        begin = resume.where_to_resume(config)
+        run = build.build(check.check(config, world_size), rank, world_size, resumes=begin is not None)
+        if begin is not None:
+            resume.resume(run, begin)
+    engine = run.engine
+    masters = {name: engine.gather(name) for names in engine.members for name in names}
+    return {
+        "drawn": drawn,
+        "read": read,
+        "base": run.base.weights,
+        "masters": masters,
+        "weights": whole_weights(engine, engine.parameters),
+        "owned": run.base.owned,
+    }
+
+
+def _check_values(ranks: list[dict[str, Any]], expected: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """float32 where it is kept, and what is computed with, against the plain model"""
+    assert set().union(*(rank["base"] for rank in ranks)) | set(ranks[0]["masters"]) >= set(expected)
+    for rank in ranks:
+        assert list(rank["base"]) == rank["owned"]
+        for name, value in {**rank["base"], **{n: v for n, v in rank["masters"].items() if n in expected}}.items():
+            assert value.dtype == torch.float32 and torch.equal(value, expected[name]), name
+        for name, value in expected.items():
+            assert torch.equal(rank["weights"][name], value.to(dtype)), name
+
+
+@pytest.mark.parametrize(
+    "method,stage,bf16,world",
+    [
+        ("remora", 0, True, 2),
+        ("remora", 0, False, 2),
+        ("remora", 1, True, 2),
+        ("full", 2, False, 2),
+        ("remora", 3, True, 2),
+        ("full", 3, True, 2),
+        ("remora", 2, True, 1),
+    ],
+)
+def test_every_weight_is_drawn_once(pools, inputs, tokenizer_path, tmp_path, method, stage, bf16, world):
+    sections = {"train": {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32"}, "method": {"name": method}}
+    ranks = pools(world)(started, run_config(inputs, tokenizer_path, tmp_path / "run", world, **sections))
+    expected = {name: p.detach() for name, p in build_model(LlamaConfig(**LLAMA), seed=0).named_parameters()}
+    assert sorted(name for rank in ranks for name in rank["drawn"]) == sorted(expected)
+    sizes = [sum(expected[name].numel() for name in rank["drawn"]) for rank in ranks]
+    assert min(sizes) > 0.3 * sum(sizes)  # about as much for each
+    _check_values(ranks, expected, torch.bfloat16 if bf16 else torch.float32)
+
+
+def test_foreign_weights_are_read_by_the_first_rank(pools, inputs, tokenizer_path, tmp_path):
+    torch.manual_seed(3)
+    foreign = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    foreign.save_pretrained(tmp_path / "foreign")
+    sections = {"train": {"precision": "bf16"}, "model": {"init_from": str(tmp_path / "foreign")}}
+    ranks = pools(2)(started, run_config(inputs, tokenizer_path, tmp_path / "run", 2, **sections))
+    assert ranks[0]["read"] and not ranks[1]["read"] and not ranks[0]["drawn"]
+    _check_values(ranks, {name: p.detach() for name, p in foreign.named_parameters()}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("method", ["remora", "relora"])
+def test_a_resume_draws_nothing(pools, inputs, tokenizer_path, tmp_path, method):
+    config = run_config(
+        inputs, tokenizer_path, tmp_path / "run", 2, method={"name": method}, train={"precision": "bf16"}
+    )
+    pools(2)(train, config, stop_after=5)
+    ranks = pools(2)(started, config)
+    assert [rank["drawn"] for rank in ranks] == [[], []]
+    initial = dict(build_model(LlamaConfig(**LLAMA), seed=0).named_parameters())
+    assert all(
+        not torch.equal(value, initial[name]) for rank in ranks for name, value in rank["base"].items()
+    )  # merged at step 4
+    for name in ranks[0]["owned"]:
+        assert all(torch.equal(rank["weights"][name], ranks[0]["base"][name].bfloat16()) for rank in ranks)
+
+
+def train_from_hub(config, endpoint: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", endpoint)
+        train(config, stop_after=1)
+
+
+def test_one_rank_asks_the_hub_for_all(pools, inputs, tokenizer_path, tmp_path):
+    """Two repositories have two commits; both are asked for once, at a start as at a resume."""
+    with serving(inputs) as server:
+        sources = {
+            split: f"hub:some/{split}/{split}/part-{{00000..00000}}.json.gz" for split in ("train", "validation")
+        }
+        config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, data=sources)
+        pools(2)(train_from_hub, config, server.url)
+        assert sorted(path for path in server.paths if path.startswith("/api/")) == [
+            f"/api/datasets/some/{split}/revision/main" for split in sources
+        ]
+        assert f"/datasets/some/train/resolve/{COMMIT}/train/part-00000.json.gz" in server.paths
+        server.requests.clear()
+        data = sources | {"validation": sources["train"]}
+        pools(2)(train_from_hub, run_config(inputs, tokenizer_path, tmp_path / "run", 2, data=data), server.url)
+        assert not [path for path in server.paths if path.startswith("/api/")], (
+            "a resume reads the commits it began with"
+        )
+        given = {"resume": str(tmp_path / "run")}
+        other = run_config(inputs, tokenizer_path, tmp_path / "other", 2, data=data, train=given)
+        pools(2)(train_from_hub, other, server.url)
+        assert not [path for path in server.paths if path.startswith("/api/")], (
+            "so does a run that begins with its checkpoint"
+        )
+    saved = parse_yaml((tmp_path / "run" / "config.yaml").read_text())["data"]
+    assert saved["commits"] == {"some/train@main": COMMIT} and saved["revision"] == "main"
+
+
+def test_one_rank_asks_what_is_in_a_set_and_the_others_read_it(pools, inputs, tokenizer_path, tmp_path):
+    for split in ("train", "validation"):
+        write_shard(tmp_path / "set" / f"{split}-0.parquet", some_texts(100))
+    with serving(tmp_path / "set") as server:
+        config = run_config(
+            inputs, tokenizer_path, tmp_path / "run", 2, data={"train": "some/set", "validation": "some/set"}
+        )
+        pools(2)(train_from_hub, config, server.url)
+        asked = [path for path in server.paths if path.startswith("/api/")]
+        tree = f"/api/datasets/some/set/tree/{COMMIT}"
+        assert asked == ["/api/datasets/some/set/revision/main", tree, tree]  # once for each side
+        assert {f"/blobs/{split}-0.parquet" for split in ("train", "validation")} <= set(server.paths)
+
+
+def test_a_start_says_once_what_it_took(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 2)
+    pools(2)(train, config, stop_after=3)
+    [line] = [line for line in metrics(folder) if "startup/seconds" in line]
+    parts = {key: value for key, value in line.items() if key.startswith("startup/") and key != "startup/seconds"}
+    names = (
+        "imports",
+        "rendezvous",
+        "checks",
+        "model",
+        "engine",
+        "data",
+        "validation_data",
+        "evaluation",
+        "first_step",
+    )
+    assert line["step"] == 1 and set(parts) == {f"startup/{name}_seconds" for name in names}
+    assert all(value >= 0 for value in parts.values()) and sum(parts.values()) == pytest.approx(line["startup/seconds"])
+    pools(2)(train, config, stop_after=5)
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "startup/resume_seconds" in line] == [4]

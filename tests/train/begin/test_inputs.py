@@ -1,0 +1,128 @@
+"""What a run reads and what is not there: one error for all of it, with the command that makes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relora_mora.config.load import ConfigError, load_config
+from relora_mora.config.schema import Config
+from relora_mora.data.errors import SourceError
+from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.tokens.folder import make_tokens
+from relora_mora.evaluation.loss import held_out
+from relora_mora.tokenizer.folder import TokenizerError
+from relora_mora.train.begin.inputs import open_inputs
+from tests.tools.data_tools import write_parquet
+from tests.tools.helpers import ROOT
+from tests.tools.runs import write_inputs
+
+
+@pytest.fixture
+def config(tmp_path: Path, tokenizer_path: str) -> Config:
+    folder = write_inputs(tmp_path)
+    text = f"{folder}/train/*.json.gz"
+    return settings(**{"tokenizer.path": tokenizer_path, "data.train": text, "data.validation": text})
+
+
+def settings(**overrides: str) -> Config:
+    return load_config(ROOT / "configs" / "run" / "tiny_remora.yaml", overrides, world_size=1)
+
+
+def changed(config: Config, section: str, **values: Any) -> Config:
+    inner = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: inner})
+
+
+def test_without_the_demo_everything_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as raised:
+        open_inputs(settings())
+    assert [fault.partition(":")[0] for fault in raised.value.faults] == [
+        "tokenizer.path",
+        "data.train",
+        "data.validation",
+    ]
+    for fault in raised.value.faults:
+        assert "runs/demo/" in fault and "`make demo`" in fault and str(tmp_path) in fault
+
+
+def test_other_files_that_are_missing_are_not_those_of_the_demo(config: Config, tmp_path: Path) -> None:
+    missing = changed(config, "data", train=str(tmp_path / "a.json"), validation=str(tmp_path / "b.json"))
+    with pytest.raises(ConfigError) as raised:
+        open_inputs(missing)
+    assert len(raised.value.faults) == 2 and "make demo" not in str(raised.value)
+
+
+def test_a_wrong_column_is_told_with_what_else_is_wrong(config: Config, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", ["text"])
+    wrong = changed(config, "data", train=str(path), validation=str(tmp_path / "b.json"), text_column="body")
+    with pytest.raises(ConfigError) as raised:
+        open_inputs(wrong)
+    train, validation = raised.value.faults
+    assert "no file matches" in validation
+    assert train.startswith('data.train: a.parquet has no column "body"; set data.text_column to one of id, text, url')
+
+
+def test_sets_that_are_missing_are_named_all_at_once(config: Config, tmp_path: Path) -> None:
+    gone = {name: str(tmp_path / f"{name}.json") for name in ("books", "web")}
+    for sets in (gone, {"books": gone["books"], "there": config.data.train}):
+        with pytest.raises(ConfigError) as raised:
+            open_inputs(changed(config, "data", validation=sets))
+        named = [f"data.validation.{name}: no file matches {path} " for name, path in gone.items() if name in sets]
+        assert len(raised.value.faults) == len(named)
+        assert all(map(str.startswith, raised.value.faults, named))
+
+
+def test_tokens_of_another_tokenizer_are_told_with_what_else_is_wrong(
+    config: Config, other_tokenizer: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "tokens"
+    shards = configured_shards(config.data, "train")
+    make_tokens(shards, out, config=config.data, tokenizer_path=other_tokenizer, processes=1)
+    wrong = changed(config, "data", train=str(out), validation=str(tmp_path / "b.json"))
+    with pytest.raises(ConfigError) as raised:
+        open_inputs(wrong)
+    train, validation = raised.value.faults
+    assert "no file matches" in validation
+    assert train.startswith(f"data.train: {out} holds tokens of another tokenizer than ")
+    longer = changed(config, "data", train=str(out), max_line_bytes=99, max_bad_fraction=1.0)
+    with pytest.raises(SourceError, match=r"and data\.max_line_bytes is 99; set it to 16777216"):
+        open_inputs(changed(longer, "tokenizer", path=other_tokenizer))
+    with pytest.raises(SourceError, match="holds tokens of another tokenizer"):
+        open_inputs(changed(config, "data", validation=str(out)))
+
+
+def test_held_out_tokens_that_changed_or_stand_beside_their_text_are_refused(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    shards = configured_shards(config.data, "train")
+    make_tokens(shards, out, config=config.data, tokenizer_path=config.tokenizer_path, processes=1)
+    open_inputs(changed(config, "data", validation=str(out)))
+    both = changed(config, "data", validation={"web": [str(out), str(config.data.train)]})
+    _refused_everywhere(both, "hold the same text, once or twice as tokens")
+    [file, *_] = sorted(out.glob("*.arrow"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    _refused_everywhere(changed(config, "data", validation={"web": str(out)}), "is not what it was when its tokens")
+
+
+def _refused_everywhere(config: Config, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"data.validation.web: .*{message}"):
+        open_inputs(config)
+    with pytest.raises(SourceError, match=f"data.validation.web: .*{message}"):
+        held_out(config.data, config.tokenizer_path, None)
+
+
+def test_one_fault_alone_keeps_its_own_error(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="not found"):
+        open_inputs(changed(config, "tokenizer", path=str(tmp_path / "none")))
+    with pytest.raises(SourceError, match="no file matches"):
+        open_inputs(changed(config, "data", validation=str(tmp_path / "none.json")))
+
+
+def test_inputs_that_are_there(config: Config) -> None:
+    inputs = open_inputs(config)
+    assert inputs.tokenizer.eos_token_id is not None and inputs.shards

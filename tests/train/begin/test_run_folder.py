@@ -1,0 +1,188 @@
+"""A run folder that cannot be written: at the start it is the user's mistake, later it ends no run before its last
+checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from relora_mora.config.load import ConfigError, dump
+from relora_mora.supervise.lock import RunLock
+from relora_mora.system.run_folder import RunFolder, read_json_lines
+from relora_mora.train.begin.run_folder import check_run_folder
+from tests.tools.commands import PRETRAIN, Answer, call, disk
+from tests.tools.jobs import Job, ends, write_config
+from tests.tools.runs import metrics, run_config, train
+
+pytestmark = pytest.mark.distributed
+
+
+def _config(inputs: Path, tokenizer: str, run_dir: Path, config: Path, **train: object) -> Path:
+    settings = run_config(
+        inputs,
+        tokenizer,
+        run_dir,
+        2,
+        train=train,
+        checkpoint={"every_steps": 10, "keep_last": 2},
+        log={"tensorboard": True},
+    )
+    return write_config(settings, config)
+
+
+def test_a_read_only_run_folder_is_refused_before_the_model_is_built(pools, inputs, tokenizer_path, tmp_path):
+    with disk(tmp_path / "disk", "ro") as folder:
+        config = _config(inputs, tokenizer_path, folder / "run", tmp_path / "run.yaml")
+        answers = pools(2)(call, PRETRAIN, config)
+    assert [answer.code for answer in answers] == [2, 2]
+    said = "".join(answer.out + answer.err for answer in answers)
+    assert said.count("Read-only file system") == 1 and "Traceback" not in said and "adapters on" not in said
+
+
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(pools, inputs, tokenizer_path, tmp_path):
+    """As where the settings lie in a folder of their own, and are to be trained there."""
+    folder = tmp_path / "mine"
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "notes.txt").write_text("my own")
+    config = _config(inputs, tokenizer_path, folder, folder / "config.yaml")
+    before = {path: path.read_bytes() for path in (config, folder / "tokenizer" / "notes.txt")}
+    for _ in range(2):
+        answers = pools(2)(call, PRETRAIN, config)
+        assert [answer.code for answer in answers] == [2, 2]
+        said = "".join(answer.out + answer.err for answer in answers)
+        assert said.count(f"{folder} is not the folder of a run") == 1, said
+        assert "config.yaml, tokenizer there; give a new or empty folder" in said and "Traceback" not in said
+        assert {path: path.read_bytes() for path in before} == before
+        assert {path.name for path in folder.iterdir()} - {"ends.jsonl"} == {"config.yaml", "tokenizer"}
+
+
+@pytest.mark.parametrize("name", ["wandb-id.txt", "rollbacks.json"])
+def test_no_file_of_something_else_is_written_over(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "epoch=1.ckpt").touch()
+    with pytest.raises(ConfigError, match=f"a run would write over {name} there"):
+        check_run_folder(tmp_path)
+    (tmp_path / "lock").touch()
+    check_run_folder(tmp_path)
+
+
+@pytest.mark.stops
+def test_a_disk_that_is_full_for_a_while_costs_lines_and_checkpoints_only(inputs, tokenizer_path, tmp_path):
+    with disk(tmp_path / "disk", "size=32m") as folder:
+        run_dir, ballast = folder / "run", folder / "ballast"
+        job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=250))
+        job.wait_for_step(run_dir, 15)
+        subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=4k"], capture_output=True, check=False)
+        # three checkpoints, so thirty steps: whatever room the last block of the metrics had is used up
+        job.wait_until(
+            lambda: "metrics cannot be written" in job.output and job.output.count("the checkpoint of step") >= 3
+        )
+        ballast.unlink()
+        assert job.wait() == 0, job.output
+        steps = [line["step"] for line in metrics(run_dir) if "train/loss" in line]
+        assert steps[-1] == 250 and len(steps) < 250
+        assert ends(run_dir)[-1]["code"] == 0
+        assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000250\n"
+
+
+def test_a_link_to_what_is_not_there_is_no_run_folder(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ConfigError, match=r"run is a link to what is not there; mount its disk, or remove the link"):
+        check_run_folder(tmp_path / "run")
+
+
+def test_what_a_resume_changed_is_noted_and_a_finished_run_keeps_its_settings(pools, inputs, tokenizer_path, tmp_path):
+    def start(stop_after=None, **sections):
+        pools(1)(train, run_config(inputs, tokenizer_path, tmp_path / "run", **sections), stop_after=stop_after)
+        return read_json_lines(RunFolder(tmp_path / "run").starts)[-1]
+
+    changed = {"optim": {"lr": 0.25}, "train": {"allow_changes": ["optim.lr"]}}
+    assert "changed" not in start(stop_after=5)
+    [said] = start(**changed)["changed"]
+    assert said.startswith("optim.lr: ") and said.endswith(" in the checkpoint, 0.25 now")
+    config = RunFolder(tmp_path / "run").config
+    trained_with = config.read_text()
+    longer = run_config(inputs, tokenizer_path, tmp_path / "run", optim={"lr": 0.25}, train={"steps": 99})
+    config.write_text(dump(longer))  # as of a start that was killed before it trained
+    other = {"optim": {"lr": 0.5}, "train": {"allow_changes": ["optim.lr"]}}
+    assert start(**other, eval={"max_tokens": 7})["changed"] == [said], "no start is noted"
+    assert config.read_text() == trained_with
+
+
+def on_a_full_disk(config: Path) -> Answer:
+    """A start that cannot write a new file."""
+    fsync = os.fsync
+
+    def full(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").readlink().suffix == ".tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        return call(PRETRAIN, config)
+
+
+def test_a_run_that_is_done_stays_done_where_the_disk_is_full(pools, inputs, tokenizer_path, tmp_path):
+    config = _config(inputs, tokenizer_path, tmp_path / "run", tmp_path / "run.yaml")
+    assert [answer.code for answer in pools(2)(call, PRETRAIN, config)] == [0, 0]
+    names = RunFolder(tmp_path / "run")
+    before = [path.read_bytes() for path in (names.config, names.metrics)]
+    first, second = pools(2)(on_a_full_disk, config)
+    assert (first.code, second.code) == (0, 0)
+    assert f"{names.config}: cannot be written (No space left on device): it stays as" in first.err
+    assert [end["code"] for end in ends(names.path)] == [0, 0]
+    assert [path.read_bytes() for path in (names.config, names.metrics)] == before
+
+
+@pytest.mark.stops
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_run_whose_folder_is_removed_saves_and_ends(inputs, tokenizer_path, tmp_path, linked):
+    run_dir = folder = tmp_path / "run"
+    if linked:
+        folder = tmp_path / "scratch"
+        folder.mkdir()
+        run_dir.symlink_to(folder)
+    job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=100_000))
+    job.wait_for_step(run_dir, 15)
+    folder.rename(tmp_path / "moved")
+    assert job.wait() == 75, job.output
+    assert "the run folder was removed or moved" in job.output and "Traceback" not in job.output
+    assert (run_dir / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.stops
+def test_a_run_leaves_alone_what_another_trainer_began_in_its_folder(inputs, tokenizer_path, tmp_path):
+    """As where a run is thrown away and begun anew, and its processes were forgotten."""
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=100_000))
+    job.wait_for_step(run_dir, 15)
+    other = RunLock(elsewhere)
+    other.acquire()
+    other.path.replace(run_dir / "lock")
+    assert job.wait() == 2, job.output
+    assert f"another trainer works in the run folder now (host {socket.gethostname()}, pid {os.getpid()}" in job.output
+    other.release()
+
+
+def masking_nothing(config: Path) -> Answer:
+    """Trains on every rank, begun where all files may be written by everybody."""
+    before = os.umask(0)
+    try:
+        return call(PRETRAIN, config)
+    finally:
+        os.umask(before)
+
+
+def test_nothing_of_a_run_is_writable_for_everybody(pools, inputs, tokenizer_path, tmp_path):
+    (answer,) = pools(1)(masking_nothing, _config(inputs, tokenizer_path, tmp_path / "run", tmp_path / "run.yaml"))
+    assert answer.code == 0, answer
+    paths = list((tmp_path / "run").rglob("*"))
+    assert len(paths) > 20 and not [path for path in paths if path.stat().st_mode & stat.S_IWOTH]

@@ -1,0 +1,308 @@
+"""Loggers beside metrics.jsonl: what they are given, that their faults end no run, and Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import logging
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from relora_mora.config.load import ConfigError, dump, validate
+from relora_mora.config.schema import LogConfig
+from relora_mora.system.run_folder import RunFolder, read_json_lines
+from relora_mora.train.log import loggers
+from relora_mora.train.log.loggers import WeightsAndBiases, check_loggers, make_loggers
+from relora_mora.train.log.metrics import Metrics
+from relora_mora.train.log.tensorboard import TensorBoard
+from tests.tools.config_tools import faults_of, tree
+from tests.tools.runs import metrics, run_config, train, write_inputs
+
+OLD_KEY = "0123456789abcdef" * 2 + "01234567"
+NEW_KEY = "wandb_v1_" + "Ab1Cd2Ef3Gh4" * 3
+needs_wandb = pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None, reason="wandb is not installed: pip install 'relora_mora[wandb]'"
+)
+
+
+class Recorder:
+    """Keeps what it is told. While ``broken`` everything fails, with an error of no particular kind."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.title = "a broken recorder" if broken else "a recorder"
+        self.broken = broken
+        self.events: list[Any] = []
+
+    def _record(self, *event: Any) -> None:
+        if self.broken:
+            raise RuntimeError("the server said no")
+        self.events.append(event)
+
+    def open(self, step: int) -> None:
+        self._record("open", step)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        self._record(step, dict(values))
+
+    def close(self) -> None:
+        self._record("close")
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run folder that has been started."""
+    run = tmp_path / "small run"
+    run.mkdir()
+    RunFolder(run).config.write_text(dump(validate(tree(optim={"lr": 0.25}), "the test")))
+    return run
+
+
+def test_a_logger_is_told_all_that_the_file_is(folder: Path) -> None:
+    recorder = Recorder()
+    written = Metrics(folder, step=0, loggers=[recorder])
+    written.write(1, {"train/loss": 2.0, "train/skipped_data": ["a text"]})
+    written.write(2, {"train/loss": 1.0})
+    written.go_back(1)
+    written.write(2, {"train/loss": 0.5})
+    written.close()
+    assert recorder.events == [
+        ("open", 0),
+        (1, {"train/loss": 2.0, "train/skipped_data": ["a text"]}),
+        (2, {"train/loss": 1.0}),
+        ("open", 1),
+        (2, {"train/loss": 0.5}),
+        ("close",),
+    ]
+    assert [line["train/loss"] for line in metrics(folder)] == [2.0, 0.5]
+
+
+def test_a_logger_that_fails_costs_neither_the_file_nor_other_loggers(
+    folder: Path, said: pytest.LogCaptureFixture
+) -> None:
+    broken, whole = Recorder(broken=True), Recorder()
+    written = Metrics(folder, step=0, loggers=[broken, whole])
+    written.write(1, {"train/loss": 1.0})
+    broken.broken = False
+    written.write(2, {"train/loss": 2.0})
+    broken.broken = True
+    for step in (3, 4):
+        written.write(step, {"train/loss": 3.0})
+    written.close()
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4] == [event[0] for event in whole.events[1:-1]]
+    assert broken.events == [(2, {"train/loss": 2.0})]
+    messages = [record.getMessage() for record in said.records]
+    assert len(messages) == 2, "once for each time that it begins to fail"
+    assert "a broken recorder: metrics cannot be written (the server said no)" in messages[0]
+
+
+def _train_with_a_broken_logger(inputs: Path, tokenizer: str, run_dir: Path) -> None:
+    with mock.patch("relora_mora.train.loop.loop.make_loggers", lambda *given: [Recorder(broken=True)]):
+        train(run_config(inputs, tokenizer, run_dir, train={"steps": 5}))
+
+
+@pytest.mark.distributed
+def test_a_logger_that_fails_ends_no_run(pools: Any, tokenizer_path: str, tmp_path: Path) -> None:
+    pools(1)(_train_with_a_broken_logger, write_inputs(tmp_path), tokenizer_path, tmp_path / "run")
+    assert [line["step"] for line in metrics(tmp_path / "run") if "train/loss" in line] == [1, 2, 3, 4, 5]
+    assert read_json_lines(RunFolder(tmp_path / "run").ends)[-1]["code"] == 0
+
+
+def test_the_settings_say_which_loggers_there_are(tmp_path: Path) -> None:
+    assert make_loggers(tmp_path, LogConfig(tensorboard=False)) == []
+    both = make_loggers(tmp_path, LogConfig(wandb="lab/small"))
+    assert [type(logger) for logger in both] == [TensorBoard, WeightsAndBiases]
+
+
+@pytest.mark.parametrize("found", [None, importlib.machinery.ModuleSpec("wandb", None)], ids=["nothing", "a folder"])
+def test_without_the_package_a_run_does_not_begin(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    check_loggers(LogConfig())
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        check_loggers(LogConfig(wandb="small"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (OLD_KEY, "looks like a key of Weights & Biases; use `wandb login` or WANDB_API_KEY"),
+        (f"local-{OLD_KEY}", "looks like a key of Weights & Biases"),
+        (NEW_KEY, "looks like a key of Weights & Biases"),
+        ("a/b/c", "input should be PROJECT or ENTITY/PROJECT"),
+        ("what?", "input should be PROJECT or ENTITY/PROJECT"),
+        ("", "at least 1 character"),
+        (True, "valid string"),
+    ],
+)
+def test_what_is_no_project_is_refused_and_no_key_is_shown(given: object, expected: str) -> None:
+    faults = faults_of(tree(log={"wandb": given}))
+    assert len(faults) == 1 and faults[0].startswith("log.wandb: ") and expected in faults[0]
+    assert OLD_KEY not in faults[0] and NEW_KEY not in faults[0]
+
+
+class Service:
+    """Stands in for the package: keeps what a run is made with and what it logs."""
+
+    def __init__(self) -> None:
+        self.made: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.metrics: list[tuple[str, str | None]] = []
+        self.offline = True
+        self.dir = "wandb/offline-run/files"
+        self.finished = threading.Event()
+
+    Settings = SimpleNamespace
+
+    def init(self, **given: Any) -> Service:
+        self.made.append(given)
+        return self
+
+    def define_metric(self, name: str, step_metric: str | None = None, hidden: bool | None = None) -> None:
+        self.metrics.append((name, step_metric))
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        self.finished.set()
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    stand_in = Service()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)  # type: ignore[arg-type]
+    return stand_in
+
+
+def test_a_run_has_its_project_name_and_settings(folder: Path, service: Service) -> None:
+    logger = WeightsAndBiases(folder, "lab/small")
+    logger.open(0)
+    logger.write(3, {"train/loss": 1.5, "train/skipped_data": ["a text"]})
+    logger.close()
+    [made] = service.made
+    assert (made["entity"], made["project"], made["name"]) == ("lab", "small", "small run")
+    assert made["config"]["optim"]["lr"] == 0.25 and made["dir"] == str(folder)
+    assert service.metrics == [("step", None), ("*", "step")]
+    assert service.rows == [{"step": 3, "train/loss": 1.5}] and service.finished.is_set()
+
+
+def test_a_resume_continues_the_run_and_a_new_start_does_not(folder: Path, service: Service) -> None:
+    for step in (0, 4, 0):
+        logger = WeightsAndBiases(folder, "small")
+        logger.open(step)
+        logger.open(2)  # a rollback: the run goes on
+        logger.close()
+    first, resumed, anew = service.made
+    assert first["id"] == resumed["id"] != anew["id"]
+    assert (first["resume"], resumed["resume"], anew["resume"]) == (None, "allow", None)
+    assert first["entity"] is None and RunFolder(folder).wandb_id.read_text() == anew["id"] + "\n"
+
+
+def test_a_service_that_cannot_be_reached_is_said_once(
+    folder: Path, service: Service, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**given: Any) -> None:
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(service, "init", init)
+    written = Metrics(folder, step=0, loggers=[WeightsAndBiases(folder, "small")])
+    for step in (1, 2):
+        written.write(step, {"train/loss": 1.0})
+    written.close()
+    assert len(said.records) == 1 and "Weights & Biases" in said.text and "no answer" in said.text
+    assert len(metrics(folder)) == 2
+
+
+def test_an_end_waits_for_the_service_only_so_long(
+    folder: Path, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, finished = threading.Event(), threading.Event()
+
+    def finish() -> None:
+        ended.wait(60)
+        finished.set()
+
+    monkeypatch.setattr(loggers, "FINISH_SECONDS", 0.01)
+    monkeypatch.setattr(service, "finish", finish)
+    logger = WeightsAndBiases(folder, "small")
+    logger.open(0)
+    logger.close()
+    assert not finished.is_set()
+    ended.set()
+
+
+@needs_wandb
+def test_offline_the_files_hold_the_run_over_a_resume_and_no_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", OLD_KEY)
+    for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        written = Metrics(folder, step=first, loggers=make_loggers(folder, LogConfig(wandb="small", tensorboard=False)))
+        for step in steps:
+            written.write(step, {"train/loss": float(step), "train/skipped_data": ["a text"]})
+        written.close()
+    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    parts = [_finished(file) for file in files]
+    histories = [[record.history for record in part if record.HasField("history")] for part in parts]
+    rows = [[_values(history.item) for history in part] for part in histories]
+    kept = [[(row["step"], row["train/loss"]) for row in part] for part in rows]
+    assert sorted(kept) == [[(1, 1.0), (2, 2.0), (3, 3.0)], [(3, 3.0), (4, 4.0)]]
+    assert all("train/skipped_data" not in row for part in rows for row in part)
+    runs = [next(record.run for record in part if record.HasField("run")) for part in parts]
+    assert {run.run_id for run in runs} == {RunFolder(folder).wandb_id.read_text().strip()}
+    assert {run.project for run in runs} == {"small"} and {run.display_name for run in runs} == {"small run"}
+    assert all(_values(run.config.update)["optim"]["lr"] == 0.25 for run in runs)
+    for path in folder.rglob("*"):
+        assert path.is_dir() or OLD_KEY.encode() not in path.read_bytes(), path
+
+
+def _values(items: Any) -> dict[str, Any]:
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def _finished(path: Path) -> list[Any]:
+    """All records of a file: W&B's service may write the last ones when its ``finish`` has returned."""
+    deadline = time.monotonic() + 60
+    records = list(_records(path))
+    while not any(record.HasField("exit") for record in records):
+        assert time.monotonic() < deadline, records
+        time.sleep(0.05)
+        records = list(_records(path))
+    return records
+
+
+def _records(path: Path) -> Iterator[Any]:
+    """What a file of W&B holds: records in blocks, as in LevelDB's log, behind a head of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    block, head = 32768, struct.Struct("<IHB")
+    data = path.read_bytes()
+    place, whole = head.size, b""
+    while place + head.size <= len(data):
+        left = block - place % block
+        if left < head.size:
+            place += left
+            continue
+        _, length, kind = head.unpack_from(data, place)
+        place += head.size
+        if place + length > len(data):  # it is being written
+            return
+        whole += data[place : place + length]
+        place += length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(whole)
+            whole = b""

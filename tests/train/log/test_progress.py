@@ -1,0 +1,90 @@
+"""Lines stay, bars are for terminals, and the commands for a finished run are ones that the shell reads as meant."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import sys
+
+import pytest
+
+from relora_mora.system.logs import setup_logging
+from relora_mora.train.log.progress import Progress, next_commands
+from tests.tools.helpers import ROOT
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def set_stderr(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """Not as a fixture: pytest puts its own stderr back before the test."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    setup_logging(0)
+    return stream
+
+
+def run_of_two_steps(*, show: bool = True) -> None:
+    progress = Progress(total=4, done=1, show=show)
+    with progress.evaluation() as update:
+        for done in (1, 2, 3):
+            update(done, 3)
+    for loss in ("5.0", "4.0"):
+        progress.update()
+        progress.show(f"loss {loss}")
+    progress.close()
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_every_line_stays(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = set_stderr(kind(), monkeypatch)
+    run_of_two_steps()
+    said = stderr.getvalue()
+    lines = re.findall(r"\d\d:\d\d:\d\d (step .*)\n", said)
+    assert [line.rpartition(",")[0] for line in lines] == ["step 2/4: loss 5.0", "step 3/4: loss 4.0"]
+    assert all(re.search(r"\d\d:\d\d left$", line) for line in lines)
+    on_terminal = isinstance(stderr, Terminal)
+    assert ("evaluation:" in said) is on_terminal and ("\r" in said) is on_terminal
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_other_ranks_say_nothing(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = set_stderr(kind(), monkeypatch)
+    run_of_two_steps(show=False)
+    assert stderr.getvalue() == ""
+
+
+def test_after_a_rollback_the_bar_stands_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = set_stderr(Terminal(), monkeypatch)
+    progress = Progress(total=10, done=0, show=True)
+    for _ in range(8):
+        progress.update()
+    progress.go_back(3)
+    assert progress.done == 3 and "3/10" in stderr.getvalue().rpartition("\r")[2]
+    progress.close()
+    assert stderr.getvalue().rpartition("\r")[0].rpartition("\r")[2].isspace(), "no bar stays below the last line"
+
+
+def test_what_comes_before_the_first_step_is_not_in_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 600.0, 602.0])  # made, the first step comes next, the line
+    stderr = set_stderr(io.StringIO(), monkeypatch)
+    monkeypatch.setattr("relora_mora.train.log.progress.time.monotonic", lambda: next(clock))
+    progress = Progress(total=31, done=0, show=True)
+    progress.begin()
+    progress.update()
+    progress.show("loss 5.0")
+    assert stderr.getvalue().endswith("loss 5.0, 01:00 left\n")
+
+
+def test_the_next_commands_are_words_of_a_shell_and_their_scripts_exist() -> None:
+    first, *lines = next_commands("runs/my run").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    assert first == "next:"
+    assert words == [
+        ["python", "launch/evaluate.py", "runs/my run"],
+        ["python", "launch/export.py", "runs/my run", "runs/my run_export"],
+        ["python", "launch/board.py", "runs"],
+    ]
+    assert all((ROOT / script).is_file() for _, script, *_ in words)

@@ -1,0 +1,124 @@
+"""Loss spikes and bad steps, judged from the state alone; rollbacks as they are remembered."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+
+from relora_mora.config.schema import TrainConfig
+from relora_mora.train.loop.judge import StabilityMonitor, StepResult
+from relora_mora.train.state import rollback
+from relora_mora.train.state.rollback import Rollback, dump_rollbacks, read_rollbacks, replay_rollbacks
+from relora_mora.train.state.run_state import RunState, StabilityState
+from tests.tools.tiny import tiny_config
+
+
+def _config(**changes):
+    return TrainConfig(run_dir="unused", **{"spike_window": 16, "spike_deviations": 4.0, **changes})
+
+
+def _noisy(count: int, level: float = 3.0) -> list[float]:
+    rng = random.Random(0)
+    return [level + rng.gauss(0, 0.1) for _ in range(count)]
+
+
+def test_a_spike_is_measured_in_standard_deviations_and_does_not_join_the_window():
+    health, config = StabilityState(), _config()
+    for loss in _noisy(40):
+        assert health.spike(loss, config) is None
+    window = list(health.losses)
+    assert len(window) == 16
+    mean = sum(window) / 16
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in window) / 15)
+    assert health.spike(mean + 10 * deviation, config) == pytest.approx(10)
+    assert health.losses == window
+    assert health.spike(mean + 3.9 * deviation, config) is None
+    assert health.spike(mean - 10 * deviation, config) is None  # a fall is no spike
+
+
+def test_nothing_is_judged_before_a_quarter_of_the_window():
+    health, config = StabilityState(), _config()
+    assert [health.spike(loss, config) for loss in (1.0, 100.0, 1.0, 100.0)] == [None] * 4
+    assert health.spike(10_000.0, config) is not None
+
+
+def test_a_rise_that_lasts_is_a_new_level_after_a_quarter_of_a_window():
+    health, config = StabilityState(), _config()
+    verdicts = [health.spike(loss, config) for loss in [*_noisy(40), 9.0, *_noisy(3), *_noisy(40, level=6.0)]]
+    assert [number for number, height in enumerate(verdicts) if height is not None] == [40, 44, 45, 46, 47]
+    assert health.spike(9.0, config) is not None, "judged by the new level"
+
+
+def test_steps_without_a_loss_do_not_break_a_row_of_spikes():
+    health, config = StabilityState(), _config()
+    rise = [loss for high in _noisy(4, level=6.0) for loss in (high, math.nan)]
+    verdicts = [health.spike(loss, config) for loss in [*_noisy(40), *rise]]
+    assert [height is not None for height in verdicts[40:]] == [True, False] * 4
+    assert health.losses == [] and health.spikes == 0, "the window begins anew"
+
+
+def test_a_saved_health_judges_as_the_one_it_was_saved_from():
+    config, losses = _config(), [*_noisy(30), 9.0, *_noisy(5), 9.0]
+    whole, verdicts = StabilityState(), []
+    for loss in losses:
+        verdicts.append(whole.spike(loss, config))
+    part = StabilityState()
+    for loss in losses[:20]:
+        part.spike(loss, config)
+    resumed = StabilityState(losses=list(part.losses))
+    assert [resumed.spike(loss, config) for loss in losses[20:]] == verdicts[20:]
+    assert sum(v is not None for v in verdicts) == 2
+
+
+def test_bad_steps_count_in_a_row():
+    health = StabilityState()
+    assert [health.bad(["a"]), health.bad(["b", "c"])] == [1, 2] and health.bad_data == ["a", "b", "c"]
+    health.good()
+    assert health.bad(["d"]) == 1 and health.bad_data == ["d"]
+
+
+def test_rollbacks_come_back_and_a_damaged_file_is_no_empty_one(tmp_path):
+    assert read_rollbacks(tmp_path) == []
+    rollbacks = [Rollback(1, 3, 5, "why", {"0": {"row": 1}}, "order")]
+    (tmp_path / "rollbacks.json").write_text(dump_rollbacks(rollbacks))
+    assert read_rollbacks(tmp_path) == rollbacks
+    (tmp_path / "rollbacks.json").write_text("[{")
+    with pytest.raises(ValueError, match="which data to skip"):
+        read_rollbacks(tmp_path)
+
+
+def test_the_note_of_a_rollback_holds_though_that_of_one_before_was_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(rollback, "from_first_rank", lambda read: read())
+    second = Rollback(2, 8, 11, "why", {"0": {"row": 13}}, "order")
+    (tmp_path / "rollbacks.json").write_text(dump_rollbacks([second]))
+    state = RunState(initial_seed=0, step=8, rollbacks=1, data={"0": {"row": 8}})
+    replay_rollbacks(tmp_path, state, "order")
+    assert (state.data, state.rollbacks) == (second.data_state, 2)
+
+
+@pytest.mark.parametrize(
+    ("way_back", "stages", "rolls"), [(True, False, True), (False, False, False), (True, True, False)]
+)
+def test_a_spike_calls_for_a_rollback_where_there_is_a_way_back_and_the_text_is_the_same(
+    monkeypatch, way_back, stages, rolls
+):
+    monkeypatch.setattr("relora_mora.train.loop.judge.sum_over_hosts", lambda values: values)
+    data: dict[str, Any] = {"train": [{"source": "a", "weight": 1.0}, {"source": "b", "weight": 1.0}]}
+    if stages:
+        data["stages"] = [{"from_step": 41, "weights": {"a": 0.0, "b": 1.0}}]
+    given = {"spike_window": 16, "spike_deviations": 4.0, "on_spike": "rollback", "steps": 100}
+    config = tiny_config(data=data, train=given)
+    judge = StabilityMonitor(config, 0, 1, lambda step, values: None, lambda step: way_back)
+    state = RunState(initial_seed=0)
+    for step, loss in enumerate([*_noisy(40), *_noisy(1, level=6.0)], 1):
+        state.step = step
+        judge(state, StepResult(loss, applied=True, grad_norm=1.0, data=[]))
+    assert bool(state.trouble) is rolls
+
+
+def test_a_shorter_window_ends_a_row_of_spikes_that_is_longer_already():
+    health, config = StabilityState(losses=_noisy(16), spikes=20), _config()
+    assert health.spike(9.0, config) is not None and health.losses == []

@@ -1,0 +1,278 @@
+"""A resumed run is bit-equal to one that was never stopped: before, at and after a merge, on every stage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from relora_mora.config.registry import METHODS
+from tests.tools.grids import rest
+from tests.tools.runs import left_by_a_kill, metrics, refusal_of, run_config, tensors, train
+
+pytestmark = pytest.mark.distributed
+
+
+def _sections(stage: int, bf16: bool, method: str = "remora") -> dict:
+    training = {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32", "deterministic": True}  # for tests/gpu
+    return {"train": training, "method": {"name": method}}
+
+
+def _equal(a: Path, b: Path) -> list[str]:
+    """Keys of tensors that differ in any bit."""
+    first, second = tensors(a), tensors(b)
+    assert set(first) == set(second) and first
+    return [key for key in first if not torch.equal(first[key], second[key])]
+
+
+CASES = [(0, False), (1, True), (2, False), (3, True), *rest((0, True), (1, False), (2, True), (3, False))]
+
+
+@pytest.mark.parametrize("stage,bf16", CASES)
+def test_a_resume_before_at_and_after_a_merge_is_bit_equal(pools, ranks, inputs, tokenizer_path, tmp_path, stage, bf16):
+    pool = pools(ranks)
+    never = tmp_path / "never"
+    sections = _sections(stage, bf16)
+    sections["train"]["steps"] = 7
+    sections["method"]["merge_every"] = 3  # and so after step 6 once more
+    sections["eval"] = {"every_steps": 3}
+    pool(train, run_config(inputs, tokenizer_path, never, ranks, **sections))
+    for stop in (2, 3, 4):
+        run_dir = tmp_path / f"stop{stop}"
+        if stop == 3:
+            pool(train, run_config(inputs, tokenizer_path, run_dir, ranks, **sections), stop_after=stop)
+        else:
+            left_by_a_kill(never, run_dir, stop)
+        assert max((run_dir / "checkpoints").glob("step-*")).name == f"step-{stop:08d}"
+        # how often it saves must not matter either
+        pool(train, run_config(inputs, tokenizer_path, run_dir, ranks, checkpoint={"every_steps": 0}, **sections))
+        assert _equal(never / "checkpoints" / "step-00000007", run_dir / "checkpoints" / "step-00000007") == []
+        losses = [
+            [line["train/loss"] for line in metrics(folder) if "train/loss" in line] for folder in (never, run_dir)
+        ]
+        assert losses[0] == losses[1] and len(losses[0]) == 7
+        evals = [
+            [(line["step"], line["eval/loss"]) for line in metrics(folder) if "eval/loss" in line]
+            for folder in (never, run_dir)
+        ]
+        assert evals[0] == evals[1] and [step for step, _ in evals[0]] == [0, 3, 6, 7]
+        shutil.rmtree(run_dir)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "remora"])  # which is above
+def test_every_method_resumes_bit_equal(pools, ranks, inputs, tokenizer_path, tmp_path, method):
+    folders = [tmp_path / "never", tmp_path / "killed"]
+    for folder in folders:
+        if folder.name == "killed":
+            left_by_a_kill(folders[0], folder, 4)
+        pools(ranks)(train, run_config(inputs, tokenizer_path, folder, ranks, **_sections(2, True, method)))
+    assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
+
+
+def builds(config: Any, **options: Any) -> int:
+    """Trains; how often a layer built the ``W + delta`` that it keeps within a step."""
+    from relora_mora.adapters.inject import layer_class
+
+    layer = layer_class(config.method)
+    with mock.patch.object(layer, "build_merged", autospec=True, side_effect=layer.build_merged) as build:
+        train(config, **options)
+    return build.call_count
+
+
+@pytest.mark.parametrize(
+    "method,stage,form", [("remora", 2, "auto"), ("relora", 0, "resident"), ("remora", 3, "resident")]
+)
+def test_resident_layers_give_the_bits_of_the_merged_form_also_after_a_resume(
+    pools, inputs, tokenizer_path, tmp_path, method, stage, form
+):
+    world_size = 2 if stage == 3 else 1
+    folders = [tmp_path / "merged", tmp_path / form]
+    built = []
+    for folder in folders:
+        sections = _sections(stage, True, method)
+        sections["method"]["form"] = folder.name
+        config = run_config(inputs, tokenizer_path, folder, world_size, **sections)
+        if folder.name == form:
+            built.append(pools(world_size)(builds, config, stop_after=5))
+        built.append(pools(world_size)(builds, config))
+    # 14 layers, once for each step, which an evaluation shares with the step that follows, and for the one at the end
+    assert built == [[times * 14] * world_size for times in (0, 5 + 1, 5 + 1)]
+    assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
+    logged = [
+        [line[key] for line in metrics(folder) for key in ("train/loss", "eval/loss") if key in line]
+        for folder in folders
+    ]
+    assert logged[0] == logged[1] and len(logged[0]) == 13
+
+
+def seeds_of_forwards(config: Any) -> list[int]:
+    """The seed that this rank draws with in each forward of training, in order."""
+    from relora_mora.model.llama import LossModel
+
+    seeds = []
+    whole_forward = LossModel.forward
+
+    def forward(self: LossModel, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.training:
+            seeds.append(torch.initial_seed())
+        return whole_forward(self, *args, **kwargs)
+
+    with mock.patch.object(LossModel, "forward", forward):
+        train(config)
+    return seeds
+
+
+def test_dropout_draws_anew_for_every_step_rank_and_micro_batch_and_resumes_bit_equal(
+    pools, inputs, tokenizer_path, tmp_path
+):
+    folders = {name: tmp_path / name for name in ("never", "stopped", "without")}
+    configs = {
+        name: run_config(inputs, tokenizer_path, folder, 2, **_sections(2, False)) for name, folder in folders.items()
+    }
+    dropout = {"model": {"overrides": {"attention_dropout": 0.2}}}
+    for name in ("never", "stopped"):
+        configs[name] = run_config(inputs, tokenizer_path, folders[name], 2, **_sections(2, False), **dropout)
+    seeds = pools(2)(seeds_of_forwards, configs["never"])
+    assert [len(of_rank) for of_rank in seeds] == [20, 20]  # two micro-batches in each of ten steps
+    assert len({*seeds[0], *seeds[1]}) == 40
+    pools(2)(train, configs["stopped"], stop_after=4)
+    assert pools(2)(seeds_of_forwards, configs["stopped"]) == [of_rank[8:] for of_rank in seeds]
+    assert _equal(*(folders[name] / "checkpoints" / "step-00000010" for name in ("never", "stopped"))) == []
+    pools(2)(train, configs["without"])
+    assert _equal(*(folders[name] / "checkpoints" / "step-00000010" for name in ("never", "without"))) != []
+
+
+def test_base_files_are_shared_between_merges(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 2, **_sections(2, False))
+    pools(2)(train, config, stop_after=6)
+    pools(2)(train, config)
+    for rank in range(2):
+        inode = {
+            s: (folder / "checkpoints" / f"step-{s:08d}" / f"base-0000{rank}-of-00002.safetensors").stat().st_ino
+            for s in range(1, 11)
+        }
+        assert len({inode[step] for step in (1, 2, 3)}) == 1
+        assert len({inode[step] for step in (4, 5, 6, 7)}) == 1  # the resume after 6 goes on sharing
+        assert len({inode[step] for step in (8, 9, 10)}) == 1
+        assert len(set(inode.values())) == 3
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step-00000010"
+    assert not list((folder / "checkpoints").glob("*.tmp"))
+
+
+def test_another_config_is_refused_with_all_differences(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
+    changed = run_config(
+        inputs, tokenizer_path, folder, optim={"lr": 1e-3}, method={"merge_every": 5}, data={"seed": 7}
+    )
+    (message,) = pools(1)(refusal_of, changed)
+    for name in ("optim.lr: 0.02 in the checkpoint, 0.001 now", "method.merge_every", "data.seed"):
+        assert name in message
+    allowed = run_config(
+        inputs, tokenizer_path, folder, optim={"lr": 1e-3}, train={"allow_changes": ["optim.lr"], "steps": 10}
+    )
+    pools(1)(train, allowed)
+    assert metrics(folder)[-1]["step"] == 10
+    (message,) = pools(1)(refusal_of, run_config(inputs, tokenizer_path, folder, train={"resume": "never"}))
+    assert "train.resume=never" in message
+
+
+def _eval_steps(folder: Path) -> list[int]:
+    return [line["step"] for line in metrics(folder) if "eval/loss" in line]
+
+
+def test_a_run_goes_back_and_does_not_return_to_what_it_left(pools, inputs, tokenizer_path, tmp_path):
+    pool, folder = pools(2), tmp_path / "run"
+    plain = run_config(inputs, tokenizer_path, folder, 2)
+    pool(train, plain)
+    finished = tmp_path / "finished"
+    shutil.copytree(folder / "checkpoints" / "step-00000010", finished)
+    back = run_config(
+        inputs, tokenizer_path, folder, 2, train={"resume": str(folder / "checkpoints" / "step-00000006")}
+    )
+    pool(train, back, stop_after=8)
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {
+        "step-00000008",
+        "abandoned-step-00000009",
+        "abandoned-step-00000010",
+    } <= names and "step-00000010" not in names
+    pool(train, plain)
+    assert _equal(finished, folder / "checkpoints" / "step-00000010") == []
+    assert _eval_steps(folder) == [0, 5, 10]
+
+
+@pytest.mark.parametrize("give", ["run", "checkpoint"])
+def test_a_run_begins_in_a_new_folder_where_another_one_is(pools, inputs, tokenizer_path, tmp_path, give):
+    first, second = tmp_path / "first", tmp_path / "second"
+    pools(2)(train, run_config(inputs, tokenizer_path, first, 2), stop_after=5)
+    origin = first if give == "run" else first / "checkpoints" / "step-00000005"
+    pools(2)(train, run_config(inputs, tokenizer_path, second, 2, train={"resume": str(origin)}))
+    assert [line["step"] for line in metrics(second) if "train/loss" in line] == [6, 7, 8, 9, 10]
+    assert sorted(path.name for path in (second / "checkpoints").iterdir())[-1] == "step-00000010"
+    # a finished run, into yet another folder: there is nothing to train, but the folder is complete
+    third = tmp_path / "third"
+    pools(2)(train, run_config(inputs, tokenizer_path, third, 2, train={"resume": str(second)}))
+    assert _eval_steps(third) == [10] and (third / "checkpoints" / "step-00000010").exists()
+
+
+def test_a_typing_error_beside_checkpoints_is_told_as_one(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
+    (message,) = pools(1)(
+        refusal_of, run_config(inputs, tokenizer_path, folder, train={"resume": str(tmp_path / "rum")})
+    )
+    assert message.startswith(f"{tmp_path}/rum: not found; give a run folder, or a checkpoint")
+
+
+@pytest.mark.parametrize("what", ["missing", "damaged"])
+def test_a_checkpoint_that_cannot_be_resumed_ends_all_ranks(pools, inputs, tokenizer_path, tmp_path, what):
+    folder = tmp_path / "run"
+    given = folder / "checkpoints" / "step-00000002"
+    if what == "damaged":
+        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2), stop_after=2)
+        (given / "state-00001-of-00002.safetensors").write_bytes(b"")
+    messages = pools(2)(refusal_of, run_config(inputs, tokenizer_path, folder, 2, train={"resume": str(given)}))
+    assert all(
+        ("0 bytes, expected" if what == "damaged" else "not found; give a run folder") in message
+        for message in messages
+    )
+
+
+def test_a_checkpoint_comes_after_the_evaluation_and_the_line_of_metrics_of_its_step(
+    pools, inputs, tokenizer_path, tmp_path
+):
+    """A kill right after it must not lose them."""
+    folder = tmp_path / "run"
+    config = run_config(inputs, tokenizer_path, folder, 1, eval={"every_steps": 0})
+    pools(1)(train, config)
+    tags = {"train/loss": "loss", "eval/loss": "eval", "perf/checkpoint_stall_seconds": "save"}
+    lines = [kind for line in metrics(folder) for tag, kind in tags.items() if tag in line]
+    assert lines[-3:] == ["loss", "eval", "save"] and _eval_steps(folder) == [0, 10]
+    assert lines.count("loss") == 10
+
+
+@pytest.mark.parametrize("method", ["remora", "relora"])
+def test_a_longer_run_makes_up_for_the_merge_that_the_last_step_left_out(
+    pools, inputs, tokenizer_path, tmp_path, method
+):
+    long, short = tmp_path / "long", tmp_path / "short"
+    constant = {"schedule": "constant"}  # else another train.steps changes the rates
+    settings = {"method": {"name": method}, "optim": constant}
+    pools(2)(train, run_config(inputs, tokenizer_path, long, 2, **settings))
+    pools(2)(train, run_config(inputs, tokenizer_path, short, 2, train={"steps": 8}, **settings))
+    assert [line["step"] for line in metrics(short) if "merge/layers" in line] == [4]
+    pools(2)(train, run_config(inputs, tokenizer_path, short, 2, train={"allow_changes": ["train.steps"]}, **settings))
+    assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in (long, short))) == []
+    assert _merges(short) == _merges(long) != []
+
+
+def _merges(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics that merges wrote, without times."""
+    lines = [line for line in metrics(run) if "merge/layers" in line]
+    return [{tag: value for tag, value in line.items() if tag not in ("time", "merge/seconds")} for line in lines]

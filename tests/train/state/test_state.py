@@ -1,0 +1,52 @@
+"""A state that was dumped into a manifest's counters is loaded as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from relora_mora.train.log.report import Interval
+from relora_mora.train.state.run_state import RunState, StabilityState
+
+
+@pytest.fixture(autouse=True)
+def two_ranks(monkeypatch):
+    """Both have lost as much in the interval."""
+    monkeypatch.setattr("relora_mora.train.log.report.sum_over_hosts", lambda values: [2 * value for value in values])
+
+
+def manifest(state: RunState) -> SimpleNamespace:
+    counters = json.loads(json.dumps(state.dump(2)))
+    return SimpleNamespace(step=state.step, data_state=state.data, counters=counters)
+
+
+STATE = RunState(
+    initial_seed=5,
+    step=7,
+    tokens=700,
+    skipped_steps=2,
+    rollbacks=1,
+    health=StabilityState(losses=[3.0, 2.0], spikes=2, bad_steps=1, bad_data=["lane 1"]),
+    interval=Interval(loss=2.5, good_steps=3, grad_norm=0.5),
+    trouble="a spike",
+    data={"0": {"row": 3}},
+    saved=7,
+    evaluated=7,
+)
+
+
+def test_a_state_is_loaded_as_it_was_saved():
+    assert RunState.load(manifest(STATE), own=True) == STATE
+
+
+def test_an_evaluation_that_was_cut_short_is_missing_after_the_load():
+    assert RunState.load(manifest(replace(STATE, evaluated=6)), own=True).evaluated is None
+
+
+def test_what_another_run_saved_and_evaluated_is_not_this_runs():
+    state = RunState.load(manifest(STATE), own=False)
+    assert (state.saved, state.evaluated, state.rollbacks, state.trouble, state.step) == (None, None, 0, None, 7)
+    assert (state.health.bad_steps, state.health.bad_data, state.health.losses) == (0, [], [3.0, 2.0])

@@ -1,0 +1,397 @@
+"""Exports: what plain transformers makes of them, what gets into them, and what replaces a damaged tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import socket
+import stat
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from relora_mora.checkpoint.layout import CheckpointError, content_checksum, file_entry
+from relora_mora.tokenizer.identity import tokenizer_fingerprint
+from relora_mora.tokenizer.load import load_tokenizer
+from relora_mora.tokenizer.save import save_tokenizer
+from relora_mora.weights.export import _name_rope, export
+from relora_mora.weights.foreign import foreign_config
+from relora_mora.weights.load import load_any_model, tokenizer_beside
+from relora_mora.weights.merged import merged_model
+from tests.tools.checkpoints import write_checkpoint
+from tests.tools.commands import EVALUATE, EXPORT, call, refused
+from tests.tools.data_tools import write_shard
+from tests.tools.runs import LLAMA
+
+
+def change_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """As a stranger can write it, with the right checksum."""
+    path = checkpoint / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    change(values)
+    path.write_text(json.dumps(values | {"checksum": content_checksum(values)}))
+
+
+@pytest.fixture(scope="module")
+def hf_tokenizer(tokenizer_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder without tokenizer.model; end 300, padding 301."""
+    folder = tmp_path_factory.mktemp("hf_tokenizer")
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>", "pad_token": "<|pad|>"})
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**LLAMA)).eval()
+
+
+@pytest.fixture
+def run(model: LlamaForCausalLM, hf_tokenizer: Path, tmp_path: Path) -> Path:
+    """A run folder with one checkpoint."""
+    save_tokenizer(hf_tokenizer, tmp_path / "run" / "tokenizer")
+    write_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000005", model, hf_tokenizer)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def checkpoint(run: Path) -> Path:
+    return run / "checkpoints" / "step-00000005"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    return str(write_shard(tmp_path / "text" / "a.json", ["the rank of a merge", "one more matrix of the same rank"]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- what transformers makes of it ------------------------------------------------------------------------------
+
+
+def _always(tokenizer: Any, token: str) -> LlamaForCausalLM:
+    """A model that says one token, whatever stands before it."""
+    lm = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            parameter.fill_(1.0 if "norm" in name or "embed" in name else 0.0)
+        lm.lm_head.weight[tokenizer.convert_tokens_to_ids(token)] = 1.0
+    return lm
+
+
+def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path: Path) -> None:
+    """A model that always says that the document ends, with a tokenizer whose end is not LlamaConfig's."""
+    tokenizer = load_tokenizer(hf_tokenizer)
+    ends = _always(tokenizer, tokenizer.eos_token)
+    export(write_checkpoint(tmp_path / "checkpoint", ends, hf_tokenizer), tmp_path / "out")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "out")("the rank", add_special_tokens=False, return_tensors="pt")
+    said = lm.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    assert said.tolist() == [300]
+    expected = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": 300, "pad_token_id": 301}
+    for file in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / "out" / file).read_text())
+        assert {key: values[key] for key in expected} == expected
+        assert values.get("use_cache", True), f"{file}: generates without a cache"
+    assert lm.generation_config.use_cache in (True, None) and lm.config.use_cache
+
+
+# how a template ends an answer, and the token at which generation stops beside EOS
+ENDS = {
+    "chatml": ("{{ m.content }}<|im_end|>\n", "<|im_end|>"),
+    "a space before it": ("{{ m.content }} <|im_end|>", "<|im_end|>"),
+    "eos": ("{{ m.content + eos_token }}", None),
+    "text": ("{{ m.content }} the end", None),
+    "refuses": ("{{ raise_exception('no') }}", None),
+}
+
+
+def test_plain_generate_stops_at_further_ends_that_the_start_lists(hf_tokenizer: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(hf_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>"]})
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    lm = _always(tokenizer, "<|eom_id|>")
+    end = tokenizer.convert_tokens_to_ids("<|eom_id|>")
+    lm.config.eos_token_id = [5, end]  # 5 is a word of this tokenizer
+    export(write_checkpoint(tmp_path / "checkpoint", lm, tmp_path / "tokenizer"), tmp_path / "out")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert lm.generation_config.eos_token_id == [300, end] and lm.config.eos_token_id == 300
+    assert foreign_config(tmp_path / "out").eos_token_id == [300, end], "for a run that starts from it"
+    assert lm.generate(torch.tensor([[5]]), max_new_tokens=5, do_sample=False).tolist() == [[5, end]]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_plain_generate_stops_where_the_template_ends_an_answer(hf_tokenizer: Path, tmp_path: Path, end: str) -> None:
+    written, stop = ENDS[end]
+    tokenizer = load_tokenizer(hf_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = f"{{% for m in messages %}}{written}{{% endfor %}}"
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    lm = _always(tokenizer, stop or "<|im_end|>")
+    export(write_checkpoint(tmp_path / "checkpoint", lm, tmp_path / "tokenizer"), tmp_path / "out")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([plain("the rank", add_special_tokens=False).input_ids])
+    said = lm.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert plain.decode(said) == "<|im_end|>" * (1 if stop else 5)
+    ends = lm.generation_config.eos_token_id
+    assert ends == ([300, tokenizer.convert_tokens_to_ids(stop)] if stop else 300)
+
+
+def test_files_of_an_export_have_the_mode_of_the_umask(run: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        export(run, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_export_has_the_logits_of_the_merged_model(
+    run: Path, model: LlamaForCausalLM, tmp_path: Path, dtype: torch.dtype, device: torch.device
+) -> None:
+    checkpoint = export(run, tmp_path / "out", dtype)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out").to(device)
+    ids = torch.arange(64, device=device).reshape(2, 32)
+    with torch.no_grad():
+        assert lm.dtype == dtype and torch.equal(lm(ids).logits, merged_model(checkpoint, dtype).to(device)(ids).logits)
+        if dtype == torch.float32:
+            assert torch.equal(lm(ids).logits, copy.deepcopy(model).to(device)(ids).logits)
+
+
+def test_every_form_of_a_model_is_scored_alike(run: Path, checkpoint: Path, text: str, tmp_path: Path) -> None:
+    assert call(EXPORT, run, tmp_path / "float32").code == 0
+    assert call(EXPORT, checkpoint, tmp_path / "bfloat16", "--dtype=bfloat16").code == 0
+    losses = {}
+    for path in (run, checkpoint, tmp_path / "float32", tmp_path / "bfloat16"):
+        answer = call(EVALUATE, path, f"--data={text}", "--data.sequence_length=32")
+        assert answer.code == 0, answer.err
+        losses[path.name] = json.loads(answer.out.splitlines()[-1])["loss"]
+    assert losses["run"] == losses[checkpoint.name] == losses["float32"] == pytest.approx(losses["bfloat16"], abs=1e-2)
+    (checkpoint / "config.json").write_text(
+        json.dumps({"model_type": "llama"})
+    )  # a stray one makes no foreign model of it
+    answer = call(EVALUATE, checkpoint, f"--data={text}", "--data.sequence_length=32")
+    assert json.loads(answer.out.splitlines()[-1])["loss"] == losses["run"]
+    refused(call(EXPORT, tmp_path / "float32", tmp_path / "again"), "holds a model (config.json) and not a ch")
+    assert not (tmp_path / "again").exists()
+
+
+# ---- what gets into it ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clean(run: Path, tmp_path: Path) -> dict[str, bytes]:
+    """Files of the export of an untouched checkpoint."""
+    export(run, tmp_path / "clean")
+    return contents(tmp_path / "clean")
+
+
+def test_what_lies_beside_a_tokenizer_stays_there(
+    checkpoint: Path, clean: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text("{{ secret }}")
+    folder = checkpoint / "tokenizer"
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "evil.py",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "a\nb.json",
+        "sub/x.json",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text('{"eos_token": "<s>", "auto_map": {"AutoConfig": "evil.Config"}}')
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    (folder / "generation_config.json").symlink_to(tmp_path / "secret")
+    (folder / "up").symlink_to("..")
+    os.mkfifo(folder / "added_tokens.json")
+    monkeypatch.chdir(folder)  # the names of sockets are short
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("vocab.json")
+    export(checkpoint, tmp_path / "out")
+    assert contents(tmp_path / "out") == clean
+
+
+def test_what_a_manifest_lists_does_not_replace_the_model(
+    checkpoint: Path, clean: dict[str, bytes], tmp_path: Path
+) -> None:
+    names = [f"tokenizer/{name}" for name in ("model.safetensors", "config.json", "generation_config.json", "evil.py")]
+    for name in names:
+        (checkpoint / name).write_text('{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "llama"}')
+    change_manifest(
+        checkpoint,
+        lambda values: values["files"].update({name: asdict(file_entry(checkpoint / name)) for name in names}),
+    )
+    export(checkpoint, tmp_path / "out")
+    assert contents(tmp_path / "out") == clean
+
+
+def test_no_name_of_code_gets_into_an_export(checkpoint: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+    code = {
+        "auto_map": {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tokenizer", None]},
+        "trust_remote_code": True,
+    }
+    path = checkpoint / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | code))
+
+    def change(values: dict[str, Any]) -> None:
+        values["model_config"] |= code | {
+            "quantization_config": {"quant_method": "evil"},
+            "attn_implementation": "evil/kernels",
+        }
+        values["files"]["tokenizer/tokenizer_config.json"] = asdict(file_entry(path))
+
+    change_manifest(checkpoint, change)
+    export(checkpoint, tmp_path / "out")
+    assert contents(tmp_path / "out") == clean
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_config": {}}, "does not hold the model it names"),
+        ({"model_config": LLAMA | {"hidden_size": "x"}}, "transformers makes no model of its model_config"),
+        ({"model_config": LLAMA | {"hidden_act": "evil"}}, "transformers makes no model of its model_config"),
+        (
+            {"model_config": LLAMA | {"num_hidden_layers": 3}},
+            "model.layers.2.input_layernorm.weight is nothing there, expected [24]",
+        ),
+    ],
+)
+def test_a_manifest_with_another_model_is_one_message(
+    checkpoint: Path, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    change_manifest(checkpoint, lambda values: values.update(change))
+    refused(call(EXPORT, checkpoint, tmp_path / "out"), str(checkpoint), says)
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_named_by_its_place(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
+    change_manifest(
+        checkpoint, lambda values: values["files"].update({f"tokenizer/{path.name}": asdict(file_entry(path))})
+    )
+    refused(call(EXPORT, checkpoint, tmp_path / "out"), f"{checkpoint / 'tokenizer'}: transformers cannot save it")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_a_type_cannot_hold_are_refused(
+    model: LlamaForCausalLM, hf_tokenizer: Path, text: str, tmp_path: Path
+) -> None:
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        large.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
+    checkpoint = tmp_path / "step-00000005"
+    write_checkpoint(checkpoint, large, hf_tokenizer)
+    save_tokenizer(hf_tokenizer, checkpoint / "tokenizer")
+    said = (str(checkpoint), "too large for float16 in model.layers.1.mlp.up_proj.weight")
+    refused(call(EXPORT, checkpoint, tmp_path / "out", "--dtype=float16"), *said)
+    refused(call(EVALUATE, checkpoint, f"--data={text}", "--precision=float16"), *said)
+    assert not (tmp_path / "out").exists()
+    assert call(EXPORT, checkpoint, tmp_path / "out", "--dtype=bfloat16").code == 0
+
+
+# ---- a damaged tokenizer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", ["changed", "gone", "link"])
+def test_the_tokenizer_of_the_run_stands_in_for_a_damaged_one(
+    run: Path, checkpoint: Path, clean: dict[str, bytes], text: str, tmp_path: Path, harm: str
+) -> None:
+    path = checkpoint / "tokenizer" / "tokenizer.json"
+    if harm == "changed":
+        path.write_bytes(path.read_bytes().replace(b"<|end|>", b"<|END|>"))
+    else:
+        path.unlink()
+        if harm == "link":
+            path.symlink_to(run / "tokenizer" / "tokenizer.json")
+    for number, given in enumerate((run, checkpoint)):
+        answer = call(EXPORT, given, tmp_path / f"out{number}")
+        assert answer.code == 0, answer.err
+        assert contents(tmp_path / f"out{number}") == clean
+        assert call(EVALUATE, given, f"--data={text}").code == 0
+
+
+def test_a_damaged_tokenizer_that_nothing_can_stand_in_for_is_named(
+    run: Path,
+    checkpoint: Path,
+    tokenizer_path: str,
+    hf_tokenizer: Path,
+    text: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (checkpoint / "tokenizer" / "tokenizer.json").write_text("{}")
+    with load_any_model(run, torch.float32).tokenizer as folder:
+        assert tokenizer_fingerprint(folder) == tokenizer_fingerprint(hf_tokenizer)
+    assert (
+        "tokenizer/tokenizer.json: 2 bytes, expected" in caplog.text
+        and f"the tokenizer in {run / 'tokenizer'}" in caplog.text
+    )
+    shutil.rmtree(run / "tokenizer")
+    save_tokenizer(tokenizer_path, run / "tokenizer")  # of other ids
+    with pytest.raises(CheckpointError, match="is not the tokenizer it was made with; copy that one there"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    refused(
+        call(EVALUATE, run, f"--data={text}"), str(checkpoint), "tokenizer/tokenizer.json: 2 bytes", str(hf_tokenizer)
+    )
+    assert call(EVALUATE, run, f"--data={text}", f"--tokenizer={hf_tokenizer}").code == 0
+
+
+def test_a_run_has_its_tokenizer_in_one_place(tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    for named in (tmp_path / "run", checkpoint.parent):
+        assert tokenizer_beside(named) == tmp_path / "run" / "tokenizer"
+    assert tokenizer_beside(checkpoint) == checkpoint / "tokenizer"
+    (tmp_path / "config.json").write_text("{}")
+    assert tokenizer_beside(tmp_path) == tmp_path
+
+
+def test_a_tokenizer_is_named_as_older_readers_know_it(tokenizer_path: str, tmp_path: Path) -> None:
+    """transformers 4 knows no TokenizersBackend, and takes a list of extra_special_tokens for a mapping."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>"]})
+    save_tokenizer(tokenizer, tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] != "TokenizersBackend" and "extra_special_tokens" not in written
+    assert "<|eom_id|>" in written["additional_special_tokens"]
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    assert "<|eom_id|>" in read.all_special_tokens and read.special_tokens_map == tokenizer.special_tokens_map
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [None, {"rope_type": "linear", "factor": 4.0}, LONG | {"factor": 2.0, "original_max_position_embeddings": 32}],
+)
+def test_rotary_embeddings_are_named_as_older_readers_know_them(scaling, tmp_path):
+    """transformers 4 takes a base of 10,000 and no scaling where it finds neither key."""
+    parameters = {"rope_theta": 500000.0, **(scaling or {"rope_type": "default"})}
+    config = LlamaConfig(**LLAMA | {"rope_parameters": parameters})
+    config.save_pretrained(tmp_path)
+    _name_rope(tmp_path / "config.json")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["rope_theta"], written["rope_scaling"]) == (500000.0, scaling)
+    length = "original_max_position_embeddings"
+    assert written.get(length) == (scaling or {}).get(length)
+    for read in (AutoConfig.from_pretrained(tmp_path), foreign_config(tmp_path)):
+        assert dict(read.rope_parameters) == parameters

@@ -1,0 +1,414 @@
+"""Adapters alone: what PEFT makes of ours, what we make of PEFT's and the released MoRA's, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from relora_mora.adapters.layers import AdapterLinear, adapter_layers
+from relora_mora.adapters.lora import LoRALinear
+from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.tokenizer.load import load_tokenizer
+from relora_mora.tokenizer.save import save_tokenizer
+from relora_mora.weights.export import export
+from relora_mora.weights.load import load_any_model, load_model
+from relora_mora.weights.peft import AdapterFolder, is_of_another, note_of
+from tests.tools.adapter_tools import ALONE, METHODS, adapted, logits, save_base, write_run
+from tests.tools.checkpoints import write_checkpoint
+from tests.tools.commands import EVALUATE, EXPORT, call, refused
+from tests.tools.data_tools import write_shard
+from tests.tools.shared import SHARED, needs_shared
+
+ROUNDING = 2e-5  # of logits of up to 5
+
+
+@pytest.fixture(scope="session")
+def peft() -> Any:
+    return pytest.importorskip("peft", reason="PEFT is not installed (pip install '.[dev]')")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+def exported(folder: Path, base: Path, tokenizer: str, method: dict[str, Any], form: str) -> Path:
+    checkpoint = write_run(folder / "run", adapted(base, method), base, tokenizer, method)
+    export(checkpoint, folder / form, form=form)
+    return folder / form
+
+
+# ---- PEFT ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "whole"), [*((name, False) for name in METHODS), ("lora", True), ("mora1", True)])
+def test_peft_computes_what_the_run_does(peft, base, tokenizer_path, tmp_path, name, whole):
+    method = METHODS[name] | ({} if whole else ALONE)
+    lm = adapted(base, method)
+    checkpoint = write_run(tmp_path / "run", lm, base, tokenizer_path, method)
+    for form in ("merged", "peft"):
+        export(checkpoint, tmp_path / form, form=form)
+    theirs = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "peft").eval()
+    ours = logits(lm)
+    assert (ours - logits(LlamaForCausalLM.from_pretrained(base))).abs().max() > 0.1
+    assert (logits(theirs) - ours).abs().max() <= (0 if method["name"] == "lora" else ROUNDING)
+    assert (logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged")) - ours).abs().max() < ROUNDING
+    assert logits(load_model(tmp_path / "peft", torch.float32).model).equal(
+        logits(load_any_model(tmp_path / "merged", torch.float32).model)
+    ) == (name != "mora6")  # its rotations are rounded once more
+    assert AutoTokenizer.from_pretrained(tmp_path / "peft").vocab_size == 300
+    modules = {"model.embed_tokens", "lm_head", "model.norm", "input_layernorm", "post_attention_layernorm"}
+    assert set(theirs.peft_config["default"].modules_to_save or ()) == (modules if whole else set())
+    for layer, module in adapter_layers(lm):
+        values = [module.get_parameter(key).detach() for key in module.adapter_names]
+        delta = theirs.get_submodule(f"base_model.model.{layer}").get_delta_weight("default")
+        apart = (delta - module.delta_of(*values)).abs().max()
+        exact = method["name"] == "mora" and name != "mora6"
+        assert apart == 0 if exact else apart < 1e-6
+
+
+@pytest.mark.parametrize("form", ["peft", "peft-mora"])
+def test_an_answer_ends_where_the_merged_model_ends_it(base, tokenizer_path, tmp_path, form):
+    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    method = METHODS["mora1"] | ALONE
+    checkpoint = write_run(tmp_path / "run", adapted(base, method), base, tmp_path / "tokenizer", method)
+    export(checkpoint, tmp_path / "merged")
+    export(checkpoint, tmp_path / form, form=form)
+
+    def ends(folder):
+        return load_model(folder, torch.float32).model.generation_config.eos_token_id
+
+    expected = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert ends(tmp_path / "merged") == ends(tmp_path / form) == expected != ends(base)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_peft_computes_what_a_run_of_another_family_does(peft, tokenizer_path, tmp_path, kind):
+    base = save_base(tmp_path / "base", kind, tie_word_embeddings=True)
+    method = METHODS["mora1"] | ALONE | {"dropout": 0.1}
+    lm = adapted(base, method)
+    export(write_run(tmp_path / "run", lm, base, tokenizer_path, method), tmp_path / "peft", form="peft")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft").eval()
+    assert theirs.peft_config["default"].lora_dropout == 0.1
+    assert (logits(theirs) - logits(lm)).abs().max() < ROUNDING
+    assert (logits(load_model(tmp_path / "peft", torch.float32).model) - logits(lm)).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 3, "lora_alpha": 5},
+        {"r": 4, "lora_alpha": 3, "use_rslora": True},
+        {"r": 2, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 7, "layers.1.mlp.up_proj": 3}},
+        {"r": 2, "alpha_pattern": {"q.proj": 7, r"layers\.1\.mlp\..*|k_proj": 3}, "rank_pattern": {"(q|up)_proj": 5}},
+        {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
+        {"r": 2, "layers_to_transform": [1]},
+    ],
+)
+def test_what_peft_saves_is_what_it_computes(peft, base, tokenizer_path, tmp_path, settings):
+    targets = {"target_modules": ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]}
+    config = peft.LoraConfig(**(targets | settings), init_lora_weights=False, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = load_model(tmp_path / "theirs", torch.float32)  # whose base its config names
+    assert loaded.checkpoint is None, "its scores are not its base's"
+    assert (logits(theirs) - logits(LlamaForCausalLM.from_pretrained(base))).abs().max() > 0.1
+    assert (logits(loaded.model) - logits(theirs)).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ],
+    ids=str,
+)
+def test_embeddings_without_the_head_that_they_are_too_are_refused(peft, tmp_path, given):
+    base = save_base(tmp_path / "base", tie_word_embeddings=True)
+    model = peft.get_peft_model(
+        LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **given)
+    )
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers="modules_to_save" in given)
+    with pytest.raises(CheckpointError, match="changes embeddings or head of a model in which they are one"):
+        load_model(tmp_path / "theirs", torch.float32)
+
+
+def test_a_whole_linear_keeps_its_frozen_bias(peft, tokenizer_path, tmp_path):
+    """PEFT takes modules that were saved whole with all of their parameters."""
+    base = save_base(tmp_path / "base", attention_bias=True)
+    method = METHODS["lora"] | ALONE | {"target_modules": ["q_proj"], "train_linears": True}
+    folder = exported(tmp_path, base, tokenizer_path, method, "peft")
+    names = load_file(folder / "adapter_model.safetensors")
+    kept = {name.split(".", 6)[6] for name in names if ".0.self_attn.k_proj." in name}
+    assert kept == {"k_proj.weight", "k_proj.bias"}
+    theirs = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
+    assert (logits(theirs) - logits(load_model(folder, torch.float32).model)).abs().max() < ROUNDING
+
+
+# ---- the released MoRA ---------------------------------------------------------------------------------------------
+
+
+def released_size(inputs: int, outputs: int, rank: float, mora_type: int) -> int:
+    """R as the released code finds it (kongds/MoRA, peft-mora/src/peft/tuners/lora/layer.py, update_layer)."""
+    size = int(math.sqrt((inputs + outputs) * rank) + 0.5)
+    return size // 2 * 2 if mora_type == 6 else size
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]["name"] == "mora" and name != "mora7"])
+def test_the_released_mora_finds_our_matrices(base, tokenizer_path, tmp_path, name):
+    method = METHODS[name] | ALONE
+    folder = exported(tmp_path, base, tokenizer_path, method, "peft-mora")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    operator = method["operators"][0]
+    assert (config["peft_type"], config["use_mora"], config["mora_type"]) == ("LORA", True, operator)
+    layers = dict(adapter_layers(adapted(base, method)))
+    assert len(tensors) == 2 * len(layers) == 28
+    for layer, module in layers.items():
+        M = module.mora_M.detach()
+        rank = config["rank_pattern"][layer.rpartition(".")[2]]
+        assert released_size(module.in_features, module.out_features, rank, operator) == len(M)
+        assert all(tensors[f"base_model.model.{layer}.lora_{each}.weight"].equal(M) for each in "AB")
+    read = AdapterFolder(folder)
+    assert read.mora_type == operator and read.base == str(base)
+    assert all(read.value(f"{layer}.mora_M").equal(module.mora_M) for layer, module in layers.items())
+    export(tmp_path / "run", tmp_path / "merged")
+    merged = logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert logits(load_model(folder, torch.float32).model).equal(merged)
+
+
+def test_the_rank_that_is_written_gives_every_size_back():
+    for inputs, outputs in ((576, 576), (576, 192), (4096, 11008), (1, 1), (8192, 28672), (2048, 5461)):
+        for size in range(1, 3000):
+            assert released_size(inputs, outputs, size**2 / (inputs + outputs), 1) == size
+
+
+@needs_shared
+def test_what_the_released_mora_saves_is_what_it_computes(tmp_path):
+    golden = np.load(SHARED / "golden" / "mora_operators.npz")
+    for number, case in enumerate(sorted({key.split("/")[0] for key in golden.files})):
+        kind = int(golden[f"{case}/type"])
+        M = torch.from_numpy(golden[f"{case}/M"]).float()
+        delta = torch.from_numpy(golden[f"{case}/delta"])
+        folder = write_adapter_folder(tmp_path / str(number), {"use_mora": True, "mora_type": kind}, A=M, B=M.clone())
+        with torch.device("meta"):
+            layer = AdapterFolder(folder).layer_on("model.q", torch.nn.Linear(delta.shape[1], delta.shape[0]))
+        assert (layer.delta_of(AdapterFolder(folder).value("model.q.mora_M")) - delta).abs().max() < 1e-5
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+def write_adapter_folder(folder: Path, settings: dict[str, Any], **factors: torch.Tensor) -> Path:
+    """An adapter of one layer, ``model.q``."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | settings))
+    tensors = {f"base_model.model.model.q.lora_{name}.weight": value for name, value in factors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+GOOD = {"A": torch.ones(2, 5), "B": torch.ones(3, 2)}
+SQUARE = {"use_mora": True, "mora_type": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "factors", "says"),
+    [
+        ({"peft_type": "IA3"}, GOOD, "peft_type is 'IA3'"),
+        ({"use_dora": True}, GOOD, "use_dora: not supported here"),
+        ({"new_kind": {"of": "adapter"}}, GOOD, "new_kind: not supported here"),
+        ({"bias": "all"}, GOOD, "bias is 'all'"),
+        ({"init_lora_weights": "pissa"}, GOOD, "init_lora_weights is 'pissa'"),
+        ({"lora_alpha": "much"}, GOOD, "lora_alpha is 'much'"),
+        ({"alpha_pattern": {"*_proj": 4}}, GOOD, "alpha_pattern has '*_proj', which is not a regular expression"),
+        ({"rank_pattern": {"(q_proj": 4}}, GOOD, "rank_pattern has '(q_proj', which is not a regular expression"),
+        ({}, {"A": torch.ones(2, 5)}, "model.q has A [2, 5] and B []"),
+        ({}, {"A": torch.ones(2, 5), "B": torch.ones(3, 4)}, "model.q has A [2, 5] and B [3, 4]"),
+        ({}, GOOD | {"magnitude_vector": torch.ones(3)}, "no tensors of LoRA or MoRA"),
+        ({}, {"A": torch.ones(2, 5, dtype=torch.int8), "B": GOOD["B"]}, "no tensors of LoRA or MoRA"),
+        ({}, {}, "no layer has an adapter"),
+        (SQUARE | {"mora_type": 5}, {"A": torch.ones(2, 2)}, "mora_type is 5"),
+        (SQUARE | {"mora_type": 7}, {"A": torch.ones(2, 2)}, "mora_type is 7, expected one of 1, 2, 3, 4, 6"),
+        (SQUARE, {"A": torch.ones(2, 3)}, "model.q has M [2, 3], expected [R, R]"),
+        (SQUARE | {"mora_type": 6}, {"A": torch.ones(3, 3)}, "model.q has M [3, 3], expected [R, R] with an even R"),
+    ],
+)
+def test_what_is_no_such_adapter_is_one_message(tmp_path, settings, factors, says):
+    folder = write_adapter_folder(tmp_path / "adapter", settings, **factors)
+    with pytest.raises(CheckpointError) as caught:
+        AdapterFolder(folder)
+    assert says in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("harm", ["nan", "no copy"])
+def test_values_that_cannot_be_are_one_message(tmp_path, harm):
+    M = torch.ones(2, 2)
+    other = M.clone()
+    (M if harm == "nan" else other)[0, 1] = math.nan if harm == "nan" else 2.0
+    folder = write_adapter_folder(tmp_path / "adapter", SQUARE, A=M, B=other)
+    with pytest.raises(CheckpointError, match="not finite" if harm == "nan" else "is no copy of M"):
+        AdapterFolder(folder).value("model.q.mora_M")
+
+
+@pytest.mark.parametrize("harm", ["config", "list", "gone", "pickle"])
+def test_files_that_cannot_be_read_are_one_message(tmp_path, harm):
+    folder = write_adapter_folder(tmp_path / "adapter", {}, **GOOD)
+    if harm in ("config", "list"):
+        (folder / "adapter_config.json").write_text("[]" if harm == "list" else "{")
+    else:
+        file = folder / "adapter_model.safetensors"
+        file.unlink()
+        if harm == "pickle":
+            torch.save(GOOD, file)
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        AdapterFolder(folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "method", "changes", "says"),
+    [
+        ("peft", {"name": "full"}, {}, "full trains without adapters"),
+        ("peft", METHODS["lora"] | ALONE, {"model": {}}, "have no model.init_from, so nobody"),
+        ("peft", METHODS["mora1"] | ALONE, {"merges_done": 1}, "1 merge changed the weights"),
+        ("peft-mora", METHODS["lora"] | ALONE, {}, "lora is not known to the released MoRA"),
+        ("peft-mora", METHODS["mora7"] | ALONE, {}, "operator 7 is not known to the released MoRA"),
+        ("peft", METHODS["lora"], {"attention_bias": True}, "biases of layers with adapters were trained"),
+        ("peft", METHODS["lora"], {"tie_word_embeddings": True}, "embeddings that are also the head were trained"),
+    ],
+)
+def test_a_run_that_is_more_than_its_adapter_is_refused(tokenizer_path, tmp_path, form, method, changes, says):
+    of_model = {key: changes[key] for key in changes if key in ("attention_bias", "tie_word_embeddings")}
+    base = save_base(tmp_path / "base", **of_model)
+    lm = adapted(base, method) if method["name"] != "full" else LlamaForCausalLM.from_pretrained(base)
+    checkpoint = tmp_path / "run"
+    of_run = {"model": {"init_from": str(base)}} | {key: value for key, value in changes.items() if key not in of_model}
+    operator = method["operators"][0] if method["name"] == "mora" else None
+    write_checkpoint(checkpoint, lm, tokenizer_path, operator=operator, method=method, **of_run)
+    refused(call(EXPORT, checkpoint, tmp_path / "out", f"--format={form}"), says, "--format=merged")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_format_that_is_none_is_refused(tmp_path):
+    refused(call(EXPORT, tmp_path, tmp_path / "out", "--format=gguf"), "--format: got gguf, expected one of merged")
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def test_a_square_of_another_model_is_told_by_its_rank(base, tokenizer_path, tmp_path):
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft-mora")
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    wide = save_base(tmp_path / "wide", intermediate_size=80)
+    (tmp_path / "a.txt").write_text("text\n")
+    refused(
+        call(EVALUATE, folder, f"--base={wide}", f"--data={tmp_path}/a.txt"),
+        f"{file}: model.layers.0.mlp.down_proj has an M of 16",
+        f"of {wide}; give the model that the adapter was trained on",
+    )
+
+
+def test_a_model_in_fewer_bits_is_the_same_and_one_that_was_trained_is_another():
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 50
+    noted = note_of("w", weight)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not is_of_another(noted, {"w": weight.to(dtype)}.get)
+    changed = weight + 0.01 * weight.std() * torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    assert is_of_another(noted, {"w": changed}.get)
+
+
+def test_a_large_weight_can_be_noted():
+    weight = torch.zeros(5120, 5120, dtype=torch.bfloat16)
+    weight[-1, -1] = 1.0
+    noted = note_of("w", weight)
+    assert not is_of_another(noted, {"w": weight}.get) and is_of_another(noted, {"w": torch.zeros(5120, 5120)}.get)
+
+
+def test_a_pattern_of_ranks_that_is_an_expression_tells_of_another_base(base, tokenizer_path, tmp_path):
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft-mora")
+    config = folder / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    assert not AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 80)
+    config.write_text(json.dumps(settings | {"rank_pattern": {r".*\.up.proj": 4}}))
+    assert not AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 80)
+    assert AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 40)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_saved_in_another_precision_is_the_same(base, tokenizer_path, tmp_path, dtype):
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ALONE, "peft")
+    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(tmp_path / "half")
+    load_model(folder, torch.float32, tmp_path / "half")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_its_model_is_that_of_the_merged_export(base, tokenizer_path, tmp_path, dtype):
+    """Also between the weights: rotary frequencies stay in float32."""
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ALONE, "peft")
+    export(tmp_path / "run", tmp_path / "merged")
+    found = load_model(folder, dtype).model
+    expected = load_any_model(tmp_path / "merged", dtype).model
+    for (name, value), (_, other) in zip(found.named_buffers(), expected.named_buffers(), strict=True):
+        assert torch.equal(value, other) and value.dtype == torch.float32, name
+    assert torch.equal(logits(found), logits(expected))
+
+
+def test_an_adapter_that_is_no_lora_is_not_written_as_one(base, tokenizer_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(LoRALinear, "as_lora", AdapterLinear.as_lora)
+    with pytest.raises(CheckpointError, match="lora has no adapter that PEFT knows; export it with --format=merged"):
+        exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ALONE, "peft")
+
+
+def test_an_adapter_is_scored_on_its_base(base, tokenizer_path, tmp_path):
+    text = write_shard(tmp_path / "text" / "a.json", ["the rank of a merge", "one more matrix of the same rank"])
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft")
+    export(tmp_path / "run", tmp_path / "merged")
+    losses = []
+    described = shutil.copytree(folder, tmp_path / "described")
+    shutil.copy(base / "config.json", described)
+    for arguments in ([tmp_path / "merged"], [folder], [folder, f"--base={base}"], [described]):
+        answer = call(EVALUATE, *arguments, f"--data={text}", "--data.sequence_length=32")
+        assert answer.code == 0, answer.err
+        losses.append(json.loads(answer.out.splitlines()[-1])["loss"])
+    assert len(set(losses)) == 1
+    refused(call(EVALUATE, folder), "--data")
+    refused(call(EVALUATE, base, f"--base={base}", f"--data={text}"), "--base", "is no adapter alone")
+    file = folder / "adapter_model.safetensors"
+    other = save_base(tmp_path / "other", seed=8)
+    refused(
+        call(EVALUATE, folder, f"--base={other}", f"--data={text}"),
+        f"{file}: was trained on other weights than those of {other}; give the model that it was trained on ({base})",
+    )
+    config = folder / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"base_model_name_or_path": str(other)}))
+    refused(call(EVALUATE, folder, f"--data={text}"), f"other weights than those of {other}; it has changed since")
+    config.write_text(json.dumps(settings))
+    save_file(load_file(file), file, metadata={"format": "pt"})  # as PEFT writes it
+    narrow = save_base(tmp_path / "narrow", intermediate_size=32)
+    refused(
+        call(EVALUATE, folder, f"--base={narrow}", f"--data={text}"),
+        f"{file}: model.layers.0.mlp.down_proj.lora_A is [16, 40]",
+        f"{narrow} has [16, 32]",
+    )
+    config.write_text(json.dumps(settings | {"base_model_name_or_path": "some/model"}))
+    refused(call(EVALUATE, folder, f"--data={text}"), "its model some/model is no folder here", "--base")

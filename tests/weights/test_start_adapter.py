@@ -1,0 +1,263 @@
+"""Runs that begin with an adapter, and what becomes of theirs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import Config
+from relora_mora.experiments.spectrum import update_spectra
+from relora_mora.weights.export import export
+from relora_mora.weights.peft import AdapterFolder
+from tests.tools.adapter_tools import ALONE, METHODS, adapted, logits, save_base, write_run
+from tests.tools.commands import EVALUATE, call
+from tests.tools.runs import metrics, run_config, train
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tokenizer_path, tmp_path_factory) -> dict[str, Path]:
+    """Adapters of ``base``: some methods alone, and lora with the modules that trained beside it."""
+    folder = tmp_path_factory.mktemp("adapters")
+    found = {}
+    for name, form, beside in (
+        ("lora", "peft", ALONE),
+        ("mora1", "peft-mora", ALONE),
+        ("mora6", "peft-mora", ALONE),
+        ("lora_with_modules", "peft", {}),
+        ("lora_pattern", "peft", ALONE),
+    ):
+        method = METHODS[name.removesuffix("_with_modules")] | beside
+        write_run(folder / f"run_{name}", adapted(base, method), base, tokenizer_path, method)
+        export(folder / f"run_{name}", folder / name, form=form)
+        found[name] = folder / name
+    return found
+
+
+def config_of(
+    inputs: Path,
+    tokenizer: str,
+    run_dir: Path,
+    base: Path,
+    adapter: Path,
+    method: dict[str, Any],
+    world: int = 1,
+    **train: Any,
+) -> Config:
+    model = {"config": str(base / "config.json"), "init_from": str(base), "adapter": str(adapter)}
+    sections = {"optim": {"warmup_steps": 1}, "train": {"steps": 4} | train, "eval": {"every_steps": 0}}
+    return run_config(inputs, tokenizer, run_dir, world, model=model, method=method, **sections)
+
+
+def masters(config: Config) -> dict[str, torch.Tensor]:
+    """Runs on every rank: the float32 values that a run begins with."""
+    from torch import distributed as dist
+
+    from relora_mora.train.begin import build, check
+
+    world_size = dist.get_world_size()
+    run = build.build(check.check(config, world_size), dist.get_rank(), world_size)
+    return {name: run.engine.gather(name) for names in run.engine.members for name in names}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "precision", "world"),
+    [("lora", 0, "fp32", 1), ("mora1", 2, "bf16", 2), ("mora6", 3, "bf16", 2), ("lora_with_modules", 2, "bf16", 2)],
+)
+def test_a_run_begins_with_the_values_in_the_file(
+    pools, inputs, base, adapters, tokenizer_path, tmp_path, name, stage, precision, world
+):
+    method = METHODS[name.removesuffix("_with_modules")] | ({} if name.endswith("modules") else ALONE)
+    started = {"zero_stage": stage, "precision": precision}
+    config = config_of(inputs, tokenizer_path, tmp_path / "run", base, adapters[name], method, world, **started)
+    adapter = AdapterFolder(adapters[name])
+    for found in pools(world)(masters, config):
+        assert set(found) == set(adapter.shapes)
+        assert all(value.equal(adapter.value(key)) for key, value in found.items())
+
+
+def test_a_whole_linear_with_a_frozen_bias_is_taken_in(pools, inputs, tokenizer_path, tmp_path):
+    base = save_base(tmp_path / "base", attention_bias=True)
+    method = METHODS["lora"] | ALONE | {"target_modules": ["q_proj"], "train_linears": True}
+    write_run(tmp_path / "run", adapted(base, method), base, tokenizer_path, method)
+    export(tmp_path / "run", tmp_path / "peft", form="peft")
+    config = config_of(inputs, tokenizer_path, tmp_path / "again", base, tmp_path / "peft", method)
+    adapter = AdapterFolder(tmp_path / "peft")
+    [found] = pools(1)(masters, config)
+    assert set(adapter.shapes) - set(found) == {
+        f"model.layers.{layer}.self_attn.{kind}_proj.bias" for layer in (0, 1) for kind in "kvo"
+    }
+    assert all(value.equal(adapter.value(key)) for key, value in found.items())
+
+
+@pytest.mark.parametrize("name", ["lora", "mora6", "lora_pattern"])
+def test_the_adapter_is_not_part_of_what_the_run_adds(pools, inputs, base, adapters, tokenizer_path, tmp_path, name):
+    """A run that hardly trains has added hardly anything."""
+    run = tmp_path / "run"
+    config = config_of(inputs, tokenizer_path, run, base, adapters[name], METHODS[name] | ALONE)
+    still = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 1e-7})})
+    pools(1)(train, still, stop_after=1)
+    assert max(float(values.max()) for values in update_spectra(run).values()) < 1e-4
+    moved = shutil.move(adapters[name], tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=rf"began with .*{name} \(model.adapter\), which is not there any more"):
+        update_spectra(run)
+    shutil.move(moved, adapters[name])
+
+
+@pytest.mark.parametrize("name", ["lora", "mora6"])
+def test_the_first_loss_is_that_of_the_adapter_and_the_last_that_of_its_export(
+    pools, inputs, base, adapters, tokenizer_path, tmp_path, name
+):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (pip install '.[dev]')")
+    run = tmp_path / "run"
+    config = config_of(inputs, tokenizer_path, run, base, adapters[name], METHODS[name] | ALONE)
+    pools(1)(train, config, stop_after=2)
+    pools(1)(train, config)  # goes on at step 2
+    for form in ("merged", "peft"):
+        export(run, tmp_path / form, form=form)
+    first, last = (line["eval/loss"] for line in metrics(run) if "eval/loss" in line)
+    scored = []
+    for folder in (adapters[name], tmp_path / "peft", tmp_path / "merged"):
+        options = (f"--data={inputs}/validation/*.json.gz", "--data.sequence_length=32", "--max_tokens=200")
+        answer = call(EVALUATE, folder, *options)
+        assert answer.code == 0, answer.err
+        scored.append(json.loads(answer.out.splitlines()[-1])["loss"])
+    assert scored == pytest.approx([first, last, last], abs=1e-5)
+    assert abs(first - last) > 1e-3
+    theirs = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "peft").eval()
+    merged = logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert (logits(theirs) - merged).abs().max() < 2e-5
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refuses(inputs, tokenizer_path, tmp_path):
+    """Asserts that a run is refused before it begins, with all these parts in the message."""
+    from relora_mora.model.config import read_model_config
+    from relora_mora.train.begin.start_adapter import check_adapter
+
+    def check(base: Path, adapter: Path, method: dict[str, Any], *parts: str) -> None:
+        config = config_of(inputs, tokenizer_path, tmp_path / "run", base, adapter, method)
+        with pytest.raises(ConfigError) as caught:
+            check_adapter(config, read_model_config(config.model))
+        assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "parts"),
+    [
+        ("lora", METHODS["mora1"], ["mora here", "is one of LoRA; set method.name=lora"]),
+        ("mora1", METHODS["lora"], ["lora here", "is one of MoRA; set method.name=mora"]),
+        (
+            "lora",
+            {"target_modules": ["q_proj", "v_proj"]},
+            ["q_proj, v_proj here", "set method.target_modules=[down_p"],
+        ),
+        ("mora1", {"operators": [6], "square_multiple": 2}, ["begins with 6 here", "has operator 1"]),
+        ("lora", {"lora_alpha": 4.0}, ["method.lora_alpha: 4 here and 6 in the adapter", "set method.lora_alpha=6"]),
+        (
+            "lora",
+            {"rank": 2},
+            ["lora_A is [4, 40]", "and [2, 40] here (28 ten", "set method.rank=4"],
+        ),
+        (
+            "lora_pattern",
+            {"rank_pattern": {}},
+            ["lora_A", "(8 ten", "set method.rank_pattern={down_proj: 6, gate_proj: 4,"],
+        ),
+        ("mora1", {"rank": 5}, ["mora_M is [16, 16]", "and [17, 17] here (14 ten", "R is 16 there"]),
+        ("lora_with_modules", ALONE, ["it brings lm_head.weight with it"]),
+    ],
+)
+def test_settings_that_are_not_those_of_the_adapter(refuses, base, adapters, name, changes, parts):
+    beside = {} if name.endswith("modules") else ALONE
+    refuses(
+        base,
+        adapters[name],
+        METHODS[name.removesuffix("_with_modules")] | beside | changes,
+        str(adapters[name]),
+        *parts,
+    )
+
+
+def test_an_adapter_of_another_model(refuses, adapters, tmp_path):
+    narrow = save_base(tmp_path / "narrow", intermediate_size=32)
+    said = ("down_proj.lora_A is [4, 40]", str(adapters["lora"]), "and [4, 32] here", "the adapter of another model?")
+    refuses(narrow, adapters["lora"], METHODS["lora"] | ALONE, *said)
+    deeper = save_base(tmp_path / "deeper", num_hidden_layers=3)
+    said = ("model.layers.2.mlp.down_proj.lora_A is missing in", "and [4, 40] here (14 tensors differ)")
+    refuses(deeper, adapters["lora"], METHODS["lora"] | ALONE, *said)
+
+
+def _changed(adapter: Path, out: Path, config: dict[str, Any], drop: str = "") -> Path:
+    """A copy whose config says something else, without some tensors."""
+    shutil.copytree(adapter, out)
+    settings = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(settings | config))
+    if drop:
+        kept = {name: value for name, value in load_file(out / "adapter_model.safetensors").items() if drop not in name}
+        save_file(kept, out / "adapter_model.safetensors")
+    return out
+
+
+def test_scales_are_compared_layer_by_layer(refuses, base, adapters, tmp_path):
+    """Here each is 1; there 6 of rank 4 and 4 of rank 6, which are the same numbers."""
+    alphas = {"lora_alpha": 6, "alpha_pattern": {"down_proj": 4}}
+    crossed = _changed(adapters["lora_pattern"], tmp_path / "crossed", alphas)
+    method = METHODS["lora_pattern"] | ALONE | {"lora_alpha": None}
+    refuses(base, crossed, method, "method.lora_alpha: r here and 4, 6 in the adapter; here all layers have one")
+
+
+def test_an_adapter_of_some_layers_is_told(refuses, base, adapters, tmp_path):
+    some = _changed(adapters["lora"], tmp_path / "some", {}, drop="layers.1.")
+    refuses(base, some, METHODS["lora"] | ALONE, "is missing in", "here all layers of a kind have an adapter")
+
+
+def test_a_square_of_another_model(refuses, adapters, tmp_path):
+    wide = save_base(tmp_path / "wide", intermediate_size=80)
+    said = ("has an M of 16", str(adapters["mora1"]), "does not make of the layer 24 -> 80", "in model.init_from")
+    refuses(wide, adapters["mora1"], METHODS["mora1"] | ALONE, *said)
+
+
+def test_an_adapter_of_other_weights_of_the_same_sizes(pools, adapters, inputs, tokenizer_path, tmp_path):
+    other = save_base(tmp_path / "base", seed=8)
+    config = config_of(inputs, tokenizer_path, tmp_path / "run", other, adapters["mora1"], METHODS["mora1"] | ALONE)
+    with pytest.raises(Exception, match=f"was trained on other weights than those of {other}; give the model"):
+        pools(1)(masters, config)
+
+
+def test_an_adapter_is_no_model_to_begin_with(base, adapters, inputs, tokenizer_path, tmp_path):
+    from relora_mora.train.begin.start_adapter import check_start
+
+    model = {"config": str(base / "config.json"), "init_from": str(adapters["lora"])}
+    with pytest.raises(ConfigError, match=r"holds an adapter without its model; .* and the adapter in model\.adapter"):
+        check_start(run_config(inputs, tokenizer_path, tmp_path, model=model))
+
+
+def test_an_adapter_that_was_trained_elsewhere_is_said(base, adapters, inputs, tokenizer_path, tmp_path, caplog):
+    from relora_mora.model.config import read_model_config
+    from relora_mora.train.begin.start_adapter import check_adapter
+
+    other = save_base(tmp_path / "other")
+    config = config_of(inputs, tokenizer_path, tmp_path / "run", other, adapters["lora"], METHODS["lora"] | ALONE)
+    check_adapter(config, read_model_config(config.model))
+    assert f"was trained on {base}, and model.init_from is {other}" in caplog.text
