@@ -176,10 +176,9 @@ def _cut_prompts_told(positions: int | None, num_fewshot: int | None) -> Iterato
         logger.level, logger.propagate = before
     if cuts.count:
         log.warning(
-            "prompts were longer than the model's %s positions leave room for, and lost their beginning (%d times); "
-            "give %s",
+            "prompts were longer than the model's %s positions leave room for, and lost their beginning (%s); give %s",
             positions,
-            cuts.count,
+            counted(cuts.count, "time"),
             "fewer --num_fewshot" if num_fewshot else "a model with more positions, or shorter rows",
         )
 

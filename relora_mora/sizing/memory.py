@@ -35,7 +35,8 @@ scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a 
 ==============  ======================================================================================================
 
 A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N. Beside a GPU
-it is pinned, and torch rounds its bytes up to a power of two.
+it is pinned, and torch rounds its bytes up to a power of two. The first rank reads ``model.init_from`` as a whole, in
+float32, 4 bytes a parameter without adapters, until weights and copies are filled.
 Not counted: the CUDA context, fragmentation, the Python process itself.
 """
 
@@ -69,7 +70,8 @@ class Memory:
     """Bytes on one device when a step needs most, and of a rank in host memory.
 
     ``host_base``: the float32 copies of frozen weights. ``host_checkpoint``: masters and moments on their way to disk,
-    of which pinned memory may take twice as much.
+    of which pinned memory may take twice as much. ``host_start``: of the first rank, the weights that a run begins
+    with, until they are in their places.
     """
 
     phase: str  # loss | backward's start | backward's end | reduction | step
@@ -84,6 +86,7 @@ class Memory:
     scratch: float
     host_base: float
     host_checkpoint: float
+    host_start: float
 
     @property
     def device(self) -> float:
@@ -145,6 +148,7 @@ def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
         scratch=0,
         host_base=_host_base(model, setup.world_size, pinned=setup.on_gpu),
         host_checkpoint=(4 * counts.trainable + moments) / setup.world_size,
+        host_start=0 if setup.config.model.init_from is None else 4 * counts.total,
     )
 
 

@@ -116,6 +116,12 @@ def keep_freed_memory() -> bool:
     return False
 
 
+def give_back_freed_memory() -> None:
+    """Hands what is free now to the system, once: a start needs large pieces that no step asks for again."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 # variable that names one, and those that are looked for without it; torch.compile knows no other for C++
 COMPILERS = {"C": ("CC", ("gcc", "clang")), "C++": ("CXX", ("g++",))}
 

@@ -36,6 +36,7 @@ from relora_mora.supervise.watchdog import Watchdog
 from relora_mora.system.files import LOST_DISK
 from relora_mora.system.hardware import compute_deterministically, ran_out_of_memory
 from relora_mora.system.logs import counted, log, setup_logging
+from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import build, warm_up
 from relora_mora.train.begin.check import ResolvedRun, as_before, check, check_agreement, check_shared
@@ -151,6 +152,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     else:
         changed = None if reader is None else changes_of(run, reader)
         from_first_rank(lambda: write_run_folder(checked, run.parameters, world_size, state.step, changed=changed))
+    give_back_freed_memory()
     trainer = Trainer(run, state, guard, startup, resumed_from=reader)
     log.info("%s", describe(run, state))
     try:

@@ -34,6 +34,35 @@ def test_memory_that_was_freed_is_used_again_without_page_faults():
     assert done == "True" and int(kept) < 100 < 4 * 1000 < int(plain)
 
 
+GIVEN_BACK = """
+import torch
+from pathlib import Path
+from relora_mora.system.process import give_back_freed_memory, keep_freed_memory
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
+assert keep_freed_memory()
+read = [torch.ones(2**20) for _ in range(64)]  # 4 MiB each
+kept = []
+while read:
+    kept.append(read.pop().bfloat16())
+before = resident()
+give_back_freed_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_what_a_start_needed_is_given_back():
+    run = subprocess.run(
+        [sys.executable, "-c", GIVEN_BACK],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "LD_PRELOAD": ""},
+    )
+    assert int(run.stdout) > 100
+
+
 @pytest.mark.parametrize(
     "name,value", [("MALLOC_TRIM_THRESHOLD_", "100000"), ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=5")]
 )

@@ -68,11 +68,16 @@ class Plan:
 
     @property
     def resident(self) -> float | None:
-        """Bytes of a rank's process on a CPU, a tenth of them for malloc's fragmentation; None on other devices."""
+        """Bytes of the first rank's process on a CPU, in training or at its start; None on other devices.
+
+        In training a tenth of them is for malloc's fragmentation. What a run begins with comes in few large pieces.
+        """
         if not self.on_cpu:
             return None
         chosen = self.memory[self.method][self.zero_stage]
-        return FRAGMENTATION * (PROCESS_BYTES + chosen.device + chosen.host_base + chosen.host_checkpoint)
+        at_start = PROCESS_BYTES + chosen.weights + chosen.masters + chosen.host_base + chosen.host_start
+        in_training = PROCESS_BYTES + chosen.device + chosen.host_base + chosen.host_checkpoint
+        return max(at_start, FRAGMENTATION * in_training)
 
     def fits(self, stage: int, method: str | None = None) -> bool | None:
         """Whether a device holds what a rank needs; None where its memory is not known."""

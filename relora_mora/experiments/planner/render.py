@@ -33,7 +33,7 @@ def render(plan: Plan) -> str:
         f"memory of a device ({plan.world_size} in all) in GiB, {plan.method} in {precision}, "
         f"when a step needs most (* the stage in the settings)",
         _table(
-            ["stage", *PARTS, "all", "at", "host: fp32 base", "checkpoint"],
+            ["stage", *PARTS, "all", "at", "host: fp32 base", "checkpoint", "start"],
             [
                 [
                     _stage(plan, stage),
@@ -42,6 +42,7 @@ def render(plan: Plan) -> str:
                     memory.phase,
                     _gib(memory.host_base),
                     _gib(memory.host_checkpoint),
+                    _gib(memory.host_start),
                 ]
                 for stage, memory in own.items()
             ],
@@ -59,8 +60,8 @@ def render(plan: Plan) -> str:
     if plan.resident is not None:
         parts.insert(
             -2,
-            f"\nresident memory of a rank: {_gib(plan.resident)} GiB, of them {_gib(PROCESS_BYTES)} for Python, "
-            "torch and DeepSpeed; a tenth is for malloc's fragmentation",
+            f"\nresident memory of the first rank: {_gib(plan.resident)} GiB, of them {_gib(PROCESS_BYTES)} for "
+            "Python, torch and DeepSpeed, and in training a tenth for malloc's fragmentation",
         )
     return "\n".join(parts)
 

@@ -149,7 +149,17 @@ def test_text_names_every_part() -> None:
     memory = plan.memory["remora"][2]
     host = memory.host_base + memory.host_checkpoint
     assert plan.resident == FRAGMENTATION * (PROCESS_BYTES + memory.device + host)
-    assert f"resident memory of a rank: {plan.resident / 2**30:.3g} GiB" in text
+    assert f"resident memory of the first rank: {plan.resident / 2**30:.3g} GiB" in text
+
+
+def test_a_start_from_other_weights_may_take_more_than_a_step() -> None:
+    small = {"train.micro_batch_size": "1", "model.config": "configs/model/llama_130m.json", "method.name": "lora"}
+    alone = {f"method.train_{what}": "false" for what in ("embeddings", "norms", "head")}
+    trained, begun = (plan_of(**small, **alone, **more) for more in ({}, {"model.init_from": "models/base"}))
+    memory = begun.memory["lora"][2]
+    assert (trained.memory["lora"][2].host_start, memory.host_start) == (0, 4 * begun.parameters.total)
+    at_start = PROCESS_BYTES + memory.weights + memory.masters + memory.host_base + memory.host_start
+    assert begun.resident == at_start > trained.resident
 
 
 def test_widths_that_a_gpu_is_slow_with_are_named() -> None:

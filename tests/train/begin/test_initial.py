@@ -11,6 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.model.llama import build_model
+from relora_mora.sizing.flops import meta_model
+from relora_mora.sizing.memory import state_memory
+from relora_mora.sizing.setup import Setup
 from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.faulty_server import COMMIT, serving
 from tests.tools.runs import LLAMA, metrics, run_config, train
@@ -29,12 +32,20 @@ def started(config) -> dict[str, Any]:
 
     drawn: list[str] = []
     read: list[str] = []
+    held: list[int] = []
+
+    def kept(values: Any) -> Any:
+        held.append(sum(value.nbytes for value in values[1].values()))
+        return values
+
     with pytest.MonkeyPatch.context() as patch:
         value, foreign = initial.initial_value, initial._foreign_weights
         patch.setattr(initial, "initial_value", lambda lm, name, seed: drawn.append(name) or value(lm, name, seed))
         patch.setattr(
             initial, "_foreign_weights", lambda config, lm, shapes: read.extend(shapes) or foreign(config, lm, shapes)
         )
+        values = build.initial_values
+        patch.setattr(build, "initial_values", lambda *given: kept(values(*given)))
         rank = dist.get_rank()
         world_size = dist.get_world_size()
         begin = resume.where_to_resume(config)
@@ -46,6 +57,7 @@ def started(config) -> dict[str, Any]:
     return {
         "drawn": drawn,
         "read": read,
+        "held": held,
         "base": run.base.weights,
         "masters": masters,
         "weights": whole_weights(engine, engine.parameters),
@@ -91,7 +103,11 @@ def test_foreign_weights_are_read_by_the_first_rank(pools, inputs, tokenizer_pat
     foreign = LlamaForCausalLM(LlamaConfig(**LLAMA))
     foreign.save_pretrained(tmp_path / "foreign")
     sections = {"train": {"precision": "bf16"}, "model": {"init_from": str(tmp_path / "foreign")}}
-    ranks = pools(2)(started, run_config(inputs, tokenizer_path, tmp_path / "run", 2, **sections))
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, **sections)
+    ranks = pools(2)(started, config)
+    setup = Setup(config, config.train.zero_stage, 2, bf16=True)
+    planned = state_memory(meta_model(LlamaConfig(**LLAMA), config.method), setup)
+    assert ranks[0]["held"] == [planned.host_start] and ranks[1]["held"] == [0]
     assert ranks[0]["read"] and not ranks[1]["read"] and not ranks[0]["drawn"]
     _check_values(ranks, {name: p.detach() for name, p in foreign.named_parameters()}, torch.bfloat16)
 
