@@ -36,7 +36,7 @@ class ProjectedReference(Reference):
 
     def _forget(self, names: Any) -> None:
         for name in names:
-            shapes = self.rule.kept(*self.parameters[name].shape)
+            shapes = self.rule.state_shapes(*self.parameters[name].shape)
             tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
             self.states[name] = MatrixState(derived_seed(self.config.train.seed, name), tensors)
 
