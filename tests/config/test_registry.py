@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pkgutil import resolve_name
@@ -11,12 +12,13 @@ import torch
 
 from relora_mora.adapters.inject import layer_class
 from relora_mora.adapters.layers import AdapterLinear
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, MatrixOptimizer
 from relora_mora.config.schema import Config, MethodConfig, OptimConfig
 from relora_mora.kernels import grouping
 from relora_mora.operators import Operator
 from relora_mora.optim.groups import matrix_rule
-from relora_mora.optim.rules import MatrixState
+from relora_mora.optim.rules import MatrixRule, MatrixState
+from tests.tools.helpers import ROOT
 
 OF_WHOLE_MATRICES = ("muon", "galore", "fira", "apollo")  # one that goes element by element may cost and keep nothing
 
@@ -37,6 +39,23 @@ def test_an_operator_names_its_code_and_groupings(mora_type):
     record = OPERATORS[mora_type]
     assert issubclass(resolve_name(record.code), Operator)
     assert all(callable(getattr(grouping, name)) for name in record.groupings)
+
+
+def test_the_optimizer_that_contributing_adds_is_one(monkeypatch, tmp_path):
+    """Its code is taken from the page, as a reader would take it."""
+    diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    [module] = [diff for diff in diffs if diff.startswith("+++ optim/signum.py\n")]
+    [record] = [diff for diff in diffs if 'MatrixOptimizer("signum"' in diff]
+    (tmp_path / "signum.py").write_text("\n".join(line[1:] for line in module.splitlines()[1:]))
+    monkeypatch.syspath_prepend(tmp_path)
+    [line] = [line[1:].strip(" ,") for line in record.splitlines() if line.startswith("+ ")]
+    entry = eval(line.replace("relora_mora.optim.signum", "signum"), {"MatrixOptimizer": MatrixOptimizer})
+    rule = resolve_name(entry.rule)(OptimConfig())
+    assert all(callable(getattr(rule, name)) for name in vars(MatrixRule) if not name.startswith("_"))
+    gradient, moments = torch.tensor([[2.0, -3.0]]), {name: torch.zeros(1, 2) for name in entry.moments}
+    rule.update_moments(gradient, moments)
+    assert rule.update(gradient[None], []).tolist() == [[[1.0, -1.0]]]
+    assert {setting.removeprefix("optim.") for setting in entry.settings} <= OptimConfig.model_fields.keys()
 
 
 @pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
