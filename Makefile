@@ -125,9 +125,10 @@ versions:
 test-fast: $(VENV)/.installed-dev  ## unit tests only
 	$(PYTEST) -m "not distributed and not elastic and not stops and not kills and not cluster"
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev  ## format, lint, and words that make text hard to read
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python -m tests.tools.plain_english
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy

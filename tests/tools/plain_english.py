@@ -1,0 +1,55 @@
+"""``make lint``: counts words that make English hard to read, and fails if there are too many per 10,000 lines.
+
+The limits are the highest rates found in OLMo-core, torchtitan, nanochat and mosaicml-streaming.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from tests.tools.helpers import ROOT
+
+# word: the most of it per 10,000 lines
+LIMITS = {
+    " where ": 30,
+    " is no ": 5,
+    " behind": 5,
+    " beside ": 5,
+    " alone": 5,
+    " told": 5,
+    " anew": 5,
+    " stands": 5,
+    " of which": 5,
+    " that of ": 5,
+}
+CODE = ("relora_mora/**/*.py", "launch/**/*.py", "tokenizer/*.py")
+DOCS = ("*.md", "docs/*.md", "configs/**/*.md", "tokenizer/*.md")
+
+
+def faults(name: str, text: str) -> list[str]:
+    """What is over its limit in a text, whose ``name`` the messages use."""
+    lines = text.count("\n") + 1
+    words = re.sub(r"\s+", " ", text)  # a word may be at the end of a line
+    rates = {word: 10_000 * words.count(word) / lines for word in LIMITS}
+    return [
+        f'"{word.strip()}" {rate:.1f} times per 10,000 lines of {name}, at most {LIMITS[word]}'
+        for word, rate in rates.items()
+        if rate > LIMITS[word]
+    ]
+
+
+def text_of(patterns: Iterable[str]) -> str:
+    files = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    assert files, patterns
+    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+
+
+def main() -> None:
+    too_many = [*faults("code", text_of(CODE)), *faults("docs", text_of(DOCS))]
+    if too_many:
+        raise SystemExit("\n".join(["write plainly (CONTRIBUTING.md, Style):", *too_many]))
+
+
+if __name__ == "__main__":
+    main()
