@@ -1,4 +1,4 @@
-"""TensorBoard of one run or many, under the names of their folders: ``python launch/board.py runs``."""
+"""Shows one or many runs in TensorBoard, named after their folders: ``python launch/board.py runs``."""
 
 from __future__ import annotations
 
@@ -21,27 +21,33 @@ except ModuleNotFoundError as error:
 
 PINNED = ("eval/perplexity", "train/perplexity")
 NEW_RUNS_SECONDS = 10.0
-LONGEST_NAME = 240  # bytes, and some more to tell names apart: file systems allow 255
+LONGEST_NAME = 240  # in bytes; file systems allow 255, so there is room to make names unique
 
 
 def main(runs: str, *, port: PositiveInt = 6006, host: str = "localhost") -> int:
-    """Shows runs in TensorBoard, with both perplexities pinned; new runs appear by themselves.
+    """Shows runs in TensorBoard, with both perplexities pinned; new runs appear automatically.
 
     Args:
-        runs: a run folder, or a folder with run folders in it
-        port: that the browser asks
-        host: localhost: only this machine can see it; 0.0.0.0: every machine that reaches this one
+        runs: a run folder, or a folder that contains run folders
+        port: the port to listen on
+        host: the address to listen on; localhost: only this machine can connect; 0.0.0.0: every machine that reaches
+            this one can
     """
     root = Path(runs)
     if not any(_runs(root)):
-        expected = "a run folder, or one that holds run folders"
+        expected = "a run folder, or a folder that contains run folders"
         raise ValueError(f"{runs}: no run with TensorBoard's files (tensorboard/events.*); give {expected}")
-    _check_address(host, port)
-    # TensorBoard names a run by its path below --logdir: with links to the folders no name ends with /tensorboard
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"--host={host} --port={port}: cannot listen there ({error}); give another port, such as --port=6007"
+        ) from error
+    # TensorBoard names a run by its path below --logdir; links keep /tensorboard out of the names
     with tempfile.TemporaryDirectory(prefix="tensorboard-") as links:
         link_boards(root, Path(links))
         print(url(host, port), flush=True)
-        # the fast loader drops the second of two points of a step, which relora_mora/train/tensorboard.py needs
+        # the fast loader drops the second of two points at a step, which relora_mora/train/log/tensorboard.py needs
         options = [f"--logdir={links}", "--load_fast=false", f"--host={host}", f"--port={port}"]
         with subprocess.Popen(ending_with_me(["-m", "tensorboard.main", *options])) as process:
             signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -52,19 +58,10 @@ def main(runs: str, *, port: PositiveInt = 6006, host: str = "localhost") -> int
                     link_boards(root, Path(links))
 
 
-def _check_address(host: str, port: int) -> None:
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except (OSError, OverflowError) as error:
-        raise ValueError(
-            f"--host={host} --port={port}: cannot be listened at ({error}); give another port, such as --port=6007"
-        ) from error
-
-
 def _runs(root: Path) -> Iterator[Path]:
-    """Folders with files of TensorBoard, also while checkpoints come and go beside them; each once."""
+    """All folders with TensorBoard's files, each once; checkpoints next to them may come and go meanwhile."""
     seen: set[Path] = set()
-    for follows in (False, True):  # a folder's own name comes before that of a link to it
+    for follows in (False, True):  # a folder's own name has priority over a link to it
         entered: set[Path] = set()
         for folder, below, _ in os.walk(root, followlinks=follows):
             real = Path(folder).resolve()
@@ -79,7 +76,7 @@ def _runs(root: Path) -> Iterator[Path]:
 
 
 def link_boards(root: Path, links: Path) -> None:
-    """Links the folders of event files that are not linked yet, by the run's name; a run in a/b is called a-b."""
+    """Adds links to new folders of event files, named after the run; a run in a/b is called a-b."""
     known = {link.readlink() for link in links.iterdir()}
     for run in sorted(_runs(root)):
         board = (run / "tensorboard").resolve()
@@ -87,13 +84,13 @@ def link_boards(root: Path, links: Path) -> None:
             continue
         name = "-".join(run.relative_to(root).parts) or root.resolve().name
         link = links / (os.fsencode(name)[-LONGEST_NAME:].decode(errors="ignore") or "_")
-        while link.is_symlink():  # of a/b and a-b
+        while link.is_symlink():  # the names of a/b and a-b collide
             link = link.with_name(f"{link.name}_")
         link.symlink_to(board)
 
 
 def url(host: str, port: int) -> str:
-    """With the pinned curves, and without smoothing, which would hide what a merge does to a curve."""
+    """The address with pinned curves, and without smoothing, which would hide a merge's effect on a curve."""
     pinned = json.dumps([{"plugin": "scalars", "tag": tag} for tag in PINNED], separators=(",", ":"))
     shown = "localhost" if host == "0.0.0.0" else host  # noqa: S104 - it is only compared
     return f"http://{shown}:{port}/?pinnedCards={quote(pinned)}&smoothing=0#timeseries"

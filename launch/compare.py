@@ -1,4 +1,4 @@
-"""Runs beside each other: ``python launch/compare.py runs/full runs/remora --out=comparison``."""
+"""Compares runs: ``python launch/compare.py runs/full runs/remora --out=comparison``."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ def main(
     unnamed: str = "",
     best: str = "",
 ) -> None:
-    """Prints a table of runs in Markdown; runs that share all settings but the seed are one row, their mean.
+    """Prints a Markdown table of runs; runs that differ only in the seed share a row with their mean.
 
     Args:
-        runs: run folders, or the cells.jsonl of a study; the perplexities of all are given as multiples of the first's
-        out: a folder for compare.md, compare.json and plots as PNG; it is made, and what it has of these is replaced
-        against: the run folder, or the name of a study's run, that all are compared with in place of the first
-        reach: a metric and values, such as eval/character_accuracy=0.5,0.95: adds the steps at which it reached them,
-            and a plot of the metric
-        unnamed: settings that rows are not named after, such as optim.lr,optim.restart_warmup_steps
-        best: settings such as optim.lr; of rows that differ in these alone, the one with most seeds or else the lowest
-            validation loss is left
+        runs: run folders, or the cells.jsonl of a study; perplexities are also given as multiples of the first run's
+        out: a folder for compare.md, compare.json and plots as PNG; it is created if needed, and these files in it are
+            replaced
+        against: the run folder, or the name of a study's run, to compare with instead of the first run
+        reach: a metric and values, such as eval/character_accuracy=0.5,0.95: adds the steps at which the metric reached
+            these values, and a plot of the metric
+        unnamed: settings to leave out of the names of rows, such as optim.lr,optim.restart_warmup_steps
+        best: settings such as optim.lr; of rows that differ only in these settings, keeps the one with the most seeds
+            or else the lowest validation loss
     """
     from relora_mora.experiments.compare.figures import figures_of
     from relora_mora.experiments.compare.files import check_plots, write_files
@@ -40,7 +41,7 @@ def main(
     from relora_mora.experiments.compare.table import as_json, compare, markdown
 
     if not runs:
-        raise CompareError("no run given; give run folders, e.g. runs/full runs/remora")
+        raise CompareError("no runs given; give run folders, e.g. runs/full runs/remora")
     if out is not None:
         check_plots(Path(out))
     folders = [Path(name) for name in runs]
@@ -48,11 +49,11 @@ def main(
     if len(models) < len(folders):
         folders = [folder for folder in folders if folder not in models]
         for model in models:
-            print(f"{model}: a model and no run; left out", file=sys.stderr)
-    found = {each.folder.resolve(): each for folder in folders for each in read_runs(folder)}
-    if against is not None and not any(each.is_named(against) for each in found.values()):
-        found[Path(against).resolve()] = read_run(Path(against))
-    groups = group_runs(found.values(), *(_names(option) for option in (unnamed, best)))
+            print(f"{model}: a model, not a run; left out", file=sys.stderr)
+    by_folder = {each.folder.resolve(): each for folder in folders for each in read_runs(folder)}
+    if against is not None and not any(each.is_named(against) for each in by_folder.values()):
+        by_folder[Path(against).resolve()] = read_run(Path(against))
+    groups = group_runs(by_folder.values(), *(_names(option) for option in (unnamed, best)))
     reference = None if against is None else group_of(groups, against)
     rows = compare(groups, reference)
     reached = None if reach is None else parse_reach(reach, groups)

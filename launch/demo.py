@@ -1,6 +1,6 @@
-"""All of it on one machine without a network: text, tokenizer, ReMoRA pretraining, evaluation, export, a sample.
+"""The whole way on one machine without a network: text, tokenizer, ReMoRA pretraining, evaluation, export, a sample.
 
-`make demo` runs it. A second run goes on where the first one ended.
+`make demo` runs it. A second run continues where the first one ended.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from relora_mora.system.run_folder import RunFolder, read_json_lines
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("runs/demo")
 CONFIG = "configs/run/demo.yaml"
-BATCH_SIZE = 16  # that config's train.batch_size
+BATCH_SIZE = 16  # train.batch_size in CONFIG
 PROMPTS = ("The function returns", "If the argument is not", "This class")
 
 
 def main() -> int:
-    """Text, tokenizer, pretraining, evaluation, export and a sample, into runs/demo; what is there already is kept."""
+    """Text, tokenizer, pretraining, evaluation, export and a sample, in runs/demo; existing results are kept."""
     os.chdir(ROOT)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     begin = time.monotonic()
@@ -38,14 +38,14 @@ def main() -> int:
         [python, "launch/demo_text.py", f"--out={data}"],
     )
     if (tokenizer / "tokenizer.model").exists():
-        say(f"2/5 tokenizer: {tokenizer} is there already")
+        say(f"2/5 tokenizer: {tokenizer} already exists")
     else:
         step(
             "2/5 tokenizer: sentencepiece BPE with 8,192 pieces",
             [python, "tokenizer/train.py", f"--data={data}/train/*.json.gz", f"--out={tokenizer}", "--vocab_size=8192"],
         )
     ranks = _ranks()
-    # not deepspeed, which reads no names of GPUs or MIG parts in CUDA_VISIBLE_DEVICES
+    # not deepspeed, which does not understand names of GPUs or MIG parts in CUDA_VISIBLE_DEVICES
     launcher = [
         *(python, "-m", "torch.distributed.run"),
         "--standalone",
@@ -57,20 +57,20 @@ def main() -> int:
         [*launcher, "launch/pretrain.py", CONFIG, f"--train.micro_batch_size={min(8, BATCH_SIZE // ranks)}"],
     )
     if (export / "config.json").exists():
-        say(f"4/5 export: {export} is there already")
+        say(f"4/5 export: {export} already exists")
     else:
         step(
-            "4/5 export: adapters merged, a plain LLaMA",
+            "4/5 export: a plain LLaMA with merged adapters",
             [python, "launch/export.py", str(DEMO / "run"), str(export)],
         )
-    say("5/5 the export continues text, with plain transformers")
+    say("5/5 sample: the export continues text, in plain transformers")
     _generate()
     _report(time.monotonic() - begin)
     return 0
 
 
 def _ranks() -> int:
-    """Every local accelerator, rounded down to a power of two, which divides the batch; on CPUs two processes."""
+    """The number of local accelerators, rounded down to a power of two, which divides the batch; two on CPUs."""
     import torch
 
     from relora_mora.system.hardware import uses_cuda
@@ -85,14 +85,14 @@ def _ranks() -> int:
 
 
 def say(text: str) -> None:
-    """A heading."""
+    """Prints a heading."""
     print(f"\n== {text}", flush=True)
 
 
 def step(title: str, command: list[str], target: str = "demo", folder: Path = DEMO) -> None:
-    """Shows and runs a command, one step of what ``make TARGET`` does in a folder.
+    """Shows and runs a command, one step of ``make TARGET``, which works in a folder.
 
-    Where it fails the program ends, and after a Ctrl-C, for which the step has all the time that it takes to save.
+    The program ends if the step fails, or after Ctrl-C, when the step has taken all the time that it needs to save.
     """
     say(title)
     program, *arguments = command
@@ -103,12 +103,12 @@ def step(title: str, command: list[str], target: str = "demo", folder: Path = DE
         code = subprocess.Popen(command).wait()
     finally:
         signal.signal(signal.SIGINT, before)
-    on = f"`make {target}` goes on from here, and after `rm -r {folder}` it begins anew"
+    remedy = f"`make {target}` continues from here; after `rm -r {folder}` it starts again from the beginning"
     if stops:
-        print(f"stopped; {on}", file=sys.stderr)
+        print(f"stopped; {remedy}", file=sys.stderr)
         raise SystemExit(INTERRUPTED)
     if code:
-        raise SystemExit(f"this step ended with code {code}; {on}")
+        raise SystemExit(f"this step ended with code {code}; {remedy}")
 
 
 def _generate() -> None:
@@ -140,7 +140,7 @@ def _report(seconds: float) -> None:
     print(f"""
 Look at the curves:       .venv/bin/python launch/board.py {DEMO / "run"}
 Score any text:           .venv/bin/python launch/evaluate.py {export} --data='{DEMO}/data/validation/*.json.gz'
-Train on your own text:   README.md says how; configs/run/tiny_*.yaml train the five methods
+Train on your own text:   see README.md; configs/run/tiny_*.yaml train the five methods
 Start again from nothing: rm -r {DEMO}""")
 
 

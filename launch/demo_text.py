@@ -1,9 +1,9 @@
-"""Writes real English text found on this machine in C4's on-disk format, for `make demo`; no network.
+"""Writes English text from this machine in C4's file format, for `make demo`; needs no network.
 
     python launch/demo_text.py --out=runs/demo/data
 
-The text is the language reference in ``pydoc_data.topics`` and the docstrings of the standard library and of the
-installed packages, read with ``ast`` (nothing is imported). What is written depends on the installed files alone.
+The text is the language reference in ``pydoc_data.topics`` and the docstrings of the standard library and the installed
+packages, read with ``ast`` (nothing is imported). The result depends only on the installed files.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
 MARKER = "demo_text.json"
-TIMESTAMP = "1970-01-01T00:00:00Z"  # docstrings were never crawled; a constant keeps the files the same
+TIMESTAMP = "1970-01-01T00:00:00Z"  # docstrings have no crawl time; a constant makes the files reproducible
 TRAIN_SHARDS = 8
 VALIDATION_FRACTION = 0.02
 MIN_CHARACTERS = 200
 MOST_PROCESSES = 256
-_MAX_FILE_BYTES = 1_000_000  # longer modules are generated tables
+_MAX_FILE_BYTES = 1_000_000  # longer modules are generated tables, which are skipped
 _SKIPPED_FOLDERS = {"tests", "test", "testing", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 _COMMON_WORD = re.compile(
     r"\b(?:an?|and|are|as|at|be|by|can|for|from|has|if|in|into|is|it|not|of|on|or|that|the|this|to|when|which|will|with)"
@@ -52,23 +52,23 @@ Document = dict[str, str]  # text, timestamp, url
 
 
 class DemoTextError(ValueError):
-    """The text cannot be written: what was found, what to do."""
+    """The text cannot be written; the message says why and what to do."""
 
 
 def main(out: str = "runs/demo/data", max_bytes: PositiveInt = 40_000_000, processes: int | None = None) -> None:
-    """Writes English text found on this machine as json.gz shards: OUT/train (8) and OUT/validation (1).
+    """Writes English text from this machine as json.gz shards: OUT/train (8) and OUT/validation (1).
 
     Args:
-        out: the folder to write; a complete one is left as it is
-        max_bytes: of text, UTF-8; where there is more, a sample of the documents is kept
-        processes: that read source files; default: one per core, at most 8
+        out: the folder to write; a complete one is left unchanged
+        max_bytes: most bytes of UTF-8 text; if there is more, a sample of the documents is kept
+        processes: number of processes that read source files; default: one per core, at most 8
     """
     target = Path(out)
     if processes is not None and not 1 <= processes <= MOST_PROCESSES:
         raise DemoTextError(f"--processes={processes}: give at least 1 and at most {MOST_PROCESSES}, or leave it out")
     done = finished(target, max_bytes)
     if done is not None:
-        print(f"{target}: already there, {_summary(done)}")
+        print(f"{target}: already exists, {_summary(done)}")
         return
     started = time.monotonic()
     paths = sysconfig.get_paths()
@@ -80,7 +80,7 @@ def main(out: str = "runs/demo/data", max_bytes: PositiveInt = 40_000_000, proce
 
 
 def finished(out: Path, max_bytes: int) -> dict[str, Any] | None:
-    """The counts of a complete text, None for an empty folder; raises DemoTextError for anything else."""
+    """The counts of a complete text; None for an empty or missing folder. Raises DemoTextError for anything else."""
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
@@ -89,9 +89,7 @@ def finished(out: Path, max_bytes: int) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         complete = False
     if not complete:
-        raise DemoTextError(
-            f"{out}: holds something else than a complete demo text; remove it, or choose another --out"
-        )
+        raise DemoTextError(f"{out}: exists, but is not a complete demo text; remove it, or choose another --out")
     if counts["max_bytes"] != max_bytes:
         raise DemoTextError(
             f"{out}: was written with --max_bytes={counts['max_bytes']}, not {max_bytes}; "
@@ -101,7 +99,7 @@ def finished(out: Path, max_bytes: int) -> dict[str, Any] | None:
 
 
 def python_reference() -> Iterator[Document]:
-    """The language reference that comes with Python, a document per topic."""
+    """The language reference that comes with Python, one document per topic."""
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
@@ -111,19 +109,18 @@ def python_reference() -> Iterator[Document]:
 
 
 def docstrings(roots: Sequence[Path], processes: int = 1) -> list[Document]:
-    """Cleaned docstrings of all modules below the roots, long enough and English, in the order of roots and paths."""
+    """The cleaned docstrings of all modules in the roots that are long enough and English, by root and path."""
     files = [(root, file) for root in roots for file in _source_files(root)]
     if processes == 1:
-        found: Iterable[list[Document]] = map(_file_docstrings, files)
-        return [document for documents in found for document in documents]
+        return [document for file in files for document in _file_docstrings(file)]
     with _pool(processes) as pool:
         return [document for documents in pool.imap(_file_docstrings, files, chunksize=64) for document in documents]
 
 
 @contextlib.contextmanager
 def _pool(processes: int) -> Iterator[multiprocessing.pool.Pool]:
-    """Its processes inherit the blocked SIGINT: Ctrl-C is for the parent, which ends them."""
-    multiprocessing.resource_tracker.ensure_running()  # starting it later would unblock the signal
+    """A pool whose processes inherit a blocked SIGINT, so that only the parent handles Ctrl-C and ends them."""
+    multiprocessing.resource_tracker.ensure_running()  # if it started later, it would unblock the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -134,7 +131,7 @@ def _pool(processes: int) -> Iterator[multiprocessing.pool.Pool]:
 
 
 def prose(text: str) -> str:
-    """A docstring without doctests (with their output) and fenced code; at most one blank line in a row."""
+    """A docstring without doctests and their output, without fenced code, and without consecutive blank lines."""
     kept: list[str] = []
     fenced = example = False
     for line in text.expandtabs().splitlines():
@@ -142,7 +139,7 @@ def prose(text: str) -> str:
         if stripped.startswith("```"):
             fenced = not fenced
             continue
-        # an example goes on through its output, up to a blank line
+        # an example includes its output, up to a blank line
         example = bool(stripped) and (example or stripped.startswith((">>>", "In [")))
         if fenced or example or (not stripped and (not kept or not kept[-1])):
             continue
@@ -151,7 +148,7 @@ def prose(text: str) -> str:
 
 
 def is_english(text: str) -> bool:
-    """Long enough, mostly letters, with English function words: neither tables nor lists of names nor signatures."""
+    """Whether text is long enough, mostly letters, and has English function words, unlike tables and signatures."""
     if len(text) < MIN_CHARACTERS:
         return False
     words = _WORD.findall(text)
@@ -162,10 +159,11 @@ def is_english(text: str) -> bool:
 
 
 def write(documents: Iterable[Document], out: Path, max_bytes: int) -> dict[str, Any]:
-    """Writes into a folder, the marker last; returns the counts of the marker.
+    """Writes the shards into a folder, and then the marker; returns the marker's counts.
 
-    Exact duplicates are dropped. A hash of its name puts a file, with all its docstrings, on one of the two sides;
-    documents are dealt to the shards in the order of a hash of their text. So the order given does not matter.
+    Exact duplicates are dropped. A hash of a file's name decides whether its docstrings are for training or validation.
+    Documents are distributed to the shards in the order of a hash of their text, so the order of ``documents`` does not
+    matter.
     """
     unique: dict[bytes, Document] = {}
     for document in documents:
@@ -181,8 +179,7 @@ def write(documents: Iterable[Document], out: Path, max_bytes: int) -> dict[str,
     if not all(sides.values()):
         raise DemoTextError(
             f"found {len(sides['train'])} training and {len(sides['validation'])} validation documents "
-            f"within --max_bytes={max_bytes}; "
-            "install the package with its dependencies first, or raise --max_bytes"
+            f"within --max_bytes={max_bytes}; install the package with its dependencies, or raise --max_bytes"
         )
     counts = _write_sides(sides, out) | {"max_bytes": max_bytes}
     (out / MARKER).write_text(json.dumps(counts, indent=1), encoding="utf-8")
@@ -218,21 +215,18 @@ def _file_docstrings(task: tuple[Path, Path]) -> list[Document]:
     root, file = task
     try:
         source = file.read_bytes()
-        if len(source) > _MAX_FILE_BYTES or not _holds_long_string(source):
+        # parsing is worth its time only if the text between some triple quotes is long enough
+        strings = [text for quotes in (b'"""', b"'''") for text in source.split(quotes)[1::2]]
+        if len(source) > _MAX_FILE_BYTES or max(map(len, strings), default=0) < MIN_CHARACTERS:
             return []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
         found = [(name, prose(text)) for name, text in _docstrings_below(tree, "")]
-    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):  # not for this Python, or not readable
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):  # unreadable, or for another Python version
         return []
     url = f"python://{file.relative_to(root).as_posix()}"
     return [_document(text, f"{url}#{name}") for name, text in found if is_english(text)]
-
-
-def _holds_long_string(source: bytes) -> bool:
-    """Whether parsing is worth its time: somewhere the text between triple quotes is long enough."""
-    return any(len(inside) >= MIN_CHARACTERS for quotes in (b'"""', b"'''") for inside in source.split(quotes)[1::2])
 
 
 def _docstrings_below(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
@@ -255,7 +249,7 @@ def _digest(text: str) -> bytes:
 
 
 def _held_out(document: Document) -> bool:
-    """Decided for a whole file; a topic of the language reference counts as one."""
+    """Whether the document's file is for validation; a topic of the language reference counts as a file."""
     url = document["url"]
     file = url if "pydoc_data/topics" in url else url.partition("#")[0]
     return int.from_bytes(_digest(file)[:8]) < VALIDATION_FRACTION * 2**64

@@ -1,4 +1,4 @@
-"""Held-out loss of a checkpoint, an export or any Hugging Face causal LM, or its score in tasks of lm-eval.
+"""Evaluates a checkpoint, an export or any Hugging Face causal LM: its held-out loss, or its scores in lm-eval tasks.
 
 The output ends with a line of JSON.
 """
@@ -44,39 +44,39 @@ def main(
     limit: PositiveInt | None = None,
     **overrides: str,
 ) -> None:
-    """Scores text with a model; text in several sets set by set, and as a whole. Or, with --tasks, scores the model.
+    """Scores text with a model, each of several sets separately and all together. With --tasks, scores tasks instead.
 
     Args:
-        model: a checkpoint or run folder of this trainer, the folder of any Hugging Face causal language model, or that
-            of an adapter as PEFT or the released MoRA writes it
-        data: source of the text, or YAML of sets by name as data.validation takes it; default: the run's held-out text
+        model: a checkpoint or run folder of this trainer, the folder of any Hugging Face causal language model, or the
+            folder of an adapter in the format of PEFT or of the released MoRA code
+        data: source of the text, or YAML of sets by name as in data.validation; default: the run's held-out text
         base: the model that an adapter was trained on; default: the folder that its config names
         tokenizer: folder or .model file; default: the model's own
-        max_tokens: predicted tokens to score of each set, in whole documents; default: all
-        micro_batch_size: sequences per forward
+        max_tokens: predicted tokens to score in each set, in whole documents; default: all
+        micro_batch_size: sequences per forward pass
         precision: float32, bfloat16 or float16
-        tasks: names of tasks of lm-evaluation-harness, with commas between them, in place of text; docs/tasks.md
+        tasks: names of lm-evaluation-harness tasks, separated by commas, to score instead of text; docs/tasks.md
         task_data: the rows of local tasks: a folder or a file of JSON lines
-        num_fewshot: rows with their answers before each row of a task; default: what the task says, else none
+        num_fewshot: rows with their answers before each row of a task; default: what the task defines, else none
         limit: rows of each task to score; default: all
         overrides: how the text is read, as --data.KEY=VALUE, for instance --data.sequence_length=512,
-            --data.document_mask=true or --data.records.kind=question. Default is as trained, else as
-            docs/settings.md says, with the model's maximum up to 2048 as sequence_length
+            --data.document_mask=true or --data.records.kind=question. The defaults are the settings of the training,
+            or else those in docs/settings.md, with the model's maximum up to 2048 as sequence_length
     """
     from relora_mora.config.data_flags import SCORING, check_names, parse_typed, read_data
 
     check_names(overrides, SCORING)
-    of_tasks: dict[str, Any] = {"task_data": task_data, "num_fewshot": num_fewshot, "limit": limit}
-    of_text = {"data": data, "max_tokens": max_tokens, **overrides}
-    without_use = [name for name, value in (of_tasks if tasks is None else of_text).items() if value is not None]
-    if without_use:
-        reason = "belongs to --tasks" if tasks is None else "is about text, and --tasks scores none"
-        raise ValueError(f"--{without_use[0]}: {reason}; leave it out")
-    given = None if data is None else parse_typed(data, "--data")
-    # a part of data.records may change what a run says of it, which is known when the run is read
+    task_options: dict[str, Any] = {"task_data": task_data, "num_fewshot": num_fewshot, "limit": limit}
+    text_options = {"data": data, "max_tokens": max_tokens, **overrides}
+    unused = [name for name, value in (task_options if tasks is None else text_options).items() if value is not None]
+    if unused:
+        reason = "only used with --tasks" if tasks is None else "only used for text, and --tasks scores no text"
+        raise ValueError(f"--{unused[0]}: {reason}; leave it out")
+    sources = None if data is None else parse_typed(data, "--data")
+    # parts of data.records may override the run's own settings, which are not known before the run is read
     early = {name: value for name, value in overrides.items() if not name.startswith("data.records.")}
-    text = read_data({"train": "none", "validation": "none" if given is None else given}, early, SCORING)
-    with many_imports():  # takes seconds: what was typed is checked before
+    text = read_data({"train": "none", "validation": "none" if sources is None else sources}, early, SCORING)
+    with many_imports():  # takes seconds, so arguments are checked first
         import torch
 
         from relora_mora.config.data import set_setting
@@ -99,35 +99,40 @@ def main(
 
         names = [name.strip() for name in tasks.split(",")]
         check_tasks(names, task_data, num_fewshot)
-    if tasks is None and given is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
-        raise ValueError(f"--data: {model} is no run and names no text of its own; say what to score, e.g. allenai/c4")
-    # what is missing here is told before a large model is read
+    if tasks is None and sources is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
+        raise ValueError(
+            f"--data: {model} is not a run, so it has no held-out text of its own; give text to score, e.g. allenai/c4"
+        )
+    # missing files are reported before a large model is read
     if tokenizer is not None:
         load_tokenizer(tokenizer)
-    if given is not None:
-        for name, sources in text.validation_sets.items():
-            if any(hub_repo(source) or "://" in source.source for source in sources):
+    if sources is not None:
+        for name, set_sources in text.validation_sets.items():
+            if any(hub_repo(source) or "://" in source.source for source in set_sources):
                 continue
             try:
-                shards_of(sources, text, "validation")
+                shards_of(set_sources, text, "validation")
             except SourceError as error:
                 raise SourceError(f"{set_setting(name)}: {error}" if name else str(error)) from error
     loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
     if tasks is not None:
-        _score_tasks(loaded, tokenizer, names, micro_batch_size, **of_tasks)
+        _score_tasks(loaded, tokenizer, names, micro_batch_size, **task_options)
         return
-    settings = loaded.data_settings(given, overrides, own_tokenizer=tokenizer is None)
-    alone = settings.masks_documents_of(settings.sources("validation"))
-    if "data.document_mask" in overrides and alone and not settings.document_mask:
-        raise ValueError("--data.document_mask: records that are packed whole are always scored alone; leave it out")
-    _check_length(settings.sequence_length, loaded, model, alone=alone)
+    settings = loaded.data_settings(sources, overrides, own_tokenizer=tokenizer is None)
+    masked = settings.masks_documents_of(settings.sources("validation"))
+    if "data.document_mask" in overrides and masked and not settings.document_mask:
+        raise ValueError(
+            "--data.document_mask: records that are packed whole are always masked from each other; leave it out"
+        )
+    _check_length(settings.sequence_length, loaded, model, masked=masked)
     with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
         sets = held_out(settings, str(tokenizer_path), max_tokens)
     device = torch.device("cuda" if uses_cuda() else "cpu")
-    lm = _on(device, loaded.model)
+    lm: Any = loaded.model  # torch's types do not know that a model accepts a device
+    lm = lm.to(device).eval()
     if not is_causal(lm, device):
         raise ValueError(
-            f"{model}: {type(lm).__name__} predicts a token from that token and later ones; "
+            f"{model}: {type(lm).__name__} predicts a token from the token itself and later ones; "
             "give a causal language model"
         )
     tokens = sum(each.predicted for each in sets.values())
@@ -135,24 +140,24 @@ def main(
     print(
         f"{loaded.description}: {tokens:,} tokens of {counted(documents, 'document')} in sequences of "
         f"{settings.sequence_length}"
-        f"{', each document alone' if alone else ''}",
+        f"{', each document by itself' if masked else ''}",
         file=sys.stderr,
     )
     results = _score(lm, sets, micro_batch_size, device)
-    whole = EvalResult.of_all(results.values())
-    if not math.isfinite(whole.loss):
+    total = EvalResult.of_all(results.values())
+    if not math.isfinite(total.loss):
         raise ValueError(
-            f"{model}: its loss in {precision} is {whole.loss}; choose another --precision, or whole weights"
+            f"{model}: its loss in {precision} is {total.loss}; choose another --precision, or undamaged weights"
         )
     if "" in results:
-        print(json.dumps(whole.as_dict()))
+        print(json.dumps(total.as_dict()))
         return
-    print(_table({**results, "all sets": whole}), file=sys.stderr)
-    print(json.dumps({**whole.as_dict(), "sets": {name: result.as_dict() for name, result in results.items()}}))
+    print(_table({**results, "all sets": total}), file=sys.stderr)
+    print(json.dumps({**total.as_dict(), "sets": {name: result.as_dict() for name, result in results.items()}}))
 
 
-def _check_length(length: int, loaded: LoadedModel, name: str, *, alone: bool) -> None:
-    """Raises ValueError for sequences that the model does not have the positions for."""
+def _check_length(length: int, loaded: LoadedModel, name: str, *, masked: bool) -> None:
+    """Raises ValueError for sequences that are longer than the model supports."""
     from relora_mora.model.config import length_of_documents
     from relora_mora.weights.foreign import positions_of
 
@@ -161,11 +166,11 @@ def _check_length(length: int, loaded: LoadedModel, name: str, *, alone: bool) -
         raise ValueError(
             f"--data.sequence_length: got {length}, but {name} has {positions} positions; give at most {positions}"
         )
-    longest = length_of_documents(loaded.model.config.get_text_config()) if alone else None
+    longest = length_of_documents(loaded.model.config.get_text_config()) if masked else None
     if longest is not None and length > longest:
         raise ValueError(
-            f"--data.sequence_length: got {length}, but behind {longest} positions the longrope of {name} turns the "
-            f"documents of a batch by the longest of them; give at most {longest}, or score them in sequences"
+            f"--data.sequence_length: got {length}, but beyond {longest} positions the longrope of {name} rotates all "
+            f"documents of a batch according to the longest one; give at most {longest}, or unmask documents"
         )
 
 
@@ -189,10 +194,10 @@ def _score(
         if ran_out_of_memory(error):
             [length] = {each.scored.shape[1] for each in sets.values()}
             raise ValueError(
-                f"--micro_batch_size: {rows} x {length} tokens need more memory than there is; lower it"
+                f"--micro_batch_size: {rows} x {length} tokens need more memory than available; lower it"
             ) from error
         raise
-    assert results is not None, "nobody stops it"
+    assert results is not None, "nothing stops the evaluation"
     return results
 
 
@@ -206,7 +211,7 @@ def _score_tasks(
     num_fewshot: int | None,
     limit: int | None,
 ) -> None:
-    """Prints what tasks gave, and keeps it beside a run."""
+    """Prints the results of tasks and, for a checkpoint in a run folder, records them there."""
     import torch
 
     from relora_mora.evaluation.harness import evaluate_tasks, record, table
@@ -215,13 +220,14 @@ def _score_tasks(
     from relora_mora.tokenizer.load import load_tokenizer
     from relora_mora.weights.generation_config import generation_config
 
-    lm = _on(torch.device("cuda" if uses_cuda() else "cpu"), loaded.model)
+    lm: Any = loaded.model  # torch's types do not know that a model accepts a device
+    lm = lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
     with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
-        words = load_tokenizer(tokenizer_path)
+        loaded_tokenizer = load_tokenizer(tokenizer_path)
     if loaded.of_run:
-        lm.generation_config = generation_config(words, lm.config)  # as its export has it
+        lm.generation_config = generation_config(loaded_tokenizer, lm.config)  # as in its export
     results = evaluate_tasks(
-        lm, words, names, data=task_data, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
+        lm, loaded_tokenizer, names, data=task_data, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
     )
     print(f"{loaded.description}\n{table(results)}", file=sys.stderr)
     print(json.dumps({"tasks": results}), flush=True)
@@ -235,35 +241,31 @@ def _score_tasks(
 
 
 @contextlib.contextmanager
-def _tokenizer_of(loaded: LoadedModel, given: str | None) -> Iterator[Path]:
-    """The folder of the model's own tokenizer, or the one that is given in its place, whose ids the model has."""
+def _tokenizer_of(loaded: LoadedModel, other: str | None) -> Iterator[Path]:
+    """The folder of the model's own tokenizer, or ``other`` instead; checks that its ids fit the model."""
     from relora_mora.checkpoint.layout import read_manifest
     from relora_mora.checkpoint.tokenizer import damaged_tokenizer
     from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens
     from relora_mora.tokenizer.load import load_tokenizer
 
     vocab_size = loaded.model.config.get_text_config().vocab_size
-    if given is None:
+    if other is None:
         with loaded.tokenizer as own:
             check_vocabulary(load_tokenizer(own), vocab_size)
             yield own
         return
-    words = load_tokenizer(given)
-    check_vocabulary(words, vocab_size)
+    tokenizer = load_tokenizer(other)
+    check_vocabulary(tokenizer, vocab_size)
     checkpoint = None if loaded.checkpoint is None else loaded.checkpoint[0]
     if checkpoint is None or damaged_tokenizer(checkpoint, read_manifest(checkpoint)) is None:
-        with contextlib.suppress(ValueError), loaded.tokenizer as own:  # it may have none
-            if not gives_same_tokens(given, own, words):
+        with contextlib.suppress(ValueError), loaded.tokenizer as own:  # the model may have no tokenizer
+            if not gives_same_tokens(other, own, tokenizer):
                 print(
-                    f"{given} gives other tokens than the model's own tokenizer: the numbers below mean something only "
+                    f"{other} gives other tokens than the model's own tokenizer: the numbers below are meaningful only "
                     "if the model was trained with it",
                     file=sys.stderr,
                 )
-    yield Path(given)
-
-
-def _on(device: torch.device, lm: Any) -> Any:  # torch's types do not know that a model takes a device
-    return lm.to(device).eval()
+    yield Path(other)
 
 
 def _table(results: Mapping[str, EvalResult]) -> str:

@@ -1,4 +1,4 @@
-"""Writes the plain LLaMA of a checkpoint for AutoModelForCausalLM and AutoTokenizer, or its adapter alone for PEFT."""
+"""Exports a checkpoint as a plain LLaMA for AutoModelForCausalLM and AutoTokenizer, or only its adapter for PEFT."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def main(checkpoint: str, out: str, *, dtype: str = "float32", format: str = "me
     """Exports a checkpoint.
 
     Args:
-        checkpoint: a checkpoint folder, or a run folder (its newest whole checkpoint)
+        checkpoint: a checkpoint folder, or a run folder (its newest complete checkpoint)
         out: the folder to write; it must be new or empty
         dtype: float32, bfloat16 or float16
-        format: merged: the whole model, adapters merged; peft: the adapter alone, as LoRA; peft-mora: the same as the
-            released MoRA writes it
+        format: merged: the whole model with merged adapters; peft: only the adapter, as LoRA; peft-mora: only the
+            adapter, in the format of the released MoRA code
     """
     with many_imports():
         from relora_mora.weights.export import FORMATS, export

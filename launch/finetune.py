@@ -10,13 +10,13 @@ except ModuleNotFoundError as error:
 
 
 def main(config: str, *, show: PositiveInt | None = None, **overrides: str) -> int:
-    """Fine-tunes a model, the one that model.init_from names.
+    """Fine-tunes the model that model.init_from names.
 
-    As launch/pretrain.py, with other defaults: see docs/finetuning.md. The exit codes are the same.
+    Like launch/pretrain.py, with the same exit codes but other defaults: see docs/finetuning.md.
 
     Args:
         config: a YAML file; docs/finetuning.md shows one
-        show: prints so many rows of the training data as tokens, with the scored part marked, and trains nothing
+        show: print this many rows of the training data as tokens, with the scored part marked, and train nothing
         overrides: settings as --section.key=value, e.g. --model.init_from=FOLDER; docs/settings.md lists them
     """
     from relora_mora.config.load import FINETUNING

@@ -1,4 +1,4 @@
-"""What a run needs, before it is started: parameters, memory, arithmetic, network, tokens, time.
+"""Reports what a run will need: parameters, memory, arithmetic, network, tokens, time.
 
 python launch/plan.py CONFIG.yaml [--section.key=value ...] [--nodes=4 --gpus_per_node=8] [--device=h100]
     [--link_gbits=3200] [--world_size=8] [--utilisation=0.4] [--tokens_per_second=51000] [--json] [--finetune]
@@ -16,7 +16,7 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
-SLOWEST = 1e-6  # below it seconds are more than floats hold
+SLOWEST = 1e-6  # at a lower rate, the time in seconds would overflow a float
 
 
 def main(
@@ -36,15 +36,15 @@ def main(
 
     Args:
         config: YAML file of the run.
-        world_size: number of devices, all in one host; or nodes and gpus_per_node.
+        world_size: number of devices, all in one host; or give nodes and gpus_per_node.
         nodes: number of hosts.
-        gpus_per_node: devices of each host.
-        device: what they are, such as h100, a100-80gb or cpu; cuda stands for a100-80gb; default: what is here.
-        link_gbits: network of one host in Gbit/s, all cards together; default: that of the vendor's host.
-        tokens_per_second: a measured rate over all devices, from which the time follows.
+        gpus_per_node: devices per host.
+        device: the kind of device, such as h100, a100-80gb or cpu; cuda means a100-80gb; default: this machine's.
+        link_gbits: network of one host in Gbit/s, all cards together; default: the network of the vendor's host.
+        tokens_per_second: a measured rate over all devices, used to compute the time.
         utilisation: fraction of the devices' peak that is reached while they compute; default: calculated for GPUs.
         json: print one JSON object with everything, sizes in bytes.
-        finetune: the run is one of launch/finetune.py, with its defaults.
+        finetune: plan a run of launch/finetune.py, with its defaults.
         overrides: --section.key=value, as for training.
     """
     from relora_mora.config.load import FINETUNING, ConfigError, load_config
@@ -54,16 +54,16 @@ def main(
             raise ValueError(f"--{name}: got {rate}, expected a finite rate above {SLOWEST:g}")
     if world_size is not None and (nodes is not None or gpus_per_node is not None):
         raise ValueError(
-            "--world_size: given beside --nodes or --gpus_per_node; give it alone, for one host, or those two"
+            "--world_size: given together with --nodes or --gpus_per_node; give only it (for one host) or those two"
         )
     if nodes is not None and nodes > 1 and gpus_per_node is None:
         raise ValueError(
-            f"--gpus_per_node: not given with --nodes={nodes}; say how many devices each host has, "
+            f"--gpus_per_node: missing with --nodes={nodes}; give the number of devices per host, "
             "e.g. --gpus_per_node=8"
         )
     if link_gbits is not None and nodes is None:
-        raise ValueError("--link_gbits: one host sends nothing to others; give --nodes, or leave it out")
-    with many_imports():  # takes seconds: arguments are checked before
+        raise ValueError("--link_gbits: a single host does not use its network; give --nodes, or leave it out")
+    with many_imports():  # takes seconds, so arguments are checked first
         from relora_mora.experiments.planner.cluster import Cluster
         from relora_mora.experiments.planner.plan import make_plan
         from relora_mora.experiments.planner.render import render
@@ -82,11 +82,11 @@ def main(
     settings = load_config(config, overrides, world_size=cluster.world_size, defaults=defaults)
     if settings.train.epochs is not None:
         fault = (
-            "train.epochs: how many steps these are is known when a run has counted its text; "
+            "train.epochs: the number of steps is not known before a run has counted its text; "
             "plan with --train.epochs=null and --train.steps or --train.tokens"
         )
         raise ConfigError([fault], config)
-    if settings.model.config is None:  # else the weights may be on another machine
+    if settings.model.config is None:  # otherwise the weights need not be on this machine
         check_start(settings)
     model_config = model_config_of(settings.model)
     source = settings.model.config or str(settings.model.init_from)
@@ -95,9 +95,9 @@ def main(
     auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"
     measured = on_cpu or chosen == here
-    what = "bf16" if bf16 else "that of bf16: float32 is slower, give log.peak_tflops"
-    peak = peak_flops(bf16=bf16, on_cpu=on_cpu) if measured else (chosen.tflops * 1e12, f"{what}, {chosen.source}")
-    if on_cpu:  # measured on all cores, which the ranks of a host share
+    rate = "bf16" if bf16 else "the peak of bf16; float32 is slower, so give log.peak_tflops"
+    peak = peak_flops(bf16=bf16, on_cpu=on_cpu) if measured else (chosen.tflops * 1e12, f"{rate}, {chosen.source}")
+    if on_cpu:  # measured on all cores, which the host's ranks share
         peak = (peak[0] / cluster.devices_per_node, peak[1])
     plan = make_plan(
         model_config,

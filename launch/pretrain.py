@@ -12,12 +12,13 @@ except ModuleNotFoundError as error:
 def main(config: str, *, show: PositiveInt | None = None, **overrides: str) -> int:
     """Pretrains a model.
 
-    Exit codes: 0 done, 1 training cannot go on, 2 a mistake in settings or data, 69 another rank or the launcher is
-    gone, 75 stopped by a signal with everything saved. After 69 and 75 the same command continues. docs/reliability.md.
+    Exit codes: 0 done, 1 training cannot continue, 2 a mistake in settings or data, 69 another rank or the launcher is
+    gone, 75 stopped by a signal with everything saved. After 69 or 75, run the same command again to continue. See
+    docs/reliability.md.
 
     Args:
         config: a YAML file such as configs/run/tiny_remora.yaml
-        show: prints so many rows of the training data as tokens, with the scored part marked, and trains nothing
+        show: print this many rows of the training data as tokens, with the scored part marked, and train nothing
         overrides: settings as --section.key=value, e.g. --train.steps=100; docs/settings.md lists them
     """
     return train(config, overrides, show=show)

@@ -1,8 +1,8 @@
-"""Writes the abstracts of PubMed's dumps as text, to learn and held out: the biomedical task. See docs/tasks.md.
+"""Writes training and held-out text of the biomedical task: the abstracts in PubMed's dumps. See docs/tasks.md.
 
     python launch/pubmed.py data/biomedical --data='pubmed/pubmed*.xml.gz'
 
-The dumps are those of NLM (ftp.ncbi.nlm.nih.gov/pubmed: baseline and updatefiles), as many as are wanted.
+NLM provides the dumps (ftp.ncbi.nlm.nih.gov/pubmed: baseline and updatefiles); any number of them will do.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ _NO_LABEL = ("", "UNLABELLED", "UNASSIGNED")
 
 
 def abstracts(file: Path) -> tuple[dict[str, str], set[str]]:
-    """The abstracts of one dump by PMID, the newest version of each, and the PMIDs that it deletes or replaces.
+    """The newest version of each abstract in a dump, by PMID, and the PMIDs that the dump deletes or replaces.
 
-    An article without an abstract has an empty one. Raises ValueError for what is no whole dump of PubMed.
+    An article without an abstract has an empty one. Raises ValueError for a file that is not a complete PubMed dump.
     """
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     deleted: set[str] = set()
     try:
         for element in _children(file):
             if element.tag == "PubmedArticle":
-                found[element.findtext("MedlineCitation/PMID", "")] = abstract_of(element)
+                texts[element.findtext("MedlineCitation/PMID", "")] = abstract_of(element)
             elif element.tag == "DeleteCitation":
                 deleted |= {str(pmid.text) for pmid in element.iter("PMID")}
     except (ElementTree.ParseError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file}: not a whole dump of PubMed (pubmed*.xml.gz): {error}; fetch it again") from error
-    return {pmid: text for pmid, text in found.items() if pmid not in deleted}, deleted
+        raise ValueError(f"{file}: not a complete PubMed dump (pubmed*.xml.gz): {error}; fetch it again") from error
+    return {pmid: text for pmid, text in texts.items() if pmid not in deleted}, deleted
 
 
 def _children(file: Path) -> Iterator[ElementTree.Element]:
-    """What stands below the root, one at a time: as a tree a dump takes many times its size."""
+    """The root's children one at a time, because a whole dump as a tree takes many times its size in memory."""
     with gzip.open(file) as content:
         events = ElementTree.iterparse(content, ("start", "end"))  # noqa: S314 - expat limits what entities grow to
         _, root = next(events)
         if root.tag != "PubmedArticleSet":
-            raise ValueError(f"{file}: a <{root.tag}>, and no dump of PubMed, which is a <PubmedArticleSet>")
+            raise ValueError(f"{file}: not a PubMed dump: got <{root.tag}>, expected <PubmedArticleSet>")
         depth = 0
         for event, element in events:
             depth += 1 if event == "start" else -1
@@ -59,9 +59,9 @@ def _children(file: Path) -> Iterator[ElementTree.Element]:
 
 
 def abstract_of(article: ElementTree.Element) -> str:
-    """The English abstract of a PubmedArticle: its parts a line each, with their labels (``RESULTS: ...``).
+    """The English abstract of a PubmedArticle, one line per part with its label (``RESULTS: ...``); "" if none.
 
-    Title, copyright and abstracts in other languages (OtherAbstract) are left out. Empty where there is none.
+    Title, copyright and abstracts in other languages (OtherAbstract) are left out.
     """
     lines = []
     for part in article.iterfind("MedlineCitation/Article/Abstract/AbstractText"):
@@ -73,7 +73,7 @@ def abstract_of(article: ElementTree.Element) -> str:
 
 
 def _text(element: ElementTree.Element) -> Iterator[str]:
-    """The text of an element and all below it; an exponent keeps its meaning as ``10^6``."""
+    """The text of an element and everything inside it; an exponent is written as ``10^6``."""
     if element.tag == "sup":
         yield "^"
     yield element.text or ""
@@ -83,22 +83,22 @@ def _text(element: ElementTree.Element) -> Iterator[str]:
 
 
 def is_held_out(text: str, share: float, seed: int) -> bool:
-    """By the text alone, so the same abstract is on the same side whatever files it comes with, and twice too."""
+    """Decides by the text, so an abstract gets the same answer in every set of files, and duplicates do, too."""
     digest = hashlib.blake2b(f"{seed}\n{text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
 def main(out: str, *, data: str, held_out: float = 0.03, seed: int = 0) -> None:
-    """Writes OUT/train.jsonl and OUT/validation.jsonl, an abstract a line: {"text": ...}.
+    """Writes OUT/train.jsonl and OUT/validation.jsonl with one abstract per line: {"text": ...}.
 
-    An article that stands in several files is taken from the newest, the last by name, and what a newer file deletes is
+    An article in several files is taken from the newest file, the last by name. Articles that a newer file deletes are
     left out.
 
     Args:
         out: the folder to write; it must be new or empty
         data: the dumps, such as 'pubmed/pubmed*.xml.gz'
         held_out: the share of abstracts for validation, above 0 and below 1; chosen by their text and the seed
-        seed: of what is held out
+        seed: seed of that choice
     """
     if not 0 < held_out < 1:
         raise ValueError(f"--held_out: got {held_out}, expected a share above 0 and below 1")
@@ -115,21 +115,21 @@ def main(out: str, *, data: str, held_out: float = 0.03, seed: int = 0) -> None:
             side = is_held_out(text, held_out, seed)
             counts[side] += 1
             (validation if side else train).write(f"{json.dumps({'text': text}, ensure_ascii=False)}\n")
-        told = f"{counts[False]:,} abstracts to learn and {counts[True]:,} held out"
+        summary = f"{counts[False]:,} training and {counts[True]:,} held-out abstracts"
         if not all(counts.values()):
-            raise ValueError(f"--held_out: there are {told}; give more dumps, or another share")
-    print(f"wrote {told} to {out}")
+            raise ValueError(f"--held_out: there are {summary}; give more dumps, or another share")
+    print(f"wrote {summary} to {out}")
 
 
 def _newest(files: list[Path]) -> Iterator[str]:
-    """The abstracts of dumps, the newest dump first: an article is taken where it is seen first."""
-    seen: set[str] = set()  # PMIDs of newer files
+    """The abstracts of dumps in the order of ``files``, each article only from the first file that has it."""
+    seen: set[str] = set()  # PMIDs in newer files
     for file in files:
-        found, deleted = abstracts(file)
-        texts = [text for pmid, text in found.items() if text and pmid not in seen]
-        print(f"{file.name}: {len(texts):,} abstracts of {len(found):,} articles", flush=True)
+        by_pmid, deleted = abstracts(file)
+        texts = [text for pmid, text in by_pmid.items() if text and pmid not in seen]
+        print(f"{file.name}: {len(texts):,} abstracts of {len(by_pmid):,} articles", flush=True)
         yield from texts
-        seen |= found.keys() | deleted
+        seen |= by_pmid.keys() | deleted
 
 
 if __name__ == "__main__":

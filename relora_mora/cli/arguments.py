@@ -1,12 +1,12 @@
-"""Reads a command's arguments with fire, and refuses all bad ones before the command starts.
+"""Reads a command's arguments with fire, and refuses all bad arguments before the command starts.
 
-What fire lacks for that, and is added here:
+This module changes what fire does by itself:
 
-- it calls the command first and complains about stray arguments afterwards: it is given a stand-in to call;
-- it turns ``1e5`` into a float and ``a,b`` into a tuple: arguments stay as typed, unless an annotation says otherwise;
-- it gives a positional argument to any parameter: one that has a default is only ever given as a flag;
-- it takes ``-`` and ``--`` for separators of its own, and the last of a flag that is given twice: both are refused;
-- it shows help through a pager, on stderr: help is printed.
+- fire calls the command and complains about stray arguments afterwards: here it calls a stand-in;
+- fire turns ``1e5`` into a float and ``a,b`` into a tuple: here arguments stay text unless annotated otherwise;
+- fire accepts a positional argument for any parameter: here a parameter with a default is always a flag;
+- fire treats ``-`` and ``--`` as separators, and uses the last value of a repeated flag: here both are refused;
+- fire shows help in a pager, on stderr: here help is printed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from annotated_types import Ge
 from relora_mora.system.files import from_home
 
 Command = Callable[..., Any]
-PositiveInt = Annotated[int, Ge(1)]  # of parameters of commands
+PositiveInt = Annotated[int, Ge(1)]  # types of commands' parameters
 NonNegativeInt = Annotated[int, Ge(0)]
 _LOCAL_RANK = ("--local_rank", "--local-rank")
 
 
 def help_text(command: Command, name: str) -> str:
-    """What ``--help`` shows, from the signature and the docstring."""
+    """The text for ``--help``, from the signature and the docstring."""
     from fire import helptext, trace
 
     return str(helptext.HelpText(command, trace=trace.FireTrace(command, name=name)))
 
 
 def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.BoundArguments:
-    """The values to call ``command`` with; raises ConfigError with the faults of the command line."""
+    """The values to call ``command`` with; raises ConfigError with all faults of the command line."""
     words = _without_local_rank(argv)
     _raise(_faults_of_words(words, name))
     hints = typing.get_type_hints(command)
@@ -67,12 +67,12 @@ def _raise(faults: list[str]) -> None:
 
 
 def _without_local_rank(argv: Iterable[str]) -> list[str]:
-    """DeepSpeed's launcher adds ``--local_rank=N``, which LOCAL_RANK in the environment says as well."""
+    """Drops ``--local_rank=N``, which DeepSpeed's launcher adds although LOCAL_RANK is in the environment."""
     kept = []
     words = iter(argv)
     for word in words:
         if word in _LOCAL_RANK:
-            next(words, None)  # its number
+            next(words, None)  # the value
         elif word.partition("=")[0] not in _LOCAL_RANK:
             kept.append(word)
     return kept
@@ -81,18 +81,18 @@ def _without_local_rank(argv: Iterable[str]) -> list[str]:
 def _faults_of_words(words: list[str], name: str) -> list[str]:
     from relora_mora.config.secrets import secret_in
 
-    # fire takes one dash for two, and in names `-` for `_`
+    # fire reads one dash like two, and `-` in names like `_`
     flags = [word.partition("=")[0].lstrip("-") for word in words if re.match("--?[A-Za-z]", word)]
     names = [flag.replace("-", "_") for flag in flags]
     twice = sorted({flag for flag, times in Counter(names).items() if times > 1})
     deep = [flag for flag in flags if "-" in flag.split(".", 2)[-1] and flag.count(".") > 1]
     not_utf8 = [word for word in words if word.encode(errors="ignore").decode() != word]
-    faults = [f"{word}: stray; see {name} --help" for word in words if word in ("-", "--")]
+    faults = [f"{word}: unexpected argument; see {name} --help" for word in words if word in ("-", "--")]
     faults += [f"{word.partition('=')[0]}: {secret}" for word in words if (secret := secret_in(word))]
-    faults += [f"{word!a}: is not UTF-8; check the terminal's locale" for word in not_utf8]
+    faults += [f"{word!a}: not UTF-8; check the terminal's locale" for word in not_utf8]
     faults += [f"--{flag}: given twice; give it once" for flag in twice]
     faults += [
-        f"--{flag}: names with '-' cannot be given like this; give --{above}='{{{key}: ...}}'"
+        f"--{flag}: names with '-' cannot be set like this; give --{above}='{{{key}: ...}}'"
         for flag in deep
         for above, _, key in [flag.rpartition(".")]
     ]
@@ -100,7 +100,7 @@ def _faults_of_words(words: list[str], name: str) -> list[str]:
 
 
 def _faults_of_flags(words: list[str], hints: dict[str, Any]) -> list[str]:
-    """Flags of parameters that hold no bool, and stand without a value: fire would make it ``True``."""
+    """Refuses flags without a value for parameters that are not bool; fire would set them to ``True``."""
     faults = []
     for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
         expected = hints.get(word.removeprefix("--").replace("-", "_"))
@@ -111,16 +111,24 @@ def _faults_of_flags(words: list[str], hints: dict[str, Any]) -> list[str]:
 
 
 def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArguments:
-    """What belongs to which parameter, as text."""
+    """The arguments by parameter, as text."""
     import fire
     from fire import decorators
 
-    signature = _with_flags(inspect.signature(command))
-    found: list[inspect.BoundArguments] = []
+    signature = inspect.signature(command)
+    # parameters with a default become keyword-only
+    parameters = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY)
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty
+        else parameter
+        for parameter in signature.parameters.values()
+    ]
+    signature = signature.replace(parameters=parameters)
+    calls: list[inspect.BoundArguments] = []
 
     @functools.wraps(command)
     def stand_in(*args: Any, **kwargs: Any) -> None:
-        found.append(signature.bind(*args, **kwargs))
+        calls.append(signature.bind(*args, **kwargs))
 
     stand_in.__signature__ = signature  # type: ignore[attr-defined]
     messages = io.StringIO()
@@ -128,32 +136,21 @@ def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArgum
         with contextlib.redirect_stderr(messages):
             fire.Fire(decorators.SetParseFn(str)(stand_in), command=words, name=name, serialize=lambda _: None)
     except SystemExit:
-        said = messages.getvalue().partition("ERROR: ")[2].partition("\n")[0]
-        said = said.replace("Could not consume arg:", "unknown or stray argument:")
-        said = said.replace("The function received no value for the required argument:", "missing argument:")
-        _raise([f"{said}; see {name} --help"])
-    return found[0]
-
-
-def _with_flags(signature: inspect.Signature) -> inspect.Signature:
-    """The same parameters; those with a default are keyword-only."""
-    parameters = [
-        parameter.replace(kind=parameter.KEYWORD_ONLY)
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty
-        else parameter
-        for parameter in signature.parameters.values()
-    ]
-    return signature.replace(parameters=parameters)
+        fault = messages.getvalue().partition("ERROR: ")[2].partition("\n")[0]
+        fault = fault.replace("Could not consume arg:", "unknown argument:")
+        fault = fault.replace("The function received no value for the required argument:", "missing argument:")
+        _raise([f"{fault}; see {name} --help"])
+    return calls[0]
 
 
 def _typed(value: Any, expected: Any) -> Any:
-    """Text as the expected type, read as YAML like the settings; a default that fire filled in stays what it is."""
-    if isinstance(value, tuple):  # of *NAMES
+    """Converts text to the expected type; it is read as YAML, like settings. Defaults from fire stay unchanged."""
+    if isinstance(value, tuple):  # the values of *NAMES
         return tuple(_typed(each, expected) for each in value)
     if value == "":
-        raise ValueError("is empty; give a value")
+        raise ValueError("empty; give a value")
     if isinstance(value, str) and (expected is str or str in typing.get_args(expected)):
-        return from_home(value)  # a shell does so in `--out ~/a` and not in `--out=~/a`
+        return from_home(value)  # a shell expands ~ in `--out ~/a`, but not in `--out=~/a`
     if not isinstance(value, str):
         return value
     import yaml
@@ -170,7 +167,7 @@ def _typed(value: Any, expected: Any) -> Any:
 
 
 def _name_of(expected: Any) -> str:
-    """A type as messages call it."""
+    """The name of a type, for messages."""
     if typing.get_origin(expected) is typing.Literal:
         return " or ".join(map(str, typing.get_args(expected)))
     if typing.get_origin(expected) is Annotated:

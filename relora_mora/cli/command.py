@@ -1,4 +1,4 @@
-"""Runs a command: arguments, exit code, Ctrl-C, and one message instead of a traceback for a user's mistake."""
+"""Runs a command: arguments, exit code, Ctrl-C, and a message instead of a traceback for a user's mistake."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ GRACE_SECONDS = 3.0
 
 
 class Interrupts:
-    """While a command runs, SIGINT raises KeyboardInterrupt; where that does not end it in time, the process ends.
+    """While a command runs, SIGINT raises KeyboardInterrupt; if the command does not end in time, the process exits.
 
-    Python runs its handler between two bytecodes of the main thread. A library may compute for minutes before the next
-    one, and an import may swallow the exception. The handler in C, however, writes to a pipe at once, which a thread
-    reads. Where the command sets a handler of its own, as the trainer does, this one does nothing.
+    Python runs a signal handler between two bytecodes of the main thread, but a library may compute for minutes before
+    the next one, and an import may swallow the exception. The handler in C, however, immediately writes to a pipe,
+    which a thread of ours reads. If the command sets its own handler, as the trainer does, this class does nothing.
 
-    The thread also ends the process where a SIGTERM or SIGHUP does not in time, which ``new_folder`` handles.
+    The thread also ends the process if it does not end in time after a SIGTERM or SIGHUP, which ``new_folder`` handles.
     """
 
     def __init__(self) -> None:
         self.received = False
         self._ended = threading.Event()
-        self._said = threading.Lock()  # taken by the first thread that says it
+        self._reported = threading.Lock()  # taken by the first thread that reports the interrupt
         self._writer: int | None = None
 
     def __enter__(self) -> Interrupts:
@@ -55,9 +55,9 @@ class Interrupts:
             return
         if signal.getsignal(signal.SIGINT) == self._handle:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        of_the_command = signal.set_wakeup_fd(-1)
-        if of_the_command not in (-1, self._writer):
-            signal.set_wakeup_fd(of_the_command, warn_on_full_buffer=False)
+        current = signal.set_wakeup_fd(-1)
+        if current not in (-1, self._writer):  # the command has set its own
+            signal.set_wakeup_fd(current, warn_on_full_buffer=False)
         os.close(self._writer)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -65,7 +65,7 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _read(self, reader: int) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # so that the main thread can block it for a while
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # so that the main thread can defer it by blocking it
         while numbers := os.read(reader, 64):
             if (
                 signal.SIGINT in numbers
@@ -82,8 +82,8 @@ class Interrupts:
         os.close(reader)
 
     def say(self) -> None:
-        """Once, also where the main thread and this object's come to it at the same moment."""
-        if self._said.acquire(blocking=False):
+        """Reports the interrupt once, even if the main thread and this object's thread call it at the same time."""
+        if self._reported.acquire(blocking=False):
             say("interrupted")
 
 
@@ -96,29 +96,35 @@ _REMEDIES = {
     errno.EACCES: "check its permissions, or choose another place",
     errno.EPERM: "check its permissions, or choose another place",
     errno.ENOENT: "check the path",
-    errno.ENOTDIR: "a part of this path is no folder; check the path",
+    errno.ENOTDIR: "a part of this path is not a folder; check the path",
     errno.EISDIR: "a file was expected; check the path",
-    errno.ELOOP: "check the links of this path",
-    errno.ENAMETOOLONG: "give a shorter one",
+    errno.ELOOP: "check the links in this path",
+    errno.ENAMETOOLONG: "give a shorter name",
     errno.ENOTEMPTY: "give a new folder, or remove it",
     errno.EPIPE: "the program that reads the output has ended",
 }
 
 
 def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None = None) -> None:
-    """Calls ``command`` with the arguments of the command line and exits with 0, or the int that it returned.
+    """Calls ``command`` with the arguments of the command line, then exits with the int that it returns, or with 0.
 
-    Arguments arrive as they were typed; a parameter annotated as something else than text, such as ``int | None``, is
-    read as YAML and checked against its type. Bad arguments end the program before the command starts. Mistakes of the
-    user (the package's ValueErrors, OSError, a package that is not installed) are shown as one message without a
-    traceback or a secret, and the exit code is 2; after Ctrl-C it is 130. ``name`` is what messages call the command;
-    default: the script's file name.
+    Arguments stay text. A parameter with another annotation, such as ``int | None``, is read as YAML and checked
+    against its type. Bad arguments end the program before the command starts. A user's mistakes (the package's
+    ValueErrors, OSError, a package that is not installed) are shown as one message without a traceback or a secret, and
+    the exit code is 2; after Ctrl-C it is 130. ``name`` is the command's name in messages; default: the script's.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _warn_of_another_checkout(Path(sys.argv[0]))
     with Interrupts() as interrupts:
         try:
-            code = _call(command, words, name or Path(sys.argv[0]).name)
+            name = name or Path(sys.argv[0]).name
+            if {"-h", "--help"} & set(words):
+                print(help_text(command, name))  # noqa: T201
+                result = None
+            else:
+                arguments = read_arguments(command, words, name)
+                result = command(*arguments.args, **arguments.kwargs)
+            code = result if isinstance(result, int) else 0
             _flush_output()
         except (Exception, KeyboardInterrupt) as error:
             # libraries turn a KeyboardInterrupt into errors of their own
@@ -139,31 +145,22 @@ def missing_package(error: ModuleNotFoundError) -> str:
     """The message for a command that was started outside its environment."""
     return (
         f"{error} for {sys.executable}: activate the environment (source .venv/bin/activate), "
-        "or make one first (make env)"
+        "or create it first (make env)"
     )
 
 
 def _warn_of_another_checkout(script: Path) -> None:
-    """A copied environment runs the package of the checkout that it was made in."""
-    beside = script.resolve().parent.parent / "relora_mora"
-    if script.is_file() and (beside / "__init__.py").is_file() and beside != _PACKAGE and _rank_on_host() == "0":
+    """Warns if the environment was copied: it runs the package of the checkout that it was created in."""
+    package = script.resolve().parent.parent / "relora_mora"
+    if script.is_file() and (package / "__init__.py").is_file() and package != _PACKAGE and _rank_on_host() == "0":
         say(
-            f"warning: this runs the package in {_PACKAGE}, not that in {beside}; remove the environment and make it "
-            f"anew (make env), or give {sys.executable} -m pip install -e {beside.parent}"
+            f"warning: this runs the package in {_PACKAGE}, not the one in {package}; remove the environment and "
+            f"create it again (make env), or run {sys.executable} -m pip install -e {package.parent}"
         )
 
 
-def _call(command: Command, words: list[str], name: str) -> int:
-    if {"-h", "--help"} & set(words):
-        print(help_text(command, name))  # noqa: T201
-        return 0
-    arguments = read_arguments(command, words, name)
-    result = command(*arguments.args, **arguments.kwargs)
-    return result if isinstance(result, int) else 0
-
-
 def _is_user_error(error: Exception, command: Command) -> bool:
-    """A ValueError from inside a library is not one: that is a fault of the program, and its traceback is needed."""
+    """A ValueError raised inside a library is not a user's error but a bug of ours, which needs its traceback."""
     if isinstance(error, ModuleNotFoundError):
         return not str(error.name).startswith("relora_mora.")
     if not isinstance(error, ValueError | OSError):
@@ -176,13 +173,13 @@ def _is_user_error(error: Exception, command: Command) -> bool:
 
 
 def _flush_output() -> None:
-    """Finds a full disk or a closed pipe now: the interpreter would find it at its end and change the exit code."""
-    if sys.stdout is None:  # closed at the start
+    """Finds a full disk or a closed pipe now; the interpreter would find it when it exits and change the exit code."""
+    if sys.stdout is None:  # it was closed before the start
         return
     try:
         sys.stdout.flush()
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is still in the buffer when the interpreter ends
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # the interpreter writes the rest of the buffer there when it exits
         os.dup2(nowhere, sys.stdout.fileno())
         raise
 
@@ -190,7 +187,7 @@ def _flush_output() -> None:
 def _show(error: Exception) -> None:
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if getattr(error, "same_on_all_ranks", False) and rank != "0":
-        return  # the first rank says it
+        return  # the first rank shows it
     if getattr(error, "same_on_host", False) and _rank_on_host() != "0":
         return
     prefix = "" if rank == "0" else f"[rank {rank}] "
@@ -199,17 +196,14 @@ def _show(error: Exception) -> None:
         return
     from relora_mora.config.secrets import redact
 
-    say(prefix + redact(_message(error)))
+    message = str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        parts = (place_of(error), error.strerror)
+        message = ": ".join(filter(None, parts))
+        if error.errno in _REMEDIES:
+            message = f"{message}; {_REMEDIES[error.errno]}"
+    say(prefix + redact(message))
 
 
 def _rank_on_host() -> str:
     return os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-
-
-def _message(error: Exception) -> str:
-    if not isinstance(error, OSError) or error.errno is None or not error.strerror:
-        return str(error)
-    place = place_of(error)
-    said = error.strerror if place is None else f"{place}: {error.strerror}"
-    remedy = _REMEDIES.get(error.errno)
-    return said if remedy is None else f"{said}; {remedy}"

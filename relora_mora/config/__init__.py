@@ -1,1 +1,1 @@
-"""Typed settings of a run: schema, combinations that cannot work, reading."""
+"""The typed settings of a run: schema, checks of combinations, and reading."""

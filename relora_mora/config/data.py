@@ -16,7 +16,7 @@ Score = Literal["answers", "all"]
 TooLong = Literal["cut", "drop"]
 Packing = Literal["stream", "whole", "none"]
 
-# the fields of each kind, which are columns or keys of the same names unless data.records.columns says otherwise
+# The fields of each kind, read from columns or keys of the same names unless data.records.columns maps them to others.
 FIELDS: dict[Kind, tuple[str, ...]] = {
     "messages": ("messages",),
     "alpaca": ("instruction", "output"),
@@ -37,21 +37,21 @@ CONVERSATIONS: tuple[Kind, ...] = ("messages", "sharegpt")  # kinds that a chat 
 
 class RecordsConfig(Strict):
     kind: Kind = Field(description="what a row holds: see docs/data.md")
-    columns: dict[Text, Text] = Field({}, description="fields of the kind that have another key or column")
+    columns: dict[Text, Text] = Field({}, description="key or column of each field whose name differs from the field's")
     template: Text | None = Field(
-        None, description="of conversations: chatml, or a .jinja file; null: the tokenizer's chat template"
+        None, description="chat template of conversations: chatml or a .jinja file; null: the tokenizer's"
     )
-    score: Score = Field("answers", description="tokens that count in the loss; of plain text all do")
+    score: Score = Field("answers", description="which tokens count in the loss; in plain text all do")
     too_long: TooLong = Field(
-        "cut", description="what happens to a record that is longer than a sequence: its end is cut, or it is dropped"
+        "cut", description="for a record longer than a sequence: cut its end off, or drop the record"
     )
 
-    def __hash__(self) -> int:  # columns have none
+    def __hash__(self) -> int:  # a dict such as columns has no hash
         return hash(self.model_dump_json())
 
     @property
     def is_text(self) -> bool:
-        """Rows of plain text, as there are where nothing is said of records."""
+        """Whether rows are plain text, which is the default without a setting for records."""
         return self.kind == "text"
 
     @property
@@ -60,12 +60,12 @@ class RecordsConfig(Strict):
 
     @property
     def required(self) -> dict[str, str]:
-        """Keys or columns by field: those that a row must have."""
+        """Key or column of each field that a row must have."""
         return {field: self.columns.get(field, field) for field in FIELDS[self.kind]}
 
     @property
     def optional(self) -> dict[str, str]:
-        """Keys or columns by field: those that a row may lack."""
+        """Key or column of each field that a row may lack."""
         return {field: self.columns.get(field, field) for field in OPTIONAL_FIELDS.get(self.kind, ())}
 
 
@@ -83,25 +83,29 @@ Weight = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 
 class TextSource(Strict):
-    """A source of text with what belongs to it alone."""
+    """A source of text with settings of its own."""
 
-    source: Text = Field(description="a set by name, hub:REPO/PATTERN, an http(s) url, a local path or glob")
-    config: Text | None = Field(None, description="configuration of a set by name; null: its default")
-    split: Text | None = Field(None, description="split of a set by name; null: train or validation, as the setting")
+    source: Text = Field(description="a named set, hub:REPO/PATTERN, an http(s) url, a local path or glob")
+    config: Text | None = Field(None, description="configuration of a named set; null: its default")
+    split: Text | None = Field(
+        None, description="split of a named set; null: train in data.train, validation in data.validation"
+    )
     revision: Text | None = Field(None, description="revision of a source on the hub; null: data.revision")
     data_files: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
-        None, description="pattern or patterns of the files to read of a set by name; null: those of the split"
+        None, description="pattern or patterns of the files to read from a named set; null: the files of the split"
     )
-    text_column: Text | None = Field(None, description="null: data.text_column")
+    text_column: Text | None = Field(None, description="key or column of its text; null: data.text_column")
     records: RecordsConfig | None = Field(None, description="what its rows hold; null: data.records")
-    name: Name | None = Field(None, description="for metrics; null: the last part of the source's own name")
-    weight: Weight = Field(1.0, description="share of the tokens, relative to the other weights of the mixture")
-    max_epochs: Positive | None = Field(None, description="the most times to read it; null: any number")
-    at_max_epochs: Literal["stop", "warn"] = Field("stop", description="what happens before it is read once more")
+    name: Name | None = Field(None, description="name in metrics; null: the last part of source")
+    weight: Weight = Field(1.0, description="share of the tokens, relative to the mixture's other weights")
+    max_epochs: Positive | None = Field(None, description="how often it may be read; null: no limit")
+    at_max_epochs: Literal["stop", "warn"] = Field(
+        "stop", description="what happens before it would be read more often than that"
+    )
 
     @property
     def label(self) -> str:
-        """Its name, or the last part of the source that is no pattern, without suffixes; "" where there is none."""
+        """``name``, or the last part of the source that is not a pattern, without suffixes; "" if there is none."""
         if self.name is not None:
             return self.name
         parts = self.source.partition("?")[0].removeprefix("hub:").split(":")[-1 if "://" in self.source else 0]
@@ -111,19 +115,16 @@ class TextSource(Strict):
 
 
 class MixtureStage(Strict):
-    """From a step on, a mixture has other weights."""
+    """Weights that a mixture has from some step on."""
 
-    from_step: Positive = Field(description="the first optimizer step with these weights, from 1")
-    weights: dict[Name, Weight] = Field(min_length=1, description="the weight of every source of data.train by name")
-
-
-def _is_record(value: Any) -> bool:
-    return isinstance(value, TextSource) or (isinstance(value, Mapping) and "source" in value)
+    from_step: Positive = Field(description="the first optimizer step with these weights; steps count from 1")
+    weights: dict[Name, Weight] = Field(min_length=1, description="the weight of every source in data.train, by name")
 
 
 def _normal(value: Any) -> Any:
-    """A record alone is a list of one, and a text among records is a record."""
-    items = [value] if _is_record(value) else value
+    """Turns a single record into a list, and texts among records into records."""
+    is_record = isinstance(value, TextSource) or (isinstance(value, Mapping) and "source" in value)
+    items = [value] if is_record else value
     if not isinstance(items, list) or not any(isinstance(item, TextSource | Mapping) for item in items):
         return items
     return [{"source": item} if isinstance(item, str) else item for item in items]
@@ -139,7 +140,7 @@ def _kind(value: Any) -> str:
     return "sources" if any(isinstance(item, TextSource | Mapping) for item in value) else "texts"
 
 
-# tags of the members of unions: they stand in pydantic's locations and mean nothing to a user
+# Tags of union members. They appear in pydantic's error locations and mean nothing to a user.
 TAGS = {"text", "texts", "sources", "sets"}
 _Text = Annotated[Text, Tag("text")]
 _Texts = Annotated[list[Text], Field(min_length=1), Tag("texts")]
@@ -155,22 +156,22 @@ _Sets = Annotated[dict[Name, Sources], Field(min_length=1), Tag("sets")]
 SourcesOrSets = Annotated[_Text | _Texts | _Records | _Sets, _ONE_OF, BeforeValidator(_normal)]
 
 
-def as_sources(given: str | Sequence[str | TextSource]) -> list[TextSource]:
-    """Each source as a record, whatever form it was given in."""
-    items = [given] if isinstance(given, str) else given
+def as_sources(sources: str | Sequence[str | TextSource]) -> list[TextSource]:
+    """Every source as a record, whichever form the setting has."""
+    items = [sources] if isinstance(sources, str) else sources
     return [item if isinstance(item, TextSource) else TextSource(source=item) for item in items]
 
 
-def is_mixture(given: object) -> bool:
-    """Whether sources are drawn from by weight: those that are records are; texts alone are one source."""
-    return isinstance(given, Sequence) and any(isinstance(item, TextSource) for item in given)
+def is_mixture(sources: object) -> bool:
+    """Whether sources are mixed by weight: records are; texts without any record count as one source."""
+    return isinstance(sources, Sequence) and any(isinstance(item, TextSource) for item in sources)
 
 
 Given = str | list[str] | list[TextSource] | dict[str, str | list[str] | list[TextSource]]
 
 
 def map_records(given: Given, change: Callable[[TextSource], TextSource]) -> Given:
-    """The same sources with each record changed; texts stay what they are."""
+    """The same sources with ``change`` applied to each record; texts stay unchanged."""
     if isinstance(given, dict):
         return {name: map_records(sources, change) for name, sources in given.items()}  # type: ignore[misc]
     if isinstance(given, list):
@@ -179,7 +180,7 @@ def map_records(given: Given, change: Callable[[TextSource], TextSource]) -> Giv
 
 
 def set_setting(name: str) -> str:
-    """How messages call a set of held-out text; "" is the name of the only one of a setting without names."""
+    """The setting of a held-out set, for messages; ``name`` is "" if the setting has a single set without a name."""
     return f"data.validation.{name}" if name else "data.validation"
 
 
@@ -192,7 +193,7 @@ Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
 
 
 class DataConfig(Strict):
-    """Sources are sets by name (``allenai/c4``), ``hub:REPO/PATTERN``, http(s) urls, local paths and globs.
+    """Sources are named sets (``allenai/c4``), ``hub:REPO/PATTERN``, http(s) urls, local paths and globs.
 
     They hold JSON lines, text, CSV, Parquet or Arrow. A list of records (see ``data.train.N`` below) is a mixture,
     unless ``concatenate`` makes it one text; see docs/data.md.
@@ -200,55 +201,55 @@ class DataConfig(Strict):
 
     train: Sources = Field(description="source or sources of training text; records are mixed by their weights")
     concatenate: bool = Field(
-        False, description="read a list of records as one text, each source once an epoch, and mix by no weights"
+        False, description="read a list of records as one text, each source once per epoch, instead of mixing by weight"
     )
-    stages: list[MixtureStage] = Field([], description="other weights of a mixture from some steps on")
+    stages: list[MixtureStage] = Field([], description="new weights for the mixture, from given steps on")
     validation: SourcesOrSets = Field(
-        description="source or sources of held-out text, or several sets of them by name, scored one by one"
+        description="source or sources of held-out text, or several held-out sets by name, each scored separately"
     )
     revision: Text = Field(
         "main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint"
     )
     commits: dict[AtRevision, Commit] = Field(
-        {}, description="what revisions are, as REPO@REVISION: COMMIT; a run notes here what it has read"
+        {}, description="the commit of each revision, as REPO@REVISION: COMMIT; a run records here what it has read"
     )
     text_column: Text = Field(
-        "text", description="the key of a JSON line, or the column, that holds the text; of sources that name none"
+        "text", description="key of a JSON line, or column, that holds the text, for sources that do not set their own"
     )
     records: RecordsConfig | None = Field(
-        None, description="what rows hold, of sources that do not say it themselves; null: plain text"
+        None, description="what rows hold, for sources that do not set their own; null: plain text"
     )
     packing: Packing | None = Field(
         None,
-        description="stream: rows one after the other, cut where a sequence ends; whole: whole rows, several in a "
-        "sequence; none: one row in each; null: stream for text, whole for records",
+        description="stream: rows follow each other and are cut at the end of a sequence; whole: several whole rows "
+        "per sequence; none: one row per sequence; null: stream for text, whole for records",
     )
     sample_by: SampleBy = Field(
         "paragraph",
-        description="what a document of a .txt file is: a line, a paragraph (blank lines around it) or the whole file",
+        description="what one document of a .txt file is: a line, a paragraph (between blank lines) or the whole file",
     )
     sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = Field(
-        512, description="tokens the model sees per sequence"
+        512, description="tokens per sequence that the model sees"
     )
     lanes: Annotated[int, Field(ge=1, le=65536)] | None = Field(
-        None, description="independent streams; null: the largest power of two <= 64 that divides train.batch_size"
+        None, description="independent data streams; null: the largest power of two <= 64 dividing train.batch_size"
     )
     workers: Annotated[int, Field(ge=0, le=1024)] = Field(
-        1, description="tokenizing worker processes per rank; 0: in the training process"
+        1, description="tokenizing worker processes per rank; 0: tokenize in the training process"
     )
     prefetch_batches: Annotated[int, Field(ge=1, le=10000)] = Field(
-        4, description="global batches each worker prepares ahead"
+        4, description="global batches that each worker prepares in advance"
     )
     shuffle_documents: Positive = Field(
-        1024, description="documents per shuffled block of a lane; 1: in the order of the shard"
+        1024, description="documents per shuffled block of a lane; 1: keep the shard's order"
     )
-    seed: Seed = Field(0, description="seed of shard order and document order")
-    document_mask: bool = Field(False, description="attention does not cross document borders inside a sequence")
+    seed: Seed = Field(0, description="seed of the order of shards and documents")
+    document_mask: bool = Field(False, description="keep attention within each document of a sequence")
     max_line_bytes: Positive = Field(
-        16 * 1024 * 1024, description="a longer line, document or row of text is counted as bad and skipped"
+        16 * 1024 * 1024, description="a longer line, document or row of text counts as bad and is skipped"
     )
     max_bad_fraction: Fraction = Field(
-        0.01, description="stop when more than this fraction of a shard's lines or rows is bad"
+        0.01, description="stop if more than this fraction of a shard's lines or rows is bad"
     )
     timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(
         600.0, description="give up on a source that has failed for this long"
@@ -264,23 +265,23 @@ class DataConfig(Strict):
         return as_sources(self.train)
 
     def records_of(self, source: TextSource) -> RecordsConfig | None:
-        """What the rows of a source hold; None: plain text."""
+        """What the rows of a source hold; None means plain text."""
         return source.records or self.records
 
     def packing_of(self, records: Iterable[RecordsConfig | None]) -> Packing:
-        """How rows that hold these become sequences."""
+        """How rows with these contents are packed into sequences."""
         is_text = all(each is None or each.is_text for each in records)
         return self.packing or ("stream" if is_text else "whole")
 
     def has_whole_answers(self, records: RecordsConfig | None) -> bool:
-        """Whether rows that hold these are answers behind prompts, and none is cut where a sequence ends."""
+        """Whether only the answers in these rows are scored, and none is cut at the end of a sequence."""
         if records is None or records.is_text or records.score == "all":
             return False
         return self.packing_of([records]) != "stream"
 
     @property
     def masks_documents(self) -> bool:
-        """Whether attention in some sequences is told where documents begin."""
+        """Whether some sequences mask attention between documents."""
         return self.masks_documents_of([*self.train_sources, *self.sources("validation")])
 
     def masks_documents_of(self, sources: Iterable[TextSource]) -> bool:
@@ -288,13 +289,13 @@ class DataConfig(Strict):
 
     @property
     def validation_sets(self) -> dict[str, list[TextSource]]:
-        """Sources by the name of their set; without names one set, called ""."""
+        """The sources of each set, by name; without names there is one set, called ""."""
         if isinstance(self.validation, dict):
             return {name: as_sources(sources) for name, sources in self.validation.items()}
         return {"": as_sources(self.validation)}
 
     def sources(self, split: Split) -> list[TextSource]:
-        """All sources of the training or of the held-out text."""
+        """All sources of the training text or of the held-out text."""
         if split == "train":
             return self.train_sources
         return [source for sources in self.validation_sets.values() for source in sources]

@@ -1,4 +1,4 @@
-"""Text, and how it is read, as commands that train no model take it: sources, and settings as ``--data.KEY=VALUE``."""
+"""Data settings for commands that train no model: sources, and ``--data.KEY=VALUE`` flags."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from relora_mora.config.data import DataConfig
 from relora_mora.config.load import ConfigError, put_overrides, validate
 from relora_mora.config.yaml_text import explain_yaml, parse_yaml
 
-# settings of data that these commands take
+# the settings of data that these commands take
 READING = frozenset({"revision", "text_column", "sample_by", "max_line_bytes", "max_bad_fraction", "timeout_seconds"})
 SCORING = READING | {"records", "packing", "sequence_length", "document_mask"}
 
 
-def read_data(given: Mapping[str, Any], overrides: Mapping[str, str], names: Set[str]) -> DataConfig:
-    """Settings of data with those of the command line over them, of which the ``names`` have a use.
+def read_data(settings: Mapping[str, Any], overrides: Mapping[str, str], names: Set[str]) -> DataConfig:
+    """Settings of ``data``, changed by ``overrides`` from the command line, which may set only ``names``.
 
     Raises :class:`ConfigError`.
     """
     check_names(overrides, names)
-    tree = {"data": dict(given), "model": {"config": "none"}, "tokenizer": {"path": "none"}}
+    tree = {"data": dict(settings), "model": {"config": "none"}, "tokenizer": {"path": "none"}}
     faults = put_overrides(tree, overrides)
     return validate({**tree, "train": {"run_dir": "none"}}, "the command line", faults).data
 
 
 def check_names(overrides: Mapping[str, str], names: Set[str]) -> None:
-    """Raises :class:`ConfigError` for settings that are none of ``data``, or not among its ``names``."""
+    """Raises :class:`ConfigError` for settings other than the ``names`` of section ``data``."""
     faults = [
-        f"--{name}: unknown, or of no use here; see --help. Settings that have one: "
+        f"--{name}: unknown, or not used by this command; see --help. It uses: "
         + ", ".join(f"data.{each}" for each in sorted(names))
         for name in overrides
         if not name.startswith("data.") or name.split(".")[1] not in names
@@ -40,10 +40,10 @@ def check_names(overrides: Mapping[str, str], names: Set[str]) -> None:
 
 
 def parse_typed(text: str, flag: str) -> Any:
-    """The value of YAML of a list, a record or a mapping of sets, or else the one source that was typed.
+    """The value of YAML for a list, a record or a mapping of sets; any other text is a single source.
 
-    A glob may begin with a bracket and a range of numbers with a brace: what is no YAML is a source, unless it has
-    keys. Raises :class:`ConfigError`.
+    A glob may begin with a bracket, and a range of numbers with a brace. So text that is not valid YAML is a source
+    unless it has keys. Raises :class:`ConfigError`.
     """
     if not text.startswith(("[", "{")):
         return text

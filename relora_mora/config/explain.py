@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a tree of settings, said to a user; and what of the tree can still be judged."""
+"""Explains pydantic's errors to a user, and finds out which settings can still be checked despite them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Location = tuple[int | str, ...]
 
 
 def explain(error: ValidationError) -> list[str]:
-    """One line for each setting that is wrong: what was given, what was expected, what the setting means."""
+    """One line for each wrong setting: what was given, what was expected, what the setting means."""
     messages: dict[str, list[ErrorDetails]] = {}
     for item in error.errors():
         messages.setdefault(_setting(item["loc"]), []).append(item)
@@ -25,7 +25,7 @@ def explain(error: ValidationError) -> list[str]:
 
 
 def doubtful(error: ValidationError) -> set[str]:
-    """Settings of which nothing can be said, because their value is wrong, missing or, most likely, misspelt.
+    """The settings that cannot be checked further, because they are wrong, missing or probably misspelled.
 
     A whole section is named without a dot.
     """
@@ -40,7 +40,10 @@ def doubtful(error: ValidationError) -> set[str]:
 
 
 def substitute_defaults(tree: Mapping[str, Any], error: ValidationError) -> Config | None:
-    """The settings with a default (or placeholder) for each faulty one, so that the others can be checked."""
+    """The settings with a default (or placeholder) for each faulty one, so that the others can be checked.
+
+    None if that is not possible.
+    """
     pruned: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
     for item in error.errors():
         section, *rest = item["loc"]
@@ -66,21 +69,20 @@ def substitute_defaults(tree: Mapping[str, Any], error: ValidationError) -> Conf
 def _explain(items: list[ErrorDetails]) -> str:
     location = items[0]["loc"]
     kind = items[0]["type"]
-    given = items[0]["input"]
     if kind == "extra_forbidden":
         near = _nearest(location)
         known = _fields_at(location)
         return "unknown" + (f"; did you mean {near}?" if near else f"; known here: {', '.join(known)}" if known else "")
     if kind == "missing":
         return f"must be given{_description(location)}"
-    shown = redact(repr(given))  # before it is cut: a piece of a token would not be found
+    shown = redact(repr(items[0]["input"]))  # before it is cut, because a piece of a token would not be recognized
     shown = shown if len(shown) < 80 else shown[:77] + "..."
-    wanted = " or ".join(dict.fromkeys(map(_wanted, items)))
-    return f"got {shown}; {wanted}{_description(location)}"
+    expected = " or ".join(dict.fromkeys(map(_expected, items)))
+    return f"got {shown}; {expected}{_description(location)}"
 
 
-def _wanted(item: ErrorDetails) -> str:
-    if item["type"] == "model_type":  # pydantic's own words name a class of ours
+def _expected(item: ErrorDetails) -> str:
+    if item["type"] == "model_type":  # pydantic's message names an internal class
         return "input should be names and values"
     if item["type"] == "int_type" and isinstance(item["input"], float) and item["input"].is_integer():
         return f"write {item['input']:.0f}"
@@ -88,34 +90,30 @@ def _wanted(item: ErrorDetails) -> str:
 
 
 def _setting(location: Location) -> str:
-    """The dotted name; the tags that pydantic adds for the members of a union are no part of it."""
-    return ".".join(map(str, _plain(location)))
-
-
-def _plain(location: Location) -> Location:
-    """The keys and numbers that lead to a value in a tree of settings."""
-    section, *rest = location
-    below = rest[1:]
+    """The dotted name of a setting, without the tags that pydantic adds for the members of a union."""
+    inner = location[2:]
     if _record_at(location[:2]) is None:
-        return (section, *rest[:1], *(part for part in below if isinstance(part, int)))
-    return (section, *rest[:1], *(part for part in below if part not in {*TAGS, "[key]"}))
+        parts = [part for part in inner if isinstance(part, int)]
+    else:
+        parts = [part for part in inner if part not in {*TAGS, "[key]"}]
+    return ".".join(map(str, [*location[:2], *parts]))
 
 
 def _record_at(location: Location) -> type[BaseModel] | None:
-    """The model of the records in a setting's list, where it holds any."""
+    """The model of the records that a setting holds; None if it holds none."""
     field = _model_fields(location[:-1]).get(str(location[-1])) if location else None
     return None if field is None else model_in(field.annotation)
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:
-    """The first model inside the type of a setting."""
+    """The first pydantic model inside a setting's type; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(model_in, get_args(annotation))), None)
 
 
 def _model_fields(location: Location) -> dict[str, Any]:
-    """The settings of a section; of the top where the location is empty."""
+    """The settings of a section; for an empty location, the sections."""
     fields: dict[str, Any] = Config.model_fields
     for part in location:
         annotation = fields[str(part)].annotation if str(part) in fields else None
@@ -126,11 +124,11 @@ def _model_fields(location: Location) -> dict[str, Any]:
 
 
 def _fields_at(location: Location) -> dict[str, Any]:
-    """The names that are known where a location's last part stands, with what is known of them."""
+    """The valid names at the level of a location's last part, with their fields."""
     if len(location) <= 2:
         return dict(_model_fields(location[:-1]))
     record = _record_at(location[:2])
-    for part in location[2:-1]:  # a record inside of another one; numbers and tags lead nowhere
+    for part in location[2:-1]:  # a record inside another one; numbers and tags have no field
         field = record.model_fields.get(str(part)) if record is not None else None
         record = record if field is None else model_in(field.annotation)
     return {} if record is None else dict(record.model_fields)

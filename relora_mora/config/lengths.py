@@ -1,4 +1,4 @@
-"""The length of a run and of its warmup: each is given in one of several ways, and is a number of steps in the end."""
+"""The length of a run and of its warmup: each can be given in several ways, and becomes a number of steps."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from relora_mora.config.schema import Config
 
 Section = TypeVar("Section", bound=BaseModel)
 
-# settings that say the same in different ways, by their section; the first is what the others become
+# settings that give the same length in different ways, by section; the others are converted to the first
 ALTERNATIVES = {"train": ("steps", "tokens", "epochs"), "optim": ("warmup_steps", "warmup_fraction")}
 
 
 def without_nulls(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``train.steps: null`` takes back the steps of a file, in favour of tokens or epochs; warmup likewise."""
+    """Drops ``train.steps: null``, which makes room for tokens or epochs, and likewise for the warmup."""
     for section, (steps, *_) in ALTERNATIVES.items():
-        given = tree.get(section)
-        if isinstance(given, dict) and given.get(steps, 0) is None:
-            tree = {**tree, section: {key: value for key, value in given.items() if key != steps}}
+        values = tree.get(section)
+        if isinstance(values, dict) and values.get(steps, 0) is None:
+            tree = {**tree, section: {key: value for key, value in values.items() if key != steps}}
     return tree
 
 
 def without_replaced(tree: Mapping[str, Any], overridden: Set[str]) -> dict[str, Any]:
-    """Without a file's length, and warmup, where the command line (``overridden``) has the same in another way.
+    """Drops a file's length, or warmup, if the command line (``overridden``) gives it in another way.
 
-    A null there takes nothing back but itself.
+    A null on the command line removes only its own setting.
     """
     result = dict(tree)
     for section, names in ALTERNATIVES.items():
-        given = tree.get(section)
-        if not isinstance(given, dict):
+        values = tree.get(section)
+        if not isinstance(values, dict):
             continue
         here = {name for name in names if f"{section}.{name}" in overridden}
-        if any(given.get(name) is not None for name in here):
-            result[section] = {key: value for key, value in given.items() if key not in names or key in here}
+        if any(values.get(name) is not None for name in here):
+            result[section] = {key: value for key, value in values.items() if key not in names or key in here}
     return result
 
 
 def with_steps(config: Config) -> Config:
-    """With the steps that ``train.tokens`` and ``optim.warmup_fraction`` are, which stay beside them.
+    """Sets the steps that follow from ``train.tokens`` and ``optim.warmup_fraction``, and keeps these two.
 
-    Without ``train.epochs``, of which nothing is known before the text has been counted.
+    ``train.epochs`` is left alone, because its steps are unknown until the text has been counted.
     """
     if config.train.tokens is not None:
         steps = -(-config.train.tokens // config.tokens_per_step)
@@ -56,21 +56,21 @@ def with_steps(config: Config) -> Config:
 
 
 def settled(config: Config) -> Config:
-    """Without tokens and fraction, whose place steps have taken."""
+    """Drops tokens and fraction, which steps have replaced."""
     fraction = config.optim.warmup_fraction if config.train.epochs is not None else None
     train = _derived(config.train, tokens=None)
     return config.model_copy(update={"train": train, "optim": _derived(config.optim, warmup_fraction=fraction)})
 
 
 def with_counted_epochs(config: Config, tokens: float) -> Config:
-    """With the steps that ``train.epochs`` are, which have so many tokens in all, and with those of its warmup."""
+    """Sets the steps of ``train.epochs``, given that all epochs together have ``tokens``, and those of the warmup."""
     steps = math.ceil(tokens / config.tokens_per_step)
     train = config.train.model_copy(update={"steps": steps, "epochs": None})
     return settled(with_steps(config.model_copy(update={"train": train})))
 
 
 def tree_of(config: Config) -> dict[str, Any]:
-    """The settings as plain values that are read back to the same settings: each length in the way it was given."""
+    """The settings as plain values that read back to the same settings; each length keeps the form it was given in."""
     tree = config.model_dump()
     for section, (steps, *others) in ALTERNATIVES.items():
         if any(tree[section][name] is not None for name in others):
@@ -79,5 +79,5 @@ def tree_of(config: Config) -> dict[str, Any]:
 
 
 def _derived(section: Section, **values: Any) -> Section:
-    """A copy with other values, which do not count among what was given."""
+    """A copy with other values, which pydantic does not count as set by the user."""
     return section.model_construct(_fields_set=section.model_fields_set, **dict(section) | values)

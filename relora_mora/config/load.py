@@ -1,4 +1,4 @@
-"""Reads the settings of a run: defaults, YAML file, then ``--section.key=value``. All faults are reported at once."""
+"""Reads a run's settings: defaults, YAML file, then ``--section.key=value``. All faults are reported together."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from relora_mora.config.yaml_text import MOST_CHARACTERS, dump_yaml, explain_yam
 from relora_mora.system.files import from_home
 from relora_mora.system.logs import counted
 
-# rank, operator 6, rate, warmup, batch and epochs are those of the release for mathematics (github.com/kongds/MoRA)
+# rank, operator 6, lr, warmup, batch size and epochs come from the release's mathematics run (github.com/kongds/MoRA)
 FINETUNING: dict[str, dict[str, Any]] = {
     "method": {
         "name": "mora",
         "rank": 8,
-        "square_multiple": 2,  # operator 6 turns pairs
+        "square_multiple": 2,  # operator 6 rotates pairs
         "operators": [6, 1],
         "train_embeddings": False,
         "train_norms": False,
@@ -46,37 +46,37 @@ FINETUNING: dict[str, dict[str, Any]] = {
 
 
 def with_defaults(tree: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A tree of settings with others below it.
+    """A tree of settings, with defaults for those that it lacks.
 
-    A default is left out where the tree says the same in another way (steps for epochs), or where the tree's method
-    does not use it.
+    A default is left out if the tree gives the same in another way (steps for epochs), or if the tree's method does not
+    use it.
     """
-    given = tree.get("method")
-    method = METHODS.get(str(given.get("name"))) if isinstance(given, dict) else None
+    section_method = tree.get("method")
+    method = METHODS.get(str(section_method.get("name"))) if isinstance(section_method, dict) else None
     unused = settings_of_others(METHODS, method)
     result = dict(tree)
     for section, values in defaults.items():
         own = tree.get(section) or {}
         if not isinstance(own, dict):
-            continue  # a fault, which is told as such
+            continue  # a fault, which is reported later
         alternatives = ALTERNATIVES.get(section, ())
-        said = any(own.get(key) is not None for key in alternatives)
-        below = {
+        has_length = any(own.get(key) is not None for key in alternatives)
+        added = {
             key: value
             for key, value in values.items()
-            if f"{section}.{key}" not in unused and not (said and key in alternatives)
+            if f"{section}.{key}" not in unused and not (has_length and key in alternatives)
         }
-        result[section] = {**below, **own}
+        result[section] = {**added, **own}
     return result
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be used. ``faults`` lists every one with its remedy; none repeats a token or password."""
+    """Settings that cannot be used. ``faults`` has one message with a remedy each; none repeats a token or password."""
 
-    same_on_host = True  # before the ranks have met, the first one of each host says it
+    same_on_host = True  # raised before the ranks have met; the first rank of each host shows it
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str], str]]:
-        return type(self), (self.faults, self.source)  # it travels between ranks
+        return type(self), (self.faults, self.source)  # the error is sent between ranks
 
     def __init__(self, faults: list[str], source: str) -> None:
         self.faults = [redact(fault) for fault in faults]
@@ -93,30 +93,35 @@ def load_config(
 ) -> Config:
     """The settings of a run.
 
-    ``overrides`` maps dotted names to YAML text; ``defaults`` hold where neither file nor overrides say anything, by
-    section, before those of the schema. ``model.config``, ``tokenizer.path`` and templates of records that do not exist
-    below the current folder are looked for beside the file; ``~`` at the front of a path is the home folder. Raises
-    :class:`ConfigError` with every fault found.
+    ``overrides`` maps dotted names to YAML text. ``defaults`` (by section) apply to settings that neither the file nor
+    the overrides set, and take precedence over the schema's defaults. If ``model.config``, ``tokenizer.path`` or a
+    template of records does not exist relative to the current folder, it is taken relative to the file. A leading ``~``
+    of a path is the home folder. Raises :class:`ConfigError` with all faults.
     """
     return config_of(read_tree(path), path, overrides, world_size, defaults)
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """What a file of settings holds, by section; raises :class:`ConfigError` where it cannot be read."""
+    """The content of a settings file, by section; raises :class:`ConfigError` if it cannot be read."""
     path = Path(from_home(str(path)))
     try:
         with path.open(encoding="utf-8") as stream:
-            return _as_tree(parse_yaml(stream.read(MOST_CHARACTERS + 1)))
+            tree = parse_yaml(stream.read(MOST_CHARACTERS + 1))
+        if tree is None:
+            return {}
+        if isinstance(tree, dict):
+            return tree
+        fault = f"it holds a {type(tree).__name__}, expected sections such as `train:`"
     except OSError as error:
-        found = (
+        fault = (
             f"cannot read it ({error.strerror}); give the path of a YAML file such as configs/run/tiny_remora.yaml"
             + relative_to(path)
         )
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        found = f"it is not YAML: {explain_yaml(error)}"
-    except ValueError as error:
-        found = str(error)
-    raise ConfigError([found], str(path))
+        fault = f"it is not YAML: {explain_yaml(error)}"
+    except ValueError as error:  # a path that no file can have
+        fault = str(error)
+    raise ConfigError([fault], str(path))
 
 
 def config_of(
@@ -126,26 +131,29 @@ def config_of(
     world_size: int | None = None,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
-    """:func:`load_config` of a file whose content is known."""
+    """Like :func:`load_config`, for a file that has been read."""
     path = Path(from_home(str(path)))
     tree = dict(tree)
-    found = put_overrides(tree, overrides or {})
+    override_faults = put_overrides(tree, overrides or {})
     tree = without_replaced(tree, set(overrides or {}))
     tree = with_defaults(tree, defaults or {})
     source = f"{path} and the command line" if overrides else str(path)
-    config = validate(tree, source, found, world_size)
+    config = validate(tree, source, override_faults, world_size)
     return _resolve_paths(config, path.parent)
 
 
 def relative_to(path: Path) -> str:
-    """For messages about a file that is not there: where a relative path starts."""
+    """An addition to messages about a missing file: the folder in which a relative path starts."""
     return "" if path.is_absolute() else f" (relative paths start from the current folder, {Path.cwd()})"
 
 
 def validate(
     tree: Mapping[str, Any], source: str, found: list[str] | None = None, world_size: int | None = None
 ) -> Config:
-    """The settings of a parsed tree; raises :class:`ConfigError` with the faults ``found`` before and all others."""
+    """The settings of a parsed tree.
+
+    Raises :class:`ConfigError` with the faults already ``found`` and all others.
+    """
     found = [*(found or []), *map(str, secret_faults(tree))]
     unknown: set[str] = set()
     config: Config | None
@@ -166,7 +174,7 @@ def validate(
                 unknown.add("optim.warmup_steps")
         config = with_steps(config)
     for fault in faults(config, world_size) if config is not None else ():
-        # a fault that rests on a setting which is itself wrong would be about a default that nobody asked for
+        # a fault that involves a setting with a wrong value would be about its default, which nobody asked for
         if not unknown.intersection({*fault.settings, *(name.split(".")[0] for name in fault.settings)}):
             found.append(str(fault))
     if found or config is None:
@@ -175,9 +183,9 @@ def validate(
 
 
 def stored_config(tree: Mapping[str, Any], source: str) -> Config:
-    """The settings that a checkpoint was made with; raises :class:`ConfigError` for such as this version lacks.
+    """The settings stored in a checkpoint; raises :class:`ConfigError` for settings that this version lacks.
 
-    Whether a run can have them was looked at when it began, and may be another question by now.
+    Combinations are not checked again: they were checked when the run began, and the checks may have changed since.
     """
     try:
         return Config.model_validate(tree)
@@ -186,15 +194,15 @@ def stored_config(tree: Mapping[str, Any], source: str) -> Config:
 
 
 def with_epochs(config: Config, tokens: float, world_size: int) -> Config:
-    """With the steps that ``train.epochs`` are, which have so many tokens in all.
+    """The settings with steps for ``train.epochs``, given that all epochs together have ``tokens``.
 
-    Raises :class:`ConfigError` where other settings do not fit a run of this length.
+    Raises :class:`ConfigError` if other settings do not fit a run of this length.
     """
     config = with_counted_epochs(config, tokens)
     found = [str(fault) for fault in faults(config, world_size)]
     if found:
         steps = counted(config.train.steps, "step")
-        raise ConfigError(found, f"the settings, with {steps} for {tokens:,.0f} tokens of all epochs")
+        raise ConfigError(found, f"the settings, with {steps} for the {tokens:,.0f} tokens of all epochs")
     return config
 
 
@@ -203,54 +211,41 @@ def dump(config: Config) -> str:
     return dump_yaml(tree_of(config))
 
 
-def _as_tree(value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__}, expected sections such as `train:`")
-    return value
-
-
 def put_overrides(tree: dict[str, Any], overrides: Mapping[str, str]) -> list[str]:
-    """Puts ``section.key`` of the command line into a tree of settings; returns what is wrong with them."""
-    # a whole section or set before what is in it
+    """Puts ``section.key`` of the command line into a tree of settings; returns the faults."""
+    # a whole section or set comes before its parts
     ordered = sorted(overrides.items(), key=lambda override: override[0].count("."))
     return list(filter(None, [_override(tree, name, text) for name, text in ordered]))
 
 
 def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
-    """Puts one override into the tree; returns what is wrong with it."""
+    """Puts one override into the tree; returns its fault, if any."""
     section, *keys = name.split(".")
     if not keys or not all(keys):
         return f"--{name}: not a setting; settings have the form --section.key=value, e.g. --train.steps=100"
     if text == "":
-        return f"--{name}: is empty; give a value, or null"
+        return f"--{name}: empty; give a value, or null"
     try:
         value = parse_yaml(text) if isinstance(text, str) else text
     except yaml.YAMLError as error:
         return (
             f"--{name}={text}: not YAML: {explain_yaml(error)}; give text with special characters as --{name}='\"...\"'"
         )
-    if isinstance(value, str) and _has_comment(text, value):
-        return f"--{name}={text}: YAML takes what follows ' #' for a comment; give such text as --{name}='\"...\"'"
+    plain = re.sub(r"^[!&]\S*\s+", "", text.strip()) if isinstance(value, str) else ""  # without a tag or an anchor
+    if " #" in plain and value != plain and plain[0] not in "'\"|>":  # not quoted and not a block
+        return f"--{name}={text}: in YAML, ' #' begins a comment; give such text as --{name}='\"...\"'"
     node = tree
     for key in [section, *keys[:-1]]:
         inner = node.get(key)
         if inner is not None and not isinstance(inner, dict):
-            return f"--{name}: {key} is {inner!r} in the file, which has no keys below it"
-        node[key] = dict(inner or {})  # an alias elsewhere in the file may stand for the same
+            return f"--{name}: {key} is {inner!r} in the file, so it has no keys; set --{key} as a whole"
+        node[key] = dict(inner or {})  # a copy, because an alias elsewhere in the file may refer to the same dict
         node = node[key]
     node[keys[-1]] = value
     return None
 
 
-def _has_comment(text: str, value: str) -> bool:
-    """Whether a plain text, which is not in quotes and no block, goes on behind its ``value`` in YAML."""
-    text = re.sub(r"^[!&]\S*\s+", "", text.strip())  # without a tag or an anchor
-    return text[:1] not in ("'", '"', "|", ">") and " #" in text and value != text
-
-
-def _resolve_paths(config: Config, beside: Path) -> Config:
+def _resolve_paths(config: Config, folder: Path) -> Config:
     def home(value: str | None) -> str | None:
         return None if value is None else from_home(value)
 
@@ -258,12 +253,12 @@ def _resolve_paths(config: Config, beside: Path) -> Config:
         value = home(value)
         if value is None or _exists(Path(value)):
             return value
-        return str(beside / value) if _exists(beside / value) else value
+        return str(folder / value) if _exists(folder / value) else value
 
-    def resolve_template(held: RecordsConfig | None) -> RecordsConfig | None:
-        if held is None or held.template in (None, CHATML):
-            return held
-        return held.model_copy(update={"template": resolve(held.template)})
+    def resolve_template(records: RecordsConfig | None) -> RecordsConfig | None:
+        if records is None or records.template in (None, CHATML):
+            return records
+        return records.model_copy(update={"template": resolve(records.template)})
 
     def resolve_source(source: TextSource) -> TextSource:
         return source.model_copy(update={"records": resolve_template(source.records)})
@@ -290,5 +285,5 @@ def _resolve_paths(config: Config, beside: Path) -> Config:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name that is too long, or that no file can have
+    except (OSError, ValueError):  # the name is too long, or no file can have it
         return False

@@ -1,7 +1,7 @@
-"""What methods, operators and optimizers there are, one record each, and the names of schedules.
+"""All methods, operators and optimizers, one record each, and the names of the schedules.
 
-Settings are checked against these records before anything slow is imported, so this module imports nothing of the
-package. A record names its code as ``package.module:object``, and that is imported when a model is built.
+Settings are checked against these records before anything slow is imported, so this module imports nothing from the
+package. A record names its code as ``package.module:object``, which is imported when a model is built.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ PROJECTION_SETTINGS = ("optim.projection_rank", "optim.projection_every", "optim
 
 @dataclass(frozen=True)
 class Adapter:
-    """What trains beside a frozen weight.
+    """A kind of adapter, which trains next to a frozen weight.
 
-    ``layer`` is a subclass of :class:`AdapterLinear`, which holds the arithmetic, the memory
-    and the number of parameters. ``settings`` are those that not every adapter uses. ``has_square``: it has a square
+    ``layer`` names a subclass of :class:`AdapterLinear`, which defines the arithmetic, the memory and the number of
+    parameters. ``settings`` lists the settings that not every adapter uses. ``has_square``: the adapter is a square
     matrix between the operators of ``method.operators``.
     """
 
@@ -54,9 +54,9 @@ MORA = Adapter(
 
 @dataclass(frozen=True)
 class Method:
-    """A value of ``method.name``. Without an adapter every weight trains; ``merges``: adapters go into the weights.
+    """A value of ``method.name``. Without an adapter, every weight trains.
 
-    ``title`` is what papers call it.
+    ``title`` is its name in papers. ``merges``: adapters are periodically merged into the weights.
     """
 
     name: str
@@ -67,15 +67,15 @@ class Method:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The settings it uses, of those that some methods do not use."""
-        of_adapter = () if self.adapter is None else ADAPTER_SETTINGS + self.adapter.settings
-        return of_adapter + (MERGE_SETTINGS if self.merges else ())
+        """The settings that this method uses and some other method does not."""
+        adapter_settings = () if self.adapter is None else ADAPTER_SETTINGS + self.adapter.settings
+        return adapter_settings + (MERGE_SETTINGS if self.merges else ())
 
     @property
     def without_merges(self) -> str:
-        """The name of the method that has the same adapter and never merges, or else has none."""
-        alike = (other.name for other in METHODS.values() if other.adapter is self.adapter and not other.merges)
-        return next(alike, "full")
+        """The name of the method with the same adapter that never merges; "full" if there is none."""
+        names = (other.name for other in METHODS.values() if other.adapter is self.adapter and not other.merges)
+        return next(names, "full")
 
 
 METHODS = {
@@ -94,10 +94,9 @@ METHODS = {
 class OperatorType:
     """A value of ``method.operators``: a pair of maps C and D (docs/method.md).
 
-    ``code`` makes a :class:`relora_mora.operators.Operator` of (mora type, in, out, R, *groupings), where ``groupings``
-    are names of functions in ``relora_mora.kernels.grouping``. ``even_size``: R must be even. ``drawn``: it is another
-    operator after every merge, and takes a :class:`relora_mora.operators.Draw` as well. ``method.reset: carry`` needs
-    groupings.
+    ``code`` builds a :class:`relora_mora.operators.Operator` from (MoRA type, in, out, R, *groupings); ``groupings``
+    names functions in ``relora_mora.kernels.grouping``, which ``method.reset: carry`` needs. ``even_size``: R must be
+    even. ``drawn``: every merge draws a new operator, so it also takes a :class:`relora_mora.operators.Draw`.
     """
 
     code: str
@@ -110,7 +109,7 @@ def _grouped(inputs: str, outputs: str) -> OperatorType:
     return OperatorType("relora_mora.operators:GroupingOperator", (inputs, outputs))
 
 
-# the numbers up to 6 are those of the released code (kongds/MoRA)
+# numbers up to 6 are the released code's (kongds/MoRA)
 OPERATORS = {
     1: _grouped("wrapped_interleaved", "interleaved"),
     2: _grouped("contiguous", "contiguous"),
@@ -122,18 +121,18 @@ OPERATORS = {
 
 
 def is_drawn(operator: int | None) -> bool:
-    """Whether every merge draws this operator anew."""
+    """Whether every merge draws this operator again."""
     return operator is not None and OPERATORS[operator].drawn
 
 
 @dataclass(frozen=True)
 class MatrixOptimizer:
-    """A value of ``optim.matrices``: what trains the decoder's linears or their adapters. AdamW trains all else.
+    """A value of ``optim.matrices``: the optimizer of the decoder's linears or their adapters. AdamW trains the rest.
 
-    ``title`` is what papers call it. ``moments`` are the names of its state that has one value of each for every
-    element; of whole matrices a rule may keep more. ``rule`` makes a :class:`relora_mora.optim.rules.MatrixRule` of the
-    settings of ``optim``; None for AdamW. ``settings`` are those that not all use. ``is_slow``: a step may take
-    minutes, which the watchdog is told.
+    ``title`` is its name in papers. ``moments`` names its element-wise state tensors; a rule may also keep state per
+    matrix. ``rule`` builds a :class:`relora_mora.optim.rules.MatrixRule` from the settings in ``optim``; None for
+    AdamW. ``settings`` lists the settings that not every optimizer uses. ``is_slow``: a step may take minutes, so the
+    watchdog allows for it.
     """
 
     name: str
@@ -151,7 +150,7 @@ MATRIX_OPTIMIZERS = {
         MatrixOptimizer(
             "muon", "Muon", ("momentum",), "relora_mora.optim.muon:Muon", ("optim.momentum", "optim.nesterov")
         ),
-        # a renewal of their projections takes the singular vectors of every matrix
+        # a new projection takes the singular vectors of every matrix
         MatrixOptimizer(
             "galore", "GaLore", (), "relora_mora.optim.projected:GaLore", PROJECTION_SETTINGS, is_slow=True
         ),
@@ -164,6 +163,6 @@ MATRIX_OPTIMIZERS = {
 def settings_of_others(
     records: Mapping[str, Method] | Mapping[str, MatrixOptimizer], own: Method | MatrixOptimizer | None
 ) -> set[str]:
-    """Those that some of the records use and not this one; where None is known, none."""
+    """The settings that some of the records use, but not ``own``; empty if ``own`` is None."""
     used = {setting for record in records.values() for setting in record.settings}
     return set() if own is None else used.difference(own.settings)

@@ -1,6 +1,6 @@
-"""The typed settings of a run. Units stand in the names; every default is what a user of the paper's method wants.
+"""The typed settings of a run. Names carry units, and every default is what a user of the paper's method wants.
 
-``Strict`` refuses unknown keys and wrong types. What involves more than one setting is in ``checks``.
+``Strict`` refuses unknown keys and wrong types. Checks that involve several settings are in ``checks``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     MatrixOptimizerName = str
     MethodName = str
     MoraType = int
-else:  # a type checker takes no choices that are known at run time only
+else:  # a type checker does not accept choices that are known only at run time
     MatrixOptimizerName = Literal[tuple(MATRIX_OPTIMIZERS)]
     MethodName = Literal[tuple(METHODS)]
     MoraType = Literal[tuple(OPERATORS)]
@@ -41,45 +41,45 @@ DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 
 class ModelConfig(Strict):
-    """The model. ``config`` is a config of transformers in JSON, ``overrides`` replaces keys of it."""
+    """The model. ``config`` is a transformers config in JSON, and ``overrides`` replaces some of its keys."""
 
     config: Text | None = Field(
         None,
-        description="a LlamaConfig JSON file (or that of a Mistral, Qwen2 or Qwen3), in the current folder or else "
-        "beside this file; null: the config of init_from",
+        description="a LlamaConfig JSON file (or a Mistral, Qwen2 or Qwen3 config), relative to the current folder "
+        "or else to this YAML file; null: the config of init_from",
     )
     overrides: dict[str, Any] = Field({}, description="keys of that config to replace, e.g. {hidden_size: 256}")
     init_from: Text | None = Field(
         None,
-        description="the weights to begin with: a Hugging Face folder of the LLaMA family, or a checkpoint or run "
-        "folder of any method",
+        description="the initial weights: a Hugging Face folder of the LLaMA family, or a checkpoint or run folder "
+        "of any method",
     )
     adapter: Text | None = Field(
         None,
-        description="start values of the adapters, trained on the model in init_from: a folder in the layout of PEFT "
-        "or of the released MoRA",
+        description="the initial adapters, which were trained on the model in init_from: a folder in the layout of "
+        "PEFT or of the released MoRA code",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="attention implementation of transformers"
+        "sdpa", description="transformers' attention implementation"
     )
     activation_checkpointing: bool = Field(
-        False, description="recompute each decoder layer in backward instead of keeping its activations"
+        False, description="recompute each decoder layer in the backward pass instead of keeping its activations"
     )
     compile: bool | Literal["auto"] = Field(
-        "auto", description="torch.compile for the decoder layers, on ZeRO 0-2; auto: on GPUs; see docs/performance.md"
+        "auto", description="torch.compile the decoder layers, on ZeRO 0-2; auto: on GPUs; see docs/performance.md"
     )
 
 
 class TokenizerConfig(Strict):
     path: Text | None = Field(
         None,
-        description="a folder that holds tokenizer.model, a sentencepiece .model file, "
-        "or a Hugging Face tokenizer folder; null: the tokenizer of model.init_from",
+        description="a folder with tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder; "
+        "null: the tokenizer of model.init_from",
     )
 
 
 class MethodConfig(Strict):
-    """What is trained. ``full`` trains the weights; the others freeze the decoder's linears and train adapters."""
+    """What trains. ``full`` trains all weights; the other methods freeze the decoder's linears and train adapters."""
 
     name: MethodName = Field(
         "remora", description=", ".join(f"{m.name} ({m.note})" if m.note else m.name for m in METHODS.values())
@@ -88,15 +88,16 @@ class MethodConfig(Strict):
         128, description="LoRA's rank r; MoRA's square has as many parameters: R = floor(sqrt((in + out) r))"
     )
     rank_pattern: dict[str, Positive] = Field(
-        {}, description="ranks of projections that have another, e.g. {down_proj: 64}"
+        {}, description="ranks that differ from rank, by projection, e.g. {down_proj: 64}"
     )
-    square_size: Positive | None = Field(None, description="R of every layer; null: from rank")
+    square_size: Positive | None = Field(None, description="R of every layer; null: R follows from rank")
     square_rounding: Literal["down", "nearest"] = Field(
-        "down", description="how R comes from rank; nearest: as in the released code, also above LoRA's parameters"
+        "down",
+        description="how R is rounded; nearest: as in the released code, which may exceed LoRA's parameter count",
     )
-    square_multiple: Positive = Field(1, description="round R down to a multiple (8, 16, 32 suit matrix units)")
+    square_multiple: Positive = Field(1, description="round R down to a multiple of this (8, 16, 32 suit matrix units)")
     operators: list[MoraType] = Field(
-        [1, 2], min_length=1, description="mora types: mora uses the first, remora cycles through all"
+        [1, 2], min_length=1, description="MoRA types: mora uses the first, remora cycles through all"
     )
     lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = Field(
         None, description="LoRA's scale is alpha / r; null: alpha = r"
@@ -106,36 +107,40 @@ class MethodConfig(Strict):
     )
     train_linears: bool | None = Field(
         None,
-        description="train linears of the decoder that have no adapter; null: where embeddings, norms or head train",
+        description="train the decoder's linears that have no adapter; null: if embeddings, norms or head train",
     )
     train_embeddings: bool = Field(True, description="train the input embeddings")
-    train_norms: bool = Field(True, description="train the norms, and biases where the model has them")
+    train_norms: bool = Field(True, description="train the norms, and the biases if the model has any")
     train_head: bool = Field(True, description="train the output head")
     form: Literal["auto", "merged", "resident", "decoupled"] = Field(
-        "auto", description="how an adapter layer computes: see docs/method.md"
+        "auto", description="how an adapter layer computes its output: see docs/method.md"
     )
     dropout: Decay = Field(
         0.0,
-        description="of an adapter's input, as in LoRA; the layers then train in the decoupled form; 0: none",
+        description="dropout of an adapter's input, as in LoRA; it makes layers train in the decoupled form; 0: none",
     )
     merge_every: Positive = Field(
         2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
     )
-    merge_until_step: Positive | None = Field(None, description="the last step that may merge; null: all but the last")
+    merge_until_step: Positive | None = Field(
+        None, description="no merge after this step; null: all steps but the last may merge"
+    )
     reset: Literal["full", "magnitude", "random", "none", "carry"] = Field(
         "full",
-        description="what a merge does to the adapters' optimizer state, see docs/method.md; carry goes with "
+        description="what a merge does to the adapters' optimizer state: see docs/method.md; use carry together with "
         "optim.restart_warmup_steps=0",
     )
-    reset_ratio: Fraction = Field(0.9, description="fraction of the state that magnitude and random set to zero")
+    reset_ratio: Fraction = Field(
+        0.9, description="fraction of the optimizer state that magnitude and random set to zero"
+    )
 
     @property
     def record(self) -> Method:
-        """What is known of the method."""
+        """The method's record in the registry."""
         return METHODS[self.name]
 
     def of(self, projection: str) -> Self:
-        """The settings for the layers of one kind of projection, such as ``q_proj``."""
+        """The settings for the layers of one projection, such as ``q_proj``."""
         return self.model_copy(update={"rank": self.rank_pattern.get(projection, self.rank)})
 
     @property
@@ -148,7 +153,7 @@ class MethodConfig(Strict):
 
     @property
     def trains_linears(self) -> bool:
-        """Whether linears of the decoder that have no adapter train."""
+        """Whether the decoder's linears without an adapter train."""
         if not self.uses_adapters:
             return True
         if self.train_linears is not None:
@@ -161,31 +166,33 @@ class MethodConfig(Strict):
 
     @property
     def cycle(self) -> tuple[int, ...]:
-        """The operators in the order in which merges switch to them; without merges the first, without squares none."""
+        """The operators in the order of the merges: only the first one without merges, none without square matrices."""
         if not self.uses_squares:
             return ()
         return tuple(self.operators if self.merges else self.operators[:1])
 
 
 class OptimConfig(Strict):
-    """One peak rate for linears or their adapters and one for embeddings, norms and head, which AdamW trains."""
+    """The optimizer. The linears or their adapters have one peak learning rate; embeddings, norms and head another.
 
-    lr: Rate = Field(5e-4, description="peak rate of the decoder's linears (full) or adapters (others)")
+    AdamW trains embeddings, norms and head.
+    """
+
+    lr: Rate = Field(5e-4, description="peak learning rate of the decoder's linears (full) or adapters (other methods)")
     lr_other: Rate | None = Field(
         None,
-        description="peak rate of embeddings, norms and head, and of linears beside those with adapters; null: as lr",
+        description="peak learning rate of embeddings, norms and head, and of linears without an adapter (other "
+        "methods); null: as lr",
     )
     matrices: MatrixOptimizerName = Field(
-        "adamw", description="optimizer of the decoder's linears (full) or adapters (others): see docs/method.md"
+        "adamw", description="optimizer of the decoder's linears (full) or adapters (other methods): see docs/method.md"
     )
-    momentum: Decay = Field(0.95, description="Muon's momentum")
-    nesterov: bool = Field(True, description="Muon: Nesterov's momentum")
+    momentum: Decay = Field(0.95, description="Muon: momentum")
+    nesterov: bool = Field(True, description="Muon: use Nesterov momentum")
     projection_rank: Positive = Field(
-        128, description="GaLore, Fira, APOLLO: rank r of a gradient's projection, at most its shorter side"
+        128, description="GaLore, Fira, APOLLO: rank r of a gradient's projection, at most the gradient's shorter side"
     )
-    projection_every: Positive = Field(
-        200, description="GaLore, Fira, APOLLO: steps between renewals of the projection"
-    )
+    projection_every: Positive = Field(200, description="GaLore, Fira, APOLLO: steps between new projections")
     projection_scale: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
         None,
         description="GaLore, Fira: factor of the projected step, null: 0.25; APOLLO: the step is multiplied by its "
@@ -194,57 +201,63 @@ class OptimConfig(Strict):
     betas: tuple[Decay, Decay] = Field(
         (0.9, 0.95), strict=False, description="betas of AdamW, and of Adam on a projection"
     )
-    eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = Field(1e-8, description="epsilon of the same")
-    weight_decay: Decay = Field(0.0, description="decoupled weight decay of everything but norms and biases")
-    clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        1.0, description="clip the global gradient norm; 0: off"
+    eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = Field(
+        1e-8, description="epsilon of AdamW, and of Adam on a projection"
     )
-    schedule: ScheduleKind = Field("cosine", description="shape of the rate after warmup; merges restart it")
+    weight_decay: Decay = Field(0.0, description="decoupled weight decay of everything except norms and biases")
+    clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        1.0, description="clip the global gradient norm to this; 0: off"
+    )
+    schedule: ScheduleKind = Field(
+        "cosine", description="shape of the learning rate after the warmup; merges restart it"
+    )
     warmup_steps: NotNegative = Field(1000, description="steps of linear warmup at the start")
     warmup_fraction: Decay | None = Field(
-        None, description="linear warmup as a fraction of the run's steps, in place of warmup_steps; 0.03 is 3 %"
+        None, description="linear warmup as a fraction of the run's steps, instead of warmup_steps; 0.03 is 3 %"
     )
     restart_warmup_steps: NotNegative = Field(50, description="steps of linear warmup after a merge; 0: no restarts")
     decay_steps: Positive | None = Field(None, description="wsd: steps of the final decay; null: a tenth of the run")
-    min_ratio: Fraction = Field(0.1, description="the rate ends at this fraction of its peak")
+    min_ratio: Fraction = Field(0.1, description="the learning rate ends at this fraction of its peak")
     rewarm: Literal["all", "adapters"] = Field(
-        "all", description="which parameter groups restart their rate after a merge"
+        "all", description="which parameter groups restart their learning rate after a merge"
     )
 
     def decay_of(self, steps: int) -> int:
-        """Steps of the final decay of ``wsd`` in a run of so many."""
+        """Steps of the final decay of ``wsd`` in a run of ``steps``."""
         return self.decay_steps or max(1, steps // 10)
 
     @property
     def record(self) -> MatrixOptimizer:
-        """What is known of the optimizer of matrices."""
+        """The matrix optimizer's record in the registry."""
         return MATRIX_OPTIMIZERS[self.matrices]
 
 
 class TrainConfig(Strict):
     run_dir: Text = Field(description="folder of this run: config, metrics, TensorBoard, checkpoints")
-    steps: Positive = Field(10000, description="optimizer steps of the whole run; or give tokens or epochs instead")
+    steps: Positive = Field(10000, description="optimizer steps of the whole run; or set tokens or epochs instead")
     tokens: Whole | None = Field(
-        None, description="tokens of the whole run, in place of steps, e.g. 5e9; rounded up to whole steps"
+        None, description="tokens of the whole run, instead of steps, e.g. 5e9; rounded up to whole steps"
     )
     epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
-        None, description="how often the training text is read, in place of steps; it is counted at the start"
+        None, description="passes over the training text, instead of steps; its tokens are counted at the start"
     )
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = Field(
-        1024, description="sequences per optimizer step over all ranks"
+        1024, description="sequences per optimizer step, over all ranks"
     )
-    micro_batch_size: Positive = Field(16, description="sequences per forward on one rank")
+    micro_batch_size: Positive = Field(16, description="sequences per forward pass on one rank")
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto: bf16 where the hardware does it fast, else fp32"
+        "auto", description="auto: bf16 if it is fast on this hardware, else fp32"
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="DeepSpeed ZeRO stage")
     deterministic: bool = Field(
-        False, description="on GPUs: repeat every bit, so that a resume is bit-equal, at some cost; CPUs always do"
+        False,
+        description="on GPUs: compute the same bits every time, so that a resume is bit-equal, at some cost in speed; "
+        "CPUs always do",
     )
-    seed: Seed = Field(0, description="seed of first weights and of all other draws, but for the order of text")
+    seed: Seed = Field(0, description="seed of the initial weights and everything else random, except text order")
     resume: Text = Field(
         "auto",
-        description="auto: from the newest whole checkpoint of run_dir; never: refuse a run_dir with checkpoints; "
+        description="auto: from the newest complete checkpoint of run_dir; never: refuse a run_dir with checkpoints; "
         "or a checkpoint folder",
     )
     allow_changes: list[str] = Field([], description="settings that may differ from the checkpoint's, e.g. [optim.lr]")
@@ -252,34 +265,40 @@ class TrainConfig(Strict):
         3, description="roll back after this many steps in a row with a non-finite loss or gradient"
     )
     max_rollbacks: NotNegative = Field(
-        1, description="returns to the last good checkpoint, skipping the data since, before the run stops"
+        1,
+        description="how often the run may return to its last good checkpoint and skip the data since then, before "
+        "it stops",
     )
-    on_spike: Literal["flag", "rollback"] = Field("flag", description="what a loss spike does besides being flagged")
+    on_spike: Literal["flag", "rollback"] = Field(
+        "flag", description="what to do about a loss spike besides logging it"
+    )
     spike_window: Annotated[int, Field(ge=8, le=LARGEST)] = Field(
-        128, description="steps whose losses a new one is compared with"
+        128, description="number of previous steps whose losses a new loss is compared with"
     )
     spike_deviations: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         6.0, description="a loss this many standard deviations above the window's mean is a spike"
     )
     peer_timeout_seconds: Annotated[float, Field(ge=5, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(
-        300.0, description="end the run when a rank is gone or has done nothing for this long"
+        300.0, description="end the run if a rank is gone or has done nothing for this long"
     )
     deepspeed: dict[str, Any] = Field(
-        {}, description="further DeepSpeed settings; what is derived from ours is refused"
+        {}, description="additional DeepSpeed settings; those that follow from other settings are refused"
     )
 
 
 class EvalConfig(Strict):
     every_steps: NotNegative = Field(1000, description="steps between evaluations; 0: only at the start and the end")
     max_tokens: Positive | None = Field(
-        10_000_000, description="predicted tokens of held-out text to score, of each set; null: all"
+        10_000_000, description="predicted tokens to score in each held-out set; null: all"
     )
     micro_batch_size: Positive | None = Field(
-        None, description="sequences per forward on one rank; null: train.micro_batch_size"
+        None, description="sequences per forward pass on one rank; null: train.micro_batch_size"
     )
     at_start: bool = Field(True, description="evaluate before the first step")
     generate: NotNegative = Field(
-        0, description="records of each held-out set, within eval.max_tokens, whose answers are generated too; 0: none"
+        0,
+        description="number of records in each held-out set, within eval.max_tokens, for which answers are also "
+        "generated; 0: none",
     )
 
 
@@ -296,19 +315,21 @@ class LogConfig(Strict):
     tensorboard: bool = Field(True, description="write TensorBoard events")
     wandb: Project | None = Field(
         None,
-        description="a project of Weights & Biases to log to as well, PROJECT or ENTITY/PROJECT; null: none; see "
+        description="a Weights & Biases project to log to as well, PROJECT or ENTITY/PROJECT; null: none; see "
         "docs/metrics.md",
     )
     progress: bool = Field(
         True, description="show progress on the first rank: a bar, and a line with the loss now and then"
     )
     peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="peak of one device in TFLOP/s, for utilisation; null: known or measured at the start"
+        None,
+        description="peak of one device in TFLOP/s, for utilisation; null: from the data sheet, or measured at the "
+        "start",
     )
 
 
 class Config(Strict):
-    """One run. Layered: defaults < YAML file < ``--section.key=value``."""
+    """One run. Later layers win: defaults, YAML file, ``--section.key=value``."""
 
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -332,21 +353,22 @@ class Config(Strict):
 
     @property
     def tokens_per_micro_batch(self) -> int:
-        """On one rank."""
+        """Tokens of a micro-batch on one rank."""
         return self.train.micro_batch_size * self.data.sequence_length
 
     @property
     def tokenizer_path(self) -> str:
-        """``tokenizer.path``, which the start of a run fills in. Raises ValueError where nobody has named one."""
+        """``tokenizer.path``, which the start of a run fills in. Raises ValueError if it is null."""
         if self.tokenizer.path is None:
             raise ValueError(
-                "tokenizer.path: null means that of model.init_from, which is not looked at here; name one"
+                "tokenizer.path: null means the tokenizer of model.init_from, which is not used here; "
+                "set it to a tokenizer's folder or file"
             )
         return self.tokenizer.path
 
     @property
     def lanes(self) -> int:
-        """Given, or the largest power of two <= 64 that divides the global batch."""
+        """``data.lanes``; by default the largest power of two <= 64 that divides the global batch."""
         return self.data.lanes or lanes_of(self.train.batch_size)
 
     def accumulation_steps(self, world_size: int) -> int:
@@ -354,7 +376,7 @@ class Config(Strict):
         return self.train.batch_size // (self.train.micro_batch_size * world_size)
 
 
-# of all sections, by dotted name
+# the settings of all sections, by dotted name
 SETTINGS: dict[str, FieldInfo] = {
     f"{section}.{key}": setting
     for section, field in Config.model_fields.items()
@@ -363,5 +385,5 @@ SETTINGS: dict[str, FieldInfo] = {
 
 
 def lanes_of(batch_size: int) -> int:
-    """What ``data.lanes: null`` stands for."""
+    """The number of lanes that ``data.lanes: null`` means."""
     return min(64, batch_size & -batch_size)

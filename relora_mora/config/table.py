@@ -1,4 +1,4 @@
-"""The settings as a Markdown page: ``python -m relora_mora.config.table > docs/settings.md``."""
+"""Writes the settings as a Markdown page: ``python -m relora_mora.config.table > docs/settings.md``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ _HEAD = """\
 
 Written by `python -m relora_mora.config.table > docs/settings.md` from `relora_mora/config/schema.py`; do not edit it.
 
-A run reads its defaults, then its YAML file, then `--section.key=value` from the command line; the later wins. The
-value of a flag is YAML too: `--optim.lr=4e-4`, `--method.operators='[1, 2, 3, 4]'`, `--data.lanes=null`. An unknown
-name, a wrong type or a combination that cannot work ends the run before anything is loaded, with every fault listed at
-once.
-`launch/finetune.py` has some other defaults ([fine-tuning](finetuning.md#defaults)). `python launch/plan.py CONFIG`
-tells what a run needs.
+A run starts from the defaults, then reads its YAML file, then `--section.key=value` from the command
+line; the last one wins. The value of a flag is YAML, too: `--optim.lr=4e-4`,
+`--method.operators='[1, 2, 3, 4]'`, `--data.lanes=null`. If there is an unknown name, a wrong type or
+a combination that cannot work, the run ends before it loads anything and lists all faults.
+
+`launch/finetune.py` has some other defaults ([fine-tuning](finetuning.md#defaults)).
+`python launch/plan.py CONFIG` reports what a run needs.
 """
 
 _SIGNS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
@@ -43,14 +44,14 @@ def settings_page() -> str:
 
 
 def _records(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The kinds of records in a section, each by the first setting that holds it, with N for one of a list."""
-    found: dict[type[BaseModel], str] = {}
+    """The kinds of records in a section, by the first setting that holds them; ``.N`` marks an element of a list."""
+    records: dict[type[BaseModel], str] = {}
     for key, field in section.model_fields.items():
         record = model_in(field.annotation)
         if record is not None:
-            is_alone = get_args(field.annotation) == (record, type(None))
-            found.setdefault(record, key if is_alone else f"{key}.N")
-    return {key: record for record, key in found.items()}
+            is_single = get_args(field.annotation) == (record, type(None))
+            records.setdefault(record, key if is_single else f"{key}.N")
+    return {key: record for record, key in records.items()}
 
 
 def _section(name: str, section: type[BaseModel], level: int = 2) -> str:
@@ -77,7 +78,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _values(annotation: Any, metadata: list[Any]) -> str:
-    """What a setting may be, in words: the type, its limits or its choices."""
+    """The valid values of a setting in words: its type and limits, or its choices."""
     origin = get_origin(annotation)
     arguments = get_args(annotation)
     if origin is Annotated:

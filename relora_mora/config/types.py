@@ -1,4 +1,4 @@
-"""The building blocks of settings: strings and numbers with limits, and models that refuse unknown keys."""
+"""Building blocks of settings: strings and numbers with limits, and models that refuse unknown keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 
 class Fault(NamedTuple):
-    """``settings``: every setting that the judgement rests on, the one to change first. ``text``: the message."""
+    """A faulty combination. ``settings``: all settings involved, first the one to change. ``text``: the message."""
 
     settings: tuple[str, ...]
     text: str
@@ -19,24 +19,24 @@ class Fault(NamedTuple):
         return f"{self.settings[0]}: {self.text}"
 
 
-LARGEST = 2**53  # of any whole number: up to here float64 counts exactly
-LONGEST_SECONDS = 1e9  # what clocks and timers of all libraries can wait for
+LARGEST = 2**53  # the largest whole number of any setting: up to here float64 is exact
+LONGEST_SECONDS = 1e9  # the timers of all libraries can wait this long
 
 
 def _no_nul(text: str) -> str:
     if "\0" in text:
-        raise PydanticCustomError("nul", "input should hold no NUL, which no name of a file has")
+        raise PydanticCustomError("nul", "input should not contain NUL, which no file name can have")
     return text
 
 
 def _project(text: str) -> str:
     if not re.fullmatch(r"([\w.-]+/)?[\w.-]{1,128}", text):
-        raise PydanticCustomError("project", "input should be PROJECT or ENTITY/PROJECT, of letters, digits, - _ and .")
+        raise PydanticCustomError("project", "input should be PROJECT or ENTITY/PROJECT: letters, digits, '-_.' only")
     return text
 
 
 def as_whole(value: Any) -> Any:
-    """5e8 is a whole number too."""
+    """Turns a float such as 5e8 into the int that it equals."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -1,4 +1,4 @@
-"""YAML as settings are written in it: 1.2's numbers, names as keys and no key twice, plain values alone."""
+"""The YAML of settings: YAML 1.2 numbers, names as keys, no duplicate keys, and only plain values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ MOST_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers (``4e-4`` is one, ``010`` is ten) and keys (``<<`` is one like others), and no key twice."""
+    """Reads numbers (``4e-4`` is one, ``010`` is ten) and keys (``<<`` is an ordinary one) as in YAML 1.2.
+
+    Refuses duplicate keys.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
@@ -24,13 +27,13 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not a name", problem_mark=node.start_mark)
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands there twice", problem_mark=node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key!r}", problem_mark=node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def _refuse_colons_without_space(node: yaml.MappingNode) -> None:
-    """To YAML ``{a:1}`` is the name ``a:1`` without a value."""
+    """YAML reads ``{a:1}`` as the name ``a:1`` without a value, which is never what the user means."""
     for key, value in node.value:
         if (
             isinstance(key, yaml.ScalarNode)
@@ -40,7 +43,7 @@ def _refuse_colons_without_space(node: yaml.MappingNode) -> None:
             and not value.value
         ):
             raise yaml.MarkedYAMLError(
-                problem=f"{key.value!r} has no value; put a space behind the colon", problem_mark=key.start_mark
+                problem=f"{key.value!r} has no value; put a space after the colon", problem_mark=key.start_mark
             )
 
 
@@ -71,7 +74,7 @@ _Loader.add_constructor(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes each text that YAML 1.1 or 1.2 would read as something else."""
+    """Quotes every text that YAML 1.1 or 1.2 would read as another type."""
 
 
 _Dumper.yaml_implicit_resolvers = {
@@ -81,7 +84,7 @@ _Dumper.yaml_implicit_resolvers = {
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # PyYAML folds these line ends of Unicode into spaces, except between double quotes, where it escapes them
+    # PyYAML folds these Unicode line ends into spaces, but escapes them between double quotes
     style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -93,54 +96,42 @@ _Dumper.add_representer(tuple, _Dumper.represent_list)
 def parse_yaml(text: str) -> Any:
     """YAML text as plain values.
 
-    Raises yaml.YAMLError, also for what is no plain value (dates, sets, loops of aliases) and for more than settings
-    hold: a few aliases of aliases stand for billions of values.
+    Raises yaml.YAMLError, also for other values (dates, sets, loops of aliases) and for more text or values than
+    settings ever have, because a few aliases of aliases can expand to billions of values.
     """
     if len(text) > MOST_CHARACTERS:
-        raise yaml.YAMLError(f"it is longer than {MOST_CHARACTERS:,} characters, which no settings are")
+        raise yaml.YAMLError(f"it is longer than {MOST_CHARACTERS:,} characters; settings never are")
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
         for count, inner in enumerate(_values_in(value)):
-            _refuse_other_than_plain(inner, count)
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # PyYAML's, for a tag on another value
+            if not (inner is None or isinstance(inner, dict | list | str | int | float | bool)):
+                raise ValueError(
+                    f"a {type(inner).__name__} is not allowed; use texts, numbers, true, false, null, lists and names"
+                )
+            if count > MOST_VALUES:
+                raise ValueError(f"it has more than {MOST_VALUES:,} values, aliases expanded; write it without aliases")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # PyYAML's, for a wrong tag
         raise yaml.YAMLError(str(error)) from error
     return value
 
 
 def dump_yaml(value: Any) -> str:
-    """Plain values as YAML text that :func:`parse_yaml` reads back."""
+    """Plain values as YAML text, which :func:`parse_yaml` reads back unchanged."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def explain_yaml(error: yaml.YAMLError | UnicodeDecodeError) -> str:
-    """What is wrong and where; without the line of the file that PyYAML quotes, which may be cut through a secret."""
+    """What is wrong and where, without PyYAML's quote of the line, which may hold a part of a secret."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return " ".join(str(error).split())
-    said = " ".join(part for part in (error.context, error.problem) if part)
+    problem = " ".join(part for part in (error.context, error.problem) if part)
     mark = error.problem_mark or error.context_mark
-    return said if mark is None else f"{said} (line {mark.line + 1}, column {mark.column + 1})"
+    return problem if mark is None else f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def _values_in(value: Any) -> Iterator[Any]:
-    """The value and all inside it; what several aliases stand for, as often."""
+    """The value and all values inside it; a value that several aliases share comes once for each."""
     yield value
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for inner in inside:
         yield from _values_in(inner)
-
-
-def _refuse_other_than_plain(value: Any, count: int) -> None:
-    if not (value is None or isinstance(value, dict | list | str | int | float | bool)):
-        raise ValueError(
-            f"a {type(value).__name__} is no setting; use texts, numbers, true, false, null, lists and names"
-        )
-    if count > MOST_VALUES:
-        raise ValueError(
-            f"it holds more than {MOST_VALUES:,} values, counting what aliases stand for; write it without aliases"
-        )

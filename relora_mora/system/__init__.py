@@ -1,1 +1,1 @@
-"""The machine: files, processes, devices, logs. Knows nothing of training."""
+"""The machine: files, processes, devices and logs. Nothing here knows about training."""

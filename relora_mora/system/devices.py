@@ -1,4 +1,4 @@
-"""Accelerators that the planner knows, from their vendors' data sheets."""
+"""The accelerators that the planner knows, from their vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator. Zero stands for what is not known.
+    """One accelerator; 0 means unknown.
 
-    ``node_gbits`` is one device's share of the network between hosts, in the kind of host that ``host`` names; a plan
-    takes another number for a whole host with ``--link_gbits``.
+    ``node_gbits`` is one device's share of the network between hosts, for the host type in ``host``. ``--link_gbits``
+    overrides it in a plan, for a whole host.
     """
 
     name: str
-    in_name: str  # whole words that torch.cuda.get_device_name() contains
+    in_name: str  # whole words in torch.cuda.get_device_name()
     tflops: float  # dense bf16 matrix products
     memory_gb: float  # 1e9 bytes
     memory_gbytes_per_s: float
@@ -28,7 +28,7 @@ class Device:
 # x16, one direction
 _PCIE4 = 32.0
 _PCIE5 = 64.0
-# Names that contain others come first. NVIDIA gives NVLink for both directions together: half of that is here.
+# A name that contains another one comes first. NVIDIA states NVLink's rate for both directions; this table has half.
 DEVICES = (
     Device(
         "b200", "B200", 2250, 180, 8000, 900, 400, "NVIDIA DGX B200 data sheet, an eighth", "DGX B200: 8 x 400 Gbit/s"
@@ -99,13 +99,13 @@ _ALIASES = {
     "cuda": "a100-80gb",  # what a plan for CUDA assumes on a machine without it
 }
 CPU = Device("cpu", "", 0, 0, 0, 0, 0, "", "")
-_OTHER_CARD = r"(?! (?:NVL|Ti|D|Laptop)\b)"  # cards with another data sheet, whose names only begin alike
+_OTHER_CARD = r"(?! (?:NVL|Ti|D|Laptop)\b)"  # cards with the same first words but a data sheet of their own
 
 
 def named_device(name: str) -> Device:
-    """The device that a user names, such as ``4090``, ``RTX 4090`` or ``NVIDIA GeForce RTX 4090``.
+    """The device for a user's spelling, such as ``4090``, ``RTX 4090`` or ``NVIDIA GeForce RTX 4090``.
 
-    Raises ValueError with the names of all known ones.
+    Raises ValueError, which lists the known names.
     """
     names = {device.name: device for device in (*DEVICES, CPU)}
     names |= {alias: names[device_name] for alias, device_name in _ALIASES.items()}
@@ -114,19 +114,19 @@ def named_device(name: str) -> Device:
     if device is None:
         known = ", ".join(sorted(names.keys() - {"cuda", "cpu"}, key=lambda name: (name[0].isdigit(), name)))
         raise ValueError(
-            f"--device: got {name!r}, expected cuda or cpu, or one of {known}; "
-            "for another one give its peak as --log.peak_tflops and the nearest of these"
+            f"--device: got {name!r}, expected cuda, cpu or one of {known}; "
+            "for another device, give the most similar one of these, and the peak as --log.peak_tflops"
         )
     return device
 
 
 def _letters(name: str) -> str:
-    """Letters and digits alone, in lower case: people write names with and without spaces and hyphens."""
+    """Lower-case letters and digits only, because people write names with and without spaces and hyphens."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def device_of_name(cuda_name: str) -> Device | None:
-    """The device whose data sheet belongs to what CUDA calls it; None for an unknown one, and for a part (MIG)."""
+    """The device for a name that CUDA reports; None if it is unknown or only a part of a GPU (MIG)."""
     if " MIG " in cuda_name:
         return None
     return next((device for device in DEVICES if re.search(rf"\b{device.in_name}\b{_OTHER_CARD}", cuda_name)), None)

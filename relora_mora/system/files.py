@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, survive a power cut, and name themselves in errors."""
+"""Writes files and folders completely or not at all, so that they survive a power cut; errors name the path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from types import FrameType
 
 from relora_mora.system.logs import log
 
-# a network file system that may come back; no mistake of the user
+# errors of a network file system that may come back; not a user's mistake
 LOST_DISK = {
     errno.EIO,
     errno.ESTALE,
@@ -28,29 +28,28 @@ LOST_DISK = {
     errno.ENETUNREACH,
     errno.EREMOTEIO,
 }
-# without the error of a local disk whose file is damaged
-_LOST_NETWORK = LOST_DISK - {errno.EIO}
-# what only a write meets, so that an error without a file name is known to be about the file that is being written
+_LOST_NETWORK = LOST_DISK - {errno.EIO}  # EIO is also what a damaged file on a local disk gives
+# Only a write raises these, so an error without a file name must be about the file being written.
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 # safetensors and tokenizers are written in Rust and raise plain Exceptions for disk errors
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def raise_if_lost(error: Exception) -> None:
-    """Raises the error where a network file system is gone: what it holds is not damaged, and may come back."""
+    """Raises the error if a network file system is gone: its content is not damaged and may come back."""
     if isinstance(error, OSError) and error.errno in _LOST_NETWORK:
         raise error
 
 
 def place_of(error: OSError) -> str | None:
-    """The file that an OSError names; where it names two, as for a copy, the one that is written."""
+    """The file that an OSError names; of two, as for a copy, the one being written."""
     name = error.filename if error.filename2 is None else error.filename2
     return os.fsdecode(name) if isinstance(name, str | bytes) else None
 
 
 @contextlib.contextmanager
 def disk_faults_named(place: Path) -> Iterator[None]:
-    """While a file or folder is written: a disk error that names no file, as those of writes do not, gets its name."""
+    """Adds the path to disk errors raised in the block that name no file, as errors of ``write`` do not."""
     try:
         yield
     except Exception as error:
@@ -61,50 +60,50 @@ def disk_faults_named(place: Path) -> Iterator[None]:
 
 
 def without_disk_errors(args: threading.ExceptHookArgs) -> None:
-    """A ``threading.excepthook`` beside a SummaryWriter: its thread ends with an error of the disk, which the next
-    write, or its end, meets again."""
+    """A ``threading.excepthook`` for use with a SummaryWriter: it ignores disk errors.
+
+    The writer's thread ends with such an error, and the next write, or closing the writer, raises it again.
+    """
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
 
 def disk_errno(error: Exception, folder: Path) -> int | None:
-    """The errno of a disk error met while ``folder`` was written; None for an error of another kind or place."""
+    """The errno of a disk error raised while writing ``folder``; None for any other error."""
     if isinstance(error, OSError):
         place = place_of(error)
         if place is None:
             return error.errno if error.errno in _WRITE_ERRORS else None
         return error.errno if Path(place).is_relative_to(folder) else None
-    found = None if isinstance(error, ValueError) else _RUST_ERROR.search(str(error))
-    if found is None:
-        return None
-    number = int(found[1])
+    match = None if isinstance(error, ValueError) else _RUST_ERROR.search(str(error))
+    number = None if match is None else int(match[1])
     return number if number in _WRITE_ERRORS else None
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all; of several processes that write it at once, the last one's stays.
+    """Writes a small file completely or not at all; if several processes write it at once, the last one wins.
 
-    Raises OSError that names a file, with the file as it was before.
+    Raises OSError with the path; the file is then unchanged.
     """
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with disk_faults_named(path):
         try:
-            with beside.open("w", encoding="utf-8") as stream:
+            with temporary.open("w", encoding="utf-8") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
-            beside.replace(path)
+            temporary.replace(path)
         except OSError:
             with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
 
 
 def write_if_possible(path: Path, text: str, without: str) -> None:
-    """As :func:`write_synced`; a disk that is full, or takes nothing, costs no more than the error says: ``without``.
+    """Like :func:`write_synced`, but if the disk is full or read-only it only logs what is lost (``without``).
 
-    Raises OSError where the disk is gone and may come back (``LOST_DISK``).
+    Raises OSError if the disk is gone and may come back (``LOST_DISK``).
     """
     try:
         write_synced(path, text)
@@ -115,12 +114,12 @@ def write_if_possible(path: Path, text: str, without: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """With its parents, where it is not there yet; also where a symbolic link on the way leads to what was removed."""
+    """Creates a missing folder and its parents, also if the path goes through a dangling symbolic link."""
     Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
 
 
 def append_whole(handle: int, line: bytes) -> None:
-    """Writes a line at the end of an open file, whole or not at all: a disk that fills up would take a part of it.
+    """Appends a line to an open file, completely or not at all; a disk that fills up would take a part of it.
 
     Raises OSError.
     """
@@ -131,7 +130,7 @@ def append_whole(handle: int, line: bytes) -> None:
 
 
 def append_synced(path: Path, line: str) -> None:
-    """A line of a file that may not be there yet, as :func:`append_whole` writes it. Raises OSError that names it."""
+    """Appends a line with :func:`append_whole` to a file that need not exist yet. Raises OSError with the path."""
     with disk_faults_named(path):
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -142,7 +141,7 @@ def append_synced(path: Path, line: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes the content of a file, or the names in a folder, survive a power cut."""
+    """Flushes the content of a file, or the names in a folder, to the disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -151,7 +150,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder, a file or a link (never what it points to); of a folder, as much as can be removed."""
+    """Removes a file, a link (never its target) or a folder (as much of it as can be removed)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
@@ -166,9 +165,9 @@ def ordinary_mode() -> int:
 
 
 def from_home(path: str) -> str:
-    """With the home folder in place of a leading ``~`` or ``~user``; as it is where there is neither, or no such user.
+    """The path with a leading ``~`` or ``~user`` replaced by the home folder; unchanged for an unknown user.
 
-    ``Path.expanduser`` raises for that, and changes texts that are no paths, such as urls.
+    ``Path.expanduser`` raises in that case, and it changes texts that are not paths, such as urls.
     """
     return os.path.expanduser(path)  # noqa: PTH111
 
@@ -179,21 +178,21 @@ _unfinished: set[str] = set()
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` to write into: renamed to ``out`` when the block ends, removed when it raises.
+    """A temporary folder next to ``out``: renamed to ``out`` when the block ends, removed if it raises.
 
-    It is made at once, so that hours of work are not spent on a place that cannot be written. Raises FileExistsError
-    when something is at ``out`` already, and for a disk error an OSError that names ``out``.
+    It is created immediately, so that no hours of work go into a place that cannot be written. Raises FileExistsError
+    if ``out`` exists and is not empty, and OSError that names ``out`` for a disk error.
     """
     target = Path(os.path.realpath(out))
     with _temporary_parent(out, target) as parent, _removed_at_hard_exit(parent):
         try:
             work = Path(parent, "new")
-            work.mkdir()  # the parent is readable by its owner alone, this one as the umask says
+            work.mkdir()  # only the owner can read the parent; this folder follows the umask
             yield work
             mode = ordinary_mode()
             for path in work.rglob("*"):
                 if path.is_file():
-                    path.chmod(mode)  # safetensors makes files that only their owner reads
+                    path.chmod(mode)  # safetensors writes files that only their owner can read
                 sync(path)  # some file systems notice only now that they are full
             work.rename(target)
         except Exception as error:
@@ -205,48 +204,46 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _temporary_parent(out: Path, target: Path) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder on the file system of ``target``, so that what is inside can be renamed to it."""
+    """A temporary folder on the file system of ``target``, so that a folder inside it can be renamed to ``target``."""
     try:
         if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
             raise FileExistsError(f"{out}: exists and is not empty; give a new folder, or remove it")
         if target.is_mount():
-            raise FileExistsError(
-                f"{out}: is a mount point, which cannot be replaced as a whole; give a new folder below it"
-            )
+            raise FileExistsError(f"{out}: is a mount point, which cannot be replaced; give a new folder inside it")
         target.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
     except OSError as error:
-        if error.errno is None:  # one of ours
+        if error.errno is None:  # raised above
             raise
-        # mkdir says EEXIST where a file is in the place of a parent
+        # mkdir reports EEXIST if a parent is a file
         number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno
         raise OSError(number, os.strerror(number), str(out)) from error
 
 
 @contextlib.contextmanager
 def _removed_at_hard_exit(folder: str) -> Iterator[None]:
-    """Within the block, :func:`remove_unfinished` removes the folder, and so does a signal that ends the process."""
+    """During the block, :func:`remove_unfinished` and signals that end the process remove the folder."""
     _unfinished.add(folder)
     in_main_thread = threading.current_thread() is threading.main_thread()
-    ending = [each for each in ENDINGS if in_main_thread and signal.getsignal(each) is signal.SIG_DFL]
-    for number in ending:
+    handled = [each for each in ENDINGS if in_main_thread and signal.getsignal(each) is signal.SIG_DFL]
+    for number in handled:
         signal.signal(number, remove_and_end)
     try:
         yield
     finally:
-        for number in ending:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)
         _unfinished.discard(folder)
 
 
 def remove_and_end(number: int, frame: FrameType | None) -> None:
-    """Handles a signal as by default, but removes the folders still being written before."""
+    """A signal handler that removes the folders still being written and then does what the default handler does."""
     remove_unfinished()
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
 
 
 def remove_unfinished() -> None:
-    """Removes the folders still being written; for a process that exits without unwinding its blocks."""
+    """Removes the folders still being written, for a process that exits without leaving its ``with`` blocks."""
     for folder in _unfinished:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The log of this package, progress bars, and counts in words; the first two go to stderr."""
+"""This package's log and progress bars, both on stderr, and counts in words."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from tqdm import tqdm
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 merge``, ``0 merges``, ``1,200 merges``: a noun whose plural ends with an s."""
+    """``1 merge``, ``0 merges``, ``1,200 merges``; the noun's plural must end with an s."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 log = logging.getLogger("relora_mora")
-shared_log = log.getChild("shared")  # for what all ranks know alike: only the first one says it
+shared_log = log.getChild("shared")  # for messages that are the same on all ranks: only the first rank shows them
 
 
 class _AboveTheBar(logging.Handler):
-    """Writes lines to stderr without tearing a progress bar that is drawn there."""
+    """Writes lines to stderr without breaking a progress bar there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the launcher that read the pipe may be gone
+        with contextlib.suppress(OSError, ValueError):  # the launcher that reads the pipe may be gone
             tqdm.write(self.format(record), file=sys.stderr)
 
 
 def setup_logging(rank: int) -> None:
-    """Shows everything that the first rank logs, and warnings of the others."""
+    """Shows everything that the first rank logs, and only warnings and errors from the others."""
     prefix = f"[rank {rank}] " if rank else ""
     handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
@@ -39,13 +39,13 @@ def setup_logging(rank: int) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, unit: str, *, show: bool = True) -> Iterator[Callable[[float, float], None]]:
-    """While the block lasts, a bar with the time left; nothing where stderr is not a terminal, or without ``show``.
+def progress_bar(title: str, unit: str, *, show: bool = True) -> Iterator[Callable[[float, float], None]]:
+    """Shows a bar with the time left during the block; nothing without ``show`` or if stderr is not a terminal.
 
     Yields ``update(done, total)``, which moves the bar; both numbers count ``unit``.
     """
-    hidden = None if show else True  # None: where stderr is not a terminal
-    with tqdm(desc=what, unit=f" {unit}", unit_scale=True, dynamic_ncols=True, leave=False, disable=hidden) as bar:
+    hidden = None if show else True  # None: hidden unless stderr is a terminal
+    with tqdm(desc=title, unit=f" {unit}", unit_scale=True, dynamic_ncols=True, leave=False, disable=hidden) as bar:
 
         def update(done: float, total: float) -> None:
             bar.total = total

@@ -1,4 +1,4 @@
-"""This process: its threads, its memory, its parent, slow imports, and calls that may block."""
+"""This process: its threads, memory, parent and slow imports, and calls that may block."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from typing import Literal
 
 
 def say(text: str) -> None:
-    """A line on stderr, where that can be written: its reader may be gone, or its disk full."""
-    # AttributeError: where it was closed, Python has None in its place
+    """Writes a line to stderr if possible; its reader may be gone, or its disk full."""
+    # AttributeError: sys.stderr is None if stderr was closed at the start
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
 
 
 def run_with_timeout(seconds: float, action: Callable[[], object]) -> None:
-    """Runs ``action`` in a thread of its own and returns when it has ended, or after ``seconds`` at the latest.
+    """Runs ``action`` in a thread of its own and returns when it ends, or after ``seconds`` at the latest.
 
-    An error of the action is dropped: a caller that needs this has nobody left to tell.
+    An error of the action is dropped: a caller that needs this function cannot report it to anyone.
     """
 
     def act() -> None:
@@ -35,7 +35,7 @@ def run_with_timeout(seconds: float, action: Callable[[], object]) -> None:
             action()
 
     thread = threading.Thread(target=act, daemon=True, name="bounded")
-    with contextlib.suppress(RuntimeError):  # the machine has no more threads
+    with contextlib.suppress(RuntimeError):  # the machine has no threads left
         thread.start()
         thread.join(seconds)
 
@@ -44,10 +44,10 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent(parent: int, number: int) -> None:
-    """Has the kernel send this process a signal when its parent ends; it ends here where that has happened already.
+    """Makes the kernel send this process a signal when its parent ends; exits if the parent has already ended.
 
-    ``parent`` is the parent's pid. What counts is the thread that started this process. On Linux; the signal is kept
-    over an exec (prctl(2)).
+    ``parent`` is the parent's pid. The kernel watches the thread that started this process. Linux only; the setting
+    survives an exec (prctl(2)).
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
@@ -56,7 +56,7 @@ def end_with_parent(parent: int, number: int) -> None:
 
 
 def ending_with_me(arguments: Iterable[str]) -> list[str]:
-    """The command line that runs Python with these arguments, and sends it SIGTERM when the caller of this ends."""
+    """A command line that runs Python with these arguments and sends it SIGTERM when the calling process ends."""
     return [sys.executable, "-P", __file__, str(os.getpid()), *arguments]
 
 
@@ -65,14 +65,14 @@ if __name__ == "__main__":
     os.execv(sys.executable, [sys.executable, *sys.argv[2:]])  # noqa: S606
 
 
-_SPINS = "3000"  # tens of microseconds; GNU's own number is a hundred times as many
+_SPINS = "3000"  # tens of microseconds; GNU's default is a hundred times as many
 
 
 def sleep_soon() -> None:
-    """Makes OpenMP's threads sleep soon while they wait for each other, where the environment has no wish for that.
+    """Makes OpenMP's threads sleep soon while they wait for each other, unless the environment sets OMP_WAIT_POLICY.
 
-    By default they keep their cores busy meanwhile, and where another program has one of the cores that is the time of
-    the thread that the others wait for (docs/performance.md). OpenMP reads this when torch is imported.
+    By default they spin. If another program uses one of the cores, spinning takes time from the thread that the others
+    wait for (docs/performance.md). OpenMP reads this variable when torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
@@ -80,10 +80,10 @@ def sleep_soon() -> None:
 
 @contextlib.contextmanager
 def many_imports() -> Iterator[None]:
-    """Holds garbage collection back meanwhile, and has the threads that torch brings along wait without spinning long.
+    """Turns off garbage collection during slow imports, and calls :func:`sleep_soon` before torch is imported.
 
-    What is imported stays, but Python looks at all of it again and again: a fifth of the time that torch, transformers
-    and DeepSpeed take.
+    Imported modules stay, but Python scans them again and again, which is a fifth of the time that importing torch,
+    transformers and DeepSpeed takes.
     """
     sleep_soon()
     was_enabled = gc.isenabled()
@@ -102,11 +102,11 @@ _MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc's malloc to hand no memory back to the system; returns whether that was done.
+    """Makes glibc's malloc return no memory to the system; returns whether that worked.
 
-    By default malloc gets a large block from mmap and returns it with munmap, so each new tensor costs a page fault
-    every 4 KiB: a seventh of a training step's processor time (docs/performance.md). The price: what was in use at the
-    peak stays with the process. Does nothing with another C library, or where the environment has settings for malloc.
+    By default malloc takes a large block from mmap and returns it with munmap, so each new tensor costs a page fault
+    every 4 KiB: a seventh of a training step's processor time (docs/performance.md). The price is that the process
+    keeps its peak memory. Does nothing with another C library, or if the environment configures malloc.
     """
     if any(name in os.environ for name in _SETTINGS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
@@ -117,23 +117,23 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Hands what is free now to the system, once: a start needs large pieces that no step asks for again."""
+    """Returns freed memory to the system once: a start needs large pieces that no step asks for again."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-# variable that names one, and those that are looked for without it; torch.compile knows no other for C++
+# the environment variable that names the compiler, and the defaults; torch.compile knows no other one for C++
 COMPILERS = {"C": ("CC", ("gcc", "clang")), "C++": ("CXX", ("g++",))}
 
 
 def missing_to_compile(language: Literal["C", "C++"]) -> str | None:
-    """What there is not, and the remedy; None where nothing is missing."""
+    """What is missing and the remedy; None if nothing is missing."""
     variable, names = COMPILERS[language]
-    if given := os.environ.get(variable):
-        names = (given,)
+    if chosen := os.environ.get(variable):
+        names = (chosen,)
     if not any(map(shutil.which, names)):
-        return f"there is no {language} compiler ({' or '.join(names)}); install one, or name it in {variable}"
+        return f"no {language} compiler ({' or '.join(names)}) was found; install one, or name it in {variable}"
     headers = Path(sysconfig.get_path("include"))
     if not (headers / "Python.h").exists():
-        return f"there is no Python.h in {headers}; install Python's headers (python3-dev)"
+        return f"{headers} has no Python.h; install Python's headers (python3-dev)"
     return None

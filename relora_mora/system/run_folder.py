@@ -1,4 +1,4 @@
-"""The names of all files of a run folder, in one place."""
+"""The names of all files in a run folder, in one place."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# in a line of starts.jsonl
-NOTED = "began_with"  # digests of what settings name, by the setting
-CHANGED = "changed"  # what counts and is not as in the checkpoint that was resumed, in words
-CHANGES = "changes"  # in a record of a study, which has one line: those of all, as changes_since_first gives them
+# keys in a line of starts.jsonl
+NOTED = "began_with"  # digests of the files that settings name, by setting
+CHANGED = "changed"  # differences from the resumed checkpoint that affect the result, in words
+CHANGES = "changes"  # only in a study's record, which has one line: the changes of all starts (changes_since_first)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, ``train.run_dir``; it need not exist yet. Properties stand in the order of writing."""
+    """The folder of one run, ``train.run_dir``; it need not exist yet. Properties are in the order of writing."""
 
     path: Path
 
     @property
     def lock(self) -> Path:
-        """Held by the first rank of the trainer that works here, see :class:`relora_mora.supervise.lock.RunLock`."""
+        """Held by the first rank of the trainer that uses the folder (:class:`relora_mora.supervise.lock.RunLock`)."""
         return self.path / "lock"
 
     @property
     def config(self) -> Path:
-        """All settings of the newest start, as YAML."""
+        """All settings of the latest start, as YAML."""
         return self.path / "config.yaml"
 
     @property
     def model_config(self) -> Path:
-        """The model's config, as transformers reads it."""
+        """The model's config in transformers' format."""
         return self.path / "model.json"
 
     @property
     def tokenizer(self) -> Path:
-        """A folder that ``AutoTokenizer`` loads."""
+        """A folder that ``AutoTokenizer`` can load."""
         return self.path / "tokenizer"
 
     @property
     def starts(self) -> Path:
-        """One JSON object a line for every start: command, versions, commit."""
+        """JSON lines, one per start: command, versions, commit."""
         return self.path / "starts.jsonl"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line, each with ``step`` and tagged values."""
+        """JSON lines, each with ``step`` and tagged values."""
         return self.path / "metrics.jsonl"
 
     @property
     def tensorboard(self) -> Path:
-        """A folder with the metrics as TensorBoard reads them."""
+        """A folder with the metrics in TensorBoard's format."""
         return self.path / "tensorboard"
 
     @property
@@ -62,7 +62,7 @@ class RunFolder:
 
     @property
     def tasks(self) -> Path:
-        """One JSON object a line for every time that tasks were evaluated, as in ``metrics``."""
+        """JSON lines as in ``metrics``, one per evaluation of tasks."""
         return self.path / "tasks.jsonl"
 
     @property
@@ -72,16 +72,16 @@ class RunFolder:
 
     @property
     def rollbacks(self) -> Path:
-        """The rollbacks of the run, whose data a resume skips as well; as JSON."""
+        """The run's rollbacks as JSON; a resume skips the same data again."""
         return self.path / "rollbacks.json"
 
     def stacks(self, rank: int) -> Path:
-        """Where each thread of a rank stood when it hung."""
+        """The stack of each thread of a rank that hung."""
         return self.path / f"stacks-of-rank-{rank}.txt"
 
     @property
     def ends(self) -> Path:
-        """One JSON object a line for every end that was recorded: exit code, reason, step."""
+        """JSON lines, one per recorded end of the run: exit code, reason, step."""
         return self.path / "ends.jsonl"
 
 
@@ -91,23 +91,23 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def changes_since_first(starts: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[str]]]:
-    """What later starts changed that counts, with the steps at which they did.
+    """The steps at which later starts changed something that affects the result, each with these changes.
 
-    The first start's changes are those since another run's checkpoint. A start takes back those of starts before it
-    that began at its step or later: nothing that they trained has been kept.
+    The first start has changes if it resumed another run's checkpoint. A start discards the changes of earlier starts
+    that began at its own step or later, because nothing that they trained was kept.
     """
-    found = {step: changed for start in starts[:1] for step, changed in start.get(CHANGES, ())}
+    changes = {step: changed for start in starts[:1] for step, changed in start.get(CHANGES, ())}
     for start in starts[1:]:
-        found = {step: changed for step, changed in found.items() if step < start["step"]}
+        changes = {step: changed for step, changed in changes.items() if step < start["step"]}
         if start.get(CHANGED):
-            found[start["step"]] = start[CHANGED]
-    return list(found.items())
+            changes[start["step"]] = start[CHANGED]
+    return list(changes.items())
 
 
 def noted_digests(starts: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """What the newest of the starts that read weights noted; empty where none did. A resume reads none.
+    """The digests noted by the latest start that read weights; empty if none did. A resume reads no weights.
 
-    Earlier versions noted those of settings of the model, without the section's name.
+    Earlier versions noted settings of the model without the section's name.
     """
     noted = [start[NOTED] for start in starts if NOTED in start]
     digests = noted[-1] if noted else {}

@@ -1,4 +1,4 @@
-"""Seeds of everything that is drawn."""
+"""Seeds for everything random."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def derived_seed(*parts: object) -> int:
-    """63 bits that follow from ``parts`` alone: the same on every rank, world size, machine and resume."""
+    """63 bits that depend only on ``parts``: the same on every rank, world size, machine and resume."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

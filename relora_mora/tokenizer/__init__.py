@@ -1,1 +1,1 @@
-"""The tokenizer: loaded exactly, never parsing text for special tokens."""
+"""The tokenizer: it is loaded exactly, and never parses special tokens in text."""

@@ -1,4 +1,4 @@
-"""What a tokenizer's folder holds: a sentencepiece model, and the Hugging Face files beside it."""
+"""The files of a tokenizer's folder: a sentencepiece model, and the Hugging Face files next to it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class TokenizerError(ValueError):
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there are files of a tokenizer in a folder."""
+    """Whether a folder holds a tokenizer's files."""
     return any((folder / name).is_file() for name in (MODEL_FILE, *_VOCABULARY_FILES))
 
 
 def check_exists(path: Path) -> None:
     if path.is_dir():
         if not has_tokenizer(path):
-            raise TokenizerError(f"{path}: no tokenizer in this folder; {EXPECTED}; tokenizer/train.py trains one")
+            raise TokenizerError(f"{path}: this folder has no tokenizer; {EXPECTED}; tokenizer/train.py trains one")
     elif not path.exists():
         raise TokenizerError(
             f"{path}: not found; {EXPECTED}; tokenizer/train.py trains one, "
             "`hf download REPO --local-dir DIR` fetches one"
         )
     elif path.suffix != ".model":
-        raise TokenizerError(f"{path}: a file of another kind; {EXPECTED}")
+        raise TokenizerError(f"{path}: not a sentencepiece .model file; {EXPECTED}")
 
 
 def sentencepiece_file(path: Path) -> Path | None:
-    """The sentencepiece model that decides the ids; None: the Hugging Face files of the folder do."""
+    """The sentencepiece model that decides the ids; None if the folder's Hugging Face files decide them."""
     if path.is_file():
         open_sentencepiece(path)
         return path
@@ -51,37 +51,37 @@ def sentencepiece_file(path: Path) -> Path | None:
         open_sentencepiece(model)
         return model
     processor = _processor(model)
-    if processor is None:  # a tiktoken file of that name, as with Llama 3
+    if processor is None:  # a tiktoken file of the same name, as in Llama 3
         return None
-    if _names(described, path) != _pieces(processor) or not _goes_on_as_model(described, path, processor):
+    if _names(described, path) != _pieces(processor) or not _continues_like_model(described, path, processor):
         return None
     return model
 
 
 def open_sentencepiece(path: str | Path) -> SentencePieceProcessor:
-    """sentencepiece's own tokenizer of a ``.model`` file; raises :class:`TokenizerError` when it is none."""
+    """sentencepiece's own tokenizer for a ``.model`` file; raises :class:`TokenizerError` if it is not such a file."""
     processor = _processor(Path(path))
     if processor is None:
-        raise TokenizerError(f"{path}: this is not a sentencepiece model; {EXPECTED}")
+        raise TokenizerError(f"{path}: not a sentencepiece model; {EXPECTED}")
     return processor
 
 
 def added_tokens(folder: Path, model: Path) -> dict[int, dict[str, Any]]:
-    """What the Hugging Face files beside a sentencepiece model add to its pieces: settings of AddedToken by id.
+    """The tokens that Hugging Face files next to a sentencepiece model add to it: settings of AddedToken, by id.
 
-    As tokenizers without ``tokenizer.json`` were saved. One of which nothing else is said is special, so that no text
-    has it. Raises :class:`TokenizerError` where the files are damaged.
+    Tokenizers were saved like this before ``tokenizer.json``. A token without further settings is special, so that no
+    text can have it. Raises :class:`TokenizerError` if the files are damaged.
     """
     pieces = _pieces(open_sentencepiece(model))
     listed = read_json(folder / "added_tokens.json") or {}
     described = (read_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder") or {}
     try:
-        found = {int(number): {"content": token, "special": True} for token, number in listed.items()}
-        found |= {
+        tokens = {int(number): {"content": token, "special": True} for token, number in listed.items()}
+        tokens |= {
             int(number): {key: value for key, value in token.items() if key != "__type"}
             for number, token in described.items()
         }
-        return {number: found[number] for number in sorted(found) if found[number]["content"] not in pieces}
+        return {number: tokens[number] for number in sorted(tokens) if tokens[number]["content"] not in pieces}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TokenizerError(f"{folder}: its added tokens cannot be read; fetch or save the tokenizer again") from error
 
@@ -101,12 +101,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """What a ``tokenizer.json`` describes; raises :class:`TokenizerError` where it cannot be read."""
+    """The tokenizer in a ``tokenizer.json``; raises :class:`TokenizerError` if it cannot be read."""
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises no more specific error
         remedy = "update tokenizers, or save it again"
         raise TokenizerError(f"{file}: tokenizers cannot read it ({error}); {remedy}") from error
     make_exact(tokenizer)
@@ -114,7 +114,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
 
 
 def make_exact(tokenizer: Tokenizer) -> None:
-    """Switches off what whoever saved a tokenizer has left on: text is neither cut nor padded, and has one encoding."""
+    """Turns off truncation, padding and dropout, which may have been on when the tokenizer was saved."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None) is not None:
@@ -122,7 +122,7 @@ def make_exact(tokenizer: Tokenizer) -> None:
 
 
 def is_ordinary(token: str, folder: Path, model: Path | None) -> bool:
-    """Whether a token is one of those that text is made of: neither an added nor a control token.
+    """Whether ordinary text can contain the token: it is neither an added nor a control token.
 
     ``model`` is the sentencepiece model that decides the ids, if there is one.
     """
@@ -142,21 +142,21 @@ def _pieces(processor: SentencePieceProcessor) -> dict[str, int]:
 
 
 def _names(described: dict[str, Any], folder: Path) -> dict[str, int]:
-    """Token -> id of a ``tokenizer.json``."""
+    """The ids in a ``tokenizer.json``, by token."""
     try:
         vocab = described["model"]["vocab"]
         names = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
         return names | {token["content"]: token["id"] for token in described.get("added_tokens", [])}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TokenizerError(
-            f"{folder / 'tokenizer.json'}: damaged, its vocabulary cannot be read; fetch or save the tokenizer again"
+            f"{folder / 'tokenizer.json'}: damaged; its vocabulary cannot be read; fetch or save the tokenizer again"
         ) from error
 
 
-def _goes_on_as_model(described: dict[str, Any], folder: Path, processor: SentencePieceProcessor) -> bool:
-    """Whether text behind a special token is to a ``tokenizer.json`` what it is alone.
+def _continues_like_model(described: dict[str, Any], folder: Path, processor: SentencePieceProcessor) -> bool:
+    """Whether ``tokenizer.json`` gives text after a special token the same ids as text at the beginning.
 
-    To a model it is; a newer Llama or Mistral adds no space there, in the conversations that it was trained on.
+    A sentencepiece model does. A newer Llama or Mistral adds no space there in the conversations of its training.
     """
     special = next((token for token in described.get("added_tokens", []) if token.get("special")), None)
     if special is None:
@@ -173,7 +173,7 @@ def _processor(model: Path) -> SentencePieceProcessor | None:
     from sentencepiece import SentencePieceProcessor
 
     content = model.read_bytes()
-    if not content:  # sentencepiece takes it for a model without pieces
+    if not content:  # sentencepiece would accept it as a model without pieces
         return None
     processor = SentencePieceProcessor()
     try:

@@ -1,4 +1,4 @@
-"""Tokenizers as they are used here: exact, never parsing text for special tokens."""
+"""Loads tokenizers so that they are exact and never parse special tokens in text."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Where conversions of a sentencepiece model go wrong: spaces at either end, the names of special and byte tokens, bytes
-# that no piece holds, whitespace that a normalizer would fold.
+# Texts on which conversions of a sentencepiece model go wrong: spaces at either end, names of special and byte tokens,
+# bytes without a piece, whitespace that a normalizer would fold.
 HARD_TEXTS = (
     "",
     " ",
@@ -59,14 +59,15 @@ HARD_TEXTS = (
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder with ``tokenizer.model``, a ``.model`` file, or a Hugging Face tokenizer folder.
 
-    Where a folder holds both ``tokenizer.model`` and a ``tokenizer.json`` with the same vocabulary, the model decides;
-    with another vocabulary (added tokens), or other spaces behind special tokens, ``tokenizer.json`` does. Without one,
-    added tokens are those of ``added_tokens.json`` and ``tokenizer_config.json``. Text is never parsed for special
-    tokens, and dropout that a file asks for is off. Silent, and reads the disk alone. Sets
-    ``TOKENIZERS_PARALLELISM=false`` unless it is set: here the worker processes are the parallelism.
+    If a folder has both ``tokenizer.model`` and ``tokenizer.json``, the model decides the ids, unless
+    ``tokenizer.json`` has another vocabulary (added tokens) or treats spaces after special tokens differently; then
+    ``tokenizer.json`` decides. Without ``tokenizer.json``, added tokens come from ``added_tokens.json`` and
+    ``tokenizer_config.json``. Special tokens are never parsed in text, and dropout is turned off. Prints nothing and
+    reads only the disk. Sets ``TOKENIZERS_PARALLELISM=false`` unless it is set, because worker processes already run in
+    parallel.
 
-    Raises :class:`TokenizerError` when there is none, it has no end-of-document token, text could have that token, or
-    its ids differ from sentencepiece's.
+    Raises :class:`TokenizerError` if no tokenizer is found, it has no end-of-document token, text could have that
+    token, or its ids differ from sentencepiece's.
     """
     path = Path(path)
     check_exists(path)
@@ -75,9 +76,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     with quiet_transformers():
         tokenizer = _from_folder(path) if model is None else _from_model(model, path)
         if model is not None and path.is_dir():
-            _take_over(tokenizer, path, model)
+            _apply_hugging_face_files(tokenizer, path, model)
     if tokenizer.eos_token_id is None:
-        raise TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {_eos_remedy(model)}")
+        remedy = "name one as eos_token in tokenizer_config.json"
+        if model is not None:
+            remedy = "train the sentencepiece model with an eos_id, as tokenizer/train.py does"
+        raise TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {remedy}")
     if model is not None:
         _check_ids(tokenizer, model)
     _check_end(tokenizer, path, model)
@@ -85,19 +89,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, without any special token: none is added and none is found in the text."""
+    """The ids of each text, without special tokens: none is added, and none is parsed in the text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         if not texts:
             return []
         return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    backend.encode_special_tokens = True  # lost when a tokenizer is pickled, as for a worker process
+    backend.encode_special_tokens = True  # pickling a tokenizer, as for a worker process, loses it
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Nothing but errors from transformers' logger."""
+    """Shows only errors from transformers' logger."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -109,9 +113,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def auto_tokenizer(folder: Path, kind: Any = None, *, named: Path | None = None, **settings: Any) -> Any:
-    """A tokenizer of transformers: what ``AutoTokenizer`` makes of a folder, or the class ``kind``.
+    """A transformers tokenizer loaded from a folder by ``AutoTokenizer``, or by the class ``kind``.
 
-    Raises :class:`TokenizerError`, which calls the folder ``named``.
+    Raises :class:`TokenizerError`, whose message names ``named`` instead of the folder.
     """
     from transformers import AutoTokenizer
 
@@ -121,31 +125,34 @@ def auto_tokenizer(folder: Path, kind: Any = None, *, named: Path | None = None,
         )
     except Exception as error:  # transformers raises nearly any kind of error here
         name = named or folder
-        said = " ".join(str(error).split()).replace(str(folder), str(name))
-        raise TokenizerError(f"{name}: transformers cannot load this tokenizer ({said}); {EXPECTED}") from error
-    # not to be written into tokenizer_config.json: arguments of this call, and names of code
+        reason = " ".join(str(error).split()).replace(str(folder), str(name))
+        raise TokenizerError(f"{name}: transformers cannot load this tokenizer ({reason}); {EXPECTED}") from error
+    # arguments of this call and names of code, which must not get into tokenizer_config.json
     for key in ("is_local", "local_files_only", "auto_map"):
         tokenizer.init_kwargs.pop(key, None)
-    if getattr(tokenizer, "legacy", None) is not None:  # a LlamaTokenizer is another one without it, and is saved so
+    if getattr(tokenizer, "legacy", None) is not None:  # LlamaTokenizer gives other ids without it, so it must be saved
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # type: ignore[attr-defined]
     return tokenizer
 
 
-def _from_model(model: Path, given: Path) -> PreTrainedTokenizerBase:
-    # alone in a folder: other files beside it would change the class
+def _from_model(model: Path, path: Path) -> PreTrainedTokenizerBase:
+    # in a folder of its own, because other files next to it would change the class
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         shutil.copyfile(model, Path(folder, MODEL_FILE))
-        tokenizer = auto_tokenizer(Path(folder), named=given, split_special_tokens=True)
-    tokenizer.name_or_path = str(given)
-    tokenizer.init_kwargs["name_or_path"] = str(given)
+        tokenizer = auto_tokenizer(Path(folder), named=path, split_special_tokens=True)
+    tokenizer.name_or_path = str(path)
+    tokenizer.init_kwargs["name_or_path"] = str(path)
     if getattr(tokenizer, "vocab_file", None):
         tokenizer.vocab_file = str(model)
     return tokenizer
 
 
-def _take_over(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) -> None:
-    """What a model says nothing of, from the Hugging Face files beside it: added tokens, which of them ends a document,
-    pads and begins texts, the chat template, and how texts are padded."""
+def _apply_hugging_face_files(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) -> None:
+    """Adds what Hugging Face files next to a sentencepiece model define.
+
+    These are added tokens, the tokens for the end of a document, padding and the beginning of texts, the chat template,
+    and how texts are padded.
+    """
     described = read_json(folder / "tokenizer_config.json") or {}
     _add_tokens(tokenizer, folder, model)
     _name_special(tokenizer, folder, described)
@@ -154,17 +161,17 @@ def _take_over(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) ->
         try:
             tokenizer.chat_template = template.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise TokenizerError(f"{template}: is not UTF-8 ({error.reason}); convert it") from error
+            raise TokenizerError(f"{template}: not UTF-8 ({error.reason}); convert it") from error
     else:
-        given = described.get("chat_template")
-        tokenizer.chat_template = given if isinstance(given, str) else None
-    begins = _template_of_texts(tokenizer, folder, described)
-    if begins is not None:
-        tokenizer.backend_tokenizer.post_processor = begins  # type: ignore[attr-defined]
+        chat_template = described.get("chat_template")
+        tokenizer.chat_template = chat_template if isinstance(chat_template, str) else None
+    processor = _post_processor(tokenizer, folder, described)
+    if processor is not None:
+        tokenizer.backend_tokenizer.post_processor = processor  # type: ignore[attr-defined]
 
 
-def _template_of_texts(tokenizer: PreTrainedTokenizerBase, folder: Path, described: Mapping[str, Any]) -> Any:
-    """What adds special tokens to a text, as ``AutoTokenizer`` takes it from this folder; None: nothing."""
+def _post_processor(tokenizer: PreTrainedTokenizerBase, folder: Path, described: Mapping[str, Any]) -> Any:
+    """The post-processor that adds special tokens to a text, as ``AutoTokenizer`` would set it; None if none does."""
     from tokenizers import processors
 
     file = folder / "tokenizer.json"
@@ -186,28 +193,28 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) -
         token = settings["content"]
         if tokenizer.convert_tokens_to_ids(token) != number:
             raise TokenizerError(
-                f"{folder}: the token {token!r} has the id {number}, which is not the next one behind those of "
+                f"{folder}: the token {token!r} has the id {number}, which is not the next one after those of "
                 f"{MODEL_FILE}; save the tokenizer again, with a tokenizer.json"
             )
 
 
 def _name_special(tokenizer: PreTrainedTokenizerBase, folder: Path, described: Mapping[str, Any]) -> None:
-    """Tokens that ``tokenizer_config.json`` names, by themselves or as settings of AddedToken, and how it pads."""
+    """Sets the special tokens and padding from ``tokenizer_config.json``, in which a token is text or an AddedToken."""
     for name in ("bos_token", "eos_token", "pad_token"):
-        given = described.get(name)
-        token = given.get("content") if isinstance(given, dict) else given
+        entry = described.get(name)
+        token = entry.get("content") if isinstance(entry, dict) else entry
         if token in tokenizer.get_vocab():
             setattr(tokenizer, name, token)
         elif token is not None and name == "eos_token":
             raise TokenizerError(
-                f"{folder}: eos_token in tokenizer_config.json is {token!r}, which is none of its tokens; correct it"
+                f"{folder}: eos_token in tokenizer_config.json is {token!r}, which is not one of its tokens; correct it"
             )
     side, longest = described.get("padding_side"), described.get("model_max_length")
     kept: dict[str, Any] = {"padding_side": side} if side in ("left", "right") else {}
     kept |= {"model_max_length": longest} if isinstance(longest, int) else {}
     for name, value in kept.items():
         setattr(tokenizer, name, value)
-        tokenizer.init_kwargs[name] = value  # these are written when it is saved
+        tokenizer.init_kwargs[name] = value  # saved with the tokenizer
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
@@ -215,22 +222,22 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
     for text, ids in zip(HARD_TEXTS, encode(tokenizer, HARD_TEXTS), strict=True):
         if ids != reference.encode(text):
             raise TokenizerError(
-                f"{model}: transformers converts this model to other ids than sentencepiece's, e.g. for {text!r}; "
+                f"{model}: with transformers this model gives other ids than with sentencepiece, e.g. for {text!r}; "
                 "update transformers, or train a tokenizer with tokenizer/train.py"
             )
 
 
 def _from_folder(path: Path) -> PreTrainedTokenizerBase:
-    """What ``tokenizer.json`` describes; without one, what ``AutoTokenizer`` makes of the other files.
+    """The tokenizer in ``tokenizer.json``, or what ``AutoTokenizer`` loads if that file is missing.
 
-    Of a ``tokenizer.json`` the classes of some models, such as Qwen2Tokenizer, take only the vocabulary, and split text
-    by rules of their own. ``AutoTokenizer`` chooses a class by names in the folder.
+    ``AutoTokenizer`` chooses a class by names in the folder. Some classes, such as Qwen2Tokenizer, use only the
+    vocabulary of ``tokenizer.json``, and split text by rules of their own.
     """
     from transformers import PreTrainedTokenizerFast
 
     described = (path / "tokenizer.json").is_file()
     if not described or "auto_map" in (read_json(path / "tokenizer_config.json") or {}):
-        tokenizer = auto_tokenizer(path, split_special_tokens=True)  # refuses code of the folder
+        tokenizer = auto_tokenizer(path, split_special_tokens=True)  # refuses code from the folder
     if described:
         tokenizer = auto_tokenizer(path, PreTrainedTokenizerFast, split_special_tokens=True)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -246,13 +253,7 @@ def _check_end(tokenizer: PreTrainedTokenizerBase, path: Path, model: Path | Non
     texts = [f"{before}{text}{after}" for text in written for before, after in (("", ""), ("a", "b"), ("a ", " b"))]
     if is_ordinary(end, path, model) or any(number in ids for ids in encode(tokenizer, texts)):
         raise TokenizerError(
-            f"{path}: the end-of-document token {end!r} (id {number}) is one that text can have, so crawled text could "
-            "end a document; name a special token as eos_token in tokenizer_config.json (tokenizer.json lists these "
+            f"{path}: ordinary text can contain the end-of-document token {end!r} (id {number}), so crawled text could "
+            "end a document; set eos_token in tokenizer_config.json to a special token (tokenizer.json lists them "
             "under added_tokens), or train a tokenizer with tokenizer/train.py"
         )
-
-
-def _eos_remedy(model: Path | None) -> str:
-    if model is not None:
-        return "train the sentencepiece model with an eos_id, as tokenizer/train.py does"
-    return "name one as eos_token in tokenizer_config.json"

@@ -1,4 +1,4 @@
-"""Tokenizers for others: a folder that plain transformers reads."""
+"""Saves a tokenizer as a folder that plain transformers can load."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | Path) -> None:
-    """Writes a folder whose ids plain ``AutoTokenizer.from_pretrained(out)`` reproduces; ``tokenizer.model`` included.
+    """Writes a folder from which plain ``AutoTokenizer.from_pretrained(out)`` gives the same ids.
 
-    With a chat template, which writes special tokens as text, plain transformers will find these in text again.
-    ``tokenizer`` is a path as for :func:`load_tokenizer`, or what it returned. ``out`` may already hold a model with
-    its ``config.json``. Raises :class:`TokenizerError` when transformers refuses to write it, or the folder gives other
-    ids.
+    ``tokenizer.model`` is copied, too. If there is a chat template, which writes special tokens as text, plain
+    transformers will parse them in text again. ``tokenizer`` is a path as for :func:`load_tokenizer`, or its result.
+    ``out`` may already hold a model with its ``config.json``. Raises :class:`TokenizerError` if transformers refuses to
+    write the folder, or the folder gives other ids.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
@@ -30,23 +30,26 @@ def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | P
         with quiet_transformers():
             _save(tokenizer, out)
             if model is not None and model.resolve() != (out / MODEL_FILE).resolve():
-                # of a full disk, copyfile would name the file that it read
+                # not copyfile, whose error for a full disk names the file that it reads
                 (out / MODEL_FILE).write_bytes(model.read_bytes())
             saved = auto_tokenizer(out)
         written = [saved.encode(text, add_special_tokens=False, split_special_tokens=True) for text in HARD_TEXTS]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # what values of another kind end in
-        said = " ".join(str(error).split()).replace(str(out), tokenizer.name_or_path)
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # transformers' errors for values of a wrong type
+        reason = " ".join(str(error).split()).replace(str(out), tokenizer.name_or_path)
         raise TokenizerError(
-            f"{tokenizer.name_or_path}: transformers cannot save it ({said}); fix its tokenizer_config.json"
+            f"{tokenizer.name_or_path}: transformers cannot save it ({reason}); fix its tokenizer_config.json"
         ) from error
     if written != encode(tokenizer, HARD_TEXTS) or saved.eos_token_id != tokenizer.eos_token_id:
-        beside, remedy = "", "report this with the tokenizer"
+        context, remedy = "", "report this with the tokenizer"
         kind = (read_json(out / "config.json") or {}).get("model_type")
         if kind is not None:
-            beside, remedy = f" next to a model of type {kind}", "use a tokenizer of that kind of model"
-        raise TokenizerError(
-            f"{tokenizer.name_or_path}: when it is saved{beside}, transformers reads it with other ids; {remedy}"
-        )
+            context, remedy = f" next to a model of type {kind}", "use a tokenizer for that type of model"
+        raise TokenizerError(f"{tokenizer.name_or_path}: saved{context}, transformers gives other ids for it; {remedy}")
 
 
 def _save(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -56,11 +59,8 @@ def _save(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
         tokenizer.save_pretrained(str(out))
     finally:
         tokenizer.split_special_tokens = splits
-    _name_for_older_readers(out / "tokenizer_config.json")
-
-
-def _name_for_older_readers(path: Path) -> None:
-    """Puts names that transformers 4, and what builds on it, knows in place of two that only transformers 5 knows."""
+    # replace two names that only transformers 5 knows by those of transformers 4, which other tools know
+    path = out / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

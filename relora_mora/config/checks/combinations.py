@@ -1,4 +1,4 @@
-"""Combinations of settings that cannot work, each with its remedy. Pure: only the settings are read."""
+"""Combinations of settings that cannot work, each with its remedy. Pure functions of the settings."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from relora_mora.system.logs import counted
 BESIDE_ADAPTERS = ("method.train_linears", "method.train_embeddings", "method.train_norms", "method.train_head")
 SIZE_SETTINGS = ("method.rank", "method.rank_pattern", "method.square_rounding", "method.square_multiple")
 
-# how a run is done and watched: what comes out of it depends on none of these
+# how a run is executed and watched; its result does not depend on these settings
 OPERATIONAL = {
-    "data.max_bad_fraction",  # it decides whether the run goes on, not what it reads
+    "data.max_bad_fraction",  # decides whether the run continues, not what it reads
     "data.prefetch_batches",
     "data.timeout_seconds",
     "data.workers",
@@ -33,7 +33,7 @@ OPERATIONAL = {
 
 
 def unused_by(config: Config) -> dict[str, str]:
-    """The settings that are not as by default and have no use, with what it is that does not use them."""
+    """The settings with a value other than their default that have no effect, each with what makes them unused."""
     settings = config.by_name
     unused = unused_settings(settings)
     return {
@@ -44,9 +44,9 @@ def unused_by(config: Config) -> dict[str, str]:
 
 
 def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Those that make no difference beside the others, with what it is that does not use them.
+    """The settings that have no effect, given all others; each with what makes it unused.
 
-    ``settings`` are all of a run, by dotted name. A method or optimizer that is not known is taken to use all.
+    ``settings`` are all settings of a run, by dotted name. An unknown method or optimizer is assumed to use all.
     """
     matrices, method = settings["optim.matrices"], settings["method.name"]
     record = METHODS.get(method)
@@ -59,25 +59,25 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
         unused["optim.min_ratio"] = "optim.schedule=constant"
     if record is not None and record.adapter is not None:
         if not any(settings[name] for name in BESIDE_ADAPTERS):
-            unused["optim.lr_other"] = "a run that trains adapters alone"
+            unused["optim.lr_other"] = "a run that trains only adapters"
         if record.adapter.has_square and settings["method.square_size"] is not None:
             unused |= dict.fromkeys(SIZE_SETTINGS, "method.square_size")
-    for records, own, who in (
+    for records, own, cause in (
         (MATRIX_OPTIMIZERS, MATRIX_OPTIMIZERS.get(matrices), f"optim.matrices={matrices}"),
         (METHODS, record, f"method {method}"),
     ):
-        unused |= dict.fromkeys(settings_of_others(records, own), who)
+        unused |= dict.fromkeys(settings_of_others(records, own), cause)
     return unused
 
 
 def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:
-    """Tokens and passwords anywhere in the settings, which go to config.yaml, to logs and into checkpoints."""
+    """Finds tokens and passwords, because settings are saved in config.yaml, logs and checkpoints."""
     for name, text in secrets_in(tree):
         yield Fault((name,), text)
 
 
 def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
-    """Each combination that cannot work: what was given, what was expected, the remedy. world_size None: unknown."""
+    """Every combination that cannot work: what was given, what was expected, the remedy. world_size None: unknown."""
     yield from _start_faults(config)
     yield from length_faults(config)
     yield from data_faults(config)
@@ -92,11 +92,11 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
 
 
 def _start_faults(config: Config) -> Iterator[Fault]:
-    for setting, given in (("model.config", config.model.config), ("tokenizer.path", config.tokenizer.path)):
-        if given is None and config.model.init_from is None:
+    for setting, value in (("model.config", config.model.config), ("tokenizer.path", config.tokenizer.path)):
+        if value is None and config.model.init_from is None:
             yield Fault(
                 (setting, "model.init_from"),
-                "must be given, or model.init_from, a model to begin with, of which it is taken then",
+                "must be given, unless model.init_from names a model to start from, whose own is then used",
             )
 
 
@@ -104,9 +104,9 @@ def _projection_faults(config: Config) -> Iterator[Fault]:
     if config.optim.matrices == "apollo" and config.optim.projection_rank == 1:
         yield Fault(
             ("optim.projection_rank", "optim.matrices"),
-            "apollo divides each column of a step by the norm of its projection, which at rank 1 is one number and "
-            "often nearly zero, so some columns would step a thousand times too far; use 2 or more (APOLLO-Mini, which "
-            "has rank 1 and one scale for a whole matrix, is not implemented)",
+            "apollo divides each column of a step by the norm of its projection; at rank 1 that is a single number, "
+            "often close to zero, and some columns would step a thousand times too far; use 2 or more (APOLLO-Mini, "
+            "with rank 1 and one scale per matrix, is not implemented)",
         )
 
 
@@ -116,7 +116,7 @@ def _schedule_faults(config: Config) -> Iterator[Fault]:
     if optim.warmup_steps >= steps:
         yield Fault(
             ("optim.warmup_steps", "train.steps"),
-            f"{counted(optim.warmup_steps, 'warmup step')} leave nothing of a run of {counted(steps, 'step')}; "
+            f"{counted(optim.warmup_steps, 'warmup step')} leave no other steps in a run of {counted(steps, 'step')}; "
             "lower it or raise train.steps",
         )
     if optim.schedule != "wsd":
@@ -124,13 +124,13 @@ def _schedule_faults(config: Config) -> Iterator[Fault]:
             return
         yield Fault(
             ("optim.decay_steps", "optim.schedule"),
-            f"only the schedule wsd has it, got {optim.schedule}; drop it or set optim.schedule=wsd",
+            f"only the schedule wsd uses it, got {optim.schedule}; remove it or set optim.schedule=wsd",
         )
     elif optim.warmup_steps + (decay := optim.decay_of(steps)) > steps:
         yield Fault(
             ("optim.decay_steps", "optim.warmup_steps", "train.steps", "optim.schedule"),
-            f"{counted(decay, 'step')} of decay and {optim.warmup_steps} of warmup are longer "
-            f"than the run of {counted(steps, 'step')}; shorten them",
+            f"{counted(decay, 'step')} of decay and {optim.warmup_steps} of warmup exceed "
+            f"the run's {counted(steps, 'step')}; shorten them",
         )
 
 
@@ -141,8 +141,8 @@ def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     if batch % lanes:
         yield Fault(
             ("data.lanes", "train.batch_size"),
-            f"every global batch takes as many sequences from each lane, but train.batch_size {batch} / {lanes} lanes "
-            f"is not a whole number; use a divisor of {batch}",
+            f"every global batch takes the same number of sequences from each lane, but train.batch_size {batch} / "
+            f"{lanes} lanes is not a whole number; use a divisor of {batch}",
         )
     if batch % micro:
         yield Fault(
@@ -158,15 +158,15 @@ def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
             f"use a multiple of {micro * world_size}, or smaller micro-batches",
         )
     if lanes % world_size:
-        # of the divisors of the batch the smallest that serves all ranks, and not fewer lanes than by default
-        enough = [number for number in range(world_size, batch + 1, world_size) if batch % number == 0]
+        # the smallest divisor of the batch that suits all ranks, but not fewer lanes than now if possible
+        suitable = [number for number in range(world_size, batch + 1, world_size) if batch % number == 0]
         remedy = f"a multiple of {world_size} that divides train.batch_size"
-        if enough:
-            remedy = f"data.lanes={next((number for number in enough if number >= lanes), enough[-1])}, {remedy}"
+        if suitable:
+            remedy = f"data.lanes={next((number for number in suitable if number >= lanes), suitable[-1])}, {remedy}"
         yield Fault(
             ("data.lanes", "train.batch_size"),
-            f"{counted(lanes, 'lane')} cannot be shared evenly by {world_size} ranks; set {remedy}. A run keeps its "
-            "lanes for good, so count the most ranks that it may move to",
+            f"{counted(lanes, 'lane')} cannot be split evenly among {world_size} ranks; set {remedy}. A run can never "
+            "change its lanes, so allow for the largest number of ranks that it may move to",
         )
 
 
@@ -175,22 +175,22 @@ def _other_faults(config: Config) -> Iterator[Fault]:
         masked_by = "data.document_mask" if config.data.document_mask else "data.packing"
         yield Fault(
             (masked_by, "model.attention", "data.records", "data.train"),
-            "flash_attention_2 takes no mask between documents; use model.attention=sdpa",
+            "flash_attention_2 does not support a mask between documents; use model.attention=sdpa",
         )
     if config.model.attention == "flash_attention_2" and config.train.precision == "fp32":
         yield Fault(
             ("model.attention", "train.precision"),
-            "flash_attention_2 computes in bf16 alone; use model.attention=sdpa, or train.precision=bf16",
+            "flash_attention_2 computes only in bf16; use model.attention=sdpa or train.precision=bf16",
         )
     if config.model.compile is True and config.train.zero_stage == 3:
         yield Fault(
             ("model.compile", "train.zero_stage"),
-            "torch.compile cannot look through what ZeRO-3 does around each module; use train.zero_stage=2, "
+            "torch.compile cannot trace through ZeRO-3's hooks around each module; use train.zero_stage=2, "
             "or leave it at auto",
         )
     unknown = [name for name in config.train.allow_changes if name not in {*SETTINGS, "tokenizer", "data"}]
     if unknown:
         yield Fault(
             ("train.allow_changes",),
-            f"{', '.join(unknown)}: no such setting; names have the form optim.lr, or are tokenizer or data",
+            f"{', '.join(unknown)}: unknown setting; give names such as optim.lr, or tokenizer or data",
         )

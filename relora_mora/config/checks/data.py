@@ -21,8 +21,8 @@ from relora_mora.config.schema import Config
 from relora_mora.config.types import Fault
 from relora_mora.system.logs import counted
 
-_OF_MIXTURES = ("weight", "max_epochs", "at_max_epochs")
-_WHAT = {"train": "the length of a run", "optim": "the warmup"}
+_MIXTURE_KEYS = ("weight", "max_epochs", "at_max_epochs")
+_LENGTHS = {"train": "the length of a run", "optim": "the warmup"}
 
 
 def length_faults(config: Config) -> Iterator[Fault]:
@@ -36,13 +36,13 @@ def length_faults(config: Config) -> Iterator[Fault]:
         if len(given) > 1:
             yield Fault(
                 (given[-1],),
-                f"{_WHAT[section]} is given once, and {' and '.join(given)} are set; set all but one to null",
+                f"{' and '.join(given)} are set, but {_LENGTHS[section]} is given only once; set all but one to null",
             )
     if config.train.epochs is not None and len(config.data.train_sources) > 1 and config.data.is_mixture:
         yield Fault(
             ("train.epochs", "data.train"),
-            "each source of a mixture has epochs of its own; set data.concatenate=true to read each once an epoch, "
-            "or give train.tokens or train.steps, and max_epochs of a source that may not be read more often",
+            "each source of a mixture has epochs of its own; set data.concatenate=true to read each source once per "
+            "epoch, or give train.tokens or train.steps, and max_epochs to limit how often a source is read",
         )
 
 
@@ -65,27 +65,27 @@ def data_faults(config: Config) -> Iterator[Fault]:
 
 def _source_faults(setting: str, field: str, source: TextSource) -> Iterator[Fault]:
     is_set = "://" not in source.source and not source.source.startswith("hub:")
-    named_by_text = source.source.split(":")[1:3] if is_set else []
-    for key, given in zip(("config", "split"), named_by_text, strict=False):
-        if given and getattr(source, key) is not None:
+    named_in_source = source.source.split(":")[1:3] if is_set else []
+    for key, value in zip(("config", "split"), named_in_source, strict=False):
+        if value and getattr(source, key) is not None:
             yield Fault(
                 (f"{setting}.{key}", f"data.{field}"),
-                f"{getattr(source, key)}, and the source {source.source} names {given}; give one of them",
+                f"it is {getattr(source, key)}, but the source {source.source} names {value}; give only one of them",
             )
 
 
 def _held_out_faults(setting: str, source: TextSource) -> Iterator[Fault]:
-    """What only a mixture has, and held-out text would silently do without."""
-    for key, given in _given(source, ("name", *_OF_MIXTURES)):
-        remedy = f"give sets by name, as {{{given}: {{source: ...}}}}" if key == "name" else "leave it out"
+    """Settings of mixtures, which held-out text would silently ignore."""
+    for key, value in _changed(source, ("name", *_MIXTURE_KEYS)):
+        remedy = f"give sets by name, as {{{value}: {{source: ...}}}}" if key == "name" else "leave it out"
         yield Fault(
             (f"{setting}.{key}", "data.validation"),
-            f"{given} is for the sources of a mixture, and held-out text is read as it stands; {remedy}",
+            f"{value} is for the sources of a mixture, but held-out text is never mixed; {remedy}",
         )
 
 
-def _given(source: TextSource, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Of these keys those with another value than their default, and the value."""
+def _changed(source: TextSource, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Those of the keys whose value is not the default, with their values."""
     for key in keys:
         value = getattr(source, key)
         if value != TextSource.model_fields[key].default:
@@ -96,27 +96,26 @@ def _concatenation_faults(data: DataConfig) -> Iterator[Fault]:
     if not is_mixture(data.train):
         yield Fault(
             ("data.concatenate", "data.train"),
-            "it is for a list of records {source: ..., records: ...}, and other sources are one text already; "
-            "leave it out",
+            "it is for a list of records {source: ..., records: ...}; other sources are one text anyway; leave it out",
         )
         return
     for number, source in enumerate(data.train_sources):
-        for key, given in _given(source, _OF_MIXTURES):
+        for key, value in _changed(source, _MIXTURE_KEYS):
             yield Fault(
                 (f"data.train.{number}.{key}", "data.concatenate", "data.train"),
-                f"{given} is for the sources of a mixture, and data.concatenate makes them one text; "
+                f"{value} is for the sources of a mixture, but data.concatenate joins them into one text; "
                 "leave one of the two out",
             )
-    held = [data.records_of(source) for source in data.train_sources]
-    if len({data.packing_of([records]) for records in held}) > 1:
+    contents = [data.records_of(source) for source in data.train_sources]
+    if len({data.packing_of([records]) for records in contents}) > 1:
         yield Fault(
             ("data.packing", "data.concatenate", "data.train"),
-            "sources of text and of records become sequences in different ways; set data.packing for all of them",
+            "sources of text and of records are packed differently by default; set data.packing for all of them",
         )
-    if len({records.too_long if records else "cut" for records in held if records is None or records.is_text}) > 1:
+    if len({records.too_long if records else "cut" for records in contents if records is None or records.is_text}) > 1:
         yield Fault(
             ("data.concatenate", "data.train"),
-            "sources of plain text have different records.too_long; give all of them the same",
+            "sources of plain text have different values of records.too_long; give all of them the same one",
         )
 
 
@@ -126,7 +125,7 @@ def _name_faults(sources: Sequence[TextSource]) -> Iterator[Fault]:
         if not label:
             yield Fault(
                 (f"data.train.{number}.name", "data.train"),
-                f"{sources[number].source} gives no name for metrics; set one, e.g. name: web",
+                f"no name for metrics follows from {sources[number].source}; set one, e.g. name: web",
             )
     for label, count in Counter(labels).items():
         if count > 1 and label:
@@ -139,7 +138,7 @@ def _stage_faults(config: Config) -> Iterator[Fault]:
     if stages and not data.is_mixture:
         yield Fault(
             ("data.stages", "data.train"),
-            "stages change the weights of a mixture, and data.train is none; give it as a list of records "
+            "stages change the weights of a mixture, but data.train is not a mixture; give it as a list of records "
             "{source: ..., weight: ..., name: ...}, without data.concatenate",
         )
         return
@@ -150,20 +149,20 @@ def _stage_faults(config: Config) -> Iterator[Fault]:
         if stage.from_step <= before:
             yield Fault(
                 (f"{setting}.from_step", "data.stages"),
-                f"{stage.from_step} is not after the stage before it ({before}); give stages in the order of steps",
+                f"{stage.from_step} is not after the previous stage ({before}); give stages in the order of steps",
             )
         before = stage.from_step
         if stage.from_step > config.train.steps:
             yield Fault(
                 (f"{setting}.from_step", "data.stages", "train.steps"),
                 f"{stage.from_step} is never reached in a run of {counted(config.train.steps, 'step')}; "
-                "lower or drop it",
+                "lower it or remove the stage",
             )
         if set(stage.weights) != set(labels):
             yield Fault(
                 (f"{setting}.weights", "data.stages", "data.train"),
                 f"it names {', '.join(stage.weights)}; name each source of data.train ({', '.join(labels)}) once, "
-                "with 0 for none of it",
+                "with weight 0 to leave it out",
             )
         elif not any(stage.weights.values()):
             yield Fault((f"{setting}.weights", "data.stages"), "all weights are 0; give at least one a positive weight")
@@ -188,53 +187,49 @@ def record_faults(data: DataConfig) -> Iterator[Fault]:
     if data.document_mask and data.packing == "none":
         yield Fault(
             ("data.document_mask", "data.packing"),
-            "with data.packing=none each sequence holds one row, and there is nothing to mask; leave it out",
+            "with data.packing=none each sequence holds one row, so there is nothing to mask; leave it out",
         )
 
 
 def generation_faults(config: Config) -> Iterator[Fault]:
-    """``eval.generate`` where no held-out source has answers that stand whole in a sequence."""
+    """``eval.generate`` without a held-out source whose answers are whole within a sequence."""
     data = config.data
     records = [data.records_of(source) for source in data.sources("validation")]
     if config.eval.generate and not any(map(data.has_whole_answers, records)):
         yield Fault(
             ("eval.generate", "data.records", "data.packing", "data.validation"),
-            "there are no answers to generate: that takes records with data.records.score=answers, "
-            "and data.packing=whole or none; set it to 0",
+            "there are no answers to generate; use records with data.records.score=answers "
+            "and data.packing=whole or none, or set it to 0",
         )
 
 
 def _faults_of(setting: str, records: RecordsConfig) -> Iterator[Fault]:
-    section = _section(setting)
+    section = ".".join(setting.split(".")[:2])
     known = (*FIELDS[records.kind], *OPTIONAL_FIELDS.get(records.kind, ()))
     unknown = [field for field in records.columns if field not in known]
     if unknown:
         yield Fault(
             (f"{setting}.columns", section),
-            f"{', '.join(unknown)}: no field of {records.kind}; its fields are {', '.join(known)}",
+            f"{', '.join(unknown)}: not a field of {records.kind}; its fields are {', '.join(known)}",
         )
     if records.template is not None and records.kind not in CONVERSATIONS:
         yield Fault(
             (f"{setting}.template", section),
-            f"{records.kind} has a form of its own, and a template is for {' and '.join(CONVERSATIONS)}; leave it out",
+            f"a template is only for {' and '.join(CONVERSATIONS)}, but the kind is {records.kind}; leave it out",
         )
 
 
-def _section(setting: str) -> str:
-    return ".".join(setting.split(".")[:2])
-
-
 def _stream_faults(data: DataConfig, setting: str, records: RecordsConfig) -> Iterator[Fault]:
-    section = _section(setting)
+    section = ".".join(setting.split(".")[:2])
     if records.too_long == "drop":
         yield Fault(
             (f"{setting}.too_long", "data.packing", "data.records", section),
-            "with data.packing=stream a row goes on in the next sequence, and none is too long; "
+            "with data.packing=stream a row continues in the next sequence, so no row is too long; "
             "leave it out, or set data.packing=whole",
         )
     if data.document_mask and records.kind in CONVERSATIONS:
         yield Fault(
             ("data.document_mask", "data.packing", "data.records", section),
-            "with data.packing=stream it finds documents by their end, which stands inside of conversations too; "
-            "set data.packing=whole, which masks rows whatever they hold",
+            "with data.packing=stream it finds documents by their end token, which conversations also contain inside; "
+            "set data.packing=whole, which masks whole rows",
         )

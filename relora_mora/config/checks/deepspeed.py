@@ -1,4 +1,4 @@
-"""DeepSpeed's own settings: our defaults, the keys a user may set, and faults in ``train.deepspeed``."""
+"""DeepSpeed's own settings: our defaults, the keys that a user may set, and faults in ``train.deepspeed``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from relora_mora.config.schema import Config
 from relora_mora.config.types import LARGEST, Fault, Whole, as_whole
 
-BUCKET = 500_000_000  # elements that are reduced at once; DeepSpeed's default
-GPU_BUCKET = 50_000_000  # small enough for the first to be on its way while backward goes on
+BUCKET = 500_000_000  # elements reduced at once; DeepSpeed's default
+GPU_BUCKET = 50_000_000  # small enough to send the first bucket while the backward pass continues
 
 
 def zero_defaults(stage: int, world_size: int, trainable: int, *, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed allocates whole buckets for reductions; one as large as the ``trainable`` parameters holds all.
+    """Our defaults for ``zero_optimization``.
 
-    On GPUs stage 2 reduces beside backward, with two buckets: one is filled while the other is reduced. Stage 3 does so
-    by DeepSpeed's default. Stage 1 in bf16 has no such way.
+    DeepSpeed allocates whole buckets for reductions, and no bucket need be larger than the ``trainable`` parameters.
+    On GPUs, stage 2 overlaps reductions with the backward pass: it fills one bucket while it reduces another. Stage 3
+    does so by DeepSpeed's default, and stage 1 in bf16 cannot.
     """
     defaults: dict[str, Any] = {"reduce_bucket_size": min(GPU_BUCKET if on_gpu else BUCKET, trainable)}
     if on_gpu and stage == 2 and world_size > 1:
@@ -43,7 +44,7 @@ DERIVED_DEEPSPEED_KEYS = {
 
 _Threshold = Annotated[int, Field(ge=0, le=LARGEST), BeforeValidator(as_whole)]
 
-# tried with the view of masters and state in zero/engine.py; offloading, quantized weights and the like were not
+# tested with engine/engine.py's view of masters and state; offloading, quantized weights and the like were not
 DEEPSPEED_ZERO_KEYS: dict[str, Any] = {
     "allgather_bucket_size": Annotated[Whole, Field(multiple_of=2)],  # aligned to 4 bytes of bf16
     "allgather_partitions": bool,
@@ -71,21 +72,21 @@ def deepspeed_faults(config: Config) -> Iterator[Fault]:
         yield Fault(("train.deepspeed",), text)
 
 
-def _texts(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for key, value in given.items():
+def _texts(settings: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in settings.items():
         name = prefix + key
         kind = known.get(key)
         if name in DERIVED_DEEPSPEED_KEYS:
             yield f"{name} is derived from {DERIVED_DEEPSPEED_KEYS[name]}; set that instead"
         elif kind is None:
-            yield f"{name}: not supported here; use some of {', '.join(sorted(known))}"
+            yield f"{name}: not supported; the supported keys are {', '.join(sorted(known))}"
         elif not isinstance(kind, dict):
             try:
                 TypeAdapter(kind).validate_python(value, strict=True)
             except ValidationError as error:
-                said = error.errors()[0]["msg"]
-                yield f"{name} is {value!r}; {said[:1].lower()}{said[1:]}"
+                reason = error.errors()[0]["msg"]
+                yield f"{name} is {value!r}; {reason[:1].lower()}{reason[1:]}"
         elif isinstance(value, dict):
             yield from _texts(value, kind, f"{name}.")
         else:
-            yield f"{name} is {value!r}, expected its keys, some of {', '.join(sorted(kind))}"
+            yield f"{name} is {value!r}, expected a mapping with some of the keys {', '.join(sorted(kind))}"

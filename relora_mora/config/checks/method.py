@@ -1,4 +1,4 @@
-"""Faults in the settings of methods: adapters, their sizes and forms, and merges."""
+"""Faults in the settings of methods: adapters with their sizes and forms, and merges."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _target_faults(config: Config) -> Iterator[Fault]:
             f"{', '.join(unknown)} is not a linear of the decoder; use some of {', '.join(DECODER_LINEARS)}",
         )
     if len(set(names)) < len(names):
-        yield Fault(("method.target_modules",), "a name stands there twice; name each once")
+        yield Fault(("method.target_modules",), "duplicate name; list each name once")
 
 
 def _pattern_faults(config: Config) -> Iterator[Fault]:
@@ -40,12 +40,13 @@ def _pattern_faults(config: Config) -> Iterator[Fault]:
     if unknown:
         yield Fault(
             ("method.rank_pattern", "method.target_modules", "method.name"),
-            f"{', '.join(unknown)} is none of method.target_modules ({', '.join(method.target_modules)})",
+            f"{', '.join(unknown)} is not in method.target_modules ({', '.join(method.target_modules)}); "
+            "add it there or remove it here",
         )
     if method.uses_squares and method.square_size is not None:
         yield Fault(
             ("method.rank_pattern", "method.square_size", "method.name"),
-            f"ranks change nothing with method.square_size={method.square_size}, R of every layer; drop one of them",
+            f"method.square_size={method.square_size} is R of every layer, so ranks have no effect; remove one of them",
         )
 
 
@@ -54,8 +55,8 @@ def _form_faults(config: Config) -> Iterator[Fault]:
     if config.method.dropout and form in ("merged", "resident") and config.method.uses_adapters:
         yield Fault(
             ("method.dropout", "method.form", "method.name"),
-            f"dropout acts on what an adapter sees beside its weight, and the form {form} makes one weight of both; "
-            "use method.form=auto, or method.dropout=0",
+            f"dropout acts only on the adapter's input, but the form {form} combines adapter and weight into one "
+            "matrix; use method.form=auto or method.dropout=0",
         )
 
 
@@ -70,20 +71,20 @@ def _square_faults(config: Config) -> Iterator[Fault]:
         if even and multiple % 2:
             yield Fault(
                 ("method.square_multiple", "method.operators", "method.name", "method.square_size"),
-                f"operator {even[0]} needs an even R, and with a multiple of {multiple} it may be odd; "
+                f"operator {even[0]} needs an even R, but a multiple of {multiple} may be odd; "
                 f"set method.square_multiple={2 * multiple}",
             )
         return
     if size % multiple:
         yield Fault(
             ("method.square_size", "method.square_multiple", "method.name"),
-            f"{size} is no multiple of method.square_multiple {multiple}; "
+            f"{size} is not a multiple of method.square_multiple {multiple}; "
             f"set method.square_multiple={math.gcd(size, multiple)}",
         )
     if even and size % 2:
         yield Fault(
             ("method.square_size", "method.operators", "method.name"),
-            f"operator {even[0]} needs an even size, got {size}; take {size - 1 or 2}",
+            f"operator {even[0]} needs an even size, got {size}; use {size - 1 or 2}",
         )
 
 
@@ -93,11 +94,11 @@ def _adapter_faults(config: Config) -> Iterator[Fault]:
     if not config.method.uses_adapters:
         yield Fault(
             ("model.adapter", "method.name"),
-            f"{config.method.name} has no adapters that it could give values to; drop it, or set method.name",
+            f"the method {config.method.name} has no adapters to initialize; remove it, or set method.name to another",
         )
     if config.model.init_from is None:
         yield Fault(
-            ("model.adapter", "model.init_from"), "an adapter belongs to a trained model; name that in model.init_from"
+            ("model.adapter", "model.init_from"), "an adapter belongs to a trained model; set model.init_from to it"
         )
 
 
@@ -121,7 +122,7 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
     if method.reset not in ("full", "none") and not optim.record.moments:
         yield Fault(
             ("method.reset", "optim.matrices", "method.name"),
-            f"{method.reset} changes moments element by element, and those of {optim.matrices} are not of elements; "
+            f"{method.reset} changes element-wise moments, but {optim.matrices} has none; "
             "use method.reset=full or none",
         )
     yield from _carry_faults(method)
@@ -136,7 +137,7 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             ("method.merge_every", "optim.restart_warmup_steps", "method.name"),
             f"{counted(every, 'step')} between merges, fewer than optim.restart_warmup_steps "
-            f"({optim.restart_warmup_steps}); raise it or lower those",
+            f"({optim.restart_warmup_steps}); raise it or lower optim.restart_warmup_steps",
         )
     if every >= config.train.steps:
         yield Fault(
@@ -158,12 +159,12 @@ def _carry_faults(method: MethodConfig) -> Iterator[Fault]:
     if not method.cycle:
         yield Fault(
             ("method.reset", "method.name"),
-            f"carry moves the state of square matrices to their next operator, and {method.name} has none; "
-            "use method.reset=full",
+            f"carry transfers the state of square matrices to the next operator, but {method.name} has no square "
+            "matrices; use method.reset=full",
         )
     for operator in sorted(set(method.cycle)):
         if not OPERATORS[operator].groupings:
             yield Fault(
                 ("method.reset", "method.operators", "method.name"),
-                f"carry needs operators that are pairs of groupings, and {operator} is none; use method.reset=full",
+                f"carry needs operators that are pairs of groupings, and {operator} is not; use method.reset=full",
             )
