@@ -30,8 +30,7 @@ def main(runs: str, *, port: PositiveInt = 6006, host: str = "localhost") -> int
     Args:
         runs: a run folder, or a folder that contains run folders
         port: the port to listen on
-        host: the address to listen on; localhost: only this machine can connect; 0.0.0.0: every machine that reaches
-            this one can
+        host: the address to listen on; localhost: only this machine can connect; 0.0.0.0: any machine can
     """
     root = Path(runs)
     if not any(_runs(root)):

@@ -53,7 +53,8 @@ def main(
     by_folder = {each.folder.resolve(): each for folder in folders for each in read_runs(folder)}
     if against is not None and not any(each.is_named(against) for each in by_folder.values()):
         by_folder[Path(against).resolve()] = read_run(Path(against))
-    groups = group_runs(by_folder.values(), *(_names(option) for option in (unnamed, best)))
+    settings = [[name.strip() for name in option.split(",") if name.strip()] for option in (unnamed, best)]
+    groups = group_runs(by_folder.values(), *settings)
     reference = None if against is None else group_of(groups, against)
     rows = compare(groups, reference)
     reached = None if reach is None else parse_reach(reach, groups)
@@ -64,10 +65,6 @@ def main(
         return
     texts = {"compare.md": table, "compare.json": json.dumps(as_json(rows, reference), indent=1) + "\n"}
     write_files(Path(out), texts, figures_of(groups, reached, reference))
-
-
-def _names(option: str) -> list[str]:
-    return [name.strip() for name in option.split(",") if name.strip()]
 
 
 if __name__ == "__main__":

@@ -100,9 +100,7 @@ def main(
         names = [name.strip() for name in tasks.split(",")]
         check_tasks(names, task_data, num_fewshot)
     if tasks is None and sources is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
-        raise ValueError(
-            f"--data: {model} is not a run, so it has no held-out text of its own; give text to score, e.g. allenai/c4"
-        )
+        raise ValueError(f"--data: {model} is not a run and names no text; give text to score, e.g. allenai/c4")
     # missing files are reported before a large model is read
     if tokenizer is not None:
         load_tokenizer(tokenizer)
@@ -121,9 +119,7 @@ def main(
     settings = loaded.data_settings(sources, overrides, own_tokenizer=tokenizer is None)
     masked = settings.masks_documents_of(settings.sources("validation"))
     if "data.document_mask" in overrides and masked and not settings.document_mask:
-        raise ValueError(
-            "--data.document_mask: records that are packed whole are always masked from each other; leave it out"
-        )
+        raise ValueError("--data.document_mask: records that are packed whole are always masked; leave it out")
     _check_length(settings.sequence_length, loaded, model, masked=masked)
     with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
         sets = held_out(settings, str(tokenizer_path), max_tokens)

@@ -12,9 +12,8 @@ except ModuleNotFoundError as error:
 def main(config: str, *, show: PositiveInt | None = None, **overrides: str) -> int:
     """Pretrains a model.
 
-    Exit codes: 0 done, 1 training cannot continue, 2 a mistake in settings or data, 69 another rank or the launcher is
-    gone, 75 stopped by a signal with everything saved. After 69 or 75, run the same command again to continue. See
-    docs/reliability.md.
+    Exit codes (docs/reliability.md): 0 done, 1 training cannot continue, 2 a mistake in settings or data, 69 another
+    rank or the launcher is gone, 75 stopped by a signal with everything saved. After 69 and 75, start it again.
 
     Args:
         config: a YAML file such as configs/run/tiny_remora.yaml

@@ -2,8 +2,7 @@
 
     python tokenizer/train.py --data='data/train/*.json.gz' --out=tokenizers/mine --vocab_size=32000
 
-Writes a folder for ``AutoTokenizer.from_pretrained``, which then gives exactly sentencepiece's ids. See
-tokenizer/README.md.
+The folder it writes gives exactly sentencepiece's ids in ``AutoTokenizer.from_pretrained``. See tokenizer/README.md.
 """
 
 from __future__ import annotations

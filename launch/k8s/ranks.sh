@@ -1,11 +1,12 @@
 #!/bin/bash
-# The ranks of one pod, joined to those of the other pods: bash launch/k8s/ranks.sh CONFIG [--section.key=value ...]
-# They run launch/pretrain.py; PROGRAM=launch/finetune.py is for fine-tuning, which has other defaults.
-# Kubernetes says which pod this is (JOB_COMPLETION_INDEX); PODS, RANKS_PER_POD, MASTER_ADDR and MASTER_PORT come from job.yaml. The
+# Starts the ranks of one pod, which join the ranks of the other pods: bash launch/k8s/ranks.sh CONFIG [--section.key=value ...]
+# They run launch/pretrain.py; use PROGRAM=launch/finetune.py for fine-tuning, which has other defaults.
+# Kubernetes sets this pod's index (JOB_COMPLETION_INDEX); PODS, RANKS_PER_POD, MASTER_ADDR and MASTER_PORT come from job.yaml. The
 # trainer of compose.yaml is the only pod.
 #
-# Why not torchrun: it ends with 1 whatever its ranks end with, and with 1 when it is signalled itself, but job.yaml decides by the
-# code whether a pod is started again. Here the ranks' codes come through. And 30 seconds after SIGTERM it kills them, saved or not.
+# Why not torchrun: it ends with 1 for every exit code of its ranks, and also if it gets a signal itself, but job.yaml uses the code to
+# decide whether a pod starts again. This script passes the ranks' codes on. torchrun also kills the ranks 30 seconds after SIGTERM, even
+# if they have not saved yet.
 
 set -uo pipefail
 
@@ -14,7 +15,8 @@ pass_on() {
     stopping=yes
     ((${#ranks[@]} == 0)) || kill -TERM "${ranks[@]}" 2>/dev/null
 }
-# the ranks save, tell those of the other pods, and all end with 75; from the start on, because to process 1 nothing happens by itself
+# The ranks save, inform the ranks of the other pods, and all end with 75. The trap is set first, because signals have no default effect on
+# process 1.
 trap pass_on TERM INT
 
 for name in JOB_COMPLETION_INDEX PODS RANKS_PER_POD MASTER_ADDR MASTER_PORT; do
@@ -36,17 +38,17 @@ for ((local_rank = 0; local_rank < RANKS_PER_POD; local_rank++)); do
         "${PYTHON:-python}" "${PROGRAM:-launch/pretrain.py}" "$@" &
     ranks+=($!)
 done
-[[ -z $stopping ]] || pass_on # the signal may have come when the last one had been started and was not in the list
+[[ -z $stopping ]] || pass_on # the signal may have come after the last rank started, but before it was in the list
 
-end_of() { # the exit code of a rank; a signal that is passed on ends a `wait`, too
+end_of() { # the exit code of a rank; a signal to this script interrupts `wait`, too
     wait "$1"
     while kill -0 "$1" 2>/dev/null; do wait "$1"; done
     wait "$1"
 }
 
-# The ranks watch each other: when one has failed, the others end within their bound. They end with 69 or 75, so another code is the cause.
+# The ranks watch each other: if one fails, the others end within their timeout with 69 or 75, so any other code is the cause.
 code=0 cause=
-((${#ranks[@]})) || code=143 # signalled before there was one
+((${#ranks[@]})) || code=143 # a signal came before the first rank started
 for rank in "${ranks[@]}"; do
     end_of "$rank"
     status=$?

@@ -87,9 +87,7 @@ class TextSource(Strict):
 
     source: Text = Field(description="a named set, hub:REPO/PATTERN, an http(s) url, a local path or glob")
     config: Text | None = Field(None, description="configuration of a named set; null: its default")
-    split: Text | None = Field(
-        None, description="split of a named set; null: train in data.train, validation in data.validation"
-    )
+    split: Text | None = Field(None, description="split of a named set; null: train or validation, as the setting")
     revision: Text | None = Field(None, description="revision of a source on the hub; null: data.revision")
     data_files: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
         None, description="pattern or patterns of the files to read from a named set; null: the files of the split"
@@ -99,9 +97,7 @@ class TextSource(Strict):
     name: Name | None = Field(None, description="name in metrics; null: the last part of source")
     weight: Weight = Field(1.0, description="share of the tokens, relative to the mixture's other weights")
     max_epochs: Positive | None = Field(None, description="how often it may be read; null: no limit")
-    at_max_epochs: Literal["stop", "warn"] = Field(
-        "stop", description="what happens before it would be read more often than that"
-    )
+    at_max_epochs: Literal["stop", "warn"] = Field("stop", description="what happens at the end of max_epochs")
 
     @property
     def label(self) -> str:

@@ -131,8 +131,7 @@ class MatrixOptimizer:
 
     ``title`` is its name in papers. ``moments`` names its element-wise state tensors; a rule may also keep state per
     matrix. ``rule`` builds a :class:`relora_mora.optim.rules.MatrixRule` from the settings in ``optim``; None for
-    AdamW. ``settings`` lists the settings that not every optimizer uses. ``is_slow``: a step may take minutes, so the
-    watchdog allows for it.
+    AdamW. ``settings`` lists those that not every optimizer uses. ``is_slow``: the watchdog allows minutes for a step.
     """
 
     name: str

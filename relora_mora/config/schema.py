@@ -92,8 +92,7 @@ class MethodConfig(Strict):
     )
     square_size: Positive | None = Field(None, description="R of every layer; null: R follows from rank")
     square_rounding: Literal["down", "nearest"] = Field(
-        "down",
-        description="how R is rounded; nearest: as in the released code, which may exceed LoRA's parameter count",
+        "down", description="how R is rounded; nearest: as in the released code; may exceed LoRA's parameter count"
     )
     square_multiple: Positive = Field(1, description="round R down to a multiple of this (8, 16, 32 suit matrix units)")
     operators: list[MoraType] = Field(
@@ -116,23 +115,18 @@ class MethodConfig(Strict):
         "auto", description="how an adapter layer computes its output: see docs/method.md"
     )
     dropout: Decay = Field(
-        0.0,
-        description="dropout of an adapter's input, as in LoRA; it makes layers train in the decoupled form; 0: none",
+        0.0, description="dropout of an adapter's input, as in LoRA; layers then train in decoupled form; 0: none"
     )
     merge_every: Positive = Field(
         2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
     )
-    merge_until_step: Positive | None = Field(
-        None, description="no merge after this step; null: all steps but the last may merge"
-    )
+    merge_until_step: Positive | None = Field(None, description="the last step that may merge; null: the last but one")
     reset: Literal["full", "magnitude", "random", "none", "carry"] = Field(
         "full",
         description="what a merge does to the adapters' optimizer state: see docs/method.md; use carry together with "
         "optim.restart_warmup_steps=0",
     )
-    reset_ratio: Fraction = Field(
-        0.9, description="fraction of the optimizer state that magnitude and random set to zero"
-    )
+    reset_ratio: Fraction = Field(0.9, description="fraction of the state that magnitude and random set to zero")
 
     @property
     def record(self) -> Method:
@@ -173,10 +167,7 @@ class MethodConfig(Strict):
 
 
 class OptimConfig(Strict):
-    """The optimizer. The linears or their adapters have one peak learning rate; embeddings, norms and head another.
-
-    AdamW trains embeddings, norms and head.
-    """
+    """One peak learning rate for linears or their adapters, one for embeddings, norms and head (trained by AdamW)."""
 
     lr: Rate = Field(5e-4, description="peak learning rate of the decoder's linears (full) or adapters (other methods)")
     lr_other: Rate | None = Field(
@@ -208,9 +199,7 @@ class OptimConfig(Strict):
     clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         1.0, description="clip the global gradient norm to this; 0: off"
     )
-    schedule: ScheduleKind = Field(
-        "cosine", description="shape of the learning rate after the warmup; merges restart it"
-    )
+    schedule: ScheduleKind = Field("cosine", description="shape of the learning rate after warmup; merges restart it")
     warmup_steps: NotNegative = Field(1000, description="steps of linear warmup at the start")
     warmup_fraction: Decay | None = Field(
         None, description="linear warmup as a fraction of the run's steps, instead of warmup_steps; 0.03 is 3 %"
@@ -250,9 +239,7 @@ class TrainConfig(Strict):
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="DeepSpeed ZeRO stage")
     deterministic: bool = Field(
-        False,
-        description="on GPUs: compute the same bits every time, so that a resume is bit-equal, at some cost in speed; "
-        "CPUs always do",
+        False, description="on GPUs: compute the same bits every time, for bit-equal resumes; slower; CPUs always do"
     )
     seed: Seed = Field(0, description="seed of the initial weights and everything else random, except text order")
     resume: Text = Field(
@@ -265,9 +252,7 @@ class TrainConfig(Strict):
         3, description="roll back after this many steps in a row with a non-finite loss or gradient"
     )
     max_rollbacks: NotNegative = Field(
-        1,
-        description="how often the run may return to its last good checkpoint and skip the data since then, before "
-        "it stops",
+        1, description="returns to the last good checkpoint, skipping the data since then, before the run stops"
     )
     on_spike: Literal["flag", "rollback"] = Field(
         "flag", description="what to do about a loss spike besides logging it"
@@ -296,9 +281,7 @@ class EvalConfig(Strict):
     )
     at_start: bool = Field(True, description="evaluate before the first step")
     generate: NotNegative = Field(
-        0,
-        description="number of records in each held-out set, within eval.max_tokens, for which answers are also "
-        "generated; 0: none",
+        0, description="records per held-out set, within eval.max_tokens, whose answers are also generated; 0: none"
     )
 
 
@@ -322,9 +305,7 @@ class LogConfig(Strict):
         True, description="show progress on the first rank: a bar, and a line with the loss now and then"
     )
     peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None,
-        description="peak of one device in TFLOP/s, for utilisation; null: from the data sheet, or measured at the "
-        "start",
+        None, description="peak of one device in TFLOP/s, for utilisation; null: from a data sheet or a measurement"
     )
 
 

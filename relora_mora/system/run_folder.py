@@ -14,75 +14,38 @@ CHANGED = "changed"  # differences from the resumed checkpoint that affect the r
 CHANGES = "changes"  # only in a study's record, which has one line: the changes of all starts (changes_since_first)
 
 
+class RunFile:
+    """A file or folder with a fixed name in a :class:`RunFolder`; as an attribute of an instance, its path."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: RunFolder, _: type[RunFolder]) -> Path:
+        return folder.path / self.name
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, ``train.run_dir``; it need not exist yet. Properties are in the order of writing."""
+    """The folder of one run, ``train.run_dir``; it need not exist yet. Files are in the order of writing."""
 
     path: Path
 
-    @property
-    def lock(self) -> Path:
-        """Held by the first rank of the trainer that uses the folder (:class:`relora_mora.supervise.lock.RunLock`)."""
-        return self.path / "lock"
-
-    @property
-    def config(self) -> Path:
-        """All settings of the latest start, as YAML."""
-        return self.path / "config.yaml"
-
-    @property
-    def model_config(self) -> Path:
-        """The model's config in transformers' format."""
-        return self.path / "model.json"
-
-    @property
-    def tokenizer(self) -> Path:
-        """A folder that ``AutoTokenizer`` can load."""
-        return self.path / "tokenizer"
-
-    @property
-    def starts(self) -> Path:
-        """JSON lines, one per start: command, versions, commit."""
-        return self.path / "starts.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        """JSON lines, each with ``step`` and tagged values."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """A folder with the metrics in TensorBoard's format."""
-        return self.path / "tensorboard"
-
-    @property
-    def wandb_id(self) -> Path:
-        """The id of the run at Weights & Biases, which a resume continues."""
-        return self.path / "wandb-id.txt"
-
-    @property
-    def tasks(self) -> Path:
-        """JSON lines as in ``metrics``, one per evaluation of tasks."""
-        return self.path / "tasks.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """A folder with the checkpoints, see :mod:`relora_mora.checkpoint.layout`."""
-        return self.path / "checkpoints"
-
-    @property
-    def rollbacks(self) -> Path:
-        """The run's rollbacks as JSON; a resume skips the same data again."""
-        return self.path / "rollbacks.json"
+    lock = RunFile("lock")  # held by the first rank of the trainer that uses the folder (supervise.lock.RunLock)
+    config = RunFile("config.yaml")  # all settings of the latest start
+    model_config = RunFile("model.json")  # the model's config in transformers' format
+    tokenizer = RunFile("tokenizer")  # a folder that AutoTokenizer can load
+    starts = RunFile("starts.jsonl")  # JSON lines, one per start: command, versions, commit
+    metrics = RunFile("metrics.jsonl")  # JSON lines, each with `step` and tagged values
+    tensorboard = RunFile("tensorboard")  # a folder with the metrics in TensorBoard's format
+    wandb_id = RunFile("wandb-id.txt")  # the id of the run at Weights & Biases, which a resume continues
+    tasks = RunFile("tasks.jsonl")  # JSON lines as in `metrics`, one per evaluation of tasks
+    checkpoints = RunFile("checkpoints")  # a folder with the checkpoints, see relora_mora.checkpoint.layout
+    rollbacks = RunFile("rollbacks.json")  # the run's rollbacks; a resume skips the same data again
+    ends = RunFile("ends.jsonl")  # JSON lines, one per recorded end of the run: exit code, reason, step
 
     def stacks(self, rank: int) -> Path:
         """The stack of each thread of a rank that hung."""
         return self.path / f"stacks-of-rank-{rank}.txt"
-
-    @property
-    def ends(self) -> Path:
-        """JSON lines, one per recorded end of the run: exit code, reason, step."""
-        return self.path / "ends.jsonl"
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -109,8 +109,8 @@ def test_the_launchers_local_rank_is_dropped(called: Called, flag: list[str], fi
         (["p", "stray", "--data=d"], "stray"),  # never taken for the value of a flag
         (["p", "--data=d", "stray"], "stray"),
         (["p", "--data=d", "--dota=d"], "--dota"),
-        (["p", "--data=d", "-", "x"], "stray"),
-        (["p", "--data=d", "--", "--interactive"], "stray"),
+        (["p", "--data=d", "-", "x"], "-: unexpected argument"),
+        (["p", "--data=d", "--", "--interactive"], "--: unexpected argument"),
         (["p", "--data=d", "--data=e"], "given twice"),
         (["p", "--data", "d", "--data", "e"], "given twice"),
         (["p", "--data=d", "--tokens", "3", "--tokens=4"], "given twice"),
@@ -118,7 +118,7 @@ def test_the_launchers_local_rank_is_dropped(called: Called, flag: list[str], fi
         (["p", "--data=d", "-tokens=3", "--tokens=4"], "--tokens: given twice"),
         (
             ["p", "--data=d", "--a.b.my-set=3"],
-            "--a.b.my-set: names with '-' cannot be given like this; give --a.b='{my-set: ...}'",
+            "--a.b.my-set: names with '-' cannot be set like this; give --a.b='{my-set: ...}'",
         ),
         (["p", "--data"], "--data: has no value; give it as --data=VALUE"),
         (["p", "--data", "--tokens=3"], "--data: has no value"),
@@ -187,7 +187,7 @@ def test_errors_of_the_system_name_the_file_and_a_remedy(capsys: pytest.CaptureF
         OSError(
             errno.ENOSPC, "Full", "source", None, "copy"
         ): "copy: Full; free some space, or choose a place on another disk",
-        OSError(errno.ENAMETOOLONG, "Too long"): "Too long; give a shorter one",
+        OSError(errno.ENAMETOOLONG, "Too long"): "Too long; give a shorter name",
     }.items():
         assert _fail_with(error) == 2
         assert capsys.readouterr().err == f"{message}\n"
@@ -365,9 +365,9 @@ def test_the_package_of_another_checkout_is_named(tmp_path: Path) -> None:
         environment = os.environ | {"LOCAL_RANK": rank}
         return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment).stderr
 
-    assert said("0") == "", "the package is installed, and there is none beside the script"
+    assert said("0") == "", "the package is installed, and there is none next to the script"
     (tmp_path / "relora_mora/__init__.py").touch()
-    assert f"not that in {tmp_path / 'relora_mora'}; remove the environment" in said("0")
+    assert f"not the one in {tmp_path / 'relora_mora'}; remove the environment" in said("0")
     assert said("1") == ""
 
 
@@ -385,7 +385,7 @@ def test_as_a_program(tmp_path: Path) -> None:
     bad = call("x", "y")
     assert (good.returncode, good.stdout, good.stderr) == (0, "1e5 2\n", "")
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert "unknown or stray argument: y; see script.py --help" in bad.stderr
+    assert "unknown argument: y; see script.py --help" in bad.stderr
 
 
 @pytest.mark.parametrize(

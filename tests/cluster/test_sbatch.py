@@ -207,7 +207,7 @@ def test_another_job_with_the_same_logs_begins_to_count_anew(slurm: Slurm) -> No
 
 def test_a_job_that_cannot_be_requeued_says_so_and_keeps_the_code(slurm: Slurm) -> None:
     done = slurm.start(codes="75 75", REQUEUE_CODE="1")
-    assert done.returncode == 75 and "could not be put into the queue again" in done.stdout
+    assert done.returncode == 75 and "could not be requeued" in done.stdout
 
 
 @pytest.mark.parametrize("told", [{"RESTARTS": "1"}, {"RESTARTS": "1", "STATE": "PENDING"}, {"STATE": "CANCELLED"}])
@@ -254,7 +254,7 @@ def test_a_mistake_in_the_settings_is_told_once_and_starts_nothing(
 def test_tasks_and_gpus_of_a_node_must_be_as_many(slurm: Slurm, gpus: str, tasks: str, fits: bool) -> None:
     done = slurm.start(SLURM_GPUS_ON_NODE=gpus, SLURM_NTASKS_PER_NODE=tasks)
     assert done.returncode == (0 if fits else 2) and ("option" in done.stdout) == fits
-    assert fits or f"{tasks} tasks and {gpus} GPUs on a node" in done.stderr
+    assert fits or f"{tasks} tasks but {gpus} GPUs per node" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["$SLURM_ARRAY_TASK_ID", "${SLURM_ARRAY_TASK_ID}"])
@@ -272,7 +272,7 @@ def test_each_task_of_an_array_puts_its_number_in(slurm: Slurm, name: str) -> No
 def test_an_array_in_one_and_the_same_run_folder_is_refused(slurm: Slurm, arguments: list[str]) -> None:
     done = slurm.start(*arguments, SLURM_ARRAY_JOB_ID="123450", SLURM_ARRAY_TASK_ID="7")
     assert done.returncode == 2 and "option" not in done.stdout
-    assert "all tasks of the array would train in the same run folder" in done.stderr
+    assert "all tasks of the array would use the same run folder" in done.stderr
 
 
 def test_a_config_for_each_task_of_an_array(slurm: Slurm) -> None:
@@ -283,9 +283,7 @@ def test_a_config_for_each_task_of_an_array(slurm: Slurm) -> None:
 
 def test_a_python_that_is_not_there_is_told(slurm: Slurm) -> None:
     done = slurm.start(PYTHON="gone/python")
-    assert (
-        done.returncode == 2 and f"there is no gone/python in {slurm.folder}; submit from the checkout" in done.stderr
-    )
+    assert done.returncode == 2 and f"{slurm.folder} has no gone/python; submit from the checkout" in done.stderr
 
 
 def test_the_log_says_how_to_see_tensorboard(slurm: Slurm) -> None:

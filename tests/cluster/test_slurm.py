@@ -108,7 +108,7 @@ kill -KILL $$
     assert (
         slurm.field(job, "ExitCode") == "2:0"
         if state == "FAILED"
-        else "code 137, step 0 is saved: into the queue again" in log
+        else "code 137, step 0 is saved: the job is requeued" in log
     )
 
 

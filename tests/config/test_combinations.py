@@ -45,10 +45,13 @@ MIXTURE = [{"source": "a/*.json", "weight": 1}, {"source": "b/*.json", "weight":
         ({"train": [{"source": "x", "wieght": 1}]}, "data.train.0.wieght: unknown; did you mean weight?"),
         ({"train": [{"weight": 1}]}, "data.train.0.source: must be given"),
         ({"train": [{"source": "x", "name": "a b"}]}, "data.train.0.name: got 'a b'; input should be a name"),
-        ({"train": [{"source": "*.json"}]}, "data.train.0.name: *.json gives no name for metrics"),
+        ({"train": [{"source": "*.json"}]}, "data.train.0.name: no name for metrics follows from *.json"),
         ({"train": [{"source": "x/a"}, {"source": "y/a"}]}, "data.train: 2 sources are named a"),
         ({"train": [{"source": "x", "weight": 0}]}, "data.train: all weights are 0"),
-        ({"train": [{"source": "o/n:en", "config": "de"}]}, "data.train.0.config: de, and the source o/n:en names en"),
+        (
+            {"train": [{"source": "o/n:en", "config": "de"}]},
+            "data.train.0.config: it is de, but the source o/n:en names en",
+        ),
         ({"train": [{"source": "x"}, 3]}, "data.train.1: got 3; input should be names and values"),
         ({"train": {"a": "x"}}, "data.train: got {'a': 'x'}; input should be a source, or a list"),
         ({"stages": [{"from_step": 5, "weights": {"a": 1}}]}, "data.stages: stages change the weights of a mixture"),
@@ -62,7 +65,7 @@ MIXTURE = [{"source": "a/*.json", "weight": 1}, {"source": "b/*.json", "weight":
         ),
         (
             {"train": MIXTURE, "stages": [{"from_step": n, "weights": {"a": 1, "b": 1}} for n in (5, 5)]},
-            "data.stages.1.from_step: 5 is not after the stage before it",
+            "data.stages.1.from_step: 5 is not after the previous stage",
         ),
         (
             {"train": MIXTURE, "stages": [{"from_step": 10**7, "weights": {"a": 1, "b": 1}}]},
@@ -71,11 +74,11 @@ MIXTURE = [{"source": "a/*.json", "weight": 1}, {"source": "b/*.json", "weight":
         ({"train": "x/a", "concatenate": True}, "data.concatenate: it is for a list of records"),
         (
             {"train": [{"source": "x/a", "weight": 2}, {"source": "x/b"}], "concatenate": True},
-            "data.train.0.weight: 2.0 is for the sources of a mixture, and data.concatenate makes them one text",
+            "data.train.0.weight: 2.0 is for the sources of a mixture, but data.concatenate joins them into one text",
         ),
         (
             {"train": [{"source": "x/a"}, {"source": "x/b", "records": {"kind": "question"}}], "concatenate": True},
-            "data.packing: sources of text and of records become sequences in different ways",
+            "data.packing: sources of text and of records are packed differently",
         ),
         (
             {
@@ -83,7 +86,7 @@ MIXTURE = [{"source": "a/*.json", "weight": 1}, {"source": "b/*.json", "weight":
                 "concatenate": True,
                 "packing": "whole",
             },
-            "data.concatenate: sources of plain text have different records.too_long",
+            "data.concatenate: sources of plain text have different values of records.too_long",
         ),
         (
             {
@@ -94,7 +97,10 @@ MIXTURE = [{"source": "a/*.json", "weight": 1}, {"source": "b/*.json", "weight":
             "data.stages: stages change the weights of a mixture",
         ),
         ({"validation": {"a b": "x"}}, "data.validation.a b: got 'a b'; input should be a name"),
-        ({"validation": {"a": {"source": "o/n::x", "split": "y"}}}, "data.validation.a.0.split: y, and the source"),
+        (
+            {"validation": {"a": {"source": "o/n::x", "split": "y"}}},
+            "data.validation.a.0.split: it is y, but the source",
+        ),
         ({"validation": {"source": "x", "weight": 0.5}}, "data.validation.0.weight: 0.5 is for the sources of a mix"),
         ({"validation": [{"source": "x", "name": "a"}]}, "data.validation.0.name: a is for the sources of a mix"),
     ],
@@ -106,41 +112,41 @@ def test_mixtures_that_cannot_be(data: dict[str, Any], says: str) -> None:
 
 COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     ({"method": {"target_modules": ["q_proj", "qq_proj"]}}, None, "method.target_modules: qq_proj is not a linear"),
-    ({"method": {"target_modules": ["q_proj", "q_proj"]}}, None, "method.target_modules: a name stands there twice"),
+    ({"method": {"target_modules": ["q_proj", "q_proj"]}}, None, "method.target_modules: duplicate name"),
     (
         {"method": {"square_size": 100, "square_multiple": 8}},
         None,
-        "method.square_size: 100 is no multiple of method.square_multiple 8",
+        "method.square_size: 100 is not a multiple of method.square_multiple 8",
     ),
     (
         {"method": {"square_size": 101, "operators": [1, 6]}},
         None,
-        "method.square_size: operator 6 needs an even size, got 101; take 100",
+        "method.square_size: operator 6 needs an even size, got 101; use 100",
     ),
     ({"model": {"adapter": "a"}}, None, "model.adapter: an adapter belongs to a trained model"),
     (
         {"model": {"adapter": "a", "init_from": "b"}, "method": {"name": "full"}},
         None,
-        "model.adapter: full has no adapters",
+        "model.adapter: the method full has no adapters",
     ),
     ({"method": {"operators": [1, 6]}}, None, "method.square_multiple: operator 6 needs an even R"),
     ({"method": {"name": "mora", "operators": [6], "square_multiple": 3}}, None, "set method.square_multiple=6"),
     (
         {"train": {"deepspeed": {"zero_optimization": 3}}},
         None,
-        "train.deepspeed: zero_optimization is 3, expected its keys",
+        "train.deepspeed: zero_optimization is 3, expected a mapping",
     ),
     (
         {"train": {"deepspeed": {"zero_optimization": {"offload_optimizer": {}}}}},
         None,
-        "zero_optimization.offload_optimizer: not supported here",
+        "zero_optimization.offload_optimizer: not supported",
     ),
-    ({"train": {"deepspeed": {"torch_autocast": {"enabled": True}}}}, None, "torch_autocast: not supported here"),
-    ({"train": {"allow_changes": ["optim.lrr"]}}, None, "train.allow_changes: optim.lrr: no such setting"),
+    ({"train": {"deepspeed": {"torch_autocast": {"enabled": True}}}}, None, "torch_autocast: not supported"),
+    ({"train": {"allow_changes": ["optim.lrr"]}}, None, "train.allow_changes: optim.lrr: unknown setting"),
     (
         {"data": {"document_mask": True}, "model": {"attention": "flash_attention_2"}},
         None,
-        "flash_attention_2 takes no mask",
+        "flash_attention_2 does not support a mask",
     ),
     ({"model": {"compile": True}, "train": {"zero_stage": 3}}, None, "use train.zero_stage=2, or leave it at auto"),
     ({"method": {"operators": [1]}}, None, "method.operators: the cycle [1] repeats an operator"),
@@ -148,20 +154,23 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     ({"method": {"operators": [1, 2, 1]}}, None, "method.operators: the cycle [1, 2, 1] repeats an operator"),
     ({"method": {"reset": "magnitude", "reset_ratio": 0.0}}, None, "method.reset_ratio: 0 with method.reset=magnitude"),
     ({"method": {"reset": "random", "reset_ratio": 0.0}}, None, "method.reset_ratio: 0 with method.reset=random"),
-    ({"method": {"rank_pattern": {"down": 4}}}, None, "method.rank_pattern: down is none of method.target_modules"),
+    ({"method": {"rank_pattern": {"down": 4}}}, None, "method.rank_pattern: down is not in method.target_modules"),
     (
         {"method": {"rank_pattern": {"up_proj": 4}, "square_size": 8}},
         None,
-        "ranks change nothing with method.square_size",
+        "is R of every layer, so ranks have no effect",
     ),
-    ({"method": {"name": "relora", "reset": "carry"}}, None, "and relora has none; use method.reset=full"),
-    ({"method": {"operators": [2, 6], "reset": "carry", "square_multiple": 2}}, None, "and 6 is none"),
+    (
+        {"method": {"name": "relora", "reset": "carry"}},
+        None,
+        "but relora has no square matrices; use method.reset=full",
+    ),
+    ({"method": {"operators": [2, 6], "reset": "carry", "square_multiple": 2}}, None, "and 6 is not"),
     *(
         (
             {"method": {"reset": reset}, "optim": {"matrices": "galore"}},
             None,
-            f"method.reset: {reset} changes moments element by element, and those of galore are not of elements; "
-            "use method.reset=full or none",
+            f"method.reset: {reset} changes element-wise moments, but galore has none; use method.reset=full or none",
         )
         for reset in ("magnitude", "random", "carry")
     ),
@@ -194,21 +203,21 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     (
         {"method": {"name": "full"}, "optim": {"warmup_steps": 10_000}},
         None,
-        "optim.warmup_steps: 10,000 warmup steps leave nothing",
+        "optim.warmup_steps: 10,000 warmup steps leave no other steps",
     ),
-    ({"optim": {"decay_steps": 100}}, None, "optim.decay_steps: only the schedule wsd has it, got cosine"),
+    ({"optim": {"decay_steps": 100}}, None, "optim.decay_steps: only the schedule wsd uses it, got cosine"),
     (
         {"optim": {"schedule": "wsd", "decay_steps": 9001}},
         None,
-        "optim.decay_steps: 9,001 steps of decay and 1000 of warmup are longer",
+        "optim.decay_steps: 9,001 steps of decay and 1000 of warmup exceed",
     ),
-    ({"data": {"lanes": 48}}, None, "data.lanes: every global batch takes as many sequences from each lane"),
+    ({"data": {"lanes": 48}}, None, "data.lanes: every global batch takes the same number of sequences from each lane"),
     ({"train": {"micro_batch_size": 3}}, None, "train.micro_batch_size: 3 does not divide train.batch_size 1024"),
     ({"train": {"batch_size": 48}}, 6, "train.batch_size: 48 is not a multiple of train.micro_batch_size 16 x 6 ranks"),
     (
         {"train": {"batch_size": 96, "micro_batch_size": 2}},
         6,
-        "data.lanes: 32 lanes cannot be shared evenly by 6 ranks; set data.lanes=48, a multiple of 6 that divides",
+        "data.lanes: 32 lanes cannot be split evenly among 6 ranks; set data.lanes=48, a multiple of 6 that divides",
     ),
     (
         {"train": {"deepspeed": {"zero_optimization": {"stage": 1}}}},

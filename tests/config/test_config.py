@@ -68,7 +68,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
             "optim.lr",  # a word
             "tokenizer.path",  # missing
             "train.micro_batch_size",  # does not divide the batch
-            "train.steps",  # true is no number
+            "train.steps",  # true is not a number
             "train.deepspeed",  # a derived key
         ]
     ), str(error.value)
@@ -135,7 +135,7 @@ def test_a_whole_setting_and_a_part_of_it_may_be_given_in_any_order(tmp_path: Pa
 
 
 def test_an_empty_override_is_no_null(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--model\.init_from: is empty; give a value, or null"):
+    with pytest.raises(ConfigError, match=r"--model\.init_from: empty; give a value, or null"):
         load_config(_file(tmp_path), {"model.init_from": ""})
 
 
@@ -177,11 +177,11 @@ def test_the_length_of_a_run_is_given_in_steps_or_tokens_or_epochs() -> None:
     settings["optim"] = {"warmup_steps": 10}
     config = validate(settings, "the test")
     assert config.train.steps == 245 and config.tokens_per_step * 245 >= 1_000_000 > config.tokens_per_step * 244
-    assert validate(parse_yaml(dump(config)), "the test") == config  # the same once more, now in steps
+    assert validate(parse_yaml(dump(config)), "the test") == config  # the same again, now in steps
     (fault,) = faults_of(tree(train={"tokens": 1e12, "steps": 100}))
-    assert fault.startswith("train.tokens: ") and "given once" in fault and "train.steps" in fault
+    assert fault.startswith("train.tokens: ") and "given only once" in fault and "train.steps" in fault
     settings["train"] = {"run_dir": "r", "epochs": 2.5, "batch_size": 8, "micro_batch_size": 8}
-    settings["method"] = {"name": "remora", "merge_every": 50_000}  # no fault: how many steps there are is not known
+    settings["method"] = {"name": "remora", "merge_every": 50_000}  # no fault: the number of steps is unknown
     config = validate(settings, "the test")
     with pytest.raises(ConfigError, match=r"method\.merge_every: 50000 means no merge in a run of 62 steps"):
         with_epochs(config, 250_001, world_size=1)
@@ -201,23 +201,23 @@ def test_the_warmup_is_given_in_steps_or_as_a_fraction_of_the_run() -> None:
     merging = {"name": "remora", "merge_every": 50}
     none = tree(train={"epochs": 2}, method=merging, optim={"warmup_fraction": 0.0})
     assert with_epochs(validate(none, "the test"), 80 * 1024 * 512, 1).optim.warmup_steps == 0
-    given = {"warmup_steps": None, "warmup_fraction": 0.0}  # null takes the steps of a file back
+    given = {"warmup_steps": None, "warmup_fraction": 0.0}  # null removes the steps of a file
     assert validate(tree(method=method, optim=given), "the test").optim.warmup_steps == 0
     (fault,) = faults_of(tree(method=method, optim={"warmup_steps": 3, "warmup_fraction": 0.1}))
-    assert "the warmup is given once, and optim.warmup_steps and optim.warmup_fraction are set" in fault
+    assert "optim.warmup_steps and optim.warmup_fraction are set, but the warmup is given only once" in fault
     (fault,) = faults_of(tree(method={"merge_every": 50}, train={"steps": 1000}, optim={"warmup_fraction": 0.1}))
     assert "comes before the warmup ends (step 100)" in fault
 
 
 def test_the_page_names_every_default_of_fine_tuning() -> None:
     page = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
-    told: dict[str, Any] = {}
+    documented: dict[str, Any] = {}
     for row in page[page.index("## Defaults") :].splitlines():
         if row.startswith("| `"):
             names = re.findall(r"`([a-z_.]+)`", row.split("|")[1])
             values = parse_yaml(f"[{row.split('|')[2].replace('`', '')}]")
-            told |= zip(names, values if len(values) > 1 else values * len(names), strict=True)
-    assert told == {
+            documented |= zip(names, values if len(values) > 1 else values * len(names), strict=True)
+    assert documented == {
         f"{section}.{key}": value for section, values in FINETUNING.items() for key, value in values.items()
     }
 

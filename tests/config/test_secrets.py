@@ -48,7 +48,7 @@ def hides_secrets(error: BaseException) -> str:
         {"train": {"allow_changes": [TOKEN]}},
         {"method": {"name": TOKEN}},  # no such method
         {"train": {"steps": TOKEN}},  # no number
-        {"train": {"steps": ["x" * 60 + TOKEN]}},  # cut where the message is
+        {"train": {"steps": ["x" * 60 + TOKEN]}},  # cut off at the end of the message
         {"train": {"token": TOKEN}},  # no such setting
         {"train": {TOKEN: 1}},
         {TOKEN: {"a": 1}},

@@ -1,4 +1,4 @@
-"""What a settings file may hold, and where its paths and patterns lead."""
+"""The content of a settings file, and the meaning of its paths and patterns."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_pattern_without_quotes_of_its_own_says_how_to_give_it(tmp_path: Path)
 def test_overrides_below_a_value_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree()))
-    with pytest.raises(ConfigError, match="which has no keys below it"):
+    with pytest.raises(ConfigError, match="so it has no keys"):
         load_config(path, {"train.run_dir.x": "3"})
     config = load_config(
         path, {"model.overrides.hidden_size": "64", "train.deepspeed.zero_optimization.reduce_bucket_size": "5"}
@@ -142,7 +142,7 @@ def test_text_behind_a_hash_is_not_cut_off_in_silence(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree()), encoding="utf-8")
     for cut in ("run #2", "!!str run #2"):
-        with pytest.raises(ConfigError, match=rf"--train.run_dir={cut}: YAML takes what follows ' #' for a comment"):
+        with pytest.raises(ConfigError, match=rf"--train.run_dir={cut}: in YAML, ' #' begins a comment"):
             load_config(path, {"train.run_dir": cut})
     assert load_config(path, {"train.run_dir": "!!str 'run #2'"}).train.run_dir == "run #2"
     assert load_config(path, {"train.run_dir": '"run #2"'}).train.run_dir == "run #2"

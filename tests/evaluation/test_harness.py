@@ -223,10 +223,10 @@ def test_a_score_that_tensorboard_has_no_room_for_is_kept_and_said_once(tmp_path
 
 
 def test_options_that_have_no_use_are_refused(model):
-    refused(call(EVALUATE, model, "--tasks=local_uuid", "--data=x.jsonl"), "--data: is about text")
+    refused(call(EVALUATE, model, "--tasks=local_uuid", "--data=x.jsonl"), "--data: only used for text")
     for option in ("--data.document_mask=true", "--data.records.kind=prompt"):
-        refused(call(EVALUATE, model, "--tasks=local_uuid", option), f"{option.partition('=')[0]}: is about text")
-    refused(call(EVALUATE, model, "--data=x.jsonl", "--limit=3"), "--limit: belongs to --tasks")
+        refused(call(EVALUATE, model, "--tasks=local_uuid", option), f"{option.partition('=')[0]}: only used for text")
+    refused(call(EVALUATE, model, "--data=x.jsonl", "--limit=3"), "--limit: only used with --tasks")
     refused(call(EVALUATE, model, "--tasks=local_uuid", "--limit=0"), "--limit: got 0, expected at least 1")
     refused(call(EVALUATE, model, "--tasks=hellaswag", "--task_data=x"), "--task_data: hellaswag has no local task")
 

@@ -278,7 +278,7 @@ def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer
 
 def test_a_model_from_elsewhere_names_no_text(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    refused(call(EVALUATE, tmp_path), f"--data: {tmp_path} is no run", "say what to score")
+    refused(call(EVALUATE, tmp_path), f"--data: {tmp_path} is not a run", "give text to score")
 
 
 def test_what_a_foreign_folder_holds_beside_its_model_is_told(tmp_path, caplog):
@@ -335,7 +335,7 @@ def test_a_model_that_sees_what_it_predicts_is_refused(source, tokenizer_path, t
         refused(
             answer,
             str(folder),
-            f"{type(lm).__name__} predicts a token from that token and later ones",
+            f"{type(lm).__name__} predicts a token from the token itself and later ones",
             notes=_lines(answer) - 1,
         )
     for lm in (_bert(is_decoder=True), _gpt2()):
@@ -346,7 +346,7 @@ def test_documents_that_are_always_alone_cannot_be_scored_in_sequences(source, t
     _gpt2().save_pretrained(tmp_path)
     given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--data.document_mask=false")
     answer = call(EVALUATE, tmp_path, *given, "--data.records={kind: prompt}")
-    refused(answer, "--data.document_mask: records that are packed whole are always scored alone")
+    refused(answer, "--data.document_mask: records that are packed whole are always masked")
 
 
 def test_documents_that_longrope_would_turn_by_the_longest_are_refused(source, tokenizer_path, tmp_path):

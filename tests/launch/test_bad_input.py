@@ -108,7 +108,7 @@ def test_arguments(script: str, argv: list[str], message: str) -> None:
         (EXPORT, ["c", "o", "--dtype=int8"], "--dtype: got int8, expected one of float32"),
         (PLAN, ["c.yaml", "--world_size=0"], "--world_size: got 0, expected at least 1"),
         (PLAN, ["c.yaml", "--tokens_per_second=.inf"], "--tokens_per_second: got inf"),
-        (PLAN, ["c.yaml", "--device=tpu"], "--device: got 'tpu', expected cuda or cpu"),
+        (PLAN, ["c.yaml", "--device=tpu"], "--device: got 'tpu', expected cuda, cpu"),
         (BENCHMARK, ["c.yaml", "--tokens=0"], "--tokens: got 0, expected at least 1"),
         (BENCHMARK, ["c.yaml", "--lanes=0"], "--lanes: got 0, expected 1 to 65,536"),
         (BENCHMARK, ["c.yaml", f"--lanes={10**12}"], "expected 1 to 65,536"),
@@ -125,7 +125,7 @@ def test_arguments(script: str, argv: list[str], message: str) -> None:
         (
             TRAIN,
             ["--data=[{source: a}, {source: b, weight: 9}]", "--out=o"],
-            "without weights; leave them out",
+            "without weights; leave the weights out",
         ),
         (TRAIN, ["--data=d", "--out=o", "--threads=100000"], "--threads=100000: give at least 1 and at most 512"),
     ],
@@ -250,10 +250,10 @@ def test_sources_that_hold_no_text(inputs: Path, tmp_path: Path, script: str, na
     ("name", "message"),
     [
         ("nowhere", "not found"),
-        ("folder", "no tokenizer in this folder"),
+        ("folder", "this folder has no tokenizer"),
         ("dangling", "not found"),
-        ("rubbish", "a file of another kind"),
-        ("rubbish.model", "this is not a sentencepiece model"),
+        ("rubbish", "not a sentencepiece .model file"),
+        ("rubbish.model", "not a sentencepiece model"),
     ],
 )
 def test_what_is_no_tokenizer(inputs: Path, name: str, message: str) -> None:
@@ -317,8 +317,8 @@ def test_files_that_may_not_be_read(inputs: Path, tokenizer_path: str, script: s
         ("model.config={}/nowhere", "No such file or directory"),
         ("model.config={}/rubbish", "not JSON"),
         ("tokenizer.path={}/nowhere", "not found; expected a folder with tokenizer.model"),
-        ("tokenizer.path={}/folder", "no tokenizer in this folder"),
-        ("tokenizer.path={}/rubbish.model", "this is not a sentencepiece model"),
+        ("tokenizer.path={}/folder", "this folder has no tokenizer"),
+        ("tokenizer.path={}/rubbish.model", "not a sentencepiece model"),
         ("data.train={}/nowhere.json", "no file matches"),
         ("data.validation={}/folder", "holds no files of text; check what is in it, or give its files by path"),
         ("model.init_from={}/nowhere", "model.init_from"),

@@ -103,7 +103,7 @@ def test_output_that_cannot_be_made(inputs: Path, tmp_path: Path, script: str) -
         occupied: "remove it",
         tmp_path / "file": "remove it",
         tmp_path / "loop": "remove it",
-        tmp_path / "file" / "below": "a part of this path is no folder",
+        tmp_path / "file" / "below": "a part of this path is not a folder",
         tmp_path / ("x" * 300): "File name too long",
     }.items():
         refused(write_output(script, inputs, out), str(out), message)
@@ -231,7 +231,7 @@ def test_ctrl_c_while_processes_start_and_read(tmp_path: Path, delay: float) -> 
 
 @pytest.mark.parametrize("delay", [0.1, 1.0])
 def test_ctrl_c_while_sentencepiece_trains(tmp_path: Path, delay: float) -> None:
-    """It asks for text first, where it would take Ctrl-C for a fault of the text, then computes without noticing it."""
+    """It reads text first, when it would mistake Ctrl-C for a fault of the text, and then computes without checking."""
     draw = random.Random(0)
     texts = [
         " ".join("".join(draw.choices("abcdefghijklm", k=draw.randint(2, 9))) for _ in range(200)) for _ in range(4000)

@@ -96,9 +96,9 @@ def test_a_port_that_is_taken_or_none_is_told_before_an_address_is_shown(runs: P
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
         answer = call(SCRIPT, runs, f"--port={port}")
-    refused(answer, f"--host=localhost --port={port}: cannot be listened at", "give another port, such as --port=6007")
+    refused(answer, f"--host=localhost --port={port}: cannot listen there", "give another port, such as --port=6007")
     assert answer.out == ""
-    refused(call(SCRIPT, runs, "--port=70000"), "--port=70000: cannot be listened at")
+    refused(call(SCRIPT, runs, "--port=70000"), "--port=70000: cannot listen there")
 
 
 def test_a_point_that_is_written_twice_is_there_twice(tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ def test_the_table_is_printed_and_written_with_the_figures(runs: list[Path], tmp
 def test_a_run_to_compare_with_need_not_be_named_twice(runs: list[Path]) -> None:
     answer = call(COMPARE, runs[0], f"--against={runs[1]}")
     assert answer.code == 0 and "to ReMoRA (1, 2)." in answer.out and "| Full rank |" in answer.out
-    assert call(COMPARE, *runs, runs[0], f"--against={runs[1]}").out == answer.out, "nor is one that stands there twice"
+    assert call(COMPARE, *runs, runs[0], f"--against={runs[1]}").out == answer.out, (
+        "a run that is named twice counts once"
+    )
 
 
 def test_a_metric_can_be_asked_for(runs: list[Path], tmp_path: Path) -> None:
@@ -78,7 +80,7 @@ def test_exports_beside_runs_are_left_out(tmp_path: Path) -> None:
     export.mkdir()
     (export / "config.json").write_text("{}")
     answer = call(COMPARE, run, export)
-    assert answer.out == call(COMPARE, run).out and answer.err == f"{export}: a model and no run; left out\n"
+    assert answer.out == call(COMPARE, run).out and answer.err == f"{export}: a model, not a run; left out\n"
     refused(call(COMPARE, export), f"{export}: no run folder")
 
 
@@ -155,5 +157,5 @@ def test_bad_input_is_one_message(runs: list[Path], tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_table_alone_can_be_had(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused(call(COMPARE, *runs, "--out=out"), "pip install matplotlib", "without --out the table alone is printed")
+    refused(call(COMPARE, *runs, "--out=out"), "pip install matplotlib", "without --out only the table is printed")
     assert call(COMPARE, *runs).code == 0

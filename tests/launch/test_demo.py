@@ -46,4 +46,4 @@ def test_after_ctrl_c_a_step_has_the_time_that_it_takes_to_save(tmp_path: Path) 
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=120)
     assert (tmp_path / "saved").exists() and "the next step" not in out
-    assert process.returncode == 130 and err.startswith("stopped; `make demo` goes on from here")
+    assert process.returncode == 130 and err.startswith("stopped; `make demo` continues from here")

@@ -1,4 +1,4 @@
-"""The demo of fine-tuning, where SmolLM2 cannot be had: from the pairs to the picture and the chat."""
+"""The demo of fine-tuning if SmolLM2 is not available: from the pairs to the picture and the chat."""
 
 from __future__ import annotations
 

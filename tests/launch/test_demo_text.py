@@ -159,7 +159,7 @@ def test_a_second_run_redoes_nothing(
         demo.main(out=str(out), max_bytes=5)
     shard = next((out / "train").iterdir())
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(demo.DemoTextError, match="something else than a complete demo text"):
+    with pytest.raises(demo.DemoTextError, match="is not a complete demo text"):
         demo.main(out=str(out))
     with pytest.raises(demo.DemoTextError, match="give at least 1"):
         demo.main(out=str(tmp_path / "new"), processes=0)

@@ -141,7 +141,7 @@ def test_what_is_no_dump_is_named(tmp_path: Path, content: bytes, parts: tuple[s
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     write(tmp_path, "pubmed1.xml.gz", plain(1, "only one"))
     data = f"--data={tmp_path}/*.xml.gz"
-    refused(call(PUBMED, tmp_path / "out", data), "1 abstracts to learn and 0 held out")
+    refused(call(PUBMED, tmp_path / "out", data), "1 training and 0 held-out abstracts")
     refused(call(PUBMED, tmp_path / "out", "--data=none/*"), "--data: no file matches none/*")
     refused(call(PUBMED, tmp_path / "out", data, "--held_out=1"), "--held_out: got 1.0, expected a share above 0")
     assert left_in(tmp_path) == ["pubmed1.xml.gz"]

@@ -14,7 +14,7 @@ from tests.tools.commands import call, refused
 
 REASONING_DATA = "launch/reasoning_data.py"
 is_there = importlib.util.find_spec("reasoning_gym") is not None
-needs_package = pytest.mark.skipif(not is_there, reason="reasoning-gym is not installed: pip install -e '.[math]'")
+needs_package = pytest.mark.skipif(not is_there, reason="reasoning-gym is not installed; run pip install -e '.[math]'")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def test_problems_are_questions_with_a_number_at_the_end_and_none_comes_twice(tmp_path: Path) -> None:
     answer = call(REASONING_DATA, tmp_path / "out", "--count=60", "--held_out=10", "--seed=3")
     train, held_out = (_rows(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "validation"))
-    assert answer.code == 0 and f"{len(train)} problems to learn and 10 held out" in answer.out
+    assert answer.code == 0 and f"{len(train)} training and 10 held-out problems" in answer.out
     assert 40 < len(train) <= 50 and len(held_out) == 10
     questions = [row["question"] for row in [*train, *held_out]]
     assert len(set(questions)) == len(questions)
@@ -45,10 +45,10 @@ def test_a_seed_gives_the_same_problems(tmp_path: Path) -> None:
 def test_what_cannot_be_held_out_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     for held_out in (0, 20, 30):
         answer = call(REASONING_DATA, tmp_path / "out", "--count=20", f"--held_out={held_out}")
-        refused(answer, f"--held_out: got {held_out} of --count=20, expected at least 1 and fewer than these")
+        refused(answer, f"--held_out: got {held_out} expected at least 1 and less than --count=20")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(is_there, reason="reasoning-gym is installed")
 def test_without_the_package_the_message_says_how_to_get_it(tmp_path: Path) -> None:
-    refused(call(REASONING_DATA, tmp_path / "out"), "reasoning-gym is not installed: pip install -e '.[math]'")
+    refused(call(REASONING_DATA, tmp_path / "out"), "reasoning-gym is not installed; run pip install -e '.[math]'")

@@ -1,4 +1,4 @@
-"""launch/tokenize_text.py: what it writes, that it goes on where it was, and how it ends."""
+"""launch/tokenize_text.py: what it writes, that it continues after a stop, and how it ends."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_settings_of_a_fine_tuning_run(tmp_path: Path, tokenizer_path: str) -> N
     settings["data"] |= {"train": [{"source": text, "name": name} for name in "ab"], "concatenate": True}
     path.write_text(yaml.safe_dump(settings))
     answer = call(TOKENIZE, path, tmp_path / "other", "--finetune", "--processes=1")
-    refused(answer, "data.train names several sources; make the tokens of each in a folder of its own")
+    refused(answer, "data.train names several sources; tokenize each into a folder of its own")
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_arguments(inputs: Path, tmp_path: Path, argv: list[str], message: str) 
 def test_text_that_cannot_be_used(tmp_path: Path, tokenizer_path: str) -> None:
     """What was finished stays, and a call that forgives more goes on."""
     write_shard(tmp_path / "0.json", [line("a text")])
-    write_shard(tmp_path / "1.json", [*[line("a text")] * 30, b"no JSON"])  # behind the lines that are looked at first
+    write_shard(tmp_path / "1.json", [*[line("a text")] * 30, b"no JSON"])  # after the lines that are checked first
     argv = [f"{tmp_path}/*.json", tmp_path / "out", f"--tokenizer={tokenizer_path}"]
     refused(call(TOKENIZE, *argv, "--processes=2"), "1.json: 1 of 31 lines are bad, more than data.max_bad_fraction")
     assert "00001.arrow" not in left_in(tmp_path / "out")
     answer = call(TOKENIZE, *argv, "--data.max_bad_fraction=0.5", "--processes=1")
-    assert answer.code == 0 and "1 of 32 rows bad and skipped" in answer.out
+    assert answer.code == 0 and "1 of 32 rows were bad and skipped" in answer.out
 
 
 def test_a_text_in_another_column(tmp_path: Path, tokenizer_path: str) -> None:

@@ -87,7 +87,7 @@ def test_vocabulary_that_does_not_fit_the_text_is_explained() -> None:
         len(sentencepiece.SentencePieceProcessor(model_proto=training.train(["hello world, hello"], vocab_size=most)))
         == most
     )
-    with pytest.raises(TokenizerError, match=r"--vocab_size=262: the characters .* are \d+ pieces"):
+    with pytest.raises(TokenizerError, match=r"--vocab_size=262: this text's characters .* take \d+ pieces"):
         training.train(["hello world, hello"], vocab_size=262)
     with pytest.raises(TokenizerError, match="no line of this text"):
         training.train(["\n\n", ""], vocab_size=300)
@@ -106,7 +106,7 @@ def test_training_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         training.main(**wanted)
     for change, message in [
-        ({"vocab_size": 259}, "are 259; give a larger one"),
+        ({"vocab_size": 259}, "take 259; give a larger size"),
         ({"max_bytes": 0}, "at least one byte"),
         ({"max_bytes": 5}, r"none of its \d+ documents fits"),
         ({"character_coverage": 1.5}, "between 0.9 and 1"),

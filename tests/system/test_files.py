@@ -32,7 +32,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("write", [write_synced, append_synced])
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch, write):
-    """The system does not, where a write fails."""
+    """The system does not name the file if a write fails."""
     path = tmp_path / "ends.jsonl"
 
     def full(handle: int) -> None:

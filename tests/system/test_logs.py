@@ -25,7 +25,7 @@ def test_a_terminal_shows_how_much_is_done_and_no_bar_is_left(monkeypatch):
             update(done, 1000)
             if "/1.00k" in stream.getvalue():
                 break
-            time.sleep(0.01)  # it is drawn anew ten times a second
+            time.sleep(0.01)  # it is drawn again ten times a second
     assert "/1.00k [" in stream.getvalue() and stream.getvalue().endswith(" \r")
 
 

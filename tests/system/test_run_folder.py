@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.system.run_folder import RunFolder, read_json_lines
+from relora_mora.system.run_folder import RunFile, RunFolder, read_json_lines
 
 NAMES = {
     "lock": "lock",
@@ -25,8 +25,8 @@ NAMES = {
 
 
 def test_the_names_stay():
-    properties = {name for name, value in vars(RunFolder).items() if isinstance(value, property)}
-    assert {name: getattr(RunFolder(Path("runs/a")), name) for name in properties} == {
+    files = {name for name, value in vars(RunFolder).items() if isinstance(value, RunFile)}
+    assert {name: getattr(RunFolder(Path("runs/a")), name) for name in files} == {
         name: Path("runs/a", file) for name, file in NAMES.items()
     }
     assert RunFolder(Path("runs/a")).stacks(3) == Path("runs/a/stacks-of-rank-3.txt")

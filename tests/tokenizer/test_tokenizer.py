@@ -119,7 +119,7 @@ def test_no_text_ends_a_document(folder: Path) -> None:
 
 
 def test_llama_class_would_not_be_exact(folder: Path, tmp_path: Path) -> None:
-    """The reason for loading the model alone: the class that config.json suggests loses a space and parses ``</s>``."""
+    """Why only the model is loaded: the class that config.json suggests loses a space and parses ``</s>``."""
     shutil.copy(folder / MODEL_FILE, tmp_path / MODEL_FILE)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     reference = open_sentencepiece(folder / MODEL_FILE).encode(["  leading", "a</s>"])
@@ -249,7 +249,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_named(folder: Path, tmp_path: Path,
 
 
 def test_turns_of_a_newer_llama_are_tokenized_as_by_transformers(tmp_path: Path) -> None:
-    """Its tokenizer.json adds no space behind a special token, and has the vocabulary of the model beside it."""
+    """Its tokenizer.json adds no space after a special token, and has the vocabulary of the model next to it."""
     given, saved, out = (tmp_path / name for name in ("given", "saved", "out"))
     train_tokenizer(given, add_dummy_prefix=True, control_symbols=["[INST]", "[/INST]"])
     tokens = {str(at): {"content": token, "special": True} for at, token in enumerate(("<unk>", "<s>", "</s>"))}
@@ -297,7 +297,7 @@ def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> No
     description = json.loads(json_file.read_text())
     description["added_tokens"][0]["special"] = False
     json_file.write_text(json.dumps(description))
-    with pytest.raises(TokenizerError, match=r"the end-of-document token 'end' \(id 2\) is one that text can have"):
+    with pytest.raises(TokenizerError, match=r"text can contain the end-of-document token 'end' \(id 2\)"):
         load_tokenizer(tmp_path / "words")
 
 
@@ -312,7 +312,7 @@ def test_an_end_that_is_a_piece_of_text_is_refused(tmp_path: Path, token: str, l
     path = save_other_tokenizer(tmp_path / "pieces", eos_token=token)
     if listed:
         PreTrainedTokenizerFast.from_pretrained(path).save_pretrained(path)
-    with pytest.raises(TokenizerError, match=f"{path}: the end-of-document token '{token}' .* is one that text can"):
+    with pytest.raises(TokenizerError, match=f"{path}: .* contain the end-of-document token '{token}'"):
         load_tokenizer(path)
 
 
@@ -320,7 +320,7 @@ def test_an_end_that_is_a_piece_of_text_is_refused(tmp_path: Path, token: str, l
 def test_an_end_that_is_a_piece_of_a_sentencepiece_model_is_refused(folder: Path, tmp_path: Path, token: str) -> None:
     shutil.copy(folder / MODEL_FILE, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
-    with pytest.raises(TokenizerError, match=f"the end-of-document token '{token}' .* is one that text can have"):
+    with pytest.raises(TokenizerError, match=f"text can contain the end-of-document token '{token}'"):
         load_tokenizer(tmp_path)
 
 
@@ -347,9 +347,7 @@ def test_what_transformers_would_read_otherwise_next_to_a_model_is_not_saved(tmp
     path, out = save_other_tokenizer(tmp_path / "given"), tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(
-        TokenizerError, match=r"saved next to a model of type qwen2, .* reads it with other ids"
-    ) as caught:
+    with pytest.raises(TokenizerError, match=r"saved next to a model of type qwen2, .* gives other ids") as caught:
         save_tokenizer(path, out)
     assert str(caught.value).startswith(f"{path}: ") and str(out) not in str(caught.value)
 
@@ -376,7 +374,7 @@ def test_a_conversion_with_other_ids_is_refused(folder: Path, monkeypatch: pytes
         return tokenizer
 
     monkeypatch.setattr(loading, "auto_tokenizer", broken)
-    with pytest.raises(TokenizerError, match="other ids than sentencepiece's"):
+    with pytest.raises(TokenizerError, match="other ids than with sentencepiece"):
         load_tokenizer(folder)
 
 
@@ -386,8 +384,8 @@ def test_what_is_no_tokenizer_is_explained(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"" if name == "nothing.model" else b"no model")
     for name, message in {
         "missing": "not found",
-        "empty": "no tokenizer in this folder",
-        "words.txt": "a file of another kind",
+        "empty": "this folder has no tokenizer",
+        "words.txt": "not a sentencepiece .model file",
         "noise.model": "not a sentencepiece model",
         "nothing.model": "not a sentencepiece model",
     }.items():
@@ -400,11 +398,11 @@ def test_what_is_no_tokenizer_is_explained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"[]", b"{", bytes(range(256)), b"{}", b'{"model": {"vocab": 3}}'])
 def test_a_damaged_tokenizer_json_is_named(folder: Path, tmp_path: Path, content: bytes) -> None:
-    alone = tmp_path / "alone"
-    beside = shutil.copytree(folder, tmp_path / "beside")
-    alone.mkdir()
-    is_object = content.endswith(b"}")  # of which the fingerprint alone asks nothing
-    for path, functions in ((alone, [load_tokenizer]), (beside, [load_tokenizer, tokenizer_fingerprint])):
+    single = tmp_path / "single"
+    both = shutil.copytree(folder, tmp_path / "both")
+    single.mkdir()
+    is_object = content.endswith(b"}")  # with an object, only load_tokenizer is called for the single file
+    for path, functions in ((single, [load_tokenizer]), (both, [load_tokenizer, tokenizer_fingerprint])):
         (path / "tokenizer.json").write_bytes(content)
         for function in functions if is_object else (load_tokenizer, tokenizer_fingerprint):
             with pytest.raises(TokenizerError) as caught:
@@ -426,10 +424,10 @@ def test_vocabulary_against_the_model(folder: Path) -> None:
     assert vocabulary_size(tokenizer) == 1000
     assert check_vocabulary(tokenizer, 1000) is None
     assert check_vocabulary(tokenizer, 1024) is None
-    assert "31000 of them never used" in (check_vocabulary(tokenizer, 32000) or "")
+    assert "31000 of them are never used" in (check_vocabulary(tokenizer, 32000) or "")
     with pytest.raises(TokenizerError, match=r"1000 token ids, but the model has only 999.*vocab_size: 1000"):
         check_vocabulary(tokenizer, 999, trained=False)
-    with pytest.raises(TokenizerError, match=r"has only 999.*take the tokenizer that the model was trained with"):
+    with pytest.raises(TokenizerError, match=r"has only 999.*use the tokenizer that the model was trained with"):
         check_vocabulary(tokenizer, 999)
 
 
@@ -516,7 +514,7 @@ def _special(token: str) -> dict[str, Any]:
 
 @pytest.fixture
 def with_turns(folder: Path, tmp_path: Path) -> Path:
-    """Tokens of ChatML beside a sentencepiece model, as they were saved before there was a tokenizer.json."""
+    """Tokens of ChatML next to a sentencepiece model, as saved before there was a tokenizer.json."""
     out = tmp_path / "with_turns"
     out.mkdir()
     shutil.copy(folder / MODEL_FILE, out)
@@ -547,7 +545,7 @@ def test_tokens_beside_a_sentencepiece_model_are_added(with_turns: Path, folder:
     [
         ({"<x>": 1001}, "</s>", "'<x>' has the id 1001, which is not the next one"),
         ({"a": "b"}, "</s>", "its added tokens cannot be read"),
-        ({"<x>": 1000}, "<end>", "eos_token in tokenizer_config.json is '<end>', which is none of its tokens"),
+        ({"<x>": 1000}, "<end>", "eos_token in tokenizer_config.json is '<end>', which is not one of its tokens"),
     ],
 )
 def test_tokens_that_cannot_be_added_are_named(with_turns: Path, added: dict[str, Any], eos: str, said: str) -> None:

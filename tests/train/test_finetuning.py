@@ -203,11 +203,14 @@ def test_the_plan_of_a_fine_tuning(settings):
         (["--tokenizer.path=nowhere", "--show=1"], ["nowhere: not found; expected a folder with tokenizer.model"]),
         (
             ["--model.init_from=null"],
-            ["2 faults", "model.config: must be given, or model.init_from", "tokenizer.path:"],
+            ["2 faults", "model.config: must be given, unless model.init_from", "tokenizer.path:"],
         ),
         (["--optim.warmup_steps=5", "--optim.warmup_fraction=0.1"], ["the warmup is given once"]),
         (["--optim.warmup_fraction=1"], ["optim.warmup_fraction: got 1; input should be less than 1"]),
-        (["--method.dropout=0.1", "--method.form=resident"], ["method.dropout: dropout acts on what an adapter sees"]),
+        (
+            ["--method.dropout=0.1", "--method.form=resident"],
+            ["method.dropout: dropout acts only on the adapter's input"],
+        ),
     ],
     ids=lambda value: value[0],
 )
@@ -221,13 +224,11 @@ def test_a_tokenizer_that_does_not_fit_the_model(pools, settings, tokenizer_path
     for show in ((), ("--show=1",)):
         (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={small}", *show)
         refused(
-            answer, "257 token ids, but the model has only 200", "take the tokenizer that the model was trained with"
+            answer, "257 token ids, but the model has only 200", "use the tokenizer that the model was trained with"
         )
     qwen2 = save(tmp_path / "qwen2", "qwen2", num_key_value_heads=1)
     (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={qwen2}", f"--tokenizer.path={tokenizer_path}")
-    said = (
-        "when it is saved next to a model of type qwen2, transformers reads it with other ids; use a tokenizer of that"
-    )
+    said = "saved next to a model of type qwen2, transformers gives other ids for it; use a tokenizer for that"
     refused(answer, f"{tokenizer_path}: {said}", notes=1)
     save_other_tokenizer(qwen2)
     (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={qwen2}")

@@ -179,7 +179,7 @@ def test_mistakes_end_before_anything_is_loaded_without_a_traceback(pools, input
         ([remora, "stray"], "stray"),
         (
             [remora, f"--tokenizer.path={tmp_path}", f"--train.run_dir={tmp_path / 'run'}"],
-            "no tokenizer in this folder",
+            "this folder has no tokenizer",
         ),
         (
             [

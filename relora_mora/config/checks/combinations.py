@@ -78,41 +78,33 @@ def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:
 
 def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     """Every combination that cannot work: what was given, what was expected, the remedy. world_size None: unknown."""
-    yield from _start_faults(config)
-    yield from length_faults(config)
-    yield from data_faults(config)
-    yield from record_faults(config.data)
-    yield from generation_faults(config)
-    yield from method_faults(config)
-    yield from _projection_faults(config)
-    yield from _schedule_faults(config)
-    yield from _batch_faults(config, world_size)
-    yield from deepspeed_faults(config)
-    yield from _other_faults(config)
-
-
-def _start_faults(config: Config) -> Iterator[Fault]:
     for setting, value in (("model.config", config.model.config), ("tokenizer.path", config.tokenizer.path)):
         if value is None and config.model.init_from is None:
             yield Fault(
                 (setting, "model.init_from"),
                 "must be given, unless model.init_from names a model to start from, whose own is then used",
             )
+    yield from length_faults(config)
+    yield from data_faults(config)
+    yield from record_faults(config.data)
+    yield from generation_faults(config)
+    yield from method_faults(config)
+    yield from _optimizer_faults(config)
+    yield from _batch_faults(config, world_size)
+    yield from deepspeed_faults(config)
+    yield from _other_faults(config)
 
 
-def _projection_faults(config: Config) -> Iterator[Fault]:
-    if config.optim.matrices == "apollo" and config.optim.projection_rank == 1:
+def _optimizer_faults(config: Config) -> Iterator[Fault]:
+    optim = config.optim
+    steps = config.train.steps
+    if optim.matrices == "apollo" and optim.projection_rank == 1:
         yield Fault(
             ("optim.projection_rank", "optim.matrices"),
             "apollo divides each column of a step by the norm of its projection; at rank 1 that is a single number, "
             "often close to zero, and some columns would step a thousand times too far; use 2 or more (APOLLO-Mini, "
             "with rank 1 and one scale per matrix, is not implemented)",
         )
-
-
-def _schedule_faults(config: Config) -> Iterator[Fault]:
-    optim = config.optim
-    steps = config.train.steps
     if optim.warmup_steps >= steps:
         yield Fault(
             ("optim.warmup_steps", "train.steps"),

@@ -15,9 +15,8 @@ GPU_BUCKET = 50_000_000  # small enough to send the first bucket while the backw
 
 
 def zero_defaults(stage: int, world_size: int, trainable: int, *, on_gpu: bool) -> dict[str, Any]:
-    """Our defaults for ``zero_optimization``.
+    """Defaults for ``zero_optimization``. DeepSpeed allocates a whole bucket, so it is not larger than ``trainable``.
 
-    DeepSpeed allocates whole buckets for reductions, and no bucket need be larger than the ``trainable`` parameters.
     On GPUs, stage 2 overlaps reductions with the backward pass: it fills one bucket while it reduces another. Stage 3
     does so by DeepSpeed's default, and stage 1 in bf16 cannot.
     """

@@ -14,8 +14,7 @@ from relora_mora.system.logs import counted
 def method_faults(config: Config) -> Iterator[Fault]:
     yield from _target_faults(config)
     yield from _pattern_faults(config)
-    yield from _form_faults(config)
-    yield from _square_faults(config)
+    yield from _layer_faults(config)
     yield from _adapter_faults(config)
     yield from _merge_faults(config)
 
@@ -50,20 +49,16 @@ def _pattern_faults(config: Config) -> Iterator[Fault]:
         )
 
 
-def _form_faults(config: Config) -> Iterator[Fault]:
-    form = config.method.form
-    if config.method.dropout and form in ("merged", "resident") and config.method.uses_adapters:
-        yield Fault(
-            ("method.dropout", "method.form", "method.name"),
-            f"dropout acts only on the adapter's input, but the form {form} combines adapter and weight into one "
-            "matrix; use method.form=auto or method.dropout=0",
-        )
-
-
-def _square_faults(config: Config) -> Iterator[Fault]:
+def _layer_faults(config: Config) -> Iterator[Fault]:
     method = config.method
     size = method.square_size
     multiple = method.square_multiple
+    if method.dropout and method.form in ("merged", "resident") and method.uses_adapters:
+        yield Fault(
+            ("method.dropout", "method.form", "method.name"),
+            f"dropout acts only on the adapter's input, but the form {method.form} adds the adapter to the weight; "
+            "use method.form=auto or method.dropout=0",
+        )
     if not method.uses_squares:
         return
     even = [operator for operator in method.cycle if OPERATORS[operator].even_size]

@@ -346,5 +346,5 @@ def test_what_cannot_be_packed_so_is_refused():
     assert "data.document_mask: with data.packing=stream" in faults(
         validation=held_out, packing="stream", document_mask=True
     )
-    assert "data.records.columns: x: no field of prompt" in faults(records={"kind": "prompt", "columns": {"x": "y"}})
-    assert "data.records.template: prompt has a form" in faults(records={"kind": "prompt", "template": "chatml"})
+    assert "data.records.columns: x: not a field of prompt" in faults(records={"kind": "prompt", "columns": {"x": "y"}})
+    assert "data.records.template: a template is only for" in faults(records={"kind": "prompt", "template": "chatml"})

@@ -83,7 +83,7 @@ def test_what_is_no_checkpoint(refuses, tmp_path):
         "file": "is no folder",
         "empty": "no checkpoint (manifest.json: No such file or directory)",
         "run": "no checkpoint in it is whole: step-00000005",
-        "x" * 300: "File name too long; give a shorter one",
+        "x" * 300: "File name too long; give a shorter name",
     }.items():
         refuses(tmp_path / name, str(tmp_path / name), message)
 
@@ -213,7 +213,7 @@ def test_a_model_whose_json_is_something_else(exported, inputs, tmp_path, name, 
             ["--data={}/validation/*.json.gz", "--tokenizer={}/nowhere"],
             "not found; expected a folder with tokenizer.model",
         ),
-        (["--data={}/validation/*.json.gz", "--tokenizer={}"], "no tokenizer in this folder"),
+        (["--data={}/validation/*.json.gz", "--tokenizer={}"], "this folder has no tokenizer"),
         (["--data={}/validation/*.json.gz", "--data.sequence_length=65"], "--data.sequence_length: got 65"),
     ],
 )
@@ -231,7 +231,7 @@ def test_more_sequences_at_once_than_there_are_or_than_fit(run_folder, inputs, m
 
     monkeypatch.setattr("relora_mora.evaluation.loss.evaluate", too_much)
     answer = call(EVALUATE, *argv)
-    refused(answer, "--micro_batch_size: ", "need more memory than there is; lower it", notes=1)
+    refused(answer, "--micro_batch_size: ", "need more memory than available; lower it", notes=1)
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_an_export_to_what_is_there_already(run_folder, tmp_path):
     for out, message in {
         "full": "exists and is not empty",
         "file": "exists and is not empty",
-        "file/below": "a part of this path is no folder",
+        "file/below": "a part of this path is not a folder",
     }.items():
         refused(call(EXPORT, run_folder, tmp_path / out), str(tmp_path / out), message)
     refused(call(EXPORT, run_folder, run_folder), "exists and is not empty")
